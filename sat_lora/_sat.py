@@ -1,0 +1,47 @@
+"""The one door to SwissArmyTransformer (SAT): imports it quietly and hands on the names used here.
+
+SAT 0.4.12 logs at import, and DeepSpeed 0.19.8 warns that there is no accelerator on a CPU machine.
+A library that is imported should be silent, so both are muted for the import; afterwards SAT logs warnings
+and worse unless SAT_LOGLEVEL or LOGLEVEL says otherwise.
+"""
+
+import logging
+import os
+import warnings
+
+logging.disable(logging.WARNING)
+try:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from sat import mpu
+        from sat.generation.autoregressive_sampling import update_mems
+        from sat.model.base_model import BaseMixin, BaseModel, non_conflict
+        from sat.model.cached_autoregressive_model import CachedAutoregressiveMixin
+        from sat.model.official.vit_model import ImagePatchEmbeddingMixin, ViTProperty
+        from sat.mpu import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+        from sat.mpu.utils import split_tensor_along_last_dim
+        from sat.ops.layernorm import RMSNorm
+finally:
+    logging.disable(logging.NOTSET)
+
+# SAT calls torch's activation checkpointing without saying which kind; both sides mean the reentrant one.
+warnings.filterwarnings("ignore", message="torch.utils.checkpoint: the use_reentrant parameter")
+
+if "SAT_LOGLEVEL" not in os.environ and "LOGLEVEL" not in os.environ:
+    logging.getLogger("sat").setLevel(logging.WARNING)
+
+__all__ = [
+    "BaseMixin",
+    "BaseModel",
+    "CachedAutoregressiveMixin",
+    "ColumnParallelLinear",
+    "ImagePatchEmbeddingMixin",
+    "RMSNorm",
+    "RowParallelLinear",
+    "ViTProperty",
+    "VocabParallelEmbedding",
+    "mpu",
+    "non_conflict",
+    "split_tensor_along_last_dim",
+    "update_mems",
+]

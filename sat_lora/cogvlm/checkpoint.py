@@ -1,0 +1,145 @@
+"""A model folder in SAT's layout: read, loaded slice by slice, written.
+
+    FOLDER/latest                                 a step number, or `release`
+    FOLDER/<that>/mp_rank_00_model_states.pt      the state dict under `module`; one file per model-parallel rank
+    FOLDER/model_config.json
+"""
+
+import json
+import pickle
+from pathlib import Path
+
+import numpy
+import torch
+from torch import nn
+
+from sat_lora.cogvlm.model import CogVLMModel, build_cogvlm
+from sat_lora.errors import CheckpointError
+from sat_lora.sharding import REPLICATED, Sharding, model_parallel_layout, sharding_of
+
+# SAT stores the random states of Python and numpy beside the weights. These few names rebuild a numpy array and nothing
+# else; whatever else a pickle asks for is refused.
+_RANDOM_STATE_TYPES = [
+    (numpy._core.multiarray._reconstruct, "numpy.core.multiarray._reconstruct"),
+    (numpy._core.multiarray._reconstruct, "numpy._core.multiarray._reconstruct"),
+    numpy.ndarray,
+    numpy.dtype,
+    numpy.dtypes.UInt32DType,
+]
+
+
+def read_config(folder: str | Path) -> dict:
+    """The content of FOLDER/model_config.json."""
+    path = _model_folder(folder) / "model_config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path}: expected a JSON object with the model's sizes, got {type(config).__name__}")
+    return config
+
+
+def weight_files(folder: str | Path) -> list[Path]:
+    """The files of the newest step in a SAT model folder, one per model-parallel rank, in rank order."""
+    folder = _model_folder(folder)
+    step = (folder / "latest").read_text(encoding="utf-8").strip()
+    files = sorted((folder / step).glob("mp_rank_*_model_states.pt")) if step else []
+    numbers = [file.name.split("_")[2] for file in files]
+    if not files or numbers != [f"{rank:02d}" for rank in range(len(files))]:
+        raise CheckpointError(
+            f"{folder}: `latest` says {step!r}, so {folder / step}/mp_rank_00_model_states.pt (and 01, 02, ... without "
+            f"gaps) should be there; found {[file.name for file in files] or _listing(folder / step)}"
+        )
+    return files
+
+
+def _model_folder(folder: str | Path) -> Path:
+    folder = Path(folder)
+    if folder.is_file():
+        home = folder.parent.parent if folder.suffix == ".pt" else folder.parent
+        raise CheckpointError(f"{folder} is a file; give the model folder that holds `latest`, perhaps {home}")
+    wanted = ("latest", "model_config.json")
+    missing = [name for name in wanted if not (folder / name).is_file()]
+    if missing:
+        found = _listing(folder) if folder.is_dir() else "no such folder"
+        raise CheckpointError(
+            f"{folder} is not a SAT model folder: looked for {', '.join(wanted)} and "
+            f"<latest>/mp_rank_00_model_states.pt; missing {', '.join(missing)}; found: {found}"
+        )
+    return folder
+
+
+def _listing(folder: Path) -> str:
+    names = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+    return ", ".join(names[:12]) + (" ..." if len(names) > 12 else "") if names else "nothing"
+
+
+def map_weights(file: Path) -> dict[str, torch.Tensor]:
+    """The state dict in one SAT checkpoint file, memory-mapped: nothing is read before it is used."""
+    try:
+        with torch.serialization.safe_globals(_RANDOM_STATE_TYPES):
+            content = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise CheckpointError(f"{file}: cannot be read as a SAT checkpoint: {error}") from error
+    state = content.get("module") if isinstance(content, dict) else None
+    if not isinstance(state, dict):
+        keys = sorted(map(str, content))[:8] if isinstance(content, dict) else type(content).__name__
+        raise CheckpointError(f"{file}: expected a state dict under the key `module`; found {keys}")
+    return state
+
+
+def shardings_of(model: nn.Module) -> dict[str, Sharding]:
+    """How each entry of `model.state_dict()` is cut over the model-parallel ranks."""
+    modules = dict(model.named_modules())
+    found = {}
+    for name in model.state_dict():
+        owner, _, leaf = name.rpartition(".")
+        found[name] = sharding_of(modules[owner], leaf) if owner in modules else REPLICATED
+    return found
+
+
+def load_weights(model: nn.Module, folder: str | Path) -> None:
+    """Fill `model` from a SAT folder saved at any model-parallel size; every name and shape has to fit."""
+    files = weight_files(folder)
+    states = [map_weights(file) for file in files]
+    rank, size = model_parallel_layout()
+    targets, shardings = model.state_dict(), shardings_of(model)
+    problems = [f"missing {name}" for name in targets if name not in states[0]]
+    problems += [f"unexpected {name}" for name in states[0] if name not in targets]
+    sources = {}
+    for name in targets.keys() & states[0].keys():
+        if len(states) == size:
+            source = states[rank][name]
+        else:
+            source = shardings[name].shard(shardings[name].unshard([state[name] for state in states]), rank, size)
+        if source.shape != targets[name].shape:
+            problems.append(f"{name}: shape {tuple(source.shape)}, the model has {tuple(targets[name].shape)}")
+        sources[name] = source
+    if problems:
+        shown = "\n  ".join(sorted(problems)[:20]) + ("\n  ..." if len(problems) > 20 else "")
+        raise CheckpointError(
+            f"{files[0]} does not fit the model of {folder}/model_config.json, {len(problems)} problems:\n  {shown}"
+        )
+    with torch.no_grad():
+        for name, source in sources.items():
+            targets[name].copy_(source)
+
+
+def load_cogvlm(folder: str | Path, **settings) -> tuple[CogVLMModel, dict]:
+    """A CogVLM with the weights of a SAT folder, and its config. `settings` go to `build_cogvlm`."""
+    config = read_config(folder)
+    weight_files(folder)  # fail before the model is built
+    model = build_cogvlm(config, skip_init=True, **settings)
+    load_weights(model, folder)
+    return model, config
+
+
+def save_weights(folder: str | Path, config: dict, state: dict[str, torch.Tensor], step: str = "release") -> None:
+    """Write an unsharded state dict and its config in SAT's layout."""
+    folder = Path(folder)
+    (folder / step).mkdir(parents=True, exist_ok=True)
+    torch.save({"module": state}, folder / step / "mp_rank_00_model_states.pt")
+    config = {**config, "model_parallel_size": 1}
+    (folder / "model_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (folder / "latest").write_text(step + "\n", encoding="utf-8")

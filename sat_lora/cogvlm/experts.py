@@ -1,0 +1,132 @@
+"""The language transformer's attention and MLP with a vision expert beside each language weight.
+
+Parameter names and shapes follow the published SAT checkpoints (mixins `rotary` and `mlp`).
+"""
+
+import torch
+from torch import nn
+
+from sat_lora._sat import BaseMixin, ColumnParallelLinear, RowParallelLinear, split_tensor_along_last_dim
+from sat_lora.cogvlm.attention import attend
+from sat_lora.cogvlm.rotary import RotaryEmbedding, rotate
+from sat_lora.cogvlm.routing import TokenRouting, route
+
+
+def _per_layer(num_layers: int, build) -> nn.ModuleDict:
+    return nn.ModuleDict({str(i): build() for i in range(num_layers)})
+
+
+class ExpertAttention(BaseMixin):
+    """Fused q/k/v and output projections per expert, one attention over all tokens."""
+
+    def __init__(self, num_layers, hidden_size, num_heads, params_dtype, skip_init, rotary_base=10000.0):
+        super().__init__()
+        self.rotary_emb = RotaryEmbedding(hidden_size // num_heads, rotary_base)
+        kw = dict(bias=False, params_dtype=params_dtype, skip_init=skip_init)
+        self.vision_query_key_value_list = _per_layer(
+            num_layers,
+            lambda: ColumnParallelLinear(
+                hidden_size, 3 * hidden_size, stride=3, gather_output=False, module=self, name="query_key_value", **kw
+            ),
+        )
+        self.vision_dense_list = _per_layer(
+            num_layers,
+            lambda: RowParallelLinear(
+                hidden_size, hidden_size, input_is_parallel=True, module=self, name="dense", **kw
+            ),
+        )
+
+    def attention_forward(self, hidden_states, mask, *, rope, routing: TokenRouting | None, **kw_args):
+        """(batch, seq, hidden) -> (batch, seq, hidden)."""
+        layer = str(int(kw_args["layer_id"]))
+        attention = self.transformer.layers[int(layer)].attention
+        mixed = route(
+            routing, self.vision_query_key_value_list[layer], attention.query_key_value, hidden_states
+        )
+        query, key, value = (
+            attention._transpose_for_scores(part) for part in split_tensor_along_last_dim(mixed, attention.stride)
+        )
+        query, key = rotate(query, *rope), rotate(key, *rope)
+        dropout = attention.attention_dropout if self.training else None
+        context = attention.hooks["attention_fn"](query, key, value, mask, dropout, **kw_args)
+        context = context.transpose(1, 2).flatten(2)  # (batch, seq, hidden of this rank)
+        output = route(routing, self.vision_dense_list[layer], attention.dense, context)
+        return attention.output_dropout(output) if self.training else output
+
+    def attention_fn(self, query, key, value, mask, dropout=None, *, attention_kind, **kw_args):
+        """SAT's hook, so that its cached autoregressive mixin can wrap it."""
+        return attend(query, key, value, mask, attention_kind, dropout.p if dropout is not None else 0.0)
+
+
+class ExpertMlp(BaseMixin):
+    """down(SiLU(gate(x)) * up(x)), with language and vision weights; the language up and down are SAT's own."""
+
+    def __init__(self, num_layers, hidden_size, inner_hidden_size, params_dtype, skip_init):
+        super().__init__()
+        kw = dict(bias=False, params_dtype=params_dtype, skip_init=skip_init, module=self)
+
+        def widen():
+            return ColumnParallelLinear(hidden_size, inner_hidden_size, gather_output=False, name="up", **kw)
+
+        def narrow():
+            return RowParallelLinear(inner_hidden_size, hidden_size, input_is_parallel=True, name="down", **kw)
+
+        self.gate_proj = nn.ModuleList(widen() for _ in range(num_layers))
+        self.vision_gate_proj = _per_layer(num_layers, widen)
+        self.vision_dense_h_to_4h_list = _per_layer(num_layers, widen)
+        self.vision_dense_4h_to_h_list = _per_layer(num_layers, narrow)
+
+    def mlp_forward(self, hidden_states, *, routing: TokenRouting | None, **kw_args):
+        """(batch, seq, hidden) -> (batch, seq, hidden)."""
+        layer = int(kw_args["layer_id"])
+        mlp, key = self.transformer.layers[layer].mlp, str(layer)
+
+        def gated(gate, up, down):
+            return lambda x: down(mlp.activation_func(gate(x)) * up(x))
+
+        vision = gated(
+            self.vision_gate_proj[key], self.vision_dense_h_to_4h_list[key], self.vision_dense_4h_to_h_list[key]
+        )
+        language = gated(self.gate_proj[layer], mlp.dense_h_to_4h, mlp.dense_4h_to_h)
+        return route(routing, vision, language, hidden_states)
+
+
+class _UndoGradientSum(torch.autograd.Function):
+    """Identity; divides the gradient by the model-parallel size."""
+
+    @staticmethod
+    def forward(ctx, x, size):
+        ctx.size = size
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad / ctx.size, None
+
+
+class LanguageModelHead(BaseMixin):
+    """The column-parallel output head, its logits gathered: (batch, seq, hidden) -> (batch, seq, vocabulary).
+
+    SAT's transformer passes the final hidden state through `copy_to_model_parallel_region`, whose backward sums the
+    gradient over the ranks, and the column-parallel head does so again: at model-parallel size n every gradient
+    below it comes out n times too large (SAT 0.4.12). One of the two sums is divided away here.
+    """
+
+    def __init__(self, vocab_size, hidden_size, params_dtype, skip_init):
+        super().__init__()
+        self.lm_head = ColumnParallelLinear(
+            hidden_size,
+            vocab_size,
+            gather_output=True,
+            bias=False,
+            params_dtype=params_dtype,
+            skip_init=skip_init,
+            module=self,
+            name="lm_head",
+        )
+
+    def final_forward(self, hidden_states, **kw_args):
+        size = self.lm_head.output_size // self.lm_head.output_size_per_partition
+        if size > 1:
+            hidden_states = _UndoGradientSum.apply(hidden_states, size)
+        return self.lm_head(hidden_states)

@@ -1,0 +1,130 @@
+"""CogVLM as a SAT model: the published parameter names, and a graph that has one shape whatever the batch holds."""
+
+from argparse import Namespace
+
+import torch
+from torch import nn
+
+from sat_lora._sat import BaseModel, RMSNorm
+from sat_lora.cogvlm.attention import MASKED, mask_kind
+from sat_lora.cogvlm.experts import ExpertAttention, ExpertMlp, LanguageModelHead
+from sat_lora.cogvlm.routing import TokenRouting
+from sat_lora.cogvlm.vision import ImageTokens
+from sat_lora.errors import CheckpointError, DataError
+
+VIT = "mixins.eva.vit_model"  # where the vision transformer, itself a SAT model, sits in the whole
+
+
+class CogVLMModel(BaseModel):
+    """Language transformer with visual experts, EVA2-CLIP vision transformer and projector.
+
+    `args` holds the fields of `model_config.json`; build one with `build_cogvlm`.
+    """
+
+    def __init__(self, args: Namespace, params_dtype=torch.float32, **kwargs):
+        super().__init__(
+            args,
+            params_dtype=params_dtype,
+            layernorm=RMSNorm,
+            activation_func=nn.functional.silu,
+            init_method_std=0.01,
+            **kwargs,
+        )
+        del self.transformer.position_embeddings
+        common = dict(params_dtype=params_dtype, skip_init=args.skip_init)
+        self.image_length = args.image_length
+        self.add_mixin("lm", LanguageModelHead(args.vocab_size, args.hidden_size, **common))
+        vit_args = Namespace(**args.eva_args)
+        self.add_mixin("eva", ImageTokens(vit_args, args.hidden_size, args.inner_hidden_size, params_dtype))
+        self.add_mixin("mlp", ExpertMlp(args.num_layers, args.hidden_size, args.inner_hidden_size, **common))
+        rotary_base = getattr(args, "rotary_base", 10000.0)
+        self.add_mixin(
+            "rotary",
+            ExpertAttention(
+                args.num_layers, args.hidden_size, args.num_attention_heads, rotary_base=rotary_base, **common
+            ),
+        )
+
+    def position_embedding_forward(self, *args, **kw_args):
+        """None: positions enter by rotation, in the attention."""
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        attention_mask: torch.Tensor | int | None = -1,
+        *,
+        images: torch.Tensor | None = None,
+        image_embed_mask: torch.Tensor | None = None,
+        vision_expert_mask: torch.Tensor | None = None,
+        mems: torch.Tensor | None = None,
+        **kw_args,
+    ) -> list:
+        """[logits (batch, seq, vocabulary), then SAT's dictionary of each layer].
+
+        input_ids, position_ids, image_embed_mask, vision_expert_mask: (batch, seq). images: (images, 3, height, width)
+        in the order in which their places appear in the batch. attention_mask: -1 is causal, None is full, or a tensor
+        with 1 where a query may look. mems: SAT's cache of keys and values; with it the tokens are all language.
+        """
+        if mems is not None:
+            images = routing = places = None
+        else:
+            nothing = torch.zeros_like(input_ids)
+            routing = TokenRouting.from_mask(nothing if vision_expert_mask is None else vision_expert_mask)
+            mask = nothing if image_embed_mask is None else image_embed_mask
+            places = mask.reshape(-1).nonzero()[:, 0]
+            images = self._check_images(images, len(places))
+        kind = mask_kind(attention_mask, input_ids.shape[1])
+        rotary = self.mixins["rotary"].rotary_emb
+        return super().forward(
+            input_ids,
+            position_ids,
+            attention_mask if kind == MASKED else None,
+            images=images,
+            image_places=places,
+            routing=routing,
+            rope=rotary(position_ids, self.mixins["eva"].boi.dtype),
+            attention_kind=kind,
+            mems=mems,
+            **kw_args,
+        )
+
+    def _check_images(self, images: torch.Tensor | None, places: int) -> torch.Tensor:
+        if images is None and places == 0:
+            return self.mixins["eva"].blank_images()
+        count = 0 if images is None else len(images)
+        if places not in (0, count * (self.image_length + 2)):
+            raise DataError(
+                f"image_embed_mask marks {places} places, but {count} images of {self.image_length} patches take "
+                f"{count} x ({self.image_length} + 2) = {count * (self.image_length + 2)}"
+            )
+        return images
+
+
+def build_cogvlm(
+    config: dict,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    model_parallel_size: int = 1,
+    checkpoint_activations: bool = False,
+    vit_checkpoint_activations: bool = False,
+    skip_init: bool = False,
+    seed: int = 1234,
+) -> CogVLMModel:
+    """A CogVLM of the sizes in `config` (the content of model_config.json), with random weights.
+
+    SAT seeds the process with `seed` here, and sets up torch.distributed if nobody has.
+    """
+    missing = {"num_layers", "hidden_size", "num_attention_heads", "inner_hidden_size", "vocab_size"} | {
+        "image_length",
+        "eva_args",
+    }
+    missing -= config.keys()
+    if missing:
+        raise CheckpointError(f"the model config lacks {', '.join(sorted(missing))}; it is not a CogVLM config")
+    runtime = dict(model_parallel_size=model_parallel_size, skip_init=skip_init, seed=seed)
+    vit = {**config["eva_args"], **runtime, "checkpoint_activations": vit_checkpoint_activations}
+    settings = {"use_bias": False, **config, **runtime, "checkpoint_activations": checkpoint_activations}
+    model = CogVLMModel(Namespace(**{**settings, "eva_args": vit}), params_dtype=dtype)
+    return model.to(device=device, dtype=dtype)

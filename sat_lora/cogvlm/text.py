@@ -1,0 +1,108 @@
+"""Prompts and token sequences, as the published CogVLM lays them out."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from sat_lora.errors import ConfigError
+
+IGNORED = -100  # a label that takes no part in the loss
+IMAGE_PLACE = "<EOI>"
+
+
+def _base(query, history):
+    return f"{IMAGE_PLACE}{query}"
+
+
+def _chat(query, history):
+    return f"{IMAGE_PLACE} [INST] " + "".join(f"{q} [/INST] {a} [INST] " for q, a in history) + f"{query} [/INST] "
+
+
+def _vqa(query, history):
+    return f"{IMAGE_PLACE}Question: {query} Short answer:"
+
+
+def _chat_old(query, history):
+    turns = "".join(f"{q} Answer: {a}\nQuestion: " for q, a in history)
+    return f"{IMAGE_PLACE}Question: {turns}{query} Answer:"
+
+
+PROMPTS = {"base": _base, "chat": _chat, "vqa": _vqa, "chat_old": _chat_old}
+
+
+def prompt_for(version: str, query: str, history: tuple[tuple[str, str], ...] = ()) -> str:
+    """The prompt of a CogVLM `version` for a query and the (query, answer) turns before it."""
+    if version not in PROMPTS:
+        raise ConfigError(f"--version: got {version!r}, wanted one of {', '.join(PROMPTS)}")
+    return PROMPTS[version](query, history)
+
+
+def load_tokenizer(path: str | Path):
+    """A `transformers` tokenizer from a local folder; nothing is ever fetched."""
+    if not Path(path).is_dir():
+        raise ConfigError(
+            f"--local_tokenizer: {path} is not a folder; give the folder that holds tokenizer.json or tokenizer.model"
+        )
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+    except (OSError, ValueError, ImportError) as error:
+        raise ConfigError(f"--local_tokenizer: {path} does not hold a tokenizer that loads: {error}") from error
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sequence; every field but `image` is a (seq,) int64 tensor."""
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    labels: torch.Tensor  # the token itself where it is to be predicted, IGNORED elsewhere
+    image_embed_mask: torch.Tensor  # 1 on begin-of-image, patches, end-of-image
+    vision_expert_mask: torch.Tensor  # 1 on begin-of-image and patches
+    image: torch.Tensor | None = None  # (3, height, width)
+
+
+def shortest_length(tokenizer, prompt: str, image_length: int) -> int:
+    """Tokens that a sample with one token of answer takes: BOS, prompt, image, answer, EOS."""
+    words = sum(len(tokenizer.encode(part, add_special_tokens=False)) for part in prompt.split(IMAGE_PLACE))
+    return 1 + words + prompt.count(IMAGE_PLACE) * (image_length + 2) + 1 + 1
+
+
+def build_sample(
+    tokenizer, prompt: str, answer: str | None, image_length: int, max_length: int, image: torch.Tensor | None = None
+) -> Sample:
+    """BOS, prompt with its image, answer, EOS; without an answer, the prompt alone, ready for generation.
+
+    An answer that does not fit into `max_length` is cut; a prompt that does not is an error.
+    """
+    ids, embed, vision, patches = [tokenizer.bos_token_id], [0], [0], [0]
+    for number, part in enumerate(prompt.split(IMAGE_PLACE)):
+        words = tokenizer.encode(part, add_special_tokens=False) if part else []
+        if number:
+            ids += [0] * (image_length + 2)
+            embed += [1] * (image_length + 2)
+            vision += [1] * (image_length + 1) + [0]
+            patches += [0] + [1] * image_length + [0]
+        ids += words
+        for mask in (embed, vision, patches):
+            mask += [0] * len(words)
+    start = len(ids)
+    if answer is not None:
+        if start + 2 > max_length:
+            raise ConfigError(f"--max_length: {max_length} is too short, this prompt alone takes {start} tokens")
+        ids += tokenizer.encode(answer, add_special_tokens=False)[: max_length - start - 1]
+        ids.append(tokenizer.eos_token_id)
+    embed, vision, patches = (torch.tensor(mask + [0] * (len(ids) - start)) for mask in (embed, vision, patches))
+    input_ids = torch.tensor(ids)
+    labels = input_ids.clone()
+    labels[:start] = IGNORED
+    return Sample(input_ids, position_ids_for(patches), labels, embed, vision, image)
+
+
+def position_ids_for(patches: torch.Tensor) -> torch.Tensor:
+    """(seq,) positions: one more at every token, but all neighbouring patches of an image share one."""
+    before = patches.roll(1)
+    before[0] = 0
+    return torch.cumsum((patches == 0) | (before == 0), 0) - 1

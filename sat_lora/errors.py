@@ -1,0 +1,21 @@
+"""The exceptions a user of sat_lora can meet. Each message says what, where, got, wanted and what to do."""
+
+
+class SatLoraError(Exception):
+    """A mistake that the user can mend; command-line tools print it without a traceback."""
+
+
+class ConfigError(SatLoraError, ValueError):
+    """A setting is wrong: a LoRA field, a command-line option or a DeepSpeed config."""
+
+
+class CheckpointError(SatLoraError):
+    """A base checkpoint folder is missing, incomplete, or does not fit the model."""
+
+
+class AdapterError(SatLoraError):
+    """An adapter folder is missing, damaged, or does not fit the model."""
+
+
+class DataError(SatLoraError):
+    """Training or evaluation data cannot be used."""

@@ -1,0 +1,81 @@
+"""How a full tensor is cut over the model-parallel ranks, for base weights and adapters alike.
+
+SAT keeps this knowledge inside each parallel layer's `partition` and `merge`, which work on a whole model at once.
+Here it is a value that can be asked for one parameter, so that a rank can cut its own slice from a mapped file,
+draw its own slice of an initial value, or join the slices for a file.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from sat_lora._sat import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding, mpu
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """Cut along `dim` (None: the same on every rank), within each of several blocks.
+
+    `blocks` are the relative sizes of the blocks along `dim`, for instance (1, 1, 1) for a fused q/k/v weight:
+    every rank holds its part of q, then its part of k, then its part of v.
+    """
+
+    dim: int | None = None
+    blocks: tuple[int, ...] = (1,)
+
+    def shard(self, full: torch.Tensor, rank: int, size: int) -> torch.Tensor:
+        """The part of `full` that `rank` of `size` model-parallel ranks holds; a view where there is one block."""
+        if self.dim is None or size == 1:
+            return full
+        parts = [block.chunk(size, self.dim)[rank] for block in self._split(full)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, self.dim)
+
+    def unshard(self, shards: list[torch.Tensor]) -> torch.Tensor:
+        """The full tensor, from the parts of all ranks in rank order."""
+        if self.dim is None or len(shards) == 1:
+            return shards[0]
+        by_rank = [self._split(shard) for shard in shards]
+        return torch.cat([part for block in zip(*by_rank) for part in block], self.dim)
+
+    def full_shape(self, local: torch.Size, size: int) -> tuple[int, ...]:
+        """The shape of the full tensor, from the shape that one of `size` ranks holds."""
+        return tuple(n * size if d == self.dim else n for d, n in enumerate(local))
+
+    def _split(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        unit = tensor.shape[self.dim] // sum(self.blocks)
+        return tensor.split([unit * b for b in self.blocks], self.dim)
+
+
+REPLICATED = Sharding()
+
+
+def blocks_of(linear: nn.Module) -> tuple[int, ...]:
+    """The relative sizes of the blocks in a SAT column-parallel weight (its `stride`): (1, 1, 1) for q, k, v."""
+    stride = linear.stride
+    return (1,) * stride if isinstance(stride, int) else tuple(stride)
+
+
+def sharding_of(module: nn.Module, parameter: str) -> Sharding:
+    """How SAT cuts `module`'s own parameter (or buffer) of that name."""
+    if isinstance(module, ColumnParallelLinear):
+        return Sharding(0, blocks_of(module))
+    if isinstance(module, RowParallelLinear) and parameter == "weight":
+        return Sharding(1)
+    if isinstance(module, VocabParallelEmbedding):
+        return Sharding(0)
+    return REPLICATED
+
+
+def model_parallel_layout() -> tuple[int, int]:
+    """(rank, size) of this process in its model-parallel group; (0, 1) when SAT has not set one up."""
+    if not mpu.model_parallel_is_initialized():
+        return 0, 1
+    return mpu.get_model_parallel_rank(), mpu.get_model_parallel_world_size()
+
+
+def mark_sharded(parameter: nn.Parameter, sharding: Sharding) -> nn.Parameter:
+    """Set the flags that SAT (`model_parallel`) and DeepSpeed (`tensor_model_parallel`) read on a cut parameter."""
+    if sharding.dim is not None:
+        parameter.model_parallel = parameter.tensor_model_parallel = True
+    return parameter
