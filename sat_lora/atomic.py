@@ -1,0 +1,59 @@
+"""Replace a folder so that a reader sees the old one or the new one, never a mixture."""
+
+import ctypes
+import errno
+import os
+import shutil
+from contextlib import contextmanager
+from pathlib import Path
+
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
+
+
+@contextmanager
+def replaced_folder(target: str | Path):
+    """Yields an empty temporary sibling to write into; it takes the place of `target` when the block ends well.
+
+    Everything is fsynced first. Leftovers of writers that died are removed.
+    """
+    target = Path(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    for stale in target.parent.glob(f".{target.name}.tmp-*"):
+        shutil.rmtree(stale, ignore_errors=True)
+    temporary = target.parent / f".{target.name}.tmp-{os.getpid()}"
+    temporary.mkdir()
+    try:
+        yield temporary
+        for path in [*temporary.rglob("*"), temporary]:
+            _sync(path)
+        if target.exists():
+            _exchange(temporary, target)
+        else:
+            temporary.rename(target)
+        _sync(target.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _exchange(new: Path, old: Path) -> None:
+    """Swap two folders in one step (Linux renameat2); afterwards `new` holds what `old` held."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is not None:
+        if renameat2(_AT_FDCWD, os.fsencode(new), _AT_FDCWD, os.fsencode(old), _RENAME_EXCHANGE) == 0:
+            return
+        number = ctypes.get_errno()
+        if number not in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
+            raise OSError(number, os.strerror(number), str(old))
+    # A file system without exchange: two renames, with a moment in which only the temporary names exist.
+    aside = old.with_name(f".{old.name}.tmp-old-{os.getpid()}")
+    old.rename(aside)
+    new.rename(old)
+    aside.rename(new)

@@ -1,0 +1,118 @@
+"""The arithmetic of one adapted linear, as one autograd Function and as a plain reference.
+
+Shapes: y (tokens, out), x (tokens, in), A (slots * r, in), B (adapted rows of y, r), S = x A^T (tokens, slots * r).
+A linear such as fused q/k/v has several slots: slot i owns columns [i r, (i + 1) r) of S and a range of y's columns.
+
+    forward     S = (x * keep) A^T            y_slot += scale S_slot B_slot^T
+    backward    dS_slot = scale dy_slot B_slot    dB_slot = scale dy_slot^T S_slot
+                dA = dS^T (x * keep)              dx = (dS A) * keep        dy passes through unchanged
+
+Model parallelism: a column-parallel linear sums dS over the ranks (each sees its own part of y), a row-parallel one
+sums S (each sees its own part of x). Both are tokens x r: no other communication.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+
+from sat_lora._sat import mpu
+
+Reduce = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class DeltaLayout:
+    """Where a delta goes and what is summed over the model-parallel ranks; the same for every call of one linear."""
+
+    slots: tuple[tuple[int, int], ...]  # ranges of y's columns (of this rank), ascending
+    width: int  # y's columns, of this rank
+    parallel: str = "none"  # "column", "row" or "none"
+
+    def pieces(self, rank: int):
+        """For each slot: its columns of y, its rows of B, its columns of S."""
+        row = 0
+        for number, (start, stop) in enumerate(self.slots):
+            yield slice(start, stop), slice(row, row + stop - start), slice(number * rank, (number + 1) * rank)
+            row += stop - start
+
+    def gaps(self):
+        """Ranges of y's columns that get no delta."""
+        edges = [0, *(edge for slot in self.slots for edge in slot), self.width]
+        return [slice(a, b) for a, b in zip(edges[::2], edges[1::2]) if a < b]
+
+
+def _sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
+    group = mpu.get_model_parallel_group()
+    if torch.distributed.get_world_size(group) > 1:
+        torch.distributed.all_reduce(tensor, group=group)
+    return tensor
+
+
+class _AddDelta(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y, x, a, b, keep, scale: float, layout: DeltaLayout):
+        shape, y, x = y.shape, y.reshape(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
+        a_, b_ = a.to(x.dtype), b.to(x.dtype)
+        s = (x if keep is None else x * keep) @ a_.T
+        if layout.parallel == "row":
+            s = _sum_over_ranks(s)
+        out = torch.empty_like(y)
+        for columns, rows, ranks in layout.pieces(b.shape[1]):
+            torch.addmm(y[:, columns], s[:, ranks], b_[rows].T, alpha=scale, out=out[:, columns])
+        for columns in layout.gaps():
+            out[:, columns] = y[:, columns]
+        ctx.save_for_backward(x, s, a, b, keep)
+        ctx.scale, ctx.layout = scale, layout
+        return out.view(shape)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        x, s, a, b, keep = ctx.saved_tensors
+        need_y, need_x, need_a, need_b = ctx.needs_input_grad[:4]
+        dy = grad.reshape(-1, grad.shape[-1])
+        dx = da = db = None
+        b_ = b.to(x.dtype)
+        if need_b:
+            db = torch.empty_like(b)
+            for columns, rows, ranks in ctx.layout.pieces(b.shape[1]):
+                db[rows] = (dy[:, columns].T @ s[:, ranks]).mul_(ctx.scale)
+        if need_x or need_a:
+            ds = torch.empty_like(s)
+            for columns, rows, ranks in ctx.layout.pieces(b.shape[1]):
+                torch.mm(dy[:, columns], b_[rows], out=ds[:, ranks])
+            ds.mul_(ctx.scale)
+            if ctx.layout.parallel == "column":
+                ds = _sum_over_ranks(ds)
+            if need_a:
+                da = (ds.T @ (x if keep is None else x * keep)).to(a.dtype)
+            if need_x:
+                dx = ds @ a.to(x.dtype)
+                dx = (dx if keep is None else dx.mul_(keep)).view(*grad.shape[:-1], -1)
+        return grad if need_y else None, dx, da, db, None, None, None
+
+
+def add_delta(y, x, a, b, keep, scale: float, layout: DeltaLayout) -> torch.Tensor:
+    """y with the low-rank delta of x added; y is not changed.
+
+    y (..., out) and x (..., in) in one dtype; A and B may have another and are cast, x never is.
+    keep: None, or a boolean (tokens, in) mask of the inputs that dropout left; its 1 / (1 - p) belongs into `scale`.
+    """
+    return _AddDelta.apply(y, x, a, b, keep, scale, layout)
+
+
+def add_delta_reference(y, x, a, b, keep, scale: float, layout: DeltaLayout) -> torch.Tensor:
+    """The same in plain autograd and SAT's communication functions: slow, and easy to read."""
+    if keep is not None:
+        x = x * keep.view(x.shape)
+    s = F.linear(x, a.to(x.dtype))
+    if layout.parallel == "row":
+        s = mpu.reduce_from_model_parallel_region(s)
+    elif layout.parallel == "column":
+        s = mpu.copy_to_model_parallel_region(s)
+    parts = {columns.start: y[..., columns] for columns in layout.gaps()}
+    for columns, rows, ranks in layout.pieces(b.shape[1]):
+        parts[columns.start] = y[..., columns] + scale * F.linear(s[..., ranks], b[rows].to(x.dtype))
+    return torch.cat([parts[start] for start in sorted(parts)], dim=-1)
