@@ -63,9 +63,9 @@ def whole_tensors(adapter: LoraAdapter) -> dict[str, torch.Tensor]:
     parameters = [adapter.A, adapter.B]
     gathered = nullcontext()
     if hasattr(adapter.A, "ds_id"):
-        from deepspeed.zero import GatheredParameters
+        import deepspeed
 
-        gathered = GatheredParameters(parameters)
+        gathered = deepspeed.zero.GatheredParameters(parameters)
     with gathered:
         a, b = (_over_model_parallel(p.detach(), adapter.shardings[leaf]) for p, leaf in zip(parameters, "AB"))
     if a.numel() == 0 or b.numel() == 0:

@@ -90,7 +90,7 @@ class _AddDelta(torch.autograd.Function):
                 da = (ds.T @ (x if keep is None else x * keep)).to(a.dtype)
             if need_x:
                 dx = ds @ a.to(x.dtype)
-                dx = (dx if keep is None else dx.mul_(keep)).view(*grad.shape[:-1], -1)
+                dx = (dx if keep is None else dx.mul_(keep)).view(*grad.shape[:-1], x.shape[-1])
         return grad if need_y else None, dx, da, db, None, None, None
 
 

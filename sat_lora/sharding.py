@@ -43,8 +43,8 @@ class Sharding:
         return tuple(n * size if d == self.dim else n for d, n in enumerate(local))
 
     def _split(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        unit = tensor.shape[self.dim] // sum(self.blocks)
-        return tensor.split([unit * b for b in self.blocks], self.dim)
+        size, total = tensor.shape[self.dim], sum(self.blocks)
+        return tensor.split([size * block // total for block in self.blocks], self.dim)
 
 
 REPLICATED = Sharding()

@@ -135,5 +135,5 @@ def _matching(field: str, patterns: str | tuple[str, ...], names, problems: list
 def _nearest(pattern: str, names) -> str:
     suffixes = {re.sub(r"\.\d+$", "", name).rpartition(".")[2] for name in names}
     candidates = [*PRESETS, *sorted(suffixes), *names]
-    near = difflib.get_close_matches(pattern, candidates, n=4, cutoff=0.4) or [*PRESETS][:3] + sorted(suffixes)[:3]
+    near = difflib.get_close_matches(pattern, candidates, n=4, cutoff=0.3) or [*PRESETS][:3] + sorted(suffixes)[:3]
     return ", ".join(near)

@@ -1,0 +1,77 @@
+"""This process among the others: rank, device, process groups, and mistakes that every rank has to hear of."""
+
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from sat_lora._sat import mpu
+from sat_lora.errors import SatLoraError
+
+
+@dataclass(frozen=True)
+class World:
+    rank: int
+    size: int
+    device: torch.device
+    data_parallel_rank: int
+    data_parallel_size: int
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def start(model_parallel_size: int = 1, backend: str | None = None) -> World:
+    """Join the process group that `deepspeed` or `torchrun` describes in the environment, or be alone.
+
+    NCCL on CUDA, unless `backend` says otherwise; gloo on the CPU whatever it says.
+    """
+    environment = os.environ
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1")):
+        environment.setdefault(name, value)
+    if "MASTER_PORT" not in environment:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            environment["MASTER_PORT"] = str(probe.getsockname()[1])
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(environment["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+        backend = backend or "nccl"
+    else:
+        device, backend = torch.device("cpu"), "gloo"
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group(backend)
+    if not mpu.model_parallel_is_initialized():
+        mpu.initialize_model_parallel(model_parallel_size)
+    return World(
+        torch.distributed.get_rank(),
+        torch.distributed.get_world_size(),
+        device,
+        mpu.get_data_parallel_rank(),
+        mpu.get_data_parallel_world_size(),
+    )
+
+
+def stop() -> None:
+    """Leave the process group."""
+    if torch.distributed.is_initialized():
+        mpu.destroy_model_parallel()
+        torch.distributed.destroy_process_group()
+
+
+def together(step: Callable, *args, **kwargs):
+    """Run `step` on every rank. If it fails with a user's mistake on any, it fails on all, with one message."""
+    result, mistake = None, None
+    try:
+        result = step(*args, **kwargs)
+    except SatLoraError as error:
+        mistake = error
+    mistakes: list[SatLoraError | None] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(mistakes, mistake)
+    first = next((m for m in mistakes if m is not None), None)
+    if first is not None:
+        raise first
+    return result

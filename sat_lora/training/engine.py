@@ -1,0 +1,30 @@
+"""The DeepSpeed engine around a model whose adapters train."""
+
+import logging
+
+import torch
+
+from sat_lora._sat import BaseModel, mpu
+
+
+def adapter_optimizer(model: BaseModel, *, lr: float, weight_decay: float = 0.0, betas=(0.9, 0.999), eps: float = 1e-8):
+    """AdamW over the trainable parameters, in the order of `model.parameters()`, the same on every rank."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, betas=betas, eps=eps)
+
+
+def start_engine(model: BaseModel, optimizer: torch.optim.Optimizer, config: dict, *, seed: int = 1234):
+    """`deepspeed.initialize` with SAT's model parallelism; the process groups have to exist."""
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    backend = torch.distributed.get_backend()
+    deepspeed.init_distributed(dist_backend=backend, verbose=False)
+    if torch.cuda.is_available():
+        # SAT checkpoints activations with DeepSpeed's function there, which needs the groups and a seeded tracker.
+        deepspeed.checkpointing.configure(mpu, deepspeed_config=config)
+        mpu.model_parallel_cuda_manual_seed(seed)
+    engine, _, _, _ = deepspeed.initialize(
+        model=model, optimizer=optimizer, config=config, mpu=mpu, dist_init_required=False
+    )
+    return engine
