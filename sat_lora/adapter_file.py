@@ -13,7 +13,7 @@ from pathlib import Path
 
 import safetensors
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn
 
 from sat_lora._sat import BaseModel, mpu
@@ -118,7 +118,7 @@ def save_adapter(model: nn.Module, folder: str | Path, *, name: str = "lora") ->
     if not distributed or torch.distributed.get_rank() == 0:
         try:
             with replaced_folder(folder) as temporary:
-                save_file(dict(sorted(tensors.items())), temporary / WEIGHTS, metadata={"format": "pt"})
+                (temporary / WEIGHTS).write_bytes(save(dict(sorted(tensors.items())), metadata={"format": "pt"}))
                 (temporary / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         except OSError as error:
             failure = [f"{folder}: the adapter could not be written: {error}"]

@@ -24,7 +24,7 @@ class World:
         return self.rank == 0
 
 
-def start(model_parallel_size: int = 1, backend: str | None = None) -> World:
+def join(backend: str | None = None) -> torch.device:
     """Join the process group that `deepspeed` or `torchrun` describes in the environment, or be alone.
 
     NCCL on CUDA, unless `backend` says otherwise; gloo on the CPU whatever it says.
@@ -44,6 +44,11 @@ def start(model_parallel_size: int = 1, backend: str | None = None) -> World:
         device, backend = torch.device("cpu"), "gloo"
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group(backend)
+    return device
+
+
+def arrange(device: torch.device, model_parallel_size: int = 1) -> World:
+    """Set up SAT's model-parallel and data-parallel groups among the processes that have joined."""
     if not mpu.model_parallel_is_initialized():
         mpu.initialize_model_parallel(model_parallel_size)
     return World(
@@ -63,7 +68,7 @@ def stop() -> None:
 
 
 def together(step: Callable, *args, **kwargs):
-    """Run `step` on every rank. If it fails with a user's mistake on any, it fails on all, with one message."""
+    """Run `step` on every rank. If it fails with a user's mistake on any, it fails on all, with that message."""
     result, mistake = None, None
     try:
         result = step(*args, **kwargs)

@@ -1,0 +1,56 @@
+"""What a run needs to go on where it stopped: DeepSpeed's state of the adapters, and every rank's random state."""
+
+import random
+import shutil
+from pathlib import Path
+
+import numpy
+import torch
+
+from sat_lora.errors import CheckpointError
+
+
+def save_checkpoint(engine, folder: Path, step: int) -> None:
+    """Optimizer, adapters and random states after `step` steps; the base is not in it. Every rank has to call it.
+
+    Only the newest is kept; it is removed after the new one and its `latest` pointer are there.
+    """
+    tag = str(step)
+    engine.save_checkpoint(str(folder), tag=tag, client_state={"step": step}, exclude_frozen_parameters=True)
+    rank = torch.distributed.get_rank()
+    torch.save(_random_state(), folder / tag / f"random_state_rank_{rank:05d}.pt")
+    torch.distributed.barrier()
+    if rank == 0:
+        for old in folder.iterdir():
+            if old.is_dir() and old.name != tag:
+                shutil.rmtree(old)
+
+
+def load_checkpoint(engine, folder: Path) -> int:
+    """Continue from the newest checkpoint in `folder`; returns the number of steps done."""
+    latest = folder / "latest"
+    if not latest.is_file():
+        raise CheckpointError(f"--resume: {folder} holds no checkpoint (no `latest`); was --save-interval reached?")
+    tag = latest.read_text(encoding="utf-8").strip()
+    path, state = engine.load_checkpoint(str(folder), tag=tag, load_module_strict=False)
+    if path is None:
+        raise CheckpointError(f"--resume: {folder / tag} cannot be read by DeepSpeed; found {sorted(p.name for p in (folder / tag).glob('*'))}")
+    own = folder / tag / f"random_state_rank_{torch.distributed.get_rank():05d}.pt"
+    if own.is_file():
+        _set_random_state(torch.load(own, weights_only=False))
+    return state["step"]
+
+
+def _random_state() -> dict:
+    state = {"python": random.getstate(), "numpy": numpy.random.get_state(), "torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _set_random_state(state: dict) -> None:
+    random.setstate(state["python"])
+    numpy.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])

@@ -1,0 +1,112 @@
+"""A tiny CogVLM and batches for it, random and seeded."""
+
+import torch
+
+from sat_lora.cogvlm.model import CogVLMModel, build_cogvlm
+from sat_lora.cogvlm.text import IGNORED, position_ids_for
+
+PATCHES = 9
+CONFIG = dict(
+    num_layers=2,
+    hidden_size=64,
+    num_attention_heads=4,
+    vocab_size=1024,
+    layernorm_order="pre",
+    max_sequence_length=64,
+    inner_hidden_size=96,
+    image_length=PATCHES,
+    use_bias=False,
+    eva_args=dict(
+        num_layers=2,
+        hidden_size=48,
+        num_attention_heads=4,
+        vocab_size=1,
+        layernorm_order="post",
+        max_sequence_length=10,
+        inner_hidden_size=72,
+        use_final_layernorm=False,
+        layernorm_epsilon=1e-6,
+        row_parallel_linear_final_bias=False,
+        image_size=[21, 21],
+        pre_len=1,
+        post_len=0,
+        in_channels=3,
+        patch_size=7,
+    ),
+)
+
+
+def tiny_model(dtype=torch.float32, seed=0, **settings) -> CogVLMModel:
+    """Random weights large enough that every part of the network shows in the logits."""
+    model = build_cogvlm(CONFIG, dtype=dtype, **settings)
+    randomise(model, seed)
+    return model
+
+
+def randomise(model: torch.nn.Module, seed: int) -> None:
+    """Give every parameter seeded values: matrices of unit gain, norms near one, the rest small."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            generator = torch.Generator().manual_seed(seed + sum(name.encode()))
+            noise = torch.randn(parameter.shape, generator=generator)
+            if "norm" in name and name.endswith("weight"):
+                parameter.copy_(1 + 0.1 * noise)
+            elif parameter.dim() > 1:
+                parameter.copy_(noise / parameter[0].numel() ** 0.5)
+            else:
+                parameter.copy_(0.1 * noise)
+
+
+def fill_adapters(model, seed=0, std=0.2) -> None:
+    """Give A and B seeded values, so that the delta is not zero."""
+    from sat_lora.adapter_file import adapters_of
+
+    with torch.no_grad():
+        for name, adapter in adapters_of(model).items():
+            generator = torch.Generator().manual_seed(seed + sum(name.encode()))
+            for leaf, parameter in (("A", adapter.A), ("B", adapter.B)):
+                sharding = adapter.shardings[leaf]
+                from sat_lora.sharding import model_parallel_layout
+
+                rank, size = model_parallel_layout()
+                whole = torch.randn(sharding.full_shape(parameter.shape, size), generator=generator) * std
+                parameter.copy_(sharding.shard(whole, rank, size))
+
+
+def tiny_batch(with_image=(True, False), seed=0, length=20, answer=4) -> dict:
+    """One row per entry of `with_image`: BOS, the image's places if it has one, then words; the last are the answer."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = len(with_image)
+    ids = torch.randint(1, 1000, (rows, length), generator=generator)
+    embed = torch.zeros(rows, length, dtype=torch.long)
+    vision, patches = embed.clone(), embed.clone()
+    for row, has_image in enumerate(with_image):
+        if has_image:
+            embed[row, 1 : PATCHES + 3] = 1
+            vision[row, 1 : PATCHES + 2] = 1
+            patches[row, 2 : PATCHES + 2] = 1
+    labels = torch.full_like(ids, IGNORED)
+    labels[:, -answer:] = ids[:, -answer:]
+    images = torch.randn(max(1, sum(with_image)), 3, 21, 21, generator=generator)
+    if not any(with_image):
+        images.zero_()
+    return dict(
+        input_ids=ids,
+        position_ids=torch.stack([position_ids_for(row) for row in patches]),
+        labels=labels,
+        image_embed_mask=embed,
+        vision_expert_mask=vision,
+        images=images,
+        broken=[],
+    )
+
+
+def logits_of(model, batch: dict) -> torch.Tensor:
+    return model(
+        batch["input_ids"],
+        batch["position_ids"],
+        -1,
+        images=batch["images"],
+        image_embed_mask=batch["image_embed_mask"],
+        vision_expert_mask=batch["vision_expert_mask"],
+    )[0]
