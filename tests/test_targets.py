@@ -1,0 +1,82 @@
+"""Which linears a config selects."""
+
+import pytest
+
+from sat_lora import ConfigError, LoraConfig
+from sat_lora.cogvlm.model import VIT
+from sat_lora.mixin import sat_models
+from sat_lora.targets import PRESETS, find_linears, select
+from tests.tiny import tiny_model
+
+
+@pytest.fixture(scope="module")
+def sites(single_process_group):
+    return {n: s for path, inner in sat_models(tiny_model()).items() for n, s in find_linears(inner, path).items()}
+
+
+def chosen(sites, **fields):
+    return set(select(sites, LoraConfig(**fields)))
+
+
+def test_the_default_is_every_linear_but_the_head(sites):
+    assert chosen(sites) == set(sites) - {"mixins.lm.lm_head"}
+
+
+@pytest.mark.parametrize(
+    "preset, count",
+    [("language-attention", 4), ("language-mlp", 6), ("vision-expert-attention", 4), ("vision-expert-mlp", 6),
+     ("vit-attention", 4), ("vit-mlp", 4), ("projector", 4), ("lm-head", 1), ("all-linear", 32)],
+)
+def test_presets_name_parts_of_the_model(sites, preset, count):
+    assert len(chosen(sites, target_modules=preset)) == count
+    assert len(chosen(sites, target_modules=[preset])) == count
+
+
+def test_presets_do_not_overlap_and_cover_everything(sites):
+    parts = [chosen(sites, target_modules=p) for p in PRESETS if p != "all-linear"]
+    assert sum(map(len, parts)) == len(sites) == len(set().union(*parts))
+    assert all(site.part != "other" for site in sites.values())
+
+
+def test_a_list_matches_whole_dotted_suffixes(sites):
+    found = chosen(sites, target_modules=["attention.dense"])
+    assert found == {f"{p}transformer.layers.{i}.attention.dense" for p in ("", VIT + ".") for i in range(2)}
+    assert "transformer.layers.0.mlp.dense_4h_to_h" not in chosen(sites, target_modules=["dense"])
+
+
+def test_a_string_is_a_regular_expression_for_the_whole_name(sites):
+    assert chosen(sites, target_modules=r"transformer\.layers\.1\.mlp\..*") == {
+        "transformer.layers.1.mlp.dense_h_to_4h", "transformer.layers.1.mlp.dense_4h_to_h"}
+
+
+def test_exclusion_and_layers_take_away(sites):
+    found = chosen(sites, target_modules=["language-mlp", "vit-mlp"], exclude_modules=["dense_h_to_4h"],
+                   layers_to_transform="language:0,vit:1")
+    assert found == {"transformer.layers.0.mlp.dense_4h_to_h", "mixins.mlp.gate_proj.0",
+                     VIT + ".transformer.layers.1.mlp.dense_4h_to_h"}
+
+
+def test_layer_numbers_alone_count_for_every_tower(sites):
+    found = chosen(sites, layers_to_transform=[1])
+    assert {sites[name].tower for name in found} == {"language", "vit"}
+    assert {sites[name].layer for name in found} == {1}
+
+
+@pytest.mark.parametrize("wrong, near", [("qkv", "query_key_value"), ("vit-mpl", "vit-mlp"), ("gate_project", "gate_proj")])
+def test_a_pattern_that_matches_nothing_names_the_nearest(sites, wrong, near):
+    with pytest.raises(ConfigError, match=f"target_modules: '{wrong}' matches no linear; nearest:.*{near}"):
+        chosen(sites, target_modules=[wrong])
+
+
+def test_all_patterns_that_match_nothing_are_listed(sites):
+    with pytest.raises(ConfigError) as error:
+        chosen(sites, target_modules=["nonsense", "dense"], exclude_modules=["folly"])
+    assert "nonsense" in str(error.value) and "exclude_modules: 'folly'" in str(error.value)
+
+
+def test_shapes_come_from_the_weights(sites):
+    site = sites["transformer.layers.0.attention.query_key_value"]
+    assert (site.kind, site.in_features, site.out_features, site.slot_names) == ("column", 64, 192, ("q", "k", "v"))
+    assert site.slot_rows(("q", "v")) == [(0, 64), (128, 192)]
+    site = sites[VIT + ".transformer.layers.0.mlp.dense_4h_to_h"]
+    assert (site.kind, site.in_features, site.out_features, site.slot_names) == ("row", 72, 48, ())
