@@ -1,9 +1,14 @@
 """A tiny CogVLM and batches for it, random and seeded."""
 
+import zlib
+
 import torch
 
+from sat_lora.adapter_file import adapters_of
+from sat_lora.cogvlm.checkpoint import shardings_of
 from sat_lora.cogvlm.model import CogVLMModel, build_cogvlm
 from sat_lora.cogvlm.text import IGNORED, position_ids_for
+from sat_lora.sharding import model_parallel_layout
 
 PATCHES = 9
 CONFIG = dict(
@@ -44,33 +49,36 @@ def tiny_model(dtype=torch.float32, seed=0, **settings) -> CogVLMModel:
 
 
 def randomise(model: torch.nn.Module, seed: int) -> None:
-    """Give every parameter seeded values: matrices of unit gain, norms near one, the rest small."""
+    """Give every parameter seeded values: matrices of unit gain, norms near one, the rest small.
+
+    Whole tensors are drawn and then cut, so that the values do not depend on the model-parallel size.
+    """
+    shardings, layout = shardings_of(model), model_parallel_layout()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            generator = torch.Generator().manual_seed(seed + sum(name.encode()))
-            noise = torch.randn(parameter.shape, generator=generator)
+            noise = seeded_noise(shardings[name].full_shape(parameter.shape, layout[1]), seed, name)
             if "norm" in name and name.endswith("weight"):
-                parameter.copy_(1 + 0.1 * noise)
-            elif parameter.dim() > 1:
-                parameter.copy_(noise / parameter[0].numel() ** 0.5)
+                whole = 1 + 0.1 * noise
+            elif noise.dim() > 1:
+                whole = noise / noise[0].numel() ** 0.5
             else:
-                parameter.copy_(0.1 * noise)
+                whole = 0.1 * noise
+            parameter.copy_(shardings[name].shard(whole, *layout))
 
 
 def fill_adapters(model, seed=0, std=0.2) -> None:
     """Give A and B seeded values, so that the delta is not zero."""
-    from sat_lora.adapter_file import adapters_of
-
+    layout = model_parallel_layout()
     with torch.no_grad():
         for name, adapter in adapters_of(model).items():
-            generator = torch.Generator().manual_seed(seed + sum(name.encode()))
             for leaf, parameter in (("A", adapter.A), ("B", adapter.B)):
                 sharding = adapter.shardings[leaf]
-                from sat_lora.sharding import model_parallel_layout
+                whole = seeded_noise(sharding.full_shape(parameter.shape, layout[1]), seed, name + leaf) * std
+                parameter.copy_(sharding.shard(whole, *layout))
 
-                rank, size = model_parallel_layout()
-                whole = torch.randn(sharding.full_shape(parameter.shape, size), generator=generator) * std
-                parameter.copy_(sharding.shard(whole, rank, size))
+
+def seeded_noise(shape, seed: int, name: str) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed + zlib.crc32(name.encode())))
 
 
 def tiny_batch(with_image=(True, False), seed=0, length=20, answer=4) -> dict:

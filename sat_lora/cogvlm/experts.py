@@ -8,6 +8,7 @@ from torch import nn
 
 from sat_lora._sat import BaseMixin, ColumnParallelLinear, RowParallelLinear, split_tensor_along_last_dim
 from sat_lora.cogvlm.attention import attend
+from sat_lora.cogvlm.gradient_sum import undo_gradient_sum
 from sat_lora.cogvlm.rotary import RotaryEmbedding, rotate
 from sat_lora.cogvlm.routing import TokenRouting, route
 
@@ -91,26 +92,8 @@ class ExpertMlp(BaseMixin):
         return route(routing, vision, language, hidden_states)
 
 
-class _UndoGradientSum(torch.autograd.Function):
-    """Identity; divides the gradient by the model-parallel size."""
-
-    @staticmethod
-    def forward(ctx, x, size):
-        ctx.size = size
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad / ctx.size, None
-
-
 class LanguageModelHead(BaseMixin):
-    """The column-parallel output head, its logits gathered: (batch, seq, hidden) -> (batch, seq, vocabulary).
-
-    SAT's transformer passes the final hidden state through `copy_to_model_parallel_region`, whose backward sums the
-    gradient over the ranks, and the column-parallel head does so again: at model-parallel size n every gradient
-    below it comes out n times too large (SAT 0.4.12). One of the two sums is divided away here.
-    """
+    """The column-parallel output head, its logits gathered: (batch, seq, hidden) -> (batch, seq, vocabulary)."""
 
     def __init__(self, vocab_size, hidden_size, params_dtype, skip_init):
         super().__init__()
@@ -126,7 +109,4 @@ class LanguageModelHead(BaseMixin):
         )
 
     def final_forward(self, hidden_states, **kw_args):
-        size = self.lm_head.output_size // self.lm_head.output_size_per_partition
-        if size > 1:
-            hidden_states = _UndoGradientSum.apply(hidden_states, size)
-        return self.lm_head(hidden_states)
+        return self.lm_head(undo_gradient_sum(hidden_states))

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from sat_lora._sat import BaseMixin, BaseModel, ImagePatchEmbeddingMixin, ViTProperty
 from sat_lora.cogvlm.attention import FULL, attend
+from sat_lora.cogvlm.gradient_sum import undo_gradient_sum
 
 
 class PositionEmbedding(BaseMixin):
@@ -24,7 +25,7 @@ class DropClassToken(BaseMixin):
     """The output is the patches alone: (images, patches, ViT hidden)."""
 
     def final_forward(self, hidden_states, **kw_args):
-        return hidden_states[:, self.transformer.property.pre_len :]
+        return undo_gradient_sum(hidden_states)[:, self.transformer.property.pre_len :]
 
 
 class BranchNorm(BaseMixin):
