@@ -84,7 +84,8 @@ def _read_lines(path: Path) -> list[Item]:
 def split_items(items: Sequence[Item], proportions: Sequence[float], seed: int) -> tuple[list[Item], ...]:
     """(train, valid, test) in the given proportions, of a seeded shuffle; the same for the same seed.
 
-    proportions: one to three numbers of any sum. Every share above zero gets an item while there are any; train first.
+    proportions: one to three numbers of any sum. Every share above zero gets an item while there are any;
+    train comes first.
     """
     items = list(items)
     random.Random(seed).shuffle(items)
@@ -100,7 +101,8 @@ class ImageTextDataset(Dataset):
     """Samples of items, or of image paths whose stem is the answer.
 
     version, prompt: the base's prompt format and the query for items without their own (see `prompt_for`).
-    image_size: (height, width) in pixels. image_length: patches per image. max_length: tokens; longer answers are cut.
+    image_size: (height, width) in pixels. image_length: patches per image. max_length: in tokens; longer answers
+    are cut.
     with_answer: False gives the prompt alone, ready for generation; the answer is in `items[i].answer`.
     """
 
@@ -126,7 +128,7 @@ class ImageTextDataset(Dataset):
         return len(self.items)
 
     def __getitem__(self, index: int) -> Sample | BrokenSample:
-        """The sample, or what is wrong with it: an exception here would stop one rank and leave the others waiting."""
+        """The sample, or what is wrong with it: an exception would stop one rank and leave the others waiting."""
         item = self.items[index]
         try:
             prompt = prompt_for(self.version, self.prompt if item.prompt is None else item.prompt)
@@ -142,11 +144,11 @@ class ImageTextDataset(Dataset):
 
 
 def collate(samples: Sequence[Sample | BrokenSample], *, image_size: tuple[int, int]) -> dict:
-    """One batch, whatever the samples are: broken ones are left out, and a batch of nothing else has nothing to learn.
+    """One batch, whatever the samples are: broken ones are left out; with nothing else there is nothing to learn.
 
-    input_ids, position_ids, labels, image_embed_mask, vision_expert_mask: (batch, seq) int64, padded on the right to
-    the longest. Padding has id 0, label -100 and the positions that follow. images: (images, 3, height, width) float32
-    in the order of their places, one blank image if there is none, so that the vision tower always has work.
+    input_ids, position_ids, labels, image_embed_mask, vision_expert_mask: (batch, seq) int64, padded on the right
+    to the longest. Padding has id 0, label -100 and the positions that follow. images: (images, 3, height, width)
+    float32 in the order of their places, one blank image if there is none: the vision tower always has work.
     broken: list of (path, reason). A batch without a usable sample is one padding-only row: every label is -100, so a
     mean over its labels must guard against dividing by zero.
     """

@@ -15,8 +15,9 @@ NEVER = 2**31  # steps_per_print: the run folder and the progress bar report ins
 def deepspeed_config(options: Namespace, *, device: str, environ: Mapping[str, str] = os.environ) -> dict:
     """The config for `deepspeed.initialize`; an option given beats the --deepspeed_config file beats the default.
 
-    What the file decides is written back into `options`: batch_size, gradient_accumulation_steps, clip_grad, lr, betas,
-    eps, weight_decay, zero_stage, bf16, fp16. So are eval_batch_size and distributed_backend where they were left open.
+    What the file decides is written back into `options`: batch_size, gradient_accumulation_steps, clip_grad, lr,
+    betas, eps, weight_decay, zero_stage, bf16, fp16. So are eval_batch_size and distributed_backend where they were
+    left open.
     The optimizer and the schedule are this package's own, so those two sections are read and left out.
     device: `cuda` or `cpu` (an index behind it is ignored); it decides the precision when nothing else does.
     ConfigError: the file is missing or wrong. Running it a second time changes nothing.
@@ -35,7 +36,7 @@ def deepspeed_config(options: Namespace, *, device: str, environ: Mapping[str, s
             environ,
         )
     if "scheduler" in content:
-        warn('--deepspeed_config: "scheduler" is not used; --lr-decay-style, --warmup and --min-lr-ratio are', environ)
+        warn('--deepspeed_config: "scheduler" is not used; --lr-decay-style, --warmup, --min-lr-ratio are', environ)
     removed = ("optimizer", "scheduler", "train_batch_size", "offload_optimizer", "offload_param", "bfloat16")
     kept = {name: value for name, value in content.items() if name not in removed}
     bf16 = content.get("bf16", content.get("bfloat16", {}))
@@ -77,7 +78,7 @@ def _take(options: Namespace, name: str, section: dict, key: str, kind: type) ->
 
 
 def _take_batch(options: Namespace, content: dict, environ: Mapping[str, str]) -> None:
-    """Batch size and accumulation; where a file only has the product `train_batch_size`, the batch size follows from it."""
+    """Batch size and accumulation; a file with nothing but the product `train_batch_size` decides them too."""
     _take(options, "batch_size", content, "train_micro_batch_size_per_gpu", int)
     _take(options, "gradient_accumulation_steps", content, "gradient_accumulation_steps", int)
     if "train_batch_size" not in content:
@@ -89,7 +90,8 @@ def _take_batch(options: Namespace, content: dict, environ: Mapping[str, str]) -
         if rest or not options.batch_size:
             raise ConfigError(
                 f'--deepspeed_config: {options.deepspeed_config}: "train_batch_size" {whole} does not divide by '
-                f'{ranks} data-parallel ranks x {steps} accumulation steps; set "train_micro_batch_size_per_gpu" instead'
+                f"{ranks} data-parallel ranks x {steps} accumulation steps; set "
+                '"train_micro_batch_size_per_gpu" instead'
             )
     product = options.batch_size * steps * ranks
     if product != whole:

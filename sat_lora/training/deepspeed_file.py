@@ -9,14 +9,15 @@ from sat_lora.errors import ConfigError
 # DeepSpeed (0.19.8) checks the keys of its sections, never those of the top level.
 TOP_LEVEL_KEYS = frozenset(
     """
-    activation_checkpointing aio autotuning bf16 bfloat16 checkpoint comet comms_logger communication_data_type compile
-    csv_monitor data_efficiency data_types dataloader_drop_last datastates_ckpt disable_allgather disable_python_gc
-    dump_state expert_parallel flops_profiler fp16 gradient_accumulation_steps gradient_allreduce_op gradient_clipping
-    gradient_predivide_factor hybrid_engine log_level managed_gradient_accumulation memory_breakdown optimizer pipeline
-    prescale_gradients scheduler seq_parallel_communication_data_type sequence_parallel_size steps_per_print
-    tensor_parallel tensorboard timers torch_autocast train_batch_size train_micro_batch_size_per_gpu
-    use_data_before_expert_parallelism wall_clock_breakdown wandb weight_quantization zero_allow_untested_optimizer
-    zero_force_ds_cpu_optimizer zero_optimization
+    activation_checkpointing aio autotuning bf16 bfloat16 checkpoint comet comms_logger communication_data_type
+    compile csv_monitor data_efficiency data_types dataloader_drop_last datastates_ckpt disable_allgather
+    disable_python_gc dump_state expert_parallel flops_profiler fp16 gradient_accumulation_steps
+    gradient_allreduce_op gradient_clipping gradient_predivide_factor hybrid_engine log_level
+    managed_gradient_accumulation memory_breakdown optimizer pipeline prescale_gradients scheduler
+    seq_parallel_communication_data_type sequence_parallel_size steps_per_print tensor_parallel tensorboard timers
+    torch_autocast train_batch_size train_micro_batch_size_per_gpu use_data_before_expert_parallelism
+    wall_clock_breakdown wandb weight_quantization zero_allow_untested_optimizer zero_force_ds_cpu_optimizer
+    zero_optimization
     """.split()
 )
 OFFLOADS = ("offload_optimizer", "offload_param")  # written at the top level, as in CogVLM's published config
@@ -25,7 +26,7 @@ POSITIVE_INTEGERS = ("train_batch_size", "train_micro_batch_size_per_gpu", "grad
 
 
 def read_deepspeed_file(path: str | Path) -> dict:
-    """The content of a DeepSpeed json, without entries that say "auto". ConfigError: missing, not JSON, not an object."""
+    """The content of a DeepSpeed json without its "auto" entries. ConfigError: missing, not JSON, not an object."""
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"--deepspeed_config: {path} is not a file; give DeepSpeed's json, or leave the option out")
@@ -39,7 +40,7 @@ def read_deepspeed_file(path: str | Path) -> dict:
 
 
 def _without_auto(content: dict) -> dict:
-    """Hugging Face's files leave an entry to the trainer by the word "auto"; to DeepSpeed it is just a wrong value."""
+    """Hugging Face's files leave an entry to the trainer by "auto"; to DeepSpeed it is just a wrong value."""
     kept = {name: value for name, value in content.items() if value != "auto"}
     return {name: _without_auto(value) if isinstance(value, dict) else value for name, value in kept.items()}
 
@@ -79,7 +80,7 @@ def _problems_in_sections(content: dict) -> list[str]:
     ]
     kind = content.get("optimizer", {}).get("type", "AdamW")
     if str(kind).lower() not in ("adam", "adamw"):
-        problems.append(f'"optimizer": type {kind!r} is not supported, wanted "AdamW" or "Adam"; the optimizer is AdamW')
+        problems.append(f'"optimizer": type is {kind!r}, wanted "AdamW" or "Adam"; AdamW is what trains here')
     if enabled(content, "fp16") and (enabled(content, "bf16") or enabled(content, "bfloat16")):
         problems.append('"bf16" and "fp16" are both enabled; enable one')
     return problems

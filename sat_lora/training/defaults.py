@@ -62,7 +62,7 @@ EMBEDDED_DEMO = Path(__file__).resolve().parents[2] / "finetune_demo"
 
 
 def demo_defaults(demo_folder: str | Path) -> dict:
-    """What replaces DEFAULTS where no --from_pretrained is given: the embedded tiny base, captchas, a few minutes on CPU.
+    """What replaces DEFAULTS without --from_pretrained: the embedded tiny base and captchas, minutes on a CPU.
 
     demo_folder: the folder that holds `tiny_cogvlm/` and `captchas/{train,valid,test}`.
     """

@@ -8,7 +8,7 @@ logger = logging.getLogger("sat_lora")
 
 
 def is_first_rank(environ: Mapping[str, str] = os.environ) -> bool:
-    """Whether this process is rank 0, by the RANK that `deepspeed` and `torchrun` set; known before any process group."""
+    """Whether this is rank 0, by the RANK that `deepspeed` and `torchrun` set; known before any process group."""
     return environ.get("RANK", "0").strip() in ("", "0")
 
 

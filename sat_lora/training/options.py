@@ -48,12 +48,12 @@ def proportions(text: str) -> list[float]:
     """Up to three proportions of train, valid and test, separated by commas: `1.` or `0.9,0.1` or `8,1,1`."""
     parts = [not_negative(part) for part in text.split(",")]
     if not 1 <= len(parts) <= 3 or parts[0] == 0:
-        raise argparse.ArgumentTypeError(f"got {text!r}, wanted one to three proportions such as 0.9,0.1 (train,valid)")
+        raise argparse.ArgumentTypeError(f"got {text!r}, wanted one to three shares such as 0.9,0.1 (train,valid)")
     return parts
 
 
 class OptionParser(argparse.ArgumentParser):
-    """Takes `--a-b` for `--a_b` and the other way round; the first rank alone speaks, every rank ends with status 2."""
+    """Takes `--a-b` for `--a_b` and the other way round; rank 0 alone speaks, every rank ends with status 2."""
 
     def __init__(self, **settings):
         super().__init__(allow_abbrev=False, **settings)
@@ -85,7 +85,7 @@ class OptionParser(argparse.ArgumentParser):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser. It holds no defaults: its namespace has the given options only, `parse_options` fills in the rest."""
+    """The parser. It holds no defaults: its namespace has the given options, `parse_options` adds the rest."""
     parser = OptionParser(
         usage="%(prog)s [options]",
         description="Fine-tune CogVLM with LoRA. With no option at all: the embedded tiny base and captchas.",
@@ -107,11 +107,11 @@ def build_parser() -> argparse.ArgumentParser:
     schedule = parser.add_argument_group("schedule", "--lr and the number of steps matter most")
     memory = parser.add_argument_group("parallelism and memory", "out of memory: checkpoint activations, then ZeRO 3")
     saving = parser.add_argument_group("saving and evaluating")
-    compatible = parser.add_argument_group("accepted for compatibility", "options of published scripts, without effect")
+    compatible = parser.add_argument_group("accepted for compatibility", "of published scripts, without effect")
     flag = {"action": "store_true"}
 
-    add(set_by_people, "--from_pretrained", "SAT model folder of the base (default: the embedded tiny base)", metavar="DIR")
-    add(set_by_people, "--train-data", "folders of images named LABEL.png, or .jsonl files", nargs="+", metavar="PATH")
+    add(set_by_people, "--from_pretrained", "SAT folder of the base (default: the embedded tiny one)", metavar="DIR")
+    add(set_by_people, "--train-data", "folders of images LABEL.png, or .jsonl files", nargs="+", metavar="PATH")
     add(set_by_people, "--valid-data", "the same, for the validation loss", nargs="+", metavar="PATH")
     add(set_by_people, "--test-data", "the same, answered by generation after training", nargs="+", metavar="PATH")
     add(set_by_people, "--experiment-name", "name of the run; its folder is SAVE/NAME", metavar="NAME")
@@ -133,7 +133,7 @@ def build_parser() -> argparse.ArgumentParser:
     add(lora, "--layer_range", "numbers of the layers to adapt (default: all)", nargs="+", type=count, metavar="I")
 
     add(data, "--prompt", "the query that goes with every image")
-    add(data, "--split", "train,valid,test shares of --train-data without --valid-data", type=proportions, metavar="A,B,C")
+    add(data, "--split", "train,valid,test shares when there is no --valid-data", type=proportions, metavar="A,B,C")
     add(data, "--num-workers", "processes that read images, per rank", type=count, metavar="N")
 
     add(schedule, "--warmup", "steps of warm-up; below 1: their share of all steps", type=not_negative, metavar="N")
@@ -158,7 +158,7 @@ def build_parser() -> argparse.ArgumentParser:
     add(saving, "--save-interval", "steps between saved adapters; 0: at the end only", type=count, metavar="N")
     add(saving, "--eval-interval", "steps between validation losses; 0: at the end only", type=count, metavar="N")
     add(saving, "--eval-iters", "validation batches per rank; 0: all", type=count, metavar="N")
-    add(saving, "--eval-batch-size", "samples per validation batch (default: --batch-size)", type=positive_int, metavar="N")
+    add(saving, "--eval-batch-size", "for validation (default: --batch-size)", type=positive_int, metavar="N")
     add(saving, "--log-interval", "steps between the lines of train.jsonl", type=positive_int, metavar="N")
 
     add(compatible, "--mode", "no effect: this always fine-tunes", choices=["finetune"])
@@ -175,15 +175,15 @@ def parse_options(
 ) -> argparse.Namespace:
     """Every option with its value, plus `given` (names of those set by hand) and `run_folder`.
 
-    Values are JSON's types (paths are strings). With --resume, the settings of that run's `run.json` stand in for what
-    is not given. A mistake ends the process with status 2 and one line on rank 0.
+    Values are JSON's types (paths are strings). With --resume, the settings of that run's `run.json` stand in for
+    what is not given. A mistake ends the process with status 2 and one line on rank 0.
     """
     parser = build_parser()
     explicit = vars(parser.parse_args(argv))
     if {"train_iters", "epochs"} <= explicit.keys():
         parser.error(
-            f"--train-iters {explicit['train_iters']} and --epochs {explicit['epochs']:g}: both say how long to train; "
-            "give one of them"
+            f"--train-iters {explicit['train_iters']} and --epochs {explicit['epochs']:g}: both say how long to "
+            "train; give one of them"
         )
     values, given = {**DEFAULTS, "local_rank": int(environ.get("LOCAL_RANK", 0))}, frozenset(explicit)
     if "resume" in explicit:

@@ -16,9 +16,9 @@ class EpochSampler(Sampler):
     """This rank's index batches, without end, from `start_step` on.
 
     One stream of samples is laid out for all ranks: permutation after permutation of the data, each drawn from (seed,
-    epoch). Step s takes the next batch_size * data_parallel_size of it and rank k the k-th slice of those. So the samples
-    of a step are the same however many ranks share them, every rank has as many steps, and no sample is left out: a
-    step at the end of an epoch reaches into the next.
+    epoch). Step s takes the next batch_size * data_parallel_size of it and rank k the k-th slice of those. So the
+    samples of a step are the same however many ranks share them, every rank has as many steps, and no sample is left
+    out: a step at the end of an epoch reaches into the next.
     A step is one forward pass: with gradient accumulation, start_step counts micro-batches.
     """
 
@@ -50,7 +50,8 @@ class EpochSampler(Sampler):
         if not self.shuffle:
             return index
         if epoch != self._epoch:
-            self._epoch, self._order = epoch, numpy.random.default_rng([self.seed, epoch]).permutation(self.num_samples)
+            generator = numpy.random.default_rng([self.seed, epoch])
+            self._epoch, self._order = epoch, generator.permutation(self.num_samples)
         return int(self._order[index])
 
     def __iter__(self) -> Iterator[list[int]]:

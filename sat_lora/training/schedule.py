@@ -17,8 +17,8 @@ def learning_rate_factor(step: int, *, total_steps: int, warmup_steps: int, styl
         step < W     (step + 1) / W
         otherwise    floor + (1 - floor) * decay((step - W) / (N - W))
 
-    decay(p) is (1 + cos(pi p)) / 2 for `cosine`, 1 - p for `linear`, 1 for `constant`. The first step after warm-up has
-    the peak, the last step is just above `floor`; a step past the last one keeps the last one's factor.
+    decay(p) is (1 + cos(pi p)) / 2 for `cosine`, 1 - p for `linear`, 1 for `constant`. The first step after warm-up
+    has the peak, the last step is just above `floor`; a step past the last one keeps the last one's factor.
     ValueError for an unknown style.
     """
     if style not in DECAY_STYLES:
@@ -31,7 +31,7 @@ def learning_rate_factor(step: int, *, total_steps: int, warmup_steps: int, styl
 
 
 def warmup_steps(warmup: float, total_steps: int) -> int:
-    """--warmup in steps: below 1 it is a share of `total_steps` (rounded up), otherwise steps; never above `total_steps`."""
+    """--warmup in steps: below 1 a share of `total_steps` (rounded up), else steps; never above `total_steps`."""
     steps = math.ceil(warmup * total_steps - 1e-9) if warmup < 1 else round(warmup)
     return min(steps, total_steps)
 
