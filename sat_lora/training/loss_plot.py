@@ -1,6 +1,5 @@
 """loss.png: training loss, its running mean, and validation points."""
 
-import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,14 +17,17 @@ def running_mean(values: Sequence[float], smoothing: float = SMOOTHING) -> list[
     return means
 
 
+def _points(records: Sequence[dict], key: str) -> list[tuple[int, float]]:
+    return [(record["step"], record[key]) for record in records if record.get(key) is not None]
+
+
 def draw_losses(records: Sequence[dict], path: str | Path) -> None:
-    """Write the picture of train.jsonl's records to `path` (a .png); losses that are no finite number are left out."""
+    """Write the picture of train.jsonl's records to `path` (a .png); a loss that was not finite is left out."""
     # Figure and canvas by hand: pyplot would keep global state and might ask for a display.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    train, valid = ([(r["step"], r[key]) for r in records if math.isfinite(r.get(key, math.nan))]
-                    for key in ("loss", "valid_loss"))  # fmt: skip
+    train, valid = _points(records, "loss"), _points(records, "valid_loss")
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot(xlabel="optimizer step", ylabel="cross-entropy per answer token (nats)")

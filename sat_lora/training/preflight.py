@@ -84,7 +84,8 @@ def _model_parallel_problems(options: Namespace, config: dict, environ: Mapping[
     uneven = [f"{name} {size}" for name, size in sizes.items() if isinstance(size, int) and size % parts]
     if uneven:
         yield (
-            f"--model-parallel-size: {parts} does not divide the base's {', '.join(uneven)}; choose one that divides all"
+            f"--model-parallel-size: {parts} does not divide the base's {', '.join(uneven)}; "
+            "choose one that divides them all"
         )
 
 
@@ -125,7 +126,7 @@ def _resume_problems(options: Namespace) -> Iterator[str]:
         return
     checkpoints = Path(options.resume) / "checkpoints"
     if not checkpoints.is_dir() or not any(checkpoints.iterdir()):
-        yield f"--resume: {options.resume} has nothing in checkpoints/ to go on from; give the folder of a run that saved"
+        yield f"--resume: {options.resume} has nothing in checkpoints/ to go on from; give a run folder that has"
 
 
 def _data_problems(options: Namespace) -> Iterator[str]:
@@ -136,7 +137,7 @@ def _data_problems(options: Namespace) -> Iterator[str]:
         for path in getattr(options, name) or ():
             problem = _problem_with_path(Path(path))
             if problem:
-                hint = "" if name in options.given else " (the demo's own data: finetune_demo/make_captchas.py writes it)"
+                hint = "" if name in options.given else "; finetune_demo/make_captchas.py writes the demo's data"
                 yield f"{option}: {problem}{hint}"
 
 
@@ -154,7 +155,7 @@ def _problem_with_path(path: Path) -> str | None:
     if not items:
         entries = sorted(entry.name for entry in path.iterdir())[:5] if path.is_dir() else []
         wanted = f"images ({' '.join(sorted(IMAGE_SUFFIXES))}) in or below it" if path.is_dir() else "lines in it"
-        return f"{path} has no {wanted}; found {', '.join(entries) or 'nothing'}; give a folder or .jsonl file that has some"
+        return f"{path} has no {wanted}; found {', '.join(entries) or 'nothing'}; give a folder or file that has some"
     images = [item.image for item in items if item.image is not None][:IMAGES_TRIED]
     first_error = None
     for image in images:

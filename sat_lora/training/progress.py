@@ -8,10 +8,11 @@ import torch
 from tqdm import tqdm
 
 SECONDS_BETWEEN_LINES = 10.0
+FORMATS = {"loss": "loss {:.4f}", "lr": "lr {:.2e}", "samples_per_second": "{:.1f} samples/s", "mib": "peak {:.0f} MiB"}
 
 
 def peak_memory_mib() -> float:
-    """The most memory this process has used: on CUDA what torch allocated there, otherwise resident memory; in MiB."""
+    """The most memory this process has used, in MiB: on CUDA what torch allocated there, else resident memory."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -21,10 +22,9 @@ def peak_memory_mib() -> float:
 class Progress:
     """Steps done of `total_steps`, on standard error; with figures, samples per second and time left."""
 
-    def __init__(self, total_steps: int, start_step: int = 0, *, seconds_between_lines: float = SECONDS_BETWEEN_LINES):
+    def __init__(self, total_steps: int, start_step: int = 0):
         self.total, self.start, self.step = total_steps, start_step, start_step
         self.shown: dict[str, float] = {}
-        self.seconds_between_lines = seconds_between_lines
         self._began, self._last_line = time.monotonic(), float("-inf")
         self._bar = None
         if sys.stderr.isatty():
@@ -39,13 +39,12 @@ class Progress:
             self._bar.update(done)
             return
         now = time.monotonic()
-        if (step >= self.total and done) or now - self._last_line >= self.seconds_between_lines:
+        if (step >= self.total and done) or now - self._last_line >= SECONDS_BETWEEN_LINES:
             self._last_line = now
             self.say(f"step {step}/{self.total}, {self._time_left(now)} left, {self._figures()}")
 
     def _figures(self) -> str:
-        formats = {"loss": "loss {:.4f}", "lr": "lr {:.2e}", "samples_per_second": "{:.1f} samples/s", "mib": "{:.0f} MiB"}
-        return ", ".join(formats[name].format(self.shown[name]) for name in formats if name in self.shown)
+        return ", ".join(FORMATS[name].format(self.shown[name]) for name in FORMATS if name in self.shown)
 
     def _time_left(self, now: float) -> str:
         if self.step == self.start:

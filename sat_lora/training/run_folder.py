@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import shutil
@@ -15,12 +16,16 @@ PACKAGES = ("sat_lora", "torch", "deepspeed", "SwissArmyTransformer", "transform
 
 
 def write_json(path: str | Path, content) -> None:
-    """Write `content` to a sibling file, then rename it: a reader sees the old file or the new one, never half of one."""
+    """Write `content` as JSON to `path`, by `replace_text`."""
+    replace_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def replace_text(path: str | Path, text: str) -> None:
+    """Write a sibling file, then rename it: a reader sees the old file or the new one, never half of one."""
     path = Path(path)
     draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with open(draft, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=2)
-        file.write("\n")
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     os.replace(draft, path)
@@ -73,11 +78,11 @@ class RunFolder:
             self.records = []
             shutil.rmtree(self.path / "tensorboard", ignore_errors=True)
         self.broken = {one["broken"]: one["reason"] for one in self.records if "broken" in one}
-        self._lines = open(self.path / "train.jsonl", "w", encoding="utf-8")  # noqa: SIM115  open until close()
-        for record in self.records:
-            self._lines.write(json.dumps(record) + "\n")
-        self._lines.flush()
-        self._events = SummaryWriter(str(self.path / "tensorboard"), purge_step=start_step + 1 if start_step else None)
+        replace_text(self.path / "train.jsonl", "".join(json.dumps(record) + "\n" for record in self.records))
+        self._lines = open(self.path / "train.jsonl", "a", encoding="utf-8")  # noqa: SIM115  open until close()
+        # What TensorBoard has from after the step that a run goes on from is not of this run.
+        purge_from = start_step + 1 if start_step else None
+        self._events = SummaryWriter(str(self.path / "tensorboard"), purge_step=purge_from)
         self._progress = Progress(total_steps, start_step)
 
     def advance(self, step: int, **shown) -> None:
@@ -98,7 +103,7 @@ class RunFolder:
         """One line of train.jsonl and the TensorBoard scalars under train/; the first step done is 1."""
         figures = dict(loss=loss, lr=lr, grad_norm=grad_norm, samples_per_second=samples_per_second)
         self._record(step, {**figures, "peak_memory_mib": peak_memory_mib}, "train")
-        self.advance(step, **{name: figures[name] for name in ("loss", "lr", "samples_per_second")}, mib=peak_memory_mib)
+        self.advance(step, loss=loss, lr=lr, samples_per_second=samples_per_second, mib=peak_memory_mib)
 
     def log_validation(self, step: int, valid_loss: float, **more: float) -> None:
         """A validation line of train.jsonl, its TensorBoard scalars and a line on the screen."""
@@ -109,7 +114,8 @@ class RunFolder:
         if self._lines is None:
             return
         figures = {name: float(value) for name, value in figures.items()}
-        self._write_line({"step": step, **figures})
+        # JSON has no NaN or infinity.
+        self._write_line({"step": step} | {name: x if math.isfinite(x) else None for name, x in figures.items()})
         for name, value in figures.items():
             self._events.add_scalar(f"{group}/{'loss' if name == 'valid_loss' else name}", value, step)
 
