@@ -18,8 +18,7 @@ from sat_lora.training.defaults import DEFAULTS, EMBEDDED_DEMO, demo_defaults
 from sat_lora.training.notice import is_first_rank
 from sat_lora.training.schedule import DECAY_STYLES
 
-# A resumed run may lie elsewhere and be started otherwise.
-NOT_RESUMED = {"resume", "local_rank", "given", "run_folder", "save", "experiment_name"}
+NOT_RESUMED = {"resume", "local_rank", "distributed_backend"}  # they belong to one start of a run
 
 
 def number(kind: type, wanted: str, accepts: Callable[[float], bool]) -> Callable[[str], float]:

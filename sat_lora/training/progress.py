@@ -8,7 +8,12 @@ import torch
 from tqdm import tqdm
 
 SECONDS_BETWEEN_LINES = 10.0
-FORMATS = {"loss": "loss {:.4f}", "lr": "lr {:.2e}", "samples_per_second": "{:.1f} samples/s", "mib": "peak {:.0f} MiB"}
+FORMATS = {
+    "loss": "loss {:.4f}",
+    "lr": "lr {:.2e}",
+    "samples_per_second": "{:.1f} samples/s",
+    "mib": "peak {:.0f} MiB",
+}
 
 
 def peak_memory_mib() -> float:

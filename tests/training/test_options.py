@@ -116,8 +116,9 @@ def test_help_is_grouped_and_says_what_has_no_effect(capsys):
         parse_options(["--help"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
-    groups = ["what people set", "model", "LoRA", "data", "schedule", "parallelism and memory", "saving and evaluating"]
-    places = [text.index(f"\n{name}:\n") for name in [*groups, "accepted for compatibility"]]
+    groups = ["what people set", "model", "LoRA", "data", "schedule", "parallelism and memory"]
+    groups += ["saving and evaluating", "accepted for compatibility"]
+    places = [text.index(f"\n{name}:\n") for name in groups]
     assert places == sorted(places)
     compatible = text[places[-1] :]
     for name in ("--mode", "--use_lora", "--resume-dataloader", "--skip-init", "--ignore_pad_token_for_loss"):

@@ -72,17 +72,14 @@ def test_a_limited_evaluation_spreads_over_the_data():
     assert batches == [[0, 25], [50, 75]]
 
 
+@pytest.fixture
+def dataset(tokenizer, image_folder):
+    settings = dict(version="base", prompt="Q:", image_size=(21, 21), image_length=9, max_length=32)
+    return ImageTextDataset(read_items([image_folder]), tokenizer, **settings)
+
+
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_loader_yields_batches_and_leaves_torchs_generator_alone(tokenizer, image_folder, num_workers):
-    dataset = ImageTextDataset(
-        read_items([image_folder]),
-        tokenizer,
-        version="base",
-        prompt="Q:",
-        image_size=(21, 21),
-        image_length=9,
-        max_length=32,
-    )
+def test_a_loader_yields_batches_and_leaves_torchs_generator_alone(dataset, num_workers):
     state = torch.get_rng_state()
     batches = list(islice(make_loader(dataset, sampler(6), num_workers=num_workers, seed=1), 3))
     assert torch.equal(torch.get_rng_state(), state)
@@ -90,10 +87,7 @@ def test_a_loader_yields_batches_and_leaves_torchs_generator_alone(tokenizer, im
     assert torch.equal(batches[2]["input_ids"], torch.stack(expected))
 
 
-def test_a_padding_batch_of_evaluation_loads_as_a_neutral_one(tokenizer, image_folder):
-    dataset = ImageTextDataset(
-        read_items([image_folder]), tokenizer, version="base", prompt="", image_size=(21, 21), image_length=9, max_length=32
-    )
+def test_a_padding_batch_of_evaluation_loads_as_a_neutral_one(dataset):
     batches = eval_batches(6, batch_size=4, data_parallel_rank=2, data_parallel_size=3)
     (batch,) = make_loader(dataset, batches, num_workers=0, seed=1)
     assert (batch["labels"] == -100).all()
