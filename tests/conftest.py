@@ -1,8 +1,69 @@
+"""Fixtures that several tests share; everything is made by code, nothing is fetched."""
+
+import json
 import os
+from pathlib import Path
 
 import pytest
+from PIL import Image
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+SIZES = {
+    "num_layers": 2,
+    "hidden_size": 16,
+    "num_attention_heads": 4,
+    "inner_hidden_size": 32,
+    "vocab_size": 128,
+    "image_length": 9,
+    "eva_args": {"num_attention_heads": 4, "inner_hidden_size": 32, "image_size": [21, 21], "patch_size": 7},
+}
+
+
+def write_character_tokenizer(folder: Path) -> None:
+    """A tokenizer of single ASCII characters, with <pad> 0, <bos> 1 and <eos> 2."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    tokens = ["<pad>", "<bos>", "<eos>", "<unk>", *map(chr, range(32, 127))]
+    tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token="<unk>"))
+    tokenizer.add_special_tokens(tokens[:4])
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    names = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>"}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", **names}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+def write_images(folder: Path, names: list[str]) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, name in enumerate(names):
+        Image.new("RGB", (21, 21), (number * 20 % 256, 90, 200)).save(folder / name)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def base_folder(tmp_path_factory) -> Path:
+    """What looks like a SAT model folder with a tokenizer; its weight file is empty."""
+    folder = tmp_path_factory.mktemp("base")
+    (folder / "1").mkdir()
+    (folder / "latest").write_text("1\n")
+    (folder / "1" / "mp_rank_00_model_states.pt").touch()
+    (folder / "model_config.json").write_text(json.dumps(SIZES))
+    write_character_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer(base_folder):
+    from sat_lora.cogvlm.text import load_tokenizer
+
+    return load_tokenizer(base_folder)
+
+
+@pytest.fixture
+def image_folder(tmp_path) -> Path:
+    return write_images(tmp_path / "images", [f"{number:03}.png" for number in range(6)])
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,88 @@
+"""What an option is when nobody sets it."""
+
+from pathlib import Path
+
+# The settings for a real CogVLM. None: found out later, as the comment says.
+DEFAULTS = {
+    "train_data": None,  # required, unless the embedded demo runs
+    "valid_data": None,  # then a part of --train-data, by --split
+    "test_data": None,  # then nothing is generated after training
+    "split": [1.0],
+    "prompt": "CAPTCHA:",
+    "num_workers": 2,
+    "from_pretrained": None,  # then the embedded demo
+    "local_tokenizer": None,  # then the --from_pretrained folder
+    "version": "chat",
+    "max_length": 1288,
+    "lora_rank": 16,
+    "lora_alpha": 32.0,
+    "lora_dropout": 0.0,
+    "lora_targets": None,  # then LoraConfig's default
+    "lora_exclude": None,
+    "layer_range": None,  # then all layers
+    "lr": 1e-4,
+    "train_iters": None,  # then --epochs; if that is None too, one epoch
+    "epochs": None,
+    "batch_size": 4,
+    "gradient_accumulation_steps": 1,
+    "warmup": 0.01,
+    "lr_decay_style": "cosine",
+    "min_lr_ratio": 0.0,
+    "weight_decay": 0.0,
+    "clip_grad": 1.0,
+    "betas": [0.9, 0.95],  # no option of its own; a DeepSpeed config's `optimizer` section sets it
+    "eps": 1e-8,  # the same
+    "seed": 1234,
+    "zero_stage": 2,
+    "deepspeed_config": None,
+    "model_parallel_size": 1,
+    "bf16": False,  # with neither, bf16 on CUDA and fp32 on CPU
+    "fp16": False,
+    "checkpoint_activations": False,
+    "vit_checkpoint_activations": False,
+    "distributed_backend": None,  # then nccl on CUDA, gloo on CPU
+    "local_rank": 0,
+    "experiment_name": "finetune",
+    "save": None,  # then runs
+    "resume": None,
+    "save_interval": 200,
+    "eval_interval": 200,
+    "eval_iters": 0,
+    "eval_batch_size": None,  # then --batch-size
+    "log_interval": 10,
+    "mode": "finetune",
+    "use_lora": True,
+    "resume_dataloader": True,
+    "skip_init": True,
+    "ignore_pad_token_for_loss": True,
+    "deepspeed": True,
+}
+
+EMBEDDED_DEMO = Path(__file__).resolve().parents[2] / "finetune_demo"
+
+
+def demo_defaults(demo_folder: str | Path) -> dict:
+    """What replaces DEFAULTS without --from_pretrained: the embedded tiny base and captchas, minutes on a CPU.
+
+    demo_folder: the folder that holds `tiny_cogvlm/` and `captchas/{train,valid,test}`.
+    """
+    demo_folder = Path(demo_folder)
+    captchas = demo_folder / "captchas"
+    return {
+        "from_pretrained": str(demo_folder / "tiny_cogvlm"),
+        "train_data": [str(captchas / "train")],
+        "valid_data": [str(captchas / "valid")],
+        "test_data": [str(captchas / "test")],
+        "version": "base",
+        "max_length": 64,
+        "experiment_name": "demo",
+        "batch_size": 32,
+        "train_iters": 700,
+        "lr": 3e-3,
+        "warmup": 30.0,
+        "min_lr_ratio": 0.02,
+        "betas": [0.9, 0.98],
+        "zero_stage": 0,
+        "eval_interval": 100,
+        "save_interval": 350,
+    }

@@ -1,0 +1,169 @@
+"""What can be known to be wrong before the model loads: all of it, in one error."""
+
+import os
+from argparse import Namespace
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+
+from sat_lora.cogvlm.checkpoint import read_config, weight_files
+from sat_lora.cogvlm.image import load_image
+from sat_lora.cogvlm.text import PROMPTS, load_tokenizer, prompt_for, shortest_length
+from sat_lora.errors import ConfigError, DataError, SatLoraError
+from sat_lora.training.data import IMAGE_SUFFIXES, read_items
+from sat_lora.training.deepspeed_config import deepspeed_config
+from sat_lora.training.deepspeed_file import file_problems, read_deepspeed_file
+
+IMAGES_TRIED = 300  # one readable image among so many is enough to begin
+
+
+def check_options(options: Namespace, environ: Mapping[str, str] = os.environ, *, device: str | None = None) -> None:
+    """Raise one ConfigError, or DataError when only the data is wrong, with every problem found.
+
+    Every rank finds the same. Reads configs, the tokenizer and some images, but no weights; changes nothing.
+    device: `cuda` or `cpu`; None asks torch.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    settings = [
+        *_base_and_prompt_problems(options, environ),
+        *_engine_problems(options, environ, device),
+        *_resume_problems(options),
+    ]
+    data = list(_data_problems(options))
+    problems = settings + data
+    if problems:
+        kind = ConfigError if settings else DataError
+        several = f"{len(problems)} problems with the options:\n"
+        raise kind(problems[0] if len(problems) == 1 else several + "\n".join(f"- {one}" for one in problems))
+
+
+def _base_and_prompt_problems(options: Namespace, environ: Mapping[str, str]) -> Iterator[str]:
+    config = tokenizer = None
+    try:
+        config = read_config(options.from_pretrained)
+        weight_files(options.from_pretrained)
+    except SatLoraError as error:
+        yield f"--from_pretrained: {error}"
+    yield from _model_parallel_problems(options, config or {}, environ)
+    if options.version not in PROMPTS:
+        yield f"--version: got {options.version!r}, wanted one of {', '.join(PROMPTS)}"
+    # Without an option of its own the tokenizer is the base's; one wrong folder then is one problem, not two.
+    if options.local_tokenizer != options.from_pretrained or config is not None:
+        try:
+            tokenizer = load_tokenizer(options.local_tokenizer)
+        except ConfigError as error:
+            yield str(error)
+    if tokenizer is None or config is None:
+        return
+    missing = [name for name in ("bos_token_id", "eos_token_id") if getattr(tokenizer, name, None) is None]
+    if missing:
+        yield f"--local_tokenizer: {options.local_tokenizer} has no {' and no '.join(missing)}; give the base's own"
+    image_length = config.get("image_length")
+    if not isinstance(image_length, int):
+        yield f"--from_pretrained: {options.from_pretrained}/model_config.json has no image_length; it is no CogVLM"
+    elif options.version in PROMPTS:
+        needed = shortest_length(tokenizer, prompt_for(options.version, options.prompt), image_length)
+        if options.max_length < needed:
+            yield (
+                f"--max_length: {options.max_length} is too short: an image of {image_length} patches, the prompt "
+                f"{options.prompt!r} and one token of answer take {needed}; give {needed} plus the answers' length"
+            )
+
+
+def _model_parallel_problems(options: Namespace, config: dict, environ: Mapping[str, str]) -> Iterator[str]:
+    parts, ranks = options.model_parallel_size, int(environ.get("WORLD_SIZE", 1))
+    if ranks % parts:
+        yield (
+            f"--model-parallel-size: {ranks} ranks do not divide into groups of {parts}; start a multiple of {parts} "
+            f"ranks or choose a divisor of {ranks}"
+        )
+    vit = config.get("eva_args", {})
+    sizes = {name: config.get(name) for name in ("num_attention_heads", "inner_hidden_size", "vocab_size")}
+    sizes |= {f"eva_args.{name}": vit.get(name) for name in ("num_attention_heads", "inner_hidden_size")}
+    uneven = [f"{name} {size}" for name, size in sizes.items() if isinstance(size, int) and size % parts]
+    if uneven:
+        yield (
+            f"--model-parallel-size: {parts} does not divide the base's {', '.join(uneven)}; "
+            "choose one that divides them all"
+        )
+
+
+def _engine_problems(options: Namespace, environ: Mapping[str, str], device: str) -> Iterator[str]:
+    if {"bf16", "fp16"} <= options.given:
+        yield "--bf16 and --fp16: both given; choose one (bf16 where the GPU has it)"
+    path = options.deepspeed_config
+    if path is not None:
+        try:
+            content = read_deepspeed_file(path)
+        except ConfigError as error:
+            yield str(error)
+            return
+        errors, _ = file_problems(content, path)
+        if errors:
+            yield from errors
+            return
+        stage = content.get("zero_optimization", {}).get("stage")
+        if "zero_stage" in options.given and stage is not None and stage != options.zero_stage:
+            yield (
+                f"--zero-stage: got {options.zero_stage}, but --deepspeed_config {path} says stage {stage}; "
+                "leave out the option or change the file, whose other entries are meant for its stage"
+            )
+    merged = Namespace(**vars(options))
+    try:
+        # As a rank that does not speak: the merge that the run itself makes gives the warnings.
+        deepspeed_config(merged, device=device, environ={**environ, "RANK": "1"})
+    except ConfigError as error:
+        yield str(error)
+        return
+    if merged.fp16 and not device.startswith("cuda"):
+        source = "--fp16" if "fp16" in options.given else f'--deepspeed_config: {path}: "fp16"'
+        yield f"{source}: float16 trains on CUDA only and there is no CUDA device; use --bf16, or neither for fp32"
+
+
+def _resume_problems(options: Namespace) -> Iterator[str]:
+    if options.resume is None:
+        return
+    checkpoints = Path(options.resume) / "checkpoints"
+    if not checkpoints.is_dir() or not any(checkpoints.iterdir()):
+        yield f"--resume: {options.resume} has nothing in checkpoints/ to go on from; give a run folder that has"
+
+
+def _data_problems(options: Namespace) -> Iterator[str]:
+    if not options.train_data:
+        yield "--train-data: nothing given; give one or more folders of images named LABEL.png, or .jsonl files"
+    for name in ("train_data", "valid_data", "test_data"):
+        option = "--" + name.replace("_", "-")
+        for path in getattr(options, name) or ():
+            problem = _problem_with_path(Path(path))
+            if problem:
+                hint = "" if name in options.given else "; finetune_demo/make_captchas.py writes the demo's data"
+                yield f"{option}: {problem}{hint}"
+
+
+def _problem_with_path(path: Path) -> str | None:
+    if not path.exists():
+        return f"{path} does not exist; give a folder of images named LABEL.png, or a .jsonl file"
+    if path.is_file() and path.suffix != ".jsonl":
+        return f"{path} is a file; give the folder of the images, or a .jsonl file"
+    try:
+        items = read_items([path])
+    except DataError as error:
+        return str(error)
+    except (OSError, ValueError) as error:
+        return f"{path} cannot be read: {error}"
+    if not items:
+        entries = sorted(entry.name for entry in path.iterdir())[:5] if path.is_dir() else []
+        wanted = f"images ({' '.join(sorted(IMAGE_SUFFIXES))}) in or below it" if path.is_dir() else "lines in it"
+        return f"{path} has no {wanted}; found {', '.join(entries) or 'nothing'}; give a folder or file that has some"
+    images = [item.image for item in items if item.image is not None][:IMAGES_TRIED]
+    first_error = None
+    for image in images:
+        try:
+            load_image(image, (8, 8))
+            return None
+        except DataError as error:
+            first_error = first_error or error
+    if images:
+        return f"none of the first {len(images)} images of {path} can be read; mend or replace them; {first_error}"
+    return None

@@ -1,0 +1,166 @@
+import json
+import shutil
+
+import pytest
+
+from sat_lora.errors import ConfigError, DataError, SatLoraError
+from sat_lora.training.options import parse_options
+from sat_lora.training.preflight import check_options
+
+NEEDED = 1 + 9 + 2 + len("CAPTCHA:") + 1 + 1  # BOS, image, prompt, a token of answer, EOS
+
+
+@pytest.fixture
+def check(base_folder, image_folder):
+    def check(*argv, environ=None, device="cpu", **changes):
+        given = ["--from_pretrained", str(base_folder), "--version", "base", "--train-data", str(image_folder), *argv]
+        options = parse_options(given, environ={})
+        for name, value in changes.items():
+            setattr(options, name, value)
+        before = dict(vars(options))
+        try:
+            check_options(options, environ or {}, device=device)
+        finally:
+            assert vars(options) == before
+        return options
+
+    return check
+
+
+def refusal(check, *argv, kind=ConfigError, **settings) -> str:
+    with pytest.raises(SatLoraError) as error:
+        check(*argv, **settings)
+    assert type(error.value) is kind
+    return str(error.value)
+
+
+def test_good_options_pass(check, image_folder):
+    check("--valid-data", str(image_folder), "--max_length", str(NEEDED))
+
+
+def test_a_missing_data_folder_is_named_with_its_option(check, tmp_path):
+    for option in ("--train-data", "--valid-data", "--test-data"):
+        message = refusal(check, option, str(tmp_path / "nowhere"), kind=DataError)
+        assert message.startswith(f"{option}: {tmp_path}/nowhere does not exist; give a folder of images")
+
+
+def test_a_folder_without_images_is_named_with_what_it_has(check, tmp_path):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert "has no images (.bmp .jpeg .jpg .png .webp) in or below it; found nothing" in refusal(
+        check, "--train-data", str(empty), kind=DataError
+    )
+    (empty / "notes.txt").touch()
+    assert "found notes.txt" in refusal(check, "--train-data", str(empty), kind=DataError)
+
+
+def test_images_of_which_none_can_be_read_are_refused(check, tmp_path):
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for name in ("1.png", "2.png"):
+        (broken / name).write_text("text")
+    message = refusal(check, "--train-data", str(broken), kind=DataError)
+    assert f"--train-data: none of the first 2 images of {broken} can be read" in message and "1.png" in message
+
+
+def test_one_readable_image_is_enough_to_begin(check, image_folder):
+    (image_folder / "0.png").write_text("text")
+    check()
+
+
+def test_a_wrong_line_of_a_jsonl_file_is_found_before_the_run(check, tmp_path):
+    (tmp_path / "data.jsonl").write_text("{")
+    assert "line 1 is not JSON" in refusal(check, "--train-data", str(tmp_path / "data.jsonl"), kind=DataError)
+
+
+def test_an_image_given_for_a_folder_is_refused(check, image_folder):
+    message = refusal(check, "--train-data", str(image_folder / "000.png"), kind=DataError)
+    assert "is a file; give the folder of the images" in message
+
+
+def test_no_training_data_at_all_is_refused(check):
+    assert "--train-data: nothing given" in refusal(check, train_data=None, kind=DataError)
+
+
+def test_an_unknown_version_is_refused(check):
+    assert "--version: got 'cogagent', wanted one of base, chat" in refusal(check, version="cogagent")
+
+
+def test_a_max_length_too_short_says_what_is_needed(check):
+    message = refusal(check, "--max_length", str(NEEDED - 1))
+    assert f"--max_length: {NEEDED - 1} is too short" in message and f"take {NEEDED}; give" in message
+
+
+def test_a_tokenizer_that_does_not_exist_is_refused(check):
+    assert "--local_tokenizer: lmsys/vicuna is not a folder" in refusal(check, "--local_tokenizer", "lmsys/vicuna")
+
+
+def test_a_tokenizer_without_its_special_tokens_is_refused(check, base_folder, tmp_path):
+    shutil.copy(base_folder / "tokenizer.json", tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
+    message = refusal(check, "--local_tokenizer", str(tmp_path))
+    assert f"--local_tokenizer: {tmp_path} has no bos_token_id and no eos_token_id" in message
+
+
+def test_a_folder_that_is_no_base_is_one_problem(check, tmp_path):
+    message = refusal(check, "--from_pretrained", str(tmp_path))
+    assert message.startswith(f"--from_pretrained: {tmp_path} is not a SAT model folder: looked for latest")
+
+
+def test_a_base_without_weights_is_refused(check, base_folder, tmp_path):
+    folder = shutil.copytree(base_folder, tmp_path / "copy")
+    (folder / "1" / "mp_rank_00_model_states.pt").unlink()
+    assert "mp_rank_00_model_states.pt" in refusal(check, "--from_pretrained", str(folder))
+
+
+def test_ranks_that_do_not_divide_are_refused(check):
+    message = refusal(check, "--model-parallel-size", "2", environ={"WORLD_SIZE": "3"})
+    assert message.startswith("--model-parallel-size: 3 ranks do not divide into groups of 2")
+    check("--model-parallel-size", "2", environ={"WORLD_SIZE": "4"})
+
+
+def test_a_model_parallel_size_that_cuts_heads_is_refused(check):
+    message = refusal(check, "--model-parallel-size", "8", environ={"WORLD_SIZE": "8"})
+    assert "8 does not divide the base's num_attention_heads 4, eva_args.num_attention_heads 4" in message
+
+
+def test_two_precisions_are_refused(check):
+    assert "--bf16 and --fp16: both given" in refusal(check, "--bf16", "--fp16", device="cuda")
+
+
+def test_float16_without_cuda_is_refused(check, tmp_path):
+    assert refusal(check, "--fp16").startswith("--fp16: float16 trains on CUDA only")
+    (tmp_path / "ds.json").write_text(json.dumps({"fp16": {"enabled": True}}))
+    assert '"fp16": float16 trains on CUDA only' in refusal(check, "--deepspeed_config", str(tmp_path / "ds.json"))
+    check("--fp16", device="cuda")
+
+
+def test_two_zero_stages_are_refused(check, tmp_path):
+    (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": 2}}))
+    file = ("--deepspeed_config", str(tmp_path / "ds.json"))
+    assert "--zero-stage: got 3, but --deepspeed_config" in refusal(check, *file, "--zero-stage", "3")
+    check(*file, "--zero-stage", "2")
+    check(*file)
+
+
+def test_a_wrong_deepspeed_file_is_found(check, tmp_path):
+    assert "is not a file" in refusal(check, "--deepspeed_config", str(tmp_path / "nowhere.json"))
+    (tmp_path / "ds.json").write_text('{"gradient_cliping": 1}')
+    message = refusal(check, "--deepspeed_config", str(tmp_path / "ds.json"))
+    assert 'did you mean "gradient_clipping"?' in message
+
+
+def test_an_offload_at_the_top_level_passes(check, tmp_path, caplog):
+    (tmp_path / "ds.json").write_text('{"offload_optimizer": {"device": "cpu"}}')
+    check("--deepspeed_config", str(tmp_path / "ds.json"))
+    assert caplog.records == []  # the run's own merge says it, once
+
+
+def test_a_run_without_checkpoints_cannot_be_resumed(check, tmp_path):
+    assert f"--resume: {tmp_path} has nothing in checkpoints/" in refusal(check, resume=str(tmp_path))
+
+
+def test_all_problems_come_at_once(check, tmp_path):
+    message = refusal(check, "--max_length", "2", "--train-data", str(tmp_path / "no"), "--fp16", version="cogagent")
+    assert message.startswith("3 problems with the options:\n- --version")
+    assert "- --fp16" in message and "- --train-data" in message
