@@ -80,3 +80,10 @@ def together(step: Callable, *args, **kwargs):
     if first is not None:
         raise first
     return result
+
+
+def gather_lists(own: list) -> list:
+    """The lists of all ranks, joined in rank order. Every rank has to call it."""
+    lists: list[list] = [[] for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather_object(lists, own)
+    return [entry for part in lists for entry in part]

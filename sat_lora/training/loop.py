@@ -2,70 +2,78 @@
 
 import itertools
 import time
+from argparse import Namespace
 from collections.abc import Iterable
-from pathlib import Path
-
-import torch
 
 from sat_lora.adapter_file import save_adapter
 from sat_lora.training.checkpoint import save_checkpoint
-from sat_lora.training.distributed import World
+from sat_lora.training.distributed import World, gather_lists
+from sat_lora.training.loss import count_answer_tokens, sum_over_data_parallel
+from sat_lora.training.progress import peak_memory_mib
 from sat_lora.training.run_folder import RunFolder
-from sat_lora.training.schedule import learning_rate_factor
+from sat_lora.training.schedule import learning_rate_factor, warmup_steps
 from sat_lora.training.step import train_step, validation_loss
 
 
-def train(engine, loader: Iterable[dict], valid: Iterable[dict] | None, options, run: RunFolder, world: World, done: int):
-    """From step `done` to `options.train_iters`; writes adapters, checkpoints, records and the picture on the way.
+def train(
+    engine,
+    loader: Iterable[dict],
+    valid: Iterable[dict] | None,
+    options: Namespace,
+    run: RunFolder,
+    world: World,
+    steps_done: int = 0,
+) -> None:
+    """From step `steps_done` to `options.train_iters`; evaluates, saves and reports on the way and at the end.
 
-    `loader` yields micro-batches without end, from where step `done` left off.
+    loader: micro-batches of this rank without end, from where `steps_done` left off. valid: a pass over the validation
+    batches of this rank, as many on every rank; None if there are none.
     """
+    total, accumulate = options.train_iters, options.gradient_accumulation_steps
+    warmup = warmup_steps(options.warmup, total)
+    batches, named = iter(loader), set()
+    samples, clock = 0, time.perf_counter()
     engine.train()
-    batches = iter(loader)
-    warmup = options.warmup if options.warmup >= 1 else round(options.warmup * options.train_iters)
-    accumulate = options.gradient_accumulation_steps
-    per_step = options.batch_size * accumulate * world.data_parallel_size
-    clock = time.perf_counter()
-    for step in range(done, options.train_iters):
-        factor = learning_rate_factor(
-            step, total_steps=options.train_iters, warmup_steps=int(warmup), style=options.lr_decay_style
+    for step in range(steps_done, total):
+        rate = options.lr * learning_rate_factor(
+            step, total_steps=total, warmup_steps=warmup, style=options.lr_decay_style, floor=options.min_lr_ratio
         )
         for group in engine.optimizer.param_groups:
-            group["lr"] = options.lr * factor
+            group["lr"] = rate
         micro_batches = list(itertools.islice(batches, accumulate))
-        for batch in micro_batches:
-            run.report_broken(batch["broken"])
-        loss = train_step(engine, micro_batches, world)
-        now = time.perf_counter()
-        norm = engine.get_global_grad_norm()
-        run.log_step(
-            step + 1,
-            loss=loss,
-            lr=options.lr * factor,
-            grad_norm=None if norm is None else float(norm),
-            samples_per_second=per_step / (now - clock),
-            peak_memory_mib=peak_memory_mib(world.device),
+        broken = [entry for batch in micro_batches for entry in batch["broken"] if entry[0] not in named]
+        tokens, failures = sum_over_data_parallel(
+            sum(count_answer_tokens(batch["labels"]) for batch in micro_batches), len(broken), device=world.device
         )
-        clock = now
-        last = step + 1 == options.train_iters
+        if failures:
+            named.update(path for path, _ in broken)
+            run.report_broken(gather_lists(broken), step + 1)
+        loss = train_step(engine, micro_batches, world, tokens)
+        samples += options.batch_size * accumulate * world.data_parallel_size
+        last = step + 1 == total
+        if last or (step + 1) % options.log_interval == 0:
+            norm = engine.get_global_grad_norm()
+            run.log_step(
+                step + 1,
+                loss=loss,
+                lr=rate,
+                grad_norm=None if norm is None else float(norm),
+                samples_per_second=samples / (time.perf_counter() - clock),
+                peak_memory_mib=peak_memory_mib(),
+            )
+            samples, clock = 0, time.perf_counter()
+        else:
+            run.advance(step + 1, loss=loss, lr=rate)
+        paused = time.perf_counter()
         if valid is not None and (last or _due(step + 1, options.eval_interval)):
-            run.log_validation(step + 1, validation_loss(engine, itertools.islice(valid, options.eval_iters), world))
-            clock = time.perf_counter()
+            run.log_validation(step + 1, validation_loss(engine, valid, world))
         if last or _due(step + 1, options.save_interval):
             save_adapter(engine.module, run.path / "adapter")
-            save_checkpoint(engine, Path(run.path / "checkpoints"), step + 1)
-            run.plot()
-            clock = time.perf_counter()
+            save_checkpoint(engine, run.path / "checkpoints", step + 1)
+            run.draw()
+        clock += time.perf_counter() - paused
 
 
-def _due(step: int, interval: int | None) -> bool:
-    return bool(interval) and step % interval == 0
+def _due(step: int, interval: int) -> bool:
+    return interval > 0 and step % interval == 0
 
-
-def peak_memory_mib(device: torch.device) -> float:
-    """The most memory this process has held: on the device with CUDA, resident in the host without. MiB."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10

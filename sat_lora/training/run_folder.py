@@ -96,11 +96,14 @@ class RunFolder:
         *,
         loss: float,
         lr: float,
-        grad_norm: float,
+        grad_norm: float | None,
         samples_per_second: float,
         peak_memory_mib: float,
     ) -> None:
-        """One line of train.jsonl and the TensorBoard scalars under train/; the first step done is 1."""
+        """One line of train.jsonl and the TensorBoard scalars under train/; the first step done is 1.
+
+        grad_norm: before clipping; None where DeepSpeed does not tell it (ZeRO 0 in fp32).
+        """
         figures = dict(loss=loss, lr=lr, grad_norm=grad_norm, samples_per_second=samples_per_second)
         self._record(step, {**figures, "peak_memory_mib": peak_memory_mib}, "train")
         self.advance(step, loss=loss, lr=lr, samples_per_second=samples_per_second, mib=peak_memory_mib)
@@ -113,7 +116,7 @@ class RunFolder:
     def _record(self, step: int, figures: dict, group: str) -> None:
         if self._lines is None:
             return
-        figures = {name: float(value) for name, value in figures.items()}
+        figures = {name: float(value) for name, value in figures.items() if value is not None}
         # JSON has no NaN or infinity.
         self._write_line({"step": step} | {name: x if math.isfinite(x) else None for name, x in figures.items()})
         for name, value in figures.items():

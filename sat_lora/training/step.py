@@ -21,15 +21,13 @@ def forward(model, batch: dict) -> torch.Tensor:
     return model(inputs.pop("input_ids"), inputs.pop("position_ids"), -1, **inputs)[0]
 
 
-def train_step(engine, micro_batches: list[dict], world: World) -> float:
+def train_step(engine, micro_batches: list[dict], world: World, tokens: float) -> float:
     """One optimizer step; returns the mean loss per answer token over all ranks and micro-batches.
 
-    Each micro-batch's loss is a sum divided by the token count of the whole step. DeepSpeed then averages over
-    micro-batches and data-parallel ranks, so it is multiplied by both: the gradient is that of the joined batch,
-    however the tokens are spread.
+    tokens: answer tokens of the step over all ranks. Each micro-batch's loss is a sum divided
+    by it. DeepSpeed then averages over micro-batches and data-parallel ranks, so it is multiplied by both: the gradient
+    is that of the joined batch, however the tokens are spread.
     """
-    tokens = sum(count_answer_tokens(batch["labels"]) for batch in micro_batches)
-    (tokens,) = sum_over_data_parallel(tokens, device=world.device)
     weight = len(micro_batches) * world.data_parallel_size / max(tokens, 1)
     total = torch.zeros((), device=world.device)
     for batch in micro_batches:

@@ -1,0 +1,63 @@
+"""Fine-tune CogVLM with LoRA.
+
+    deepspeed finetune_demo/finetune_cogvlm.py                      # the embedded tiny base on captcha images, CPU is enough
+    deepspeed --num_gpus 8 finetune_demo/finetune_cogvlm.py --from_pretrained cogvlm-base-490 --train-data my_images
+
+`torchrun` and plain `python` start it just as well. `--help` lists the options.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+
+
+def main(argv: list[str] | None = None) -> int:
+    from sat_lora.errors import SatLoraError
+    from sat_lora.training.options import parse_options
+
+    options = parse_options(argv, demo_folder=HERE)
+    from sat_lora.training.distributed import stop
+    from sat_lora.training.finetune import finetune
+
+    try:
+        world = finetune(options, prepare=lambda: _make_demo_data(options))
+    except SatLoraError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"finetune_cogvlm.py: error: {error}", file=sys.stderr, flush=True)
+        return 2
+    if world.is_main:
+        print(_what_next(options))
+    stop()
+    return 0
+
+
+def _make_demo_data(options) -> None:
+    """Render the captchas, if the demo's own folders are what the options name and they are not there yet."""
+    folder = HERE / "captchas"
+    named = [*(options.train_data or ()), *(options.valid_data or ()), *(options.test_data or ())]
+    if any(Path(path).parent == folder for path in named) and not folder.exists():
+        sys.path.insert(0, str(HERE))
+        from make_captchas import make_captchas
+
+        make_captchas(folder)
+
+
+def _what_next(options) -> str:
+    run = Path(os.path.relpath(options.run_folder))
+    base = os.path.relpath(options.from_pretrained)
+    script = os.path.relpath(__file__)
+    lines = [
+        f"adapter     {run / 'adapter'}",
+        f"evaluate    python {os.path.relpath(HERE / 'evaluate_cogvlm.py')} --run {run}",
+        f"merge       sat-lora merge --base {base} --adapter {run / 'adapter'} --out {run / 'merged'}",
+        f"resume      deepspeed {script} --resume {run} --train-iters {2 * options.train_iters}",
+    ]
+    if options.test_data:
+        lines.insert(1, f"evaluation  {run / 'evaluation.json'}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,97 @@
+"""What a fine-tuned model reads: generated answers against the right ones, base against base + adapter."""
+
+from pathlib import Path
+
+import torch
+
+from sat_lora.adapter_file import load_adapter
+from sat_lora.cogvlm.checkpoint import load_cogvlm
+from sat_lora.cogvlm.generation import generate
+from sat_lora.cogvlm.text import Sample, load_tokenizer
+from sat_lora.errors import DataError
+from sat_lora.mixin import lora_mixins
+from sat_lora.training.data import ImageTextDataset, collate, read_items
+from sat_lora.training.distributed import World, gather_lists
+from sat_lora.training.loss import sum_over_data_parallel
+from sat_lora.training.step import to_device
+
+
+def evaluate_adapter(
+    base: str | Path,
+    adapter: str | Path,
+    data: list[str],
+    world: World,
+    *,
+    tokenizer: str | Path,
+    version: str,
+    prompt: str,
+    max_length: int,
+    batch_size: int,
+    dtype: torch.dtype,
+    model_parallel_size: int = 1,
+) -> dict:
+    """Answers every item of `data` by greedy decoding, with and without the adapter; the ranks share the items.
+
+    Returns {"images": n, "base": {"exact_match": x, "exact_match_ignoring_case": y}, "adapter": {...}} with shares in
+    [0, 1]; unreadable items are left out of n and listed under "broken". Both come from what lies on disk.
+    """
+    tokenizer = load_tokenizer(tokenizer)
+    model, config = load_cogvlm(base, dtype=dtype, device=world.device, model_parallel_size=model_parallel_size)
+    load_adapter(model, adapter)
+    dataset = ImageTextDataset(
+        read_items(data),
+        tokenizer,
+        version=version,
+        prompt=prompt,
+        image_size=tuple(config["eva_args"]["image_size"]),
+        image_length=config["image_length"],
+        max_length=max_length,
+        with_answer=False,
+    )
+    share = range(world.data_parallel_rank, len(dataset), world.data_parallel_size)
+    right = {"base": [0, 0], "adapter": [0, 0]}
+    images, broken = 0, []
+    longest = max(len(tokenizer.encode(item.answer, add_special_tokens=False)) for item in dataset.items) + 1
+    for start in range(0, len(share), batch_size):
+        indices = list(share[start : start + batch_size])
+        samples = [(dataset[i], dataset.items[i].answer.strip()) for i in indices]
+        broken += [(s.path, s.reason) for s, _ in samples if not isinstance(s, Sample)]
+        usable = [(s, answer) for s, answer in samples if isinstance(s, Sample)]
+        images += len(usable)
+        for group in _of_equal_length(usable):
+            batch = to_device(collate([s for s, _ in group], image_size=dataset.image_size), world.device)
+            for side, counts in right.items():
+                for mixin in lora_mixins(model).values():
+                    mixin.enabled = side == "adapter"
+                tokens = generate(model, batch, max_new_tokens=longest, eos_token_id=tokenizer.eos_token_id)
+                for ids, (_, answer) in zip(tokens, group):
+                    said = tokenizer.decode(ids, skip_special_tokens=True).strip()
+                    counts[0] += said == answer
+                    counts[1] += said.lower() == answer.lower()
+    images, *sums = sum_over_data_parallel(images, *right["base"], *right["adapter"], device=world.device)
+    broken = sorted(set(gather_lists(broken)))
+    if not images:
+        raise DataError(f"--test-data: none of the {len(dataset)} items of {data} can be read; the first: {broken[0][1]}")
+    shares = [value / images for value in sums]
+    names = ("exact_match", "exact_match_ignoring_case")
+    result = {"images": int(images), "base": dict(zip(names, shares[:2])), "adapter": dict(zip(names, shares[2:]))}
+    return {**result, "broken": [path for path, _ in broken]} if broken else result
+
+
+def _of_equal_length(samples: list[tuple[Sample, str]]) -> list[list[tuple[Sample, str]]]:
+    """Groups with one prompt length each: SAT's cache knows no padding."""
+    groups: dict[int, list] = {}
+    for sample in samples:
+        groups.setdefault(len(sample[0].input_ids), []).append(sample)
+    return list(groups.values())
+
+
+def evaluation_table(result: dict) -> str:
+    """The result of `evaluate_adapter` as text."""
+    lines = [f"{result['images']} images{'':<18}exact match   ignoring case"]
+    for side, title in (("base", "base"), ("adapter", "base + adapter")):
+        exact, loose = result[side].values()
+        lines.append(f"  {title:<25}{100 * exact:>9.1f} %{100 * loose:>14.1f} %")
+    if result.get("broken"):
+        lines.append(f"  {len(result['broken'])} images could not be read and do not count")
+    return "\n".join(lines)
