@@ -39,17 +39,19 @@ def prompt_for(version: str, query: str, history: tuple[tuple[str, str], ...] = 
 
 
 def load_tokenizer(path: str | Path):
-    """A `transformers` tokenizer from a local folder; nothing is ever fetched."""
-    if not Path(path).is_dir():
-        raise ConfigError(
-            f"--local_tokenizer: {path} is not a folder; give the folder that holds tokenizer.json or tokenizer.model"
-        )
+    """A `transformers` tokenizer from a local folder, or by a name that its cache holds; nothing is ever fetched."""
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(str(path), local_files_only=True)
     except (OSError, ValueError, ImportError) as error:
-        raise ConfigError(f"--local_tokenizer: {path} does not hold a tokenizer that loads: {error}") from error
+        if Path(path).is_dir():
+            problem = f"does not hold a tokenizer that loads: {error}"
+        else:
+            problem = "is neither a folder nor a name in the local cache (nothing is fetched)"
+        raise ConfigError(
+            f"--local_tokenizer: {path} {problem}; give the folder that holds tokenizer.json or tokenizer.model"
+        ) from error
 
 
 @dataclass(frozen=True)
