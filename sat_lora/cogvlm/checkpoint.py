@@ -7,6 +7,7 @@
 
 import json
 import pickle
+import re
 from pathlib import Path
 
 import numpy
@@ -43,7 +44,7 @@ def read_config(folder: str | Path) -> dict:
 def weight_files(folder: str | Path) -> list[Path]:
     """The files of the newest step in a SAT model folder, one per model-parallel rank, in rank order."""
     folder = _model_folder(folder)
-    step = (folder / "latest").read_text(encoding="utf-8").strip()
+    step = (folder / "latest").read_text(encoding="utf-8", errors="replace").strip()
     files = sorted((folder / step).glob("mp_rank_*_model_states.pt")) if step else []
     numbers = [file.name.split("_")[2] for file in files]
     if not files or numbers != [f"{rank:02d}" for rank in range(len(files))]:
@@ -80,7 +81,11 @@ def map_weights(file: Path) -> dict[str, torch.Tensor]:
     try:
         with torch.serialization.safe_globals(_RANDOM_STATE_TYPES):
             content = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except pickle.UnpicklingError as error:  # torch's own text advises to unpickle everything
+        refused = re.search(r"GLOBAL (\S+)", str(error))
+        problem = f"it asks for {refused[1]}, and only tensors and random states are read" if refused else "a broken pickle"
+        raise CheckpointError(f"{file}: cannot be read as a SAT checkpoint: {problem}; nothing in it was run") from error
+    except (OSError, RuntimeError, EOFError) as error:
         raise CheckpointError(f"{file}: cannot be read as a SAT checkpoint: {error}") from error
     state = content.get("module") if isinstance(content, dict) else None
     if not isinstance(state, dict):
@@ -105,14 +110,21 @@ def load_weights(model: nn.Module, folder: str | Path) -> None:
     states = [map_weights(file) for file in files]
     rank, size = model_parallel_layout()
     targets, shardings = model.state_dict(), shardings_of(model)
-    problems = [f"missing {name}" for name in targets if name not in states[0]]
-    problems += [f"unexpected {name}" for name in states[0] if name not in targets]
+    mine = states[rank : rank + 1] if len(states) == size else states
+    problems = [f"missing {name}" for name in targets if any(name not in state for state in mine)]
+    problems += [f"unexpected {name}" for name in sorted(set().union(*mine) - targets.keys())]
     sources = {}
-    for name in targets.keys() & states[0].keys():
-        if len(states) == size:
-            source = states[rank][name]
-        else:
-            source = shardings[name].shard(shardings[name].unshard([state[name] for state in states]), rank, size)
+    for name in targets.keys() & set.intersection(*map(set, mine)):
+        parts = [state[name] for state in mine]
+        if not all(isinstance(part, torch.Tensor) for part in parts):
+            problems.append(f"{name}: not a tensor")
+            continue
+        try:
+            whole = shardings[name].unshard(parts)
+        except RuntimeError as error:
+            problems.append(f"{name}: the parts of the ranks do not join: {error}")
+            continue
+        source = whole if len(states) == size else shardings[name].shard(whole, rank, size)
         if source.shape != targets[name].shape:
             problems.append(f"{name}: shape {tuple(source.shape)}, the model has {tuple(targets[name].shape)}")
         sources[name] = source
