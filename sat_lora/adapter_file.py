@@ -41,7 +41,7 @@ def _mixins_called(model: nn.Module, name: str) -> list[LoraMixin]:
 def base_fingerprint(model: nn.Module) -> str:
     """SHA-256 over the names and whole shapes of the base model's state; the same for every parallel layout."""
     _, size = model_parallel_layout()
-    lines = []
+    shapes = {}
 
     def visit(module: nn.Module, prefix: str):
         if isinstance(module, LoraMixin):
@@ -50,12 +50,18 @@ def base_fingerprint(model: nn.Module) -> str:
         for leaf, tensor in own.items():
             if tensor is not None:
                 shape = sharding_of(module, leaf).full_shape(getattr(tensor, "ds_shape", tensor.shape), size)
-                lines.append(f"{prefix}{leaf} {list(shape)}")
+                shapes[prefix + leaf] = shape
         for child_name, child in module.named_children():
             visit(child, f"{prefix}{child_name}.")
 
     visit(model, "")
-    return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
+    return fingerprint_of(shapes)
+
+
+def fingerprint_of(shapes: dict[str, tuple[int, ...]]) -> str:
+    """The fingerprint of a base with these names and whole shapes."""
+    lines = sorted(f"{name} {list(shape)}" for name, shape in shapes.items())
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def whole_tensors(adapter: LoraAdapter) -> dict[str, torch.Tensor]:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from sat_lora.adapter_file import join_slots, read_adapter
+from sat_lora.adapter_file import fingerprint_of, join_slots, read_adapter
 from sat_lora.atomic import replaced_folder
 from sat_lora.cogvlm.checkpoint import map_weights, read_config, save_weights, weight_files
 from sat_lora.errors import AdapterError, CheckpointError
@@ -14,7 +14,7 @@ def merge_adapter(base: str | Path, adapter: str | Path, out: str | Path) -> Non
     """Write OUT, the base with scale * B A added to each adapted weight: in float32, kept in the base's dtype.
 
     The base's weights are mapped, not read; only adapted weights are copied. CheckpointError or AdapterError: a folder
-    is wrong, the base is cut for model parallelism, or a linear of the adapter is not in it.
+    is wrong or cannot be written, the base is cut for model parallelism, or the adapter was trained on another one.
     """
     out = Path(out)
     if out.exists():
@@ -24,6 +24,10 @@ def merge_adapter(base: str | Path, adapter: str | Path, out: str | Path) -> Non
         raise CheckpointError(f"--base: {base} is cut for {len(files)} model-parallel ranks; give the whole checkpoint")
     state = map_weights(files[0])
     _, own, tensors = read_adapter(adapter)
+    if own["base_fingerprint"] != fingerprint_of({n: tuple(t.shape) for n, t in state.items() if torch.is_tensor(t)}):
+        raise AdapterError(
+            f"--adapter: {adapter} was trained on a base with other names or shapes than {files[0]}; give its own base"
+        )
     for name, entry in own["linears"].items():
         slots, scale = entry["slots"], entry["scale"]
         keys = [f"{slot}.{leaf}" if slot else leaf for slot in slots or ("",) for leaf in ("lora_A", "lora_B")]
@@ -35,11 +39,14 @@ def merge_adapter(base: str | Path, adapter: str | Path, out: str | Path) -> Non
             raise AdapterError(f"{adapter} adapts {name}, but {files[0]} has no {weight_name}")
         pair = join_slots({key: tensors[f"{name}.{key}"] for key in keys}, slots)
         state[weight_name] = add_to_weight(weight_name, state[weight_name], *pair, scale, slots)
-    with replaced_folder(out) as temporary:
-        save_weights(temporary, config, state)
-        for path in Path(base).iterdir():  # the tokenizer and whatever else lies beside the weights
-            if path.is_file() and path.name not in ("latest", "model_config.json"):
-                (temporary / path.name).write_bytes(path.read_bytes())
+    try:
+        with replaced_folder(out) as temporary:
+            save_weights(temporary, config, state)
+            for path in Path(base).iterdir():  # the tokenizer and whatever else lies beside the weights
+                if path.is_file() and path.name not in ("latest", "model_config.json"):
+                    (temporary / path.name).write_bytes(path.read_bytes())
+    except (OSError, RuntimeError) as error:  # torch.save meets a full disk with a RuntimeError
+        raise CheckpointError(f"--out: {out} cannot be written: {error}") from error
 
 
 def add_to_weight(name: str, weight: torch.Tensor, a, b, scale: float, slots: tuple[str, ...]) -> torch.Tensor:

@@ -1,0 +1,163 @@
+"""`sat-lora merge`: base and adapter become one checkpoint."""
+
+import json
+import re
+import shutil
+
+import pytest
+import torch
+
+from sat_lora import AdapterError, CheckpointError, add_lora, save_adapter
+from sat_lora.adapter_file import adapters_of
+from sat_lora.cli import main
+from sat_lora.cogvlm.checkpoint import load_cogvlm, map_weights, save_weights
+from sat_lora.cogvlm.text import load_tokenizer
+from sat_lora.merge import merge_adapter
+from tests.conftest import write_character_tokenizer
+from tests.tiny import CONFIG, fill_adapters, logits_of, tiny_batch, tiny_model
+
+pytestmark = pytest.mark.usefixtures("single_process_group")
+WEIGHTS = "release/mp_rank_00_model_states.pt"
+
+
+def trained_model(dtype, **fields):
+    model = tiny_model(dtype).eval()
+    add_lora(model, **{"r": 4, **fields})
+    fill_adapters(model, std=0.1)
+    return model
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """(base, adapter, out) of a dtype: a base with its tokenizer, an adapter trained on it, a folder not there yet."""
+
+    def make(dtype=torch.float32, **fields):
+        base = tmp_path / "base"
+        save_weights(base, CONFIG, tiny_model(dtype).state_dict())
+        write_character_tokenizer(base)
+        save_adapter(trained_model(dtype, **fields), tmp_path / "adapter")
+        return base, tmp_path / "adapter", tmp_path / "merged"
+
+    return make
+
+
+def content(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("fields", [{}, {"qkv_slots": ("q", "v"), "use_rslora": True}], ids=["default", "q and v"])
+def test_the_merged_model_is_base_and_adapter_together(folders, fields):
+    base, adapter, out = folders(**fields)
+    merge_adapter(base, adapter, out)
+    batch = tiny_batch()
+    exact = {**batch, "images": batch["images"].double()}
+    merged = load_cogvlm(out)[0].eval()
+    expected = trained_model(torch.float32, **fields).double()
+    torch.testing.assert_close(logits_of(merged.double(), exact), logits_of(expected, exact), rtol=1e-5, atol=1e-5)
+    plain = logits_of(load_cogvlm(base)[0].eval(), batch)
+    assert (logits_of(merged.float(), batch) - plain).norm() > 0.1 * plain.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_weights_are_the_exact_sum_rounded_once(folders, dtype):
+    base, adapter, out = folders(dtype, lora_alpha=6)
+    merge_adapter(base, adapter, out)
+    old, new = map_weights(base / WEIGHTS), map_weights(out / WEIGHTS)
+    exact = {name: tensor.double() for name, tensor in old.items()}
+    for name, a in adapters_of(trained_model(dtype, lora_alpha=6)).items():
+        row = 0
+        for number, (start, stop) in enumerate(a.slot_rows):
+            factors = a.B[row : row + stop - start].double(), a.A[number * a.rank : (number + 1) * a.rank].double()
+            exact[f"{name}.weight"][start:stop] += (6 / 4) * factors[0] @ factors[1]
+            row += stop - start
+    changed = {name for name in old if not torch.equal(old[name], new[name])}
+    assert changed == {f"{name}.weight" for name in adapters_of(trained_model(dtype))}
+    for name in changed:
+        assert new[name].dtype == dtype
+        torch.testing.assert_close(
+            new[name].double(), exact[name], rtol=0.501 * torch.finfo(dtype).eps, atol=torch.finfo(dtype).tiny
+        )
+
+
+def test_the_base_stays_as_it_was_and_its_tokenizer_comes_along(folders):
+    base, adapter, out = folders()
+    (base / "notes.txt").write_text("mine")
+    before = content(base), content(adapter)
+    merge_adapter(base, adapter, out)
+    assert (content(base), content(adapter)) == before
+    names = {"latest", "model_config.json", "notes.txt", "tokenizer.json", "tokenizer_config.json", WEIGHTS}
+    assert set(content(out)) == names
+    assert load_tokenizer(out).encode("ab") == load_tokenizer(base).encode("ab")
+    assert json.loads((out / "model_config.json").read_text())["eva_args"] == CONFIG["eva_args"]
+    assert (out / WEIGHTS).stat().st_size < 1.01 * (base / WEIGHTS).stat().st_size
+
+
+def test_an_existing_folder_is_not_overwritten(folders):
+    base, adapter, out = folders()
+    out.mkdir()
+    with pytest.raises(CheckpointError, match="--out: .*merged exists; give a new folder"):
+        merge_adapter(base, adapter, out)
+    assert not list(out.iterdir())
+
+
+def test_an_adapter_of_another_base_is_refused(folders):
+    """One layer more: every adapted linear is there and fits, and still the sum would be another model."""
+    base, adapter, out = folders()
+    shutil.rmtree(base)
+    save_weights(base, CONFIG, {**tiny_model().state_dict(), "transformer.layers.2.x": torch.zeros(1)})
+    with pytest.raises(AdapterError, match="--adapter: .*adapter was trained on a base with other names or shapes"):
+        merge_adapter(base, adapter, out)
+    assert not out.exists()
+
+
+def test_a_base_cut_for_several_ranks_is_refused(folders):
+    base, adapter, out = folders()
+    shutil.copy(base / WEIGHTS, base / WEIGHTS.replace("00", "01"))
+    with pytest.raises(CheckpointError, match="--base: .*base is cut for 2 model-parallel ranks"):
+        merge_adapter(base, adapter, out)
+
+
+def test_a_sum_that_is_not_finite_is_refused(folders):
+    base, adapter, out = folders(torch.float16)
+    model = trained_model(torch.float16)
+    with torch.no_grad():
+        adapters_of(model)["transformer.layers.0.attention.dense"].B.fill_(6e4)
+    save_adapter(model, adapter)
+    with pytest.raises(AdapterError, match="layers.0.attention.dense.weight: the merged weight is not finite"):
+        merge_adapter(base, adapter, out)
+    assert not out.exists()
+
+
+def run(capsys, base, adapter, out):
+    status = main(["merge", "--base", str(base), "--adapter", str(adapter), "--out", str(out)])
+    printed = capsys.readouterr()
+    return status, printed.out, printed.err
+
+
+def test_the_command_merges_and_says_where(folders, capsys):
+    base, adapter, out = folders()
+    assert run(capsys, base, adapter, out) == (0, f"merged model in {out}\n", "")
+    assert (out / WEIGHTS).is_file()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda base, adapter, out: (base / WEIGHTS, adapter, out), "is a file; give the model folder"),
+        (lambda base, adapter, out: (base, base, out), "is not an adapter folder"),
+        (lambda base, adapter, out: (adapter, adapter, out), "is not a SAT model folder"),
+        (lambda base, adapter, out: (base, adapter, base), "base exists; give a new folder"),
+        (lambda base, adapter, out: (base, adapter, base / "latest" / "x"), "--out: .*latest/x cannot be written"),
+    ],
+)
+def test_a_mistake_is_one_line_and_status_2(folders, capsys, spoil, message):
+    status, out, err = run(capsys, *spoil(*folders()))
+    assert status == 2 and out == ""
+    assert "Traceback" not in err and err.count("\n") == 1
+    assert re.match(f"sat-lora merge: error: .*{message}", err)
+
+
+def test_a_missing_option_is_named(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["merge", "--base", "x"])
+    assert stop.value.code == 2 and "required: --adapter, --out" in capsys.readouterr().err
