@@ -6,7 +6,7 @@ import torch
 
 from sat_lora._sat import CachedAutoregressiveMixin, update_mems
 from sat_lora.cogvlm.model import CogVLMModel
-from sat_lora.errors import ConfigError
+from sat_lora.errors import DataError
 
 _CACHE = "auto-regressive"
 
@@ -28,12 +28,12 @@ def cached_decoding(model: CogVLMModel):
 def generate(model: CogVLMModel, batch: dict, *, max_new_tokens: int, eos_token_id: int) -> list[list[int]]:
     """The tokens that greedy decoding puts after each prompt of a batch, up to and without EOS.
 
-    batch: input_ids, position_ids, image_embed_mask, vision_expert_mask (batch, seq), images; all prompts of one
-    length, since SAT's cache knows no padding.
+    batch: input_ids, position_ids, image_embed_mask, vision_expert_mask (batch, seq), images, as `collate` gives them;
+    all prompts of one length, since SAT's cache knows no padding. DataError: `lengths` of the batch says otherwise.
     """
-    lengths = batch.get("lengths")
-    if lengths is not None and len(set(lengths)) > 1:
-        raise ConfigError(f"generate: all prompts of a batch have to be of one length, got {sorted(set(lengths))}")
+    lengths = set(batch["lengths"].tolist()) if "lengths" in batch else set()
+    if len(lengths) > 1:
+        raise DataError(f"generate: all prompts of a batch have to be of one length, got {sorted(lengths)}")
     ids, positions = batch["input_ids"], batch["position_ids"]
     rows = len(ids)
     finished = torch.zeros(rows, dtype=torch.bool, device=ids.device)

@@ -137,6 +137,8 @@ class ImageTextDataset(Dataset):
                 prompt = prompt.replace(IMAGE_PLACE, "", 1)
             else:
                 image = load_image(item.image, self.image_size)
+            if prompt.count(IMAGE_PLACE) != (image is not None):
+                raise DataError(f"the prompt {item.prompt or self.prompt!r} holds {IMAGE_PLACE}, the mark of the image")
             answer = item.answer if self.with_answer else None
             return build_sample(self.tokenizer, prompt, answer, self.image_length, self.max_length, image)
         except (DataError, ConfigError) as error:
@@ -149,8 +151,9 @@ def collate(samples: Sequence[Sample | BrokenSample], *, image_size: tuple[int, 
     input_ids, position_ids, labels, image_embed_mask, vision_expert_mask: (batch, seq) int64, padded on the right
     to the longest. Padding has id 0, label -100 and the positions that follow. images: (images, 3, height, width)
     float32 in the order of their places, one blank image if there is none: the vision tower always has work.
-    broken: list of (path, reason). A batch without a usable sample is one padding-only row: every label is -100, so a
-    mean over its labels must guard against dividing by zero.
+    lengths: (batch,) int64, tokens of each row before its padding. broken: list of (path, reason). A batch without a
+    usable sample is one padding-only row: every label is -100, so a mean over its labels must guard against dividing
+    by zero.
     """
     broken = [(sample.path, sample.reason) for sample in samples if isinstance(sample, BrokenSample)]
     usable = [sample for sample in samples if not isinstance(sample, BrokenSample)] or [_padding_only()]
@@ -175,6 +178,7 @@ def collate(samples: Sequence[Sample | BrokenSample], *, image_size: tuple[int, 
         "image_embed_mask": stack("image_embed_mask", 0),
         "vision_expert_mask": stack("vision_expert_mask", 0),
         "images": torch.stack(images) if images else torch.zeros(1, 3, *image_size),
+        "lengths": torch.tensor([len(sample.input_ids) for sample in usable]),
         "broken": broken,
     }
 

@@ -33,6 +33,21 @@ def test_images_are_found_by_suffix_at_any_depth_in_a_fixed_order(tmp_path):
     assert names == ["a.jpg", "b.PNG", "deep/er/c.webp", "e.bmp"]
 
 
+@pytest.mark.parametrize("with_image", [True, False])
+def test_a_prompt_with_the_mark_of_an_image_in_it_is_a_broken_sample(image_folder, tokenizer, with_image):
+    """Its places would not fit its images: one rank would fail in the forward pass and leave the others waiting."""
+    image = image_folder / "000.png" if with_image else None
+    sample = dataset([Item(image, "1", "what is <EOI>?" if with_image else "<EOI><EOI>?")], tokenizer)[0]
+    assert isinstance(sample, BrokenSample) and "holds <EOI>, the mark of the image" in sample.reason
+
+
+def test_a_batch_tells_the_length_of_each_row(image_folder, tokenizer):
+    items = [Item(image_folder / "000.png", "1"), Item(None, "4", "2+2?")]
+    batch = collate([dataset(items, tokenizer)[i] for i in range(2)], image_size=SIZE)
+    assert batch["lengths"].tolist() == [1 + 11 + 2 + 1 + 1, 1 + 4 + 1 + 1]
+    assert batch["input_ids"].shape == (2, 16)
+
+
 def test_a_missing_folder_is_named(tmp_path):
     with pytest.raises(DataError, match="nowhere: no such folder"):
         find_images([tmp_path / "nowhere"])
