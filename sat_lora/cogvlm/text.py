@@ -44,7 +44,7 @@ def load_tokenizer(path: str | Path):
 
     try:
         return AutoTokenizer.from_pretrained(str(path), local_files_only=True)
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # a broken file makes transformers raise KeyError, TypeError, AttributeError, ...
         if Path(path).is_dir():
             problem = f"does not hold a tokenizer that loads: {error}"
         else:
