@@ -9,7 +9,8 @@ import logging
 import os
 import warnings
 
-logging.disable(logging.WARNING)
+_disabled = logging.root.manager.disable
+logging.disable(max(_disabled, logging.WARNING))
 try:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -22,7 +23,7 @@ try:
         from sat.mpu.utils import split_tensor_along_last_dim
         from sat.ops.layernorm import RMSNorm
 finally:
-    logging.disable(logging.NOTSET)
+    logging.disable(_disabled)
 
 # SAT calls torch's activation checkpointing without saying which kind; both sides mean the reentrant one.
 warnings.filterwarnings("ignore", message="torch.utils.checkpoint: the use_reentrant parameter")

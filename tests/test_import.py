@@ -1,0 +1,57 @@
+"""Importing the package is quiet and starts nothing."""
+
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def python(code, **environment):
+    """A fresh interpreter with Python's own warning settings, in which nobody has imported anything."""
+    inherited = {k: v for k, v in os.environ.items() if k not in ("PYTHONWARNINGS", "SAT_LOGLEVEL", "LOGLEVEL", "RANK")}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**inherited, "PYTHONPATH": str(ROOT), **environment},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout, done.stderr
+
+
+def test_importing_prints_nothing_and_starts_nothing():
+    assert python(
+        "import sat_lora, sat_lora.cogvlm, sat_lora.merge, sat_lora.cli\n"
+        "import torch\n"
+        "assert not torch.cuda.is_initialized()\n"
+        "assert not torch.distributed.is_initialized()\n"
+    ) == ("", "")
+
+
+def test_importing_works_where_no_gpu_is_visible_and_leaves_logging_as_it_was():
+    code = "import logging; logging.disable(logging.ERROR); import sat_lora; print(logging.root.manager.disable)"
+    assert python(code, CUDA_VISIBLE_DEVICES="") == (f"{logging.ERROR}\n", "")
+
+
+def test_every_public_name_is_there():
+    import sat_lora
+
+    assert all(getattr(sat_lora, name) is not None for name in sat_lora.__all__)
+    assert issubclass(sat_lora.ConfigError, ValueError)
+    for name in ("AdapterError", "CheckpointError", "ConfigError", "DataError"):
+        assert issubclass(getattr(sat_lora, name), sat_lora.SatLoraError)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["merge", "--help"]])
+def test_the_command_explains_itself(arguments, capsys):
+    from sat_lora.cli import main
+
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 0 and capsys.readouterr().out.startswith("usage: sat-lora")
