@@ -18,6 +18,10 @@ def start_engine(model: BaseModel, optimizer: torch.optim.Optimizer, config: dic
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if not torch.cuda.is_available():
+        # DeepSpeed 0.19.8 compiles a shared-memory all-reduce for CPU ranks at its first start, which takes half a
+        # minute and a C++ compiler, for what gloo does here anyway.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     backend = torch.distributed.get_backend()
     deepspeed.init_distributed(dist_backend=backend, verbose=False)
     if torch.cuda.is_available():
