@@ -24,7 +24,8 @@ class LoraConfig:
     use_rslora: bool = False
     """Scale by lora_alpha / sqrt(r) instead (rsLoRA, arXiv 2312.03732)."""
     target_modules: str | tuple[str, ...] = "all-linear"
-    """A preset (see sat_lora.targets.PRESETS), a regular expression for the whole name, or a list of presets and suffixes."""
+    """A preset (see sat_lora.targets.PRESETS), a regular expression for the whole name, or a list of presets and
+    suffixes."""
     exclude_modules: str | tuple[str, ...] = ()
     """The same forms; taken away from what target_modules selects."""
     layers_to_transform: str | tuple[int, ...] | None = None
@@ -54,7 +55,10 @@ class LoraConfig:
         for name, value in ranks.items():
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 yield f"{name} has to be a whole number of at least 1, got {value!r}"
-        alphas = {"lora_alpha": self.lora_alpha, **{f"alpha_pattern[{k!r}]": v for k, v in self.alpha_pattern.items()}}
+        alphas = {
+            "lora_alpha": self.lora_alpha,
+            **{f"alpha_pattern[{k!r}]": v for k, v in self.alpha_pattern.items()},
+        }
         for name, value in alphas.items():
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
                 yield f"{name} has to be a finite number, got {value!r}"

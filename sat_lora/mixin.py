@@ -51,7 +51,13 @@ class LoraMixin(BaseMixin):
         dtype = getattr(torch, config.adapter_dtype) if config.adapter_dtype else weight.dtype
         key = adapter_key(name)
         self.adapters[key] = LoraAdapter(
-            site, rank, config.scale_for(name, rank), tuple(config.qkv_slots), config.lora_dropout, dtype, weight.device
+            site,
+            rank,
+            config.scale_for(name, rank),
+            tuple(config.qkv_slots),
+            config.lora_dropout,
+            dtype,
+            weight.device,
         )
         handle = site.module.register_forward_hook(_DeltaHook(self, key))
         weakref.finalize(self, handle.remove)

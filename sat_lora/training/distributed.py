@@ -49,7 +49,7 @@ def join(backend: str | None = None) -> torch.device:
 
 
 def _share_cores() -> None:
-    """Divide the cores among the ranks of this machine: threads that outnumber them wait for each other for most of a step."""
+    """Divide the cores among the ranks of this machine: threads that outnumber them mostly wait for each other."""
     here = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or os.environ["WORLD_SIZE"]
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(here)))

@@ -27,8 +27,14 @@ def _rank_main(connection, output: str, rank: int, size: int, port: int, target,
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size),
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu",
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(size),
+        LOCAL_WORLD_SIZE=str(size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        OMP_NUM_THREADS="1",
+        DS_ACCELERATOR="cpu",
     )
     import torch
 
@@ -44,7 +50,7 @@ def _rank_main(connection, output: str, rank: int, size: int, port: int, target,
 
 
 def run_ranks(target, size: int, *args, timeout: float = 90, **kwargs) -> list:
-    """[target(*args, **kwargs) of rank 0, 1, ...]; a failure or a hang on any rank is an AssertionError with its traceback.
+    """[target(*args, **kwargs) of rank 0, 1, ...]; a failure or a hang of any is an AssertionError with its traceback.
 
     `target` is a function of a test module; what it returns has to be picklable (no tensors that share memory).
     """

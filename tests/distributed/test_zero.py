@@ -55,8 +55,9 @@ def adapter_values(model):
 def steps_on_a_rank(stage, model_parallel, steps, lr, checkpoint=False, accumulate=1, folder=None):
     """`steps` plain SGD steps; with one step of rate 1, new = old - gradient shows the averaged gradient."""
     world = arrange(join(), model_parallel)
-    model = tiny_model(model_parallel_size=model_parallel, checkpoint_activations=checkpoint,
-                       vit_checkpoint_activations=checkpoint)
+    model = tiny_model(
+        model_parallel_size=model_parallel, checkpoint_activations=checkpoint, vit_checkpoint_activations=checkpoint
+    )
     add_lora(model, CONFIG)
     fill_adapters(model, std=0.1)
     model.train()
@@ -177,7 +178,12 @@ def test_every_layout_writes_the_same_bytes_and_loads_in_every_other(tmp_path):
     files = []
     for number, (ranks, model_parallel, stage) in enumerate(layouts):
         run_ranks(save_from_layout, ranks, str(tmp_path / str(number)), model_parallel, stage)
-        files.append([(tmp_path / str(number) / name).read_bytes() for name in ("adapter_model.safetensors", "adapter_config.json")])
+        files.append(
+            [
+                (tmp_path / str(number) / name).read_bytes()
+                for name in ("adapter_model.safetensors", "adapter_config.json")
+            ]
+        )
     assert all(file == files[0] for file in files)
     alone = run_ranks(logits_with_adapter, 1, str(tmp_path / "3"), 1)[0]
     for got in run_ranks(logits_with_adapter, 2, str(tmp_path / "0"), 2):
