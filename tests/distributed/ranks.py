@@ -16,7 +16,7 @@ from pathlib import Path
 _PRELOAD = ["sat_lora", "sat_lora.training.engine", "deepspeed", "tests.tiny"]
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -57,7 +57,7 @@ def run_ranks(target, size: int, *args, timeout: float = 90, **kwargs) -> list:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOAD)
-    port, folder = _free_port(), tempfile.TemporaryDirectory()
+    port, folder = free_port(), tempfile.TemporaryDirectory()
     logs = [Path(folder.name) / f"rank_{rank}.log" for rank in range(size)]
     pipes, processes = [], []
     for rank in range(size):
