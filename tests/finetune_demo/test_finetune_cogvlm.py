@@ -119,7 +119,7 @@ def wrong_options(captchas, tmp_path):
         "an unknown version": ([*good, "--version", "v9"], "--version: invalid choice: 'v9'"),
         "a target that matches nothing": (
             [*good, "--lora_targets", "qkv"],
-            "'qkv' matches no linear; nearest: .*query",
+            "'qkv' matches no linear; nearest: .*quer",
         ),
         "a length too short": ([*good, "--max_length", "20"], "--max_length: 20 is too short"),
         "a missing tokenizer": ([*good, "--local_tokenizer", "no/where"], "--local_tokenizer: no/where is neither"),
