@@ -21,7 +21,7 @@ from sat_lora.adapter import LoraAdapter
 from sat_lora.atomic import replaced_folder
 from sat_lora.config import LoraConfig
 from sat_lora.errors import AdapterError, ConfigError
-from sat_lora.mixin import LoraMixin, add_lora, lora_mixins, sat_models
+from sat_lora.mixin import LoraMixin, adapter_shape, lora_mixins, place_mixins, sat_models
 from sat_lora.sharding import model_parallel_layout, sharding_of
 from sat_lora.targets import LinearSite, find_linears
 
@@ -31,8 +31,11 @@ WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 def adapters_of(model: nn.Module, name: str = "lora") -> dict[str, LoraAdapter]:
     """The adapters of every LoraMixin called `name` in the model, by the name of their linear."""
-    mixins = [mixin for path, mixin in lora_mixins(model).items() if path.rpartition(".")[2] == name]
-    return {site: mixin.adapter_for(site) for mixin in mixins for site in mixin.sites}
+    return {site: mixin.adapter_for(site) for mixin in _mixins_called(model, name) for site in mixin.sites}
+
+
+def _mixins_called(model: nn.Module, name: str) -> list[LoraMixin]:
+    return [mixin for path, mixin in lora_mixins(model).items() if path.rpartition(".")[2] == name]
 
 
 def base_fingerprint(model: nn.Module) -> str:
@@ -105,11 +108,16 @@ def save_adapter(model: nn.Module, folder: str | Path, *, name: str = "lora") ->
     adapters = adapters_of(model, name)
     if not adapters:
         raise AdapterError(f"{folder}: not saved, the model has no LoRA mixin called {name!r}")
+    configs = [mixin.config for mixin in _mixins_called(model, name)]
+    if any(config != configs[0] for config in configs):
+        raise AdapterError(
+            f"{folder}: not saved, the LoRA mixins called {name!r} have different configs and a file holds one; "
+            "give them different names, or one config with rank_pattern and alpha_pattern"
+        )
     tensors = {f"{site}.{key}": t for site, adapter in adapters.items() for key, t in whole_tensors(adapter).items()}
-    mixin = next(m for path, m in lora_mixins(model).items() if path.rpartition(".")[2] == name)
     config = {
         "peft_type": "LORA",
-        **mixin.config.to_dict(),
+        **configs[0].to_dict(),
         "sat_lora": {
             "format_version": FORMAT_VERSION,
             "base_fingerprint": base_fingerprint(model),
@@ -144,7 +152,7 @@ def read_adapter(folder: str | Path) -> tuple[LoraConfig, dict, dict[str, torch.
         values = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         own = values.pop("sat_lora")
         values.pop("peft_type", None)
-        version, linears = own["format_version"], own["linears"]
+        version, linears, _ = own["format_version"], own["linears"], own["base_fingerprint"]
         own["linears"] = {
             n: {"r": int(e["r"]), "scale": float(e["scale"]), "slots": tuple(e["slots"])} for n, e in linears.items()
         }
@@ -202,33 +210,32 @@ def load_adapter(model: BaseModel, folder: str | Path, *, name: str = "lora") ->
     problems = []
     if own["base_fingerprint"] != base_fingerprint(model):
         problems.append("the base model has other names or shapes than the one this adapter was trained on")
+    if not own["linears"]:
+        problems.append("the file adapts no linear")
     sites: dict[str, LinearSite] = {}
     for path, inner in sat_models(model).items():
         sites.update(find_linears(inner, path))
     problems += check_tensors(own["linears"], tensors, sites)
     present = adapters_of(model, name)
+    there = {n: (e["r"], e["scale"], e["slots"]) for n, e in own["linears"].items()}
     if present:
-        here = {n: (a.rank, a.scale, a.slots) for n, a in present.items()}
-        there = {n: (e["r"], e["scale"], e["slots"]) for n, e in own["linears"].items()}
-        problems += [
-            f"{n}: the model's adapter and the file's differ"
-            for n in here.keys() | there.keys()
-            if here.get(n) != there.get(n)
-        ]
+        here, whose = {n: (a.rank, a.scale, a.slots) for n, a in present.items()}, "the model's adapter"
+    else:
+        here, whose = {n: adapter_shape(sites[n], config) if n in sites else there[n] for n in there}, "its config"
+    for linear in here.keys() | there.keys():
+        if here.get(linear) != there.get(linear):
+            got, wanted = there.get(linear), here.get(linear)
+            problems.append(f"{linear}: (rank, scale, slots) {got} in the file, {wanted} by {whose}")
     if problems:
         shown = "\n  ".join(problems[:20]) + ("\n  ..." if len(problems) > 20 else "")
         raise AdapterError(f"{folder} does not fit, {len(problems)} problems:\n  {shown}")
     if not present:
-        add_lora(model, config, name=name)
+        place_mixins(model, config, set(there), name)
         present = adapters_of(model, name)
     rank, size = model_parallel_layout()
     with torch.no_grad():
         for site, adapter in present.items():
-            keys = {
-                key: tensors[f"{site}.{key}"]
-                for key in (
-                    f"{s}.{leaf}" if s else leaf for s in adapter.slots or ("",) for leaf in ("lora_A", "lora_B")
-                )
-            }
-            for leaf, whole in zip("AB", join_slots(keys, adapter.slots)):
+            prefix = f"{site}."
+            own_tensors = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
+            for leaf, whole in zip("AB", join_slots(own_tensors, adapter.slots)):
                 getattr(adapter, leaf).copy_(adapter.shardings[leaf].shard(whole, rank, size))

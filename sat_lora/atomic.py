@@ -2,6 +2,7 @@
 
 import ctypes
 import errno
+import glob
 import os
 import shutil
 from contextlib import contextmanager
@@ -14,11 +15,17 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 def replaced_folder(target: str | Path):
     """Yields an empty temporary sibling to write into; it takes the place of `target` when the block ends well.
 
-    Everything is fsynced first. Leftovers of writers that died are removed.
+    Everything is fsynced first. Leftovers of writers that died are removed. A link is followed, so that it stays one.
     """
-    target = Path(target)
+    target = Path(target).resolve()
+    if target.exists() and not target.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(target))
     target.parent.mkdir(parents=True, exist_ok=True)
-    for stale in target.parent.glob(f".{target.name}.tmp-*"):
+    leftovers = list(target.parent.glob(f".{glob.escape(target.name)}.tmp-*"))
+    for aside in leftovers:
+        if not target.exists() and aside.name.startswith(f".{target.name}.tmp-old-"):
+            aside.rename(target)  # the writer died between the two renames of `_exchange`
+    for stale in leftovers:
         shutil.rmtree(stale, ignore_errors=True)
     temporary = target.parent / f".{target.name}.tmp-{os.getpid()}"
     temporary.mkdir()
@@ -55,5 +62,9 @@ def _exchange(new: Path, old: Path) -> None:
     # A file system without exchange: two renames, with a moment in which only the temporary names exist.
     aside = old.with_name(f".{old.name}.tmp-old-{os.getpid()}")
     old.rename(aside)
-    new.rename(old)
+    try:
+        new.rename(old)
+    except OSError:
+        aside.rename(old)
+        raise
     aside.rename(new)

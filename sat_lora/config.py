@@ -9,6 +9,7 @@ from sat_lora.errors import ConfigError
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 SLOTS = ("q", "k", "v")
+TOWERS = ("language", "vit")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,10 +56,12 @@ class LoraConfig:
         for name, value in ranks.items():
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 yield f"{name} has to be a whole number of at least 1, got {value!r}"
-        alphas = {
-            "lora_alpha": self.lora_alpha,
-            **{f"alpha_pattern[{k!r}]": v for k, v in self.alpha_pattern.items()},
-        }
+        for pattern in [*self.rank_pattern, *self.alpha_pattern]:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                yield f"rank_pattern, alpha_pattern: {pattern!r} is not a regular expression: {error}"
+        alphas = {"lora_alpha": self.lora_alpha, **{f"alpha_pattern[{k!r}]": v for k, v in self.alpha_pattern.items()}}
         for name, value in alphas.items():
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
                 yield f"{name} has to be a finite number, got {value!r}"
@@ -87,7 +90,11 @@ class LoraConfig:
             match = re.fullmatch(r"\s*(?:([a-z-]+):)?(\d+)(?:-(\d+))?\s*", part)
             if not match:
                 raise ValueError(f"cannot read {part!r}; write for example language:0-15,vit:40-62")
+            if match[1] not in (None, *TOWERS):
+                raise ValueError(f"there is no tower {match[1]!r}, only {' and '.join(TOWERS)}")
             first, last = int(match[2]), int(match[3] or match[2])
+            if last < first:
+                raise ValueError(f"{part.strip()!r} runs backwards")
             chosen.setdefault(match[1], set()).update(range(first, last + 1))
         return {tower: frozenset(numbers) for tower, numbers in chosen.items()}
 

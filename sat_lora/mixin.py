@@ -10,6 +10,7 @@ from torch import nn
 from sat_lora._sat import BaseMixin, BaseModel, non_conflict
 from sat_lora.adapter import LoraAdapter, bounded_rank
 from sat_lora.config import LoraConfig
+from sat_lora.errors import ConfigError
 from sat_lora.targets import LinearSite, find_linears, select
 
 
@@ -40,25 +41,17 @@ class LoraMixin(BaseMixin):
 
     def _attach(self, name: str, site: LinearSite) -> None:
         config, weight = self.config, site.module.weight
-        smallest = min(stop - start for start, stop in site.slot_rows(tuple(config.qkv_slots)))
-        wanted = config.rank_for(name)
-        rank = bounded_rank(wanted, site.in_features, smallest)
-        if rank < wanted:
+        rank, scale, slots = adapter_shape(site, config)
+        if rank < config.rank_for(name):
+            rows = min(stop - start for start, stop in site.slot_rows(slots))
             warnings.warn(
-                f"LoRA rank {wanted} costs more than the full {smallest} x {site.in_features} matrix; using {rank}",
+                f"LoRA rank {config.rank_for(name)} costs more than the full {rows} x {site.in_features} matrix; "
+                f"using {rank}",
                 stacklevel=4,
             )
         dtype = getattr(torch, config.adapter_dtype) if config.adapter_dtype else weight.dtype
         key = adapter_key(name)
-        self.adapters[key] = LoraAdapter(
-            site,
-            rank,
-            config.scale_for(name, rank),
-            tuple(config.qkv_slots),
-            config.lora_dropout,
-            dtype,
-            weight.device,
-        )
+        self.adapters[key] = LoraAdapter(site, rank, scale, slots, config.lora_dropout, dtype, weight.device)
         handle = site.module.register_forward_hook(_DeltaHook(self, key))
         weakref.finalize(self, handle.remove)
 
@@ -118,6 +111,14 @@ class _DeltaHook:
         return mixin.adapters[self._key](output, args[0])
 
 
+def adapter_shape(site: LinearSite, config: LoraConfig) -> tuple[int, float, tuple[str, ...]]:
+    """(rank in effect, scale, adapted slots) that `config` gives to a linear."""
+    slots = tuple(slot for slot in site.slot_names if slot in config.qkv_slots)
+    smallest = min(stop - start for start, stop in site.slot_rows(slots))
+    rank = bounded_rank(config.rank_for(site.name), site.in_features, smallest)
+    return rank, config.scale_for(site.name, rank), slots
+
+
 def adapter_key(name: str) -> str:
     """A linear's name as a key of nn.ModuleDict, which does not take dots."""
     return name.replace(".", "/")
@@ -136,12 +137,18 @@ def lora_mixins(model: nn.Module) -> dict[str, LoraMixin]:
 def add_lora(model: BaseModel, config: LoraConfig | None = None, *, name: str = "lora", **fields) -> list[LoraMixin]:
     """Put a LoraMixin on the model and on every SAT model inside it that `config` selects linears of."""
     config = config if config is not None else LoraConfig(**fields)
-    models = sat_models(model)
-    sites = {path: find_linears(inner, path) for path, inner in models.items()}
-    selected = select({name: site for own in sites.values() for name, site in own.items()}, config)
+    sites = {n: site for path, inner in sat_models(model).items() for n, site in find_linears(inner, path).items()}
+    return place_mixins(model, config, set(select(sites, config)), name)
+
+
+def place_mixins(model: BaseModel, config: LoraConfig, chosen: set[str], name: str) -> list[LoraMixin]:
+    """A LoraMixin called `name` on every SAT model in `model` that holds some of the `chosen` linears."""
+    taken = [f"{path}.mixins.{name}".lstrip(".") for path, inner in sat_models(model).items() if name in inner.mixins]
+    if taken:
+        raise ConfigError(f"the model has a mixin {' and '.join(taken)} already; delete it or choose another name")
     mixins = []
-    for path, inner in models.items():
-        own = {site_name: site for site_name, site in sites[path].items() if site_name in selected}
+    for path, inner in sat_models(model).items():
+        own = {site_name: site for site_name, site in find_linears(inner, path).items() if site_name in chosen}
         if own:
             mixins.append(LoraMixin(inner, config, sites=own))
             inner.add_mixin(name, mixins[-1])

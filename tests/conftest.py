@@ -9,6 +9,8 @@ import pytest
 from PIL import Image
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Read when torch is imported. Tiny matrices gain nothing from threads, and on busy cores lose a factor of ten to them.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 SIZES = {
     "num_layers": 2,

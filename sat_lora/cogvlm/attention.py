@@ -18,7 +18,7 @@ def mask_kind(mask: torch.Tensor | int | None, query_length: int) -> str:
         return CAUSAL
     if bool((mask > 0).all()):
         return FULL
-    if mask.shape[-1] == query_length and torch.equal(mask > 0, torch.ones_like(mask).tril() > 0):
+    if mask.shape[-2:] == (query_length, query_length) and torch.equal(mask > 0, torch.ones_like(mask).tril() > 0):
         return CAUSAL
     return MASKED
 

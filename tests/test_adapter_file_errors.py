@@ -1,0 +1,187 @@
+"""Loading an adapter is strict: one error that says everything, and a model that is left as it was."""
+
+import copy
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from sat_lora import AdapterError, add_lora, load_adapter, save_adapter
+from sat_lora.cogvlm.model import build_cogvlm
+from sat_lora.mixin import lora_mixins
+from tests.tiny import CONFIG as SIZES
+from tests.tiny import fill_adapters, tiny_model
+
+pytestmark = pytest.mark.usefixtures("single_process_group")
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+LINEAR = "transformer.layers.0.attention.dense"
+
+
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory, single_process_group):
+    model = tiny_model()
+    add_lora(model, r=4, target_modules=["language-attention", "vit-mlp"])
+    fill_adapters(model)
+    folder = tmp_path_factory.mktemp("pristine") / "adapter"
+    save_adapter(model, folder)
+    return folder
+
+
+@pytest.fixture
+def adapter(pristine, tmp_path):
+    return shutil.copytree(pristine, tmp_path / "adapter")
+
+
+@pytest.fixture(scope="module")
+def fresh(single_process_group):
+    return tiny_model()
+
+
+def assert_refused(model, folder, message):
+    """An AdapterError with that message, and the model exactly as before: tensors, names, flags, mixins, hooks."""
+
+    def snapshot():
+        state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        hooks = [len(module._forward_hooks) for module in model.modules()]
+        return state, [p.requires_grad for p in model.parameters()], list(lora_mixins(model)), hooks
+
+    before = snapshot()
+    with pytest.raises(AdapterError, match=message) as error:
+        load_adapter(model, folder)
+    after = snapshot()
+    assert before[1:] == after[1:] and before[0].keys() == after[0].keys()
+    assert all(torch.equal(tensor, after[0][name]) for name, tensor in before[0].items())
+    return str(error.value)
+
+
+def change_tensors(folder, change):
+    tensors = load_file(folder / WEIGHTS)
+    change(tensors)
+    save_file(tensors, folder / WEIGHTS)
+
+
+def change_config(folder, change):
+    config = json.loads((folder / CONFIG).read_text())
+    change(config)
+    (folder / CONFIG).write_text(json.dumps(config))
+
+
+def _not_finite(tensors):
+    tensors[f"{LINEAR}.lora_B"][3, 1] = float("nan")
+
+
+WRONG_TENSORS = {
+    "missing": (lambda t: t.pop(f"{LINEAR}.lora_A"), f"missing {LINEAR}.lora_A"),
+    "unexpected": (lambda t: t.update(extra=torch.zeros(2)), "unexpected extra"),
+    "shape": (
+        lambda t: t.update({f"{LINEAR}.lora_B": torch.zeros(64, 5)}),
+        rf"{LINEAR}.lora_B: shape \(64, 5\), the model wants \(64, 4\)",
+    ),
+    "transposed": (lambda t: t.update({f"{LINEAR}.lora_A": torch.zeros(64, 4)}), r"the model wants \(4, 64\)"),
+    "not finite": (_not_finite, f"{LINEAR}.lora_B: holds values that are not finite"),
+    "integer": (
+        lambda t: t.update({f"{LINEAR}.lora_A": torch.zeros(4, 64, dtype=torch.int32)}),
+        f"{LINEAR}.lora_A: dtype torch.int32, a floating-point dtype is wanted",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_TENSORS)
+def test_a_wrong_tensor_is_named_and_the_model_left_as_it_was(adapter, fresh, case):
+    change, message = WRONG_TENSORS[case]
+    change_tensors(adapter, change)
+    assert_refused(fresh, adapter, message)
+
+
+def _set(path, value):
+    def change(config):
+        *way, last = path
+        for key in way:
+            config = config[key]
+        config[last] = value
+
+    return change
+
+
+WRONG_CONFIGS = {
+    "version": (_set(["sat_lora", "format_version"], 2), "format version 2, this sat_lora reads 1"),
+    "unknown field": (_set(["lora_alfa"], 3), "no field 'lora_alfa', did you mean 'lora_alpha'"),
+    "wrong value": (_set(["r"], -1), "r has to be a whole number of at least 1, got -1"),
+    "no section": (lambda c: c.pop("sat_lora"), "not an adapter config of sat_lora"),
+    "section is a list": (_set(["sat_lora"], []), "not an adapter config of sat_lora"),
+    "no fingerprint": (lambda c: c["sat_lora"].pop("base_fingerprint"), "not an adapter config.*base_fingerprint"),
+    "no linears": (_set(["sat_lora", "linears"], {}), "adapts no linear"),
+    "entry without a rank": (_set(["sat_lora", "linears", LINEAR], {"scale": 1, "slots": []}), "not an adapter config"),
+    "unknown linear": (
+        _set(["sat_lora", "linears", "transformer.nowhere"], {"r": 4, "scale": 8, "slots": []}),
+        "the model has no linear transformer.nowhere",
+    ),
+    "slots of a linear without": (_set(["sat_lora", "linears", LINEAR, "slots"], ["q"]), "the linear has"),
+    "scale": (
+        _set(["sat_lora", "linears", LINEAR, "scale"], 1.0),
+        rf"{LINEAR}: .*1\.0.* in the file, .*8\.0.* its config",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_CONFIGS)
+def test_a_wrong_config_is_named_and_the_model_left_as_it_was(adapter, fresh, case):
+    change, message = WRONG_CONFIGS[case]
+    change_config(adapter, change)
+    assert_refused(fresh, adapter, message)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "3", "", b"\xff\xfe\x00"])
+def test_a_config_that_is_no_json_object_is_named(adapter, fresh, text):
+    (adapter / CONFIG).write_bytes(text if isinstance(text, bytes) else text.encode())
+    assert_refused(fresh, adapter, "adapter_config.json: not an adapter config of sat_lora")
+
+
+@pytest.mark.parametrize("keep", [0, 5, 100, -1])
+def test_a_cut_weight_file_is_named(adapter, fresh, keep):
+    content = (adapter / WEIGHTS).read_bytes()
+    (adapter / WEIGHTS).write_bytes(content[:keep])
+    assert_refused(fresh, adapter, "adapter_model.safetensors: cannot be read")
+
+
+def test_a_folder_that_is_no_adapter_says_what_is_missing_and_found(adapter, fresh):
+    (adapter / WEIGHTS).rename(adapter / "weights.bin")
+    message = assert_refused(fresh, adapter, "is not an adapter folder: adapter_model.safetensors missing")
+    assert message.endswith("found: adapter_config.json, weights.bin")
+    assert_refused(fresh, adapter / "nowhere", "missing; found: no such folder")
+    assert_refused(fresh, adapter / CONFIG, "is not an adapter folder")
+
+
+def test_an_adapter_of_another_base_is_refused(adapter):
+    """One more layer: every linear of the adapter is there and fits, and still it is another model."""
+    other = build_cogvlm({**SIZES, "num_layers": 3})
+    message = assert_refused(other, adapter, "1 problems")
+    assert "the base model has other names or shapes than the one this adapter was trained on" in message
+
+
+def test_shapes_of_another_base_are_listed_with_it(adapter):
+    sizes = copy.deepcopy(SIZES)
+    sizes["eva_args"]["inner_hidden_size"] = 40
+    message = assert_refused(build_cogvlm(sizes), adapter, "other names or shapes")
+    assert "vit_model.transformer.layers.0.mlp.dense_4h_to_h.lora_A: shape (4, 72), the model wants (4, 40)" in message
+
+
+def test_a_mixin_of_another_shape_is_left_alone(adapter):
+    model = tiny_model()
+    add_lora(model, r=2, target_modules=["language-attention", "vit-mlp"])
+    assert_refused(
+        model, adapter, rf"{LINEAR}: \(rank, scale, slots\) \(4, .* in the file, \(2, .* the model's adapter"
+    )
+
+
+def test_every_problem_is_listed_at_once(adapter, fresh):
+    def spoil(tensors):
+        for case in ("missing", "unexpected"):
+            WRONG_TENSORS[case][0](tensors)
+        _not_finite(tensors)
+
+    change_tensors(adapter, spoil)
+    message = assert_refused(fresh, adapter, "does not fit, 3 problems")
+    assert all(word in message for word in ("missing", "unexpected", "not finite"))

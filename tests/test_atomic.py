@@ -1,0 +1,119 @@
+"""Replacing a folder: the old one or the new one, never a mixture."""
+
+import ctypes
+import os
+import sys
+
+import pytest
+
+from sat_lora.atomic import replaced_folder
+
+
+def write(target, text):
+    with replaced_folder(target) as temporary:
+        (temporary / "a").write_text(text)
+        (temporary / "b").write_text(text)
+
+
+def contents(folder):
+    return {path.name: path.read_text() for path in folder.iterdir()}
+
+
+@pytest.fixture(params=["exchange", "two renames"])
+def exchange(request, monkeypatch):
+    """With Linux's renameat2, and as on a file system or a machine without it."""
+    if request.param == "two renames":
+        monkeypatch.setattr(ctypes, "CDLL", lambda *args, **kwargs: object())
+    return request.param
+
+
+def test_a_new_folder_appears_with_its_parents(tmp_path):
+    write(tmp_path / "deep" / "er" / "x", "1")
+    assert contents(tmp_path / "deep" / "er" / "x") == {"a": "1", "b": "1"}
+    assert os.listdir(tmp_path / "deep" / "er") == ["x"]
+
+
+def test_an_existing_folder_is_replaced_whole(tmp_path, exchange):
+    target = tmp_path / "x"
+    write(target, "1")
+    (target / "of the old one").touch()
+    write(target, "2")
+    assert contents(target) == {"a": "2", "b": "2"}
+    assert os.listdir(tmp_path) == ["x"]
+
+
+def test_nothing_is_seen_at_the_target_before_the_end(tmp_path, exchange):
+    with replaced_folder(tmp_path / "x") as temporary:
+        assert not (tmp_path / "x").exists() and temporary.parent == tmp_path
+    with replaced_folder(tmp_path / "x") as temporary:
+        (temporary / "a").write_text("2")
+        assert contents(tmp_path / "x") == {}
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_an_exception_leaves_the_old_folder_and_no_other(tmp_path, error, exchange):
+    write(tmp_path / "x", "1")
+    with pytest.raises(error), replaced_folder(tmp_path / "x") as temporary:
+        (temporary / "a").write_text("2")
+        raise error
+    assert contents(tmp_path / "x") == {"a": "1", "b": "1"}
+    assert os.listdir(tmp_path) == ["x"]
+
+
+def test_leftovers_of_a_dead_writer_are_removed_and_neighbours_are_not(tmp_path):
+    for name in (".x[1].tmp-99", ".x[1].tmp-old-99", ".x1.tmp-99", ".y.tmp-99", "x[1].tmp-99"):
+        (tmp_path / name / "sub").mkdir(parents=True)
+    write(tmp_path / "x[1]", "1")
+    assert set(os.listdir(tmp_path)) == {"x[1]", ".x1.tmp-99", ".y.tmp-99", "x[1].tmp-99"}
+    assert contents(tmp_path / "x[1]") == {"a": "1", "b": "1"}
+
+
+def test_a_writer_that_died_between_two_renames_costs_nothing(tmp_path):
+    write(tmp_path / ".x.tmp-old-99", "1")
+    with pytest.raises(ValueError), replaced_folder(tmp_path / "x"):
+        raise ValueError
+    assert contents(tmp_path / "x") == {"a": "1", "b": "1"}
+
+
+def test_a_second_rename_that_fails_puts_the_old_folder_back(tmp_path, monkeypatch):
+    write(tmp_path / "x", "1")
+    monkeypatch.setattr(ctypes, "CDLL", lambda *args, **kwargs: object())
+    rename = type(tmp_path).rename
+
+    def fails_for_the_new_one(self, target):
+        if self.name == f".x.tmp-{os.getpid()}":
+            raise PermissionError(13, "Permission denied")
+        return rename(self, target)
+
+    monkeypatch.setattr(type(tmp_path), "rename", fails_for_the_new_one)
+    with pytest.raises(PermissionError):
+        write(tmp_path / "x", "2")
+    assert contents(tmp_path / "x") == {"a": "1", "b": "1"}
+    assert os.listdir(tmp_path) == ["x"]
+
+
+def test_a_link_stays_a_link(tmp_path):
+    write(tmp_path / "real", "1")
+    (tmp_path / "link").symlink_to("real")
+    write(tmp_path / "link", "2")
+    assert (tmp_path / "link").is_symlink() and contents(tmp_path / "real") == {"a": "2", "b": "2"}
+    assert set(os.listdir(tmp_path)) == {"real", "link"}
+
+
+def test_a_file_in_the_way_is_refused_and_kept(tmp_path):
+    (tmp_path / "x").write_text("mine")
+    with pytest.raises(NotADirectoryError, match="x"):
+        write(tmp_path / "x", "1")
+    assert (tmp_path / "x").read_text() == "mine" and os.listdir(tmp_path) == ["x"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="renameat2 is a call of Linux")
+def test_where_linux_can_exchange_there_is_no_moment_without_a_folder(tmp_path, monkeypatch):
+    write(tmp_path / "x", "1")
+
+    def rename(self, target):
+        raise AssertionError(f"{self} was moved: readers would find nothing for a moment")
+
+    monkeypatch.setattr(type(tmp_path), "rename", rename)
+    write(tmp_path / "x", "2")
+    assert contents(tmp_path / "x") == {"a": "2", "b": "2"}

@@ -1,0 +1,121 @@
+"""LoraConfig: validation, patterns, layers, and the way through a dictionary."""
+
+import dataclasses
+import json
+
+import pytest
+
+from sat_lora import ConfigError, LoraConfig
+
+QKV = "transformer.layers.3.attention.query_key_value"
+VIT_DENSE = "mixins.eva.vit_model.transformer.layers.11.attention.dense"
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"r": 0}, "r has to be a whole number of at least 1, got 0"),
+        ({"r": 4.0}, "r has to be a whole number of at least 1, got 4.0"),
+        ({"r": True}, "r has to be a whole number of at least 1, got True"),
+        ({"lora_alpha": float("inf")}, "lora_alpha has to be a finite number, got inf"),
+        ({"lora_alpha": "32"}, "lora_alpha has to be a finite number, got '32'"),
+        ({"lora_dropout": 1.0}, r"lora_dropout has to be in \[0, 1\), got 1.0"),
+        ({"lora_dropout": -0.1}, r"lora_dropout has to be in \[0, 1\), got -0.1"),
+        ({"target_modules": ()}, "target_modules is empty"),
+        ({"qkv_slots": ()}, "qkv_slots has to name some of q, k, v"),
+        ({"qkv_slots": "qq"}, "each once, got 'qq'"),
+        ({"qkv_slots": ["q", "o"]}, r"got \('q', 'o'\)"),
+        ({"adapter_dtype": "int8"}, "adapter_dtype has to be one of float32, .* got 'int8'"),
+        ({"layers_to_transform": "0..3"}, "cannot read '0..3'; write for example language:0-15,vit:40-62"),
+        ({"layers_to_transform": "5-2"}, "'5-2' runs backwards"),
+        ({"layers_to_transform": "vision:0-3"}, "there is no tower 'vision', only language and vit"),
+        ({"rank_pattern": {"dense[": 4}}, r"'dense\[' is not a regular expression"),
+        ({"alpha_pattern": {"(": 4}}, r"'\(' is not a regular expression"),
+        ({"rank_pattern": {"dense": 0}}, r"rank_pattern\['dense'\] has to be a whole number of at least 1, got 0"),
+        ({"alpha_pattern": {"dense": None}}, r"alpha_pattern\['dense'\] has to be a finite number, got None"),
+    ],
+)
+def test_a_wrong_field_is_named_with_what_it_got(fields, message):
+    with pytest.raises(ConfigError, match=message):
+        LoraConfig(**fields)
+
+
+def test_a_config_cannot_be_changed():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        LoraConfig().r = 4
+
+
+@pytest.mark.parametrize(
+    ("text", "layers"),
+    [
+        (None, None),
+        ((1, 3), {None: {1, 3}}),
+        ([0], {None: {0}}),
+        ("4", {None: {4}}),
+        ("2-4", {None: {2, 3, 4}}),
+        ("language:0-1, vit:40-42", {"language": {0, 1}, "vit": {40, 41, 42}}),
+        ("language:0,language:5-6", {"language": {0, 5, 6}}),
+        ("0,vit:1", {None: {0}, "vit": {1}}),
+    ],
+)
+def test_layers_are_read_from_numbers_and_from_text(text, layers):
+    assert LoraConfig(layers_to_transform=text).layers() == layers
+
+
+def test_the_first_rank_pattern_that_matches_wins():
+    config = LoraConfig(r=16, rank_pattern={r"vit_model\..*dense": 2, "dense": 4, r"attention\.\w+": 8})
+    assert config.rank_for(VIT_DENSE) == 2
+    assert config.rank_for("transformer.layers.0.attention.dense") == 4
+    assert config.rank_for(QKV) == 8
+    assert config.rank_for("transformer.layers.0.mlp.dense_h_to_4h") == 16
+
+
+def test_a_pattern_matches_whole_parts_at_the_end_of_a_name():
+    config = LoraConfig(r=16, rank_pattern={"value": 2, "attention": 3, "query_key_value|dense": 5})
+    assert config.rank_for(QKV) == config.rank_for(VIT_DENSE) == 5
+    assert config.rank_for("query_key_value") == 5
+
+
+def test_the_scale_is_alpha_over_the_rank_in_effect():
+    config = LoraConfig(r=16, lora_alpha=32, alpha_pattern={"dense": 6, ".*": 99})
+    assert config.scale_for(VIT_DENSE, 4) == 1.5
+    assert config.scale_for(QKV, 4) == 24.75
+    assert LoraConfig(lora_alpha=32).scale_for(QKV, 8) == 4
+
+
+def test_rslora_scales_by_the_root_of_the_rank():
+    config = LoraConfig(r=16, lora_alpha=32, use_rslora=True, alpha_pattern={"dense": 6})
+    assert config.scale_for(QKV, 16) == 8
+    assert config.scale_for(VIT_DENSE, 9) == 2
+
+
+def test_a_config_comes_back_from_json_as_it_was():
+    config = LoraConfig(
+        r=8,
+        lora_alpha=12.5,
+        lora_dropout=0.1,
+        use_rslora=True,
+        target_modules=["language-mlp", "dense"],
+        exclude_modules=["projector"],
+        layers_to_transform=[0, 2],
+        rank_pattern={"b": 4, "a": 2},
+        alpha_pattern={"dense": 3.0},
+        qkv_slots=["q", "v"],
+        adapter_dtype="float32",
+        seed=7,
+    )
+    back = LoraConfig.from_dict(json.loads(json.dumps(config.to_dict())))
+    assert back == config
+    assert back.target_modules == ("language-mlp", "dense") and back.layers_to_transform == (0, 2)
+    assert list(back.rank_pattern) == ["b", "a"], "the first match wins, so the order is part of the value"
+
+
+def test_every_unknown_field_is_listed():
+    with pytest.raises(ConfigError, match="no field 'ranks'; there is no field 'zzz'$"):
+        LoraConfig.from_dict({"zzz": 1, "ranks": 2, "r": 4})
+
+
+@pytest.mark.parametrize("fields", [{"rank_pattern": 3}, {"rank_pattern": ["dense"]}, {"qkv_slots": 4}])
+def test_a_field_of_the_wrong_type_is_a_config_error(fields):
+    with pytest.raises(ConfigError, match="a field has the wrong type"):
+        LoraConfig.from_dict(fields)
