@@ -122,9 +122,9 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help="folder to write; nothing happens if it exists")
     for name, count in IMAGES.items():
-        parser.add_argument(f"--{name}", type=int, default=count, help=f"images of the {STRINGS[name]} {name} strings")
+        parser.add_argument(f"--{name}", type=int, default=count, help=f"of the {STRINGS[name]} {name} strings")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes; they do not change the images")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes; no image depends on them")
     make_captchas(**vars(parser.parse_args()))
 
 
