@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "finetune_demo"))
-from make_captchas import STRINGS, draw_captcha, make_captchas, plan, seeded_draws, split_strings  # noqa: E402
+from make_captchas import STRINGS, draw_captcha, make_captchas, plan, seeded_draws, split_strings
 
 pytestmark = pytest.mark.timeout(60)
 FEW = {"train": 30, "valid": 60, "test": 12}
