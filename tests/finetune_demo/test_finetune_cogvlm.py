@@ -57,6 +57,7 @@ def losses_of(run):
 def test_two_launched_ranks_learn_and_leave_the_base_alone(kind, stage, captchas, tmp_path):
     before = fingerprint(BASE)
     extra = ("--train-iters", "12", "--zero-stage", str(stage), "--test-data", str(captchas / "test"))
+    extra += ("--bf16", "--checkpoint-activations", "--vit_checkpoint_activations") if kind == "torchrun" else ()
     done = start(launcher(kind), options_for(captchas, tmp_path, *extra))
     assert done.returncode == 0, done.stderr[-3000:]
     assert fingerprint(BASE) == before
