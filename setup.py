@@ -21,8 +21,8 @@ setup(
         "matplotlib",
     ],
     extras_require={
-        "test": ["pytest", "pytest-timeout", "captcha>=0.5"],
-        "demo": ["captcha>=0.5"],
+        "test": ["pytest", "pytest-timeout", "captcha>=0.7"],
+        "demo": ["captcha>=0.7"],
     },
     entry_points={"console_scripts": ["sat-lora = sat_lora.cli:main"]},
 )

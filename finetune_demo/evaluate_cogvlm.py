@@ -52,7 +52,12 @@ def read_settings(options: argparse.Namespace) -> argparse.Namespace:
             stored["bf16"] = stored["fp16"] = None
     given = {name: value for name, value in vars(options).items() if value is not None}
     known = set(vars(options))
-    merged = {**dict.fromkeys(known), **DEFAULTS, **{k: v for k, v in stored.items() if k in known and v is not None}, **given}
+    merged = {
+        **dict.fromkeys(known),
+        **DEFAULTS,
+        **{k: v for k, v in stored.items() if k in known and v is not None},
+        **given,
+    }
     options = argparse.Namespace(**merged)
     options.local_tokenizer = options.local_tokenizer or options.from_pretrained
     missing = [f"--{name}" for name in ("from_pretrained", "adapter") if not getattr(options, name)]

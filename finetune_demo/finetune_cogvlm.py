@@ -1,6 +1,6 @@
 """Fine-tune CogVLM with LoRA.
 
-    deepspeed finetune_demo/finetune_cogvlm.py                      # the embedded tiny base on captcha images, CPU is enough
+    deepspeed finetune_demo/finetune_cogvlm.py                      # the tiny base on captcha images; a CPU will do
     deepspeed --num_gpus 8 finetune_demo/finetune_cogvlm.py --from_pretrained cogvlm-base-490 --train-data my_images
 
 `torchrun` and plain `python` start it just as well. `--help` lists the options.

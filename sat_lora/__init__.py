@@ -1,8 +1,8 @@
 """LoRA for CogVLM and other SwissArmyTransformer models, with DeepSpeed ZeRO and model parallelism.
 
-    model.add_mixin("lora", LoraMixin(model, r=16, lora_alpha=32))
-    add_lora(model, LoraConfig(r=16))               # the language model and the vision transformer inside it
-    save_adapter(model, "adapter"); load_adapter(model, "adapter")
+model.add_mixin("lora", LoraMixin(model, r=16, lora_alpha=32))
+add_lora(model, LoraConfig(r=16))               # the language model and the vision transformer inside it
+save_adapter(model, "adapter"); load_adapter(model, "adapter")
 """
 
 from sat_lora.adapter_file import load_adapter, save_adapter

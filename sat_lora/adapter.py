@@ -31,7 +31,9 @@ class LoraAdapter(nn.Module):
     The parameters sit directly on this module, and it is called as a module, so that ZeRO-3 gathers them.
     """
 
-    def __init__(self, site: LinearSite, rank: int, scale: float, slots: tuple[str, ...], dropout: float, dtype, device):
+    def __init__(
+        self, site: LinearSite, rank: int, scale: float, slots: tuple[str, ...], dropout: float, dtype, device
+    ):
         super().__init__()
         self.name, self.rank, self.scale, self.dropout = site.name, rank, scale, dropout
         self.slots = tuple(slot for slot in site.slot_names if slot in slots)
@@ -82,7 +84,9 @@ class LoraAdapter(nn.Module):
             keep.bernoulli_(1 - self.dropout)
             scale = scale / (1 - self.dropout)
         if self._gathered and model_parallel_layout()[1] > 1:
-            delta = add_delta(y.new_zeros(*y.shape[:-1], self.layout.width), x, self.A, self.B, keep, scale, self.layout)
+            delta = add_delta(
+                y.new_zeros(*y.shape[:-1], self.layout.width), x, self.A, self.B, keep, scale, self.layout
+            )
             return y + mpu.gather_from_model_parallel_region(delta)
         return add_delta(y, x, self.A, self.B, keep, scale, self.layout)
 

@@ -1,9 +1,9 @@
 """The adapter on disk.
 
-    FOLDER/adapter_model.safetensors   `<linear>.lora_A` (r, in) and `<linear>.lora_B` (out, r); for q/k/v slots
-                                       `<linear>.q.lora_A` and so on. Whole tensors, whatever the parallel layout was.
-    FOLDER/adapter_config.json         the LoraConfig, and under `sat_lora` the format version, the rank, scale and slots
-                                       of every linear, and the fingerprint of the base model
+FOLDER/adapter_model.safetensors   `<linear>.lora_A` (r, in) and `<linear>.lora_B` (out, r); for q/k/v slots
+                                   `<linear>.q.lora_A` and so on. Whole tensors, whatever the parallel layout was.
+FOLDER/adapter_config.json         the LoraConfig, and under `sat_lora` the format version, the rank, scale and slots
+                                   of every linear, and the fingerprint of the base model
 """
 
 import hashlib
@@ -46,7 +46,10 @@ def base_fingerprint(model: nn.Module) -> str:
     def visit(module: nn.Module, prefix: str):
         if isinstance(module, LoraMixin):
             return
-        own = {**module._parameters, **{k: b for k, b in module._buffers.items() if k not in module._non_persistent_buffers_set}}
+        own = {
+            **module._parameters,
+            **{k: b for k, b in module._buffers.items() if k not in module._non_persistent_buffers_set},
+        }
         for leaf, tensor in own.items():
             if tensor is not None:
                 shape = sharding_of(module, leaf).full_shape(getattr(tensor, "ds_shape", tensor.shape), size)
@@ -148,13 +151,17 @@ def read_adapter(folder: str | Path) -> tuple[LoraConfig, dict, dict[str, torch.
     missing = [name for name in (WEIGHTS, CONFIG) if not (folder / name).is_file()]
     if missing:
         found = ", ".join(sorted(p.name for p in folder.iterdir())[:12]) if folder.is_dir() else "no such folder"
-        raise AdapterError(f"{folder} is not an adapter folder: {', '.join(missing)} missing; found: {found or 'nothing'}")
+        raise AdapterError(
+            f"{folder} is not an adapter folder: {', '.join(missing)} missing; found: {found or 'nothing'}"
+        )
     try:
         values = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         own = values.pop("sat_lora")
         values.pop("peft_type", None)
         version, linears, _ = own["format_version"], own["linears"], own["base_fingerprint"]
-        own["linears"] = {n: {"r": int(e["r"]), "scale": float(e["scale"]), "slots": tuple(e["slots"])} for n, e in linears.items()}
+        own["linears"] = {
+            n: {"r": int(e["r"]), "scale": float(e["scale"]), "slots": tuple(e["slots"])} for n, e in linears.items()
+        }
     except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
         raise AdapterError(f"{folder / CONFIG}: not an adapter config of sat_lora: {error!r}") from error
     if version != FORMAT_VERSION:

@@ -25,7 +25,8 @@ class LoraConfig:
     use_rslora: bool = False
     """Scale by lora_alpha / sqrt(r) instead (rsLoRA, arXiv 2312.03732)."""
     target_modules: str | tuple[str, ...] = "all-linear"
-    """A preset (see sat_lora.targets.PRESETS), a regular expression for the whole name, or a list of presets and suffixes."""
+    """A preset (see sat_lora.targets.PRESETS), a regular expression for the whole name, or a list of presets and
+    suffixes."""
     exclude_modules: str | tuple[str, ...] = ()
     """The same forms; taken away from what target_modules selects."""
     layers_to_transform: str | tuple[int, ...] | None = None

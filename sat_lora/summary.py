@@ -17,7 +17,9 @@ def describe(model: nn.Module) -> list[dict]:
     rows: dict[str, dict] = {}
     for path, inner in sat_models(model).items():
         for name, site in find_linears(inner, path).items():
-            row = rows.setdefault(site.part, dict(part=site.part, linears=0, adapted=0, ranks=set(), trainable=0, base=0))
+            row = rows.setdefault(
+                site.part, dict(part=site.part, linears=0, adapted=0, ranks=set(), trainable=0, base=0)
+            )
             row["linears"] += 1
             row["base"] += site.in_features * site.out_features
             if name in adapters:
@@ -38,5 +40,7 @@ def describe_text(model: nn.Module) -> str:
     for row in describe(model):
         ranks = ",".join(map(str, row["ranks"])) or "-"
         share = f"{100 * row['trainable'] / row['base']:.2f} %" if row["base"] else "-"
-        lines.append(f"{row['part']:<26}{row['linears']:>8}{row['adapted']:>9}{ranks:>8}{row['trainable']:>14,}{share:>10}")
+        lines.append(
+            f"{row['part']:<26}{row['linears']:>8}{row['adapted']:>9}{ranks:>8}{row['trainable']:>14,}{share:>10}"
+        )
     return "\n".join(lines)

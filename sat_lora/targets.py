@@ -40,7 +40,7 @@ class LinearSite:
 
     @property
     def part(self) -> str:
-        """The preset that the linear belongs to, for tables: "vit-mlp", or "other" on models that have no such names."""
+        """The preset that the linear belongs to, for tables; "other" on models that have no such names."""
         return next((p for p, regex in PRESETS.items() if p != "all-linear" and re.fullmatch(regex, self.name)), OTHER)
 
     @property
@@ -70,7 +70,7 @@ class LinearSite:
 
 
 def find_linears(model: nn.Module, prefix: str = "") -> dict[str, LinearSite]:
-    """Every adaptable linear of one SAT model by name; a SAT model inside it (CogVLM's ViT) is left to its own mixin."""
+    """Every adaptable linear of one SAT model by name; a SAT model inside it (CogVLM's ViT) has its own mixin."""
     _, size = model_parallel_layout()
     found = {}
 
@@ -93,7 +93,7 @@ _KINDS = {"column": ColumnParallelLinear, "row": RowParallelLinear, "plain": nn.
 
 
 def select(sites: dict[str, LinearSite], config: LoraConfig) -> dict[str, LinearSite]:
-    """The sites that `config` selects. Every pattern has to match something; if not, ConfigError lists all that do not."""
+    """The sites that `config` selects. ConfigError lists every pattern that matches nothing."""
     problems: list[str] = []
     chosen = _matching("target_modules", config.target_modules, sites, problems)
     chosen -= _matching("exclude_modules", config.exclude_modules, sites, problems)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -74,3 +75,17 @@ def single_process_group():
     from sat_lora.training.distributed import arrange, join
 
     return arrange(join())
+
+
+@pytest.fixture(scope="session")
+def captchas(tmp_path_factory) -> Path:
+    """A few captchas of the demo's kind, in train/, valid/ and test/."""
+    demo = Path(__file__).parents[1] / "finetune_demo"
+    sys.path.insert(0, str(demo))
+    try:
+        from make_captchas import make_captchas
+    finally:
+        sys.path.remove(str(demo))
+    folder = tmp_path_factory.mktemp("data") / "captchas"
+    make_captchas(folder, train=64, valid=16, test=12, seed=3, workers=2)
+    return folder

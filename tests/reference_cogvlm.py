@@ -21,24 +21,34 @@ def reference_logits(state: dict, config: dict, batch: dict) -> torch.Tensor:
         layer = f"transformer.layers.{i}."
         y = _rms_norm(x, w[layer + "input_layernorm.weight"])
         qkv = _either(
-            vision, y @ w[f"mixins.rotary.vision_query_key_value_list.{i}.weight"].T,
+            vision,
+            y @ w[f"mixins.rotary.vision_query_key_value_list.{i}.weight"].T,
             y @ w[layer + "attention.query_key_value.weight"].T,
         )
         q, k, v = (_heads(part, heads) for part in qkv.split(size, -1))
         q, k = (_turn(part, batch["position_ids"], w["mixins.rotary.rotary_emb.inv_freq"]) for part in (q, k))
         context = _softmax_attention(q, k, v, causal=True)
         x = x + _either(
-            vision, context @ w[f"mixins.rotary.vision_dense_list.{i}.weight"].T,
+            vision,
+            context @ w[f"mixins.rotary.vision_dense_list.{i}.weight"].T,
             context @ w[layer + "attention.dense.weight"].T,
         )
         y = _rms_norm(x, w[layer + "post_attention_layernorm.weight"])
         mlp = "mixins.mlp."
         x = x + _either(
             vision,
-            _gated(y, w[f"{mlp}vision_gate_proj.{i}.weight"], w[f"{mlp}vision_dense_h_to_4h_list.{i}.weight"],
-                   w[f"{mlp}vision_dense_4h_to_h_list.{i}.weight"]),
-            _gated(y, w[f"{mlp}gate_proj.{i}.weight"], w[layer + "mlp.dense_h_to_4h.weight"],
-                   w[layer + "mlp.dense_4h_to_h.weight"]),
+            _gated(
+                y,
+                w[f"{mlp}vision_gate_proj.{i}.weight"],
+                w[f"{mlp}vision_dense_h_to_4h_list.{i}.weight"],
+                w[f"{mlp}vision_dense_4h_to_h_list.{i}.weight"],
+            ),
+            _gated(
+                y,
+                w[f"{mlp}gate_proj.{i}.weight"],
+                w[layer + "mlp.dense_h_to_4h.weight"],
+                w[layer + "mlp.dense_4h_to_h.weight"],
+            ),
         )
     return _rms_norm(x, w["transformer.final_layernorm.weight"]) @ w["mixins.lm.lm_head.weight"].T
 
@@ -47,8 +57,12 @@ def _image_tokens(w, config, images):
     eva = "mixins.eva."
     vit = eva + "vit_model."
     args = config["eva_args"]
-    x = F.conv2d(images, w[vit + "mixins.patch_embedding.proj.weight"], w[vit + "mixins.patch_embedding.proj.bias"],
-                 stride=args["patch_size"])
+    x = F.conv2d(
+        images,
+        w[vit + "mixins.patch_embedding.proj.weight"],
+        w[vit + "mixins.patch_embedding.proj.bias"],
+        stride=args["patch_size"],
+    )
     x = x.flatten(2).transpose(1, 2)
     x = torch.cat([w[vit + "transformer.word_embeddings.weight"].expand(len(x), 1, -1), x], 1)
     x = x + w[vit + "transformer.position_embeddings.weight"]
@@ -59,7 +73,9 @@ def _image_tokens(w, config, images):
             return y @ w[f"{layer}{name}.weight"].T + w[f"{layer}{name}.bias"]
 
         def norm(y, name, layer=layer):
-            return F.layer_norm(y, y.shape[-1:], w[f"{layer}{name}.weight"], w[f"{layer}{name}.bias"], args["layernorm_epsilon"])
+            return F.layer_norm(
+                y, y.shape[-1:], w[f"{layer}{name}.weight"], w[f"{layer}{name}.bias"], args["layernorm_epsilon"]
+            )
 
         q, k, v = (_heads(p, args["num_attention_heads"]) for p in linear(x, "attention.query_key_value").chunk(3, -1))
         x = x + norm(linear(_softmax_attention(q, k, v, causal=False), "attention.dense"), "input_layernorm")

@@ -72,7 +72,10 @@ def test_slots_are_named_in_the_file_and_come_back(tmp_path):
     tensors, adapter = load_file(tmp_path / "adapter" / WEIGHTS), adapters_of(model)[name]
     own = {key.removeprefix(name + "."): t for key, t in tensors.items() if key.startswith(name + ".")}
     assert {key: tuple(t.shape) for key, t in own.items()} == {
-        "q.lora_A": (4, 64), "q.lora_B": (64, 4), "v.lora_A": (4, 64), "v.lora_B": (64, 4),
+        "q.lora_A": (4, 64),
+        "q.lora_B": (64, 4),
+        "v.lora_A": (4, 64),
+        "v.lora_B": (64, 4),
     }
     assert torch.equal(own["v.lora_A"], adapter.A[4:]) and torch.equal(own["v.lora_B"], adapter.B[64:])
     other = tiny_model().eval()
@@ -81,7 +84,10 @@ def test_slots_are_named_in_the_file_and_come_back(tmp_path):
 
 
 def test_patterns_and_scales_come_back(tmp_path):
-    model, batch = trained_model(rank_pattern={"dense": 2}, alpha_pattern={"gate_proj": 3}, use_rslora=True), tiny_batch()
+    model, batch = (
+        trained_model(rank_pattern={"dense": 2}, alpha_pattern={"gate_proj": 3}, use_rslora=True),
+        tiny_batch(),
+    )
     save_adapter(model, tmp_path / "adapter")
     other = tiny_model().eval()
     load_adapter(other, tmp_path / "adapter")

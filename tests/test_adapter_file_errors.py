@@ -119,7 +119,10 @@ WRONG_CONFIGS = {
         "the model has no linear transformer.nowhere",
     ),
     "slots of a linear without": (_set(["sat_lora", "linears", LINEAR, "slots"], ["q"]), "the linear has"),
-    "scale": (_set(["sat_lora", "linears", LINEAR, "scale"], 1.0), rf"{LINEAR}: .*1\.0.* in the file, .*8\.0.* its config"),
+    "scale": (
+        _set(["sat_lora", "linears", LINEAR, "scale"], 1.0),
+        rf"{LINEAR}: .*1\.0.* in the file, .*8\.0.* its config",
+    ),
 }
 
 
@@ -168,7 +171,9 @@ def test_shapes_of_another_base_are_listed_with_it(adapter):
 def test_a_mixin_of_another_shape_is_left_alone(adapter):
     model = tiny_model()
     add_lora(model, r=2, target_modules=["language-attention", "vit-mlp"])
-    assert_refused(model, adapter, rf"{LINEAR}: \(rank, scale, slots\) \(4, .* in the file, \(2, .* the model's adapter")
+    assert_refused(
+        model, adapter, rf"{LINEAR}: \(rank, scale, slots\) \(4, .* in the file, \(2, .* the model's adapter"
+    )
 
 
 def test_every_problem_is_listed_at_once(adapter, fresh):

@@ -208,9 +208,18 @@ def test_dropout_is_unbiased_and_off_in_evaluation():
 
 
 def plain_sat_model(**settings):
-    args = argparse.Namespace(num_layers=2, vocab_size=1024, hidden_size=64, num_attention_heads=4, max_sequence_length=64,
-                              layernorm_order="pre", model_parallel_size=1, skip_init=False, use_gpu_initialization=False,
-                              **settings)
+    args = argparse.Namespace(
+        num_layers=2,
+        vocab_size=1024,
+        hidden_size=64,
+        num_attention_heads=4,
+        max_sequence_length=64,
+        layernorm_order="pre",
+        model_parallel_size=1,
+        skip_init=False,
+        use_gpu_initialization=False,
+        **settings,
+    )
     return BaseModel(args)
 
 
@@ -233,8 +242,14 @@ def test_the_table_counts_what_trains():
     rows = {row["part"]: row for row in describe(model)}
     assert rows["total"]["trainable"] == sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert rows["lm-head"]["adapted"] == 0 and rows["vit-mlp"]["adapted"] == rows["vit-mlp"]["linears"] == 4
-    assert {"language-attention", "language-mlp", "vision-expert-attention", "vision-expert-mlp", "vit-attention",
-            "projector"} <= rows.keys()
+    assert {
+        "language-attention",
+        "language-mlp",
+        "vision-expert-attention",
+        "vision-expert-mlp",
+        "vit-attention",
+        "projector",
+    } <= rows.keys()
     assert "vision-expert-mlp" in describe_text(model)
 
 

@@ -24,8 +24,17 @@ def test_the_default_is_every_linear_but_the_head(sites):
 
 @pytest.mark.parametrize(
     "preset, count",
-    [("language-attention", 4), ("language-mlp", 6), ("vision-expert-attention", 4), ("vision-expert-mlp", 6),
-     ("vit-attention", 4), ("vit-mlp", 4), ("projector", 4), ("lm-head", 1), ("all-linear", 32)],
+    [
+        ("language-attention", 4),
+        ("language-mlp", 6),
+        ("vision-expert-attention", 4),
+        ("vision-expert-mlp", 6),
+        ("vit-attention", 4),
+        ("vit-mlp", 4),
+        ("projector", 4),
+        ("lm-head", 1),
+        ("all-linear", 32),
+    ],
 )
 def test_presets_name_parts_of_the_model(sites, preset, count):
     assert len(chosen(sites, target_modules=preset)) == count
@@ -46,14 +55,23 @@ def test_a_list_matches_whole_dotted_suffixes(sites):
 
 def test_a_string_is_a_regular_expression_for_the_whole_name(sites):
     assert chosen(sites, target_modules=r"transformer\.layers\.1\.mlp\..*") == {
-        "transformer.layers.1.mlp.dense_h_to_4h", "transformer.layers.1.mlp.dense_4h_to_h"}
+        "transformer.layers.1.mlp.dense_h_to_4h",
+        "transformer.layers.1.mlp.dense_4h_to_h",
+    }
 
 
 def test_exclusion_and_layers_take_away(sites):
-    found = chosen(sites, target_modules=["language-mlp", "vit-mlp"], exclude_modules=["dense_h_to_4h"],
-                   layers_to_transform="language:0,vit:1")
-    assert found == {"transformer.layers.0.mlp.dense_4h_to_h", "mixins.mlp.gate_proj.0",
-                     VIT + ".transformer.layers.1.mlp.dense_4h_to_h"}
+    found = chosen(
+        sites,
+        target_modules=["language-mlp", "vit-mlp"],
+        exclude_modules=["dense_h_to_4h"],
+        layers_to_transform="language:0,vit:1",
+    )
+    assert found == {
+        "transformer.layers.0.mlp.dense_4h_to_h",
+        "mixins.mlp.gate_proj.0",
+        VIT + ".transformer.layers.1.mlp.dense_4h_to_h",
+    }
 
 
 def test_layer_numbers_alone_count_for_every_tower(sites):
@@ -62,7 +80,9 @@ def test_layer_numbers_alone_count_for_every_tower(sites):
     assert {sites[name].layer for name in found} == {1}
 
 
-@pytest.mark.parametrize("wrong, near", [("qkv", "query_key_value"), ("vit-mpl", "vit-mlp"), ("gate_project", "gate_proj")])
+@pytest.mark.parametrize(
+    "wrong, near", [("qkv", "query_key_value"), ("vit-mpl", "vit-mlp"), ("gate_project", "gate_proj")]
+)
 def test_a_pattern_that_matches_nothing_names_the_nearest(sites, wrong, near):
     with pytest.raises(ConfigError, match=f"target_modules: '{wrong}' matches no linear; nearest:.*{near}"):
         chosen(sites, target_modules=[wrong])

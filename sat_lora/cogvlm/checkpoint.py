@@ -1,8 +1,8 @@
 """A model folder in SAT's layout: read, loaded slice by slice, written.
 
-    FOLDER/latest                                 a step number, or `release`
-    FOLDER/<that>/mp_rank_00_model_states.pt      the state dict under `module`; one file per model-parallel rank
-    FOLDER/model_config.json
+FOLDER/latest                                 a step number, or `release`
+FOLDER/<that>/mp_rank_00_model_states.pt      the state dict under `module`; one file per model-parallel rank
+FOLDER/model_config.json
 """
 
 import json

@@ -3,7 +3,6 @@
 Parameter names and shapes follow the published SAT checkpoints (mixins `rotary` and `mlp`).
 """
 
-import torch
 from torch import nn
 
 from sat_lora._sat import BaseMixin, ColumnParallelLinear, RowParallelLinear, split_tensor_along_last_dim
@@ -41,9 +40,7 @@ class ExpertAttention(BaseMixin):
         """(batch, seq, hidden) -> (batch, seq, hidden)."""
         layer = str(int(kw_args["layer_id"]))
         attention = self.transformer.layers[int(layer)].attention
-        mixed = route(
-            routing, self.vision_query_key_value_list[layer], attention.query_key_value, hidden_states
-        )
+        mixed = route(routing, self.vision_query_key_value_list[layer], attention.query_key_value, hidden_states)
         query, key, value = (
             attention._transpose_for_scores(part) for part in split_tensor_along_last_dim(mixed, attention.stride)
         )

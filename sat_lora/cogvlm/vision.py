@@ -50,9 +50,7 @@ class EVA2CLIPModel(BaseModel):
     def __init__(self, args: Namespace, params_dtype=torch.float32, **kwargs):
         grid = ViTProperty(args.image_size, args.patch_size, args.pre_len, args.post_len)
         args.max_sequence_length = grid.seq_len
-        super().__init__(
-            args, params_dtype=params_dtype, layernorm=nn.LayerNorm, activation_func=F.gelu, **kwargs
-        )
+        super().__init__(args, params_dtype=params_dtype, layernorm=nn.LayerNorm, activation_func=F.gelu, **kwargs)
         self.transformer.property = grid
         self.add_mixin("patch_embedding", ImagePatchEmbeddingMixin(args.in_channels, args.hidden_size, grid))
         self.add_mixin("pos_embedding", PositionEmbedding())
@@ -99,7 +97,10 @@ class ImageTokens(BaseMixin):
         return torch.zeros(1, 3, *grid.image_size, device=self.boi.device)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """(images, 3, height, width) -> (images, patches + 2, hidden). A module call, so that ZeRO-3 gathers boi, eoi."""
+        """(images, 3, height, width) -> (images, patches + 2, hidden).
+
+        To be called as a module, so that ZeRO-3 gathers boi and eoi.
+        """
         patches = self.linear_proj(self.vit_model(images.to(self.boi.dtype)))
         ends = (end.expand(len(images), -1, -1) for end in (self.boi, self.eoi))
         return torch.cat([next(ends), patches, next(ends)], dim=1)

@@ -34,15 +34,18 @@ def load_checkpoint(engine, folder: Path) -> int:
     tag = latest.read_text(encoding="utf-8").strip()
     path, state = engine.load_checkpoint(str(folder), tag=tag, load_module_strict=False)
     if path is None:
-        raise CheckpointError(f"--resume: {folder / tag} cannot be read by DeepSpeed; found {sorted(p.name for p in (folder / tag).glob('*'))}")
+        found = ", ".join(sorted(file.name for file in (folder / tag).glob("*"))) or "nothing"
+        raise CheckpointError(f"--resume: DeepSpeed cannot read {folder / tag}; found there: {found}")
     own = folder / tag / f"random_state_rank_{torch.distributed.get_rank():05d}.pt"
     if own.is_file():
-        _set_random_state(torch.load(own, weights_only=False))
+        _set_random_state(torch.load(own, weights_only=True))
     return state["step"]
 
 
 def _random_state() -> dict:
-    state = {"python": random.getstate(), "numpy": numpy.random.get_state(), "torch": torch.get_rng_state()}
+    kind, keys, *rest = numpy.random.get_state()
+    numpy_state = (kind, torch.from_numpy(keys.astype(numpy.int64)), *rest)  # a tensor loads without unpickling numpy
+    state = {"python": random.getstate(), "numpy": numpy_state, "torch": torch.get_rng_state()}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
     return state
@@ -50,7 +53,8 @@ def _random_state() -> dict:
 
 def _set_random_state(state: dict) -> None:
     random.setstate(state["python"])
-    numpy.random.set_state(state["numpy"])
+    kind, keys, *rest = state["numpy"]
+    numpy.random.set_state((kind, keys.numpy().astype(numpy.uint32), *rest))
     torch.set_rng_state(state["torch"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])

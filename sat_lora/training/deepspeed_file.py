@@ -93,10 +93,11 @@ def enabled(content: dict, section: str) -> bool:
 
 def _section_models() -> dict:
     """DeepSpeed's own checks of the sections that ZeRO and precision need, as functions that list problems."""
-    import sat_lora._sat  # noqa: F401  imports DeepSpeed without its remarks
     from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
     from pydantic import ValidationError
+
+    import sat_lora._sat  # noqa: F401  imports DeepSpeed without its remarks
 
     def check_with(model):
         def check(section: dict) -> list[str]:

@@ -42,9 +42,17 @@ def join(backend: str | None = None) -> torch.device:
         backend = backend or "nccl"
     else:
         device, backend = torch.device("cpu"), "gloo"
+        _share_cores()
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group(backend)
     return device
+
+
+def _share_cores() -> None:
+    """Divide the cores among the ranks of this machine: threads that outnumber them mostly wait for each other."""
+    here = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or os.environ["WORLD_SIZE"]
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(here)))
 
 
 def arrange(device: torch.device, model_parallel_size: int = 1) -> World:

@@ -1,6 +1,7 @@
 """The DeepSpeed engine around a model whose adapters train."""
 
 import logging
+import warnings
 
 import torch
 
@@ -18,6 +19,12 @@ def start_engine(model: BaseModel, optimizer: torch.optim.Optimizer, config: dic
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if not torch.cuda.is_available():
+        # DeepSpeed 0.19.8 compiles a shared-memory all-reduce for CPU ranks at its first start, which takes half a
+        # minute and a C++ compiler, for what gloo does here anyway.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # DeepSpeed 0.19.8 calls collectives by the names they had before torch 2.13.
+    warnings.filterwarnings("ignore", message="`torch.distributed", category=FutureWarning)
     backend = torch.distributed.get_backend()
     deepspeed.init_distributed(dist_backend=backend, verbose=False)
     if torch.cuda.is_available():

@@ -71,7 +71,9 @@ def evaluate_adapter(
     images, *sums = sum_over_data_parallel(images, *right["base"], *right["adapter"], device=world.device)
     broken = sorted(set(gather_lists(broken)))
     if not images:
-        raise DataError(f"--test-data: none of the {len(dataset)} items of {data} can be read; the first: {broken[0][1]}")
+        raise DataError(
+            f"--test-data: none of the {len(dataset)} items of {data} can be read; the first: {broken[0][1]}"
+        )
     shares = [value / images for value in sums]
     names = ("exact_match", "exact_match_ignoring_case")
     result = {"images": int(images), "base": dict(zip(names, shares[:2])), "adapter": dict(zip(names, shares[2:]))}

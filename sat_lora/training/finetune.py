@@ -61,11 +61,11 @@ def finetune(options: Namespace, prepare: Callable[[], None] | None = None) -> W
         gradient_accumulation_steps=options.gradient_accumulation_steps,
         data_parallel_size=world.data_parallel_size,
     )
-    torch.manual_seed(options.seed + world.data_parallel_rank)  # dropout; the same on ranks that share a sample
     optimizer = adapter_optimizer(
         model, lr=options.lr, weight_decay=options.weight_decay, betas=tuple(options.betas), eps=options.eps
     )
     engine = start_engine(model, optimizer, engine_config, seed=max(1, options.seed))
+    torch.manual_seed(options.seed + world.data_parallel_rank)  # dropout; the same on ranks that share a sample
     done = together(load_checkpoint, engine, Path(options.resume) / "checkpoints") if options.resume else 0
     run.write_settings(
         options,

@@ -76,4 +76,3 @@ def train(
 
 def _due(step: int, interval: int) -> bool:
     return interval > 0 and step % interval == 0
-

@@ -11,7 +11,8 @@ from sat_lora.errors import DataError
 from tests.reference_cogvlm import reference_logits
 from tests.tiny import CONFIG, logits_of, tiny_batch, tiny_model
 
-PUBLISHED = """
+PUBLISHED = (
+    """
 transformer.word_embeddings.weight transformer.layers.{i}.input_layernorm.weight
 transformer.layers.{i}.attention.query_key_value.weight transformer.layers.{i}.attention.dense.weight
 transformer.layers.{i}.post_attention_layernorm.weight transformer.layers.{i}.mlp.dense_h_to_4h.weight
@@ -24,12 +25,20 @@ mixins.eva.linear_proj.norm1.bias mixins.eva.linear_proj.gate_proj.weight mixins
 mixins.eva.linear_proj.dense_4h_to_h.weight mixins.eva.vit_model.mixins.patch_embedding.proj.weight
 mixins.eva.vit_model.mixins.patch_embedding.proj.bias mixins.eva.vit_model.transformer.word_embeddings.weight
 mixins.eva.vit_model.transformer.position_embeddings.weight
-""".split() + [
-    f"mixins.eva.vit_model.transformer.layers.{{j}}.{module}.{leaf}"
-    for module in ("input_layernorm", "post_attention_layernorm", "attention.query_key_value", "attention.dense",
-                   "mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
-    for leaf in ("weight", "bias")
-]
+""".split()
+    + [
+        f"mixins.eva.vit_model.transformer.layers.{{j}}.{module}.{leaf}"
+        for module in (
+            "input_layernorm",
+            "post_attention_layernorm",
+            "attention.query_key_value",
+            "attention.dense",
+            "mlp.dense_h_to_4h",
+            "mlp.dense_4h_to_h",
+        )
+        for leaf in ("weight", "bias")
+    ]
+)
 
 
 def relative_error(got, expected):
@@ -48,11 +57,27 @@ def test_state_has_exactly_the_published_names():
 
 def test_full_sizes_have_the_published_shapes():
     """One layer of each tower of CogVLM-17B."""
-    config = dict(CONFIG, num_layers=1, hidden_size=4096, num_attention_heads=32, vocab_size=32000, inner_hidden_size=11008,
-                  image_length=1225)
-    config["eva_args"] = dict(CONFIG["eva_args"], num_layers=1, hidden_size=1792, num_attention_heads=16,
-                              inner_hidden_size=15360, image_size=[490, 490], patch_size=14)
-    shapes = {k: tuple(v.shape) for k, v in build_cogvlm(config, skip_init=True, dtype=torch.bfloat16).state_dict().items()}
+    config = dict(
+        CONFIG,
+        num_layers=1,
+        hidden_size=4096,
+        num_attention_heads=32,
+        vocab_size=32000,
+        inner_hidden_size=11008,
+        image_length=1225,
+    )
+    config["eva_args"] = dict(
+        CONFIG["eva_args"],
+        num_layers=1,
+        hidden_size=1792,
+        num_attention_heads=16,
+        inner_hidden_size=15360,
+        image_size=[490, 490],
+        patch_size=14,
+    )
+    shapes = {
+        k: tuple(v.shape) for k, v in build_cogvlm(config, skip_init=True, dtype=torch.bfloat16).state_dict().items()
+    }
     assert shapes["mixins.rotary.vision_query_key_value_list.0.weight"] == (12288, 4096)
     assert shapes["mixins.eva.linear_proj.linear_proj.weight"] == (4096, 1792)
     assert shapes["mixins.eva.vit_model.transformer.position_embeddings.weight"] == (1226, 1792)
@@ -96,7 +121,7 @@ def test_every_batch_gives_every_parameter_a_gradient_in_one_order():
     for rows in ((True, True), (True, False), (False, False)):
         model, order = tiny_model().train(), []
         for name, parameter in model.named_parameters():
-            parameter.register_post_accumulate_grad_hook(lambda _, n=name: order.append(n))
+            parameter.register_post_accumulate_grad_hook(lambda _, n=name, o=order: o.append(n))
         logits_of(model, tiny_batch(rows)).sum().backward()
         assert set(order) == {n for n, _ in model.named_parameters()} and len(set(order)) == len(order)
         orders.append(order)

@@ -16,7 +16,7 @@ from pathlib import Path
 _PRELOAD = ["sat_lora", "sat_lora.training.engine", "deepspeed", "tests.tiny"]
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -27,8 +27,14 @@ def _rank_main(connection, output: str, rank: int, size: int, port: int, target,
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size),
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu",
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(size),
+        LOCAL_WORLD_SIZE=str(size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        OMP_NUM_THREADS="1",
+        DS_ACCELERATOR="cpu",
     )
     import torch
 
@@ -44,14 +50,14 @@ def _rank_main(connection, output: str, rank: int, size: int, port: int, target,
 
 
 def run_ranks(target, size: int, *args, timeout: float = 90, **kwargs) -> list:
-    """[target(*args, **kwargs) of rank 0, 1, ...]; a failure or a hang on any rank is an AssertionError with its traceback.
+    """[target(*args, **kwargs) of rank 0, 1, ...]; a failure or a hang of any is an AssertionError with its traceback.
 
     `target` is a function of a test module; what it returns has to be picklable (no tensors that share memory).
     """
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOAD)
-    port, folder = _free_port(), tempfile.TemporaryDirectory()
+    port, folder = free_port(), tempfile.TemporaryDirectory()
     logs = [Path(folder.name) / f"rank_{rank}.log" for rank in range(size)]
     pipes, processes = [], []
     for rank in range(size):

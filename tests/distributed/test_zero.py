@@ -55,8 +55,9 @@ def adapter_values(model):
 def steps_on_a_rank(stage, model_parallel, steps, lr, checkpoint=False, accumulate=1, folder=None):
     """`steps` plain SGD steps; with one step of rate 1, new = old - gradient shows the averaged gradient."""
     world = arrange(join(), model_parallel)
-    model = tiny_model(model_parallel_size=model_parallel, checkpoint_activations=checkpoint,
-                       vit_checkpoint_activations=checkpoint)
+    model = tiny_model(
+        model_parallel_size=model_parallel, checkpoint_activations=checkpoint, vit_checkpoint_activations=checkpoint
+    )
     add_lora(model, CONFIG)
     fill_adapters(model, std=0.1)
     model.train()
@@ -91,7 +92,7 @@ def steps_alone(data_parallel, steps, lr):
 
 def worst_error(got, expected):
     assert got.keys() == expected.keys()
-    return max(abs(got[k] - expected[k]).max() / abs(expected[k]).max() for k in expected)
+    return max(abs(got[k] - expected[k]).max() / max(abs(expected[k]).max(), 1e-12) for k in expected)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
@@ -177,8 +178,31 @@ def test_every_layout_writes_the_same_bytes_and_loads_in_every_other(tmp_path):
     files = []
     for number, (ranks, model_parallel, stage) in enumerate(layouts):
         run_ranks(save_from_layout, ranks, str(tmp_path / str(number)), model_parallel, stage)
-        files.append([(tmp_path / str(number) / name).read_bytes() for name in ("adapter_model.safetensors", "adapter_config.json")])
+        files.append(
+            [
+                (tmp_path / str(number) / name).read_bytes()
+                for name in ("adapter_model.safetensors", "adapter_config.json")
+            ]
+        )
     assert all(file == files[0] for file in files)
     alone = run_ranks(logits_with_adapter, 1, str(tmp_path / "3"), 1)[0]
     for got in run_ranks(logits_with_adapter, 2, str(tmp_path / "0"), 2):
         assert abs(got - alone).max() < 1e-5 * abs(alone).max()
+
+
+def step_with_rate_zero(stage, bf16):
+    world = arrange(join())
+    model = tiny_model(torch.bfloat16 if bf16 else torch.float32)
+    add_lora(model, CONFIG)
+    model.train()
+    engine = start_engine(model, adapter_optimizer(model, lr=1.0), engine_config(stage, 2, bf16=bf16))
+    before = adapter_values(engine.module)
+    for group in engine.optimizer.param_groups:
+        group["lr"] = 0.0
+    step_together(engine, [batch_for(world.rank)], world)
+    return worst_error(adapter_values(engine.module), before)
+
+
+@pytest.mark.parametrize("stage, bf16", [(0, False), (0, True), (1, True), (2, False), (3, True)])
+def test_the_rate_that_the_loop_sets_reaches_the_optimizer(stage, bf16):
+    assert run_ranks(step_with_rate_zero, 2, stage, bf16) == [0, 0]

@@ -154,7 +154,7 @@ def test_nccl_without_a_gpu_becomes_gloo(merge, caplog):
         ("[1]", "holds a list, wanted a JSON object"),
         ({"zero_optimisation": {"stage": 2}}, '"zero_optimisation" is no entry .* did you mean "zero_optimization"'),
         ({"xyz": 1}, '"xyz" is no entry .*; remove it'),
-        ({"optimizer": {"type": "Lion"}}, "\"optimizer\": type is 'Lion', wanted \"AdamW\" or \"Adam\""),
+        ({"optimizer": {"type": "Lion"}}, '"optimizer": type is \'Lion\', wanted "AdamW" or "Adam"'),
         ({"zero_optimization": {"stage": 7}}, '"zero_optimization": stage: '),
         ({"zero_optimization": {"offlod_optimizer": {}}}, '"zero_optimization": offlod_optimizer: '),
         ({"zero_optimization": 2}, '"zero_optimization" is 2, wanted an object'),

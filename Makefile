@@ -1,0 +1,21 @@
+# `make demo` and `make test` set up what they need on a fresh machine: a virtual environment and the packages.
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+READY := $(VENV)/.installed
+
+.PHONY: demo test clean
+
+demo: $(READY)
+	PATH="$(abspath $(BIN)):$$PATH" deepspeed finetune_demo/finetune_cogvlm.py
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+$(READY): setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[test,demo]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs finetune_demo/captchas

@@ -1,0 +1,181 @@
+"""finetune_cogvlm.py as users start it: DeepSpeed's launcher, torchrun, wrong options, an interrupted run."""
+
+import contextlib
+import hashlib
+import importlib.util
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import safetensors
+
+from tests.conftest import write_images
+from tests.distributed.ranks import free_port, run_ranks
+
+DEMO = Path(__file__).parents[2] / "finetune_demo"
+BASE = DEMO / "tiny_cogvlm"
+BIN = Path(sys.executable).parent
+
+
+def options_for(captchas, runs, *more):
+    return [
+        *("--train-data", str(captchas / "train"), "--valid-data", str(captchas / "valid")),
+        *("--save", str(runs), "--experiment-name", "run", "--batch-size", "8", "--log-interval", "1"),
+        *("--num-workers", "0", "--version", "base", "--max_length", "64", "--lr", "3e-3", *more),
+    ]
+
+
+def start(launcher, options, timeout=100):
+    environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "PYTHONPATH": str(DEMO.parent)}
+    return subprocess.run(
+        [*launcher, str(DEMO / "finetune_cogvlm.py"), *options],
+        capture_output=True, text=True, timeout=timeout, env=environment, cwd=DEMO.parent,
+    )  # fmt: skip
+
+
+def launcher(kind):
+    port = str(free_port())
+    if kind == "deepspeed":
+        return [str(BIN / "deepspeed"), "--num_gpus", "2", "--master_port", port]
+    return [str(BIN / "torchrun"), "--nproc_per_node", "2", "--master_port", port]
+
+
+def fingerprint(folder):
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.rglob("*") if p.is_file()}
+
+
+def losses_of(run):
+    records = [json.loads(line) for line in (run / "train.jsonl").read_text().splitlines()]
+    return [record["loss"] for record in records if "loss" in record]
+
+
+@pytest.mark.parametrize("kind, stage", [("deepspeed", 0), ("deepspeed", 1), ("torchrun", 2), ("deepspeed", 3)])
+def test_two_launched_ranks_learn_and_leave_the_base_alone(kind, stage, captchas, tmp_path):
+    before = fingerprint(BASE)
+    extra = ("--train-iters", "12", "--zero-stage", str(stage), "--test-data", str(captchas / "test"))
+    extra += ("--bf16", "--checkpoint-activations", "--vit_checkpoint_activations") if kind == "torchrun" else ()
+    done = start(launcher(kind), options_for(captchas, tmp_path, *extra))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert fingerprint(BASE) == before
+    run = tmp_path / "run"
+    losses = losses_of(run)
+    assert len(losses) == 12 and sum(losses[-3:]) < 0.9 * sum(losses[:3])
+    for name in ("run.json", "loss.png", "evaluation.json", "tensorboard", "adapter", "checkpoints"):
+        assert (run / name).exists(), name
+    assert json.loads((run / "evaluation.json").read_text())["images"] == 12
+    check_adapter(run / "adapter")
+    for words in ("base + adapter", "sat-lora merge --base", "--resume"):
+        assert words in done.stdout
+
+
+def check_adapter(folder):
+    """No tensor of the base, and no more bytes than A and B take, plus 64 KiB."""
+    config = json.loads((folder / "adapter_config.json").read_text())
+    allowed = 0
+    with safetensors.safe_open(folder / "adapter_model.safetensors", "pt") as file:
+        for key in file.keys():
+            assert key.endswith(("lora_A", "lora_B")), key
+            tensor = file.get_tensor(key)
+            assert config["r"] in tensor.shape
+            allowed += tensor.numel() * tensor.element_size()
+    assert (folder / "adapter_model.safetensors").stat().st_size <= allowed + 64 * 1024
+
+
+def run_script(argv, refuse_to_load=False):
+    """main(argv) in this process: (status, what it wrote to stderr)."""
+    import sat_lora.training.finetune as finetune
+
+    if refuse_to_load:
+
+        def load_cogvlm(*args, **kwargs):
+            raise RuntimeError("the model was loaded")
+
+        finetune.load_cogvlm = load_cogvlm
+    spec = importlib.util.spec_from_file_location("finetune_cogvlm", DEMO / "finetune_cogvlm.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    errors = io.StringIO()
+    with contextlib.redirect_stderr(errors):
+        try:
+            status = script.main(argv)
+        except SystemExit as stop:
+            status = stop.code
+    return status, errors.getvalue()
+
+
+def wrong_options(captchas, tmp_path):
+    empty, unreadable = tmp_path / "empty", tmp_path / "unreadable"
+    empty.mkdir()
+    unreadable.mkdir()
+    (unreadable / "123.png").write_text("this is no image")
+    good = options_for(captchas, tmp_path)
+    return {
+        "a missing data folder": ([*good, "--train-data", "nowhere"], "--train-data: nowhere does not exist"),
+        "an empty data folder": ([*good, "--train-data", str(empty)], "--train-data: .*empty has no images"),
+        "no readable image": ([*good, "--train-data", str(unreadable)], "none of the first 1 images"),
+        "an unknown version": ([*good, "--version", "v9"], "--version: invalid choice: 'v9'"),
+        "a target that matches nothing": (
+            [*good, "--lora_targets", "qkv"],
+            "'qkv' matches no linear; nearest: .*quer",
+        ),
+        "a length too short": ([*good, "--max_length", "20"], "--max_length: 20 is too short"),
+        "a missing tokenizer": ([*good, "--local_tokenizer", "no/where"], "--local_tokenizer: no/where is neither"),
+        "a base that is a file": (
+            [*good, "--from_pretrained", str(BASE / "latest")],
+            "--from_pretrained: .*latest is a file; give the model folder",
+        ),
+        "a rank of zero": ([*good, "--lora_rank", "0"], "--lora_rank: got '0', wanted a whole number above 0"),
+    }
+
+
+CASES = ["a missing data folder", "an empty data folder", "no readable image", "an unknown version",
+         "a target that matches nothing", "a length too short", "a missing tokenizer", "a base that is a file",
+         "a rank of zero"]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_mistake_ends_before_the_model_loads(case, captchas, tmp_path):
+    import re
+
+    options, message = wrong_options(captchas, tmp_path)[case]
+    ((status, errors),) = run_ranks(run_script, 1, options, refuse_to_load=True)
+    assert status == 2
+    assert re.search(message, errors), errors
+    assert "Traceback" not in errors
+
+
+def test_ranks_that_do_not_divide_are_told_once(captchas, tmp_path):
+    options = options_for(captchas, tmp_path, "--model-parallel-size", "4")
+    done = start(launcher("torchrun"), options)
+    assert done.returncode != 0
+    assert done.stderr.count("--model-parallel-size: 2 ranks do not divide into groups of 4") == 1
+    assert 'finetune_cogvlm.py", line' not in done.stderr
+
+
+def test_a_resumed_run_continues_bit_for_bit(captchas, tmp_path):
+    """Eight steps at once, or four, saved, and four more: the same losses, with dropout on."""
+    steady = ("--lora_dropout", "0.2", "--lr-decay-style", "constant", "--save-interval", "4", "--warmup", "0")
+    whole = options_for(captchas, tmp_path / "whole", *steady, "--train-iters", "8")
+    assert run_ranks(run_script, 1, whole)[0][0] == 0
+    half = options_for(captchas, tmp_path / "half", *steady, "--train-iters", "4")
+    assert run_ranks(run_script, 1, half)[0][0] == 0
+    rest = ["--resume", str(tmp_path / "half" / "run"), "--train-iters", "8"]
+    assert run_ranks(run_script, 1, rest)[0][0] == 0
+    assert losses_of(tmp_path / "half" / "run") == losses_of(tmp_path / "whole" / "run")
+    files = [(tmp_path / n / "run" / "adapter" / "adapter_model.safetensors").read_bytes() for n in ("half", "whole")]
+    assert files[0] == files[1]
+
+
+def test_a_broken_image_is_skipped_and_named_once(captchas, tmp_path):
+    data = write_images(tmp_path / "data", ["111.png", "222.png", "333.png"])
+    (data / "444.png").write_bytes(b"not an image")
+    options = options_for(captchas, tmp_path, "--train-data", str(data), "--train-iters", "6", "--batch-size", "2")
+    status, _ = run_ranks(run_script, 1, options)[0]
+    lines = (tmp_path / "run" / "train.jsonl").read_text().splitlines()
+    assert status == 0
+    assert len(losses_of(tmp_path / "run")) == 6
+    assert sum("444.png" in line for line in lines) == 1

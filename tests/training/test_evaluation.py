@@ -1,0 +1,90 @@
+"""The shares that evaluation reports, against answers read by plain recomputation without a cache."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from sat_lora import add_lora, load_adapter, save_adapter
+from sat_lora.cogvlm.checkpoint import load_cogvlm
+from sat_lora.cogvlm.image import load_image
+from sat_lora.cogvlm.text import build_sample, load_tokenizer, prompt_for
+from sat_lora.training.distributed import arrange, join
+from sat_lora.training.evaluation import evaluate_adapter, evaluation_table
+from tests.distributed.ranks import run_ranks
+from tests.tiny import fill_adapters, logits_of
+
+BASE = Path(__file__).parents[2] / "finetune_demo" / "tiny_cogvlm"
+
+
+def read_plainly(model, tokenizer, path):
+    """Greedy decoding of one image, everything computed again for every token."""
+    image, said = load_image(path, (42, 42)), []
+    for _ in range(4):
+        sample = build_sample(tokenizer, prompt_for("base", "CAPTCHA:"), None, 36, 64, image)
+        ids = torch.cat([sample.input_ids, torch.tensor(said, dtype=torch.long)])
+        more = sample.position_ids[-1] + 1 + torch.arange(len(said))
+        zeros = torch.zeros(len(said), dtype=torch.long)
+        batch = dict(
+            input_ids=ids[None],
+            position_ids=torch.cat([sample.position_ids, more])[None],
+            image_embed_mask=torch.cat([sample.image_embed_mask, zeros])[None],
+            vision_expert_mask=torch.cat([sample.vision_expert_mask, zeros])[None],
+            images=image[None],
+        )
+        with torch.no_grad():
+            token = int(logits_of(model, batch)[0, -1].argmax())
+        if token == tokenizer.eos_token_id:
+            break
+        said.append(token)
+    return tokenizer.decode(said, skip_special_tokens=True).strip()
+
+
+def prepare(folder, captchas):
+    """An adapter that changes what is read, and items whose answers are what base or adapter really say."""
+    arrange(join())
+    torch.set_num_threads(1)
+    tokenizer, paths = load_tokenizer(BASE), sorted(Path(captchas, "test").rglob("*.png"))[:12]
+    model, _ = load_cogvlm(BASE)
+    model.eval()
+    base_says = [read_plainly(model, tokenizer, path) for path in paths]
+    add_lora(model, r=4)
+    fill_adapters(model, std=0.05)
+    save_adapter(model, folder / "adapter")
+    model, _ = load_cogvlm(BASE)
+    load_adapter(model.eval(), folder / "adapter")
+    adapter_says = [read_plainly(model, tokenizer, path) for path in paths]
+    answers = base_says[:6] + adapter_says[6:9] + ["never said"] * 3
+    lines = [{"image": str(path), "answer": answer} for path, answer in zip(paths, answers)]
+    lines.append({"image": str(folder / "missing.png"), "answer": "1"})
+    (folder / "items.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return [sum(map(str.__eq__, said, answers)) / 12 for said in (base_says, adapter_says)]
+
+
+def evaluate(folder, batch_size, model_parallel=1):
+    world = arrange(join(), model_parallel)
+    torch.set_num_threads(1)
+    return evaluate_adapter(
+        BASE, folder / "adapter", [str(folder / "items.jsonl")], world,
+        tokenizer=BASE, version="base", prompt="CAPTCHA:", max_length=64, batch_size=batch_size, dtype=torch.float32,
+        model_parallel_size=model_parallel,
+    )  # fmt: skip
+
+
+def test_shares_equal_those_counted_by_hand_however_the_work_is_split(tmp_path, captchas):
+    ((base, adapter),) = run_ranks(prepare, 1, tmp_path, captchas)
+    assert base != adapter
+    results = run_ranks(evaluate, 1, tmp_path, 5) + run_ranks(evaluate, 2, tmp_path, 2)
+    results += run_ranks(evaluate, 2, tmp_path, 4, model_parallel=2)
+    for result in results:
+        assert result["images"] == 12
+        assert result["base"]["exact_match"] == pytest.approx(base)
+        assert result["adapter"]["exact_match"] == pytest.approx(adapter)
+        assert [Path(path).name for path in result["broken"]] == ["missing.png"]
+
+
+def test_the_table_shows_both_sides():
+    side = {"exact_match": 0.058, "exact_match_ignoring_case": 0.06}
+    text = evaluation_table({"images": 500, "base": side, "adapter": {**side, "exact_match": 0.954}})
+    assert "500 images" in text and "5.8 %" in text and "95.4 %" in text
