@@ -138,7 +138,7 @@ def test_the_shortest_length_is_that_of_the_shortest_sample(tokenizer, prompt):
 
 
 def test_a_tokenizer_that_is_nowhere_is_named(tmp_path):
-    with pytest.raises(ConfigError, match="--local_tokenizer: .*nowhere is neither a folder nor a name in the local cache"):
+    with pytest.raises(ConfigError, match="--local_tokenizer: .*nowhere is neither a folder nor a name in"):
         load_tokenizer(tmp_path / "nowhere")
 
 
@@ -147,10 +147,10 @@ def test_a_tokenizer_that_is_nowhere_is_named(tmp_path):
 def test_a_broken_tokenizer_file_is_a_message_and_no_traceback(tmp_path, file, text):
     write_character_tokenizer(tmp_path)
     (tmp_path / file).write_text(text)
-    with pytest.raises(ConfigError, match="--local_tokenizer: .* does not hold a tokenizer that loads: .*; give the folder"):
+    with pytest.raises(ConfigError, match="--local_tokenizer: .* does not hold a tokenizer that loads: .*; give"):
         load_tokenizer(tmp_path)
 
 
 def test_a_folder_without_a_tokenizer_is_named(tmp_path):
-    with pytest.raises(ConfigError, match="does not hold a tokenizer that loads: [^$]*holds tokenizer.json or tokenizer.model"):
+    with pytest.raises(ConfigError, match=r"does not hold a tokenizer that loads: [\s\S]*; give the folder that holds"):
         load_tokenizer(tmp_path)

@@ -92,7 +92,8 @@ def test_a_max_length_too_short_says_what_is_needed(check):
 
 
 def test_a_tokenizer_that_does_not_exist_is_refused(check):
-    assert "--local_tokenizer: lmsys/vicuna is neither a folder nor a name in the local cache" in refusal(check, "--local_tokenizer", "lmsys/vicuna")
+    message = refusal(check, "--local_tokenizer", "lmsys/vicuna")
+    assert "--local_tokenizer: lmsys/vicuna is neither a folder nor a name in the local cache" in message
 
 
 def test_a_tokenizer_without_its_special_tokens_is_refused(check, base_folder, tmp_path):
