@@ -83,7 +83,7 @@ def map_weights(file: Path) -> dict[str, torch.Tensor]:
             content = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError as error:  # torch's own text advises to unpickle everything
         refused = re.search(r"GLOBAL (\S+)", str(error))
-        problem = f"it asks for {refused[1]}, and only tensors and random states are read" if refused else "broken pickle"
+        problem = f"it asks for {refused[1]}, only tensors and random states are read" if refused else "damaged"
         raise CheckpointError(f"{file}: cannot be read as a SAT checkpoint: {problem}; nothing was run") from error
     except (OSError, RuntimeError, EOFError) as error:
         raise CheckpointError(f"{file}: cannot be read as a SAT checkpoint: {error}") from error

@@ -102,7 +102,7 @@ def test_a_pickle_that_wants_to_run_something_is_refused_and_runs_nothing(folder
     bomb = Bomb(tmp_path / "went off")
     content = {"module": state, "extra": bomb} if place == "beside the weights" else {"module": {**state, "x": bomb}}
     write_step(folder, content)
-    with pytest.raises(CheckpointError, match=r"it asks for \w+\.mkdir, and only tensors and random"):
+    with pytest.raises(CheckpointError, match=r"it asks for \w+\.mkdir, only tensors and random"):
         load_cogvlm(folder)
     assert not (tmp_path / "went off").exists()
 
@@ -156,7 +156,7 @@ def test_a_step_without_its_files_says_what_was_found(folder, spoil):
     else:
         file.rename(file.with_name("model.pt" if spoil == "other file" else FILE.format(1)))
     found = {"no step folder": "nothing", "other file": "model.pt", "gap": "'mp_rank_01", "empty latest": ""}
-    with pytest.raises(CheckpointError, match=rf"`latest` says '(release)?', so .* should be there; found .*{found[spoil]}"):
+    with pytest.raises(CheckpointError, match=rf"`latest` says '(release)?', so .*; found .*{found[spoil]}"):
         weight_files(folder)
 
 
