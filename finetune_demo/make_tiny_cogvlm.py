@@ -108,8 +108,8 @@ def initialise(model: CogVLMModel, answer_tokens: list[int]) -> None:
             nn.init.normal_(parameter, std=gain / math.sqrt(parameter.shape[1]))
         else:  # the weight of a norm; the ViT's norms end a branch and start small
             nn.init.constant_(parameter, 0.3 if name.startswith(VIT) else 1.0)
-    # Most of the vocabulary is never an answer. Having to learn that first spoils hundreds of steps for the rest, so one
-    # hidden dimension is the same for all words, and by it the other tokens begin improbable.
+    # Most of the vocabulary is never an answer. Having to learn that first spoils hundreds of steps for the rest, so
+    # one hidden dimension is the same for all words, and by it the other tokens begin improbable.
     words, head = model.transformer.word_embeddings.weight, model.mixins["lm"].lm_head.weight
     words[:, 0] = 3.0
     head[:, 0] = -2.0
