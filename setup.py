@@ -10,11 +10,11 @@ setup(
         "SwissArmyTransformer>=0.4.12,<0.5",
         "triton",  # imported by SAT, though not among its requirements
         "wandb",  # the same
-        "torch>=2.4",
+        "torch>=2.6",
         "deepspeed>=0.16",
         "transformers>=4.40",
         "safetensors>=0.4.3",
-        "numpy",
+        "numpy>=1.26",
         "Pillow>=9.1",
         "tqdm",
         "tensorboard",

@@ -5,25 +5,30 @@ add_lora(model, LoraConfig(r=16))               # the language model and the vis
 save_adapter(model, "adapter"); load_adapter(model, "adapter")
 """
 
-from sat_lora.adapter_file import load_adapter, save_adapter
-from sat_lora.config import LoraConfig
-from sat_lora.errors import AdapterError, CheckpointError, ConfigError, DataError, SatLoraError
-from sat_lora.mixin import LoraMixin, add_lora, freeze_base
-from sat_lora.summary import describe, describe_text
+import importlib
 
 __version__ = "0.1.0"
-__all__ = [
-    "AdapterError",
-    "CheckpointError",
-    "ConfigError",
-    "DataError",
-    "LoraConfig",
-    "LoraMixin",
-    "SatLoraError",
-    "add_lora",
-    "describe",
-    "describe_text",
-    "freeze_base",
-    "load_adapter",
-    "save_adapter",
-]
+
+_HOMES = {
+    "LoraMixin": "mixin",
+    "add_lora": "mixin",
+    "freeze_base": "mixin",
+    "LoraConfig": "config",
+    "load_adapter": "adapter_file",
+    "save_adapter": "adapter_file",
+    "describe": "summary",
+    "describe_text": "summary",
+    "SatLoraError": "errors",
+    "AdapterError": "errors",
+    "CheckpointError": "errors",
+    "ConfigError": "errors",
+    "DataError": "errors",
+}
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str):
+    """Import a public name when it is first asked for: SAT takes seconds, and `sat-lora --help` needs none of it."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

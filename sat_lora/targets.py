@@ -100,8 +100,10 @@ def select(sites: dict[str, LinearSite], config: LoraConfig) -> dict[str, Linear
     layers = config.layers()
     if layers is not None:
         chosen = {name for name in chosen if _in_layers(sites[name], layers)}
+    slots = set(config.qkv_slots)
+    chosen = {name for name in chosen if not sites[name].slot_names or slots & set(sites[name].slot_names)}
     if not chosen and not problems:
-        problems.append("nothing is left after exclude_modules and layers_to_transform")
+        problems.append("nothing is left after exclude_modules, layers_to_transform and qkv_slots")
     if problems:
         raise ConfigError("LoRA targets (--lora_targets, --lora_exclude): " + "; ".join(problems))
     return {name: site for name, site in sites.items() if name in chosen}

@@ -28,6 +28,7 @@ def python(code, **environment):
 def test_importing_prints_nothing_and_starts_nothing():
     assert python(
         "import sat_lora, sat_lora.cogvlm, sat_lora.merge, sat_lora.cli\n"
+        "from sat_lora import *\n"
         "import torch\n"
         "assert not torch.cuda.is_initialized()\n"
         "assert not torch.distributed.is_initialized()\n"
@@ -35,8 +36,12 @@ def test_importing_prints_nothing_and_starts_nothing():
 
 
 def test_importing_works_where_no_gpu_is_visible_and_leaves_logging_as_it_was():
-    code = "import logging; logging.disable(logging.ERROR); import sat_lora; print(logging.root.manager.disable)"
+    code = "import logging; logging.disable(logging.ERROR); from sat_lora import *; print(logging.root.manager.disable)"
     assert python(code, CUDA_VISIBLE_DEVICES="") == (f"{logging.ERROR}\n", "")
+
+
+def test_the_package_itself_imports_at_once():
+    assert python("import sys, sat_lora; print('torch' in sys.modules)") == ("False\n", "")
 
 
 def test_every_public_name_is_there():

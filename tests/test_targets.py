@@ -1,5 +1,7 @@
 """Which linears a config selects."""
 
+import dataclasses
+
 import pytest
 
 from sat_lora import ConfigError, LoraConfig
@@ -100,3 +102,12 @@ def test_shapes_come_from_the_weights(sites):
     assert site.slot_rows(("q", "v")) == [(0, 64), (128, 192)]
     site = sites[VIT + ".transformer.layers.0.mlp.dense_4h_to_h"]
     assert (site.kind, site.in_features, site.out_features, site.slot_names) == ("row", 72, 48, ())
+
+
+def test_a_fused_linear_without_any_of_the_slots_is_left_out(sites):
+    """Cross-attention's fused key and value have no q."""
+    key_value = dataclasses.replace(sites["transformer.layers.0.mlp.dense_h_to_4h"], name="kv", blocks=(1, 1))
+    found = chosen({**sites, "kv": key_value}, target_modules=["kv", "attention.dense"], qkv_slots=["q"])
+    assert found == chosen(sites, target_modules=["attention.dense"])
+    with pytest.raises(ConfigError, match="nothing is left after .* qkv_slots"):
+        chosen({"kv": key_value}, target_modules=["kv"], qkv_slots=["q"])

@@ -24,10 +24,11 @@ class World:
         return self.rank == 0
 
 
-def join(backend: str | None = None) -> torch.device:
+def join(backend: str | None = None, *, spare_cores: int = 0) -> torch.device:
     """Join the process group that `deepspeed` or `torchrun` describes in the environment, or be alone.
 
-    NCCL on CUDA, unless `backend` says otherwise; gloo on the CPU whatever it says.
+    NCCL on CUDA, unless `backend` says otherwise; gloo on the CPU whatever it says. On the CPU the ranks of a machine
+    share its cores, but for `spare_cores` per rank, which are left to data workers.
     """
     environment = os.environ
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1")):
@@ -42,17 +43,17 @@ def join(backend: str | None = None) -> torch.device:
         backend = backend or "nccl"
     else:
         device, backend = torch.device("cpu"), "gloo"
-        _share_cores()
+        _share_cores(spare_cores)
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group(backend)
     return device
 
 
-def _share_cores() -> None:
-    """Divide the cores among the ranks of this machine: threads that outnumber them mostly wait for each other."""
+def _share_cores(spare: int) -> None:
+    """Set torch's threads, unless OMP_NUM_THREADS does: threads that outnumber the cores mostly wait for each other."""
     here = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or os.environ["WORLD_SIZE"]
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(here)))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(here) - spare))
 
 
 def arrange(device: torch.device, model_parallel_size: int = 1) -> World:

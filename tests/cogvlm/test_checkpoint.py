@@ -182,8 +182,12 @@ def test_every_name_and_shape_that_does_not_fit_is_listed(folder, state):
     write_step(folder, {"module": state})
     with pytest.raises(CheckpointError, match="does not fit .*base/model_config.json, 4 problems") as error:
         load_cogvlm(folder)
-    for line in ("missing mixins.eva.boi", "unexpected mixins.lora.extra", "mixins.eva.eoi: not a tensor",
-                 "transformer.final_layernorm.weight: shape (63,), the model has (64,)"):
+    for line in (
+        "missing mixins.eva.boi",
+        "unexpected mixins.lora.extra",
+        "mixins.eva.eoi: not a tensor",
+        "transformer.final_layernorm.weight: shape (63,), the model has (64,)",
+    ):
         assert f"\n  {line}" in str(error.value)
 
 

@@ -51,6 +51,7 @@ def test_the_adapter_takes_part_in_every_step():
     model, batch = adapted_model(), tiny_batch(ROWS["mixed"])
     whole = generate(model, batch, max_new_tokens=12, eos_token_id=NEVER)
     for on_prompt in (True, False):
+
         def switch(module, args, kwargs, on_prompt=on_prompt):
             for mixin in (module.mixins["lora"], module.mixins["eva"].vit_model.mixins["lora"]):
                 mixin.enabled = (kwargs.get("mems") is None) == on_prompt
