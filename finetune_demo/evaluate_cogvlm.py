@@ -105,7 +105,7 @@ def main(argv: list[str] | None = None) -> int:
     if world.is_main:
         out = Path(options.out or Path(options.adapter).parent / "evaluation.json")
         write_json(out, result)
-        print(f"{evaluation_table(result)}\nwritten to {os.path.relpath(out)}")
+        print(f"{evaluation_table(result)}\nwritten to {out}")
     stop()
     return 0
 

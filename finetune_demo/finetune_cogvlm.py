@@ -45,18 +45,22 @@ def _make_demo_data(options) -> None:
 
 
 def _what_next(options) -> str:
-    run = Path(os.path.relpath(options.run_folder))
-    base = os.path.relpath(options.from_pretrained)
-    script = os.path.relpath(__file__)
+    run, base, script = map(_from_here, (options.run_folder, options.from_pretrained, __file__))
     lines = [
         f"adapter     {run / 'adapter'}",
-        f"evaluate    python {os.path.relpath(HERE / 'evaluate_cogvlm.py')} --run {run}",
+        f"evaluate    python {_from_here(HERE / 'evaluate_cogvlm.py')} --run {run}",
         f"merge       sat-lora merge --base {base} --adapter {run / 'adapter'} --out {run / 'merged'}",
         f"resume      deepspeed {script} --resume {run} --train-iters {2 * options.train_iters}",
     ]
     if options.test_data:
         lines.insert(1, f"evaluation  {run / 'evaluation.json'}")
     return "\n".join(lines)
+
+
+def _from_here(path) -> Path:
+    """The path relative to the working directory, if it lies below it."""
+    path, here = Path(path).resolve(), Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path
 
 
 if __name__ == "__main__":
