@@ -24,11 +24,11 @@ class World:
         return self.rank == 0
 
 
-def join(backend: str | None = None, *, spare_cores: int = 0) -> torch.device:
+def join(backend: str | None = None) -> torch.device:
     """Join the process group that `deepspeed` or `torchrun` describes in the environment, or be alone.
 
     NCCL on CUDA, unless `backend` says otherwise; gloo on the CPU whatever it says. On the CPU the ranks of a machine
-    share its cores, but for `spare_cores` per rank, which are left to data workers.
+    share its cores but one, which data workers need.
     """
     environment = os.environ
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1")):
@@ -43,17 +43,20 @@ def join(backend: str | None = None, *, spare_cores: int = 0) -> torch.device:
         backend = backend or "nccl"
     else:
         device, backend = torch.device("cpu"), "gloo"
-        _share_cores(spare_cores)
+        _share_cores()
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group(backend)
     return device
 
 
-def _share_cores(spare: int) -> None:
-    """Set torch's threads, unless OMP_NUM_THREADS does: threads that outnumber the cores mostly wait for each other."""
+def _share_cores() -> None:
+    """Set torch's threads, unless OMP_NUM_THREADS does.
+
+    Threads that outnumber the cores left to them spend most of a step waiting for each other.
+    """
     here = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or os.environ["WORLD_SIZE"]
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(here) - spare))
+        torch.set_num_threads(max(1, (len(os.sched_getaffinity(0)) - 1) // int(here)))
 
 
 def arrange(device: torch.device, model_parallel_size: int = 1) -> World:

@@ -32,7 +32,7 @@ def finetune(options: Namespace, prepare: Callable[[], None] | None = None) -> W
 
     Raises a SatLoraError on every rank for a user's mistake, before the weights are read.
     """
-    device = join(options.distributed_backend, spare_cores=min(1, options.num_workers))
+    device = join(options.distributed_backend)
     together(_on_first_rank, prepare)
     together(check_options, options)
     engine_config = deepspeed_config(options, device=device.type)

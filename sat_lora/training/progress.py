@@ -1,6 +1,7 @@
 """How far a run is: a bar on a terminal, plain lines now and then in a log file."""
 
 import resource
+import shutil
 import sys
 import time
 
@@ -33,7 +34,10 @@ class Progress:
         self._began, self._last_line = time.monotonic(), float("-inf")
         self._bar = None
         if sys.stderr.isatty():
-            self._bar = tqdm(total=total_steps, initial=start_step, unit="step", dynamic_ncols=True, mininterval=0.5)
+            # On a terminal that does not tell its size (0 x 0), tqdm by itself draws nothing.
+            width, height = shutil.get_terminal_size((120, 24))
+            size = {"ncols": width, "nrows": height}
+            self._bar = tqdm(total=total_steps, initial=start_step, unit="step", mininterval=0.5, **size)
 
     def advance(self, step: int, shown: dict[str, float]) -> None:
         """`step` steps are done. Figures stay until they are replaced."""

@@ -152,3 +152,25 @@ def test_a_terminal_gets_a_bar(capfd, monkeypatch):
 
 def test_peak_memory_is_in_mib():
     assert 50 < progress.peak_memory_mib() < 100_000
+
+
+def test_a_terminal_without_a_size_still_shows_the_bar():
+    """Containers often give 0 x 0."""
+    import os
+    import pty
+    import subprocess
+    import sys
+
+    code = (
+        "from sat_lora.training.progress import Progress\n"
+        "progress = Progress(3, 0)\n"
+        "progress.advance(3, {'loss': 1.25, 'lr': 1e-3})\n"
+        "progress.close()"
+    )
+    leader, follower = pty.openpty()
+    done = subprocess.Popen([sys.executable, "-c", code], stderr=follower)
+    assert done.wait(timeout=100) == 0
+    os.close(follower)
+    shown = os.read(leader, 65536).decode()
+    os.close(leader)
+    assert "3/3" in shown and "loss 1.2500" in shown
