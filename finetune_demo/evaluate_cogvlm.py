@@ -24,7 +24,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--version", choices=["base", "chat", "vqa", "chat_old"], help="prompt format of the base (default: chat)")
     add("--prompt", help="the query that goes with every image (default: CAPTCHA:)")
     add("--max_length", type=int, metavar="N", help="longest sequence in tokens (default: 1288)")
-    add("--batch-size", type=int, metavar="N", help="images generated for at once (default: 4)")
+    add("--eval-batch-size", "--batch-size", type=int, metavar="N", help="images generated for at once (default: 4)")
     add("--model-parallel-size", type=int, metavar="N", help="ranks that share one copy of the model (default: 1)")
     add("--bf16", action="store_true", default=None, help="bfloat16 (default on CUDA)")
     add("--fp16", action="store_true", default=None, help="float16")
@@ -33,7 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-DEFAULTS = dict(version="chat", prompt="CAPTCHA:", max_length=1288, batch_size=4, model_parallel_size=1)
+DEFAULTS = dict(version="chat", prompt="CAPTCHA:", max_length=1288, eval_batch_size=4, model_parallel_size=1)
 
 
 def read_settings(options: argparse.Namespace) -> argparse.Namespace:
@@ -47,7 +47,6 @@ def read_settings(options: argparse.Namespace) -> argparse.Namespace:
         except (OSError, ValueError, KeyError) as error:
             raise ConfigError(f"--run: {options.run} is no run folder with a readable run.json: {error}") from error
         stored["adapter"] = str(Path(options.run) / "adapter")
-        stored["batch_size"] = stored.get("eval_batch_size") or stored["batch_size"]
         if options.bf16 or options.fp16:
             stored["bf16"] = stored["fp16"] = None
     given = {name: value for name, value in vars(options).items() if value is not None}
@@ -69,8 +68,6 @@ def read_settings(options: argparse.Namespace) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     options = build_parser().parse_args(argv)
-    import torch
-
     from sat_lora.errors import ConfigError, SatLoraError
     from sat_lora.training.distributed import arrange, join, stop, together
     from sat_lora.training.evaluation import evaluate_adapter, evaluation_table
@@ -83,21 +80,8 @@ def main(argv: list[str] | None = None) -> int:
             raise ConfigError(f"--model-parallel-size: {options.model_parallel_size} does not divide {ranks} ranks")
         device = join()
         world = arrange(device, options.model_parallel_size)
-        use_bf16 = options.bf16 or (device.type == "cuda" and not options.fp16)
-        result = together(
-            evaluate_adapter,
-            options.from_pretrained,
-            options.adapter,
-            options.test_data,
-            world,
-            tokenizer=options.local_tokenizer,
-            version=options.version,
-            prompt=options.prompt,
-            max_length=options.max_length,
-            batch_size=options.batch_size,
-            dtype=torch.bfloat16 if use_bf16 else torch.float16 if options.fp16 else torch.float32,
-            model_parallel_size=options.model_parallel_size,
-        )
+        options.bf16 = options.bf16 or (device.type == "cuda" and not options.fp16)
+        result = together(evaluate_adapter, options, options.adapter, world)
     except SatLoraError as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"evaluate_cogvlm.py: error: {error}", file=sys.stderr, flush=True)

@@ -43,23 +43,19 @@ class LoraAdapter(nn.Module):
         self._gathered = site.kind == "column" and site.module.gather_output
         self.shardings = {
             "A": Sharding(1) if site.kind == "row" else REPLICATED,
-            "B": self._b_sharding(site) if site.kind == "column" else REPLICATED,
+            "B": Sharding(0, tuple(stop - start for start, stop in self.slot_rows))
+            if site.kind == "column"
+            else REPLICATED,
         }
         _, size = model_parallel_layout()
-        width = site.out_features // size if site.kind == "column" else site.out_features
-        self.layout = DeltaLayout(tuple(self._local_rows(site, size)), width, site.kind)
+        cut = size if site.kind == "column" else 1  # ranks that share the output
+        local_rows = tuple((start // cut, stop // cut) for start, stop in self.slot_rows)
+        self.layout = DeltaLayout(local_rows, site.out_features // cut, site.kind)
         rows = sum(stop - start for start, stop in self.layout.slots)
         columns = site.in_features // (size if site.kind == "row" else 1)
         for leaf, shape in (("A", (max(1, len(self.slots)) * rank, columns)), ("B", (rows, rank))):
             parameter = nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
             self.register_parameter(leaf, mark_sharded(parameter, self.shardings[leaf]))
-
-    def _b_sharding(self, site: LinearSite) -> Sharding:
-        return Sharding(0, tuple(stop - start for start, stop in self.slot_rows))
-
-    def _local_rows(self, site: LinearSite, size: int):
-        cut = size if site.kind == "column" else 1
-        return [(start // cut, stop // cut) for start, stop in self.slot_rows]
 
     @torch.no_grad()
     def reset_parameters(self, seed: int) -> None:

@@ -2,7 +2,6 @@
 
 import warnings
 import weakref
-from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -64,38 +63,16 @@ class LoraMixin(BaseMixin):
         """The adapter of the linear with that name."""
         return self.adapters[adapter_key(name)]
 
-    @contextmanager
-    def _scope(self):
+    @non_conflict
+    def _in_scope(self, *args, old_impl=None, **kw_args):
+        """What every hook below does: run what was there before, with the deltas switched on."""
         before, self._open = self._open, True
         try:
-            yield
+            return old_impl(*args, **kw_args)
         finally:
             self._open = before
 
-    @non_conflict
-    def word_embedding_forward(self, *args, old_impl=None, **kw_args):
-        with self._scope():
-            return old_impl(*args, **kw_args)
-
-    @non_conflict
-    def attention_forward(self, *args, old_impl=None, **kw_args):
-        with self._scope():
-            return old_impl(*args, **kw_args)
-
-    @non_conflict
-    def cross_attention_forward(self, *args, old_impl=None, **kw_args):
-        with self._scope():
-            return old_impl(*args, **kw_args)
-
-    @non_conflict
-    def mlp_forward(self, *args, old_impl=None, **kw_args):
-        with self._scope():
-            return old_impl(*args, **kw_args)
-
-    @non_conflict
-    def final_forward(self, *args, old_impl=None, **kw_args):
-        with self._scope():
-            return old_impl(*args, **kw_args)
+    word_embedding_forward = attention_forward = cross_attention_forward = mlp_forward = final_forward = _in_scope
 
 
 class _DeltaHook:

@@ -4,6 +4,8 @@ import os
 from argparse import Namespace
 from collections.abc import Mapping
 
+import torch
+
 from sat_lora.errors import ConfigError
 from sat_lora.training.deepspeed_file import enabled, file_problems, read_deepspeed_file
 from sat_lora.training.notice import warn
@@ -121,6 +123,11 @@ def precision_of(options: Namespace, content: dict, device: str) -> tuple[bool, 
     if content.keys() & {"bf16", "bfloat16", "fp16"}:
         return enabled(content, "bf16") or enabled(content, "bfloat16"), enabled(content, "fp16")
     return device.startswith("cuda"), False
+
+
+def base_dtype(options: Namespace) -> torch.dtype:
+    """The dtype of the base that options.bf16 and options.fp16 ask for."""
+    return torch.bfloat16 if options.bf16 else torch.float16 if options.fp16 else torch.float32
 
 
 def _choose_precision(options: Namespace, content: dict, device: str) -> None:

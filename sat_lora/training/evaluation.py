@@ -1,8 +1,7 @@
 """What a fine-tuned model reads: generated answers against the right ones, base against base + adapter."""
 
+from argparse import Namespace
 from pathlib import Path
-
-import torch
 
 from sat_lora.adapter_file import load_adapter
 from sat_lora.cogvlm.checkpoint import load_cogvlm
@@ -11,49 +10,49 @@ from sat_lora.cogvlm.text import Sample, load_tokenizer
 from sat_lora.errors import DataError
 from sat_lora.mixin import lora_mixins
 from sat_lora.training.data import ImageTextDataset, collate, read_items
+from sat_lora.training.deepspeed_config import base_dtype
 from sat_lora.training.distributed import World, gather_lists
 from sat_lora.training.loss import sum_over_data_parallel
 from sat_lora.training.step import to_device
 
 
-def evaluate_adapter(
-    base: str | Path,
-    adapter: str | Path,
-    data: list[str],
-    world: World,
-    *,
-    tokenizer: str | Path,
-    version: str,
-    prompt: str,
-    max_length: int,
-    batch_size: int,
-    dtype: torch.dtype,
-    model_parallel_size: int = 1,
-) -> dict:
-    """Answers every item of `data` by greedy decoding, with and without the adapter; the ranks share the items.
+def evaluate_adapter(options: Namespace, adapter: str | Path, world: World) -> dict:
+    """Answers every item of --test-data by greedy decoding, with and without the adapter; the ranks share the items.
 
+    options: from_pretrained, local_tokenizer, test_data, version, prompt, max_length, eval_batch_size, bf16, fp16 and
+    model_parallel_size, as `parse_options` names them.
     Returns {"images": n, "base": {"exact_match": x, "exact_match_ignoring_case": y}, "adapter": {...}} with shares in
     [0, 1]; unreadable items are left out of n and listed under "broken". Both come from what lies on disk.
     """
-    tokenizer = load_tokenizer(tokenizer)
-    model, config = load_cogvlm(base, dtype=dtype, device=world.device, model_parallel_size=model_parallel_size)
+    items = read_items(options.test_data)
+    if not items:
+        raise DataError(
+            f"--test-data: {', '.join(options.test_data)}: no images there; give folders of images LABEL.png"
+        )
+    tokenizer = load_tokenizer(options.local_tokenizer)
+    model, config = load_cogvlm(
+        options.from_pretrained,
+        dtype=base_dtype(options),
+        device=world.device,
+        model_parallel_size=options.model_parallel_size,
+    )
     load_adapter(model, adapter)
     dataset = ImageTextDataset(
-        read_items(data),
+        items,
         tokenizer,
-        version=version,
-        prompt=prompt,
+        version=options.version,
+        prompt=options.prompt,
         image_size=tuple(config["eva_args"]["image_size"]),
         image_length=config["image_length"],
-        max_length=max_length,
+        max_length=options.max_length,
         with_answer=False,
     )
     share = range(world.data_parallel_rank, len(dataset), world.data_parallel_size)
     right = {"base": [0, 0], "adapter": [0, 0]}
     images, broken = 0, []
     longest = max(len(tokenizer.encode(item.answer, add_special_tokens=False)) for item in dataset.items) + 1
-    for start in range(0, len(share), batch_size):
-        indices = list(share[start : start + batch_size])
+    for start in range(0, len(share), options.eval_batch_size):
+        indices = list(share[start : start + options.eval_batch_size])
         samples = [(dataset[i], dataset.items[i].answer.strip()) for i in indices]
         broken += [(s.path, s.reason) for s, _ in samples if not isinstance(s, Sample)]
         usable = [(s, answer) for s, answer in samples if isinstance(s, Sample)]
@@ -71,9 +70,7 @@ def evaluate_adapter(
     images, *sums = sum_over_data_parallel(images, *right["base"], *right["adapter"], device=world.device)
     broken = sorted(set(gather_lists(broken)))
     if not images:
-        raise DataError(
-            f"--test-data: none of the {len(dataset)} items of {data} can be read; the first: {broken[0][1]}"
-        )
+        raise DataError(f"--test-data: none of {options.test_data} can be read; the first: {broken[0][1]}")
     shares = [value / images for value in sums]
     names = ("exact_match", "exact_match_ignoring_case")
     result = {"images": int(images), "base": dict(zip(names, shares[:2])), "adapter": dict(zip(names, shares[2:]))}

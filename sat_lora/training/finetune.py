@@ -16,7 +16,7 @@ from sat_lora.summary import describe, describe_text
 from sat_lora.targets import find_linears, select
 from sat_lora.training.checkpoint import load_checkpoint
 from sat_lora.training.data import ImageTextDataset, read_items, split_items
-from sat_lora.training.deepspeed_config import deepspeed_config
+from sat_lora.training.deepspeed_config import base_dtype, deepspeed_config
 from sat_lora.training.distributed import World, arrange, join, together
 from sat_lora.training.engine import adapter_optimizer, start_engine
 from sat_lora.training.evaluation import evaluate_adapter, evaluation_table
@@ -42,7 +42,7 @@ def finetune(options: Namespace, prepare: Callable[[], None] | None = None) -> W
     model, config = together(
         load_cogvlm,
         options.from_pretrained,
-        dtype=precision(options),
+        dtype=base_dtype(options),
         device=device,
         model_parallel_size=options.model_parallel_size,
         checkpoint_activations=options.checkpoint_activations,
@@ -95,11 +95,6 @@ def finetune(options: Namespace, prepare: Callable[[], None] | None = None) -> W
     if options.test_data:
         _evaluate(options, world, run)
     return world
-
-
-def precision(options: Namespace) -> torch.dtype:
-    """The dtype of the base that --bf16 and --fp16 ask for."""
-    return torch.bfloat16 if options.bf16 else torch.float16 if options.fp16 else torch.float32
 
 
 def _on_first_rank(prepare: Callable[[], None] | None) -> None:
@@ -167,20 +162,7 @@ def _validation(options: Namespace, data, items: list, world: World):
 
 
 def _evaluate(options: Namespace, world: World, run: RunFolder) -> None:
-    result = together(
-        evaluate_adapter,
-        options.from_pretrained,
-        run.path / "adapter",
-        options.test_data,
-        world,
-        tokenizer=options.local_tokenizer,
-        version=options.version,
-        prompt=options.prompt,
-        max_length=options.max_length,
-        batch_size=options.eval_batch_size,
-        dtype=precision(options),
-        model_parallel_size=options.model_parallel_size,
-    )
+    result = together(evaluate_adapter, options, run.path / "adapter", world)
     if world.is_main:
         write_json(run.path / "evaluation.json", result)
     run.say(evaluation_table(result))

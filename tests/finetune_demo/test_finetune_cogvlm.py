@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import safetensors
+import torch
 
 from tests.conftest import write_images
 from tests.distributed.ranks import free_port, run_ranks
@@ -68,6 +69,7 @@ def test_two_launched_ranks_learn_and_leave_the_base_alone(kind, stage, captchas
         assert (run / name).exists(), name
     assert json.loads((run / "evaluation.json").read_text())["images"] == 12
     check_adapter(run / "adapter")
+    check_checkpoint(run / "checkpoints" / "12")
     for words in ("base + adapter", "sat-lora merge --base", "--resume"):
         assert words in done.stdout
 
@@ -83,6 +85,15 @@ def check_adapter(folder):
             assert config["r"] in tensor.shape
             allowed += tensor.numel() * tensor.element_size()
     assert (folder / "adapter_model.safetensors").stat().st_size <= allowed + 64 * 1024
+
+
+def check_checkpoint(folder):
+    """Of the base, nothing but its one buffer."""
+    files = sorted(folder.glob("*model_states.pt"))
+    assert files
+    for file in files:
+        names = torch.load(file, weights_only=False, map_location="cpu")["module"].keys()
+        assert {name for name in names if ".lora." not in name} <= {"mixins.rotary.rotary_emb.inv_freq"}
 
 
 def run_script(argv, refuse_to_load=False):

@@ -1,6 +1,7 @@
 """The shares that evaluation reports, against answers read by plain recomputation without a cache."""
 
 import json
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -65,11 +66,12 @@ def prepare(folder, captchas):
 def evaluate(folder, batch_size, model_parallel=1):
     world = arrange(join(), model_parallel)
     torch.set_num_threads(1)
-    return evaluate_adapter(
-        BASE, folder / "adapter", [str(folder / "items.jsonl")], world,
-        tokenizer=BASE, version="base", prompt="CAPTCHA:", max_length=64, batch_size=batch_size, dtype=torch.float32,
+    options = Namespace(
+        from_pretrained=BASE, local_tokenizer=BASE, test_data=[str(folder / "items.jsonl")], version="base",
+        prompt="CAPTCHA:", max_length=64, eval_batch_size=batch_size, bf16=False, fp16=False,
         model_parallel_size=model_parallel,
     )  # fmt: skip
+    return evaluate_adapter(options, folder / "adapter", world)
 
 
 def test_shares_equal_those_counted_by_hand_however_the_work_is_split(tmp_path, captchas):
@@ -82,6 +84,29 @@ def test_shares_equal_those_counted_by_hand_however_the_work_is_split(tmp_path, 
         assert result["base"]["exact_match"] == pytest.approx(base)
         assert result["adapter"]["exact_match"] == pytest.approx(adapter)
         assert [Path(path).name for path in result["broken"]] == ["missing.png"]
+
+
+@pytest.mark.parametrize("option, message", [("--test-data", "--test-data: .*nothing: no images there"),
+                                             ("--adapter", "nothing is not an adapter folder"),
+                                             ("--run", "--run: .*nothing is no run folder")])  # fmt: skip
+def test_the_script_tells_a_mistake_in_one_message(option, message, tmp_path, captchas):
+    import os
+    import re
+    import subprocess
+    import sys
+
+    (tmp_path / "nothing").mkdir()
+    script = BASE.parent / "evaluate_cogvlm.py"
+    good = ["--from_pretrained", str(BASE), "--adapter", str(tmp_path), "--test-data", str(captchas / "test")]
+    own_group = ("MASTER_PORT", "RANK", "WORLD_SIZE")  # this process may be one of its own
+    environment = {k: v for k, v in os.environ.items() if k not in own_group} | {"PYTHONPATH": str(BASE.parents[1])}
+    done = subprocess.run(
+        [sys.executable, str(script), *good, option, str(tmp_path / "nothing")],
+        capture_output=True, text=True, timeout=100, env=environment,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert re.search(message, done.stderr), done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_the_table_shows_both_sides():
