@@ -23,6 +23,7 @@ _HOMES = {
     "CheckpointError": "errors",
     "ConfigError": "errors",
     "DataError": "errors",
+    "MergeError": "errors",
 }
 __all__ = sorted(_HOMES)
 

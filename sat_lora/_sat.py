@@ -22,6 +22,7 @@ try:
         from sat.mpu import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
         from sat.mpu.utils import split_tensor_along_last_dim
         from sat.ops.layernorm import RMSNorm
+        from sat.transformer_defaults import HOOKS_DEFAULT
 finally:
     logging.disable(_disabled)
 
@@ -32,6 +33,7 @@ if "SAT_LOGLEVEL" not in os.environ and "LOGLEVEL" not in os.environ:
     logging.getLogger("sat").setLevel(logging.WARNING)
 
 __all__ = [
+    "HOOKS_DEFAULT",
     "BaseMixin",
     "BaseModel",
     "CachedAutoregressiveMixin",

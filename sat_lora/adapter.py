@@ -1,90 +1,162 @@
-"""The trainable pair A, B of one linear."""
+"""What one adapted layer trains."""
 
-import math
 import zlib
+from collections.abc import Iterator
 
 import torch
 from torch import nn
 
-from sat_lora._sat import mpu
-from sat_lora.functional import DeltaLayout, add_delta
-from sat_lora.sharding import REPLICATED, Sharding, mark_sharded, model_parallel_layout
-from sat_lora.targets import LinearSite
-
-
-def bounded_rank(rank: int, in_features: int, out_features: int) -> int:
-    """`rank`, halved until A and B together cost no more than the full matrix: r <= in out / (in + out + 1)."""
-    while rank > 1 and rank * (in_features + out_features + 1) > in_features * out_features:
-        rank //= 2
-    return rank
+from sat_lora import dora
+from sat_lora.functional import DeltaLayout
+from sat_lora.initialize import initial_factors
+from sat_lora.kinds import Delta
+from sat_lora.merging import merged_weight
+from sat_lora.sharding import (
+    REPLICATED,
+    Sharding,
+    gathered,
+    mark_sharded,
+    model_parallel_layout,
+    over_model_parallel,
+    sharding_of,
+)
+from sat_lora.targets import Target
 
 
 class LoraAdapter(nn.Module):
-    """Adds scale * B A x to the output of one linear.
+    """Adds scale * B A x to the output of one layer.
 
-    A: (slots * r, in), B: (adapted rows, r), both cut over the model-parallel ranks as the linear demands:
+    A: (slots * r, in), B: (adapted rows, r), for the layer's weight as a matrix W (out, in), see `kinds`. Both are cut
+    over the model-parallel ranks as W is:
 
-        column-parallel   A whole on every rank        B cut like the rows of the weight, within each of q, k, v
-        row-parallel      A cut along `in`             B whole, added after the base's own sum
-        plain             both whole
+        W cut along out   A whole on every rank        B cut like the rows of W, within each of q, k, v
+        W cut along in    A cut along `in`             B whole, added after the layer's own sum
+        W whole           both whole
+
+    With DoRA, `magnitude` (adapted rows,) is cut like B. With PiSSA and OLoRA, the pair that A and B began as stays
+    as `origin_A` and `origin_B`, and the delta is s (B A - origin_B origin_A): the base weight is never written to.
 
     The parameters sit directly on this module, and it is called as a module, so that ZeRO-3 gathers them.
     """
 
-    def __init__(
-        self, site: LinearSite, rank: int, scale: float, slots: tuple[str, ...], dropout: float, dtype, device
-    ):
+    def __init__(self, target: Target, config, dtype: torch.dtype, device: torch.device):
         super().__init__()
-        self.name, self.rank, self.scale, self.dropout = site.name, rank, scale, dropout
-        self.slots = tuple(slot for slot in site.slot_names if slot in slots)
-        self.in_features = site.in_features
-        self.slot_rows = site.slot_rows(self.slots)  # of the whole weight
-        self._scatter_input = site.kind == "row" and not site.module.input_is_parallel
-        self._gathered = site.kind == "column" and site.module.gather_output
-        self.shardings = {
-            "A": Sharding(1) if site.kind == "row" else REPLICATED,
-            "B": Sharding(0, tuple(stop - start for start, stop in self.slot_rows))
-            if site.kind == "column"
-            else REPLICATED,
-        }
+        self.target, self.name, self.rank, self.scale = target, target.site.name, target.rank, target.scale
+        self.slots, self.kind, self.dropout = target.slots, target.site.kind, config.lora_dropout
+        self.scheme, self.seed = config.init_lora_weights, zlib.crc32(self.name.encode()) ^ config.seed
+        rows = [stop - start for start, stop in target.rows]
+        cut_rows = Sharding(0, tuple(rows)) if self.kind.cut == "out" else REPLICATED
+        self.shardings = {"A": Sharding(1) if self.kind.cut == "in" else REPLICATED, "B": cut_rows}
         _, size = model_parallel_layout()
-        cut = size if site.kind == "column" else 1  # ranks that share the output
-        local_rows = tuple((start // cut, stop // cut) for start, stop in self.slot_rows)
-        self.layout = DeltaLayout(local_rows, site.out_features // cut, site.kind)
-        rows = sum(stop - start for start, stop in self.layout.slots)
-        columns = site.in_features // (size if site.kind == "row" else 1)
-        for leaf, shape in (("A", (max(1, len(self.slots)) * rank, columns)), ("B", (rows, rank))):
+        cut_out, cut_in = (size if self.kind.cut == side else 1 for side in ("out", "in"))
+        local_rows = tuple((start // cut_out, stop // cut_out) for start, stop in target.rows)
+        self.layout = DeltaLayout(local_rows, target.site.out_features // cut_out, self.kind.name)
+        shapes = {
+            "A": (target.slots_count * self.rank, target.site.in_features // cut_in),
+            "B": (sum(rows) // cut_out, self.rank),
+        }
+        if config.use_dora:
+            self.shardings["magnitude"], shapes["magnitude"] = cut_rows, (sum(rows) // cut_out,)
+        for leaf, shape in shapes.items():
             parameter = nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
             self.register_parameter(leaf, mark_sharded(parameter, self.shardings[leaf]))
+        self.freeze_a = config.freeze_a
+        for leaf in ("A", "B") if config.takes_from_base else ():
+            self.register_buffer(f"origin_{leaf}", torch.empty_like(getattr(self, leaf), requires_grad=False))
+
+    def trainable(self) -> Iterator[nn.Parameter]:
+        """Its parameters, without A where that is frozen (LoRA-FA)."""
+        yield from (p for leaf, p in self._parameters.items() if leaf != "A" or not self.freeze_a)
+
+    @property
+    def has_origin(self) -> bool:
+        return "origin_A" in self._buffers
+
+    @property
+    def magnitude_or_none(self) -> nn.Parameter | None:
+        return self._parameters.get("magnitude")
 
     @torch.no_grad()
-    def reset_parameters(self, seed: int) -> None:
-        """A uniform in +-1/sqrt(in) (PEFT's Kaiming-uniform with a = sqrt(5)), B zero.
+    def reset_parameters(self, layer: nn.Module) -> None:
+        """The initial values for `layer`, the adapted one; every rank has to call it.
 
-        The whole A is drawn from a generator seeded by `seed` and the linear's name, then cut, so the values depend
-        neither on the model-parallel size nor on what else is adapted.
+        Values depend on the seed, the layer's name and, for some schemes and DoRA, its weight; not on the parallel
+        layout nor on what else is adapted.
         """
-        generator = torch.Generator().manual_seed(zlib.crc32(self.name.encode()) ^ seed)
-        bound = 1 / math.sqrt(self.in_features)
-        whole = torch.empty(self.A.shape[0], self.in_features).uniform_(-bound, bound, generator=generator)
-        self.A.copy_(self.shardings["A"].shard(whole, *model_parallel_layout()))
-        self.B.zero_()
+        with gathered([layer.weight]), gathered(self.parameters(), write=True):
+            site, rank_and_size = self.target.site, model_parallel_layout()
 
-    def forward(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """y (..., out) as the base linear gave it for x (..., in), with the delta added."""
-        if self._scatter_input:
-            x = mpu.scatter_to_model_parallel_region(x)
-        keep, scale = None, self.scale
-        if self.training and self.dropout > 0:
-            keep = torch.empty(x.shape[:-1].numel(), x.shape[-1], dtype=torch.bool, device=x.device)
-            keep.bernoulli_(1 - self.dropout)
-            scale = scale / (1 - self.dropout)
-        if self._gathered and model_parallel_layout()[1] > 1:
-            delta = add_delta(
-                y.new_zeros(*y.shape[:-1], self.layout.width), x, self.A, self.B, keep, scale, self.layout
+            def whole_rows(start: int, stop: int) -> torch.Tensor:
+                sharding = sharding_of(layer, "weight")
+                return self.kind.matrix(over_model_parallel(layer.weight.detach(), sharding))[start:stop]
+
+            factors = initial_factors(
+                self.scheme,
+                [lambda start=start, stop=stop: whole_rows(start, stop) for start, stop in self.target.rows],
+                [(stop - start, site.in_features) for start, stop in self.target.rows],
+                rank=self.rank,
+                scale=self.scale,
+                looks_up=self.kind.looks_up,
+                seed=self.seed,
             )
-            return y + mpu.gather_from_model_parallel_region(delta)
-        return add_delta(y, x, self.A, self.B, keep, scale, self.layout)
+            for leaf, whole in zip("AB", factors):
+                own = getattr(self, leaf)
+                own.copy_(self.shardings[leaf].shard(whole, *rank_and_size))
+                if self.has_origin:
+                    getattr(self, f"origin_{leaf}").copy_(own)
+            if self.magnitude_or_none is not None:
+                self.magnitude.copy_(self._row_norms(layer, None))
+
+    @torch.no_grad()
+    def take(self, whole: dict[str, torch.Tensor]) -> None:
+        """Whole A, B and magnitude of a file; where an origin is subtracted, A and B hold both pairs (`factors`)."""
+        for leaf, tensor in whole.items():
+            part = self.shardings[leaf].shard(tensor, *model_parallel_layout())
+            if self.has_origin and leaf == "A":
+                pair = part.view(self.target.slots_count, 2, self.rank, -1)
+                self.A.copy_(pair[:, 0].flatten(0, 1))
+                self.origin_A.copy_(pair[:, 1].flatten(0, 1))
+            elif self.has_origin and leaf == "B":
+                self.B.copy_(part[:, : self.rank])
+                self.origin_B.copy_(-part[:, self.rank :])
+            else:
+                getattr(self, leaf).copy_(part)
+
+    @property
+    def factors_rank(self) -> int:
+        return 2 * self.rank if self.has_origin else self.rank
+
+    def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(A, B) whose product is the delta: the pair itself, or of rank 2r where an origin is subtracted."""
+        if not self.has_origin:
+            return self.A, self.B
+        slots = self.target.slots_count
+        pairs = [a.view(slots, self.rank, -1) for a in (self.A, self.origin_A)]
+        return torch.cat(pairs, 1).flatten(0, 1), torch.cat([self.B, -self.origin_B], 1)
+
+    def forward(self, y: torch.Tensor, x: torch.Tensor, layer: nn.Module, strength: float = 1.0) -> torch.Tensor:
+        """y as `layer` gave it for x, with `strength` times the delta added."""
+        scale = self.scale * strength
+        a, b = self.factors()
+        y = self.kind.add(layer, y, x, Delta(a, b, scale, self.layout, self.dropout if self.training else 0.0))
+        if self.magnitude_or_none is None:
+            return y
+        gain = dora.spread(dora.gain(self.magnitude, self._row_norms(layer, (a, b, scale))), self.layout)
+        bias = layer.bias
+        if self.kind.cut == "out":
+            gain = self.kind.across_ranks(layer, gain)
+            bias = None if bias is None else self.kind.across_ranks(layer, bias)
+        return dora.rescale(y, gain, bias, self.kind.channel_dim(layer))
+
+    def merged_weight(self, layer: nn.Module, strength: float = 1.0) -> torch.Tensor:
+        """This rank's part of the weight with `strength` times the delta in it, see `merging.merged_weight`."""
+        delta = (*self.factors(), self.scale * strength)
+        return merged_weight(layer.weight, self.kind, self.layout, delta, self.magnitude_or_none)
+
+    def _row_norms(self, layer: nn.Module, delta) -> torch.Tensor:
+        matrix = self.kind.matrix(layer.weight.detach())
+        return dora.row_norms(matrix, self.layout, delta, sum_over_ranks=self.kind.cut == "in")
 
     def extra_repr(self) -> str:
-        return f"{self.name}, r={self.rank}, scale={self.scale:g}" + (f", slots={self.slots}" if self.slots else "")
+        slots = f", slots={self.slots}" if self.slots else ""
+        return f"{self.name}, r={self.rank}, scale={self.scale:g}{slots}"

@@ -20,7 +20,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _merge(options: argparse.Namespace) -> None:
-    from sat_lora.merge import merge_adapter
+    from sat_lora.merge_checkpoint import merge_adapter
 
     merge_adapter(options.base, options.adapter, options.out)
     print(f"merged model in {options.out}")

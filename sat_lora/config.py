@@ -123,11 +123,9 @@ class LoraConfig:
             patterns = getattr(self, name)
             if not isinstance(patterns, str) and not _are_strings(patterns):
                 yield f"{name} has to be text or a list of texts, got {patterns!r}"
-        slots = self.qkv_slots
-        if not (isinstance(slots, str) or _are_strings(slots)) or not slots or sorted(set(slots)) != sorted(slots):
-            yield f"qkv_slots has to name some of q, k, v, each once, got {slots!r}"
-        elif set(slots) - set(SLOTS):
-            yield f"qkv_slots has to name some of q, k, v, each once, got {slots!r}"
+        slots = self.qkv_slots if isinstance(self.qkv_slots, str) or _are_strings(self.qkv_slots) else ()
+        if not slots or set(slots) - set(SLOTS) or len(set(slots)) != len(slots):
+            yield f"qkv_slots has to name some of q, k, v, each once, got {self.qkv_slots!r}"
         if self.adapter_dtype is not None and self.adapter_dtype not in DTYPES:
             yield f"adapter_dtype has to be one of {', '.join(DTYPES)} or None, got {self.adapter_dtype!r}"
         try:

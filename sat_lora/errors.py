@@ -19,3 +19,7 @@ class AdapterError(SatLoraError):
 
 class DataError(SatLoraError):
     """Training or evaluation data cannot be used."""
+
+
+class MergeError(SatLoraError):
+    """Deltas cannot be written into the weights."""

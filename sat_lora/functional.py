@@ -28,7 +28,7 @@ class DeltaLayout:
 
     slots: tuple[tuple[int, int], ...]  # ranges of y's columns (of this rank), ascending
     width: int  # y's columns, of this rank
-    parallel: str = "none"  # "column", "row" or "none"
+    kind: str = "linear"  # of `kinds`: "column" and "row" sum over the model-parallel ranks
 
     def pieces(self, rank: int):
         """For each slot: its columns of y, its rows of B, its columns of S."""
@@ -56,15 +56,23 @@ class _AddDelta(torch.autograd.Function):
         shape, y, x = y.shape, y.reshape(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
         a_, b_ = a.to(x.dtype), b.to(x.dtype)
         s = (x if keep is None else x * keep) @ a_.T
-        if layout.parallel == "row":
+        if layout.kind == "row":
             s = _sum_over_ranks(s)
         out = torch.empty_like(y)
         for columns, rows, ranks in layout.pieces(b.shape[1]):
             torch.addmm(y[:, columns], s[:, ranks], b_[rows].T, alpha=scale, out=out[:, columns])
         for columns in layout.gaps():
             out[:, columns] = y[:, columns]
-        ctx.save_for_backward(x, s, a, b, keep)
+        need_x, need_a, need_b = ctx.needs_input_grad[1:4]
+        ctx.save_for_backward(
+            x if need_a else None,  # LoRA-FA freezes A: backward does without x
+            s if need_b else None,
+            a if need_x else None,
+            b if need_x or need_a else None,
+            keep if need_x or need_a else None,
+        )
         ctx.scale, ctx.layout = scale, layout
+        ctx.rank, ctx.shape_of_b, ctx.dtypes = b.shape[1], b.shape, (a.dtype, b.dtype)
         return out.view(shape)
 
     @staticmethod
@@ -72,25 +80,24 @@ class _AddDelta(torch.autograd.Function):
     def backward(ctx, grad):
         x, s, a, b, keep = ctx.saved_tensors
         need_y, need_x, need_a, need_b = ctx.needs_input_grad[:4]
-        dy = grad.reshape(-1, grad.shape[-1])
+        dy, pieces = grad.reshape(-1, grad.shape[-1]), list(ctx.layout.pieces(ctx.rank))
         dx = da = db = None
-        b_ = b.to(x.dtype)
         if need_b:
-            db = torch.empty_like(b)
-            for columns, rows, ranks in ctx.layout.pieces(b.shape[1]):
+            db = dy.new_empty(ctx.shape_of_b, dtype=ctx.dtypes[1])
+            for columns, rows, ranks in pieces:
                 db[rows] = (dy[:, columns].T @ s[:, ranks]).mul_(ctx.scale)
         if need_x or need_a:
-            ds = torch.empty_like(s)
-            for columns, rows, ranks in ctx.layout.pieces(b.shape[1]):
-                torch.mm(dy[:, columns], b_[rows], out=ds[:, ranks])
+            ds, b = dy.new_empty(dy.shape[0], len(pieces) * ctx.rank), b.to(dy.dtype)
+            for columns, rows, ranks in pieces:
+                torch.mm(dy[:, columns], b[rows], out=ds[:, ranks])
             ds.mul_(ctx.scale)
-            if ctx.layout.parallel == "column":
+            if ctx.layout.kind == "column":
                 ds = _sum_over_ranks(ds)
             if need_a:
-                da = (ds.T @ (x if keep is None else x * keep)).to(a.dtype)
+                da = (ds.T @ (x if keep is None else x * keep)).to(ctx.dtypes[0])
             if need_x:
-                dx = ds @ a.to(x.dtype)
-                dx = (dx if keep is None else dx.mul_(keep)).view(*grad.shape[:-1], x.shape[-1])
+                dx = ds @ a.to(ds.dtype)
+                dx = (dx if keep is None else dx.mul_(keep)).view(*grad.shape[:-1], a.shape[1])
         return grad if need_y else None, dx, da, db, None, None, None
 
 
@@ -108,9 +115,9 @@ def add_delta_reference(y, x, a, b, keep, scale: float, layout: DeltaLayout) -> 
     if keep is not None:
         x = x * keep.view(x.shape)
     s = F.linear(x, a.to(x.dtype))
-    if layout.parallel == "row":
+    if layout.kind == "row":
         s = mpu.reduce_from_model_parallel_region(s)
-    elif layout.parallel == "column":
+    elif layout.kind == "column":
         s = mpu.copy_to_model_parallel_region(s)
     parts = {columns.start: y[..., columns] for columns in layout.gaps()}
     for columns, rows, ranks in layout.pieces(b.shape[1]):

@@ -1,67 +1,123 @@
 """LoraMixin: low-rank deltas inside a SAT model's own hooks. No module is replaced, no base weight renamed."""
 
-import warnings
+import copy
 import weakref
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import nn
 
 from sat_lora._sat import BaseMixin, BaseModel, non_conflict
-from sat_lora.adapter import LoraAdapter, bounded_rank
+from sat_lora.adapter import LoraAdapter
 from sat_lora.config import LoraConfig
 from sat_lora.errors import ConfigError
-from sat_lora.targets import LinearSite, find_linears, select
+from sat_lora.merging import MergedWeights
+from sat_lora.targets import BaseParameter, Plan, Site, Target, find_parameters, find_sites, plan
+from sat_lora.trained import TrainedBase
 
 
 class LoraMixin(BaseMixin):
     """`model.add_mixin("lora", LoraMixin(model, r=16, lora_alpha=32))` on any SAT model.
 
-    Each adapted linear has a forward hook that adds its delta, but only while one of the SAT hooks below runs. Those
+    Each adapted layer has a forward hook that adds its delta, but only while one of the SAT hooks below runs. Those
     run again when an activation checkpoint is recomputed, so gradients are right with checkpointing; and once the
     mixin is deleted from the model nobody opens the scope, so the base model is what it was, bit for bit.
 
-    Only adapters are left trainable. A SAT model inside this one (CogVLM's vision transformer) needs a mixin of its
-    own, because its layers are recomputed on their own: `add_lora` places them all.
+    Only adapters are left trainable, and what `modules_to_save` and `bias` name. A SAT model inside this one
+    (CogVLM's vision transformer) needs a mixin of its own, because its layers are recomputed on their own: `add_lora`
+    places them all.
     """
 
-    def __init__(self, model: BaseModel, config: LoraConfig | None = None, *, sites=None, **fields):
-        """`fields` are those of LoraConfig, if no `config` is given; `sites`, if given, are taken as selected."""
+    holds_adapters = True  # asked by `targets.own_modules`: nothing in here is a part of the base
+
+    def __init__(
+        self, model: BaseModel | None, config: LoraConfig | None = None, *, planned: Plan | None = None, **fields
+    ):
+        """`fields` are those of LoraConfig, if no `config` is given; `planned`, if given, is taken as selected."""
         super().__init__()
         self.config = config if config is not None else LoraConfig(**fields)
         self.enabled = True
-        self._open = False
+        self.scale = 1.0
+        """Multiplies every delta, at run time."""
         self.adapters = nn.ModuleDict()
-        self.sites: dict[str, LinearSite] = select(find_linears(model), self.config) if sites is None else sites
-        for name, site in self.sites.items():
-            self._attach(name, site)
-        self.reinit()
-        freeze_base(model)
-        self.train(model.training)
-
-    def _attach(self, name: str, site: LinearSite) -> None:
-        config, weight = self.config, site.module.weight
-        rank, scale, slots = adapter_shape(site, config)
-        if rank < config.rank_for(name):
-            rows = min(stop - start for start, stop in site.slot_rows(slots))
-            warnings.warn(
-                f"LoRA rank {config.rank_for(name)} costs more than the full {rows} x {site.in_features} matrix; "
-                f"using {rank}",
-                stacklevel=4,
+        self.targets: dict[str, Target] = {}
+        self.trained = TrainedBase({})
+        self._open, self._merged = False, None
+        if model is not None:
+            self._attach(
+                model, plan(find_sites(model), find_parameters(model), self.config) if planned is None else planned
             )
-        dtype = getattr(torch, config.adapter_dtype) if config.adapter_dtype else weight.dtype
-        key = adapter_key(name)
-        self.adapters[key] = LoraAdapter(site, rank, scale, slots, config.lora_dropout, dtype, weight.device)
-        handle = site.module.register_forward_hook(_DeltaHook(self, key))
-        weakref.finalize(self, handle.remove)
+
+    def _attach(self, model: BaseModel, planned: Plan) -> None:
+        self._model = weakref.ref(model)
+        self.targets = planned.targets
+        for name, target in planned.targets.items():
+            layer = target.site.module
+            weight, key = layer.weight, adapter_key(name)
+            dtype = getattr(torch, self.config.adapter_dtype) if self.config.adapter_dtype else weight.dtype
+            self.adapters[key] = LoraAdapter(target, self.config, dtype, weight.device)
+            handle = layer.register_forward_hook(_DeltaHook(weakref.ref(self), key))
+            weakref.finalize(self, handle.remove)
+        self.trained = TrainedBase(planned.trained)
+        weakref.finalize(self, self.trained.give_back).atexit = False
+        self.reinit()
+        freeze_base(model, self)
+        self.train(model.training)
 
     def reinit(self, parent_model=None) -> None:
         """Back to the initial values. SAT calls it for a mixin that a checkpoint does not hold; twice does no harm."""
-        for adapter in self.adapters.values():
-            adapter.reset_parameters(self.config.seed)
+        for name, target in self.targets.items():
+            self.adapter_for(name).reset_parameters(target.site.module)
+        self.trained.remember()
 
     def adapter_for(self, name: str) -> LoraAdapter:
-        """The adapter of the linear with that name."""
+        """The adapter of the layer with that name."""
         return self.adapters[adapter_key(name)]
+
+    def trainable(self) -> Iterator[nn.Parameter]:
+        """What trains: of the adapters, and whole parameters of the base."""
+        yield from (p for adapter in self.adapters.values() for p in adapter.trainable())
+        yield from self.trained.tensors.values()
+
+    # Verbs
+
+    def enable(self) -> None:
+        """Add the deltas again, and bring back the trained values of base parameters."""
+        if not self.enabled:
+            self.enabled = True
+            self.trained.swap()
+
+    def disable(self) -> AbstractContextManager:
+        """The base as it was, until `enable` or the end of `with mixin.disable():`. ConfigError while merged."""
+        if self.merged:
+            raise ConfigError("the deltas are merged into the weights; unmerge() before disable()")
+        if self.enabled:
+            self.enabled = False
+            self.trained.swap()
+        return _enabled_afterwards(self)
+
+    @property
+    def merged(self) -> bool:
+        return self._merged is not None
+
+    def merge(self, *, keep_original: bool = True) -> None:
+        """Write the deltas into the weights, so that a forward pass costs what the base does. Every rank calls it.
+
+        Computed in float32 and rounded once to the weight's dtype, in the layer as it is, cut or not. keep_original:
+        the replaced weights wait on the CPU for a bit-exact `unmerge`. MergeError: a merged weight would not be finite,
+        or is used elsewhere too; nothing is changed then.
+        """
+        if not self.merged:
+            self._merged = MergedWeights(self, self._model(), keep_original=keep_original)
+
+    def unmerge(self) -> None:
+        """Take the deltas out again: bit for bit if the originals were kept, else by subtraction, with rounding."""
+        if self.merged:
+            self._merged.undo()
+            self._merged = None
+
+    # SAT's hooks
 
     @non_conflict
     def _in_scope(self, *args, old_impl=None, **kw_args):
@@ -72,38 +128,54 @@ class LoraMixin(BaseMixin):
         finally:
             self._open = before
 
-    word_embedding_forward = attention_forward = cross_attention_forward = mlp_forward = final_forward = _in_scope
+    word_embedding_forward = position_embedding_forward = final_forward = _in_scope
+    attention_forward = cross_attention_forward = mlp_forward = _in_scope
+
+
+@contextmanager
+def _enabled_afterwards(mixin: LoraMixin):
+    try:
+        yield mixin
+    finally:
+        mixin.enable()
 
 
 class _DeltaHook:
     """A forward hook that holds its mixin weakly, so that a deleted mixin is freed."""
 
-    def __init__(self, mixin: LoraMixin, key: str):
-        self._mixin, self._key = weakref.ref(mixin), key
+    def __init__(self, mixin: weakref.ref, key: str):
+        self._mixin, self._key = mixin, key
 
-    def __call__(self, module, args, output):
+    def __call__(self, layer, args, output):
         mixin = self._mixin()
-        if mixin is None or not (mixin._open and mixin.enabled):
+        if mixin is None or not mixin._open or not mixin.enabled or mixin.merged:
             return None
-        return mixin.adapters[self._key](output, args[0])
+        return mixin.adapters[self._key](output, args[0], layer, mixin.scale)
 
-
-def adapter_shape(site: LinearSite, config: LoraConfig) -> tuple[int, float, tuple[str, ...]]:
-    """(rank in effect, scale, adapted slots) that `config` gives to a linear."""
-    slots = tuple(slot for slot in site.slot_names if slot in config.qkv_slots)
-    smallest = min(stop - start for start, stop in site.slot_rows(slots))
-    rank = bounded_rank(config.rank_for(site.name), site.in_features, smallest)
-    return rank, config.scale_for(site.name, rank), slots
+    def __deepcopy__(self, memo):
+        """A copied model's hook belongs to the copied mixin."""
+        mixin = self._mixin()
+        return _DeltaHook(self._mixin if mixin is None else weakref.ref(copy.deepcopy(mixin, memo)), self._key)
 
 
 def adapter_key(name: str) -> str:
-    """A linear's name as a key of nn.ModuleDict, which does not take dots."""
+    """A layer's name as a key of nn.ModuleDict, which does not take dots."""
     return name.replace(".", "/")
 
 
-def sat_models(model: BaseModel) -> dict[str, BaseModel]:
-    """The model itself under "", and each SAT model inside it, by name."""
+def sat_models(model: nn.Module) -> dict[str, BaseModel]:
+    """The model itself under "" (if it is a SAT model), and each SAT model inside it, by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, BaseModel)}
+
+
+def find_all_sites(model: nn.Module) -> dict[str, Site]:
+    """Every adaptable layer of the model and of the SAT models inside it, by name."""
+    return {name: site for path, inner in sat_models(model).items() for name, site in find_sites(inner, path).items()}
+
+
+def find_all_parameters(model: nn.Module) -> dict[str, BaseParameter]:
+    """Every base parameter of the model and of the SAT models inside it, by name."""
+    return {n: p for path, inner in sat_models(model).items() for n, p in find_parameters(inner, path).items()}
 
 
 def lora_mixins(model: nn.Module) -> dict[str, LoraMixin]:
@@ -111,30 +183,33 @@ def lora_mixins(model: nn.Module) -> dict[str, LoraMixin]:
     return {name: module for name, module in model.named_modules() if isinstance(module, LoraMixin)}
 
 
-def add_lora(model: BaseModel, config: LoraConfig | None = None, *, name: str = "lora", **fields) -> list[LoraMixin]:
-    """Put a LoraMixin on the model and on every SAT model inside it that `config` selects linears of."""
+def add_lora(model: nn.Module, config: LoraConfig | None = None, *, name: str = "lora", **fields) -> list[LoraMixin]:
+    """Put a LoraMixin on the model and on every SAT model inside it that `config` selects something of."""
     config = config if config is not None else LoraConfig(**fields)
-    sites = {n: site for path, inner in sat_models(model).items() for n, site in find_linears(inner, path).items()}
-    return place_mixins(model, config, set(select(sites, config)), name)
+    return place_mixins(model, config, plan(find_all_sites(model), find_all_parameters(model), config), name)
 
 
-def place_mixins(model: BaseModel, config: LoraConfig, chosen: set[str], name: str) -> list[LoraMixin]:
-    """A LoraMixin called `name` on every SAT model in `model` that holds some of the `chosen` linears."""
+def place_mixins(model: nn.Module, config: LoraConfig, planned: Plan, name: str) -> list[LoraMixin]:
+    """A LoraMixin called `name` on every SAT model in `model` that holds some of what is `planned`."""
     taken = [f"{path}.mixins.{name}".lstrip(".") for path, inner in sat_models(model).items() if name in inner.mixins]
     if taken:
         raise ConfigError(f"the model has a mixin {' and '.join(taken)} already; delete it or choose another name")
     mixins = []
     for path, inner in sat_models(model).items():
-        own = {site_name: site for site_name, site in find_linears(inner, path).items() if site_name in chosen}
-        if own:
-            mixins.append(LoraMixin(inner, config, sites=own))
+        targets = {n: planned.targets[n] for n in find_sites(inner, path) if n in planned.targets}
+        trained = {n: planned.trained[n] for n in find_parameters(inner, path) if n in planned.trained}
+        if targets or trained:
+            mixins.append(LoraMixin(inner, config, planned=Plan(targets, trained)))
             inner.add_mixin(name, mixins[-1])
     freeze_base(model)
     return mixins
 
 
-def freeze_base(model: nn.Module) -> None:
-    """Make every parameter untrainable except those of LoRA mixins: decided by asking modules, not by names."""
-    trainable = {id(p) for mixin in lora_mixins(model).values() for p in mixin.parameters()}
+def freeze_base(model: nn.Module, *more: LoraMixin) -> None:
+    """Make every parameter untrainable except what LoRA mixins train (`more`: not yet on the model).
+
+    Decided by asking the mixins, never by names.
+    """
+    trainable = {id(p) for mixin in (*lora_mixins(model).values(), *more) for p in mixin.trainable()}
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in trainable)

@@ -5,6 +5,8 @@ Here it is a value that can be asked for one parameter, so that a rank can cut i
 draw its own slice of an initial value, or join the slices for a file.
 """
 
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -79,3 +81,26 @@ def mark_sharded(parameter: nn.Parameter, sharding: Sharding) -> nn.Parameter:
     if sharding.dim is not None:
         parameter.model_parallel = parameter.tensor_model_parallel = True
     return parameter
+
+
+def over_model_parallel(local: torch.Tensor, sharding: Sharding) -> torch.Tensor:
+    """The full tensor, from every rank's part of it; every model-parallel rank has to call it."""
+    _, size = model_parallel_layout()
+    if size == 1 or sharding.dim is None:
+        return local
+    shards = [torch.empty_like(local, memory_format=torch.contiguous_format) for _ in range(size)]
+    torch.distributed.all_gather(shards, local.contiguous(), group=mpu.get_model_parallel_group())
+    return sharding.unshard(shards)
+
+
+def gathered(parameters: Iterable[nn.Parameter], *, write: bool = False) -> AbstractContextManager:
+    """A context in which parameters that ZeRO-3 has partitioned are there, and what is written to them stays.
+
+    Every rank has to enter it, and all have to write the same.
+    """
+    partitioned = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+    if not partitioned:
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(partitioned, modifier_rank=0 if write else None)

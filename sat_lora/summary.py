@@ -2,45 +2,50 @@
 
 from torch import nn
 
-from sat_lora.mixin import lora_mixins, sat_models
+from sat_lora.mixin import find_all_sites, lora_mixins
 from sat_lora.sharding import model_parallel_layout
-from sat_lora.targets import find_linears
+
+WHOLE = "trained whole"
 
 
 def describe(model: nn.Module) -> list[dict]:
     """One row per part of the model and one for the total.
 
-    Keys: part, linears, adapted, ranks, trainable (parameters, of the whole model), base (parameters of the linears).
+    Keys: part, layers, adapted, ranks, trainable (parameters, of the whole model), base (parameters of the layers).
     """
     _, size = model_parallel_layout()
-    adapters = {site: m.adapter_for(site) for m in lora_mixins(model).values() for site in m.sites}
+    adapters = {site: m.adapter_for(site) for m in lora_mixins(model).values() for site in m.targets}
     rows: dict[str, dict] = {}
-    for path, inner in sat_models(model).items():
-        for name, site in find_linears(inner, path).items():
-            row = rows.setdefault(
-                site.part, dict(part=site.part, linears=0, adapted=0, ranks=set(), trainable=0, base=0)
-            )
-            row["linears"] += 1
-            row["base"] += site.in_features * site.out_features
-            if name in adapters:
-                adapter = adapters[name]
-                row["adapted"] += 1
-                row["ranks"].add(adapter.rank)
-                for leaf, p in (("A", adapter.A), ("B", adapter.B)):
+    for name, site in find_all_sites(model).items():
+        if not site.kind.is_linear and name not in adapters:
+            continue
+        row = rows.setdefault(site.part, dict(part=site.part, layers=0, adapted=0, ranks=set(), trainable=0, base=0))
+        row["layers"] += 1
+        row["base"] += site.in_features * site.out_features
+        if name in adapters:
+            adapter = adapters[name]
+            row["adapted"] += 1
+            row["ranks"].add(adapter.rank)
+            for leaf, p in adapter.named_parameters():
+                if p.requires_grad:
                     count = getattr(p, "ds_numel", p.numel())
                     row["trainable"] += count * (1 if adapter.shardings[leaf].dim is None else size)
+    whole = [(p, m.trained.shardings[n].dim) for m in lora_mixins(model).values() for n, p in m.trained.tensors.items()]
+    if whole:
+        count = sum(getattr(p, "ds_numel", p.numel()) * (1 if dim is None else size) for p, dim in whole)
+        rows[WHOLE] = dict(part=WHOLE, layers=0, adapted=0, ranks=set(), trainable=count, base=count)
     table = [{**row, "ranks": sorted(row["ranks"])} for row in rows.values()]
-    total = {key: sum(row[key] for row in table) for key in ("linears", "adapted", "trainable", "base")}
+    total = {key: sum(row[key] for row in table) for key in ("layers", "adapted", "trainable", "base")}
     return [*table, {"part": "total", "ranks": sorted({r for row in table for r in row["ranks"]}), **total}]
 
 
 def describe_text(model: nn.Module) -> str:
     """`describe` as a table."""
-    lines = [f"{'part':<26}{'linears':>8}{'adapted':>9}{'rank':>8}{'trainable':>14}{'of base':>10}"]
+    lines = [f"{'part':<26}{'layers':>8}{'adapted':>9}{'rank':>8}{'trainable':>14}{'of base':>10}"]
     for row in describe(model):
         ranks = ",".join(map(str, row["ranks"])) or "-"
         share = f"{100 * row['trainable'] / row['base']:.2f} %" if row["base"] else "-"
         lines.append(
-            f"{row['part']:<26}{row['linears']:>8}{row['adapted']:>9}{ranks:>8}{row['trainable']:>14,}{share:>10}"
+            f"{row['part']:<26}{row['layers']:>8}{row['adapted']:>9}{ranks:>8}{row['trainable']:>14,}{share:>10}"
         )
     return "\n".join(lines)

@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import load_file
 
 from sat_lora import AdapterError, ConfigError, LoraConfig, LoraMixin, add_lora, load_adapter, save_adapter
-from sat_lora.adapter_file import adapters_of, read_adapter
+from sat_lora.adapter_file import adapters_of
+from sat_lora.adapter_format import read_adapter
 from sat_lora.mixin import lora_mixins
 from tests.tiny import fill_adapters, logits_of, tiny_batch, tiny_model
 
@@ -92,7 +93,7 @@ def test_patterns_and_scales_come_back(tmp_path):
     other = tiny_model().eval()
     load_adapter(other, tmp_path / "adapter")
     assert torch.equal(logits_of(other, batch), logits_of(model, batch))
-    assert read_adapter(tmp_path / "adapter")[0] == next(iter(lora_mixins(model).values())).config
+    assert read_adapter(tmp_path / "adapter").config == next(iter(lora_mixins(model).values())).config
 
 
 def test_a_mixin_on_the_language_model_alone_comes_back_alone(tmp_path):
@@ -112,7 +113,7 @@ def test_two_adapters_are_saved_and_loaded_by_name(tmp_path):
     add_lora(model, r=2, name="second")
     save_adapter(model, tmp_path / "first")
     save_adapter(model, tmp_path / "second", name="second")
-    assert read_adapter(tmp_path / "second")[0].r == 2
+    assert read_adapter(tmp_path / "second").config.r == 2
     other = tiny_model().eval()
     load_adapter(other, tmp_path / "second", name="lora")
     load_adapter(other, tmp_path / "first", name="another")
@@ -179,6 +180,12 @@ def test_the_config_is_readable_by_name(tmp_path):
     save_adapter(trained_model(), tmp_path / "adapter")
     config = json.loads((tmp_path / "adapter" / CONFIG).read_text())
     assert (config["peft_type"], config["r"], config["lora_alpha"]) == ("LORA", 4, 32.0)
-    assert config["sat_lora"]["format_version"] == 1
-    linear = config["sat_lora"]["linears"]["transformer.layers.0.attention.query_key_value"]
-    assert linear == {"r": 4, "scale": 8.0, "slots": ["q", "k", "v"]}
+    assert config["sat_lora"]["format_version"] == 2
+    linear = config["sat_lora"]["layers"]["transformer.layers.0.attention.query_key_value"]
+    assert linear == {
+        "kind": "column",
+        "r": 4,
+        "scale": 8.0,
+        "slots": ["q", "k", "v"],
+        "rows": [[0, 64], [64, 128], [128, 192]],
+    }

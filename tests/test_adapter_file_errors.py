@@ -106,23 +106,29 @@ def _set(path, value):
 
 
 WRONG_CONFIGS = {
-    "version": (_set(["sat_lora", "format_version"], 2), "format version 2, this sat_lora reads 1"),
+    "version": (_set(["sat_lora", "format_version"], 3), "format version 3, this sat_lora reads 2"),
     "unknown field": (_set(["lora_alfa"], 3), "no field 'lora_alfa', did you mean 'lora_alpha'"),
     "wrong value": (_set(["r"], -1), "r has to be a whole number of at least 1, got -1"),
     "no section": (lambda c: c.pop("sat_lora"), "not an adapter config of sat_lora"),
     "section is a list": (_set(["sat_lora"], []), "not an adapter config of sat_lora"),
     "no fingerprint": (lambda c: c["sat_lora"].pop("base_fingerprint"), "not an adapter config.*base_fingerprint"),
-    "no linears": (_set(["sat_lora", "linears"], {}), "adapts no linear"),
-    "entry without a rank": (_set(["sat_lora", "linears", LINEAR], {"scale": 1, "slots": []}), "not an adapter config"),
+    "no layers": (_set(["sat_lora", "layers"], {}), "adapts nothing"),
+    "entry without a rank": (
+        _set(["sat_lora", "layers", LINEAR], {"scale": 1, "slots": [], "rows": []}),
+        "not an adapter config",
+    ),
     "unknown linear": (
-        _set(["sat_lora", "linears", "transformer.nowhere"], {"r": 4, "scale": 8, "slots": []}),
-        "the model has no linear transformer.nowhere",
+        _set(
+            ["sat_lora", "layers", "transformer.nowhere"],
+            {"kind": "row", "r": 4, "scale": 8, "slots": [], "rows": [[0, 9]]},
+        ),
+        "the model has no layer transformer.nowhere",
     ),
-    "slots of a linear without": (_set(["sat_lora", "linears", LINEAR, "slots"], ["q"]), "the linear has"),
-    "scale": (
-        _set(["sat_lora", "linears", LINEAR, "scale"], 1.0),
-        rf"{LINEAR}: .*1\.0.* in the file, .*8\.0.* its config",
-    ),
+    "slots of a linear without": (_set(["sat_lora", "layers", LINEAR, "slots"], ["q"]), "the layer has"),
+    "kind": (_set(["sat_lora", "layers", LINEAR, "kind"], "conv"), f"{LINEAR}: conv rows"),
+    "rows": (_set(["sat_lora", "layers", LINEAR, "rows"], [[0, 9]]), f"{LINEAR}: row rows"),
+    "slots without rows": (_set(["sat_lora", "layers", LINEAR, "rows"], []), "0 slots, 0 ranges of rows"),
+    "unknown parameter": (_set(["sat_lora", "trained"], ["nowhere"]), "the model has no parameter nowhere"),
 }
 
 

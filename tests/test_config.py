@@ -1,7 +1,9 @@
 """LoraConfig: validation, patterns, layers, and the way through a dictionary."""
 
+import copy
 import dataclasses
 import json
+import pickle
 
 import pytest
 
@@ -28,7 +30,14 @@ VIT_DENSE = "mixins.eva.vit_model.transformer.layers.11.attention.dense"
         ({"adapter_dtype": "int8"}, "adapter_dtype has to be one of float32, .* got 'int8'"),
         ({"layers_to_transform": "0..3"}, "cannot read '0..3'; write for example language:0-15,vit:40-62"),
         ({"layers_to_transform": "5-2"}, "'5-2' runs backwards"),
-        ({"layers_to_transform": "vision:0-3"}, "there is no tower 'vision', only language and vit"),
+        ({"use_dora": 1}, "use_dora has to be True or False, got 1"),
+        ({"init_lora_weights": "svd"}, "init_lora_weights has to be one of kaiming, gaussian, .* got 'svd'"),
+        ({"init_lora_weights": False}, "init_lora_weights has to be one of .* got False"),
+        ({"init_lora_weights": "pissa_niter_0"}, "got 'pissa_niter_0'"),
+        ({"init_lora_weights": "orthogonal", "r": 3}, "r has to be even for init_lora_weights='orthogonal', got 3"),
+        ({"bias": "some"}, "bias has to be one of none, lora_only, all, got 'some'"),
+        ({"lr_ratio": 0}, "lr_ratio has to be a finite number above 0, got 0"),
+        ({"modules_to_save": (3,)}, r"modules_to_save has to be text or a list of texts, got \(3,\)"),
         ({"rank_pattern": {"dense[": 4}}, r"'dense\[' is not a regular expression"),
         ({"alpha_pattern": {"(": 4}}, r"'\(' is not a regular expression"),
         ({"rank_pattern": {"dense": 0}}, r"rank_pattern\['dense'\] has to be a whole number of at least 1, got 0"),
@@ -115,7 +124,34 @@ def test_every_unknown_field_is_listed():
         LoraConfig.from_dict({"zzz": 1, "ranks": 2, "r": 4})
 
 
-@pytest.mark.parametrize("fields", [{"rank_pattern": 3}, {"rank_pattern": ["dense"]}, {"qkv_slots": 4}])
-def test_a_field_of_the_wrong_type_is_a_config_error(fields):
-    with pytest.raises(ConfigError, match="a field has the wrong type"):
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"rank_pattern": 3}, "rank_pattern has to be a dictionary of patterns, got 3"),
+        ({"rank_pattern": ["dense"]}, r"rank_pattern has to be a dictionary of patterns, got \['dense'\]"),
+        ({"qkv_slots": 4}, "qkv_slots has to name some of q, k, v, each once, got 4"),
+        ({"target_modules": 4}, "target_modules has to be text or a list of texts, got 4"),
+        ({"layers_to_transform": 4}, "layers_to_transform: "),
+    ],
+)
+def test_a_field_of_the_wrong_type_is_a_config_error(fields, message):
+    with pytest.raises(ConfigError, match=message):
         LoraConfig.from_dict(fields)
+
+
+def test_unknown_fields_and_wrong_values_come_in_one_error():
+    with pytest.raises(ConfigError) as error:
+        LoraConfig(lora_alfa=3, r=0, lora_dropout=2)
+    for part in ("no field 'lora_alfa', did you mean 'lora_alpha'?", "r has to be a whole", "lora_dropout has to be"):
+        assert part in str(error.value)
+
+
+def test_pefts_spellings_of_the_defaults_are_taken():
+    assert LoraConfig(init_lora_weights=True, modules_to_save=None) == LoraConfig()
+    assert LoraConfig(modules_to_save="boi") == LoraConfig(modules_to_save=["boi"])
+
+
+def test_a_config_survives_copying_and_pickling():
+    config = LoraConfig(r=4, rank_pattern={"dense": 2})
+    assert copy.deepcopy(config) == config == pickle.loads(pickle.dumps(config))
+    assert dataclasses.replace(config, r=8).r == 8

@@ -69,7 +69,7 @@ def test_adapted_logits_equal_a_base_with_the_deltas_added_to_its_weights():
     with torch.no_grad():
         for name, adapter in adapters_of(adapted).items():
             weight, row, rank = weights[name + ".weight"], 0, adapter.rank
-            for number, (start, stop) in enumerate(adapter.slot_rows):
+            for number, (start, stop) in enumerate(adapter.target.rows):
                 b = adapter.B[row : row + stop - start]
                 weight[start:stop] += (6 / rank) * b @ adapter.A[number * rank : (number + 1) * rank]
                 row += stop - start
@@ -173,8 +173,11 @@ def test_a_rank_above_the_bound_is_halved_with_one_warning_per_shape():
     messages = [str(w.message) for w in caught if "LoRA rank" in str(w.message)]
     assert len(messages) == len(set(messages)) > 0
     for name, adapter in adapters_of(model).items():
-        smallest = min(stop - start for start, stop in adapter.slot_rows)
-        assert adapter.rank * (adapter.in_features + smallest + 1) <= adapter.in_features * smallest, name
+        smallest = min(stop - start for start, stop in adapter.target.rows)
+        assert (
+            adapter.rank * (adapter.target.site.in_features + smallest + 1)
+            <= adapter.target.site.in_features * smallest
+        ), name
     assert all(adapter.scale == pytest.approx(32 / adapter.rank) for adapter in adapters_of(model).values())
 
 
@@ -197,13 +200,13 @@ def test_dropout_is_unbiased_and_off_in_evaluation():
     model = tiny_model()
     add_lora(model, lora_dropout=0.5, target_modules=["lm-head"])
     fill_adapters(model)
-    adapter = adapters_of(model)["mixins.lm.lm_head"]
+    adapter, head = adapters_of(model)["mixins.lm.lm_head"], model.get_mixin("lm").lm_head
     x, y = torch.randn(1, 64), torch.zeros(1, 1024)
-    assert torch.equal(adapter.eval()(y, x), adapter(y, x))
-    expected = adapter(y, x)
+    assert torch.equal(adapter.eval()(y, x, head), adapter(y, x, head))
+    expected = adapter(y, x, head)
     adapter.train()
     torch.manual_seed(0)
-    mean = adapter(y.expand(20000, -1), x.expand(20000, -1)).mean(0, keepdim=True)
+    mean = adapter(y.expand(20000, -1), x.expand(20000, -1), head).mean(0, keepdim=True)
     assert (mean - expected).norm() / expected.norm() < 0.03
 
 
@@ -241,7 +244,7 @@ def test_the_table_counts_what_trains():
     add_lora(model, r=4)
     rows = {row["part"]: row for row in describe(model)}
     assert rows["total"]["trainable"] == sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert rows["lm-head"]["adapted"] == 0 and rows["vit-mlp"]["adapted"] == rows["vit-mlp"]["linears"] == 4
+    assert rows["lm-head"]["adapted"] == 0 and rows["vit-mlp"]["adapted"] == rows["vit-mlp"]["layers"] == 4
     assert {
         "language-attention",
         "language-mlp",

@@ -6,22 +6,34 @@ import pytest
 
 from sat_lora import ConfigError, LoraConfig
 from sat_lora.cogvlm.model import VIT
-from sat_lora.mixin import sat_models
-from sat_lora.targets import PRESETS, find_linears, select
+from sat_lora.mixin import find_all_sites
+from sat_lora.targets import PRESETS, select
 from tests.tiny import tiny_model
 
 
 @pytest.fixture(scope="module")
-def sites(single_process_group):
-    return {n: s for path, inner in sat_models(tiny_model()).items() for n, s in find_linears(inner, path).items()}
+def model(single_process_group):
+    return tiny_model()
+
+
+@pytest.fixture(scope="module")
+def sites(model):
+    return find_all_sites(model)
 
 
 def chosen(sites, **fields):
-    return set(select(sites, LoraConfig(**fields)))
+    return set(select(sites, {}, LoraConfig(**fields))[0])
 
 
 def test_the_default_is_every_linear_but_the_head(sites):
-    assert chosen(sites) == set(sites) - {"mixins.lm.lm_head"}
+    linears = {name for name, site in sites.items() if site.kind.is_linear}
+    assert chosen(sites) == linears - {"mixins.lm.lm_head"}
+    assert sites.keys() - linears == {
+        "transformer.word_embeddings",
+        VIT + ".transformer.word_embeddings",
+        VIT + ".transformer.position_embeddings",
+        VIT + ".mixins.patch_embedding.proj",
+    }
 
 
 @pytest.mark.parametrize(
@@ -35,6 +47,7 @@ def test_the_default_is_every_linear_but_the_head(sites):
         ("vit-mlp", 4),
         ("projector", 4),
         ("lm-head", 1),
+        ("patch-embedding", 1),
         ("all-linear", 32),
     ],
 )
@@ -45,8 +58,9 @@ def test_presets_name_parts_of_the_model(sites, preset, count):
 
 def test_presets_do_not_overlap_and_cover_everything(sites):
     parts = [chosen(sites, target_modules=p) for p in PRESETS if p != "all-linear"]
-    assert sum(map(len, parts)) == len(sites) == len(set().union(*parts))
-    assert all(site.part != "other" for site in sites.values())
+    in_no_part = {name for name, site in sites.items() if site.part == "other"}
+    assert in_no_part == {name for name, site in sites.items() if site.kind.looks_up}
+    assert sum(map(len, parts)) == len(sites) - len(in_no_part) == len(set().union(*parts))
 
 
 def test_a_list_matches_whole_dotted_suffixes(sites):
@@ -86,7 +100,7 @@ def test_layer_numbers_alone_count_for_every_tower(sites):
     "wrong, near", [("qkv", "query_key_value"), ("vit-mpl", "vit-mlp"), ("gate_project", "gate_proj")]
 )
 def test_a_pattern_that_matches_nothing_names_the_nearest(sites, wrong, near):
-    with pytest.raises(ConfigError, match=f"target_modules: '{wrong}' matches no linear; nearest:.*{near}"):
+    with pytest.raises(ConfigError, match=f"target_modules: '{wrong}' matches no layer; nearest:.*{near}"):
         chosen(sites, target_modules=[wrong])
 
 
@@ -98,16 +112,25 @@ def test_all_patterns_that_match_nothing_are_listed(sites):
 
 def test_shapes_come_from_the_weights(sites):
     site = sites["transformer.layers.0.attention.query_key_value"]
-    assert (site.kind, site.in_features, site.out_features, site.slot_names) == ("column", 64, 192, ("q", "k", "v"))
+    assert (site.kind.name, site.in_features, site.out_features, site.slot_names) == (
+        "column",
+        64,
+        192,
+        ("q", "k", "v"),
+    )
     assert site.slot_rows(("q", "v")) == [(0, 64), (128, 192)]
     site = sites[VIT + ".transformer.layers.0.mlp.dense_4h_to_h"]
-    assert (site.kind, site.in_features, site.out_features, site.slot_names) == ("row", 72, 48, ())
+    assert (site.kind.name, site.in_features, site.out_features, site.slot_names) == ("row", 72, 48, ())
 
 
 def test_a_fused_linear_without_any_of_the_slots_is_left_out(sites):
     """Cross-attention's fused key and value have no q."""
-    key_value = dataclasses.replace(sites["transformer.layers.0.mlp.dense_h_to_4h"], name="kv", blocks=(1, 1))
-    found = chosen({**sites, "kv": key_value}, target_modules=["kv", "attention.dense"], qkv_slots=["q"])
-    assert found == chosen(sites, target_modules=["attention.dense"])
+    fused = sites["transformer.layers.0.mlp.dense_h_to_4h"]
+    key_value = dataclasses.replace(fused, name="cross_attention.key_value", blocks=(1, 1))
+    with_it = {**sites, key_value.name: key_value}
+    targets = ["key_value", "query_key_value"]
+    found = chosen(with_it, target_modules=targets, qkv_slots=["q"])
+    assert found == chosen(sites, target_modules=["query_key_value"])
+    assert key_value.name in chosen(with_it, target_modules=targets, qkv_slots=["k"])
     with pytest.raises(ConfigError, match="nothing is left after .* qkv_slots"):
-        chosen({"kv": key_value}, target_modules=["kv"], qkv_slots=["q"])
+        chosen({key_value.name: key_value}, target_modules=["key_value"], qkv_slots=["q"])

@@ -11,9 +11,9 @@ from sat_lora.cogvlm.checkpoint import load_cogvlm, read_config
 from sat_lora.cogvlm.model import build_cogvlm
 from sat_lora.cogvlm.text import load_tokenizer
 from sat_lora.config import LoraConfig
-from sat_lora.mixin import add_lora, sat_models
+from sat_lora.mixin import add_lora, find_all_parameters, find_all_sites
 from sat_lora.summary import describe, describe_text
-from sat_lora.targets import find_linears, select
+from sat_lora.targets import select
 from sat_lora.training.checkpoint import load_checkpoint
 from sat_lora.training.data import ImageTextDataset, read_items, split_items
 from sat_lora.training.deepspeed_config import base_dtype, deepspeed_config
@@ -118,7 +118,7 @@ def _lora_config(options: Namespace) -> LoraConfig:
     small = dict(hidden_size=2 * parts, num_attention_heads=parts, inner_hidden_size=parts)
     vit = {**sizes["eva_args"], **small, "image_size": [1, 1], "patch_size": 1}
     skeleton = build_cogvlm({**sizes, **small, "vocab_size": parts, "eva_args": vit}, model_parallel_size=parts)
-    select({n: s for path, inner in sat_models(skeleton).items() for n, s in find_linears(inner, path).items()}, config)
+    select(find_all_sites(skeleton), find_all_parameters(skeleton), config)
     return config
 
 

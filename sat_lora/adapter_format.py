@@ -1,0 +1,177 @@
+"""The adapter on disk, without a model.
+
+FOLDER/adapter_model.safetensors   whole tensors, whatever the parallel layout was:
+                                   `<layer>.lora_A` (r, in), `<layer>.lora_B` (out, r), with DoRA
+                                   `<layer>.lora_magnitude` (out,); for q/k/v slots `<layer>.q.lora_A` and so on;
+                                   and parameters of the base that were trained whole, under their own names
+FOLDER/adapter_config.json         the LoraConfig, and under `sat_lora` the format version, for every layer its kind,
+                                   rank, scale, slots and their rows, the names of what was trained whole, and the
+                                   fingerprint of the base model
+
+It is always a plain LoRA for the original base: what PiSSA and OLoRA take from the base is subtracted in the pair.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+from pathlib import Path
+
+import safetensors
+import torch
+from safetensors.torch import save
+
+from sat_lora.atomic import replaced_folder
+from sat_lora.config import LoraConfig
+from sat_lora.errors import AdapterError, ConfigError
+
+FORMAT_VERSION = 2
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+PAIR, MAGNITUDE = ("lora_A", "lora_B"), "lora_magnitude"
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerEntry:
+    """What the file says about one adapted layer."""
+
+    kind: str
+    r: int
+    scale: float
+    slots: tuple[str, ...]
+    rows: tuple[tuple[int, int], ...]  # of the whole weight as a matrix (see `kinds`), one range per slot
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "LayerEntry":
+        rows = tuple((int(start), int(stop)) for start, stop in values["rows"])
+        slots = tuple(str(slot) for slot in values["slots"])
+        if len(rows) != max(1, len(slots)):
+            raise ValueError(f"{len(slots)} slots, {len(rows)} ranges of rows")
+        return cls(str(values["kind"]), int(values["r"]), float(values["scale"]), slots, rows)
+
+
+@dataclasses.dataclass(frozen=True)
+class SavedAdapter:
+    """An adapter as its folder holds it."""
+
+    config: LoraConfig
+    base_fingerprint: str
+    layers: dict[str, LayerEntry]
+    trained: tuple[str, ...]
+    tensors: dict[str, torch.Tensor]
+
+    def of_layer(self, name: str) -> dict[str, torch.Tensor]:
+        """The layer's stacked A (slots * r, in), B (rows of all slots, r) and, with DoRA, magnitude (rows,)."""
+        leaves = (*PAIR, MAGNITUDE) if self.config.use_dora else PAIR
+        return {leaf: torch.cat([self.tensors[key] for key in self.keys(name, leaf)]) for leaf in leaves}
+
+    def keys(self, name: str, leaf: str) -> list[str]:
+        """The tensors' names, slot by slot."""
+        return [f"{name}.{slot}.{leaf}" for slot in self.layers[name].slots] or [f"{name}.{leaf}"]
+
+    def expected(self, in_features: dict[str, int]) -> dict[str, tuple[int, ...]]:
+        """The shapes that the tensors of those layers have to have, given the layers' `in`."""
+        shapes = {}
+        for name, entry in ((name, self.layers[name]) for name in in_features):
+            for number, (start, stop) in enumerate(entry.rows):
+                rows = stop - start
+                leaves = {PAIR[0]: (entry.r, in_features[name]), PAIR[1]: (rows, entry.r), MAGNITUDE: (rows,)}
+                for leaf in leaves if self.config.use_dora else PAIR:
+                    shapes[self.keys(name, leaf)[number]] = leaves[leaf]
+        return shapes
+
+
+def cut_slots(name: str, slots: tuple[str, ...], rows: list[int], stacked: dict[str, torch.Tensor]):
+    """The stacked tensors of a layer (see `SavedAdapter.of_layer`) as the tensors of the file."""
+    if not slots:
+        return {f"{name}.{leaf}": tensor.contiguous() for leaf, tensor in stacked.items()}
+    rank = stacked[PAIR[0]].shape[0] // len(slots)
+    return {
+        f"{name}.{slot}.{leaf}": part.contiguous()
+        for leaf, tensor in stacked.items()
+        for slot, part in zip(slots, tensor.split(rank if leaf == PAIR[0] else rows))
+    }
+
+
+def plain_config(config: LoraConfig) -> LoraConfig:
+    """The config of the plain LoRA that stands for one of `config`: of twice the rank for PiSSA and OLoRA."""
+    if not config.takes_from_base:
+        return config
+    factor = math.sqrt(2) if config.use_rslora else 2
+    return dataclasses.replace(
+        config,
+        init_lora_weights="kaiming",
+        r=2 * config.r,
+        lora_alpha=factor * config.lora_alpha,
+        rank_pattern={pattern: 2 * rank for pattern, rank in config.rank_pattern.items()},
+        alpha_pattern={pattern: factor * alpha for pattern, alpha in config.alpha_pattern.items()},
+    )
+
+
+def fingerprint_of(shapes: dict[str, tuple[int, ...]]) -> str:
+    """The fingerprint of a base with these names and whole shapes."""
+    lines = sorted(f"{name} {list(shape)}" for name, shape in shapes.items())
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def write_adapter(folder: str | Path, adapter: SavedAdapter) -> None:
+    """Write the folder; a reader sees the old one or the new one, never a torn one. OSError if it cannot be written."""
+    config = {
+        "peft_type": "LORA",
+        **adapter.config.to_dict(),
+        "sat_lora": {
+            "format_version": FORMAT_VERSION,
+            "base_fingerprint": adapter.base_fingerprint,
+            "layers": {name: dataclasses.asdict(entry) for name, entry in sorted(adapter.layers.items())},
+            "trained": sorted(adapter.trained),
+        },
+    }
+    with replaced_folder(folder) as temporary:
+        (temporary / WEIGHTS).write_bytes(save(dict(sorted(adapter.tensors.items())), metadata={"format": "pt"}))
+        (temporary / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def read_adapter(folder: str | Path) -> SavedAdapter:
+    """What an adapter folder holds, tensors on the CPU. AdapterError names the file and the cause."""
+    folder = Path(folder)
+    missing = [name for name in (WEIGHTS, CONFIG) if not (folder / name).is_file()]
+    if missing:
+        found = ", ".join(sorted(p.name for p in folder.iterdir())[:12]) if folder.is_dir() else "no such folder"
+        raise AdapterError(
+            f"{folder} is not an adapter folder: {', '.join(missing)} missing; found: {found or 'nothing'}"
+        )
+    try:
+        values = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        own = values.pop("sat_lora")
+        values.pop("peft_type", None)
+        version = own["format_version"]
+        if version != FORMAT_VERSION:
+            raise AdapterError(f"{folder / CONFIG}: format version {version!r}, this sat_lora reads {FORMAT_VERSION}")
+        layers = {name: LayerEntry.from_dict(entry) for name, entry in own["layers"].items()}
+        fingerprint, trained = str(own["base_fingerprint"]), tuple(str(name) for name in own["trained"])
+    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
+        raise AdapterError(f"{folder / CONFIG}: not an adapter config of sat_lora: {error!r}") from error
+    try:
+        config = LoraConfig.from_dict(values)
+    except ConfigError as error:
+        raise AdapterError(f"{folder / CONFIG}: {error}") from error
+    try:
+        with safetensors.safe_open(folder / WEIGHTS, framework="pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
+    except (OSError, safetensors.SafetensorError) as error:
+        raise AdapterError(f"{folder / WEIGHTS}: cannot be read: {error}") from error
+    return SavedAdapter(config, fingerprint, layers, trained, tensors)
+
+
+def tensor_problems(tensors: dict[str, torch.Tensor], expected: dict[str, tuple[int, ...]]) -> list[str]:
+    """What keeps the tensors of a file from being the expected ones: names, shapes, dtypes, values."""
+    problems = [f"missing {key}" for key in expected.keys() - tensors.keys()]
+    problems += [f"unexpected {key}" for key in tensors.keys() - expected.keys()]
+    for key in expected.keys() & tensors.keys():
+        tensor = tensors[key]
+        if tuple(tensor.shape) != expected[key]:
+            problems.append(f"{key}: shape {tuple(tensor.shape)}, the model wants {expected[key]}")
+        elif not tensor.is_floating_point():
+            problems.append(f"{key}: dtype {tensor.dtype}, a floating-point dtype is wanted")
+        elif not bool(torch.isfinite(tensor).all()):
+            problems.append(f"{key}: holds values that are not finite")
+    return problems
