@@ -1,0 +1,59 @@
+"""LoRA on SAT's own models, cut over two model-parallel ranks, is LoRA on the whole model."""
+
+import pytest
+import torch
+
+from sat_lora.adapter_file import adapters_of, whole_tensors
+from sat_lora.training.distributed import arrange, join
+from tests.distributed.ranks import run_ranks
+from tests.sat_subjects import GEGLU_IN_TWO_BLOCKS, SUBJECTS, adapt, loss_of
+from tests.tiny import fill_adapters
+
+# Not GLM-130B's own MLP: every rank halves its own rows into gate and value, so the whole weight depends on the cut.
+# Not T5: each rank draws relative position weights for its own heads.
+NAMES = ["llama", "llama, both", "chatglm2", "mixtral", "plain", "gpt2", "vit", "encoder-decoder"]
+MODELS = {**{name: SUBJECTS[name] for name in NAMES}, "geglu in two blocks": GEGLU_IN_TWO_BLOCKS}
+
+
+def output_and_gradients(name, model_parallel):
+    """(output, whole gradient of every adapter tensor by name), in float64, as numpy arrays.
+
+    A gradient takes the place of its parameter, so that it is gathered as the parameter would be for a file.
+    """
+    arrange(join(), model_parallel)
+    subject = MODELS[name]
+    model = subject.build(model_parallel_size=model_parallel).train()
+    adapt(model)
+    fill_adapters(model)
+    output = subject.run(model)
+    loss_of(output).backward()
+    with torch.no_grad():
+        for adapter in adapters_of(model).values():
+            for parameter in (adapter.A, adapter.B):
+                parameter.copy_(parameter.grad)
+    gradients = {f"{n}.{k}": t.numpy() for n, a in adapters_of(model).items() for k, t in whole_tensors(a).items()}
+    return output.detach().numpy(), gradients
+
+
+def relative_error(got, expected):
+    return abs(got - expected).max() / abs(expected).max()
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def one_and_two_ranks(request):
+    name = request.param
+    return run_ranks(output_and_gradients, 1, name, 1)[0], run_ranks(output_and_gradients, 2, name, 2)
+
+
+def test_the_output_on_two_ranks_is_that_of_one_process(one_and_two_ranks):
+    (expected, _), ranks = one_and_two_ranks
+    assert [relative_error(output, expected) < 1e-6 for output, _ in ranks] == [True, True]
+
+
+def test_the_gradients_on_two_ranks_are_those_of_one_process(one_and_two_ranks):
+    (_, expected), ranks = one_and_two_ranks
+    for _, gradients in ranks:
+        assert gradients.keys() == expected.keys()
+        wrong = [name for name, value in expected.items() if not relative_error(gradients[name], value) < 1e-5]
+        factors = {round(float((gradients[n] * expected[n]).sum() / (expected[n] ** 2).sum()), 3) for n in wrong}
+        assert not wrong, f"{len(wrong)} of {len(expected)} gradients are wrong, by the factors {factors}"
