@@ -45,7 +45,8 @@ class LoraAdapter(nn.Module):
         self.slots, self.kind, self.dropout = target.slots, target.site.kind, config.lora_dropout
         self.scheme, self.seed = config.init_lora_weights, zlib.crc32(self.name.encode()) ^ config.seed
         rows = [stop - start for start, stop in target.rows]
-        cut_rows = Sharding(0, tuple(rows)) if self.kind.cut == "out" else REPLICATED
+        blocks = tuple(rows) if self.slots else target.site.blocks
+        cut_rows = Sharding(0, blocks) if self.kind.cut == "out" else REPLICATED
         self.shardings = {"A": Sharding(1) if self.kind.cut == "in" else REPLICATED, "B": cut_rows}
         _, size = model_parallel_layout()
         cut_out, cut_in = (size if self.kind.cut == side else 1 for side in ("out", "in"))

@@ -59,6 +59,9 @@ class LoraMixin(BaseMixin):
             self.adapters[key] = LoraAdapter(target, self.config, dtype, weight.device)
             handle = layer.register_forward_hook(_DeltaHook(weakref.ref(self), key))
             weakref.finalize(self, handle.remove)
+        if "layer_forward" in model.hooks:
+            # Only where another mixin has this hook: with it SAT calls no layer as a module any more.
+            self.layer_forward = self._in_scope
         self.trained = TrainedBase(planned.trained)
         weakref.finalize(self, self.trained.give_back).atexit = False
         self.reinit()

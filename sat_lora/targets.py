@@ -19,7 +19,7 @@ _LAYER = r"((en|de)coder\.)?transformer\.layers\.\d+\."
 _VIT = r"mixins\.eva\.vit_model\."
 PRESETS = {
     "language-attention": _LAYER + r"(cross_)?attention\.\w+",
-    "language-mlp": _LAYER + r"mlp\.\w+|mixins\.mlp\.(gate_proj|w2)\.\d+",
+    "language-mlp": _LAYER + r"mlp\.\w+|mixins\.(mlp|gated-mlp)\.(gate_proj|w2|gated_h_to_4h_list)\.\d+",
     "vision-expert-attention": r"mixins\.rotary\.vision_(query_key_value|dense)_list\.\d+",
     "vision-expert-mlp": r"mixins\.mlp\.vision_\w+\.\d+",
     "vit-attention": _VIT + _LAYER + r"attention\.\w+",
@@ -64,18 +64,17 @@ class Site:
 
     @property
     def slot_names(self) -> tuple[str, ...]:
-        """q, k, v where the output is their fusion (k, v in cross-attention); numbers for another fusion, or none."""
-        if len(self.blocks) == 1:
-            return ()
-        if "key_value" in self.name.rpartition(".")[2] or re.search(r"key_value\w*\.\d+$", self.name):
-            return {2: SLOTS[1:], 3: SLOTS}[len(self.blocks)]
-        return tuple(str(number) for number in range(len(self.blocks)))
+        """q, k, v where the output is their fusion (k, v in cross-attention), nothing elsewhere."""
+        is_attention = re.search(r"key_value\w*(\.\d+)?$", self.name)
+        return {2: SLOTS[1:], 3: SLOTS}.get(len(self.blocks), ()) if is_attention else ()
 
     def slot_rows(self, names: tuple[str, ...]) -> list[tuple[int, int]]:
         """Rows of the whole W that belong to each named slot, in the order of W; all of them if there are no slots."""
+        if not self.slot_names:
+            return [(0, self.out_features)]
         unit, edge, rows = self.out_features // sum(self.blocks), 0, []
-        for name, size in zip(self.slot_names or ("",), self.blocks):
-            if name in names or not self.slot_names:
+        for name, size in zip(self.slot_names, self.blocks):
+            if name in names:
                 rows.append((edge, edge + unit * size))
             edge += unit * size
         return rows
@@ -181,7 +180,7 @@ def select(
         for tower in sorted(layers.keys() - towers - {None}):
             problems.append(f"layers_to_transform: there is no tower {tower!r}, only {' and '.join(sorted(towers))}")
         chosen = {name for name in chosen if _in_layers(sites[name], layers)}
-    named = {name for name in chosen if set(sites[name].slot_names) & set(SLOTS)}
+    named = {name for name in chosen if sites[name].slot_names}
     if set(config.qkv_slots) != set(SLOTS) and chosen and not named:
         problems.append(f"qkv_slots={''.join(config.qkv_slots)}: none of the chosen layers has slots q, k, v")
     chosen -= {name for name in named if not set(config.qkv_slots) & set(sites[name].slot_names)}
@@ -208,7 +207,7 @@ def select(
 
 def aim(site: Site, config: LoraConfig) -> Target:
     """The target that `config` makes of a site; warns where it lowers the rank."""
-    slots = tuple(slot for slot in site.slot_names if slot in config.qkv_slots or slot not in SLOTS)
+    slots = tuple(slot for slot in site.slot_names if slot in config.qkv_slots)
     rows = min(stop - start for start, stop in site.slot_rows(slots))
     asked = config.rank_for(site.name)
     rank = bounded_rank(asked, site.in_features, rows)

@@ -160,8 +160,9 @@ GEGLU_IN_TWO_BLOCKS = Subject(geglu_in_two_blocks, run_language, attention() | m
 
 
 def adapt(model: nn.Module, **fields) -> None:
-    """LoRA of rank 4 on every linear, the head's too: by `add_mixin` on a SAT model, by `add_lora` on a pair."""
-    fields = {"r": 4, "lora_alpha": 8, "target_modules": ".*", **fields}
+    """LoRA of rank 4 on all but embeddings, the head's too: by `add_mixin` on a SAT model, by `add_lora` on a pair."""
+    targets = r"(?!.*(_embeddings|relative_attention_bias)$).*"
+    fields = {"r": 4, "lora_alpha": 8, "target_modules": targets, **fields}
     if isinstance(model, BaseModel):
         model.add_mixin("lora", LoraMixin(model, **fields))
     else:

@@ -21,8 +21,10 @@ LAYERS = {
     "row, early bias": lambda: RowParallelLinear(12, 10, input_is_parallel=True, final_bias=False),
     "row, input whole": lambda: RowParallelLinear(12, 10, input_is_parallel=False),
     "conv1d": lambda: nn.Conv1d(6, 10, 3, stride=2, padding=1),
-    "conv2d": lambda: nn.Conv2d(3, 10, (2, 3), stride=(2, 1), padding=(0, 1), dilation=(1, 2)),
-    "conv2d, reflecting": lambda: nn.Conv2d(3, 10, 3, padding=1, padding_mode="reflect", bias=False),
+    "conv2d": lambda: nn.Conv2d(3, 10, (2, 3), stride=(2, 1), padding=(0, 1), bias=False),
+    "conv2d, dilated": lambda: nn.Conv2d(3, 10, 3, padding=1, dilation=(1, 2)),
+    "conv2d, reflecting": lambda: nn.Conv2d(3, 10, 3, padding=1, padding_mode="reflect"),
+    "conv2d, grouped": lambda: nn.Conv2d(4, 10, 3, padding=1, groups=2),
     "conv3d": lambda: nn.Conv3d(2, 10, 2),
     "embedding": lambda: nn.Embedding(30, 10),
     "vocab": lambda: VocabParallelEmbedding(30, 10),
@@ -30,6 +32,7 @@ LAYERS = {
 LINEAR = [name for name in LAYERS if name.startswith(("linear", "column", "row"))]
 CONV = [name for name in LAYERS if name.startswith("conv")]
 LOOKUP = ["embedding", "vocab"]
+NOT_PEFT = ["conv2d, dilated", "conv2d, reflecting", "conv2d, grouped"]  # PEFT 0.21.2 ignores what sets them apart
 
 
 def build_layer(name: str, dtype=torch.float64, seed=0) -> nn.Module:
