@@ -56,12 +56,13 @@ def inputs_for(layer: nn.Module, dtype=torch.float64, seed=1) -> torch.Tensor:
 
 def adapter_for(layer: nn.Module, config: LoraConfig, seed: int | None = None) -> LoraAdapter:
     """The layer's adapter; with a seed its parameters get random values."""
-    holder = nn.Module()
-    holder.layer = layer
+    name, holder = getattr(layer, "site_name", "layer"), nn.Module()
+    holder.add_module(name, layer)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the rank bound, on sizes as small as these
-        target = aim(find_sites(holder)["layer"], config)
-    adapter = LoraAdapter(target, config, layer.weight.dtype, layer.weight.device)
+        target = aim(find_sites(holder)[name], config)
+    dtype = getattr(torch, config.adapter_dtype) if config.adapter_dtype else layer.weight.dtype
+    adapter = LoraAdapter(target, config, dtype, layer.weight.device)
     adapter.reset_parameters(layer)
     for parameter in adapter.parameters():
         parameter.requires_grad_(False)
