@@ -1,0 +1,68 @@
+"""The arithmetic of `combine`: pairs of factors in, one pair out. What the methods are is told there."""
+
+import math
+
+import torch
+
+Triple = tuple[torch.Tensor, torch.Tensor, float]
+"""A (r, in), B (out, r) and s for the delta s B A; s has the adapter's weight in it and may be negative."""
+Pair = tuple[torch.Tensor, torch.Tensor]
+"""A (r, in) and B (out, r) for the delta B A."""
+
+
+def cat(triples: list[Triple]) -> Pair:
+    """A (sum of ranks, in) and B (out, sum of ranks): B A is the sum of s B A."""
+    return torch.cat([s * a for a, _, s in triples]), torch.cat([b for _, b, _ in triples], dim=1)
+
+
+def svd(triples: list[Triple], rank: int | None) -> Pair:
+    """The best B A of that rank for the sum of s B A, singular values split evenly; out x in is never formed.
+
+    With B = Q1 R1 and A^T = Q2 R2 of the stacked factors, B A = Q1 (R1 R2^T) Q2^T, and the SVD of the small core gives
+    that of the product. No rank is larger than the core: pairs beyond it would be zero, and never train.
+    """
+    a, b = cat(triples)
+    (q1, r1), (q2, r2) = torch.linalg.qr(b), torch.linalg.qr(a.T)
+    u, singular, vh = torch.linalg.svd(r1 @ r2.T, full_matrices=False)
+    rank = min(rank or max(a.shape[0] for a, _, _ in triples), len(singular))
+    root = singular[:rank].sqrt()
+    return root[:, None] * (vh[:rank] @ q2.T), (q1 @ u[:, :rank]) * root
+
+
+def linear(triples: list[Triple]) -> Pair:
+    """The sums of sqrt(s) A and of sqrt(s) B; all of one rank."""
+    return tuple(_weighted(*side).sum(0) for side in _sides(triples))
+
+
+def ties(triples: list[Triple], density: float, majority_sign: str) -> Pair:
+    """`linear` with `ties_sum` for the sums."""
+    return tuple(ties_sum(*side, density, majority_sign) for side in _sides(triples))
+
+
+def ties_sum(tensors: list[torch.Tensor], weights: list[float], density: float, majority_sign: str) -> torch.Tensor:
+    """Trim, elect a sign per entry, average what has that sign (arXiv 2306.01708, 4).
+
+    As in PEFT, weights enter after the election, and the average is over the number of adapters.
+    """
+    trimmed = torch.stack([trim(tensor, density) for tensor in tensors])
+    votes = (trimmed if majority_sign == "total" else trimmed.sign()).sum(0)
+    agrees = trimmed.sign() == torch.where(votes >= 0, 1, -1)
+    return (_weighted(trimmed, weights) * agrees).sum(0) / agrees.sum(0).clamp(min=1)
+
+
+def trim(tensor: torch.Tensor, density: float) -> torch.Tensor:
+    """The int(density * n) entries of largest magnitude, zero elsewhere."""
+    flat = tensor.flatten()
+    kept = flat.abs().topk(int(density * flat.numel())).indices
+    return torch.zeros_like(flat).index_copy(0, kept, flat[kept]).view_as(tensor)
+
+
+def _sides(triples: list[Triple]):
+    """(every A, its sqrt|s| with the sign of s), (every B, sqrt|s|): a sign on both sides would cancel."""
+    roots = [math.sqrt(abs(s)) for _, _, s in triples]
+    signed = [math.copysign(root, s) for root, (_, _, s) in zip(roots, triples)]
+    return ([a for a, _, _ in triples], signed), ([b for _, b, _ in triples], roots)
+
+
+def _weighted(tensors, weights: list[float]) -> torch.Tensor:
+    return torch.stack([weight * tensor for weight, tensor in zip(weights, tensors)])
