@@ -43,7 +43,7 @@ class LoraMixin(BaseMixin):
         self.adapters = nn.ModuleDict()
         self.targets: dict[str, Target] = {}
         self.trained = TrainedBase({})
-        self._open, self._merged = False, None
+        self._open, self._merged, self._wraps_layers = False, None, False
         if model is not None:
             self._attach(
                 model, plan(find_sites(model), find_parameters(model), self.config) if planned is None else planned
@@ -59,9 +59,7 @@ class LoraMixin(BaseMixin):
             self.adapters[key] = LoraAdapter(target, self.config, dtype, weight.device)
             handle = layer.register_forward_hook(_DeltaHook(weakref.ref(self), key))
             weakref.finalize(self, handle.remove)
-        if "layer_forward" in model.hooks:
-            # Only where another mixin has this hook: with it SAT calls no layer as a module any more.
-            self.layer_forward = self._in_scope
+        self._wraps_layers = "layer_forward" in model.hooks
         self.trained = TrainedBase(planned.trained)
         weakref.finalize(self, self.trained.give_back).atexit = False
         self.reinit()
@@ -133,6 +131,13 @@ class LoraMixin(BaseMixin):
 
     word_embedding_forward = position_embedding_forward = final_forward = _in_scope
     attention_forward = cross_attention_forward = mlp_forward = _in_scope
+
+    @property
+    def layer_forward(self):
+        """There only if another mixin has this hook too: with it SAT calls no layer as a module any more."""
+        if not self._wraps_layers:
+            raise AttributeError("layer_forward")
+        return self._in_scope
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from tests.single_layer import LAYERS, LINEAR, LOOKUP, adapter_for, build_layer,
 
 pytestmark = pytest.mark.usefixtures("single_process_group")
 
+
 def slotted_layer(blocks=(2, 1, 1), unit=3, in_features=6, dtype=torch.float64, seed=0):
     """A column-parallel linear whose output is q, k, v in these shares."""
     torch.manual_seed(seed)
