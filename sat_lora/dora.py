@@ -19,14 +19,14 @@ def row_norms(
     *,
     sum_over_ranks: bool = False,
 ) -> torch.Tensor:
-    """|(W + s B A)_i| for every adapted row: (adapted rows,) in float32, or float64 for a float64 W.
+    """|(W + s B A)_i| for every adapted row: (adapted rows,) in float64, so that no cut shows in the rounded values.
 
     matrix: W (out, in) of this rank; delta: A (slots * r, in), B (adapted rows, r) and s, or None for |W_i|;
     sum_over_ranks: the columns of W are cut over the model-parallel ranks. The product B A is never formed:
 
         |W + s B A|^2 = |W|^2 + 2 s (W A^T, B) + s^2 (B A A^T, B)     (., .) row by row
     """
-    dtype = torch.promote_types(matrix.dtype, torch.float32)
+    dtype = torch.float64
     rank = delta[1].shape[1] if delta is not None else 0
     squares = []
     for rows, b_rows, a_rows in layout.pieces(rank):
@@ -34,7 +34,8 @@ def row_norms(
         square = torch.linalg.vector_norm(w, dim=1, dtype=dtype).square()
         if delta is not None:
             a, b, scale = delta[0][a_rows], delta[1][b_rows].to(dtype), delta[2]
-            square += 2 * scale * ((w @ a.to(w.dtype).T).to(dtype) * b).sum(1)
+            cross = w @ a.to(w.dtype).T  # (rows, r)
+            square += 2 * scale * (cross.to(dtype) * b).sum(1)
             a = a.to(dtype)
             square += scale**2 * ((b @ (a @ a.T)) * b).sum(1)
         squares.append(square)

@@ -2,8 +2,9 @@
 
 import torch
 
+from sat_lora._sat import RowParallelLinear
 from sat_lora.errors import ConfigError
-from sat_lora.sharding import mark_sharded, sharding_of
+from sat_lora.sharding import mark_sharded, model_parallel_layout, sharding_of
 from sat_lora.targets import BaseParameter
 
 
@@ -17,6 +18,11 @@ class TrainedBase:
         self.shardings = {name: sharding_of(one.module, one.leaf) for name, one in parameters.items()}
         # SAT sets only its own flag on what it cuts; DeepSpeed's gradient norm reads another.
         self.tensors = {name: mark_sharded(one.tensor, self.shardings[name]) for name, one in parameters.items()}
+        self._hooks = [
+            one.tensor.requires_grad_().register_hook(lambda gradient: gradient * model_parallel_layout()[1])
+            for one in parameters.values()
+            if has_part_of_gradient(one)
+        ]
         self._originals: dict[str, torch.Tensor] = {}
         self._swapped = False
 
@@ -42,5 +48,16 @@ class TrainedBase:
         """The originals, untrainable, for a base whose mixin is gone."""
         if not self._swapped and not any(hasattr(tensor, "ds_id") for tensor in self.tensors.values()):
             self.swap()
+        for hook in self._hooks:
+            hook.remove()
         for tensor in self.tensors.values():
             tensor.requires_grad_(False)
+
+
+def has_part_of_gradient(parameter: BaseParameter) -> bool:
+    """Whether SAT leaves each of n model-parallel ranks an n-th of the gradient of a parameter that all hold.
+
+    A row-parallel linear with final_bias=False (the ViT's) adds bias / n on every rank before the sum.
+    """
+    layer = parameter.module
+    return isinstance(layer, RowParallelLinear) and parameter.leaf == "bias" and not layer.final_bias

@@ -21,7 +21,8 @@ def engine_config(stage, micro_batch, accumulate=1, clip=0.0, bf16=False):
         train_micro_batch_size_per_gpu=micro_batch,
         gradient_accumulation_steps=accumulate,
         gradient_clipping=clip,
-        zero_optimization=dict(stage=stage),
+        # A threshold of 0, or parameters as small as these would all stay whole under ZeRO-3.
+        zero_optimization=dict(stage=stage, stage3_param_persistence_threshold=0),
         zero_allow_untested_optimizer=True,
         zero_force_ds_cpu_optimizer=False,
         bf16=dict(enabled=bf16),
