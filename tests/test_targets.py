@@ -7,7 +7,7 @@ import pytest
 from sat_lora import ConfigError, LoraConfig
 from sat_lora.cogvlm.model import VIT
 from sat_lora.mixin import find_all_sites
-from sat_lora.targets import PRESETS, select
+from sat_lora.targets import PRESETS, aim, select
 from tests.tiny import tiny_model
 
 
@@ -134,3 +134,43 @@ def test_a_fused_linear_without_any_of_the_slots_is_left_out(sites):
     assert key_value.name in chosen(with_it, target_modules=targets, qkv_slots=["k"])
     with pytest.raises(ConfigError, match="nothing is left after .* qkv_slots"):
         chosen({key_value.name: key_value}, target_modules=["key_value"], qkv_slots=["q"])
+
+
+def test_every_contradiction_is_listed_at_once(sites):
+    with pytest.raises(ConfigError) as error:
+        chosen(
+            sites,
+            target_modules=["dense", "word_embeddings", "nonsense"],
+            use_dora=True,
+            freeze_a=True,
+            qkv_slots="q",
+            layers_to_transform="language:0,vision:1,0-9",
+            rank_pattern={"dense_h": 4},
+            alpha_pattern={"gate_proj": 4},
+        )
+    for part in (
+        "'nonsense' matches no layer",
+        "there is no tower 'vision', only language and vit",
+        "qkv_slots=q: none of the chosen layers has slots q, k, v",
+        "rank_pattern: 'dense_h' matches no adapted layer; nearest: ",
+        "alpha_pattern: 'gate_proj' matches no adapted layer",
+    ):
+        assert part in str(error.value), part
+
+
+@pytest.mark.parametrize("field", ["use_dora", "freeze_a"])
+def test_what_an_embedding_cannot_have_is_named(sites, field):
+    with pytest.raises(ConfigError, match=rf"{field} does not work on an embedding: .*word_embeddings"):
+        chosen(sites, target_modules=["transformer.word_embeddings"], **{field: True})
+
+
+def test_a_pattern_that_names_only_layers_left_out_is_an_error(sites):
+    with pytest.raises(ConfigError, match="rank_pattern: 'dense_h_to_4h' matches no adapted layer"):
+        chosen(sites, target_modules=["language-attention"], rank_pattern={"dense_h_to_4h": 4})
+
+
+def test_an_orthogonal_beginning_wants_an_even_rank_after_the_bound(model, sites):
+    name = "transformer.layers.0.attention.dense"
+    small = dataclasses.replace(sites[name], in_features=12, out_features=12)
+    with pytest.raises(ConfigError, match=f"even rank; {name} is left with 3"), pytest.warns(UserWarning):
+        aim(small, LoraConfig(r=6, init_lora_weights="orthogonal"))
