@@ -28,7 +28,7 @@ def adapter_gradients(model, batch):
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_fresh_adapter_changes_nothing(dtype):
     model, batch = tiny_model(dtype).eval(), tiny_batch()
     base = logits_of(model, batch)
@@ -36,7 +36,7 @@ def test_fresh_adapter_changes_nothing(dtype):
     assert torch.equal(logits_of(model, batch), base)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_deleting_the_mixin_restores_the_base_exactly(dtype):
     model, batch = tiny_model(dtype).eval(), tiny_batch()
     base, state = logits_of(model, batch), {k: v.clone() for k, v in model.state_dict().items()}
@@ -109,6 +109,22 @@ def test_every_adapter_parameter_gets_a_gradient(checkpoint):
     gradients = adapter_gradients(model, tiny_batch())
     assert len(gradients) == 2 * 32
     assert all(gradient.any() for gradient in gradients.values())
+
+
+@pytest.mark.parametrize("adapter_dtype", [None, "float32"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_gradients_in_half_precision_are_those_of_float32_rounded(dtype, adapter_dtype, use_dora):
+    gradients = []
+    for own in (torch.float32, dtype):
+        model = tiny_model(own)
+        add_lora(model, r=4, adapter_dtype=adapter_dtype if own is dtype else None, use_dora=use_dora)
+        fill_adapters(model, std=0.1)
+        gradients.append(adapter_gradients(model, tiny_batch()))
+    for name, exact in gradients[0].items():
+        got = gradients[1][name]
+        assert got.dtype == (getattr(torch, adapter_dtype) if adapter_dtype else dtype)
+        assert torch.nn.functional.cosine_similarity(got.float().flatten(), exact.flatten(), 0) > 0.97, name
 
 
 def test_only_adapters_train():
