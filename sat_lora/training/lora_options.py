@@ -31,8 +31,8 @@ NAMES = tuple[str, ...]
 
 def lora_defaults() -> dict:
     """LoraConfig's defaults as run.json has them: lists for tuples."""
-    values = LoraConfig().to_dict()
-    return {name: list(values[name]) if isinstance(values[name], tuple) else values[name] for name in LORA_FIELDS}
+    values = {name: getattr(LoraConfig(), name) for name in LORA_FIELDS}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
 def lora_options() -> Iterator[tuple[list[str], str, dict]]:
