@@ -12,7 +12,7 @@ deepspeed --num_gpus "${NUM_GPUS:-8}" "$here/finetune_cogvlm.py" \
     --split 0.95,0.05 \
     --version base \
     --max_length 1288 \
-    --lora_rank 16 --lora_alpha 32 \
+    --r 16 --lora_alpha 32 \
     --lr 1e-4 --warmup 0.02 --lr-decay-style cosine \
     --batch-size 4 --epochs 1 \
     --checkpoint-activations --vit_checkpoint_activations \

@@ -16,6 +16,7 @@ _HOMES = {
     "LoraConfig": "config",
     "load_adapter": "adapter_file",
     "save_adapter": "adapter_file",
+    "parameter_groups": "optimizer_groups",
     "describe": "summary",
     "describe_text": "summary",
     "SatLoraError": "errors",

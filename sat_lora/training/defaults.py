@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from sat_lora.training.lora_options import lora_defaults
+
 # The settings for a real CogVLM. None: found out later, as the comment says.
 DEFAULTS = {
     "train_data": None,  # required, unless the embedded demo runs
@@ -14,12 +16,7 @@ DEFAULTS = {
     "local_tokenizer": None,  # then the --from_pretrained folder
     "version": "chat",
     "max_length": 1288,
-    "lora_rank": 16,
-    "lora_alpha": 32.0,
-    "lora_dropout": 0.0,
-    "lora_targets": None,  # then LoraConfig's default
-    "lora_exclude": None,
-    "layer_range": None,  # then all layers
+    **lora_defaults(),
     "lr": 1e-4,
     "train_iters": None,  # then --epochs; if that is None too, one epoch
     "epochs": None,

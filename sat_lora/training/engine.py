@@ -6,12 +6,12 @@ import warnings
 import torch
 
 from sat_lora._sat import BaseModel, mpu
+from sat_lora.optimizer_groups import parameter_groups
 
 
 def adapter_optimizer(model: BaseModel, *, lr: float, weight_decay: float = 0.0, betas=(0.9, 0.999), eps: float = 1e-8):
-    """AdamW over the trainable parameters, in the order of `model.parameters()`, the same on every rank."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, betas=betas, eps=eps)
+    """AdamW over the trainable parameters, B at its own rate; the groups are the same on every rank."""
+    return torch.optim.AdamW(parameter_groups(model, lr=lr, weight_decay=weight_decay), lr=lr, betas=betas, eps=eps)
 
 
 def start_engine(model: BaseModel, optimizer: torch.optim.Optimizer, config: dict, *, seed: int = 1234):

@@ -11,6 +11,7 @@ from sat_lora.cogvlm.checkpoint import load_cogvlm, read_config
 from sat_lora.cogvlm.model import build_cogvlm
 from sat_lora.cogvlm.text import load_tokenizer
 from sat_lora.config import LoraConfig
+from sat_lora.errors import ConfigError
 from sat_lora.mixin import add_lora, find_all_parameters, find_all_sites
 from sat_lora.summary import describe, describe_text
 from sat_lora.targets import select
@@ -21,6 +22,7 @@ from sat_lora.training.distributed import World, arrange, join, together
 from sat_lora.training.engine import adapter_optimizer, start_engine
 from sat_lora.training.evaluation import evaluate_adapter, evaluation_table
 from sat_lora.training.loop import train
+from sat_lora.training.lora_options import lora_config, lora_problems
 from sat_lora.training.preflight import check_options
 from sat_lora.training.run_folder import RunFolder, write_json
 from sat_lora.training.sampler import EpochSampler, eval_batches, make_loader
@@ -37,7 +39,7 @@ def finetune(options: Namespace, prepare: Callable[[], None] | None = None) -> W
     together(check_options, options)
     engine_config = deepspeed_config(options, device=device.type)
     world = arrange(device, options.model_parallel_size)
-    lora = together(_lora_config, options)
+    lora = together(_checked_lora, options)
     run = RunFolder(options.run_folder, is_writer=world.is_main)
     model, config = together(
         load_cogvlm,
@@ -102,23 +104,18 @@ def _on_first_rank(prepare: Callable[[], None] | None) -> None:
         prepare()
 
 
-def _lora_config(options: Namespace) -> LoraConfig:
-    """The LoraConfig of the options, its targets checked on a model of the same names and hardly any size."""
-    fields = dict(target_modules=options.lora_targets, exclude_modules=options.lora_exclude)
-    config = LoraConfig(
-        r=options.lora_rank,
-        lora_alpha=options.lora_alpha,
-        lora_dropout=options.lora_dropout,
-        layers_to_transform=options.layer_range,
-        seed=options.seed,
-        **{name: tuple(value) for name, value in fields.items() if value},
-    )
+def _checked_lora(options: Namespace) -> LoraConfig:
+    """The LoraConfig of the options, tried on a model with the names of the base and hardly any size."""
+    config = lora_config(options)
     sizes = read_config(options.from_pretrained)
     parts = options.model_parallel_size
     small = dict(hidden_size=2 * parts, num_attention_heads=parts, inner_hidden_size=parts)
     vit = {**sizes["eva_args"], **small, "image_size": [1, 1], "patch_size": 1}
     skeleton = build_cogvlm({**sizes, **small, "vocab_size": parts, "eva_args": vit}, model_parallel_size=parts)
-    select(find_all_sites(skeleton), find_all_parameters(skeleton), config)
+    try:
+        select(find_all_sites(skeleton), find_all_parameters(skeleton), config)
+    except ConfigError as error:
+        raise ConfigError("; ".join(lora_problems(error))) from error
     return config
 
 

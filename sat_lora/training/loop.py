@@ -6,6 +6,7 @@ from argparse import Namespace
 from collections.abc import Iterable
 
 from sat_lora.adapter_file import save_adapter
+from sat_lora.optimizer_groups import set_learning_rate
 from sat_lora.training.checkpoint import save_checkpoint
 from sat_lora.training.distributed import World, gather_lists
 from sat_lora.training.loss import count_answer_tokens, sum_over_data_parallel
@@ -38,8 +39,7 @@ def train(
         rate = options.lr * learning_rate_factor(
             step, total_steps=total, warmup_steps=warmup, style=options.lr_decay_style, floor=options.min_lr_ratio
         )
-        for group in engine.optimizer.param_groups:
-            group["lr"] = rate
+        set_learning_rate(engine.optimizer.param_groups, rate)
         micro_batches = list(itertools.islice(batches, accumulate))
         broken = [entry for batch in micro_batches for entry in batch["broken"] if entry[0] not in named]
         tokens, failures = sum_over_data_parallel(

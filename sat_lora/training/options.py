@@ -7,48 +7,19 @@ A value comes from the first that has one: an option given, the run that --resum
 import argparse
 import difflib
 import json
-import math
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from sat_lora.cogvlm.text import PROMPTS
 from sat_lora.training.defaults import DEFAULTS, EMBEDDED_DEMO, demo_defaults
+from sat_lora.training.lora_options import ABOUT, lora_options
 from sat_lora.training.notice import is_first_rank
+from sat_lora.training.option_types import count, fraction, not_negative, positive, positive_int, proportions
 from sat_lora.training.schedule import DECAY_STYLES
 
 NOT_RESUMED = {"resume", "local_rank", "distributed_backend"}  # they belong to one start of a run
-
-
-def number(kind: type, wanted: str, accepts: Callable[[float], bool]) -> Callable[[str], float]:
-    """An argparse type: a finite `kind` that `accepts` takes; otherwise an error that says what was `wanted`."""
-
-    def parse(text: str):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not math.isfinite(value) or not accepts(value):
-            raise argparse.ArgumentTypeError(f"got {text!r}, wanted {wanted}")
-        return value
-
-    return parse
-
-
-positive_int = number(int, "a whole number above 0", lambda value: value > 0)
-count = number(int, "a whole number, 0 or above", lambda value: value >= 0)
-positive = number(float, "a number above 0", lambda value: value > 0)
-not_negative = number(float, "a number, 0 or above", lambda value: value >= 0)
-fraction = number(float, "a number from 0 up to, but not including, 1", lambda value: 0 <= value < 1)
-
-
-def proportions(text: str) -> list[float]:
-    """Up to three proportions of train, valid and test, separated by commas: `1.` or `0.9,0.1` or `8,1,1`."""
-    parts = [not_negative(part) for part in text.split(",")]
-    if not 1 <= len(parts) <= 3 or parts[0] == 0:
-        raise argparse.ArgumentTypeError(f"got {text!r}, wanted one to three shares such as 0.9,0.1 (train,valid)")
-    return parts
 
 
 class OptionParser(argparse.ArgumentParser):
@@ -91,17 +62,17 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="Every option may be written with - or _ between its words.",
     )
 
-    def add(group, name: str, help: str, **settings) -> None:
-        default = DEFAULTS[name[2:].replace("-", "_")]
-        shown = " ".join(map(str, default)) if isinstance(default, list) else default
-        if "action" not in settings and default is not None and group is not compatible:
+    def add(group, name: str, help: str, *more_names: str, **settings) -> None:
+        default = DEFAULTS[settings.get("dest") or name[2:].replace("-", "_")]
+        shown = " ".join(map(str, default)) if isinstance(default, list | dict) else default
+        if settings.get("action") != "store_true" and shown not in (None, "") and group is not compatible:
             help += f" (default: {shown})"
-        parser.spellings[name.replace("-", "_")] = name
-        group.add_argument(name, default=argparse.SUPPRESS, help=help.replace("%", "%%"), **settings)
+        parser.spellings |= {one.replace("-", "_"): one for one in (name, *more_names)}
+        group.add_argument(name, *more_names, default=argparse.SUPPRESS, help=help.replace("%", "%%"), **settings)
 
     set_by_people = parser.add_argument_group("what people set", "the options that most runs need")
     model = parser.add_argument_group("model")
-    lora = parser.add_argument_group("LoRA", "--lora_rank and --lora_targets matter most")
+    lora = parser.add_argument_group("LoRA", ABOUT)
     data = parser.add_argument_group("data")
     schedule = parser.add_argument_group("schedule", "--lr and the number of steps matter most")
     memory = parser.add_argument_group("parallelism and memory", "out of memory: checkpoint activations, then ZeRO 3")
@@ -124,12 +95,8 @@ def build_parser() -> argparse.ArgumentParser:
     add(model, "--local_tokenizer", "tokenizer folder (default: the --from_pretrained folder)", metavar="DIR")
     add(model, "--max_length", "longest sequence in tokens, the image's included", type=positive_int, metavar="N")
 
-    add(lora, "--lora_rank", "r: size of the adapters; 8 to 64 is usual", type=positive_int, metavar="R")
-    add(lora, "--lora_alpha", "the delta is scaled by alpha / r", type=positive, metavar="ALPHA")
-    add(lora, "--lora_dropout", "dropout before the adapters", type=fraction, metavar="P")
-    add(lora, "--lora_targets", "presets or module names (default: all linears)", nargs="+", metavar="NAME")
-    add(lora, "--lora_exclude", "modules left out of the targets", nargs="+", metavar="NAME")
-    add(lora, "--layer_range", "numbers of the layers to adapt (default: all)", nargs="+", type=count, metavar="I")
+    for (name, *more_names), help, settings in lora_options():
+        add(lora, name, help, *more_names, **settings)
 
     add(data, "--prompt", "the query that goes with every image")
     add(data, "--split", "train,valid,test shares when there is no --valid-data", type=proportions, metavar="A,B,C")
@@ -187,7 +154,7 @@ def parse_options(
     values, given = {**DEFAULTS, "local_rank": int(environ.get("LOCAL_RANK", 0))}, frozenset(explicit)
     if "resume" in explicit:
         try:
-            stored = _settings_of_run(explicit["resume"])
+            stored = settings_of_run(explicit["resume"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             parser.error(f"--resume: {explicit['resume']} is no run folder with a readable run.json: {error}")
         given |= frozenset(stored.pop("given"))
@@ -206,7 +173,7 @@ def parse_options(
     return argparse.Namespace(**values, given=given)
 
 
-def _settings_of_run(folder: str) -> dict:
+def settings_of_run(folder: str) -> dict:
     """The settings in FOLDER/run.json that a resumed run takes over, and `given`."""
     settings = json.loads((Path(folder) / "run.json").read_text(encoding="utf-8"))["settings"]
     known = {name: value for name, value in settings.items() if name in DEFAULTS and name not in NOT_RESUMED}

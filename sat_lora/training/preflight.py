@@ -14,6 +14,9 @@ from sat_lora.errors import ConfigError, DataError, SatLoraError
 from sat_lora.training.data import IMAGE_SUFFIXES, read_items
 from sat_lora.training.deepspeed_config import deepspeed_config
 from sat_lora.training.deepspeed_file import file_problems, read_deepspeed_file
+from sat_lora.training.defaults import DEFAULTS
+from sat_lora.training.lora_options import LORA_FIELDS, lora_config, lora_problems
+from sat_lora.training.options import settings_of_run
 
 IMAGES_TRIED = 300  # one readable image among so many is enough to begin
 
@@ -27,6 +30,7 @@ def check_options(options: Namespace, environ: Mapping[str, str] = os.environ, *
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     settings = [
         *_base_and_prompt_problems(options, environ),
+        *_lora_problems(options),
         *_engine_problems(options, environ, device),
         *_resume_problems(options),
     ]
@@ -89,6 +93,14 @@ def _model_parallel_problems(options: Namespace, config: dict, environ: Mapping[
         )
 
 
+def _lora_problems(options: Namespace) -> Iterator[str]:
+    """Of the values alone; whether the targets are there is a question to the model."""
+    try:
+        lora_config(options)
+    except ConfigError as error:
+        yield from lora_problems(error)
+
+
 def _engine_problems(options: Namespace, environ: Mapping[str, str], device: str) -> Iterator[str]:
     if {"bf16", "fp16"} <= options.given:
         yield "--bf16 and --fp16: both given; choose one (bf16 where the GPU has it)"
@@ -127,6 +139,12 @@ def _resume_problems(options: Namespace) -> Iterator[str]:
     checkpoints = Path(options.resume) / "checkpoints"
     if not checkpoints.is_dir() or not any(checkpoints.iterdir()):
         yield f"--resume: {options.resume} has nothing in checkpoints/ to go on from; give a run folder that has"
+        return
+    stored = settings_of_run(options.resume)
+    for name in LORA_FIELDS:
+        before, now = stored.get(name, DEFAULTS[name]), getattr(options, name)
+        if now != before:  # the checkpoint fits no other adapters, nor other groups of the optimizer
+            yield f"--{name}: got {now!r}, but the run to resume has {before!r}; leave it out, or start a new run"
 
 
 def _data_problems(options: Namespace) -> Iterator[str]:

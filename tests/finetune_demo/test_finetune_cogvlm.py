@@ -1,6 +1,7 @@
 """finetune_cogvlm.py as users start it: DeepSpeed's launcher, torchrun, wrong options, an interrupted run."""
 
 import contextlib
+import dataclasses
 import hashlib
 import importlib.util
 import io
@@ -14,12 +15,23 @@ import pytest
 import safetensors
 import torch
 
+from sat_lora.config import LoraConfig
+from sat_lora.training.lora_options import lora_config
+from sat_lora.training.options import parse_options
 from tests.conftest import write_images
 from tests.distributed.ranks import free_port, run_ranks
 
 DEMO = Path(__file__).parents[2] / "finetune_demo"
 BASE = DEMO / "tiny_cogvlm"
 BIN = Path(sys.executable).parent
+
+
+LORA = (
+    *("--r", "8", "--lora_alpha", "12", "--lora_dropout", "0.2", "--use_rslora", "--lr_ratio", "4"),
+    *("--target_modules", "vision-expert-attention", "language-mlp", "vit-attention", "--exclude_modules", ".*gate.*"),
+    *("--layers_to_transform", "language:0-1,vit:0", "--rank_pattern", "dense=4", "--alpha_pattern", "dense=6"),
+    *("--qkv_slots", "qv", "--adapter_dtype", "float32"),
+)
 
 
 def options_for(captchas, runs, *more):
@@ -130,8 +142,9 @@ def wrong_options(captchas, tmp_path):
         "no readable image": ([*good, "--train-data", str(unreadable)], "none of the first 1 images"),
         "an unknown version": ([*good, "--version", "v9"], "--version: invalid choice: 'v9'"),
         "a target that matches nothing": (
-            [*good, "--lora_targets", "qkv"],
-            "'qkv' matches no linear; nearest: .*quer",
+            [*good, "--target_modules", "qkv", "--exclude_modules", "a(b"],
+            "error: --target_modules: 'qkv' matches no linear; nearest: .*quer.*; "
+            r"--exclude_modules: 'a\(b' is not a regular expression",
         ),
         "a length too short": ([*good, "--max_length", "20"], "--max_length: 20 is too short"),
         "a missing tokenizer": ([*good, "--local_tokenizer", "no/where"], "--local_tokenizer: no/where is neither"),
@@ -139,7 +152,7 @@ def wrong_options(captchas, tmp_path):
             [*good, "--from_pretrained", str(BASE / "latest")],
             "--from_pretrained: .*latest is a file; give the model folder",
         ),
-        "a rank of zero": ([*good, "--lora_rank", "0"], "--lora_rank: got '0', wanted a whole number above 0"),
+        "a rank of zero": ([*good, "--lora_rank", "0"], "error: --r has to be a whole number of at least 1, got 0"),
     }
 
 
@@ -168,8 +181,8 @@ def test_ranks_that_do_not_divide_are_told_once(captchas, tmp_path):
 
 
 def test_a_resumed_run_continues_bit_for_bit(captchas, tmp_path):
-    """Eight steps at once, or four, saved, and four more: the same losses, with dropout on."""
-    steady = ("--lora_dropout", "0.2", "--lr-decay-style", "constant", "--save-interval", "4", "--warmup", "0")
+    """Eight steps at once, or four, saved, and four more: the same losses, with dropout on and B at its own rate."""
+    steady = ("--lr-decay-style", "constant", "--save-interval", "4", "--warmup", "0", "--zero-stage", "2", *LORA)
     whole = options_for(captchas, tmp_path / "whole", *steady, "--train-iters", "8")
     assert run_ranks(run_script, 1, whole)[0][0] == 0
     half = options_for(captchas, tmp_path / "half", *steady, "--train-iters", "4")
@@ -179,6 +192,14 @@ def test_a_resumed_run_continues_bit_for_bit(captchas, tmp_path):
     assert losses_of(tmp_path / "half" / "run") == losses_of(tmp_path / "whole" / "run")
     files = [(tmp_path / n / "run" / "adapter" / "adapter_model.safetensors").read_bytes() for n in ("half", "whole")]
     assert files[0] == files[1]
+    check_lora_settings(tmp_path / "half" / "run")
+
+
+def check_lora_settings(run):
+    """The options, run.json and the adapter file have the same values under the same names."""
+    stored = json.loads((run / "adapter" / "adapter_config.json").read_text())
+    in_file = LoraConfig(**{field.name: stored[field.name] for field in dataclasses.fields(LoraConfig)})
+    assert in_file == lora_config(parse_options(["--resume", str(run)])) == lora_config(parse_options([*LORA]))
 
 
 def test_a_broken_image_is_skipped_and_named_once(captchas, tmp_path):

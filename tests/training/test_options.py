@@ -32,7 +32,7 @@ def test_published_launch_options_are_taken_unchanged():
     assert options.train_data == ["./archive_split/train"]
     assert options.valid_data == ["./archive_split/valid"]
     assert options.split == [1.0]
-    assert options.warmup == 0.02
+    assert (options.warmup, options.r) == (0.02, 10)
     assert options.checkpoint_activations and options.vit_checkpoint_activations
     assert options.run_folder == "checkpoints/finetune-cogvlm-base-490"
     assert "lr" not in options.given and "train_iters" in options.given
@@ -42,7 +42,7 @@ def test_every_option_takes_hyphens_and_underscores():
     for argument in ("--train-iters", "--train_iters"):
         assert parse_options([argument, "5"]).train_iters == 5
     for argument in ("--lora_rank=4", "--lora-rank=4"):
-        assert parse_options([argument]).lora_rank == 4
+        assert parse_options([argument]).r == 4
     assert parse_options(["--local-rank=3"]).local_rank == 3
 
 
@@ -55,7 +55,7 @@ def test_no_option_at_all_is_the_embedded_demo(tmp_path):
     assert options.from_pretrained == options.local_tokenizer == str(tmp_path / "tiny_cogvlm")
     assert options.train_data == [str(tmp_path / "captchas" / "train")]
     assert (options.run_folder, options.batch_size, options.train_iters) == ("runs/demo", 32, 700)
-    assert (options.lr, options.warmup, options.lora_rank, options.lora_alpha) == (3e-3, 30, 16, 32)
+    assert (options.lr, options.warmup, options.r, options.lora_alpha) == (3e-3, 30, 16, 32)
     assert options.given == frozenset()
 
 
@@ -94,7 +94,7 @@ def test_options_are_not_abbreviated(capsys):
         (["--version", "cogagent"], ["--version", "'cogagent'", "chat_old"]),
         (["--train-iters", "0"], ["--train-iters", "got '0'", "a whole number above 0"]),
         (["--lr", "nan"], ["--lr", "got 'nan'", "a number above 0"]),
-        (["--lora_dropout", "1"], ["--lora_dropout", "got '1'", "but not including, 1"]),
+        (["--min-lr-ratio", "1"], ["--min-lr-ratio", "got '1'", "but not including, 1"]),
         (["--split", "1,2,3,4"], ["--split", "got '1,2,3,4'", "one to three shares"]),
         (["--zero-stage", "4"], ["--zero-stage", "4"]),
         (["--lr-decay-style", "exponential"], ["--lr-decay-style", "exponential", "cosine"]),
@@ -132,12 +132,12 @@ def test_every_default_has_a_place_on_the_command_line():
 
 
 def test_resume_takes_over_the_settings_of_the_run(tmp_path):
-    settings = {"lr": 7e-4, "lora_rank": 8, "train_iters": 50, "from_pretrained": "base", "given": ["lora_rank"]}
+    settings = {"lr": 7e-4, "r": 8, "train_iters": 50, "from_pretrained": "base", "given": ["r"]}
     (tmp_path / "run.json").write_text(json.dumps({"settings": settings}))
     options = parse_options(["--resume", str(tmp_path), "--epochs", "2"])
-    assert (options.lr, options.lora_rank, options.from_pretrained) == (7e-4, 8, "base")
+    assert (options.lr, options.r, options.from_pretrained) == (7e-4, 8, "base")
     assert (options.epochs, options.train_iters) == (2, None)
-    assert options.given == {"lora_rank", "resume", "epochs"}
+    assert options.given == {"r", "resume", "epochs"}
     assert options.run_folder == str(tmp_path)
 
 

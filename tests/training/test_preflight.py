@@ -161,6 +161,23 @@ def test_a_run_without_checkpoints_cannot_be_resumed(check, tmp_path):
     assert f"--resume: {tmp_path} has nothing in checkpoints/" in refusal(check, resume=str(tmp_path))
 
 
+def test_a_wrong_lora_value_is_named_with_its_option(check):
+    assert refusal(check, "--r", "0") == "--r has to be a whole number of at least 1, got 0"
+    message = refusal(check, "--lora_dropout", "1", "--qkv_slots", "x", "--max_length", "2")
+    assert message.startswith("3 problems with the options:\n- --max_length")
+    assert "\n- --lora_dropout has to be in [0, 1), got 1.0\n- --qkv_slots has to name some of q, k, v" in message
+
+
+def test_a_resumed_run_keeps_its_lora_settings(check, base_folder, image_folder, tmp_path):
+    (tmp_path / "checkpoints" / "4").mkdir(parents=True)
+    settings = {"from_pretrained": str(base_folder), "train_data": [str(image_folder)], "r": 8, "given": ["r"]}
+    (tmp_path / "run.json").write_text(json.dumps({"settings": settings}))
+    check("--resume", str(tmp_path))
+    message = refusal(check, "--resume", str(tmp_path), "--r", "4", "--lr_ratio", "16")
+    assert "--r: got 4, but the run to resume has 8; leave it out" in message
+    assert "--lr_ratio: got 16.0, but the run to resume has 1.0" in message
+
+
 def test_all_problems_come_at_once(check, tmp_path):
     message = refusal(check, "--max_length", "2", "--train-data", str(tmp_path / "no"), "--fp16", version="cogagent")
     assert message.startswith("3 problems with the options:\n- --version")

@@ -79,7 +79,7 @@ def test_others_than_the_writer_do_nothing(tmp_path, capfd):
 
 
 def test_run_json_brings_a_resumed_run_its_settings(tmp_path):
-    options = parse_options(["--lr", "5e-4", "--lora_targets", "projector"])
+    options = parse_options(["--lr", "5e-4", "--target_modules", "projector"])
     RunFolder(tmp_path, is_writer=True).write_settings(options, world={"ranks": 2})
     content = json.loads((tmp_path / "run.json").read_text())
     assert content["world"] == {"ranks": 2}
@@ -87,7 +87,7 @@ def test_run_json_brings_a_resumed_run_its_settings(tmp_path):
     resumed = parse_options(["--resume", str(tmp_path)])
     differing = {name for name in vars(options) if getattr(options, name) != getattr(resumed, name)}
     assert differing <= {"resume", "run_folder", "given", "experiment_name"}
-    assert resumed.given == {"lr", "lora_targets", "resume"}
+    assert resumed.given == {"lr", "target_modules", "resume"}
 
 
 def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path):

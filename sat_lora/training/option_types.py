@@ -1,0 +1,35 @@
+"""What an option's text may be: types for argparse, whose errors say what was wanted."""
+
+import argparse
+import math
+from collections.abc import Callable
+
+
+def number(kind: type, wanted: str, accepts: Callable[[float], bool] = lambda value: True) -> Callable[[str], float]:
+    """An argparse type: a finite `kind` that `accepts` takes; otherwise an error that says what was `wanted`."""
+
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value) or not accepts(value):
+            raise argparse.ArgumentTypeError(f"got {text!r}, wanted {wanted}")
+        return value
+
+    return parse
+
+
+positive_int = number(int, "a whole number above 0", lambda value: value > 0)
+count = number(int, "a whole number, 0 or above", lambda value: value >= 0)
+positive = number(float, "a number above 0", lambda value: value > 0)
+not_negative = number(float, "a number, 0 or above", lambda value: value >= 0)
+fraction = number(float, "a number from 0 up to, but not including, 1", lambda value: 0 <= value < 1)
+
+
+def proportions(text: str) -> list[float]:
+    """Up to three proportions of train, valid and test, separated by commas: `1.` or `0.9,0.1` or `8,1,1`."""
+    parts = [not_negative(part) for part in text.split(",")]
+    if not 1 <= len(parts) <= 3 or parts[0] == 0:
+        raise argparse.ArgumentTypeError(f"got {text!r}, wanted one to three shares such as 0.9,0.1 (train,valid)")
+    return parts
