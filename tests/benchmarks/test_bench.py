@@ -1,0 +1,75 @@
+"""The benchmarks run, write what they say they write, and count what an adapter keeps for backward."""
+
+import json
+
+import pytest
+
+pytest.importorskip("peft")
+
+from benchmarks import bench_adapter, bench_step
+from benchmarks.interleaved import measure, quartiles
+from benchmarks.variants import Shape
+
+ENVIRONMENT = {"device", "kind", "threads", "cores", "python", "torch", "SwissArmyTransformer", "peft", "deepspeed"}
+TOKENS, RANK, FP32 = 24, 4, 4
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+@pytest.mark.parametrize("text", ["64x192/3", "64x64", "64x128", "128x64"])
+def test_adapter_benchmark(tmp_path, capsys, text, dropout):
+    out = tmp_path / "results" / "adapter.json"
+    sizes = ["--shapes", text, "--ranks", str(RANK), "--tokens", str(TOKENS), "--dropouts", str(dropout)]
+    bench_adapter.main([*sizes, "--device", "cpu", "--dtypes", "fp32", "--repeats", "2", "--out", str(out)])
+    report = json.loads(out.read_text())
+    assert report["environment"].keys() == ENVIRONMENT
+    (case,) = report["cases"]
+    assert case.keys() == {"shape", "dtype", "rank", "dropout", "tokens", "slots", "variants"}
+    assert case["variants"].keys() == {"frozen", "sat_lora", "peft", "lora2"}
+    for result in case["variants"].values():
+        assert result.keys() == {"seconds", "ratio", "saved_bytes", "saved_per_input"}
+        assert result["seconds"] == sorted(result["seconds"]) and min(result["seconds"]) > 0
+    shape = Shape.parse(text)
+    inputs = TOKENS * shape.in_features  # elements of x
+    mask = inputs if dropout else 0  # one byte each
+    expected = FP32 * (inputs + TOKENS * shape.slots * RANK) + mask
+    assert case["variants"]["frozen"]["saved_bytes"] == 0
+    assert case["variants"]["sat_lora"]["saved_bytes"] == expected
+    assert case["variants"]["sat_lora"]["saved_per_input"] == expected / (FP32 * inputs)
+    assert text in capsys.readouterr().out
+
+
+def test_step_benchmark(tmp_path, capsys):
+    out = tmp_path / "step.json"
+    arguments = ["--size", "tiny", "--device", "cpu", "--dtypes", "fp32", "--ranks", str(RANK), "--dropouts", "0"]
+    bench_step.main([*arguments, "--repeats", "2", "--markdown", "--out", str(out)])
+    report = json.loads(out.read_text())
+    assert report["environment"].keys() == ENVIRONMENT
+    (case,) = report["cases"]
+    variants = case["variants"]
+    assert variants.keys() == {"frozen", "all-linear", "attention", "lora2"}
+    assert all(v.keys() == {"seconds", "ratio", "saved_bytes", "trained"} for v in variants.values())
+    assert variants["frozen"]["trained"] == 0
+    assert variants["attention"]["trained"] == variants["lora2"]["trained"] > 0  # the same linears and factors
+    assert variants["all-linear"]["trained"] > variants["attention"]["trained"]
+    assert variants["frozen"]["saved_bytes"] < variants["attention"]["saved_bytes"]
+    assert capsys.readouterr().out.startswith("| dtype | r |")
+
+
+@pytest.mark.parametrize("text", ["64x96/3", "64x64/2", "64"])
+def test_shapes_that_no_linear_has(text):
+    with pytest.raises(ValueError):
+        Shape.parse(text)
+
+
+def test_variants_take_turns():
+    import torch
+
+    calls = []
+    times = measure({name: lambda name=name: calls.append(name) for name in "abc"}, 3, torch.device("cpu"), warmup=0)
+    assert calls == [*"abc", *"bca", *"cab"]
+    assert {name: len(own) for name, own in times.items()} == {"a": 3, "b": 3, "c": 3}
+
+
+def test_quartiles():
+    assert quartiles([4.0, 1.0, 3.0, 2.0, 5.0]) == [2.0, 3.0, 4.0]
+    assert quartiles([7.0]) == [7.0, 7.0, 7.0]
