@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.interleaved import DTYPES, environment, join_alone, measure, progress, saved_bytes, summarise
+from benchmarks.interleaved import CLOCKS, DTYPES, environment, join_alone, measure, progress, saved_bytes, summarise
 from benchmarks.report import adapter_table, write_json
 from benchmarks.variants import NAMES, Shape, Variant, build
 
@@ -32,14 +32,14 @@ def forward_and_backward(variant: Variant, x: torch.Tensor, grad: torch.Tensor):
     return work
 
 
-def compare(shape: Shape, dtype: str, rank: int, dropout: float, tokens: int, repeats: int, device) -> dict:
+def compare(shape: Shape, dtype: str, rank: int, dropout: float, tokens: int, repeats: int, clock: str, device) -> dict:
     """One case: every variant's quartiles of seconds and of ratios to the frozen linear, and its saved bytes."""
     kind = DTYPES[dtype]
     x = torch.randn(tokens, shape.in_features, device=device).to(kind).requires_grad_()
     grad = torch.randn(tokens, shape.out_features, device=device).to(kind)
     variants = {name: build(name, shape, rank, dropout, kind, device) for name in NAMES}
     works = {name: forward_and_backward(variant, x, grad) for name, variant in variants.items()}
-    results = summarise(measure(works, repeats, device), base="frozen")
+    results = summarise(measure(works, repeats, device, clock), base="frozen")
     for name, variant in variants.items():
         kept = saved_bytes(lambda call=variant.call: call(x), variant.parameters)
         results[name] |= {"saved_bytes": kept, "saved_per_input": kept / (x.numel() * x.element_size())}
@@ -56,6 +56,7 @@ def options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--shapes", nargs="+", type=Shape.parse, help="IN x OUT, /3 for fused q/k/v: 1024x3072/3")
     parser.add_argument("--tokens", type=int, help="rows of x; 512 on a CPU, 4096 on CUDA")
     parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: processor time, for busy CPU machines")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="json file")
     parser.add_argument("--markdown", action="store_true", help="print tables instead of lines")
@@ -73,8 +74,8 @@ def main(arguments: list[str] | None = None) -> dict:
     cases = list(itertools.product(args.dtypes, shapes, args.ranks, args.dropouts))
     results = []
     for dtype, shape, rank, dropout in progress(cases, "linears"):
-        results.append(compare(shape, dtype, rank, dropout, tokens, args.repeats, device))
-    report = {"environment": environment(device), "repeats": args.repeats, "cases": results}
+        results.append(compare(shape, dtype, rank, dropout, tokens, args.repeats, args.clock, device))
+    report = {"environment": environment(device, args.clock), "repeats": args.repeats, "cases": results}
     print(adapter_table(report, markdown=args.markdown))
     if args.out:
         write_json(report, args.out)

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from benchmarks.interleaved import DTYPES, environment, join_alone, measure, progress, saved_bytes, summarise
+from benchmarks.interleaved import CLOCKS, DTYPES, environment, join_alone, measure, progress, saved_bytes, summarise
 from benchmarks.report import step_table, write_json
 from benchmarks.variants import randomise
 from sat_lora import LoraConfig, add_lora
@@ -125,13 +125,13 @@ def training_step(model: nn.Module, batch: dict):
     return work
 
 
-def compare(size: str, dtype: str, rank: int, dropout: float, repeats: int, device: torch.device) -> dict:
+def compare(size: str, dtype: str, rank: int, dropout: float, repeats: int, clock: str, device: torch.device) -> dict:
     """One case: every variant's quartiles of seconds and of ratios to the frozen step, and its saved bytes."""
     config, kind = config_of(size), DTYPES[dtype]
     batch = batch_of(config, SIZES[size]["words"], device, kind)
     models = {name: build(name, config, rank, dropout, kind, device) for name in NAMES}
     works = {name: training_step(model, batch) for name, model in models.items()}
-    results = summarise(measure(works, repeats, device), base="frozen")
+    results = summarise(measure(works, repeats, device, clock), base="frozen")
     for name, model in models.items():
         kept = saved_bytes(lambda model=model: loss_of(model, batch), model.parameters())
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -147,6 +147,7 @@ def options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--ranks", nargs="+", type=int, default=[16])
     parser.add_argument("--dropouts", nargs="+", type=float, default=[0.0, 0.05])
     parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: processor time, for busy CPU machines")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="json file")
     parser.add_argument("--markdown", action="store_true", help="print tables instead of lines")
@@ -162,8 +163,8 @@ def main(arguments: list[str] | None = None) -> dict:
     size = args.size or {"cpu": "small", "cuda": "large"}[device.type]
     results = []
     for dtype, rank, dropout in progress(list(itertools.product(args.dtypes, args.ranks, args.dropouts)), "steps"):
-        results.append(compare(size, dtype, rank, dropout, args.repeats, device))
-    report = {"environment": environment(device), "repeats": args.repeats, "cases": results}
+        results.append(compare(size, dtype, rank, dropout, args.repeats, args.clock, device))
+    report = {"environment": environment(device, args.clock), "repeats": args.repeats, "cases": results}
     print(step_table(report, markdown=args.markdown))
     if args.out:
         write_json(report, args.out)

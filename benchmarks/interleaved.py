@@ -18,6 +18,7 @@ from sat_lora._sat import mpu
 
 PACKAGES = ("torch", "SwissArmyTransformer", "peft", "deepspeed")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 Work = Callable[[], object]
 
 
@@ -30,12 +31,17 @@ def join_alone(device: torch.device) -> None:
         mpu.initialize_model_parallel(1)
 
 
-def seconds_of(work: Work, device: torch.device) -> float:
-    """Time of one call. On CUDA between two events in the stream, so the launch of the first kernel is not in it."""
+def seconds_of(work: Work, device: torch.device, clock: str = "wall") -> float:
+    """Time of one call. On CUDA between two events in the stream, so the launch of the first kernel is not in it.
+
+    clock: on the CPU one of CLOCKS. "cpu" is processor time: with one thread it leaves out the time in which
+    a busy machine runs somebody else, and with several it is their sum.
+    """
     if device.type != "cuda":
-        start = time.perf_counter()
+        now = CLOCKS[clock]
+        start = now()
         work()
-        return time.perf_counter() - start
+        return now() - start
     start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize(device)
     start.record()
@@ -45,14 +51,16 @@ def seconds_of(work: Work, device: torch.device) -> float:
     return start.elapsed_time(stop) / 1000  # elapsed_time is in milliseconds
 
 
-def measure(works: dict[str, Work], repeats: int, device: torch.device, warmup: int = 2) -> dict[str, list[float]]:
+def measure(
+    works: dict[str, Work], repeats: int, device: torch.device, clock: str = "wall", warmup: int = 2
+) -> dict[str, list[float]]:
     """`repeats` times of every work, in turn; the order moves on by one each time, so that nobody is always first."""
     names = list(works)
     times: dict[str, list[float]] = {name: [] for name in names}
     for repetition in range(-warmup, repeats):
         first = repetition % len(names)
         for name in names[first:] + names[:first]:
-            seconds = seconds_of(works[name], device)
+            seconds = seconds_of(works[name], device, clock)
             if repetition >= 0:
                 times[name].append(seconds)
     return times
@@ -92,11 +100,12 @@ def saved_bytes(forward: Callable[[], torch.Tensor], parameters: Iterable[torch.
     return total
 
 
-def environment(device: torch.device) -> dict:
+def environment(device: torch.device, clock: str) -> dict:
     """What the numbers depend on besides the code."""
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
         "kind": device.type,
+        "clock": "events" if device.type == "cuda" else clock,
         "threads": torch.get_num_threads(),
         "cores": len(os.sched_getaffinity(0)),
         "python": platform.python_version(),

@@ -10,7 +10,18 @@ from benchmarks import bench_adapter, bench_step
 from benchmarks.interleaved import measure, quartiles
 from benchmarks.variants import Shape
 
-ENVIRONMENT = {"device", "kind", "threads", "cores", "python", "torch", "SwissArmyTransformer", "peft", "deepspeed"}
+ENVIRONMENT = {
+    "device",
+    "kind",
+    "clock",
+    "threads",
+    "cores",
+    "python",
+    "torch",
+    "SwissArmyTransformer",
+    "peft",
+    "deepspeed",
+}
 TOKENS, RANK, FP32 = 24, 4, 4
 
 
