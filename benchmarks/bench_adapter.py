@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.interleaved import CLOCKS, DTYPES, environment, join_alone, measure, progress, saved_bytes, summarise
 from benchmarks.report import adapter_table, write_json
-from benchmarks.variants import NAMES, Shape, Variant, build
+from benchmarks.variants import Shape, Variant, build, names_for
 
 # On CUDA CogVLM's own: language q/k/v, dense and MLP, then the vision transformer's.
 SHAPES = {
@@ -37,7 +37,7 @@ def compare(shape: Shape, dtype: str, rank: int, dropout: float, tokens: int, re
     kind = DTYPES[dtype]
     x = torch.randn(tokens, shape.in_features, device=device).to(kind).requires_grad_()
     grad = torch.randn(tokens, shape.out_features, device=device).to(kind)
-    variants = {name: build(name, shape, rank, dropout, kind, device) for name in NAMES}
+    variants = {name: build(name, shape, rank, dropout, kind, device) for name in names_for(shape)}
     works = {name: forward_and_backward(variant, x, grad) for name, variant in variants.items()}
     results = summarise(measure(works, repeats, device, clock), base="frozen")
     for name, variant in variants.items():

@@ -26,7 +26,8 @@ def spread(quartiles: list[float]) -> str:
 
 def adapter_table(report: dict, markdown: bool) -> str:
     """A line per case: time against the frozen linear and saved bytes per byte of x, for each variant."""
-    names = [name for name in report["cases"][0]["variants"] if name != "frozen"]
+    most = max((case["variants"] for case in report["cases"]), key=len)  # some variants are for some shapes alone
+    names = [name for name in most if name != "frozen"]
     header = ["dtype", "linear", "r", "dropout", "frozen ms", *names, *(f"{name} saved" for name in names)]
     rows = []
     for case in report["cases"]:
@@ -38,8 +39,8 @@ def adapter_table(report: dict, markdown: bool) -> str:
                 str(case["rank"]),
                 f"{case['dropout']:g}",
                 f"{1000 * variants['frozen']['seconds'][1]:.2f}",
-                *(spread(variants[name]["ratio"]) for name in names),
-                *(f"{variants[name]['saved_per_input']:.3f}" for name in names),
+                *(spread(variants[name]["ratio"]) if name in variants else "" for name in names),
+                *(f"{variants[name]['saved_per_input']:.3f}" if name in variants else "" for name in names),
             ]
         )
     return table(header, rows, markdown)

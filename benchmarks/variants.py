@@ -16,7 +16,7 @@ from torch import nn
 from sat_lora import LoraMixin
 from sat_lora._sat import BaseMixin, BaseModel
 
-NAMES = ("frozen", "sat_lora", "peft", "lora2")
+NAMES = ("frozen", "sat_lora", "peft", "peft_3r", "lora2")
 LAYER = "transformer.layers.0."
 
 
@@ -91,10 +91,15 @@ def randomise(trained: list[nn.Parameter]) -> list[nn.Parameter]:
     return trained
 
 
+def names_for(shape: Shape) -> tuple[str, ...]:
+    """NAMES that make sense for a shape: `peft_3r` is for fused q/k/v alone."""
+    return tuple(name for name in NAMES if shape.slots == 3 or name != "peft_3r")
+
+
 def build(name: str, shape: Shape, rank: int, dropout: float, dtype: torch.dtype, device: torch.device) -> Variant:
     """One of NAMES. The scale is 2 for all; A and B have the dtype of the base weight."""
-    if name == "peft":
-        return _peft(shape, rank, dropout, dtype, device)
+    if name.startswith("peft"):
+        return _peft(shape, 3 * rank if name == "peft_3r" else rank, dropout, dtype, device)
     model = one_layer_model(shape, dtype, device)
     if name == "sat_lora":
         target = (LAYER + shape.leaf).replace(".", r"\.")
@@ -119,7 +124,11 @@ def _replace_by_lora2(model: BaseModel, shape: Shape, rank: int, dropout: float)
 
 
 def _peft(shape: Shape, rank: int, dropout: float, dtype: torch.dtype, device: torch.device) -> Variant:
-    """PEFT on an nn.Linear. It knows no slots: a fused linear gets one A and one B over the whole output."""
+    """PEFT on an nn.Linear. It knows no slots: a fused linear gets one A and one B over the whole output.
+
+    sat_lora and lora2 give q, k and v a pair each. What those can express, PEFT's pair can from rank 3 r on, with a
+    block-diagonal B; at rank r it has a third of their A, and less to compute.
+    """
     linear = nn.Linear(shape.in_features, shape.out_features, bias=False, dtype=dtype, device=device)
     config = PeftConfig(r=rank, lora_alpha=2 * rank, lora_dropout=dropout, target_modules=["linear"])
     model = inject_adapter_in_model(config, nn.ModuleDict({"linear": linear})).train()

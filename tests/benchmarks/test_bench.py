@@ -35,7 +35,8 @@ def test_adapter_benchmark(tmp_path, capsys, text, dropout):
     assert report["environment"].keys() == ENVIRONMENT
     (case,) = report["cases"]
     assert case.keys() == {"shape", "dtype", "rank", "dropout", "tokens", "slots", "variants"}
-    assert case["variants"].keys() == {"frozen", "sat_lora", "peft", "lora2"}
+    fused = {"peft_3r"} if text.endswith("/3") else set()
+    assert case["variants"].keys() == {"frozen", "sat_lora", "peft", "lora2"} | fused
     for result in case["variants"].values():
         assert result.keys() == {"seconds", "ratio", "saved_bytes", "saved_per_input"}
         assert result["seconds"] == sorted(result["seconds"]) and min(result["seconds"]) > 0
