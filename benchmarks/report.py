@@ -1,5 +1,6 @@
 """Tables and json of benchmark reports."""
 
+import argparse
 import json
 from pathlib import Path
 
@@ -67,3 +68,36 @@ def step_table(report: dict, markdown: bool) -> str:
                 ]
             )
     return table(header, rows, markdown)
+
+
+def wins(report: dict) -> dict[tuple[str, str, str], tuple[int, int]]:
+    """(dtype, with or without dropout, rival) -> (cases in which sat_lora's median ratio is lower, cases)."""
+    counts: dict[tuple[str, str, str], tuple[int, int]] = {}
+    for case in report["cases"]:
+        ratios = {name: result["ratio"][1] for name, result in case["variants"].items()}
+        for rival in ratios.keys() - {"frozen", "sat_lora"}:
+            key = (case["dtype"], "dropout" if case["dropout"] else "no dropout", rival)
+            won, cases = counts.get(key, (0, 0))
+            counts[key] = (won + (ratios["sat_lora"] < ratios[rival]), cases + 1)
+    return dict(sorted(counts.items()))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Print the json of either benchmark as markdown."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--ranks", nargs="+", type=int, help="only these")
+    args = parser.parse_args(arguments)
+    report = json.loads(args.file.read_text())
+    if args.ranks:
+        report["cases"] = [case for case in report["cases"] if case["rank"] in args.ranks]
+    if "shape" not in report["cases"][0]:
+        print(step_table(report, markdown=True))
+        return
+    print(adapter_table(report, markdown=True))
+    rows = [[*key, f"{won} of {cases}"] for key, (won, cases) in wins(report).items()]
+    print("\n" + table(["dtype", "", "rival", "sat_lora is faster in"], rows, markdown=True))
+
+
+if __name__ == "__main__":
+    main()

@@ -6,8 +6,9 @@ import pytest
 
 pytest.importorskip("peft")
 
-from benchmarks import bench_adapter, bench_step
+from benchmarks import bench_adapter, bench_step, report
 from benchmarks.interleaved import measure, quartiles
+from benchmarks.report import write_json
 from benchmarks.variants import Shape
 
 ENVIRONMENT = {
@@ -31,9 +32,9 @@ def test_adapter_benchmark(tmp_path, capsys, text, dropout):
     out = tmp_path / "results" / "adapter.json"
     sizes = ["--shapes", text, "--ranks", str(RANK), "--tokens", str(TOKENS), "--dropouts", str(dropout)]
     bench_adapter.main([*sizes, "--device", "cpu", "--dtypes", "fp32", "--repeats", "2", "--out", str(out)])
-    report = json.loads(out.read_text())
-    assert report["environment"].keys() == ENVIRONMENT
-    (case,) = report["cases"]
+    written = json.loads(out.read_text())
+    assert written["environment"].keys() == ENVIRONMENT
+    (case,) = written["cases"]
     assert case.keys() == {"shape", "dtype", "rank", "dropout", "tokens", "slots", "variants"}
     fused = {"peft_3r"} if text.endswith("/3") else set()
     assert case["variants"].keys() == {"frozen", "sat_lora", "peft", "lora2"} | fused
@@ -54,9 +55,9 @@ def test_step_benchmark(tmp_path, capsys):
     out = tmp_path / "step.json"
     arguments = ["--size", "tiny", "--device", "cpu", "--dtypes", "fp32", "--ranks", str(RANK), "--dropouts", "0"]
     bench_step.main([*arguments, "--repeats", "2", "--markdown", "--out", str(out)])
-    report = json.loads(out.read_text())
-    assert report["environment"].keys() == ENVIRONMENT
-    (case,) = report["cases"]
+    written = json.loads(out.read_text())
+    assert written["environment"].keys() == ENVIRONMENT
+    (case,) = written["cases"]
     variants = case["variants"]
     assert variants.keys() == {"frozen", "all-linear", "attention", "lora2"}
     assert all(v.keys() == {"seconds", "ratio", "saved_bytes", "trained"} for v in variants.values())
@@ -85,3 +86,18 @@ def test_variants_take_turns():
 def test_quartiles():
     assert quartiles([4.0, 1.0, 3.0, 2.0, 5.0]) == [2.0, 3.0, 4.0]
     assert quartiles([7.0]) == [7.0, 7.0, 7.0]
+
+
+def test_report_of_a_file(tmp_path, capsys):
+    def variant(ratio):
+        return {"seconds": [1.0, 1.0, 1.0], "ratio": [ratio] * 3, "saved_bytes": 8, "saved_per_input": 1.0}
+
+    variants = {"frozen": variant(1.0), "sat_lora": variant(1.05), "peft": variant(1.1), "lora2": variant(1.02)}
+    case = {"shape": "64x64", "dtype": "fp32", "rank": 4, "dropout": 0.0, "tokens": 8, "slots": 1}
+    file = tmp_path / "adapter.json"
+    write_json({"cases": [{**case, "variants": variants}, {**case, "rank": 8, "variants": variants}]}, file)
+    report.main([str(file), "--ranks", "4"])
+    printed = capsys.readouterr().out
+    assert "| 64x64 | 4 |" in printed and "| 64x64 | 8 |" not in printed
+    assert "| fp32 | no dropout | lora2 | 0 of 1 |" in printed
+    assert "| fp32 | no dropout | peft | 1 of 1 |" in printed
