@@ -1,0 +1,126 @@
+"""Timing several variants of the same work against each other, and counting what each keeps for backward.
+
+Variants are called in turn within every repetition, so that a clock that drifts or a busy neighbour hits all alike.
+Times are in seconds, sizes in bytes.
+"""
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from importlib import metadata
+
+import torch
+from tqdm import tqdm
+
+from sat_lora._sat import mpu
+
+PACKAGES = ("torch", "SwissArmyTransformer", "peft", "deepspeed")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+Work = Callable[[], object]
+
+
+def join_alone(device: torch.device) -> None:
+    """A process group of one with SAT's model-parallel groups in it, if there is none; no port is opened."""
+    if not torch.distributed.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
+    if not mpu.model_parallel_is_initialized():
+        mpu.initialize_model_parallel(1)
+
+
+def seconds_of(work: Work, device: torch.device, clock: str = "wall") -> float:
+    """Time of one call. On CUDA between two events in the stream, so the launch of the first kernel is not in it.
+
+    clock: on the CPU one of CLOCKS. "cpu" is processor time: with one thread it leaves out the time in which
+    a busy machine runs somebody else, and with several it is their sum.
+    """
+    if device.type != "cuda":
+        now = CLOCKS[clock]
+        start = now()
+        work()
+        return now() - start
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize(device)
+    start.record()
+    work()
+    stop.record()
+    torch.cuda.synchronize(device)
+    return start.elapsed_time(stop) / 1000  # elapsed_time is in milliseconds
+
+
+def measure(
+    works: dict[str, Work], repeats: int, device: torch.device, clock: str = "wall", warmup: int = 2
+) -> dict[str, list[float]]:
+    """`repeats` times of every work, in turn; the order moves on by one each time, so that nobody is always first."""
+    names = list(works)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for repetition in range(-warmup, repeats):
+        first = repetition % len(names)
+        for name in names[first:] + names[:first]:
+            seconds = seconds_of(works[name], device, clock)
+            if repetition >= 0:
+                times[name].append(seconds)
+    return times
+
+
+def quartiles(values: list[float]) -> list[float]:
+    """[first quartile, median, third quartile]; of a single value, that value three times."""
+    return statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+
+
+def summarise(times: dict[str, list[float]], base: str) -> dict[str, dict]:
+    """For each variant: quartiles of its seconds, and of its ratio to `base` in the same repetition."""
+    return {
+        name: {
+            "seconds": quartiles(own),
+            "ratio": quartiles([a / b for a, b in zip(own, times[base])]),
+        }
+        for name, own in times.items()
+    }
+
+
+def saved_bytes(forward: Callable[[], torch.Tensor], parameters: Iterable[torch.Tensor]) -> int:
+    """Bytes that `forward` keeps for backward, each storage once, those of `parameters` not at all."""
+    weights = {p.untyped_storage().data_ptr() for p in parameters}
+    kept: dict[int, torch.Tensor] = {}  # holds the tensors, so that no address is used twice
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        address = tensor.untyped_storage().data_ptr()
+        if address not in weights:
+            kept[address] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = forward()
+    total = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    del result
+    return total
+
+
+def environment(device: torch.device, clock: str) -> dict:
+    """What the numbers depend on besides the code."""
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        "kind": device.type,
+        "clock": "events" if device.type == "cuda" else clock,
+        "threads": torch.get_num_threads(),
+        "cores": len(os.sched_getaffinity(0)),
+        "python": platform.python_version(),
+        **{name: metadata.version(name) for name in PACKAGES},
+    }
+
+
+def _cpu_name() -> str:
+    names = []
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo") as file:
+            names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def progress(cases: list, what: str) -> Iterable:
+    """`cases` with a bar on a terminal."""
+    return tqdm(cases, desc=what, disable=None, dynamic_ncols=True)
