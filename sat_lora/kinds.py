@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from sat_lora._sat import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding, mpu
-from sat_lora.functional import DeltaLayout, add_delta
+from sat_lora.functional import DeltaLayout, add_delta, dropout_mask
 from sat_lora.sharding import model_parallel_layout
 
 
@@ -60,9 +60,8 @@ class Kind:
             x = x.to(y.dtype)  # what autocast did to the layer's own x
         keep, scale = None, delta.scale
         if delta.dropout > 0:
-            keep = torch.empty(x.shape[:-1].numel(), x.shape[-1], dtype=torch.bool, device=x.device)
-            keep.bernoulli_(1 - delta.dropout)
-            scale = scale / (1 - delta.dropout)
+            keep, share = dropout_mask(x, delta.dropout)
+            scale = scale / share
         with torch.autocast(x.device.type, enabled=False):
             return add_delta(y, x, delta.a, delta.b, keep, scale, delta.layout)
 

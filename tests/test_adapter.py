@@ -8,6 +8,7 @@ from torch.func import functional_call
 
 from sat_lora import LoraConfig
 from sat_lora._sat import ColumnParallelLinear
+from sat_lora.functional import dropout_mask
 from tests.single_layer import LAYERS, LINEAR, LOOKUP, adapter_for, build_layer, inputs_for
 
 pytestmark = pytest.mark.usefixtures("single_process_group")
@@ -130,7 +131,7 @@ def test_any_shape_rank_dtype_and_slots_are_the_formula(
     (y * weights).sum().backward()
 
     torch.manual_seed(8)
-    keep = torch.empty(x.shape, dtype=torch.bool).bernoulli_(0.5).double() * 2 if dropout else 1.0
+    keep = dropout_mask(x, 0.5)[0].double() * 2 if dropout else 1.0
     a, b, wide = (t.detach().double().requires_grad_() for t in (adapter.A, adapter.B, x))
     parts, row = [], 0
     for start, stop in layer_blocks(layer):

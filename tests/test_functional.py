@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sat_lora.functional import DeltaLayout, add_delta, add_delta_reference
+from sat_lora.functional import DeltaLayout, add_delta, add_delta_reference, dropout_mask
 
 LAYOUTS = {
     "whole": DeltaLayout(((0, 6),), 6),
@@ -89,3 +89,30 @@ def test_x_is_saved_and_no_copy_of_it():
         add_delta(y, x, a, b, torch.ones(TOKENS, IN, dtype=torch.bool), 1.0, LAYOUTS["whole"])
     own = [t for t in saved if t.data_ptr() not in {x.data_ptr(), a.data_ptr(), b.data_ptr()}]
     assert sum(t.numel() * t.element_size() for t in own) == TOKENS * RANK * 8 + TOKENS * IN  # S and a one-byte mask
+
+
+@pytest.mark.parametrize("probability", [0.05, 0.5, 0.9])
+def test_the_mask_keeps_its_share_everywhere_and_repeats_with_the_seed(probability):
+    x = torch.empty(400, 1001)
+    torch.manual_seed(3)
+    keep, share = dropout_mask(x, probability)
+    torch.manual_seed(3)
+    assert torch.equal(keep, dropout_mask(x, probability)[0])
+    assert keep.shape == x.shape and keep.dtype == torch.uint8 and set(keep.unique().tolist()) == {0, 1}
+    assert share == pytest.approx(1 - probability, abs=2**-17)
+    for dim, size in ((0, 400), (1, 1001)):
+        deviation = (keep.double().mean(dim) - share).abs().max()
+        assert deviation < 6 * (share * (1 - share) / size) ** 0.5
+
+
+def test_the_mask_of_no_token_is_empty():
+    assert dropout_mask(torch.empty(0, 7), 0.5)[0].shape == (0, 7)
+
+
+def test_a_model_may_change_the_output_in_place():
+    tensors = operands(LAYOUTS["whole"])
+    y, x, a, b = (t.view(1, *t.shape) if n < 2 else t for n, t in enumerate(tensors))
+    out = add_delta(y, x, a, b, None, 1.0, LAYOUTS["whole"])
+    out += 1
+    out.sum().backward()
+    assert all(t.grad is not None for t in tensors)

@@ -143,7 +143,7 @@ def wrong_options(captchas, tmp_path):
         "an unknown version": ([*good, "--version", "v9"], "--version: invalid choice: 'v9'"),
         "a target that matches nothing": (
             [*good, "--target_modules", "qkv", "--exclude_modules", "a(b"],
-            "error: --target_modules: 'qkv' matches no linear; nearest: .*quer.*; "
+            "error: --target_modules: 'qkv' matches no layer; nearest: .*quer.*; "
             r"--exclude_modules: 'a\(b' is not a regular expression",
         ),
         "a length too short": ([*good, "--max_length", "20"], "--max_length: 20 is too short"),
