@@ -135,11 +135,14 @@ class LoraAdapter(nn.Module):
         pairs = [a.view(slots, self.rank, -1) for a in (self.A, self.origin_A)]
         return torch.cat(pairs, 1).flatten(0, 1), torch.cat([self.B, -self.origin_B], 1)
 
-    def forward(self, y: torch.Tensor, x: torch.Tensor, layer: nn.Module, strength: float = 1.0) -> torch.Tensor:
-        """y as `layer` gave it for x, with `strength` times the delta added."""
+    def forward(
+        self, y: torch.Tensor, x: torch.Tensor, layer: nn.Module, strength: float = 1.0, first: bool = False
+    ) -> torch.Tensor:
+        """y as `layer` gave it for x, with `strength` times the delta added. first: y is the layer's own, unseen."""
         scale = self.scale * strength
         a, b = self.factors()
-        y = self.kind.add(layer, y, x, Delta(a, b, scale, self.layout, self.dropout if self.training else 0.0))
+        dropout = self.dropout if self.training else 0.0
+        y = self.kind.add(layer, y, x, Delta(a, b, scale, self.layout, dropout, first))
         if self.magnitude_or_none is None:
             return y
         gain = dora.spread(dora.gain(self.magnitude, self._row_norms(layer, (a, b, scale))), self.layout)

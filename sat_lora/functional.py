@@ -38,7 +38,7 @@ class DeltaLayout:
             row += stop - start
 
     def gaps(self):
-        """Ranges of y's columns that get no delta."""
+        """Ranges of columns that get no delta."""
         edges = [0, *(edge for slot in self.slots for edge in slot), self.width]
         return [slice(a, b) for a, b in zip(edges[::2], edges[1::2]) if a < b]
 
@@ -51,27 +51,27 @@ def _sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class _AddDelta(torch.autograd.Function):
-    """S and dS are held transposed, (slots * r, tokens): a product that ends in r columns takes a CPU up to nine times as
-    long as its transpose, and a GPU the same."""
+    """S and dS are held transposed, (slots * r, tokens): a product that ends in r columns takes a CPU up to nine times
+    as long as its transpose.
+    """
 
     @staticmethod
-    def forward(ctx, y, x, a, b, keep, scale: float, layout: DeltaLayout):
+    def forward(ctx, y, x, weight, a, b, keep, scale: float, layout: DeltaLayout):
         rank, a_, b_ = b.shape[1], a.to(x.dtype), b.to(x.dtype)
         s_t = a_ @ (x if keep is None else x * keep).T
         if layout.kind == "row":
             s_t = _sum_over_ranks(s_t)
-        out = torch.empty_like(y)
+        out = y.clone() if weight is None else y.detach()
         for columns, rows, ranks in layout.pieces(rank):
-            torch.addmm(y[:, columns], s_t[ranks].T, b_[rows].T, alpha=scale, out=out[:, columns])
-        for columns in layout.gaps():
-            out[:, columns] = y[:, columns]
-        need_x, need_a, need_b = ctx.needs_input_grad[1:4]
+            out[:, columns].addmm_(s_t[ranks].T, b_[rows].T, alpha=scale)
+        need_x, _, need_a, need_b = ctx.needs_input_grad[1:5]
         ctx.save_for_backward(
             x if need_a else None,  # LoRA-FA freezes A: backward does without x
             s_t if need_b else None,
             a if need_x else None,
             b if need_x or need_a else None,
             keep if need_x or need_a else None,
+            weight if need_x else None,
         )
         ctx.scale, ctx.layout, ctx.shape_of_b, ctx.dtypes = scale, layout, b.shape, (a.dtype, b.dtype)
         return out
@@ -79,8 +79,8 @@ class _AddDelta(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
-        x, s_t, a, b, keep = ctx.saved_tensors
-        need_y, need_x, need_a, need_b = ctx.needs_input_grad[:4]
+        x, s_t, a, b, keep, weight = ctx.saved_tensors
+        need_y, need_x, _, need_a, need_b = ctx.needs_input_grad[:5]
         pieces = list(ctx.layout.pieces(ctx.shape_of_b[1]))
         dx = da = db = None
         if need_b:
@@ -92,25 +92,39 @@ class _AddDelta(torch.autograd.Function):
             for columns, rows, ranks in pieces:
                 torch.mm(b[rows].T, dy[:, columns].T, out=ds_t[ranks])
             ds_t.mul_(ctx.scale)
+            if need_x and weight is not None:
+                dx = _into(dy @ weight, ds_t, a, keep)
+                dx = _sum_over_ranks(dx) if ctx.layout.kind == "column" else dx
             if ctx.layout.kind == "column":
                 ds_t = _sum_over_ranks(ds_t)
+            if need_x and weight is None:
+                dx = ds_t.T @ a.to(dy.dtype)
+                dx = dx if keep is None else dx.mul_(keep)
             if need_a:
                 da = (ds_t @ (x if keep is None else x * keep)).to(ctx.dtypes[0])
-            if need_x:
-                dx = ds_t.T @ a.to(ds_t.dtype)
-                dx = dx if keep is None else dx.mul_(keep)
-        return dy if need_y else None, dx, da, db, None, None, None
+        return dy if need_y else None, dx, None, da, db, None, None, None
 
 
-def add_delta(y, x, a, b, keep, scale: float, layout: DeltaLayout) -> torch.Tensor:
-    """y with the low-rank delta of x added; y is not changed.
+def _into(dx: torch.Tensor, ds_t: torch.Tensor, a: torch.Tensor, keep: torch.Tensor | None) -> torch.Tensor:
+    """dx (tokens, in) with (dS A) * keep added in place."""
+    a = a.to(dx.dtype)
+    return dx.addmm_(ds_t.T, a) if keep is None else torch.addcmul(dx, ds_t.T @ a, keep, out=dx)
+
+
+def add_delta(y, x, a, b, keep, scale: float, layout: DeltaLayout, weight: torch.Tensor | None = None) -> torch.Tensor:
+    """y with the low-rank delta of x added.
+
+    Without a weight y is left as it is and passes its gradient on. With one, y = x W^T is taken over: the delta goes
+    into y in place, what y came from gets no gradient, and that of x, dy W + dS A, is made in one buffer, which saves
+    autograd a pass over two more.
 
     y (..., out) and x (..., in) in one dtype; A and B may have another and are cast, x never is.
     keep: None, or a (tokens, in) mask, 1 for the inputs that dropout left; its 1 / (1 - p) belongs into `scale`.
     """
     rows = y.reshape(-1, y.shape[-1])
     # Flattened out here, since what a Function returns as a view cannot be changed in place by the model.
-    return _AddDelta.apply(rows, x.reshape(-1, x.shape[-1]), a, b, keep, scale, layout).view(y.shape)
+    rows = rows if weight is None else rows.detach()
+    return _AddDelta.apply(rows, x.reshape(-1, x.shape[-1]), weight, a, b, keep, scale, layout).view(y.shape)
 
 
 def dropout_mask(x: torch.Tensor, probability: float) -> tuple[torch.Tensor, float]:

@@ -9,7 +9,7 @@ embedding    nn.Embedding             transposed: (dim, ids)    nothing
 vocab        VocabParallelEmbedding   transposed: (dim, ids)    in
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -29,6 +29,7 @@ class Delta:
     scale: float
     layout: DeltaLayout
     dropout: float = 0.0  # probability, 0 outside of training
+    first: bool = False  # whether the output is as the layer made it, no hook having seen it
 
 
 class Kind:
@@ -58,12 +59,19 @@ class Kind:
         """The layer's output y (..., out) for x (..., in), with the delta added."""
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(y.dtype)  # what autocast did to the layer's own x
+        weight = layer.weight if delta.first and self.can_take_over(layer, x) else None
         keep, scale = None, delta.scale
         if delta.dropout > 0:
             keep, share = dropout_mask(x, delta.dropout)
             scale = scale / share
         with torch.autocast(x.device.type, enabled=False):
-            return add_delta(y, x, delta.a, delta.b, keep, scale, delta.layout)
+            return add_delta(y, x, delta.a, delta.b, keep, scale, delta.layout, weight)
+
+    def can_take_over(self, layer: nn.Module, x: torch.Tensor) -> bool:
+        """Whether y is x W^T as it stands, W frozen and whole, so that one Function can have the gradient of both."""
+        if hasattr(layer.weight, "ds_id") or layer.weight.dtype != x.dtype:  # ZeRO-3 gathers W for its own graph alone
+            return False
+        return not any(parameter.requires_grad for parameter in layer.parameters(recurse=False))
 
 
 class Column(Kind):
@@ -76,6 +84,7 @@ class Column(Kind):
     def add(self, layer, y, x, delta):
         if layer.gather_output and model_parallel_layout()[1] > 1:
             own_columns = y.new_zeros(*y.shape[:-1], delta.layout.width)
+            delta = replace(delta, first=False)
             return y + mpu.gather_from_model_parallel_region(super().add(layer, own_columns, x, delta))
         return super().add(layer, y, x, delta)
 
@@ -84,7 +93,7 @@ class Row(Kind):
     name, layers, cut = "row", (RowParallelLinear,), "in"
 
     def add(self, layer, y, x, delta):
-        x = x if layer.input_is_parallel else mpu.scatter_to_model_parallel_region(x)
+        x = x if layer.input_is_parallel else mpu.scatter_to_model_parallel_region(x)  # its backward gathers
         return super().add(layer, y, x, delta)
 
 

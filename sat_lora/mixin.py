@@ -158,7 +158,8 @@ class _DeltaHook:
         mixin = self._mixin()
         if mixin is None or not mixin._open or not mixin.enabled or mixin.merged:
             return None
-        return mixin.adapters[self._key](output, args[0], layer, mixin.scale)
+        first = next(iter(layer._forward_hooks.values())) is self
+        return mixin.adapters[self._key](output, args[0], layer, mixin.scale, first)
 
     def __deepcopy__(self, memo):
         """A copied model's hook belongs to the copied mixin."""

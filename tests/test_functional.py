@@ -116,3 +116,32 @@ def test_a_model_may_change_the_output_in_place():
     out += 1
     out.sum().backward()
     assert all(t.grad is not None for t in tensors)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("dropout", [False, True])
+@pytest.mark.parametrize("tokens", [0, TOKENS])
+def test_a_product_taken_over_has_the_gradients_of_product_and_delta(layout, dropout, tokens):
+    """Against plain autograd over y = x W^T with the delta added; y's own graph gets nothing to do."""
+    torch.manual_seed(1)
+    weight, keep = torch.randn(6, IN, dtype=torch.float64), (torch.rand(tokens, IN) > 0.3) if dropout else None
+    results = []
+    for take_over in (True, False):
+        _, x, a, b = operands(layout, tokens=tokens)
+        y, seen = x @ weight.T, []
+        y.register_hook(seen.append)
+        if take_over:
+            out = add_delta(y, x, a, b, keep, 1.7, layout, weight)
+        else:
+            out = add_delta_reference(y, x, a, b, keep, 1.7, layout)
+        out.pow(2).sum().backward()
+        assert len(seen) == (0 if take_over else 1)
+        results.append([out, *(t.grad for t in (x, a, b))])
+    for fused, plain in zip(*results):
+        torch.testing.assert_close(fused, plain, rtol=1e-12, atol=1e-12)
+
+
+def test_gradcheck_of_a_product_taken_over():
+    layout, (_, x, a, b) = LAYOUTS["q and v"], operands(LAYOUTS["q and v"])
+    weight = torch.randn(6, IN, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda *t: add_delta(t[0] @ weight.T, *t, None, 1.7, layout, weight), (x, a, b))

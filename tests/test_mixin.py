@@ -136,23 +136,6 @@ def test_only_adapters_train():
     assert {id(p) for p in model.parameters() if p.requires_grad} == adapters
 
 
-def test_two_mixins_add_up():
-    model, batch = tiny_model(torch.float64).eval(), tiny_batch()
-    batch["images"] = batch["images"].double()
-    base = logits_of(model, batch)
-    targets = ["lm-head"]  # linear in its delta, so that effects add
-    effects = []
-    for name in ("one", "two"):
-        model.add_mixin(name, LoraMixin(model, r=2, target_modules=targets))
-        with torch.no_grad():
-            torch.nn.init.normal_(next(iter(model.get_mixin(name).adapters.values())).B)
-        effects.append(logits_of(model, batch))
-    assert sum(p.requires_grad for p in model.parameters()) == 4
-    model.get_mixin("one").enabled = False
-    only_two = logits_of(model, batch)
-    torch.testing.assert_close(effects[1] - base, (effects[0] - base) + (only_two - base))
-
-
 def test_a_deleted_mixin_is_freed_and_takes_its_hooks_along():
     model = tiny_model()
     before = sum(len(m._forward_hooks) for m in model.modules())
