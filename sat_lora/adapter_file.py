@@ -126,6 +126,8 @@ def load_adapter(model: nn.Module, folder: str | Path, *, name: str = "lora") ->
     problems = _problems(saved, model, sites, parameters)
     if present:
         problems += _differences(saved, present, {n for m in _mixins_called(model, name) for n in m.trained.tensors})
+        if any(mixin.merged or not mixin.enabled for mixin in _mixins_called(model, name)):
+            problems.append(f"the model's {name!r} is merged or disabled; unmerge() and enable() it first")
     if problems:
         shown = "\n  ".join(problems[:20]) + ("\n  ..." if len(problems) > 20 else "")
         raise AdapterError(f"{folder} does not fit, {len(problems)} problems:\n  {shown}")

@@ -37,13 +37,12 @@ class LoraMixin(BaseMixin):
         """`fields` are those of LoraConfig, if no `config` is given; `planned`, if given, is taken as selected."""
         super().__init__()
         self.config = config if config is not None else LoraConfig(**fields)
-        self.enabled = True
         self.scale = 1.0
         """Multiplies every delta, at run time."""
         self.adapters = nn.ModuleDict()
         self.targets: dict[str, Target] = {}
         self.trained = TrainedBase({})
-        self._open, self._merged, self._wraps_layers = False, None, False
+        self._enabled, self._open, self._merged, self._wraps_layers = True, False, None, False
         if model is not None:
             self._attach(
                 model, plan(find_sites(model), find_parameters(model), self.config) if planned is None else planned
@@ -67,7 +66,11 @@ class LoraMixin(BaseMixin):
         self.train(model.training)
 
     def reinit(self, parent_model=None) -> None:
-        """Back to the initial values. SAT calls it for a mixin that a checkpoint does not hold; twice does no harm."""
+        """Back to the initial values, over the weights as they are, which count as the base from now on.
+
+        SAT calls it for a mixin that a checkpoint does not hold; twice does no harm.
+        """
+        self._merged = None
         for name, target in self.targets.items():
             self.adapter_for(name).reset_parameters(target.site.module)
         self.trained.remember()
@@ -83,19 +86,26 @@ class LoraMixin(BaseMixin):
 
     # Verbs
 
+    @property
+    def enabled(self) -> bool:
+        """Whether deltas are added and base parameters have their trained values; may be set."""
+        return self._enabled
+
+    @enabled.setter
+    def enabled(self, value: bool) -> None:
+        if self.merged and not value:
+            raise ConfigError("the deltas are merged into the weights; unmerge() before disable()")
+        if value != self._enabled:
+            self.trained.swap()
+            self._enabled = value
+
     def enable(self) -> None:
         """Add the deltas again, and bring back the trained values of base parameters."""
-        if not self.enabled:
-            self.enabled = True
-            self.trained.swap()
+        self.enabled = True
 
     def disable(self) -> AbstractContextManager:
         """The base as it was, until `enable` or the end of `with mixin.disable():`. ConfigError while merged."""
-        if self.merged:
-            raise ConfigError("the deltas are merged into the weights; unmerge() before disable()")
-        if self.enabled:
-            self.enabled = False
-            self.trained.swap()
+        self.enabled = False
         return _enabled_afterwards(self)
 
     @property
@@ -107,8 +117,10 @@ class LoraMixin(BaseMixin):
 
         Computed in float32 and rounded once to the weight's dtype, in the layer as it is, cut or not. keep_original:
         the replaced weights wait on the CPU for a bit-exact `unmerge`. MergeError: a merged weight would not be finite,
-        or is used elsewhere too; nothing is changed then.
+        or is used elsewhere too; nothing is changed then. ConfigError while disabled.
         """
+        if not self.enabled:
+            raise ConfigError("the mixin is disabled; enable() before merge()")
         if not self.merged:
             self._merged = MergedWeights(self, self._model(), keep_original=keep_original)
 

@@ -189,3 +189,29 @@ def test_the_config_is_readable_by_name(tmp_path):
         "slots": ["q", "k", "v"],
         "rows": [[0, 64], [64, 128], [128, 192]],
     }
+
+
+@pytest.mark.parametrize("verb", ["merge", "disable"])
+def test_a_merged_or_disabled_adapter_takes_no_file(tmp_path, verb):
+    model = trained_model()
+    save_adapter(model, tmp_path / "adapter")
+    getattr(model.get_mixin("lora"), verb)()
+    with pytest.raises(AdapterError, match="'lora' is merged or disabled; unmerge"):
+        load_adapter(model, tmp_path / "adapter")
+
+
+def test_a_pissa_adapter_goes_on_from_its_file_with_what_it_subtracts(tmp_path):
+    """Into the mixins that it came from, not as the plain pair of twice the rank that others see."""
+    model, batch = trained_model(init_lora_weights="pissa"), tiny_batch()
+    logits = logits_of(model, batch)
+    save_adapter(model, tmp_path / "adapter")
+    assert read_adapter(tmp_path / "adapter").config.r == 8
+    again = trained_model(init_lora_weights="pissa")
+    for adapter in adapters_of(again).values():
+        torch.nn.init.zeros_(adapter.origin_A)
+        torch.nn.init.zeros_(adapter.B)
+    load_adapter(again, tmp_path / "adapter")
+    assert torch.equal(logits_of(again, batch), logits)
+    plain = tiny_model().eval()
+    load_adapter(plain, tmp_path / "adapter")
+    torch.testing.assert_close(logits_of(plain, batch), logits, rtol=1e-4, atol=1e-4)

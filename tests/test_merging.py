@@ -149,6 +149,25 @@ def test_a_merged_mixin_cannot_be_disabled_before_it_is_unmerged():
         mixin.disable()
 
 
+def test_a_disabled_mixin_cannot_be_merged_before_it_is_enabled():
+    _, (mixin, _), _, _ = adapted()
+    mixin.enabled = False
+    with pytest.raises(ConfigError, match=r"enable\(\) before merge\(\)"):
+        mixin.merge()
+
+
+def test_after_reinit_the_weights_as_they_are_count_as_the_base():
+    """SAT calls reinit after it has loaded a checkpoint, over merged weights too."""
+    model, mixins, batch, base = adapted()
+    for mixin in mixins:
+        mixin.merge()
+    model.load_state_dict(base_state(tiny_model()), strict=False)
+    for mixin in mixins:
+        mixin.reinit(model)
+        assert not mixin.merged
+    assert torch.equal(logits_of(model, batch), base)
+
+
 @pytest.mark.parametrize("use_dora", [False, True])
 def test_the_scale_multiplies_the_delta_at_run_time_and_in_the_merged_weight(use_dora):
     model, mixins, batch, base = adapted(torch.float64, use_dora=use_dora)
