@@ -16,6 +16,7 @@ _HOMES = {
     "LoraConfig": "config",
     "load_adapter": "adapter_file",
     "save_adapter": "adapter_file",
+    "combine_adapters": "combine",
     "describe": "summary",
     "describe_text": "summary",
     "SatLoraError": "errors",
