@@ -27,7 +27,7 @@ def python(code, **environment):
 
 def test_importing_prints_nothing_and_starts_nothing():
     assert python(
-        "import sat_lora, sat_lora.cogvlm, sat_lora.merge, sat_lora.cli\n"
+        "import sat_lora, sat_lora.cogvlm, sat_lora.merge_checkpoint, sat_lora.cli\n"
         "from sat_lora import *\n"
         "import torch\n"
         "assert not torch.cuda.is_initialized()\n"
@@ -53,7 +53,7 @@ def test_every_public_name_is_there():
         assert issubclass(getattr(sat_lora, name), sat_lora.SatLoraError)
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["merge", "--help"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["merge", "--help"], ["combine", "--help"]])
 def test_the_command_explains_itself(arguments, capsys):
     from sat_lora.cli import main
 
