@@ -17,6 +17,7 @@ _HOMES = {
     "load_adapter": "adapter_file",
     "save_adapter": "adapter_file",
     "parameter_groups": "optimizer_groups",
+    "combine_adapters": "combine",
     "describe": "summary",
     "describe_text": "summary",
     "SatLoraError": "errors",
