@@ -24,10 +24,10 @@ Different:
 - `reinit` twice sets the adapters back to their initial values; SAT fails there.
 - More than one model-parallel rank works. SAT adds to `dense` what each rank computed from its own part of A, without
   the sum over ranks.
-- Merged layers stay what they are, parallel ones too; SAT puts nn.Linear in their place.
+- `merge_lora` writes into the layers that are there, which stay parallel ones; SAT puts nn.Linear in their place.
 - `model.del_mixin("lora")` gives the base back.
-- Loading a plain checkpoint with mode="inference" into an adapted model names the adapters as missing, which SAT
-  refuses; load first and add afterwards.
+- SAT's `load_checkpoint` with mode="inference" refuses a plain checkpoint for an adapted model, since the adapters'
+  names are missing in it; load first and add afterwards. With mode="finetune" either order works.
 - qlora=True is refused. (SAT 0.4.12 fails there as well, at a dtype that it has not set.)
 """
 

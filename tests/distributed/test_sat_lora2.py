@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from sat_lora.adapter_file import whole_tensors
+from sat_lora.mixin import sat_models
 from sat_lora.training.distributed import arrange, join
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_sat_models import relative_error, sums_of_sat
-from tests.interop.sat_oracle import fill_ours, halves_of, our_adapters, with_ours, with_sats
+from tests.interop.sat_oracle import fill_ours, our_adapters, with_ours, with_sats
 from tests.sat_subjects import SUBJECTS, loss_of
 
 NAMES = ["plain", "chatglm2", "encoder-decoder"]
@@ -28,8 +29,8 @@ def what_ours_computes(name, model_parallel):
     loss_of(output).backward()
     gradients = whole_gradients(model)
     fill_ours(model)
-    for half in halves_of(model):
-        half.get_mixin("lora").merge_lora()
+    for inner in sat_models(model).values():
+        inner.get_mixin("lora").merge_lora()
     return output.detach().numpy(), subject.run(model).detach().numpy(), gradients
 
 

@@ -1,20 +1,29 @@
 """SAT's own lora2, to compare with: the same values in its factors and in ours."""
 
+import pytest
 import torch
-from sat.model.base_model import BaseModel
 from sat.model.finetune.lora2 import LoraLinear
 from sat.model.finetune.lora2 import LoraMixin as SatMixin
 
+from sat_lora.cogvlm.model import build_cogvlm
 from sat_lora.interop.sat_lora2 import LoraMixin
+from sat_lora.mixin import sat_models
 from sat_lora.sharding import Sharding, model_parallel_layout
-from tests.tiny import seeded_noise
+from tests.sat_subjects import SUBJECTS, Subject
+from tests.tiny import CONFIG, logits_of, seeded_noise, tiny_batch
 
-LAYERS = 2
+LAYERS = 2  # of every SAT model here
 
 
-def halves_of(model) -> list[BaseModel]:
-    """The SAT models that a LoRA mixin goes on: the model, or encoder and decoder."""
-    return [model] if isinstance(model, BaseModel) else [model.encoder, model.decoder]
+def run_cogvlm(model):
+    batch = tiny_batch()
+    return logits_of(model, {**batch, "images": batch["images"].to(model.transformer.final_layernorm.weight.dtype)})
+
+
+COGVLM = Subject(lambda **more: build_cogvlm(CONFIG, **more), run_cogvlm, {}, 0, tolerance=1e-6)
+MODELS = {**SUBJECTS, "cogvlm": COGVLM}
+PLAIN = SUBJECTS["plain"]
+some_models = pytest.mark.parametrize("name", ["plain", "chatglm2", "encoder-decoder", "bottleneck", "cogvlm"])
 
 
 def with_ours(subject, *args, **settings):
@@ -32,8 +41,8 @@ def with_sats(subject, *args, **settings):
 
 def _with(mixin_class, subject, *args, **settings):
     model = subject.build(model_parallel_size=model_parallel_layout()[1])
-    for half in halves_of(model):
-        half.add_mixin("lora", mixin_class(LAYERS, *args, **settings), reinit=True)
+    for inner in sat_models(model).values():
+        inner.add_mixin("lora", mixin_class(LAYERS, *args, **settings), reinit=True)
     return model
 
 
@@ -63,11 +72,10 @@ def sats_layers(model) -> dict[str, LoraLinear]:
 
 def our_adapters(model) -> dict:
     """Every adapter by the name of its layer from the outermost model."""
-    prefixes = [""] if isinstance(model, BaseModel) else ["encoder.", "decoder."]
     return {
-        prefix + name: half.get_mixin("lora").adapter_for(name)
-        for prefix, half in zip(prefixes, halves_of(model))
-        for name in half.get_mixin("lora").targets
+        f"{path}.{name}".lstrip("."): inner.get_mixin("lora").adapter_for(name)
+        for path, inner in sat_models(model).items()
+        for name in inner.get_mixin("lora").targets
     }
 
 
@@ -97,3 +105,22 @@ def our_gradients(model) -> dict[str, torch.Tensor]:
         f"{name}.{leaf}": getattr(adapter, leaf).grad for name, adapter in our_adapters(model).items() for leaf in "AB"
     }
     return factors | {n: p.grad for n, p in model.named_parameters() if ".adapters." not in n}
+
+
+def assert_close(got, expected, tolerance, name=""):
+    """The largest difference, relative to the largest value."""
+    assert (got - expected).abs().max() <= tolerance * expected.abs().max(), name
+
+
+def both(subject, *args, **changes):
+    """(SAT's, ours) with the same values."""
+    theirs, ours = with_sats(subject, *args, **changes), with_ours(subject, *args, **changes)
+    copy_factors(theirs, ours)
+    return theirs, ours
+
+
+def filled(subject, *args, **changes):
+    """Ours, with an effect."""
+    model = with_ours(subject, *args, **changes)
+    fill_ours(model)
+    return model

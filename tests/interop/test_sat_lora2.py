@@ -1,57 +1,40 @@
 """The drop-in for SAT's lora2 against SAT's own, on one rank."""
 
-import copy
-from argparse import Namespace
+from dataclasses import replace
+from functools import partial
 
 import numpy
 import pytest
 import torch
+from sat.model.base_model import BaseMixin
 from sat.model.finetune.lora2 import LoraMixin as SatMixin
-from sat.training.model_io import load_checkpoint, save_checkpoint
 
-from sat_lora import ConfigError, describe, freeze_base, load_adapter, save_adapter
+from sat_lora import ConfigError, describe, freeze_base
 from sat_lora.interop.sat_lora2 import LoraMixin
 from tests.interop.sat_oracle import (
+    MODELS,
+    PLAIN,
+    assert_close,
+    both,
     copy_factors,
-    halves_of,
+    fill_ours,
+    filled,
     our_adapters,
     our_gradients,
     sats_gradients,
     sats_layers,
+    some_models,
     with_ours,
     with_sats,
 )
-from tests.sat_models import settings
-from tests.sat_subjects import SUBJECTS, loss_of, remove
+from tests.sat_subjects import loss_of, remove
 
 pytestmark = pytest.mark.usefixtures("single_process_group")
-PLAIN = SUBJECTS["plain"]
-every_model = pytest.mark.parametrize("subject", SUBJECTS.values(), ids=SUBJECTS)
-some_models = pytest.mark.parametrize("name", ["plain", "chatglm2", "encoder-decoder", "bottleneck"])
-
-
-def assert_close(got, expected, tolerance, name=""):
-    """The largest difference, relative to the largest value."""
-    assert (got - expected).abs().max() <= tolerance * expected.abs().max(), name
-
-
-def both(subject, *args, **changes):
-    """(SAT's, ours) with the same values."""
-    theirs, ours = with_sats(subject, *args, **changes), with_ours(subject, *args, **changes)
-    copy_factors(theirs, ours)
-    return theirs, ours
-
-
-def filled(subject, *args, **changes):
-    """Ours, with an effect."""
-    return both(subject, *args, **changes)[1]
+every_model = pytest.mark.parametrize("subject", MODELS.values(), ids=MODELS)
 
 
 def base_names(model):
     return [name for name in model.state_dict() if "mixins.lora." not in name]
-
-
-# Against SAT's own
 
 
 @every_model
@@ -89,7 +72,7 @@ def test_the_output_is_that_of_sat_in_float32():
 )
 @pytest.mark.parametrize("name", ["plain", "encoder-decoder"])
 def test_the_same_layers_are_adapted(name, changes):
-    subject = SUBJECTS[name]
+    subject = MODELS[name]
     theirs, ours = both(subject, 4, **changes)
     assert set(our_adapters(ours)) == set(sats_layers(theirs))
     assert_close(subject.run(ours.eval()), subject.run(theirs.eval()), subject.tolerance)
@@ -133,12 +116,43 @@ def test_initial_values_have_the_distribution_of_sat():
         assert not ours[name].B.any() and not any(b.any() for b in layer.matrix_B)
 
 
+@pytest.mark.parametrize("name", ["encoder-decoder", "cogvlm"])
+def test_activation_checkpointing_leaves_every_gradient_equal(name):
+    subject, gradients = MODELS[name], []
+    for changes in (dict(), dict(checkpoint_activations=True)):
+        model = with_ours(replace(subject, make=partial(subject.make, **changes)), 4, 6, 0.3)
+        fill_ours(model)
+        torch.manual_seed(5)
+        loss_of(subject.run(model.train())).backward()
+        gradients.append(our_gradients(model))
+    for name, gradient in gradients[0].items():
+        if gradient is not None:
+            assert_close(gradients[1][name], gradient, 1e-12, name)
+
+
+class DenseAlone(BaseMixin):
+    """A `layer_forward` hook that calls an adapted layer itself, outside of any other hook."""
+
+    def layer_forward(self, hidden_states, mask, *args, **kw_args):
+        return hidden_states + self.transformer.layers[kw_args["layer_id"]].attention.dense(hidden_states)
+
+
+def test_layers_that_a_layer_hook_calls_by_itself_are_adapted():
+    def make(**changes):
+        model = PLAIN.make(**changes)
+        model.add_mixin("alone", DenseAlone())
+        return model
+
+    theirs, ours = (model.eval() for model in both(replace(PLAIN, make=make), 4, 6))
+    assert_close(PLAIN.run(ours), PLAIN.run(theirs), 1e-9)
+
+
 # On the model
 
 
 @some_models
 def test_a_fresh_mixin_changes_nothing_and_renames_nothing(name):
-    subject = SUBJECTS[name]
+    subject = MODELS[name]
     base = subject.build().eval()
     ours = with_ours(subject, 4).eval()
     assert torch.equal(subject.run(ours), subject.run(base))
@@ -147,7 +161,7 @@ def test_a_fresh_mixin_changes_nothing_and_renames_nothing(name):
 
 @some_models
 def test_deleting_the_mixin_restores_the_base(name):
-    subject = SUBJECTS[name]
+    subject = MODELS[name]
     base, ours = subject.build().eval(), filled(subject, 4).eval()
     assert not torch.equal(subject.run(ours), subject.run(base))
     remove(ours)
@@ -196,135 +210,6 @@ def test_scripts_that_choose_by_name_find_the_adapters(words):
     freeze_base(model)
     assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == by_name
     assert describe(model)[-1]["trainable"] == sum(p.numel() for p in model.parameters() if p.requires_grad)
-
-
-# Checkpoints in SAT's layout
-
-
-def written_by_sat(model, folder):
-    save_checkpoint(1, model, None, None, settings(mode="inference", save=str(folder)))
-    return folder
-
-
-def read_by_sat(model, folder, mode="finetune"):
-    load_checkpoint(model, Namespace(mode=mode, force_train=False, load=str(folder)))
-    return model
-
-
-@torch.no_grad()
-def with_other_weights(model):
-    for parameter in model.parameters():
-        parameter.mul_(0.5)
-    return model
-
-
-@pytest.mark.parametrize("order", ["added before loading", "added after loading"])
-@pytest.mark.parametrize("name", ["plain", "chatglm2", "encoder-decoder"])
-def test_a_checkpoint_of_the_plain_model_loads(name, order, tmp_path):
-    subject = SUBJECTS[name]
-    base = subject.build().eval()
-    written_by_sat(base, tmp_path)
-    model = with_other_weights(subject.build().eval())
-    assert not torch.equal(subject.run(model), subject.run(base))
-    steps = [
-        lambda: [half.add_mixin("lora", LoraMixin(2, 4, 6), reinit=True) for half in halves_of(model)],
-        lambda: read_by_sat(model, tmp_path),
-    ]
-    for step in steps if order == "added before loading" else reversed(steps):
-        step()
-    reference = with_ours(subject, 4, 6).eval()
-    assert torch.equal(subject.run(model), subject.run(base))
-    theirs = with_sats(subject, 4, 6)
-    for one in (model, reference):
-        copy_factors(theirs, one)
-    assert torch.equal(subject.run(model), subject.run(reference))
-
-
-def test_loading_sets_trained_adapters_back_where_the_checkpoint_has_none(tmp_path):
-    model = filled(PLAIN, 4)
-    read_by_sat(model, written_by_sat(PLAIN.build(), tmp_path))
-    assert not any(adapter.B.any() for adapter in our_adapters(model).values())
-
-
-def test_a_checkpoint_with_adapters_brings_them_back(tmp_path):
-    model = filled(PLAIN, 4).eval()
-    written_by_sat(model, tmp_path)
-    again = read_by_sat(with_ours(PLAIN, 4).eval(), tmp_path, mode="inference")
-    assert torch.equal(PLAIN.run(again), PLAIN.run(model))
-
-
-def test_an_adapter_file_is_that_of_any_lora_mixin(tmp_path):
-    model, other = filled(PLAIN, 24, 6, layer_range=[1]).eval(), PLAIN.build().eval()
-    save_adapter(model, tmp_path / "adapter")
-    load_adapter(other, tmp_path / "adapter")
-    assert torch.equal(PLAIN.run(other), PLAIN.run(model))
-
-
-# merge_lora
-
-
-@some_models
-def test_merged_weights_compute_what_the_adapters_did_in_the_layers_that_were_there(name):
-    subject = SUBJECTS[name]
-    model = filled(subject, 4, 6).eval()
-    adapted, layers = subject.run(model), {name: id(module) for name, module in subject_modules(model)}
-    for half in halves_of(model):
-        half.get_mixin("lora").merge_lora()
-    assert_close(subject.run(model), adapted, subject.tolerance)
-    assert {name: id(module) for name, module in subject_modules(model)} == layers
-    assert list(model.state_dict()) == list(subject.build().state_dict())
-    remove(model)
-    assert_close(subject.run(model), adapted, subject.tolerance)
-
-
-def subject_modules(model):
-    return [(name, module) for name, module in model.named_modules() if "mixins.lora" not in name]
-
-
-def test_merged_weights_are_those_of_sat():
-    theirs, ours = both(PLAIN, 4, 6)
-    names = list(our_adapters(ours))
-    for model in (theirs, ours):
-        # SAT adds to a float64 weight what it has computed in float32.
-        model.get_mixin("lora").merge_lora()
-    for name in names:
-        assert_close(ours.get_submodule(name).weight, theirs.get_submodule(name).weight, 1e-7, name)
-
-
-def test_a_merged_model_is_saved_as_a_plain_one(tmp_path):
-    model = filled(PLAIN, 4).eval()
-    adapted = PLAIN.run(model)
-    model.get_mixin("lora").merge_lora()
-    plain = read_by_sat(PLAIN.build().eval(), written_by_sat(model, tmp_path), mode="inference")
-    assert_close(PLAIN.run(plain), adapted, 1e-9)
-
-
-def test_reinit_after_merging_starts_over_on_the_merged_weights():
-    model = filled(PLAIN, 4).eval()
-    model.get_mixin("lora").merge_lora()
-    merged = PLAIN.run(model)
-    model.reinit()
-    assert torch.equal(PLAIN.run(model), merged)
-    copy_factors(with_sats(PLAIN, 4), model)
-    assert not torch.allclose(PLAIN.run(model), merged, atol=1e-3)
-
-
-def test_unmerging_brings_base_and_adapters_back():
-    model, base = filled(PLAIN, 4).eval(), PLAIN.build().eval()
-    adapted, mixin = PLAIN.run(model), model.get_mixin("lora")
-    mixin.merge_lora()
-    mixin.unmerge()
-    assert_close(PLAIN.run(model), adapted, 1e-9)
-    with mixin.disable():
-        assert_close(PLAIN.run(model), PLAIN.run(base), 1e-9)
-
-
-def test_a_copy_of_the_model_has_adapters_of_its_own():
-    model = filled(PLAIN, 4).eval()
-    twin, adapted = copy.deepcopy(model), PLAIN.run(model)
-    twin.get_mixin("lora").merge_lora()
-    assert torch.equal(PLAIN.run(model), adapted)
-    assert_close(PLAIN.run(twin), adapted, 1e-9)
 
 
 # Mistakes
