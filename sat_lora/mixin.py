@@ -30,6 +30,7 @@ class LoraMixin(BaseMixin):
     """
 
     holds_adapters = True  # asked by `targets.own_modules`: nothing in here is a part of the base
+    adapter_class = LoraAdapter
 
     def __init__(
         self, model: BaseModel | None, config: LoraConfig | None = None, *, planned: Plan | None = None, **fields
@@ -55,7 +56,7 @@ class LoraMixin(BaseMixin):
             layer = target.site.module
             weight, key = layer.weight, adapter_key(name)
             dtype = getattr(torch, self.config.adapter_dtype) if self.config.adapter_dtype else weight.dtype
-            self.adapters[key] = LoraAdapter(target, self.config, dtype, weight.device)
+            self.adapters[key] = self.adapter_class(target, self.config, dtype, weight.device)
             handle = layer.register_forward_hook(_DeltaHook(weakref.ref(self), key))
             weakref.finalize(self, handle.remove)
         self._wraps_layers = "layer_forward" in model.hooks

@@ -1,0 +1,1 @@
+"""What takes the place of other LoRA implementations for SAT models."""
