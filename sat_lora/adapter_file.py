@@ -19,18 +19,17 @@ from sat_lora.adapter_format import (
     write_adapter,
 )
 from sat_lora.errors import AdapterError
-from sat_lora.mixin import LoraMixin, find_all_parameters, find_all_sites, lora_mixins, place_mixins
-from sat_lora.sharding import gathered, model_parallel_layout, over_model_parallel, sharding_of
+from sat_lora.mixin import (
+    LoraMixin,
+    adapters_of,
+    find_all_parameters,
+    find_all_sites,
+    mixins_called,
+    place_mixins,
+    whole_name,
+)
+from sat_lora.sharding import Sharding, gathered, model_parallel_layout, over_model_parallel, sharding_of
 from sat_lora.targets import BaseParameter, Plan, Site, Target
-
-
-def adapters_of(model: nn.Module, name: str = "lora") -> dict[str, LoraAdapter]:
-    """The adapters of every LoraMixin called `name` in the model, by the name of their layer."""
-    return {site: mixin.adapter_for(site) for mixin in _mixins_called(model, name) for site in mixin.targets}
-
-
-def _mixins_called(model: nn.Module, name: str) -> list[LoraMixin]:
-    return [mixin for path, mixin in lora_mixins(model).items() if path.rpartition(".")[2] == name]
 
 
 def base_fingerprint(model: nn.Module) -> str:
@@ -59,8 +58,8 @@ def _whole_shape(module: nn.Module, leaf: str, tensor: torch.Tensor, size: int) 
     return sharding_of(module, leaf).full_shape(getattr(tensor, "ds_shape", tensor.shape), size)
 
 
-def whole_tensors(adapter: LoraAdapter) -> dict[str, torch.Tensor]:
-    """The tensors of one adapter for the file, on the CPU. Every rank has to call it."""
+def whole_tensors(name: str, adapter: LoraAdapter) -> dict[str, torch.Tensor]:
+    """The tensors of one adapter for the file, its layer called `name`, on the CPU. Every rank has to call it."""
     with gathered(adapter.parameters()):
         local = dict(zip("AB", (factor.detach() for factor in adapter.factors())))
         if adapter.magnitude_or_none is not None:
@@ -71,13 +70,22 @@ def whole_tensors(adapter: LoraAdapter) -> dict[str, torch.Tensor]:
             for leaf, tensor in local.items()
         }
     if any(tensor.numel() == 0 for tensor in stacked.values()):
-        raise AdapterError(f"{adapter.name}: gathered to an empty tensor; nothing was saved")
-    return cut_slots(adapter.name, adapter.slots, [stop - start for start, stop in adapter.target.rows], stacked)
+        raise AdapterError(f"{name}: gathered to an empty tensor; nothing was saved")
+    return cut_slots(name, adapter.slots, [stop - start for start, stop in adapter.target.rows], stacked)
+
+
+def trained_of(model: nn.Module, name: str = "lora") -> dict[str, tuple[nn.Parameter, Sharding]]:
+    """The base parameters that LoraMixins called `name` train whole, with their cuts, by name."""
+    return {
+        whole_name(owner, key): (parameter, mixin.trained.shardings[key])
+        for owner, mixin in mixins_called(model, name).items()
+        for key, parameter in mixin.trained.tensors.items()
+    }
 
 
 def save_adapter(model: nn.Module, folder: str | Path, *, name: str = "lora") -> None:
     """Write the adapter called `name`. Every rank has to call it; rank 0 writes, and all return when it is there."""
-    mixins = _mixins_called(model, name)
+    mixins = list(mixins_called(model, name).values())
     if not mixins:
         raise AdapterError(f"{folder}: not saved, the model has no LoRA mixin called {name!r}")
     if any(mixin.config != mixins[0].config for mixin in mixins):
@@ -89,14 +97,13 @@ def save_adapter(model: nn.Module, folder: str | Path, *, name: str = "lora") ->
         raise AdapterError(f"{folder}: not saved, {name!r} is disabled and its base parameters are the originals")
     tensors, layers = {}, {}
     for site, adapter in adapters_of(model, name).items():
-        tensors |= whole_tensors(adapter)
+        tensors |= whole_tensors(site, adapter)
         rank = adapter.factors_rank
         layers[site] = LayerEntry(adapter.kind.name, rank, adapter.scale, adapter.slots, tuple(adapter.target.rows))
     trained = {}
-    for mixin in mixins:
-        for key, parameter in mixin.trained.tensors.items():
-            with gathered([parameter]):
-                trained[key] = over_model_parallel(parameter.detach(), mixin.trained.shardings[key]).cpu().clone()
+    for key, (parameter, sharding) in trained_of(model, name).items():
+        with gathered([parameter]):
+            trained[key] = over_model_parallel(parameter.detach(), sharding).cpu().clone()
     saved = SavedAdapter(
         plain_config(mixins[0].config), base_fingerprint(model), layers, tuple(trained), {**tensors, **trained}
     )
@@ -125,8 +132,8 @@ def load_adapter(model: nn.Module, folder: str | Path, *, name: str = "lora") ->
     present = adapters_of(model, name)
     problems = _problems(saved, model, sites, parameters)
     if present:
-        problems += _differences(saved, present, {n for m in _mixins_called(model, name) for n in m.trained.tensors})
-        if any(mixin.merged or not mixin.enabled for mixin in _mixins_called(model, name)):
+        problems += _differences(saved, present, set(trained_of(model, name)))
+        if any(mixin.merged or not mixin.enabled for mixin in mixins_called(model, name).values()):
             problems.append(f"the model's {name!r} is merged or disabled; unmerge() and enable() it first")
     if problems:
         shown = "\n  ".join(problems[:20]) + ("\n  ..." if len(problems) > 20 else "")
@@ -139,10 +146,9 @@ def load_adapter(model: nn.Module, folder: str | Path, *, name: str = "lora") ->
         for site, adapter in adapters_of(model, name).items():
             with gathered(adapter.parameters(), write=True):
                 adapter.take(dict(zip(("A", "B", "magnitude"), saved.of_layer(site).values())))
-        for mixin in _mixins_called(model, name):
-            for key, parameter in mixin.trained.tensors.items():
-                with gathered([parameter], write=True):
-                    parameter.copy_(mixin.trained.shardings[key].shard(saved.tensors[key], *layout))
+        for key, (parameter, sharding) in trained_of(model, name).items():
+            with gathered([parameter], write=True):
+                parameter.copy_(sharding.shard(saved.tensors[key], *layout))
 
 
 def _problems(

@@ -50,7 +50,7 @@ class LoraMixin(BaseMixin):
             )
 
     def _attach(self, model: BaseModel, planned: Plan) -> None:
-        self._model = weakref.ref(model)
+        self._model = _ModelReference(model)
         self.targets = planned.targets
         for name, target in planned.targets.items():
             layer = target.site.module
@@ -161,6 +161,19 @@ def _enabled_afterwards(mixin: LoraMixin):
         mixin.enable()
 
 
+class _ModelReference:
+    """A weak reference that, in a copied model, refers to the copy."""
+
+    def __init__(self, model: BaseModel):
+        self._reference = weakref.ref(model)
+
+    def __call__(self) -> BaseModel:
+        return self._reference()
+
+    def __deepcopy__(self, memo):
+        return _ModelReference(memo.get(id(self()), self()))
+
+
 class _DeltaHook:
     """A forward hook that holds its mixin weakly, so that a deleted mixin is freed."""
 
@@ -203,6 +216,29 @@ def find_all_parameters(model: nn.Module) -> dict[str, BaseParameter]:
 def lora_mixins(model: nn.Module) -> dict[str, LoraMixin]:
     """Every LoraMixin in the model, by module name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, LoraMixin)}
+
+
+def whole_name(owner: str, name: str) -> str:
+    """The name from the outermost model of what a mixin, on the SAT model called `owner`, calls `name`.
+
+    `add_lora` gives whole names; a mixin made by hand for an inner SAT model knows only that one.
+    """
+    return name if not owner or name.startswith(f"{owner}.") else f"{owner}.{name}"
+
+
+def mixins_called(model: nn.Module, name: str = "lora") -> dict[str, LoraMixin]:
+    """The LoraMixins of that name, by the name of the SAT model that each is on ("" for the outermost)."""
+    named = ((path.rpartition("mixins."), mixin) for path, mixin in lora_mixins(model).items())
+    return {owner.rstrip("."): mixin for (owner, _, own_name), mixin in named if own_name == name}
+
+
+def adapters_of(model: nn.Module, name: str = "lora") -> dict[str, LoraAdapter]:
+    """The adapters of every LoraMixin called `name`, by the name of their layer from the outermost model."""
+    return {
+        whole_name(owner, site): mixin.adapter_for(site)
+        for owner, mixin in mixins_called(model, name).items()
+        for site in mixin.targets
+    }
 
 
 def add_lora(model: nn.Module, config: LoraConfig | None = None, *, name: str = "lora", **fields) -> list[LoraMixin]:

@@ -2,7 +2,8 @@
 
 from torch import nn
 
-from sat_lora.mixin import find_all_sites, lora_mixins
+from sat_lora.adapter import LoraAdapter
+from sat_lora.mixin import adapters_of, find_all_sites, lora_mixins
 from sat_lora.sharding import model_parallel_layout
 
 WHOLE = "trained whole"
@@ -14,7 +15,10 @@ def describe(model: nn.Module) -> list[dict]:
     Keys: part, layers, adapted, ranks, trainable (parameters, of the whole model), base (parameters of the layers).
     """
     _, size = model_parallel_layout()
-    adapters = {site: m.adapter_for(site) for m in lora_mixins(model).values() for site in m.targets}
+    names = {path.rpartition(".")[2] for path in lora_mixins(model)}
+    adapters: dict[str, list[LoraAdapter]] = {}
+    for site, adapter in (pair for name in sorted(names) for pair in adapters_of(model, name).items()):
+        adapters.setdefault(site, []).append(adapter)
     rows: dict[str, dict] = {}
     for name, site in find_all_sites(model).items():
         if not site.kind.is_linear and name not in adapters:
@@ -22,9 +26,8 @@ def describe(model: nn.Module) -> list[dict]:
         row = rows.setdefault(site.part, dict(part=site.part, layers=0, adapted=0, ranks=set(), trainable=0, base=0))
         row["layers"] += 1
         row["base"] += site.in_features * site.out_features
-        if name in adapters:
-            adapter = adapters[name]
-            row["adapted"] += 1
+        row["adapted"] += name in adapters
+        for adapter in adapters.get(name, ()):
             row["ranks"].add(adapter.rank)
             for leaf, p in adapter.named_parameters():
                 if p.requires_grad:

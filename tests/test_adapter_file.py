@@ -6,10 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sat_lora import AdapterError, ConfigError, LoraConfig, LoraMixin, add_lora, load_adapter, save_adapter
-from sat_lora.adapter_file import adapters_of
+from sat_lora import AdapterError, ConfigError, LoraConfig, LoraMixin, add_lora, describe, load_adapter, save_adapter
 from sat_lora.adapter_format import read_adapter
-from sat_lora.mixin import lora_mixins
+from sat_lora.mixin import adapters_of, lora_mixins
 from tests.tiny import fill_adapters, logits_of, tiny_batch, tiny_model
 
 pytestmark = pytest.mark.usefixtures("single_process_group")
@@ -215,3 +214,24 @@ def test_a_pissa_adapter_goes_on_from_its_file_with_what_it_subtracts(tmp_path):
     plain = tiny_model().eval()
     load_adapter(plain, tmp_path / "adapter")
     torch.testing.assert_close(logits_of(plain, batch), logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("fields", [{}, {"bias": "all"}], ids=["adapters", "with biases"])
+def test_mixins_put_on_inner_and_outer_model_by_hand_lose_nothing(tmp_path, fields):
+    """Both know their layers by the same names, such as transformer.layers.0.attention.dense."""
+    model, batch = tiny_model().eval(), tiny_batch()
+    vit = model.get_mixin("eva").vit_model
+    for one in (model, vit):
+        mixin = LoraMixin(one, r=4, target_modules=["attention.dense", "query_key_value"], **fields)
+        one.add_mixin("lora", mixin)
+        torch.manual_seed(len(mixin.adapters))
+        for parameter in mixin.trainable():
+            torch.nn.init.normal_(parameter, std=0.1)
+    assert len(adapters_of(model)) == 8
+    assert describe(model)[-1]["trainable"] == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    save_adapter(model, tmp_path / "adapter")
+    assert len(read_adapter(tmp_path / "adapter").layers) == 8
+    other = tiny_model().eval()
+    load_adapter(other, tmp_path / "adapter")
+    assert torch.equal(logits_of(other, batch), logits_of(model, batch))
+    load_adapter(model, tmp_path / "adapter")

@@ -8,12 +8,11 @@ import pytest
 import torch
 
 from sat_lora import AdapterError, CheckpointError, MergeError, add_lora, save_adapter
-from sat_lora.adapter_file import adapters_of
 from sat_lora.cli import main
 from sat_lora.cogvlm.checkpoint import load_cogvlm, map_weights, save_weights
 from sat_lora.cogvlm.text import load_tokenizer
 from sat_lora.merge_checkpoint import merge_adapter
-from sat_lora.mixin import lora_mixins
+from sat_lora.mixin import adapters_of, lora_mixins
 from tests.conftest import write_character_tokenizer
 from tests.tiny import CONFIG, fill_adapters, logits_of, tiny_batch, tiny_model
 

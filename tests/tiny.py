@@ -4,10 +4,10 @@ import zlib
 
 import torch
 
-from sat_lora.adapter_file import adapters_of
 from sat_lora.cogvlm.checkpoint import shardings_of
 from sat_lora.cogvlm.model import CogVLMModel, build_cogvlm
 from sat_lora.cogvlm.text import IGNORED, position_ids_for
+from sat_lora.mixin import adapters_of
 from sat_lora.sharding import model_parallel_layout
 
 PATCHES = 9

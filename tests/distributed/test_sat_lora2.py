@@ -41,7 +41,7 @@ def whole_gradients(model):
     for name, adapter in our_adapters(model).items():
         for factor in (adapter.A, adapter.B):
             factor.copy_(factor.grad)
-        gradients |= {f"{name} {leaf}": tensor.numpy() for leaf, tensor in whole_tensors(adapter).items()}
+        gradients |= {leaf: tensor.numpy() for leaf, tensor in whole_tensors(name, adapter).items()}
     return gradients
 
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from sat_lora.adapter_file import adapters_of, whole_tensors
+from sat_lora.adapter_file import whole_tensors
+from sat_lora.mixin import adapters_of
 from sat_lora.training.distributed import arrange, join
 from tests.distributed.ranks import run_ranks
 from tests.sat_subjects import GEGLU_IN_TWO_BLOCKS, SUBJECTS, adapt, loss_of
@@ -31,7 +32,7 @@ def output_and_gradients(name, model_parallel):
         for adapter in adapters_of(model).values():
             for parameter in (adapter.A, adapter.B):
                 parameter.copy_(parameter.grad)
-    gradients = {f"{n}.{k}": t.numpy() for n, a in adapters_of(model).items() for k, t in whole_tensors(a).items()}
+    gradients = {k: t.numpy() for n, a in adapters_of(model).items() for k, t in whole_tensors(n, a).items()}
     return output.detach().numpy(), gradients
 
 

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from sat_lora import LoraConfig, add_lora, load_adapter, save_adapter
-from sat_lora.adapter_file import adapters_of, whole_tensors
+from sat_lora.adapter_file import whole_tensors
+from sat_lora.mixin import adapters_of
 from sat_lora.training.distributed import arrange, join
 from sat_lora.training.engine import adapter_optimizer, start_engine
 from sat_lora.training.loss import count_answer_tokens, sum_over_data_parallel
@@ -51,7 +52,7 @@ def joined(batches):
 
 
 def adapter_values(model):
-    return {f"{n}.{k}": t.float().numpy() for n, a in adapters_of(model).items() for k, t in whole_tensors(a).items()}
+    return {k: t.float().numpy() for n, a in adapters_of(model).items() for k, t in whole_tensors(n, a).items()}
 
 
 def steps_on_a_rank(stage, model_parallel, steps, lr, checkpoint=False, accumulate=1, folder=None):
