@@ -151,7 +151,7 @@ def test_adapters_on_one_model_are_as_strong_as_their_weighted_cat(make, tmp_pat
 @pytest.mark.parametrize("method", METHODS)
 def test_a_combined_adapter_loads_with_its_deltas(make, tmp_path, method):
     """Ranks and alphas by name: the vision transformer's layers have names that end in those of the language model."""
-    language, vit = r"^transformer\.layers\.0\.attention\.dense", r"mixins\.eva\..*\.0\.attention\.dense"
+    language, vit = r"^transformer\.layers\.0\.attention\.dense", r"mixins\.eva\..*\.1\.attention\.dense"
     fields = {"target_modules": ["language-attention", "vit-attention"], "rank_pattern": {language: 2, vit: 3}}
     folders = [make(0, **fields, use_rslora=True), make(1, **fields, alpha_pattern={language: 7})]
     combine_adapters(folders, tmp_path / "out", method=method.split()[0], weights=[1.3, -0.9], **METHODS[method][0])
@@ -215,6 +215,12 @@ def test_svd_has_no_rank_that_would_be_zero(make, tmp_path):
     factors = factors_of(tmp_path / "out").values()
     assert {len(a) for a, _, _ in factors} == {4}
     assert all(float(a.norm(dim=1).min()) > 0.01 for a, _, _ in factors)
+
+
+def test_an_initialisation_that_wants_even_ranks_does_not_keep_a_sum_from_odd_ones(make, tmp_path):
+    combine_adapters([make(0, init_lora_weights="orthogonal")], tmp_path / "out", method="svd", rank=3)
+    assert read_adapter(tmp_path / "out").config.init_lora_weights == "kaiming"
+    load_adapter(tiny_model(torch.float64), tmp_path / "out")
 
 
 def test_svd_of_one_adapter_lowers_its_rank(make, tmp_path):
