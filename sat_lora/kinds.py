@@ -69,6 +69,8 @@ class Kind:
 
     def can_take_over(self, layer: nn.Module, x: torch.Tensor) -> bool:
         """Whether y is x W^T as it stands, W frozen and whole, so that one Function can have the gradient of both."""
+        if type(layer) not in self.layers or "weight" not in layer._parameters:
+            return False  # a subclass, weight norm and the like may do anything else
         if hasattr(layer.weight, "ds_id") or layer.weight.dtype != x.dtype:  # ZeRO-3 gathers W for its own graph alone
             return False
         return not any(parameter.requires_grad for parameter in layer.parameters(recurse=False))

@@ -243,3 +243,43 @@ def test_an_id_outside_the_vocabulary_gets_no_delta():
     ids = torch.tensor([[3, 30, 31, -1]])
     out = adapter(layer(ids), ids, layer)
     assert out[0, 0].any() and not out[0, 1:].any()
+
+
+class Twice(torch.nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize(
+    "change", [lambda layer: layer, torch.nn.utils.parametrizations.weight_norm], ids=["subclass", "weight norm"]
+)
+def test_only_a_plain_product_is_taken_over(change):
+    """The gradient of x, and of parameters that train, goes through whatever else the layer does."""
+    torch.manual_seed(0)
+    layer = change((Twice if change.__name__ == "<lambda>" else torch.nn.Linear)(12, 10).double())
+    x = torch.randn(3, 12, dtype=torch.float64, requires_grad=True)
+    adapter = adapter_for(layer, LoraConfig(r=4, lora_alpha=4), seed=5)
+    base = [p for n, p in layer.named_parameters() if "layer" not in n]
+    results = []
+    for first in (True, False):
+        out = adapter(layer(x), x, layer, first=first)
+        results.append(torch.autograd.grad(out.pow(2).sum(), [x, adapter.A, adapter.B, *base]))
+    assert all(torch.allclose(a, b) for a, b in zip(*results))
+
+
+@pytest.mark.parametrize("layer_name", LINEAR)
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_a_product_taken_over_has_the_gradients_of_one_left_alone(layer_name, dropout):
+    layer = build_layer(layer_name)
+    adapter = adapter_for(layer, LoraConfig(r=4, lora_dropout=dropout), seed=5).train()
+    results = []
+    for first in (True, False):
+        x = inputs_for(layer)
+        torch.manual_seed(2)
+        y = layer(x)
+        before = y.detach().clone()
+        out = adapter(y, x, layer, first=first)
+        assert torch.equal(y, before) != first, "taken over, y is changed in place; left alone, it is not"
+        results.append([out, *torch.autograd.grad(out.pow(2).sum(), [x, adapter.A, adapter.B])])
+    for taken, alone in zip(*results):
+        torch.testing.assert_close(taken, alone, rtol=1e-12, atol=1e-12)

@@ -30,7 +30,17 @@ LORA = (
     *("--r", "8", "--lora_alpha", "12", "--lora_dropout", "0.2", "--use_rslora", "--lr_ratio", "4"),
     *("--target_modules", "vision-expert-attention", "language-mlp", "vit-attention", "--exclude_modules", ".*gate.*"),
     *("--layers_to_transform", "language:0-1,vit:0", "--rank_pattern", "dense=4", "--alpha_pattern", "dense=6"),
-    *("--qkv_slots", "qv", "--adapter_dtype", "float32"),
+    *(
+        "--qkv_slots",
+        "qv",
+        "--adapter_dtype",
+        "float32",
+        "--use_dora",
+        "--bias",
+        "lora_only",
+        "--modules_to_save",
+        "boi",
+    ),
 )
 
 
