@@ -109,13 +109,20 @@ def test_the_mask_of_no_token_is_empty():
     assert dropout_mask(torch.empty(0, 7), 0.5)[0].shape == (0, 7)
 
 
-def test_a_model_may_change_the_output_in_place():
-    tensors = operands(LAYOUTS["whole"])
-    y, x, a, b = (t.view(1, *t.shape) if n < 2 else t for n, t in enumerate(tensors))
-    out = add_delta(y, x, a, b, None, 1.0, LAYOUTS["whole"])
-    out += 1
-    out.sum().backward()
-    assert all(t.grad is not None for t in tensors)
+@pytest.mark.parametrize("take_over", [False, True])
+def test_a_model_may_change_the_output_in_place(take_over):
+    """`hidden += residual` behind an adapted linear."""
+    _, x, a, b = operands(LAYOUTS["whole"])
+    weight, layout = torch.randn(6, IN, dtype=torch.float64), LAYOUTS["whole"]
+    results = []
+    for function in (add_delta, add_delta_reference):
+        more = (weight,) if take_over and function is add_delta else ()
+        out = function((x @ weight.T).view(1, TOKENS, 6), x.view(1, TOKENS, IN), a, b, None, 1.0, layout, *more)
+        out += 1
+        out *= 2
+        results.append([out, *torch.autograd.grad(out.sum(), [x, a, b])])
+    for fused, plain in zip(*results):
+        torch.testing.assert_close(fused, plain, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
