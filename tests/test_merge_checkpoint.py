@@ -16,7 +16,10 @@ from sat_lora.mixin import adapters_of, lora_mixins
 from tests.conftest import write_character_tokenizer
 from tests.tiny import CONFIG, fill_adapters, logits_of, tiny_batch, tiny_model
 
-pytestmark = pytest.mark.usefixtures("single_process_group")
+pytestmark = [
+    pytest.mark.usefixtures("single_process_group"),
+    pytest.mark.filterwarnings("ignore:LoRA rank"),  # the ViT has a vocabulary of one
+]
 WEIGHTS = "release/mp_rank_00_model_states.pt"
 
 
