@@ -116,7 +116,9 @@ class _OwnWeights:
         saved = source.saved_ranks
         self._layout = dict(saved=saved, rank=rank, size=size)
         self._shardings = shardings_of(model)
-        self._states = {other: source.map(other) for other in range(rank * saved // size, -(-(rank + 1) * saved // size))}
+        self._states = {
+            other: source.map(other) for other in range(rank * saved // size, -(-(rank + 1) * saved // size))
+        }
         shapes = {
             name: self._shardings[name].saved_shape(tensor.shape, size, saved)
             for name, tensor in model.state_dict().items()

@@ -3,6 +3,8 @@
 Its parameters and sizes are given in SAT's names, so that it loads like a SAT folder of model-parallel size 1.
 """
 
+import json
+import math
 from pathlib import Path
 
 import torch
@@ -10,6 +12,7 @@ import torch
 from sat_lora.cogvlm.sat_folder import listing, read_object
 from sat_lora.errors import CheckpointError
 from sat_lora.interop.hugging_face_names import hf_name, sat_name
+from sat_lora.weight_files import Layout, make_safetensors_file
 
 INDEX, SINGLE, CONFIG = "model.safetensors.index.json", "model.safetensors", "config.json"
 _COMPUTED = "rotary_emb.inv_freq"  # frequencies that some versions saved, and every version computes
@@ -135,3 +138,54 @@ def _map_tensors(file: Path) -> dict[str, torch.Tensor]:
             return {name: content.get_tensor(name) for name in content.keys()}  # views of the mapped file
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{file}: cannot be read as safetensors: {error}") from error
+
+
+def make_hugging_face_weights(
+    folder: str | Path, config: dict, layout: Layout, *, shard_bytes: int = 5 * 10**9
+) -> dict[str, torch.Tensor]:
+    """A Hugging Face folder of files of about `shard_bytes` each: its tensors by SAT's names, to be written to.
+
+    config: of SAT. CheckpointError: a name has no counterpart. What is computed there is left out.
+    """
+    folder, shards, filled = Path(folder), [{}], 0
+    stored = {name: one for name, one in layout.items() if not name.endswith(_COMPUTED)}
+    foreign = [name for name in stored if hf_name(name) is None]
+    if foreign:
+        raise CheckpointError(f"{', '.join(foreign[:8])}: no such parameter in a CogVLM of Hugging Face")
+    for name, (shape, dtype) in stored.items():
+        size = math.prod(shape) * dtype.itemsize
+        if shards[-1] and filled + size > shard_bytes:
+            shards.append({})
+            filled = 0
+        shards[-1][hf_name(name)] = (shape, dtype)
+        filled += size
+    names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+    names = [SINGLE] if len(shards) == 1 else names
+    tensors = {
+        k: t for file, shard in zip(names, shards) for k, t in make_safetensors_file(folder / file, shard).items()
+    }
+    if len(shards) > 1:
+        places = {name: file for file, shard in zip(names, shards) for name in shard}
+        total = sum(math.prod(shape) * dtype.itemsize for shape, dtype in stored.values())
+        index = {"metadata": {"total_size": total}, "weight_map": places}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    dtype = next(iter(stored.values()))[1]
+    content = {**hugging_face_config(config), "torch_dtype": str(dtype).removeprefix("torch.")}
+    (folder / CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    return {name: tensors[hf_name(name)] for name in stored}
+
+
+def hugging_face_config(config: dict) -> dict:
+    """config.json for the sizes in SAT's model_config.json: the reverse of `HuggingFaceFolder.config`."""
+    vit = {"max_sequence_length": config["image_length"] + 1, "layernorm_epsilon": 1e-6, **config["eva_args"]}
+    defaults = {"max_sequence_length": 2048, "layernorm_epsilon": 1e-5, **config}
+    tokens = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in config}
+    vision = {theirs: vit[name] for name, theirs in _VIT_SIZES.items()}
+    vision |= {"num_positions": config["image_length"] + 1, "image_size": vit["image_size"][0]}
+    return {
+        "architectures": ["CogVLMForCausalLM"],
+        **{theirs: defaults[name] for name, theirs in _SIZES.items()},
+        "hidden_act": "silu",
+        "vision_config": {**vision, "hidden_act": "gelu", "dropout_prob": 0.0},
+        **tokens,
+    }

@@ -14,6 +14,7 @@ import numpy
 import torch
 
 from sat_lora.errors import CheckpointError
+from sat_lora.weight_files import Layout, make_sat_file
 
 PARTS = ("latest", "model_config.json")
 
@@ -113,9 +114,21 @@ def map_weights(file: Path) -> dict[str, torch.Tensor]:
 
 def save_weights(folder: str | Path, config: dict, state: dict[str, torch.Tensor], step: str = "release") -> None:
     """Write an unsharded state dict and its config in SAT's layout."""
+    torch.save({"module": state}, _make_folder(folder, config, 1, step) / "mp_rank_00_model_states.pt")
+
+
+def make_sat_weights(folder: str | Path, config: dict, layouts: list[Layout]) -> list[dict[str, torch.Tensor]]:
+    """A SAT folder with one file per layout, that is per model-parallel rank: their tensors, to be written to."""
+    home = _make_folder(folder, config, len(layouts), "release")
+    return [make_sat_file(home / f"mp_rank_{rank:02d}_model_states.pt", one) for rank, one in enumerate(layouts)]
+
+
+def _make_folder(folder: str | Path, config: dict, ranks: int, step: str) -> Path:
     folder = Path(folder)
     (folder / step).mkdir(parents=True, exist_ok=True)
-    torch.save({"module": state}, folder / step / "mp_rank_00_model_states.pt")
-    config = {**config, "model_parallel_size": 1}
+    config = {**config, "model_parallel_size": ranks}
+    if "model_parallel_size" in config.get("eva_args", {}):
+        config["eva_args"] = {**config["eva_args"], "model_parallel_size": ranks}
     (folder / "model_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     (folder / "latest").write_text(step + "\n", encoding="utf-8")
+    return folder / step
