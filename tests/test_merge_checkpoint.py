@@ -8,7 +8,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from sat_lora import AdapterError, CheckpointError, MergeError, SatLoraError, add_lora, save_adapter
+from sat_lora import AdapterError, CheckpointError, MergeError, SatLoraError, add_lora, merge_checkpoint, save_adapter
 from sat_lora.cli import main
 from sat_lora.cogvlm.checkpoint import load_cogvlm, map_weights, save_weights
 from sat_lora.cogvlm.model import build_cogvlm
@@ -216,8 +216,8 @@ def test_a_sum_that_is_not_finite_is_refused(folders):
     assert not out.exists()
 
 
-def run(capsys, base, adapter, out):
-    status = main(["merge", "--base", str(base), "--adapter", str(adapter), "--out", str(out)])
+def run(capsys, base, adapter, out, *more):
+    status = main(["merge", "--base", str(base), "--adapter", str(adapter), "--out", str(out), *more])
     printed = capsys.readouterr()
     return status, printed.out, printed.err
 
@@ -226,6 +226,27 @@ def test_the_command_merges_and_says_where(folders, capsys):
     base, adapter, out = folders()
     assert run(capsys, base, adapter, out) == (0, f"merged model in {out}\n", "")
     assert (out / WEIGHTS).is_file()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("more", [["--to", "hf"], ["--model-parallel-size", "2"]])
+def test_verify_says_that_the_logits_are_the_same(folders, capsys, dtype, more):
+    base, adapter, out = folders(dtype)
+    status, printed, _ = run(capsys, base, adapter, out, "--verify", *more)
+    assert status == 0 and re.search("verified: merging lost [0-9.]+% of the adapter's effect on the logits", printed)
+
+
+def test_verify_fails_where_they_are_not(folders, capsys, monkeypatch):
+    monkeypatch.setattr(merge_checkpoint, "merged_weight", lambda weight, *rest: weight.float())
+    base, adapter, out = folders()
+    status, printed, _ = run(capsys, base, adapter, out, "--verify")
+    assert status == 1 and "WRONG: merging lost 100.00% of the adapter's effect" in printed
+
+
+def test_a_cut_of_a_hugging_face_folder_is_refused(folders, capsys):
+    base, adapter, out = folders()
+    status, _, error = run(capsys, base, adapter, out, "--to", "hf", "--model-parallel-size", "2")
+    assert status == 2 and "--model-parallel-size: got 2" in error
 
 
 @pytest.mark.parametrize(
