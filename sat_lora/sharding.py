@@ -75,7 +75,9 @@ class Sharding:
         Goes slice by slice, so that of mapped parts no more is read than is copied. rows: leave the others as they are.
         """
         rows, along = rows or range(len(target)), self.dim or 0
-        for other, there, here in self.pieces(target.shape[along] * (1 if self.dim is None else size), saved, rank, size):
+        for other, there, here in self.pieces(
+            target.shape[along] * (1 if self.dim is None else size), saved, rank, size
+        ):
             source = parts[other].narrow(along, there.start, there.stop - there.start)
             place = target.narrow(along, here.start, here.stop - here.start)
             skipped = here.start if along == 0 else 0

@@ -164,6 +164,8 @@ def _check_parallel(config: dict, parts: int) -> None:
         ranks = torch.distributed.get_world_size()
     problems = parallel_problems(config, parts, ranks)
     if mpu.model_parallel_is_initialized() and model_parallel_layout()[1] != parts:
-        problems.append(f"the model-parallel groups of this process are of {model_parallel_layout()[1]}; give that size")
+        problems.append(
+            f"the model-parallel groups of this process are of {model_parallel_layout()[1]}; give that size"
+        )
     if problems:
         raise ConfigError("\n".join(f"model_parallel_size {parts}: {problem}" for problem in problems))

@@ -70,8 +70,7 @@ def train(folder, model_parallel, partition, config=None, threshold=0):
     return losses, adapter_values(engine.module)
 
 
-@pytest.mark.parametrize("model_parallel", [1, 2])
-@pytest.mark.parametrize("threshold", [0, 100_000])
+@pytest.mark.parametrize("model_parallel, threshold", [(1, 0), (1, 100_000), (2, 0)])
 def test_training_is_that_of_weights_that_came_whole(folder, model_parallel, threshold):
     (losses, values), _ = run_ranks(train, 2, folder, model_parallel, True, threshold=threshold)
     (expected_losses, expected), _ = run_ranks(train, 2, folder, model_parallel, False)
