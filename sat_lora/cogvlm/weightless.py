@@ -7,7 +7,7 @@ from torch.overrides import TorchFunctionMode
 _ALLOCATIONS = {torch.empty, torch.zeros, torch.ones}
 
 
-class without_memory(TorchFunctionMode):  # noqa: N801, read as `with without_memory():`
+class without_memory(TorchFunctionMode):
     """A context in which parameters come on the device "meta", whatever device the layer names.
 
     SAT 0.4.12 names the CPU in each of its parallel layers, which `with torch.device("meta")` does not override.
