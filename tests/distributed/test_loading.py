@@ -47,7 +47,7 @@ def load_each(home, model_parallel):
     return found
 
 
-@pytest.mark.parametrize("model_parallel", [2, 4])
+@pytest.mark.parametrize("model_parallel", [2, pytest.param(4, marks=pytest.mark.matrix)])
 def test_whatever_it_was_saved_at_a_checkpoint_loads_at_any_size(saved, model_parallel):
     expected = logits_of(tiny_model().eval(), tiny_batch()).detach().double().numpy()
     for found in run_ranks(load_each, model_parallel, saved, model_parallel):
@@ -128,9 +128,9 @@ def gigabyte(tmp_path, single_process_group):
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="/proc/self is Linux's")
 def test_a_rank_holds_its_share_of_a_gigabyte_and_little_more(gigabyte):
-    for kind in ("sat", "hf"):
+    for kind, *layout in (("sat", 2), ("hf", 2), ("sat", 1, "ZeRO-3")):
         assert sum(file.stat().st_size for file in weight_files(gigabyte / kind)) >= 1000 * MB
-        for found in run_ranks(load_on_a_rank, 2, str(gigabyte / kind), 2):
+        for found in run_ranks(load_on_a_rank, 2, str(gigabyte / kind), *layout):
             assert found["own"] < 700 * MB
             assert found["peak"] <= found["own"] + 300 * MB
 

@@ -70,7 +70,7 @@ def train(folder, model_parallel, partition, config=None, threshold=0):
     return losses, adapter_values(engine.module)
 
 
-@pytest.mark.parametrize("model_parallel, threshold", [(1, 0), (1, 100_000), (2, 0)])
+@pytest.mark.parametrize("model_parallel, threshold", [(1, 0), pytest.param(1, 100_000, marks=pytest.mark.matrix), (2, 0)])
 def test_training_is_that_of_weights_that_came_whole(folder, model_parallel, threshold):
     (losses, values), _ = run_ranks(train, 2, folder, model_parallel, True, threshold=threshold)
     (expected_losses, expected), _ = run_ranks(train, 2, folder, model_parallel, False)
@@ -78,6 +78,7 @@ def test_training_is_that_of_weights_that_came_whole(folder, model_parallel, thr
     assert worst_error(values, expected) == 0
 
 
+@pytest.mark.matrix
 def test_an_initialisation_that_reads_the_weight_reads_it_whole(folder):
     config = LoraConfig(r=4, lora_alpha=8, init_lora_weights="pissa", use_dora=True)
     (losses, values), _ = run_ranks(train, 2, folder, 1, True, config=config)
