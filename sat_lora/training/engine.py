@@ -29,9 +29,13 @@ def set_up_deepspeed() -> None:
 
 
 def start_engine(model: BaseModel, optimizer: torch.optim.Optimizer, config: dict, *, seed: int = 1234):
-    """`deepspeed.initialize` with SAT's model parallelism; the process groups have to exist."""
+    """`deepspeed.initialize` with SAT's model parallelism; the process groups have to exist.
+
+    The engine's `config` is the one given but for ZeRO stage 0 in half precision, see `without_unfused_optimizer`.
+    """
     import deepspeed
 
+    config = without_unfused_optimizer(config)
     set_up_deepspeed()
     if torch.cuda.is_available():
         # SAT checkpoints activations with DeepSpeed's function there, which needs the groups and a seeded tracker.
@@ -41,3 +45,15 @@ def start_engine(model: BaseModel, optimizer: torch.optim.Optimizer, config: dic
         model=model, optimizer=optimizer, config=config, mpu=mpu, dist_init_required=False
     )
     return engine
+
+
+def without_unfused_optimizer(config: dict) -> dict:
+    """`config`, with ZeRO stage 1 in place of 0 where it asks for bf16 or fp16.
+
+    DeepSpeed 0.19.8 wraps the optimizer of that combination in its FP16_UnfusedOptimizer. That one takes an Adam step
+    of zeros when it is made, so that the first real step is a quarter too short, and under model parallelism its
+    gradient norm leaves out what other ranks hold, so that clipping is wrong. Stage 1 does the same thing, right.
+    """
+    half = any(config.get(name, {}).get("enabled", False) for name in ("bf16", "fp16"))
+    zero = config.get("zero_optimization", {})
+    return {**config, "zero_optimization": {**zero, "stage": 1}} if half and not zero.get("stage", 0) else config

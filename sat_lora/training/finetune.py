@@ -81,7 +81,7 @@ def finetune(options: Namespace, prepare: Callable[[], None] | None = None) -> W
             device=world.device.type,
         ),
         trainable=describe(model)[-1]["trainable"],
-        deepspeed=engine_config,
+        deepspeed=engine.config,
     )
     sampler = EpochSampler(
         len(train_items),

@@ -8,7 +8,7 @@ from sat_lora.sharding import model_parallel_layout
 from sat_lora.training.distributed import arrange, join
 from sat_lora.training.engine import adapter_optimizer, set_up_deepspeed, start_engine
 from tests.distributed.ranks import run_ranks
-from tests.distributed.test_zero import adapter_values, batch_for, engine_config, step_together, worst_error
+from tests.distributed.training_runs import adapter_values, engine_config, mixed_batch, step_together, worst_error
 from tests.tiny import CONFIG, fill_adapters, tiny_model
 
 WEIGHTS = "release/mp_rank_00_model_states.pt"
@@ -66,11 +66,13 @@ def train(folder, model_parallel, partition, config=None, threshold=0):
         fill_adapters(model, std=0.1)
     model.train()
     engine = start_engine(model, adapter_optimizer(model, lr=1e-2), engine_settings)
-    losses = [step_together(engine, [batch_for(world.data_parallel_rank, step)], world) for step in range(3)]
+    losses = [step_together(engine, [mixed_batch(world.data_parallel_rank, step)], world) for step in range(3)]
     return losses, adapter_values(engine.module)
 
 
-@pytest.mark.parametrize("model_parallel, threshold", [(1, 0), pytest.param(1, 100_000, marks=pytest.mark.matrix), (2, 0)])
+@pytest.mark.parametrize(
+    "model_parallel, threshold", [(1, 0), pytest.param(1, 100_000, marks=pytest.mark.matrix), (2, 0)]
+)
 def test_training_is_that_of_weights_that_came_whole(folder, model_parallel, threshold):
     (losses, values), _ = run_ranks(train, 2, folder, model_parallel, True, threshold=threshold)
     (expected_losses, expected), _ = run_ranks(train, 2, folder, model_parallel, False)
