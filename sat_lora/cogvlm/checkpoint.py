@@ -124,7 +124,10 @@ class _OwnWeights:
             for name, tensor in model.state_dict().items()
             if source.own_name(name) is not None
         }
-        problems = []
+        uneven = sorted(name for name, shape in shapes.items() if shape is None)
+        problems = (
+            [f"{len(uneven)} sizes do not divide by {saved}, the number of files: {uneven[0]}, ..."] if uneven else []
+        )
         for other, state in self._states.items():
             where = f" in {source.files()[other].name}" if saved > 1 else ""
             for name, shape in shapes.items():
@@ -147,10 +150,11 @@ class _OwnWeights:
 
 
 def _misfit(state: dict, name: str, shape: tuple[int, ...] | None) -> str | None:
+    """What is wrong with one entry of a saved state dict; shape: None, which has been said already, fits all."""
     if name not in state:
         return f"missing {name}"
     if not isinstance(state[name], torch.Tensor):
         return f"{name}: not a tensor"
-    if state[name].shape != shape:
-        return f"{name}: shape {tuple(state[name].shape)}, the model has {shape or 'a size that does not divide'}"
+    if shape not in (None, state[name].shape):
+        return f"{name}: shape {tuple(state[name].shape)}, the model has {shape}"
     return None

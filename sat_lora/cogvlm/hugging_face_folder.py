@@ -137,7 +137,7 @@ def _map_tensors(file: Path) -> dict[str, torch.Tensor]:
         with safe_open(file, framework="pt") as content:
             return {name: content.get_tensor(name) for name in content.keys()}  # views of the mapped file
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{file}: cannot be read as safetensors: {error}") from error
+        raise CheckpointError(f"{file}: cannot be read as safetensors: {error}; download it again") from error
 
 
 def make_hugging_face_weights(

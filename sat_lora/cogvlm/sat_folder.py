@@ -104,7 +104,9 @@ def map_weights(file: Path) -> dict[str, torch.Tensor]:
         problem = f"it asks for {refused[1]}, only tensors and random states are read" if refused else "damaged"
         raise CheckpointError(f"{file}: cannot be read as a SAT checkpoint: {problem}; nothing was run") from error
     except (OSError, RuntimeError, EOFError) as error:
-        raise CheckpointError(f"{file}: cannot be read as a SAT checkpoint: {error}") from error
+        raise CheckpointError(
+            f"{file}: cannot be read as a SAT checkpoint: {error}; if it was cut short, copy it again"
+        ) from error
     state = content.get("module") if isinstance(content, dict) else None
     if not isinstance(state, dict):
         keys = sorted(map(str, content))[:8] if isinstance(content, dict) else type(content).__name__

@@ -25,7 +25,8 @@ IMAGES_TRIED = 300  # one readable image among so many is enough to begin
 def check_options(options: Namespace, environ: Mapping[str, str] = os.environ, *, device: str | None = None) -> None:
     """Raise one ConfigError, or DataError when only the data is wrong, with every problem found.
 
-    Every rank finds the same. Reads configs, the tokenizer and some images, but no weights; changes nothing.
+    Every rank finds the same. Reads configs, the tokenizer, the headers of weight files and some images, but no
+    weights; changes nothing.
     device: `cuda` or `cpu`; None asks torch.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
