@@ -4,7 +4,7 @@ set -euo pipefail
 usage="Usage: hostfile.sh HOSTFILE BASE TRAIN_DATA [option ...]
 HOSTFILE: a line \`NAME slots=8\` per machine; the rest, and every path, as for one_machine.sh, seen alike by all machines.
 Environment: RUN (runs/finetune), TOKENIZER (BASE)."
-# shellcheck source=command.sh
+# shellcheck source=SCRIPTDIR/command.sh
 source "$(dirname "$0")/command.sh"
 
 hostfile=${1-}

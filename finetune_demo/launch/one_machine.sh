@@ -4,7 +4,7 @@ set -euo pipefail
 usage="Usage: one_machine.sh BASE TRAIN_DATA [option ...]
 BASE: the SAT folder of the base; TRAIN_DATA: a folder of images LABEL.png, or a .jsonl file.
 Environment: NUM_GPUS (8), RUN (runs/finetune), TOKENIZER (BASE)."
-# shellcheck source=command.sh
+# shellcheck source=SCRIPTDIR/command.sh
 source "$(dirname "$0")/command.sh"
 
 set_command "$@"

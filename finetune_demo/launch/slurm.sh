@@ -18,15 +18,16 @@ fi
 # slurmd runs a copy of this file from its own folder; the job remembers where it was submitted from.
 script=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=\([^ ]*\).*/\1/p')
 [[ -f $script ]] || script=$0
-# shellcheck source=command.sh
+# shellcheck source=SCRIPTDIR/command.sh
 source "$(dirname "$script")/command.sh"
 
 set_command "$@"
 mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+# `--`: torchrun would take the script's --r for one of its own --rdzv_..., and stop.
 exec srun --ntasks-per-node=1 --kill-on-bad-exit=1 torchrun \
     --nnodes "$SLURM_NNODES" \
     --nproc_per_node "${NUM_GPUS:-${SLURM_GPUS_ON_NODE:-8}}" \
     --rdzv_id "$SLURM_JOB_ID" \
     --rdzv_backend c10d \
     --rdzv_endpoint "${hosts[0]}:${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 10000))}" \
-    "${command[@]}"
+    -- "${command[@]}"

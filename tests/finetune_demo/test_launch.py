@@ -54,6 +54,7 @@ SCRIPTS = {"one_machine.sh": ((), {}), "hostfile.sh": (("hosts",), {}), "slurm.s
 
 def split(argv):
     """(what the launcher gets, what finetune_cogvlm.py gets)."""
+    argv = [word for word in argv if word != "--"]
     script = argv.index(str(DEMO / "finetune_cogvlm.py"))
     return argv[:script], argv[script + 1 :]
 
@@ -85,6 +86,24 @@ def test_all_pass_the_same_options_and_those_that_are_added(start):
     assert (options.r, options.prompt, options.save_interval) == (32, "two words", 50)
     assert options.run_folder == "shared/a run"
     assert Path(options.deepspeed_config).is_file()
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_launchers_leave_the_options_of_the_script_alone(script, start):
+    """Read by their own parsers, which know abbreviations: torchrun takes a bare `--r` for `--rdzv_...`."""
+    from deepspeed.launcher import runner
+    from torch.distributed import run as torchrun
+
+    first, environment = SCRIPTS[script]
+    _, argv, _ = start(script, *first, "base", "data", "--seed", "3", **environment)
+    if script == "slurm.sh":
+        read = torchrun.parse_args(argv[argv.index("torchrun") + 1 :])
+        name, options = read.training_script, read.training_script_args
+        assert (read.nnodes, read.nproc_per_node, read.rdzv_endpoint) == ("512", "4", "node000:24711")
+    else:
+        read = runner.parse_args(argv[1:])
+        name, options = read.user_script, read.user_args
+    assert (name, options) == (str(DEMO / "finetune_cogvlm.py"), split(argv)[1])
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
