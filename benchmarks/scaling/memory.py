@@ -6,14 +6,14 @@ from benchmarks.scaling.communication import Setting
 
 BUCKET = 50_000_000  # elements; finetune_demo/zero2_bf16.json
 LIVE = 1_000_000_000  # elements that ZeRO-3 keeps gathered; DeepSpeed 0.19.8's stage3_max_live_parameters
-MASTER_AND_MOMENTS = 12  # bytes of an element's float32 copy and Adam's two moments
+STATE = 16  # bytes of an element's float32 copy, its gradient and Adam's two moments
 
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
     weights: float
     adapter: float
-    """Adapters, their gradients, float32 copies and moments."""
+    """Adapters, their gradients, and the optimizer's float32 state."""
     activations: float
     buffers: float
     """What DeepSpeed gathers and reduces in."""
@@ -30,7 +30,7 @@ def memory(setting: Setting, *, stage: int, parts: int, data_ranks: int) -> Memo
     shared = {name: data_ranks if stage >= first else 1 for name, first in (("optimizer", 1), ("grads", 2), ("all", 3))}
     return Memory(
         weights=weights * size / shared["all"],
-        adapter=adapter * (size / shared["all"] + size / shared["grads"] + MASTER_AND_MOMENTS / shared["optimizer"]),
+        adapter=adapter * (size / shared["all"] + size / shared["grads"] + STATE / shared["optimizer"]),
         activations=activations(setting, parts),
         buffers=2 * min(BUCKET, adapter) * size + (min(LIVE, weights) * size if stage == 3 else 0),
     )

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -29,8 +30,17 @@ def setting(checkpointing: bool = False) -> Setting:
     return Setting(sizes=Sizes(CONFIG), batch=BATCH, rank=RANK, size=2, checkpointing=checkpointing)
 
 
+class Step(NamedTuple):
+    """Of one rank."""
+
+    seen: Counter  # what it sends
+    base: int  # elements of the base
+    trained: int  # elements of the adapters
+    moments: int  # elements of Adam's two moments
+
+
 def count_a_step(stage, parts, checkpointing, **zero):
-    """(what the third step sends, elements of the base, elements of the adapters) of this rank."""
+    """The third step; ZeRO-3 compares the order of modules between ranks in the first two."""
     world = arrange(join(), parts)
     checkpoint = dict(checkpoint_activations=checkpointing, vit_checkpoint_activations=checkpointing)
     model = tiny_model(torch.bfloat16, model_parallel_size=parts, **checkpoint)
@@ -42,11 +52,13 @@ def count_a_step(stage, parts, checkpointing, **zero):
     config["zero_optimization"] |= zero
     engine = start_engine(model, adapter_optimizer(model, lr=1e-3), config)
     batch = batch_for(world.data_parallel_rank)
-    for _ in range(2):  # ZeRO-3 compares the order of modules between ranks at first
+    for _ in range(2):
         step_together(engine, [batch], world)
     with CountCollectives() as count:
         step_together(engine, [batch], world)
-    return count.seen, base, trained
+    optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)  # DeepSpeed's own holds ours
+    moments = sum(s[name].numel() for s in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq"))
+    return Step(count.seen, base, trained, moments)
 
 
 def sent_by_size(seen: Iterable[Collective]) -> Counter:
@@ -59,34 +71,41 @@ def sent_by_size(seen: Iterable[Collective]) -> Counter:
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_data_parallel_collectives_are_those_that_are_made(stage):
-    (seen, *_), other = run_ranks(count_a_step, 2, stage, 1, False)
-    assert seen == other[0] == Counter(data_parallel(setting(), stage))
+    first, second = run_ranks(count_a_step, 2, stage, 1, False)
+    assert first.seen == second.seen == Counter(data_parallel(setting(), stage))
+    check_moments(first, stage)
+
+
+def check_moments(step: Step, stage: int) -> None:
+    """Whole, or a half of them from ZeRO-1 on."""
+    assert step.moments == 2 * Sizes(CONFIG).adapter(RANK) // (2 if stage else 1)
 
 
 def test_small_buckets_send_as_many_bytes_in_more_collectives():
-    (seen, *_), _ = run_ranks(count_a_step, 2, 2, 1, False, reduce_bucket_size=3000)
-    assert sum(seen.values()) > len(list(data_parallel(setting(), 2)))
-    assert sent_by_size(seen) == sent_by_size(data_parallel(setting(), 2))
+    step, _ = run_ranks(count_a_step, 2, 2, 1, False, reduce_bucket_size=3000)
+    assert sum(step.seen.values()) > len(list(data_parallel(setting(), 2)))
+    assert sent_by_size(step.seen) == sent_by_size(data_parallel(setting(), 2))
 
 
 @pytest.mark.parametrize("checkpointing", [True, pytest.param(False, marks=pytest.mark.matrix)])
 def test_zero_3_gathers_what_the_formula_says(checkpointing):
-    (seen, *_), _ = run_ranks(count_a_step, 2, 3, 1, checkpointing, **NOTHING_KEPT)
-    assert sent_by_size(seen) == sent_by_size(data_parallel(setting(checkpointing), 3))
+    step, _ = run_ranks(count_a_step, 2, 3, 1, checkpointing, **NOTHING_KEPT)
+    assert sent_by_size(step.seen) == sent_by_size(data_parallel(setting(checkpointing), 3))
+    check_moments(step, 3)
 
 
 @pytest.mark.matrix
 def test_zero_3_gathers_less_if_it_may_keep_some():
     expected, gathers = sent_by_size(data_parallel(setting(True), 3)), ("all-gather", DATA)
-    (seen, *_), _ = run_ranks(count_a_step, 2, 3, 1, True)
-    assert sent_by_size(seen)[gathers] < expected[gathers]
-    assert {**sent_by_size(seen), gathers: 0} == {**expected, gathers: 0}
+    step, _ = run_ranks(count_a_step, 2, 3, 1, True)
+    assert sent_by_size(step.seen)[gathers] < expected[gathers]
+    assert {**sent_by_size(step.seen), gathers: 0} == {**expected, gathers: 0}
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_model_parallel_collectives_are_those_that_are_made(checkpointing):
-    (seen, *_), other = run_ranks(count_a_step, 2, 0, 2, checkpointing)
-    assert seen == other[0] == Counter(model_parallel(setting(checkpointing), 0))
+    first, second = run_ranks(count_a_step, 2, 0, 2, checkpointing)
+    assert first.seen == second.seen == Counter(model_parallel(setting(checkpointing), 0))
 
 
 @pytest.mark.matrix
@@ -94,17 +113,17 @@ def test_model_parallel_collectives_are_those_that_are_made(checkpointing):
 def test_both_at_once_make_the_collectives_of_either(stage):
     """Four ranks, two of which share a model."""
     own, zero = setting(True), NOTHING_KEPT if stage == 3 else {}
-    (seen, *_), *_ = run_ranks(count_a_step, 4, stage, 2, True, **zero)
+    step, *_ = run_ranks(count_a_step, 4, stage, 2, True, **zero)
     expected = Counter([*data_parallel(own, stage, 2), *model_parallel(own, stage)])
-    assert sent_by_size(seen) == sent_by_size(expected)
-    assert stage == 3 or seen == expected  # how many gathers ZeRO-3 makes of it is its own affair
+    assert sent_by_size(step.seen) == sent_by_size(expected)
+    assert stage == 3 or step.seen == expected  # how many gathers ZeRO-3 makes of it is its own affair
 
 
 @pytest.mark.parametrize("parts", [1, 2])
 def test_weights_and_adapters_are_counted_right(parts):
-    for _, base, trained in run_ranks(count_a_step, parts, 0, parts, False):
+    for step in run_ranks(count_a_step, parts, 0, parts, False):
         sizes = Sizes(CONFIG)
-        assert (base, trained) == (sizes.weights(parts), sizes.adapter(RANK, parts))
+        assert (step.base, step.trained) == (sizes.weights(parts), sizes.adapter(RANK, parts))
 
 
 def test_a_ring_sends_every_chunk_but_one_to_the_neighbour():
