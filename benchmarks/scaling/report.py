@@ -56,10 +56,10 @@ def report() -> Iterator[str]:
     yield ASSUMED
     sizes = SETTING.sizes
     yield (
-        f"Setting: {sizes.weights() / 1e9:.2f} billion weights, {sizes.adapter(SETTING.rank) / 1e6:.1f} million "
-        f"adapter parameters (r {SETTING.rank}, all linears), bf16;\n"
-        f"micro-batches of {BATCH.samples} samples x {BATCH.length} tokens, each with an image of 490 x 490;\n"
-        f"activations checkpointed; no accumulation. The linears take {operations(SETTING) / 1e12:.0f} TFLOP per micro-batch.\n"
+        f"Setting: {sizes.weights() / 1e9:.2f} billion weights, {sizes.adapter(SETTING.rank) / 1e6:.1f} million\n"
+        f"adapter parameters (r {SETTING.rank}, all linears), bf16; micro-batches of {BATCH.samples}\n"
+        f"samples x {BATCH.length} tokens, each with an image of 490 x 490; activations checkpointed; no accumulation. The linears take\n"
+        f"{operations(SETTING) / 1e12:.0f} TFLOP per micro-batch.\n"
     )
     yield from _recommendations()
     for gpus in GPUS:

@@ -81,6 +81,7 @@ def check_moments(step: Step, stage: int) -> None:
     assert step.moments == 2 * Sizes(CONFIG).adapter(RANK) // (2 if stage else 1)
 
 
+@pytest.mark.matrix
 def test_small_buckets_send_as_many_bytes_in_more_collectives():
     step, _ = run_ranks(count_a_step, 2, 2, 1, False, reduce_bucket_size=3000)
     assert sum(step.seen.values()) > len(list(data_parallel(setting(), 2)))
