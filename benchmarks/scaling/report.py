@@ -54,13 +54,11 @@ READING = """\
 def report() -> Iterator[str]:
     """The lines of scaling.md."""
     yield ASSUMED
-    sizes = SETTING.sizes
-    yield (
-        f"Setting: {sizes.weights() / 1e9:.2f} billion weights, {sizes.adapter(SETTING.rank) / 1e6:.1f} million\n"
-        f"adapter parameters (r {SETTING.rank}, all linears), bf16; micro-batches of {BATCH.samples}\n"
-        f"samples x {BATCH.length} tokens, each with an image of 490 x 490; activations checkpointed; no accumulation. The linears take\n"
-        f"{operations(SETTING) / 1e12:.0f} TFLOP per micro-batch.\n"
-    )
+    weights, adapter = SETTING.sizes.weights(), SETTING.sizes.adapter(SETTING.rank)
+    yield f"Setting: {weights / 1e9:.2f} billion weights, {adapter / 1e6:.1f} million adapter parameters in all linears,"
+    yield f"r {SETTING.rank}, bf16; micro-batches of {BATCH.samples} samples x {BATCH.length} tokens, each with an image"
+    yield "of 490 x 490; activations checkpointed; no accumulation. The linears take"
+    yield f"{operations(SETTING) / 1e12:.0f} TFLOP per micro-batch.\n"
     yield from _recommendations()
     for gpus in GPUS:
         yield from _table(gpus)
