@@ -21,6 +21,7 @@ def test_a_task_of_srun_without_a_launcher_is_refused(monkeypatch):
 def join_under_slurm():
     os.environ["SLURM_STEP_NUM_TASKS"] = "2"
     join()
+    torch.distributed.barrier()  # a rank that has gone is no neighbour to connect to
     return torch.distributed.get_world_size()
 
 
