@@ -55,9 +55,9 @@ def report() -> Iterator[str]:
     """The lines of scaling.md."""
     yield ASSUMED
     weights, adapter = SETTING.sizes.weights() / 1e9, SETTING.sizes.adapter(SETTING.rank) / 1e6
-    yield f"Setting: {weights:.2f} billion weights, {adapter:.1f} million adapter parameters in all linears, r"
-    yield f"{SETTING.rank}, bf16; micro-batches of {BATCH.samples} samples x {BATCH.length} tokens, each with an image of"
-    yield "490 x 490; activations checkpointed; no accumulation. The linears take"
+    yield f"Setting: {weights:.2f} billion weights, {adapter:.1f} million adapter parameters in all linears,"
+    yield f"r {SETTING.rank}, bf16; micro-batches of {BATCH.samples} samples x {BATCH.length} tokens, each with an"
+    yield "image of 490 x 490; activations checkpointed; no accumulation. The linears take"
     yield f"{operations(SETTING) / 1e12:.0f} TFLOP per micro-batch.\n"
     yield from _recommendations()
     for gpus in GPUS:
