@@ -25,7 +25,7 @@ class _PassBoth(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, carrier, parameter):
-        return carrier.view_as(carrier), parameter.view_as(parameter)
+        return carrier.detach(), parameter.detach()  # a view could not be changed in place by the model
 
     @staticmethod
     def backward(ctx, carrier_gradient, parameter_gradient):

@@ -111,3 +111,19 @@ def test_zero_3_is_refused_with_the_reason():
     model = adapted_model(fixed_order=True)
     with pytest.raises(ConfigError, match="(?s)ZeRO stage 3: mixins.*lora was added with fixed_order.*Use stage 2"):
         start_engine(model, sgd(model, 0.1), engine_config(3, 2))
+
+
+def test_a_layer_may_change_its_input_in_place(monkeypatch):
+    model = adapted_model(fixed_order=True)
+    attention = model.hooks["attention_forward"]
+    monkeypatch.setitem(model.hooks, "attention_forward", lambda x, *args, **kw: attention(x.mul_(2), *args, **kw))
+    plain = arrivals(model, BATCHES["mixed"])
+    inner = attention.keywords["old_impl"]
+    doubled = type(attention)(
+        attention.func, **{**attention.keywords, "old_impl": lambda x, *a, **kw: inner(x.mul_(2), *a, **kw)}
+    )
+    gradients = [parameter.grad.clone() for parameter in model.parameters() if parameter.requires_grad]
+    monkeypatch.setitem(model.hooks, "attention_forward", doubled)
+    assert arrivals(model, BATCHES["mixed"]) == plain
+    for gradient, parameter in zip(gradients, (p for p in model.parameters() if p.requires_grad)):
+        torch.testing.assert_close(parameter.grad, gradient)
