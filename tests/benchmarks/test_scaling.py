@@ -16,7 +16,7 @@ from sat_lora.training.distributed import arrange, join
 from sat_lora.training.engine import adapter_optimizer, start_engine
 from tests.distributed.collectives import CountCollectives
 from tests.distributed.ranks import run_ranks
-from tests.distributed.test_zero import batch_for, engine_config, step_together
+from tests.distributed.training_runs import engine_config, mixed_batch, step_together
 from tests.tiny import CONFIG, PATCHES, tiny_model
 
 RANK = 4
@@ -51,7 +51,7 @@ def count_a_step(stage, parts, checkpointing, **zero):
     config = engine_config(stage, BATCH.samples, clip=1.0, bf16=True)
     config["zero_optimization"] |= zero
     engine = start_engine(model, adapter_optimizer(model, lr=1e-3), config)
-    batch = batch_for(world.data_parallel_rank)
+    batch = mixed_batch(world.data_parallel_rank)
     for _ in range(2):
         step_together(engine, [batch], world)
     with CountCollectives() as count:
