@@ -34,12 +34,12 @@ def pack_shards(data: Sequence[str | Path], out: str | Path, samples_per_shard: 
     return str(out / f"shard-{numbers}.tar"), len(items)
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Pack images and answers into tar shards.")
     parser.add_argument("data", nargs="+", help="folders of images LABEL.png, or .jsonl files")
     parser.add_argument("--out", required=True, help="folder of the shards; those of the same number are replaced")
     parser.add_argument("--samples-per-shard", type=int, default=1000)
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     try:
         shards, samples = pack_shards(options.data, options.out, options.samples_per_shard)
     except (SatLoraError, OSError) as error:
