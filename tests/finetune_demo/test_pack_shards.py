@@ -52,7 +52,8 @@ def test_packed_samples_are_those_of_the_folder(tmp_path, samples_per_shard, sha
         ]
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.matrix
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("ranks, workers", [(2, 2), (1, 0)])
 def test_a_run_on_shards_ends_on_every_rank_and_resumes_bit_for_bit(captchas, tmp_path, ranks, workers):
     """One and a half epochs of uneven shards with a broken image; the second time stopped in the first epoch."""
@@ -64,7 +65,7 @@ def test_a_run_on_shards_ends_on_every_rank_and_resumes_bit_for_bit(captchas, tm
     def run(name, *more):
         options = options_for(captchas, tmp_path / name, "--num-workers", str(workers), "--batch-size", "5")
         options += ["--train-data", train, "--valid-data", valid, "--lora_dropout", "0.2", "--warmup", "0"]
-        results = run_ranks(run_with_workers, ranks, [*options, "--lr-decay-style", "constant", *more])
+        results = run_ranks(run_with_workers, ranks, [*options, "--lr-decay-style", "constant", *more], timeout=180)
         assert [status for status, _ in results] == [0] * ranks, results
         return losses_of(tmp_path / name / "run")
 
@@ -74,6 +75,8 @@ def test_a_run_on_shards_ends_on_every_rank_and_resumes_bit_for_bit(captchas, tm
     assert len(run("half", "--train-iters", "3")) == 3
     log = (tmp_path / "whole/run/train.jsonl").read_text()
     assert log.count("cannot be read as an image") == 1 and ".tar/0" in log
-    results = run_ranks(run_with_workers, ranks, ["--resume", str(tmp_path / "half" / "run"), "--epochs", "1.5"])
+    results = run_ranks(
+        run_with_workers, ranks, ["--resume", str(tmp_path / "half" / "run"), "--epochs", "1.5"], timeout=180
+    )
     assert [status for status, _ in results] == [0] * ranks, results
     assert losses_of(tmp_path / "half" / "run") == whole
