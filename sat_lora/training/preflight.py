@@ -18,6 +18,8 @@ from sat_lora.training.deepspeed_file import file_problems, read_deepspeed_file
 from sat_lora.training.defaults import DEFAULTS
 from sat_lora.training.lora_options import LORA_FIELDS, lora_config, lora_problems
 from sat_lora.training.options import settings_of_run
+from sat_lora.training.shard_checks import problems_with_shards
+from sat_lora.training.shards import is_shard
 
 IMAGES_TRIED = 300  # one readable image among so many is enough to begin
 
@@ -138,10 +140,17 @@ def _resume_problems(options: Namespace) -> Iterator[str]:
 
 def _data_problems(options: Namespace) -> Iterator[str]:
     if not options.train_data:
-        yield "--train-data: nothing given; give one or more folders of images named LABEL.png, or .jsonl files"
+        yield "--train-data: nothing given; give folders of images named LABEL.png, .jsonl files or tar shards"
+    streamed = bool(options.train_data) and is_shard(options.train_data[0])
+    if streamed and not options.valid_data and "split" in options.given and sum(options.split[1:]) > 0:
+        yield "--split: tar shards are streamed and cannot be split; give --valid-data, or leave --split out"
     for name in ("train_data", "valid_data", "test_data"):
         option = "--" + name.replace("_", "-")
-        for path in getattr(options, name) or ():
+        paths = getattr(options, name) or []
+        if any(map(is_shard, paths)):
+            yield from (f"{option}: {problem}" for problem in problems_with_shards(paths, option))
+            continue
+        for path in paths:
             problem = _problem_with_path(Path(path))
             if problem:
                 hint = "" if name in options.given else "; finetune_demo/make_captchas.py writes the demo's data"
