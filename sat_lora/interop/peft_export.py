@@ -8,7 +8,18 @@ from pathlib import Path
 import torch
 from safetensors.torch import save
 
-from sat_lora.adapter_format import CONFIG, MAGNITUDE, PAIR, WEIGHTS, LayerEntry, SavedAdapter, read_adapter
+from sat_lora.adapter_format import (
+    CONFIG,
+    MAGNITUDE,
+    PAIR,
+    WEIGHTS,
+    LayerEntry,
+    SavedAdapter,
+    fingerprint_of,
+    read_adapter,
+    tensor_problems,
+)
+from sat_lora.combine_checks import Source
 from sat_lora.atomic import replaced_folder
 from sat_lora.config import SLOTS
 from sat_lora.dora import row_norms
@@ -34,7 +45,11 @@ def export_to_peft(adapter: str | Path, out: str | Path, *, base: str | Path | N
         raise AdapterError(f"--out: {out} exists; give a new folder")
     saved = read_adapter(adapter)
     state = None if base is None else whole_state(base)
-    problems = [*_problems(saved, state)]
+    expected = saved.expected({name: Source(adapter, 1.0, saved).in_features(name) for name in saved.layers})
+    expected |= {name: tuple(saved.tensors[name].shape) for name in saved.trained if name in saved.tensors}
+    problems = [*_problems(saved, state), *tensor_problems(saved.tensors, expected)]
+    if state is not None and saved.base_fingerprint != fingerprint_of({n: tuple(t.shape) for n, t in state.items()}):
+        problems.append(f"--base: {base} has other names or shapes than the base it was trained on; give its own base")
     if problems:
         shown = "\n  ".join(problems[:20]) + ("\n  ..." if len(problems) > 20 else "")
         raise AdapterError(f"{adapter} cannot be a PEFT adapter:\n  {shown}")
@@ -61,8 +76,6 @@ def _problems(saved: SavedAdapter, state: dict | None) -> Iterator[str]:
             yield f"{name}: Hugging Face's CogVLM has no such module; merge the adapter instead"
         elif name.endswith("position_embeddings"):
             yield f"{name}: Hugging Face's CogVLM reads its weight without calling it; merge the adapter instead"
-        elif state is not None and f"{name}.weight" not in state:
-            yield f"{name}: the base has no such layer; give the base that the adapter was trained on"
         elif state is None and saved.config.use_dora and 0 < len(entry.slots) < len(SLOTS):
             yield f"{name}: PEFT's DoRA needs the row norms of q, k and v, {entry.slots} have one; give --base"
     for name in saved.trained:

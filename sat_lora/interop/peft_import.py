@@ -31,6 +31,7 @@ from sat_lora.interop.hugging_face_names import sat_name
 from sat_lora.kinds import KINDS
 
 _LEAF = re.compile(r"(.+)\.(?:lora_(?:embedding_)?([AB])(?:\.weight)?|(lora_magnitude_vector)(?:\.weight)?)")
+PEFT_ALPHA = 8  # PEFT's default
 _UNDERSTOOD = {
     "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "lora_dropout", "modules_to_save",
     "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "init_lora_weights", "peft_type",
@@ -113,6 +114,15 @@ def _unsupported(config: dict) -> list[str]:
             f"init_lora_weights={config['init_lora_weights']!r} changed the base; "
             "save it by PEFT with path_initial_model_for_weight_conversion first"
         )
+    try:
+        patterns = config.get("alpha_pattern") or {}
+        alphas = [float(config.get("lora_alpha", PEFT_ALPHA)), *map(float, patterns.values())]
+        if not all(map(math.isfinite, alphas)):
+            problems.append(f"lora_alpha and alpha_pattern have to be finite, got {alphas}")
+        for pattern in patterns:
+            re.compile(pattern)
+    except (AttributeError, TypeError, ValueError, re.error) as error:
+        problems.append(f"lora_alpha or alpha_pattern cannot be read: {error}")
     return problems
 
 
@@ -156,7 +166,9 @@ def _scale(config: dict, module: str, a: torch.Tensor) -> float:
     """alpha / r of a module, by PEFT's rule for patterns."""
     patterns = config.get("alpha_pattern") or {}
     found = (alpha for key, alpha in patterns.items() if re.match(rf"(.*\.)?({key})$", module))
-    return next(found, config["lora_alpha"]) / (math.sqrt(len(a)) if config.get("use_rslora") else len(a))
+    return next(found, config.get("lora_alpha", PEFT_ALPHA)) / (
+        math.sqrt(len(a)) if config.get("use_rslora") else len(a)
+    )
 
 
 def _layer(name: str, parts: dict, weight_rows: int, scale: float) -> tuple[LayerEntry, dict[str, torch.Tensor]]:
