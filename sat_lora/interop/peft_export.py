@@ -19,8 +19,8 @@ from sat_lora.adapter_format import (
     read_adapter,
     tensor_problems,
 )
-from sat_lora.combine_checks import Source
 from sat_lora.atomic import replaced_folder
+from sat_lora.combine_checks import Source
 from sat_lora.config import SLOTS
 from sat_lora.dora import row_norms
 from sat_lora.errors import AdapterError
