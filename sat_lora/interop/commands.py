@@ -37,7 +37,12 @@ def _add_import(commands) -> None:
     take.add_argument("folder", metavar="FOLDER", help="PEFT adapter folder or SAT folder")
     take.add_argument("--from", dest="origin", required=True, choices=["peft", "lora2"], help="what FOLDER is")
     take.add_argument("--out", required=True, metavar="DIR", help="new adapter folder")
-    take.add_argument("--base", metavar="DIR", help="peft: SAT folder of the base, whose names and shapes have to fit")
+    take.add_argument(
+        "--base",
+        metavar="DIR",
+        help="SAT folder of the base; peft: needed, its names and shapes have to fit; lora2: what differs from it was "
+        "trained whole and is taken along",
+    )
     take.add_argument("--lora-alpha", type=float, metavar="ALPHA", help="lora2: as in training, by default SAT's 1")
     take.set_defaults(run=_import)
 
@@ -62,9 +67,8 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def _import(options: argparse.Namespace) -> None:
-    from sat_lora.errors import ConfigError
-
     if options.origin == "peft":
+        from sat_lora.errors import ConfigError
         from sat_lora.interop.peft_import import import_from_peft
 
         if options.base is None or options.lora_alpha is not None:
@@ -73,10 +77,8 @@ def _import(options: argparse.Namespace) -> None:
     else:
         from sat_lora.interop.lora2_import import import_from_lora2
 
-        if options.base is not None:
-            raise ConfigError("--from lora2 takes no --base, the checkpoint holds the base")
         alpha = 1.0 if options.lora_alpha is None else options.lora_alpha
-        import_from_lora2(options.folder, options.out, lora_alpha=alpha)
+        import_from_lora2(options.folder, options.out, lora_alpha=alpha, base=options.base)
     print(f"adapter in {options.out}")
 
 

@@ -6,6 +6,8 @@ lora_alpha / r, is not in the checkpoint.
 At model-parallel size n each rank trains an A and a B of its own, which SAT does not keep equal, and `merge_lora`
 writes s B A of each rank into the rank's part of the weight. That is what is imported: where the ranks' whole factors
 are equal, as a pair of rank r; where they differ, as one of rank n r, block by block.
+
+CogVLM's published script also trains some MLPs of the ViT whole: with the base to compare with, they come along.
 """
 
 import itertools
@@ -19,17 +21,21 @@ from sat_lora.cogvlm.checkpoint import map_weights, weight_files
 from sat_lora.combine import combined_config
 from sat_lora.config import SLOTS, LoraConfig
 from sat_lora.errors import AdapterError
+from sat_lora.interop.base_state import whole_state
 from sat_lora.interop.cogvlm_layers import is_fused, kind_named, sharding_named
 from sat_lora.interop.peft_format import pattern_for
 
 _FACTOR = re.compile(r"(.+)\.matrix_([AB])\.(\d+)")
 
 
-def import_from_lora2(checkpoint: str | Path, out: str | Path, *, lora_alpha: float = 1.0) -> None:
+def import_from_lora2(
+    checkpoint: str | Path, out: str | Path, *, lora_alpha: float = 1.0, base: str | Path | None = None
+) -> None:
     """Write OUT, an adapter folder, from a SAT folder of CogVLM trained with lora2 at any model-parallel size.
 
-    lora_alpha: as in training; SAT's default is 1, r comes from the shapes. CheckpointError: no SAT folder;
-    AdapterError: no lora2 in it, or factors that do not fit their layer.
+    lora_alpha: as in training; SAT's default is 1, r comes from the shapes. base: SAT folder of the base; parameters
+    that differ from it were trained whole and are taken along, without it they are taken to be the base's.
+    CheckpointError: no SAT folder; AdapterError: no lora2 in it, or factors or a base that do not fit.
     """
     out = Path(out)
     if out.exists():
@@ -52,12 +58,18 @@ def import_from_lora2(checkpoint: str | Path, out: str | Path, *, lora_alpha: fl
             tensors |= own
         except (KeyError, RuntimeError, ValueError) as error:
             problems.append(f"{name}: {error}")
+    trained = {} if base is None else _differences(states, shapes, whole_state(base))
+    problems += [
+        f"{name}.weight: LoRA is on it, and it differs from the base" for name in layers if f"{name}.weight" in trained
+    ]
+    tensors |= trained
     problems += [f"{key}: holds values that are not finite" for key, t in tensors.items() if not t.isfinite().all()]
     if problems:
         raise AdapterError(f"{checkpoint} cannot be imported:\n  " + "\n  ".join(problems[:20]))
-    config = combined_config([LoraConfig(target_modules=pattern_for(layers))], layers)
+    fields = LoraConfig(target_modules=pattern_for(layers), modules_to_save=tuple(trained))
+    config = combined_config([fields], layers)
     try:
-        write_adapter(out, SavedAdapter(config, fingerprint_of(shapes), layers, (), tensors))
+        write_adapter(out, SavedAdapter(config, fingerprint_of(shapes), layers, tuple(trained), tensors))
     except OSError as error:
         raise AdapterError(f"--out: {out} cannot be written: {error}") from error
 
@@ -71,6 +83,19 @@ def _base_shapes(states: list[dict]) -> dict[str, tuple[int, ...]]:
             rows = len(tensor) * len(states) if tensor.dim() else 0
             shapes[name] = sharding_named(name, rows).full_shape(tensor.shape, len(states))
     return shapes
+
+
+def _differences(states: list[dict], shapes: dict[str, tuple[int, ...]], base: dict) -> dict[str, torch.Tensor]:
+    """The whole parameters that differ from the base's. AdapterError: the base has other names or shapes."""
+    if {name: tuple(tensor.shape) for name, tensor in base.items() if torch.is_tensor(tensor)} != shapes:
+        raise AdapterError("--base: it has other names or shapes than the checkpoint; give the one it was trained on")
+    found = {}
+    for key in (key for key in states[0] if key.replace(".original.", ".") in shapes):
+        name = key.replace(".original.", ".")
+        whole = sharding_named(name, shapes[name][0] if shapes[name] else 0).unshard([state[key] for state in states])
+        if not torch.equal(whole.to(base[name].dtype), base[name]):
+            found[name] = whole.clone(memory_format=torch.contiguous_format)
+    return found
 
 
 def _layer(

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from sat_lora.adapter_format import read_adapter
 from sat_lora.cli import main
 from sat_lora.cogvlm.checkpoint import map_weights, save_weights, shardings_of, weight_files
 from sat_lora.merge_checkpoint import merge_adapter
@@ -84,3 +85,21 @@ def test_a_checkpoint_without_lora2_is_refused(trained, tmp_path, capsys):
     base_of(trained, tmp_path / "base")
     assert main(["import", "--from", "lora2", str(tmp_path / "base"), "--out", str(tmp_path / "ours")]) == 2
     assert "no matrix_A, matrix_B of SAT's lora2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_what_was_trained_whole_comes_along(trained, size, tmp_path):
+    base = base_of(trained, tmp_path / "base")
+    name = "mixins.eva.vit_model.transformer.layers.1.mlp.dense_h_to_4h"
+    states = cut(trained, size, differ=False)
+    for state in states:
+        for leaf in ("weight", "bias"):
+            state[f"{name}.{leaf}"] += 1
+    save_weights(tmp_path / "lora2", CONFIG, states[0])
+    for rank in range(1, size):
+        torch.save({"module": states[rank]}, tmp_path / "lora2" / "release" / f"mp_rank_{rank:02d}_model_states.pt")
+    arguments = ["import", "--from", "lora2", str(tmp_path / "lora2"), "--base", str(tmp_path / "base")]
+    assert main([*arguments, "--out", str(tmp_path / "ours")]) == 0
+    saved = read_adapter(tmp_path / "ours")
+    assert set(saved.trained) == {f"{name}.weight", f"{name}.bias"}
+    assert all(torch.equal(saved.tensors[key], base[key] + 1) for key in saved.trained)
