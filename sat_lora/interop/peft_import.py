@@ -132,7 +132,9 @@ def _sort_tensors(tensors: dict) -> tuple[dict[str, dict], dict[str, torch.Tenso
     for key, tensor in tensors.items():
         name = key.removeprefix(peft_format.PREFIX)
         match = _LEAF.fullmatch(name)
-        if not bool(torch.isfinite(tensor).all()):
+        if not tensor.is_floating_point():
+            problems.append(f"{key}: dtype {tensor.dtype}, a floating-point dtype is wanted")
+        elif not bool(torch.isfinite(tensor).all()):
             problems.append(f"{key}: holds values that are not finite")
         if match and sat_name(match[1]):
             groups.setdefault(match[1], {})[match[2] or MAGNITUDE] = tensor
@@ -151,7 +153,9 @@ def _layer_problem(module: str, parts: dict, state: dict, use_dora: bool) -> str
     if parts.keys() != wanted:
         return f"{module}: has {sorted(parts)}, wanted {sorted(wanted)}"
     weight = state[f"{name}.weight"]
-    kind = kind_named(name, len(weight))
+    kind = kind_named(name, len(weight)) if weight.dim() > 1 else None
+    if any(parts[leaf].dim() < 2 or parts[leaf].numel() == 0 for leaf in "AB"):
+        return f"{module}: A {tuple(parts['A'].shape)} and B {tuple(parts['B'].shape)} are no matrices"
     if kind is None:
         return f"{module}: takes no adapter"
     out, columns = KINDS[kind].matrix(weight).shape

@@ -1,12 +1,14 @@
 """`sat-lora export --to peft` and `import --from peft`, proved with the real `peft` package."""
 
 import json
+import shutil
 import warnings
 from dataclasses import replace
 
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 
 from sat_lora import LoraConfig, add_lora, load_adapter, save_adapter
 from sat_lora.adapter_format import read_adapter
@@ -159,3 +161,37 @@ def test_the_commands_say_where_and_a_mistake_is_status_2(base, tmp_path, capsys
     ):
         assert main(arguments) == 2
         assert message in capsys.readouterr().err
+
+
+FC1 = "base_model.model.model.vision.transformer.layers.0.mlp.fc1.lora_A.weight"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({FC1: torch.ones(4, 5)}, r"A \(4, 5\) and B \(72, 4\), the base's weight is \(72, 48\)"),
+        ({FC1: torch.ones(48)}, "are no matrices"),
+        ({FC1: torch.ones(0, 48)}, "are no matrices"),
+        ({FC1: torch.full((4, 48), torch.nan)}, "not finite"),
+        ({FC1: torch.ones(4, 48, dtype=torch.long)}, "a floating-point dtype is wanted"),
+        ({FC1: None}, r"has \['B'\], wanted \['A', 'B'\]"),
+        ({FC1.replace("fc1", "fc3"): torch.ones(4, 48)}, "fc3.*: CogVLM has no such module"),
+        ({FC1.replace("0.mlp", "9.mlp"): torch.ones(4, 48)}, "the base has no .*layers.9.mlp"),
+        ({"base_model.model.lm_head.weight": torch.ones(3, 3)}, r"lm_head.weight: shape \(3, 3\), the base has"),
+    ],
+)
+def test_a_peft_file_that_does_not_fit_is_refused(exported, base, changes, message, tmp_path):
+    tensors = {**load_file(exported / "adapter_model.safetensors"), **changes}
+    shutil.copytree(exported, tmp_path / "peft")
+    save_file({k: t for k, t in tensors.items() if t is not None}, tmp_path / "peft" / "adapter_model.safetensors")
+    with pytest.raises(AdapterError, match=message):
+        import_from_peft(tmp_path / "peft", tmp_path / "back", base=base)
+    assert not (tmp_path / "back").exists()
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory, single_process_group):
+    folder = tmp_path_factory.mktemp("exported")
+    trained({"target_modules": "vit-mlp"}, folder / "ours")
+    export_to_peft(folder / "ours", folder / "peft")
+    return folder / "peft"
