@@ -3,6 +3,8 @@
 import argparse
 import sys
 
+from sat_lora.interop.commands import add_commands
+
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="sat-lora", description="Work with LoRA adapters of SAT models.")
@@ -48,6 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--majority-sign", default="total", metavar="total|frequency", help="how ties elects signs, by default total"
     )
     combine.set_defaults(run=_combine)
+    add_commands(commands)
     return parser
 
 
