@@ -62,7 +62,7 @@ def _merge(options: argparse.Namespace) -> int:
 
     if options.model_parallel_size < 1 or (options.to == "hf" and options.model_parallel_size > 1):
         raise ConfigError(
-            f"--model-parallel-size: got {options.model_parallel_size}, wanted 1 or more; a Hugging Face folder is not cut"
+            f"--model-parallel-size: got {options.model_parallel_size}, wanted 1 or more; only SAT folders are cut"
         )
     merge_adapter(
         options.base,
