@@ -1,7 +1,7 @@
 """What one adapted layer trains."""
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import nn
@@ -129,12 +129,12 @@ class LoraAdapter(nn.Module):
     def factors_rank(self) -> int:
         return 2 * self.rank if self.has_origin else self.rank
 
-    def factors(self, values: dict[str, torch.Tensor] | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    def factors(self, instead: Mapping[str, torch.Tensor] | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """(A, B) whose product is the delta: the pair itself, or of rank 2r where an origin is subtracted.
 
-        values: A and B, by default the parameters.
+        instead: what stands for the parameters A and B.
         """
-        a, b = ((values or self._parameters)[leaf] for leaf in "AB")
+        a, b = ((instead or {}).get(leaf, getattr(self, leaf)) for leaf in "AB")
         if not self.has_origin:
             return a, b
         slots = self.target.slots_count
@@ -146,13 +146,15 @@ class LoraAdapter(nn.Module):
     ) -> torch.Tensor:
         """y as `layer` gave it for x, with `strength` times the delta added. first: y is the layer's own, unseen."""
         scale = self.scale * strength
-        values = {**self._parameters, **self.in_graph}
-        a, b = self.factors(values)
+        a, b = self.factors(self.in_graph)
         dropout = self.dropout if self.training else 0.0
         y = self.kind.add(layer, y, x, Delta(a, b, scale, self.layout, dropout, first))
         if self.magnitude_or_none is None:
             return y
-        gain = dora.spread(dora.gain(values["magnitude"], self._row_norms(layer, (a, b, scale))), self.layout)
+        gain = dora.spread(
+            dora.gain(self.in_graph.get("magnitude", self.magnitude), self._row_norms(layer, (a, b, scale))),
+            self.layout,
+        )
         bias = layer.bias
         if self.kind.cut == "out":
             gain = self.kind.across_ranks(layer, gain)

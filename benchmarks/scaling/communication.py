@@ -84,9 +84,8 @@ def _layers(setting: Setting, tower: Tower, tokens: int, trains_below: bool = Tr
 def data_parallel(setting: Setting, stage: int, parts: int = 1) -> Iterator[Collective]:
     """Between the ranks that hold the same part of the model, which is cut into `parts`.
 
-    ZeRO 0       the adapters' gradients are summed
-    ZeRO 1, 2    the same, although each rank keeps a part only (DeepSpeed 0.19.8 sums whole buckets); then the
-                 adapters, of which each rank has stepped a part, are gathered
+    ZeRO 1, 2    the adapters' gradients are summed, although each rank keeps a part only (DeepSpeed 0.19.8 sums whole
+                 buckets); then the adapters, of which each rank has stepped a part, are gathered
     ZeRO 3       weights and adapters are gathered for forward and for backward; gradients are scattered. An upper
                  bound: nothing stays gathered between two uses. Recomputation leaves weights gathered for backward,
                  but adapters are gathered once more.
@@ -95,13 +94,11 @@ def data_parallel(setting: Setting, stage: int, parts: int = 1) -> Iterator[Coll
     adapter = sizes.adapter(setting.rank, parts) * size
     for _ in range(2):  # answer tokens before the step, the loss after it
         yield Collective("all-reduce", 8, DATA)
+    yield from _verdicts(stage, DATA)
     if stage < 3:
         yield Collective("all-reduce", adapter, DATA)
-    if stage in (1, 2):
         yield Collective("all-gather", adapter, DATA)
-    if stage > 0:
-        yield from _verdicts(stage, DATA)
-    if stage == 3:
+    else:
         yield Collective("all-gather", gathered_by_zero_3(setting, parts) * size, DATA)
         yield Collective("reduce-scatter", adapter, DATA)
 

@@ -17,7 +17,7 @@ ASSUMED = f"""\
 **Computed, not measured**: there was no GPU. `python -m benchmarks.scaling > benchmarks/scaling.md` writes this page.
 
 - **Counted.** The collectives, with their bytes, are those that one training step of a tiny CogVLM makes on two gloo
-  ranks, caught at torch's c10d operators: data-parallel with ZeRO 0, 1, 2 and 3, model-parallel with and without
+  ranks, caught at torch's c10d operators: data-parallel with ZeRO 1, 2 and 3, model-parallel with and without
   activation checkpointing; with `-m matrix` also both at once on four ranks. `tests/benchmarks/test_scaling.py`
   demands that the formulas in `benchmarks/scaling/communication.py` give the same, and that the numbers of weights and
   adapter parameters are the model's. The versions are those of constraints.txt (DeepSpeed 0.19.8).
