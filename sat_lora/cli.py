@@ -13,6 +13,7 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="example: sat-lora merge --base cogvlm-base-490 --adapter runs/mine/adapter --out merged",
     )
     merge.add_argument("--base", required=True, metavar="DIR", help="SAT folder of the base")
+    merge.add_argument("--trust-checkpoint", action="store_true", help="unpickle all of it: runs any code in it")
     merge.add_argument("--adapter", required=True, metavar="DIR", help="adapter folder")
     merge.add_argument("--out", required=True, metavar="DIR", help="new SAT folder")
     merge.set_defaults(run=_merge)
@@ -42,7 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
 def _merge(options: argparse.Namespace) -> None:
     from sat_lora.merge_checkpoint import merge_adapter
 
-    merge_adapter(options.base, options.adapter, options.out)
+    merge_adapter(options.base, options.adapter, options.out, trust=options.trust_checkpoint)
     print(f"merged model in {options.out}")
 
 

@@ -13,12 +13,12 @@ from sat_lora.kinds import KINDS
 from sat_lora.merging import merged_weight, refuse_non_finite
 
 
-def merge_adapter(base: str | Path, adapter: str | Path, out: str | Path) -> None:
+def merge_adapter(base: str | Path, adapter: str | Path, out: str | Path, *, trust: bool = False) -> None:
     """Write OUT, the base with scale * B A added to each adapted weight: in float32, kept in the base's dtype.
 
     The base's weights are mapped, not read; only adapted weights are copied. CheckpointError or AdapterError: a folder
     is wrong or cannot be written, the base is cut for model parallelism, or the adapter was trained on another one;
-    MergeError: a merged weight is not finite.
+    MergeError: a merged weight is not finite. trust: see `map_weights`.
     """
     out = Path(out)
     if out.exists():
@@ -26,7 +26,7 @@ def merge_adapter(base: str | Path, adapter: str | Path, out: str | Path) -> Non
     files, config = weight_files(base), read_config(base)
     if len(files) > 1:
         raise CheckpointError(f"--base: {base} is cut for {len(files)} model-parallel ranks; give the whole checkpoint")
-    state = map_weights(files[0])
+    state = map_weights(files[0], trust=trust)
     saved = read_adapter(adapter)
     if saved.base_fingerprint != fingerprint_of({n: tuple(t.shape) for n, t in state.items() if torch.is_tensor(t)}):
         raise AdapterError(

@@ -28,6 +28,8 @@ _RANDOM_STATE_TYPES = [
     numpy.dtypes.UInt32DType,
 ]
 
+TRUST = "if you trust whoever made it, --trust-checkpoint unpickles the whole file and so runs any code that is in it"
+
 
 def read_config(folder: str | Path) -> dict:
     """The content of FOLDER/model_config.json."""
@@ -76,15 +78,22 @@ def _listing(folder: Path) -> str:
     return ", ".join(names[:12]) + (" ..." if len(names) > 12 else "") if names else "nothing"
 
 
-def map_weights(file: Path) -> dict[str, torch.Tensor]:
-    """The state dict in one SAT checkpoint file, memory-mapped: nothing is read before it is used."""
+def map_weights(file: Path, *, trust: bool = False) -> dict[str, torch.Tensor]:
+    """The state dict in one SAT checkpoint file, memory-mapped: nothing is read before it is used.
+
+    trust: unpickle whatever the file holds, which runs any code that its maker put there.
+    """
     try:
         with torch.serialization.safe_globals(_RANDOM_STATE_TYPES):
-            content = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+            content = torch.load(file, map_location="cpu", mmap=True, weights_only=not trust)
     except pickle.UnpicklingError as error:  # torch's own text advises to unpickle everything
         refused = re.search(r"GLOBAL (\S+)", str(error))
-        problem = f"it asks for {refused[1]}, only tensors and random states are read" if refused else "damaged"
-        raise CheckpointError(f"{file}: cannot be read as a SAT checkpoint: {problem}; nothing was run") from error
+        problem = "damaged" if trust else "damaged; nothing was run"
+        if refused and not trust:
+            problem = f"it asks for {refused[1]}, only tensors and random states are read; nothing was run; {TRUST}"
+        raise CheckpointError(f"{file}: cannot be read as a SAT checkpoint: {problem}") from error
+    except (ImportError, AttributeError) as error:  # of a trusted pickle
+        raise CheckpointError(f"{file}: unpickling it asks for what is not installed here: {error}") from error
     except (OSError, RuntimeError, EOFError) as error:
         raise CheckpointError(f"{file}: cannot be read as a SAT checkpoint: {error}") from error
     state = content.get("module") if isinstance(content, dict) else None
@@ -104,10 +113,13 @@ def shardings_of(model: nn.Module) -> dict[str, Sharding]:
     return found
 
 
-def load_weights(model: nn.Module, folder: str | Path) -> None:
-    """Fill `model` from a SAT folder saved at any model-parallel size; every name and shape has to fit."""
+def load_weights(model: nn.Module, folder: str | Path, *, trust: bool = False) -> None:
+    """Fill `model` from a SAT folder saved at any model-parallel size; every name and shape has to fit.
+
+    trust: see `map_weights`.
+    """
     files = weight_files(folder)
-    states = [map_weights(file) for file in files]
+    states = [map_weights(file, trust=trust) for file in files]
     rank, size = model_parallel_layout()
     targets, shardings = model.state_dict(), shardings_of(model)
     mine = states[rank : rank + 1] if len(states) == size else states
@@ -138,12 +150,15 @@ def load_weights(model: nn.Module, folder: str | Path) -> None:
             targets[name].copy_(source)
 
 
-def load_cogvlm(folder: str | Path, **settings) -> tuple[CogVLMModel, dict]:
-    """A CogVLM with the weights of a SAT folder, and its config. `settings` go to `build_cogvlm`."""
+def load_cogvlm(folder: str | Path, *, trust: bool = False, **settings) -> tuple[CogVLMModel, dict]:
+    """A CogVLM with the weights of a SAT folder, and its config. `settings` go to `build_cogvlm`.
+
+    trust: see `map_weights`.
+    """
     config = read_config(folder)
     weight_files(folder)  # fail before the model is built
     model = build_cogvlm(config, skip_init=True, **settings)
-    load_weights(model, folder)
+    load_weights(model, folder, trust=trust)
     return model, config
 
 

@@ -13,6 +13,7 @@ DEFAULTS = {
     "prompt": "CAPTCHA:",
     "num_workers": 2,
     "from_pretrained": None,  # then the embedded demo
+    "trust_checkpoint": False,
     "local_tokenizer": None,  # then the --from_pretrained folder
     "version": "chat",
     "max_length": 1288,

@@ -50,6 +50,7 @@ def finetune(options: Namespace, prepare: Callable[[], None] | None = None) -> W
         checkpoint_activations=options.checkpoint_activations,
         vit_checkpoint_activations=options.vit_checkpoint_activations,
         seed=max(1, options.seed),  # SAT refuses 0
+        trust=options.trust_checkpoint,
     )
     add_lora(model, lora)
     run.say(describe_text(model))

@@ -19,7 +19,7 @@ from sat_lora.training.notice import is_first_rank
 from sat_lora.training.option_types import count, fraction, not_negative, positive, positive_int, proportions
 from sat_lora.training.schedule import DECAY_STYLES
 
-NOT_RESUMED = {"resume", "local_rank", "distributed_backend"}  # they belong to one start of a run
+NOT_RESUMED = {"resume", "local_rank", "distributed_backend", "trust_checkpoint"}  # they belong to one start of a run
 
 
 class OptionParser(argparse.ArgumentParser):
@@ -91,6 +91,7 @@ def build_parser() -> argparse.ArgumentParser:
     add(set_by_people, "--lr", "peak learning rate; LoRA wants 1e-4 or more", type=positive)
     add(set_by_people, "--resume", "run folder to go on with, under its own settings", metavar="RUN_FOLDER")
 
+    add(model, "--trust-checkpoint", "unpickle all of --from_pretrained: runs any code in it", **flag)
     add(model, "--version", "prompt format of the base", choices=list(PROMPTS))
     add(model, "--local_tokenizer", "tokenizer folder (default: the --from_pretrained folder)", metavar="DIR")
     add(model, "--max_length", "longest sequence in tokens, the image's included", type=positive_int, metavar="N")

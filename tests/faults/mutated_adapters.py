@@ -1,6 +1,6 @@
 """Adapter files with seeded damage, loaded one after the other: each loads, or is an AdapterError and no harm done.
 
-    python -m tests.faults.mutated_adapters --times 10000
+python -m tests.faults.mutated_adapters --times 10000
 """
 
 import argparse
@@ -63,7 +63,7 @@ def _with_word(content: bytes, start: int, generator: random.Random, *, digits: 
 
 
 def count_outcomes(folder: Path, pristine: Path, times: int, seed: int = 0) -> Counter:
-    """How many mutated copies of `pristine` (in `folder`) loaded and how many were refused; AssertionError otherwise."""
+    """How many mutated copies of `pristine`, in `folder`, loaded or were refused; AssertionError: anything else."""
     generator, outcomes = random.Random(seed), Counter()
     model = tiny_model()
     before = snapshot(model)
