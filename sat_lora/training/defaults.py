@@ -11,6 +11,7 @@ DEFAULTS = {
     "test_data": None,  # then nothing is generated after training
     "split": [1.0],
     "prompt": "CAPTCHA:",
+    "max_broken_share": 0.05,
     "num_workers": 2,
     "from_pretrained": None,  # then the embedded demo
     "trust_checkpoint": False,

@@ -92,7 +92,8 @@ def finetune(options: Namespace, prepare: Callable[[], None] | None = None) -> W
     loader = make_loader(data(train_items), sampler, num_workers=options.num_workers, seed=options.seed)
     with run:
         run.start(options.train_iters, done)
-        train(engine, loader, _validation(options, data, valid_items, world), options, run, world, done)
+        valid = _validation(options, data, valid_items, world)
+        train(engine, loader, valid, options, run, world, done, dataset_size=len(train_items))
     del engine, model, optimizer, loader
     gc.collect()
     if options.test_data:

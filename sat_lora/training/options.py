@@ -16,7 +16,7 @@ from sat_lora.cogvlm.text import PROMPTS
 from sat_lora.training.defaults import DEFAULTS, EMBEDDED_DEMO, demo_defaults
 from sat_lora.training.lora_options import ABOUT, lora_options
 from sat_lora.training.notice import is_first_rank
-from sat_lora.training.option_types import count, fraction, not_negative, positive, positive_int, proportions
+from sat_lora.training.option_types import count, fraction, not_negative, positive, positive_int, proportions, share
 from sat_lora.training.schedule import DECAY_STYLES
 
 NOT_RESUMED = {"resume", "local_rank", "distributed_backend", "trust_checkpoint"}  # they belong to one start of a run
@@ -101,6 +101,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     add(data, "--prompt", "the query that goes with every image")
     add(data, "--split", "train,valid,test shares when there is no --valid-data", type=proportions, metavar="A,B,C")
+    add(data, "--max-broken-share", "the run stops when more of the samples are broken", type=share, metavar="X")
     add(data, "--num-workers", "processes that read images, per rank", type=count, metavar="N")
 
     add(schedule, "--warmup", "steps of warm-up; below 1: their share of all steps", type=not_negative, metavar="N")
