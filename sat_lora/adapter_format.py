@@ -44,7 +44,7 @@ class LayerEntry:
 
     @classmethod
     def from_dict(cls, values: dict) -> "LayerEntry":
-        """From the JSON object of a file; ValueError, TypeError or KeyError if it is not one of a layer."""
+        """From the JSON object of a file; ValueError, TypeError or LookupError if it is not one of a layer."""
         kind, rank, scale = values["kind"], values["r"], values["scale"]
         slots, rows = _strings(values["slots"]), tuple((start, stop) for start, stop in values["rows"])
         if not isinstance(kind, str) or len(set(slots)) != len(slots):
@@ -166,10 +166,10 @@ def _read_config(path: Path) -> tuple[LoraConfig, str, dict[str, LayerEntry], tu
         version = own["format_version"]
         if version != FORMAT_VERSION:
             raise AdapterError(f"{path}: format version {version!r}, this sat_lora reads {FORMAT_VERSION}")
-        layers = {name: LayerEntry.from_dict(entry) for name, entry in own["layers"].items()}
+        layers = {name: _layer_entry(name, values) for name, values in own["layers"].items()}
         fingerprint, trained = str(own["base_fingerprint"]), _strings(own["trained"])
     except (OSError, ValueError, AttributeError, LookupError, TypeError, RecursionError) as error:
-        raise AdapterError(f"{path}: not an adapter config of sat_lora: {_brief(repr(error))}") from error
+        raise AdapterError(f"{path}: not an adapter config of sat_lora: {_brief(_cause(error))}") from error
     try:
         config = LoraConfig.from_dict(values)
     except ConfigError as error:
@@ -177,6 +177,13 @@ def _read_config(path: Path) -> tuple[LoraConfig, str, dict[str, LayerEntry], tu
     if config.takes_from_base:  # written files never do; loading one would take from the base again
         raise AdapterError(f"{path}: init_lora_weights {config.init_lora_weights!r}, but the file is a plain LoRA")
     return config, fingerprint, layers, trained
+
+
+def _layer_entry(name: str, values) -> LayerEntry:
+    try:
+        return LayerEntry.from_dict(values)
+    except (ValueError, TypeError, LookupError) as error:
+        raise ValueError(f"{name}: {_cause(error)}") from error
 
 
 def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -196,6 +203,10 @@ def _strings(values) -> tuple[str, ...]:
     if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
         raise TypeError(f"wanted a list of texts, got {_brief(repr(values))}")
     return tuple(values)
+
+
+def _cause(error: Exception) -> str:
+    return f"no {error}" if isinstance(error, KeyError) else str(error) or repr(error)
 
 
 def _brief(text: str) -> str:
