@@ -4,13 +4,17 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 
-.PHONY: demo test clean
+.PHONY: demo test test-matrix clean
 
 demo: $(READY)
 	PATH="$(abspath $(BIN)):$$PATH" deepspeed finetune_demo/finetune_cogvlm.py
 
 test: $(READY)
 	$(BIN)/python -m pytest
+
+test-matrix: $(READY)  # half an hour: every layout, and every other long test
+	$(BIN)/python -m pytest -m matrix
+	$(BIN)/python -m tests.distributed.matrix
 
 $(READY): setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)

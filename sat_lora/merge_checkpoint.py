@@ -6,7 +6,7 @@ import torch
 
 from sat_lora.adapter_format import SavedAdapter, fingerprint_of, read_adapter, tensor_problems
 from sat_lora.atomic import replaced_folder
-from sat_lora.cogvlm.checkpoint import map_weights, read_config, save_weights, weight_files
+from sat_lora.cogvlm.sat_folder import SatFolder, save_weights
 from sat_lora.errors import AdapterError, CheckpointError, MergeError
 from sat_lora.functional import DeltaLayout
 from sat_lora.kinds import KINDS
@@ -23,10 +23,11 @@ def merge_adapter(base: str | Path, adapter: str | Path, out: str | Path, *, tru
     out = Path(out)
     if out.exists():
         raise CheckpointError(f"--out: {out} exists; give a new folder")
-    files, config = weight_files(base), read_config(base)
+    folder = SatFolder(base, trust=trust)
+    files, config = folder.files(), folder.config()
     if len(files) > 1:
         raise CheckpointError(f"--base: {base} is cut for {len(files)} model-parallel ranks; give the whole checkpoint")
-    state = map_weights(files[0], trust=trust)
+    state = folder.map(0)
     saved = read_adapter(adapter)
     if saved.base_fingerprint != fingerprint_of({n: tuple(t.shape) for n, t in state.items() if torch.is_tensor(t)}):
         raise AdapterError(

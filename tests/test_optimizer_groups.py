@@ -13,11 +13,11 @@ from sat_lora.optimizer_groups import set_learning_rate
 from sat_lora.training.distributed import arrange, join
 from sat_lora.training.engine import adapter_optimizer, start_engine
 from tests.distributed.ranks import run_ranks
-from tests.distributed.test_zero import (
+from tests.distributed.training_runs import (
     adapter_values,
-    batch_for,
     engine_config,
     joined,
+    mixed_batch,
     step_together,
     worst_error,
 )
@@ -119,7 +119,7 @@ def sgd_steps_on_a_rank(stage):
         before = adapter_values(model)
         optimizer = torch.optim.SGD(parameter_groups(model, lr=1.0))
         engine = start_engine(model, optimizer, engine_config(stage, 2))
-        step_together(engine, [batch_for(world.rank)], world)
+        step_together(engine, [mixed_batch(world.rank)], world)
         steps.append({name: value - before[name] for name, value in adapter_values(engine.module).items()})
     return steps
 
@@ -141,7 +141,7 @@ def adam_on_a_rank(stage, clip):
     engine = start_engine(model, adapter_optimizer(model, lr=1.0), engine_config(stage, 2, clip=clip))
     for step, rate in enumerate(RATES):
         set_learning_rate(engine.optimizer.param_groups, rate)
-        step_together(engine, [batch_for(world.rank, step)], world)
+        step_together(engine, [mixed_batch(world.rank, step)], world)
     return adapter_values(engine.module)
 
 
@@ -155,7 +155,7 @@ def adam_alone(clip):
     for step, rate in enumerate(RATES):
         for group, ratio in zip(optimizer.param_groups, (1, 8)):
             group["lr"] = rate * ratio
-        batch = joined([batch_for(rank, step) for rank in range(2)])
+        batch = joined([mixed_batch(rank, step) for rank in range(2)])
         logits = logits_of(model, batch)[:, :-1].flatten(0, 1)
         optimizer.zero_grad()
         torch.nn.functional.cross_entropy(logits, batch["labels"][:, 1:].flatten()).backward()
@@ -179,7 +179,7 @@ def bfloat16_steps(stage):
     before = adapter_values(model)
     engine = start_engine(model, adapter_optimizer(model, lr=1.0), engine_config(stage, 2, bf16=True))
     set_learning_rate(engine.optimizer.param_groups, 0.01)
-    step_together(engine, [batch_for(world.rank)], world)
+    step_together(engine, [mixed_batch(world.rank)], world)
     steps = {name: torch.from_numpy(abs(value - before[name])) for name, value in adapter_values(engine.module).items()}
     return [float(torch.cat([s.flatten() for n, s in steps.items() if n.endswith(leaf)]).median()) for leaf in "AB"]
 

@@ -19,7 +19,7 @@ from sat_lora.training.checkpoint import load_checkpoint
 from sat_lora.training.data import ImageTextDataset, read_items, split_items
 from sat_lora.training.deepspeed_config import base_dtype, deepspeed_config
 from sat_lora.training.distributed import World, arrange, join, together
-from sat_lora.training.engine import adapter_optimizer, start_engine
+from sat_lora.training.engine import adapter_optimizer, set_up_deepspeed, start_engine
 from sat_lora.training.evaluation import evaluate_adapter, evaluation_table
 from sat_lora.training.loop import train
 from sat_lora.training.lora_options import lora_config, lora_problems
@@ -41,6 +41,8 @@ def finetune(options: Namespace, prepare: Callable[[], None] | None = None) -> W
     world = arrange(device, options.model_parallel_size)
     lora = together(_checked_lora, options)
     run = RunFolder(options.run_folder, is_writer=world.is_main)
+    if options.zero_stage == 3:
+        set_up_deepspeed()
     model, config = together(
         load_cogvlm,
         options.from_pretrained,
@@ -51,6 +53,7 @@ def finetune(options: Namespace, prepare: Callable[[], None] | None = None) -> W
         vit_checkpoint_activations=options.vit_checkpoint_activations,
         seed=max(1, options.seed),  # SAT refuses 0
         trust=options.trust_checkpoint,
+        zero_config=engine_config if options.zero_stage == 3 else None,
     )
     add_lora(model, lora)
     run.say(describe_text(model))
@@ -79,7 +82,7 @@ def finetune(options: Namespace, prepare: Callable[[], None] | None = None) -> W
             device=world.device.type,
         ),
         trainable=describe(model)[-1]["trainable"],
-        deepspeed=engine_config,
+        deepspeed=engine.config,
     )
     sampler = EpochSampler(
         len(train_items),

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import torch
 
-from sat_lora.cogvlm.checkpoint import read_config, weight_files
+from sat_lora.cogvlm.checkpoint import check_files, read_config
 from sat_lora.cogvlm.image import load_image
+from sat_lora.cogvlm.model import parallel_problems
 from sat_lora.cogvlm.text import PROMPTS, load_tokenizer, prompt_for, shortest_length
 from sat_lora.errors import ConfigError, DataError, SatLoraError
 from sat_lora.training.data import IMAGE_SUFFIXES, read_items
@@ -24,7 +25,8 @@ IMAGES_TRIED = 300  # one readable image among so many is enough to begin
 def check_options(options: Namespace, environ: Mapping[str, str] = os.environ, *, device: str | None = None) -> None:
     """Raise one ConfigError, or DataError when only the data is wrong, with every problem found.
 
-    Every rank finds the same. Reads configs, the tokenizer and some images, but no weights; changes nothing.
+    Every rank finds the same. Reads configs, the tokenizer, the headers of weight files and some images, but no
+    weights; changes nothing.
     device: `cuda` or `cpu`; None asks torch.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -46,7 +48,7 @@ def _base_and_prompt_problems(options: Namespace, environ: Mapping[str, str]) ->
     config = tokenizer = None
     try:
         config = read_config(options.from_pretrained)
-        weight_files(options.from_pretrained)
+        check_files(options.from_pretrained, trust=options.trust_checkpoint)
     except SatLoraError as error:
         yield f"--from_pretrained: {error}"
     yield from _model_parallel_problems(options, config or {}, environ)
@@ -77,20 +79,7 @@ def _base_and_prompt_problems(options: Namespace, environ: Mapping[str, str]) ->
 
 def _model_parallel_problems(options: Namespace, config: dict, environ: Mapping[str, str]) -> Iterator[str]:
     parts, ranks = options.model_parallel_size, int(environ.get("WORLD_SIZE", 1))
-    if ranks % parts:
-        yield (
-            f"--model-parallel-size: {ranks} ranks do not divide into groups of {parts}; start a multiple of {parts} "
-            f"ranks or choose a divisor of {ranks}"
-        )
-    vit = config.get("eva_args", {})
-    sizes = {name: config.get(name) for name in ("num_attention_heads", "inner_hidden_size", "vocab_size")}
-    sizes |= {f"eva_args.{name}": vit.get(name) for name in ("num_attention_heads", "inner_hidden_size")}
-    uneven = [f"{name} {size}" for name, size in sizes.items() if isinstance(size, int) and size % parts]
-    if uneven:
-        yield (
-            f"--model-parallel-size: {parts} does not divide the base's {', '.join(uneven)}; "
-            "choose one that divides them all"
-        )
+    yield from (f"--model-parallel-size: {problem}" for problem in parallel_problems(config, parts, ranks))
 
 
 def _lora_problems(options: Namespace) -> Iterator[str]:

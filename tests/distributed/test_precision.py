@@ -11,7 +11,7 @@ from sat_lora.mixin import adapters_of
 from sat_lora.training.distributed import arrange, join
 from sat_lora.training.engine import adapter_optimizer, start_engine
 from tests.distributed.ranks import run_ranks
-from tests.distributed.test_zero import batch_for, engine_config, step_together
+from tests.distributed.training_runs import engine_config, mixed_batch, step_together
 from tests.tiny import tiny_model
 
 PRECISIONS = {
@@ -27,7 +27,7 @@ def ten_steps(precision, stage):
     model = tiny_model(dtype).train()
     add_lora(model, r=4, adapter_dtype="float32")
     engine = start_engine(model, adapter_optimizer(model, lr=3e-3), {**engine_config(stage, 2), **settings})
-    losses = [step_together(engine, [batch_for(world.rank)], world) for _ in range(10)]
+    losses = [step_together(engine, [mixed_batch(world.rank)], world) for _ in range(10)]
     adapter = next(iter(adapters_of(engine.module).values()))
     return str(adapter.A.dtype), str(adapter.target.site.module.weight.dtype), losses
 

@@ -10,7 +10,7 @@ from sat_lora.sharding import over_model_parallel, sharding_of
 from sat_lora.training.distributed import arrange, join
 from sat_lora.training.engine import start_engine
 from tests.distributed.ranks import run_ranks
-from tests.distributed.test_zero import batch_for, engine_config, sgd, step_together, worst_error
+from tests.distributed.training_runs import engine_config, mixed_batch, sgd, step_together, worst_error
 from tests.tiny import fill_adapters, logits_of, tiny_batch, tiny_model
 
 EVERYTHING = ["all-linear", "lm-head", "patch-embedding"]
@@ -95,7 +95,7 @@ def three_steps(variant, stage, model_parallel, folder):
     fill_adapters(model, std=0.1)
     engine = start_engine(model.train(), sgd(model, 0.05), engine_config(stage, 2))
     for step in range(3):
-        step_together(engine, [batch_for(world.data_parallel_rank, step)], world)
+        step_together(engine, [mixed_batch(world.data_parallel_rank, step)], world)
     save_adapter(engine.module, folder)
     before = [stored(p).clone() for p in engine.module.parameters()]
     with torch.no_grad():

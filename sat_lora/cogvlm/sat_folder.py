@@ -1,0 +1,135 @@
+"""A model folder in SAT's layout: read and written.
+
+FOLDER/latest                                 a step number, or `release`
+FOLDER/<that>/mp_rank_00_model_states.pt      the state dict under `module`; one file per model-parallel rank
+FOLDER/model_config.json
+"""
+
+import json
+import pickle
+import re
+from pathlib import Path
+
+import numpy
+import torch
+
+from sat_lora.errors import CheckpointError
+
+PARTS = ("latest", "model_config.json")
+
+# SAT stores the random states of Python and numpy beside the weights. These few names rebuild a numpy array and nothing
+# else; whatever else a pickle asks for is refused.
+_RANDOM_STATE_TYPES = [
+    (numpy._core.multiarray._reconstruct, "numpy.core.multiarray._reconstruct"),
+    (numpy._core.multiarray._reconstruct, "numpy._core.multiarray._reconstruct"),
+    numpy.ndarray,
+    numpy.dtype,
+    numpy.dtypes.UInt32DType,
+]
+
+TRUST = "if you trust whoever made it, --trust-checkpoint unpickles the whole file and so runs any code that is in it"
+
+
+class SatFolder:
+    """A SAT checkpoint, of any model-parallel size. CheckpointError: there is none, or it is incomplete.
+
+    trust: see `map_weights`.
+    """
+
+    def __init__(self, folder: str | Path, *, trust: bool = False):
+        folder = Path(folder)
+        if folder.is_file():
+            home = folder.parent.parent if folder.suffix == ".pt" else folder.parent
+            raise CheckpointError(f"{folder} is a file; give the model folder that holds `latest`, perhaps {home}")
+        missing = [name for name in PARTS if not (folder / name).is_file()]
+        if missing:
+            found = listing(folder) if folder.is_dir() else "no such folder"
+            raise CheckpointError(
+                f"{folder} is not a SAT model folder: looked for {', '.join(PARTS)} and "
+                f"<latest>/mp_rank_00_model_states.pt; missing {', '.join(missing)}; found: {found}"
+            )
+        self.path, self._trust = folder, trust
+
+    def config(self) -> dict:
+        """The content of model_config.json."""
+        return read_object(self.path / "model_config.json")
+
+    def files(self) -> list[Path]:
+        """The files of the newest step, one per model-parallel rank, in rank order."""
+        step = (self.path / "latest").read_text(encoding="utf-8", errors="replace").strip()
+        home = self.path / step
+        files = sorted(home.glob("mp_rank_*_model_states.pt")) if step else []
+        numbers = [file.name.split("_")[2] for file in files]
+        if not files or numbers != [f"{rank:02d}" for rank in range(len(files))]:
+            raise CheckpointError(
+                f"{self.path}: `latest` says {step!r}, so {home}/mp_rank_00_model_states.pt (and 01, 02, ... without "
+                f"gaps) should be there; found {[file.name for file in files] or listing(home)}"
+            )
+        return files
+
+    @property
+    def saved_ranks(self) -> int:
+        """The model-parallel size at which it was saved."""
+        return len(self.files())
+
+    def map(self, rank: int) -> dict[str, torch.Tensor]:
+        """What one saved rank holds: SAT's names, mapped tensors."""
+        return map_weights(self.files()[rank], trust=self._trust)
+
+    def own_name(self, name: str) -> str | None:
+        """What a parameter is called in the files."""
+        return name
+
+
+def listing(folder: Path) -> str:
+    """Some names in a folder, for an error."""
+    names = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+    return ", ".join(names[:12]) + (" ..." if len(names) > 12 else "") if names else "nothing"
+
+
+def read_object(path: Path) -> dict:
+    """A JSON file that has to hold an object."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, got {type(content).__name__}")
+    return content
+
+
+def map_weights(file: Path, *, trust: bool = False) -> dict[str, torch.Tensor]:
+    """The state dict in one SAT checkpoint file, memory-mapped: nothing is read before it is used.
+
+    trust: unpickle whatever the file holds, which runs any code that its maker put there.
+    """
+    try:
+        with torch.serialization.safe_globals(_RANDOM_STATE_TYPES):
+            content = torch.load(file, map_location="cpu", mmap=True, weights_only=not trust)
+    except pickle.UnpicklingError as error:  # torch's own text advises to unpickle everything
+        refused = re.search(r"GLOBAL (\S+)", str(error))
+        problem = "damaged" if trust else "damaged; nothing was run"
+        if refused and not trust:
+            problem = f"it asks for {refused[1]}, only tensors and random states are read; nothing was run; {TRUST}"
+        raise CheckpointError(f"{file}: cannot be read as a SAT checkpoint: {problem}") from error
+    except (ImportError, AttributeError) as error:  # of a trusted pickle
+        raise CheckpointError(f"{file}: unpickling it asks for what is not installed here: {error}") from error
+    except (OSError, RuntimeError, EOFError) as error:
+        raise CheckpointError(
+            f"{file}: cannot be read as a SAT checkpoint: {error}; if it was cut short, copy it again"
+        ) from error
+    state = content.get("module") if isinstance(content, dict) else None
+    if not isinstance(state, dict):
+        keys = sorted(map(str, content))[:8] if isinstance(content, dict) else type(content).__name__
+        raise CheckpointError(f"{file}: expected a state dict under the key `module`; found {keys}")
+    return state
+
+
+def save_weights(folder: str | Path, config: dict, state: dict[str, torch.Tensor], step: str = "release") -> None:
+    """Write an unsharded state dict and its config in SAT's layout."""
+    folder = Path(folder)
+    (folder / step).mkdir(parents=True, exist_ok=True)
+    torch.save({"module": state}, folder / step / "mp_rank_00_model_states.pt")
+    config = {**config, "model_parallel_size": 1}
+    (folder / "model_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (folder / "latest").write_text(step + "\n", encoding="utf-8")

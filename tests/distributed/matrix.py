@@ -1,0 +1,163 @@
+"""The matrix of layouts, in every cell of which training has to be what it is in one process on the joined batch.
+
+    python -m tests.distributed.matrix [--only TEXT]    # every cell, or those whose description holds TEXT
+
+A cell is a model-parallel size, a data-parallel size, a ZeRO stage, activation checkpointing or not, a precision, and
+what the batches of the ranks hold. What is compared: the losses of five steps, logits, gradients and DeepSpeed's norm
+of them in the first, and the adapter after five steps of plain SGD and of Adam.
+"""
+
+import argparse
+import itertools
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy
+import torch
+
+from tests.distributed.ranks import run_ranks
+from tests.distributed.training_runs import (
+    FILES,
+    image_batch,
+    mixed_batch,
+    text_batch,
+    train_alone,
+    train_in_layout,
+    worst_error,
+)
+
+BATCHES = {"images": image_batch, "one text-only": mixed_batch, "text-only": text_batch}
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+BOUNDS = {"loss": 1e-5, "logits": 1e-5, "gradient": 1e-5, "norm": 1e-5, "SGD": 1e-5, "Adam": 1e-3}
+"""In float32. Adam magnifies rounding where a gradient is near zero."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    model_parallel: int
+    data_parallel: int
+    stage: int
+    checkpoint: bool
+    precision: str
+    batch: str
+
+    def __str__(self) -> str:
+        checkpoint = "checkpointed" if self.checkpoint else "not checkpointed"
+        layout = f"mp {self.model_parallel}, dp {self.data_parallel}, ZeRO-{self.stage}"
+        return f"{layout}, {self.precision}, {checkpoint}, {self.batch}"
+
+    def bound(self, quantity: str) -> float:
+        return BOUNDS[quantity] if self.precision == "fp32" else 2**0.5
+
+
+CELLS = [Cell(*one) for one in itertools.product((1, 2), (1, 2), range(4), (False, True), PRECISIONS, BATCHES)]
+
+
+@cache
+def alone(data_parallel: int, precision: str, batch: str) -> dict:
+    """What one process finds."""
+    with tempfile.TemporaryDirectory() as folder:
+        return run_ranks(train_alone, 1, data_parallel, PRECISIONS[precision], BATCHES[batch], folder)[0]
+
+
+@cache
+def errors_of(cell: Cell) -> dict[str, float]:
+    """The error of each quantity, the largest over all ranks. AssertionError: a rank failed or hung, or what has to be
+    the same bit for bit is not.
+
+    In bf16 it is the overall difference from the bf16 run in one process, in units of that run's own difference from
+    float32. Two runs that are equally far from float32, in independent directions, differ by the square root of 2.
+    """
+    expected = alone(cell.data_parallel, cell.precision, cell.batch)
+    with adapter_folder(expected["file"]) as adapter, tempfile.TemporaryDirectory() as folder:
+        ranks = run_ranks(
+            train_in_layout,
+            cell.model_parallel * cell.data_parallel,
+            cell.model_parallel,
+            cell.stage,
+            cell.checkpoint,
+            PRECISIONS[cell.precision],
+            BATCHES[cell.batch],
+            adapter,
+            folder,
+        )
+    for name in ("initial file", "file"):
+        if any(got[name] != expected[name] for got in ranks):
+            raise AssertionError(f"{name}: other bytes than those of one process")
+    if not all(got["replicas agree"] for got in ranks):
+        raise AssertionError("a replicated parameter is not the same on all model-parallel ranks")
+    per_rank = []
+    for got in ranks:
+        mine = seen_by(got["rank"], expected, cell.data_parallel)
+        if cell.precision == "fp32":
+            per_rank.append({name: worst_error(got[name], mine[name]) for name in BOUNDS})
+            continue
+        exact = seen_by(got["rank"], alone(cell.data_parallel, "fp32", cell.batch), cell.data_parallel)
+        rounding = {name: overall_error(mine[name], exact[name]) for name in BOUNDS}
+        # The errors in a single number may cancel to nothing by chance: measured by those of what it is made from.
+        rounding |= {"norm": rounding["gradient"], "loss": rounding["logits"]}
+        per_rank.append({name: overall_error(got[name], mine[name]) / rounding[name] for name in BOUNDS})
+    return {name: max(errors[name] for errors in per_rank) for name in BOUNDS}
+
+
+def seen_by(rank: int, found: dict, data_parallel: int) -> dict:
+    """What one process found, with the logits of one data-parallel rank's rows alone."""
+    logits = found["logits"]["logits"]
+    rows = logits.reshape(data_parallel, -1, *logits.shape[1:])[rank]
+    return {**found, "logits": {"logits": rows}}
+
+
+@contextmanager
+def adapter_folder(files: list[bytes]) -> Iterator[str]:
+    """A folder that holds an adapter's files, and nothing else."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name, content in zip(FILES, files):
+            (Path(folder) / name).write_bytes(content)
+        yield folder
+
+
+def overall_error(got: dict[str, numpy.ndarray], expected: dict[str, numpy.ndarray]) -> float:
+    """The norm of all errors, relative to that of all values."""
+
+    def squares(values):
+        return sum(float((value.astype(float) ** 2).sum()) for value in values)
+
+    return (squares(got[k] - expected[k] for k in expected) / squares(expected.values())) ** 0.5
+
+
+def main() -> int:
+    """Run the cells and print their errors, the worst of each layout, stage and precision in a line; 1 if any fails."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", metavar="TEXT", help="cells whose description holds TEXT")
+    only = parser.parse_args().only
+    cells, table, failed = [cell for cell in CELLS if only in str(cell)], {}, 0
+    for number, cell in enumerate(cells, 1):
+        try:
+            errors = errors_of(cell)
+        except AssertionError as error:
+            failed += 1
+            print(f"{number}/{len(cells)} {cell}: FAILED: {error}", file=sys.stderr, flush=True)
+            continue
+        problems = [name for name in BOUNDS if not errors[name] <= cell.bound(name)]
+        failed += bool(problems)
+        verdict = f"FAILED ({', '.join(problems)})" if problems else "ok"
+        shown = ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
+        print(f"{number}/{len(cells)} {cell}: {verdict}: {shown}", file=sys.stderr, flush=True)
+        row = table.setdefault((cell.precision, cell.model_parallel, cell.data_parallel, cell.stage), errors)
+        row.update({name: max(row[name], errors[name]) for name in BOUNDS})
+    print("| precision | model parallel | data parallel | ZeRO | " + " | ".join(BOUNDS) + " |")
+    print("|---" * (4 + len(BOUNDS)) + "|")
+    for key in sorted(table, key=lambda key: (key[0] != "fp32", key)):
+        figures = [f"{table[key][name]:.1e}" if key[0] == "fp32" else f"{table[key][name]:.2f}" for name in BOUNDS]
+        print("| " + " | ".join([*map(str, key), *figures]) + " |")
+    print(f"\n{len(cells) - failed} of {len(cells)} cells within the bounds")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
