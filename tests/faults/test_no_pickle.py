@@ -9,6 +9,7 @@ import torch
 
 from sat_lora import AdapterError, CheckpointError, load_adapter
 from sat_lora.adapter_format import read_adapter
+from sat_lora.cli import main
 from sat_lora.cogvlm.checkpoint import load_cogvlm, save_weights
 from sat_lora.merge_checkpoint import merge_adapter
 from sat_lora.training.options import parse_options
@@ -87,6 +88,13 @@ def test_a_base_is_unpickled_only_by_those_who_trust_it(tmp_path, pristine, trap
     assert not crater.exists()
     USES[use](trapped_base, pristine, tmp_path / "out", trust=True)
     assert crater.exists()
+
+
+def test_the_merge_command_takes_the_option_that_its_error_names(tmp_path, pristine, trapped_base, crater, capsys):
+    arguments = ["merge", "--base", str(trapped_base), "--adapter", str(pristine), "--out", str(tmp_path / "out")]
+    assert main(arguments) == 2 and not crater.exists()
+    assert "--trust-checkpoint" in capsys.readouterr().err
+    assert main([*arguments, "--trust-checkpoint"]) == 0 and crater.exists()
 
 
 def test_a_trusted_base_has_the_weights_of_its_file(trapped_base, fresh):
