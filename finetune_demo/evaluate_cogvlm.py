@@ -18,6 +18,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--run", metavar="RUN_FOLDER", help="a run folder: what is not given is taken from its run.json")
     add("--from_pretrained", metavar="DIR", help="SAT folder of the base")
+    add("--trust-checkpoint", action="store_true", default=None, help="unpickle all of the base: runs any code in it")
     add("--adapter", metavar="DIR", help="adapter folder (default: RUN_FOLDER/adapter)")
     add("--test-data", nargs="+", metavar="PATH", help="folders of images LABEL.png, or .jsonl files")
     add("--local_tokenizer", metavar="DIR", help="tokenizer folder (default: the base's)")
@@ -33,7 +34,9 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-DEFAULTS = dict(version="chat", prompt="CAPTCHA:", max_length=1288, eval_batch_size=4, model_parallel_size=1)
+DEFAULTS = dict(
+    version="chat", prompt="CAPTCHA:", max_length=1288, eval_batch_size=4, model_parallel_size=1, trust_checkpoint=False
+)
 
 
 def read_settings(options: argparse.Namespace) -> argparse.Namespace:
@@ -46,6 +49,7 @@ def read_settings(options: argparse.Namespace) -> argparse.Namespace:
             stored = json.loads((Path(options.run) / "run.json").read_text(encoding="utf-8"))["settings"]
         except (OSError, ValueError, KeyError) as error:
             raise ConfigError(f"--run: {options.run} is no run folder with a readable run.json: {error}") from error
+        stored.pop("trust_checkpoint", None)  # whoever runs the code of a file says so each time
         stored["adapter"] = str(Path(options.run) / "adapter")
         if options.bf16 or options.fp16:
             stored["bf16"] = stored["fp16"] = None

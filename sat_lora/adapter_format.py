@@ -22,12 +22,14 @@ import torch
 from safetensors.torch import save
 
 from sat_lora.atomic import replaced_folder
-from sat_lora.config import LoraConfig
+from sat_lora.config import DTYPES, LoraConfig
 from sat_lora.errors import AdapterError, ConfigError
 
 FORMAT_VERSION = 2
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PAIR, MAGNITUDE = ("lora_A", "lora_B"), "lora_magnitude"
+LARGEST_SCALE = torch.finfo(torch.float32).max
+TENSOR_DTYPES = tuple(getattr(torch, name) for name in DTYPES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,11 +44,20 @@ class LayerEntry:
 
     @classmethod
     def from_dict(cls, values: dict) -> "LayerEntry":
-        rows = tuple((int(start), int(stop)) for start, stop in values["rows"])
-        slots = tuple(str(slot) for slot in values["slots"])
+        """From the JSON object of a file; ValueError, TypeError or LookupError if it is not one of a layer."""
+        kind, rank, scale = values["kind"], values["r"], values["scale"]
+        slots, rows = _strings(values["slots"]), tuple((start, stop) for start, stop in values["rows"])
+        if not isinstance(kind, str) or len(set(slots)) != len(slots):
+            raise ValueError(f"kind {kind!r} with slots {slots}")
+        if any(type(number) is not int for number in (rank, *sum(rows, ()))):
+            raise TypeError(f"r {rank!r} and rows {rows} have to be whole numbers")
+        if rank < 1 or any(not 0 <= start < stop for start, stop in rows):
+            raise ValueError(f"r {rank} and rows {rows}")
+        if type(scale) not in (int, float) or not abs(scale) <= LARGEST_SCALE:
+            raise ValueError(f"scale {scale!r} is no finite number")
         if len(rows) != max(1, len(slots)):
             raise ValueError(f"{len(slots)} slots, {len(rows)} ranges of rows")
-        return cls(str(values["kind"]), int(values["r"]), float(values["scale"]), slots, rows)
+        return cls(kind, rank, float(scale), slots, rows)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,33 +144,74 @@ def write_adapter(folder: str | Path, adapter: SavedAdapter) -> None:
 def read_adapter(folder: str | Path) -> SavedAdapter:
     """What an adapter folder holds, tensors on the CPU. AdapterError names the file and the cause."""
     folder = Path(folder)
-    missing = [name for name in (WEIGHTS, CONFIG) if not (folder / name).is_file()]
-    if missing:
+    try:
+        missing = [name for name in (WEIGHTS, CONFIG) if not (folder / name).is_file()]
         found = ", ".join(sorted(p.name for p in folder.iterdir())[:12]) if folder.is_dir() else "no such folder"
+    except OSError as error:
+        raise AdapterError(f"{folder}: cannot be read: {error}") from error
+    if missing:
         raise AdapterError(
             f"{folder} is not an adapter folder: {', '.join(missing)} missing; found: {found or 'nothing'}"
         )
+    config, fingerprint, layers, trained = _read_config(folder / CONFIG)
+    return SavedAdapter(config, fingerprint, layers, trained, _read_tensors(folder / WEIGHTS))
+
+
+def _read_config(path: Path) -> tuple[LoraConfig, str, dict[str, LayerEntry], tuple[str, ...]]:
+    """(config, base fingerprint, layers, trained) of an adapter_config.json."""
     try:
-        values = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
         own = values.pop("sat_lora")
         values.pop("peft_type", None)
         version = own["format_version"]
         if version != FORMAT_VERSION:
-            raise AdapterError(f"{folder / CONFIG}: format version {version!r}, this sat_lora reads {FORMAT_VERSION}")
-        layers = {name: LayerEntry.from_dict(entry) for name, entry in own["layers"].items()}
-        fingerprint, trained = str(own["base_fingerprint"]), tuple(str(name) for name in own["trained"])
-    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
-        raise AdapterError(f"{folder / CONFIG}: not an adapter config of sat_lora: {error!r}") from error
+            raise AdapterError(f"{path}: format version {version!r}, this sat_lora reads {FORMAT_VERSION}")
+        layers = {name: _layer_entry(name, values) for name, values in own["layers"].items()}
+        fingerprint, trained = str(own["base_fingerprint"]), _strings(own["trained"])
+    except (OSError, ValueError, AttributeError, LookupError, TypeError, RecursionError) as error:
+        raise AdapterError(f"{path}: not an adapter config of sat_lora: {_brief(_cause(error))}") from error
     try:
         config = LoraConfig.from_dict(values)
     except ConfigError as error:
-        raise AdapterError(f"{folder / CONFIG}: {error}") from error
+        raise AdapterError(f"{path}: {_brief(str(error))}") from error
+    if config.takes_from_base:  # written files never do; loading one would take from the base again
+        raise AdapterError(f"{path}: init_lora_weights {config.init_lora_weights!r}, but the file is a plain LoRA")
+    return config, fingerprint, layers, trained
+
+
+def _layer_entry(name: str, values) -> LayerEntry:
     try:
-        with safetensors.safe_open(folder / WEIGHTS, framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}
-    except (OSError, safetensors.SafetensorError) as error:
-        raise AdapterError(f"{folder / WEIGHTS}: cannot be read: {error}") from error
-    return SavedAdapter(config, fingerprint, layers, trained, tensors)
+        return LayerEntry.from_dict(values)
+    except (ValueError, TypeError, LookupError) as error:
+        raise ValueError(f"{name}: {_cause(error)}") from error
+
+
+def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}
+    # safetensors 0.8 meets a dtype that torch or its own binding lacks with whatever comes first.
+    except (OSError, safetensors.SafetensorError, RuntimeError, ValueError, TypeError, LookupError) as error:
+        raise AdapterError(f"{path}: cannot be read as safetensors: {_brief(str(error))}") from error
+
+
+def _refuse_constant(name: str):
+    raise ValueError(f"{name} is no JSON")
+
+
+def _strings(values) -> tuple[str, ...]:
+    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+        raise TypeError(f"wanted a list of texts, got {_brief(repr(values))}")
+    return tuple(values)
+
+
+def _cause(error: Exception) -> str:
+    return f"no {error}" if isinstance(error, KeyError) else str(error) or repr(error)
+
+
+def _brief(text: str) -> str:
+    """A damaged file may put anything of any length into a message."""
+    return text if len(text) <= 500 else text[:500] + " ..."
 
 
 def tensor_problems(tensors: dict[str, torch.Tensor], expected: dict[str, tuple[int, ...]]) -> list[str]:
@@ -170,8 +222,8 @@ def tensor_problems(tensors: dict[str, torch.Tensor], expected: dict[str, tuple[
         tensor = tensors[key]
         if tuple(tensor.shape) != expected[key]:
             problems.append(f"{key}: shape {tuple(tensor.shape)}, the model wants {expected[key]}")
-        elif not tensor.is_floating_point():
-            problems.append(f"{key}: dtype {tensor.dtype}, a floating-point dtype is wanted")
+        elif tensor.dtype not in TENSOR_DTYPES:
+            problems.append(f"{key}: dtype {tensor.dtype}, one of {', '.join(DTYPES)} is wanted")
         elif not bool(torch.isfinite(tensor).all()):
             problems.append(f"{key}: holds values that are not finite")
     return problems

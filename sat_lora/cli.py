@@ -20,6 +20,7 @@ def build_parser() -> argparse.ArgumentParser:
     merge.add_argument(
         "--base", required=True, metavar="DIR", help="SAT or Hugging Face folder of the base, cut or whole"
     )
+    merge.add_argument("--trust-checkpoint", action="store_true", help="unpickle all of it: runs any code in it")
     merge.add_argument("--adapter", required=True, metavar="DIR", help="adapter folder")
     merge.add_argument("--out", required=True, metavar="DIR", help="new folder")
     merge.add_argument(
@@ -70,6 +71,7 @@ def _merge(options: argparse.Namespace) -> int:
         options.out,
         to=options.to,
         model_parallel_size=options.model_parallel_size,
+        trust=options.trust_checkpoint,
         progress=lambda names, total: tqdm(names, total=total, desc="merging", unit=" tensors", disable=None, delay=1),
     )
     print(f"merged model in {options.out}")
@@ -77,7 +79,7 @@ def _merge(options: argparse.Namespace) -> int:
         return 0
     from sat_lora.verify_merge import lost_share
 
-    share, allowed = lost_share(options.base, options.adapter, options.out)
+    share, allowed = lost_share(options.base, options.adapter, options.out, trust=options.trust_checkpoint)
     verdict = "verified" if share <= allowed else "WRONG"
     print(f"{verdict}: merging lost {share:.2%} of the adapter's effect on the logits, {allowed:.2%} is rounding")
     return 0 if share <= allowed else 1

@@ -111,7 +111,6 @@ def _own_problems(source: Source) -> list[str]:
     ]
     if not saved.layers:
         problems.append("adapts nothing")
-    problems += [f"{name}: rank {entry.r}" for name, entry in saved.layers.items() if entry.r < 1]
     pairs = {key: tensor for key, tensor in saved.tensors.items() if key not in saved.trained}
     return problems + sorted(tensor_problems(pairs, expected))
 

@@ -3,11 +3,13 @@
 import difflib
 import math
 import re
+import sys
 from dataclasses import asdict, dataclass, field, fields
 
 from sat_lora.errors import ConfigError
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
+MOST_LAYERS = 10_000  # a range of any length would be counted out
 SLOTS = ("q", "k", "v")
 BIASES = ("none", "lora_only", "all")
 INITS = ("kaiming", "gaussian", "orthogonal", "pissa", "pissa_niter_N", "olora")
@@ -56,7 +58,7 @@ class LoraConfig:
     seed: int = 1234
     """Seeds the initial A. The values depend on this and on the linear's name, not on the parallel layout."""
 
-    def __new__(cls, **values):
+    def __new__(cls, /, **values):
         """Refuse unknown fields, with the nearest names and together with what is wrong with the known ones."""
         known = [f.name for f in fields(cls)]
         problems = []
@@ -92,7 +94,7 @@ class LoraConfig:
             for pattern in getattr(self, name):
                 try:
                     re.compile(pattern)
-                except (re.error, TypeError) as error:
+                except (re.error, TypeError, OverflowError, RecursionError) as error:
                     yield f"{name}: {pattern!r} is not a regular expression: {error}"
         ranks = {"r": self.r, **{f"rank_pattern[{k!r}]": v for k, v in self.rank_pattern.items()}}
         for name, value in ranks.items():
@@ -106,7 +108,7 @@ class LoraConfig:
             "lr_ratio": self.lr_ratio,
         }
         for name, value in numbers.items():
-            if not _is_number(value) or not math.isfinite(value) or (name == "lr_ratio" and value <= 0):
+            if not _is_number(value) or (name == "lr_ratio" and value <= 0):
                 yield f"{name} has to be a finite number{' above 0' * (name == 'lr_ratio')}, got {value!r}"
         if not _is_number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
             yield f"lora_dropout has to be in [0, 1), got {self.lora_dropout!r}"
@@ -126,6 +128,8 @@ class LoraConfig:
         slots = self.qkv_slots if isinstance(self.qkv_slots, str) or _are_strings(self.qkv_slots) else ()
         if not slots or set(slots) - set(SLOTS) or len(set(slots)) != len(slots):
             yield f"qkv_slots has to name some of q, k, v, each once, got {self.qkv_slots!r}"
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
+            yield f"seed has to be a whole number from 0 to 2**63 - 1, got {self.seed!r}"
         if self.adapter_dtype is not None and self.adapter_dtype not in DTYPES:
             yield f"adapter_dtype has to be one of {', '.join(DTYPES)} or None, got {self.adapter_dtype!r}"
         try:
@@ -147,6 +151,8 @@ class LoraConfig:
             first, last = int(match[2]), int(match[3] or match[2])
             if last < first:
                 raise ValueError(f"{part.strip()!r} runs backwards")
+            if last >= MOST_LAYERS:
+                raise ValueError(f"{part.strip()!r} is beyond {MOST_LAYERS} layers")
             chosen.setdefault(match[1], set()).update(range(first, last + 1))
         return {tower: frozenset(numbers) for tower, numbers in chosen.items()}
 
@@ -177,7 +183,8 @@ _HEAD = "LoraConfig: "
 
 
 def _is_number(value) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    """Whether it is a number that a float holds."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _are_strings(values) -> bool:

@@ -31,6 +31,7 @@ def merge_adapter(
     *,
     to: str = "sat",
     model_parallel_size: int = 1,
+    trust: bool = False,
     progress: Callable[[Iterable, int], Iterable] = lambda names, total: names,
 ) -> None:
     """Write OUT, the base with scale * B A added to each adapted weight: in float32, kept in the base's dtype.
@@ -38,12 +39,12 @@ def merge_adapter(
     to: "sat", cut for `model_parallel_size` ranks, or "hf", a Hugging Face folder of safetensors. The base may be
     either, and cut for any number of ranks. progress: wraps the names as they are gone through, as tqdm does.
     CheckpointError or AdapterError: a folder is wrong or cannot be written, or the adapter was trained on another base;
-    MergeError: a merged weight is not finite. OUT is not there then.
+    MergeError: a merged weight is not finite. OUT is not there then. trust: see `map_weights`.
     """
     out = Path(out)
     if out.exists():
         raise CheckpointError(f"--out: {out} exists; give a new folder")
-    weights = BaseWeights(base)
+    weights = BaseWeights(base, trust=trust)
     saved = read_adapter(adapter)
     if saved.base_fingerprint != fingerprint_of(weights.shapes):
         raise AdapterError(

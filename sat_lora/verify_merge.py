@@ -5,12 +5,15 @@ from pathlib import Path
 import torch
 
 from sat_lora.adapter_file import load_adapter
+from sat_lora.cogvlm.base_weights import BaseWeights
 from sat_lora.cogvlm.checkpoint import load_cogvlm, read_config
 from sat_lora.cogvlm.text import position_ids_for
 from sat_lora.training.distributed import arrange, join
 
 
-def lost_share(base: str | Path, adapter: str | Path, merged: str | Path) -> tuple[float, float]:
+def lost_share(
+    base: str | Path, adapter: str | Path, merged: str | Path, *, trust: bool = False
+) -> tuple[float, float]:
     """(the share of the adapter's effect on the logits that merging lost, the largest share allowed).
 
     |merged - (base + adapter)| / |(base + adapter) - base| over the logits of one image and a few words: 0 where they
@@ -18,20 +21,18 @@ def lost_share(base: str | Path, adapter: str | Path, merged: str | Path) -> tup
     precision is allowed a half, float32 a thousandth. Each model is loaded whole, one after the other.
     """
     arrange(join())
-    dtype = dtype_of(base)
+    dtype = dtype_of(BaseWeights(base, trust=trust))
     batch = sample_batch(read_config(base))
-    plain, adapted = _logits(base, batch, dtype), _logits(base, batch, dtype, adapter)
+    plain, adapted = (_logits(base, batch, dtype, one, trust=trust) for one in (None, adapter))
     error, effect = (_logits(merged, batch, dtype) - adapted).norm().item(), (adapted - plain).norm().item()
     share = error / effect if effect else float(error > 0)
     return share, 1e-3 if dtype in (torch.float32, torch.float64) else 0.5
 
 
-def dtype_of(folder: str | Path) -> torch.dtype:
-    """The dtype of most weights of a model folder."""
-    from sat_lora.cogvlm.base_weights import BaseWeights
-
+def dtype_of(weights: BaseWeights) -> torch.dtype:
+    """The dtype of most of a model's weights."""
     sizes: dict[torch.dtype, int] = {}
-    for shape, dtype in BaseWeights(folder).layout.values():
+    for shape, dtype in weights.layout.values():
         sizes[dtype] = sizes.get(dtype, 0) + torch.Size(shape).numel()
     return max(sizes, key=sizes.get)
 
@@ -53,8 +54,10 @@ def sample_batch(config: dict) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def _logits(folder: str | Path, batch: dict, dtype: torch.dtype, adapter: str | Path | None = None) -> torch.Tensor:
-    model, _ = load_cogvlm(folder, dtype=dtype)
+def _logits(
+    folder: str | Path, batch: dict, dtype: torch.dtype, adapter: str | Path | None = None, *, trust: bool = False
+) -> torch.Tensor:
+    model, _ = load_cogvlm(folder, dtype=dtype, trust=trust)
     model.eval()
     if adapter is not None:
         load_adapter(model, adapter)

@@ -179,7 +179,7 @@ def test_a_size_that_does_not_divide_is_refused(folders):
 
 
 def test_memory_grows_by_little_more_than_one_tensor(tmp_path):
-    """A process that merges a base of a gigabyte, whose largest tensor is of 128 MiB."""
+    """A process that merges a base of 0.77 GB, whose largest tensor is of 67 MB."""
     config = {**CONFIG, "hidden_size": 2048, "inner_hidden_size": 8192, "vocab_size": 16384, "num_layers": 2}
     wide = build_cogvlm(config, device="meta", dtype=torch.bfloat16)
     layout = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in wide.state_dict().items()}

@@ -13,10 +13,13 @@ from sat_lora.weight_files import Layout
 
 
 class BaseWeights:
-    """Mapped; a tensor takes memory when `whole` joins several parts. CheckpointError: a part is missing or damaged."""
+    """Mapped; a tensor takes memory when `whole` joins several parts. CheckpointError: a part is missing or damaged.
 
-    def __init__(self, folder: str | Path):
-        self._source = open_folder(folder)
+    trust: see `map_weights`.
+    """
+
+    def __init__(self, folder: str | Path, *, trust: bool = False):
+        self._source = open_folder(folder, trust=trust)
         self.config = self._source.config()
         self._parts = [self._source.map(rank) for rank in range(self._source.saved_ranks)]
         for number, part in enumerate(self._parts):

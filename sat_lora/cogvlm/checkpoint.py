@@ -27,8 +27,8 @@ __all__ = [
 ]
 
 
-def open_folder(folder: str | Path) -> SatFolder | HuggingFaceFolder:
-    """The model folder as what it is. CheckpointError: it is neither kind, or both."""
+def open_folder(folder: str | Path, *, trust: bool = False) -> SatFolder | HuggingFaceFolder:
+    """The model folder as what it is. CheckpointError: it is neither kind, or both. trust: see `map_weights`."""
     folder = Path(folder)
     sat = [name for name in PARTS if (folder / name).is_file()]
     hugging_face = [name for name in (INDEX, SINGLE) if (folder / name).is_file()]
@@ -37,7 +37,7 @@ def open_folder(folder: str | Path) -> SatFolder | HuggingFaceFolder:
             f"{folder} holds a SAT model ({', '.join(sat)}) and a Hugging Face model ({', '.join(hugging_face)}); "
             "keep one of them there"
         )
-    return HuggingFaceFolder(folder) if hugging_face else SatFolder(folder)
+    return HuggingFaceFolder(folder) if hugging_face else SatFolder(folder, trust=trust)
 
 
 def read_config(folder: str | Path) -> dict:
@@ -50,9 +50,9 @@ def weight_files(folder: str | Path) -> list[Path]:
     return open_folder(folder).files()
 
 
-def check_files(folder: str | Path) -> None:
+def check_files(folder: str | Path, *, trust: bool = False) -> None:
     """CheckpointError when one of the files is missing, truncated or no checkpoint; reads nothing but their headers."""
-    source = open_folder(folder)
+    source = open_folder(folder, trust=trust)
     for rank in range(source.saved_ranks):
         source.map(rank)
 
@@ -68,15 +68,21 @@ def shardings_of(model: nn.Module) -> dict[str, Sharding]:
 
 
 def load_cogvlm(
-    folder: str | Path, *, device: torch.device | str = "cpu", zero_config: dict | None = None, **settings
+    folder: str | Path,
+    *,
+    device: torch.device | str = "cpu",
+    zero_config: dict | None = None,
+    trust: bool = False,
+    **settings,
 ) -> tuple[CogVLMModel, dict]:
     """A CogVLM with the weights of a SAT or Hugging Face folder, and its config. `settings` go to `build_cogvlm`.
 
     zero_config: DeepSpeed's, of stage 3; every parameter is then partitioned as it is loaded, and a rank reads no more
     than its own partition. Ranks do not speak to each other here: an error on one is an error on it alone.
     CheckpointError: files, names or shapes do not fit; nothing has been allocated then. ConfigError: `build_cogvlm`'s.
+    trust: see `map_weights`.
     """
-    source = open_folder(folder)
+    source = open_folder(folder, trust=trust)
     config = source.config()
     source.files()  # fail before the model is built
     model = build_cogvlm(config, device="meta", **settings)

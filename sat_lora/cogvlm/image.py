@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from sat_lora.errors import DataError
 
@@ -29,5 +29,6 @@ def load_image(source: str | Path | bytes, size: tuple[int, int], name: str | No
     try:
         with Image.open(BytesIO(source) if isinstance(source, bytes) else source) as image:
             return image_tensor(image, size)
-    except (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+    # Pillow's decoders raise whatever damaged bytes lead them to, and one that is missed here stops a rank.
+    except Exception as error:
         raise DataError(f"{name or source}: cannot be read as an image: {error}") from error

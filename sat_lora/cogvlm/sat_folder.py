@@ -28,11 +28,16 @@ _RANDOM_STATE_TYPES = [
     numpy.dtypes.UInt32DType,
 ]
 
+TRUST = "if you trust whoever made it, --trust-checkpoint unpickles the whole file and so runs any code that is in it"
+
 
 class SatFolder:
-    """A SAT checkpoint, of any model-parallel size. CheckpointError: there is none, or it is incomplete."""
+    """A SAT checkpoint, of any model-parallel size. CheckpointError: there is none, or it is incomplete.
 
-    def __init__(self, folder: str | Path):
+    trust: see `map_weights`.
+    """
+
+    def __init__(self, folder: str | Path, *, trust: bool = False):
         folder = Path(folder)
         if folder.is_file():
             home = folder.parent.parent if folder.suffix == ".pt" else folder.parent
@@ -44,7 +49,7 @@ class SatFolder:
                 f"{folder} is not a SAT model folder: looked for {', '.join(PARTS)} and "
                 f"<latest>/mp_rank_00_model_states.pt; missing {', '.join(missing)}; found: {found}"
             )
-        self.path = folder
+        self.path, self._trust = folder, trust
 
     def config(self) -> dict:
         """The content of model_config.json."""
@@ -70,7 +75,7 @@ class SatFolder:
 
     def map(self, rank: int) -> dict[str, torch.Tensor]:
         """What one saved rank holds: SAT's names, mapped tensors."""
-        return map_weights(self.files()[rank])
+        return map_weights(self.files()[rank], trust=self._trust)
 
     def own_name(self, name: str) -> str | None:
         """What a parameter is called in the files."""
@@ -94,15 +99,22 @@ def read_object(path: Path) -> dict:
     return content
 
 
-def map_weights(file: Path) -> dict[str, torch.Tensor]:
-    """The state dict in one SAT checkpoint file, memory-mapped: nothing is read before it is used."""
+def map_weights(file: Path, *, trust: bool = False) -> dict[str, torch.Tensor]:
+    """The state dict in one SAT checkpoint file, memory-mapped: nothing is read before it is used.
+
+    trust: unpickle whatever the file holds, which runs any code that its maker put there.
+    """
     try:
         with torch.serialization.safe_globals(_RANDOM_STATE_TYPES):
-            content = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+            content = torch.load(file, map_location="cpu", mmap=True, weights_only=not trust)
     except pickle.UnpicklingError as error:  # torch's own text advises to unpickle everything
         refused = re.search(r"GLOBAL (\S+)", str(error))
-        problem = f"it asks for {refused[1]}, only tensors and random states are read" if refused else "damaged"
-        raise CheckpointError(f"{file}: cannot be read as a SAT checkpoint: {problem}; nothing was run") from error
+        problem = "damaged" if trust else "damaged; nothing was run"
+        if refused and not trust:
+            problem = f"it asks for {refused[1]}, only tensors and random states are read; nothing was run; {TRUST}"
+        raise CheckpointError(f"{file}: cannot be read as a SAT checkpoint: {problem}") from error
+    except (ImportError, AttributeError) as error:  # of a trusted pickle
+        raise CheckpointError(f"{file}: unpickling it asks for what is not installed here: {error}") from error
     except (OSError, RuntimeError, EOFError) as error:
         raise CheckpointError(
             f"{file}: cannot be read as a SAT checkpoint: {error}; if it was cut short, copy it again"

@@ -11,8 +11,10 @@ DEFAULTS = {
     "test_data": None,  # then nothing is generated after training
     "split": [1.0],
     "prompt": "CAPTCHA:",
+    "max_broken_share": 0.05,
     "num_workers": 2,
     "from_pretrained": None,  # then the embedded demo
+    "trust_checkpoint": False,
     "local_tokenizer": None,  # then the --from_pretrained folder
     "version": "chat",
     "max_length": 1288,

@@ -19,8 +19,8 @@ from sat_lora.training.step import to_device
 def evaluate_adapter(options: Namespace, adapter: str | Path, world: World) -> dict:
     """Answers every item of --test-data by greedy decoding, with and without the adapter; the ranks share the items.
 
-    options: from_pretrained, local_tokenizer, test_data, version, prompt, max_length, eval_batch_size, bf16, fp16 and
-    model_parallel_size, as `parse_options` names them.
+    options: from_pretrained, local_tokenizer, test_data, version, prompt, max_length, eval_batch_size, bf16, fp16,
+    model_parallel_size and trust_checkpoint, as `parse_options` names them.
     Returns {"images": n, "base": {"exact_match": x, "exact_match_ignoring_case": y}, "adapter": {...}} with shares in
     [0, 1]; unreadable items are left out of n and listed under "broken". Both come from what lies on disk.
     """
@@ -35,6 +35,7 @@ def evaluate_adapter(options: Namespace, adapter: str | Path, world: World) -> d
         dtype=base_dtype(options),
         device=world.device,
         model_parallel_size=options.model_parallel_size,
+        trust=options.trust_checkpoint,
     )
     load_adapter(model, adapter)
     dataset = ImageTextDataset(

@@ -52,6 +52,7 @@ def finetune(options: Namespace, prepare: Callable[[], None] | None = None) -> W
         checkpoint_activations=options.checkpoint_activations,
         vit_checkpoint_activations=options.vit_checkpoint_activations,
         seed=max(1, options.seed),  # SAT refuses 0
+        trust=options.trust_checkpoint,
         zero_config=engine_config if options.zero_stage == 3 else None,
     )
     add_lora(model, lora)
@@ -86,7 +87,7 @@ def finetune(options: Namespace, prepare: Callable[[], None] | None = None) -> W
     valid = valid_data.validation() if valid_data else None
     with run:
         run.start(options.train_iters, done)
-        train(engine, loader, valid, options, run, world, done)
+        train(engine, loader, valid, options, run, world, done, dataset_size=data.samples)
     del engine, model, optimizer, loader
     gc.collect()
     if options.test_data:

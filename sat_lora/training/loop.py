@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 from sat_lora.adapter_file import save_adapter
 from sat_lora.optimizer_groups import set_learning_rate
+from sat_lora.training.broken_samples import BrokenSamples
 from sat_lora.training.checkpoint import save_checkpoint
 from sat_lora.training.distributed import World, gather_lists
 from sat_lora.training.loss import count_answer_tokens, sum_over_data_parallel
@@ -24,15 +25,19 @@ def train(
     run: RunFolder,
     world: World,
     steps_done: int = 0,
+    *,
+    dataset_size: int,
 ) -> None:
     """From step `steps_done` to `options.train_iters`; evaluates, saves and reports on the way and at the end.
 
     loader: micro-batches of this rank without end, from where `steps_done` left off. valid: a pass over the validation
     batches of this rank, as many on every rank; None if there are none.
+    dataset_size: training samples in an epoch. DataError, on every rank at the same step: too many samples are broken.
     """
     total, accumulate = options.train_iters, options.gradient_accumulation_steps
     warmup = warmup_steps(options.warmup, total)
-    batches, named = iter(loader), set()
+    batches, known = iter(loader), BrokenSamples(dataset_size, options.max_broken_share)
+    step_samples = options.batch_size * accumulate * world.data_parallel_size
     samples, clock = 0, time.perf_counter()
     engine.train()
     for step in range(steps_done, total):
@@ -41,15 +46,16 @@ def train(
         )
         set_learning_rate(engine.optimizer.param_groups, rate)
         micro_batches = list(itertools.islice(batches, accumulate))
-        broken = [entry for batch in micro_batches for entry in batch["broken"] if entry[0] not in named]
+        broken = known.new_in(micro_batches)
         tokens, failures = sum_over_data_parallel(
             sum(count_answer_tokens(batch["labels"]) for batch in micro_batches), len(broken), device=world.device
         )
         if failures:
-            named.update(path for path, _ in broken)
-            run.report_broken(gather_lists(broken), step + 1)
+            known.add(broken := gather_lists(broken))
+            run.report_broken(broken, step + 1)
+        known.check((step + 1 - steps_done) * step_samples)
         loss = train_step(engine, micro_batches, world, tokens)
-        samples += options.batch_size * accumulate * world.data_parallel_size
+        samples += step_samples
         last = step + 1 == total
         if last or (step + 1) % options.log_interval == 0:
             norm = engine.get_global_grad_norm()

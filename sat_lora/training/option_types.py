@@ -25,6 +25,7 @@ count = number(int, "a whole number, 0 or above", lambda value: value >= 0)
 positive = number(float, "a number above 0", lambda value: value > 0)
 not_negative = number(float, "a number, 0 or above", lambda value: value >= 0)
 fraction = number(float, "a number from 0 up to, but not including, 1", lambda value: 0 <= value < 1)
+share = number(float, "a share from 0 to 1", lambda value: 0 <= value <= 1)
 
 
 def proportions(text: str) -> list[float]:

@@ -16,10 +16,10 @@ from sat_lora.cogvlm.text import PROMPTS
 from sat_lora.training.defaults import DEFAULTS, EMBEDDED_DEMO, demo_defaults
 from sat_lora.training.lora_options import ABOUT, lora_options
 from sat_lora.training.notice import is_first_rank
-from sat_lora.training.option_types import count, fraction, not_negative, positive, positive_int, proportions
+from sat_lora.training.option_types import count, fraction, not_negative, positive, positive_int, proportions, share
 from sat_lora.training.schedule import DECAY_STYLES
 
-NOT_RESUMED = {"resume", "local_rank", "distributed_backend"}  # they belong to one start of a run
+NOT_RESUMED = {"resume", "local_rank", "distributed_backend", "trust_checkpoint"}  # they belong to one start of a run
 
 
 class OptionParser(argparse.ArgumentParser):
@@ -103,6 +103,7 @@ def build_parser() -> argparse.ArgumentParser:
     add(set_by_people, "--lr", "peak learning rate; LoRA wants 1e-4 or more", type=positive)
     add(set_by_people, "--resume", "run folder to go on with, under its own settings", metavar="RUN_FOLDER")
 
+    add(model, "--trust-checkpoint", "unpickle all of --from_pretrained: runs any code in it", **flag)
     add(model, "--version", "prompt format of the base", choices=list(PROMPTS))
     add(model, "--local_tokenizer", "tokenizer folder (default: the --from_pretrained folder)", metavar="DIR")
     add(model, "--max_length", "longest sequence in tokens, the image's included", type=positive_int, metavar="N")
@@ -112,6 +113,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     add(data, "--prompt", "the query that goes with every image")
     add(data, "--split", "train,valid,test shares when there is no --valid-data", type=proportions, metavar="A,B,C")
+    add(data, "--max-broken-share", "the run stops when more of the samples are broken", type=share, metavar="X")
     add(data, "--num-workers", "processes that read images, per rank", type=count, metavar="N")
 
     add(schedule, "--warmup", "steps of warm-up; below 1: their share of all steps", type=not_negative, metavar="N")

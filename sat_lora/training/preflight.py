@@ -50,7 +50,7 @@ def _base_and_prompt_problems(options: Namespace, environ: Mapping[str, str]) ->
     config = tokenizer = None
     try:
         config = read_config(options.from_pretrained)
-        check_files(options.from_pretrained)
+        check_files(options.from_pretrained, trust=options.trust_checkpoint)
     except SatLoraError as error:
         yield f"--from_pretrained: {error}"
     yield from _model_parallel_problems(options, config or {}, environ)

@@ -15,12 +15,13 @@ from sat_lora.training.shards import Shard, count_shards, is_shard
 class FileSource:
     """Batches of items.
 
-    epoch_samples: how many make an epoch, for `total_steps`. make_dataset: the ImageTextDataset of a list of items.
+    samples: how many there are. epoch_samples: as how many an epoch counts, for `total_steps`. make_dataset: the
+    ImageTextDataset of a list of items.
     """
 
     def __init__(self, items: Sequence, make_dataset: Callable[[list], ImageTextDataset], options: Namespace, world):
         self.dataset, self.options, self.world = make_dataset(items), options, world
-        self.epoch_samples = len(items)
+        self.samples = self.epoch_samples = len(items)
 
     def training(self, start_step: int) -> DataLoader:
         """Micro-batches of this rank without end, from `start_step` on."""
@@ -55,6 +56,7 @@ class ShardSource:
         self, shards: list[Shard], make_dataset: Callable[[list], ImageTextDataset], options: Namespace, world: World
     ):
         self.shards, self.dataset, self.options, self.world = shards, make_dataset([]), options, world
+        self.samples = sum(shard.samples for shard in shards)
         steps = self._stream(options.batch_size, options.num_workers).steps_per_epoch
         self.epoch_samples = steps * options.batch_size * world.data_parallel_size
 

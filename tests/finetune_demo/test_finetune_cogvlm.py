@@ -217,6 +217,7 @@ def test_a_broken_image_is_skipped_and_named_once(captchas, tmp_path):
     data = write_images(tmp_path / "data", ["111.png", "222.png", "333.png"])
     (data / "444.png").write_bytes(b"not an image")
     options = options_for(captchas, tmp_path, "--train-data", str(data), "--train-iters", "6", "--batch-size", "2")
+    options += ["--max-broken-share", "0.5"]
     statuses = [status for status, _ in run_ranks(run_script, 2, options)]
     lines = (tmp_path / "run" / "train.jsonl").read_text().splitlines()
     assert statuses == [0, 0]

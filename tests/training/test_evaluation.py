@@ -69,7 +69,7 @@ def evaluate(folder, batch_size, model_parallel=1):
     options = Namespace(
         from_pretrained=BASE, local_tokenizer=BASE, test_data=[str(folder / "items.jsonl")], version="base",
         prompt="CAPTCHA:", max_length=64, eval_batch_size=batch_size, bf16=False, fp16=False,
-        model_parallel_size=model_parallel,
+        model_parallel_size=model_parallel, trust_checkpoint=False,
     )  # fmt: skip
     return evaluate_adapter(options, folder / "adapter", world)
 
