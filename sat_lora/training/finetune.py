@@ -3,7 +3,6 @@
 import gc
 from argparse import Namespace
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
@@ -15,7 +14,7 @@ from sat_lora.errors import ConfigError
 from sat_lora.mixin import add_lora, find_all_parameters, find_all_sites
 from sat_lora.summary import describe, describe_text
 from sat_lora.targets import select
-from sat_lora.training.checkpoint import load_checkpoint
+from sat_lora.training.checkpoint import RunState, load_checkpoint
 from sat_lora.training.data import ImageTextDataset, read_items, split_items
 from sat_lora.training.deepspeed_config import base_dtype, deepspeed_config
 from sat_lora.training.distributed import World, arrange, join, together
@@ -23,6 +22,8 @@ from sat_lora.training.engine import adapter_optimizer, start_engine
 from sat_lora.training.evaluation import evaluate_adapter, evaluation_table
 from sat_lora.training.loop import train
 from sat_lora.training.lora_options import lora_config, lora_problems
+from sat_lora.training.nonfinite import GradientWatch
+from sat_lora.training.optimizer_state import create_moments
 from sat_lora.training.preflight import check_options
 from sat_lora.training.run_folder import RunFolder, write_json
 from sat_lora.training.sampler import EpochSampler, eval_batches, make_loader
@@ -32,7 +33,8 @@ from sat_lora.training.schedule import total_steps
 def finetune(options: Namespace, prepare: Callable[[], None] | None = None) -> World:
     """Check, load, train, evaluate. `prepare` runs first, on rank 0 alone, to make data that is not there yet.
 
-    Raises a SatLoraError on every rank for a user's mistake, before the weights are read.
+    Raises a SatLoraError on every rank for a user's mistake, before the weights are read; TrainingError and Stopped
+    from `train`.
     """
     device = join(options.distributed_backend)
     together(_on_first_rank, prepare)
@@ -66,9 +68,12 @@ def finetune(options: Namespace, prepare: Callable[[], None] | None = None) -> W
     optimizer = adapter_optimizer(
         model, lr=options.lr, weight_decay=options.weight_decay, betas=tuple(options.betas), eps=options.eps
     )
+    watch = None if options.fp16 else GradientWatch(model, world.device)  # fp16: DeepSpeed's loss scaling watches
     engine = start_engine(model, optimizer, engine_config, seed=max(1, options.seed))
+    create_moments(engine)
     torch.manual_seed(options.seed + world.data_parallel_rank)  # dropout; the same on ranks that share a sample
-    done = together(load_checkpoint, engine, Path(options.resume) / "checkpoints") if options.resume else 0
+    state = together(load_checkpoint, engine, run.checkpoints, world) if options.resume else RunState()
+    run.forget_beyond(state.step)
     run.write_settings(
         options,
         world=dict(
@@ -86,12 +91,12 @@ def finetune(options: Namespace, prepare: Callable[[], None] | None = None) -> W
         data_parallel_rank=world.data_parallel_rank,
         data_parallel_size=world.data_parallel_size,
         seed=options.seed,
-        start_step=done * options.gradient_accumulation_steps,
+        start_step=state.step * options.gradient_accumulation_steps,
     )
     loader = make_loader(data(train_items), sampler, num_workers=options.num_workers, seed=options.seed)
     with run:
-        run.start(options.train_iters, done)
-        train(engine, loader, _validation(options, data, valid_items, world), options, run, world, done)
+        run.start(options.train_iters, state.step)
+        train(engine, loader, _validation(options, data, valid_items, world), options, run, world, state, watch)
     del engine, model, optimizer, loader
     gc.collect()
     if options.test_data:
@@ -159,7 +164,7 @@ def _validation(options: Namespace, data, items: list, world: World):
 
 
 def _evaluate(options: Namespace, world: World, run: RunFolder) -> None:
-    result = together(evaluate_adapter, options, run.path / "adapter", world)
+    result = together(evaluate_adapter, options, run.adapters, world)
     if world.is_main:
         write_json(run.path / "evaluation.json", result)
     run.say(evaluation_table(result))

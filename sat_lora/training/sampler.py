@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from sat_lora.errors import DataError
 from sat_lora.training.data import ImageTextDataset, collate
+from sat_lora.training.stop_signals import ignore_stop_signals
 
 
 class EpochSampler(Sampler):
@@ -98,3 +99,4 @@ def make_loader(
 def _start_worker(number: int) -> None:
     # A worker is a fork; tokenizers warns about its threads unless it is told that none are wanted.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    ignore_stop_signals()
