@@ -86,8 +86,8 @@ def load_checkpoint(engine, folder: Path, world: World) -> RunState:
             f"--resume: {folder} does not fit the model, {len(problems)} problems:\n  " + "\n  ".join(problems[:20])
         )
     set_optimizer_tensors(engine, tensors, content["steps_taken"])
-    for name, value in content["loss_scale"].items():
-        setattr(engine.optimizer.loss_scaler, name, value)
+    for name in _loss_scale(engine).keys() & content["loss_scale"].keys():
+        setattr(engine.optimizer.loss_scaler, name, content["loss_scale"][name])
     if content["layout"] == _layout(world):
         set_random_state(content["random"][world.rank])
     return RunState(**{field.name: content[field.name] for field in dataclasses.fields(RunState)})

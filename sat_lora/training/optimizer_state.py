@@ -39,7 +39,7 @@ def create_moments(engine) -> None:
 
 
 def optimizer_tensors(engine) -> Iterator[tuple[str, torch.Tensor]]:
-    """(`master.NAME`, `exp_avg.NAME` or `exp_avg_sq.NAME`; the whole tensor), one by one. Every rank has to take all."""
+    """(`master.NAME`, `exp_avg.NAME` or `exp_avg_sq.NAME`; whole tensor), one by one; every rank has to take all."""
     for name, parameter, sharding in _trained(engine.module):
         for part in (MASTER, *MOMENTS):
             yield f"{part}.{name}", over_model_parallel(_read(engine, parameter, part), sharding)

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 import safetensors
-import torch
 
 from sat_lora.config import LoraConfig
 from sat_lora.training.lora_options import lora_config
