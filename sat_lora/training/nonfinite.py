@@ -7,6 +7,8 @@ from functools import partial
 import torch
 from torch import nn
 
+from sat_lora.adapter import LoraAdapter
+
 
 class GradientWatch:
     """Notices a gradient of a trainable parameter that is not finite, on the device and without waiting for it.
@@ -44,16 +46,20 @@ def held(engine) -> Iterator[None]:
         del optimizer.step
 
 
-def first_nonfinite(model: nn.Module, watch: GradientWatch | None, repeat: Callable[[], None]) -> str | None:
-    """The module of this rank that first makes a value that is not finite, in words; None if all stays finite.
+def first_nonfinite(
+    model: nn.Module, watch: GradientWatch | None, repeat: Callable[[], None]
+) -> tuple[int, str] | None:
+    """Where on this rank a value that is not finite is first made: (how far into the passes, in words), or None.
 
     repeat: runs the step's forward and backward passes again. A module makes such a value if all it was given is
-    finite; where none can be told, it is the first place where one is seen.
+    finite; where none can be told, it is the first place where one is seen. The first of several ranks is the one that
+    is least far: they all run the same passes.
     """
     search = _Search(model)
     hooks = [
         module.register_forward_hook(partial(search.after_forward, name), with_kwargs=True)
         for name, module in model.named_modules()
+        if not isinstance(module, LoraAdapter)  # it writes into the output of its layer, which stands for both
     ]
     hooks.append(model.register_forward_pre_hook(search.before_forward, with_kwargs=True))
     if watch is not None:
@@ -74,16 +80,17 @@ class _Search:
 
     def __init__(self, model: nn.Module):
         self.kinds = {name: type(module).__name__ for name, module in model.named_modules()}
-        self.made: str | None = None
-        self.seen: str | None = None
+        self.made: tuple[int, str] | None = None
+        self.seen: tuple[int, str] | None = None
+        self._looks = 0
         self._bad_above: set[str] = set()  # modules whose output has a gradient that is not finite
 
     def before_forward(self, model, args, kwargs) -> None:
-        if self.made is None and not _all_finite((args, kwargs)):
-            self.made = "the batch itself"
+        if not self._look((args, kwargs)):
+            self._note("the batch itself", True)
 
     def after_forward(self, name: str, module, args, kwargs, output) -> None:
-        if not _all_finite(output):
+        if not self._look(output):
             self._note(f"the output of {self._called(name)} in the forward pass", _all_finite((args, kwargs)))
         for tensor in _floating(output):
             if tensor.requires_grad:
@@ -93,24 +100,29 @@ class _Search:
                 tensor.register_hook(partial(self._input_gradient, name))
 
     def parameter_gradient(self, parameter: str, gradient: torch.Tensor) -> None:
-        if not _all_finite(gradient):
+        if not self._look(gradient):
             owner = parameter.rpartition(".")[0]
             self._note(f"the gradient of {parameter} in the backward pass", owner not in self._bad_above)
 
     def _output_gradient(self, name: str, gradient: torch.Tensor) -> None:
-        if not _all_finite(gradient):
+        if not self._look(gradient):
             self._bad_above.add(name)
             self._note(f"the gradient at the output of {self._called(name)} in the backward pass", False)
 
     def _input_gradient(self, name: str, gradient: torch.Tensor) -> None:
-        if not _all_finite(gradient):
+        if not self._look(gradient):
             words = f"the gradient at the input of {self._called(name)} in the backward pass"
             self._note(words, name not in self._bad_above)
 
+    def _look(self, nest) -> bool:
+        self._looks += 1
+        return _all_finite(nest)
+
     def _note(self, words: str, made_here: bool) -> None:
-        self.seen = self.seen or words
+        found = (self._looks, words)
+        self.seen = self.seen or found
         if made_here:
-            self.made = self.made or words
+            self.made = self.made or found
 
     def _called(self, name: str) -> str:
         return f"{name} ({self.kinds[name]})" if name else f"the whole model ({self.kinds[name]})"

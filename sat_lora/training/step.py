@@ -96,11 +96,13 @@ def _repeat(engine, micro_batches: list[dict], world: World, weight: float) -> N
     engine.step()
 
 
-def _describe(what: str, sources: list[str | None]) -> str:
-    """In words, from what every rank found first."""
-    ranks = [f"{source} on rank {rank}" for rank, source in enumerate(sources) if source is not None]
-    where = f"first in {ranks[0]}" if ranks else "but when the step was repeated everything was finite"
-    return f"the {what} is not finite, {where}"
+def _describe(what: str, sources: list[tuple[int, str] | None]) -> str:
+    """In words, from what `first_nonfinite` found on every rank."""
+    found = [(*source, rank) for rank, source in enumerate(sources) if source is not None]
+    if not found:
+        return f"the {what} is not finite, but when the step was repeated everything was"
+    _, words, rank = min(found, key=lambda one: one[0])
+    return f"the {what} is not finite, first in {words} on rank {rank}"
 
 
 @torch.no_grad()
