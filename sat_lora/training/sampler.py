@@ -1,5 +1,7 @@
 """Which samples a rank takes at which step: a pure function of seed and step, so that a run can stop and go on."""
 
+import atexit
+import multiprocessing
 import os
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -10,7 +12,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from sat_lora.errors import DataError
 from sat_lora.training.data import ImageTextDataset, collate
-from sat_lora.training.stop_signals import ignore_stop_signals
+from sat_lora.training.stop_signals import serve_until
 
 
 class EpochSampler(Sampler):
@@ -82,13 +84,15 @@ def make_loader(
     dataset: ImageTextDataset, batches: EpochSampler | Sequence[list[int]], *, num_workers: int, seed: int
 ) -> DataLoader:
     """A loader of collated batches, in the order of `batches`. It draws nothing from torch's global generator."""
+    ending = multiprocessing.Event()
+    atexit.register(ending.set)
     return DataLoader(
         dataset,
         batch_sampler=batches,
         collate_fn=partial(collate, image_size=dataset.image_size),
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
-        worker_init_fn=_start_worker,
+        worker_init_fn=partial(_start_worker, ending),
         # Without a generator of its own, each iterator takes a number from the global one and a resumed run,
         # which starts one iterator more, would drop out (LoRA dropout) differently from an uninterrupted one.
         generator=torch.Generator().manual_seed(seed),
@@ -96,7 +100,7 @@ def make_loader(
     )
 
 
-def _start_worker(number: int) -> None:
+def _start_worker(ending, number: int) -> None:
     # A worker is a fork; tokenizers warns about its threads unless it is told that none are wanted.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    ignore_stop_signals()
+    serve_until(ending)

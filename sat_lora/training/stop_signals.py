@@ -1,5 +1,6 @@
 """SIGTERM and SIGINT as a wish to stop after the step, so that a machine that is taken away loses nothing."""
 
+import os
 import signal
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -39,7 +40,16 @@ class StopSignals:
         self.counts[signal.Signals(number)] += 1
 
 
-def ignore_stop_signals() -> None:
-    """For data workers: Ctrl-C and launchers signal them too, but they are to serve until their rank has saved."""
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+def serve_until(ending) -> None:
+    """For a data worker: Ctrl-C and launchers signal it too, but it is to serve until its rank has saved.
+
+    ending: an event that is set when the rank's interpreter ends, which then sends SIGTERM to the workers it has left,
+    and waits for them.
+    """
+
+    def leave(number: int, frame) -> None:
+        if ending.is_set():
+            os._exit(0)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, leave)

@@ -40,7 +40,7 @@ def command(launcher, options):
 def started(launcher, options, log):
     """The process, first of a group of its own that does not outlive the block; its output goes to the file `log`."""
     environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "PYTHONPATH": str(DEMO.parent)}
-    environment["OMP_NUM_THREADS"] = "1"
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
     with open(log, "w") as output:
         process = subprocess.Popen(
             command(launcher, options), stdout=output, stderr=subprocess.STDOUT, env=environment, cwd=DEMO.parent,
