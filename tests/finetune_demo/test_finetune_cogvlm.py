@@ -213,6 +213,26 @@ def check_lora_settings(run):
     assert in_file == lora_config(parse_options(["--resume", str(run)])) == lora_config(parse_options([*LORA]))
 
 
+def test_steps_that_are_not_finite_are_skipped_up_to_a_number_and_then_end_the_run(captchas, tmp_path):
+    """A rate that throws the adapters out of float32's range after two steps."""
+    wild = ("--lr", "1e30", "--warmup", "0", "--clip-grad", "0", "--save-interval", "1", "--train-iters", "8")
+    results = run_ranks(run_script, 2, options_for(captchas, tmp_path, *wild, "--skip-nonfinite", "2"))
+    assert [status for status, _ in results] == [2, 2]
+    run, (_, errors) = tmp_path / "run", results[0]
+    skipped = [json.loads(line) for line in (run / "train.jsonl").read_text().splitlines() if "skipped" in line]
+    first = skipped[0]["step"]
+    assert [one["step"] for one in skipped] == [first, first + 1]
+    assert "is not finite, first in" in skipped[0]["skipped"] and " on rank " in skipped[0]["skipped"]
+    assert f"error: step {first + 2}: the " in errors and "--skip-nonfinite 3" in errors
+    saved = {
+        name: (run / "adapter" / name / "adapter_model.safetensors").read_bytes()
+        for name in os.listdir(run / "adapter")
+        if name.isdecimal()
+    }
+    assert sorted(map(int, saved)) == [first - 1, first, first + 1]
+    assert len(set(saved.values())) == 1  # nothing moved since the last good step
+
+
 def test_a_broken_image_is_skipped_and_named_once(captchas, tmp_path):
     """Two ranks: one of them meets the file first, both make every step."""
     data = write_images(tmp_path / "data", ["111.png", "222.png", "333.png"])
