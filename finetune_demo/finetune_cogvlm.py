@@ -20,6 +20,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parse_options(argv, demo_folder=HERE)
     from sat_lora.training.distributed import stop
     from sat_lora.training.finetune import finetune
+    from sat_lora.training.stop_signals import Stopped
 
     try:
         world = finetune(options, prepare=lambda: _make_demo_data(options))
@@ -27,6 +28,10 @@ def main(argv: list[str] | None = None) -> int:
         if os.environ.get("RANK", "0") == "0":
             print(f"finetune_cogvlm.py: error: {error}", file=sys.stderr, flush=True)
         return 2
+    except Stopped as stopped:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{stopped}; resume with: {_resume_command(options)}", flush=True)
+        return stopped.status
     if world.is_main:
         print(_what_next(options))
     stop()
@@ -45,16 +50,20 @@ def _make_demo_data(options) -> None:
 
 
 def _what_next(options) -> str:
-    run, base, script = map(_from_here, (options.run_folder, options.from_pretrained, __file__))
+    run, base = map(_from_here, (options.run_folder, options.from_pretrained))
     lines = [
         f"adapter     {run / 'adapter'}",
         f"evaluate    python {_from_here(HERE / 'evaluate_cogvlm.py')} --run {run}",
         f"merge       sat-lora merge --base {base} --adapter {run / 'adapter'} --out {run / 'merged'}",
-        f"resume      deepspeed {script} --resume {run} --train-iters {2 * options.train_iters}",
+        f"resume      {_resume_command(options)} --train-iters {2 * options.train_iters}",
     ]
     if options.test_data:
         lines.insert(1, f"evaluation  {run / 'evaluation.json'}")
     return "\n".join(lines)
+
+
+def _resume_command(options) -> str:
+    return f"deepspeed {_from_here(__file__)} --resume {_from_here(options.run_folder)}"
 
 
 def _from_here(path) -> Path:

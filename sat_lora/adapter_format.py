@@ -24,6 +24,7 @@ from safetensors.torch import save
 from sat_lora.atomic import replaced_folder
 from sat_lora.config import DTYPES, LoraConfig
 from sat_lora.errors import AdapterError, ConfigError
+from sat_lora.step_folders import follow
 
 FORMAT_VERSION = 2
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -142,9 +143,12 @@ def write_adapter(folder: str | Path, adapter: SavedAdapter) -> None:
 
 
 def read_adapter(folder: str | Path) -> SavedAdapter:
-    """What an adapter folder holds, tensors on the CPU. AdapterError names the file and the cause."""
-    folder = Path(folder)
+    """What an adapter folder holds, tensors on the CPU. AdapterError names the file and the cause.
+
+    folder: an adapter, a run's folder of them (its latest is read), or a pointer in that, `.../best`.
+    """
     try:
+        folder = follow(folder)
         missing = [name for name in (WEIGHTS, CONFIG) if not (folder / name).is_file()]
         found = ", ".join(sorted(p.name for p in folder.iterdir())[:12]) if folder.is_dir() else "no such folder"
     except OSError as error:

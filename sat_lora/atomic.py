@@ -1,4 +1,4 @@
-"""Replace a folder so that a reader sees the old one or the new one, never a mixture."""
+"""Replace a folder or a small file so that a reader sees the old one or the new one, never a mixture."""
 
 import ctypes
 import errno
@@ -40,6 +40,18 @@ def replaced_folder(target: str | Path):
         _sync(target.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def replace_text(path: str | Path, text: str) -> None:
+    """Write a sibling file, fsync it, then rename it into place: the same for a small text file."""
+    path = Path(path)
+    draft = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    with open(draft, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(draft, path)
+    _sync(path.parent)
 
 
 def _sync(path: Path) -> None:

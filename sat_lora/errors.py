@@ -23,3 +23,7 @@ class DataError(SatLoraError):
 
 class MergeError(SatLoraError):
     """Deltas cannot be written into the weights."""
+
+
+class TrainingError(SatLoraError):
+    """A run cannot go on: a loss or a gradient is not finite."""

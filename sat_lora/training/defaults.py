@@ -29,6 +29,7 @@ DEFAULTS = {
     "min_lr_ratio": 0.0,
     "weight_decay": 0.0,
     "clip_grad": 1.0,
+    "skip_nonfinite": 0,
     "betas": [0.9, 0.95],  # no option of its own; a DeepSpeed config's `optimizer` section sets it
     "eps": 1e-8,  # the same
     "seed": 1234,
@@ -45,6 +46,7 @@ DEFAULTS = {
     "save": None,  # then runs
     "resume": None,
     "save_interval": 200,
+    "keep": 3,
     "eval_interval": 200,
     "eval_iters": 0,
     "eval_batch_size": None,  # then --batch-size

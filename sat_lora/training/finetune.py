@@ -3,7 +3,6 @@
 import gc
 from argparse import Namespace
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
@@ -15,7 +14,7 @@ from sat_lora.errors import ConfigError
 from sat_lora.mixin import add_lora, find_all_parameters, find_all_sites
 from sat_lora.summary import describe, describe_text
 from sat_lora.targets import select
-from sat_lora.training.checkpoint import load_checkpoint
+from sat_lora.training.checkpoint import RunState, load_checkpoint
 from sat_lora.training.data import ImageTextDataset
 from sat_lora.training.deepspeed_config import base_dtype, deepspeed_config
 from sat_lora.training.distributed import World, arrange, join, together
@@ -23,6 +22,8 @@ from sat_lora.training.engine import adapter_optimizer, set_up_deepspeed, start_
 from sat_lora.training.evaluation import evaluate_adapter, evaluation_table
 from sat_lora.training.loop import train
 from sat_lora.training.lora_options import lora_config, lora_problems
+from sat_lora.training.nonfinite import GradientWatch
+from sat_lora.training.optimizer_state import create_moments
 from sat_lora.training.preflight import check_options
 from sat_lora.training.run_folder import RunFolder, write_json
 from sat_lora.training.schedule import total_steps
@@ -32,7 +33,8 @@ from sat_lora.training.sources import open_sources
 def finetune(options: Namespace, prepare: Callable[[], None] | None = None) -> World:
     """Check, load, train, evaluate. `prepare` runs first, on rank 0 alone, to make data that is not there yet.
 
-    Raises a SatLoraError on every rank for a user's mistake, before the weights are read.
+    Raises a SatLoraError on every rank for a user's mistake, before the weights are read; TrainingError and Stopped
+    from `train`.
     """
     device = join(options.distributed_backend)
     together(_on_first_rank, prepare)
@@ -69,9 +71,12 @@ def finetune(options: Namespace, prepare: Callable[[], None] | None = None) -> W
     optimizer = adapter_optimizer(
         model, lr=options.lr, weight_decay=options.weight_decay, betas=tuple(options.betas), eps=options.eps
     )
+    watch = None if options.fp16 else GradientWatch(model, world.device)  # fp16: DeepSpeed's loss scaling watches
     engine = start_engine(model, optimizer, engine_config, seed=max(1, options.seed))
+    create_moments(engine)
     torch.manual_seed(options.seed + world.data_parallel_rank)  # dropout; the same on ranks that share a sample
-    done = together(load_checkpoint, engine, Path(options.resume) / "checkpoints") if options.resume else 0
+    state = together(load_checkpoint, engine, run.checkpoints, world) if options.resume else RunState()
+    run.forget_beyond(state.step)
     run.write_settings(
         options,
         world=dict(
@@ -83,11 +88,11 @@ def finetune(options: Namespace, prepare: Callable[[], None] | None = None) -> W
         trainable=describe(model)[-1]["trainable"],
         deepspeed=engine.config,
     )
-    loader = data.training(done * options.gradient_accumulation_steps)
+    loader = data.training(state.step * options.gradient_accumulation_steps)
     valid = valid_data.validation() if valid_data else None
     with run:
-        run.start(options.train_iters, done)
-        train(engine, loader, valid, options, run, world, done, dataset_size=data.samples)
+        run.start(options.train_iters, state.step)
+        train(engine, loader, valid, options, run, world, state, watch, dataset_size=data.samples)
     del engine, model, optimizer, loader
     gc.collect()
     if options.test_data:
@@ -133,7 +138,7 @@ def _dataset_maker(options: Namespace, config: dict) -> Callable[[list], ImageTe
 
 
 def _evaluate(options: Namespace, world: World, run: RunFolder) -> None:
-    result = together(evaluate_adapter, options, run.path / "adapter", world)
+    result = together(evaluate_adapter, options, run.adapters, world)
     if world.is_main:
         write_json(run.path / "evaluation.json", result)
     run.say(evaluation_table(result))

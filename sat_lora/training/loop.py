@@ -5,16 +5,19 @@ import time
 from argparse import Namespace
 from collections.abc import Iterable
 
-from sat_lora.adapter_file import save_adapter
+from sat_lora.errors import TrainingError
 from sat_lora.optimizer_groups import set_learning_rate
 from sat_lora.training.broken_samples import BrokenSamples
-from sat_lora.training.checkpoint import save_checkpoint
+from sat_lora.training.checkpoint import RunState
 from sat_lora.training.distributed import World, gather_lists
 from sat_lora.training.loss import count_answer_tokens, sum_over_data_parallel
+from sat_lora.training.nonfinite import GradientWatch
 from sat_lora.training.progress import peak_memory_mib
 from sat_lora.training.run_folder import RunFolder
+from sat_lora.training.saving import save_run
 from sat_lora.training.schedule import learning_rate_factor, warmup_steps
 from sat_lora.training.step import train_step, validation_loss
+from sat_lora.training.stop_signals import Stopped, StopSignals
 
 
 def train(
@@ -24,60 +27,94 @@ def train(
     options: Namespace,
     run: RunFolder,
     world: World,
-    steps_done: int = 0,
+    state: RunState,
+    watch: GradientWatch | None = None,
     *,
     dataset_size: int,
 ) -> None:
-    """From step `steps_done` to `options.train_iters`; evaluates, saves and reports on the way and at the end.
+    """From step `state.step` to `options.train_iters`; evaluates, saves and reports on the way and at the end.
 
-    loader: micro-batches of this rank without end, from where `steps_done` left off. valid: a pass over the validation
+    loader: micro-batches of this rank without end, from where `state` left off. valid: a pass over the validation
     batches of this rank, as many on every rank; None if there are none.
     dataset_size: training samples in an epoch. DataError, on every rank at the same step: too many samples are broken.
+    Stopped, on every rank: one of them received SIGTERM or SIGINT; the step was finished and everything saved.
+    TrainingError, on every rank: more than options.skip_nonfinite steps were not finite; none of them moved anything.
     """
     total, accumulate = options.train_iters, options.gradient_accumulation_steps
     warmup = warmup_steps(options.warmup, total)
     batches, known = iter(loader), BrokenSamples(dataset_size, options.max_broken_share)
     step_samples = options.batch_size * accumulate * world.data_parallel_size
-    samples, clock = 0, time.perf_counter()
+    samples, steps_before, clock = 0, state.step, time.perf_counter()
     engine.train()
-    for step in range(steps_done, total):
-        rate = options.lr * learning_rate_factor(
-            step, total_steps=total, warmup_steps=warmup, style=options.lr_decay_style, floor=options.min_lr_ratio
-        )
-        set_learning_rate(engine.optimizer.param_groups, rate)
-        micro_batches = list(itertools.islice(batches, accumulate))
-        broken = known.new_in(micro_batches)
-        tokens, failures = sum_over_data_parallel(
-            sum(count_answer_tokens(batch["labels"]) for batch in micro_batches), len(broken), device=world.device
-        )
-        if failures:
-            known.add(broken := gather_lists(broken))
-            run.report_broken(broken, step + 1)
-        known.check((step + 1 - steps_done) * step_samples)
-        loss = train_step(engine, micro_batches, world, tokens)
-        samples += step_samples
-        last = step + 1 == total
-        if last or (step + 1) % options.log_interval == 0:
-            norm = engine.get_global_grad_norm()
-            run.log_step(
-                step + 1,
-                loss=loss,
-                lr=rate,
-                grad_norm=None if norm is None else float(norm),
-                samples_per_second=samples / (time.perf_counter() - clock),
-                peak_memory_mib=peak_memory_mib(),
+    if state.owes_validation and valid is not None:
+        state.owes_validation = False
+        if _validate(engine, valid, run, world, state):
+            save_run(engine, options, run, world, state, is_best=True)
+    with StopSignals() as signals:
+        for step in range(state.step, total):
+            rate = options.lr * learning_rate_factor(
+                step, total_steps=total, warmup_steps=warmup, style=options.lr_decay_style, floor=options.min_lr_ratio
             )
-            samples, clock = 0, time.perf_counter()
-        else:
-            run.advance(step + 1, loss=loss, lr=rate)
-        paused = time.perf_counter()
-        if valid is not None and (last or _due(step + 1, options.eval_interval)):
-            run.log_validation(step + 1, validation_loss(engine, valid, world))
-        if last or _due(step + 1, options.save_interval):
-            save_adapter(engine.module, run.path / "adapter")
-            save_checkpoint(engine, run.path / "checkpoints", step + 1)
-            run.draw()
-        clock += time.perf_counter() - paused
+            set_learning_rate(engine.optimizer.param_groups, rate)
+            micro_batches = list(itertools.islice(batches, accumulate))
+            broken = known.new_in(micro_batches)
+            tokens, failures = sum_over_data_parallel(
+                sum(count_answer_tokens(batch["labels"]) for batch in micro_batches), len(broken), device=world.device
+            )
+            if failures:
+                known.add(broken := gather_lists(broken))
+                run.report_broken(broken, step + 1)
+            known.check((step + 1 - steps_before) * step_samples)
+            result = train_step(engine, micro_batches, world, tokens, watch=watch, signals=signals.counts)
+            state.step = step + 1
+            if result.nonfinite is not None:
+                _skip(result.nonfinite, options, run, state)
+            samples += step_samples
+            last = state.step == total
+            if last or state.step % options.log_interval == 0:
+                norm = engine.get_global_grad_norm()
+                run.log_step(
+                    state.step,
+                    loss=result.loss,
+                    lr=rate,
+                    grad_norm=None if norm is None else float(norm),
+                    samples_per_second=samples / (time.perf_counter() - clock),
+                    peak_memory_mib=peak_memory_mib(),
+                )
+                samples, clock = 0, time.perf_counter()
+            else:
+                run.advance(state.step, loss=result.loss, lr=rate)
+            paused = time.perf_counter()
+            validates = valid is not None and (last or _due(state.step, options.eval_interval))
+            state.owes_validation = validates and result.stop is not None  # who takes the machine may not wait for it
+            is_best = validates and not state.owes_validation and _validate(engine, valid, run, world, state)
+            if last or is_best or result.stop is not None or _due(state.step, options.save_interval):
+                save_run(engine, options, run, world, state, is_best=is_best)
+            if result.stop is not None:
+                raise Stopped(result.stop, state.step)
+            clock += time.perf_counter() - paused
+
+
+def _validate(engine, valid: Iterable[dict], run: RunFolder, world: World, state: RunState) -> bool:
+    """Log the validation loss; whether it is the lowest so far."""
+    loss = validation_loss(engine, valid, world)
+    run.log_validation(state.step, loss)
+    is_best = state.best_loss is None or loss < state.best_loss
+    if is_best:
+        state.best_loss = loss
+    return is_best
+
+
+def _skip(nonfinite: str, options: Namespace, run: RunFolder, state: RunState) -> None:
+    """Count a step that moved nothing, or end the run."""
+    state.skipped += 1
+    if state.skipped > options.skip_nonfinite:
+        raise TrainingError(
+            f"step {state.step}: {nonfinite}; nothing was changed by this step, and {run.adapters} holds the last "
+            f"adapters that were saved. Go on from the last checkpoint with --resume {run.path} and a lower --lr, or "
+            f"with --skip-nonfinite {state.skipped} to leave out such steps"
+        )
+    run.log_skipped(state.step, nonfinite)
 
 
 def _due(step: int, interval: int) -> bool:

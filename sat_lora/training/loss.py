@@ -24,3 +24,10 @@ def sum_over_data_parallel(*values: float, device: torch.device) -> list[float]:
     tensor = torch.tensor(values, dtype=torch.float64, device=device)
     torch.distributed.all_reduce(tensor, group=mpu.get_data_parallel_group())
     return tensor.tolist()
+
+
+def sum_over_ranks(*values: torch.Tensor | float, device: torch.device) -> list[float]:
+    """Each value summed over all ranks, those that share a sample included; tensors are not waited for before."""
+    tensor = torch.stack([torch.as_tensor(value, dtype=torch.float64, device=device) for value in values])
+    torch.distributed.all_reduce(tensor)
+    return tensor.tolist()

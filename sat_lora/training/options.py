@@ -122,6 +122,7 @@ def build_parser() -> argparse.ArgumentParser:
     add(schedule, "--gradient-accumulation-steps", "batches per optimizer step", type=positive_int, metavar="N")
     add(schedule, "--clip-grad", "largest gradient norm; 0: not clipped", type=not_negative, metavar="X")
     add(schedule, "--weight-decay", "AdamW's weight decay", type=not_negative, metavar="X")
+    add(schedule, "--skip-nonfinite", "steps with a NaN or infinity to leave out", type=count, metavar="N")
     add(schedule, "--seed", "of the adapters, the data order and dropout", type=count, metavar="N")
 
     add(memory, "--zero-stage", "DeepSpeed ZeRO stage; 3 shards the base too", type=int, choices=range(4))
@@ -136,6 +137,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     add(saving, "--save", "folder of the runs (default: runs)", metavar="DIR")
     add(saving, "--save-interval", "steps between saved adapters; 0: at the end only", type=count, metavar="N")
+    add(saving, "--keep", "newest adapters to keep, the best aside; 0: all", type=count, metavar="K")
     add(saving, "--eval-interval", "steps between validation losses; 0: at the end only", type=count, metavar="N")
     add(saving, "--eval-iters", "validation batches per rank; 0: all", type=count, metavar="N")
     add(saving, "--eval-batch-size", "for validation (default: --batch-size)", type=positive_int, metavar="N")

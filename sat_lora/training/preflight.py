@@ -11,7 +11,8 @@ from sat_lora.cogvlm.checkpoint import check_files, read_config
 from sat_lora.cogvlm.image import load_image
 from sat_lora.cogvlm.model import parallel_problems
 from sat_lora.cogvlm.text import PROMPTS, load_tokenizer, prompt_for, shortest_length
-from sat_lora.errors import ConfigError, DataError, SatLoraError
+from sat_lora.errors import CheckpointError, ConfigError, DataError, SatLoraError
+from sat_lora.training.checkpoint import newest_checkpoint, read_state, samples_per_step
 from sat_lora.training.data import IMAGE_SUFFIXES, read_items
 from sat_lora.training.deepspeed_config import deepspeed_config
 from sat_lora.training.deepspeed_file import file_problems, read_deepspeed_file
@@ -36,7 +37,7 @@ def check_options(options: Namespace, environ: Mapping[str, str] = os.environ, *
         *_base_and_prompt_problems(options, environ),
         *_lora_problems(options),
         *_engine_problems(options, environ, device),
-        *_resume_problems(options),
+        *_resume_problems(options, environ),
     ]
     data = list(_data_problems(options))
     problems = settings + data
@@ -124,18 +125,38 @@ def _engine_problems(options: Namespace, environ: Mapping[str, str], device: str
         yield f"{source}: float16 trains on CUDA only and there is no CUDA device; use --bf16, or neither for fp32"
 
 
-def _resume_problems(options: Namespace) -> Iterator[str]:
+def _resume_problems(options: Namespace, environ: Mapping[str, str]) -> Iterator[str]:
     if options.resume is None:
         return
-    checkpoints = Path(options.resume) / "checkpoints"
-    if not checkpoints.is_dir() or not any(checkpoints.iterdir()):
-        yield f"--resume: {options.resume} has nothing in checkpoints/ to go on from; give a run folder that has"
+    try:
+        state = read_state(newest_checkpoint(Path(options.resume) / "checkpoints"))
+    except CheckpointError as error:
+        yield str(error)
         return
     stored = settings_of_run(options.resume)
     for name in LORA_FIELDS:
         before, now = stored.get(name, DEFAULTS[name]), getattr(options, name)
         if now != before:  # the checkpoint fits no other adapters, nor other groups of the optimizer
             yield f"--{name}: got {now!r}, but the run to resume has {before!r}; leave it out, or start a new run"
+    yield from _global_batch_problems(options, state["samples_per_step"], environ)
+
+
+def _global_batch_problems(options: Namespace, samples: int, environ: Mapping[str, str]) -> Iterator[str]:
+    """The place in the data is a number of steps, so a step has to stay as many samples as before."""
+    ranks = max(1, int(environ.get("WORLD_SIZE", 1)) // options.model_parallel_size)
+    now = samples_per_step(options, ranks)
+    if now == samples:
+        return
+    if samples % ranks:
+        fitting = f"start a number of data-parallel ranks that divides {samples}"
+    else:
+        share = samples // ranks
+        batch = max(size for size in range(1, options.batch_size + 1) if share % size == 0)
+        fitting = f"give --batch-size {batch} --gradient-accumulation-steps {share // batch}"
+    yield (
+        f"--resume: the run took {samples} samples a step, now it would be {now}: --batch-size {options.batch_size} x "
+        f"--gradient-accumulation-steps {options.gradient_accumulation_steps} x {ranks} data-parallel ranks; {fitting}"
+    )
 
 
 def _data_problems(options: Namespace) -> Iterator[str]:

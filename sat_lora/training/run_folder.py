@@ -3,12 +3,13 @@
 import importlib.metadata
 import json
 import math
-import os
 import platform
 import shutil
 from argparse import Namespace
 from pathlib import Path
 
+from sat_lora.atomic import replace_text
+from sat_lora.step_folders import drop_beyond
 from sat_lora.training.loss_plot import draw_losses
 from sat_lora.training.progress import Progress
 
@@ -18,17 +19,6 @@ PACKAGES = ("sat_lora", "torch", "deepspeed", "SwissArmyTransformer", "transform
 def write_json(path: str | Path, content) -> None:
     """Write `content` as JSON to `path`, by `replace_text`."""
     replace_text(path, json.dumps(content, indent=2) + "\n")
-
-
-def replace_text(path: str | Path, text: str) -> None:
-    """Write a sibling file, then rename it: a reader sees the old file or the new one, never half of one."""
-    path = Path(path)
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(draft, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(draft, path)
 
 
 def versions() -> dict[str, str]:
@@ -51,11 +41,18 @@ class RunFolder:
 
     def __init__(self, path: str | Path, *, is_writer: bool):
         self.path, self.is_writer = Path(path), is_writer
+        self.adapters, self.checkpoints = self.path / "adapter", self.path / "checkpoints"
         self.broken: dict[str, str] = {}
         self.records: list[dict] = []
         self._lines = self._events = self._progress = None
         if is_writer:
             self.path.mkdir(parents=True, exist_ok=True)
+
+    def forget_beyond(self, step: int) -> None:
+        """Remove adapters and checkpoints of later steps than the one that the run goes on from: they are another's."""
+        if self.is_writer:
+            for folder in (self.adapters, self.checkpoints):
+                drop_beyond(folder, step)
 
     def write_settings(self, options: Namespace, *, world: dict, **more) -> None:
         """run.json: settings (every option and which were given), versions, the world's layout, and whatever else.
@@ -126,6 +123,12 @@ class RunFolder:
         self.records.append(record)
         self._lines.write(json.dumps(record) + "\n")
         self._lines.flush()
+
+    def log_skipped(self, step: int, what: str) -> None:
+        """A line of train.jsonl and one on the screen for a step that moved nothing; what: how it went wrong."""
+        if self._lines is not None:
+            self._write_line({"step": step, "skipped": what})
+        self.say(f"step {step} skipped: {what}")
 
     def report_broken(self, broken: list[tuple[str, str]], step: int = 0) -> None:
         """Name each (path, reason) once, however often it comes up; `broken` keeps them all.

@@ -1,5 +1,7 @@
 """Which samples a rank takes at which step: a pure function of seed and step, so that a run can stop and go on."""
 
+import atexit
+import multiprocessing
 import os
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -10,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from sat_lora.errors import DataError
 from sat_lora.training.data import ImageTextDataset, collate
+from sat_lora.training.stop_signals import serve_until
 
 
 class EpochSampler(Sampler):
@@ -91,12 +94,14 @@ def make_stream_loader(stream: IterableDataset, *, num_workers: int, seed: int) 
 
 
 def _loader(dataset: Dataset, num_workers: int, seed: int, **fetching) -> DataLoader:
+    ending = multiprocessing.Event()
+    atexit.register(ending.set)
     return DataLoader(
         dataset,
         **fetching,
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
-        worker_init_fn=_start_worker,
+        worker_init_fn=partial(_start_worker, ending),
         # Without a generator of its own, each iterator takes a number from the global one and a resumed run,
         # which starts one iterator more, would drop out (LoRA dropout) differently from an uninterrupted one.
         generator=torch.Generator().manual_seed(seed),
@@ -108,6 +113,7 @@ def _as_it_is(batch: dict) -> dict:
     return batch
 
 
-def _start_worker(number: int) -> None:
+def _start_worker(ending, number: int) -> None:
     # A worker is a fork; tokenizers warns about its threads unless it is told that none are wanted.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    serve_until(ending)

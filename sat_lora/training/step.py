@@ -1,12 +1,17 @@
 """One training step and the validation loss."""
 
+import signal
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 import torch
 
-from sat_lora.training.distributed import World
-from sat_lora.training.loss import answer_loss_sum, count_answer_tokens, sum_over_data_parallel
+from sat_lora._sat import mpu
+from sat_lora.training.distributed import World, gather_lists
+from sat_lora.training.loss import answer_loss_sum, count_answer_tokens, sum_over_data_parallel, sum_over_ranks
+from sat_lora.training.nonfinite import GradientWatch, first_nonfinite, held
+from sat_lora.training.random_state import random_state, set_random_state
 
 MODEL_INPUTS = ("input_ids", "position_ids", "images", "image_embed_mask", "vision_expert_mask")
 
@@ -22,23 +27,82 @@ def forward(model, batch: dict) -> torch.Tensor:
     return model(inputs.pop("input_ids"), inputs.pop("position_ids"), -1, **inputs)[0]
 
 
-def train_step(engine, micro_batches: list[dict], world: World, tokens: float) -> float:
-    """One optimizer step; returns the mean loss per answer token over all ranks and micro-batches.
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """What all ranks agree on after a step."""
+
+    loss: float  # mean per answer token over all ranks and micro-batches
+    nonfinite: str | None = None  # what was not finite, and where it began; then nothing has moved
+    stop: signal.Signals | None = None  # the signal that some rank has received
+
+
+def train_step(
+    engine,
+    micro_batches: list[dict],
+    world: World,
+    tokens: float,
+    *,
+    watch: GradientWatch | None = None,
+    signals: Mapping[signal.Signals, int] | None = None,
+) -> StepResult:
+    """One optimizer step, unless the loss or a gradient is not finite on any rank: then none moves.
 
     tokens: answer tokens of the step over all ranks. Each micro-batch's loss is a sum divided
     by it. DeepSpeed then averages over micro-batches and data-parallel ranks, so it is multiplied by both: the gradient
     is that of the joined batch, however the tokens are spread.
+    watch: of this model; None looks at the loss alone (fp16, where DeepSpeed skips gradients that overflow). signals:
+    how many of each this rank has received.
     """
     weight = len(micro_batches) * world.data_parallel_size / max(tokens, 1)
+    signals = signals or {}
+    random_before = random_state()
+    total = _accumulate(engine, micro_batches, world, weight)
+    shares_loss = mpu.get_model_parallel_rank() == 0  # ranks that share a sample have the same loss
+    loss, bad_losses, bad_gradients, *received = sum_over_ranks(
+        total if shares_loss else 0.0,
+        ~total.isfinite(),
+        watch.flag if watch is not None else 0.0,
+        *signals.values(),
+        device=world.device,
+    )
+    nonfinite = None
+    if bad_losses or bad_gradients:
+        with held(engine):
+            engine.step()
+            set_random_state(random_before)
+            source = first_nonfinite(engine.module, watch, lambda: _repeat(engine, micro_batches, world, weight))
+        nonfinite = _describe("loss" if bad_losses else "gradient", gather_lists([source]))
+    else:
+        engine.step()
+    stop = next((number for number, count in zip(signals, received) if count), None)
+    return StepResult(loss=loss / max(tokens, 1), nonfinite=nonfinite, stop=stop)
+
+
+def _accumulate(engine, micro_batches: list[dict], world: World, weight: float) -> torch.Tensor:
+    """All passes of a step, up to the `engine.step()` that moves the optimizer; the sum of their losses."""
     total = torch.zeros((), device=world.device)
-    for batch in micro_batches:
+    for number, batch in enumerate(micro_batches):
+        if number:
+            engine.step()  # between micro-batches it only counts them
         batch = to_device(batch, world.device)
         loss = answer_loss_sum(forward(engine, batch), batch["labels"])
         engine.backward(loss * weight)
-        engine.step()
         total += loss.detach()
-    (total,) = sum_over_data_parallel(total.item(), device=world.device)
-    return total / max(tokens, 1)
+    return total
+
+
+def _repeat(engine, micro_batches: list[dict], world: World, weight: float) -> None:
+    _accumulate(engine, micro_batches, world, weight)
+    engine.step()
+
+
+def _describe(what: str, sources: list[tuple[int, str] | None]) -> str:
+    """In words, from what `first_nonfinite` found on every rank."""
+    found = [(*source, rank) for rank, source in enumerate(sources) if source is not None]
+    if not found:
+        return f"the {what} is not finite, but when the step was repeated everything was"
+    _, words, rank = min(found, key=lambda one: one[0])
+    return f"the {what} is not finite, first in {words} on rank {rank}"
 
 
 @torch.no_grad()

@@ -74,7 +74,7 @@ def sgd(model: torch.nn.Module, lr: float) -> torch.optim.SGD:
 def step_together(engine, batches: list[dict], world: World) -> float:
     """One `train_step` on this rank's micro-batches."""
     tokens = sum_over_data_parallel(sum(count_answer_tokens(b["labels"]) for b in batches), device=world.device)
-    return train_step(engine, batches, world, *tokens)
+    return train_step(engine, batches, world, *tokens).loss
 
 
 def adapter_values(model: torch.nn.Module) -> dict[str, numpy.ndarray]:

@@ -190,7 +190,7 @@ def test_an_offload_at_the_top_level_passes(check, tmp_path, caplog):
 
 
 def test_a_run_without_checkpoints_cannot_be_resumed(check, tmp_path):
-    assert f"--resume: {tmp_path} has nothing in checkpoints/" in refusal(check, resume=str(tmp_path))
+    assert f"--resume: {tmp_path}/checkpoints holds no checkpoint" in refusal(check, resume=str(tmp_path))
 
 
 def test_a_wrong_lora_value_is_named_with_its_option(check):
@@ -200,14 +200,40 @@ def test_a_wrong_lora_value_is_named_with_its_option(check):
     assert "\n- --lora_dropout has to be in [0, 1), got 1.0\n- --qkv_slots has to name some of q, k, v" in message
 
 
-def test_a_resumed_run_keeps_its_lora_settings(check, base_folder, image_folder, tmp_path):
+@pytest.fixture
+def stopped_run(base_folder, image_folder, tmp_path):
+    """A run folder with the parts that the check reads: r 8, and 2 x 4 samples a step."""
     (tmp_path / "checkpoints" / "4").mkdir(parents=True)
-    settings = {"from_pretrained": str(base_folder), "train_data": [str(image_folder)], "r": 8, "given": ["r"]}
+    (tmp_path / "checkpoints" / "4" / "state.json").write_text(json.dumps({"samples_per_step": 8}))
+    (tmp_path / "checkpoints" / "latest").write_text("4\n")
+    settings = {"from_pretrained": str(base_folder), "train_data": [str(image_folder)], "given": ["r"]}
+    settings |= {"r": 8, "batch_size": 2, "gradient_accumulation_steps": 4}
     (tmp_path / "run.json").write_text(json.dumps({"settings": settings}))
-    check("--resume", str(tmp_path))
-    message = refusal(check, "--resume", str(tmp_path), "--r", "4", "--lr_ratio", "16")
+    return str(tmp_path)
+
+
+def test_a_resumed_run_keeps_its_lora_settings(check, stopped_run):
+    check("--resume", stopped_run)
+    message = refusal(check, "--resume", stopped_run, "--r", "4", "--lr_ratio", "16")
     assert "--r: got 4, but the run to resume has 8; leave it out" in message
     assert "--lr_ratio: got 16.0, but the run to resume has 1.0" in message
+
+
+@pytest.mark.parametrize(
+    "ranks, advice",
+    [
+        (2, "give --batch-size 2 --gradient-accumulation-steps 2"),
+        (8, "give --batch-size 1 --gradient-accumulation-steps 1"),
+        (3, "start a number of data-parallel ranks that divides 8"),
+    ],
+)
+def test_another_number_of_ranks_has_to_keep_the_samples_of_a_step(check, stopped_run, ranks, advice):
+    environ = {"WORLD_SIZE": str(ranks)}
+    message = refusal(check, "--resume", stopped_run, environ=environ)
+    assert f"the run took 8 samples a step, now it would be {8 * ranks}: --batch-size 2 x" in message
+    assert message.endswith(advice)
+    if advice.startswith("give "):
+        check("--resume", stopped_run, *advice.split()[1:], environ=environ)
 
 
 def test_all_problems_come_at_once(check, tmp_path):

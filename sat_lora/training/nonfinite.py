@@ -1,0 +1,144 @@
+"""Losses and gradients that are not finite: noticing them before the optimizer moves, and finding where they begin."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import nn
+
+from sat_lora.adapter import LoraAdapter
+
+
+class GradientWatch:
+    """Notices a gradient of a trainable parameter that is not finite, on the device and without waiting for it.
+
+    Make it before `deepspeed.initialize`: ZeRO takes gradients away as they arrive. `flag` is a bool tensor.
+    """
+
+    def __init__(self, model: nn.Module, device: torch.device):
+        self.flag = torch.zeros((), dtype=torch.bool, device=device)
+        self.listener: Callable[[str, torch.Tensor], None] | None = None
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.register_hook(partial(self._look, name))
+
+    def _look(self, name: str, gradient: torch.Tensor) -> None:
+        self.flag |= ~gradient.isfinite().all()
+        if self.listener is not None:
+            self.listener(name, gradient)
+
+    def clear(self) -> None:
+        self.flag.zero_()
+
+
+@contextmanager
+def held(engine) -> Iterator[None]:
+    """Inside, `engine.step()` throws the gradients away and moves neither parameters nor moments, at any ZeRO stage.
+
+    DeepSpeed's optimizers all call `step` of the one they wrap, and copy back what it left.
+    """
+    optimizer = engine.basic_optimizer
+    optimizer.step = lambda *args, **kwargs: None
+    try:
+        yield
+    finally:
+        del optimizer.step
+
+
+def first_nonfinite(
+    model: nn.Module, watch: GradientWatch | None, repeat: Callable[[], None]
+) -> tuple[int, str] | None:
+    """Where on this rank a value that is not finite is first made: (how far into the passes, in words), or None.
+
+    repeat: runs the step's forward and backward passes again. A module makes such a value if all it was given is
+    finite; where none can be told, it is the first place where one is seen. The first of several ranks is the one that
+    is least far: they all run the same passes.
+    """
+    search = _Search(model)
+    hooks = [
+        module.register_forward_hook(partial(search.after_forward, name), with_kwargs=True)
+        for name, module in model.named_modules()
+        if not isinstance(module, LoraAdapter)  # it writes into the output of its layer, which stands for both
+    ]
+    hooks.append(model.register_forward_pre_hook(search.before_forward, with_kwargs=True))
+    if watch is not None:
+        watch.listener = search.parameter_gradient
+    try:
+        repeat()
+    finally:
+        for hook in hooks:
+            hook.remove()
+        if watch is not None:
+            watch.listener = None
+            watch.clear()
+    return search.made or search.seen
+
+
+class _Search:
+    """What hooks saw first: `made` by a module out of finite values, and `seen` at all."""
+
+    def __init__(self, model: nn.Module):
+        self.kinds = {name: type(module).__name__ for name, module in model.named_modules()}
+        self.made: tuple[int, str] | None = None
+        self.seen: tuple[int, str] | None = None
+        self._looks = 0
+        self._bad_above: set[str] = set()  # modules whose output has a gradient that is not finite
+
+    def before_forward(self, model, args, kwargs) -> None:
+        if not self._look((args, kwargs)):
+            self._note("the batch itself", True)
+
+    def after_forward(self, name: str, module, args, kwargs, output) -> None:
+        if not self._look(output):
+            self._note(f"the output of {self._called(name)} in the forward pass", _all_finite((args, kwargs)))
+        for tensor in _floating(output):
+            if tensor.requires_grad:
+                tensor.register_hook(partial(self._output_gradient, name))
+        for tensor in _floating((args, kwargs)):
+            if tensor.requires_grad:
+                tensor.register_hook(partial(self._input_gradient, name))
+
+    def parameter_gradient(self, parameter: str, gradient: torch.Tensor) -> None:
+        if not self._look(gradient):
+            owner = parameter.rpartition(".")[0]
+            self._note(f"the gradient of {parameter} in the backward pass", owner not in self._bad_above)
+
+    def _output_gradient(self, name: str, gradient: torch.Tensor) -> None:
+        if not self._look(gradient):
+            self._bad_above.add(name)
+            self._note(f"the gradient at the output of {self._called(name)} in the backward pass", False)
+
+    def _input_gradient(self, name: str, gradient: torch.Tensor) -> None:
+        if not self._look(gradient):
+            words = f"the gradient at the input of {self._called(name)} in the backward pass"
+            self._note(words, name not in self._bad_above)
+
+    def _look(self, nest) -> bool:
+        self._looks += 1
+        return _all_finite(nest)
+
+    def _note(self, words: str, made_here: bool) -> None:
+        found = (self._looks, words)
+        self.seen = self.seen or found
+        if made_here:
+            self.made = self.made or found
+
+    def _called(self, name: str) -> str:
+        return f"{name} ({self.kinds[name]})" if name else f"the whole model ({self.kinds[name]})"
+
+
+def _floating(nest) -> Iterator[torch.Tensor]:
+    """The floating-point tensors in nested tuples, lists and dicts."""
+    if isinstance(nest, torch.Tensor):
+        if nest.is_floating_point():
+            yield nest
+    elif isinstance(nest, dict):
+        yield from _floating(list(nest.values()))
+    elif isinstance(nest, list | tuple):
+        for one in nest:
+            yield from _floating(one)
+
+
+def _all_finite(nest) -> bool:
+    return all(bool(tensor.isfinite().all()) for tensor in _floating(nest))

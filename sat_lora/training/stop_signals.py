@@ -1,0 +1,55 @@
+"""SIGTERM and SIGINT as a wish to stop after the step, so that a machine that is taken away loses nothing."""
+
+import os
+import signal
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Stopped(Exception):
+    """A run was asked to stop, has saved after `step` steps, and can be resumed. No mistake, so no SatLoraError."""
+
+    def __init__(self, number: signal.Signals, step: int):
+        super().__init__(f"stopped by {number.name} after step {step}")
+        self.step = step
+        # Ctrl-C is a person who ends the run as intended; to a scheduler, 143 says that its SIGTERM was heeded.
+        self.status = 128 + number if number == signal.SIGTERM else 0
+
+
+class StopSignals:
+    """While entered, counts the signals that arrive instead of dying of them. For the main thread alone."""
+
+    def __init__(self):
+        self.counts = dict.fromkeys(SIGNALS, 0)
+        self._before = {}
+
+    def __enter__(self) -> "StopSignals":
+        self._before = {number: signal.signal(number, self._count) for number in SIGNALS}
+        return self
+
+    def __exit__(self, kind, *error) -> None:
+        if kind is not None and issubclass(kind, Stopped):
+            return  # launchers repeat themselves, and the process is about to end as it was told
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        if kind is None:
+            for number in [number for number, count in self.counts.items() if count]:
+                signal.raise_signal(number)  # it came too late for any step
+
+    def _count(self, number: int, frame) -> None:
+        self.counts[signal.Signals(number)] += 1
+
+
+def serve_until(ending) -> None:
+    """For a data worker: Ctrl-C and launchers signal it too, but it is to serve until its rank has saved.
+
+    ending: an event that is set when the rank's interpreter ends, which then sends SIGTERM to the workers it has left,
+    and waits for them.
+    """
+
+    def leave(number: int, frame) -> None:
+        if ending.is_set():
+            os._exit(0)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, leave)
