@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import safetensors
 
+from sat_lora.adapter_format import read_adapter
 from sat_lora.config import LoraConfig
 from sat_lora.training.lora_options import lora_config
 from sat_lora.training.options import parse_options
@@ -204,6 +205,27 @@ def test_a_resumed_run_continues_bit_for_bit(captchas, tmp_path):
     ]
     assert files[0] == files[1]
     check_lora_settings(tmp_path / "half" / "run")
+
+
+def test_a_run_of_two_ranks_goes_on_with_one_at_the_same_samples_per_step(captchas, tmp_path):
+    """Without dropout the losses are those of the two; `best` names the adapter of the lowest validation loss."""
+    steady = ("--lr-decay-style", "constant", "--warmup", "0", "--zero-stage", "3", "--eval-interval", "2")
+    whole = options_for(captchas, tmp_path / "whole", *steady, "--train-iters", "6")
+    half = options_for(captchas, tmp_path / "half", *steady, "--train-iters", "4")
+    assert [status for status, _ in run_ranks(run_script, 2, whole)] == [0, 0]
+    assert [status for status, _ in run_ranks(run_script, 2, half)] == [0, 0]
+    rest = ["--resume", str(tmp_path / "half" / "run"), "--train-iters", "6"]
+    ((status, errors),) = run_ranks(run_script, 1, rest)
+    assert status == 2 and "the run took 16 samples a step, now it would be 8" in errors
+    assert "give --batch-size 8 --gradient-accumulation-steps 2" in errors
+    more = ["--batch-size", "8", "--gradient-accumulation-steps", "2", "--zero-stage", "0"]
+    assert run_ranks(run_script, 1, [*rest, *more])[0][0] == 0
+    runs = [tmp_path / name / "run" for name in ("half", "whole")]
+    assert losses_of(runs[0]) == pytest.approx(losses_of(runs[1]), rel=1e-5)
+    records = [json.loads(line) for line in (runs[0] / "train.jsonl").read_text().splitlines()]
+    best = min((record["valid_loss"], record["step"]) for record in records if "valid_loss" in record)[1]
+    assert read_adapter(runs[0] / "adapter" / "best").tensors.keys()
+    assert (runs[0] / "adapter" / "best").read_text() == f"{best}\n"
 
 
 def check_lora_settings(run):
