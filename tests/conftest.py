@@ -73,10 +73,17 @@ def image_folder(tmp_path) -> Path:
 
 @pytest.fixture(scope="session")
 def single_process_group():
-    """A process group of one, with SAT's model-parallel groups in it."""
+    """A process group of one, with SAT's model-parallel groups in it. What it puts into the environment is taken out
+    again: processes that tests start would take themselves for ranks of this group.
+    """
     from sat_lora.training.distributed import arrange, join
 
-    return arrange(join())
+    before = dict(os.environ)
+    try:
+        return arrange(join())
+    finally:
+        for name in os.environ.keys() - before.keys():
+            del os.environ[name]
 
 
 @pytest.fixture(scope="session")

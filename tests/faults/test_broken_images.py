@@ -112,4 +112,4 @@ def test_too_many_stop_every_rank_with_the_list_and_keep_the_adapter(broken_data
     assert {path: message.count(f"  {path}: ") for path in broken} == dict.fromkeys(broken, 1), message
     assert broken_in(tmp_path / "run") == dict.fromkeys(broken, 1)
     assert max(record["step"] for record in read_records(tmp_path / "run" / "train.jsonl") if "loss" in record) == 4
-    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
+    assert (tmp_path / "run" / "adapter" / "4" / "adapter_model.safetensors").is_file()
