@@ -14,6 +14,7 @@ setup(
         "deepspeed>=0.16",
         "transformers>=4.40",
         "safetensors>=0.4.3",
+        "webdataset>=0.2.86",
         "numpy>=1.26",
         "Pillow>=9.1",
         "tqdm",

@@ -1,7 +1,7 @@
 """What one adapted layer trains."""
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import nn
@@ -58,6 +58,8 @@ class LoraAdapter(nn.Module):
         }
         if config.use_dora:
             self.shardings["magnitude"], shapes["magnitude"] = cut_rows, (sum(rows) // cut_out,)
+        self.in_graph: dict[str, torch.Tensor] = {}
+        """What the delta uses in place of the parameters of those names, see `gradient_order`."""
         for leaf, shape in shapes.items():
             parameter = nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
             self.register_parameter(leaf, mark_sharded(parameter, self.shardings[leaf]))
@@ -127,25 +129,32 @@ class LoraAdapter(nn.Module):
     def factors_rank(self) -> int:
         return 2 * self.rank if self.has_origin else self.rank
 
-    def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(A, B) whose product is the delta: the pair itself, or of rank 2r where an origin is subtracted."""
+    def factors(self, instead: Mapping[str, torch.Tensor] | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """(A, B) whose product is the delta: the pair itself, or of rank 2r where an origin is subtracted.
+
+        instead: what stands for the parameters A and B.
+        """
+        a, b = ((instead or {}).get(leaf, getattr(self, leaf)) for leaf in "AB")
         if not self.has_origin:
-            return self.A, self.B
+            return a, b
         slots = self.target.slots_count
-        pairs = [a.view(slots, self.rank, -1) for a in (self.A, self.origin_A)]
-        return torch.cat(pairs, 1).flatten(0, 1), torch.cat([self.B, -self.origin_B], 1)
+        pairs = [one.view(slots, self.rank, -1) for one in (a, self.origin_A)]
+        return torch.cat(pairs, 1).flatten(0, 1), torch.cat([b, -self.origin_B], 1)
 
     def forward(
         self, y: torch.Tensor, x: torch.Tensor, layer: nn.Module, strength: float = 1.0, first: bool = False
     ) -> torch.Tensor:
         """y as `layer` gave it for x, with `strength` times the delta added. first: y is the layer's own, unseen."""
         scale = self.scale * strength
-        a, b = self.factors()
+        a, b = self.factors(self.in_graph)
         dropout = self.dropout if self.training else 0.0
         y = self.kind.add(layer, y, x, Delta(a, b, scale, self.layout, dropout, first))
         if self.magnitude_or_none is None:
             return y
-        gain = dora.spread(dora.gain(self.magnitude, self._row_norms(layer, (a, b, scale))), self.layout)
+        gain = dora.spread(
+            dora.gain(self.in_graph.get("magnitude", self.magnitude), self._row_norms(layer, (a, b, scale))),
+            self.layout,
+        )
         bias = layer.bias
         if self.kind.cut == "out":
             gain = self.kind.across_ranks(layer, gain)

@@ -120,11 +120,11 @@ def save_adapter(model: nn.Module, folder: str | Path, *, name: str = "lora") ->
         raise AdapterError(failure[0])
 
 
-def load_adapter(model: nn.Module, folder: str | Path, *, name: str = "lora") -> None:
+def load_adapter(model: nn.Module, folder: str | Path, *, name: str = "lora", fixed_order: bool = False) -> None:
     """Put a saved adapter on the model, at any model-parallel size: new mixins called `name`, or into those there.
 
-    Ranks, scales and slots are those of the file. Strict: all problems are listed in one AdapterError, and the model
-    is left as it was.
+    Ranks, scales and slots are those of the file; fixed_order: of new mixins, see `add_lora`. Strict: all problems are
+    listed in one AdapterError, and the model is left as it was.
     """
     saved = read_adapter(folder)
     sites = find_all_sites(model)
@@ -140,7 +140,8 @@ def load_adapter(model: nn.Module, folder: str | Path, *, name: str = "lora") ->
         raise AdapterError(f"{folder} does not fit, {len(problems)} problems:\n  {shown}")
     if not present:
         targets = {n: Target(sites[n], e.r, e.scale, e.slots) for n, e in saved.layers.items()}
-        place_mixins(model, saved.config, Plan(targets, {n: parameters[n] for n in saved.trained}), name)
+        trained = {n: parameters[n] for n in saved.trained}
+        place_mixins(model, saved.config, Plan(targets, trained), name, fixed_order=fixed_order)
     layout = model_parallel_layout()
     with torch.no_grad():
         for site, adapter in adapters_of(model, name).items():

@@ -3,6 +3,8 @@
 import argparse
 import sys
 
+from sat_lora.interop.commands import add_commands
+
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="sat-lora", description="Work with LoRA adapters of SAT models.")
@@ -10,11 +12,23 @@ def build_parser() -> argparse.ArgumentParser:
     merge = commands.add_parser(
         "merge",
         help="fold an adapter into a base checkpoint",
-        epilog="example: sat-lora merge --base cogvlm-base-490 --adapter runs/mine/adapter --out merged",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="examples:\n"
+        "  sat-lora merge --base cogvlm-base-490 --adapter runs/mine/adapter --out merged\n"
+        "  sat-lora merge --base cogvlm-base-490 --adapter runs/mine/adapter --out merged-hf --to hf --verify",
     )
-    merge.add_argument("--base", required=True, metavar="DIR", help="SAT folder of the base")
+    merge.add_argument(
+        "--base", required=True, metavar="DIR", help="SAT or Hugging Face folder of the base, cut or whole"
+    )
     merge.add_argument("--adapter", required=True, metavar="DIR", help="adapter folder")
-    merge.add_argument("--out", required=True, metavar="DIR", help="new SAT folder")
+    merge.add_argument("--out", required=True, metavar="DIR", help="new folder")
+    merge.add_argument(
+        "--to", default="sat", choices=["sat", "hf"], help="SAT's layout, or safetensors as Hugging Face"
+    )
+    merge.add_argument("--model-parallel-size", type=int, default=1, metavar="N", help="cut the SAT folder for N ranks")
+    merge.add_argument(
+        "--verify", action="store_true", help="compare its logits with base and adapter; loads both whole"
+    )
     merge.set_defaults(run=_merge)
     combine = commands.add_parser(
         "combine",
@@ -36,14 +50,37 @@ def build_parser() -> argparse.ArgumentParser:
         "--majority-sign", default="total", metavar="total|frequency", help="how ties elects signs, by default total"
     )
     combine.set_defaults(run=_combine)
+    add_commands(commands)
     return parser
 
 
-def _merge(options: argparse.Namespace) -> None:
+def _merge(options: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from sat_lora.errors import ConfigError
     from sat_lora.merge_checkpoint import merge_adapter
 
-    merge_adapter(options.base, options.adapter, options.out)
+    if options.model_parallel_size < 1 or (options.to == "hf" and options.model_parallel_size > 1):
+        raise ConfigError(
+            f"--model-parallel-size: got {options.model_parallel_size}, wanted 1 or more; only SAT folders are cut"
+        )
+    merge_adapter(
+        options.base,
+        options.adapter,
+        options.out,
+        to=options.to,
+        model_parallel_size=options.model_parallel_size,
+        progress=lambda names, total: tqdm(names, total=total, desc="merging", unit=" tensors", disable=None, delay=1),
+    )
     print(f"merged model in {options.out}")
+    if not options.verify:
+        return 0
+    from sat_lora.verify_merge import lost_share
+
+    share, allowed = lost_share(options.base, options.adapter, options.out)
+    verdict = "verified" if share <= allowed else "WRONG"
+    print(f"{verdict}: merging lost {share:.2%} of the adapter's effect on the logits, {allowed:.2%} is rounding")
+    return 0 if share <= allowed else 1
 
 
 def _combine(options: argparse.Namespace) -> None:
@@ -66,11 +103,10 @@ def main(argv: list[str] | None = None) -> int:
     from sat_lora.errors import SatLoraError
 
     try:
-        options.run(options)
+        return options.run(options) or 0
     except SatLoraError as error:
         print(f"sat-lora {options.command}: error: {error}", file=sys.stderr)
         return 2
-    return 0
 
 
 if __name__ == "__main__":

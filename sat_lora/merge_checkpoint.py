@@ -1,71 +1,111 @@
-"""Fold an adapter into a base checkpoint on the CPU: SAT folder in, SAT folder out."""
+"""Fold an adapter into a base checkpoint on the CPU, tensor by tensor: SAT or Hugging Face folder in, either out.
 
+The base is mapped and the result is filled through a mapping, so the process itself holds one tensor at a time.
+"""
+
+import shutil
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 
 from sat_lora.adapter_format import SavedAdapter, fingerprint_of, read_adapter, tensor_problems
 from sat_lora.atomic import replaced_folder
-from sat_lora.cogvlm.checkpoint import map_weights, read_config, save_weights, weight_files
+from sat_lora.cogvlm.base_weights import BaseWeights
+from sat_lora.cogvlm.hugging_face_folder import make_hugging_face_weights
+from sat_lora.cogvlm.sat_folder import make_sat_weights
 from sat_lora.errors import AdapterError, CheckpointError, MergeError
 from sat_lora.functional import DeltaLayout
 from sat_lora.kinds import KINDS
-from sat_lora.merging import merged_weight, refuse_non_finite
+from sat_lora.merging import merged_weight
+
+FORMATS = ("sat", "hf")
+_OF_WEIGHTS = {"latest", "model_config.json", "model.safetensors.index.json"}  # beside files with these endings
+_WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt"}
 
 
-def merge_adapter(base: str | Path, adapter: str | Path, out: str | Path) -> None:
+def merge_adapter(
+    base: str | Path,
+    adapter: str | Path,
+    out: str | Path,
+    *,
+    to: str = "sat",
+    model_parallel_size: int = 1,
+    progress: Callable[[Iterable, int], Iterable] = lambda names, total: names,
+) -> None:
     """Write OUT, the base with scale * B A added to each adapted weight: in float32, kept in the base's dtype.
 
-    The base's weights are mapped, not read; only adapted weights are copied. CheckpointError or AdapterError: a folder
-    is wrong or cannot be written, the base is cut for model parallelism, or the adapter was trained on another one;
-    MergeError: a merged weight is not finite.
+    to: "sat", cut for `model_parallel_size` ranks, or "hf", a Hugging Face folder of safetensors. The base may be
+    either, and cut for any number of ranks. progress: wraps the names as they are gone through, as tqdm does.
+    CheckpointError or AdapterError: a folder is wrong or cannot be written, or the adapter was trained on another base;
+    MergeError: a merged weight is not finite. OUT is not there then.
     """
     out = Path(out)
     if out.exists():
         raise CheckpointError(f"--out: {out} exists; give a new folder")
-    files, config = weight_files(base), read_config(base)
-    if len(files) > 1:
-        raise CheckpointError(f"--base: {base} is cut for {len(files)} model-parallel ranks; give the whole checkpoint")
-    state = map_weights(files[0])
+    weights = BaseWeights(base)
     saved = read_adapter(adapter)
-    if saved.base_fingerprint != fingerprint_of({n: tuple(t.shape) for n, t in state.items() if torch.is_tensor(t)}):
+    if saved.base_fingerprint != fingerprint_of(weights.shapes):
         raise AdapterError(
-            f"--adapter: {adapter} was trained on a base with other names or shapes than {files[0]}; give its own base"
+            f"--adapter: {adapter} was trained on a base with other names or shapes than {base}; give its own base"
         )
-    state |= merged_tensors(state, saved, adapter)
+    refuse_misfits(weights.shapes, saved, adapter)
     try:
         with replaced_folder(out) as temporary:
-            save_weights(temporary, config, state)
+            if to == "hf":
+                parts = [make_hugging_face_weights(temporary, weights.config, weights.layout)]
+            else:
+                parts = make_sat_weights(temporary, weights.config, weights.layouts_for(model_parallel_size))
+            for name in progress(weights.layout, len(weights.layout)):
+                whole = merged_tensor(name, weights.whole, saved)
+                for rank, part in enumerate(parts):
+                    if name in part:
+                        part[name].copy_(weights.shard(name, whole, rank, len(parts)))
+                        _refuse_non_finite(name, part[name], adapter)
             for path in Path(base).iterdir():  # the tokenizer and whatever else lies beside the weights
-                if path.is_file() and path.name not in ("latest", "model_config.json"):
-                    (temporary / path.name).write_bytes(path.read_bytes())
-    except (OSError, RuntimeError) as error:  # torch.save meets a full disk with a RuntimeError
+                if path.is_file() and path.name not in _OF_WEIGHTS and path.suffix not in _WEIGHT_SUFFIXES:
+                    shutil.copyfile(path, temporary / path.name)
+    except (OSError, RuntimeError) as error:  # torch meets a full disk with a RuntimeError
         raise CheckpointError(f"--out: {out} cannot be written: {error}") from error
 
 
-def merged_tensors(state: dict, saved: SavedAdapter, source: str | Path) -> dict[str, torch.Tensor]:
-    """The tensors of a base's state that an adapter changes, as they are with it, in their own dtypes."""
-    problems = [f"no {name}" for name in [*saved.trained, *(f"{n}.weight" for n in saved.layers)] if name not in state]
+def merged_tensor(name: str, whole: Callable[[str], torch.Tensor], saved: SavedAdapter) -> torch.Tensor:
+    """A tensor of the base as it is with the adapter, in float32 or wider if that changes it."""
+    layer = name.removesuffix(".weight")
+    if name in saved.trained:
+        return saved.tensors[name]
+    if layer == name or layer not in saved.layers:
+        return whole(name)
+    entry, weight, tensors = saved.layers[layer], whole(name), saved.of_layer(layer)
+    kind = KINDS[entry.kind]
+    layout = DeltaLayout(entry.rows, kind.matrix(weight).shape[0], entry.kind)
+    delta = (tensors["lora_A"], tensors["lora_B"], entry.scale)
+    return merged_weight(weight, kind, layout, delta, tensors.get("lora_magnitude"))
+
+
+def refuse_misfits(shapes: dict[str, tuple[int, ...]], saved: SavedAdapter, source: str | Path) -> None:
+    """AdapterError, with every way in which the adapter does not fit a base of these whole shapes."""
+    problems = [f"no {name}" for name in [*saved.trained, *(f"{n}.weight" for n in saved.layers)] if name not in shapes]
     problems += [f"{n}: unknown kind {e.kind!r}" for n, e in saved.layers.items() if e.kind not in KINDS]
     if not problems:
-        matrices = {n: KINDS[e.kind].matrix(state[f"{n}.weight"]) for n, e in saved.layers.items()}
-        expected = saved.expected({name: matrix.shape[1] for name, matrix in matrices.items()})
-        expected |= {name: tuple(state[name].shape) for name in saved.trained}
+        matrices = {
+            name: KINDS[entry.kind].matrix(torch.empty(shapes[f"{name}.weight"], device="meta")).shape
+            for name, entry in saved.layers.items()
+        }
+        expected = saved.expected({name: matrix[1] for name, matrix in matrices.items()})
+        expected |= {name: shapes[name] for name in saved.trained}
         problems = tensor_problems(saved.tensors, expected)
         for name, entry in saved.layers.items():
-            if any(not 0 <= start < stop <= matrices[name].shape[0] for start, stop in entry.rows):
-                problems.append(f"{name}: rows {entry.rows}, the weight has {matrices[name].shape[0]}")
+            if any(not 0 <= start < stop <= matrices[name][0] for start, stop in entry.rows):
+                problems.append(f"{name}: rows {entry.rows}, the weight has {matrices[name][0]}")
     if problems:
         raise AdapterError(f"{source} does not fit the base: {'; '.join(sorted(problems)[:20])}")
-    changed = {name: saved.tensors[name].to(state[name].dtype) for name in saved.trained}
-    for name, entry in saved.layers.items():
-        weight, kind, tensors = state[f"{name}.weight"], KINDS[entry.kind], saved.of_layer(name)
-        layout = DeltaLayout(entry.rows, matrices[name].shape[0], entry.kind)
-        delta = (tensors["lora_A"], tensors["lora_B"], entry.scale)
-        merged = merged_weight(weight, kind, layout, delta, tensors.get("lora_magnitude")).to(weight.dtype)
-        try:
-            refuse_non_finite(f"{name}.weight", merged)
-        except MergeError as error:
-            raise MergeError(f"{source}: {error}") from error
-        changed[f"{name}.weight"] = merged
-    return changed
+
+
+def _refuse_non_finite(name: str, merged: torch.Tensor, source: str | Path) -> None:
+    if merged.is_floating_point():
+        bad = sum(int((~torch.isfinite(rows)).sum()) for rows in merged.view(-1).split(1 << 24))
+        if bad:
+            raise MergeError(
+                f"{source}: {name}: {bad} merged values are not finite in {merged.dtype}; nothing was merged"
+            )

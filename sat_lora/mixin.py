@@ -12,6 +12,7 @@ from sat_lora._sat import BaseMixin, BaseModel, non_conflict
 from sat_lora.adapter import LoraAdapter
 from sat_lora.config import LoraConfig
 from sat_lora.errors import ConfigError
+from sat_lora.gradient_order import GradientOrder
 from sat_lora.merging import MergedWeights
 from sat_lora.targets import BaseParameter, Plan, Site, Target, find_parameters, find_sites, plan
 from sat_lora.trained import TrainedBase
@@ -33,10 +34,20 @@ class LoraMixin(BaseMixin):
     adapter_class = LoraAdapter
 
     def __init__(
-        self, model: BaseModel | None, config: LoraConfig | None = None, *, planned: Plan | None = None, **fields
+        self,
+        model: BaseModel | None,
+        config: LoraConfig | None = None,
+        *,
+        planned: Plan | None = None,
+        fixed_order: bool = False,
+        **fields,
     ):
-        """`fields` are those of LoraConfig, if no `config` is given; `planned`, if given, is taken as selected."""
+        """`fields` are those of LoraConfig, if no `config` is given; `planned`, if given, is taken as selected.
+
+        fixed_order: for a model whose graph depends on the data, see `add_lora`.
+        """
         super().__init__()
+        self.fixed_order = fixed_order
         self.config = config if config is not None else LoraConfig(**fields)
         self.scale = 1.0
         """Multiplies every delta, at run time."""
@@ -44,12 +55,18 @@ class LoraMixin(BaseMixin):
         self.targets: dict[str, Target] = {}
         self.trained = TrainedBase({})
         self._enabled, self._open, self._merged, self._wraps_layers = True, False, None, False
+        self._order: GradientOrder | None = None
         if model is not None:
             self._attach(
                 model, plan(find_sites(model), find_parameters(model), self.config) if planned is None else planned
             )
 
     def _attach(self, model: BaseModel, planned: Plan) -> None:
+        if self.fixed_order and planned.trained:
+            raise ConfigError(
+                f"fixed_order: {', '.join([*planned.trained][:5])} would train whole, and the base's own layers use "
+                "them where they run; leave out modules_to_save and bias"
+            )
         self._model = _ModelReference(model)
         self.targets = planned.targets
         for name, target in planned.targets.items():
@@ -60,6 +77,7 @@ class LoraMixin(BaseMixin):
             handle = layer.register_forward_hook(_DeltaHook(weakref.ref(self), key))
             weakref.finalize(self, handle.remove)
         self._wraps_layers = "layer_forward" in model.hooks
+        self._order = GradientOrder([*self.adapters.values()], self._inner_orders) if self.fixed_order else None
         self.trained = TrainedBase(planned.trained)
         weakref.finalize(self, self.trained.give_back).atexit = False
         self.reinit()
@@ -142,8 +160,24 @@ class LoraMixin(BaseMixin):
         finally:
             self._open = before
 
-    word_embedding_forward = position_embedding_forward = final_forward = _in_scope
-    attention_forward = cross_attention_forward = mlp_forward = _in_scope
+    position_embedding_forward = final_forward = cross_attention_forward = mlp_forward = _in_scope
+
+    @non_conflict
+    def word_embedding_forward(self, *args, old_impl=None, **kw_args):
+        if self._order is None:
+            return self._in_scope(*args, old_impl=old_impl, **kw_args)
+        return self._order.embed(lambda: self._in_scope(*args, old_impl=old_impl, **kw_args))
+
+    @non_conflict
+    def attention_forward(self, hidden_states, *args, old_impl=None, **kw_args):
+        if self._order is not None:
+            hidden_states = self._order.enter_layer(int(kw_args["layer_id"]), hidden_states)
+        return self._in_scope(hidden_states, *args, old_impl=old_impl, **kw_args)
+
+    def _inner_orders(self) -> list[GradientOrder]:
+        """Those of the mixins on SAT models inside this one's."""
+        inner = lora_mixins(self._model()).values()
+        return [mixin._order for mixin in inner if mixin is not self and mixin._order is not None]
 
     @property
     def layer_forward(self):
@@ -185,7 +219,13 @@ class _DeltaHook:
         if mixin is None or not mixin._open or not mixin.enabled or mixin.merged:
             return None
         first = next(iter(layer._forward_hooks.values())) is self
-        return mixin.adapters[self._key](output, args[0], layer, mixin.scale, first)
+        adapter = mixin.adapters[self._key]
+        if mixin.fixed_order and torch.is_grad_enabled() and not adapter.in_graph:
+            raise ConfigError(
+                f"fixed_order: {adapter.name} ran outside of layer {adapter.target.site.layer}, to which its name puts "
+                "it, so its gradient has no place in the order; leave it out with exclude_modules"
+            )
+        return adapter(output, args[0], layer, mixin.scale, first)
 
     def __deepcopy__(self, memo):
         """A copied model's hook belongs to the copied mixin."""
@@ -241,13 +281,24 @@ def adapters_of(model: nn.Module, name: str = "lora") -> dict[str, LoraAdapter]:
     }
 
 
-def add_lora(model: nn.Module, config: LoraConfig | None = None, *, name: str = "lora", **fields) -> list[LoraMixin]:
-    """Put a LoraMixin on the model and on every SAT model inside it that `config` selects something of."""
+def add_lora(
+    model: nn.Module, config: LoraConfig | None = None, *, name: str = "lora", fixed_order: bool = False, **fields
+) -> list[LoraMixin]:
+    """Put a LoraMixin on the model and on every SAT model inside it that `config` selects something of.
+
+    fixed_order: for a model that skips layers by what its batch holds, an expert without tokens or a vision transformer
+    without images. Gradients then come in one order on every rank, with zeros where a layer did not run, which ZeRO 1
+    and 2 need; ZeRO-3 also gathers weights where they are used, and `start_engine` refuses it. The models of
+    `sat_lora.cogvlm` skip nothing and need none of this. ConfigError with modules_to_save or bias.
+    """
     config = config if config is not None else LoraConfig(**fields)
-    return place_mixins(model, config, plan(find_all_sites(model), find_all_parameters(model), config), name)
+    planned = plan(find_all_sites(model), find_all_parameters(model), config)
+    return place_mixins(model, config, planned, name, fixed_order=fixed_order)
 
 
-def place_mixins(model: nn.Module, config: LoraConfig, planned: Plan, name: str) -> list[LoraMixin]:
+def place_mixins(
+    model: nn.Module, config: LoraConfig, planned: Plan, name: str, *, fixed_order: bool = False
+) -> list[LoraMixin]:
     """A LoraMixin called `name` on every SAT model in `model` that holds some of what is `planned`."""
     taken = [f"{path}.mixins.{name}".lstrip(".") for path, inner in sat_models(model).items() if name in inner.mixins]
     if taken:
@@ -257,7 +308,7 @@ def place_mixins(model: nn.Module, config: LoraConfig, planned: Plan, name: str)
         targets = {n: planned.targets[n] for n in find_sites(inner, path) if n in planned.targets}
         trained = {n: planned.trained[n] for n in find_parameters(inner, path) if n in planned.trained}
         if targets or trained:
-            mixins.append(LoraMixin(inner, config, planned=Plan(targets, trained)))
+            mixins.append(LoraMixin(inner, config, planned=Plan(targets, trained), fixed_order=fixed_order))
             inner.add_mixin(name, mixins[-1])
     freeze_base(model)
     return mixins

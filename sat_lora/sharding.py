@@ -5,7 +5,7 @@ Here it is a value that can be asked for one parameter, so that a rank can cut i
 draw its own slice of an initial value, or join the slices for a file.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -40,9 +40,61 @@ class Sharding:
         by_rank = [self._split(shard) for shard in shards]
         return torch.cat([part for block in zip(*by_rank) for part in block], self.dim)
 
+    def pieces(self, length: int, saved: int, rank: int, size: int) -> Iterator[tuple[int, slice, slice]]:
+        """How the part of `rank` of `size` is put together from the parts that `saved` ranks hold.
+
+        Yields (saved rank, where in its part, where in ours), along the cut dimension of `length` in full. Neither
+        number of ranks has to divide the other; both have to divide each block.
+        """
+        if self.dim is None:
+            yield rank * saved // size, slice(0, length), slice(0, length)
+            return
+        edge = 0
+        for block in self.blocks:
+            whole = length * block // sum(self.blocks)
+            own, part = whole // size, whole // saved
+            for other in range(saved):
+                start, stop = max(own * rank, part * other), min(own * (rank + 1), part * (other + 1))
+                if start < stop:
+                    there, here = edge // saved - part * other, edge // size - own * rank
+                    yield other, slice(start + there, stop + there), slice(start + here, stop + here)
+            edge += whole
+
+    def fill(
+        self,
+        target: torch.Tensor,
+        parts: Mapping[int, torch.Tensor],
+        *,
+        saved: int,
+        rank: int,
+        size: int,
+        rows: range | None = None,
+    ) -> None:
+        """Copy into `target`, the part of `rank` of `size`, from `parts`: by saved rank, of `saved`, those needed.
+
+        Goes slice by slice, so that of mapped parts no more is read than is copied. rows: leave the others as they are.
+        """
+        rows, along = rows or range(len(target)), self.dim or 0
+        for other, there, here in self.pieces(
+            target.shape[along] * (1 if self.dim is None else size), saved, rank, size
+        ):
+            source = parts[other].narrow(along, there.start, there.stop - there.start)
+            place = target.narrow(along, here.start, here.stop - here.start)
+            skipped = here.start if along == 0 else 0
+            first, last = max(rows.start - skipped, 0), min(rows.stop - skipped, len(place))
+            if first < last:
+                place[first:last].copy_(source[first:last])
+
     def full_shape(self, local: torch.Size, size: int) -> tuple[int, ...]:
         """The shape of the full tensor, from the shape that one of `size` ranks holds."""
         return tuple(n * size if d == self.dim else n for d, n in enumerate(local))
+
+    def saved_shape(self, local: torch.Size, size: int, saved: int) -> tuple[int, ...] | None:
+        """What one of `saved` ranks holds of what is `local` on one of `size`; None where it cannot be cut so."""
+        full = self.full_shape(local, size)
+        if self.dim is not None and full[self.dim] % (saved * sum(self.blocks)):
+            return None
+        return tuple(n // saved if d == self.dim else n for d, n in enumerate(full))
 
     def _split(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
         size, total = tensor.shape[self.dim], sum(self.blocks)

@@ -32,6 +32,17 @@ PRESETS = {
 OTHER = "other"
 
 
+def part_of(name: str) -> str:
+    """The preset that the layer of that name belongs to, for tables; "other" on models that have no such names."""
+    return next((part for part, regex in PRESETS.items() if part != "all-linear" and re.fullmatch(regex, name)), OTHER)
+
+
+def layer_of(name: str) -> int | None:
+    """The layer number in a name, if there is one."""
+    numbers = re.findall(r"\.(\d+)(?=\.|$)", name)
+    return int(numbers[-1]) if numbers else None
+
+
 @dataclass(frozen=True)
 class Site:
     """A layer of the base model that can be adapted, seen whole: sizes do not depend on the model-parallel size."""
@@ -45,8 +56,8 @@ class Site:
 
     @property
     def part(self) -> str:
-        """The preset that the layer belongs to, for tables; "other" on models that have no such names."""
-        return next((p for p, regex in PRESETS.items() if p != "all-linear" and re.fullmatch(regex, self.name)), OTHER)
+        """See `part_of`."""
+        return part_of(self.name)
 
     @property
     def tower(self) -> str:
@@ -58,9 +69,8 @@ class Site:
 
     @property
     def layer(self) -> int | None:
-        """The layer number in the name, if there is one."""
-        numbers = re.findall(r"\.(\d+)(?=\.|$)", self.name)
-        return int(numbers[-1]) if numbers else None
+        """See `layer_of`."""
+        return layer_of(self.name)
 
     @property
     def slot_names(self) -> tuple[str, ...]:

@@ -47,11 +47,13 @@ def write_images(folder: Path, names: list[str]) -> Path:
 
 @pytest.fixture(scope="session")
 def base_folder(tmp_path_factory) -> Path:
-    """What looks like a SAT model folder with a tokenizer; its weight file is empty."""
+    """What looks like a SAT model folder with a tokenizer; its weight file holds no tensors."""
     folder = tmp_path_factory.mktemp("base")
     (folder / "1").mkdir()
     (folder / "latest").write_text("1\n")
-    (folder / "1" / "mp_rank_00_model_states.pt").touch()
+    import torch
+
+    torch.save({"module": {}}, folder / "1" / "mp_rank_00_model_states.pt")
     (folder / "model_config.json").write_text(json.dumps(SIZES))
     write_character_tokenizer(folder)
     return folder

@@ -53,7 +53,9 @@ def test_every_public_name_is_there():
         assert issubclass(getattr(sat_lora, name), sat_lora.SatLoraError)
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["merge", "--help"], ["combine", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], *([name, "--help"] for name in ("merge", "combine", "export", "import", "inspect"))]
+)
 def test_the_command_explains_itself(arguments, capsys):
     from sat_lora.cli import main
 

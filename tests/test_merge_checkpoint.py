@@ -5,15 +5,21 @@ import re
 import shutil
 
 import pytest
+import safetensors.torch
 import torch
 
-from sat_lora import AdapterError, CheckpointError, MergeError, add_lora, save_adapter
+from sat_lora import AdapterError, CheckpointError, MergeError, SatLoraError, add_lora, merge_checkpoint, save_adapter
 from sat_lora.cli import main
 from sat_lora.cogvlm.checkpoint import load_cogvlm, map_weights, save_weights
+from sat_lora.cogvlm.model import build_cogvlm
+from sat_lora.cogvlm.sat_folder import make_sat_weights
 from sat_lora.cogvlm.text import load_tokenizer
 from sat_lora.merge_checkpoint import merge_adapter
 from sat_lora.mixin import adapters_of, lora_mixins
+from sat_lora.training.distributed import arrange, join
 from tests.conftest import write_character_tokenizer
+from tests.distributed.ranks import run_ranks
+from tests.memory import peak_of_anonymous_memory
 from tests.tiny import CONFIG, fill_adapters, logits_of, tiny_batch, tiny_model
 
 pytestmark = [
@@ -128,11 +134,75 @@ def test_an_adapter_of_another_base_is_refused(folders):
     assert not out.exists()
 
 
-def test_a_base_cut_for_several_ranks_is_refused(folders):
+@pytest.mark.parametrize("fields", [{}, {"use_dora": True}], ids=["lora", "dora"])
+def test_every_kind_of_base_and_cut_gives_the_same_weights(folders, tmp_path, fields):
+    """SAT cut for 1, 2 and 4 ranks and Hugging Face, from and to, with each step starting at the last one's folder."""
+    base, adapter, plain = folders(**fields)
+    merge_adapter(base, adapter, plain)
+    expected = map_weights(plain / WEIGHTS)
+    nothing = tmp_path / "nothing"
+    model = tiny_model()
+    add_lora(model, r=1)  # B is zero
+    save_adapter(model, nothing)
+    for number, (to, ranks) in enumerate([("sat", 2), ("hf", 1), ("sat", 4), ("sat", 2), ("hf", 1), ("sat", 1)]):
+        recut = tmp_path / f"recut {number}"
+        merge_adapter(base, nothing, recut, to=to, model_parallel_size=ranks)
+        merged = tmp_path / f"merged {number}"
+        merge_adapter(recut, adapter, merged)
+        found = map_weights(merged / WEIGHTS)
+        assert found.keys() == expected.keys()
+        for name, tensor in expected.items():  # how a mapped tensor is aligned shows in the last bit of DoRA's norms
+            torch.testing.assert_close(found[name], tensor, rtol=1e-6 if fields else 0, atol=0)
+        base = recut
+    assert json.loads((tmp_path / "recut 2" / "model_config.json").read_text())["model_parallel_size"] == 4
+    assert len(list((tmp_path / "recut 2" / "release").iterdir())) == 4
+
+
+def test_a_hugging_face_folder_has_the_published_names_and_loads(folders, tmp_path):
     base, adapter, out = folders()
-    shutil.copy(base / WEIGHTS, base / WEIGHTS.replace("00", "01"))
-    with pytest.raises(CheckpointError, match="--base: .*base is cut for 2 model-parallel ranks"):
-        merge_adapter(base, adapter, out)
+    merge_adapter(base, adapter, out, to="hf")
+    tensors = safetensors.torch.load_file(out / "model.safetensors")
+    assert "model.layers.0.self_attn.vision_expert_query_key_value.weight" in tensors
+    assert not [name for name in tensors if "inv_freq" in name]
+    assert json.loads((out / "config.json").read_text())["vision_config"]["num_positions"] == 10
+    merge_adapter(base, adapter, tmp_path / "sat")
+    batch = tiny_batch()
+    models = [load_cogvlm(folder)[0].eval() for folder in (out, tmp_path / "sat")]
+    assert torch.equal(*(logits_of(model, batch) for model in models))
+
+
+def test_a_size_that_does_not_divide_is_refused(folders):
+    base, adapter, out = folders()
+    with pytest.raises(SatLoraError, match="3 does not divide"):
+        merge_adapter(base, adapter, out, model_parallel_size=3)
+    assert not out.exists()
+
+
+def test_memory_grows_by_little_more_than_one_tensor(tmp_path):
+    """A process that merges a base of a gigabyte, whose largest tensor is of 128 MiB."""
+    config = {**CONFIG, "hidden_size": 2048, "inner_hidden_size": 8192, "vocab_size": 16384, "num_layers": 2}
+    wide = build_cogvlm(config, device="meta", dtype=torch.bfloat16)
+    layout = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in wide.state_dict().items()}
+    (tensors,) = make_sat_weights(tmp_path / "base", config, [layout])
+    for tensor in tensors.values():
+        tensor.fill_(0.01)
+    size, largest = (of(t.numel() * t.itemsize for t in tensors.values()) for of in (sum, max))
+    del tensors
+    assert size > 2**29
+    run_ranks(write_adapter_for, 1, tmp_path)
+    (growth,) = run_ranks(peak_of_merging, 1, tmp_path)
+    assert growth < largest + 500 * 10**6
+
+
+def write_adapter_for(folder):
+    arrange(join())
+    model, _ = load_cogvlm(folder / "base", dtype=torch.bfloat16)
+    add_lora(model, r=8)
+    save_adapter(model, folder / "adapter")
+
+
+def peak_of_merging(folder):
+    return peak_of_anonymous_memory(merge_adapter, folder / "base", folder / "adapter", folder / "out")
 
 
 def test_a_sum_that_is_not_finite_is_refused(folders):
@@ -146,8 +216,8 @@ def test_a_sum_that_is_not_finite_is_refused(folders):
     assert not out.exists()
 
 
-def run(capsys, base, adapter, out):
-    status = main(["merge", "--base", str(base), "--adapter", str(adapter), "--out", str(out)])
+def run(capsys, base, adapter, out, *more):
+    status = main(["merge", "--base", str(base), "--adapter", str(adapter), "--out", str(out), *more])
     printed = capsys.readouterr()
     return status, printed.out, printed.err
 
@@ -156,6 +226,27 @@ def test_the_command_merges_and_says_where(folders, capsys):
     base, adapter, out = folders()
     assert run(capsys, base, adapter, out) == (0, f"merged model in {out}\n", "")
     assert (out / WEIGHTS).is_file()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("more", [["--to", "hf"], ["--model-parallel-size", "2"]])
+def test_verify_says_that_the_logits_are_the_same(folders, capsys, dtype, more):
+    base, adapter, out = folders(dtype)
+    status, printed, _ = run(capsys, base, adapter, out, "--verify", *more)
+    assert status == 0 and re.search("verified: merging lost [0-9.]+% of the adapter's effect on the logits", printed)
+
+
+def test_verify_fails_where_they_are_not(folders, capsys, monkeypatch):
+    monkeypatch.setattr(merge_checkpoint, "merged_weight", lambda weight, *rest: weight.float())
+    base, adapter, out = folders()
+    status, printed, _ = run(capsys, base, adapter, out, "--verify")
+    assert status == 1 and "WRONG: merging lost 100.00% of the adapter's effect" in printed
+
+
+def test_a_cut_of_a_hugging_face_folder_is_refused(folders, capsys):
+    base, adapter, out = folders()
+    status, _, error = run(capsys, base, adapter, out, "--to", "hf", "--model-parallel-size", "2")
+    assert status == 2 and "--model-parallel-size: got 2" in error
 
 
 @pytest.mark.parametrize(

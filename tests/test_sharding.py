@@ -78,3 +78,47 @@ def test_only_cut_parameters_carry_the_parallel_flags():
 
 def test_one_process_is_a_layout_of_one():
     assert model_parallel_layout() == (0, 1)
+
+
+def without_holes(sharding, rank, size, saved, length=48, rows=None):
+    """One rank's part put together from those of `saved` ranks, and what it should be."""
+    full = torch.arange(length * 6.0).view((length, 6) if sharding.dim == 0 else (6, length))
+    expected = sharding.shard(full, rank, size)
+    parts = {other: sharding.shard(full, other, saved) for other, _, _ in sharding.pieces(length, saved, rank, size)}
+    target = torch.full_like(expected, -1, memory_format=torch.contiguous_format)
+    sharding.fill(target, parts, saved=saved, rank=rank, size=size, rows=rows)
+    return target, expected
+
+
+@pytest.mark.parametrize("saved", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize(
+    "sharding", [Sharding(0), Sharding(0, (1, 1, 1)), Sharding(0, (4, 1, 1)), Sharding(1), REPLICATED], ids=str
+)
+def test_parts_saved_by_any_number_of_ranks_make_the_part_of_any_other(sharding, saved, size):
+    for rank in range(size):
+        target, expected = without_holes(sharding, rank, size, saved, length=144)
+        assert torch.equal(target, expected), rank
+
+
+@pytest.mark.parametrize("sharding", [Sharding(0, (1, 1, 1)), Sharding(1), REPLICATED], ids=str)
+def test_only_the_rows_asked_for_are_written(sharding):
+    target, expected = without_holes(sharding, 1, 2, 4, rows=range(2, 5))
+    assert torch.equal(target[2:5], expected[2:5])
+    assert (target[:2] == -1).all() and (target[5:] == -1).all()
+
+
+def test_a_rank_needs_the_files_that_overlap_its_own_part_and_no_others():
+    def needed(saved, rank, size):
+        return sorted({other for other, _, _ in Sharding(0, (1, 1, 1)).pieces(72, saved, rank, size)})
+
+    assert needed(4, 1, 2) == [2, 3]
+    assert needed(2, 2, 4) == [1]
+    assert needed(3, 0, 2) == [0, 1]
+    assert needed(2, 1, 2) == [1]
+
+
+def test_what_a_saved_rank_holds_follows_from_what_one_holds():
+    assert Sharding(1).saved_shape(torch.Size((5, 8)), 2, 4) == (5, 4)
+    assert REPLICATED.saved_shape(torch.Size((5, 8)), 2, 4) == (5, 8)
+    assert Sharding(0).saved_shape(torch.Size((5, 8)), 2, 4) is None

@@ -1,97 +1,60 @@
-"""A model folder in SAT's layout: read, loaded slice by slice, written.
+"""CogVLM from a model folder, SAT's or Hugging Face's, saved at any model-parallel size.
 
-FOLDER/latest                                 a step number, or `release`
-FOLDER/<that>/mp_rank_00_model_states.pt      the state dict under `module`; one file per model-parallel rank
-FOLDER/model_config.json
+Each rank maps the files and copies its own slices: there is no whole model, nor a whole tensor, in anyone's memory.
 """
 
-import json
-import pickle
-import re
 from pathlib import Path
 
-import numpy
 import torch
 from torch import nn
 
+from sat_lora.cogvlm.hugging_face_folder import INDEX, SINGLE, HuggingFaceFolder
 from sat_lora.cogvlm.model import CogVLMModel, build_cogvlm
+from sat_lora.cogvlm.sat_folder import PARTS, SatFolder, map_weights, save_weights
 from sat_lora.errors import CheckpointError
+from sat_lora.partitioned import Partitioning
 from sat_lora.sharding import REPLICATED, Sharding, model_parallel_layout, sharding_of
 
-# SAT stores the random states of Python and numpy beside the weights. These few names rebuild a numpy array and nothing
-# else; whatever else a pickle asks for is refused.
-_RANDOM_STATE_TYPES = [
-    (numpy._core.multiarray._reconstruct, "numpy.core.multiarray._reconstruct"),
-    (numpy._core.multiarray._reconstruct, "numpy._core.multiarray._reconstruct"),
-    numpy.ndarray,
-    numpy.dtype,
-    numpy.dtypes.UInt32DType,
+__all__ = [
+    "check_files",
+    "load_cogvlm",
+    "map_weights",
+    "open_folder",
+    "read_config",
+    "save_weights",
+    "shardings_of",
+    "weight_files",
 ]
 
 
+def open_folder(folder: str | Path) -> SatFolder | HuggingFaceFolder:
+    """The model folder as what it is. CheckpointError: it is neither kind, or both."""
+    folder = Path(folder)
+    sat = [name for name in PARTS if (folder / name).is_file()]
+    hugging_face = [name for name in (INDEX, SINGLE) if (folder / name).is_file()]
+    if sat and hugging_face:
+        raise CheckpointError(
+            f"{folder} holds a SAT model ({', '.join(sat)}) and a Hugging Face model ({', '.join(hugging_face)}); "
+            "keep one of them there"
+        )
+    return HuggingFaceFolder(folder) if hugging_face else SatFolder(folder)
+
+
 def read_config(folder: str | Path) -> dict:
-    """The content of FOLDER/model_config.json."""
-    path = _model_folder(folder) / "model_config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path}: expected a JSON object with the model's sizes, got {type(config).__name__}")
-    return config
+    """The sizes of the model in a folder, by the names of SAT's model_config.json."""
+    return open_folder(folder).config()
 
 
 def weight_files(folder: str | Path) -> list[Path]:
-    """The files of the newest step in a SAT model folder, one per model-parallel rank, in rank order."""
-    folder = _model_folder(folder)
-    step = (folder / "latest").read_text(encoding="utf-8", errors="replace").strip()
-    files = sorted((folder / step).glob("mp_rank_*_model_states.pt")) if step else []
-    numbers = [file.name.split("_")[2] for file in files]
-    if not files or numbers != [f"{rank:02d}" for rank in range(len(files))]:
-        raise CheckpointError(
-            f"{folder}: `latest` says {step!r}, so {folder / step}/mp_rank_00_model_states.pt (and 01, 02, ... without "
-            f"gaps) should be there; found {[file.name for file in files] or _listing(folder / step)}"
-        )
-    return files
+    """The files with the weights: of SAT one per model-parallel rank, in rank order; of Hugging Face the shards."""
+    return open_folder(folder).files()
 
 
-def _model_folder(folder: str | Path) -> Path:
-    folder = Path(folder)
-    if folder.is_file():
-        home = folder.parent.parent if folder.suffix == ".pt" else folder.parent
-        raise CheckpointError(f"{folder} is a file; give the model folder that holds `latest`, perhaps {home}")
-    wanted = ("latest", "model_config.json")
-    missing = [name for name in wanted if not (folder / name).is_file()]
-    if missing:
-        found = _listing(folder) if folder.is_dir() else "no such folder"
-        raise CheckpointError(
-            f"{folder} is not a SAT model folder: looked for {', '.join(wanted)} and "
-            f"<latest>/mp_rank_00_model_states.pt; missing {', '.join(missing)}; found: {found}"
-        )
-    return folder
-
-
-def _listing(folder: Path) -> str:
-    names = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
-    return ", ".join(names[:12]) + (" ..." if len(names) > 12 else "") if names else "nothing"
-
-
-def map_weights(file: Path) -> dict[str, torch.Tensor]:
-    """The state dict in one SAT checkpoint file, memory-mapped: nothing is read before it is used."""
-    try:
-        with torch.serialization.safe_globals(_RANDOM_STATE_TYPES):
-            content = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-    except pickle.UnpicklingError as error:  # torch's own text advises to unpickle everything
-        refused = re.search(r"GLOBAL (\S+)", str(error))
-        problem = f"it asks for {refused[1]}, only tensors and random states are read" if refused else "damaged"
-        raise CheckpointError(f"{file}: cannot be read as a SAT checkpoint: {problem}; nothing was run") from error
-    except (OSError, RuntimeError, EOFError) as error:
-        raise CheckpointError(f"{file}: cannot be read as a SAT checkpoint: {error}") from error
-    state = content.get("module") if isinstance(content, dict) else None
-    if not isinstance(state, dict):
-        keys = sorted(map(str, content))[:8] if isinstance(content, dict) else type(content).__name__
-        raise CheckpointError(f"{file}: expected a state dict under the key `module`; found {keys}")
-    return state
+def check_files(folder: str | Path) -> None:
+    """CheckpointError when one of the files is missing, truncated or no checkpoint; reads nothing but their headers."""
+    source = open_folder(folder)
+    for rank in range(source.saved_ranks):
+        source.map(rank)
 
 
 def shardings_of(model: nn.Module) -> dict[str, Sharding]:
@@ -104,54 +67,94 @@ def shardings_of(model: nn.Module) -> dict[str, Sharding]:
     return found
 
 
-def load_weights(model: nn.Module, folder: str | Path) -> None:
-    """Fill `model` from a SAT folder saved at any model-parallel size; every name and shape has to fit."""
-    files = weight_files(folder)
-    states = [map_weights(file) for file in files]
-    rank, size = model_parallel_layout()
-    targets, shardings = model.state_dict(), shardings_of(model)
-    mine = states[rank : rank + 1] if len(states) == size else states
-    problems = [f"missing {name}" for name in targets if any(name not in state for state in mine)]
-    problems += [f"unexpected {name}" for name in sorted(set().union(*mine) - targets.keys())]
-    sources = {}
-    for name in targets.keys() & set.intersection(*map(set, mine)):
-        parts = [state[name] for state in mine]
-        if not all(isinstance(part, torch.Tensor) for part in parts):
-            problems.append(f"{name}: not a tensor")
-            continue
-        try:
-            whole = shardings[name].unshard(parts)
-        except RuntimeError as error:
-            problems.append(f"{name}: the parts of the ranks do not join: {error}")
-            continue
-        source = whole if len(states) == size else shardings[name].shard(whole, rank, size)
-        if source.shape != targets[name].shape:
-            problems.append(f"{name}: shape {tuple(source.shape)}, the model has {tuple(targets[name].shape)}")
-        sources[name] = source
-    if problems:
-        shown = "\n  ".join(sorted(problems)[:20]) + ("\n  ..." if len(problems) > 20 else "")
-        raise CheckpointError(
-            f"{files[0]} does not fit the model of {folder}/model_config.json, {len(problems)} problems:\n  {shown}"
-        )
+def load_cogvlm(
+    folder: str | Path, *, device: torch.device | str = "cpu", zero_config: dict | None = None, **settings
+) -> tuple[CogVLMModel, dict]:
+    """A CogVLM with the weights of a SAT or Hugging Face folder, and its config. `settings` go to `build_cogvlm`.
+
+    zero_config: DeepSpeed's, of stage 3; every parameter is then partitioned as it is loaded, and a rank reads no more
+    than its own partition. Ranks do not speak to each other here: an error on one is an error on it alone.
+    CheckpointError: files, names or shapes do not fit; nothing has been allocated then. ConfigError: `build_cogvlm`'s.
+    """
+    source = open_folder(folder)
+    config = source.config()
+    source.files()  # fail before the model is built
+    model = build_cogvlm(config, device="meta", **settings)
+    weights = _OwnWeights(model, source)
+    partitioning = None if zero_config is None else Partitioning(zero_config)
     with torch.no_grad():
-        for name, source in sources.items():
-            targets[name].copy_(source)
-
-
-def load_cogvlm(folder: str | Path, **settings) -> tuple[CogVLMModel, dict]:
-    """A CogVLM with the weights of a SAT folder, and its config. `settings` go to `build_cogvlm`."""
-    config = read_config(folder)
-    weight_files(folder)  # fail before the model is built
-    model = build_cogvlm(config, skip_init=True, **settings)
-    load_weights(model, folder)
+        for module_name, module in model.named_modules():
+            prefix = f"{module_name}." if module_name else ""
+            for leaf, parameter in module._parameters.items():
+                if parameter is not None:
+                    module._parameters[leaf] = _loaded(parameter, prefix + leaf, weights, device, partitioning)
+            for leaf, buffer in module._buffers.items():
+                module._buffers[leaf] = buffer.to(device)
+                weights.copy(prefix + leaf, module._buffers[leaf])
     return model, config
 
 
-def save_weights(folder: str | Path, config: dict, state: dict[str, torch.Tensor], step: str = "release") -> None:
-    """Write an unsharded state dict and its config in SAT's layout."""
-    folder = Path(folder)
-    (folder / step).mkdir(parents=True, exist_ok=True)
-    torch.save({"module": state}, folder / step / "mp_rank_00_model_states.pt")
-    config = {**config, "model_parallel_size": 1}
-    (folder / "model_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    (folder / "latest").write_text(step + "\n", encoding="utf-8")
+def _loaded(
+    shape: nn.Parameter, name: str, weights: "_OwnWeights", device, partitioning: Partitioning | None
+) -> nn.Parameter:
+    """The parameter with memory and values, and the attributes that SAT gave it."""
+    parameter = nn.Parameter(torch.empty_like(shape, device=device), requires_grad=shape.requires_grad)
+    parameter.__dict__.update(shape.__dict__)
+    if partitioning is None:
+        weights.copy(name, parameter)
+    else:
+        weights.copy(name, parameter, rows=partitioning.rows(parameter.shape))
+        partitioning.partition(parameter)
+    return parameter
+
+
+class _OwnWeights:
+    """What this model-parallel rank takes from a folder; names and shapes are checked when it is made."""
+
+    def __init__(self, model: CogVLMModel, source: SatFolder | HuggingFaceFolder):
+        rank, size = model_parallel_layout()
+        saved = source.saved_ranks
+        self._layout = dict(saved=saved, rank=rank, size=size)
+        self._shardings = shardings_of(model)
+        self._states = {
+            other: source.map(other) for other in range(rank * saved // size, -(-(rank + 1) * saved // size))
+        }
+        shapes = {
+            name: self._shardings[name].saved_shape(tensor.shape, size, saved)
+            for name, tensor in model.state_dict().items()
+            if source.own_name(name) is not None
+        }
+        uneven = sorted(name for name, shape in shapes.items() if shape is None)
+        problems = (
+            [f"{len(uneven)} sizes do not divide by {saved}, the number of files: {uneven[0]}, ..."] if uneven else []
+        )
+        for other, state in self._states.items():
+            where = f" in {source.files()[other].name}" if saved > 1 else ""
+            for name, shape in shapes.items():
+                problem = _misfit(state, name, shape)
+                if problem:
+                    own = source.own_name(name)
+                    problems.append(problem + where + (f" ({own} in the file)" if own != name else ""))
+            problems += [f"unexpected {name}{where}" for name in state.keys() - shapes.keys()]
+        if problems:
+            shown = "\n  ".join(sorted(problems)[:20]) + ("\n  ..." if len(problems) > 20 else "")
+            raise CheckpointError(
+                f"{source.path}: the weights do not fit the model of its config, {len(problems)} problems:\n  {shown}"
+            )
+
+    def copy(self, name: str, target: torch.Tensor, rows: range | None = None) -> None:
+        """Copy what the files have under `name`, this rank's part, into `target`; rows: only these are needed."""
+        parts = {other: state[name] for other, state in self._states.items() if name in state}
+        if parts:
+            self._shardings[name].fill(target, parts, **self._layout, rows=rows)
+
+
+def _misfit(state: dict, name: str, shape: tuple[int, ...] | None) -> str | None:
+    """What is wrong with one entry of a saved state dict; shape: None, which has been said already, fits all."""
+    if name not in state:
+        return f"missing {name}"
+    if not isinstance(state[name], torch.Tensor):
+        return f"{name}: not a tensor"
+    if shape not in (None, state[name].shape):
+        return f"{name}: shape {tuple(state[name].shape)}, the model has {shape}"
+    return None

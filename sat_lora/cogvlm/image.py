@@ -1,5 +1,6 @@
 """Images to tensors, as CogVLM expects them."""
 
+from io import BytesIO
 from pathlib import Path
 
 import numpy
@@ -20,10 +21,13 @@ def image_tensor(image: Image.Image, size: tuple[int, int]) -> torch.Tensor:
     return (pixels - MEAN) / STD
 
 
-def load_image(path: str | Path, size: tuple[int, int]) -> torch.Tensor:
-    """`image_tensor` of a file; anything that keeps it from being read is a DataError that names the file."""
+def load_image(source: str | Path | bytes, size: tuple[int, int], name: str | None = None) -> torch.Tensor:
+    """`image_tensor` of a file, or of a file's content; anything that keeps it from being read is a DataError.
+
+    name: what the error calls it; None is the path.
+    """
     try:
-        with Image.open(path) as image:
+        with Image.open(BytesIO(source) if isinstance(source, bytes) else source) as image:
             return image_tensor(image, size)
     except (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path}: cannot be read as an image: {error}") from error
+        raise DataError(f"{name or source}: cannot be read as an image: {error}") from error

@@ -1,16 +1,19 @@
 """CogVLM as a SAT model: the published parameter names, and a graph that has one shape whatever the batch holds."""
 
+import os
 from argparse import Namespace
 
 import torch
 from torch import nn
 
-from sat_lora._sat import BaseModel, RMSNorm
+from sat_lora._sat import BaseModel, RMSNorm, mpu
 from sat_lora.cogvlm.attention import MASKED, mask_kind
 from sat_lora.cogvlm.experts import ExpertAttention, ExpertMlp, LanguageModelHead
 from sat_lora.cogvlm.routing import TokenRouting
 from sat_lora.cogvlm.vision import ImageTokens
-from sat_lora.errors import CheckpointError, DataError
+from sat_lora.cogvlm.weightless import without_memory
+from sat_lora.errors import CheckpointError, ConfigError, DataError
+from sat_lora.sharding import model_parallel_layout
 
 VIT = "mixins.eva.vit_model"  # where the vision transformer, itself a SAT model, sits in the whole
 
@@ -101,6 +104,24 @@ class CogVLMModel(BaseModel):
         return images
 
 
+def parallel_problems(config: dict, parts: int, ranks: int) -> list[str]:
+    """Why a CogVLM of the sizes in `config` cannot be cut over `parts` of `ranks` processes; empty when it can."""
+    problems = []
+    if parts < 1 or ranks % parts:
+        problems.append(
+            f"{ranks} ranks do not divide into groups of {parts}; start a multiple of {parts} ranks or choose a "
+            f"divisor of {ranks}"
+        )
+    vit = config.get("eva_args", {})
+    names = ("num_attention_heads", "hidden_size", "inner_hidden_size")
+    sizes = {name: config.get(name) for name in (*names, "vocab_size")}
+    sizes |= {f"eva_args.{name}": vit.get(name) for name in names}
+    uneven = [f"{name} {size}" for name, size in sizes.items() if isinstance(size, int) and parts and size % parts]
+    if uneven:
+        problems.append(f"{parts} does not divide the base's {', '.join(uneven)}; choose one that divides them all")
+    return problems
+
+
 def build_cogvlm(
     config: dict,
     *,
@@ -114,7 +135,9 @@ def build_cogvlm(
 ) -> CogVLMModel:
     """A CogVLM of the sizes in `config` (the content of model_config.json), with random weights.
 
-    SAT seeds the process with `seed` here, and sets up torch.distributed if nobody has.
+    SAT seeds the process with `seed` here, and sets up torch.distributed if nobody has. On the device "meta" the
+    parameters have shapes and no memory; only the rotary frequencies have values, on the CPU.
+    CheckpointError: `config` lacks sizes; ConfigError: the model-parallel size does not divide them, or the ranks.
     """
     missing = {"num_layers", "hidden_size", "num_attention_heads", "inner_hidden_size", "vocab_size"} | {
         "image_length",
@@ -123,8 +146,26 @@ def build_cogvlm(
     missing -= config.keys()
     if missing:
         raise CheckpointError(f"the model config lacks {', '.join(sorted(missing))}; it is not a CogVLM config")
-    runtime = dict(model_parallel_size=model_parallel_size, skip_init=skip_init, seed=seed)
+    _check_parallel(config, model_parallel_size)
+    weightless = torch.device(device).type == "meta"
+    runtime = dict(model_parallel_size=model_parallel_size, skip_init=skip_init or weightless, seed=seed)
     vit = {**config["eva_args"], **runtime, "checkpoint_activations": vit_checkpoint_activations}
     settings = {"use_bias": False, **config, **runtime, "checkpoint_activations": checkpoint_activations}
-    model = CogVLMModel(Namespace(**{**settings, "eva_args": vit}), params_dtype=dtype)
-    return model.to(device=device, dtype=dtype)
+    arguments = Namespace(**{**settings, "eva_args": vit})
+    if weightless:
+        with without_memory():
+            return CogVLMModel(arguments, params_dtype=dtype).to(dtype=dtype)
+    return CogVLMModel(arguments, params_dtype=dtype).to(device=device, dtype=dtype)
+
+
+def _check_parallel(config: dict, parts: int) -> None:
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    if torch.distributed.is_initialized():
+        ranks = torch.distributed.get_world_size()
+    problems = parallel_problems(config, parts, ranks)
+    if mpu.model_parallel_is_initialized() and model_parallel_layout()[1] != parts:
+        problems.append(
+            f"the model-parallel groups of this process are of {model_parallel_layout()[1]}; give that size"
+        )
+    if problems:
+        raise ConfigError("\n".join(f"model_parallel_size {parts}: {problem}" for problem in problems))

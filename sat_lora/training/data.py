@@ -18,11 +18,15 @@ IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp"})
 
 @dataclass(frozen=True)
 class Item:
-    """One question: an image (None: text only), the query (None: --prompt) and the answer to learn."""
+    """One question: an image (None: text only), the query (None: --prompt) and the answer to learn.
 
-    image: Path | None
+    image: its path, or the content of its file. name: what reports call the item; None is the path.
+    """
+
+    image: Path | bytes | None
     answer: str
     prompt: str | None = None
+    name: str | None = None
 
 
 @dataclass(frozen=True)
@@ -128,21 +132,25 @@ class ImageTextDataset(Dataset):
         return len(self.items)
 
     def __getitem__(self, index: int) -> Sample | BrokenSample:
-        """The sample, or what is wrong with it: an exception would stop one rank and leave the others waiting."""
         item = self.items[index]
+        return self.make_sample(item, item.name or str(item.image or f"text-only item {index}"))
+
+    def make_sample(self, item: Item, name: str | None = None) -> Sample | BrokenSample:
+        """The sample, or what is wrong with it: an exception would stop one rank and leave the others waiting."""
+        name = name or item.name
         try:
             prompt = prompt_for(self.version, self.prompt if item.prompt is None else item.prompt)
             image = None
             if item.image is None:
                 prompt = prompt.replace(IMAGE_PLACE, "", 1)
             else:
-                image = load_image(item.image, self.image_size)
+                image = load_image(item.image, self.image_size, name)
             if prompt.count(IMAGE_PLACE) != (image is not None):
                 raise DataError(f"the prompt {item.prompt or self.prompt!r} holds {IMAGE_PLACE}, the mark of the image")
             answer = item.answer if self.with_answer else None
             return build_sample(self.tokenizer, prompt, answer, self.image_length, self.max_length, image)
         except (DataError, ConfigError) as error:
-            return BrokenSample(str(item.image or f"text-only item {index}"), str(error))
+            return BrokenSample(name, str(error))
 
 
 def collate(samples: Sequence[Sample | BrokenSample], *, image_size: tuple[int, int]) -> dict:

@@ -2,13 +2,13 @@
 
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 
 from sat_lora._sat import mpu
-from sat_lora.errors import SatLoraError
+from sat_lora.errors import ConfigError, SatLoraError
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,10 @@ def join(backend: str | None = None) -> torch.device:
 
     NCCL on CUDA, unless `backend` says otherwise; gloo on the CPU whatever it says. On the CPU the ranks of a machine
     share its cores but one, which data workers need.
+    ConfigError: `srun` has started several processes, and no launcher has told this one its rank.
     """
     environment = os.environ
+    _refuse_to_be_alone_among_many(environment)
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1")):
         environment.setdefault(name, value)
     if "MASTER_PORT" not in environment:
@@ -47,6 +49,15 @@ def join(backend: str | None = None) -> torch.device:
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group(backend)
     return device
+
+
+def _refuse_to_be_alone_among_many(environment: Mapping[str, str]) -> None:
+    tasks = int(environment.get("SLURM_STEP_NUM_TASKS", 1))
+    if tasks > 1 and "RANK" not in environment:
+        raise ConfigError(
+            f"srun has started {tasks} tasks and none knows its rank: each would train alone, into the same run "
+            "folder; start one torchrun per node, as finetune_demo/launch/slurm.sh does"
+        )
 
 
 def _share_cores() -> None:

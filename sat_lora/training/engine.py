@@ -6,6 +6,8 @@ import warnings
 import torch
 
 from sat_lora._sat import BaseModel, mpu
+from sat_lora.errors import ConfigError
+from sat_lora.mixin import lora_mixins
 from sat_lora.optimizer_groups import parameter_groups
 
 
@@ -14,14 +16,9 @@ def adapter_optimizer(model: BaseModel, *, lr: float, weight_decay: float = 0.0,
     return torch.optim.AdamW(parameter_groups(model, lr=lr, weight_decay=weight_decay), lr=lr, betas=betas, eps=eps)
 
 
-def start_engine(model: BaseModel, optimizer: torch.optim.Optimizer, config: dict, *, seed: int = 1234):
-    """`deepspeed.initialize` with SAT's model parallelism; the process groups have to exist.
-
-    The engine's `config` is the one given but for ZeRO stage 0 in half precision, see `without_unfused_optimizer`.
-    """
+def set_up_deepspeed() -> None:
+    """Hand the process groups to DeepSpeed, quietly; they have to exist. A second call changes nothing."""
     import deepspeed
-
-    config = without_unfused_optimizer(config)
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     if not torch.cuda.is_available():
@@ -30,8 +27,21 @@ def start_engine(model: BaseModel, optimizer: torch.optim.Optimizer, config: dic
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # DeepSpeed 0.19.8 calls collectives by the names they had before torch 2.13.
     warnings.filterwarnings("ignore", message="`torch.distributed", category=FutureWarning)
-    backend = torch.distributed.get_backend()
-    deepspeed.init_distributed(dist_backend=backend, verbose=False)
+    deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), verbose=False)
+
+
+def start_engine(model: BaseModel, optimizer: torch.optim.Optimizer, config: dict, *, seed: int = 1234):
+    """`deepspeed.initialize` with SAT's model parallelism; the process groups have to exist.
+
+    The engine's `config` is the one given but for ZeRO stage 0 in half precision, see `without_unfused_optimizer`.
+    ConfigError: ZeRO-3 on a model whose graph depends on the data.
+    """
+    import deepspeed
+
+    config = without_unfused_optimizer(config)
+    if config.get("zero_optimization", {}).get("stage") == 3:
+        _refuse_branches(model)
+    set_up_deepspeed()
     if torch.cuda.is_available():
         # SAT checkpoints activations with DeepSpeed's function there, which needs the groups and a seeded tracker.
         deepspeed.checkpointing.configure(mpu, deepspeed_config=config)
@@ -40,6 +50,16 @@ def start_engine(model: BaseModel, optimizer: torch.optim.Optimizer, config: dic
         model=model, optimizer=optimizer, config=config, mpu=mpu, dist_init_required=False
     )
     return engine
+
+
+def _refuse_branches(model: BaseModel) -> None:
+    for name, mixin in lora_mixins(model).items():
+        if mixin.fixed_order:
+            raise ConfigError(
+                f"ZeRO stage 3: {name} was added with fixed_order, so the model may skip layers by what its batch "
+                "holds. Stage 3 gathers the weights of each layer that runs from all ranks; a rank that skips one "
+                "leaves the others waiting for ever. Use stage 2, or a model that runs every layer on every batch"
+            )
 
 
 def without_unfused_optimizer(config: dict) -> dict:

@@ -15,10 +15,10 @@ from sat_lora.mixin import add_lora, find_all_parameters, find_all_sites
 from sat_lora.summary import describe, describe_text
 from sat_lora.targets import select
 from sat_lora.training.checkpoint import RunState, load_checkpoint
-from sat_lora.training.data import ImageTextDataset, read_items, split_items
+from sat_lora.training.data import ImageTextDataset
 from sat_lora.training.deepspeed_config import base_dtype, deepspeed_config
 from sat_lora.training.distributed import World, arrange, join, together
-from sat_lora.training.engine import adapter_optimizer, start_engine
+from sat_lora.training.engine import adapter_optimizer, set_up_deepspeed, start_engine
 from sat_lora.training.evaluation import evaluate_adapter, evaluation_table
 from sat_lora.training.loop import train
 from sat_lora.training.lora_options import lora_config, lora_problems
@@ -26,8 +26,8 @@ from sat_lora.training.nonfinite import GradientWatch
 from sat_lora.training.optimizer_state import create_moments
 from sat_lora.training.preflight import check_options
 from sat_lora.training.run_folder import RunFolder, write_json
-from sat_lora.training.sampler import EpochSampler, eval_batches, make_loader
 from sat_lora.training.schedule import total_steps
+from sat_lora.training.sources import open_sources
 
 
 def finetune(options: Namespace, prepare: Callable[[], None] | None = None) -> World:
@@ -43,6 +43,8 @@ def finetune(options: Namespace, prepare: Callable[[], None] | None = None) -> W
     world = arrange(device, options.model_parallel_size)
     lora = together(_checked_lora, options)
     run = RunFolder(options.run_folder, is_writer=world.is_main)
+    if options.zero_stage == 3:
+        set_up_deepspeed()
     model, config = together(
         load_cogvlm,
         options.from_pretrained,
@@ -52,15 +54,15 @@ def finetune(options: Namespace, prepare: Callable[[], None] | None = None) -> W
         checkpoint_activations=options.checkpoint_activations,
         vit_checkpoint_activations=options.vit_checkpoint_activations,
         seed=max(1, options.seed),  # SAT refuses 0
+        zero_config=engine_config if options.zero_stage == 3 else None,
     )
     add_lora(model, lora)
     run.say(describe_text(model))
-    train_items, valid_items = training_items(options)
-    data = _dataset_maker(options, config)
+    data, valid_data = open_sources(options, world, _dataset_maker(options, config))
     options.train_iters = total_steps(
         train_iters=options.train_iters,
         epochs=options.epochs,
-        samples=len(train_items),
+        samples=data.epoch_samples,
         batch_size=options.batch_size,
         gradient_accumulation_steps=options.gradient_accumulation_steps,
         data_parallel_size=world.data_parallel_size,
@@ -85,19 +87,12 @@ def finetune(options: Namespace, prepare: Callable[[], None] | None = None) -> W
         trainable=describe(model)[-1]["trainable"],
         deepspeed=engine.config,
     )
-    sampler = EpochSampler(
-        len(train_items),
-        batch_size=options.batch_size,
-        data_parallel_rank=world.data_parallel_rank,
-        data_parallel_size=world.data_parallel_size,
-        seed=options.seed,
-        start_step=state.step * options.gradient_accumulation_steps,
-    )
-    loader = make_loader(data(train_items), sampler, num_workers=options.num_workers, seed=options.seed)
+    loader = data.training(state.step * options.gradient_accumulation_steps)
+    valid = valid_data.validation() if valid_data else None
     with run:
         run.start(options.train_iters, state.step)
-        train(engine, loader, _validation(options, data, valid_items, world), options, run, world, state, watch)
-    del engine, model, optimizer, loader
+        train(engine, loader, valid, options, run, world, state, watch)
+    del engine, model, optimizer, loader, valid, watch
     gc.collect()
     if options.test_data:
         _evaluate(options, world, run)
@@ -124,15 +119,6 @@ def _checked_lora(options: Namespace) -> LoraConfig:
     return config
 
 
-def training_items(options: Namespace) -> tuple[list, list]:
-    """(train, valid): from their folders, or a share of the training data where --split gives validation one."""
-    items = read_items(options.train_data)
-    if options.valid_data:
-        return items, read_items(options.valid_data)
-    train_items, valid_items, _ = split_items(items, options.split, options.seed)
-    return train_items, valid_items
-
-
 def _dataset_maker(options: Namespace, config: dict) -> Callable[[list], ImageTextDataset]:
     tokenizer = load_tokenizer(options.local_tokenizer)
 
@@ -148,19 +134,6 @@ def _dataset_maker(options: Namespace, config: dict) -> Callable[[list], ImageTe
         )
 
     return dataset
-
-
-def _validation(options: Namespace, data, items: list, world: World):
-    if not items:
-        return None
-    batches = eval_batches(
-        len(items),
-        batch_size=options.eval_batch_size,
-        data_parallel_rank=world.data_parallel_rank,
-        data_parallel_size=world.data_parallel_size,
-        limit=options.eval_iters,
-    )
-    return make_loader(data(items), batches, num_workers=min(1, options.num_workers), seed=options.seed)
 
 
 def _evaluate(options: Namespace, world: World, run: RunFolder) -> None:

@@ -81,9 +81,21 @@ def build_parser() -> argparse.ArgumentParser:
     flag = {"action": "store_true"}
 
     add(set_by_people, "--from_pretrained", "SAT folder of the base (default: the embedded tiny one)", metavar="DIR")
-    add(set_by_people, "--train-data", "folders of images LABEL.png, or .jsonl files", nargs="+", metavar="PATH")
+    add(
+        set_by_people,
+        "--train-data",
+        "folders of images LABEL.png, .jsonl files or .tar shards",
+        nargs="+",
+        metavar="PATH",
+    )
     add(set_by_people, "--valid-data", "the same, for the validation loss", nargs="+", metavar="PATH")
-    add(set_by_people, "--test-data", "the same, answered by generation after training", nargs="+", metavar="PATH")
+    add(
+        set_by_people,
+        "--test-data",
+        "folders or .jsonl, answered after training",
+        nargs="+",
+        metavar="PATH",
+    )
     add(set_by_people, "--experiment-name", "name of the run; its folder is SAVE/NAME", metavar="NAME")
     add(set_by_people, "--train-iters", "optimizer steps (default: one epoch)", type=positive_int, metavar="N")
     add(set_by_people, "--epochs", "passes over the data, instead of --train-iters", type=positive, metavar="N")

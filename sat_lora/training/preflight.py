@@ -7,8 +7,9 @@ from pathlib import Path
 
 import torch
 
-from sat_lora.cogvlm.checkpoint import read_config, weight_files
+from sat_lora.cogvlm.checkpoint import check_files, read_config
 from sat_lora.cogvlm.image import load_image
+from sat_lora.cogvlm.model import parallel_problems
 from sat_lora.cogvlm.text import PROMPTS, load_tokenizer, prompt_for, shortest_length
 from sat_lora.errors import CheckpointError, ConfigError, DataError, SatLoraError
 from sat_lora.training.checkpoint import newest_checkpoint, read_state, samples_per_step
@@ -18,6 +19,8 @@ from sat_lora.training.deepspeed_file import file_problems, read_deepspeed_file
 from sat_lora.training.defaults import DEFAULTS
 from sat_lora.training.lora_options import LORA_FIELDS, lora_config, lora_problems
 from sat_lora.training.options import settings_of_run
+from sat_lora.training.shard_checks import problems_with_shards
+from sat_lora.training.shards import is_shard
 
 IMAGES_TRIED = 300  # one readable image among so many is enough to begin
 
@@ -25,7 +28,8 @@ IMAGES_TRIED = 300  # one readable image among so many is enough to begin
 def check_options(options: Namespace, environ: Mapping[str, str] = os.environ, *, device: str | None = None) -> None:
     """Raise one ConfigError, or DataError when only the data is wrong, with every problem found.
 
-    Every rank finds the same. Reads configs, the tokenizer and some images, but no weights; changes nothing.
+    Every rank finds the same. Reads configs, the tokenizer, the headers of weight files and some images, but no
+    weights; changes nothing.
     device: `cuda` or `cpu`; None asks torch.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -47,7 +51,7 @@ def _base_and_prompt_problems(options: Namespace, environ: Mapping[str, str]) ->
     config = tokenizer = None
     try:
         config = read_config(options.from_pretrained)
-        weight_files(options.from_pretrained)
+        check_files(options.from_pretrained)
     except SatLoraError as error:
         yield f"--from_pretrained: {error}"
     yield from _model_parallel_problems(options, config or {}, environ)
@@ -78,20 +82,7 @@ def _base_and_prompt_problems(options: Namespace, environ: Mapping[str, str]) ->
 
 def _model_parallel_problems(options: Namespace, config: dict, environ: Mapping[str, str]) -> Iterator[str]:
     parts, ranks = options.model_parallel_size, int(environ.get("WORLD_SIZE", 1))
-    if ranks % parts:
-        yield (
-            f"--model-parallel-size: {ranks} ranks do not divide into groups of {parts}; start a multiple of {parts} "
-            f"ranks or choose a divisor of {ranks}"
-        )
-    vit = config.get("eva_args", {})
-    sizes = {name: config.get(name) for name in ("num_attention_heads", "inner_hidden_size", "vocab_size")}
-    sizes |= {f"eva_args.{name}": vit.get(name) for name in ("num_attention_heads", "inner_hidden_size")}
-    uneven = [f"{name} {size}" for name, size in sizes.items() if isinstance(size, int) and size % parts]
-    if uneven:
-        yield (
-            f"--model-parallel-size: {parts} does not divide the base's {', '.join(uneven)}; "
-            "choose one that divides them all"
-        )
+    yield from (f"--model-parallel-size: {problem}" for problem in parallel_problems(config, parts, ranks))
 
 
 def _lora_problems(options: Namespace) -> Iterator[str]:
@@ -170,10 +161,17 @@ def _global_batch_problems(options: Namespace, samples: int, environ: Mapping[st
 
 def _data_problems(options: Namespace) -> Iterator[str]:
     if not options.train_data:
-        yield "--train-data: nothing given; give one or more folders of images named LABEL.png, or .jsonl files"
+        yield "--train-data: nothing given; give folders of images named LABEL.png, .jsonl files or tar shards"
+    streamed = bool(options.train_data) and is_shard(options.train_data[0])
+    if streamed and not options.valid_data and "split" in options.given and sum(options.split[1:]) > 0:
+        yield "--split: tar shards are streamed and cannot be split; give --valid-data, or leave --split out"
     for name in ("train_data", "valid_data", "test_data"):
         option = "--" + name.replace("_", "-")
-        for path in getattr(options, name) or ():
+        paths = getattr(options, name) or []
+        if any(map(is_shard, paths)):
+            yield from (f"{option}: {problem}" for problem in problems_with_shards(paths, option))
+            continue
+        for path in paths:
             problem = _problem_with_path(Path(path))
             if problem:
                 hint = "" if name in options.given else "; finetune_demo/make_captchas.py writes the demo's data"

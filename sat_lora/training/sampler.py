@@ -8,7 +8,7 @@ from functools import partial
 
 import numpy
 import torch
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from sat_lora.errors import DataError
 from sat_lora.training.data import ImageTextDataset, collate
@@ -84,12 +84,21 @@ def make_loader(
     dataset: ImageTextDataset, batches: EpochSampler | Sequence[list[int]], *, num_workers: int, seed: int
 ) -> DataLoader:
     """A loader of collated batches, in the order of `batches`. It draws nothing from torch's global generator."""
+    fetching = dict(batch_sampler=batches, collate_fn=partial(collate, image_size=dataset.image_size))
+    return _loader(dataset, num_workers, seed, **fetching)
+
+
+def make_stream_loader(stream: IterableDataset, *, num_workers: int, seed: int) -> DataLoader:
+    """A loader of the batches that `stream` gives, already collated, one from each worker in turn."""
+    return _loader(stream, num_workers, seed, batch_size=None, collate_fn=_as_it_is)
+
+
+def _loader(dataset: Dataset, num_workers: int, seed: int, **fetching) -> DataLoader:
     ending = multiprocessing.Event()
     atexit.register(ending.set)
     return DataLoader(
         dataset,
-        batch_sampler=batches,
-        collate_fn=partial(collate, image_size=dataset.image_size),
+        **fetching,
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
         worker_init_fn=partial(_start_worker, ending),
@@ -98,6 +107,10 @@ def make_loader(
         generator=torch.Generator().manual_seed(seed),
         pin_memory=torch.cuda.is_available(),
     )
+
+
+def _as_it_is(batch: dict) -> dict:
+    return batch
 
 
 def _start_worker(ending, number: int) -> None:

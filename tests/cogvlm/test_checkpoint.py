@@ -11,10 +11,10 @@ import torch
 
 from sat_lora import CheckpointError
 from sat_lora.cogvlm.checkpoint import load_cogvlm, map_weights, read_config, save_weights, weight_files
+from tests.sat_files import FILE, cut_by_sat, write_step
 from tests.tiny import CONFIG, logits_of, tiny_batch, tiny_model
 
 pytestmark = pytest.mark.usefixtures("single_process_group")
-FILE = "mp_rank_{:02d}_model_states.pt"
 
 
 @pytest.fixture(scope="module")
@@ -26,14 +26,6 @@ def state(single_process_group):
 def folder(tmp_path, state):
     save_weights(tmp_path / "base", CONFIG, state)
     return tmp_path / "base"
-
-
-def write_step(folder, *contents, step="3000"):
-    """The files of one step as SAT names them, one per model-parallel rank."""
-    (folder / step).mkdir(parents=True, exist_ok=True)
-    for rank, content in enumerate(contents):
-        torch.save(content, folder / step / FILE.format(rank))
-    (folder / "latest").write_text(step)
 
 
 def assert_holds(model, state):
@@ -109,15 +101,7 @@ def test_a_pickle_that_wants_to_run_something_is_refused_and_runs_nothing(folder
 
 @pytest.mark.parametrize("cut", [2, 4])
 def test_a_checkpoint_cut_for_several_ranks_loads_at_one(folder, state, cut):
-    """Cut by SAT's own `partition`, layer by layer, as its `mp_split` does."""
-    model, shards = tiny_model(), [dict(state) for _ in range(cut)]
-    for name, module in model.named_modules():
-        if hasattr(module, "partition"):
-            weights, biases = module.partition(cut)
-            for rank, shard in enumerate(shards):
-                shard[f"{name}.weight"] = weights[rank]
-                if biases:
-                    shard[f"{name}.bias"] = biases[rank]
+    shards = cut_by_sat(tiny_model(), cut)
     write_step(folder, *({"module": shard} for shard in shards))
     qkv = "transformer.layers.0.attention.query_key_value.weight"
     assert shards[0][qkv].shape == (192 // cut, 64)
@@ -180,7 +164,9 @@ def test_every_name_and_shape_that_does_not_fit_is_listed(folder, state):
     state["transformer.final_layernorm.weight"] = torch.zeros(63)
     state["mixins.eva.eoi"] = "text"
     write_step(folder, {"module": state})
-    with pytest.raises(CheckpointError, match="does not fit .*base/model_config.json, 4 problems") as error:
+    with pytest.raises(
+        CheckpointError, match="base: the weights do not fit the model of its config, 4 problems"
+    ) as error:
         load_cogvlm(folder)
     for line in (
         "missing mixins.eva.boi",
@@ -192,13 +178,21 @@ def test_every_name_and_shape_that_does_not_fit_is_listed(folder, state):
 
 
 def test_rank_files_that_do_not_belong_together_are_named(folder, state):
-    second = {name: tensor for name, tensor in state.items() if name != "mixins.eva.boi"}
+    first, second = cut_by_sat(tiny_model(), 2)
+    del second["mixins.eva.boi"]
     second["mixins.lm.lm_head.weight"] = torch.zeros(5, 7)
-    write_step(folder, {"module": state}, {"module": second})
-    with pytest.raises(CheckpointError, match="problems") as error:
+    write_step(folder, {"module": first}, {"module": second})
+    with pytest.raises(CheckpointError, match="2 problems") as error:
         load_cogvlm(folder)
-    assert "missing mixins.eva.boi" in str(error.value)
-    assert "mixins.lm.lm_head.weight: the parts of the ranks do not join" in str(error.value)
+    assert "missing mixins.eva.boi in mp_rank_01_model_states.pt" in str(error.value)
+    wrong = "mixins.lm.lm_head.weight: shape (5, 7), the model has (512, 64) in mp_rank_01_model_states.pt"
+    assert wrong in str(error.value)
+
+
+def test_a_number_of_saved_ranks_that_cannot_be_is_named(folder, state):
+    write_step(folder, *[{"module": state}] * 7)
+    with pytest.raises(CheckpointError, match=r"34 sizes do not divide by 7, the number of files: mixins.eva"):
+        load_cogvlm(folder)
 
 
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", None, {"state_dict": {}}, [1, 2]])

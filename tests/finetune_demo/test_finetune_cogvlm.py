@@ -60,11 +60,11 @@ def start(launcher, options, timeout=100):
     )  # fmt: skip
 
 
-def launcher(kind):
+def launcher(kind, ranks=2):
     port = str(free_port())
     if kind == "deepspeed":
-        return [str(BIN / "deepspeed"), "--num_gpus", "2", "--master_port", port]
-    return [str(BIN / "torchrun"), "--nproc_per_node", "2", "--master_port", port]
+        return [str(BIN / "deepspeed"), "--num_gpus", str(ranks), "--master_port", port]
+    return [str(BIN / "torchrun"), "--nproc_per_node", str(ranks), "--master_port", port]
 
 
 def fingerprint(folder):

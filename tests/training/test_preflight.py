@@ -2,10 +2,13 @@ import json
 import shutil
 
 import pytest
+import torch
 
+from benchmarks.model_folders import write_hugging_face
 from sat_lora.errors import ConfigError, DataError, SatLoraError
 from sat_lora.training.options import parse_options
 from sat_lora.training.preflight import check_options
+from tests.tiny import CONFIG
 
 NEEDED = 1 + 9 + 2 + len("CAPTCHA:") + 1 + 1  # BOS, image, prompt, a token of answer, EOS
 
@@ -112,6 +115,35 @@ def test_a_base_without_weights_is_refused(check, base_folder, tmp_path):
     folder = shutil.copytree(base_folder, tmp_path / "copy")
     (folder / "1" / "mp_rank_00_model_states.pt").unlink()
     assert "mp_rank_00_model_states.pt" in refusal(check, "--from_pretrained", str(folder))
+
+
+def test_a_truncated_weight_file_is_refused(check, base_folder, tmp_path):
+    folder = shutil.copytree(base_folder, tmp_path / "copy")
+    file = folder / "1" / "mp_rank_00_model_states.pt"
+    file.write_bytes(file.read_bytes()[:-100])
+    message = refusal(check, "--from_pretrained", str(folder))
+    assert message.startswith(f"--from_pretrained: {file}: cannot be read as a SAT checkpoint")
+    assert message.endswith("if it was cut short, copy it again")
+
+
+def test_a_hugging_face_folder_is_checked_like_a_sat_folder(check, base_folder, tmp_path):
+    folder = tmp_path / "hf"
+    write_hugging_face(folder, CONFIG, {"mixins.eva.boi": torch.zeros(1), "mixins.eva.eoi": torch.zeros(1)}, shards=2)
+    options = ("--from_pretrained", str(folder), "--local_tokenizer", str(base_folder), "--max_length", "40")
+    check(*options)
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    assert "index.json names model-00002-of-00002.safetensors, not there" in refusal(check, *options)
+
+
+@pytest.mark.parametrize("name", ["hidden_size", "vocab_size", "inner_hidden_size"])
+def test_a_model_parallel_size_that_cuts_a_size_is_refused(check, base_folder, tmp_path, name):
+    folder = shutil.copytree(base_folder, tmp_path / "copy")
+    config = json.loads((folder / "model_config.json").read_text())
+    (folder / "model_config.json").write_text(json.dumps({**config, name: 1001}))
+    message = refusal(
+        check, "--from_pretrained", str(folder), "--model-parallel-size", "2", environ={"WORLD_SIZE": "2"}
+    )
+    assert f"2 does not divide the base's {name} 1001; choose one that divides" in message
 
 
 def test_ranks_that_do_not_divide_are_refused(check):

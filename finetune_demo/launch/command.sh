@@ -1,0 +1,35 @@
+# shellcheck shell=bash disable=SC2034,SC2054,SC2154  # `usage` comes from, `command` goes to the script that sources this
+# To be sourced by the launch scripts: what every rank runs, whoever starts it.
+#
+# set_command BASE TRAIN_DATA [option ...]   fills the array `command`; with fewer arguments it prints `$usage`, status 2
+#   RUN        the run folder (runs/finetune); one that holds a checkpoint is gone on with
+#   TOKENIZER  its folder (BASE)
+
+set_command() {
+    if (($# < 2)); then
+        printf '%s\n' "$usage" >&2
+        exit 2
+    fi
+    local base=$1 data=$2 run=${RUN:-runs/finetune} demo
+    shift 2
+    demo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+    command=(
+        "$demo/finetune_cogvlm.py"
+        --from_pretrained "$base"
+        --local_tokenizer "${TOKENIZER:-$base}"
+        --train-data "$data"
+        --split 0.95,0.05
+        --version base
+        --max_length 1288
+        --r 16 --lora_alpha 32
+        --lr 1e-4 --warmup 0.02 --lr-decay-style cosine
+        --batch-size 4 --epochs 1
+        --checkpoint-activations --vit_checkpoint_activations
+        --deepspeed_config "$demo/zero2_bf16.json"
+        --save "$(dirname "$run")" --experiment-name "$(basename "$run")"
+    )
+    if [[ -f $run/checkpoints/latest ]]; then
+        command+=(--resume "$run")
+    fi
+    command+=("$@")
+}

@@ -1,0 +1,137 @@
+"""A checkpoint that was trained with SAT's own lora2 becomes an adapter and its base's names.
+
+SAT keeps `<layer>.original.weight` and, for each of q, k, v, `<layer>.matrix_A.0` and `<layer>.matrix_B.0`. The scale,
+lora_alpha / r, is not in the checkpoint.
+
+At model-parallel size n each rank trains an A and a B of its own, which SAT does not keep equal, and `merge_lora`
+writes s B A of each rank into the rank's part of the weight. That is what is imported: where the ranks' whole factors
+are equal, as a pair of rank r; where they differ, as one of rank n r, block by block.
+
+CogVLM's published script also trains some MLPs of the ViT whole: with the base to compare with, they come along.
+"""
+
+import itertools
+import re
+from pathlib import Path
+
+import torch
+
+from sat_lora.adapter_format import PAIR, LayerEntry, SavedAdapter, cut_slots, fingerprint_of, write_adapter
+from sat_lora.cogvlm.checkpoint import map_weights, weight_files
+from sat_lora.combine import combined_config
+from sat_lora.config import SLOTS, LoraConfig
+from sat_lora.errors import AdapterError
+from sat_lora.interop.base_state import whole_state
+from sat_lora.interop.cogvlm_layers import is_fused, kind_named, sharding_named
+from sat_lora.interop.peft_format import pattern_for
+
+_FACTOR = re.compile(r"(.+)\.matrix_([AB])\.(\d+)")
+
+
+def import_from_lora2(
+    checkpoint: str | Path, out: str | Path, *, lora_alpha: float = 1.0, base: str | Path | None = None
+) -> None:
+    """Write OUT, an adapter folder, from a SAT folder of CogVLM trained with lora2 at any model-parallel size.
+
+    lora_alpha: as in training; SAT's default is 1, r comes from the shapes. base: SAT folder of the base; parameters
+    that differ from it were trained whole and are taken along, without it they are taken to be the base's.
+    CheckpointError: no SAT folder; AdapterError: no lora2 in it, or factors or a base that do not fit.
+    """
+    out = Path(out)
+    if out.exists():
+        raise AdapterError(f"--out: {out} exists; give a new folder")
+    states = [map_weights(file) for file in weight_files(checkpoint)]
+    if any(state.keys() != states[0].keys() for state in states):
+        raise AdapterError(f"{checkpoint}: the model-parallel ranks hold different names; the checkpoint is not whole")
+    factors: dict[str, set[int]] = {}
+    for key in states[0]:
+        match = _FACTOR.fullmatch(key)
+        if match:
+            factors.setdefault(match[1], set()).add(int(match[3]))
+    if not factors:
+        raise AdapterError(f"{checkpoint}: no matrix_A, matrix_B of SAT's lora2 in it; give the folder of that run")
+    layers, tensors, problems = {}, {}, []
+    shapes = _base_shapes(states)
+    for name, numbers in sorted(factors.items()):
+        try:
+            layers[name], own = _layer(name, sorted(numbers), states, shapes[f"{name}.weight"], lora_alpha)
+            tensors |= own
+        except (KeyError, RuntimeError, ValueError) as error:
+            problems.append(f"{name}: {error}")
+    trained = {} if base is None else _differences(states, shapes, whole_state(base))
+    problems += [
+        f"{name}.weight: LoRA is on it, and it differs from the base" for name in layers if f"{name}.weight" in trained
+    ]
+    tensors |= trained
+    problems += [f"{key}: holds values that are not finite" for key, t in tensors.items() if not t.isfinite().all()]
+    if problems:
+        raise AdapterError(f"{checkpoint} cannot be imported:\n  " + "\n  ".join(problems[:20]))
+    fields = LoraConfig(target_modules=pattern_for(layers), modules_to_save=tuple(trained))
+    config = combined_config([fields], layers)
+    try:
+        write_adapter(out, SavedAdapter(config, fingerprint_of(shapes), layers, tuple(trained), tensors))
+    except OSError as error:
+        raise AdapterError(f"--out: {out} cannot be written: {error}") from error
+
+
+def _base_shapes(states: list[dict]) -> dict[str, tuple[int, ...]]:
+    """The whole shapes of the base by its own names."""
+    shapes = {}
+    for key, tensor in states[0].items():
+        if torch.is_tensor(tensor) and not _FACTOR.fullmatch(key):
+            name = key.replace(".original.", ".")
+            rows = len(tensor) * len(states) if tensor.dim() else 0
+            shapes[name] = sharding_named(name, rows).full_shape(tensor.shape, len(states))
+    return shapes
+
+
+def _differences(states: list[dict], shapes: dict[str, tuple[int, ...]], base: dict) -> dict[str, torch.Tensor]:
+    """The whole parameters that differ from the base's. AdapterError: the base has other names or shapes."""
+    if {name: tuple(tensor.shape) for name, tensor in base.items() if torch.is_tensor(tensor)} != shapes:
+        raise AdapterError("--base: it has other names or shapes than the checkpoint; give the one it was trained on")
+    found = {}
+    for key in (key for key in states[0] if key.replace(".original.", ".") in shapes):
+        name = key.replace(".original.", ".")
+        whole = sharding_named(name, shapes[name][0] if shapes[name] else 0).unshard([state[key] for state in states])
+        if not torch.equal(whole.to(base[name].dtype), base[name]):
+            found[name] = whole.clone(memory_format=torch.contiguous_format)
+    return found
+
+
+def _layer(
+    name: str, numbers: list[int], states: list[dict], shape: tuple[int, ...], alpha: float
+) -> tuple[LayerEntry, dict[str, torch.Tensor]]:
+    """(entry, tensors) of one layer. ValueError: factors that do not fit."""
+    if numbers != list(range(3 if is_fused(name) else 1)):
+        raise ValueError(f"factors {numbers}, wanted {3 if is_fused(name) else 1} from 0 on")
+    kind = kind_named(name, shape[0])
+    if kind not in ("column", "row"):
+        raise ValueError("not a parallel linear of CogVLM's attention")
+    by_rank = [[[state[f"{name}.matrix_{leaf}.{n}"] for state in states] for leaf in "AB"] for n in numbers]
+    rank = len(by_rank[0][0][0])
+    pairs = [_join(a, b, kind) for a, b in by_rank]
+    if len({len(a) for a, _ in pairs}) > 1:  # a layer has one rank: no slot may be joined more tightly than another
+        pairs = [_stack(a, b, kind) for a, b in by_rank]
+    rows = [len(b) for _, b in pairs]
+    if sum(rows) != shape[0] or any(a.shape != (len(pairs[0][0]), shape[1]) for a, _ in pairs):
+        raise ValueError(f"A {[tuple(a.shape) for a, _ in pairs]}, B of {rows} rows, the weight is {shape}")
+    slots = SLOTS if is_fused(name) else ()
+    edges = [sum(rows[:number]) for number in range(len(rows) + 1)]
+    entry = LayerEntry(kind, len(pairs[0][0]), alpha / rank, slots, tuple(itertools.pairwise(edges)))
+    stacked = {leaf: torch.cat(side) for leaf, side in zip(PAIR, zip(*pairs))}
+    return entry, cut_slots(name, slots, rows, stacked)
+
+
+def _join(a: list[torch.Tensor], b: list[torch.Tensor], kind: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """One A (r, in) and B (rows, r) where the uncut factor is the same on every rank, else as `_stack`."""
+    whole = a if kind == "column" else b
+    if any(not torch.equal(whole[0], other) for other in whole):
+        return _stack(a, b, kind)
+    return (a[0], torch.cat(b)) if kind == "column" else (torch.cat(a, 1), b[0])
+
+
+def _stack(a: list[torch.Tensor], b: list[torch.Tensor], kind: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """A (n r, in) and B (rows, n r): each rank's own product in the part of the weight that it held."""
+    if kind == "column":
+        return torch.cat(a), torch.block_diag(*b)
+    return torch.block_diag(*a), torch.cat(b, 1)

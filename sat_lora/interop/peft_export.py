@@ -1,0 +1,163 @@
+"""An adapter becomes one that the `peft` package loads onto Hugging Face's CogVLM."""
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import save
+
+from sat_lora.adapter_format import (
+    CONFIG,
+    MAGNITUDE,
+    PAIR,
+    WEIGHTS,
+    LayerEntry,
+    SavedAdapter,
+    fingerprint_of,
+    read_adapter,
+    tensor_problems,
+)
+from sat_lora.atomic import replaced_folder
+from sat_lora.combine_checks import Source
+from sat_lora.config import SLOTS
+from sat_lora.dora import row_norms
+from sat_lora.errors import AdapterError
+from sat_lora.functional import DeltaLayout
+from sat_lora.interop import peft_format
+from sat_lora.interop.base_state import whole_state
+from sat_lora.interop.cogvlm_layers import has_bias, is_fused
+from sat_lora.interop.hugging_face_names import hf_name
+
+IMAGE_CHANNELS = 3
+
+
+def export_to_peft(adapter: str | Path, out: str | Path, *, base: str | Path | None = None) -> None:
+    """Write OUT, a PEFT adapter folder whose delta on Hugging Face's CogVLM is that of the adapter.
+
+    base: SAT folder of the base, needed where PEFT's file holds values that the adapter does not have: DoRA on some of
+    q, k, v, and a module of which only some parameters were trained. AdapterError lists everything that PEFT cannot
+    hold; CheckpointError: base is no SAT folder or is cut for model parallelism.
+    """
+    out = Path(out)
+    if out.exists():
+        raise AdapterError(f"--out: {out} exists; give a new folder")
+    saved = read_adapter(adapter)
+    state = None if base is None else whole_state(base)
+    expected = saved.expected({name: Source(adapter, 1.0, saved).in_features(name) for name in saved.layers})
+    expected |= {name: tuple(saved.tensors[name].shape) for name in saved.trained if name in saved.tensors}
+    problems = [*_problems(saved, state), *tensor_problems(saved.tensors, expected)]
+    if state is not None and saved.base_fingerprint != fingerprint_of({n: tuple(t.shape) for n, t in state.items()}):
+        problems.append(f"--base: {base} has other names or shapes than the base it was trained on; give its own base")
+    if problems:
+        shown = "\n  ".join(problems[:20]) + ("\n  ..." if len(problems) > 20 else "")
+        raise AdapterError(f"{adapter} cannot be a PEFT adapter:\n  {shown}")
+    tensors = {}
+    for name, entry in saved.layers.items():
+        tensors |= _layer_tensors(name, entry, saved.of_layer(name), state)
+    modules = sorted({_module_of(name) for name in saved.trained})
+    for module in modules:
+        for name in _parameters_of(module):
+            source = saved.tensors if name in saved.trained else state
+            tensors[peft_format.PREFIX + hf_name(name)] = source[name].contiguous()
+    try:
+        with replaced_folder(out) as temporary:
+            (temporary / WEIGHTS).write_bytes(save(dict(sorted(tensors.items())), metadata={"format": "pt"}))
+            text = json.dumps(_peft_config(saved, [hf_name(module) for module in modules]), indent=2)
+            (temporary / CONFIG).write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        raise AdapterError(f"--out: {out} cannot be written: {error}") from error
+
+
+def _problems(saved: SavedAdapter, state: dict | None) -> Iterator[str]:
+    for name, entry in saved.layers.items():
+        if hf_name(name) is None:
+            yield f"{name}: Hugging Face's CogVLM has no such module; merge the adapter instead"
+        elif name.endswith("position_embeddings"):
+            yield f"{name}: Hugging Face's CogVLM reads its weight without calling it; merge the adapter instead"
+        elif state is None and saved.config.use_dora and 0 < len(entry.slots) < len(SLOTS):
+            yield f"{name}: PEFT's DoRA needs the row norms of q, k and v, {entry.slots} have one; give --base"
+    for name in saved.trained:
+        module = _module_of(name)
+        if hf_name(name) is None or module is None:
+            yield f"{name}: a parameter outside of a module, which PEFT cannot save; merge the adapter instead"
+        elif module in saved.layers:
+            yield f"{name}: PEFT cannot save a parameter of a layer that has a LoRA; merge the adapter instead"
+        elif state is None and not set(_parameters_of(module)) <= set(saved.trained):
+            yield f"{name}: PEFT saves {module} whole, and its other parameter was not trained; give --base"
+
+
+def _module_of(parameter: str) -> str | None:
+    module, _, leaf = parameter.rpartition(".")
+    return module if leaf in ("weight", "bias") and hf_name(module) is not None else None
+
+
+def _parameters_of(module: str) -> list[str]:
+    return [f"{module}.weight", f"{module}.bias"] if has_bias(module) else [f"{module}.weight"]
+
+
+def _layer_tensors(name: str, entry: LayerEntry, stacked: dict, state: dict | None) -> dict[str, torch.Tensor]:
+    """PEFT's tensors of one layer by name."""
+    a, b = (stacked[leaf] for leaf in PAIR)
+    leaves = peft_format.LEAVES
+    if entry.slots:
+        b = _block_diagonal(entry, b)
+    magnitude = stacked.get(MAGNITUDE)
+    if magnitude is not None and entry.slots and len(entry.slots) < len(SLOTS):
+        whole = row_norms(state[f"{name}.weight"], DeltaLayout(((0, len(b)),), len(b), entry.kind), None)
+        whole = whole.to(magnitude.dtype).clone()
+        for (start, stop), part in zip(entry.rows, magnitude.split([stop - start for start, stop in entry.rows])):
+            whole[start:stop] = part
+        magnitude = whole
+    if entry.kind == "conv":
+        side = math.isqrt(a.shape[1] // IMAGE_CHANNELS)
+        a, b = a.view(len(a), IMAGE_CHANNELS, side, side), b.view(*b.shape, 1, 1)
+        magnitude = None if magnitude is None else magnitude.view(1, -1, 1, 1)
+    elif entry.kind in ("embedding", "vocab"):
+        leaves = peft_format.EMBEDDING_LEAVES
+    found = {**dict(zip(leaves, (a, b))), **({} if magnitude is None else {peft_format.MAGNITUDE: magnitude})}
+    return {f"{peft_format.PREFIX}{hf_name(name)}.{leaf}": tensor.contiguous() for leaf, tensor in found.items()}
+
+
+def _block_diagonal(entry: LayerEntry, b: torch.Tensor) -> torch.Tensor:
+    """B (rows of all slots, r) as (out, slots * r), zero where no slot or another slot is."""
+    sizes = [stop - start for start, stop in entry.rows]
+    whole = b.new_zeros(len(SLOTS) * sizes[0], len(entry.slots) * entry.r)
+    for number, ((start, stop), part) in enumerate(zip(entry.rows, b.split(sizes))):
+        whole[start:stop, number * entry.r : (number + 1) * entry.r] = part
+    return whole
+
+
+def _peft_config(saved: SavedAdapter, modules: list[str]) -> dict:
+    ranks, alphas = {}, {}
+    for name, entry in saved.layers.items():
+        module = hf_name(name)
+        ranks[module] = entry.r * (len(entry.slots) if is_fused(name) and entry.slots else 1)
+        alphas[module] = _alpha(entry.scale, ranks[module], saved.config.use_rslora)
+    (r, rank_pattern), (alpha, alpha_pattern) = peft_format.pattern_table(ranks), peft_format.pattern_table(alphas)
+    return {
+        "peft_type": "LORA",
+        "base_model_name_or_path": None,
+        "inference_mode": True,
+        "task_type": None,
+        "r": r,
+        "lora_alpha": alpha,
+        "rank_pattern": rank_pattern,
+        "alpha_pattern": alpha_pattern,
+        "target_modules": peft_format.pattern_for(ranks),
+        "modules_to_save": modules or None,
+        "lora_dropout": saved.config.lora_dropout,
+        "use_rslora": saved.config.use_rslora,
+        "use_dora": saved.config.use_dora,
+        "init_lora_weights": True,
+        "bias": "none",
+        "fan_in_fan_out": False,
+    }
+
+
+def _alpha(scale: float, rank: int, use_rslora: bool) -> float:
+    """The alpha that gives this scale: the nearest one, a whole number where that does."""
+    divisor = math.sqrt(rank) if use_rslora else rank
+    alpha = scale * divisor
+    return next((near for near in (float(round(alpha)), round(alpha, 12)) if near / divisor == scale), alpha)

@@ -1,0 +1,42 @@
+"""A PEFT adapter of Hugging Face's CogVLM on disk: names of its tensors, and patterns that name its modules.
+
+q, k and v, which have a factor pair each in SAT, are one pair of PEFT: A stacked, B block-diagonal. With n of them the
+rank is n r and alpha n times (with rsLoRA sqrt(n) times) as large, so that the product is the same to the last bit.
+"""
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+
+PREFIX = "base_model.model."
+MAGNITUDE = "lora_magnitude_vector"
+LEAVES = ("lora_A.weight", "lora_B.weight")
+EMBEDDING_LEAVES = ("lora_embedding_A", "lora_embedding_B")
+
+
+def pattern_for(names: Iterable[str]) -> str:
+    """A regular expression that matches exactly these names; layers that differ by their number are one alternative."""
+    numbers: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        found = re.search(r"(?<=\.)\d+(?=\.)", name)
+        template = name if found is None else f"{name[: found.start()]}#{name[found.end() :]}"
+        numbers[template].append(found[0] if found else "")
+    templates: dict[tuple[str, ...], list[str]] = defaultdict(list)
+    for template, found in numbers.items():
+        templates[tuple(sorted(found, key=lambda number: (len(number), number)))].append(template)
+    return "|".join(
+        re.escape(template).replace(r"\#", f"({'|'.join(found)})")
+        for found, alike in templates.items()
+        for template in alike
+    )
+
+
+def pattern_table(values: dict[str, float]) -> tuple[float, dict[str, float]]:
+    """(the most common value, {pattern: value} for the names with another one), as in rank_pattern, alpha_pattern."""
+    common = Counter(values.values()).most_common(1)[0][0]
+    others = defaultdict(list)
+    for name, value in values.items():
+        if value != common:
+            others[value].append(name)
+    # PEFT matches the end of a name as well: hence the "^".
+    return common, {f"^({pattern_for(names)})": value for value, names in others.items()}

@@ -1,0 +1,57 @@
+"""What can be known to be wrong with tar shards before a run starts."""
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+
+from sat_lora.cogvlm.image import load_image
+from sat_lora.errors import DataError
+from sat_lora.training.data import BrokenSample
+from sat_lora.training.shards import expand_shards, find_records, is_shard
+
+SAMPLES_TRIED = 300  # one usable sample among so many is enough to begin
+
+
+def problems_with_shards(paths: list[str], option: str) -> Iterator[str]:
+    """Of the paths of one option, as text: of the names and of the first samples.
+
+    Whole shards are read later, when all ranks together count their samples.
+    """
+    others = [path for path in paths if not is_shard(path)]
+    if option == "--test-data":
+        yield f"{', '.join(paths)}: tar shards cannot be answered by generation; unpack them and give the folder"
+    elif others:
+        yield f"tar shards and {', '.join(others)}: give tar shards alone, or folders and .jsonl files alone"
+    elif pipes := [path for path in paths if path.startswith("pipe:")]:
+        yield f"{', '.join(pipes)}: the samples of a pipe cannot be counted; give .tar files on a mounted file system"
+    else:
+        try:
+            shards = expand_shards(paths)
+            missing = [shard for shard in shards if not Path(shard).is_file()]
+            if missing:
+                names = ", ".join(missing)
+                yield f"{len(missing)} of {len(shards)} shards are missing: {names}; mend the path or copy them"
+            elif problem := _problem_with_samples(shards):
+                yield problem
+        except DataError as error:
+            yield str(error)
+
+
+def _problem_with_samples(shards: list[str]) -> str | None:
+    records = itertools.chain.from_iterable(map(find_records, shards))
+    tried, first_error = 0, None
+    for record in itertools.islice(records, SAMPLES_TRIED):
+        tried += 1
+        item = record.read()
+        if isinstance(item, BrokenSample):
+            first_error = first_error or item.reason
+            continue
+        try:
+            if item.image is not None:
+                load_image(item.image, (8, 8), item.name)
+            return None
+        except DataError as error:
+            first_error = first_error or str(error)
+    if not tried:
+        return f"{', '.join(shards)}: no samples there; wanted members KEY.png with KEY.txt or KEY.json"
+    return f"none of the first {tried} samples of {shards[0]} can be used; pack them again; {first_error}"

@@ -1,0 +1,105 @@
+"""Where a run's batches come from: files that are read at will, or tar shards that are streamed."""
+
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+
+from torch.utils.data import DataLoader
+
+from sat_lora.training.data import ImageTextDataset, read_items, split_items
+from sat_lora.training.distributed import World
+from sat_lora.training.sampler import EpochSampler, eval_batches, make_loader, make_stream_loader
+from sat_lora.training.shard_stream import ShardStream
+from sat_lora.training.shards import Shard, count_shards, is_shard
+
+
+class FileSource:
+    """Batches of items.
+
+    epoch_samples: how many make an epoch, for `total_steps`. make_dataset: the ImageTextDataset of a list of items.
+    """
+
+    def __init__(self, items: Sequence, make_dataset: Callable[[list], ImageTextDataset], options: Namespace, world):
+        self.dataset, self.options, self.world = make_dataset(items), options, world
+        self.epoch_samples = len(items)
+
+    def training(self, start_step: int) -> DataLoader:
+        """Micro-batches of this rank without end, from `start_step` on."""
+        options = self.options
+        sampler = EpochSampler(
+            len(self.dataset),
+            batch_size=options.batch_size,
+            data_parallel_rank=self.world.data_parallel_rank,
+            data_parallel_size=self.world.data_parallel_size,
+            seed=options.seed,
+            start_step=start_step,
+        )
+        return make_loader(self.dataset, sampler, num_workers=options.num_workers, seed=options.seed)
+
+    def validation(self) -> DataLoader:
+        """One pass, every sample on one rank, as many batches on every rank; at most --eval-iters of them."""
+        options = self.options
+        batches = eval_batches(
+            len(self.dataset),
+            batch_size=options.eval_batch_size,
+            data_parallel_rank=self.world.data_parallel_rank,
+            data_parallel_size=self.world.data_parallel_size,
+            limit=options.eval_iters,
+        )
+        return make_loader(self.dataset, batches, num_workers=min(1, options.num_workers), seed=options.seed)
+
+
+class ShardSource:
+    """Batches of tar shards; what FileSource says holds here too. An epoch's places without a sample count as one."""
+
+    def __init__(
+        self, shards: list[Shard], make_dataset: Callable[[list], ImageTextDataset], options: Namespace, world: World
+    ):
+        self.shards, self.dataset, self.options, self.world = shards, make_dataset([]), options, world
+        steps = self._stream(options.batch_size, options.num_workers).steps_per_epoch
+        self.epoch_samples = steps * options.batch_size * world.data_parallel_size
+
+    def _stream(self, batch_size: int, num_workers: int, **settings) -> ShardStream:
+        return ShardStream(
+            self.shards,
+            self.dataset.make_sample,
+            image_size=self.dataset.image_size,
+            batch_size=batch_size,
+            data_parallel_rank=self.world.data_parallel_rank,
+            data_parallel_size=self.world.data_parallel_size,
+            num_workers=num_workers,
+            seed=self.options.seed,
+            **settings,
+        )
+
+    def training(self, start_step: int) -> DataLoader:
+        stream = self._stream(self.options.batch_size, self.options.num_workers, start_step=start_step)
+        return make_stream_loader(stream, num_workers=self.options.num_workers, seed=self.options.seed)
+
+    def validation(self) -> DataLoader:
+        workers, limit = min(1, self.options.num_workers), self.options.eval_iters
+        stream = self._stream(self.options.eval_batch_size, workers, shuffle=False)
+        stream.steps = min(limit, stream.steps_per_epoch) if limit else stream.steps_per_epoch
+        return make_stream_loader(stream, num_workers=workers, seed=self.options.seed)
+
+
+def open_sources(
+    options: Namespace, world: World, make_dataset: Callable[[list], ImageTextDataset]
+) -> tuple[FileSource | ShardSource, FileSource | ShardSource | None]:
+    """(training, validation or None) from their paths; of files, a share of the training data where --split says so.
+
+    Every rank has to call it. DataError on every rank: shards that cannot be read, all of them.
+    """
+
+    def source(paths: list[str]) -> FileSource | ShardSource:
+        if is_shard(paths[0]):
+            ranks = dict(data_parallel_rank=world.data_parallel_rank, data_parallel_size=world.data_parallel_size)
+            return ShardSource(count_shards(paths, **ranks), make_dataset, options, world)
+        return FileSource(read_items(paths), make_dataset, options, world)
+
+    if options.valid_data or is_shard(options.train_data[0]):
+        return source(options.train_data), source(options.valid_data) if options.valid_data else None
+    train, valid, _ = split_items(read_items(options.train_data), options.split, options.seed)
+    return (
+        FileSource(train, make_dataset, options, world),
+        FileSource(valid, make_dataset, options, world) if valid else None,
+    )

@@ -1,0 +1,76 @@
+"""Packed captchas, and finetune_cogvlm.py on them."""
+
+import contextlib
+import importlib.util
+import io
+import shutil
+
+import pytest
+
+from sat_lora.training.data import read_items
+from sat_lora.training.shards import expand_shards, find_records
+from tests.conftest import write_images
+from tests.finetune_demo.test_finetune_cogvlm import DEMO, launcher, losses_of, options_for, start
+
+
+def pack(data, out, samples_per_shard) -> str:
+    """What the script says --train-data takes."""
+    argv = [str(data), "--out", str(out), "--samples-per-shard", str(samples_per_shard)]
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        assert load_script("pack_shards").main(argv) == 0
+    return said.getvalue().rsplit("--train-data", 1)[1].strip().strip("'")
+
+
+def load_script(name):
+    spec = importlib.util.spec_from_file_location(name, DEMO / f"{name}.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    return script
+
+
+@pytest.mark.parametrize("samples_per_shard, shards", [(4, 3), (10, 1)])
+def test_packed_samples_are_those_of_the_folder(tmp_path, samples_per_shard, shards):
+    folder = write_images(tmp_path / "images", [f"{number}.png" for number in range(9)])
+    lines = ('{"image": "3.png", "prompt": "Q?", "answer": "ü"}', '{"prompt": "2?", "answer": "2"}')
+    (folder / "more.jsonl").write_text("\n".join(lines))
+    for data in (folder, folder / "more.jsonl"):
+        out = tmp_path / f"shards of {data.name}"
+        found = expand_shards([pack(data, out, samples_per_shard)])
+        assert sorted(found) == sorted(map(str, out.iterdir()))
+        assert data != folder or len(found) == shards
+        packed = [record.read() for shard in found for record in find_records(shard)]
+        assert [(item.image, item.answer, item.prompt) for item in packed] == [
+            (item.image and item.image.read_bytes(), item.answer, item.prompt) for item in read_items([data])
+        ]
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    "ranks, workers", [(1, 0), pytest.param(2, 2, marks=pytest.mark.matrix)], ids=["1 rank", "2 ranks, 2 workers"]
+)
+def test_a_run_on_shards_ends_on_every_rank_and_resumes_bit_for_bit(captchas, tmp_path, ranks, workers):
+    """One and a half epochs of uneven shards with a broken image; the second time stopped in the first epoch."""
+    images = tmp_path / "images"
+    shutil.copytree(captchas / "train", images)
+    (images / "broken.png").write_text("this is no image")
+    train, valid = pack(images, tmp_path / "train", 9), pack(captchas / "valid", tmp_path / "valid", 9)
+
+    def run(*options):
+        done = start(launcher("deepspeed", ranks), options)
+        assert done.returncode == 0, done.stderr[-3000:]
+
+    def run_new(name, *more):
+        options = options_for(captchas, tmp_path / name, "--num-workers", str(workers), "--batch-size", "5")
+        options += ["--train-data", train, "--valid-data", valid, "--lora_dropout", "0.2", "--warmup", "0"]
+        run(*options, "--lr-decay-style", "constant", *more)
+        return losses_of(tmp_path / name / "run")
+
+    whole = run_new("whole", "--epochs", "1.5")
+    per_reader = -(-65 // (ranks * max(1, workers) * 5))
+    assert len(whole) == -(-3 * per_reader * max(1, workers) // 2)
+    assert len(run_new("half", "--train-iters", "3")) == 3
+    log = (tmp_path / "whole/run/train.jsonl").read_text()
+    assert log.count("cannot be read as an image") == 1 and ".tar/0" in log
+    run("--resume", str(tmp_path / "half" / "run"), "--epochs", "1.5")
+    assert losses_of(tmp_path / "half" / "run") == whole

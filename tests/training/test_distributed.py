@@ -1,0 +1,29 @@
+"""A process that does not know its place among others does not start."""
+
+import os
+
+import pytest
+import torch
+
+from sat_lora.errors import ConfigError
+from sat_lora.training.distributed import join
+from tests.distributed.ranks import run_ranks
+
+
+def test_a_task_of_srun_without_a_launcher_is_refused(monkeypatch):
+    """Each would be rank 0 of 1, and write the same run folder."""
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "16")
+    with pytest.raises(ConfigError, match="srun has started 16 tasks and none knows its rank.*/slurm.sh does"):
+        join()
+
+
+def join_under_slurm():
+    os.environ["SLURM_STEP_NUM_TASKS"] = "2"
+    join()
+    torch.distributed.barrier()  # a rank that has gone is no neighbour to connect to
+    return torch.distributed.get_world_size()
+
+
+def test_ranks_that_torchrun_starts_in_a_slurm_job_are_not():
+    assert run_ranks(join_under_slurm, 2) == [2, 2]
