@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from benchmarks.scaling.sizes import Sizes, Tower
 
-MODEL, DATA = "model-parallel", "data-parallel"
+MODEL, DATA, WORLD = "model-parallel", "data-parallel", "all"
 
 
 @dataclass(frozen=True)
@@ -17,6 +17,10 @@ class Collective:
     def sent(self, ranks: int) -> float:
         """Bytes that each of `ranks` sends in a ring: (n - 1) / n of the payload, twice that for an all-reduce."""
         return (2 if self.kind == "all-reduce" else 1) * (ranks - 1) / ranks * self.payload
+
+
+VERDICT = Collective("all-reduce", 24, WORLD)
+"""Of all ranks together, before the optimizer moves: the loss, and whether it or a gradient is not finite."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,8 +96,7 @@ def data_parallel(setting: Setting, stage: int, parts: int = 1) -> Iterator[Coll
     """
     sizes, size = setting.sizes, setting.size
     adapter = sizes.adapter(setting.rank, parts) * size
-    for _ in range(2):  # answer tokens before the step, the loss after it
-        yield Collective("all-reduce", 8, DATA)
+    yield Collective("all-reduce", 8, DATA)  # answer tokens, before the step
     yield from _verdicts(stage, DATA)
     if stage < 3:
         yield Collective("all-reduce", adapter, DATA)

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from benchmarks.scaling.communication import Collective, Setting, data_parallel, model_parallel
+from benchmarks.scaling.communication import VERDICT, Collective, Setting, data_parallel, model_parallel
 from benchmarks.scaling.memory import Memory, memory
 
 MACHINE = 8  # GPUs
@@ -44,7 +44,8 @@ class Cost:
 def cost(setting: Setting, gpus: int, stage: int, parts: int) -> Cost:
     """A model-parallel group lies within a machine; a data-parallel one has 8 / parts GPUs in each."""
     data_ranks, several = gpus // parts, gpus > MACHINE
-    data, model = list(data_parallel(setting, stage, parts)), list(model_parallel(setting, stage)) if parts > 1 else []
+    data = [VERDICT, *data_parallel(setting, stage, parts)]
+    model = list(model_parallel(setting, stage)) if parts > 1 else []
     speed = min(NVLINK, NETWORK * MACHINE / parts) if several else NVLINK
     calls = len(data) + (gathers_of_zero_3(setting) if stage == 3 else 0)
     data_bytes, model_bytes = _sent(data, data_ranks), _sent(model, parts)

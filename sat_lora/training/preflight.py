@@ -138,12 +138,30 @@ def _resume_problems(options: Namespace, environ: Mapping[str, str]) -> Iterator
         before, now = stored.get(name, DEFAULTS[name]), getattr(options, name)
         if now != before:  # the checkpoint fits no other adapters, nor other groups of the optimizer
             yield f"--{name}: got {now!r}, but the run to resume has {before!r}; leave it out, or start a new run"
-    yield from _global_batch_problems(options, state["samples_per_step"], environ)
-
-
-def _global_batch_problems(options: Namespace, samples: int, environ: Mapping[str, str]) -> Iterator[str]:
-    """The place in the data is a number of steps, so a step has to stay as many samples as before."""
     ranks = max(1, int(environ.get("WORLD_SIZE", 1)) // options.model_parallel_size)
+    if options.train_data and is_shard(options.train_data[0]):
+        yield from _stream_problems(options, stored, state["layout"][0], ranks)
+    else:
+        yield from _global_batch_problems(options, state["samples_per_step"], ranks)
+
+
+def _stream_problems(options: Namespace, stored: dict, ranks_before: int, ranks: int) -> Iterator[str]:
+    """Which reader of tar shards has which samples depends on how many there are, and on the size of a batch."""
+    before = {name: stored.get(name, DEFAULTS[name]) for name in ("batch_size", "num_workers")}
+    changed = [
+        f"--{n.replace('_', '-')} {getattr(options, n)}, was {v}" for n, v in before.items() if getattr(options, n) != v
+    ]
+    if ranks != ranks_before:
+        changed.append(f"{ranks} data-parallel ranks, were {ranks_before}")
+    if changed:
+        yield (
+            "--resume: a run on tar shards goes on with the readers it had, or samples are left out and others come "
+            f"twice; now {'; '.join(changed)}"
+        )
+
+
+def _global_batch_problems(options: Namespace, samples: int, ranks: int) -> Iterator[str]:
+    """The place in the data is a number of steps, so a step has to stay as many samples as before."""
     now = samples_per_step(options, ranks)
     if now == samples:
         return

@@ -8,7 +8,16 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from benchmarks.scaling.communication import DATA, MODEL, Collective, MicroBatch, Setting, data_parallel, model_parallel
+from benchmarks.scaling.communication import (
+    DATA,
+    MODEL,
+    VERDICT,
+    Collective,
+    MicroBatch,
+    Setting,
+    data_parallel,
+    model_parallel,
+)
 from benchmarks.scaling.report import SETTING, report
 from benchmarks.scaling.sizes import Sizes
 from sat_lora import LoraConfig, add_lora
@@ -72,7 +81,7 @@ def sent_by_size(seen: Iterable[Collective]) -> Counter:
 @pytest.mark.parametrize("stage", [1, 2])
 def test_data_parallel_collectives_are_those_that_are_made(stage):
     first, second = run_ranks(count_a_step, 2, stage, 1, False)
-    assert first.seen == second.seen == Counter(data_parallel(setting(), stage))
+    assert first.seen == second.seen == Counter([VERDICT, *data_parallel(setting(), stage)])
     check_moments(first)
 
 
@@ -84,20 +93,20 @@ def check_moments(step: Step) -> None:
 @pytest.mark.matrix
 def test_small_buckets_send_as_many_bytes_in_more_collectives():
     step, _ = run_ranks(count_a_step, 2, 2, 1, False, reduce_bucket_size=3000)
-    assert sum(step.seen.values()) > len(list(data_parallel(setting(), 2)))
-    assert sent_by_size(step.seen) == sent_by_size(data_parallel(setting(), 2))
+    assert sum(step.seen.values()) > len([VERDICT, *data_parallel(setting(), 2)])
+    assert sent_by_size(step.seen) == sent_by_size([VERDICT, *data_parallel(setting(), 2)])
 
 
 @pytest.mark.parametrize("checkpointing", [True, pytest.param(False, marks=pytest.mark.matrix)])
 def test_zero_3_gathers_what_the_formula_says(checkpointing):
     step, _ = run_ranks(count_a_step, 2, 3, 1, checkpointing, **NOTHING_KEPT)
-    assert sent_by_size(step.seen) == sent_by_size(data_parallel(setting(checkpointing), 3))
+    assert sent_by_size(step.seen) == sent_by_size([VERDICT, *data_parallel(setting(checkpointing), 3)])
     check_moments(step)
 
 
 @pytest.mark.matrix
 def test_zero_3_gathers_less_if_it_may_keep_some():
-    expected, gathers = sent_by_size(data_parallel(setting(True), 3)), ("all-gather", DATA)
+    expected, gathers = sent_by_size([VERDICT, *data_parallel(setting(True), 3)]), ("all-gather", DATA)
     step, _ = run_ranks(count_a_step, 2, 3, 1, True)
     assert sent_by_size(step.seen)[gathers] < expected[gathers]
     assert {**sent_by_size(step.seen), gathers: 0} == {**expected, gathers: 0}
@@ -106,7 +115,7 @@ def test_zero_3_gathers_less_if_it_may_keep_some():
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_model_parallel_collectives_are_those_that_are_made(checkpointing):
     first, second = run_ranks(count_a_step, 2, 1, 2, checkpointing)
-    assert first.seen == second.seen == Counter(model_parallel(setting(checkpointing), 1))
+    assert first.seen == second.seen == Counter([VERDICT, *model_parallel(setting(checkpointing), 1)])
 
 
 @pytest.mark.matrix
@@ -115,7 +124,7 @@ def test_both_at_once_make_the_collectives_of_either(stage):
     """Four ranks, two of which share a model."""
     own, zero = setting(True), NOTHING_KEPT if stage == 3 else {}
     step, *_ = run_ranks(count_a_step, 4, stage, 2, True, **zero)
-    expected = Counter([*data_parallel(own, stage, 2), *model_parallel(own, stage)])
+    expected = Counter([VERDICT, *data_parallel(own, stage, 2), *model_parallel(own, stage)])
     assert sent_by_size(step.seen) == sent_by_size(expected)
     assert stage == 3 or step.seen == expected  # how many gathers ZeRO-3 makes of it is its own affair
 

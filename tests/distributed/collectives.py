@@ -6,7 +6,7 @@ import torch
 from torch.distributed import ProcessGroup
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.scaling.communication import DATA, MODEL, Collective
+from benchmarks.scaling.communication import DATA, MODEL, WORLD, Collective
 from sat_lora._sat import mpu
 
 # The kind of each operator, and the argument that holds the whole tensor, rather than a rank's part of it.
@@ -29,7 +29,8 @@ class CountCollectives(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.seen: Counter[Collective] = Counter()
-        groups = ((MODEL, mpu.get_model_parallel_group()), (DATA, mpu.get_data_parallel_group()))
+        world = torch.distributed.group.WORLD
+        groups = ((WORLD, world), (MODEL, mpu.get_model_parallel_group()), (DATA, mpu.get_data_parallel_group()))
         self._names = {group.group_name: name for name, group in groups}
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):

@@ -9,6 +9,7 @@ from sat_lora.errors import ConfigError, DataError, SatLoraError
 from sat_lora.training.options import parse_options
 from sat_lora.training.preflight import check_options
 from tests.tiny import CONFIG
+from tests.training.tar_shards import write_numbered_shards
 
 NEEDED = 1 + 9 + 2 + len("CAPTCHA:") + 1 + 1  # BOS, image, prompt, a token of answer, EOS
 
@@ -234,6 +235,19 @@ def test_another_number_of_ranks_has_to_keep_the_samples_of_a_step(check, stoppe
     assert message.endswith(advice)
     if advice.startswith("give "):
         check("--resume", stopped_run, *advice.split()[1:], environ=environ)
+
+
+def test_a_run_on_tar_shards_goes_on_with_the_readers_it_had(check, stopped_run, tmp_path):
+    (shard,) = write_numbered_shards(tmp_path / "shards", [9])
+    run, checkpoint = tmp_path / "run.json", tmp_path / "checkpoints" / "4" / "state.json"
+    stored = json.loads(run.read_text())
+    stored["settings"] |= {"train_data": [str(shard)], "num_workers": 2}
+    run.write_text(json.dumps(stored))
+    checkpoint.write_text(json.dumps({"samples_per_step": 16, "layout": [2, 1]}))
+    resume = ("--resume", stopped_run, "--train-data", str(shard))
+    check(*resume, "--num-workers", "2", environ={"WORLD_SIZE": "2"})
+    message = refusal(check, *resume, "--num-workers", "0", "--batch-size", "4", environ={})
+    assert message.endswith("now --batch-size 4, was 2; --num-workers 0, was 2; 1 data-parallel ranks, were 2")
 
 
 def test_all_problems_come_at_once(check, tmp_path):
