@@ -58,7 +58,7 @@ def merge_adapter(
             else:
                 parts = make_sat_weights(temporary, weights.config, weights.layouts_for(model_parallel_size))
             for name in progress(weights.layout, len(weights.layout)):
-                whole = merged_tensor(name, weights.whole, saved)
+                whole = merged_tensor(name, weights, saved)
                 for rank, part in enumerate(parts):
                     if name in part:
                         part[name].copy_(weights.shard(name, whole, rank, len(parts)))
@@ -70,14 +70,14 @@ def merge_adapter(
         raise CheckpointError(f"--out: {out} cannot be written: {error}") from error
 
 
-def merged_tensor(name: str, whole: Callable[[str], torch.Tensor], saved: SavedAdapter) -> torch.Tensor:
+def merged_tensor(name: str, weights: BaseWeights, saved: SavedAdapter) -> torch.Tensor:
     """A tensor of the base as it is with the adapter, in float32 or wider if that changes it."""
     layer = name.removesuffix(".weight")
     if name in saved.trained:
         return saved.tensors[name]
     if layer == name or layer not in saved.layers:
-        return whole(name)
-    entry, weight, tensors = saved.layers[layer], whole(name), saved.of_layer(layer)
+        return weights[name]
+    entry, weight, tensors = saved.layers[layer], weights[name], saved.of_layer(layer)
     kind = KINDS[entry.kind]
     layout = DeltaLayout(entry.rows, kind.matrix(weight).shape[0], entry.kind)
     delta = (tensors["lora_A"], tensors["lora_B"], entry.scale)

@@ -1,5 +1,6 @@
 """The weights of a model folder by name, each as a whole tensor, whatever the folder's kind and cut."""
 
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 
@@ -12,8 +13,8 @@ from sat_lora.sharding import Sharding
 from sat_lora.weight_files import Layout
 
 
-class BaseWeights:
-    """Mapped; a tensor takes memory when `whole` joins several parts. CheckpointError: a part is missing or damaged.
+class BaseWeights(Mapping[str, torch.Tensor]):
+    """Mapped; a tensor takes memory when it is asked for and has to be joined. CheckpointError: a part is missing.
 
     trust: see `map_weights`.
     """
@@ -65,8 +66,13 @@ class BaseWeights:
         }
         return [own] * ranks
 
-    def whole(self, name: str) -> torch.Tensor:
-        """The tensor, whole: mapped where the folder has it so."""
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.layout)
+
+    def __len__(self) -> int:
+        return len(self.layout)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
         if name in self._computed:
             return self._computed[name]
         parts = [part[name] for part in self._parts]

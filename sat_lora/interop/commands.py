@@ -22,7 +22,7 @@ def _add_export(commands) -> None:
     export.add_argument(
         "--base",
         metavar="DIR",
-        help="SAT folder of the base; needed for DoRA on some of q, k, v and for modules of which a part was trained",
+        help="model folder of the base; needed for DoRA on some of q, k, v and for modules of which a part was trained",
     )
     export.set_defaults(run=_export)
 
@@ -40,7 +40,7 @@ def _add_import(commands) -> None:
     take.add_argument(
         "--base",
         metavar="DIR",
-        help="SAT folder of the base; peft: needed, its names and shapes have to fit; lora2: what differs from it was "
+        help="model folder of the base; peft: needed, its names and shapes have to fit; lora2: what differs from it was "
         "trained whole and is taken along",
     )
     take.add_argument("--lora-alpha", type=float, metavar="ALPHA", help="lora2: as in training, by default SAT's 1")
@@ -72,7 +72,7 @@ def _import(options: argparse.Namespace) -> None:
         from sat_lora.interop.peft_import import import_from_peft
 
         if options.base is None or options.lora_alpha is not None:
-            raise ConfigError("--from peft needs --base, the SAT folder of the base, and takes no --lora-alpha")
+            raise ConfigError("--from peft needs --base, the model folder of the base, and takes no --lora-alpha")
         import_from_peft(options.folder, options.out, base=options.base)
     else:
         from sat_lora.interop.lora2_import import import_from_lora2

@@ -17,11 +17,11 @@ from pathlib import Path
 import torch
 
 from sat_lora.adapter_format import PAIR, LayerEntry, SavedAdapter, cut_slots, fingerprint_of, write_adapter
+from sat_lora.cogvlm.base_weights import BaseWeights
 from sat_lora.cogvlm.checkpoint import map_weights, weight_files
 from sat_lora.combine import combined_config
 from sat_lora.config import SLOTS, LoraConfig
 from sat_lora.errors import AdapterError
-from sat_lora.interop.base_state import whole_state
 from sat_lora.interop.cogvlm_layers import is_fused, kind_named, sharding_named
 from sat_lora.interop.peft_format import pattern_for
 
@@ -58,7 +58,7 @@ def import_from_lora2(
             tensors |= own
         except (KeyError, RuntimeError, ValueError) as error:
             problems.append(f"{name}: {error}")
-    trained = {} if base is None else _differences(states, shapes, whole_state(base))
+    trained = {} if base is None else _differences(states, shapes, BaseWeights(base))
     problems += [
         f"{name}.weight: LoRA is on it, and it differs from the base" for name in layers if f"{name}.weight" in trained
     ]

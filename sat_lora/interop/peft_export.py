@@ -20,13 +20,13 @@ from sat_lora.adapter_format import (
     tensor_problems,
 )
 from sat_lora.atomic import replaced_folder
+from sat_lora.cogvlm.base_weights import BaseWeights
 from sat_lora.combine_checks import Source
 from sat_lora.config import SLOTS
 from sat_lora.dora import row_norms
 from sat_lora.errors import AdapterError
 from sat_lora.functional import DeltaLayout
 from sat_lora.interop import peft_format
-from sat_lora.interop.base_state import whole_state
 from sat_lora.interop.cogvlm_layers import has_bias, is_fused
 from sat_lora.interop.hugging_face_names import hf_name
 
@@ -38,17 +38,17 @@ def export_to_peft(adapter: str | Path, out: str | Path, *, base: str | Path | N
 
     base: SAT folder of the base, needed where PEFT's file holds values that the adapter does not have: DoRA on some of
     q, k, v, and a module of which only some parameters were trained. AdapterError lists everything that PEFT cannot
-    hold; CheckpointError: base is no SAT folder or is cut for model parallelism.
+    hold; CheckpointError: base is no model folder.
     """
     out = Path(out)
     if out.exists():
         raise AdapterError(f"--out: {out} exists; give a new folder")
     saved = read_adapter(adapter)
-    state = None if base is None else whole_state(base)
+    state = None if base is None else BaseWeights(base)
     expected = saved.expected({name: Source(adapter, 1.0, saved).in_features(name) for name in saved.layers})
     expected |= {name: tuple(saved.tensors[name].shape) for name in saved.trained if name in saved.tensors}
     problems = [*_problems(saved, state), *tensor_problems(saved.tensors, expected)]
-    if state is not None and saved.base_fingerprint != fingerprint_of({n: tuple(t.shape) for n, t in state.items()}):
+    if state is not None and saved.base_fingerprint != fingerprint_of(state.shapes):
         problems.append(f"--base: {base} has other names or shapes than the base it was trained on; give its own base")
     if problems:
         shown = "\n  ".join(problems[:20]) + ("\n  ..." if len(problems) > 20 else "")

@@ -21,11 +21,11 @@ from sat_lora.adapter_format import (
     fingerprint_of,
     write_adapter,
 )
+from sat_lora.cogvlm.base_weights import BaseWeights
 from sat_lora.combine import combined_config
 from sat_lora.config import SLOTS, LoraConfig
 from sat_lora.errors import AdapterError
 from sat_lora.interop import peft_format
-from sat_lora.interop.base_state import whole_state
 from sat_lora.interop.cogvlm_layers import is_fused, kind_named
 from sat_lora.interop.hugging_face_names import sat_name
 from sat_lora.kinds import KINDS
@@ -54,7 +54,7 @@ def import_from_peft(folder: str | Path, out: str | Path, *, base: str | Path) -
     if out.exists():
         raise AdapterError(f"--out: {out} exists; give a new folder")
     config, tensors = _read(folder)
-    state = whole_state(base)
+    state = BaseWeights(base)
     groups, trained, problems = _sort_tensors(tensors)
     problems += _unsupported(config)
     layers, own = {}, {}
@@ -78,7 +78,7 @@ def import_from_peft(folder: str | Path, out: str | Path, *, base: str | Path) -
     if problems:
         shown = "\n  ".join(problems[:20]) + ("\n  ..." if len(problems) > 20 else "")
         raise AdapterError(f"{folder} cannot be imported, {len(problems)} problems:\n  {shown}")
-    fingerprint = fingerprint_of({n: tuple(t.shape) for n, t in state.items() if torch.is_tensor(t)})
+    fingerprint = fingerprint_of(state.shapes)
     fields = LoraConfig(
         target_modules=peft_format.pattern_for(layers),
         modules_to_save=tuple(trained),
