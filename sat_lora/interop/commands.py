@@ -40,8 +40,8 @@ def _add_import(commands) -> None:
     take.add_argument(
         "--base",
         metavar="DIR",
-        help="model folder of the base; peft: needed, its names and shapes have to fit; lora2: what differs from it was "
-        "trained whole and is taken along",
+        help="model folder of the base; peft: needed, its names and shapes have to fit; lora2: what differs from it "
+        "was trained whole and is taken along",
     )
     take.add_argument("--lora-alpha", type=float, metavar="ALPHA", help="lora2: as in training, by default SAT's 1")
     take.set_defaults(run=_import)
