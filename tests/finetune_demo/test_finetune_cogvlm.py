@@ -76,7 +76,10 @@ def losses_of(run):
     return [record["loss"] for record in records if "loss" in record]
 
 
-@pytest.mark.parametrize("kind, stage", [("deepspeed", 0), ("deepspeed", 1), ("torchrun", 2), ("deepspeed", 3)])
+@pytest.mark.parametrize(
+    "kind, stage",
+    [("deepspeed", 0), pytest.param("deepspeed", 1, marks=pytest.mark.matrix), ("torchrun", 2), ("deepspeed", 3)],
+)
 def test_two_launched_ranks_learn_and_leave_the_base_alone(kind, stage, captchas, tmp_path):
     before = fingerprint(BASE)
     extra = ("--train-iters", "12", "--zero-stage", str(stage), "--test-data", str(captchas / "test"))
@@ -207,6 +210,7 @@ def test_a_resumed_run_continues_bit_for_bit(captchas, tmp_path):
     check_lora_settings(tmp_path / "half" / "run")
 
 
+@pytest.mark.matrix
 def test_a_run_of_two_ranks_goes_on_with_one_at_the_same_samples_per_step(captchas, tmp_path):
     """Without dropout the losses are those of the two; `best` names the adapter of the lowest validation loss."""
     steady = ("--lr-decay-style", "constant", "--warmup", "0", "--zero-stage", "3", "--eval-interval", "2")

@@ -45,10 +45,9 @@ def test_packed_samples_are_those_of_the_folder(tmp_path, samples_per_shard, sha
         ]
 
 
+@pytest.mark.matrix
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize(
-    "ranks, workers", [(1, 0), pytest.param(2, 2, marks=pytest.mark.matrix)], ids=["1 rank", "2 ranks, 2 workers"]
-)
+@pytest.mark.parametrize("ranks, workers", [(1, 0), (2, 2)], ids=["1 rank", "2 ranks, 2 workers"])
 def test_a_run_on_shards_ends_on_every_rank_and_resumes_bit_for_bit(captchas, tmp_path, ranks, workers):
     """One and a half epochs of uneven shards with a broken image; the second time stopped in the first epoch."""
     images = tmp_path / "images"
