@@ -54,7 +54,7 @@ def die_on_rank_1(folder):
 def test_a_rank_that_does_not_answer_is_named_in_time_and_nobody_stays(target, message, tmp_path):
     started = time.monotonic()
     with pytest.raises(AssertionError, match=message):
-        run_ranks(target, 2, tmp_path, timeout=10)
+        run_ranks(target, 2, tmp_path, timeout=6)
     assert time.monotonic() - started < 20
     for pid in (int((tmp_path / rank).read_text()) for rank in ("0", "1")):
         with pytest.raises(ProcessLookupError):
