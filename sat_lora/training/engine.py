@@ -9,6 +9,7 @@ from sat_lora._sat import BaseModel, mpu
 from sat_lora.errors import ConfigError
 from sat_lora.mixin import lora_mixins
 from sat_lora.optimizer_groups import parameter_groups
+from sat_lora.training.zero3_linear import round_once
 
 
 def adapter_optimizer(model: BaseModel, *, lr: float, weight_decay: float = 0.0, betas=(0.9, 0.999), eps: float = 1e-8):
@@ -49,6 +50,7 @@ def start_engine(model: BaseModel, optimizer: torch.optim.Optimizer, config: dic
     engine, _, _, _ = deepspeed.initialize(
         model=model, optimizer=optimizer, config=config, mpu=mpu, dist_init_required=False
     )
+    round_once()
     return engine
 
 

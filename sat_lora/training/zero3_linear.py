@@ -1,0 +1,24 @@
+"""The linear that ZeRO-3 puts in place of torch's, rounding as often as torch's does."""
+
+import torch
+
+
+def round_once() -> None:
+    """Let ZeRO-3's linear add the bias before it rounds; where it is not in use, nothing changes.
+
+    DeepSpeed 0.19.8 replaces `torch.nn.functional.linear` by one that does not keep gathered weights for backward. It
+    adds the bias within the product if x is (tokens, in), but to the rounded product if x has another shape, so that a
+    layer in half precision would compute other values than under ZeRO-2.
+    """
+    from deepspeed.runtime.zero.linear import zero3_linear_wrap
+
+    if torch.nn.functional.linear is zero3_linear_wrap:
+        torch.nn.functional.linear = _linear
+
+
+def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    from deepspeed.runtime.zero.linear import zero3_linear_wrap
+
+    if bias is None:
+        return zero3_linear_wrap(x, weight)
+    return zero3_linear_wrap(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], weight.shape[0])
