@@ -11,7 +11,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "LoraMixin": "mixin",
-    "add_lora": "mixin",
+    "add_lora": "placement",
     "freeze_base": "mixin",
     "LoraConfig": "config",
     "load_adapter": "adapter_file",

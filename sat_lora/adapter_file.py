@@ -19,15 +19,8 @@ from sat_lora.adapter_format import (
     write_adapter,
 )
 from sat_lora.errors import AdapterError
-from sat_lora.mixin import (
-    LoraMixin,
-    adapters_of,
-    find_all_parameters,
-    find_all_sites,
-    mixins_called,
-    place_mixins,
-    whole_name,
-)
+from sat_lora.mixin import LoraMixin
+from sat_lora.placement import adapters_of, find_all_parameters, find_all_sites, mixins_called, place_mixins, whole_name
 from sat_lora.sharding import Sharding, gathered, model_parallel_layout, over_model_parallel, sharding_of
 from sat_lora.targets import BaseParameter, Plan, Site, Target
 

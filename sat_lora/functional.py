@@ -11,15 +11,12 @@ Model parallelism: a column-parallel linear sums dS over the ranks (each sees it
 sums S (each sees its own part of x). Both are tokens x r: no other communication.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch.nn import functional as F
 
 from sat_lora._sat import mpu
-
-Reduce = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)

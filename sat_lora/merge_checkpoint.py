@@ -19,7 +19,6 @@ from sat_lora.functional import DeltaLayout
 from sat_lora.kinds import KINDS
 from sat_lora.merging import merged_weight
 
-FORMATS = ("sat", "hf")
 _OF_WEIGHTS = {"latest", "model_config.json", "model.safetensors.index.json"}  # beside files with these endings
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt"}
 

@@ -3,7 +3,8 @@
 from torch import nn
 
 from sat_lora.adapter import LoraAdapter
-from sat_lora.mixin import adapters_of, find_all_sites, lora_mixins
+from sat_lora.mixin import lora_mixins
+from sat_lora.placement import adapters_of, find_all_sites
 from sat_lora.sharding import model_parallel_layout
 
 WHOLE = "trained whole"

@@ -15,7 +15,8 @@ from sat_lora.cogvlm.model import build_cogvlm
 from sat_lora.cogvlm.sat_folder import make_sat_weights
 from sat_lora.cogvlm.text import load_tokenizer
 from sat_lora.merge_checkpoint import merge_adapter
-from sat_lora.mixin import adapters_of, lora_mixins
+from sat_lora.mixin import lora_mixins
+from sat_lora.placement import adapters_of
 from sat_lora.training.distributed import arrange, join
 from tests.conftest import write_character_tokenizer
 from tests.distributed.ranks import run_ranks

@@ -6,7 +6,7 @@ import pytest
 
 from sat_lora import ConfigError, LoraConfig
 from sat_lora.cogvlm.model import VIT
-from sat_lora.mixin import find_all_sites
+from sat_lora.placement import find_all_sites
 from sat_lora.targets import PRESETS, aim, select
 from tests.tiny import tiny_model
 

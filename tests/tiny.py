@@ -7,7 +7,7 @@ import torch
 from sat_lora.cogvlm.checkpoint import shardings_of
 from sat_lora.cogvlm.model import CogVLMModel, build_cogvlm
 from sat_lora.cogvlm.text import IGNORED, position_ids_for
-from sat_lora.mixin import adapters_of
+from sat_lora.placement import adapters_of
 from sat_lora.sharding import model_parallel_layout
 
 PATCHES = 9

@@ -11,7 +11,7 @@ from sat_lora.cogvlm.model import build_cogvlm
 from sat_lora.cogvlm.text import load_tokenizer
 from sat_lora.config import LoraConfig
 from sat_lora.errors import ConfigError
-from sat_lora.mixin import add_lora, find_all_parameters, find_all_sites
+from sat_lora.placement import add_lora, find_all_parameters, find_all_sites
 from sat_lora.summary import describe, describe_text
 from sat_lora.targets import select
 from sat_lora.training.checkpoint import RunState, load_checkpoint

@@ -16,7 +16,7 @@ from deepspeed.utils import (
 from torch import nn
 
 from sat_lora.adapter_file import trained_of
-from sat_lora.mixin import adapters_of
+from sat_lora.placement import adapters_of
 from sat_lora.sharding import Sharding, gathered, model_parallel_layout, over_model_parallel
 
 MASTER, MOMENTS = "master", ("exp_avg", "exp_avg_sq")

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sat_lora.adapter_file import whole_tensors
-from sat_lora.mixin import sat_models
+from sat_lora.placement import sat_models
 from sat_lora.training.distributed import arrange, join
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_sat_models import relative_error, sums_of_sat

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sat_lora.adapter_file import whole_tensors
-from sat_lora.mixin import adapters_of
+from sat_lora.placement import adapters_of
 from sat_lora.training.distributed import arrange, join
 from tests.distributed.ranks import run_ranks
 from tests.sat_subjects import GEGLU_IN_TWO_BLOCKS, SUBJECTS, adapt, loss_of

@@ -5,7 +5,8 @@ import torch
 
 from sat_lora import add_lora, load_adapter, save_adapter
 from sat_lora.adapter_format import WEIGHTS, read_adapter
-from sat_lora.mixin import adapters_of, lora_mixins
+from sat_lora.mixin import lora_mixins
+from sat_lora.placement import adapters_of
 from sat_lora.sharding import over_model_parallel, sharding_of
 from sat_lora.training.distributed import arrange, join
 from sat_lora.training.engine import start_engine

@@ -13,7 +13,7 @@ import torch
 
 from sat_lora import LoraConfig, add_lora, load_adapter, save_adapter
 from sat_lora.adapter_file import whole_tensors
-from sat_lora.mixin import adapters_of
+from sat_lora.placement import adapters_of
 from sat_lora.sharding import gathered, model_parallel_layout, over_model_parallel
 from sat_lora.training.distributed import World, arrange, join
 from sat_lora.training.engine import start_engine

@@ -7,7 +7,7 @@ from sat.model.finetune.lora2 import LoraMixin as SatMixin
 
 from sat_lora.cogvlm.model import build_cogvlm
 from sat_lora.interop.sat_lora2 import LoraMixin
-from sat_lora.mixin import sat_models
+from sat_lora.placement import sat_models
 from sat_lora.sharding import Sharding, model_parallel_layout
 from tests.sat_subjects import SUBJECTS, Subject
 from tests.tiny import CONFIG, logits_of, seeded_noise, tiny_batch

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sat_lora import LoraConfig, add_lora
-from sat_lora.mixin import adapters_of
+from sat_lora.placement import adapters_of
 from sat_lora.training.distributed import arrange, join
 from sat_lora.training.engine import adapter_optimizer, start_engine
 from sat_lora.training.loss import count_answer_tokens, sum_over_data_parallel
