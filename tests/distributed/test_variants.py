@@ -111,7 +111,10 @@ def three_steps(variant, stage, model_parallel, folder):
     return logits.numpy()
 
 
-@pytest.mark.parametrize("variant", ["embeddings too", "dora", "pissa", "parameters whole"])
+@pytest.mark.parametrize(
+    "variant",
+    ["dora", "parameters whole", *(pytest.param(one, marks=pytest.mark.matrix) for one in ("embeddings too", "pissa"))],
+)
 def test_zero_3_trains_saves_and_merges_as_zero_0(variant, tmp_path):
     plain = run_ranks(three_steps, 2, variant, 0, 1, str(tmp_path / "0"))[0]
     partitioned = run_ranks(three_steps, 2, variant, 3, 1, str(tmp_path / "3"))[0]
