@@ -23,7 +23,7 @@ def main(argv: list[str] | None = None) -> int:
     from sat_lora.training.stop_signals import Stopped
 
     try:
-        world = finetune(options, prepare=lambda: _make_demo_data(options))
+        world = finetune(options, make_data=lambda: _make_demo_data(options))
     except SatLoraError as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"finetune_cogvlm.py: error: {error}", file=sys.stderr, flush=True)

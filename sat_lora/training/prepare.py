@@ -1,0 +1,104 @@
+"""Everything that a run has before its first step, made from its options: the doctor looks at the same."""
+
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from sat_lora.cogvlm.checkpoint import load_cogvlm, read_config
+from sat_lora.cogvlm.model import CogVLMModel, build_cogvlm
+from sat_lora.cogvlm.text import load_tokenizer
+from sat_lora.config import LoraConfig
+from sat_lora.errors import ConfigError
+from sat_lora.placement import find_all_parameters, find_all_sites
+from sat_lora.targets import select
+from sat_lora.training.data import ImageTextDataset
+from sat_lora.training.deepspeed_config import base_dtype, deepspeed_config
+from sat_lora.training.distributed import World, arrange, join, together
+from sat_lora.training.engine import set_up_deepspeed
+from sat_lora.training.lora_options import lora_config, lora_problems
+from sat_lora.training.preflight import check_options
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is known before the base is loaded."""
+
+    world: World
+    engine: dict
+    """DeepSpeed's config."""
+    lora: LoraConfig
+
+
+def prepare(options: Namespace, make_data: Callable[[], None] | None = None) -> Setting:
+    """Join the other ranks and check the options. `make_data` runs first, on rank 0 alone.
+
+    A SatLoraError comes on every rank.
+    """
+    device = join(options.distributed_backend)
+    together(_on_first_rank, make_data)
+    together(check_options, options)
+    engine = deepspeed_config(options, device=device.type)
+    world = arrange(device, options.model_parallel_size)
+    return Setting(world, engine, together(_checked_lora, options))
+
+
+def load_base(options: Namespace, setting: Setting) -> tuple[CogVLMModel, dict]:
+    """The base with its weights, partitioned under ZeRO-3, and its config. CheckpointError on every rank."""
+    if options.zero_stage == 3:
+        set_up_deepspeed()
+    return together(
+        load_cogvlm,
+        options.from_pretrained,
+        dtype=base_dtype(options),
+        device=setting.world.device,
+        model_parallel_size=options.model_parallel_size,
+        checkpoint_activations=options.checkpoint_activations,
+        vit_checkpoint_activations=options.vit_checkpoint_activations,
+        seed=model_seed(options),
+        trust=options.trust_checkpoint,
+        zero_config=setting.engine if options.zero_stage == 3 else None,
+    )
+
+
+def model_seed(options: Namespace) -> int:
+    return max(1, options.seed)  # SAT refuses 0
+
+
+def dataset_maker(options: Namespace, config: dict) -> Callable[[list], ImageTextDataset]:
+    """Makes the dataset of a list of items, for the base of that config."""
+    tokenizer = load_tokenizer(options.local_tokenizer)
+
+    def dataset(items: list) -> ImageTextDataset:
+        return ImageTextDataset(
+            items,
+            tokenizer,
+            version=options.version,
+            prompt=options.prompt,
+            image_size=tuple(config["eva_args"]["image_size"]),
+            image_length=config["image_length"],
+            max_length=options.max_length,
+        )
+
+    return dataset
+
+
+def _on_first_rank(make_data: Callable[[], None] | None) -> None:
+    if make_data is not None and torch.distributed.get_rank() == 0:
+        make_data()
+
+
+def _checked_lora(options: Namespace) -> LoraConfig:
+    """The LoraConfig of the options, tried on a model with the names of the base and hardly any size."""
+    config = lora_config(options)
+    sizes = read_config(options.from_pretrained)
+    parts = options.model_parallel_size
+    small = dict(hidden_size=2 * parts, num_attention_heads=parts, inner_hidden_size=parts)
+    vit = {**sizes["eva_args"], **small, "image_size": [1, 1], "patch_size": 1}
+    skeleton = build_cogvlm({**sizes, **small, "vocab_size": parts, "eva_args": vit}, model_parallel_size=parts)
+    try:
+        select(find_all_sites(skeleton), find_all_parameters(skeleton), config)
+    except ConfigError as error:
+        raise ConfigError("; ".join(lora_problems(error))) from error
+    return config
