@@ -112,3 +112,41 @@ def _section_models() -> dict:
     bf16 = check_with(DeepSpeedBF16Config)
     fp16, zero = check_with(DeepSpeedFP16Config), check_with(DeepSpeedZeroConfig)
     return {"zero_optimization": zero, "bf16": bf16, "bfloat16": bf16, "fp16": fp16}
+
+
+def section_keys() -> dict[str, frozenset[str]]:
+    """The keys that DeepSpeed reads inside its sections, by section; sections in sections as "outer.inner"."""
+    from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from deepspeed.runtime.zero.offload_config import (
+        DeepSpeedZeroOffloadOptimizerConfig,
+        DeepSpeedZeroOffloadParamConfig,
+    )
+
+    models = {
+        "zero_optimization": DeepSpeedZeroConfig,
+        "zero_optimization.offload_optimizer": DeepSpeedZeroOffloadOptimizerConfig,
+        "zero_optimization.offload_param": DeepSpeedZeroOffloadParamConfig,
+        "bf16": DeepSpeedBF16Config,
+        "fp16": DeepSpeedFP16Config,
+    }
+    found = {
+        section: frozenset(name for field, one in model.model_fields.items() for name in (field, one.alias) if name)
+        for section, model in models.items()
+    }
+    found["bfloat16"] = found["bf16"]
+    found["optimizer"], found["scheduler"] = (
+        frozenset({"type", "params", "legacy_fusion"}),
+        frozenset({"type", "params"}),
+    )
+    found["optimizer.params"] = frozenset("lr betas eps weight_decay bias_correction torch_adam adam_w_mode".split())
+    found["scheduler.params"] = frozenset(
+        "warmup_min_lr warmup_max_lr warmup_num_steps warmup_type total_num_steps last_batch_iteration".split()
+    )
+    found["activation_checkpointing"] = frozenset(
+        """
+        partition_activations number_checkpoints contiguous_memory_optimization synchronize_checkpoint_boundary
+        cpu_checkpointing profile
+        """.split()
+    )
+    return found

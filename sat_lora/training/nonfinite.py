@@ -3,11 +3,21 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from sat_lora.adapter import LoraAdapter
+
+
+class Origin(NamedTuple):
+    """Where on a rank a value that is not finite began."""
+
+    order: int  # how far into the passes
+    words: str
+    module: str | None = None
+    parameter: str | None = None
 
 
 class GradientWatch:
@@ -46,10 +56,8 @@ def held(engine) -> Iterator[None]:
         del optimizer.step
 
 
-def first_nonfinite(
-    model: nn.Module, watch: GradientWatch | None, repeat: Callable[[], None]
-) -> tuple[int, str] | None:
-    """Where on this rank a value that is not finite is first made: (how far into the passes, in words), or None.
+def first_nonfinite(model: nn.Module, watch: GradientWatch | None, repeat: Callable[[], None]) -> Origin | None:
+    """Where on this rank a value that is not finite is first made, or None.
 
     repeat: runs the step's forward and backward passes again. A module makes such a value if all it was given is
     finite; where none can be told, it is the first place where one is seen. The first of several ranks is the one that
@@ -80,8 +88,8 @@ class _Search:
 
     def __init__(self, model: nn.Module):
         self.kinds = {name: type(module).__name__ for name, module in model.named_modules()}
-        self.made: tuple[int, str] | None = None
-        self.seen: tuple[int, str] | None = None
+        self.made: Origin | None = None
+        self.seen: Origin | None = None
         self._looks = 0
         self._bad_above: set[str] = set()  # modules whose output has a gradient that is not finite
 
@@ -91,35 +99,37 @@ class _Search:
 
     def after_forward(self, name: str, module, args, kwargs, output) -> None:
         if not self._look(output):
-            self._note(f"the output of {self._called(name)} in the forward pass", _all_finite((args, kwargs)))
-        for tensor in _floating(output):
+            words = f"the output of {self._called(name)} in the forward pass"
+            self._note(words, _all_finite((args, kwargs)), module=name)
+        for tensor in floating_tensors(output):
             if tensor.requires_grad:
                 tensor.register_hook(partial(self._output_gradient, name))
-        for tensor in _floating((args, kwargs)):
+        for tensor in floating_tensors((args, kwargs)):
             if tensor.requires_grad:
                 tensor.register_hook(partial(self._input_gradient, name))
 
     def parameter_gradient(self, parameter: str, gradient: torch.Tensor) -> None:
         if not self._look(gradient):
             owner = parameter.rpartition(".")[0]
-            self._note(f"the gradient of {parameter} in the backward pass", owner not in self._bad_above)
+            words = f"the gradient of {parameter} in the backward pass"
+            self._note(words, owner not in self._bad_above, module=owner, parameter=parameter)
 
     def _output_gradient(self, name: str, gradient: torch.Tensor) -> None:
         if not self._look(gradient):
             self._bad_above.add(name)
-            self._note(f"the gradient at the output of {self._called(name)} in the backward pass", False)
+            self._note(f"the gradient at the output of {self._called(name)} in the backward pass", False, module=name)
 
     def _input_gradient(self, name: str, gradient: torch.Tensor) -> None:
         if not self._look(gradient):
             words = f"the gradient at the input of {self._called(name)} in the backward pass"
-            self._note(words, name not in self._bad_above)
+            self._note(words, name not in self._bad_above, module=name)
 
     def _look(self, nest) -> bool:
         self._looks += 1
         return _all_finite(nest)
 
-    def _note(self, words: str, made_here: bool) -> None:
-        found = (self._looks, words)
+    def _note(self, words: str, made_here: bool, **place: str) -> None:
+        found = Origin(self._looks, words, **place)
         self.seen = self.seen or found
         if made_here:
             self.made = self.made or found
@@ -128,17 +138,17 @@ class _Search:
         return f"{name} ({self.kinds[name]})" if name else f"the whole model ({self.kinds[name]})"
 
 
-def _floating(nest) -> Iterator[torch.Tensor]:
+def floating_tensors(nest) -> Iterator[torch.Tensor]:
     """The floating-point tensors in nested tuples, lists and dicts."""
     if isinstance(nest, torch.Tensor):
         if nest.is_floating_point():
             yield nest
     elif isinstance(nest, dict):
-        yield from _floating(list(nest.values()))
+        yield from floating_tensors(list(nest.values()))
     elif isinstance(nest, list | tuple):
         for one in nest:
-            yield from _floating(one)
+            yield from floating_tensors(one)
 
 
 def _all_finite(nest) -> bool:
-    return all(bool(tensor.isfinite().all()) for tensor in _floating(nest))
+    return all(bool(tensor.isfinite().all()) for tensor in floating_tensors(nest))

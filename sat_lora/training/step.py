@@ -10,7 +10,7 @@ import torch
 from sat_lora._sat import mpu
 from sat_lora.training.distributed import World, gather_lists
 from sat_lora.training.loss import answer_loss_sum, count_answer_tokens, sum_over_data_parallel, sum_over_ranks
-from sat_lora.training.nonfinite import GradientWatch, first_nonfinite, held
+from sat_lora.training.nonfinite import GradientWatch, Origin, first_nonfinite, held
 from sat_lora.training.random_state import random_state, set_random_state
 
 MODEL_INPUTS = ("input_ids", "position_ids", "images", "image_embed_mask", "vision_expert_mask")
@@ -96,12 +96,12 @@ def _repeat(engine, micro_batches: list[dict], world: World, weight: float) -> N
     engine.step()
 
 
-def _describe(what: str, sources: list[tuple[int, str] | None]) -> str:
+def _describe(what: str, sources: list[Origin | None]) -> str:
     """In words, from what `first_nonfinite` found on every rank."""
-    found = [(*source, rank) for rank, source in enumerate(sources) if source is not None]
+    found = [(source.order, rank, source.words) for rank, source in enumerate(sources) if source is not None]
     if not found:
         return f"the {what} is not finite, but when the step was repeated everything was"
-    _, words, rank = min(found, key=lambda one: one[0])
+    _, rank, words = min(found)
     return f"the {what} is not finite, first in {words} on rank {rank}"
 
 
