@@ -73,6 +73,7 @@ def load_cogvlm(
     device: torch.device | str = "cpu",
     zero_config: dict | None = None,
     trust: bool = False,
+    layers: int | None = None,
     **settings,
 ) -> tuple[CogVLMModel, dict]:
     """A CogVLM with the weights of a SAT or Hugging Face folder, and its config. `settings` go to `build_cogvlm`.
@@ -80,13 +81,19 @@ def load_cogvlm(
     zero_config: DeepSpeed's, of stage 3; every parameter is then partitioned as it is loaded, and a rank reads no more
     than its own partition. Ranks do not speak to each other here: an error on one is an error on it alone.
     CheckpointError: files, names or shapes do not fit; nothing has been allocated then. ConfigError: `build_cogvlm`'s.
-    trust: see `map_weights`.
+    trust: see `map_weights`. layers: take at most so many of each transformer, the first ones; the config says so.
     """
     source = open_folder(folder, trust=trust)
     config = source.config()
     source.files()  # fail before the model is built
+    left_out: frozenset[str] = frozenset()
+    if layers is not None:
+        whole = build_cogvlm(config, device="meta", **settings).state_dict().keys()
+        config = shortened(config, layers)
     model = build_cogvlm(config, device="meta", **settings)
-    weights = _OwnWeights(model, source)
+    if layers is not None:
+        left_out = frozenset(whole - model.state_dict().keys())
+    weights = _OwnWeights(model, source, left_out)
     partitioning = None if zero_config is None else Partitioning(zero_config)
     with torch.no_grad():
         for module_name, module in model.named_modules():
@@ -98,6 +105,16 @@ def load_cogvlm(
                 module._buffers[leaf] = buffer.to(device)
                 weights.copy(prefix + leaf, module._buffers[leaf])
     return model, config
+
+
+def shortened(config: dict, layers: int) -> dict:
+    """The config of a model with at most so many layers in each transformer."""
+    vit = config["eva_args"]
+    return {
+        **config,
+        "num_layers": min(layers, config["num_layers"]),
+        "eva_args": {**vit, "num_layers": min(layers, vit["num_layers"])},
+    }
 
 
 def _loaded(
@@ -117,7 +134,8 @@ def _loaded(
 class _OwnWeights:
     """What this model-parallel rank takes from a folder; names and shapes are checked when it is made."""
 
-    def __init__(self, model: CogVLMModel, source: SatFolder | HuggingFaceFolder):
+    def __init__(self, model: CogVLMModel, source: SatFolder | HuggingFaceFolder, left_out: frozenset[str]):
+        """left_out: names that the files may have and the model has not."""
         rank, size = model_parallel_layout()
         saved = source.saved_ranks
         self._layout = dict(saved=saved, rank=rank, size=size)
@@ -141,7 +159,7 @@ class _OwnWeights:
                 if problem:
                     own = source.own_name(name)
                     problems.append(problem + where + (f" ({own} in the file)" if own != name else ""))
-            problems += [f"unexpected {name}{where}" for name in state.keys() - shapes.keys()]
+            problems += [f"unexpected {name}{where}" for name in state.keys() - shapes.keys() - left_out]
         if problems:
             shown = "\n  ".join(sorted(problems)[:20]) + ("\n  ..." if len(problems) > 20 else "")
             raise CheckpointError(

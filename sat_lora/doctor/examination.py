@@ -1,5 +1,7 @@
 """The checks of a model with adapters that need no engine: one forward and backward pass per kind of batch."""
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -8,7 +10,7 @@ from sat_lora.doctor.findings import Finding, joined
 from sat_lora.doctor.gradients import gradient_findings
 from sat_lora.doctor.optimization import optimizer_findings
 from sat_lora.doctor.parallelism import deltas_that_show, parallelism_findings
-from sat_lora.doctor.passes import LossOf, Passes, record_passes
+from sat_lora.doctor.passes import LossOf, record_passes
 from sat_lora.doctor.reachability import reachability_findings
 from sat_lora.doctor.trained_set import agreement_findings, fresh_adapter_findings, trained_set_findings
 from sat_lora.doctor.values import value_findings
@@ -24,12 +26,14 @@ def examine(
     optimizer: torch.optim.Optimizer | None = None,
     bucket_size: int = 500_000_000,
     fresh: bool = True,
+    backward: Callable[[torch.Tensor], None] | None = None,
 ) -> list[Finding]:
     """What is wrong with how `model` trains, on all ranks; every rank calls it and gets the same findings.
 
     model: not wrapped by an engine yet, in training mode. batches: this rank's, by kind; every rank has the same kinds.
     loss_of: from model and batch to the loss. fresh: the adapters have not trained yet. bucket_size: DeepSpeed's
-    reduce_bucket_size, in elements. Parameters, gradients and random states are afterwards what they were.
+    reduce_bucket_size, in elements. backward: called with the loss in place of its own. Afterwards parameters,
+    gradients and random states are what they were.
     """
     before = random_state()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
@@ -43,7 +47,7 @@ def examine(
         with deltas_that_show(model):
             for kind, batch in batches.items():
                 model.zero_grad(set_to_none=True)
-                passes.append(record_passes(model, loss_of, batch, kind))
+                passes.append(record_passes(model, loss_of, batch, kind, backward=backward))
                 parallel += parallelism_findings(model, passes[-1:])
             own += value_findings(model, loss_of, batches, passes)
         own += reachability_findings(model, passes)
@@ -60,6 +64,3 @@ def _gathered(own: list[Finding]) -> list[list[Finding]]:
     if not torch.distributed.is_initialized():
         return [own]
     return gather_lists([own])
-
-
-__all__ = ["Passes", "examine", "record_passes"]

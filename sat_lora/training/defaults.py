@@ -51,6 +51,8 @@ DEFAULTS = {
     "eval_iters": 0,
     "eval_batch_size": None,  # then --batch-size
     "log_interval": 10,
+    "doctor": False,
+    "shrink": None,  # then the doctor builds the whole model
     "mode": "finetune",
     "use_lora": True,
     "resume_dataloader": True,

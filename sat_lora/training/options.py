@@ -19,7 +19,14 @@ from sat_lora.training.notice import is_first_rank
 from sat_lora.training.option_types import count, fraction, not_negative, positive, positive_int, proportions, share
 from sat_lora.training.schedule import DECAY_STYLES
 
-NOT_RESUMED = {"resume", "local_rank", "distributed_backend", "trust_checkpoint"}  # they belong to one start of a run
+NOT_RESUMED = {
+    "resume",
+    "local_rank",
+    "distributed_backend",
+    "trust_checkpoint",
+    "doctor",
+    "shrink",
+}  # they belong to one start of a run
 
 
 class OptionParser(argparse.ArgumentParser):
@@ -77,6 +84,7 @@ def build_parser() -> argparse.ArgumentParser:
     schedule = parser.add_argument_group("schedule", "--lr and the number of steps matter most")
     memory = parser.add_argument_group("parallelism and memory", "out of memory: checkpoint activations, then ZeRO 3")
     saving = parser.add_argument_group("saving and evaluating")
+    checking = parser.add_argument_group("checking", "why a backward hangs, or why nothing learns")
     compatible = parser.add_argument_group("accepted for compatibility", "of published scripts, without effect")
     flag = {"action": "store_true"}
 
@@ -142,6 +150,9 @@ def build_parser() -> argparse.ArgumentParser:
     add(saving, "--eval-iters", "validation batches per rank; 0: all", type=count, metavar="N")
     add(saving, "--eval-batch-size", "for validation (default: --batch-size)", type=positive_int, metavar="N")
     add(saving, "--log-interval", "steps between the lines of train.jsonl", type=positive_int, metavar="N")
+
+    add(checking, "--doctor", "check everything with one step per kind of batch, write nothing, and end", **flag)
+    add(checking, "--shrink", "check with the first N layers of each transformer alone", type=positive_int, metavar="N")
 
     add(compatible, "--mode", "no effect: this always fine-tunes", choices=["finetune"])
     add(compatible, "--use_lora", "no effect: LoRA is always on", **flag)

@@ -32,6 +32,18 @@ def check_options(options: Namespace, environ: Mapping[str, str] = os.environ, *
     weights; changes nothing.
     device: `cuda` or `cpu`; None asks torch.
     """
+    settings, data = option_problems(options, environ, device)
+    problems = settings + data
+    if problems:
+        kind = ConfigError if settings else DataError
+        several = f"{len(problems)} problems with the options:\n"
+        raise kind(problems[0] if len(problems) == 1 else several + "\n".join(f"- {one}" for one in problems))
+
+
+def option_problems(
+    options: Namespace, environ: Mapping[str, str], device: str | None = None
+) -> tuple[list[str], list[str]]:
+    """(problems with the settings, problems with the data), each a sentence that names its option."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     settings = [
         *_base_and_prompt_problems(options, environ),
@@ -39,12 +51,7 @@ def check_options(options: Namespace, environ: Mapping[str, str] = os.environ, *
         *_engine_problems(options, environ, device),
         *_resume_problems(options, environ),
     ]
-    data = list(_data_problems(options))
-    problems = settings + data
-    if problems:
-        kind = ConfigError if settings else DataError
-        several = f"{len(problems)} problems with the options:\n"
-        raise kind(problems[0] if len(problems) == 1 else several + "\n".join(f"- {one}" for one in problems))
+    return settings, list(_data_problems(options))
 
 
 def _base_and_prompt_problems(options: Namespace, environ: Mapping[str, str]) -> Iterator[str]:

@@ -37,16 +37,20 @@ def prepare(options: Namespace, make_data: Callable[[], None] | None = None) -> 
     A SatLoraError comes on every rank.
     """
     device = join(options.distributed_backend)
-    together(_on_first_rank, make_data)
+    make_data_once(make_data)
     together(check_options, options)
     engine = deepspeed_config(options, device=device.type)
     world = arrange(device, options.model_parallel_size)
     return Setting(world, engine, together(_checked_lora, options))
 
 
-def load_base(options: Namespace, setting: Setting) -> tuple[CogVLMModel, dict]:
-    """The base with its weights, partitioned under ZeRO-3, and its config. CheckpointError on every rank."""
-    if options.zero_stage == 3:
+def load_base(options: Namespace, setting: Setting, *, layers: int | None = None) -> tuple[CogVLMModel, dict]:
+    """The base with its weights, partitioned under ZeRO-3, and its config. CheckpointError on every rank.
+
+    layers: take the first so many of each transformer alone, whole on every rank.
+    """
+    partitioned = options.zero_stage == 3 and layers is None
+    if partitioned:
         set_up_deepspeed()
     return together(
         load_cogvlm,
@@ -58,7 +62,8 @@ def load_base(options: Namespace, setting: Setting) -> tuple[CogVLMModel, dict]:
         vit_checkpoint_activations=options.vit_checkpoint_activations,
         seed=model_seed(options),
         trust=options.trust_checkpoint,
-        zero_config=setting.engine if options.zero_stage == 3 else None,
+        zero_config=setting.engine if partitioned else None,
+        layers=layers,
     )
 
 
@@ -82,6 +87,11 @@ def dataset_maker(options: Namespace, config: dict) -> Callable[[list], ImageTex
         )
 
     return dataset
+
+
+def make_data_once(make_data: Callable[[], None] | None) -> None:
+    """Call `make_data` on rank 0; the others wait. Every rank has to call it, after `join`."""
+    together(_on_first_rank, make_data)
 
 
 def _on_first_rank(make_data: Callable[[], None] | None) -> None:

@@ -36,16 +36,24 @@ class FileSource:
         )
         return make_loader(self.dataset, sampler, num_workers=options.num_workers, seed=options.seed)
 
-    def validation(self) -> DataLoader:
-        """One pass, every sample on one rank, as many batches on every rank; at most --eval-iters of them."""
+    @property
+    def validation_batches(self) -> int:
+        """Of this rank, in one pass."""
+        return len(self._validation_indices())
+
+    def _validation_indices(self) -> list[list[int]]:
         options = self.options
-        batches = eval_batches(
+        return eval_batches(
             len(self.dataset),
             batch_size=options.eval_batch_size,
             data_parallel_rank=self.world.data_parallel_rank,
             data_parallel_size=self.world.data_parallel_size,
             limit=options.eval_iters,
         )
+
+    def validation(self) -> DataLoader:
+        """One pass, every sample on one rank, as many batches on every rank; at most --eval-iters of them."""
+        options, batches = self.options, self._validation_indices()
         return make_loader(self.dataset, batches, num_workers=min(1, options.num_workers), seed=options.seed)
 
 
@@ -77,11 +85,19 @@ class ShardSource:
         stream = self._stream(self.options.batch_size, self.options.num_workers, start_step=start_step)
         return make_stream_loader(stream, num_workers=self.options.num_workers, seed=self.options.seed)
 
-    def validation(self) -> DataLoader:
+    @property
+    def validation_batches(self) -> int:
+        return self._validation_stream().steps
+
+    def _validation_stream(self) -> ShardStream:
         workers, limit = min(1, self.options.num_workers), self.options.eval_iters
         stream = self._stream(self.options.eval_batch_size, workers, shuffle=False)
         stream.steps = min(limit, stream.steps_per_epoch) if limit else stream.steps_per_epoch
-        return make_stream_loader(stream, num_workers=workers, seed=self.options.seed)
+        return stream
+
+    def validation(self) -> DataLoader:
+        workers = min(1, self.options.num_workers)
+        return make_stream_loader(self._validation_stream(), num_workers=workers, seed=self.options.seed)
 
 
 def open_sources(

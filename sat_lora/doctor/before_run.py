@@ -1,0 +1,175 @@
+"""All that can be known before a run: its model is built as the run would build it, one real step of each kind of batch
+is taken on every rank, and nothing is written but the report.
+"""
+
+import itertools
+import os
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+
+import torch
+
+from sat_lora.cogvlm.text import load_tokenizer
+from sat_lora.doctor.batches import has_labels, kinds_of
+from sat_lora.doctor.configuration import bucket_findings, configuration_findings, key_findings
+from sat_lora.doctor.data import batch_count_findings, data_findings, model_config_findings
+from sat_lora.doctor.examination import examine
+from sat_lora.doctor.findings import Finding, has_errors, joined
+from sat_lora.doctor.optimization import effect_findings, learning_rate_findings
+from sat_lora.errors import SatLoraError
+from sat_lora.optimizer_groups import set_learning_rate
+from sat_lora.placement import add_lora
+from sat_lora.sharding import gathered
+from sat_lora.training.deepspeed_file import file_problems, read_deepspeed_file
+from sat_lora.training.distributed import gather_lists, join
+from sat_lora.training.engine import adapter_optimizer, start_engine
+from sat_lora.training.loss import answer_loss_sum, count_answer_tokens, sum_over_data_parallel
+from sat_lora.training.nonfinite import GradientWatch, held
+from sat_lora.training.optimizer_state import create_moments
+from sat_lora.training.preflight import option_problems
+from sat_lora.training.prepare import Setting, dataset_maker, load_base, make_data_once, model_seed, prepare
+from sat_lora.training.schedule import learning_rate_factor, total_steps, warmup_steps
+from sat_lora.training.sources import open_sources
+from sat_lora.training.step import forward, train_step
+
+SAMPLES = 256  # of the training data that each rank looks at
+
+
+def diagnose(options: Namespace, make_data: Callable[[], None] | None = None) -> list[Finding]:
+    """The findings of all ranks, the same on every rank; each has to call it. `make_data` as in `finetune`."""
+    device = join(options.distributed_backend)
+    make_data_once(make_data)
+    findings = [*configuration_findings(options, os.environ, device.type), *_option_findings(options, device.type)]
+    findings = joined(gather_lists([findings]))
+    if any(one.code == "options" for one in findings):
+        return findings
+    try:
+        setting = prepare(options)
+        return [*findings, *_diagnose_model(options, setting)]
+    except SatLoraError as error:  # `together` lets every rank have it
+        return [*findings, Finding(code="options", seen=str(error))]
+
+
+def _option_findings(options: Namespace, device: str) -> Iterator[Finding]:
+    """What keeps the run from starting, but for the DeepSpeed file's keys, of which `configuration` says more."""
+    said = set()
+    if options.deepspeed_config is not None:
+        try:
+            content = read_deepspeed_file(options.deepspeed_config)
+            said = {*file_problems(content, options.deepspeed_config)[0]} if key_findings(content, "") else set()
+        except SatLoraError as error:
+            said = {str(error)}
+    settings, data = option_problems(options, os.environ, device)
+    for problem in (*settings, *data):
+        if problem not in said:
+            yield Finding(code="options", seen=problem, option=problem.partition(":")[0])
+
+
+def _diagnose_model(options: Namespace, setting: Setting) -> list[Finding]:
+    world = setting.world
+    model, config = load_base(options, setting, layers=options.shrink)
+    add_lora(model, setting.lora)
+    model.train()
+    data, valid = open_sources(options, world, dataset_maker(options, config))
+    own = model_config_findings(config, options.from_pretrained)
+    looked_at = -(-SAMPLES // options.batch_size)
+    batches = [*itertools.islice(data.training(0), looked_at)]
+    own += data_findings(
+        batches,
+        image_length=config["image_length"],
+        max_length=options.max_length,
+        eos_token_id=getattr(load_tokenizer(options.local_tokenizer), "eos_token_id", None),
+        max_broken_share=options.max_broken_share,
+    )
+    trained = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
+    size = next(p.element_size() for p in model.parameters() if p.requires_grad)
+    own += bucket_findings(setting.engine, trained, size)
+    findings = joined(gather_lists([own]))
+    if valid is not None:
+        findings += batch_count_findings(gather_lists([valid.validation_batches]), "validation data")
+    batch = next((one for one in batches if has_labels(one)), None)
+    if any(gather_lists([batch is None])):
+        return findings  # every rank stops here; what is wrong with the data has been said
+    torch.manual_seed(options.seed + world.data_parallel_rank)
+    kinds = kinds_of(batch, world.data_parallel_rank)
+    if len({*gather_lists([tuple(kinds)])}) > 1:  # some ranks drew text alone
+        kinds = {"this rank's first batch": batch}
+    optimizer = adapter_optimizer(
+        model, lr=options.lr, weight_decay=options.weight_decay, betas=tuple(options.betas), eps=options.eps
+    )
+    bucket = setting.engine.get("zero_optimization", {}).get("reduce_bucket_size", 500_000_000)
+    partitioned = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+    if not partitioned:
+        findings += examine(model, kinds, _loss_of, optimizer=optimizer, bucket_size=bucket)
+    if has_errors(findings):
+        return findings  # a step with an engine might hang
+    return findings + _take_steps(options, setting, model, optimizer, kinds, data.epoch_samples, partitioned)
+
+
+def _take_steps(
+    options: Namespace, setting: Setting, model, optimizer, kinds: dict[str, dict], samples: int, partitioned: bool
+) -> list[Finding]:
+    """One real step per kind of batch, by the engine of the run."""
+    world = setting.world
+    steps = total_steps(
+        train_iters=options.train_iters,
+        epochs=options.epochs,
+        samples=samples,
+        batch_size=options.batch_size,
+        gradient_accumulation_steps=options.gradient_accumulation_steps,
+        data_parallel_size=world.data_parallel_size,
+    )
+    before = _trainable_values(model)
+    config = {**setting.engine, "gradient_accumulation_steps": 1}
+    watch = None if options.fp16 else GradientWatch(model, world.device)
+    engine = start_engine(model, optimizer, config, seed=model_seed(options))
+    create_moments(engine)
+    findings = []
+    if partitioned:
+        findings += _examine_engine(engine, kinds)
+    for number, (kind, batch) in enumerate(kinds.items()):
+        factor = learning_rate_factor(
+            number,
+            total_steps=max(steps, len(kinds)),
+            warmup_steps=warmup_steps(options.warmup, steps),
+            style=options.lr_decay_style,
+            floor=options.min_lr_ratio,
+        )
+        set_learning_rate(engine.optimizer.param_groups, options.lr * factor)
+        if number == 0:
+            findings += joined(gather_lists([learning_rate_findings(engine.optimizer.param_groups, options.lr)]))
+        (tokens,) = sum_over_data_parallel(count_answer_tokens(batch["labels"]), device=world.device)
+        result = train_step(engine, [batch], world, tokens, watch=watch)
+        if result.nonfinite is not None:
+            findings.append(Finding(code="not-finite", seen=f"with {kind} {result.nonfinite}"))
+            return findings
+    return findings + joined(gather_lists([effect_findings(before, _trainable_values(model))]))
+
+
+def _examine_engine(engine, kinds: dict[str, dict]) -> list[Finding]:
+    """`examine` where the weights are there while a layer runs, and nowhere else: under ZeRO-3."""
+
+    def backward(loss: torch.Tensor) -> None:
+        engine.backward(loss)
+        with held(engine):
+            engine.step()
+
+    def loss_of(model, batch: dict) -> torch.Tensor:
+        return _loss_of(engine, batch)
+
+    return examine(engine.module, kinds, loss_of, backward=backward)
+
+
+def _loss_of(model, batch: dict) -> torch.Tensor:
+    device = next(model.parameters()).device
+    moved = {name: value.to(device) for name, value in batch.items() if isinstance(value, torch.Tensor)}
+    return answer_loss_sum(forward(model, moved), moved["labels"]) / max(1, count_answer_tokens(moved["labels"]))
+
+
+def _trainable_values(model) -> dict[str, torch.Tensor]:
+    found = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            with gathered([parameter]):
+                found[name] = parameter.detach().to("cpu", copy=True)
+    return found
