@@ -118,7 +118,9 @@ def make_captchas(
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description="Write the demo's captchas.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        description="Write the demo's captchas.",
+        epilog="example: python finetune_demo/make_captchas.py --out captchas --train 2000 --seed 1",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help="folder to write; nothing happens if it exists")
     for name, count in IMAGES.items():

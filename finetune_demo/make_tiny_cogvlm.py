@@ -244,7 +244,9 @@ def make_tiny_cogvlm(out: Path, *, seed: int, threads: int, **settings) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description="Train the demo's base model.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        description="Train the demo's base model.",
+        epilog="example: python finetune_demo/make_tiny_cogvlm.py --out tiny",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help="model folder to write")
     parser.add_argument("--steps", type=int, default=2400)

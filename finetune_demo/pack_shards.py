@@ -35,7 +35,10 @@ def pack_shards(data: Sequence[str | Path], out: str | Path, samples_per_shard: 
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Pack images and answers into tar shards.")
+    parser = argparse.ArgumentParser(
+        description="Pack images and answers into tar shards.",
+        epilog="example: python finetune_demo/pack_shards.py images/ more.jsonl --out shards --samples-per-shard 1000",
+    )
     parser.add_argument("data", nargs="+", help="folders of images LABEL.png, or .jsonl files")
     parser.add_argument("--out", required=True, help="folder of the shards; those of the same number are replaced")
     parser.add_argument("--samples-per-shard", type=int, default=1000)

@@ -14,7 +14,7 @@ anywhere, and keeps the first adapter's `use_rslora`, which makes its result sqr
 
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
 from functools import partial, reduce
 from pathlib import Path
@@ -40,12 +40,13 @@ def combine_adapters(
     rank: int | None = None,
     density: float | None = None,
     majority_sign: str = "total",
+    progress: Callable[[Collection], Iterable] = iter,
 ) -> None:
     """Write OUT, a new adapter folder, from adapters of one base; for the methods see the top of this file.
 
     weights: one per folder, by default 1; a negative one subtracts. rank: svd's, by default at each layer the largest
     there. density: the share of the values in A and in B that ties keeps. majority_sign: ties elects signs by the sum
-    of values ("total") or by number ("frequency").
+    of values ("total") or by number ("frequency"). progress: goes through the layers, as tqdm does.
 
     Computed in float32, or float64 for float64 adapters, and rounded once to the adapters' dtype. A layer's scale is
     its largest |w_i s_i|, so that cat keeps the bits of adapters where these are equal. ConfigError (arguments) and
@@ -59,17 +60,19 @@ def combine_adapters(
         "svd": partial(svd, rank=rank),
         "ties": partial(ties, density=density, majority_sign=majority_sign),
     }[method]
-    combined = combine_sources(sources, arithmetic)
+    combined = combine_sources(sources, arithmetic, progress)
     try:
         write_adapter(out, combined)
     except OSError as error:
         raise AdapterError(f"{out}: the combined adapter could not be written: {error}") from error
 
 
-def combine_sources(sources: list[Source], arithmetic: Arithmetic) -> SavedAdapter:
+def combine_sources(
+    sources: list[Source], arithmetic: Arithmetic, progress: Callable[[Collection], Iterable] = iter
+) -> SavedAdapter:
     """The combination of all layers. AdapterError: it is not finite."""
     layers, tensors = {}, {}
-    for name, holders in by_layer(sources).items():
+    for name, holders in progress(by_layer(sources).items()):
         try:
             layers[name], own = combine_layer(name, holders, arithmetic)
         except torch.linalg.LinAlgError as error:  # values so large that their products overflow

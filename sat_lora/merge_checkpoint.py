@@ -4,7 +4,7 @@ The base is mapped and the result is filled through a mapping, so the process it
 """
 
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
 import torch
@@ -31,12 +31,12 @@ def merge_adapter(
     to: str = "sat",
     model_parallel_size: int = 1,
     trust: bool = False,
-    progress: Callable[[Iterable, int], Iterable] = lambda names, total: names,
+    progress: Callable[[Collection], Iterable] = iter,
 ) -> None:
     """Write OUT, the base with scale * B A added to each adapted weight: in float32, kept in the base's dtype.
 
     to: "sat", cut for `model_parallel_size` ranks, or "hf", a Hugging Face folder of safetensors. The base may be
-    either, and cut for any number of ranks. progress: wraps the names as they are gone through, as tqdm does.
+    either, and cut for any number of ranks. progress: goes through the tensors' names, as tqdm does.
     CheckpointError or AdapterError: a folder is wrong or cannot be written, or the adapter was trained on another base;
     MergeError: a merged weight is not finite. OUT is not there then. trust: see `map_weights`.
     """
@@ -56,7 +56,7 @@ def merge_adapter(
                 parts = [make_hugging_face_weights(temporary, weights.config, weights.layout)]
             else:
                 parts = make_sat_weights(temporary, weights.config, weights.layouts_for(model_parallel_size))
-            for name in progress(weights.layout, len(weights.layout)):
+            for name in progress(weights.layout):
                 whole = merged_tensor(name, weights, saved)
                 for rank, part in enumerate(parts):
                     if name in part:

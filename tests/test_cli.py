@@ -97,4 +97,4 @@ def test_a_missing_option_is_named(run, capsys):
 def test_help_holds_an_example(run, capsys):
     with pytest.raises(SystemExit) as stop:
         run("--help")
-    assert stop.value.code == 0 and "example: sat-lora combine runs/a/adapter" in capsys.readouterr().out
+    assert stop.value.code == 0 and "examples:\n  sat-lora combine runs/a/adapter" in capsys.readouterr().out

@@ -61,4 +61,6 @@ def test_the_command_explains_itself(arguments, capsys):
 
     with pytest.raises(SystemExit) as stop:
         main(arguments)
-    assert stop.value.code == 0 and capsys.readouterr().out.startswith("usage: sat-lora")
+    shown = capsys.readouterr().out
+    assert stop.value.code == 0 and shown.startswith("usage: sat-lora")
+    assert arguments == ["--help"] or f"example:\n  sat-lora {arguments[0]} " in shown.replace("examples", "example")

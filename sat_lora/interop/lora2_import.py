@@ -12,6 +12,7 @@ CogVLM's published script also trains some MLPs of the ViT whole: with the base 
 
 import itertools
 import re
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
 import torch
@@ -29,12 +30,18 @@ _FACTOR = re.compile(r"(.+)\.matrix_([AB])\.(\d+)")
 
 
 def import_from_lora2(
-    checkpoint: str | Path, out: str | Path, *, lora_alpha: float = 1.0, base: str | Path | None = None
+    checkpoint: str | Path,
+    out: str | Path,
+    *,
+    lora_alpha: float = 1.0,
+    base: str | Path | None = None,
+    progress: Callable[[Collection], Iterable] = iter,
 ) -> None:
     """Write OUT, an adapter folder, from a SAT folder of CogVLM trained with lora2 at any model-parallel size.
 
     lora_alpha: as in training; SAT's default is 1, r comes from the shapes. base: SAT folder of the base; parameters
     that differ from it were trained whole and are taken along, without it they are taken to be the base's.
+    progress: goes through the layers, as tqdm does.
     CheckpointError: no SAT folder; AdapterError: no lora2 in it, or factors or a base that do not fit.
     """
     out = Path(out)
@@ -52,7 +59,7 @@ def import_from_lora2(
         raise AdapterError(f"{checkpoint}: no matrix_A, matrix_B of SAT's lora2 in it; give the folder of that run")
     layers, tensors, problems = {}, {}, []
     shapes = _base_shapes(states)
-    for name, numbers in sorted(factors.items()):
+    for name, numbers in progress(sorted(factors.items())):
         try:
             layers[name], own = _layer(name, sorted(numbers), states, shapes[f"{name}.weight"], lora_alpha)
             tensors |= own

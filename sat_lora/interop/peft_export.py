@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -33,12 +33,18 @@ from sat_lora.interop.hugging_face_names import hf_name
 IMAGE_CHANNELS = 3
 
 
-def export_to_peft(adapter: str | Path, out: str | Path, *, base: str | Path | None = None) -> None:
+def export_to_peft(
+    adapter: str | Path,
+    out: str | Path,
+    *,
+    base: str | Path | None = None,
+    progress: Callable[[Collection], Iterable] = iter,
+) -> None:
     """Write OUT, a PEFT adapter folder whose delta on Hugging Face's CogVLM is that of the adapter.
 
     base: SAT folder of the base, needed where PEFT's file holds values that the adapter does not have: DoRA on some of
     q, k, v, and a module of which only some parameters were trained. AdapterError lists everything that PEFT cannot
-    hold; CheckpointError: base is no model folder.
+    hold; CheckpointError: base is no model folder. progress: goes through the layers, as tqdm does.
     """
     out = Path(out)
     if out.exists():
@@ -54,7 +60,7 @@ def export_to_peft(adapter: str | Path, out: str | Path, *, base: str | Path | N
         shown = "\n  ".join(problems[:20]) + ("\n  ..." if len(problems) > 20 else "")
         raise AdapterError(f"{adapter} cannot be a PEFT adapter:\n  {shown}")
     tensors = {}
-    for name, entry in saved.layers.items():
+    for name, entry in progress(saved.layers.items()):
         tensors |= _layer_tensors(name, entry, saved.of_layer(name), state)
     modules = sorted({_module_of(name) for name in saved.trained})
     for module in modules:

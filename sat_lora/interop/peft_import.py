@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import re
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
 import safetensors
@@ -43,12 +44,15 @@ _HARMLESS = {
 }  # fmt: skip
 
 
-def import_from_peft(folder: str | Path, out: str | Path, *, base: str | Path) -> None:
+def import_from_peft(
+    folder: str | Path, out: str | Path, *, base: str | Path, progress: Callable[[Collection], Iterable] = iter
+) -> None:
     """Write OUT, an adapter folder with the delta of a PEFT adapter of Hugging Face's CogVLM.
 
     base: SAT folder of the base, for the shapes to fit; its weights are not read. A pair for q, k and v at once becomes
     one for each: blocks of B where it is block-diagonal, as `export_to_peft` writes it, else the same A three times.
-    AdapterError lists everything that does not fit or is not supported.
+    AdapterError lists everything that does not fit or is not supported. progress: goes through the layers, as tqdm
+    does.
     """
     folder, out = Path(folder), Path(out)
     if out.exists():
@@ -58,7 +62,7 @@ def import_from_peft(folder: str | Path, out: str | Path, *, base: str | Path) -
     groups, trained, problems = _sort_tensors(tensors)
     problems += _unsupported(config)
     layers, own = {}, {}
-    for module, parts in groups.items():
+    for module, parts in progress(groups.items()):
         problem = _layer_problem(module, parts, state, bool(config.get("use_dora")))
         if problem:
             problems.append(problem)

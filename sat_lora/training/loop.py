@@ -96,8 +96,12 @@ def train(
 
 
 def _validate(engine, valid: Iterable[dict], run: RunFolder, world: World, state: RunState) -> bool:
-    """Log the validation loss; whether it is the lowest so far."""
-    loss = validation_loss(engine, valid, world)
+    """Log the validation loss, and what could not be read; whether it is the lowest so far."""
+    loss, broken = validation_loss(engine, valid, world)
+    run.report_broken(broken, state.step)
+    if loss is None:
+        run.say(f"step {state.step}: no validation loss, none of the validation samples has an answer")
+        return False
     run.log_validation(state.step, loss)
     is_best = state.best_loss is None or loss < state.best_loss
     if is_best:

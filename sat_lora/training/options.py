@@ -19,14 +19,14 @@ from sat_lora.training.notice import is_first_rank
 from sat_lora.training.option_types import count, fraction, not_negative, positive, positive_int, proportions, share
 from sat_lora.training.schedule import DECAY_STYLES
 
-NOT_RESUMED = {
-    "resume",
-    "local_rank",
-    "distributed_backend",
-    "trust_checkpoint",
-    "doctor",
-    "shrink",
-}  # they belong to one start of a run
+# They belong to one start of a run.
+NOT_RESUMED = {"resume", "local_rank", "distributed_backend", "trust_checkpoint", "doctor", "shrink"}
+EXAMPLES = """examples:
+  deepspeed finetune_cogvlm.py
+  deepspeed finetune_cogvlm.py --from_pretrained cogvlm-base-490 --version base --train-data images/ --bf16 \\
+      --zero-stage 2 --checkpoint-activations --vit_checkpoint_activations --batch-size 4
+  deepspeed finetune_cogvlm.py --resume runs/mine
+  deepspeed finetune_cogvlm.py --from_pretrained cogvlm-base-490 --train-data images/ --doctor --shrink 2"""
 
 
 class OptionParser(argparse.ArgumentParser):
@@ -66,7 +66,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = OptionParser(
         usage="%(prog)s [options]",
         description="Fine-tune CogVLM with LoRA. With no option at all: the embedded tiny base and captchas.",
-        epilog="Every option may be written with - or _ between its words.",
+        epilog="Every option may be written with - or _ between its words.\n\n" + EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
 
     def add(group, name: str, help: str, *more_names: str, **settings) -> None:

@@ -106,17 +106,21 @@ def _describe(what: str, sources: list[Origin | None]) -> str:
 
 
 @torch.no_grad()
-def validation_loss(engine, batches: Iterable[dict], world: World) -> float:
-    """Mean loss per answer token over `batches` of all ranks; every rank has the same number of them."""
+def validation_loss(engine, batches: Iterable[dict], world: World) -> tuple[float | None, list[tuple[str, str]]]:
+    """(loss, broken) over `batches` of all ranks, the same on each; every rank has the same number of them.
+
+    loss: mean per answer token, None without any. broken: (path, reason) of samples that could not be read.
+    """
     engine.eval()
-    total, tokens = 0.0, 0
+    total, tokens, broken = 0.0, 0, []
     with warnings.catch_warnings():
         # Checkpointed layers run here as well, and torch warns that nothing asks for a gradient.
         warnings.filterwarnings("ignore", message="None of the inputs have requires_grad=True")
         for batch in batches:
             tokens += count_answer_tokens(batch["labels"])
+            broken += batch["broken"]
             batch = to_device(batch, world.device)
             total += answer_loss_sum(forward(engine, batch), batch["labels"]).item()
     engine.train()
-    total, tokens = sum_over_data_parallel(total, tokens, device=world.device)
-    return total / max(tokens, 1)
+    total, tokens, failures = sum_over_data_parallel(total, tokens, len(broken), device=world.device)
+    return total / tokens if tokens else None, gather_lists(broken) if failures else []

@@ -56,7 +56,7 @@ def kill_saves(folder: Path, times: int, seed: int = 0) -> Counter:
     """Kill `times` writers of folder/adapter. Counts what was there then, and what was found beside it."""
     generator, found = random.Random(seed), Counter()
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.faults.kill_saving"])
+    context.set_forkserver_preload(["sat_lora.adapter_format"])
     target = folder / "adapter"
     for _ in range(times):
         receiver, sender = context.Pipe(duplex=False)

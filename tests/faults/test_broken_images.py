@@ -113,3 +113,13 @@ def test_too_many_stop_every_rank_with_the_list_and_keep_the_adapter(broken_data
     assert broken_in(tmp_path / "run") == dict.fromkeys(broken, 1)
     assert max(record["step"] for record in read_records(tmp_path / "run" / "train.jsonl") if "loss" in record) == 4
     assert (tmp_path / "run" / "adapter" / "4" / "adapter_model.safetensors").is_file()
+
+
+def test_a_broken_validation_image_is_named_once_and_the_loss_is_that_of_the_others(tmp_path, captchas):
+    folder = write_images(tmp_path / "valid", ["001.png", "002.png", "003.png"])
+    (folder / "002.png").write_bytes(b"")
+    options = options_for(captchas, tmp_path, "--valid-data", str(folder), "--train-iters", "2", "--eval-interval", "1")
+    assert [status for status, _ in run_ranks(run_script, 2, options)] == [0, 0]
+    assert broken_in(tmp_path / "run") == {str(folder / "002.png"): 1}
+    records = read_records(tmp_path / "run" / "train.jsonl")
+    assert [record["step"] for record in records if "valid_loss" in record] == [1, 2]

@@ -129,14 +129,14 @@ def check_checkpoint(folder):
 
 def run_script(argv, refuse_to_load=False):
     """main(argv) in this process: (status, what it wrote to stderr)."""
-    import sat_lora.training.finetune as finetune
+    import sat_lora.training.prepare as prepare
 
     if refuse_to_load:
 
         def load_cogvlm(*args, **kwargs):
             raise RuntimeError("the model was loaded")
 
-        finetune.load_cogvlm = load_cogvlm
+        prepare.load_cogvlm = load_cogvlm
     spec = importlib.util.spec_from_file_location("finetune_cogvlm", DEMO / "finetune_cogvlm.py")
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
@@ -276,3 +276,17 @@ def test_a_broken_image_is_skipped_and_named_once(captchas, tmp_path):
     assert statuses == [0, 0]
     assert len(losses_of(tmp_path / "run")) == 6
     assert sum("444.png" in line for line in lines) == 1
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_two_runs_from_the_same_seed_write_the_same_bytes(ranks, captchas, tmp_path):
+    more = ("--train-iters", "4", "--zero-stage", "2", "--lora_dropout", "0.2", "--seed", "7")
+    for name in ("one", "two"):
+        assert (
+            run_ranks(run_script, ranks, options_for(captchas, tmp_path, *more, "--experiment-name", name))[0][0] == 0
+        )
+    one, two = (
+        {str(path.relative_to(tmp_path / name)): path.read_bytes() for path in (tmp_path / name).rglob("4/*")}
+        for name in ("one", "two")
+    )
+    assert one == two and "adapter/4/adapter_model.safetensors" in one and "checkpoints/4/state.json" in one

@@ -1,0 +1,1 @@
+"""One module per `sat-lora` command, each with the function `add(commands)`."""

@@ -1,0 +1,32 @@
+"""`sat-lora export`."""
+
+import argparse
+
+from sat_lora.commands.parts import bar, examples
+
+
+def add(commands) -> None:
+    export = commands.add_parser(
+        "export",
+        help="make a PEFT adapter for Hugging Face's CogVLM",
+        **examples(
+            "sat-lora export --to peft --adapter runs/mine/adapter --out mine_peft",
+            "sat-lora export --to peft --adapter runs/mine/adapter/best --base cogvlm-base-490 --out mine_peft",
+        ),
+    )
+    export.add_argument("--to", required=True, choices=["peft"], help="format to write")
+    export.add_argument("--adapter", required=True, metavar="DIR", help="adapter folder")
+    export.add_argument("--out", required=True, metavar="DIR", help="new folder")
+    export.add_argument(
+        "--base",
+        metavar="DIR",
+        help="model folder of the base; needed for DoRA on some of q, k, v and for modules of which a part was trained",
+    )
+    export.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    from sat_lora.interop.peft_export import export_to_peft
+
+    export_to_peft(options.adapter, options.out, base=options.base, progress=bar("exporting", "layers"))
+    print(f"PEFT adapter in {options.out}")

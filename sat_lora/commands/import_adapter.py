@@ -1,0 +1,46 @@
+"""`sat-lora import`."""
+
+import argparse
+
+from sat_lora.commands.parts import bar, examples
+
+
+def add(commands) -> None:
+    take = commands.add_parser(
+        "import",
+        help="make an adapter of a PEFT adapter or of a checkpoint of SAT's lora2",
+        **examples(
+            "sat-lora import --from peft mine_peft --base cogvlm-base-490 --out mine",
+            "sat-lora import --from lora2 checkpoints/finetune --base cogvlm-base-490 --out mine",
+        ),
+    )
+    take.add_argument("folder", metavar="FOLDER", help="PEFT adapter folder or SAT folder")
+    take.add_argument("--from", dest="origin", required=True, choices=["peft", "lora2"], help="what FOLDER is")
+    take.add_argument("--out", required=True, metavar="DIR", help="new adapter folder")
+    take.add_argument(
+        "--base",
+        metavar="DIR",
+        help="model folder of the base; peft: needed, its names and shapes have to fit; lora2: what differs from it "
+        "was trained whole and is taken along",
+    )
+    take.add_argument("--lora-alpha", type=float, metavar="ALPHA", help="lora2: as in training, by default SAT's 1")
+    take.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    progress = bar("importing", "layers")
+    if options.origin == "peft":
+        from sat_lora.errors import ConfigError
+        from sat_lora.interop.peft_import import import_from_peft
+
+        if options.base is None or options.lora_alpha is not None:
+            raise ConfigError("--from peft needs --base, the model folder of the base, and takes no --lora-alpha")
+        import_from_peft(options.folder, options.out, base=options.base, progress=progress)
+    else:
+        from sat_lora.interop.lora2_import import import_from_lora2
+
+        alpha = 1.0 if options.lora_alpha is None else options.lora_alpha
+        import_from_lora2(options.folder, options.out, lora_alpha=alpha, base=options.base, progress=progress)
+        if options.base is None:
+            print("without --base only the LoRA was taken: what that run trained whole, if anything, was left out")
+    print(f"adapter in {options.out}")

@@ -1,0 +1,19 @@
+"""What several commands share: examples in their help, and a progress bar."""
+
+import argparse
+from collections.abc import Callable, Collection, Iterable
+
+from tqdm import tqdm
+
+
+def examples(*lines: str) -> dict:
+    """Arguments of `add_parser` that put these lines, as they are, at the end of its help."""
+    return dict(
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="\n  ".join([f"example{'s' if len(lines) > 1 else ''}:", *lines]),
+    )
+
+
+def bar(what: str, unit: str) -> Callable[[Collection], Iterable]:
+    """A `progress`: goes through a collection; a bar on stderr if that is a terminal and it takes over a second."""
+    return lambda items: tqdm(items, desc=what, unit=f" {unit}", disable=None, delay=1)
