@@ -56,7 +56,7 @@ def load_tokenizer(path: str | Path):
 
 @dataclass(frozen=True)
 class Sample:
-    """One sequence; every field but `image` is a (seq,) int64 tensor."""
+    """One sequence; every field but the last two is a (seq,) int64 tensor."""
 
     input_ids: torch.Tensor
     position_ids: torch.Tensor
@@ -64,6 +64,7 @@ class Sample:
     image_embed_mask: torch.Tensor  # 1 on begin-of-image, patches, end-of-image
     vision_expert_mask: torch.Tensor  # 1 on begin-of-image and patches
     image: torch.Tensor | None = None  # (3, height, width)
+    left_out: int = 0  # tokens of the answer that did not fit
 
 
 def shortest_length(tokenizer, prompt: str, image_length: int) -> int:
@@ -90,17 +91,19 @@ def build_sample(
         ids += words
         for mask in (embed, vision, patches):
             mask += [0] * len(words)
-    start = len(ids)
+    start, left_out = len(ids), 0
     if answer is not None:
         if start + 2 > max_length:
             raise ConfigError(f"--max_length: {max_length} is too short, this prompt alone takes {start} tokens")
-        ids += tokenizer.encode(answer, add_special_tokens=False)[: max_length - start - 1]
+        words = tokenizer.encode(answer, add_special_tokens=False)
+        ids += words[: max_length - start - 1]
+        left_out = start + len(words) - len(ids)
         ids.append(tokenizer.eos_token_id)
     embed, vision, patches = (torch.tensor(mask + [0] * (len(ids) - start)) for mask in (embed, vision, patches))
     input_ids = torch.tensor(ids)
     labels = input_ids.clone()
     labels[:start] = IGNORED
-    return Sample(input_ids, position_ids_for(patches), labels, embed, vision, image)
+    return Sample(input_ids, position_ids_for(patches), labels, embed, vision, image, left_out)
 
 
 def position_ids_for(patches: torch.Tensor) -> torch.Tensor:

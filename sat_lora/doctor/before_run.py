@@ -4,12 +4,12 @@ is taken on every rank, and nothing is written but the report.
 
 import itertools
 import os
+import re
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 
 import torch
 
-from sat_lora.cogvlm.text import load_tokenizer
 from sat_lora.doctor.batches import has_labels, kinds_of
 from sat_lora.doctor.configuration import bucket_findings, configuration_findings, key_findings
 from sat_lora.doctor.data import batch_count_findings, data_findings, model_config_findings
@@ -61,8 +61,9 @@ def _option_findings(options: Namespace, device: str) -> Iterator[Finding]:
             said = {str(error)}
     settings, data = option_problems(options, os.environ, device)
     for problem in (*settings, *data):
+        option = re.match(r"--[\w-]+", problem)
         if problem not in said:
-            yield Finding(code="options", seen=problem, option=problem.partition(":")[0])
+            yield Finding(code="options", seen=problem, option=option.group() if option else None)
 
 
 def _diagnose_model(options: Namespace, setting: Setting) -> list[Finding]:
@@ -78,7 +79,6 @@ def _diagnose_model(options: Namespace, setting: Setting) -> list[Finding]:
         batches,
         image_length=config["image_length"],
         max_length=options.max_length,
-        eos_token_id=getattr(load_tokenizer(options.local_tokenizer), "eos_token_id", None),
         max_broken_share=options.max_broken_share,
     )
     trained = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)

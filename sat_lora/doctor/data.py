@@ -12,11 +12,11 @@ LISTED = 5  # paths that a finding names
 
 
 def data_findings(
-    batches: Iterable[dict], *, image_length: int, max_length: int, eos_token_id: int | None, max_broken_share: float
+    batches: Iterable[dict], *, image_length: int, max_length: int, max_broken_share: float
 ) -> list[Finding]:
     """Of collated batches of this rank; goes through all of them."""
     broken: dict[str, str] = {}
-    samples = empty = cut = 0
+    samples = empty = cut = longest = 0
     counts: set[int] = set()
     for batch in batches:
         broken.update(batch["broken"])
@@ -25,17 +25,16 @@ def data_findings(
         for row in rows:
             labels = batch["labels"][row]
             empty += bool((labels[1:] == IGNORED).all())
-            used = labels[labels != IGNORED]
-            full = int(batch["lengths"][row]) >= max_length if "lengths" in batch else False
-            cut += bool(full and len(used) and eos_token_id is not None and int(used[-1]) != eos_token_id)
+            cut += bool(batch["left_out"][row])
+            longest = max(longest, int(batch["lengths"][row] + batch["left_out"][row]))
             counts.add(int(batch["image_embed_mask"][row].sum()))
     findings = []
     if empty:
         seen = f"{empty} of {samples} samples looked at have no label"
         findings.append(Finding(code="no-labels", seen=seen, option="--train-data"))
     if cut:
-        seen = f"{cut} of {samples} samples looked at reach --max_length {max_length} and their answer is cut"
-        findings.append(Finding(code="too-long", seen=seen, option="--max_length"))
+        seen = f"the answers of {cut} of {samples} samples looked at do not fit --max_length {max_length} and are cut"
+        findings.append(Finding(code="too-long", seen=seen, option="--max_length", fix=f"set --max_length {longest}"))
     odd = sorted(count for count in counts if count % (image_length + 2))
     if odd:
         seen = f"a sample has {odd[0]} places for images, an image of {image_length} patches takes {image_length + 2}"

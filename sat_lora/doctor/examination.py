@@ -49,7 +49,7 @@ def examine(
                 model.zero_grad(set_to_none=True)
                 passes.append(record_passes(model, loss_of, batch, kind, backward=backward))
                 parallel += parallelism_findings(model, passes[-1:])
-            own += value_findings(model, loss_of, batches, passes)
+            own += value_findings(model, loss_of, batches, passes, backward=backward)
         own += reachability_findings(model, passes)
         own += checkpointing_findings(model, passes)
     finally:

@@ -1,39 +1,50 @@
 """Values that are not finite: the first module that makes one, forward or backward, and on which rank."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+import torch
 from torch import nn
 
 from sat_lora.doctor.findings import Finding
 from sat_lora.doctor.passes import LossOf, Passes
+from sat_lora.training.distributed import gather_lists
 from sat_lora.training.nonfinite import first_nonfinite
 
 
-def value_findings(model: nn.Module, loss_of: LossOf, batches: dict[str, dict], passes: Sequence[Passes]) -> list:
-    """Of the first batch on this rank whose loss or gradients are not finite; its passes are run again to look closer.
+def value_findings(
+    model: nn.Module,
+    loss_of: LossOf,
+    batches: dict[str, dict],
+    passes: Sequence[Passes],
+    *,
+    backward: Callable[[torch.Tensor], None] | None = None,
+) -> list[Finding]:
+    """Of the first kind of batch whose loss or gradients are not finite on some rank, what is wrong on this one.
 
-    Ranks that share a model have to call it together, and do: they see the same.
+    Every rank has to call it: all repeat the passes of that kind, for those that share a model or its weights.
     """
     for record in passes:
-        if record.loss - record.loss == 0 and not record.nonfinite:  # neither NaN nor infinite
+        own = _what_is_bad(record)
+        if not any(gather_lists([own]) if torch.distributed.is_initialized() else [own]):
             continue
 
         def repeat(batch=batches[record.kind]) -> None:
             loss = loss_of(model, batch)
             if loss.requires_grad:
-                loss.backward()
+                (backward or torch.Tensor.backward)(loss)
 
         origin = first_nonfinite(model, None, repeat)
-        what = "loss" if record.loss - record.loss != 0 else "gradient"
-        seen = f"with {record.kind} the {what} is not finite"
+        if own is None:
+            return []
+        seen = f"with {record.kind} the {own} is not finite"
         if origin is None:
-            return [Finding(code="not-finite", seen=f"{seen}, but not when it was repeated")]
-        return [
-            Finding(
-                code="not-finite",
-                seen=f"{seen}, first in {origin.words}",
-                module=origin.module,
-                parameter=origin.parameter,
-            )
-        ]
+            return [Finding(code="not-finite", seen=f"{seen}, but everything was when it was repeated")]
+        seen += f", first in {origin.words}"
+        return [Finding(code="not-finite", seen=seen, module=origin.module, parameter=origin.parameter)]
     return []
+
+
+def _what_is_bad(record: Passes) -> str | None:
+    if record.loss - record.loss != 0:  # NaN or infinite
+        return "loss"
+    return "gradient" if record.nonfinite else None
