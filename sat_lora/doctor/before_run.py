@@ -27,7 +27,7 @@ from sat_lora.training.loss import answer_loss_sum, count_answer_tokens, sum_ove
 from sat_lora.training.nonfinite import GradientWatch, held
 from sat_lora.training.optimizer_state import create_moments
 from sat_lora.training.preflight import option_problems
-from sat_lora.training.prepare import Setting, dataset_maker, load_base, make_data_once, model_seed, prepare
+from sat_lora.training.prepare import Setting, dataset_maker, load_base, model_seed, on_first_rank, prepare
 from sat_lora.training.schedule import learning_rate_factor, total_steps, warmup_steps
 from sat_lora.training.sources import open_sources
 from sat_lora.training.step import forward, train_step
@@ -38,7 +38,7 @@ SAMPLES = 256  # of the training data that each rank looks at
 def diagnose(options: Namespace, make_data: Callable[[], None] | None = None) -> list[Finding]:
     """The findings of all ranks, the same on every rank; each has to call it. `make_data` as in `finetune`."""
     device = join(options.distributed_backend)
-    make_data_once(make_data)
+    on_first_rank(make_data)
     findings = [*configuration_findings(options, os.environ, device.type), *_option_findings(options, device.type)]
     findings = joined(gather_lists([findings]))
     if any(one.code == "options" for one in findings):

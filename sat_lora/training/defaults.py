@@ -52,6 +52,7 @@ DEFAULTS = {
     "eval_batch_size": None,  # then --batch-size
     "log_interval": 10,
     "doctor": False,
+    "watchdog_limit": 120.0,
     "shrink": None,  # then the doctor builds the whole model
     "mode": "finetune",
     "use_lora": True,

@@ -3,9 +3,12 @@
 import gc
 from argparse import Namespace
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 
+from sat_lora.doctor.trace import NO_TRACE, NoTrace, Trace, clear
+from sat_lora.doctor.watchdog import Watchdog
 from sat_lora.placement import add_lora
 from sat_lora.summary import describe, describe_text
 from sat_lora.training.checkpoint import RunState, load_checkpoint
@@ -15,7 +18,7 @@ from sat_lora.training.evaluation import evaluate_adapter, evaluation_table
 from sat_lora.training.loop import train
 from sat_lora.training.nonfinite import GradientWatch
 from sat_lora.training.optimizer_state import create_moments
-from sat_lora.training.prepare import dataset_maker, load_base, model_seed, prepare
+from sat_lora.training.prepare import dataset_maker, load_base, model_seed, on_first_rank, prepare
 from sat_lora.training.run_folder import RunFolder, write_json
 from sat_lora.training.schedule import total_steps
 from sat_lora.training.sources import open_sources
@@ -46,7 +49,9 @@ def finetune(options: Namespace, make_data: Callable[[], None] | None = None) ->
         model, lr=options.lr, weight_decay=options.weight_decay, betas=tuple(options.betas), eps=options.eps
     )
     watch = None if options.fp16 else GradientWatch(model, world.device)  # fp16: DeepSpeed's loss scaling watches
+    trace = _trace(options, run, world, model)
     engine = start_engine(model, optimizer, setting.engine, seed=model_seed(options))
+    trace.follow(engine)
     create_moments(engine)
     torch.manual_seed(options.seed + world.data_parallel_rank)  # dropout; the same on ranks that share a sample
     state = together(load_checkpoint, engine, run.checkpoints, world) if options.resume else RunState()
@@ -64,14 +69,23 @@ def finetune(options: Namespace, make_data: Callable[[], None] | None = None) ->
     )
     loader = data.training(state.step * options.gradient_accumulation_steps)
     valid = valid_data.validation() if valid_data else None
-    with run:
+    watchdog = Watchdog(trace, options.watchdog_limit) if isinstance(trace, Trace) else nullcontext()
+    with run, trace.told(), watchdog:
         run.start(options.train_iters, state.step)
-        train(engine, loader, valid, options, run, world, state, watch, dataset_size=data.samples)
+        train(engine, loader, valid, options, run, world, state, watch, dataset_size=data.samples, trace=trace)
     del engine, model, optimizer, loader
     gc.collect()
     if options.test_data:
         _evaluate(options, world, run)
     return world
+
+
+def _trace(options: Namespace, run: RunFolder, world: World, model: torch.nn.Module) -> NoTrace:
+    """This rank's; what an earlier start has left goes. Every rank has to call it."""
+    on_first_rank(lambda: clear(run.path))
+    if options.watchdog_limit == 0:
+        return NO_TRACE
+    return Trace(run.path, model, rank=world.rank, world_size=world.size)
 
 
 def _evaluate(options: Namespace, world: World, run: RunFolder) -> None:

@@ -5,6 +5,7 @@ import time
 from argparse import Namespace
 from collections.abc import Iterable
 
+from sat_lora.doctor.trace import NO_TRACE, NoTrace
 from sat_lora.errors import TrainingError
 from sat_lora.optimizer_groups import set_learning_rate
 from sat_lora.training.broken_samples import BrokenSamples
@@ -31,12 +32,14 @@ def train(
     watch: GradientWatch | None = None,
     *,
     dataset_size: int,
+    trace: NoTrace = NO_TRACE,
 ) -> None:
     """From step `state.step` to `options.train_iters`; evaluates, saves and reports on the way and at the end.
 
     loader: micro-batches of this rank without end, from where `state` left off. valid: a pass over the validation
     batches of this rank, as many on every rank; None if there are none.
-    dataset_size: training samples in an epoch. DataError, on every rank at the same step: too many samples are broken.
+    dataset_size: training samples in an epoch. trace: is told of steps and phases.
+    DataError, on every rank at the same step: too many samples are broken.
     Stopped, on every rank: one of them received SIGTERM or SIGINT; the step was finished and everything saved.
     TrainingError, on every rank: more than options.skip_nonfinite steps were not finite; none of them moved anything.
     """
@@ -48,7 +51,7 @@ def train(
     engine.train()
     if state.owes_validation and valid is not None:
         state.owes_validation = False
-        if _validate(engine, valid, run, world, state):
+        if _validate(engine, valid, run, world, state, trace):
             save_run(engine, options, run, world, state, is_best=True)
     with StopSignals() as signals:
         for step in range(state.step, total):
@@ -56,7 +59,9 @@ def train(
                 step, total_steps=total, warmup_steps=warmup, style=options.lr_decay_style, floor=options.min_lr_ratio
             )
             set_learning_rate(engine.optimizer.param_groups, rate)
+            trace.at("data", step=step + 1)
             micro_batches = list(itertools.islice(batches, accumulate))
+            trace.at("reduce")
             broken = known.new_in(micro_batches)
             tokens, failures = sum_over_data_parallel(
                 sum(count_answer_tokens(batch["labels"]) for batch in micro_batches), len(broken), device=world.device
@@ -65,8 +70,9 @@ def train(
                 known.add(broken := gather_lists(broken))
                 run.report_broken(broken, step + 1)
             known.check((step + 1 - steps_before) * step_samples)
-            result = train_step(engine, micro_batches, world, tokens, watch=watch, signals=signals.counts)
+            result = train_step(engine, micro_batches, world, tokens, watch=watch, signals=signals.counts, trace=trace)
             state.step = step + 1
+            trace.at("save")
             if result.nonfinite is not None:
                 _skip(result.nonfinite, options, run, state)
             samples += step_samples
@@ -87,17 +93,19 @@ def train(
             paused = time.perf_counter()
             validates = valid is not None and (last or _due(state.step, options.eval_interval))
             state.owes_validation = validates and result.stop is not None  # who takes the machine may not wait for it
-            is_best = validates and not state.owes_validation and _validate(engine, valid, run, world, state)
+            is_best = validates and not state.owes_validation and _validate(engine, valid, run, world, state, trace)
             if last or is_best or result.stop is not None or _due(state.step, options.save_interval):
+                trace.at("save")
                 save_run(engine, options, run, world, state, is_best=is_best)
             if result.stop is not None:
                 raise Stopped(result.stop, state.step)
             clock += time.perf_counter() - paused
 
 
-def _validate(engine, valid: Iterable[dict], run: RunFolder, world: World, state: RunState) -> bool:
+def _validate(engine, valid: Iterable[dict], run: RunFolder, world: World, state: RunState, trace: NoTrace) -> bool:
     """Log the validation loss, and what could not be read; whether it is the lowest so far."""
-    loss, broken = validation_loss(engine, valid, world)
+    trace.at("evaluate")
+    loss, broken = validation_loss(engine, valid, world, trace)
     run.report_broken(broken, state.step)
     if loss is None:
         run.say(f"step {state.step}: no validation loss, none of the validation samples has an answer")

@@ -153,6 +153,14 @@ def build_parser() -> argparse.ArgumentParser:
     add(saving, "--log-interval", "steps between the lines of train.jsonl", type=positive_int, metavar="N")
 
     add(checking, "--doctor", "check everything with one step per kind of batch, write nothing, and end", **flag)
+    add(
+        checking,
+        "--watchdog-limit",
+        "end a run that gives no sign of life for so long, and for ten times the longest that its phase has taken; "
+        "0: never",
+        type=not_negative,
+        metavar="SECONDS",
+    )
     add(checking, "--shrink", "check with the first N layers of each transformer alone", type=positive_int, metavar="N")
 
     add(compatible, "--mode", "no effect: this always fine-tunes", choices=["finetune"])

@@ -37,7 +37,7 @@ def prepare(options: Namespace, make_data: Callable[[], None] | None = None) -> 
     A SatLoraError comes on every rank.
     """
     device = join(options.distributed_backend)
-    make_data_once(make_data)
+    on_first_rank(make_data)
     together(check_options, options)
     engine = deepspeed_config(options, device=device.type)
     world = arrange(device, options.model_parallel_size)
@@ -89,14 +89,9 @@ def dataset_maker(options: Namespace, config: dict) -> Callable[[list], ImageTex
     return dataset
 
 
-def make_data_once(make_data: Callable[[], None] | None) -> None:
-    """Call `make_data` on rank 0; the others wait. Every rank has to call it, after `join`."""
-    together(_on_first_rank, make_data)
-
-
-def _on_first_rank(make_data: Callable[[], None] | None) -> None:
-    if make_data is not None and torch.distributed.get_rank() == 0:
-        make_data()
+def on_first_rank(action: Callable[[], None] | None) -> None:
+    """Call `action` on rank 0; the others wait. Every rank has to call it, after `join`."""
+    together(action if action is not None and torch.distributed.get_rank() == 0 else lambda: None)
 
 
 def _checked_lora(options: Namespace) -> LoraConfig:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from sat_lora._sat import mpu
+from sat_lora.doctor.trace import NO_TRACE, NoTrace
 from sat_lora.training.distributed import World, gather_lists
 from sat_lora.training.loss import answer_loss_sum, count_answer_tokens, sum_over_data_parallel, sum_over_ranks
 from sat_lora.training.nonfinite import GradientWatch, Origin, first_nonfinite, held
@@ -44,6 +45,7 @@ def train_step(
     *,
     watch: GradientWatch | None = None,
     signals: Mapping[signal.Signals, int] | None = None,
+    trace: NoTrace = NO_TRACE,
 ) -> StepResult:
     """One optimizer step, unless the loss or a gradient is not finite on any rank: then none moves.
 
@@ -51,12 +53,13 @@ def train_step(
     by it. DeepSpeed then averages over micro-batches and data-parallel ranks, so it is multiplied by both: the gradient
     is that of the joined batch, however the tokens are spread.
     watch: of this model; None looks at the loss alone (fp16, where DeepSpeed skips gradients that overflow). signals:
-    how many of each this rank has received.
+    how many of each this rank has received. trace: is told of the phases.
     """
     weight = len(micro_batches) * world.data_parallel_size / max(tokens, 1)
     signals = signals or {}
     random_before = random_state()
-    total = _accumulate(engine, micro_batches, world, weight)
+    total = _accumulate(engine, micro_batches, world, weight, trace)
+    trace.at("reduce")
     shares_loss = mpu.get_model_parallel_rank() == 0  # ranks that share a sample have the same loss
     loss, bad_losses, bad_gradients, *received = sum_over_ranks(
         total if shares_loss else 0.0,
@@ -73,19 +76,24 @@ def train_step(
             source = first_nonfinite(engine.module, watch, lambda: _repeat(engine, micro_batches, world, weight))
         nonfinite = _describe("loss" if bad_losses else "gradient", gather_lists([source]))
     else:
+        trace.at("optimizer")
         engine.step()
     stop = next((number for number, count in zip(signals, received) if count), None)
     return StepResult(loss=loss / max(tokens, 1), nonfinite=nonfinite, stop=stop)
 
 
-def _accumulate(engine, micro_batches: list[dict], world: World, weight: float) -> torch.Tensor:
+def _accumulate(
+    engine, micro_batches: list[dict], world: World, weight: float, trace: NoTrace = NO_TRACE
+) -> torch.Tensor:
     """All passes of a step, up to the `engine.step()` that moves the optimizer; the sum of their losses."""
     total = torch.zeros((), device=world.device)
     for number, batch in enumerate(micro_batches):
         if number:
             engine.step()  # between micro-batches it only counts them
+        trace.at("forward", micro_batch=number)
         batch = to_device(batch, world.device)
         loss = answer_loss_sum(forward(engine, batch), batch["labels"])
+        trace.at("backward")
         engine.backward(loss * weight)
         total += loss.detach()
     return total
@@ -106,7 +114,9 @@ def _describe(what: str, sources: list[Origin | None]) -> str:
 
 
 @torch.no_grad()
-def validation_loss(engine, batches: Iterable[dict], world: World) -> tuple[float | None, list[tuple[str, str]]]:
+def validation_loss(
+    engine, batches: Iterable[dict], world: World, trace: NoTrace = NO_TRACE
+) -> tuple[float | None, list[tuple[str, str]]]:
     """(loss, broken) over `batches` of all ranks, the same on each; every rank has the same number of them.
 
     loss: mean per answer token, None without any. broken: (path, reason) of samples that could not be read.
@@ -117,6 +127,7 @@ def validation_loss(engine, batches: Iterable[dict], world: World) -> tuple[floa
         # Checkpointed layers run here as well, and torch warns that nothing asks for a gradient.
         warnings.filterwarnings("ignore", message="None of the inputs have requires_grad=True")
         for batch in batches:
+            trace.at("evaluate")
             tokens += count_answer_tokens(batch["labels"])
             broken += batch["broken"]
             batch = to_device(batch, world.device)

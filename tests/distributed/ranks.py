@@ -22,7 +22,16 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _rank_main(connection, output: str, rank: int, size: int, port: int, target, args, kwargs):
+def process_context():
+    """Of multiprocessing: its processes are forked from the server."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOAD)
+    return context
+
+
+def become_rank(output: str, rank: int, size: int, port: int) -> None:
+    """In a new process: its place among `size` of this machine, and its output into a file."""
     log = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)
@@ -39,6 +48,10 @@ def _rank_main(connection, output: str, rank: int, size: int, port: int, target,
     import torch
 
     torch.set_num_threads(1)
+
+
+def _rank_main(connection, output: str, rank: int, size: int, port: int, target, args, kwargs):
+    become_rank(output, rank, size, port)
     try:
         connection.send(("done", target(*args, **kwargs)))
     except BaseException:
@@ -54,9 +67,7 @@ def run_ranks(target, size: int, *args, timeout: float = 90, **kwargs) -> list:
 
     `target` is a function of a test module; what it returns has to be picklable (no tensors that share memory).
     """
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOAD)
+    context = process_context()
     port, folder = free_port(), tempfile.TemporaryDirectory()
     logs = [Path(folder.name) / f"rank_{rank}.log" for rank in range(size)]
     pipes, processes = [], []

@@ -1,0 +1,283 @@
+"""Where a rank is, kept in two small files of its own: what a killed or hanging process leaves behind.
+
+RUN/watchdog/rank_00003.json is written once: names and process. rank_00003.state is a shared mapping that the rank
+writes into as it goes, a few bytes at a time; the kernel keeps them whatever becomes of the process. Ranks do not
+speak to each other for it.
+"""
+
+import json
+import linecache
+import mmap
+import os
+import re
+import shutil
+import socket
+import struct
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from sat_lora.atomic import replace_text
+
+PHASES = ("start", "data", "forward", "backward", "reduce", "optimizer", "evaluate", "save", "end")
+FOLDER = "watchdog"
+ALIVE, FATAL = "alive.json", ".fatal.txt"
+NONE = 0xFFFFFFFF  # no module or parameter yet
+REMEMBERED = 50  # durations of a phase, of which the longest counts: a slow first step is forgotten
+
+_HEAD = struct.Struct("<IIId")  # step, micro-batch, phase, when the phase began
+_MODULE = struct.Struct("<Id")  # the last one entered, and when
+_COUNT = struct.Struct("<I")  # of arrivals
+_ARRIVAL = struct.Struct("<Id")  # parameter, when
+_MODULE_AT, _COUNT_AT, _ARRIVALS_AT = 24, 40, 48
+
+
+def folder_of(run: str | Path) -> Path:
+    return Path(run) / FOLDER
+
+
+def clear(run: str | Path) -> None:
+    """Remove what an earlier start of the run has left."""
+    shutil.rmtree(folder_of(run), ignore_errors=True)
+
+
+class NoTrace:
+    """Keeps nothing."""
+
+    def at(self, phase: str, *, step: int | None = None, micro_batch: int | None = None) -> None:
+        pass
+
+    def follow(self, engine) -> None:
+        pass
+
+    @contextmanager
+    def told(self) -> Iterator[None]:
+        yield
+
+
+NO_TRACE = NoTrace()
+
+
+class Trace(NoTrace):
+    """This rank's. Make it before `deepspeed.initialize`: ZeRO takes gradients away as they arrive.
+
+    model: its modules and trainable parameters get hooks that note the last entered and every arrival. OSError: the
+    files cannot be made.
+    """
+
+    def __init__(self, run: str | Path, model: nn.Module, *, rank: int, world_size: int):
+        self.folder, self.rank, self.world_size = folder_of(run), rank, world_size
+        self.folder.mkdir(parents=True, exist_ok=True)
+        modules = [name for name, _ in model.named_modules()]
+        parameters = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        static = dict(
+            rank=rank,
+            world_size=world_size,
+            pid=os.getpid(),
+            process_started=process_started(os.getpid()),
+            host=socket.gethostname(),
+            argv=[sys.executable, *sys.argv],
+            modules=modules,
+            parameters=parameters,
+        )
+        file_of(self.folder, rank, ".json").write_text(json.dumps(static), encoding="utf-8")
+        self._most = 2 * len(parameters)  # one that arrives twice is a fault, and seen
+        size = _ARRIVALS_AT + self._most * _ARRIVAL.size
+        with open(file_of(self.folder, rank, ".state"), "w+b") as file:
+            file.truncate(size)
+            self._memory = mmap.mmap(file.fileno(), size)
+        self.beats = 0
+        """Grows with every sign of life."""
+        self.phase, self.step, self.micro_batch = PHASES[0], 0, 0
+        self.durations = {phase: deque(maxlen=REMEMBERED) for phase in PHASES}
+        self._began, self._arrived = time.perf_counter(), 0
+        _MODULE.pack_into(self._memory, _MODULE_AT, NONE, 0.0)
+        self.at(self.phase)
+        self._attach(model)
+
+    def _attach(self, model: nn.Module) -> None:
+        for number, module in enumerate(model.modules()):
+            module.register_forward_pre_hook(partial(self._entered, number))
+        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        for number, parameter in enumerate(trainable):
+            parameter.register_hook(partial(self._arrival, number))
+
+    def follow(self, engine) -> None:
+        """Tell DeepSpeed's reduction after a backward pass from the pass itself."""
+        reduce = engine.allreduce_gradients
+
+        def traced(*args, **kwargs):
+            self.at("reduce")
+            return reduce(*args, **kwargs)
+
+        engine.allreduce_gradients = traced
+
+    def at(self, phase: str, *, step: int | None = None, micro_batch: int | None = None) -> None:
+        """A phase begins. step: counted from 1. micro_batch: within the step, from 0."""
+        now = time.perf_counter()
+        self.durations[self.phase].append(now - self._began)
+        self.phase, self._began = phase, now
+        self.step = self.step if step is None else step
+        self.micro_batch = self.micro_batch if micro_batch is None else micro_batch
+        self.beats += 1
+        if phase == "forward":
+            self._arrived = 0
+            _COUNT.pack_into(self._memory, _COUNT_AT, 0)
+        number = PHASES.index(phase)
+        _HEAD.pack_into(self._memory, 0, self.step, self.micro_batch, number, time.time())
+
+    @contextmanager
+    def told(self) -> Iterator[None]:
+        """How the block ends is written down."""
+        try:
+            yield
+        except BaseException as error:
+            self._write_end(f"{type(error).__name__}: {error}", error)
+            raise
+        self._write_end(None, None)
+
+    def _write_end(self, text: str | None, error: BaseException | None) -> None:
+        import traceback
+
+        frames = [] if error is None else traceback.extract_tb(error.__traceback__)
+        places = [[frame.filename, frame.lineno, frame.name, frame.line] for frame in reversed(frames)]
+        content = dict(error=text, frames=places, time=time.time())
+        file_of(self.folder, self.rank, ".end.json").write_text(json.dumps(content), encoding="utf-8")
+
+    def _entered(self, number: int, module, args) -> None:
+        self.beats += 1
+        _MODULE.pack_into(self._memory, _MODULE_AT, number, time.time())
+
+    def _arrival(self, number: int, gradient: torch.Tensor) -> None:
+        self.beats += 1
+        if self._arrived < self._most:
+            _ARRIVAL.pack_into(self._memory, _ARRIVALS_AT + self._arrived * _ARRIVAL.size, number, time.time())
+            self._arrived += 1
+            _COUNT.pack_into(self._memory, _COUNT_AT, self._arrived)
+
+
+@dataclass(frozen=True)
+class RankState:
+    """What the two files of a rank say. Times are in seconds since the epoch."""
+
+    rank: int
+    world_size: int
+    pid: int
+    host: str
+    is_alive: bool | None
+    """None: on another machine, so who knows."""
+    argv: list[str]
+    step: int
+    micro_batch: int
+    phase: str
+    phase_began: float
+    module: str | None
+    """The last one entered."""
+    module_entered: float
+    arrivals: list[tuple[str, float]]
+    """Gradients of the present micro-batch: parameter, when."""
+    expected: list[str]
+    """The trainable parameters."""
+    error: str | None
+    """The exception that ended it."""
+    error_frames: list[list]
+    """[file, line, function, code], innermost first."""
+    ended: float | None
+    """When it left the loop, by an exception or not; None: it did not."""
+    fatal: str | None
+    """The signal that ended it, as faulthandler calls it: Aborted, Segmentation fault, Bus error."""
+    fatal_frames: list[list]
+    """Of its main thread then, as `error_frames`."""
+
+    @property
+    def last_sign(self) -> float:
+        return max(self.phase_began, self.module_entered, *(when for _, when in self.arrivals[-1:]), 0.0)
+
+
+def read_states(run: str | Path) -> list[RankState]:
+    """Of every rank that has left files, in order. OSError or ValueError: a file cannot be read."""
+    files = sorted(folder_of(run).glob("rank_*.state"))
+    noted = folder_of(run) / ALIVE
+    alive = json.loads(noted.read_text(encoding="utf-8")) if noted.is_file() else {}
+    return [_read_state(file, alive) for file in files if file.with_suffix(".json").is_file()]
+
+
+def note_who_lives(run: str | Path) -> None:
+    """Keep which ranks live now: whoever reads the files later finds none alive."""
+    replace_text(folder_of(run) / ALIVE, json.dumps({str(one.rank): one.is_alive for one in read_states(run)}))
+
+
+def _read_state(file: Path, alive: dict[str, bool | None]) -> RankState:
+    static = json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))
+    data = file.read_bytes()
+    step, micro_batch, phase, began = _HEAD.unpack_from(data, 0)
+    module, entered = _MODULE.unpack_from(data, _MODULE_AT)
+    (count,) = _COUNT.unpack_from(data, _COUNT_AT)
+    arrivals = [_ARRIVAL.unpack_from(data, _ARRIVALS_AT + n * _ARRIVAL.size) for n in range(count)]
+    end = file_of(file.parent, static["rank"], ".end.json")
+    fatal, fatal_frames = _read_fatal(file_of(file.parent, static["rank"], FATAL))
+    ending = json.loads(end.read_text(encoding="utf-8")) if end.is_file() else {}
+    return RankState(
+        rank=static["rank"],
+        world_size=static["world_size"],
+        pid=static["pid"],
+        host=static["host"],
+        is_alive=alive.get(str(static["rank"]), _is_alive(static)),
+        argv=static["argv"],
+        step=step,
+        micro_batch=micro_batch,
+        phase=PHASES[phase],
+        phase_began=began,
+        module=None if module == NONE else static["modules"][module],
+        module_entered=entered,
+        arrivals=[(static["parameters"][number], when) for number, when in arrivals],
+        expected=static["parameters"],
+        error=ending.get("error"),
+        error_frames=ending.get("frames", []),
+        ended=ending.get("time"),
+        fatal=fatal,
+        fatal_frames=fatal_frames,
+    )
+
+
+def _read_fatal(file: Path) -> tuple[str | None, list[list]]:
+    """From what faulthandler writes when a signal ends a process: the name, and the main thread's frames.
+
+    The main thread comes last, each thread with its innermost frame first.
+    """
+    text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
+    name = re.search(r"^Fatal Python error: (.+)$", text, re.MULTILINE)
+    last = re.split(r"^(?:Current thread|Thread) 0x", text, flags=re.MULTILINE)[-1]
+    frames = re.findall(r'^  File "(.+)", line (\d+) in (.+)$', last, re.MULTILINE)
+    return (name[1] if name else None), [
+        [place, int(line), function, linecache.getline(place, int(line)).strip()] for place, line, function in frames
+    ]
+
+
+def process_started(pid: int) -> str | None:
+    """When it began, in ticks since boot: tells a process from a later one of the same number. None: there is none."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return None
+    fields = stat.rpartition(")")[2].split()
+    return None if fields[0] in "ZX" else fields[19]
+
+
+def _is_alive(static: dict) -> bool | None:
+    if static["host"] != socket.gethostname():
+        return None
+    return process_started(static["pid"]) == static["process_started"]
+
+
+def file_of(folder: Path, rank: int, ending: str) -> Path:
+    """A rank's file of that kind in a run's watchdog folder."""
+    return folder / f"rank_{rank:05}{ending}"

@@ -1,0 +1,360 @@
+"""Why a run stopped: from what its ranks have left in RUN/watchdog, in one paragraph.
+
+The rules, first that fits: a rank was ended by an exception of its own; gradients arrived on some ranks and not on
+others; torch ended a rank over what another one sent; a rank is gone; a rank is in code of its own while others wait
+in a collective; ranks are in different collectives. Otherwise all wait for something that the files do not show.
+"""
+
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sat_lora.doctor.codes import CODES
+from sat_lora.doctor.findings import Finding
+from sat_lora.doctor.nccl_log import LoggedTimeout, read_timeouts
+from sat_lora.doctor.testimony import (
+    Collective,
+    Place,
+    Thread,
+    has_testified,
+    own_place,
+    read_collectives,
+    read_threads,
+)
+from sat_lora.doctor.trace import RankState, folder_of, read_states
+from sat_lora.errors import ConfigError
+
+# What a rank says when another one has left it, or made another collective.
+_MISMATCH = r"mismatch between collectives|collective mismatch|preamble"
+_FROM_OTHERS = (
+    _MISMATCH + r"|connection (closed|reset|refused|was)|broken pipe|socket|remote process|NCCL (communicator|error)|"
+    r"timed? ?out|heartbeat|store|rendezvous"
+)
+_SHOWN = 3  # names of gradients
+
+
+@dataclass(frozen=True)
+class Rank:
+    """Everything that one rank has left."""
+
+    state: RankState
+    threads: list[Thread]
+    collectives: list[Collective]
+    has_testified: bool
+
+    @property
+    def number(self) -> int:
+        return self.state.rank
+
+    @property
+    def pending(self) -> Collective | None:
+        """Its last collective, if that is not known to be done."""
+        last = self.collectives[-1:]
+        return last[0] if last and not last[0].is_done else None
+
+    @property
+    def waits(self) -> bool:
+        """In a collective: by its stack, or because one that it has started on the GPU is not done."""
+        if any(thread.waits_in_collective for thread in self.threads):
+            return True
+        return self.pending is not None and self.pending.is_done is False
+
+    @property
+    def place(self) -> Place | None:
+        """Where its own code is: in the main thread, or in autograd's if that one only waits for it."""
+        main = next((thread for thread in self.threads if thread.is_main), None)
+        if main is not None and any("torch/autograd" in place.file for place in main.frames[:3]):
+            inner = [t for t in self.threads if not t.is_main and any("sat_lora" in p.file for p in t.frames)]
+            main = next(iter(inner), main)
+        return main.place if main is not None else None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    finding: Finding | None
+    """None: nothing is wrong with the run."""
+    text: str
+    """One paragraph."""
+
+
+def read_ranks(run: str | Path) -> list[Rank]:
+    """ConfigError: the run has no watchdog files, or they cannot be read."""
+    folder = folder_of(run)
+    try:
+        ranks = [
+            Rank(
+                state,
+                read_threads(folder, state.rank),
+                read_collectives(folder, state.rank),
+                has_testified(folder, state.rank),
+            )
+            for state in read_states(run)
+        ]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"--run: the files in {folder} cannot be read: {error}") from error
+    if not ranks:
+        raise ConfigError(f"--run: {run} has no {folder.name}/rank_*.state; give the folder of a run with a watchdog")
+    return ranks
+
+
+def verdict(run: str | Path, logs: Sequence[str | Path] = ()) -> Verdict:
+    """logs: files with what the ranks printed, for NCCL's lines. ConfigError: as `read_ranks`; a log is missing."""
+    ranks, timeouts = read_ranks(run), read_timeouts(logs)
+    for rule in (_failed, _gradients, _aborted, _gone, _left_behind, _stuck, _different_collectives, _hang):
+        found = rule(ranks)
+        if found is not None:
+            return Verdict(found, _paragraph(found, ranks, timeouts))
+    ended = all(one.state.ended for one in ranks)
+    words = f"has ended well after step {ranks[0].state.step}" if ended else "goes on"
+    steps = ", ".join(_at(one) for one in ranks)
+    return Verdict(None, f"Nothing is wrong: the run {words}. {steps}.")
+
+
+# The rules
+
+
+def _failed(ranks: Sequence[Rank]) -> Finding | None:
+    """The first exception of a rank's own: not one that says that another rank left, or sent something else."""
+    own = [one for one in _with_errors(ranks) if not re.search(_FROM_OTHERS, one.state.error, re.IGNORECASE)]
+    if not own:
+        return None
+    first = min(own, key=lambda one: one.state.ended)
+    place = own_place([Place(*frame) for frame in first.state.error_frames])
+    seen = f"rank {first.number} was ended by {first.state.error}" + (f" in {place.words}" if place else "")
+    return _finding("rank-failed", seen, [first], file=place.file if place else None)
+
+
+def _aborted(ranks: Sequence[Rank]) -> Finding | None:
+    """A rank that torch ended, by an error or a signal, because another one sent what it did not expect."""
+    for one in ranks:
+        state, frames = one.state, [Place(*frame) for frame in one.state.fatal_frames]
+        if state.error is not None and re.search(_MISMATCH, state.error, re.IGNORECASE):
+            seen = f"rank {one.number} was ended by {state.error}"
+        elif state.fatal == "Aborted" and Thread("", True, tuple(frames)).waits_in_collective:
+            seen = f"rank {one.number} was aborted in a collective, in {_words(own_place(frames))}"
+        else:
+            continue
+        return _finding("collectives-differ", f"{seen}: another rank sent what it did not expect", [one])
+    return None
+
+
+def _gone(ranks: Sequence[Rank]) -> Finding | None:
+    gone = [one for one in ranks if one.state.is_alive is False and one.state.ended is None and not one.has_testified]
+    present = {one.number for one in ranks}
+    missing = [number for number in range(ranks[0].state.world_size) if number not in present]
+    if gone:
+        seen = "; ".join(_obituary(one) for one in gone)
+        return _finding("rank-gone", seen, gone)
+    if missing and any(one.has_testified for one in ranks):
+        seen = f"rank {', '.join(map(str, missing))} never came as far as the first step, or left no file here"
+        return Finding(code="rank-gone", seen=seen, ranks=tuple(missing))
+    return None
+
+
+def _obituary(one: Rank) -> str:
+    words = f"rank {one.number} (process {one.state.pid} on {one.state.host}) is gone"
+    if one.state.fatal is None:
+        return words
+    return f"{words}: {one.state.fatal} in {_words(own_place([Place(*f) for f in one.state.fatal_frames]))}"
+
+
+def _left_behind(ranks: Sequence[Rank]) -> Finding | None:
+    """Errors that only say that another rank has left, where that rank left nothing."""
+    failed = _with_errors(ranks)
+    if not failed:
+        return None
+    return _finding("rank-failed", f"rank {failed[0].number} was ended by {failed[0].state.error}", failed[:1])
+
+
+def _with_errors(ranks: Sequence[Rank]) -> list[Rank]:
+    return [one for one in ranks if one.state.error is not None and not _is_wish(one.state.error)]
+
+
+def _stuck(ranks: Sequence[Rank]) -> Finding | None:
+    """Ranks in code of their own, where the others wait in a collective; alone, a rank that is anywhere."""
+    heard = [one for one in ranks if one.has_testified]
+    mute = [one for one in ranks if not one.has_testified and one.state.ended is None]
+    busy = [one for one in heard if not one.waits]
+    if heard and mute and len(busy) < len(heard):
+        seen = f"rank {mute[0].number} lives and does not answer: its interpreter is stuck as a whole"
+        return _finding("stuck-in-code", seen, mute[:1], module=mute[0].state.module)
+    if not busy or (len(busy) == len(ranks) > 1 and len({_words(one.place) for one in busy}) == 1):
+        return None
+    first = min(busy, key=lambda one: (one.state.step, one.state.last_sign))
+    code = "stuck-in-data" if first.state.phase == "data" else "stuck-in-code"
+    seen = f"rank {first.number} is in {_words(first.place)}"
+    file = first.place.file if first.place else None
+    module = None if code == "stuck-in-data" else first.state.module
+    return _finding(code, seen, [first], file=file, module=module)
+
+
+def _gradients(ranks: Sequence[Rank]) -> Finding | None:
+    """Ranks at one micro-batch of which one lacks a gradient, or has them in another order."""
+    within = [one for one in ranks if one.state.phase in ("backward", "reduce", "optimizer") and one.state.arrivals]
+    moment = max(((one.state.step, one.state.micro_batch) for one in within), default=None)
+    within = [one for one in within if (one.state.step, one.state.micro_batch) == moment]
+    names = {one.number: [name for name, _ in one.state.arrivals] for one in within}
+    for one in within:
+        for other in within:
+            mine, theirs = names[one.number], names[other.number]
+            common = [name for name in mine if name in {*theirs}], [name for name in theirs if name in {*mine}]
+            if common[0] != common[1]:
+                place = next(n for n, pair in enumerate(zip(*common)) if pair[0] != pair[1])
+                seen = (
+                    f"gradient {place + 1} to arrive was that of {common[0][place]} on rank {one.number} and of "
+                    f"{common[1][place]} on rank {other.number}"
+                )
+                return _finding("gradients-differ", seen, [one, other], parameter=common[0][place])
+            lacking = [name for name in theirs if name not in {*mine}]
+            passed = mine and theirs and lacking and _went_on(lacking, mine, theirs)
+            if lacking and (one.state.phase != "backward" or passed):
+                seen = (
+                    f"{len(lacking)} gradients arrived on rank {other.number} and not on rank {one.number}: "
+                    + ", ".join(lacking[:_SHOWN])
+                    + (", ..." if len(lacking) > _SHOWN else "")
+                )
+                return _finding("gradients-differ", seen, [one], parameter=lacking[0])
+    return None
+
+
+def _went_on(lacking: list[str], mine: list[str], theirs: list[str]) -> bool:
+    """Whether a gradient has come here that comes later there than one that is lacking."""
+    return max(map(theirs.index, (name for name in mine if name in theirs)), default=-1) > theirs.index(lacking[0])
+
+
+def _different_collectives(ranks: Sequence[Rank]) -> Finding | None:
+    """By torch's flight recorder, of each group the first that differs; else by the lines that the ranks are at."""
+    recorded = _first_difference(ranks)
+    if recorded is not None:
+        one, other, number, group, mine, theirs = recorded
+        seen = (
+            f"collective {number} of group {group} is {mine} on rank {one.number} and {theirs} on rank {other.number}"
+        )
+        return _finding("collectives-differ", seen, [one, other])
+    waiting = [one for one in ranks if one.waits]
+    places = {_words(one.place): one for one in waiting}
+    if len(places) < 2:
+        return None
+    seen = "; ".join(f"rank {one.number} waits in {words}" for words, one in places.items())
+    alone = [one for one in waiting if one.collectives and _has_called_alone(one, waiting)]
+    if alone and len(alone) < len(waiting):
+        seen += f"; no other rank has made the call that rank {alone[0].number} is in"
+        return _finding("collectives-differ", seen, alone)
+    return _finding("collectives-differ", seen, list(places.values()))
+
+
+def _has_called_alone(one: Rank, ranks: Sequence[Rank]) -> bool:
+    """Whether the line that it waits at made a collective on no other rank, as far as the flight recorder goes back."""
+    others = {(c.place.file, c.place.line) for other in ranks if other is not one for c in other.collectives if c.place}
+    return one.place is not None and (one.place.file, one.place.line) not in others
+
+
+def _first_difference(ranks: Sequence[Rank]):
+    """(rank, other, number, group, words, words): the earliest collective that two ranks of a group made otherwise."""
+    made = {one.number: {(c.group, c.number): c for c in one.collectives} for one in ranks}
+    for one in ranks:
+        for other in ranks[: ranks.index(one)]:
+            for key in sorted(made[one.number].keys() & made[other.number].keys()):
+                mine, theirs = made[one.number][key], made[other.number][key]
+                if (mine.operation, mine.sizes) != (theirs.operation, theirs.sizes):
+                    return one, other, key[1], key[0], mine.words, theirs.words
+    return None
+
+
+def _hang(ranks: Sequence[Rank]) -> Finding | None:
+    heard = [one for one in ranks if one.has_testified]
+    if not heard:
+        return None
+    last = min(heard, key=lambda one: one.state.last_sign)
+    return _finding("hang", f"all ranks wait; rank {last.number} stopped first, in {_words(last.place)}", [last])
+
+
+# Words
+
+
+def _paragraph(found: Finding, ranks: Sequence[Rank], timeouts: Sequence[LoggedTimeout]) -> str:
+    guilty = [one for one in ranks if one.number in found.ranks]
+    sentences = [f"{_capital(found.seen)}."]
+    sentences += [f"Rank {one.number} stopped {_where(one)}." for one in guilty]
+    others: dict[str, list[int]] = {}
+    for one in ranks:
+        if one not in guilty:
+            others.setdefault(_doing(one), []).append(one.number)
+    sentences += [f"{_capital(_numbers(numbers))} {words}." for words, numbers in others.items()]
+    if guilty and guilty[0].state.phase == "backward" and found.code != "gradients-differ":
+        sentences += _lacking(guilty[0], ranks)
+    sentences += [f"{one.words}." for one in timeouts]
+    code = CODES[found.code]
+    sentences.append(f"Likely cause: {code.why}. What to do: {found.fix or code.fix} (docs/doctor.md#{found.code}).")
+    return " ".join(sentences)
+
+
+def _where(one: Rank) -> str:
+    """Phase, step and how long ago, with the last module and gradient."""
+    state = one.state
+    words = f"{_moment(one)}, {_ago(state.last_sign)}"
+    if state.module and state.phase in ("forward", "backward", "evaluate"):
+        words += f"; the last module that it entered is {state.module}"
+    if state.phase in ("backward", "reduce") and state.arrivals:
+        words += (
+            f"; {len(state.arrivals)} of {len(state.expected)} gradients had come, the last {state.arrivals[-1][0]}"
+        )
+    return words
+
+
+def _moment(one: Rank) -> str:
+    return f"in phase {one.state.phase} of step {one.state.step}"
+
+
+def _at(one: Rank) -> str:
+    return f"rank {one.number}: {_moment(one)}, {_ago(one.state.last_sign)}"
+
+
+def _doing(one: Rank) -> str:
+    if one.state.error is not None:
+        return f"ended {_moment(one)} with {one.state.error}"
+    if not one.has_testified:
+        return f"was {_moment(one)} when last heard of"
+    if one.waits:
+        return f"waits {_moment(one)}, in {_words(one.place)}"
+    return f"is {_moment(one)}, in {_words(one.place)}"
+
+
+def _lacking(one: Rank, ranks: Sequence[Rank]) -> list[str]:
+    """What others got in the same micro-batch, and this one did not."""
+    have = {name for name, _ in one.state.arrivals}
+    for other in ranks:
+        same = (other.state.step, other.state.micro_batch) == (one.state.step, one.state.micro_batch)
+        lacking = [name for name, _ in other.state.arrivals if name not in have]
+        if same and lacking:
+            return [
+                f"{len(lacking)} gradients came on rank {other.number} and not on rank {one.number}, first {lacking[0]}"
+            ]
+    return []
+
+
+def _finding(code: str, seen: str, ranks: Sequence[Rank], **where) -> Finding:
+    return Finding(code=code, seen=seen, ranks=tuple(sorted(one.number for one in ranks)), **where)
+
+
+def _is_wish(error: str) -> bool:
+    """A stop that was asked for, or a mistake that every rank was told of: no fault of one rank."""
+    return error.startswith(("Stopped:", "KeyboardInterrupt", "ConfigError", "TrainingError", "DataError"))
+
+
+def _words(place: Place | None) -> str:
+    return place.words if place else "code without a Python stack"
+
+
+def _numbers(numbers: Sequence[int]) -> str:
+    return f"rank {numbers[0]}" if len(numbers) == 1 else f"ranks {', '.join(map(str, numbers))}"
+
+
+def _ago(when: float) -> str:
+    return f"{max(0.0, time.time() - when):.0f} s ago"
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]

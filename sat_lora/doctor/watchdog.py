@@ -1,0 +1,128 @@
+"""Ends a run that hangs, with a verdict, instead of letting it wait for ever.
+
+A thread of every rank looks at that rank's `Trace`. Without a sign of life for longer than the phase may last, it says
+so in a file, which the other ranks' threads see; all write down where they are, one of them reads what all have
+written, tells the verdict, and all exit.
+"""
+
+import contextlib
+import faulthandler
+import json
+import os
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+
+from sat_lora.atomic import replace_text
+from sat_lora.doctor.testimony import has_testified, testify
+from sat_lora.doctor.trace import FATAL, Trace, file_of, note_who_lives, read_states
+
+STATUS = 3  # of a process that the watchdog has ended
+FACTOR = 10  # of the longest that a phase has taken of late
+FIRST = 5  # times the least, while a phase has hardly been seen
+SEEN = 3  # durations before a phase is known
+GRACE = 5.0  # seconds for all ranks to say where they are
+ALARM, VERDICT = "alarm.json", "verdict.txt"
+
+
+class Watchdog:
+    """Watches while entered.
+
+    least: seconds without a sign of life below which nothing is ever wrong. A phase may take ten times the longest
+    that it has taken in its last 50 turns, and five times `least` at first.
+    """
+
+    def __init__(self, trace: Trace, least: float):
+        self.trace, self.least = trace, least
+        self.tick = min(1.0, least / 4)
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="sat_lora watchdog", daemon=True)
+        self._fallback = self._fatal = None
+
+    def __enter__(self) -> "Watchdog":
+        # A rank whose interpreter is stuck as a whole cannot run this thread: faulthandler's own then writes stacks.
+        self._fallback = open(file_of(self.trace.folder, self.trace.rank, ".stuck.txt"), "w")
+        if not faulthandler.is_enabled():
+            self._fatal = open(file_of(self.trace.folder, self.trace.rank, FATAL), "w")
+            faulthandler.enable(self._fatal)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._done.set()
+        self._thread.join()
+        faulthandler.cancel_dump_traceback_later()
+        self._fallback.close()
+        if self._fatal is not None:
+            faulthandler.disable()
+            self._fatal.close()
+
+    def limit(self, phase: str) -> float:
+        """Seconds that this phase may go without a sign of life."""
+        durations = self.trace.durations[phase]
+        if len(durations) < SEEN:
+            return FIRST * self.least
+        return max(self.least, FACTOR * max(durations))
+
+    def _watch(self) -> None:
+        beats, since, looked = self.trace.beats, time.monotonic(), time.monotonic()
+        while not self._done.wait(self.tick):
+            now = time.monotonic()
+            slept = now - looked > 5 * self.tick + 5  # the whole process was stopped, and its clock ran on
+            if self.trace.beats != beats or slept:
+                beats, since = self.trace.beats, now
+            looked, phase = now, self.trace.phase
+            limit = self.limit(phase)
+            faulthandler.dump_traceback_later(limit + 10 * self.tick, file=self._fallback)
+            expired = now - since > limit
+            if expired or (self.trace.folder / ALARM).exists():
+                self._end(dict(rank=self.trace.rank, phase=phase, waited=now - since, limit=limit))
+
+    def _end(self, alarm: dict) -> None:
+        """Does not come back."""
+        try:
+            speaks = _create(self.trace.folder / ALARM, json.dumps(alarm))
+            testify(self.trace.folder, self.trace.rank)
+            if speaks:
+                self._speak(alarm)
+            else:
+                self._wait_for(lambda: (self.trace.folder / VERDICT).exists(), 2 * GRACE)
+        except Exception:  # the process ends all the same, and this is its last word
+            traceback.print_exc()
+        finally:
+            sys.stderr.flush()
+            os._exit(STATUS)
+
+    def _speak(self, alarm: dict) -> None:
+        from sat_lora.doctor.verdict import verdict  # not needed by a run that is well
+
+        self._wait_for(self._all_have_testified, GRACE)
+        run = self.trace.folder.parent
+        note_who_lives(run)
+        text = verdict(run).text
+        intro = f"rank {alarm['rank']} gave no sign of life for {alarm['waited']:.0f} s in phase {alarm['phase']}"
+        text = f"watchdog: {intro} (limit {alarm['limit']:.0f} s)\n{text}\n"
+        sys.stderr.write(f"\n{text}stacks in {self.trace.folder}; more: sat-lora doctor --run {run}\n")
+        sys.stderr.flush()
+        replace_text(self.trace.folder / VERDICT, text)
+
+    def _all_have_testified(self) -> bool:
+        states = read_states(self.trace.folder.parent)
+        running = [state.rank for state in states if state.is_alive is not False and state.ended is None]
+        silent = [rank for rank in running if not has_testified(self.trace.folder, rank)]
+        return len(states) == self.trace.world_size and not silent
+
+    def _wait_for(self, condition, seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while time.monotonic() < end and not condition():
+            time.sleep(0.1)
+
+
+def _create(path: Path, text: str) -> bool:
+    """Whether this process is the one that made the file."""
+    with contextlib.suppress(FileExistsError), open(path, "x", encoding="utf-8") as file:
+        file.write(text)
+        return True
+    return False

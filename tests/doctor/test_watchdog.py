@@ -1,0 +1,38 @@
+"""Runs that hang or lose a rank: each ends by itself, and the verdict names code, rank and place."""
+
+import re
+
+import pytest
+
+from sat_lora.doctor.verdict import verdict
+from tests.doctor import faulty_runs
+from tests.doctor.faulty_runs import CULPRIT, LIMIT, STEP, run_faulty
+from tests.finetune_demo.test_finetune_cogvlm import options_for
+
+
+def told(fault, captchas, tmp_path, *more):
+    """(verdict afterwards, exit statuses, what was printed)."""
+    options = options_for(captchas, tmp_path, "--train-iters", "8", "--watchdog-limit", str(LIMIT), *more)
+    statuses, outputs = run_faulty(fault, options, tmp_path)
+    return verdict(tmp_path / "run"), statuses, "".join(outputs)
+
+
+@pytest.mark.parametrize(
+    "fault, code, place",
+    [
+        ("exception_in_a_loader", "rank-failed", "the disk of this machine is broken in fail .*faulty_runs"),
+        ("loader_that_sleeps", "stuck-in-data", "faulty_runs.py.*time.sleep"),
+        ("extra_collective", "collectives-differ", "faulty_runs.py.*all_reduce"),
+        ("killed_rank", "rank-gone", r"rank 1 \(process \d+ on"),
+        ("deadlock_in_a_hook", "stuck-in-code", "faulty_runs.py:.*action()"),
+        ("stopped_rank", "stuck-in-code", "interpreter is stuck as a whole"),
+        ("published_branching", "gradients-differ", "gradients arrived on rank 0 and not on rank 1: .*vision"),
+    ],
+)  # fmt: skip
+def test_a_planted_fault_ends_the_run_and_is_named(fault, code, place, captchas, tmp_path):
+    found, statuses, output = told(getattr(faulty_runs, fault), captchas, tmp_path, "--zero-stage", "2")
+    assert statuses[0] != 0
+    assert found.finding.code == code, (found, output[-3000:])
+    assert found.finding.ranks == (CULPRIT,) or code == "collectives-differ"
+    assert re.search(place, found.finding.seen), found.finding.seen
+    assert f"of step {STEP}" in found.text
