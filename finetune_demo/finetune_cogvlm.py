@@ -24,7 +24,9 @@ def main(argv: list[str] | None = None) -> int:
 
     try:
         if options.doctor:
-            return _diagnose(options)
+            from sat_lora.doctor.before_run import report
+
+            return report(options, make_data=lambda: _make_demo_data(options))
         world = finetune(options, make_data=lambda: _make_demo_data(options))
     except SatLoraError as error:
         if os.environ.get("RANK", "0") == "0":
@@ -38,19 +40,6 @@ def main(argv: list[str] | None = None) -> int:
         print(_what_next(options))
     stop()
     return 0
-
-
-def _diagnose(options) -> int:
-    """Print what the doctor finds, once; 1 if there is an error among it."""
-    from sat_lora.doctor.before_run import diagnose
-    from sat_lora.doctor.findings import as_text, has_errors
-    from sat_lora.training.distributed import stop
-
-    findings = diagnose(options, make_data=lambda: _make_demo_data(options))
-    if os.environ.get("RANK", "0") == "0":
-        print(as_text(findings), flush=True)
-    stop()
-    return 1 if has_errors(findings) else 0
 
 
 def _make_demo_data(options) -> None:

@@ -3,9 +3,9 @@
 import argparse
 import sys
 
-from sat_lora.commands import combine, export_adapter, import_adapter, inspect_adapter, merge
+from sat_lora.commands import combine, doctor, export_adapter, import_adapter, inspect_adapter, merge
 
-COMMANDS = (merge, export_adapter, import_adapter, inspect_adapter, combine)
+COMMANDS = (doctor, merge, export_adapter, import_adapter, inspect_adapter, combine)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -18,11 +18,14 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """The exit status: 0, 1 for a bad result, 2 for a mistake of the user."""
-    options = build_parser().parse_args(argv)
+    parser = build_parser()
+    options, options.more = parser.parse_known_args(argv)
+    if options.more and not getattr(options, "takes_more", False):
+        parser.error(f"unrecognized arguments: {' '.join(options.more)}")
     from sat_lora.errors import SatLoraError
 
     try:
-        return options.run(options) or 0
+        return options.run_command(options) or 0
     except SatLoraError as error:
         print(f"sat-lora {options.command}: error: {error}", file=sys.stderr)
         return 2

@@ -30,7 +30,7 @@ def add(commands) -> None:
     combine.add_argument(
         "--majority-sign", default="total", metavar="total|frequency", help="how ties elects signs, by default total"
     )
-    combine.set_defaults(run=run)
+    combine.set_defaults(run_command=run)
 
 
 def run(options: argparse.Namespace) -> None:

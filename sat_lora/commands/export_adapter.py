@@ -22,7 +22,7 @@ def add(commands) -> None:
         metavar="DIR",
         help="model folder of the base; needed for DoRA on some of q, k, v and for modules of which a part was trained",
     )
-    export.set_defaults(run=run)
+    export.set_defaults(run_command=run)
 
 
 def run(options: argparse.Namespace) -> None:

@@ -24,7 +24,7 @@ def add(commands) -> None:
         "was trained whole and is taken along",
     )
     take.add_argument("--lora-alpha", type=float, metavar="ALPHA", help="lora2: as in training, by default SAT's 1")
-    take.set_defaults(run=run)
+    take.set_defaults(run_command=run)
 
 
 def run(options: argparse.Namespace) -> None:

@@ -14,7 +14,7 @@ def add(commands) -> None:
     inspect.add_argument("path", metavar="PATH", help="adapter folder or run folder")
     inspect.add_argument("--json", action="store_true", help="everything, layer by layer, for programs")
     inspect.add_argument("--plot", metavar="PNG", help="bar chart of the delta norm per layer")
-    inspect.set_defaults(run=run)
+    inspect.set_defaults(run_command=run)
 
 
 def run(options: argparse.Namespace) -> None:

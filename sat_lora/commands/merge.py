@@ -28,7 +28,7 @@ def add(commands) -> None:
     merge.add_argument(
         "--verify", action="store_true", help="compare its logits with base and adapter; loads both whole"
     )
-    merge.set_defaults(run=run)
+    merge.set_defaults(run_command=run)
 
 
 def run(options: argparse.Namespace) -> int:

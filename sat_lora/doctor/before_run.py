@@ -14,17 +14,19 @@ from sat_lora.doctor.batches import has_labels, kinds_of
 from sat_lora.doctor.configuration import bucket_findings, configuration_findings, key_findings
 from sat_lora.doctor.data import batch_count_findings, data_findings, model_config_findings
 from sat_lora.doctor.examination import examine
-from sat_lora.doctor.findings import Finding, has_errors, joined
+from sat_lora.doctor.findings import Finding, as_text, has_errors, joined
+from sat_lora.doctor.findings import as_json as to_json
 from sat_lora.doctor.optimization import effect_findings, learning_rate_findings
 from sat_lora.errors import SatLoraError
 from sat_lora.optimizer_groups import set_learning_rate
 from sat_lora.placement import add_lora
 from sat_lora.sharding import gathered
 from sat_lora.training.deepspeed_file import file_problems, read_deepspeed_file
-from sat_lora.training.distributed import gather_lists, join
+from sat_lora.training.distributed import gather_lists, join, stop
 from sat_lora.training.engine import adapter_optimizer, start_engine
 from sat_lora.training.loss import answer_loss_sum, count_answer_tokens, sum_over_data_parallel
 from sat_lora.training.nonfinite import GradientWatch, held
+from sat_lora.training.notice import is_first_rank
 from sat_lora.training.optimizer_state import create_moments
 from sat_lora.training.preflight import option_problems
 from sat_lora.training.prepare import Setting, dataset_maker, load_base, model_seed, on_first_rank, prepare
@@ -48,6 +50,15 @@ def diagnose(options: Namespace, make_data: Callable[[], None] | None = None) ->
         return [*findings, *_diagnose_model(options, setting)]
     except SatLoraError as error:  # `together` lets every rank have it
         return [*findings, Finding(code="options", seen=str(error))]
+
+
+def report(options: Namespace, make_data: Callable[[], None] | None = None, *, as_json: bool = False) -> int:
+    """Print what `diagnose` finds, once; every rank has to call it. Gives the exit status: 1 for an error."""
+    findings = diagnose(options, make_data)
+    if is_first_rank():
+        print(to_json(findings) if as_json else as_text(findings), flush=True)
+    stop()
+    return 1 if has_errors(findings) else 0
 
 
 def _option_findings(options: Namespace, device: str) -> Iterator[Finding]:

@@ -58,10 +58,6 @@ class NoTrace:
     def follow(self, engine) -> None:
         pass
 
-    @contextmanager
-    def told(self) -> Iterator[None]:
-        yield
-
 
 NO_TRACE = NoTrace()
 
@@ -85,6 +81,7 @@ class Trace(NoTrace):
             process_started=process_started(os.getpid()),
             host=socket.gethostname(),
             argv=[sys.executable, *sys.argv],
+            cwd=os.getcwd(),
             modules=modules,
             parameters=parameters,
         )
@@ -175,6 +172,7 @@ class RankState:
     is_alive: bool | None
     """None: on another machine, so who knows."""
     argv: list[str]
+    cwd: str
     step: int
     micro_batch: int
     phase: str
@@ -232,6 +230,7 @@ def _read_state(file: Path, alive: dict[str, bool | None]) -> RankState:
         host=static["host"],
         is_alive=alive.get(str(static["rank"]), _is_alive(static)),
         argv=static["argv"],
+        cwd=static["cwd"],
         step=step,
         micro_batch=micro_batch,
         phase=PHASES[phase],

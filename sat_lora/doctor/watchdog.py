@@ -13,11 +13,13 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from sat_lora.atomic import replace_text
 from sat_lora.doctor.testimony import has_testified, testify
-from sat_lora.doctor.trace import FATAL, Trace, file_of, note_who_lives, read_states
+from sat_lora.doctor.trace import FATAL, NoTrace, Trace, file_of, folder_of, note_who_lives, read_states
 
 STATUS = 3  # of a process that the watchdog has ended
 FACTOR = 10  # of the longest that a phase has taken of late
@@ -118,6 +120,22 @@ class Watchdog:
         end = time.monotonic() + seconds
         while time.monotonic() < end and not condition():
             time.sleep(0.1)
+
+
+@contextmanager
+def watched(trace: NoTrace, least: float) -> Iterator[None]:
+    """Inside, a watchdog watches and the trace is told how it ends; nothing happens for one that keeps nothing."""
+    if not isinstance(trace, Trace):
+        yield
+        return
+    with trace.told(), Watchdog(trace, least):
+        yield
+
+
+def when_alarmed(run: str | Path) -> float | None:
+    """When a rank was found without a sign of life, in seconds since the epoch; None: never."""
+    path = folder_of(run) / ALARM
+    return path.stat().st_mtime if path.exists() else None
 
 
 def _create(path: Path, text: str) -> bool:

@@ -53,6 +53,7 @@ DEFAULTS = {
     "log_interval": 10,
     "doctor": False,
     "watchdog_limit": 120.0,
+    "replay": None,
     "shrink": None,  # then the doctor builds the whole model
     "mode": "finetune",
     "use_lora": True,

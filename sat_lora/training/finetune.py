@@ -3,12 +3,12 @@
 import gc
 from argparse import Namespace
 from collections.abc import Callable
-from contextlib import nullcontext
 
 import torch
 
+from sat_lora.doctor.replay import LIMIT, steps_to_replay
 from sat_lora.doctor.trace import NO_TRACE, NoTrace, Trace, clear
-from sat_lora.doctor.watchdog import Watchdog
+from sat_lora.doctor.watchdog import watched
 from sat_lora.placement import add_lora
 from sat_lora.summary import describe, describe_text
 from sat_lora.training.checkpoint import RunState, load_checkpoint
@@ -54,7 +54,11 @@ def finetune(options: Namespace, make_data: Callable[[], None] | None = None) ->
     trace.follow(engine)
     create_moments(engine)
     torch.manual_seed(options.seed + world.data_parallel_rank)  # dropout; the same on ranks that share a sample
-    state = together(load_checkpoint, engine, run.checkpoints, world) if options.resume else RunState()
+    if options.replay:
+        first, options.train_iters = steps_to_replay(options.replay)
+        state, valid_data, options.test_data = RunState(step=first - 1), None, None
+    else:
+        state = together(load_checkpoint, engine, run.checkpoints, world) if options.resume else RunState()
     run.forget_beyond(state.step)
     run.write_settings(
         options,
@@ -69,8 +73,7 @@ def finetune(options: Namespace, make_data: Callable[[], None] | None = None) ->
     )
     loader = data.training(state.step * options.gradient_accumulation_steps)
     valid = valid_data.validation() if valid_data else None
-    watchdog = Watchdog(trace, options.watchdog_limit) if isinstance(trace, Trace) else nullcontext()
-    with run, trace.told(), watchdog:
+    with run, watched(trace, LIMIT if options.replay else options.watchdog_limit):
         run.start(options.train_iters, state.step)
         train(engine, loader, valid, options, run, world, state, watch, dataset_size=data.samples, trace=trace)
     del engine, model, optimizer, loader

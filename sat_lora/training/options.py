@@ -20,7 +20,7 @@ from sat_lora.training.option_types import count, fraction, not_negative, positi
 from sat_lora.training.schedule import DECAY_STYLES
 
 # They belong to one start of a run.
-NOT_RESUMED = {"resume", "local_rank", "distributed_backend", "trust_checkpoint", "doctor", "shrink"}
+NOT_RESUMED = {"resume", "local_rank", "distributed_backend", "trust_checkpoint", "doctor", "shrink", "replay"}
 EXAMPLES = """examples:
   deepspeed finetune_cogvlm.py
   deepspeed finetune_cogvlm.py --from_pretrained cogvlm-base-490 --version base --train-data images/ --bf16 \\
@@ -163,6 +163,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add(checking, "--shrink", "check with the first N layers of each transformer alone", type=positive_int, metavar="N")
 
+    add(
+        checking,
+        "--replay",
+        "run the last step of a run again: for sat-lora doctor --replay",
+        metavar="RUN_FOLDER",
+    )
+
     add(compatible, "--mode", "no effect: this always fine-tunes", choices=["finetune"])
     add(compatible, "--use_lora", "no effect: LoRA is always on", **flag)
     add(compatible, "--resume-dataloader", "no effect: --resume always goes on at the next sample", **flag)
@@ -177,8 +184,8 @@ def parse_options(
 ) -> argparse.Namespace:
     """Every option with its value, plus `given` (names of those set by hand) and `run_folder`.
 
-    Values are JSON's types (paths are strings). With --resume, the settings of that run's `run.json` stand in for
-    what is not given. A mistake ends the process with status 2 and one line on rank 0.
+    Values are JSON's types (paths are strings). With --resume and --replay, the settings of that run's `run.json` stand
+    in for what is not given. A mistake ends the process with status 2 and one line on rank 0.
     """
     parser = build_parser()
     explicit = vars(parser.parse_args(argv))
@@ -188,11 +195,12 @@ def parse_options(
             "train; give one of them"
         )
     values, given = {**DEFAULTS, "local_rank": int(environ.get("LOCAL_RANK", 0))}, frozenset(explicit)
-    if "resume" in explicit:
+    source = next((name for name in ("replay", "resume") if name in explicit), None)
+    if source is not None:
         try:
-            stored = settings_of_run(explicit["resume"])
+            stored = settings_of_run(explicit[source])
         except (OSError, ValueError, KeyError, TypeError) as error:
-            parser.error(f"--resume: {explicit['resume']} is no run folder with a readable run.json: {error}")
+            parser.error(f"--{source}: {explicit[source]} is no run folder with a readable run.json: {error}")
         given |= frozenset(stored.pop("given"))
         values.update(stored)
     elif "from_pretrained" not in explicit:
@@ -205,6 +213,8 @@ def parse_options(
         values["epochs"] = None
     values.update(explicit)
     values["local_tokenizer"] = values["local_tokenizer"] or values["from_pretrained"]
+    if values["replay"]:
+        values["experiment_name"] = "replay"
     values["run_folder"] = values["resume"] or str(Path(values["save"] or "runs") / values["experiment_name"])
     return argparse.Namespace(**values, given=given)
 

@@ -1,0 +1,64 @@
+"""Everything that the ranks of a run have left in RUN/watchdog, read together."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from sat_lora.doctor.testimony import Collective, Place, Thread, has_testified, read_collectives, read_threads
+from sat_lora.doctor.trace import RankState, folder_of, read_states
+from sat_lora.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Rank:
+    """Everything that one rank has left."""
+
+    state: RankState
+    threads: list[Thread]
+    collectives: list[Collective]
+    has_testified: bool
+
+    @property
+    def number(self) -> int:
+        return self.state.rank
+
+    @property
+    def pending(self) -> Collective | None:
+        """Its last collective, if that is not known to be done."""
+        last = self.collectives[-1:]
+        return last[0] if last and not last[0].is_done else None
+
+    @property
+    def waits(self) -> bool:
+        """In a collective: by its stack, or because one that it has started on the GPU is not done."""
+        if any(thread.waits_in_collective for thread in self.threads):
+            return True
+        return self.pending is not None and self.pending.is_done is False
+
+    @property
+    def place(self) -> Place | None:
+        """Where its own code is: in the main thread, or in autograd's if that one only waits for it."""
+        main = next((thread for thread in self.threads if thread.is_main), None)
+        if main is not None and any("torch/autograd" in place.file for place in main.frames[:3]):
+            inner = [t for t in self.threads if not t.is_main and any("sat_lora" in p.file for p in t.frames)]
+            main = next(iter(inner), main)
+        return main.place if main is not None else None
+
+
+def read_ranks(run: str | Path) -> list[Rank]:
+    """ConfigError: the run has no watchdog files, or they cannot be read."""
+    folder = folder_of(run)
+    try:
+        ranks = [
+            Rank(
+                state,
+                read_threads(folder, state.rank),
+                read_collectives(folder, state.rank),
+                has_testified(folder, state.rank),
+            )
+            for state in read_states(run)
+        ]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"--run: the files in {folder} cannot be read: {error}") from error
+    if not ranks:
+        raise ConfigError(f"--run: {run} has no {folder.name}/rank_*.state; give the folder of a run with a watchdog")
+    return ranks

@@ -1,0 +1,74 @@
+"""A picture of one backward pass: when each gradient came, on every rank, and which did not come."""
+
+import os
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+
+from sat_lora.doctor.trace import RankState
+from sat_lora.errors import ConfigError
+
+COLOURS = ("#08519c", "#d94801", "#006d2c", "#6a51a3", "#a50f15", "#525252", "#c51b8a", "#01665e")
+
+
+def draw_timeline(states: Sequence[RankState], path: str | Path, now: float | None = None) -> None:
+    """Write a .png of the latest micro-batch in which a gradient came.
+
+    Across: seconds since the first one came. Upwards: the gradients, in their order on the rank that has the most.
+    Marked red: those that came on some ranks and not on another, and the time since the last one, up to `now` (seconds
+    since the epoch), when the run was found to hang. ConfigError: no gradient has come yet, or it cannot be written.
+    """
+    # Figure and canvas by hand: pyplot would keep global state and might ask for a display.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    moment = max(((one.step, one.micro_batch) for one in states if one.arrivals), default=None)
+    if moment is None:
+        raise ConfigError("--plot: no gradient had arrived when the run stopped, so there is nothing to draw")
+    shown = [one for one in states if (one.step, one.micro_batch) == moment]
+    order = arrival_order(shown)
+    start = min(when for one in shown for _, when in one.arrivals)
+    figure = Figure(figsize=(9, 5.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot(xlabel="seconds since the first gradient", ylabel="gradients, in order of arrival")
+    for one in shown:
+        points = [(when - start, order[name]) for name, when in one.arrivals]
+        label = f"rank {one.rank}: {len({name for name, _ in one.arrivals})} of {len(one.expected)}"
+        style = dict(color=COLOURS[one.rank % len(COLOURS)], markersize=4, linewidth=0.8, label=label)
+        axes.plot(*(zip(*points) if points else ([], [])), "o-", **style)
+    for one in shown:
+        for first, last in gaps(one, order):
+            axes.axhspan(first - 0.5, last + 0.5, color="#de2d26", alpha=0.12, linewidth=0)
+            words = f"rank {one.rank}: {last - first + 1} missing" if last > first else f"rank {one.rank}: 1 missing"
+            axes.annotate(words, (1, (first + last) / 2), xycoords=("axes fraction", "data"), ha="right", va="center",
+                          color="#a50f15", fontsize=8)  # fmt: skip
+    last_sign = max(one.last_sign for one in shown)
+    if now is not None and now > last_sign:
+        axes.axvspan(last_sign - start, now - start, color="#de2d26", alpha=0.06, linewidth=0)
+        axes.set_xlim(right=now - start)
+        axes.set_title(f"step {moment[0]}, micro-batch {moment[1]}: nothing for {now - last_sign:.1f} s", fontsize=10)
+    else:
+        axes.set_title(f"step {moment[0]}, micro-batch {moment[1]}", fontsize=10)
+    axes.legend(loc="lower right", fontsize=8)
+    path = Path(path)
+    draft = path.with_name(f".{path.name}.tmp-{os.getpid()}.png")
+    try:
+        figure.savefig(draft, dpi=120)
+        os.replace(draft, path)
+    except OSError as error:
+        raise ConfigError(f"--plot: {path} cannot be written: {error}") from error
+
+
+def arrival_order(states: Sequence[RankState]) -> dict[str, int]:
+    """A place for every gradient that came anywhere: as on the rank that has the most, then what others have."""
+    by_number = sorted(states, key=lambda one: -len(one.arrivals))
+    names = dict.fromkeys(name for one in by_number for name, _ in one.arrivals)
+    return {name: place for place, name in enumerate(names)}
+
+
+def gaps(one: RankState, order: dict[str, int]) -> list[tuple[int, int]]:
+    """Runs of places, (first, last), whose gradients came elsewhere and not on this rank."""
+    have = {name for name, _ in one.arrivals}
+    lacking = sorted(place for name, place in order.items() if name not in have)
+    runs = [[place for _, place in run] for _, run in groupby(enumerate(lacking), lambda pair: pair[1] - pair[0])]
+    return [(run[0], run[-1]) for run in runs]
