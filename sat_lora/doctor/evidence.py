@@ -1,5 +1,6 @@
 """Everything that the ranks of a run have left in RUN/watchdog, read together."""
 
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,7 +58,7 @@ def read_ranks(run: str | Path) -> list[Rank]:
             )
             for state in read_states(run)
         ]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, IndexError, struct.error) as error:
         raise ConfigError(f"--run: the files in {folder} cannot be read: {error}") from error
     if not ranks:
         raise ConfigError(f"--run: {run} has no {folder.name}/rank_*.state; give the folder of a run with a watchdog")

@@ -8,8 +8,8 @@ import faulthandler
 import json
 import linecache
 import pickle
+import re
 import sys
-import sysconfig
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,8 @@ from sat_lora.atomic import replace_text
 from sat_lora.doctor.trace import file_of
 
 STACKS, STACKS_TEXT, COLLECTIVES = ".stacks.json", ".stacks.txt", ".collectives.json"
-_OF_PACKAGES = ("site-packages", "dist-packages")
+# Of Python and of what is installed: by its form, since another machine may have its library elsewhere.
+_FOREIGN = re.compile(r"/(site|dist)-packages/|/lib(64)?/python3(\.\d+)?/")
 _WAITING = ("torch/distributed/distributed_c10d.py", "deepspeed/comm/torch.py", "deepspeed/comm/comm.py")
 
 
@@ -112,8 +113,7 @@ def own_place(frames) -> Place | None:
 def _is_foreign(file: str) -> bool:
     if "/sat_lora/" in file:  # ours, and it may be installed
         return "/sat_lora/doctor/" in file
-    library = sysconfig.get_paths()["stdlib"]
-    return file.startswith((library, "<")) or any(f"/{part}/" in file for part in _OF_PACKAGES)
+    return file.startswith("<") or _FOREIGN.search(file) is not None
 
 
 def _threads() -> list[dict]:

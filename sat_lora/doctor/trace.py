@@ -16,16 +16,16 @@ import struct
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
-import torch
 from torch import nn
 
+from sat_lora.adapter import LoraAdapter
 from sat_lora.atomic import replace_text
+from sat_lora.training.nonfinite import GradientWatch
 
 PHASES = ("start", "data", "forward", "backward", "reduce", "optimizer", "evaluate", "save", "end")
 FOLDER = "watchdog"
@@ -33,11 +33,11 @@ ALIVE, FATAL = "alive.json", ".fatal.txt"
 NONE = 0xFFFFFFFF  # no module or parameter yet
 REMEMBERED = 50  # durations of a phase, of which the longest counts: a slow first step is forgotten
 
-_HEAD = struct.Struct("<IIId")  # step, micro-batch, phase, when the phase began
-_MODULE = struct.Struct("<Id")  # the last one entered, and when
-_COUNT = struct.Struct("<I")  # of arrivals
+_TIMES = struct.Struct("<dd")  # when the phase began, and the last sign of life as far as the watchdog has looked
+_NUMBERS = struct.Struct("<5I")
+_STEP, _MICRO_BATCH, _PHASE, _MODULE, _COUNT = range(5)  # of the numbers: the last module entered, how many arrivals
 _ARRIVAL = struct.Struct("<Id")  # parameter, when
-_MODULE_AT, _COUNT_AT, _ARRIVALS_AT = 24, 40, 48
+_NUMBERS_AT, _ARRIVALS_AT = _TIMES.size, 48
 
 
 def folder_of(run: str | Path) -> Path:
@@ -63,13 +63,13 @@ NO_TRACE = NoTrace()
 
 
 class Trace(NoTrace):
-    """This rank's. Make it before `deepspeed.initialize`: ZeRO takes gradients away as they arrive.
+    """This rank's.
 
-    model: its modules and trainable parameters get hooks that note the last entered and every arrival. OSError: the
-    files cannot be made.
+    model: its modules get hooks that note the last one entered. watch: of that model, whose hooks tell the arrivals.
+    OSError: the files cannot be made.
     """
 
-    def __init__(self, run: str | Path, model: nn.Module, *, rank: int, world_size: int):
+    def __init__(self, run: str | Path, model: nn.Module, watch: GradientWatch, *, rank: int, world_size: int):
         self.folder, self.rank, self.world_size = folder_of(run), rank, world_size
         self.folder.mkdir(parents=True, exist_ok=True)
         modules = [name for name, _ in model.named_modules()]
@@ -91,21 +91,30 @@ class Trace(NoTrace):
         with open(file_of(self.folder, rank, ".state"), "w+b") as file:
             file.truncate(size)
             self._memory = mmap.mmap(file.fileno(), size)
-        self.beats = 0
-        """Grows with every sign of life."""
-        self.phase, self.step, self.micro_batch = PHASES[0], 0, 0
+        self._numbers = memoryview(self._memory)[_NUMBERS_AT : _NUMBERS_AT + _NUMBERS.size].cast("I")
+        self._numbers[_MODULE] = NONE
+        self._phases = 0
         self.durations = {phase: deque(maxlen=REMEMBERED) for phase in PHASES}
-        self._began, self._arrived = time.perf_counter(), 0
-        _MODULE.pack_into(self._memory, _MODULE_AT, NONE, 0.0)
-        self.at(self.phase)
-        self._attach(model)
-
-    def _attach(self, model: nn.Module) -> None:
+        self._began = time.perf_counter()
+        self.at(PHASES[0])
         for number, module in enumerate(model.modules()):
-            module.register_forward_pre_hook(partial(self._entered, number))
-        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        for number, parameter in enumerate(trainable):
-            parameter.register_hook(partial(self._arrival, number))
+            # Not dropout and the like, nor adapters: their layers stand for them, and every hook costs a microsecond.
+            if any(True for _ in module.parameters()) and not isinstance(module, LoraAdapter):
+                module.register_forward_pre_hook(_note_into(self._numbers, number))
+        watch.on_arrival = self._arrival
+
+    @property
+    def phase(self) -> str:
+        return PHASES[self._numbers[_PHASE]]
+
+    @property
+    def signs(self) -> tuple[int, int, int]:
+        """Differs whenever there was a sign of life since: a phase, a module or a gradient."""
+        return self._phases, self._numbers[_MODULE], self._numbers[_COUNT]
+
+    def seen_alive(self) -> None:
+        """The watchdog has seen a new sign."""
+        struct.pack_into("<d", self._memory, 8, time.time())
 
     def follow(self, engine) -> None:
         """Tell DeepSpeed's reduction after a backward pass from the pass itself."""
@@ -119,17 +128,18 @@ class Trace(NoTrace):
 
     def at(self, phase: str, *, step: int | None = None, micro_batch: int | None = None) -> None:
         """A phase begins. step: counted from 1. micro_batch: within the step, from 0."""
-        now = time.perf_counter()
+        now, numbers = time.perf_counter(), self._numbers
         self.durations[self.phase].append(now - self._began)
-        self.phase, self._began = phase, now
-        self.step = self.step if step is None else step
-        self.micro_batch = self.micro_batch if micro_batch is None else micro_batch
-        self.beats += 1
+        self._began = now
+        self._phases += 1
+        if step is not None:
+            numbers[_STEP] = step
+        if micro_batch is not None:
+            numbers[_MICRO_BATCH] = micro_batch
         if phase == "forward":
-            self._arrived = 0
-            _COUNT.pack_into(self._memory, _COUNT_AT, 0)
-        number = PHASES.index(phase)
-        _HEAD.pack_into(self._memory, 0, self.step, self.micro_batch, number, time.time())
+            numbers[_COUNT] = 0
+        numbers[_PHASE] = PHASES.index(phase)
+        _TIMES.pack_into(self._memory, 0, time.time(), time.time())
 
     @contextmanager
     def told(self) -> Iterator[None]:
@@ -149,16 +159,20 @@ class Trace(NoTrace):
         content = dict(error=text, frames=places, time=time.time())
         file_of(self.folder, self.rank, ".end.json").write_text(json.dumps(content), encoding="utf-8")
 
-    def _entered(self, number: int, module, args) -> None:
-        self.beats += 1
-        _MODULE.pack_into(self._memory, _MODULE_AT, number, time.time())
+    def _arrival(self, number: int) -> None:
+        count = self._numbers[_COUNT]
+        if count < self._most:
+            _ARRIVAL.pack_into(self._memory, _ARRIVALS_AT + count * _ARRIVAL.size, number, time.time())
+            self._numbers[_COUNT] = count + 1
 
-    def _arrival(self, number: int, gradient: torch.Tensor) -> None:
-        self.beats += 1
-        if self._arrived < self._most:
-            _ARRIVAL.pack_into(self._memory, _ARRIVALS_AT + self._arrived * _ARRIVAL.size, number, time.time())
-            self._arrived += 1
-            _COUNT.pack_into(self._memory, _COUNT_AT, self._arrived)
+
+def _note_into(numbers: memoryview, number: int) -> Callable[[nn.Module, tuple], None]:
+    """A hook as cheap as it gets: it runs for every module in every pass."""
+
+    def entered(module, args):
+        numbers[_MODULE] = number
+
+    return entered
 
 
 @dataclass(frozen=True)
@@ -179,7 +193,8 @@ class RankState:
     phase_began: float
     module: str | None
     """The last one entered."""
-    module_entered: float
+    last_seen: float
+    """When the watchdog last saw a sign of life, which may be a little later."""
     arrivals: list[tuple[str, float]]
     """Gradients of the present micro-batch: parameter, when."""
     expected: list[str]
@@ -197,7 +212,7 @@ class RankState:
 
     @property
     def last_sign(self) -> float:
-        return max(self.phase_began, self.module_entered, *(when for _, when in self.arrivals[-1:]), 0.0)
+        return max(self.phase_began, self.last_seen, *(when for _, when in self.arrivals[-1:]))
 
 
 def read_states(run: str | Path) -> list[RankState]:
@@ -216,9 +231,8 @@ def note_who_lives(run: str | Path) -> None:
 def _read_state(file: Path, alive: dict[str, bool | None]) -> RankState:
     static = json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))
     data = file.read_bytes()
-    step, micro_batch, phase, began = _HEAD.unpack_from(data, 0)
-    module, entered = _MODULE.unpack_from(data, _MODULE_AT)
-    (count,) = _COUNT.unpack_from(data, _COUNT_AT)
+    began, last_seen = _TIMES.unpack_from(data, 0)
+    step, micro_batch, phase, module, count = _NUMBERS.unpack_from(data, _NUMBERS_AT)
     arrivals = [_ARRIVAL.unpack_from(data, _ARRIVALS_AT + n * _ARRIVAL.size) for n in range(count)]
     end = file_of(file.parent, static["rank"], ".end.json")
     fatal, fatal_frames = _read_fatal(file_of(file.parent, static["rank"], FATAL))
@@ -236,7 +250,7 @@ def _read_state(file: Path, alive: dict[str, bool | None]) -> RankState:
         phase=PHASES[phase],
         phase_began=began,
         module=None if module == NONE else static["modules"][module],
-        module_entered=entered,
+        last_seen=last_seen,
         arrivals=[(static["parameters"][number], when) for number, when in arrivals],
         expected=static["parameters"],
         error=ending.get("error"),

@@ -69,12 +69,13 @@ class Watchdog:
         return max(self.least, FACTOR * max(durations))
 
     def _watch(self) -> None:
-        beats, since, looked = self.trace.beats, time.monotonic(), time.monotonic()
+        signs, since, looked = self.trace.signs, time.monotonic(), time.monotonic()
         while not self._done.wait(self.tick):
             now = time.monotonic()
             slept = now - looked > 5 * self.tick + 5  # the whole process was stopped, and its clock ran on
-            if self.trace.beats != beats or slept:
-                beats, since = self.trace.beats, now
+            if self.trace.signs != signs or slept:
+                signs, since = self.trace.signs, now
+                self.trace.seen_alive()
             looked, phase = now, self.trace.phase
             limit = self.limit(phase)
             faulthandler.dump_traceback_later(limit + 10 * self.tick, file=self._fallback)

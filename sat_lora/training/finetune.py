@@ -48,8 +48,8 @@ def finetune(options: Namespace, make_data: Callable[[], None] | None = None) ->
     optimizer = adapter_optimizer(
         model, lr=options.lr, weight_decay=options.weight_decay, betas=tuple(options.betas), eps=options.eps
     )
-    watch = None if options.fp16 else GradientWatch(model, world.device)  # fp16: DeepSpeed's loss scaling watches
-    trace = _trace(options, run, world, model)
+    watch = GradientWatch(model, world.device, looks=not options.fp16)  # fp16: DeepSpeed's loss scaling looks
+    trace = _trace(options, run, world, model, watch)
     engine = start_engine(model, optimizer, setting.engine, seed=model_seed(options))
     trace.follow(engine)
     create_moments(engine)
@@ -83,12 +83,12 @@ def finetune(options: Namespace, make_data: Callable[[], None] | None = None) ->
     return world
 
 
-def _trace(options: Namespace, run: RunFolder, world: World, model: torch.nn.Module) -> NoTrace:
+def _trace(options: Namespace, run: RunFolder, world: World, model: torch.nn.Module, watch: GradientWatch) -> NoTrace:
     """This rank's; what an earlier start has left goes. Every rank has to call it."""
     on_first_rank(lambda: clear(run.path))
     if options.watchdog_limit == 0:
         return NO_TRACE
-    return Trace(run.path, model, rank=world.rank, world_size=world.size)
+    return Trace(run.path, model, watch, rank=world.rank, world_size=world.size)
 
 
 def _evaluate(options: Namespace, world: World, run: RunFolder) -> None:

@@ -24,17 +24,24 @@ class GradientWatch:
     """Notices a gradient of a trainable parameter that is not finite, on the device and without waiting for it.
 
     Make it before `deepspeed.initialize`: ZeRO takes gradients away as they arrive. `flag` is a bool tensor.
+    looks: False leaves the flag alone and only tells of arrivals.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device):
+    def __init__(self, model: nn.Module, device: torch.device, *, looks: bool = True):
         self.flag = torch.zeros((), dtype=torch.bool, device=device)
+        self.looks = looks
         self.listener: Callable[[str, torch.Tensor], None] | None = None
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                parameter.register_hook(partial(self._look, name))
+        self.on_arrival: Callable[[int], None] | None = None
+        """Called with the parameter's number among those that train."""
+        trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+        for number, (name, parameter) in enumerate(trained):
+            parameter.register_hook(partial(self._arrived, number, name))
 
-    def _look(self, name: str, gradient: torch.Tensor) -> None:
-        self.flag |= ~gradient.isfinite().all()
+    def _arrived(self, number: int, name: str, gradient: torch.Tensor) -> None:
+        if self.on_arrival is not None:
+            self.on_arrival(number)
+        if self.looks:
+            self.flag |= ~gradient.isfinite().all()
         if self.listener is not None:
             self.listener(name, gradient)
 

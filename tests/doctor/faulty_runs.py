@@ -5,10 +5,12 @@ Every fault begins at the third step, on rank 1.
 
 import importlib.util
 import os
+import random
 import signal
 import sys
 import threading
 import time
+import types
 
 import torch
 
@@ -39,8 +41,17 @@ def once_at_the_step(action):
 # Faults. Each is called before the run begins, on every rank.
 
 
-def none():
-    pass
+def jitter():
+    """No fault: every batch takes 5 to 15 ms more, on every rank by itself."""
+    from sat_lora.training import loop
+
+    islice, chance = loop.itertools.islice, random.Random(os.environ["RANK"])
+
+    def late(*args):
+        time.sleep(chance.uniform(0.005, 0.015))
+        return islice(*args)
+
+    loop.itertools = types.SimpleNamespace(islice=late)
 
 
 def exception_in_a_loader():
@@ -59,14 +70,12 @@ def before_each_batch(action):
 
     islice, count = loop.itertools.islice, once_at_the_step(action)
 
-    class Itertools:
-        @staticmethod
-        def islice(*args):
-            if is_culprit():
-                count()
-            return islice(*args)
+    def after_action(*args):
+        if is_culprit():
+            count()
+        return islice(*args)
 
-    loop.itertools = Itertools
+    loop.itertools = types.SimpleNamespace(islice=after_action)
 
 
 def extra_collective():

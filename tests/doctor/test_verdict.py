@@ -1,0 +1,85 @@
+"""The verdict from evidence that no CPU run gives: NCCL's pending collectives and log lines."""
+
+import json
+
+import pytest
+import torch
+
+from sat_lora.doctor.evidence import read_ranks
+from sat_lora.doctor.nccl_log import read_timeouts
+from sat_lora.doctor.testimony import COLLECTIVES, STACKS
+from sat_lora.doctor.trace import ALIVE, Trace, file_of, folder_of
+from sat_lora.doctor.verdict import verdict
+from sat_lora.errors import ConfigError
+from sat_lora.training.nonfinite import GradientWatch
+
+STEP_PY = "/home/me/sat_lora/training/step.py"
+SYNC = [[STEP_PY, 70, "train_step", "loss = total.item()"]]
+IN_A_HOOK = [["/usr/lib/python3/threading.py", 1, "wait", ""], ["/home/me/mine.py", 8, "hook", "event.wait()"]]
+IN_AUTOGRAD = [["/x/site-packages/torch/autograd/graph.py", 1, "_engine_run_backward", ""], *SYNC]
+
+
+def leave(run, rank, phase, threads, collectives, arrivals=0):
+    """What a rank of two leaves; threads: (name, is main, frames); collectives: (number, operation, sizes, done)."""
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    watch = GradientWatch(model, torch.device("cpu"))
+    trace = Trace(run, model, watch, rank=rank, world_size=2)
+    trace.at("forward", step=5)
+    trace.at(phase)
+    for number in range(arrivals):
+        trace._arrival(number)
+    folder = folder_of(run)
+    (folder / ALIVE).write_text('{"0": true, "1": true}')
+    entries = [dict(name=name, main=main, frames=frames) for name, main, frames in threads]
+    file_of(folder, rank, STACKS).write_text(json.dumps(entries))
+    keys = ("number", "operation", "sizes", "is_done")
+    found = [{"group": "0 default_pg", "place": None, **dict(zip(keys, one))} for one in collectives]
+    file_of(folder, rank, COLLECTIVES).write_text(json.dumps(found))
+
+
+REDUCED, WAITING = (7, "nccl:all_reduce", "4096", True), (8, "nccl:all_reduce", "4096", False)
+
+
+def test_on_a_gpu_the_rank_without_a_pending_collective_is_the_one(tmp_path):
+    leave(tmp_path, 0, "reduce", [("MainThread", True, SYNC)], [REDUCED, WAITING])
+    threads = [("MainThread", True, IN_AUTOGRAD), ("autograd", False, [*IN_A_HOOK, [STEP_PY, 1, "backward", ""]])]
+    leave(tmp_path, 1, "backward", threads, [REDUCED], arrivals=2)
+    found = verdict(tmp_path)
+    assert (found.finding.code, found.finding.ranks) == ("stuck-in-code", (1,))
+    assert "hook (/home/me/mine.py:8): event.wait()" in found.text
+    assert "2 of 4 gradients had come, the last 0.bias" in found.text
+
+
+def test_the_first_collective_that_differs_is_named(tmp_path):
+    gathered = (8, "nccl:all_gather", "512", False)
+    leave(tmp_path, 0, "reduce", [("MainThread", True, SYNC)], [REDUCED, WAITING])
+    leave(tmp_path, 1, "reduce", [("MainThread", True, SYNC)], [REDUCED, gathered])
+    found = verdict(tmp_path).finding
+    assert (found.code, found.ranks) == ("collectives-differ", (0, 1))
+    assert "collective 8" in found.seen
+    assert "nccl:all_gather of 512 on rank 1 and nccl:all_reduce of 4096 on rank 0" in found.seen
+
+
+def test_ranks_that_wait_for_the_same_are_called_a_hang(tmp_path):
+    for rank in (0, 1):
+        leave(tmp_path, rank, "reduce", [("MainThread", True, SYNC)], [REDUCED, WAITING])
+    log = tmp_path / "out.log"
+    line = (
+        "[rank1]:[E1 ProcessGroupNCCL.cpp:632] [Rank 1] Watchdog caught collective operation timeout: "
+        "WorkNCCL(SeqNum=8, OpType=ALLREDUCE, NumelIn=4096, NumelOut=4096, Timeout(ms)=600000) ran for 600029 milliseconds before timing "
+        "out.\n"
+    )
+    log.write_text(line * 3)
+    found = verdict(tmp_path, [log])
+    assert found.finding.code == "hang"
+    assert found.text.count("NCCL: rank 1 waited 600 s for collective 8, ALLREDUCE of 4,096 elements") == 1
+
+
+def test_a_log_that_is_not_there_and_files_that_are_cut_are_mistakes(tmp_path):
+    with pytest.raises(ConfigError, match="--log: .*nowhere cannot be read"):
+        read_timeouts([tmp_path / "nowhere"])
+    leave(tmp_path, 0, "reduce", [], [])
+    state = file_of(folder_of(tmp_path), 0, ".state")
+    state.write_bytes(state.read_bytes()[:7])
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_ranks(tmp_path)
