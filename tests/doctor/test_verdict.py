@@ -66,8 +66,8 @@ def test_ranks_that_wait_for_the_same_are_called_a_hang(tmp_path):
     log = tmp_path / "out.log"
     line = (
         "[rank1]:[E1 ProcessGroupNCCL.cpp:632] [Rank 1] Watchdog caught collective operation timeout: "
-        "WorkNCCL(SeqNum=8, OpType=ALLREDUCE, NumelIn=4096, NumelOut=4096, Timeout(ms)=600000) ran for 600029 milliseconds before timing "
-        "out.\n"
+        "WorkNCCL(SeqNum=8, OpType=ALLREDUCE, NumelIn=4096, NumelOut=4096, Timeout(ms)=600000) "
+        "ran for 600029 milliseconds before timing out.\n"
     )
     log.write_text(line * 3)
     found = verdict(tmp_path, [log])
