@@ -14,6 +14,11 @@ HERE = Path(__file__).resolve().parent
 
 
 def main(argv: list[str] | None = None) -> int:
+    if "--doctor" in (sys.argv[1:] if argv is None else argv):
+        from sat_lora.doctor.packages import report_missing
+
+        if report_missing():
+            return 1
     from sat_lora.errors import SatLoraError
     from sat_lora.training.options import parse_options
 

@@ -52,6 +52,10 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _before(options: argparse.Namespace) -> int:
+    from sat_lora.doctor.packages import report_missing
+
+    if report_missing():
+        return 1
     from sat_lora.doctor.before_run import report
     from sat_lora.doctor.replay import gloo_ranks
     from sat_lora.training.options import parse_options

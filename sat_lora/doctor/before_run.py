@@ -11,8 +11,10 @@ from collections.abc import Callable, Iterator
 import torch
 
 from sat_lora.doctor.batches import has_labels, kinds_of
+from sat_lora.doctor.collectives import collective_times
 from sat_lora.doctor.configuration import bucket_findings, configuration_findings, key_findings
 from sat_lora.doctor.data import batch_count_findings, data_findings, model_config_findings
+from sat_lora.doctor.environment import collective_findings, environment_findings
 from sat_lora.doctor.examination import examine
 from sat_lora.doctor.findings import Finding, as_text, has_errors, joined
 from sat_lora.doctor.findings import as_json as to_json
@@ -40,6 +42,9 @@ SAMPLES = 256  # of the training data that each rank looks at
 def diagnose(options: Namespace, make_data: Callable[[], None] | None = None) -> list[Finding]:
     """The findings of all ranks, the same on every rank; each has to call it. `make_data` as in `finetune`."""
     device = join(options.distributed_backend)
+    broken = collective_findings()
+    if broken:
+        return broken  # what follows would wait for every rank
     on_first_rank(make_data)
     findings = [*configuration_findings(options, os.environ, device.type), *_option_findings(options, device.type)]
     findings = joined(gather_lists([findings]))
@@ -47,6 +52,9 @@ def diagnose(options: Namespace, make_data: Callable[[], None] | None = None) ->
         return findings
     try:
         setting = prepare(options)
+        findings += environment_findings(options, setting.world, setting.lora)
+        if any(one.code == "collective" for one in findings):
+            return findings
         return [*findings, *_diagnose_model(options, setting)]
     except SatLoraError as error:  # `together` lets every rank have it
         return [*findings, Finding(code="options", seen=str(error))]
@@ -55,8 +63,12 @@ def diagnose(options: Namespace, make_data: Callable[[], None] | None = None) ->
 def report(options: Namespace, make_data: Callable[[], None] | None = None, *, as_json: bool = False) -> int:
     """Print what `diagnose` finds, once; every rank has to call it. Gives the exit status: 1 for an error."""
     findings = diagnose(options, make_data)
+    broken = any(finding.code == "collective" for finding in findings)
+    times = "" if broken else collective_times()
     if is_first_rank():
-        print(to_json(findings) if as_json else as_text(findings), flush=True)
+        print(to_json(findings) if as_json else "\n\n".join(filter(None, [times, as_text(findings)])), flush=True)
+    if broken:
+        os._exit(1)  # to leave a group that does not answer takes as long as to wait for it
     stop()
     return 1 if has_errors(findings) else 0
 

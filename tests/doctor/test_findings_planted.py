@@ -1,0 +1,187 @@
+"""Faults that no other test here plants: each is found, at its place and on its ranks."""
+
+import json
+from argparse import Namespace
+
+import pytest
+import torch
+
+from sat_lora import LoraConfig, add_lora
+from sat_lora.cogvlm import experts
+from sat_lora.doctor.batches import kinds_of
+from sat_lora.doctor.before_run import diagnose
+from sat_lora.doctor.configuration import bucket_findings, precision_findings
+from sat_lora.doctor.data import batch_count_findings, data_findings
+from sat_lora.doctor.examination import examine
+from sat_lora.doctor.trained_set import trained_set_findings
+from sat_lora.placement import adapters_of
+from sat_lora.training.distributed import arrange, join
+from sat_lora.training.options import parse_options
+from tests.distributed.ranks import run_ranks
+from tests.doctor.test_before_run import BASE
+from tests.doctor.test_examination import batches_of, loss_of, tiny, told
+from tests.finetune_demo.test_finetune_cogvlm import options_for
+from tests.tiny import fill_adapters, tiny_batch, tiny_model
+
+VIT_MLP = "mixins.eva.vit_model.transformer.layers.1.mlp.dense_h_to_4h"
+
+
+def adapted(**fields):
+    model = tiny_model().train()
+    add_lora(model, LoraConfig(r=4, **fields))
+    return model
+
+
+def examined(model, optimizer=None):
+    return examine(model, {"images": tiny_batch((True, False))}, loss_of, optimizer=optimizer)
+
+
+# What trains
+
+
+def test_a_part_of_the_base_that_trains_unasked_for_is_found(single_process_group):
+    model = adapted(target_modules=["language-mlp"])
+    for name, parameter in model.named_parameters():  # as CogVLM's published script chooses, by substring
+        if "vit_model" in name and "mlp" in name:
+            parameter.requires_grad_()
+    (finding,) = trained_set_findings(model)
+    assert finding.code == "trainable-set" and "trains, unasked for, and 7 more" in finding.seen
+    assert finding.parameter.startswith("mixins.eva.vit_model.transformer.layers.0.mlp.")
+
+
+def test_an_adapter_that_is_frozen_is_found(single_process_group):
+    model = adapted()
+    adapter = adapters_of(model)["transformer.layers.1.mlp.dense_4h_to_h"]
+    adapter.B.requires_grad_(False)
+    (finding,) = trained_set_findings(model)
+    assert finding.code == "trainable-set" and "does not train" in finding.seen
+    assert finding.parameter.endswith("layers/1/mlp/dense_4h_to_h.B")
+
+
+def test_a_tower_of_which_nothing_is_left_is_found(single_process_group):
+    model = adapted(target_modules=["vit-mlp", "language-mlp"], exclude_modules=["vit-mlp"])
+    (finding,) = trained_set_findings(model)
+    assert (finding.code, finding.option) == ("tower-not-adapted", "--target_modules")
+    assert finding.seen.startswith("vit-mlp was asked for")
+
+
+def test_an_adapter_of_another_dtype_is_found(single_process_group):
+    model = adapted()
+    adapters_of(model)[VIT_MLP].to(torch.bfloat16)
+    (finding,) = trained_set_findings(model)
+    assert (finding.code, finding.module) == ("dtype-or-device", VIT_MLP)
+    assert "is torch.bfloat16 on cpu, wanted torch.float32 on cpu" in finding.seen
+
+
+def test_a_fresh_adapter_that_changes_something_is_found(single_process_group):
+    model = adapted()
+    fill_adapters(model, seed=1)  # as the initial values that SAT's skip_init leaves in B
+    (finding,) = examined(model)
+    assert finding.code == "fresh-adapter" and "with the base alone" in finding.seen
+
+
+@pytest.mark.parametrize("fault", ["lacks", "twice", "frozen"])
+def test_an_optimizer_that_holds_something_else_than_trains_is_found(fault, single_process_group):
+    model = adapted()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = {
+        "lacks": [{"params": trained[1:]}],
+        "twice": [{"params": trained}],
+        "frozen": [{"params": [*trained, next(p for p in model.parameters() if not p.requires_grad)]}],
+    }[fault]
+    optimizer = torch.optim.AdamW(groups)
+    if fault == "twice":  # torch refuses it when it is made, not afterwards
+        optimizer.param_groups.append({**optimizer.param_groups[0], "params": trained[:1]})
+    words = {"lacks": "does not hold it", "twice": "more than once", "frozen": "1 parameters that do not train"}
+    finding = next(one for one in examined(model, optimizer) if one.code == "optimizer-holds")
+    assert words[fault] in finding.seen
+
+
+# Gradients and model parallelism
+
+
+def experts_in_another_order():
+    """Rank 1 runs the language expert first, so that backward comes to the vision expert first."""
+    world = arrange(join())
+    model = tiny(world)
+    if world.rank == 1:
+
+        def route(routing, vision, language, x):
+            flat = x.reshape(-1, x.shape[-1])
+            of_language = language(flat[routing.language])
+            of_vision = vision(flat[routing.vision])
+            output = of_language.new_zeros(len(flat), of_language.shape[-1])
+            output = output.index_copy(0, routing.language, of_language)
+            return output.index_copy(0, routing.vision, of_vision).view(*x.shape[:-1], -1)
+
+        experts.route = route
+    return told(examine(model, batches_of(world), loss_of, bucket_size=1000))
+
+
+def test_gradients_in_another_order_on_one_rank_are_found():
+    for found in run_ranks(experts_in_another_order, 2):
+        assert {code for code, *_ in found} == {"gradient-order"}
+        assert found[0][1] == (0, 1) and "mixins/mlp/vision_dense_4h_to_h_list/1" in found[0][3]
+
+
+def one_replica_changed():
+    world = arrange(join(), 2)
+    model = tiny(world, model_parallel_size=2)
+    norm = model.get_submodule("transformer.layers.1.input_layernorm")
+    if world.rank == 1:
+        with torch.no_grad():
+            norm.weight[3] += 1e-3
+    return told(examine(model, kinds_of(tiny_batch((True, False))), loss_of))
+
+
+def test_a_replica_that_has_drifted_is_found():
+    for found in run_ranks(one_replica_changed, 2):
+        assert ("replicas-differ", (0, 1), None, "transformer.layers.1.input_layernorm.weight") in found
+
+
+# Configuration
+
+
+def codes_told(arguments):
+    return [(one.code, one.seen, one.where) for one in diagnose(parse_options(arguments))]
+
+
+def test_a_key_that_deepspeed_does_not_know_is_found(captchas, tmp_path):
+    path = tmp_path / "deepspeed.json"
+    path.write_text(json.dumps({"gradient_clippin": 0.1, "zero_optimization": {"stage": 2}}))
+    (found,) = run_ranks(codes_told, 1, options_for(captchas, tmp_path, "--deepspeed_config", str(path)))
+    code, seen, where = found[0]
+    assert code == "unknown-key" and '"gradient_clipping"' in seen and "deepspeed.json" in where
+
+
+def test_float16_of_a_checkpoint_with_another_range_is_found():
+    options = Namespace(bf16=False, fp16=True, from_pretrained=str(BASE), trust_checkpoint=False)
+    (finding,) = precision_findings(options, "cpu")
+    assert (finding.code, finding.option) == ("precision", "--fp16")
+    assert "and the run takes float16, which ends at 65,504" in finding.seen
+
+
+def test_buckets_far_larger_than_what_trains_are_found():
+    engine = {"zero_optimization": {"stage": 2, "reduce_bucket_size": 500_000_000, "overlap_comm": True}}
+    (finding,) = bucket_findings(engine, trained=50_000_000, itemsize=2)
+    assert finding.code == "bucket-size" and finding.seen.endswith("50,000,000 elements train: 1.9 GiB of buffers")
+    assert bucket_findings(engine, trained=400_000_000, itemsize=2) == []
+
+
+# Data
+
+
+def test_samples_without_a_label_are_found():
+    batch = {**tiny_batch((True, False)), "lengths": torch.tensor([20, 20]), "left_out": torch.tensor([0, 0])}
+    settings = dict(image_length=9, max_length=20, max_broken_share=0.05)
+    assert data_findings([batch], **settings) == []
+    batch["labels"][1] = -100
+    (finding,) = data_findings([batch], **settings)
+    assert finding.code == "no-labels" and finding.seen == "1 of 2 samples looked at have no label"
+
+
+def test_a_rank_with_fewer_batches_is_found():
+    assert batch_count_findings([3, 3], "validation data") == []
+    (finding,) = batch_count_findings([3, 2, 3], "validation data")
+    assert (finding.code, finding.ranks) == ("unequal-batches", (1,))
+    assert finding.seen == "batches of validation data: rank 0 3, rank 1 2, rank 2 3"
