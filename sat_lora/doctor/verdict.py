@@ -227,9 +227,9 @@ def _paragraph(found: Finding, ranks: Sequence[Rank], timeouts: Sequence[LoggedT
 
 
 def _where(one: Rank) -> str:
-    """Phase, step and how long ago, with the last module and gradient."""
+    """Phase, step and time, with the last module and gradient."""
     state = one.state
-    words = f"{_moment(one)}, {_ago(state.last_sign)}"
+    words = f"{_clock(state.last_sign)} {_moment(one)}"
     if state.module and state.phase in ("forward", "backward", "evaluate"):
         words += f"; the last module that it entered is {state.module}"
     if state.phase in ("backward", "reduce") and state.arrivals:
@@ -244,7 +244,7 @@ def _moment(one: Rank) -> str:
 
 
 def _at(one: Rank) -> str:
-    return f"rank {one.number}: {_moment(one)}, {_ago(one.state.last_sign)}"
+    return f"rank {one.number}: {_moment(one)}, last seen {_clock(one.state.last_sign)}"
 
 
 def _doing(one: Rank) -> str:
@@ -287,8 +287,8 @@ def _numbers(numbers: Sequence[int]) -> str:
     return f"rank {numbers[0]}" if len(numbers) == 1 else f"ranks {', '.join(map(str, numbers))}"
 
 
-def _ago(when: float) -> str:
-    return f"{max(0.0, time.time() - when):.0f} s ago"
+def _clock(when: float) -> str:
+    return time.strftime("at %H:%M:%S", time.localtime(when))
 
 
 def _capital(text: str) -> str:
