@@ -86,6 +86,11 @@ def killed_rank():
     in_layer_1(lambda: os.kill(os.getpid(), signal.SIGKILL))
 
 
+def bus_error():
+    """What a full /dev/shm gives."""
+    in_layer_1(lambda: os.kill(os.getpid(), signal.SIGBUS))
+
+
 def deadlock_in_a_hook():
     lock = threading.Lock()
     lock.acquire()

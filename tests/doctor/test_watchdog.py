@@ -10,10 +10,10 @@ from tests.doctor.faulty_runs import CULPRIT, LIMIT, STEP, run_faulty
 from tests.finetune_demo.test_finetune_cogvlm import options_for
 
 
-def told(fault, captchas, tmp_path, *more):
+def told(fault, captchas, tmp_path, *more, ranks=2):
     """(verdict afterwards, exit statuses, what was printed)."""
     options = options_for(captchas, tmp_path, "--train-iters", "8", "--watchdog-limit", str(LIMIT), *more)
-    statuses, outputs = run_faulty(fault, options, tmp_path)
+    statuses, outputs = run_faulty(fault, options, tmp_path, ranks=ranks)
     return verdict(tmp_path / "run"), statuses, "".join(outputs)
 
 
@@ -24,6 +24,7 @@ def told(fault, captchas, tmp_path, *more):
         ("loader_that_sleeps", "stuck-in-data", "faulty_runs.py.*time.sleep"),
         ("extra_collective", "collectives-differ", "faulty_runs.py.*all_reduce"),
         ("killed_rank", "rank-gone", r"rank 1 \(process \d+ on"),
+        ("bus_error", "rank-gone", r"is gone: Bus error in <lambda> \(.*faulty_runs.py"),
         ("deadlock_in_a_hook", "stuck-in-code", "faulty_runs.py:.*action()"),
         ("stopped_rank", "stuck-in-code", "interpreter is stuck as a whole"),
         ("published_branching", "gradients-differ", "gradients arrived on rank 0 and not on rank 1: .*vision"),
@@ -36,3 +37,21 @@ def test_a_planted_fault_ends_the_run_and_is_named(fault, code, place, captchas,
     assert found.finding.ranks == (CULPRIT,) or code == "collectives-differ"
     assert re.search(place, found.finding.seen), found.finding.seen
     assert f"of step {STEP}" in found.text
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize(
+    "fault, code",
+    [
+        ("loader_that_sleeps", "stuck-in-data"),
+        ("deadlock_in_a_hook", "stuck-in-code"),
+        ("killed_rank", "rank-gone"),
+        ("extra_collective", "collectives-differ"),
+        ("exception_in_a_loader", "rank-failed"),
+    ],
+)
+@pytest.mark.parametrize("layout", [("--model-parallel-size", "2", "--zero-stage", "1"), ("--zero-stage", "3")])
+def test_four_ranks_in_other_layouts_end_and_the_one_is_named(fault, code, layout, captchas, tmp_path):
+    found, statuses, output = told(getattr(faulty_runs, fault), captchas, tmp_path, *layout, ranks=4)
+    assert all(status != 0 for status in statuses)
+    assert (found.finding.code, found.finding.ranks) == (code, (CULPRIT,)), (found, output[-3000:])
