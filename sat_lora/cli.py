@@ -3,9 +3,9 @@
 import argparse
 import sys
 
-from sat_lora.commands import combine, doctor, export_adapter, import_adapter, inspect_adapter, merge
+from sat_lora.commands import combine, doctor, estimate, export_adapter, import_adapter, inspect_adapter, merge
 
-COMMANDS = (doctor, merge, export_adapter, import_adapter, inspect_adapter, combine)
+COMMANDS = (doctor, estimate, merge, export_adapter, import_adapter, inspect_adapter, combine)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -18,6 +18,7 @@ from sat_lora.doctor.environment import collective_findings, environment_finding
 from sat_lora.doctor.examination import examine
 from sat_lora.doctor.findings import Finding, as_text, has_errors, joined
 from sat_lora.doctor.findings import as_json as to_json
+from sat_lora.doctor.memory_report import memory_report
 from sat_lora.doctor.optimization import effect_findings, learning_rate_findings
 from sat_lora.errors import SatLoraError
 from sat_lora.optimizer_groups import set_learning_rate
@@ -39,8 +40,16 @@ from sat_lora.training.step import forward, train_step
 SAMPLES = 256  # of the training data that each rank looks at
 
 
-def diagnose(options: Namespace, make_data: Callable[[], None] | None = None) -> list[Finding]:
-    """The findings of all ranks, the same on every rank; each has to call it. `make_data` as in `finetune`."""
+def diagnose(
+    options: Namespace,
+    make_data: Callable[[], None] | None = None,
+    *,
+    tell: Callable[[str], None] = lambda table: None,
+) -> list[Finding]:
+    """The findings of all ranks, the same on every rank; each has to call it. `make_data` as in `finetune`.
+
+    tell: is given what is no finding, as text: times of the groups, memory.
+    """
     device = join(options.distributed_backend)
     broken = collective_findings()
     if broken:
@@ -55,19 +64,19 @@ def diagnose(options: Namespace, make_data: Callable[[], None] | None = None) ->
         findings += environment_findings(options, setting.world, setting.lora)
         if any(one.code == "collective" for one in findings):
             return findings
-        return [*findings, *_diagnose_model(options, setting)]
+        tell(collective_times())
+        return [*findings, *_diagnose_model(options, setting, tell)]
     except SatLoraError as error:  # `together` lets every rank have it
         return [*findings, Finding(code="options", seen=str(error))]
 
 
 def report(options: Namespace, make_data: Callable[[], None] | None = None, *, as_json: bool = False) -> int:
     """Print what `diagnose` finds, once; every rank has to call it. Gives the exit status: 1 for an error."""
-    findings = diagnose(options, make_data)
-    broken = any(finding.code == "collective" for finding in findings)
-    times = "" if broken else collective_times()
+    told: list[str] = []
+    findings = diagnose(options, make_data, tell=told.append)
     if is_first_rank():
-        print(to_json(findings) if as_json else "\n\n".join(filter(None, [times, as_text(findings)])), flush=True)
-    if broken:
+        print(to_json(findings) if as_json else "\n\n".join([*told, as_text(findings)]), flush=True)
+    if any(finding.code == "collective" for finding in findings):
         os._exit(1)  # to leave a group that does not answer takes as long as to wait for it
     stop()
     return 1 if has_errors(findings) else 0
@@ -89,7 +98,7 @@ def _option_findings(options: Namespace, device: str) -> Iterator[Finding]:
             yield Finding(code="options", seen=problem, option=option.group() if option else None)
 
 
-def _diagnose_model(options: Namespace, setting: Setting) -> list[Finding]:
+def _diagnose_model(options: Namespace, setting: Setting, tell: Callable[[str], None]) -> list[Finding]:
     world = setting.world
     model, config = load_base(options, setting, layers=options.shrink)
     add_lora(model, setting.lora)
@@ -126,6 +135,9 @@ def _diagnose_model(options: Namespace, setting: Setting) -> list[Finding]:
         findings += examine(model, kinds, _loss_of, optimizer=optimizer, bucket_size=bucket)
     if has_errors(findings):
         return findings  # a step with an engine might hang
+    table, too_much = memory_report(options, setting, model, lambda: _loss_of(model, batch).backward())
+    tell(table)
+    findings += too_much
     return findings + _take_steps(options, setting, model, optimizer, kinds, data.epoch_samples, partitioned)
 
 

@@ -17,7 +17,7 @@ from sat_lora.placement import find_all_parameters, find_all_sites
 from sat_lora.sharding import model_parallel_layout, sharding_of
 from sat_lora.targets import plan
 from sat_lora.training.deepspeed_config import base_dtype
-from sat_lora.training.distributed import World, gather_lists
+from sat_lora.training.distributed import World, gather_lists, ranks_on_this_machine
 from sat_lora.training.run_folder import versions
 
 __all__ = [
@@ -42,10 +42,9 @@ def environment_findings(options: Namespace, world: World, lora: LoraConfig, tim
         return broken
     own = package_findings()
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-        here = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world.size
         # One worker more reads validation data, with its own batches.
         workers = options.num_workers + (options.num_workers > 0)
-        own += shared_memory_findings(workers, batch_bytes(options), int(here))
+        own += shared_memory_findings(workers, batch_bytes(options), ranks_on_this_machine(world.size))
     if world.is_main:
         adapter, trained = saved_sizes(options, lora)
         saves = math.ceil((options.train_iters or 1) / options.save_interval)

@@ -11,6 +11,7 @@ from sat_lora.training.deepspeed_file import enabled, file_problems, read_deepsp
 from sat_lora.training.notice import warn
 
 LOWEST_USEFUL_RATE = 1e-5
+BUCKET = 50_000_000  # elements; DeepSpeed's own 500 million take 1 to 4 GB, and hardly anything trains
 NEVER = 2**31  # steps_per_print: the run folder and the progress bar report instead
 
 
@@ -51,7 +52,11 @@ def deepspeed_config(options: Namespace, *, device: str, environ: Mapping[str, s
         "train_micro_batch_size_per_gpu": options.batch_size,
         "gradient_accumulation_steps": options.gradient_accumulation_steps,
         "gradient_clipping": options.clip_grad,
-        "zero_optimization": {**content.get("zero_optimization", {}), "stage": options.zero_stage},
+        "zero_optimization": {
+            "reduce_bucket_size": BUCKET,
+            **content.get("zero_optimization", {}),
+            "stage": options.zero_stage,
+        },
         "bf16": {**bf16, "enabled": options.bf16},
         "fp16": {**content.get("fp16", {}), "enabled": options.fp16},
     }

@@ -65,9 +65,14 @@ def _share_cores() -> None:
 
     Threads that outnumber the cores left to them spend most of a step waiting for each other.
     """
-    here = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or os.environ["WORLD_SIZE"]
+    here = ranks_on_this_machine(int(os.environ["WORLD_SIZE"]))
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, (len(os.sched_getaffinity(0)) - 1) // int(here)))
+        torch.set_num_threads(max(1, (len(os.sched_getaffinity(0)) - 1) // here))
+
+
+def ranks_on_this_machine(all_ranks: int) -> int:
+    """As the launcher says; all of them where it does not."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or all_ranks)
 
 
 def arrange(device: torch.device, model_parallel_size: int = 1) -> World:

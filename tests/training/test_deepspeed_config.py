@@ -4,7 +4,7 @@ import logging
 import pytest
 
 from sat_lora.errors import ConfigError
-from sat_lora.training.deepspeed_config import deepspeed_config
+from sat_lora.training.deepspeed_config import BUCKET, deepspeed_config
 from sat_lora.training.options import parse_options
 
 # The file that CogVLM's launch script names (finetune_demo/test_config_bf16.json).
@@ -46,7 +46,7 @@ def merge(tmp_path):
 def test_without_a_file_the_options_decide(merge):
     config, options = merge(None, "--batch-size", "3", "--zero-stage", "1", "--clip-grad", "0.5")
     assert config["train_micro_batch_size_per_gpu"] == 3
-    assert config["zero_optimization"] == {"stage": 1}
+    assert config["zero_optimization"] == {"stage": 1, "reduce_bucket_size": BUCKET}
     assert config["gradient_clipping"] == 0.5
     assert config["zero_allow_untested_optimizer"] is True and config["zero_force_ds_cpu_optimizer"] is False
     assert config["steps_per_print"] > 10**9 and config["wall_clock_breakdown"] is False
@@ -109,7 +109,7 @@ def test_precision_is_the_flags_or_the_files_or_the_devices(merge, content, argv
 def test_entries_that_say_auto_are_left_to_the_options(merge):
     config, _ = merge({"train_micro_batch_size_per_gpu": "auto", "zero_optimization": {"reduce_bucket_size": "auto"}})
     assert config["train_micro_batch_size_per_gpu"] == 4
-    assert config["zero_optimization"] == {"stage": 2}
+    assert config["zero_optimization"] == {"stage": 2, "reduce_bucket_size": BUCKET}
 
 
 def test_a_global_batch_size_is_divided_over_the_ranks(merge):

@@ -1,0 +1,48 @@
+"""`sat-lora estimate`: the memory of a run, without starting it."""
+
+import argparse
+import json
+
+from sat_lora.commands.parts import examples
+
+
+def add(commands) -> None:
+    command = commands.add_parser(
+        "estimate",
+        help="tell how much memory a run would take, for any size, on any machine",
+        usage="%(prog)s [--gpus N] [--device-memory GIB] [--device cuda|cpu] [--json] [options of finetune_cogvlm.py]",
+        description="Takes the options of finetune_cogvlm.py; --from_pretrained may also name a model_config.json. "
+        "Rows are as long as --max_length. Needs no GPU and no weights.",
+        allow_abbrev=False,
+        **examples(
+            "sat-lora estimate --from_pretrained cogvlm-base-490 --gpus 8 --zero-stage 2 --batch-size 4 \\\n"
+            "      --checkpoint-activations --vit_checkpoint_activations --device-memory 80",
+            "sat-lora estimate --from_pretrained model_config.json --gpus 4 --zero-stage 3 --r 64 --json",
+            "sat-lora estimate --from_pretrained cogvlm-base-490 --gpus 2 --model-parallel-size 2 --device-memory 40",
+        ),
+    )
+    command.add_argument("--gpus", type=int, default=1, metavar="N", help="ranks of the run (default: 1)")
+    command.add_argument("--device-memory", type=float, metavar="GIB", help="of each; status 1 if it is not enough")
+    command.add_argument("--device", default="cuda", choices=["cuda", "cpu"], help="decides the default precision")
+    command.add_argument("--json", action="store_true", help="bytes, for programs")
+    command.set_defaults(run_command=run, takes_more=True)
+
+
+def run(options: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
+    from sat_lora.doctor.codes import CODES
+    from sat_lora.doctor.estimate_run import estimate_run
+    from sat_lora.doctor.memory import memory_table
+    from sat_lora.training.options import parse_options
+
+    memory = estimate_run(parse_options(options.more), ranks=options.gpus, device=options.device)
+    available = None if options.device_memory is None else options.device_memory * 2**30
+    fits = available is None or memory.total <= available
+    if options.json:
+        print(json.dumps({**asdict(memory), "total": memory.total, "available": available, "fits": fits}))
+        return 0 if fits else 1
+    print(memory_table([memory] * options.gpus, [available] * options.gpus))
+    if not fits:
+        print(f"it does not fit: {CODES['memory'].fix}")
+    return 0 if fits else 1

@@ -1,0 +1,57 @@
+"""Bytes of tensors that live at once while something runs, counted where torch makes them.
+
+The process's own memory would be a poor measure on a CPU: an allocator gives freed memory back late, or never.
+"""
+
+import weakref
+from collections.abc import Callable, Iterable
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class LiveBytes(TorchDispatchMode):
+    """While entered, counts the storages of what operations return, each once, until it is freed.
+
+    known: tensors that are not counted, nor are views of them. Works on fake tensors too. Memory that a kernel takes
+    and gives back within one operation is not seen; on CUDA ask `torch.cuda.max_memory_allocated` instead.
+    """
+
+    def __init__(self, known: Iterable[torch.Tensor] = ()):
+        super().__init__()
+        self.now = self.peak = 0
+        self._live: dict[int, int] = {}
+        self._known = {tensor.untyped_storage()._cdata for tensor in known}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor):
+                self._count(leaf.untyped_storage())
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key in self._live or key in self._known:
+            return
+        self._live[key] = size = storage.nbytes()
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._free, key).atexit = False
+
+    def _free(self, key: int) -> None:
+        self.now -= self._live.pop(key)
+
+
+def peak_of(work: Callable[[], object], model: torch.nn.Module, device: torch.device) -> int:
+    """The most bytes that tensors beyond the model's own take at once while `work` runs."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        work()
+        return torch.cuda.max_memory_allocated(device) - before
+    with LiveBytes([*model.parameters(), *model.buffers()]) as live:
+        work()
+    return live.peak

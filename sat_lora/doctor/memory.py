@@ -1,0 +1,135 @@
+"""What a rank's device holds while it trains, in bytes: weights, adapters, gradients, optimizer, buffers, activations.
+
+All but the activations follow from the number of elements and DeepSpeed 0.19.8's ways, which
+`tests/doctor/test_memory.py` compares with what its engines keep:
+
+    stage  frozen weights  adapters  their gradients  master and moments           buffers
+    0      W               T         T                8 T, no master               none
+    1      W               T         T                12 T / n                     4 x bucket
+    2      W               T         T / n            12 T / n                     itemsize x bucket
+    3      W / n           T / n     T / n            12 T / n                     bucket, and gathered weights
+
+W and T in bytes of their own precision but where bytes per element are given, n data-parallel ranks.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import nn
+
+from sat_lora.doctor.findings import Finding
+
+BUCKET = 500_000_000  # elements, DeepSpeed's own default; deepspeed_config sets a lower one
+LIVE = 1_000_000_000  # elements that ZeRO-3 keeps gathered: stage3_max_live_parameters
+PREFETCH = 50_000_000  # elements that it gathers at once, and copies out of the buffer: stage3_prefetch_bucket_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes on the device of one rank, at the peak of a step."""
+
+    weights: float
+    adapters: float
+    gradients: float
+    optimizer: float
+    """Master weights and Adam's moments, in float32."""
+    buffers: float
+    """What DeepSpeed reduces in and, under ZeRO-3, gathers into."""
+    activations: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return sum(getattr(self, field.name) for field in fields(self))
+
+
+def memory_of(
+    model: nn.Module, engine: dict, *, data_parallel_size: int, activations: float = 0.0, on_device: bool = True
+) -> Memory:
+    """Of a rank's part of a model, whole over the data-parallel ranks; its parameters need no memory.
+
+    engine: DeepSpeed's config. on_device: False where what is offloaded to the CPU counts as well, on a CPU run.
+    """
+    frozen, trained = ([p for p in model.parameters() if p.requires_grad is asked] for asked in (False, True))
+    zero = engine.get("zero_optimization", {})
+    stage = max(zero.get("stage", 0), 1 if _is_half(engine) else 0)
+    count, size = sum(map(_elements, trained)), max((p.element_size() for p in trained), default=4)
+    frozen_count, frozen_size = sum(map(_elements, frozen)), max((p.element_size() for p in frozen), default=4)
+    first = {"optimizer": 1, "gradients": 2, "parameters": 3}  # the stages that share it
+    shares = {what: data_parallel_size if stage >= number else 1 for what, number in first.items()}
+    bucket = zero.get("reduce_bucket_size", BUCKET) if stage else 0
+    double = 2 if stage < 3 and zero.get("overlap_comm") else 1
+    limits = [zero.get("stage3_max_live_parameters", LIVE), zero.get("stage3_prefetch_bucket_size", PREFETCH)]
+    gathered = sum(min(limit, frozen_count) for limit in limits) if stage == 3 else 0
+    offloads = [zero.get(f"offload_{what}", {}).get("device") for what in ("param", "optimizer")]
+    offloaded = [on_device and place in ("cpu", "nvme") for place in offloads]
+    return Memory(
+        weights=0.0 if offloaded[0] else _bytes(frozen) / shares["parameters"],
+        adapters=count * size / shares["parameters"],
+        gradients=count * size / shares["gradients"],
+        optimizer=0.0 if offloaded[1] else count * (12 / shares["optimizer"] if stage else 8),
+        buffers=bucket * double * (4 if stage == 1 else size) + gathered * frozen_size,
+        activations=activations,
+    )
+
+
+def memory_findings(memory: Memory, available: float | None) -> list[Finding]:
+    """available: bytes that the device has for this rank; None where nobody knows."""
+    if available is None or memory.total <= available:
+        return []
+    items = sorted(((getattr(memory, f.name), f.name) for f in fields(memory)), reverse=True)
+    largest = ", ".join(f"{name} {_gib(size)}" for size, name in items[:3])
+    seen = f"a step takes {_gib(memory.total)}, the device has {_gib(available)}; the most of it {largest}"
+    return [Finding(code="memory", seen=seen)]
+
+
+def memory_table(memories: Sequence[Memory], available: Sequence[float | None]) -> str:
+    """A line per rank, in GiB; ranks that are alike share one."""
+    names = [field.name for field in fields(Memory)]
+    rows: dict[tuple[str, ...], list[int]] = {}
+    for rank, (memory, has) in enumerate(zip(memories, available)):
+        sizes = [*(getattr(memory, name) for name in names), memory.total]
+        cells = (*(_number(size) for size in sizes), "?" if has is None else _number(has))
+        rows.setdefault(cells, []).append(rank)
+    header = ("rank", *names, "in all", "device has")
+    lines = [header, *((_ranks(ranks), *cells) for cells, ranks in rows.items())]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    table = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths)) for line in lines]
+    return "\n".join(["memory in GiB at the peak of a step", *table])
+
+
+def device_memory(device: torch.device, ranks_here: int) -> float | None:
+    """Bytes that a rank of `ranks_here` on this machine may take; None where the system does not say."""
+    if device.type == "cuda":
+        return float(torch.cuda.get_device_properties(device).total_memory)
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            lines = dict(line.split(":", 1) for line in file)
+    except OSError:
+        return None
+    return int(lines["MemAvailable"].split()[0]) * 1024 / ranks_here
+
+
+def _is_half(engine: dict) -> bool:
+    return any(engine.get(name, {}).get("enabled") for name in ("bf16", "fp16"))
+
+
+def _elements(parameter: nn.Parameter) -> int:
+    return getattr(parameter, "ds_numel", parameter.numel())
+
+
+def _bytes(parameters: Iterable[nn.Parameter]) -> int:
+    return sum(_elements(parameter) * parameter.element_size() for parameter in parameters)
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    return f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]}-{ranks[-1]}"
+
+
+def _number(size: float) -> str:
+    gib = size / 2**30
+    return f"{gib:.2f}" if gib < 100 else f"{gib:.0f}"
+
+
+def _gib(size: float) -> str:
+    return f"{_number(size)} GiB"

@@ -1,0 +1,210 @@
+"""The memory of a run: its estimate against what the model, DeepSpeed and the process really take."""
+
+import ctypes
+import gc
+
+import pytest
+import torch
+
+from benchmarks.bench_step import batch_of, config_of, loss_of
+from sat_lora import LoraConfig, add_lora
+from sat_lora.cogvlm import build_cogvlm
+from sat_lora.doctor.estimate import estimate
+from sat_lora.doctor.live_memory import LiveBytes, peak_of
+from sat_lora.doctor.memory import Memory, memory_findings, memory_of, memory_table
+from sat_lora.training.distributed import arrange, join
+from sat_lora.training.engine import adapter_optimizer, start_engine
+from sat_lora.training.optimizer_state import create_moments
+from tests.distributed.ranks import run_ranks
+from tests.memory import anonymous_memory, peak_of_anonymous_memory
+
+CPU, WORDS = torch.device("cpu"), 24
+LORA = LoraConfig(r=32, lora_dropout=0.1)
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+ENGINE = {"train_micro_batch_size_per_gpu": 1, "zero_allow_untested_optimizer": True}
+
+
+def sizes(name):
+    """A model_config.json: tiny, or large enough for a process's memory to be a measure (82 million weights)."""
+    config = config_of("small" if name == "large" else "tiny")
+    vit = {**config["eva_args"], "num_attention_heads": 4}
+    return {**config, "num_layers": 2 if name == "large" else 3, "num_attention_heads": 4, "eva_args": vit}
+
+
+def engine_config(stage, dtype):
+    zero = {"stage": stage, "reduce_bucket_size": 1000, "stage3_max_live_parameters": 10**9}
+    return {**ENGINE, "zero_optimization": zero, "bf16": {"enabled": dtype == "bf16"}}
+
+
+def built(name, dtype, checkpoint, parts):
+    config = sizes(name)
+    switches = dict(checkpoint_activations=checkpoint, vit_checkpoint_activations=checkpoint)
+    model = build_cogvlm(config, dtype=DTYPES[dtype], model_parallel_size=parts, **switches)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.02)
+    add_lora(model, LORA)
+    return model.train(), config
+
+
+def rows_of(config, rows, dtype):
+    one = batch_of(config, WORDS, CPU, DTYPES[dtype])
+    return {key: value.repeat(rows, *[1] * (value.dim() - 1)) for key, value in one.items()}
+
+
+def estimated(name, stage, dtype, checkpoint, rows, ranks, parts):
+    config = sizes(name)
+    return estimate(
+        config, LORA, engine_config(stage, dtype), dtype=DTYPES[dtype], batch_size=rows,
+        length=config["image_length"] + 2 + WORDS, data_parallel_size=ranks // parts, model_parallel_size=parts,
+        checkpoint_activations=checkpoint, vit_checkpoint_activations=checkpoint,
+    )  # fmt: skip
+
+
+# Activations
+
+
+def measured_activations(name, dtype, checkpoint, rows, parts):
+    arrange(join(), parts)
+    model, config = built(name, dtype, checkpoint, parts)
+    batch = rows_of(config, rows, dtype)
+    return peak_of(lambda: loss_of(model, batch).backward(), model, CPU)
+
+
+@pytest.mark.parametrize(
+    "name, dtype, checkpoint, rows, parts",
+    [("tiny", "fp32", False, 1, 1), ("tiny", "fp32", True, 3, 1), ("tiny", "bf16", False, 2, 2),
+     ("tiny", "bf16", True, 2, 1), ("large", "fp32", True, 1, 1), ("large", "bf16", False, 1, 2)],
+)  # fmt: skip
+def test_activations_are_estimated_as_they_are_measured(name, dtype, checkpoint, rows, parts):
+    (wanted,) = {*run_ranks(measured_activations, parts, name, dtype, checkpoint, rows, parts)}
+    (found,) = run_ranks(estimated, 1, name, 0, dtype, checkpoint, rows, parts, parts)
+    assert found.activations == pytest.approx(wanted, rel=0.02), (found.activations, wanted)
+
+
+# What DeepSpeed keeps
+
+
+def kept_by_deepspeed(stage, dtype, seen):
+    """Bytes of new tensors after the engine and its moments are there, the model's own left out; and the estimate."""
+    world = arrange(join())
+    model, _ = built("tiny", dtype, False, 1)
+    before = storages(model)
+    engine = start_engine(model, adapter_optimizer(model, lr=1e-3), engine_config(stage, dtype))
+    create_moments(engine)
+    gc.collect()
+    after = storages(model)
+    memory = memory_of(model, engine_config(stage, dtype), data_parallel_size=world.data_parallel_size)
+    return sum(size for address, size in after.items() if address not in before), memory
+
+
+def storages(model):
+    """{address: bytes} of all tensors; those of the model's parameters have moved into flat buffers by then."""
+    found = {}
+    for one in gc.get_objects():
+        if type(one) in (torch.Tensor, torch.nn.Parameter):
+            storage = one.untyped_storage()
+            found[storage.data_ptr()] = storage.nbytes()
+    return found
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_master_and_moments_are_what_deepspeed_keeps(stage, dtype, ranks):
+    for kept, memory in run_ranks(kept_by_deepspeed, ranks, stage, dtype, None):
+        assert kept == pytest.approx(memory.optimizer, rel=0.05) or kept == pytest.approx(
+            memory.optimizer + memory.adapters,
+            rel=0.05,  # where the trained ones have moved into one buffer
+        ), (kept, memory)
+
+
+# The whole, by the process's memory
+
+
+def measured_peak(stage, dtype, checkpoint, parts):
+    """Anonymous memory at its peak over two whole steps, beyond what was there before the model.
+
+    Of a second engine: with the first come modules and oneDNN's kernels and caches, 50 to 130 MB.
+    """
+    libc = ctypes.CDLL("libc.so.6")
+    libc.mallopt(-3, 65536)  # M_MMAP_THRESHOLD: what is freed goes back to the system at once
+    arrange(join(), parts)
+    return [taken_by_a_run(stage, dtype, checkpoint, parts, libc) for _ in range(2)][1]
+
+
+def taken_by_a_run(stage, dtype, checkpoint, parts, libc):
+    gc.collect()
+    libc.malloc_trim(0)
+    before = anonymous_memory()
+    model, config = built("large", dtype, checkpoint, parts)
+    engine = start_engine(model, adapter_optimizer(model, lr=1e-3), engine_config(stage, dtype))
+    create_moments(engine)
+    batch = rows_of(config, 1, dtype)
+    gc.collect()
+    libc.malloc_trim(0)
+
+    def train():
+        for _ in range(2):
+            engine.backward(loss_of(engine, batch))
+            engine.step()
+
+    return anonymous_memory() - before + peak_of_anonymous_memory(train)
+
+
+SETTINGS = [
+    (0, "fp32", False, 1, 1),
+    (2, "bf16", True, 1, 1),
+    *(
+        pytest.param(*one, marks=pytest.mark.matrix)
+        for one in (
+            (1, "fp32", True, 2, 1),
+            (2, "fp32", False, 2, 1),
+            (0, "fp32", True, 2, 2),
+            (1, "bf16", False, 2, 2),
+            (3, "bf16", True, 2, 1),
+            (3, "fp32", False, 2, 1),
+        )
+    ),
+]
+
+
+@pytest.mark.parametrize("stage, dtype, checkpoint, ranks, parts", SETTINGS)
+def test_the_whole_estimate_is_within_ten_percent_of_the_peak(stage, dtype, checkpoint, ranks, parts):
+    (found,) = run_ranks(estimated, 1, "large", stage, dtype, checkpoint, 1, ranks, parts)
+    for peak in run_ranks(measured_peak, ranks, stage, dtype, checkpoint, parts):
+        assert found.total == pytest.approx(peak, rel=0.1), (found, found.total / peak)
+
+
+# Small parts
+
+
+def test_live_bytes_counts_every_storage_once_until_it_is_freed():
+    known = torch.zeros(1000)
+    with LiveBytes([known]) as live:
+        one = torch.zeros(256)
+        view = one[:10]
+        _ = known[5:]
+        assert (live.now, live.peak) == (1024, 1024)
+        two = one + 1
+        del one
+        assert (live.now, live.peak) == (2048, 2048)
+        del view, two
+    assert (live.now, live.peak) == (0, 2048)
+
+
+def test_what_does_not_fit_is_a_finding_with_its_largest_parts():
+    memory = Memory(weights=3e9, adapters=1e6, gradients=1e6, optimizer=6e6, buffers=1e8, activations=9e9)
+    assert memory_findings(memory, 13e9) == [] == memory_findings(memory, None)
+    (finding,) = memory_findings(memory, 12e9)
+    assert finding.code == "memory"
+    assert "takes 11.28 GiB, the device has 11.18 GiB" in finding.seen
+    assert "activations 8.38 GiB, weights 2.79 GiB, buffers 0.09 GiB" in finding.seen
+
+
+def test_alike_ranks_share_a_line_of_the_table():
+    memory = Memory(weights=2**30, adapters=0, gradients=0, optimizer=0, buffers=0)
+    other = Memory(weights=2**31, adapters=0, gradients=0, optimizer=0, buffers=0)
+    lines = memory_table([memory, memory, other], [2**33, 2**33, None]).splitlines()
+    assert [line.split()[0] for line in lines[2:]] == ["0-1", "2"]
+    assert lines[2].split()[-2:] == ["1.00", "8.00"] and lines[3].split()[-2:] == ["2.00", "?"]
