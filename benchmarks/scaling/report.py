@@ -28,8 +28,9 @@ ASSUMED = f"""\
   least {layouts.LATENCY_INSIDE * 1e6:.0f} us within a machine, {layouts.LATENCY_BETWEEN * 1e6:.0f} us between. Matrix
   products run at {layouts.ARITHMETIC / 1e12:.0f} TFLOP/s. **Nothing overlaps**: the seconds are an upper bound, above
   all those of ZeRO-3, which prefetches. Reading images is left out.
-- **Estimated**: activations (`benchmarks/scaling/memory.py`). A layout fits if it takes {layouts.SPARE:.0%} of the
-  memory or less. That is while training; loading needs more where all of a rank's part passes through the GPU.
+- **Estimated**: memory, by `sat-lora estimate`: a step of the same code on tensors without memory. A layout fits if
+  it takes {layouts.SPARE:.0%} of the memory or less. That is while training; loading needs more where all of a rank's
+  part passes through the GPU.
 """
 
 READING = """\
@@ -113,7 +114,8 @@ def _table(gpus: int) -> Iterator[str]:
     yield "|" + "---|" * 14
     for one in costs(SETTING, gpus):
         held = one.memory
-        parts = (held.weights, held.adapter, held.activations, held.buffers, held.total)
+        adapter = held.adapters + held.gradients + held.optimizer
+        parts = (held.weights, adapter, held.activations, held.buffers, held.total)
         yield (
             f"| {one.stage} | {one.parts} | {one.samples} | {one.data_bytes / 1e9:.2f} | {one.model_bytes / 1e9:.1f} "
             f"| {one.data_seconds:.3f} | {one.model_seconds:.3f} | {one.arithmetic_seconds:.2f} "

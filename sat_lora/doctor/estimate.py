@@ -22,25 +22,31 @@ from sat_lora.training.distributed import stop
 from sat_lora.training.loss import answer_loss_sum
 
 
-def estimate(
+def estimate(config: dict, lora: LoraConfig, engine: dict, *, data_parallel_size: int = 1, **step) -> Memory:
+    """Of a rank that trains. config: content of a model_config.json. engine: DeepSpeed's config. step: `fake_step`'s.
+
+    For a process without a process group of its own. ConfigError: the config or a target does not fit.
+    """
+    model, activations = fake_step(config, lora, **step)
+    return memory_of(model, engine, data_parallel_size=data_parallel_size, activations=activations)
+
+
+def fake_step(
     config: dict,
     lora: LoraConfig,
-    engine: dict,
     *,
     dtype: torch.dtype,
     batch_size: int,
     length: int,
-    data_parallel_size: int = 1,
     model_parallel_size: int = 1,
     checkpoint_activations: bool = False,
     vit_checkpoint_activations: bool = False,
-) -> Memory:
-    """Of a rank that trains on micro-batches of `batch_size` rows of `length` tokens, each with an image.
+) -> tuple[CogVLMModel, int]:
+    """(the model, a rank's part of it without memory; bytes of activations at their peak).
 
-    config: content of a model_config.json. engine: DeepSpeed's config. For a process without a process group of its
-    own. ConfigError: the config or a target does not fit.
+    The step is one of `batch_size` rows of `length` tokens, each with an image.
     """
-    with _pretended_ranks(data_parallel_size * model_parallel_size, model_parallel_size):
+    with _pretended_ranks(model_parallel_size):
         model = build_cogvlm(
             config,
             device="meta",
@@ -53,13 +59,12 @@ def estimate(
             _give_fake_memory(model)
             add_lora(model, lora)
             model.train()
-            activations = _peak_of_a_step(model, config, batch_size, length)
-        return memory_of(model, engine, data_parallel_size=data_parallel_size, activations=activations)
+            return model, _peak_of_a_step(model, config, batch_size, length)
 
 
 @contextmanager
-def _pretended_ranks(ranks: int, model_parallel_size: int):
-    torch.distributed.init_process_group("cpu:fake,meta:fake", store=FakeStore(), rank=0, world_size=ranks)
+def _pretended_ranks(model_parallel_size: int):
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=model_parallel_size)
     mpu.initialize_model_parallel(model_parallel_size)
     try:
         yield

@@ -154,6 +154,7 @@ def test_cogvlm_has_17_billion_weights():
     assert SETTING.sizes.weights() == pytest.approx(llama_7b + expert + vit + projector, rel=1e-3)
 
 
+@pytest.mark.matrix
 def test_the_page_is_what_the_script_prints():
     page = Path(__file__).parents[2] / "benchmarks" / "scaling.md"
     assert page.read_text() == "\n".join(report()) + "\n"
