@@ -77,10 +77,8 @@ def wait_for_step(run: Path, step: int, machines: list[Machine], timeout: float 
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize(
-    "dies",
-    [pytest.param(0, id="the one that writes"), pytest.param(1, id="the other one", marks=pytest.mark.matrix)],
-)
+@pytest.mark.matrix
+@pytest.mark.parametrize("dies", [0, 1], ids=["the one that writes", "the other one"])
 @pytest.mark.timeout(180)  # five times what it takes on two cores that nobody else uses
 def test_a_machine_dies_and_both_go_on_bit_for_bit(dies, captchas, tmp_path):
     """Against the same run, uninterrupted, on two ranks that no launcher started."""

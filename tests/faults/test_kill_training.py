@@ -37,7 +37,7 @@ def check_outcomes(whole, cut):
 
 
 def test_a_killed_run_ends_as_one_that_was_not(captchas, tmp_path):
-    check_outcomes(*survive_kills(captchas, tmp_path, 2, None, "--num-workers", "2", "--zero-stage", "2"))
+    check_outcomes(*survive_kills(captchas, tmp_path, 1, None, "--num-workers", "1", "--zero-stage", "2"))
 
 
 @pytest.mark.matrix
