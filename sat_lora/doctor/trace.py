@@ -30,6 +30,7 @@ from sat_lora.training.nonfinite import GradientWatch
 PHASES = ("start", "data", "forward", "backward", "reduce", "optimizer", "evaluate", "save", "end")
 FOLDER = "watchdog"
 ALIVE, FATAL = "alive.json", ".fatal.txt"
+NCCL_DUMP = "nccl_trace_rank_"
 NONE = 0xFFFFFFFF  # no module or parameter yet
 REMEMBERED = 50  # durations of a phase, of which the longest counts: a slow first step is forgotten
 
@@ -72,6 +73,8 @@ class Trace(NoTrace):
     def __init__(self, run: str | Path, model: nn.Module, watch: GradientWatch, *, rank: int, world_size: int):
         self.folder, self.rank, self.world_size = folder_of(run), rank, world_size
         self.folder.mkdir(parents=True, exist_ok=True)
+        for variable in ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"):  # its new and its old name
+            os.environ.setdefault(variable, str(self.folder.resolve() / NCCL_DUMP))
         modules = [name for name, _ in model.named_modules()]
         parameters = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         static = dict(

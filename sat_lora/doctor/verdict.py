@@ -15,7 +15,8 @@ from sat_lora.doctor.codes import CODES
 from sat_lora.doctor.evidence import Rank, read_ranks
 from sat_lora.doctor.findings import Finding
 from sat_lora.doctor.nccl_log import LoggedTimeout, read_timeouts
-from sat_lora.doctor.testimony import Place, Thread, own_place
+from sat_lora.doctor.places import Place, own_place
+from sat_lora.doctor.testimony import Thread
 
 # What a rank says when another one has left it, or made another collective.
 _MISMATCH = r"mismatch between collectives|collective mismatch|preamble"

@@ -1,14 +1,16 @@
 """The verdict from evidence that no CPU run gives: NCCL's pending collectives and log lines."""
 
 import json
+import pickle
 
 import pytest
 import torch
 
 from sat_lora.doctor.evidence import read_ranks
+from sat_lora.doctor.flight_record import FLIGHT, read_collectives
 from sat_lora.doctor.nccl_log import read_timeouts
-from sat_lora.doctor.testimony import COLLECTIVES, STACKS
-from sat_lora.doctor.trace import ALIVE, Trace, file_of, folder_of
+from sat_lora.doctor.testimony import STACKS
+from sat_lora.doctor.trace import ALIVE, NCCL_DUMP, Trace, file_of, folder_of
 from sat_lora.doctor.verdict import verdict
 from sat_lora.errors import ConfigError
 from sat_lora.training.nonfinite import GradientWatch
@@ -32,12 +34,17 @@ def leave(run, rank, phase, threads, collectives, arrivals=0):
     (folder / ALIVE).write_text('{"0": true, "1": true}')
     entries = [dict(name=name, main=main, frames=frames) for name, main, frames in threads]
     file_of(folder, rank, STACKS).write_text(json.dumps(entries))
-    keys = ("number", "operation", "sizes", "is_done")
-    found = [{"group": "0 default_pg", "place": None, **dict(zip(keys, one))} for one in collectives]
-    file_of(folder, rank, COLLECTIVES).write_text(json.dumps(found))
+    file_of(folder, rank, FLIGHT).write_bytes(pickle.dumps({"entries": [entry_of(*one) for one in collectives]}))
 
 
-REDUCED, WAITING = (7, "nccl:all_reduce", "4096", True), (8, "nccl:all_reduce", "4096", False)
+def entry_of(number, operation, elements, done):
+    """As torch's flight recorder has it."""
+    state = "completed" if done else "started"
+    own = dict(collective_seq_id=number, profiling_name=operation, input_sizes=[[elements]], state=state)
+    return {"process_group": ("0", "default_pg"), "frames": [], **own}
+
+
+REDUCED, WAITING = (7, "nccl:all_reduce", 4096, True), (8, "nccl:all_reduce", 4096, False)
 
 
 def test_on_a_gpu_the_rank_without_a_pending_collective_is_the_one(tmp_path):
@@ -51,7 +58,7 @@ def test_on_a_gpu_the_rank_without_a_pending_collective_is_the_one(tmp_path):
 
 
 def test_the_first_collective_that_differs_is_named(tmp_path):
-    gathered = (8, "nccl:all_gather", "512", False)
+    gathered = (8, "nccl:all_gather", 512, False)
     leave(tmp_path, 0, "reduce", [("MainThread", True, SYNC)], [REDUCED, WAITING])
     leave(tmp_path, 1, "reduce", [("MainThread", True, SYNC)], [REDUCED, gathered])
     found = verdict(tmp_path).finding
@@ -83,3 +90,20 @@ def test_a_log_that_is_not_there_and_files_that_are_cut_are_mistakes(tmp_path):
     state.write_bytes(state.read_bytes()[:7])
     with pytest.raises(ConfigError, match="cannot be read"):
         read_ranks(tmp_path)
+
+
+class Malicious:
+    def __reduce__(self):
+        return (print, ("it ran",))
+
+
+def test_a_dump_of_nccls_own_watchdog_is_read_and_nothing_in_it_runs(tmp_path, capsys):
+    path = tmp_path / f"{NCCL_DUMP}3"
+    path.write_bytes(pickle.dumps({"entries": [entry_of(*WAITING)]}))
+    (found,) = read_collectives(tmp_path, 3)
+    assert (found.number, found.operation, found.sizes, found.is_done) == (8, "nccl:all_reduce", "4096", False)
+    assert read_collectives(tmp_path, 2) == []
+    path.write_bytes(pickle.dumps({"entries": [Malicious()]}))
+    with pytest.raises(ValueError, match="it holds builtins.print, which is no plain value"):
+        read_collectives(tmp_path, 3)
+    assert capsys.readouterr().out == ""

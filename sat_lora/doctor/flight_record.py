@@ -1,0 +1,82 @@
+"""The last collectives of a rank, from torch's flight recorder: gloo and NCCL both fill it.
+
+The watchdog writes the recorder's own dump beside the other files, rank_00003.flight. Where NCCL's watchdog was faster,
+there is nccl_trace_rank_3 in the same folder, in the same form. It is a pickle; nothing but plain values is read.
+"""
+
+import io
+import linecache
+import os
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from sat_lora.doctor.places import Place, own_place
+from sat_lora.doctor.trace import NCCL_DUMP, file_of
+
+FLIGHT = ".flight"
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One entry of torch's flight recorder."""
+
+    group: str
+    number: int
+    """Within the group, from 1."""
+    operation: str
+    """As gloo:all_reduce."""
+    sizes: str
+    is_done: bool | None
+    """None where the backend does not say: gloo."""
+    place: Place | None
+
+    @property
+    def words(self) -> str:
+        where = f" in {self.place.words}" if self.place else ""
+        return f"{self.operation} of {self.sizes}{where}"
+
+
+def write_flight_record(folder: Path, rank: int) -> None:
+    """The dump of this process; nothing where torch has no recorder. OSError: it cannot be written."""
+    dump = getattr(torch._C._distributed_c10d, "_dump_fr_trace", None)
+    if dump is not None:
+        file_of(folder, rank, FLIGHT).write_bytes(dump())
+
+
+def read_collectives(folder: Path, rank: int) -> list[Collective]:
+    """In the order in which the rank made them; empty if it has left no dump. ValueError: a file is no such dump."""
+    files = [file_of(folder, rank, FLIGHT), folder / f"{NCCL_DUMP}{rank}"]
+    path = next((file for file in files if file.is_file()), None)
+    if path is None:
+        return []
+    try:
+        found = _PlainValues(io.BytesIO(path.read_bytes())).load()
+        return [_collective(entry) for entry in found.get("entries", [])]
+    except (pickle.UnpicklingError, EOFError, AttributeError, KeyError, TypeError, IndexError) as error:
+        raise ValueError(f"{path} is no dump of torch's flight recorder: {error}") from error
+
+
+class _PlainValues(pickle.Unpickler):
+    """Reads numbers, texts, lists and dictionaries, and runs nothing."""
+
+    def find_class(self, module: str, name: str):
+        raise pickle.UnpicklingError(f"it holds {module}.{name}, which is no plain value")
+
+
+def _collective(entry: dict) -> Collective:
+    places = [Place(f["filename"], f["line"], f["name"], "") for f in entry.get("frames", [])]
+    place, operation = own_place(places), entry["profiling_name"]
+    if place is not None:
+        code = linecache.getline(place.file, place.line).strip() if os.path.isfile(place.file) else ""
+        place = Place(place.file, place.line, place.function, code)
+    return Collective(
+        group=" ".join(filter(None, entry["process_group"])),
+        number=entry["collective_seq_id"],
+        operation=operation,
+        sizes="+".join("x".join(map(str, size)) or "1" for size in entry["input_sizes"]) or "nothing",
+        is_done=None if operation.startswith("gloo") else entry["state"] == "completed",
+        place=place,
+    )
