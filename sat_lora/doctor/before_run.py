@@ -135,7 +135,8 @@ def _diagnose_model(options: Namespace, setting: Setting, tell: Callable[[str], 
         findings += examine(model, kinds, _loss_of, optimizer=optimizer, bucket_size=bucket)
     if has_errors(findings):
         return findings  # a step with an engine might hang
-    table, too_much = memory_report(options, setting, model, lambda: _loss_of(model, batch).backward())
+    longest = max(batches, key=lambda one: one["input_ids"].numel())  # what does not fit fails there
+    table, too_much = memory_report(options, setting, model, lambda: _loss_of(model, longest).backward())
     tell(table)
     findings += too_much
     return findings + _take_steps(options, setting, model, optimizer, kinds, data.epoch_samples, partitioned)

@@ -4,11 +4,15 @@ torch's fake tensors have shapes and storages of a size, and no bytes; its fake 
 likes, and does nothing. So a step of any size at any layout is counted as it would be, in seconds and on any machine.
 """
 
-from contextlib import contextmanager
+import sys
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from unittest import mock
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils.checkpoint import checkpoint
 
 from sat_lora._sat import mpu
 from sat_lora.cogvlm.attention import CAUSAL
@@ -20,15 +24,20 @@ from sat_lora.doctor.memory import Memory, memory_of
 from sat_lora.placement import add_lora
 from sat_lora.training.distributed import stop
 from sat_lora.training.loss import answer_loss_sum
+from sat_lora.training.zero3_linear import linear_of_zero3
 
 
-def estimate(config: dict, lora: LoraConfig, engine: dict, *, data_parallel_size: int = 1, **step) -> Memory:
+def estimate(
+    config: dict, lora: LoraConfig, engine: dict, *, data_parallel_size: int = 1, on_device: bool = True, **step
+) -> Memory:
     """Of a rank that trains. config: content of a model_config.json. engine: DeepSpeed's config. step: `fake_step`'s.
 
-    For a process without a process group of its own. ConfigError: the config or a target does not fit.
+    on_device: False for a run on a CPU. For a process without a process group of its own. ConfigError: the config or a
+    target does not fit.
     """
-    model, activations = fake_step(config, lora, **step)
-    return memory_of(model, engine, data_parallel_size=data_parallel_size, activations=activations)
+    partitioned = engine.get("zero_optimization", {}).get("stage") == 3
+    model, activations = fake_step(config, lora, partitioned=partitioned, **step)
+    return memory_of(model, engine, data_parallel_size=data_parallel_size, activations=activations, on_device=on_device)
 
 
 def fake_step(
@@ -41,10 +50,11 @@ def fake_step(
     model_parallel_size: int = 1,
     checkpoint_activations: bool = False,
     vit_checkpoint_activations: bool = False,
+    partitioned: bool = False,
 ) -> tuple[CogVLMModel, int]:
     """(the model, a rank's part of it without memory; bytes of activations at their peak).
 
-    The step is one of `batch_size` rows of `length` tokens, each with an image.
+    The step is one of `batch_size` rows of `length` tokens, each with an image. partitioned: as under ZeRO-3.
     """
     with _pretended_ranks(model_parallel_size):
         model = build_cogvlm(
@@ -59,7 +69,8 @@ def fake_step(
             _give_fake_memory(model)
             add_lora(model, lora)
             model.train()
-            return model, _peak_of_a_step(model, config, batch_size, length)
+            with _as_in_a_run(model, partitioned=partitioned):
+                return model, _peak_of_a_step(model, config, batch_size, length)
 
 
 @contextmanager
@@ -82,6 +93,21 @@ def _give_fake_memory(model: CogVLMModel) -> None:
                 )
                 fake.__dict__.update(parameter.__dict__)
                 module._parameters[leaf] = fake
+
+
+@contextmanager
+def _as_in_a_run(model: CogVLMModel, *, partitioned: bool):
+    """What a run would do otherwise than these tensors: recompute where there is no GPU, and ZeRO-3's own ways."""
+    with ExitStack() as stack:
+        # On CUDA SAT checkpoints with DeepSpeed's function, which wants real random states; it keeps the same tensors.
+        function = partial(checkpoint, use_reentrant=True, preserve_rng_state=False)
+        stack.enter_context(mock.patch.object(sys.modules["sat.model.transformer"], "checkpoint", function))
+        if partitioned:
+            for parameter in model.parameters():
+                parameter.ds_id = parameter.ds_status = None  # adapters then take over no product with a weight
+            # Its linear keeps the input, whether the weight trains or not.
+            stack.enter_context(mock.patch.object(torch.nn.functional, "linear", linear_of_zero3))
+        yield
 
 
 def _peak_of_a_step(model: CogVLMModel, config: dict, rows: int, length: int) -> int:

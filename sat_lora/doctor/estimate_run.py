@@ -39,6 +39,7 @@ def estimate_run(options: Namespace, *, ranks: int, device: str = "cuda", layers
         model_parallel_size=parts,
         checkpoint_activations=options.checkpoint_activations,
         vit_checkpoint_activations=options.vit_checkpoint_activations,
+        on_device=device.startswith("cuda"),
     )
 
 

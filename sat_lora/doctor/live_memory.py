@@ -14,8 +14,8 @@ from torch.utils._pytree import tree_leaves
 class LiveBytes(TorchDispatchMode):
     """While entered, counts the storages of what operations return, each once, until it is freed.
 
-    known: tensors that are not counted, nor are views of them. Works on fake tensors too. Memory that a kernel takes
-    and gives back within one operation is not seen; on CUDA ask `torch.cuda.max_memory_allocated` instead.
+    known: tensors that are not counted, nor are views of them. Works on fake tensors too; on "meta" none counts. Memory
+    that a kernel takes and gives back within one operation is not seen; on CUDA ask `torch.cuda.max_memory_allocated`.
     """
 
     def __init__(self, known: Iterable[torch.Tensor] = ()):
@@ -27,7 +27,7 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
-            if isinstance(leaf, torch.Tensor):
+            if isinstance(leaf, torch.Tensor) and leaf.device.type != "meta":
                 self._count(leaf.untyped_storage())
         return result
 

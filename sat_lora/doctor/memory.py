@@ -1,15 +1,20 @@
 """What a rank's device holds while it trains, in bytes: weights, adapters, gradients, optimizer, buffers, activations.
 
 All but the activations follow from the number of elements and DeepSpeed 0.19.8's ways, which
-`tests/doctor/test_memory.py` compares with what its engines keep:
+`tests/doctor/test_memory_of_steps.py` compares with all tensors that its engines make:
 
     stage  frozen weights  adapters  their gradients  master and moments           buffers
     0      W               T         T                8 T, no master               none
-    1      W               T         T                12 T / n                     4 x bucket
+    1      W               T         T                12 T / n                     itemsize x bucket
     2      W               T         T / n            12 T / n                     itemsize x bucket
     3      W / n           T / n     T / n            12 T / n                     bucket, and gathered weights
 
-W and T in bytes of their own precision but where bytes per element are given, n data-parallel ranks.
+W and T in bytes of their own precision but where bytes per element are given, n data-parallel ranks. In half precision
+DeepSpeed makes the adapters half too, whatever `adapter_dtype` says.
+
+Beside them a step takes the largest of what its parts take one after the other: activations; at stage 0 all gradients
+once more, where they are summed over the ranks; at the others 12 T / n while Adam moves, for the gradients in float32
+and two temporaries (8 T / n on CUDA, where torch's fused loops make one).
 """
 
 from collections.abc import Iterable, Sequence
@@ -23,6 +28,7 @@ from sat_lora.doctor.findings import Finding
 BUCKET = 500_000_000  # elements, DeepSpeed's own default; deepspeed_config sets a lower one
 LIVE = 1_000_000_000  # elements that ZeRO-3 keeps gathered: stage3_max_live_parameters
 PREFETCH = 50_000_000  # elements that it gathers at once, and copies out of the buffer: stage3_prefetch_bucket_size
+SMALL = 100_000  # elements of a parameter that it gathers once and then keeps: stage3_param_persistence_threshold
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +43,8 @@ class Memory:
     buffers: float
     """What DeepSpeed reduces in and, under ZeRO-3, gathers into."""
     activations: float = 0.0
+    """What the peak takes beside the other columns: most gradients come when activations have gone, unless they are
+    accumulated. If a step's own temporaries take more, those."""
 
     @property
     def total(self) -> float:
@@ -48,28 +56,35 @@ def memory_of(
 ) -> Memory:
     """Of a rank's part of a model, whole over the data-parallel ranks; its parameters need no memory.
 
-    engine: DeepSpeed's config. on_device: False where what is offloaded to the CPU counts as well, on a CPU run.
+    engine: DeepSpeed's config. activations: bytes of a first micro-batch at their peak, with the gradients that have
+    come by then. on_device: False on a CPU run: what is offloaded to the CPU counts as well.
     """
     frozen, trained = ([p for p in model.parameters() if p.requires_grad is asked] for asked in (False, True))
     zero = engine.get("zero_optimization", {})
     stage = max(zero.get("stage", 0), 1 if _is_half(engine) else 0)
-    count, size = sum(map(_elements, trained)), max((p.element_size() for p in trained), default=4)
-    frozen_count, frozen_size = sum(map(_elements, frozen)), max((p.element_size() for p in frozen), default=4)
+    widest = 2 if _is_half(engine) else 8
+    count, size = sum(map(_elements, trained)), min(widest, max((p.element_size() for p in trained), default=4))
+    frozen_size = max((p.element_size() for p in frozen), default=4)
     first = {"optimizer": 1, "gradients": 2, "parameters": 3}  # the stages that share it
     shares = {what: data_parallel_size if stage >= number else 1 for what, number in first.items()}
-    bucket = zero.get("reduce_bucket_size", BUCKET) if stage else 0
-    double = 2 if stage < 3 and zero.get("overlap_comm") else 1
-    limits = [zero.get("stage3_max_live_parameters", LIVE), zero.get("stage3_prefetch_bucket_size", PREFETCH)]
-    gathered = sum(min(limit, frozen_count) for limit in limits) if stage == 3 else 0
+    bucket = size * zero.get("reduce_bucket_size", BUCKET) if stage else 0
+    bucket *= 2 if stage < 3 and zero.get("overlap_comm") else 1
+    gathered = _gathered([*frozen, *trained], zero) if shares["parameters"] > 1 else 0
     offloads = [zero.get(f"offload_{what}", {}).get("device") for what in ("param", "optimizer")]
     offloaded = [on_device and place in ("cpu", "nvme") for place in offloads]
+    gradients = count * size / shares["gradients"]
+    whole = sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())  # PiSSA's origins among them
+    adam = 0 if offloaded[1] else count * (8 if on_device else 12) / shares["optimizer"]  # with the gradients
+    gone = gradients + (bucket if stage < 3 else 0)  # by the time that Adam moves
+    temporaries = max(adam - gone, 0) if stage else gradients
+    at_once = engine.get("gradient_accumulation_steps", 1) > 1
     return Memory(
-        weights=0.0 if offloaded[0] else _bytes(frozen) / shares["parameters"],
+        weights=whole + (0.0 if offloaded[0] else _bytes(frozen) / shares["parameters"]),
         adapters=count * size / shares["parameters"],
-        gradients=count * size / shares["gradients"],
+        gradients=gradients,
         optimizer=0.0 if offloaded[1] else count * (12 / shares["optimizer"] if stage else 8),
-        buffers=bucket * double * (4 if stage == 1 else size) + gathered * frozen_size,
-        activations=activations,
+        buffers=bucket + gathered * frozen_size,
+        activations=max(activations - (0 if at_once else gradients), temporaries),
     )
 
 
@@ -99,15 +114,30 @@ def memory_table(memories: Sequence[Memory], available: Sequence[float | None]) 
 
 
 def device_memory(device: torch.device, ranks_here: int) -> float | None:
-    """Bytes that a rank of `ranks_here` on this machine may take; None where the system does not say."""
+    """Bytes that a rank of `ranks_here` on this machine may have; None where the system does not say.
+
+    On a CPU those that are free, and those that this process has already.
+    """
     if device.type == "cuda":
         return float(torch.cuda.get_device_properties(device).total_memory)
     try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            lines = dict(line.split(":", 1) for line in file)
-    except OSError:
+        return _kib("/proc/meminfo", "MemAvailable") * 1024 / ranks_here + _kib("/proc/self/status", "RssAnon") * 1024
+    except (OSError, KeyError):
         return None
-    return int(lines["MemAvailable"].split()[0]) * 1024 / ranks_here
+
+
+def _gathered(parameters: Sequence[nn.Parameter], zero: dict) -> int:
+    """Elements that ZeRO-3 holds whole: what it keeps between uses, and a buffer in which the next large ones come."""
+    counts = [_elements(parameter) for parameter in parameters]
+    large = sum(count for count in counts if count > zero.get("stage3_param_persistence_threshold", SMALL))
+    kept = min(zero.get("stage3_max_live_parameters", LIVE), sum(counts))
+    return kept + min(zero.get("stage3_prefetch_bucket_size", PREFETCH), large)
+
+
+def _kib(path: str, name: str) -> int:
+    with open(path, encoding="utf-8", errors="replace") as file:
+        lines = dict(line.split(":", 1) for line in file)
+    return int(lines[name].split()[0])
 
 
 def _is_half(engine: dict) -> bool:

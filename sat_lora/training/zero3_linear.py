@@ -13,10 +13,10 @@ def round_once() -> None:
     from deepspeed.runtime.zero.linear import zero3_linear_wrap
 
     if torch.nn.functional.linear is zero3_linear_wrap:
-        torch.nn.functional.linear = _linear
+        torch.nn.functional.linear = linear_of_zero3
 
 
-def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+def linear_of_zero3(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     from deepspeed.runtime.zero.linear import zero3_linear_wrap
 
     if bias is None:

@@ -62,7 +62,7 @@ def test_checkpointing_and_sharing_take_less():
     plain, checkpointed = of("--gpus", "2"), of("--gpus", "2", "--checkpoint-activations")
     assert checkpointed["activations"] < plain["activations"]
     assert of("--gpus", "2", "--model-parallel-size", "2")["weights"] < 0.7 * plain["weights"]
-    assert of("--gpus", "2", "--zero-stage", "3")["weights"] == plain["weights"] / 2
+    assert of("--gpus", "2", "--zero-stage", "3")["weights"] == pytest.approx(plain["weights"] / 2, rel=1e-3)
     assert of("--gpus", "4")["optimizer"] == plain["optimizer"] / 2
 
 

@@ -19,7 +19,7 @@ from tests.distributed.ranks import run_ranks
 from tests.memory import anonymous_memory, peak_of_anonymous_memory
 
 CPU, WORDS = torch.device("cpu"), 24
-LORA = LoraConfig(r=32, lora_dropout=0.1)
+LORA = LoraConfig(r=8, lora_dropout=0.1)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ENGINE = {"train_micro_batch_size_per_gpu": 1, "zero_allow_untested_optimizer": True}
 
@@ -77,9 +77,10 @@ def measured_activations(name, dtype, checkpoint, rows, parts):
      ("tiny", "bf16", True, 2, 1), ("large", "fp32", True, 1, 1), ("large", "bf16", False, 1, 2)],
 )  # fmt: skip
 def test_activations_are_estimated_as_they_are_measured(name, dtype, checkpoint, rows, parts):
-    (wanted,) = {*run_ranks(measured_activations, parts, name, dtype, checkpoint, rows, parts)}
+    measured = run_ranks(measured_activations, parts, name, dtype, checkpoint, rows, parts)
     (found,) = run_ranks(estimated, 1, name, 0, dtype, checkpoint, rows, parts, parts)
-    assert found.activations == pytest.approx(wanted, rel=0.02), (found.activations, wanted)
+    for wanted in measured:
+        assert found.activations + found.gradients == pytest.approx(wanted, rel=0.02), (found, measured)
 
 
 # What DeepSpeed keeps
