@@ -99,18 +99,19 @@ def memory_findings(memory: Memory, available: float | None) -> list[Finding]:
 
 
 def memory_table(memories: Sequence[Memory], available: Sequence[float | None]) -> str:
-    """A line per rank, in GiB; ranks that are alike share one."""
+    """A line per rank, in GiB or, for small models, MiB; ranks that are alike share one."""
     names = [field.name for field in fields(Memory)]
+    unit, scale = ("GiB", 1) if max(memory.total for memory in memories) >= 2**30 else ("MiB", 1024)
     rows: dict[tuple[str, ...], list[int]] = {}
     for rank, (memory, has) in enumerate(zip(memories, available)):
         sizes = [*(getattr(memory, name) for name in names), memory.total]
-        cells = (*(_number(size) for size in sizes), "?" if has is None else _number(has))
+        cells = (*(_number(size * scale) for size in sizes), "?" if has is None else _number(has * scale))
         rows.setdefault(cells, []).append(rank)
     header = ("rank", *names, "in all", "device has")
     lines = [header, *((_ranks(ranks), *cells) for cells, ranks in rows.items())]
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
     table = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths)) for line in lines]
-    return "\n".join(["memory in GiB at the peak of a step", *table])
+    return "\n".join([f"memory in {unit} at the peak of a step", *table])
 
 
 def device_memory(device: torch.device, ranks_here: int) -> float | None:
@@ -153,7 +154,8 @@ def _bytes(parameters: Iterable[nn.Parameter]) -> int:
 
 
 def _ranks(ranks: Sequence[int]) -> str:
-    return f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]}-{ranks[-1]}"
+    whole = len(ranks) > 2 and ranks[-1] - ranks[0] == len(ranks) - 1
+    return f"{ranks[0]}-{ranks[-1]}" if whole else ", ".join(map(str, ranks))
 
 
 def _number(size: float) -> str:

@@ -11,7 +11,7 @@ from sat_lora import LoraConfig, add_lora
 from sat_lora.cogvlm import build_cogvlm
 from sat_lora.doctor.estimate import estimate
 from sat_lora.doctor.live_memory import LiveBytes, peak_of
-from sat_lora.doctor.memory import Memory, memory_findings, memory_of, memory_table
+from sat_lora.doctor.memory import Memory, memory_findings, memory_table
 from sat_lora.training.distributed import arrange, join
 from sat_lora.training.engine import adapter_optimizer, start_engine
 from sat_lora.training.optimizer_state import create_moments
@@ -83,43 +83,6 @@ def test_activations_are_estimated_as_they_are_measured(name, dtype, checkpoint,
         assert found.activations + found.gradients == pytest.approx(wanted, rel=0.02), (found, measured)
 
 
-# What DeepSpeed keeps
-
-
-def kept_by_deepspeed(stage, dtype, seen):
-    """Bytes of new tensors after the engine and its moments are there, the model's own left out; and the estimate."""
-    world = arrange(join())
-    model, _ = built("tiny", dtype, False, 1)
-    before = storages(model)
-    engine = start_engine(model, adapter_optimizer(model, lr=1e-3), engine_config(stage, dtype))
-    create_moments(engine)
-    gc.collect()
-    after = storages(model)
-    memory = memory_of(model, engine_config(stage, dtype), data_parallel_size=world.data_parallel_size)
-    return sum(size for address, size in after.items() if address not in before), memory
-
-
-def storages(model):
-    """{address: bytes} of all tensors; those of the model's parameters have moved into flat buffers by then."""
-    found = {}
-    for one in gc.get_objects():
-        if type(one) in (torch.Tensor, torch.nn.Parameter):
-            storage = one.untyped_storage()
-            found[storage.data_ptr()] = storage.nbytes()
-    return found
-
-
-@pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("stage", [0, 1, 2])
-def test_master_and_moments_are_what_deepspeed_keeps(stage, dtype, ranks):
-    for kept, memory in run_ranks(kept_by_deepspeed, ranks, stage, dtype, None):
-        assert kept == pytest.approx(memory.optimizer, rel=0.05) or kept == pytest.approx(
-            memory.optimizer + memory.adapters,
-            rel=0.05,  # where the trained ones have moved into one buffer
-        ), (kept, memory)
-
-
 # The whole, by the process's memory
 
 
@@ -154,11 +117,11 @@ def taken_by_a_run(stage, dtype, checkpoint, parts, libc):
 
 
 SETTINGS = [
-    (0, "fp32", False, 1, 1),
     (2, "bf16", True, 1, 1),
     *(
         pytest.param(*one, marks=pytest.mark.matrix)
         for one in (
+            (0, "fp32", False, 1, 1),
             (1, "fp32", True, 2, 1),
             (2, "fp32", False, 2, 1),
             (0, "fp32", True, 2, 2),
@@ -206,6 +169,6 @@ def test_what_does_not_fit_is_a_finding_with_its_largest_parts():
 def test_alike_ranks_share_a_line_of_the_table():
     memory = Memory(weights=2**30, adapters=0, gradients=0, optimizer=0, buffers=0)
     other = Memory(weights=2**31, adapters=0, gradients=0, optimizer=0, buffers=0)
-    lines = memory_table([memory, memory, other], [2**33, 2**33, None]).splitlines()
-    assert [line.split()[0] for line in lines[2:]] == ["0-1", "2"]
+    lines = memory_table([memory, memory, memory, other, memory], [2**33, 2**33, 2**33, None, 2**32]).splitlines()
+    assert [line.split()[0] for line in lines[2:]] == ["0-2", "3", "4"]
     assert lines[2].split()[-2:] == ["1.00", "8.00"] and lines[3].split()[-2:] == ["2.00", "?"]
