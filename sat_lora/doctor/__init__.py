@@ -1,4 +1,12 @@
-"""Why a backward hangs, or why nothing learns: checks before a run, a watchdog in it, a verdict after it.
+"""The doctor: why a backward pass hangs, or why nothing learns. docs/doctor.md explains every code that it gives.
 
-Each check gives `Finding`s (`findings`), whose codes and meanings are in `codes` and docs/doctor.md.
+before a run    before_run     everything, from a run's options; examination: of any model with adapters, on hooks alone
+                checks         trained_set, gradients, reachability, checkpointing, parallelism, values, optimization,
+                               configuration, data, memory_report, environment (packages, space, collectives)
+                estimate       memory of any size at any layout, on tensors without memory; memory: the formulas
+during a run    trace          each rank's files, written as it goes; watchdog: ends a run that hangs
+after a hang    testimony      stacks, and flight_record: collectives, that the ranks leave when the watchdog ends them
+                verdict        reads evidence, all that was left, and says who stopped where; timeline draws it
+                replay         runs the step again on gloo ranks
+in all          findings       what a check has found, with the codes of codes
 """
