@@ -99,7 +99,9 @@ def recommended(setting: Setting, gpus: int, gigabytes: float) -> Cost | None:
 
 
 def best(candidates: list[Cost]) -> Cost | None:
-    """The one with the most samples per second; of those within a per cent of it, the one with the least memory."""
+    """The one with the most samples per second; of those within a per cent of it, the one with the least memory, and of
+    those alike the higher ZeRO stage: accumulated gradients would be shared too.
+    """
     fastest = max((one.samples_per_second for one in candidates), default=0)
     near = [one for one in candidates if one.samples_per_second >= 0.99 * fastest]
-    return min(near, key=lambda one: one.memory.total, default=None)
+    return min(near, key=lambda one: (round(one.memory.total), -one.stage), default=None)

@@ -38,7 +38,7 @@ READING = """\
 
 - **ZeRO 1 and 2 cost the same and next to nothing**: only adapters have gradients. DeepSpeed sums whole buckets under
   either stage (an all-reduce, not the reduce-scatter that the paper has for stage 2) and gathers the adapters after the
-  step. Stage 2 saves memory.
+  step. Stage 2 saves memory where several micro-batches make a step: only then do gradients wait beside activations.
 - **ZeRO-3 moves the frozen base twice in every micro-batch**, whatever its gradients. It is the way to fit, not to
   scale. The bytes are an upper bound, with nothing kept between uses: counted with DeepSpeed's limits at 0. Its default
   of 1e9 live parameters saves up to 6 %.
@@ -89,7 +89,7 @@ def _why(chosen: Cost, gigabytes: float) -> str:
     faster = [one for one in costs(SETTING, chosen.gpus) if one.samples_per_second > 1.01 * chosen.samples_per_second]
     reasons = []
     if faster:
-        smallest = min(faster, key=lambda one: one.memory.total)
+        smallest = min(faster, key=lambda one: (round(one.memory.total), -one.stage))
         reasons.append(f"{_name(smallest)} is faster, but takes {smallest.memory.total / 1e9:.1f} GB")
     kind = (chosen.parts, chosen.stage == 3)
     second = best([o for o in costs(SETTING, chosen.gpus) if o.fits(gigabytes) and (o.parts, o.stage == 3) != kind])

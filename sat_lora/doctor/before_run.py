@@ -18,7 +18,7 @@ from sat_lora.doctor.environment import collective_findings, environment_finding
 from sat_lora.doctor.examination import examine
 from sat_lora.doctor.findings import Finding, as_text, has_errors, joined
 from sat_lora.doctor.findings import as_json as to_json
-from sat_lora.doctor.memory_report import memory_report
+from sat_lora.doctor.memory_report import estimated_findings, memory_report
 from sat_lora.doctor.optimization import effect_findings, learning_rate_findings
 from sat_lora.errors import SatLoraError
 from sat_lora.optimizer_groups import set_learning_rate
@@ -100,6 +100,9 @@ def _option_findings(options: Namespace, device: str) -> Iterator[Finding]:
 
 def _diagnose_model(options: Namespace, setting: Setting, tell: Callable[[str], None]) -> list[Finding]:
     world = setting.world
+    too_much = estimated_findings(options, setting)
+    if too_much:
+        return too_much  # it would end in the middle
     model, config = load_base(options, setting, layers=options.shrink)
     add_lora(model, setting.lora)
     model.train()

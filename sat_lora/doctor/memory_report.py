@@ -51,6 +51,16 @@ def memory_report(
     return table, joined(gather_lists([memory_findings(memory, available)]))
 
 
+def estimated_findings(options: Namespace, setting: Setting) -> list[Finding]:
+    """On GPUs, before anything is loaded: whether a step fits by the estimate. Every rank has to call it."""
+    world = setting.world
+    if world.device.type != "cuda" or options.shrink:
+        return []
+    memory = _from_first_rank(estimate_elsewhere, options, world.size, world.device.type)
+    available = device_memory(world.device, ranks_on_this_machine(world.size))
+    return joined(gather_lists([memory_findings(memory, available)]))
+
+
 def estimate_elsewhere(options: Namespace, ranks: int, device: str, layers: int | None = None) -> Memory:
     """`estimate_run` in a process of its own: this one has a process group. ConfigError: what that process says."""
     content = {**vars(options), "given": sorted(options.given)}

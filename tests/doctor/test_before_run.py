@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -138,3 +139,25 @@ def test_the_text_names_code_place_reason_and_remedy():
         assert words in text
     assert text.splitlines()[-1] == "doctor: 1 error"
     assert as_text([]) == "doctor: nothing found"
+
+
+def told_on_a_small_gpu(arguments):
+    """As on a GPU of 1 MiB, up to where the base would be loaded."""
+    from sat_lora.doctor import memory_report
+
+    memory_report.device_memory = lambda device, ranks: 2**20
+    before_run.load_base = None
+    prepared = before_run.prepare
+
+    def on_cuda(options):
+        setting = prepared(options)
+        return replace(setting, world=replace(setting.world, device=torch.device("cuda", 0)))
+
+    before_run.prepare = on_cuda
+    return told_by(arguments)
+
+
+def test_a_gpu_that_is_too_small_is_found_before_the_base_is_loaded(captchas, tmp_path):
+    for found in run_ranks(told_on_a_small_gpu, 2, options_for(captchas, tmp_path)):
+        assert codes_of(found) == ["memory"] and found[0][1] == (0, 1)
+        assert "the device has 0.00 GiB" in found[0][2]
