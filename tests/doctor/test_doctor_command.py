@@ -33,16 +33,25 @@ def mixed_data(folder):
     return str(folder / "data.jsonl")
 
 
-def test_a_run_that_hung_is_explained_drawn_and_fails_again_in_the_replay(captchas, tmp_path):
+def run_that_hangs(captchas, tmp_path):
     options = [*options_for(captchas, tmp_path, "--train-iters", "8", "--watchdog-limit", "2", "--zero-stage", "2")]
     options += ["--train-data", mixed_data(tmp_path), "--batch-size", "1"]
     command = [*launcher("torchrun"), str(BRANCHING), *options]
     hung = subprocess.run(command, capture_output=True, text=True, timeout=100)
     assert hung.returncode != 0
+
+
+def test_a_run_that_hung_is_explained_and_drawn(captchas, tmp_path):
+    run_that_hangs(captchas, tmp_path)
     told = sat_lora("doctor", "--run", tmp_path / "run", "--plot", tmp_path / "gradients.png")
     assert told.returncode == 1, told.stderr
     assert told.stdout.startswith("error: gradients-differ") and "vision" in told.stdout, told.stdout
     assert (tmp_path / "gradients.png").read_bytes()[1:4] == b"PNG"
+
+
+@pytest.mark.matrix
+def test_a_run_that_hung_fails_again_in_the_replay(captchas, tmp_path):
+    run_that_hangs(captchas, tmp_path)
     again = sat_lora("doctor", "--run", tmp_path / "run", "--replay")
     assert again.returncode == 1 and "fails on 2 gloo ranks as well" in again.stdout, again.stdout + again.stderr
 

@@ -10,6 +10,10 @@ from tests.doctor.faulty_runs import CULPRIT, LIMIT, STEP, run_faulty
 from tests.finetune_demo.test_finetune_cogvlm import options_for
 
 
+def long(*parameters):
+    return pytest.param(*parameters, marks=pytest.mark.matrix)
+
+
 def told(fault, captchas, tmp_path, *more, ranks=2):
     """(verdict afterwards, exit statuses, what was printed)."""
     options = options_for(captchas, tmp_path, "--train-iters", "8", "--watchdog-limit", str(LIMIT), *more)
@@ -24,9 +28,9 @@ def told(fault, captchas, tmp_path, *more, ranks=2):
         ("loader_that_sleeps", "stuck-in-data", "faulty_runs.py.*time.sleep"),
         ("extra_collective", "collectives-differ", "faulty_runs.py.*all_reduce"),
         ("killed_rank", "rank-gone", r"rank 1 \(process \d+ on"),
-        ("bus_error", "rank-gone", r"is gone: Bus error in <lambda> \(.*faulty_runs.py"),
+        long("bus_error", "rank-gone", r"is gone: Bus error in <lambda> \(.*faulty_runs.py"),
         ("deadlock_in_a_hook", "stuck-in-code", "faulty_runs.py:.*action()"),
-        ("stopped_rank", "stuck-in-code", "interpreter is stuck as a whole"),
+        long("stopped_rank", "stuck-in-code", "interpreter is stuck as a whole"),
         ("published_branching", "gradients-differ", "gradients arrived on rank 0 and not on rank 1: .*vision"),
     ],
 )  # fmt: skip

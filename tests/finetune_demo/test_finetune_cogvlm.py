@@ -278,7 +278,7 @@ def test_a_broken_image_is_skipped_and_named_once(captchas, tmp_path):
     assert sum("444.png" in line for line in lines) == 1
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.matrix), 2])
 def test_two_runs_from_the_same_seed_write_the_same_bytes(ranks, captchas, tmp_path):
     more = ("--train-iters", "4", "--zero-stage", "2", "--lora_dropout", "0.2", "--seed", "7")
     for name in ("one", "two"):
