@@ -8,6 +8,7 @@ import torch
 
 from sat_lora.adapter_format import CONFIG, PAIR, WEIGHTS, SavedAdapter, read_adapter
 from sat_lora.errors import AdapterError
+from sat_lora.step_folders import follow
 from sat_lora.targets import layer_of, part_of
 
 
@@ -20,8 +21,9 @@ def inspect_adapter(folder: str | Path) -> dict:
     delta_norm is the Frobenius norm of scale * B A (before DoRA's lengths), None where it is not finite.
     """
     folder = Path(folder)
-    if not (folder / CONFIG).is_file() and (folder / "adapter" / CONFIG).is_file():
+    if not (folder / CONFIG).is_file() and (folder / "adapter").is_dir():
         folder = folder / "adapter"
+    folder = follow(folder)
     saved = read_adapter(folder)
     try:
         layers = [_describe_layer(saved, name) for name in sorted(saved.layers)]

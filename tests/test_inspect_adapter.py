@@ -1,6 +1,7 @@
 """`sat-lora inspect`."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -65,3 +66,15 @@ def test_a_plot_is_written(run_folder, tmp_path, capsys):
 def test_a_wrong_folder_is_one_line_and_status_2(tmp_path, capsys):
     status, out, err = printed(capsys, tmp_path / "nowhere")
     assert (status, out) == (2, "") and err.startswith("sat-lora inspect: error:") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("path", [".", "adapter", "adapter/latest", "adapter/best", "adapter/400"])
+def test_every_name_of_a_runs_adapter_is_taken(run_folder, tmp_path, capsys, path):
+    """As a run leaves them: a folder per step, and pointers."""
+    shutil.copytree(run_folder / "adapter", tmp_path / "adapter" / "400")
+    for pointer in ("latest", "best"):
+        (tmp_path / "adapter" / pointer).write_text("400\n")
+    status, out, _ = printed(capsys, tmp_path / path, "--json")
+    report = json.loads(out)
+    assert status == 0 and report["path"] == str(tmp_path / "adapter" / "400")
+    assert report["parameters"] == json.loads(printed(capsys, run_folder, "--json")[1])["parameters"]
