@@ -1,6 +1,7 @@
 """The `sat-lora` command."""
 
 import argparse
+import os
 import sys
 
 from sat_lora.commands import combine, doctor, estimate, export_adapter, import_adapter, inspect_adapter, merge
@@ -25,7 +26,12 @@ def main(argv: list[str] | None = None) -> int:
     from sat_lora.errors import SatLoraError
 
     try:
-        return options.run_command(options) or 0
+        status = options.run_command(options) or 0
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # whoever read has heard enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
+        return 0
     except SatLoraError as error:
         print(f"sat-lora {options.command}: error: {error}", file=sys.stderr)
         return 2

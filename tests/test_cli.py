@@ -1,6 +1,9 @@
 """`sat-lora combine`. For `sat-lora merge` see test_merge_checkpoint."""
 
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -98,3 +101,16 @@ def test_help_holds_an_example(run, capsys):
     with pytest.raises(SystemExit) as stop:
         run("--help")
     assert stop.value.code == 0 and "examples:\n  sat-lora combine runs/a/adapter" in capsys.readouterr().out
+
+
+def test_a_reader_that_has_heard_enough_is_no_error(pair):
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-m", "sat_lora.cli", "inspect", str(pair[0])],
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    os.close(writer)
+    assert (done.returncode, "Error" in done.stderr) == (0, False), done.stderr
