@@ -135,7 +135,10 @@ def published_branching():
 
 
 def run_faulty(fault, options, folder, timeout=60, ranks=2):
-    """([exit status of each rank], [what each printed]) of a run with this fault. A rank that is stopped ends by -9."""
+    """([exit status of each rank], [what each printed], when rank 0 ended) of a run with this fault.
+
+    A rank that is stopped ends by -9. The time is in seconds since the epoch.
+    """
     context, port = process_context(), free_port()
     logs = [folder / f"rank_{rank}.log" for rank in range(ranks)]
     processes = [
@@ -147,6 +150,7 @@ def run_faulty(fault, options, folder, timeout=60, ranks=2):
     end = time.monotonic() + timeout
     try:
         processes[0].join(timeout)
+        ended = time.time()
         for process in processes[1:]:
             process.join(2 if fault is stopped_rank else max(0.0, end - time.monotonic()))
         hung = [rank for rank, process in enumerate(processes) if process.exitcode is None]
@@ -157,7 +161,7 @@ def run_faulty(fault, options, folder, timeout=60, ranks=2):
     output = [log.read_text(errors="replace") for log in logs]
     if hung and fault is not stopped_rank:
         raise AssertionError(f"ranks {hung} did not end in {timeout} s: {output}")
-    return [process.exitcode for process in processes], output
+    return [process.exitcode for process in processes], output, ended
 
 
 def _run_rank(output, rank, size, port, fault, options):

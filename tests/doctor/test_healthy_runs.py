@@ -42,7 +42,7 @@ def test_500_steps_with_threefold_jitter_raise_no_alarm(tmp_path):
 @pytest.mark.timeout(400)
 def test_500_real_steps_of_two_uneven_ranks_raise_no_alarm(captchas, tmp_path):
     options = options_for(captchas, tmp_path, "--train-iters", "500", "--watchdog-limit", "2", "--zero-stage", "2")
-    statuses, outputs = run_faulty(faulty_runs.jitter, [*options, "--batch-size", "2"], tmp_path, timeout=300)
+    statuses, outputs, _ = run_faulty(faulty_runs.jitter, [*options, "--batch-size", "2"], tmp_path, timeout=300)
     assert statuses == [0, 0], outputs
     assert verdict(tmp_path / "run").finding is None
 

@@ -1,10 +1,13 @@
 """Runs that hang or lose a rank: each ends by itself, and the verdict names code, rank and place."""
 
+import json
 import re
 
 import pytest
 
+from sat_lora.doctor.trace import folder_of, read_states
 from sat_lora.doctor.verdict import verdict
+from sat_lora.doctor.watchdog import ALARM
 from tests.doctor import faulty_runs
 from tests.doctor.faulty_runs import CULPRIT, LIMIT, STEP, run_faulty
 from tests.finetune_demo.test_finetune_cogvlm import options_for
@@ -15,10 +18,15 @@ def long(*parameters):
 
 
 def told(fault, captchas, tmp_path, *more, ranks=2):
-    """(verdict afterwards, exit statuses, what was printed)."""
+    """(verdict afterwards, exit statuses, what was printed); it has to end 10 s after its limit at the latest."""
     options = options_for(captchas, tmp_path, "--train-iters", "8", "--watchdog-limit", str(LIMIT), *more)
-    statuses, outputs = run_faulty(fault, options, tmp_path, ranks=ranks)
-    return verdict(tmp_path / "run"), statuses, "".join(outputs)
+    statuses, outputs, ended = run_faulty(fault, options, tmp_path, ranks=ranks)
+    run = tmp_path / "run"
+    alarm = folder_of(run) / ALARM
+    limit = json.loads(alarm.read_text())["limit"] if alarm.exists() else LIMIT
+    began = next(state.last_sign for state in read_states(run) if state.rank == CULPRIT)
+    assert ended - began < limit + 10, "".join(outputs)
+    return verdict(run), statuses, "".join(outputs)
 
 
 @pytest.mark.parametrize(
