@@ -9,6 +9,7 @@ takes far less than a real one, the watchdog's part of it no less. Steps with an
 import argparse
 import statistics
 import tempfile
+from pathlib import Path
 
 import torch
 
@@ -16,17 +17,22 @@ from benchmarks.bench_step import batch_of, config_of, training_step
 from benchmarks.interleaved import CLOCKS, environment, join_alone, measure, progress
 from sat_lora import LoraConfig, add_lora
 from sat_lora.cogvlm import build_cogvlm
+from sat_lora.cogvlm.checkpoint import read_config
 from sat_lora.doctor.trace import Trace
 from sat_lora.doctor.watchdog import watched
 from sat_lora.training.nonfinite import GradientWatch
 
-LAYERS = {"demo": None, "deep": (32, 63)}
+SIZES = ("demo", "deep")
+LAYERS = (32, 63)  # of CogVLM-17B's language model and vision transformer
+DEMO = Path(__file__).parents[1] / "finetune_demo" / "tiny_cogvlm"
 
 
 def config_for(size: str) -> dict:
+    """The content of a model_config.json."""
+    if size == "demo":
+        return read_config(DEMO)
     config = config_of("tiny")
-    if LAYERS[size] is not None:
-        config["num_layers"], config["eva_args"]["num_layers"] = LAYERS[size]
+    config["num_layers"], config["eva_args"]["num_layers"] = LAYERS
     return config
 
 
@@ -39,7 +45,7 @@ def added(size: str, repeats: int, clock: str) -> dict:
     for name in ("without", "with"):
         torch.manual_seed(0)
         models[name] = build_cogvlm(config)
-        add_lora(models[name], LoraConfig(r=4))
+        add_lora(models[name], LoraConfig(r=16))
         watches = {**watches, name: GradientWatch(models[name], device)}  # every run has one
     with tempfile.TemporaryDirectory() as folder:
         trace = Trace(folder, models["with"], watches["with"], rank=0, world_size=1)
@@ -62,7 +68,7 @@ def added(size: str, repeats: int, clock: str) -> dict:
 def main(arguments: list[str] | None = None) -> list[dict]:
     """Measure every size, print a table, and return its rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", nargs="+", default=[*LAYERS], choices=LAYERS)
+    parser.add_argument("--sizes", nargs="+", default=SIZES, choices=SIZES)
     parser.add_argument("--repeats", type=int, default=60)
     parser.add_argument("--clock", choices=CLOCKS, default="cpu", help="cpu: processor time, for busy machines")
     args = parser.parse_args(arguments)

@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
         if os.environ.get("RANK", "0") == "0":
             print(f"{stopped}; resume with: {_resume_command(options)}", flush=True)
         return stopped.status
-    if world.is_main:
+    if world.is_main and not options.replay:
         print(_what_next(options))
     stop()
     return 0

@@ -14,7 +14,7 @@ def add(commands) -> None:
         help="find why a backward hangs, or why nothing learns",
         usage="%(prog)s [--ranks N] [--shrink N] [--json] [options of finetune_cogvlm.py]\n"
         "       %(prog)s --run RUN_FOLDER [--log FILE ...] [--plot PNG] [--json]\n"
-        "       %(prog)s --run RUN_FOLDER --replay",
+        "       %(prog)s --run RUN_FOLDER --replay [--shrink N]",
         description="Before a run: builds the model as the run would, takes one step per kind of batch on every rank, "
         "and writes nothing.\nAfter one that hung: says which rank stopped where, and the likely cause. "
         "docs/doctor.md explains every code.",
@@ -24,10 +24,11 @@ def add(commands) -> None:
             "sat-lora doctor --ranks 2 --shrink 2 --from_pretrained cogvlm-base-490 --train-data images/",
             "sat-lora doctor --run runs/mine --plot gradients.png",
             "sat-lora doctor --run runs/mine --log slurm-4711.out",
-            "sat-lora doctor --run runs/mine --replay",
+            "sat-lora doctor --run runs/mine --replay --shrink 2",
         ),
     )
     doctor.add_argument("--ranks", type=int, default=1, metavar="N", help="start so many ranks on this machine")
+    doctor.add_argument("--shrink", metavar="N", help="take the first N layers of each transformer alone")
     doctor.add_argument("--json", action="store_true", help="findings for programs")
     doctor.add_argument("--run", metavar="DIR", help="folder of a run that hangs, hung or died")
     doctor.add_argument("--log", nargs="+", default=[], metavar="FILE", help="what its ranks printed: NCCL's lines")
@@ -48,6 +49,8 @@ def run(options: argparse.Namespace) -> int:
         return _before(options)
     if options.more:
         raise ConfigError(f"--run: takes no options of a run, got {' '.join(options.more)}")
+    if options.shrink and not options.replay:
+        raise ConfigError("--shrink: with --run it is for --replay")
     return _replay(options) if options.replay else _after(options)
 
 
@@ -60,33 +63,34 @@ def _before(options: argparse.Namespace) -> int:
     from sat_lora.doctor.replay import gloo_ranks
     from sat_lora.training.options import parse_options
 
+    more = [*options.more, *(("--shrink", options.shrink) if options.shrink else ())]
     if options.ranks > 1 and "RANK" not in os.environ:
         command, environment = gloo_ranks(options.ranks)
         json_too = ["--json"] if options.json else []
-        command += ["-m", "sat_lora.cli", "doctor", *json_too, *options.more]
+        command += ["-m", "sat_lora.cli", "doctor", *json_too, *more]
         return subprocess.run(command, env=environment, check=False).returncode
-    return report(parse_options(options.more), as_json=options.json)
+    return report(parse_options(["--doctor", *more]), as_json=options.json)
 
 
 def _after(options: argparse.Namespace) -> int:
     from sat_lora.doctor.findings import as_json
+    from sat_lora.doctor.rank_state import read_states
     from sat_lora.doctor.timeline import draw_timeline
-    from sat_lora.doctor.trace import read_states
     from sat_lora.doctor.verdict import verdict
     from sat_lora.doctor.watchdog import when_alarmed
 
     found = verdict(options.run, options.log)
-    if options.plot:
-        draw_timeline(read_states(options.run), options.plot, when_alarmed(options.run))
-        print(f"gradients in {options.plot}", file=sys.stderr)
     if options.json:
         print(as_json([found.finding] if found.finding else []))
     else:
-        print((f"{found.finding.level}: {found.finding.code}\n" if found.finding else "") + found.text)
+        print((f"{found.finding.level}: {found.finding.code}\n" if found.finding else "") + found.text, flush=True)
+    if options.plot:
+        draw_timeline(read_states(options.run), options.plot, when_alarmed(options.run))
+        print(f"gradients in {options.plot}", file=sys.stderr)
     return 0 if found.finding is None else 1
 
 
 def _replay(options: argparse.Namespace) -> int:
     from sat_lora.doctor.replay import replay
 
-    return replay(options.run)
+    return replay(options.run, ["--shrink", options.shrink] if options.shrink else [])

@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterator
 import torch
 
 from sat_lora.doctor.batches import has_labels, kinds_of
-from sat_lora.doctor.collectives import collective_times
+from sat_lora.doctor.collectives import collective_findings, collective_times
 from sat_lora.doctor.configuration import bucket_findings, configuration_findings, key_findings
 from sat_lora.doctor.data import batch_count_findings, data_findings, model_config_findings
-from sat_lora.doctor.environment import collective_findings, environment_findings
+from sat_lora.doctor.environment import environment_findings
 from sat_lora.doctor.examination import examine
 from sat_lora.doctor.findings import Finding, as_text, has_errors, joined
 from sat_lora.doctor.findings import as_json as to_json

@@ -9,7 +9,7 @@ import torch
 from sat_lora.cogvlm.checkpoint import read_config
 from sat_lora.cogvlm.model import build_cogvlm
 from sat_lora.config import LoraConfig
-from sat_lora.doctor.collectives import TIMEOUT, collective_findings, collective_times
+from sat_lora.doctor.collectives import TIMEOUT, collective_findings
 from sat_lora.doctor.findings import Finding, joined
 from sat_lora.doctor.packages import code_mark, compare_versions, package_findings
 from sat_lora.doctor.space import disk_findings, shared_memory_findings
@@ -19,16 +19,6 @@ from sat_lora.targets import plan
 from sat_lora.training.deepspeed_config import base_dtype
 from sat_lora.training.distributed import World, gather_lists, ranks_on_this_machine
 from sat_lora.training.run_folder import versions
-
-__all__ = [
-    "collective_findings",
-    "collective_times",
-    "compare_versions",
-    "disk_findings",
-    "environment_findings",
-    "package_findings",
-    "shared_memory_findings",
-]
 
 
 def environment_findings(options: Namespace, world: World, lora: LoraConfig, timeout: float = TIMEOUT) -> list[Finding]:
@@ -47,10 +37,9 @@ def environment_findings(options: Namespace, world: World, lora: LoraConfig, tim
         own += shared_memory_findings(workers, batch_bytes(options), ranks_on_this_machine(world.size))
     if world.is_main:
         adapter, trained = saved_sizes(options, lora)
-        saves = math.ceil((options.train_iters or 1) / options.save_interval)
-        own += disk_findings(
-            options.run_folder, adapter, options.keep, checkpoint_bytes=12 * trained, saves=saves
-        )  # master, mean and variance in float32
+        # --save-interval 0 saves once, at the end. Of each element master, mean and variance, in float32.
+        saves = math.ceil((options.train_iters or 1) / options.save_interval) if options.save_interval else 1
+        own += disk_findings(options.run_folder, adapter, options.keep, checkpoint_bytes=12 * trained, saves=saves)
     mine = {**versions(), "sat_lora's code": code_mark()}
     return [*joined(gather_lists([own])), *compare_versions(gather_lists([mine]))]
 

@@ -7,7 +7,6 @@ likes, and does nothing. So a step of any size at any layout is counted as it wo
 import sys
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from unittest import mock
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -101,13 +100,23 @@ def _as_in_a_run(model: CogVLMModel, *, partitioned: bool):
     with ExitStack() as stack:
         # On CUDA SAT checkpoints with DeepSpeed's function, which wants real random states; it keeps the same tensors.
         function = partial(checkpoint, use_reentrant=True, preserve_rng_state=False)
-        stack.enter_context(mock.patch.object(sys.modules["sat.model.transformer"], "checkpoint", function))
+        stack.enter_context(_replaced(sys.modules["sat.model.transformer"], "checkpoint", function))
         if partitioned:
             for parameter in model.parameters():
                 parameter.ds_id = parameter.ds_status = None  # adapters then take over no product with a weight
             # Its linear keeps the input, whether the weight trains or not.
-            stack.enter_context(mock.patch.object(torch.nn.functional, "linear", linear_of_zero3))
+            stack.enter_context(_replaced(torch.nn.functional, "linear", linear_of_zero3))
         yield
+
+
+@contextmanager
+def _replaced(module, name: str, value):
+    before = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, before)
 
 
 def _peak_of_a_step(model: CogVLMModel, config: dict, rows: int, length: int) -> int:

@@ -15,13 +15,15 @@ from sat_lora.training.lora_options import lora_config
 
 
 def estimate_run(options: Namespace, *, ranks: int, device: str = "cuda", layers: int | None = None) -> Memory:
-    """Of a rank among `ranks`. layers: of each transformer, at most. device: as for `deepspeed_config`. ConfigError,
-    CheckpointError: as a run has them.
+    """Of a rank among `ranks`. layers: of each transformer, at most. device: as for `deepspeed_config`.
+
+    ConfigError, CheckpointError: as a run has them.
     """
-    engine = deepspeed_config(options, device=device, environ={"RANK": "1"})  # rank 0 alone would warn
     parts = options.model_parallel_size
     if ranks < 1 or ranks % parts:
         raise ConfigError(f"--gpus: got {ranks}, wanted a multiple of --model-parallel-size {parts}")
+    environ = {"RANK": "1", "WORLD_SIZE": str(ranks)}  # rank 0 would warn
+    engine = deepspeed_config(options, device=device, environ=environ)
     config = sizes_of(options.from_pretrained)
     if layers is not None:
         config = shortened(config, layers)

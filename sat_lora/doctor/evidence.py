@@ -6,8 +6,9 @@ from pathlib import Path
 
 from sat_lora.doctor.flight_record import Collective, read_collectives
 from sat_lora.doctor.places import Place
+from sat_lora.doctor.rank_files import folder_of
+from sat_lora.doctor.rank_state import RankState, read_states
 from sat_lora.doctor.testimony import Thread, has_testified, read_threads
-from sat_lora.doctor.trace import RankState, folder_of, read_states
 from sat_lora.errors import ConfigError
 
 

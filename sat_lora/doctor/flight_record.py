@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from sat_lora.doctor.places import Place, own_place
-from sat_lora.doctor.trace import NCCL_DUMP, file_of
+from sat_lora.doctor.rank_files import NCCL_DUMP, file_of
 
 FLIGHT = ".flight"
 

@@ -15,7 +15,7 @@ from sat_lora.doctor.findings import Finding, joined
 from sat_lora.doctor.live_memory import peak_of
 from sat_lora.doctor.memory import Memory, device_memory, memory_findings, memory_of, memory_table
 from sat_lora.errors import ConfigError
-from sat_lora.training.distributed import gather_lists, ranks_on_this_machine
+from sat_lora.training.distributed import gather_lists, ranks_on_this_machine, together
 from sat_lora.training.prepare import Setting
 
 
@@ -29,23 +29,21 @@ def memory_report(
     """
     device, ranks = setting.world.device, setting.world.size
     partitioned = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
-    measured = None if partitioned else peak_of(step, model, device)
+    measured = 0 if partitioned else peak_of(step, model, device)
     model.zero_grad(set_to_none=True)
+    memory = memory_of(
+        model,
+        setting.engine,
+        data_parallel_size=setting.world.data_parallel_size,
+        activations=measured,
+        on_device=device.type == "cuda",
+    )
     if partitioned or options.shrink:
-        whole = _from_first_rank(estimate_elsewhere, options, ranks, device.type)
-        activations = whole.activations
-        if measured is not None:
-            small = _from_first_rank(estimate_elsewhere, options, ranks, device.type, options.shrink)
-            activations *= measured / small.activations
-        memory = dataclasses.replace(whole, activations=activations)
-    else:
-        memory = memory_of(
-            model,
-            setting.engine,
-            data_parallel_size=setting.world.data_parallel_size,
-            activations=measured,
-            on_device=device.type == "cuda",
-        )
+        whole = _estimated(options, ranks, device.type)
+        if not partitioned:
+            small = _estimated(options, ranks, device.type, options.shrink)
+            whole = dataclasses.replace(whole, activations=whole.activations * memory.activations / small.activations)
+        memory = whole
     available = device_memory(device, ranks_on_this_machine(ranks))
     table = memory_table(gather_lists([memory]), gather_lists([available]))
     return table, joined(gather_lists([memory_findings(memory, available)]))
@@ -56,7 +54,7 @@ def estimated_findings(options: Namespace, setting: Setting) -> list[Finding]:
     world = setting.world
     if world.device.type != "cuda" or options.shrink:
         return []
-    memory = _from_first_rank(estimate_elsewhere, options, world.size, world.device.type)
+    memory = _estimated(options, world.size, world.device.type)
     available = device_memory(world.device, ranks_on_this_machine(world.size))
     return joined(gather_lists([memory_findings(memory, available)]))
 
@@ -78,14 +76,9 @@ def estimate_elsewhere(options: Namespace, ranks: int, device: str, layers: int 
     return Memory(**json.loads(done.stdout.splitlines()[-1]))
 
 
-def _from_first_rank(function: Callable[..., Memory], *args) -> Memory:
-    """The result of rank 0's call on every rank. ConfigError on every rank."""
+def _estimated(*args) -> Memory:
+    """`estimate_elsewhere` of rank 0, on every rank. ConfigError on every rank."""
     first = torch.distributed.get_rank() == 0
-    try:
-        found = [function(*args)] if first else []
-    except ConfigError as error:
-        found = [error]
-    (result,) = gather_lists(found)
-    if isinstance(result, ConfigError):
-        raise result
-    return result
+    own = together(lambda: [estimate_elsewhere(*args)] if first else [])
+    (memory,) = gather_lists(own)
+    return memory

@@ -10,20 +10,22 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from sat_lora.doctor.evidence import read_ranks
-from sat_lora.doctor.trace import read_states
+from sat_lora.doctor.rank_state import read_states
 from sat_lora.doctor.verdict import verdict
 from sat_lora.errors import ConfigError
 
 LIMIT = 20.0  # seconds, --watchdog-limit of the replay
 
 
-def replay(run: str | Path) -> int:
+def replay(run: str | Path, options: Sequence[str] = ()) -> int:
     """The status: 0 if the step runs through, 1 if it does not. ConfigError: it cannot be started.
 
-    Prints what the ranks print, and a last line that says what it means.
+    options: more of the script's, such as --shrink N: all ranks are on this machine's CPU, and a whole CogVLM may not
+    fit. Prints what the ranks print, and a last line that says what it means.
     """
     states = [rank.state for rank in read_ranks(run)]
     script = _script(states[0].argv, states[0].cwd)
@@ -31,9 +33,9 @@ def replay(run: str | Path) -> int:
     command, environment = gloo_ranks(ranks)
     folder = Path(tempfile.mkdtemp(prefix="sat_lora_replay_"))
     try:
-        options = ("--replay", str(Path(run).resolve()), "--save", str(folder), "--distributed-backend", "gloo")
+        own = ("--replay", str(Path(run).resolve()), "--save", str(folder), "--distributed-backend", "gloo")
         environment["TORCH_DISTRIBUTED_DEBUG"] = "DETAIL"
-        done = subprocess.run([*command, str(script), *options], env=environment, cwd=states[0].cwd, check=False)
+        done = subprocess.run([*command, str(script), *own, *options], env=environment, cwd=states[0].cwd, check=False)
         first, last = steps_to_replay(run)
         what = f"step {first}" if first == last else f"steps {first} to {last}"
         if done.returncode == 0:

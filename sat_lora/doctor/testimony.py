@@ -16,7 +16,7 @@ from types import FrameType
 from sat_lora.atomic import replace_text
 from sat_lora.doctor.flight_record import write_flight_record
 from sat_lora.doctor.places import Place, own_place
-from sat_lora.doctor.trace import file_of
+from sat_lora.doctor.rank_files import file_of
 
 STACKS, STACKS_TEXT = ".stacks.json", ".stacks.txt"
 _WAITING = ("torch/distributed/distributed_c10d.py", "deepspeed/comm/torch.py", "deepspeed/comm/comm.py")

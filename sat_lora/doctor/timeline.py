@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 
-from sat_lora.doctor.trace import RankState
+from sat_lora.doctor.rank_state import RankState
 from sat_lora.errors import ConfigError
 
 COLOURS = ("#08519c", "#d94801", "#006d2c", "#6a51a3", "#a50f15", "#525252", "#c51b8a", "#01665e")

@@ -6,15 +6,14 @@ in a collective; ranks are in different collectives. Otherwise all wait for some
 """
 
 import re
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sat_lora.doctor.codes import CODES
 from sat_lora.doctor.evidence import Rank, read_ranks
 from sat_lora.doctor.findings import Finding
-from sat_lora.doctor.nccl_log import LoggedTimeout, read_timeouts
+from sat_lora.doctor.nccl_log import read_timeouts
+from sat_lora.doctor.paragraph import last_seen, paragraph, place_words
 from sat_lora.doctor.places import Place, own_place
 from sat_lora.doctor.testimony import Thread
 
@@ -41,10 +40,13 @@ def verdict(run: str | Path, logs: Sequence[str | Path] = ()) -> Verdict:
     for rule in (_failed, _gradients, _aborted, _gone, _left_behind, _stuck, _different_collectives, _hang):
         found = rule(ranks)
         if found is not None:
-            return Verdict(found, _paragraph(found, ranks, timeouts))
+            return Verdict(found, paragraph(found, ranks, timeouts))
+    told = next((one.state.error for one in ranks if one.state.error is not None), None)
+    if told is not None:
+        return Verdict(None, f"No rank is at fault: all were told to end by {told}")
     ended = all(one.state.ended for one in ranks)
     words = f"has ended well after step {ranks[0].state.step}" if ended else "goes on"
-    steps = ", ".join(_at(one) for one in ranks)
+    steps = ", ".join(last_seen(one) for one in ranks)
     return Verdict(None, f"Nothing is wrong: the run {words}. {steps}.")
 
 
@@ -69,7 +71,7 @@ def _aborted(ranks: Sequence[Rank]) -> Finding | None:
         if state.error is not None and re.search(_MISMATCH, state.error, re.IGNORECASE):
             seen = f"rank {one.number} was ended by {state.error}"
         elif state.fatal == "Aborted" and Thread("", True, tuple(frames)).waits_in_collective:
-            seen = f"rank {one.number} was aborted in a collective, in {_words(own_place(frames))}"
+            seen = f"rank {one.number} was aborted in a collective, in {place_words(own_place(frames))}"
         else:
             continue
         return _finding("collectives-differ", f"{seen}: another rank sent what it did not expect", [one])
@@ -93,7 +95,7 @@ def _obituary(one: Rank) -> str:
     words = f"rank {one.number} (process {one.state.pid} on {one.state.host}) is gone"
     if one.state.fatal is None:
         return words
-    return f"{words}: {one.state.fatal} in {_words(own_place([Place(*f) for f in one.state.fatal_frames]))}"
+    return f"{words}: {one.state.fatal} in {place_words(own_place([Place(*f) for f in one.state.fatal_frames]))}"
 
 
 def _left_behind(ranks: Sequence[Rank]) -> Finding | None:
@@ -116,11 +118,11 @@ def _stuck(ranks: Sequence[Rank]) -> Finding | None:
     if heard and mute and len(busy) < len(heard):
         seen = f"rank {mute[0].number} lives and does not answer: its interpreter is stuck as a whole"
         return _finding("stuck-in-code", seen, mute[:1], module=mute[0].state.module)
-    if not busy or (len(busy) == len(ranks) > 1 and len({_words(one.place) for one in busy}) == 1):
+    if not busy or (len(busy) == len(ranks) > 1 and len({place_words(one.place) for one in busy}) == 1):
         return None
     first = min(busy, key=lambda one: (one.state.step, one.state.last_sign))
     code = "stuck-in-data" if first.state.phase == "data" else "stuck-in-code"
-    seen = f"rank {first.number} is in {_words(first.place)}"
+    seen = f"rank {first.number} is in {place_words(first.place)}"
     file = first.place.file if first.place else None
     module = None if code == "stuck-in-data" else first.state.module
     return _finding(code, seen, [first], file=file, module=module)
@@ -170,7 +172,7 @@ def _different_collectives(ranks: Sequence[Rank]) -> Finding | None:
         )
         return _finding("collectives-differ", seen, [one, other])
     waiting = [one for one in ranks if one.waits]
-    places = {_words(one.place): one for one in waiting}
+    places = {place_words(one.place): one for one in waiting}
     if len(places) < 2:
         return None
     seen = "; ".join(f"rank {one.number} waits in {words}" for words, one in places.items())
@@ -204,71 +206,7 @@ def _hang(ranks: Sequence[Rank]) -> Finding | None:
     if not heard:
         return None
     last = min(heard, key=lambda one: one.state.last_sign)
-    return _finding("hang", f"all ranks wait; rank {last.number} stopped first, in {_words(last.place)}", [last])
-
-
-# Words
-
-
-def _paragraph(found: Finding, ranks: Sequence[Rank], timeouts: Sequence[LoggedTimeout]) -> str:
-    guilty = [one for one in ranks if one.number in found.ranks]
-    sentences = [f"{_capital(found.seen)}."]
-    sentences += [f"Rank {one.number} stopped {_where(one)}." for one in guilty]
-    others: dict[str, list[int]] = {}
-    for one in ranks:
-        if one not in guilty:
-            others.setdefault(_doing(one), []).append(one.number)
-    sentences += [f"{_capital(_numbers(numbers))} {words}." for words, numbers in others.items()]
-    if guilty and guilty[0].state.phase == "backward" and found.code != "gradients-differ":
-        sentences += _lacking(guilty[0], ranks)
-    sentences += [f"{one.words}." for one in timeouts]
-    code = CODES[found.code]
-    sentences.append(f"Likely cause: {code.why}. What to do: {found.fix or code.fix} (docs/doctor.md#{found.code}).")
-    return " ".join(sentences)
-
-
-def _where(one: Rank) -> str:
-    """Phase, step and time, with the last module and gradient."""
-    state = one.state
-    words = f"{_clock(state.last_sign)} {_moment(one)}"
-    if state.module and state.phase in ("forward", "backward", "evaluate"):
-        words += f"; the last module that it entered is {state.module}"
-    if state.phase in ("backward", "reduce") and state.arrivals:
-        words += (
-            f"; {len(state.arrivals)} of {len(state.expected)} gradients had come, the last {state.arrivals[-1][0]}"
-        )
-    return words
-
-
-def _moment(one: Rank) -> str:
-    return f"in phase {one.state.phase} of step {one.state.step}"
-
-
-def _at(one: Rank) -> str:
-    return f"rank {one.number}: {_moment(one)}, last seen {_clock(one.state.last_sign)}"
-
-
-def _doing(one: Rank) -> str:
-    if one.state.error is not None:
-        return f"ended {_moment(one)} with {one.state.error}"
-    if not one.has_testified:
-        return f"was {_moment(one)} when last heard of"
-    if one.waits:
-        return f"waits {_moment(one)}, in {_words(one.place)}"
-    return f"is {_moment(one)}, in {_words(one.place)}"
-
-
-def _lacking(one: Rank, ranks: Sequence[Rank]) -> list[str]:
-    """What others got in the same micro-batch, and this one did not."""
-    have = {name for name, _ in one.state.arrivals}
-    for other in ranks:
-        same = (other.state.step, other.state.micro_batch) == (one.state.step, one.state.micro_batch)
-        lacking = [name for name, _ in other.state.arrivals if name not in have]
-        if same and lacking:
-            return [
-                f"{len(lacking)} gradients came on rank {other.number} and not on rank {one.number}, first {lacking[0]}"
-            ]
-    return []
+    return _finding("hang", f"all ranks wait; rank {last.number} stopped first, in {place_words(last.place)}", [last])
 
 
 def _finding(code: str, seen: str, ranks: Sequence[Rank], **where) -> Finding:
@@ -278,19 +216,3 @@ def _finding(code: str, seen: str, ranks: Sequence[Rank], **where) -> Finding:
 def _is_wish(error: str) -> bool:
     """A stop that was asked for, or a mistake that every rank was told of: no fault of one rank."""
     return error.startswith(("Stopped:", "KeyboardInterrupt", "ConfigError", "TrainingError", "DataError"))
-
-
-def _words(place: Place | None) -> str:
-    return place.words if place else "code without a Python stack"
-
-
-def _numbers(numbers: Sequence[int]) -> str:
-    return f"rank {numbers[0]}" if len(numbers) == 1 else f"ranks {', '.join(map(str, numbers))}"
-
-
-def _clock(when: float) -> str:
-    return time.strftime("at %H:%M:%S", time.localtime(when))
-
-
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]

@@ -18,8 +18,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from sat_lora.atomic import replace_text
+from sat_lora.doctor.rank_files import FATAL, file_of, folder_of
+from sat_lora.doctor.rank_state import note_who_lives, read_states
 from sat_lora.doctor.testimony import has_testified, testify
-from sat_lora.doctor.trace import FATAL, NoTrace, Trace, file_of, folder_of, note_who_lives, read_states
+from sat_lora.doctor.trace import NoTrace, Trace
 
 STATUS = 3  # of a process that the watchdog has ended
 FACTOR = 10  # of the longest that a phase has taken of late

@@ -6,8 +6,9 @@ from collections.abc import Callable
 
 import torch
 
+from sat_lora.doctor.rank_files import clear
 from sat_lora.doctor.replay import LIMIT, steps_to_replay
-from sat_lora.doctor.trace import NO_TRACE, NoTrace, Trace, clear
+from sat_lora.doctor.trace import NO_TRACE, NoTrace, Trace
 from sat_lora.doctor.watchdog import watched
 from sat_lora.placement import add_lora
 from sat_lora.summary import describe, describe_text
@@ -33,7 +34,7 @@ def finetune(options: Namespace, make_data: Callable[[], None] | None = None) ->
     setting = prepare(options, make_data)
     world = setting.world
     run = RunFolder(options.run_folder, is_writer=world.is_main)
-    model, config = load_base(options, setting)
+    model, config = load_base(options, setting, layers=options.shrink if options.replay else None)
     add_lora(model, setting.lora)
     run.say(describe_text(model))
     data, valid_data = open_sources(options, world, dataset_maker(options, config))

@@ -161,7 +161,13 @@ def build_parser() -> argparse.ArgumentParser:
         type=not_negative,
         metavar="SECONDS",
     )
-    add(checking, "--shrink", "check with the first N layers of each transformer alone", type=positive_int, metavar="N")
+    add(
+        checking,
+        "--shrink",
+        "for --doctor and --replay: the first N layers of each transformer alone",
+        type=positive_int,
+        metavar="N",
+    )
 
     add(
         checking,
@@ -194,6 +200,8 @@ def parse_options(
             f"--train-iters {explicit['train_iters']} and --epochs {explicit['epochs']:g}: both say how long to "
             "train; give one of them"
         )
+    if "shrink" in explicit and not explicit.keys() & {"doctor", "replay"}:
+        parser.error(f"--shrink {explicit['shrink']}: training takes the whole model; it is for --doctor and --replay")
     values, given = {**DEFAULTS, "local_rank": int(environ.get("LOCAL_RANK", 0))}, frozenset(explicit)
     source = next((name for name in ("replay", "resume") if name in explicit), None)
     if source is not None:

@@ -25,7 +25,7 @@ def told_by(arguments, plant=None):
     """What the doctor tells of a run with these options; plant: a function that breaks something first."""
     if plant is not None:
         plant()
-    findings = diagnose(parse_options(arguments))
+    findings = diagnose(parse_options(["--doctor", *arguments]))
     return [(one.code, one.ranks, one.seen, one.where) for one in findings]
 
 
@@ -36,7 +36,7 @@ def codes_of(found):
 @pytest.mark.parametrize(
     "ranks, more",
     [
-        (1, ("--zero-stage", "0")),
+        (1, ("--zero-stage", "0", "--save-interval", "0")),
         (2, ("--zero-stage", "2", "--bf16", "--checkpoint-activations", "--vit_checkpoint_activations")),
         (2, ("--zero-stage", "3", "--lora_dropout", "0.1")),
         (2, ("--zero-stage", "1", "--model-parallel-size", "2", "--use_dora", "--shrink", "1")),

@@ -57,13 +57,14 @@ def test_a_run_that_hung_fails_again_in_the_replay(captchas, tmp_path):
 
 
 @pytest.mark.matrix
-def test_a_healthy_step_runs_through_in_the_replay(captchas, tmp_path):
+@pytest.mark.parametrize("more", [(), ("--shrink", "1")])
+def test_a_healthy_step_runs_through_in_the_replay(captchas, tmp_path, more):
     done = start_demo(launcher("torchrun"), options_for(captchas, tmp_path, "--train-iters", "3"))
     assert done.returncode == 0, done.stderr
     before = sorted(tmp_path.rglob("*"))
     told = sat_lora("doctor", "--run", tmp_path / "run")
     assert (told.returncode, "Nothing is wrong" in told.stdout) == (0, True), told.stdout
-    again = sat_lora("doctor", "--run", tmp_path / "run", "--replay")
+    again = sat_lora("doctor", "--run", tmp_path / "run", "--replay", *more)
     assert again.returncode == 0 and "step 3 ran through on 2 gloo ranks" in again.stdout, again.stdout + again.stderr
     assert sorted(tmp_path.rglob("*")) == before
 

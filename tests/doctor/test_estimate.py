@@ -66,6 +66,14 @@ def test_checkpointing_and_sharing_take_less():
     assert of("--gpus", "4")["optimizer"] == plain["optimizer"] / 2
 
 
+def test_a_batch_of_all_ranks_in_a_deepspeed_file_is_divided_by_them(tmp_path):
+    file = tmp_path / "deepspeed.json"
+    file.write_text(json.dumps({"train_batch_size": 8}))
+    common = ("--from_pretrained", BASE, "--max_length", "64", "--gpus", "4", "--json")
+    divided = json.loads(estimate(*common, "--deepspeed_config", file)[1])
+    assert divided == json.loads(estimate(*common, "--batch-size", "2")[1])
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [

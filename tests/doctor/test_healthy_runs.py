@@ -9,7 +9,9 @@ import time
 import pytest
 import torch
 
-from sat_lora.doctor.trace import Trace, folder_of, read_states
+from sat_lora.doctor.rank_files import folder_of
+from sat_lora.doctor.rank_state import read_states
+from sat_lora.doctor.trace import Trace
 from sat_lora.doctor.verdict import verdict
 from sat_lora.doctor.watchdog import ALARM, FIRST, Watchdog
 from sat_lora.training.nonfinite import GradientWatch

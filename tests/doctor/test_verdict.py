@@ -6,11 +6,13 @@ import pickle
 import pytest
 import torch
 
+from sat_lora.cli import main
 from sat_lora.doctor.evidence import read_ranks
 from sat_lora.doctor.flight_record import FLIGHT, read_collectives
 from sat_lora.doctor.nccl_log import read_timeouts
+from sat_lora.doctor.rank_files import ALIVE, NCCL_DUMP, file_of, folder_of
 from sat_lora.doctor.testimony import STACKS
-from sat_lora.doctor.trace import ALIVE, NCCL_DUMP, Trace, file_of, folder_of
+from sat_lora.doctor.trace import Trace
 from sat_lora.doctor.verdict import verdict
 from sat_lora.errors import ConfigError
 from sat_lora.training.nonfinite import GradientWatch
@@ -107,3 +109,22 @@ def test_a_dump_of_nccls_own_watchdog_is_read_and_nothing_in_it_runs(tmp_path, c
     with pytest.raises(ValueError, match="it holds builtins.print, which is no plain value"):
         read_collectives(tmp_path, 3)
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("error", ["TrainingError: step 5: the loss is not finite", "Stopped: by SIGTERM after step 5"])
+def test_an_end_that_every_rank_was_told_of_is_nobodys_fault_and_not_called_well(tmp_path, error):
+    for rank in (0, 1):
+        leave(tmp_path, rank, "save", [], [])
+        end = dict(error=error, frames=[], time=1.0)
+        file_of(folder_of(tmp_path), rank, ".end.json").write_text(json.dumps(end))
+        file_of(folder_of(tmp_path), rank, STACKS).unlink()
+    found = verdict(tmp_path)
+    assert found.finding is None and error in found.text and "well" not in found.text
+
+
+def test_a_hang_before_any_gradient_is_told_though_it_cannot_be_drawn(tmp_path, capsys):
+    for rank in (0, 1):
+        leave(tmp_path, rank, "data", [("MainThread", True, SYNC)], [REDUCED, WAITING])
+    assert main(["doctor", "--run", str(tmp_path), "--plot", str(tmp_path / "a.png")]) == 2
+    printed = capsys.readouterr()
+    assert printed.out.startswith("error: hang") and "--plot: no gradient had arrived" in printed.err

@@ -5,7 +5,8 @@ import re
 
 import pytest
 
-from sat_lora.doctor.trace import folder_of, read_states
+from sat_lora.doctor.rank_files import folder_of
+from sat_lora.doctor.rank_state import read_states
 from sat_lora.doctor.verdict import verdict
 from sat_lora.doctor.watchdog import ALARM
 from tests.doctor import faulty_runs

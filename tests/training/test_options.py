@@ -148,3 +148,10 @@ def test_resume_of_something_else_is_refused(capsys, tmp_path):
 
 def test_local_rank_comes_from_the_launcher():
     assert parse_options([], environ={"LOCAL_RANK": "5"}).local_rank == 5
+
+
+def test_a_shrunk_model_cannot_be_trained(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse_options(["--shrink", "2"])
+    assert stop.value.code == 2 and "--shrink 2: training takes the whole model" in capsys.readouterr().err
+    assert parse_options(["--shrink", "2", "--doctor"]).shrink == 2

@@ -1,0 +1,130 @@
+"""What the files of a run's ranks say: where each was, and whether it lives."""
+
+import json
+import linecache
+import re
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+
+from sat_lora.atomic import replace_text
+from sat_lora.doctor.rank_files import (
+    ALIVE,
+    ARRIVAL,
+    ARRIVALS_AT,
+    FATAL,
+    NONE,
+    NUMBERS,
+    NUMBERS_AT,
+    PHASES,
+    TIMES,
+    file_of,
+    folder_of,
+    process_started,
+)
+
+
+@dataclass(frozen=True)
+class RankState:
+    """What the two files of a rank say. Times are in seconds since the epoch."""
+
+    rank: int
+    world_size: int
+    pid: int
+    host: str
+    is_alive: bool | None
+    """None: on another machine, so who knows."""
+    argv: list[str]
+    cwd: str
+    step: int
+    micro_batch: int
+    phase: str
+    phase_began: float
+    module: str | None
+    """The last one entered."""
+    last_seen: float
+    """When the watchdog last saw a sign of life, which may be a little later."""
+    arrivals: list[tuple[str, float]]
+    """Gradients of the present micro-batch: parameter, when."""
+    expected: list[str]
+    """The trainable parameters."""
+    error: str | None
+    """The exception that ended it."""
+    error_frames: list[list]
+    """[file, line, function, code], innermost first."""
+    ended: float | None
+    """When it left the loop, by an exception or not; None: it did not."""
+    fatal: str | None
+    """The signal that ended it, as faulthandler calls it: Aborted, Segmentation fault, Bus error."""
+    fatal_frames: list[list]
+    """Of its main thread then, as `error_frames`."""
+
+    @property
+    def last_sign(self) -> float:
+        return max(self.phase_began, self.last_seen, *(when for _, when in self.arrivals[-1:]))
+
+
+def read_states(run: str | Path) -> list[RankState]:
+    """Of every rank that has left files, in order. OSError or ValueError: a file cannot be read."""
+    files = sorted(folder_of(run).glob("rank_*.state"))
+    noted = folder_of(run) / ALIVE
+    alive = json.loads(noted.read_text(encoding="utf-8")) if noted.is_file() else {}
+    return [_read_state(file, alive) for file in files if file.with_suffix(".json").is_file()]
+
+
+def note_who_lives(run: str | Path) -> None:
+    """Keep which ranks live now: whoever reads the files later finds none alive."""
+    replace_text(folder_of(run) / ALIVE, json.dumps({str(one.rank): one.is_alive for one in read_states(run)}))
+
+
+def _read_state(file: Path, alive: dict[str, bool | None]) -> RankState:
+    static = json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))
+    data = file.read_bytes()
+    began, last_seen = TIMES.unpack_from(data, 0)
+    step, micro_batch, phase, module, count = NUMBERS.unpack_from(data, NUMBERS_AT)
+    arrivals = [ARRIVAL.unpack_from(data, ARRIVALS_AT + n * ARRIVAL.size) for n in range(count)]
+    end = file_of(file.parent, static["rank"], ".end.json")
+    fatal, fatal_frames = _read_fatal(file_of(file.parent, static["rank"], FATAL))
+    ending = json.loads(end.read_text(encoding="utf-8")) if end.is_file() else {}
+    return RankState(
+        rank=static["rank"],
+        world_size=static["world_size"],
+        pid=static["pid"],
+        host=static["host"],
+        is_alive=alive.get(str(static["rank"]), _is_alive(static)),
+        argv=static["argv"],
+        cwd=static["cwd"],
+        step=step,
+        micro_batch=micro_batch,
+        phase=PHASES[phase],
+        phase_began=began,
+        module=None if module == NONE else static["modules"][module],
+        last_seen=last_seen,
+        arrivals=[(static["parameters"][number], when) for number, when in arrivals],
+        expected=static["parameters"],
+        error=ending.get("error"),
+        error_frames=ending.get("frames", []),
+        ended=ending.get("time"),
+        fatal=fatal,
+        fatal_frames=fatal_frames,
+    )
+
+
+def _read_fatal(file: Path) -> tuple[str | None, list[list]]:
+    """From what faulthandler writes when a signal ends a process: the name, and the main thread's frames.
+
+    The main thread comes last, each thread with its innermost frame first.
+    """
+    text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
+    name = re.search(r"^Fatal Python error: (.+)$", text, re.MULTILINE)
+    last = re.split(r"^(?:Current thread|Thread) 0x", text, flags=re.MULTILINE)[-1]
+    frames = re.findall(r'^  File "(.+)", line (\d+) in (.+)$', last, re.MULTILINE)
+    return (name[1] if name else None), [
+        [place, int(line), function, linecache.getline(place, int(line)).strip()] for place, line, function in frames
+    ]
+
+
+def _is_alive(static: dict) -> bool | None:
+    if static["host"] != socket.gethostname():
+        return None
+    return process_started(static["pid"]) == static["process_started"]
