@@ -35,20 +35,33 @@ class SlotRun(NamedTuple):
     row: int  # first row of B
     slot: int  # number of the first slot
 
+    # Each of these makes its view in one call, since every call costs host time.
+
     def columns(self, y: torch.Tensor) -> torch.Tensor:
         """The slots' columns of y (tokens, out): a view (count, tokens, width)."""
         per_token, per_column = y.stride()
-        return y.as_strided(
-            (self.count, y.shape[0], self.width),
-            (self.distance * per_column, per_token, per_column),
-            y.storage_offset() + self.start * per_column,
-        )
+        offset = y.storage_offset() + self.start * per_column
+        strides = (self.distance * per_column, per_token, per_column)
+        return y.as_strided((self.count, y.shape[0], self.width), strides, offset)
+
+    def columns_transposed(self, y: torch.Tensor) -> torch.Tensor:
+        """The same as a view (count, width, tokens)."""
+        per_token, per_column = y.stride()
+        offset = y.storage_offset() + self.start * per_column
+        strides = (self.distance * per_column, per_column, per_token)
+        return y.as_strided((self.count, self.width, y.shape[0]), strides, offset)
 
     def rows(self, b: torch.Tensor) -> torch.Tensor:
         """The slots' rows of B (adapted rows, r), which is contiguous: a view (count, width, r)."""
-        rank = b.shape[1]
+        rank, width = b.shape[1], self.width
         offset = b.storage_offset() + self.row * rank
-        return b.as_strided((self.count, self.width, rank), (self.width * rank, rank, 1), offset)
+        return b.as_strided((self.count, width, rank), (width * rank, rank, 1), offset)
+
+    def rows_transposed(self, b: torch.Tensor) -> torch.Tensor:
+        """The same as a view (count, r, width)."""
+        rank, width = b.shape[1], self.width
+        offset = b.storage_offset() + self.row * rank
+        return b.as_strided((self.count, rank, width), (width * rank, 1, rank), offset)
 
     def ranks(self, s: torch.Tensor, rank: int) -> torch.Tensor:
         """The slots' columns of S (tokens, slots * r), which is contiguous: a view (count, tokens, r)."""
@@ -159,7 +172,12 @@ def _add_slots(y: torch.Tensor, s: torch.Tensor, b: torch.Tensor, scale: float, 
         return
     rank = b.shape[1]
     for run in layout.runs:
-        run.columns(y).baddbmm_(run.ranks(s, rank), run.rows(b).mT, alpha=scale)
+        factors = run.columns(y), run.ranks(s, rank), run.rows_transposed(b)
+        if y.is_cuda or y.itemsize > 2:
+            factors[0].baddbmm_(factors[1], factors[2], alpha=scale)
+        else:  # on a CPU, oneDNN refuses a strided batch in half precision, and torch 2.13 warns of it
+            for columns, ranks, rows_transposed in zip(*factors):
+                columns.addmm_(ranks, rows_transposed, alpha=scale)
 
 
 class _AddDelta(torch.autograd.Function):
@@ -200,51 +218,53 @@ def _backward(ctx, dy):
     dtype = dy.dtype
     rows = dy if dy.dim() == 2 else dy.reshape(-1, dy.shape[-1])
     a_cast, b_cast = a if a.dtype is dtype else a.to(dtype), b if b.dtype is dtype else b.to(dtype)
-    dx = da = db = None
-    if need_b:
-        db = _gradient_of_b(rows, s, b_cast, scale, layout)
-        db = db if b.dtype is dtype else db.to(b.dtype)
-    if need_x or need_a:
-        ds = rows.mm(b_cast) if layout.is_whole else _gradient_of_slots(rows, b_cast, layout)
-        if need_x and weight is not None:
-            dx = ds.mm(a_cast)
-            dx = dx if keep is None else _drop_too(dx, keep, factor)
-            dx.addmm_(rows, weight, beta=scale)  # the large product adds the small one where it writes
-            dx = _sum_over_ranks(dx) if layout.sums_ds else dx
-        if layout.sums_ds:
-            ds = _sum_over_ranks(ds.contiguous())
-        if need_x and weight is None:
-            dx = ds.mm(a_cast)
-            dx = (dx if keep is None else _drop_too(dx, keep, factor)).mul_(scale)
-        if need_a:
-            x = x if keep is None else _drop_too(x, keep, factor)
-            da = torch.addmm(a_cast, ds.t(), x, beta=0, alpha=scale)  # A gives its shape alone
-            da = da if a.dtype is dtype else da.to(a.dtype)
-        if need_x and len(shape) != 2:
-            dx = dx.view(shape)
+    dx = da = None
+    ds, db = _gradients_of_s_and_b(rows, s, b_cast, scale, layout, need_x or need_a)
+    if db is not None and b.dtype is not dtype:
+        db = db.to(b.dtype)
+    if need_x and weight is not None:
+        dx = ds.mm(a_cast)
+        dx = dx if keep is None else _drop_too(dx, keep, factor)
+        dx.addmm_(rows, weight, beta=scale)  # the large product adds the small one where it writes
+        dx = _sum_over_ranks(dx) if layout.sums_ds else dx
+    if layout.sums_ds and (need_a or (need_x and weight is None)):
+        ds = _sum_over_ranks(ds.contiguous())
+    if need_x and weight is None:
+        dx = ds.mm(a_cast)
+        dx = (dx if keep is None else _drop_too(dx, keep, factor)).mul_(scale)
+    if need_a:
+        x = x if keep is None else _drop_too(x, keep, factor)
+        da = torch.addmm(a_cast, ds.t(), x, beta=0, alpha=scale)  # A gives its shape alone
+        da = da if a.dtype is dtype else da.to(a.dtype)
+    if need_x and len(shape) != 2:
+        dx = dx.view(shape)
     return dy if need_y else None, dx, da, db, None
 
 
 _backward_once = torch.autograd.function.once_differentiable(_backward)
 
 
-def _gradient_of_b(dy: torch.Tensor, s: torch.Tensor, b: torch.Tensor, scale: float, layout: DeltaLayout):
-    """dB (adapted rows, r), from dy (tokens, out); B gives its shape alone, since beta is 0."""
+def _gradients_of_s_and_b(dy, s: torch.Tensor | None, b, scale: float, layout: DeltaLayout, need_s: bool):
+    """dS (tokens, slots * r), not yet scaled, and dB (adapted rows, r), from dy (tokens, out); None what is not needed.
+
+    s: None where dB is not needed. In the products with beta 0, B gives the shape alone.
+    """
     if layout.is_whole:
-        return torch.addmm(b, dy.t(), s, beta=0, alpha=scale)
-    rank = b.shape[1]
-    products = [
-        torch.baddbmm(run.rows(b), run.columns(dy).mT, run.ranks(s, rank), beta=0, alpha=scale) for run in layout.runs
-    ]
-    joined = products[0] if len(products) == 1 else torch.cat([product.flatten(0, 1) for product in products])
-    return joined.view(b.shape)
+        ds = dy.mm(b) if need_s else None
+        return ds, None if s is None else torch.addmm(b, dy.t(), s, beta=0, alpha=scale)
+    rank, ds_parts, db_parts = b.shape[1], [], []
+    for run in layout.runs:
+        columns, rows = run.columns_transposed(dy), run.rows(b)
+        if need_s:
+            ds_parts.append(torch.bmm(rows.mT, columns))  # (count, r, tokens): joined, it is dS^T as it lies
+        if s is not None:
+            db_parts.append(torch.baddbmm(rows, columns, run.ranks(s, rank), beta=0, alpha=scale))
+    return _joined(ds_parts).t() if need_s else None, _joined(db_parts) if db_parts else None
 
 
-def _gradient_of_slots(dy: torch.Tensor, b: torch.Tensor, layout: DeltaLayout) -> torch.Tensor:
-    """dS (tokens, slots * r), not contiguous, from dy (tokens, out)."""
-    products = [torch.bmm(run.rows(b).mT, run.columns(dy).mT) for run in layout.runs]
-    joined = products[0] if len(products) == 1 else torch.cat(products)  # (slots, r, tokens)
-    return joined.flatten(0, 1).t()
+def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
+    """(count, n, m) parts as one tensor (sum of count * n, m); a view of a single part."""
+    return parts[0].flatten(0, 1) if len(parts) == 1 else torch.cat([part.flatten(0, 1) for part in parts])
 
 
 def add_delta(

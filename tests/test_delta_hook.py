@@ -1,0 +1,232 @@
+"""The hook's two ways: the direct one where nothing stands against it, else the one through the adapter's module."""
+
+import copy
+from collections import Counter
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sat_lora import LoraConfig, add_lora
+from sat_lora.delta_hook import DeltaHook, DeltaState
+from tests.single_layer import LINEAR, adapter_for, build_layer, inputs_for
+from tests.tiny import fill_adapters, tiny_model
+
+pytestmark = pytest.mark.usefixtures("single_process_group")
+
+
+class Operations(TorchDispatchMode):
+    """Counts the operations that torch dispatches, views left out."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if not function.is_view and "detach" not in str(function):
+            self.counts[function.overloadpacket.__name__] += 1
+        return result
+
+
+def hooked(layer_name: str, dtype=torch.float64, **fields):
+    """(layer with the hook in an open scope, adapter, whether the adapter's module is called: a list that grows)."""
+    layer = build_layer(layer_name, dtype)
+    adapter = adapter_for(layer, LoraConfig(r=4, lora_alpha=8, **fields), seed=5)
+    state = DeltaState(fixed_order=False)
+    state.scope_is_open = True
+    layer.register_forward_hook(DeltaHook(state, adapter))
+    calls = []
+    forward = adapter.forward
+
+    def noted(*args):
+        calls.append(1)
+        return forward(*args)
+
+    adapter.forward = noted  # on the instance: the hook looks at the class
+    return layer, adapter, calls
+
+
+def merged_output(layer, adapter, x: torch.Tensor) -> torch.Tensor:
+    """The output of the layer's weight with the delta in it, by plain autograd."""
+    weight = layer.weight + adapter.scale * adapter.B @ adapter.A
+    return nn.functional.linear(x, weight, layer.bias)
+
+
+def assert_is_the_merged_layer(layer, adapter, wanted, *, rtol=1e-10) -> None:
+    """Output and gradients of what is `wanted`, and the output without grad."""
+    x = inputs_for(layer).to(layer.weight.dtype).detach().requires_grad_()
+    wanted = [x, *wanted]
+    expected = merged_output(layer, adapter, x)
+    results = []
+    for out in (layer(x), expected):
+        results.append([out, *torch.autograd.grad(out.pow(2).sum(), wanted)])
+    for ours, plain in zip(*results):
+        torch.testing.assert_close(ours, plain, rtol=rtol, atol=rtol)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), expected, rtol=rtol, atol=rtol)
+
+
+@pytest.mark.parametrize("layer_name", LINEAR)
+def test_every_linear_goes_directly(layer_name):
+    layer, adapter, calls = hooked(layer_name)
+    assert_is_the_merged_layer(layer, adapter, [adapter.A, adapter.B])
+    assert not calls
+
+
+def unfreeze_weight(layer, adapter):
+    layer.weight.requires_grad_(True)
+
+
+def unfreeze_bias(layer, adapter):
+    layer.bias.requires_grad_(True)
+
+
+def hook_the_layer(layer, adapter):
+    layer.register_forward_hook(lambda layer, args, out: None)
+
+
+def hook_the_adapter(layer, adapter):
+    adapter.register_forward_hook(lambda adapter, args, out: None)
+
+
+def hook_before_the_adapter(layer, adapter):
+    adapter.register_forward_pre_hook(lambda adapter, args: None)
+
+
+def parametrize_the_weight(layer, adapter):
+    torch.nn.utils.parametrize.register_parametrization(layer, "weight", nn.Identity())
+
+
+def parametrize_the_bias(layer, adapter):
+    layer.bias.requires_grad_(True)
+    torch.nn.utils.parametrize.register_parametrization(layer, "bias", nn.Identity())
+
+
+CHANGES = [
+    unfreeze_weight,
+    unfreeze_bias,
+    hook_the_layer,
+    hook_the_adapter,
+    hook_before_the_adapter,
+    parametrize_the_weight,
+    parametrize_the_bias,
+]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_changes_around_a_layer_is_seen_at_its_next_call(change):
+    """After calls that went directly; whatever trains in the layer by then gets its gradient."""
+    layer, adapter, calls = hooked("linear")
+    assert_is_the_merged_layer(layer, adapter, [adapter.A, adapter.B])
+    change(layer, adapter)
+    trained = [parameter for parameter in layer.parameters() if parameter.requires_grad]
+    assert_is_the_merged_layer(layer, adapter, [adapter.A, adapter.B, *trained])
+    assert len(calls) == 2
+
+
+def test_a_weight_that_was_exchanged_is_used():
+    layer, adapter, calls = hooked("linear")
+    layer(inputs_for(layer))
+    layer.weight = nn.Parameter(torch.randn_like(layer.weight), requires_grad=False)
+    assert_is_the_merged_layer(layer, adapter, [adapter.A, adapter.B])
+    adapter.B = nn.Parameter(torch.randn_like(adapter.B))
+    assert_is_the_merged_layer(layer, adapter, [adapter.A, adapter.B])
+    assert not calls
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_goes_through_the_adapter(dtype):
+    layer, _, calls = hooked("linear", torch.float32)
+    x = inputs_for(layer).float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = layer(x.to(dtype))
+    assert out.dtype == torch.bfloat16 and len(calls) == 1
+
+
+def test_another_dtype_of_the_adapter_goes_through_it():
+    layer, _, calls = hooked("linear", torch.bfloat16, adapter_dtype="float32")
+    layer(inputs_for(layer).bfloat16())
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("fields", [dict(use_dora=True), dict(init_lora_weights="pissa")], ids=["DoRA", "PiSSA"])
+def test_what_is_no_plain_pair_goes_through_the_adapter(fields):
+    layer, _, calls = hooked("linear", **fields)
+    layer(inputs_for(layer))
+    assert len(calls) == 1
+
+
+def test_an_adapter_class_with_a_forward_of_its_own_keeps_it():
+    layer = build_layer("linear")
+    adapter = adapter_for(layer, LoraConfig(r=4), seed=5)
+    adapter.__class__ = type("Silent", (type(adapter),), {"forward": lambda self, y, *rest: y})
+    state = DeltaState(fixed_order=False)
+    state.scope_is_open = True
+    base = layer(inputs_for(layer))
+    layer.register_forward_hook(DeltaHook(state, adapter))
+    assert torch.equal(layer(inputs_for(layer)), base)
+
+
+def test_the_scale_of_the_mixin_and_dropout_in_training_alone():
+    layer, adapter, _ = hooked("linear", lora_dropout=0.5)
+    x = inputs_for(layer).detach()
+    state = next(iter(layer._forward_hooks.values()))._state
+    base, whole = nn.functional.linear(x, layer.weight, layer.bias), layer(x)
+    state.scale = 0.25
+    torch.testing.assert_close(layer(x) - base, 0.25 * (whole - base))
+    state.scale = 1.0
+    adapter.train()
+    torch.manual_seed(0)
+    dropped = layer(x)
+    torch.manual_seed(0)
+    with torch.no_grad():  # the first pass of a checkpointed layer: the mask and the bits that recomputation will have
+        assert torch.equal(layer(x), dropped)
+    assert not torch.allclose(dropped, whole)
+
+
+@pytest.mark.parametrize("layer_name", ["linear", "column", "row"])
+def test_two_products_forward_and_four_backward_beside_the_frozen_one(layer_name):
+    layer, adapter, _ = hooked(layer_name)
+    x = inputs_for(layer)
+    with torch.no_grad(), Operations() as frozen:
+        type(layer).forward(layer, x)
+    with torch.no_grad(), Operations() as without_grad:
+        layer(x)
+    with Operations() as forward:
+        out = layer(x)
+    with Operations() as backward:
+        torch.autograd.grad(out, [x, adapter.A, adapter.B], torch.ones_like(out))
+    assert without_grad.counts - frozen.counts == forward.counts - frozen.counts == Counter(mm=1, addmm_=1)
+    # dS, dS A and dy W in one buffer, dA, dB
+    assert backward.counts - Counter(ones_like=1) == Counter(mm=2, addmm_=1, addmm=2)
+
+
+@pytest.mark.parametrize("slots, runs", [("qkv", 1), ("qv", 1), ("v", 1), ("qk", 1)])
+def test_slots_at_equal_distances_are_one_batched_product(slots, runs):
+    model = tiny_model(torch.float64)
+    add_lora(model, r=4, target_modules=["language-attention"], qkv_slots=slots)
+    fill_adapters(model)
+    layer = model.transformer.layers[0].attention.query_key_value
+    mixin = model.get_mixin("lora")
+    mixin._state.scope_is_open = True
+    x = torch.randn(7, layer.weight.shape[1], dtype=torch.float64, requires_grad=True)
+    adapter = next(iter(mixin.adapters.values()))
+    with torch.no_grad(), Operations() as forward:
+        layer(x)
+    out = layer(x)
+    with Operations() as backward:
+        torch.autograd.grad(out, [x, adapter.A, adapter.B], torch.ones_like(out))
+    assert forward.counts["baddbmm_"] == runs and len(adapter.layout.runs) == runs
+    assert backward.counts["bmm"] == backward.counts["baddbmm"] == runs and "cat" not in backward.counts
+
+
+def test_a_deep_copy_has_hooks_of_its_own():
+    model = tiny_model(torch.float32)
+    add_lora(model, r=4)
+    twin = copy.deepcopy(model)
+    hooks = [hook for layer in twin.modules() for hook in layer._forward_hooks.values() if isinstance(hook, DeltaHook)]
+    own = {id(mixin._state) for mixin in twin.modules() if hasattr(mixin, "_state")}
+    assert hooks and {id(hook._state) for hook in hooks} == own
+    assert {id(hook._adapter()) for hook in hooks} <= {id(module) for module in twin.modules()}
