@@ -13,8 +13,8 @@ test: $(READY)
 	$(BIN)/python -m pytest
 
 test-matrix: $(READY)  # half an hour: every layout, and every other long test
-	$(BIN)/python -m pytest -m matrix
-	$(BIN)/python -m tests.distributed.matrix
+	$(BIN)/python -m pytest -m matrix; status=$$?; \
+	$(BIN)/python -m tests.distributed.matrix && exit $$status
 
 $(READY): setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)

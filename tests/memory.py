@@ -10,6 +10,12 @@ def anonymous_memory() -> int:
         return next(int(line.split()[1]) for line in status if line.startswith("RssAnon")) * 1024
 
 
+def data_memory() -> int:
+    """Bytes of memory that this process has asked for, whether it has written there yet or not."""
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith("VmData")) * 1024
+
+
 def peak_of_anonymous_memory(function, *args, **kwargs) -> int:
     """By how many bytes anonymous memory grew at most while function(*args, **kwargs) ran, looked at every 2 ms."""
     before, highest, done = anonymous_memory(), 0, threading.Event()

@@ -42,9 +42,8 @@ class Rank:
     def place(self) -> Place | None:
         """Where its own code is: in the main thread, or in autograd's if that one only waits for it."""
         main = next((thread for thread in self.threads if thread.is_main), None)
-        if main is not None and any("torch/autograd" in place.file for place in main.frames[:3]):
-            inner = [t for t in self.threads if not t.is_main and any("sat_lora" in p.file for p in t.frames)]
-            main = next(iter(inner), main)
+        if main is not None and main.waits_for_autograd:
+            main = next((thread for thread in self.threads if thread.may_be_autograds), main)
         return main.place if main is not None else None
 
 
@@ -55,8 +54,8 @@ def read_ranks(run: str | Path) -> list[Rank]:
         ranks = [
             Rank(
                 state,
-                read_threads(folder, state.rank),
-                read_collectives(folder, state.rank),
+                read_threads(folder, state.rank, state.package),
+                read_collectives(folder, state.rank, state.package),
                 has_testified(folder, state.rank),
             )
             for state in read_states(run)

@@ -8,12 +8,12 @@ import io
 import linecache
 import os
 import pickle
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from sat_lora.doctor.places import Place, own_place
+from sat_lora.doctor.places import Place, own_place, places_of
 from sat_lora.doctor.rank_files import NCCL_DUMP, file_of
 
 FLIGHT = ".flight"
@@ -46,15 +46,18 @@ def write_flight_record(folder: Path, rank: int) -> None:
         file_of(folder, rank, FLIGHT).write_bytes(dump())
 
 
-def read_collectives(folder: Path, rank: int) -> list[Collective]:
-    """In the order in which the rank made them; empty if it has left no dump. ValueError: a file is no such dump."""
+def read_collectives(folder: Path, rank: int, package: str | None) -> list[Collective]:
+    """In the order in which the rank made them; empty if it has left no dump.
+
+    package: as of `places_of`. ValueError: a file is no such dump.
+    """
     files = [file_of(folder, rank, FLIGHT), folder / f"{NCCL_DUMP}{rank}"]
     path = next((file for file in files if file.is_file()), None)
     if path is None:
         return []
     try:
         found = _PlainValues(io.BytesIO(path.read_bytes())).load()
-        return [_collective(entry) for entry in found.get("entries", [])]
+        return [_collective(entry, package) for entry in found.get("entries", [])]
     except (pickle.UnpicklingError, EOFError, AttributeError, KeyError, TypeError, IndexError) as error:
         raise ValueError(f"{path} is no dump of torch's flight recorder: {error}") from error
 
@@ -66,12 +69,13 @@ class _PlainValues(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it holds {module}.{name}, which is no plain value")
 
 
-def _collective(entry: dict) -> Collective:
-    places = [Place(f["filename"], f["line"], f["name"], "") for f in entry.get("frames", [])]
+def _collective(entry: dict, package: str | None) -> Collective:
+    frames = [(f["filename"], f["line"], f["name"], "") for f in entry.get("frames", [])]
+    places = places_of(frames, package)
     place, operation = own_place(places), entry["profiling_name"]
     if place is not None:
         code = linecache.getline(place.file, place.line).strip() if os.path.isfile(place.file) else ""
-        place = Place(place.file, place.line, place.function, code)
+        place = replace(place, code=code)
     return Collective(
         group=" ".join(filter(None, entry["process_group"])),
         number=entry["collective_seq_id"],

@@ -12,6 +12,10 @@ All but the activations follow from the number of elements and DeepSpeed 0.19.8'
 W and T in bytes of their own precision but where bytes per element are given, n data-parallel ranks. In half precision
 DeepSpeed makes the adapters half too, whatever `adapter_dtype` says.
 
+What ZeRO-3 gathers comes flat, a prefetch bucket at a time, and is copied out when its first weight is used: a bucket
+takes its size twice. On a CPU gloo gathers into buffers of its own and copies out of those as well, with two threads:
+up to two buckets more, for as long as the other ranks let it wait.
+
 Beside them a step takes the largest of what its parts take one after the other: activations; at stage 0 all gradients
 once more, where they are summed over the ranks; at the others 12 T / n while Adam moves, for the gradients in float32
 and two temporaries (8 T / n on CUDA, where torch's fused loops make one).
@@ -27,8 +31,10 @@ from sat_lora.doctor.findings import Finding
 
 BUCKET = 500_000_000  # elements, DeepSpeed's own default; deepspeed_config sets a lower one
 LIVE = 1_000_000_000  # elements that ZeRO-3 keeps gathered: stage3_max_live_parameters
+REUSE = 1_000_000_000  # elements that pass before a weight's next use, if it is kept: stage3_max_reuse_distance
 PREFETCH = 50_000_000  # elements that it gathers at once, and copies out of the buffer: stage3_prefetch_bucket_size
 SMALL = 100_000  # elements of a parameter that it gathers once and then keeps: stage3_param_persistence_threshold
+GLOO_THREADS = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +75,7 @@ def memory_of(
     shares = {what: data_parallel_size if stage >= number else 1 for what, number in first.items()}
     bucket = size * zero.get("reduce_bucket_size", BUCKET) if stage else 0
     bucket *= 2 if stage < 3 and zero.get("overlap_comm") else 1
-    gathered = _gathered([*frozen, *trained], zero) if shares["parameters"] > 1 else 0
+    gathered = _gathered([*frozen, *trained], zero, by_gloo=not on_device) if shares["parameters"] > 1 else 0
     offloads = [zero.get(f"offload_{what}", {}).get("device") for what in ("param", "optimizer")]
     offloaded = [on_device and place in ("cpu", "nvme") for place in offloads]
     gradients = count * size / shares["gradients"]
@@ -77,14 +83,15 @@ def memory_of(
     adam = 0 if offloaded[1] else count * (8 if on_device else 12) / shares["optimizer"]  # with the gradients
     gone = gradients + (bucket if stage < 3 else 0)  # by the time that Adam moves
     temporaries = max(adam - gone, 0) if stage else gradients
-    at_once = engine.get("gradient_accumulation_steps", 1) > 1
+    # There while activations are: gradients that are accumulated, and ZeRO-3's memory for them.
+    stays = stage == 3 or engine.get("gradient_accumulation_steps", 1) > 1
     return Memory(
         weights=whole + (0.0 if offloaded[0] else _bytes(frozen) / shares["parameters"]),
         adapters=count * size / shares["parameters"],
         gradients=gradients,
         optimizer=0.0 if offloaded[1] else count * (12 / shares["optimizer"] if stage else 8),
         buffers=bucket + gathered * frozen_size,
-        activations=max(activations - (0 if at_once else gradients), temporaries),
+        activations=max(activations - (0 if stays else gradients), temporaries),
     )
 
 
@@ -127,12 +134,15 @@ def device_memory(device: torch.device, ranks_here: int) -> float | None:
         return None
 
 
-def _gathered(parameters: Sequence[nn.Parameter], zero: dict) -> int:
-    """Elements that ZeRO-3 holds whole: what it keeps between uses, and a buffer in which the next large ones come."""
+def _gathered(parameters: Sequence[nn.Parameter], zero: dict, *, by_gloo: bool) -> int:
+    """Elements that ZeRO-3 holds whole: what it keeps between uses, and buffers in which the next large ones come."""
     counts = [_elements(parameter) for parameter in parameters]
     large = sum(count for count in counts if count > zero.get("stage3_param_persistence_threshold", SMALL))
-    kept = min(zero.get("stage3_max_live_parameters", LIVE), sum(counts))
-    return kept + min(zero.get("stage3_prefetch_bucket_size", PREFETCH), large)
+    small = sum(counts) - large
+    reused = zero.get("stage3_max_reuse_distance", REUSE) // 2  # once on the way forward and once back
+    kept = max(zero.get("stage3_max_live_parameters", LIVE), reused, small)
+    buffers = 1 + (GLOO_THREADS if by_gloo else 0)
+    return min(kept, sum(counts)) + min(buffers * zero.get("stage3_prefetch_bucket_size", PREFETCH), large)
 
 
 def _kib(path: str, name: str) -> int:

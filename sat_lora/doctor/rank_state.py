@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sat_lora.atomic import replace_text
+from sat_lora.doctor.places import Place, places_of
 from sat_lora.doctor.rank_files import (
     ALIVE,
     ARRIVAL,
@@ -36,6 +37,8 @@ class RankState:
     """None: on another machine, so who knows."""
     argv: list[str]
     cwd: str
+    package: str | None
+    """The folder of its sat_lora; None: an older run, which has not kept it."""
     step: int
     micro_batch: int
     phase: str
@@ -50,14 +53,14 @@ class RankState:
     """The trainable parameters."""
     error: str | None
     """The exception that ended it."""
-    error_frames: list[list]
-    """[file, line, function, code], innermost first."""
+    error_places: tuple[Place, ...]
+    """Innermost first."""
     ended: float | None
     """When it left the loop, by an exception or not; None: it did not."""
     fatal: str | None
     """The signal that ended it, as faulthandler calls it: Aborted, Segmentation fault, Bus error."""
-    fatal_frames: list[list]
-    """Of its main thread then, as `error_frames`."""
+    fatal_places: tuple[Place, ...]
+    """Of its main thread then, as `error_places`."""
 
     @property
     def last_sign(self) -> float:
@@ -79,6 +82,7 @@ def note_who_lives(run: str | Path) -> None:
 
 def _read_state(file: Path, alive: dict[str, bool | None]) -> RankState:
     static = json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))
+    package = static.get("package")
     data = file.read_bytes()
     began, last_seen = TIMES.unpack_from(data, 0)
     step, micro_batch, phase, module, count = NUMBERS.unpack_from(data, NUMBERS_AT)
@@ -94,6 +98,7 @@ def _read_state(file: Path, alive: dict[str, bool | None]) -> RankState:
         is_alive=alive.get(str(static["rank"]), _is_alive(static)),
         argv=static["argv"],
         cwd=static["cwd"],
+        package=package,
         step=step,
         micro_batch=micro_batch,
         phase=PHASES[phase],
@@ -103,10 +108,10 @@ def _read_state(file: Path, alive: dict[str, bool | None]) -> RankState:
         arrivals=[(static["parameters"][number], when) for number, when in arrivals],
         expected=static["parameters"],
         error=ending.get("error"),
-        error_frames=ending.get("frames", []),
+        error_places=places_of(ending.get("frames", []), package),
         ended=ending.get("time"),
         fatal=fatal,
-        fatal_frames=fatal_frames,
+        fatal_places=places_of(fatal_frames, package),
     )
 
 

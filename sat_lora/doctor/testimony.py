@@ -15,11 +15,12 @@ from types import FrameType
 
 from sat_lora.atomic import replace_text
 from sat_lora.doctor.flight_record import write_flight_record
-from sat_lora.doctor.places import Place, own_place
+from sat_lora.doctor.places import Place, own_place, places_of
 from sat_lora.doctor.rank_files import file_of
 
 STACKS, STACKS_TEXT = ".stacks.json", ".stacks.txt"
-_WAITING = ("torch/distributed/distributed_c10d.py", "deepspeed/comm/torch.py", "deepspeed/comm/comm.py")
+_WAITING = ("/torch/distributed/distributed_c10d.py", "/deepspeed/comm/torch.py", "/deepspeed/comm/comm.py")
+_BACKWARD = ("/torch/autograd/graph.py", "/torch/autograd/__init__.py")
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,18 @@ class Thread:
     @property
     def waits_in_collective(self) -> bool:
         """Whether it is inside a call of torch.distributed and goes no deeper than that."""
-        inner = [place.file.replace("\\", "/") for place in self.frames[:12]]
-        return any(file.endswith(_WAITING) for file in inner)
+        return any(place.file.endswith(_WAITING) for place in self.frames[:12])
+
+    @property
+    def waits_for_autograd(self) -> bool:
+        """Whether it has called torch's engine, whose own threads then run the backward pass."""
+        return any(place.file.endswith(_BACKWARD) for place in self.frames[:3])
+
+    @property
+    def may_be_autograds(self) -> bool:
+        """Whether it runs own code and Python did not start it: so it is with the threads of torch's engine."""
+        started_by_python = any(place.function == "_bootstrap" for place in self.frames[-1:])
+        return not self.is_main and not started_by_python and any(place.is_own for place in self.frames)
 
     @property
     def place(self) -> Place | None:
@@ -53,11 +64,11 @@ def has_testified(folder: Path, rank: int) -> bool:
     return file_of(folder, rank, STACKS).is_file()
 
 
-def read_threads(folder: Path, rank: int) -> list[Thread]:
-    """Empty if the rank has not testified. ValueError: the file is no JSON."""
+def read_threads(folder: Path, rank: int, package: str | None) -> list[Thread]:
+    """Empty if the rank has not testified. package: as of `places_of`. ValueError: the file is no JSON."""
     path = file_of(folder, rank, STACKS)
     entries = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
-    return [Thread(e["name"], e["main"], tuple(Place(*f) for f in e["frames"])) for e in entries]
+    return [Thread(e["name"], e["main"], places_of(e["frames"], package)) for e in entries]
 
 
 def _threads() -> list[dict]:

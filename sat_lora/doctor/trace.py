@@ -19,6 +19,7 @@ from pathlib import Path
 from torch import nn
 
 from sat_lora.adapter import LoraAdapter
+from sat_lora.doctor.places import PACKAGE
 from sat_lora.doctor.rank_files import (
     ARRIVAL,
     ARRIVALS_AT,
@@ -77,6 +78,7 @@ class Trace(NoTrace):
             host=socket.gethostname(),
             argv=[sys.executable, *sys.argv],
             cwd=os.getcwd(),
+            package=PACKAGE,
             modules=modules,
             parameters=parameters,
         )

@@ -14,7 +14,7 @@ from sat_lora.doctor.evidence import Rank, read_ranks
 from sat_lora.doctor.findings import Finding
 from sat_lora.doctor.nccl_log import read_timeouts
 from sat_lora.doctor.paragraph import last_seen, paragraph, place_words
-from sat_lora.doctor.places import Place, own_place
+from sat_lora.doctor.places import own_place
 from sat_lora.doctor.testimony import Thread
 
 # What a rank says when another one has left it, or made another collective.
@@ -59,7 +59,7 @@ def _failed(ranks: Sequence[Rank]) -> Finding | None:
     if not own:
         return None
     first = min(own, key=lambda one: one.state.ended)
-    place = own_place([Place(*frame) for frame in first.state.error_frames])
+    place = own_place(first.state.error_places)
     seen = f"rank {first.number} was ended by {first.state.error}" + (f" in {place.words}" if place else "")
     return _finding("rank-failed", seen, [first], file=place.file if place else None)
 
@@ -67,11 +67,11 @@ def _failed(ranks: Sequence[Rank]) -> Finding | None:
 def _aborted(ranks: Sequence[Rank]) -> Finding | None:
     """A rank that torch ended, by an error or a signal, because another one sent what it did not expect."""
     for one in ranks:
-        state, frames = one.state, [Place(*frame) for frame in one.state.fatal_frames]
+        state = one.state
         if state.error is not None and re.search(_MISMATCH, state.error, re.IGNORECASE):
             seen = f"rank {one.number} was ended by {state.error}"
-        elif state.fatal == "Aborted" and Thread("", True, tuple(frames)).waits_in_collective:
-            seen = f"rank {one.number} was aborted in a collective, in {place_words(own_place(frames))}"
+        elif state.fatal == "Aborted" and Thread("", True, state.fatal_places).waits_in_collective:
+            seen = f"rank {one.number} was aborted in a collective, in {place_words(own_place(state.fatal_places))}"
         else:
             continue
         return _finding("collectives-differ", f"{seen}: another rank sent what it did not expect", [one])
@@ -95,7 +95,7 @@ def _obituary(one: Rank) -> str:
     words = f"rank {one.number} (process {one.state.pid} on {one.state.host}) is gone"
     if one.state.fatal is None:
         return words
-    return f"{words}: {one.state.fatal} in {place_words(own_place([Place(*f) for f in one.state.fatal_frames]))}"
+    return f"{words}: {one.state.fatal} in {place_words(own_place(one.state.fatal_places))}"
 
 
 def _left_behind(ranks: Sequence[Rank]) -> Finding | None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from sat_lora.cli import main
+from sat_lora.doctor import trace
 from sat_lora.doctor.evidence import read_ranks
 from sat_lora.doctor.flight_record import FLIGHT, read_collectives
 from sat_lora.doctor.nccl_log import read_timeouts
@@ -59,6 +60,32 @@ def test_on_a_gpu_the_rank_without_a_pending_collective_is_the_one(tmp_path):
     assert "2 of 4 gradients had come, the last 0.bias" in found.text
 
 
+CLONE = "/home/me/sat_lora"  # git's default, with the environment that `make` puts there
+INSTALLED = f"{CLONE}/.venv/lib/python3.12/site-packages"
+
+
+@pytest.mark.parametrize("package", [f"{CLONE}/sat_lora", f"{INSTALLED}/sat_lora"])
+def test_in_a_folder_called_sat_lora_the_environment_below_is_not_taken_for_own_code(package, tmp_path, monkeypatch):
+    monkeypatch.setattr(trace, "PACKAGE", package)
+    step = [f"{package}/training/step.py", 70, "train_step", "engine.backward(loss)"]
+    reduce = [f"{INSTALLED}/torch/distributed/distributed_c10d.py", 1, "all_reduce", "work.wait()"]
+    engine = [f"{INSTALLED}/torch/autograd/graph.py", 1, "_engine_run_backward", ""]
+    saving = [f"{package}/training/save.py", 5, "write", "queue.get()"]
+    started = ["/usr/lib/python3.12/threading.py", 1, "_bootstrap", ""]
+    hook = [f"{CLONE}/finetune_demo/mine.py", 8, "hook", "event.wait()"]
+    leave(tmp_path, 0, "reduce", [("MainThread", True, [reduce, step])], [REDUCED, WAITING])
+    threads = [
+        ("MainThread", True, [engine, step]),
+        ("saves", False, [saving, started]),
+        ("?", False, [[f"{INSTALLED}/torch/utils/checkpoint.py", 1, "unpack", ""], hook]),
+    ]
+    leave(tmp_path, 1, "backward", threads, [REDUCED])
+    found = verdict(tmp_path)
+    assert (found.finding.code, found.finding.ranks) == ("stuck-in-code", (1,))
+    assert f"Rank 1 is in hook ({hook[0]}:8): event.wait()" in found.text
+    assert f"Rank 0 waits in phase reduce of step 5, in train_step ({step[0]}:70)" in found.text
+
+
 def test_the_first_collective_that_differs_is_named(tmp_path):
     gathered = (8, "nccl:all_gather", 512, False)
     leave(tmp_path, 0, "reduce", [("MainThread", True, SYNC)], [REDUCED, WAITING])
@@ -102,12 +129,12 @@ class Malicious:
 def test_a_dump_of_nccls_own_watchdog_is_read_and_nothing_in_it_runs(tmp_path, capsys):
     path = tmp_path / f"{NCCL_DUMP}3"
     path.write_bytes(pickle.dumps({"entries": [entry_of(*WAITING)]}))
-    (found,) = read_collectives(tmp_path, 3)
+    (found,) = read_collectives(tmp_path, 3, None)
     assert (found.number, found.operation, found.sizes, found.is_done) == (8, "nccl:all_reduce", "4096", False)
-    assert read_collectives(tmp_path, 2) == []
+    assert read_collectives(tmp_path, 2, None) == []
     path.write_bytes(pickle.dumps({"entries": [Malicious()]}))
     with pytest.raises(ValueError, match="it holds builtins.print, which is no plain value"):
-        read_collectives(tmp_path, 3)
+        read_collectives(tmp_path, 3, None)
     assert capsys.readouterr().out == ""
 
 
