@@ -8,7 +8,8 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from importlib import metadata
 
 import torch
@@ -29,6 +30,21 @@ def join_alone(device: torch.device) -> None:
         torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
     if not mpu.model_parallel_is_initialized():
         mpu.initialize_model_parallel(1)
+
+
+@contextmanager
+def described_as_alone() -> Iterator[None]:
+    """Inside, the environment says what a launcher would: one process. DeepSpeed asks for LOCAL_RANK."""
+    alone = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
+    before = {name: os.environ.get(name) for name in alone}
+    os.environ.update(alone)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
 
 
 def seconds_of(work: Work, device: torch.device, clock: str = "wall") -> float:

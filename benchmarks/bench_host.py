@@ -1,0 +1,371 @@
+"""Host time: what Python and dispatch take on one CPU core, at widths at which arithmetic takes next to nothing.
+
+    OMP_NUM_THREADS=1 python -m benchmarks.bench_host --out host.json --markdown
+
+A GPU waits for this time wherever it exceeds that of its kernels. Three parts: one adapted linear against the frozen
+one (sat_lora, PEFT, SAT's lora2), a training step at CogVLM-17B's depth, and a decoded token at that depth. Times are
+processor time on one thread; of the interleaved repetitions the least counts, since a busy machine only adds.
+"""
+
+import argparse
+import contextlib
+import gc
+import json
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from benchmarks.interleaved import Work, described_as_alone, environment, join_alone, measure, progress, quartiles
+from benchmarks.models import SIZES, batch_of, config_of, let_gradients_through, loss_of
+from benchmarks.report import table, write_json
+from benchmarks.variants import Shape, Variant, build
+from sat_lora import LoraConfig, add_lora
+from sat_lora.cogvlm import build_cogvlm
+from sat_lora.cogvlm.generation import generate
+from sat_lora.doctor.trace import NO_TRACE, NoTrace, Trace
+from sat_lora.doctor.watchdog import watched
+from sat_lora.mixin import lora_mixins
+from sat_lora.training.distributed import World
+from sat_lora.training.engine import adapter_optimizer, start_engine
+from sat_lora.training.nonfinite import GradientWatch
+from sat_lora.training.step import train_step
+
+BEFORE = Path(__file__).parent / "results" / "host_before.json"
+CPU = torch.device("cpu")
+TOWERS = {"plain": Shape(32, 32), "q/k/v": Shape(32, 96, 3)}
+ADAPTED = ("sat_lora", "peft", "lora2")
+ROWS, RANK = 8, 4
+NEW_TOKENS = 8
+
+
+@contextlib.contextmanager
+def settled_garbage() -> Iterator[None]:
+    """The objects that exist are left out of every collection inside: there are many models, and a run has one."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+def least_seconds(works: dict[str, Work], repeats: int) -> dict[str, dict[str, float]]:
+    """For each work the least and the median of its processor seconds over interleaved repetitions."""
+    with settled_garbage():
+        times = measure(works, repeats, CPU, clock="cpu", warmup=2)
+    return {name: {"least": min(own), "median": quartiles(own)[1]} for name, own in times.items()}
+
+
+def frozen_linear(shape: Shape) -> Variant:
+    """The nn.Linear that PEFT adapts, which is called without SAT's hook and parallel linear."""
+    linear = nn.Linear(shape.in_features, shape.out_features, bias=False).requires_grad_(False)
+    return Variant(linear, [], list(linear.parameters()))
+
+
+def one_linear(shape: Shape, calls: int, repeats: int) -> dict[str, dict[str, float]]:
+    """Microseconds of a call, forward and backward and forward without grad, of every variant."""
+    x = torch.randn(ROWS, shape.in_features, requires_grad=True)
+    grad = torch.randn(ROWS, shape.out_features)
+    variants = {name: build(name, shape, RANK, 0.0, torch.float32, CPU) for name in ("frozen", *ADAPTED)}
+    variants["nn.Linear"] = frozen_linear(shape)
+
+    def both_passes(variant: Variant) -> Work:
+        wanted = [x, *variant.trained]
+
+        def work() -> None:
+            for _ in range(calls):
+                torch.autograd.grad(variant.call(x), wanted, grad)
+
+        return work
+
+    def forward_alone(variant: Variant) -> Work:
+        def work() -> None:
+            with torch.no_grad():
+                for _ in range(calls):
+                    variant.call(x)
+
+        return work
+
+    both = least_seconds({name: both_passes(variant) for name, variant in variants.items()}, repeats)
+    alone = least_seconds({name: forward_alone(variant) for name, variant in variants.items()}, repeats)
+    scale = 1e6 / calls
+    return {
+        name: {"both": scale * both[name]["least"], "no_grad": scale * alone[name]["least"]} for name in variants
+    }
+
+
+def thin_model(config: dict, *, checkpointing: bool = False, adapted: bool = True):
+    """A CogVLM of that config in training mode; gradients flow down to its embeddings."""
+    torch.manual_seed(0)
+    model = build_cogvlm(
+        config, checkpoint_activations=checkpointing, vit_checkpoint_activations=checkpointing
+    ).requires_grad_(False)
+    if adapted:
+        add_lora(model, LoraConfig(r=RANK))
+    let_gradients_through(model)
+    return model.train()
+
+
+def passes(model: nn.Module, batch: dict) -> Work:
+    """A work: forward and backward; the gradients are forgotten."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+    def work() -> None:
+        loss_of(model, batch).backward()
+        for parameter in trained:
+            parameter.grad = None
+
+    return work
+
+
+def passes_and_adamw(model: nn.Module, batch: dict) -> Work:
+    """A work: forward, backward and AdamW's step."""
+    optimizer = adapter_optimizer(model, lr=1e-6)
+
+    def work() -> None:
+        loss_of(model, batch).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return work
+
+
+def engine_step(
+    config: dict, batch: dict, stage: int, *, checkpointing: bool, watch: bool = False, run: Path | None = None
+) -> tuple[Work, NoTrace]:
+    """A work: the step of a run under DeepSpeed. run: a folder for the watchdog's trace, None: there is none."""
+    model = thin_model(config, checkpointing=checkpointing)
+    world = World(rank=0, size=1, device=CPU, data_parallel_rank=0, data_parallel_size=1)
+    optimizer = adapter_optimizer(model, lr=1e-6)
+    gradient_watch = GradientWatch(model, CPU) if watch else None
+    trace = NO_TRACE if run is None else Trace(run, model, gradient_watch, rank=0, world_size=1)
+    with described_as_alone():
+        engine = start_engine(model, optimizer, engine_config(stage))
+    trace.follow(engine)
+    tokens = int((batch["labels"] != -100).sum())
+
+    def work() -> None:
+        trace.at("data", step=1)
+        train_step(engine, [batch], world, tokens, watch=gradient_watch, trace=trace)
+        trace.at("save")
+
+    return work, trace
+
+
+def engine_config(stage: int) -> dict:
+    """A DeepSpeed config in float32, as a run of this project makes one."""
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_clipping": 1.0,
+        "steps_per_print": 2**31,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {"stage": stage, "reduce_bucket_size": 50_000_000},
+    }
+
+
+def steps(config: dict, checkpointing: bool, repeats: int) -> dict[str, dict[str, float]]:
+    """Milliseconds of a step at the config's depth, one piece of a run after the other."""
+    batch = batch_of(config, SIZES["thin"]["words"], CPU, torch.float32)
+    settings = dict(checkpointing=checkpointing)
+
+    def engine(stage: int, **more) -> Work:
+        return engine_step(config, batch, stage, **settings, **more)[0]
+
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        watched_model = thin_model(config, **settings)
+        watch = GradientWatch(watched_model, CPU)
+        works: dict[str, Work] = {
+            "frozen": passes(thin_model(config, adapted=False, **settings), batch),
+            "adapters": passes(thin_model(config, **settings), batch),
+            "adapters, watch": _then(passes(watched_model, batch), watch.clear),
+            "adapters, AdamW": passes_and_adamw(thin_model(config, **settings), batch),
+            "ZeRO 0": engine(0),
+            "ZeRO 1": engine(1),
+            "ZeRO 2": engine(2),
+            "ZeRO 2, watch": engine(2, watch=True),
+        }
+        works["ZeRO 2, watch, watchdog"], trace = engine_step(
+            config, batch, 2, watch=True, run=Path(folder), **settings
+        )
+        stack.enter_context(watched(trace, 120.0))
+        seconds = least_seconds(works, repeats)
+    return _milliseconds(seconds)
+
+
+def _then(work: Work, after: Callable[[], object]) -> Work:
+    def both() -> None:
+        work()
+        after()
+
+    return both
+
+
+def _milliseconds(seconds: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+    return {name: {key: 1000 * value for key, value in own.items()} for name, own in seconds.items()}
+
+
+def decoded_token(config: dict, repeats: int) -> dict[str, dict[str, float]]:
+    """Milliseconds of a token after the first, at batch 1, with the adapters off and on."""
+    model = thin_model(config)
+    batch = batch_of(config, SIZES["thin"]["words"], CPU, torch.float32)
+    del batch["labels"]
+
+    def answer(tokens: int, enabled: bool) -> Work:
+        def work() -> None:
+            for mixin in lora_mixins(model).values():
+                mixin.enabled = enabled
+            generate(model, batch, max_new_tokens=tokens, eos_token_id=-1)
+
+        return work
+
+    works = {(tokens, enabled): answer(tokens, enabled) for tokens in (1, 1 + NEW_TOKENS) for enabled in (False, True)}
+    seconds = least_seconds(works, repeats)
+    names = {False: "adapters off", True: "adapters on"}
+    return {
+        name: {
+            key: 1000 * (seconds[1 + NEW_TOKENS, enabled][key] - seconds[1, enabled][key]) / NEW_TOKENS
+            for key in ("least", "median")
+        }
+        for enabled, name in names.items()
+    }
+
+
+def added(linear: dict[str, dict[str, float]], passes: str) -> dict[str, float]:
+    """Microseconds that each adapted variant takes beyond SAT's frozen linear."""
+    return {name: linear[name][passes] - linear["frozen"][passes] for name in ADAPTED}
+
+
+def goals(report: dict, before: dict | None) -> list[dict]:
+    """What is wanted, the figure, and its limit. PEFT's part is over SAT's frozen linear, the stricter of the two.
+
+    before: an earlier report; its milliseconds are scaled by how long an nn.Linear takes now against then.
+    """
+    plain, fused = (report["linears"][name] for name in TOWERS)
+    rows = []
+
+    def goal(what: str, value: float, most: float) -> None:
+        rows.append({"goal": what, "value": value, "most": most, "reached": value <= most})
+
+    for what, linear, key, most in (
+        ("plain linear, forward + backward, of PEFT's", plain, "both", 0.7),
+        ("plain linear, forward without grad, of PEFT's", plain, "no_grad", 0.5),
+        ("fused q/k/v, forward + backward, of PEFT's one pair", fused, "both", 1.0),
+    ):
+        own = added(linear, key)
+        goal(what, own["sat_lora"] / own["peft"], most)
+    speed = 1.0 if before is None else yardstick(report) / yardstick(before)
+    for mode, works in report["steps"].items():
+        least = {name: own["least"] for name, own in works.items()}
+        if before is not None and mode in before["steps"]:
+            old = before["steps"][mode]
+            then = speed * (old["adapters"]["least"] - old["frozen"]["least"])
+            goal(f"step {mode}: adapters - frozen, of before", (least["adapters"] - least["frozen"]) / then, 0.5)
+        watch = least["ZeRO 2, watch"] - least["ZeRO 2"]
+        goal(f"step {mode}: gradient watch, of the step", watch / least["ZeRO 2"], 0.1)
+        watchdog = least["ZeRO 2, watch, watchdog"] - least["ZeRO 2, watch"]
+        goal(f"step {mode}: watchdog, of the step", watchdog / least["ZeRO 2, watch"], 0.02)
+    return rows
+
+
+def yardstick(report: dict) -> float:
+    """Microseconds of torch's own nn.Linear, forward and backward: how fast the machine was, whatever we changed."""
+    return report["linears"]["plain"]["nn.Linear"]["both"]
+
+
+def linear_table(report: dict, markdown: bool) -> str:
+    """Microseconds added per linear, and the ratio to PEFT's."""
+    header = ["linear", "variant", "forward + backward, us", "of PEFT's", "forward without grad, us", "of PEFT's"]
+    rows = []
+    for name, linear in report["linears"].items():
+        both, alone = added(linear, "both"), added(linear, "no_grad")
+        for variant in ADAPTED:
+            ratios = [f"{own[variant] / own['peft']:.2f}" for own in (both, alone)]
+            rows.append([name, variant, f"{both[variant]:.1f}", ratios[0], f"{alone[variant]:.1f}", ratios[1]])
+        own = [linear["peft"][key] - linear["nn.Linear"][key] for key in ("both", "no_grad")]
+        rows.append([name, "peft, over nn.Linear", f"{own[0]:.1f}", "", f"{own[1]:.1f}", ""])
+        for frozen in ("frozen", "nn.Linear"):
+            whole = [f"{linear[frozen][key]:.1f}" for key in ("both", "no_grad")]
+            rows.append([name, f"({frozen} itself)", whole[0], "", whole[1], ""])
+    return table(header, rows, markdown)
+
+
+def step_table(report: dict, markdown: bool) -> str:
+    """Milliseconds of a step and of a token, least and median."""
+    modes = list(report["steps"])
+    rows = [
+        [name, *(_least_and_median(report["steps"][mode][name]) for mode in modes)]
+        for name in report["steps"][modes[0]]
+    ]
+    rows += [[f"decoded token, {name}", _least_and_median(own), ""][: 1 + len(modes)] for name, own in report["token"].items()]
+    return table(["ms, least (median)", *modes], rows, markdown)
+
+
+def _least_and_median(own: dict[str, float]) -> str:
+    return f"{own['least']:.1f} ({own['median']:.1f})"
+
+
+def goal_table(report: dict, markdown: bool) -> str:
+    """A line per goal."""
+    rows = [
+        [row["goal"], f"{row['value']:.3f}", f"{row['most']:g}", "yes" if row["reached"] else "no"]
+        for row in report["goals"]
+    ]
+    return table(["goal", "measured", "at most", "reached"], rows, markdown)
+
+
+def options(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", default=["linears", "steps", "token"], choices=["linears", "steps", "token"])
+    parser.add_argument("--calls", type=int, default=50, help="of a linear, in one repetition")
+    parser.add_argument("--repeats", type=int, default=40, help="of a linear")
+    parser.add_argument("--step-repeats", type=int, default=12, help="of a step and of an answer")
+    parser.add_argument("--layers", nargs=2, type=int, metavar=("LANGUAGE", "VIT"), help="other than CogVLM-17B's 32 63")
+    parser.add_argument("--quick", action="store_true", help="2 and 3 layers and few repetitions: to see that it runs")
+    parser.add_argument("--before", type=Path, default=BEFORE, help="json of an earlier commit to compare with")
+    parser.add_argument("--out", type=Path, help="json file")
+    parser.add_argument("--markdown", action="store_true", help="print markdown tables")
+    args = parser.parse_args(arguments)
+    if args.quick:
+        args.calls, args.repeats, args.step_repeats, args.layers = 2, 2, 1, args.layers or [2, 3]
+    return args
+
+
+def main(arguments: list[str] | None = None) -> dict:
+    """Measure all parts, print the tables, write the json, and return it."""
+    args = options(arguments)
+    torch.set_num_threads(1)
+    join_alone(CPU)
+    config = config_of("thin")
+    if args.layers:
+        config["num_layers"], config["eva_args"]["num_layers"] = args.layers
+    layers = [config["num_layers"], config["eva_args"]["num_layers"]]
+    linears = {name: one_linear(shape, args.calls, args.repeats) for name, shape in progress(list(TOWERS.items()), "linears")}
+    modes = {"without checkpointing": False, "with": True}
+    report = {
+        "environment": environment(CPU, "cpu"),
+        "layers": layers,
+        "linears": linears,
+        "steps": {
+            mode: steps(config, checkpointing, args.step_repeats)
+            for mode, checkpointing in progress(list(modes.items()), "steps")
+        },
+        "token": decoded_token(config, args.step_repeats),
+    }
+    before = json.loads(args.before.read_text()) if args.before.exists() else None
+    if before is not None and before["layers"] != layers:
+        before = None
+    report["goals"] = goals(report, before)
+    for part in (linear_table, step_table, goal_table):
+        print(part(report, args.markdown), end="\n\n")
+    if args.out:
+        write_json(report, args.out)
+    return report
+
+
+if __name__ == "__main__":
+    main()

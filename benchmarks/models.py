@@ -1,0 +1,70 @@
+"""The CogVLMs that the benchmarks build, of several sizes, with batches for them."""
+
+import torch
+from torch import nn
+
+from sat_lora._sat import BaseModel
+from sat_lora.training.loss import answer_loss_sum
+
+# hidden, inner and layers of the language model and of the vision transformer, side of the image, words of text.
+# `full` is CogVLM-17B; `thin` has its depth, so what its step takes is host time.
+SIZES = {
+    "tiny": dict(language=(64, 96, 1), vit=(32, 64, 1), image=28, words=8),
+    "small": dict(language=(1024, 2752, 2), vit=(512, 4352, 4), image=224, words=40),
+    "large": dict(language=(4096, 11008, 4), vit=(1792, 15360, 8), image=490, words=62),
+    "full": dict(language=(4096, 11008, 32), vit=(1792, 15360, 63), image=490, words=62),
+    "thin": dict(language=(32, 32, 32), vit=(32, 32, 63), image=28, words=4),
+}
+PATCH = 14
+WHOLE_VOCABULARY = ("large", "full")
+
+
+def config_of(size: str) -> dict:
+    """The content of a model_config.json for one of SIZES; head sizes grow with the widths, up to CogVLM's."""
+    language, vit, image = (SIZES[size][key] for key in ("language", "vit", "image"))
+    patches = (image // PATCH) ** 2
+    runtime = dict(layernorm_order="pre", use_bias=False, max_sequence_length=2048)
+    vit_fixed = dict(layernorm_order="post", use_final_layernorm=False, layernorm_epsilon=1e-6, patch_size=PATCH)
+    places = dict(pre_len=1, post_len=0, in_channels=3, image_size=[image, image], max_sequence_length=patches + 1)
+    return {
+        **_widths(*language, max(1, language[0] // 128)),
+        **runtime,
+        "vocab_size": 32000 if size in WHOLE_VOCABULARY else 1024,
+        "image_length": patches,
+        "eva_args": {**_widths(*vit, max(1, vit[0] // 112)), "vocab_size": 1, **vit_fixed, **places},
+    }
+
+
+def _widths(hidden: int, inner: int, layers: int, heads: int) -> dict:
+    return dict(hidden_size=hidden, inner_hidden_size=inner, num_layers=layers, num_attention_heads=heads)
+
+
+def batch_of(config: dict, words: int, device: torch.device, dtype: torch.dtype, samples: int = 1) -> dict:
+    """Samples of the image's patches + 2 places, then `words` tokens of text, the last quarter the answer."""
+    places = config["image_length"] + 2
+    ids = torch.randint(3, config["vocab_size"], (samples, places + words), device=device)
+    embed, vision, labels = torch.zeros_like(ids), torch.zeros_like(ids), torch.full_like(ids, -100)
+    embed[:, :places] = 1
+    vision[:, : places - 1] = 1
+    answer = max(1, words // 4)
+    labels[:, -answer:] = ids[:, -answer:]
+    images = torch.randn(samples, 3, *config["eva_args"]["image_size"], device=device, dtype=dtype)
+    positions = torch.arange(ids.shape[1], device=device)[None].expand(samples, -1)
+    inputs = dict(input_ids=ids, position_ids=positions, images=images)
+    return {**inputs, "image_embed_mask": embed, "vision_expert_mask": vision, "labels": labels}
+
+
+def let_gradients_through(model: BaseModel) -> None:
+    """Gradients flow to the word embeddings of both towers although every weight is frozen.
+
+    Without it a frozen model has no backward at all, and an adapted first layer needs no gradient of its input.
+    """
+    for tower in (model, model.mixins["eva"].vit_model):
+        tower.transformer.word_embeddings.register_forward_hook(lambda module, args, out: out.requires_grad_())
+
+
+def loss_of(model: nn.Module, batch: dict) -> torch.Tensor:
+    """The loss summed over the answer's tokens, float32."""
+    inputs = {key: value for key, value in batch.items() if key not in ("labels", "input_ids", "position_ids")}
+    logits = model(batch["input_ids"], batch["position_ids"], -1, **inputs)[0]
+    return answer_loss_sum(logits, batch["labels"])
