@@ -60,12 +60,68 @@ def test_step_benchmark(tmp_path, capsys):
     (case,) = written["cases"]
     variants = case["variants"]
     assert variants.keys() == {"frozen", "all-linear", "attention", "lora2"}
-    assert all(v.keys() == {"seconds", "ratio", "saved_bytes", "trained"} for v in variants.values())
+    assert all(v.keys() == {"seconds", "ratio", "saved_bytes", "trained", "flops"} for v in variants.values())
     assert variants["frozen"]["trained"] == 0
     assert variants["attention"]["trained"] == variants["lora2"]["trained"] > 0  # the same linears and factors
     assert variants["all-linear"]["trained"] > variants["attention"]["trained"]
     assert variants["frozen"]["saved_bytes"] < variants["attention"]["saved_bytes"]
     assert capsys.readouterr().out.startswith("| dtype | r |")
+
+
+def test_step_benchmark_with_checkpointing_and_a_profile(tmp_path, capsys):
+    out = tmp_path / "step.json"
+    arguments = ["--size", "tiny", "--device", "cpu", "--dtypes", "bf16", "--dropouts", "0.05", "--batch", "2"]
+    arguments += ["--words", "6", "--checkpointing", "--profile", "--variants", "all-linear", "--repeats", "1"]
+    bench_step.main([*arguments, "--out", str(out)])
+    written = json.loads(out.read_text())
+    (case,) = written["cases"]
+    assert (case["batch"], case["words"], case["checkpointing"]) == (2, 6, True)
+    assert case["variants"].keys() == {"frozen", "all-linear"}
+    assert case["variants"]["all-linear"].keys() == {"seconds", "ratio", "trained", "flops", "kernels"}
+    kernels = case["variants"]["all-linear"]["kernels"]
+    assert {"product", "attention", "optimizer"} <= kernels["kinds"].keys()
+    assert sum(count for _, count in kernels["kinds"].values()) == kernels["kernels"]
+    assert written["product"]["bf16"]["flops"] > 0
+
+
+@pytest.mark.parametrize("name", bench_step.NAMES)
+def test_a_variant_comes_and_goes_and_switched_off_is_the_base(name, single_process_group):
+    """The variants share their weights: what one leaves behind would be measured with the next."""
+    import torch
+
+    config = bench_step.config_of("tiny")
+    model = bench_step.build(config, torch.float32, torch.device("cpu"))
+    batch = bench_step.batch_of(config, 8, torch.device("cpu"), torch.float32)
+    names, frozen = list(model.state_dict()), bench_step.loss_of(model, batch)
+    with bench_step.adapted(model, name, rank=4, dropout=0.0) as variant:
+        assert not torch.equal(bench_step.loss_of(model, batch), frozen)
+        variant.switch(False)
+        assert torch.equal(bench_step.loss_of(model, batch), frozen)
+        variant.switch(True)
+        bench_step.loss_of(model, batch).backward()
+        assert all(parameter.grad is not None for parameter in variant.trained)
+        others = [p for p in model.parameters() if all(p is not own for own in variant.trained)]
+        assert all(parameter.grad is None for parameter in others)
+    assert list(model.state_dict()) == names
+    assert torch.equal(bench_step.loss_of(model, batch), frozen)
+
+
+def test_flops_are_those_that_torch_counts(single_process_group):
+    """torch counts all of the vision transformer's and of the language model's attention, we half of the latter."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from benchmarks.models import forward_flops
+
+    config = bench_step.config_of("tiny")
+    model = bench_step.build(config, torch.float32, torch.device("cpu")).eval()
+    batch = bench_step.batch_of(config, 8, torch.device("cpu"), torch.float32, samples=2)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        bench_step.loss_of(model, batch)
+    seq, hidden = config["image_length"] + 2 + 8, config["hidden_size"]
+    patch_embedding = 2 * 2 * config["image_length"] * 3 * 14 * 14 * config["eva_args"]["hidden_size"]
+    expected = forward_flops(config, 2, 8) + 2 * config["num_layers"] * 2 * seq**2 * hidden + patch_embedding
+    assert counter.get_total_flops() == pytest.approx(expected, rel=0.02)
 
 
 @pytest.mark.parametrize("text", ["64x96/3", "64x64/2", "64"])
