@@ -14,7 +14,7 @@ import gc
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -64,7 +64,25 @@ class Case:
     batch: int
     words: int
     checkpointing: bool
+    profile: bool = False
     names: tuple[str, ...] = NAMES
+
+    @classmethod
+    def parse(cls, text: str) -> Callable[[int, int], "Case"]:
+        """From "all-linear attention batch=4 dropout=0.05 checkpointing profile", once rank and words are known."""
+        switches, numbers, names = set(), {"batch": 1, "dropout": 0.0}, []
+        for entry in text.split():
+            key, equals, value = entry.partition("=")
+            if equals and key in numbers:
+                numbers[key] = type(numbers[key])(value)
+            elif entry in ("checkpointing", "profile"):
+                switches.add(entry)
+            elif entry in NAMES:
+                names.append(entry)
+            else:
+                raise ValueError(f"{entry!r}: a case has names of {NAMES}, batch=, dropout=, checkpointing, profile")
+        fields = dict(checkpointing="checkpointing" in switches, profile="profile" in switches)
+        return lambda rank, words: cls(rank=rank, words=words, names=tuple(names) or NAMES, **numbers, **fields)
 
 
 @dataclass(frozen=True)
@@ -155,11 +173,11 @@ def training_step(model: nn.Module, batch: dict, trained: list[nn.Parameter] | N
     return work
 
 
-def compare(model: BaseModel, config: dict, case: Case, repeats: int, clock: str, *, size: str, profile: bool) -> dict:
+def compare(model: BaseModel, config: dict, case: Case, repeats: int, clock: str, size: str) -> dict:
     """One case: for every variant, quartiles of its seconds and of their ratio to the frozen step's beside it.
 
     With the number of `trained` parameters, `saved_bytes` of a forward pass (where the graph is kept and fits),
-    `peak_bytes` of a step on CUDA, `flops` per second, and with `profile` its kernels by kind.
+    `peak_bytes` of a step on CUDA, `flops` per second, and for a case with `profile` its kernels by kind.
     """
     weight = next(model.parameters())
     device, dtype = weight.device, weight.dtype
@@ -186,7 +204,7 @@ def compare(model: BaseModel, config: dict, case: Case, repeats: int, clock: str
             measured = dict(seconds=seconds, ratio=ratio, trained=trained, flops=flops / seconds[1])
             variant.switch(True)
             results[name] = kept(measured, works[name])
-            if profile:
+            if case.profile:
                 results[name]["kernels"] = kernel_times(works[name], device)
             all_frozen += times["frozen"]
             if not results["frozen"]:
@@ -233,12 +251,28 @@ def options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--words", type=int, help="tokens of text in each, beside the image's")
     parser.add_argument("--checkpointing", action="store_true", help="recompute the layers of both towers in backward")
     parser.add_argument("--profile", action="store_true", help="add the kernels' time by kind to the json")
+    parser.add_argument(
+        "--cases",
+        nargs="+",
+        type=Case.parse,
+        metavar="CASE",
+        help='instead of --variants and the four above: "all-linear lora2 batch=4 dropout=0.05 checkpointing profile"',
+    )
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: processor time, for busy CPU machines")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="json file")
     parser.add_argument("--markdown", action="store_true", help="print tables instead of lines")
     return parser.parse_args(arguments)
+
+
+def cases(args: argparse.Namespace, words: int) -> list[Case]:
+    """What the options ask for."""
+    if args.cases:
+        return [case(rank, words) for case in args.cases for rank in args.ranks]
+    fixed = dict(words=words, batch=args.batch, checkpointing=args.checkpointing, profile=args.profile)
+    pairs = itertools.product(args.ranks, args.dropouts)
+    return [Case(rank=rank, dropout=dropout, names=tuple(args.variants), **fixed) for rank, dropout in pairs]
 
 
 def main(arguments: list[str] | None = None) -> dict:
@@ -249,31 +283,19 @@ def main(arguments: list[str] | None = None) -> dict:
     torch.manual_seed(args.seed)
     size = args.size or {"cpu": "small", "cuda": "large"}[device.type]
     config, words = config_of(size), args.words or SIZES[size]["words"]
-    results, rates = [], {}
+    report = {"environment": environment(device, args.clock), "repeats": args.repeats, "product": {}, "cases": []}
     for dtype in args.dtypes:
         model = build(config, DTYPES[dtype], device)
-        rates[dtype] = device_rate(device, DTYPES[dtype])
-        for rank, dropout in progress(list(itertools.product(args.ranks, args.dropouts)), f"{dtype} steps"):
-            case = Case(
-                rank=rank,
-                dropout=dropout,
-                batch=args.batch,
-                words=words,
-                checkpointing=args.checkpointing,
-                names=tuple(args.variants),
-            )
-            settings = dict(size=size, profile=args.profile)
-            results.append(compare(model, config, case, args.repeats, args.clock, **settings))
+        report["product"][dtype] = device_rate(device, DTYPES[dtype])
+        for case in progress(cases(args, words), f"{dtype} steps"):
+            try:
+                report["cases"].append(compare(model, config, case, args.repeats, args.clock, size))
+            except torch.OutOfMemoryError as error:
+                report.setdefault("too_large", []).append({"dtype": dtype, **asdict(case), "error": str(error)})
+            if args.out:
+                write_json(report, args.out)  # after every case: a run that is ended has what came before
         del model
-    report = {
-        "environment": environment(device, args.clock),
-        "repeats": args.repeats,
-        "product": rates,
-        "cases": results,
-    }
     print(step_table(report, markdown=args.markdown))
-    if args.out:
-        write_json(report, args.out)
     return report
 
 

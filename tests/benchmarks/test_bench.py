@@ -70,12 +70,12 @@ def test_step_benchmark(tmp_path, capsys):
 
 def test_step_benchmark_with_checkpointing_and_a_profile(tmp_path, capsys):
     out = tmp_path / "step.json"
-    arguments = ["--size", "tiny", "--device", "cpu", "--dtypes", "bf16", "--dropouts", "0.05", "--batch", "2"]
-    arguments += ["--words", "6", "--checkpointing", "--profile", "--variants", "all-linear", "--repeats", "1"]
-    bench_step.main([*arguments, "--out", str(out)])
+    arguments = ["--size", "tiny", "--device", "cpu", "--dtypes", "bf16", "--words", "6", "--repeats", "1"]
+    case = "all-linear batch=2 dropout=0.05 checkpointing profile"
+    bench_step.main([*arguments, "--cases", case, "--out", str(out)])
     written = json.loads(out.read_text())
     (case,) = written["cases"]
-    assert (case["batch"], case["words"], case["checkpointing"]) == (2, 6, True)
+    assert (case["batch"], case["dropout"], case["words"], case["checkpointing"]) == (2, 0.05, 6, True)
     assert case["variants"].keys() == {"frozen", "all-linear"}
     assert case["variants"]["all-linear"].keys() == {"seconds", "ratio", "trained", "flops", "kernels"}
     kernels = case["variants"]["all-linear"]["kernels"]
