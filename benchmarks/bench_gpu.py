@@ -105,7 +105,7 @@ STEP_CASES = [
 ]
 BF16 = ["--dtypes", "bf16", "--ranks", "16"]
 STAGES = {
-    "tests": Stage(100, [*PYTEST, "-m", "cuda", "tests/cuda"], [*PYTEST, "tests/cuda"], None),
+    "tests": Stage(120, [*PYTEST, "-m", "cuda", "tests/cuda"], [*PYTEST, "tests/cuda"], None),
     "adapter": Stage(
         70,
         module("bench_adapter", *BF16),
@@ -180,10 +180,9 @@ def run_stage(stage: Stage, *, dry: bool, limit: float) -> Ending:
 
 
 def environment() -> dict[str, str]:
-    """This process's, with this checkout found first, and memory of the GPU taken in pieces that can grow."""
+    """This process's, with this checkout found first."""
     path = os.pathsep.join([str(HOME), *filter(None, [os.environ.get("PYTHONPATH")])])
-    defaults = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "TOKENIZERS_PARALLELISM": "false"}
-    return {**defaults, **os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
+    return {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
 def device_name(dry: bool) -> str:

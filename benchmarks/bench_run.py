@@ -28,6 +28,7 @@ from benchmarks.interleaved import DTYPES, environment, join_alone
 from benchmarks.models import SIZES, config_of, random_model
 from benchmarks.report import table, write_json
 from sat_lora.cogvlm.checkpoint import save_weights
+from sat_lora.training.progress import peak_memory_mib
 
 DEMO = Path(__file__).parents[1] / "finetune_demo"
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
@@ -61,12 +62,16 @@ def write_images(folder: Path, number: int, words: int) -> tuple[Path, Path]:
 
 
 def child(arguments: list[str], out: Path) -> None:
-    """Run the script in this process and write its status, its seconds and the most memory that it held."""
+    """Run the script in this process and write its status, its seconds and the most memory that it held.
+
+    peak_mib: that memory as train.jsonl tells it, files included.
+    """
     main = runpy.run_path(str(DEMO / "finetune_cogvlm.py"))["main"]
     status, peak, seconds = peak_growth(lambda: main(arguments))
     if torch.cuda.is_available():
         peak = torch.cuda.max_memory_allocated()
-    write_json({"status": status, "peak_bytes": peak, "seconds": seconds}, out)
+    write_json({"status": status, "peak_bytes": peak, "peak_mib": peak_memory_mib(), "seconds": seconds}, out)
+    sys.exit(status)
 
 
 def run(options: list[str], home: Path, name: str) -> dict:
@@ -84,7 +89,7 @@ def run(options: list[str], home: Path, name: str) -> dict:
             time.sleep(0.002)
             steps = lines.read_text().count('"loss"') if lines.exists() else 0
             arrivals += [time.perf_counter()] * (steps - len(arrivals))
-    if process.returncode or json.loads(out.read_text())["status"]:
+    if process.returncode:
         raise RuntimeError(f"the run failed:\n{log.read_text()[-3000:]}")
     return {**json.loads(out.read_text()), "arrivals": arrivals}
 
