@@ -24,6 +24,7 @@ from benchmarks.models import SIZES, batch_of, config_of, let_gradients_through,
 from benchmarks.report import table, write_json
 from benchmarks.variants import Shape, Variant, build
 from sat_lora import LoraConfig, add_lora
+from sat_lora._sat import BaseModel
 from sat_lora.cogvlm import build_cogvlm
 from sat_lora.cogvlm.generation import generate
 from sat_lora.doctor.trace import NO_TRACE, NoTrace, Trace
@@ -36,9 +37,12 @@ from sat_lora.training.step import train_step
 
 BEFORE = Path(__file__).parent / "results" / "host_before.json"
 CPU = torch.device("cpu")
+WATCHED = ("ZeRO 2", "ZeRO 2, watch", "ZeRO 2, watch, watchdog")
 SHAPES = {"plain": Shape(32, 32), "q/k/v": Shape(32, 96, 3)}
-PARTS = ("steps", "token")
+STEPS = ("frozen", "adapters", "adapters, AdamW", "ZeRO 0", "ZeRO 1", *WATCHED)
+PARTS = ("steps", "watchers", "token")
 DEPTH = (32, 63)  # of CogVLM-17B's language model and vision transformer
+SHORTER = 4  # a step of so many times fewer layers, so often: few per cent show in the least of many short steps alone
 CHECKPOINTING = {"without checkpointing": False, "with": True}
 ADAPTED = ("sat_lora", "peft", "lora2")
 ROWS, RANK = 8, 4
@@ -99,7 +103,7 @@ def one_linear(shape: Shape, calls: int, repeats: int) -> dict[str, dict[str, fl
     return {name: {"both": scale * both[name]["least"], "no_grad": scale * alone[name]["least"]} for name in variants}
 
 
-def thin_model(config: dict, *, checkpointing: bool = False, adapted: bool = True):
+def thin_model(config: dict, *, checkpointing: bool = False, adapted: bool = True) -> BaseModel:
     """A CogVLM of that config in training mode; gradients flow down to its embeddings."""
     torch.manual_seed(0)
     model = build_cogvlm(
@@ -169,41 +173,34 @@ def engine_config(stage: int) -> dict:
     }
 
 
-def steps(config: dict, checkpointing: bool, repeats: int) -> dict[str, dict[str, float]]:
-    """Milliseconds of a step at the config's depth, one piece of a run after the other."""
+def steps(config: dict, checkpointing: bool, repeats: int, names: tuple[str, ...]) -> dict[str, dict[str, float]]:
+    """Milliseconds of the steps of those names, of STEPS, at the config's depth."""
     batch = batch_of(config, SIZES["thin"]["words"], CPU, torch.float32)
-    settings = dict(checkpointing=checkpointing)
+
+    def model(adapted: bool = True) -> BaseModel:
+        return thin_model(config, checkpointing=checkpointing, adapted=adapted)
 
     def engine(stage: int, **more) -> Work:
-        return engine_step(config, batch, stage, **settings, **more)[0]
+        return engine_step(config, batch, stage, checkpointing=checkpointing, **more)[0]
 
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        watched_model = thin_model(config, **settings)
-        watch = GradientWatch(watched_model, CPU)
-        works: dict[str, Work] = {
-            "frozen": passes(thin_model(config, adapted=False, **settings), batch),
-            "adapters": passes(thin_model(config, **settings), batch),
-            "adapters, watch": _then(passes(watched_model, batch), watch.clear),
-            "adapters, AdamW": passes_and_adamw(thin_model(config, **settings), batch),
-            "ZeRO 0": engine(0),
-            "ZeRO 1": engine(1),
-            "ZeRO 2": engine(2),
-            "ZeRO 2, watch": engine(2, watch=True),
+
+        def with_watchdog() -> Work:
+            work, trace = engine_step(config, batch, 2, checkpointing=checkpointing, watch=True, run=Path(folder))
+            stack.enter_context(watched(trace, 120.0))
+            return work
+
+        makers: dict[str, Callable[[], Work]] = {
+            "frozen": lambda: passes(model(adapted=False), batch),
+            "adapters": lambda: passes(model(), batch),
+            "adapters, AdamW": lambda: passes_and_adamw(model(), batch),
+            "ZeRO 0": lambda: engine(0),
+            "ZeRO 1": lambda: engine(1),
+            "ZeRO 2": lambda: engine(2),
+            "ZeRO 2, watch": lambda: engine(2, watch=True),
+            "ZeRO 2, watch, watchdog": with_watchdog,
         }
-        works["ZeRO 2, watch, watchdog"], trace = engine_step(
-            config, batch, 2, watch=True, run=Path(folder), **settings
-        )
-        stack.enter_context(watched(trace, 120.0))
-        seconds = least_seconds(works, repeats)
-    return _milliseconds(seconds)
-
-
-def _then(work: Work, after: Callable[[], object]) -> Work:
-    def both() -> None:
-        work()
-        after()
-
-    return both
+        return _milliseconds(least_seconds({name: makers[name]() for name in names}, repeats))
 
 
 def _milliseconds(seconds: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
@@ -265,8 +262,10 @@ def goals(report: dict, before: dict | None) -> list[dict]:
             old = before["steps"][mode]
             then = yardstick(report) / yardstick(before) * (old["adapters"]["least"] - old["frozen"]["least"])
             goal(f"step {mode}: adapters - frozen, of before", (least["adapters"] - least["frozen"]) / then, 0.5)
-        for name, watcher, most in (("ZeRO 2", "watch", 0.1), ("ZeRO 2, watch", "watchdog", 0.02)):
-            goal(f"step {mode}: {watcher}, of the step", least[f"{name}, {watcher}"] / least[name] - 1, most)
+    for mode, works in report.get("watchers", {}).items():
+        without, watch, watchdog = (works[name]["least"] for name in WATCHED)
+        goal(f"step {mode}: gradient watch, of the step", watch / without - 1, 0.1)
+        goal(f"step {mode}: watchdog, of the step", watchdog / watch - 1, 0.02)
     return rows
 
 
@@ -292,12 +291,17 @@ def linear_table(report: dict, markdown: bool) -> str:
     return table(header, rows, markdown)
 
 
-def step_table(report: dict, markdown: bool) -> str:
+def step_table(report: dict, markdown: bool, part: str = "steps", what: str = "step") -> str:
     """Milliseconds of a step without and with checkpointing, least and median."""
-    modes = report["steps"]
+    modes = report[part]
     names = next(iter(modes.values()))
     rows = [[name, *(_least_and_median(works[name]) for works in modes.values())] for name in names]
-    return table(["step, ms", *modes], rows, markdown)
+    return table([f"{what}, ms", *modes], rows, markdown)
+
+
+def watcher_table(report: dict, markdown: bool) -> str:
+    """The same of the shorter steps in which the watchers are told apart."""
+    return step_table(report, markdown, "watchers", f"step of 1 / {SHORTER} of the layers")
 
 
 def token_table(report: dict, markdown: bool) -> str:
@@ -338,23 +342,37 @@ def options(arguments: list[str] | None) -> argparse.Namespace:
     return args
 
 
+def deepened(config: dict, layers: list[int]) -> dict:
+    """The config with so many layers of language model and vision transformer."""
+    language, vision = layers
+    return {**config, "num_layers": language, "eva_args": {**config["eva_args"], "num_layers": vision}}
+
+
+def in_both_modes(config: dict, repeats: int, names: tuple[str, ...]) -> dict[str, dict]:
+    """The steps without checkpointing and with."""
+    return {
+        mode: steps(config, checkpointing, repeats, names)
+        for mode, checkpointing in progress(list(CHECKPOINTING.items()), "steps")
+    }
+
+
 def main(arguments: list[str] | None = None) -> dict:
     """Measure the parts, print their tables and the goals, write the json, and return it."""
     args = options(arguments)
     torch.set_num_threads(1)
     join_alone(CPU)
-    config = config_of("thin")
-    config["num_layers"], config["eva_args"]["num_layers"] = args.layers
+    config = deepened(config_of("thin"), args.layers)
     report = {"environment": environment(CPU, "cpu"), "layers": args.layers, "linears": {}}
     for name, shape in progress(list(SHAPES.items()), "linears"):
         report["linears"][name] = one_linear(shape, args.calls, args.repeats)
     tables = [linear_table]
     if "steps" in args.parts:
-        report["steps"] = {
-            mode: steps(config, checkpointing, args.step_repeats)
-            for mode, checkpointing in progress(list(CHECKPOINTING.items()), "steps")
-        }
+        report["steps"] = in_both_modes(config, args.step_repeats, STEPS)
         tables.append(step_table)
+    if "watchers" in args.parts:
+        shorter = deepened(config, [max(1, layers // SHORTER) for layers in args.layers])
+        report["watchers"] = in_both_modes(shorter, SHORTER * args.step_repeats, WATCHED)
+        tables.append(watcher_table)
     if "token" in args.parts:
         report["token"] = decoded_token(config, args.step_repeats)
         tables.append(token_table)
