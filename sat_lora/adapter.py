@@ -51,7 +51,7 @@ class LoraAdapter(nn.Module):
         _, size = model_parallel_layout()
         cut_out, cut_in = (size if self.kind.cut == side else 1 for side in ("out", "in"))
         local_rows = tuple((start // cut_out, stop // cut_out) for start, stop in target.rows)
-        self.layout = DeltaLayout(local_rows, target.site.out_features // cut_out, self.kind.name)
+        self.layout = DeltaLayout(local_rows, target.site.out_features // cut_out, self.kind.name, size)
         shapes = {
             "A": (target.slots_count * self.rank, target.site.in_features // cut_in),
             "B": (sum(rows) // cut_out, self.rank),
@@ -74,6 +74,14 @@ class LoraAdapter(nn.Module):
     @property
     def has_origin(self) -> bool:
         return "origin_A" in self._buffers
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the delta is s B A x on a linear, each rank's part on its own columns, and nothing more."""
+        layer, (_, mp_size) = self.target.site.module, model_parallel_layout()
+        joins_ranks = getattr(layer, "gather_output", False) or not getattr(layer, "input_is_parallel", True)
+        is_pair = not self.has_origin and self.magnitude_or_none is None
+        return self.kind.is_linear and is_pair and not (joins_ranks and mp_size > 1)
 
     @property
     def magnitude_or_none(self) -> nn.Parameter | None:
@@ -142,13 +150,16 @@ class LoraAdapter(nn.Module):
         return torch.cat(pairs, 1).flatten(0, 1), torch.cat([b, -self.origin_B], 1)
 
     def forward(
-        self, y: torch.Tensor, x: torch.Tensor, layer: nn.Module, strength: float = 1.0, first: bool = False
+        self, y: torch.Tensor, x: torch.Tensor, layer: nn.Module, scale: float = 1.0, output_is_untouched: bool = False
     ) -> torch.Tensor:
-        """y as `layer` gave it for x, with `strength` times the delta added. first: y is the layer's own, unseen."""
-        scale = self.scale * strength
+        """y as `layer` gave it for x, with `scale` times the delta added.
+
+        output_is_untouched: y is the layer's own, and no hook has seen it.
+        """
+        scale = self.scale * scale
         a, b = self.factors(self.in_graph)
         dropout = self.dropout if self.training else 0.0
-        y = self.kind.add(layer, y, x, Delta(a, b, scale, self.layout, dropout, first))
+        y = self.kind.add(layer, y, x, Delta(a, b, scale, self.layout, dropout, output_is_untouched))
         if self.magnitude_or_none is None:
             return y
         gain = dora.spread(

@@ -4,19 +4,56 @@ Shapes: y (tokens, out), x (tokens, in), A (slots * r, in), B (adapted rows of y
 A linear such as fused q/k/v has several slots: slot i owns columns [i r, (i + 1) r) of S and a range of y's columns.
 
     forward     S = (x * keep) A^T            y_slot += scale S_slot B_slot^T
-    backward    dS_slot = scale dy_slot B_slot    dB_slot = scale dy_slot^T S_slot
-                dA = dS^T (x * keep)              dx = (dS A) * keep        dy passes through unchanged
+    backward    dS_slot = dy_slot B_slot      dB_slot = scale dy_slot^T S_slot
+                dA = scale dS^T (x * keep)    dx = scale (dS A) * keep        dy passes through unchanged
+
+That is two products forward, and four backward beside the frozen dy W, with the scale inside them. Slots of equal width
+that lie evenly spaced are one batched product.
 
 Model parallelism: a column-parallel linear sums dS over the ranks (each sees its own part of y), a row-parallel one
 sums S (each sees its own part of x). Both are tokens x r: no other communication.
 """
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
 
 from sat_lora._sat import mpu
+
+
+class SlotRun(NamedTuple):
+    """Slots of equal width at equal distances, which one batched product serves."""
+
+    start: int  # first column of y
+    width: int  # columns of each slot
+    distance: int  # columns from the start of a slot to that of the next
+    count: int
+    row: int  # first row of B
+    slot: int  # number of the first slot
+
+    def columns(self, y: torch.Tensor) -> torch.Tensor:
+        """The slots' columns of y (tokens, out): a view (count, tokens, width)."""
+        per_token, per_column = y.stride()
+        return y.as_strided(
+            (self.count, y.shape[0], self.width),
+            (self.distance * per_column, per_token, per_column),
+            y.storage_offset() + self.start * per_column,
+        )
+
+    def rows(self, b: torch.Tensor) -> torch.Tensor:
+        """The slots' rows of B (adapted rows, r), which is contiguous: a view (count, width, r)."""
+        rank = b.shape[1]
+        offset = b.storage_offset() + self.row * rank
+        return b.as_strided((self.count, self.width, rank), (self.width * rank, rank, 1), offset)
+
+    def ranks(self, s: torch.Tensor, rank: int) -> torch.Tensor:
+        """The slots' columns of S (tokens, slots * r), which is contiguous: a view (count, tokens, r)."""
+        tokens, all_ranks = s.shape
+        return s.as_strided((self.count, tokens, rank), (rank, all_ranks, 1), s.storage_offset() + self.slot * rank)
 
 
 @dataclass(frozen=True)
@@ -26,102 +63,226 @@ class DeltaLayout:
     slots: tuple[tuple[int, int], ...]  # ranges of y's columns (of this rank), ascending
     width: int  # y's columns, of this rank
     kind: str = "linear"  # of `kinds`: "column" and "row" sum over the model-parallel ranks
+    mp_size: int = 1  # model-parallel ranks
 
-    def pieces(self, rank: int):
+    def pieces(self, rank: int) -> Iterator[tuple[slice, slice, slice]]:
         """For each slot: its columns of y, its rows of B, its columns of S."""
         row = 0
         for number, (start, stop) in enumerate(self.slots):
             yield slice(start, stop), slice(row, row + stop - start), slice(number * rank, (number + 1) * rank)
             row += stop - start
 
-    def gaps(self):
+    def gaps(self) -> list[slice]:
         """Ranges of columns that get no delta."""
         edges = [0, *(edge for slot in self.slots for edge in slot), self.width]
         return [slice(a, b) for a, b in zip(edges[::2], edges[1::2]) if a < b]
 
+    @cached_property
+    def is_whole(self) -> bool:
+        """Whether one slot has all columns."""
+        return self.slots == ((0, self.width),)
+
+    @cached_property
+    def runs(self) -> tuple[SlotRun, ...]:
+        """The slots in as few runs as their widths and distances allow."""
+        runs: list[SlotRun] = []
+        row = 0
+        for number, (start, stop) in enumerate(self.slots):
+            last = runs[-1] if runs else None
+            goes_on = last is not None and last.width == stop - start
+            if goes_on and (last.count == 1 or start == last.start + last.count * last.distance):
+                distance = last.distance if last.count > 1 else start - last.start
+                runs[-1] = last._replace(distance=distance, count=last.count + 1)
+            else:
+                runs.append(SlotRun(start, stop - start, stop - start, 1, row, number))
+            row += stop - start
+        return tuple(runs)
+
+    @cached_property
+    def sums_s(self) -> bool:
+        """Whether S is summed over the model-parallel ranks."""
+        return self.kind == "row" and self.mp_size > 1
+
+    @cached_property
+    def sums_ds(self) -> bool:
+        """Whether dS, and with it dx, is summed over the model-parallel ranks."""
+        return self.kind == "column" and self.mp_size > 1
+
+
+class Dropped(NamedTuple):
+    """What dropout left of x."""
+
+    x: torch.Tensor  # (tokens, in), zero where `keep` is
+    keep: torch.Tensor  # (tokens, in), a byte each: not zero for the inputs that are left
+    factor: float | None  # by which those were multiplied; None: they were not
+
+    @classmethod
+    def by_mask(cls, x: torch.Tensor, keep: torch.Tensor) -> "Dropped":
+        """x (tokens, in) times a mask of ones and zeros that is there already."""
+        return cls(x * keep, keep, None)
+
+
+Dropout = Callable[[torch.Tensor, float], tuple[Dropped, float]]
+"""Draws what is left of x (tokens, in); gives it with the scale of the delta, which it may have changed."""
+
+
+@dataclass(frozen=True)
+class RandomDropout:
+    """Each input is dropped with a probability, drawn from torch's generator of the device."""
+
+    probability: float
+
+    def __call__(self, x: torch.Tensor, scale: float) -> tuple[Dropped, float]:
+        """See `Dropout`. On CUDA one kernel draws, multiplies and writes the mask."""
+        if x.is_cuda:
+            return Dropped(*torch.native_dropout(x, self.probability, True), 1 / (1 - self.probability)), scale
+        keep, share = dropout_mask(x, self.probability)
+        return Dropped.by_mask(x, keep), scale / share
+
+
+def _drop_too(tensor: torch.Tensor, keep: torch.Tensor, factor: float | None) -> torch.Tensor:
+    """Another (tokens, in) tensor, treated as x was."""
+    if factor is None:
+        return tensor * keep
+    return torch.ops.aten.native_dropout_backward(tensor, keep, factor)  # tensor * keep * factor, in one kernel
+
 
 def _sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
-    group = mpu.get_model_parallel_group()
-    if torch.distributed.get_world_size(group) > 1:
-        torch.distributed.all_reduce(tensor, group=group)
+    torch.distributed.all_reduce(tensor, group=mpu.get_model_parallel_group())
     return tensor
 
 
+def _add_slots(y: torch.Tensor, s: torch.Tensor, b: torch.Tensor, scale: float, layout: DeltaLayout) -> None:
+    """y_slot += scale S_slot B_slot^T, in place; y (tokens, out)."""
+    if layout.is_whole:
+        y.addmm_(s, b.t(), alpha=scale)
+        return
+    rank = b.shape[1]
+    for run in layout.runs:
+        run.columns(y).baddbmm_(run.ranks(s, rank), run.rows(b).mT, alpha=scale)
+
+
 class _AddDelta(torch.autograd.Function):
-    """S and dS are held transposed, (slots * r, tokens): a product that ends in r columns takes a CPU up to nine times
-    as long as its transpose.
-    """
+    """Written out in one piece: it runs for every adapted linear of every pass, and each call of a helper would show."""
 
     @staticmethod
-    def forward(ctx, y, x, weight, a, b, keep, scale: float, layout: DeltaLayout):
-        rank, a_, b_ = b.shape[1], a.to(x.dtype), b.to(x.dtype)
-        s_t = a_ @ (x if keep is None else x * keep).T
-        if layout.kind == "row":
-            s_t = _sum_over_ranks(s_t)
-        out = y.clone() if weight is None else y.detach()
-        for columns, rows, ranks in layout.pieces(rank):
-            out[:, columns].addmm_(s_t[ranks].T, b_[rows].T, alpha=scale)
-        need_x, _, need_a, need_b = ctx.needs_input_grad[1:5]
-        ctx.save_for_backward(
-            x if need_a else None,  # LoRA-FA freezes A: backward does without x
-            s_t if need_b else None,
-            a if need_x else None,
-            b if need_x or need_a else None,
-            keep if need_x or need_a else None,
-            weight if need_x else None,
-        )
-        ctx.scale, ctx.layout, ctx.shape_of_b, ctx.dtypes = scale, layout, b.shape, (a.dtype, b.dtype)
+    def forward(ctx, y, x, a, b, constants):
+        # `constants` is one tuple, since every further tensor among the arguments costs host time. What is taken over
+        # comes in it: an argument that is given back would be a view, which a model cannot change in place.
+        product, weight, dropout, scale, layout = constants
+        dtype = x.dtype
+        rows = dropped_rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+        keep = factor = None
+        if dropout is not None:
+            (dropped_rows, keep, factor), scale = dropout(rows, scale)
+        s = dropped_rows.mm((a if a.dtype is dtype else a.to(dtype)).t())
+        if layout.sums_s:
+            s = _sum_over_ranks(s)
+        out = y.clone(memory_format=torch.contiguous_format) if product is None else product
+        out_rows = out if out.dim() == 2 else out.view(-1, out.shape[-1])
+        _add_slots(out_rows, s, b if b.dtype is dtype else b.to(dtype), scale, layout)
+        _, _, need_a, need_b, _ = ctx.needs_input_grad
+        # LoRA-FA freezes A: backward does without x.
+        ctx.save_for_backward(rows if need_a else None, s if need_b else None, a, b, keep, weight)
+        ctx.constants = scale, layout, factor, x.shape
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
-        x, s_t, a, b, keep, weight = ctx.saved_tensors
-        need_y, need_x, _, need_a, need_b = ctx.needs_input_grad[:5]
-        pieces = list(ctx.layout.pieces(ctx.shape_of_b[1]))
-        dx = da = db = None
-        if need_b:
-            db = dy.new_empty(ctx.shape_of_b, dtype=ctx.dtypes[1])
-            for columns, rows, ranks in pieces:
-                db[rows] = (s_t[ranks] @ dy[:, columns]).T.mul_(ctx.scale)
-        if need_x or need_a:
-            ds_t, b = dy.new_empty(len(pieces) * ctx.shape_of_b[1], dy.shape[0]), b.to(dy.dtype)
-            for columns, rows, ranks in pieces:
-                torch.mm(b[rows].T, dy[:, columns].T, out=ds_t[ranks])
-            ds_t.mul_(ctx.scale)
-            if need_x and weight is not None:
-                dx = _into(dy @ weight, ds_t, a, keep)
-                dx = _sum_over_ranks(dx) if ctx.layout.kind == "column" else dx
-            if ctx.layout.kind == "column":
-                ds_t = _sum_over_ranks(ds_t)
-            if need_x and weight is None:
-                dx = ds_t.T @ a.to(dy.dtype)
-                dx = dx if keep is None else dx.mul_(keep)
-            if need_a:
-                da = (ds_t @ (x if keep is None else x * keep)).to(ctx.dtypes[0])
-        return dy if need_y else None, dx, None, da, db, None, None, None
+        # `once_differentiable` costs microseconds, and matters only where backward itself is recorded.
+        return _backward_once(ctx, dy) if torch.is_grad_enabled() else _backward(ctx, dy)
 
 
-def _into(dx: torch.Tensor, ds_t: torch.Tensor, a: torch.Tensor, keep: torch.Tensor | None) -> torch.Tensor:
-    """dx (tokens, in) with (dS A) * keep added in place."""
-    a = a.to(dx.dtype)
-    return dx.addmm_(ds_t.T, a) if keep is None else torch.addcmul(dx, ds_t.T @ a, keep, out=dx)
+def _backward(ctx, dy):
+    x, s, a, b, keep, weight = ctx.saved_tensors
+    need_y, need_x, need_a, need_b, _ = ctx.needs_input_grad
+    scale, layout, factor, shape = ctx.constants
+    dtype = dy.dtype
+    rows = dy if dy.dim() == 2 else dy.reshape(-1, dy.shape[-1])
+    a_cast, b_cast = a if a.dtype is dtype else a.to(dtype), b if b.dtype is dtype else b.to(dtype)
+    dx = da = db = None
+    if need_b:
+        db = _gradient_of_b(rows, s, b_cast, scale, layout)
+        db = db if b.dtype is dtype else db.to(b.dtype)
+    if need_x or need_a:
+        ds = rows.mm(b_cast) if layout.is_whole else _gradient_of_slots(rows, b_cast, layout)
+        if need_x and weight is not None:
+            dx = ds.mm(a_cast)
+            dx = dx if keep is None else _drop_too(dx, keep, factor)
+            dx.addmm_(rows, weight, beta=scale)  # the large product adds the small one where it writes
+            dx = _sum_over_ranks(dx) if layout.sums_ds else dx
+        if layout.sums_ds:
+            ds = _sum_over_ranks(ds.contiguous())
+        if need_x and weight is None:
+            dx = ds.mm(a_cast)
+            dx = (dx if keep is None else _drop_too(dx, keep, factor)).mul_(scale)
+        if need_a:
+            x = x if keep is None else _drop_too(x, keep, factor)
+            da = torch.addmm(a_cast, ds.t(), x, beta=0, alpha=scale)  # A gives its shape alone
+            da = da if a.dtype is dtype else da.to(a.dtype)
+        if need_x and len(shape) != 2:
+            dx = dx.view(shape)
+    return dy if need_y else None, dx, da, db, None
 
 
-def add_delta(y, x, a, b, keep, scale: float, layout: DeltaLayout, weight: torch.Tensor | None = None) -> torch.Tensor:
+_backward_once = torch.autograd.function.once_differentiable(_backward)
+
+
+def _gradient_of_b(dy: torch.Tensor, s: torch.Tensor, b: torch.Tensor, scale: float, layout: DeltaLayout):
+    """dB (adapted rows, r), from dy (tokens, out); B gives its shape alone, since beta is 0."""
+    if layout.is_whole:
+        return torch.addmm(b, dy.t(), s, beta=0, alpha=scale)
+    rank = b.shape[1]
+    products = [
+        torch.baddbmm(run.rows(b), run.columns(dy).mT, run.ranks(s, rank), beta=0, alpha=scale) for run in layout.runs
+    ]
+    joined = products[0] if len(products) == 1 else torch.cat([product.flatten(0, 1) for product in products])
+    return joined.view(b.shape)
+
+
+def _gradient_of_slots(dy: torch.Tensor, b: torch.Tensor, layout: DeltaLayout) -> torch.Tensor:
+    """dS (tokens, slots * r), not contiguous, from dy (tokens, out)."""
+    products = [torch.bmm(run.rows(b).mT, run.columns(dy).mT) for run in layout.runs]
+    joined = products[0] if len(products) == 1 else torch.cat(products)  # (slots, r, tokens)
+    return joined.flatten(0, 1).t()
+
+
+def add_delta(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    dropout: Dropout | None,
+    scale: float,
+    layout: DeltaLayout,
+    weight: torch.Tensor | None = None,
+) -> torch.Tensor:
     """y with the low-rank delta of x added.
 
     Without a weight y is left as it is and passes its gradient on. With one, y = x W^T is taken over: the delta goes
     into y in place, what y came from gets no gradient, and that of x, dy W + dS A, is made in one buffer, which saves
     autograd a pass over two more.
 
-    y (..., out) and x (..., in) in one dtype; A and B may have another and are cast, x never is.
-    keep: None, or a (tokens, in) mask, 1 for the inputs that dropout left; its 1 / (1 - p) belongs into `scale`.
+    y (..., out) and x (..., in) in one dtype, y contiguous where it is taken over; A and B may have another dtype and
+    are cast, x never is. dropout: works on x (tokens, in).
     """
-    rows = y.reshape(-1, y.shape[-1])
-    # Flattened out here, since what a Function returns as a view cannot be changed in place by the model.
-    rows = rows if weight is None else rows.detach()
-    return _AddDelta.apply(rows, x.reshape(-1, x.shape[-1]), weight, a, b, keep, scale, layout).view(y.shape)
+    if weight is None:
+        return _AddDelta.apply(y, x, a, b, (None, None, dropout, scale, layout))
+    return _AddDelta.apply(None, x, a, b, (y.detach(), weight, dropout, scale, layout))
+
+
+def add_delta_in_place(
+    y: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, dropout: Dropout | None, scale: float, layout
+) -> None:
+    """Adds the delta to y (..., out) itself, contiguous, where autograd does not record. One dtype for all four."""
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    if dropout is not None:
+        dropped, scale = dropout(rows, scale)
+        rows = dropped.x
+    s = rows.mm(a.t())
+    if layout.sums_s:
+        s = _sum_over_ranks(s)
+    _add_slots(y if y.dim() == 2 else y.view(-1, y.shape[-1]), s, b, scale, layout)
 
 
 def dropout_mask(x: torch.Tensor, probability: float) -> tuple[torch.Tensor, float]:
@@ -136,10 +297,11 @@ def dropout_mask(x: torch.Tensor, probability: float) -> tuple[torch.Tensor, flo
     return keep.view(-1, x.shape[-1]), 1 - dropped / 2**16
 
 
-def add_delta_reference(y, x, a, b, keep, scale: float, layout: DeltaLayout) -> torch.Tensor:
-    """The same in plain autograd and SAT's communication functions: slow, and easy to read."""
-    if keep is not None:
-        x = x * keep.view(x.shape)
+def add_delta_reference(y, x, a, b, dropout: Dropout | None, scale: float, layout: DeltaLayout) -> torch.Tensor:
+    """`add_delta` in plain autograd and SAT's communication functions: slow, and easy to read."""
+    if dropout is not None:
+        dropped, scale = dropout(x.detach().reshape(-1, x.shape[-1]), scale)
+        x = x * dropped.keep.view(x.shape) * (dropped.factor or 1.0)
     s = F.linear(x, a.to(x.dtype))
     if layout.kind == "row":
         s = mpu.reduce_from_model_parallel_region(s)

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from sat_lora._sat import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding, mpu
-from sat_lora.functional import DeltaLayout, add_delta, dropout_mask
+from sat_lora.functional import DeltaLayout, RandomDropout, add_delta
 from sat_lora.sharding import model_parallel_layout
 
 
@@ -29,7 +29,7 @@ class Delta:
     scale: float
     layout: DeltaLayout
     dropout: float = 0.0  # probability, 0 outside of training
-    first: bool = False  # whether the output is as the layer made it, no hook having seen it
+    output_is_untouched: bool = False  # it is as the layer made it, no hook having seen it
 
 
 class Kind:
@@ -59,13 +59,11 @@ class Kind:
         """The layer's output y (..., out) for x (..., in), with the delta added."""
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(y.dtype)  # what autocast did to the layer's own x
-        weight = layer.weight if delta.first and self.can_take_over(layer, x) else None
-        keep, scale = None, delta.scale
-        if delta.dropout > 0:
-            keep, share = dropout_mask(x, delta.dropout)
-            scale = scale / share
+        takes_over = delta.output_is_untouched and y.is_contiguous() and self.can_take_over(layer, x)
+        dropout = RandomDropout(delta.dropout) if delta.dropout > 0 else None
         with torch.autocast(x.device.type, enabled=False):
-            return add_delta(y, x, delta.a, delta.b, keep, scale, delta.layout, weight)
+            weight = layer.weight if takes_over else None
+            return add_delta(y, x, delta.a, delta.b, dropout, delta.scale, delta.layout, weight)
 
     def can_take_over(self, layer: nn.Module, x: torch.Tensor) -> bool:
         """Whether y is x W^T as it stands, W frozen and whole, so that one Function can have the gradient of both."""
@@ -86,7 +84,7 @@ class Column(Kind):
     def add(self, layer, y, x, delta):
         if layer.gather_output and model_parallel_layout()[1] > 1:
             own_columns = y.new_zeros(*y.shape[:-1], delta.layout.width)
-            delta = replace(delta, first=False)
+            delta = replace(delta, output_is_untouched=False)
             return y + mpu.gather_from_model_parallel_region(super().add(layer, own_columns, x, delta))
         return super().add(layer, y, x, delta)
 

@@ -1,6 +1,5 @@
 """LoraMixin: low-rank deltas inside a SAT model's own hooks. No module is replaced, no base weight renamed."""
 
-import copy
 import weakref
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -11,6 +10,7 @@ from torch import nn
 from sat_lora._sat import BaseMixin, BaseModel, non_conflict
 from sat_lora.adapter import LoraAdapter
 from sat_lora.config import LoraConfig
+from sat_lora.delta_hook import DeltaHook, DeltaState
 from sat_lora.errors import ConfigError
 from sat_lora.gradient_order import GradientOrder
 from sat_lora.merging import MergedWeights
@@ -47,14 +47,12 @@ class LoraMixin(BaseMixin):
         fixed_order: for a model whose graph depends on the data, see `add_lora`.
         """
         super().__init__()
-        self.fixed_order = fixed_order
+        self._state = DeltaState(fixed_order=fixed_order)
         self.config = config if config is not None else LoraConfig(**fields)
-        self.scale = 1.0
-        """Multiplies every delta, at run time."""
         self.adapters = nn.ModuleDict()
         self.targets: dict[str, Target] = {}
         self.trained = TrainedBase({})
-        self._enabled, self._open, self._merged, self._wraps_layers = True, False, None, False
+        self._wraps_layers = False
         self._order: GradientOrder | None = None
         if model is not None:
             self._attach(
@@ -74,7 +72,7 @@ class LoraMixin(BaseMixin):
             weight, key = layer.weight, adapter_key(name)
             dtype = getattr(torch, self.config.adapter_dtype) if self.config.adapter_dtype else weight.dtype
             self.adapters[key] = self.adapter_class(target, self.config, dtype, weight.device)
-            handle = layer.register_forward_hook(_DeltaHook(weakref.ref(self), key))
+            handle = layer.register_forward_hook(DeltaHook(self._state, self.adapters[key]))
             weakref.finalize(self, handle.remove)
         self._wraps_layers = "layer_forward" in model.hooks
         self._order = GradientOrder([*self.adapters.values()], self._inner_orders) if self.fixed_order else None
@@ -89,7 +87,7 @@ class LoraMixin(BaseMixin):
 
         SAT calls it for a mixin that a checkpoint does not hold; twice does no harm.
         """
-        self._merged = None
+        self._state.merged = None
         for name, target in self.targets.items():
             self.adapter_for(name).reset_parameters(target.site.module)
         self.trained.remember()
@@ -103,20 +101,34 @@ class LoraMixin(BaseMixin):
         yield from (p for adapter in self.adapters.values() for p in adapter.trainable())
         yield from self.trained.tensors.values()
 
+    @property
+    def fixed_order(self) -> bool:
+        """Whether gradients come in one order whatever the batch holds, see `add_lora`."""
+        return self._state.fixed_order
+
+    @property
+    def scale(self) -> float:
+        """What multiplies every delta, at run time; may be set."""
+        return self._state.scale
+
+    @scale.setter
+    def scale(self, value: float) -> None:
+        self._state.scale = value
+
     # Verbs
 
     @property
     def enabled(self) -> bool:
         """Whether deltas are added and base parameters have their trained values; may be set."""
-        return self._enabled
+        return self._state.enabled
 
     @enabled.setter
     def enabled(self, value: bool) -> None:
         if self.merged and not value:
             raise ConfigError("the deltas are merged into the weights; unmerge() before disable()")
-        if value != self._enabled:
+        if value != self._state.enabled:
             self.trained.swap()
-            self._enabled = value
+            self._state.enabled = value
 
     def enable(self) -> None:
         """Add the deltas again, and bring back the trained values of base parameters."""
@@ -129,7 +141,7 @@ class LoraMixin(BaseMixin):
 
     @property
     def merged(self) -> bool:
-        return self._merged is not None
+        return self._state.merged is not None
 
     def merge(self, *, keep_original: bool = True) -> None:
         """Write the deltas into the weights, so that a forward pass costs what the base does. Every rank calls it.
@@ -141,24 +153,25 @@ class LoraMixin(BaseMixin):
         if not self.enabled:
             raise ConfigError("the mixin is disabled; enable() before merge()")
         if not self.merged:
-            self._merged = MergedWeights(self, self._model(), keep_original=keep_original)
+            self._state.merged = MergedWeights(self, self._model(), keep_original=keep_original)
 
     def unmerge(self) -> None:
         """Take the deltas out again: bit for bit if the originals were kept, else by subtraction, with rounding."""
         if self.merged:
-            self._merged.undo()
-            self._merged = None
+            self._state.merged.undo()
+            self._state.merged = None
 
     # SAT's hooks
 
     @non_conflict
     def _in_scope(self, *args, old_impl=None, **kw_args):
         """What every hook below does: run what was there before, with the deltas switched on."""
-        before, self._open = self._open, True
+        state = self._state
+        before, state.scope_is_open = state.scope_is_open, True
         try:
             return old_impl(*args, **kw_args)
         finally:
-            self._open = before
+            state.scope_is_open = before
 
     position_embedding_forward = final_forward = cross_attention_forward = mlp_forward = _in_scope
 
@@ -206,31 +219,6 @@ class _ModelReference:
 
     def __deepcopy__(self, memo):
         return _ModelReference(memo.get(id(self()), self()))
-
-
-class _DeltaHook:
-    """A forward hook that holds its mixin weakly, so that a deleted mixin is freed."""
-
-    def __init__(self, mixin: weakref.ref, key: str):
-        self._mixin, self._key = mixin, key
-
-    def __call__(self, layer, args, output):
-        mixin = self._mixin()
-        if mixin is None or not mixin._open or not mixin.enabled or mixin.merged:
-            return None
-        first = next(iter(layer._forward_hooks.values())) is self
-        adapter = mixin.adapters[self._key]
-        if mixin.fixed_order and torch.is_grad_enabled() and not adapter.in_graph:
-            raise ConfigError(
-                f"fixed_order: {adapter.name} ran outside of layer {adapter.target.site.layer}, to which its name puts "
-                "it, so its gradient has no place in the order; leave it out with exclude_modules"
-            )
-        return adapter(output, args[0], layer, mixin.scale, first)
-
-    def __deepcopy__(self, memo):
-        """A copied model's hook belongs to the copied mixin."""
-        mixin = self._mixin()
-        return _DeltaHook(self._mixin if mixin is None else weakref.ref(copy.deepcopy(mixin, memo)), self._key)
 
 
 def adapter_key(name: str) -> str:

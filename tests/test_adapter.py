@@ -261,8 +261,8 @@ def test_only_a_plain_product_is_taken_over(change):
     adapter = adapter_for(layer, LoraConfig(r=4, lora_alpha=4), seed=5)
     base = [p for n, p in layer.named_parameters() if "layer" not in n]
     results = []
-    for first in (True, False):
-        out = adapter(layer(x), x, layer, first=first)
+    for is_untouched in (True, False):
+        out = adapter(layer(x), x, layer, output_is_untouched=is_untouched)
         results.append(torch.autograd.grad(out.pow(2).sum(), [x, adapter.A, adapter.B, *base]))
     assert all(torch.allclose(a, b) for a, b in zip(*results))
 
@@ -273,13 +273,13 @@ def test_a_product_taken_over_has_the_gradients_of_one_left_alone(layer_name, dr
     layer = build_layer(layer_name)
     adapter = adapter_for(layer, LoraConfig(r=4, lora_dropout=dropout), seed=5).train()
     results = []
-    for first in (True, False):
+    for is_untouched in (True, False):
         x = inputs_for(layer)
         torch.manual_seed(2)
         y = layer(x)
         before = y.detach().clone()
-        out = adapter(y, x, layer, first=first)
-        assert torch.equal(y, before) != first, "taken over, y is changed in place; left alone, it is not"
+        out = adapter(y, x, layer, output_is_untouched=is_untouched)
+        assert torch.equal(y, before) != is_untouched, "taken over, y is changed in place; left alone, it is not"
         results.append([out, *torch.autograd.grad(out.pow(2).sum(), [x, adapter.A, adapter.B])])
     for taken, alone in zip(*results):
         torch.testing.assert_close(taken, alone, rtol=1e-12, atol=1e-12)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sat_lora.functional import DeltaLayout, add_delta, add_delta_reference, dropout_mask
+from sat_lora.functional import DeltaLayout, Dropped, add_delta, add_delta_in_place, add_delta_reference, dropout_mask
 
 LAYOUTS = {
     "whole": DeltaLayout(((0, 6),), 6),
@@ -22,6 +22,11 @@ def operands(layout, dtype=torch.float64, tokens=TOKENS, seed=0):
     return [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes.values()]
 
 
+def dropout_by(keep):
+    """A dropout that leaves what a mask (tokens, in) says; None without one."""
+    return None if keep is None else lambda x, scale: (Dropped.by_mask(x, keep), scale)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def one_model_parallel_rank(single_process_group):
     """SAT's communication functions want a group, even of one."""
@@ -32,7 +37,7 @@ def one_model_parallel_rank(single_process_group):
 @pytest.mark.parametrize("dropout", [False, True])
 def test_gradcheck_in_float64(function, layout, dropout):
     keep = torch.rand(TOKENS, IN) > 0.3 if dropout else None
-    assert torch.autograd.gradcheck(lambda *t: function(*t, keep, 1.7, layout), operands(layout))
+    assert torch.autograd.gradcheck(lambda *t: function(*t, dropout_by(keep), 1.7, layout), operands(layout))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
@@ -42,7 +47,7 @@ def test_fused_equals_the_reference(layout, tokens):
     results = []
     for function in (add_delta, add_delta_reference):
         tensors = operands(layout, tokens=tokens)
-        out = function(*tensors, keep, 0.5, layout)
+        out = function(*tensors, dropout_by(keep), 0.5, layout)
         out.pow(2).sum().backward()
         results.append([out, *(t.grad for t in tensors)])
     for fused, plain in zip(*results):
@@ -86,7 +91,7 @@ def test_x_is_saved_and_no_copy_of_it():
     saved = []
     y, x, a, b = operands(LAYOUTS["whole"])
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        add_delta(y, x, a, b, torch.ones(TOKENS, IN, dtype=torch.bool), 1.0, LAYOUTS["whole"])
+        add_delta(y, x, a, b, dropout_by(torch.ones(TOKENS, IN, dtype=torch.bool)), 1.0, LAYOUTS["whole"])
     own = [t for t in saved if t.data_ptr() not in {x.data_ptr(), a.data_ptr(), b.data_ptr()}]
     assert sum(t.numel() * t.element_size() for t in own) == TOKENS * RANK * 8 + TOKENS * IN  # S and a one-byte mask
 
@@ -138,9 +143,9 @@ def test_a_product_taken_over_has_the_gradients_of_product_and_delta(layout, dro
         y, seen = x @ weight.T, []
         y.register_hook(seen.append)
         if take_over:
-            out = add_delta(y, x, a, b, keep, 1.7, layout, weight)
+            out = add_delta(y, x, a, b, dropout_by(keep), 1.7, layout, weight)
         else:
-            out = add_delta_reference(y, x, a, b, keep, 1.7, layout)
+            out = add_delta_reference(y, x, a, b, dropout_by(keep), 1.7, layout)
         out.pow(2).sum().backward()
         assert len(seen) == (0 if take_over else 1)
         results.append([out, *(t.grad for t in (x, a, b))])

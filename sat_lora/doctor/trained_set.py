@@ -117,10 +117,10 @@ def fresh_adapter_findings(model: nn.Module, loss_of: LossOf, batch: dict) -> li
         warnings.filterwarnings("ignore", message="None of the inputs have requires_grad=True")
         adapted = float(loss_of(model, batch))
         for mixin in mixins:
-            mixin._enabled = False  # the hooks alone: what is trained whole stays in place, also under ZeRO-3
+            mixin._state.enabled = False  # the hooks alone: what is trained whole stays in place, also under ZeRO-3
         base = float(loss_of(model, batch))
         for mixin in mixins:
-            mixin._enabled = True
+            mixin._state.enabled = True
     for module, mode in modes.items():
         module.training = mode
     eps = max(torch.finfo(parameter.dtype).eps for parameter in model.parameters() if parameter.is_floating_point())

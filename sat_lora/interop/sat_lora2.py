@@ -111,7 +111,7 @@ class LoraMixin(mixin.LoraMixin):
         After `merge_lora` these are the merged ones, or those of a checkpoint that was loaded over them.
         """
         self._bring_back()
-        self._merged = None
+        self._state.merged = None
         if self.targets:
             super().reinit(parent_model)
         elif parent_model is None:
