@@ -19,21 +19,18 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from benchmarks.interleaved import Work, described_as_alone, environment, join_alone, measure, progress, quartiles
+from benchmarks.interleaved import Work, environment, join_alone, measure, progress, quartiles
 from benchmarks.models import SIZES, batch_of, config_of, let_gradients_through, loss_of
 from benchmarks.report import table, write_json
+from benchmarks.run_step import WATCHDOG_LIMIT, run_step
 from benchmarks.variants import Shape, Variant, build
 from sat_lora import LoraConfig, add_lora
 from sat_lora._sat import BaseModel
 from sat_lora.cogvlm import build_cogvlm
 from sat_lora.cogvlm.generation import generate
-from sat_lora.doctor.trace import NO_TRACE, NoTrace, Trace
 from sat_lora.doctor.watchdog import watched
 from sat_lora.mixin import lora_mixins
-from sat_lora.training.distributed import World
-from sat_lora.training.engine import adapter_optimizer, start_engine
-from sat_lora.training.nonfinite import GradientWatch
-from sat_lora.training.step import train_step
+from sat_lora.training.engine import adapter_optimizer
 
 BEFORE = Path(__file__).parent / "results" / "host_before.json"
 CPU = torch.device("cpu")
@@ -139,40 +136,6 @@ def passes_and_adamw(model: nn.Module, batch: dict) -> Work:
     return work
 
 
-def engine_step(
-    config: dict, batch: dict, stage: int, *, checkpointing: bool, watch: bool = False, run: Path | None = None
-) -> tuple[Work, NoTrace]:
-    """A work: the step of a run under DeepSpeed. run: a folder for the watchdog's trace, None: there is none."""
-    model = thin_model(config, checkpointing=checkpointing)
-    world = World(rank=0, size=1, device=CPU, data_parallel_rank=0, data_parallel_size=1)
-    optimizer = adapter_optimizer(model, lr=1e-6)
-    gradient_watch = GradientWatch(model, CPU) if watch else None
-    trace = NO_TRACE if run is None else Trace(run, model, gradient_watch, rank=0, world_size=1)
-    with described_as_alone():
-        engine = start_engine(model, optimizer, engine_config(stage))
-    trace.follow(engine)
-    tokens = int((batch["labels"] != -100).sum())
-
-    def work() -> None:
-        trace.at("data", step=1)
-        train_step(engine, [batch], world, tokens, watch=gradient_watch, trace=trace)
-        trace.at("save")
-
-    return work, trace
-
-
-def engine_config(stage: int) -> dict:
-    """A DeepSpeed config in float32, as a run of this project makes one."""
-    return {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_clipping": 1.0,
-        "steps_per_print": 2**31,
-        "zero_force_ds_cpu_optimizer": False,
-        "zero_allow_untested_optimizer": True,
-        "zero_optimization": {"stage": stage, "reduce_bucket_size": 50_000_000},
-    }
-
-
 def steps(config: dict, checkpointing: bool, repeats: int, names: tuple[str, ...]) -> dict[str, dict[str, float]]:
     """Milliseconds of the steps of those names, of STEPS, at the config's depth."""
     batch = batch_of(config, SIZES["thin"]["words"], CPU, torch.float32)
@@ -180,15 +143,15 @@ def steps(config: dict, checkpointing: bool, repeats: int, names: tuple[str, ...
     def model(adapted: bool = True) -> BaseModel:
         return thin_model(config, checkpointing=checkpointing, adapted=adapted)
 
-    def engine(stage: int, **more) -> Work:
-        return engine_step(config, batch, stage, checkpointing=checkpointing, **more)[0]
+    def engine(stage: int, watch: bool = False) -> Work:
+        return run_step(model(), batch, stage=stage, watch=watch).work
 
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
 
         def with_watchdog() -> Work:
-            work, trace = engine_step(config, batch, 2, checkpointing=checkpointing, watch=True, run=Path(folder))
-            stack.enter_context(watched(trace, 120.0))
-            return work
+            step = run_step(model(), batch, stage=2, trace_folder=Path(folder))
+            stack.enter_context(watched(step.trace, WATCHDOG_LIMIT))
+            return step.work
 
         makers: dict[str, Callable[[], Work]] = {
             "frozen": lambda: passes(model(adapted=False), batch),

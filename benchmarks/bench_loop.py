@@ -15,22 +15,17 @@ from pathlib import Path
 import torch
 
 from benchmarks.bench_step import training_step
-from benchmarks.interleaved import DTYPES, Work, described_as_alone, environment, join_alone, quartiles
+from benchmarks.interleaved import DTYPES, Work, environment, join_alone, quartiles
 from benchmarks.models import SIZES, allow_checkpointing, batch_of, config_of, random_model
 from benchmarks.report import table, write_json
+from benchmarks.run_step import WATCHDOG_LIMIT, run_step
 from benchmarks.variants import randomise
 from sat_lora import LoraConfig, add_lora
-from sat_lora._sat import BaseModel
-from sat_lora.doctor.trace import Trace
 from sat_lora.doctor.watchdog import watched
-from sat_lora.training.distributed import World
-from sat_lora.training.engine import adapter_optimizer, start_engine
-from sat_lora.training.nonfinite import GradientWatch
 from sat_lora.training.run_folder import RunFolder
-from sat_lora.training.step import train_step
 
 ROUNDS = 3
-WATCHDOG_LIMIT = 120.0
+STEPS_AT_MOST = 10**6  # of the progress bar
 
 
 def rounds_of(work: Work, repeats: int, device: torch.device, warmup: int) -> list[float]:
@@ -56,47 +51,6 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def loop_step(model: BaseModel, batch: dict, stage: int, trace: Trace, watch: GradientWatch, run: RunFolder) -> Work:
-    """A work: the step of a run, up to its line in the log."""
-    weight = next(model.parameters())
-    device = weight.device
-    world = World(rank=0, size=1, device=device, data_parallel_rank=0, data_parallel_size=1)
-    samples = len(batch["input_ids"])
-    config = {
-        "train_micro_batch_size_per_gpu": samples,
-        "gradient_clipping": 1.0,
-        "steps_per_print": 2**31,
-        "zero_force_ds_cpu_optimizer": False,
-        "zero_allow_untested_optimizer": True,
-        "zero_optimization": {"stage": stage, "reduce_bucket_size": 50_000_000},
-        "bf16": {"enabled": weight.dtype == torch.bfloat16},
-    }
-    with described_as_alone():
-        engine = start_engine(model, adapter_optimizer(model, lr=1e-6), config)
-    trace.follow(engine)
-    engine.train()
-    tokens = int((batch["labels"] != -100).sum())
-    steps = 0
-
-    def work() -> None:
-        nonlocal steps
-        steps += 1
-        trace.at("data", step=steps)
-        result = train_step(engine, [batch], world, tokens, watch=watch, trace=trace)
-        trace.at("save")
-        norm = engine.get_global_grad_norm()
-        run.log_step(
-            steps,
-            loss=result.loss,
-            lr=1e-6,
-            grad_norm=None if norm is None else float(norm),
-            samples_per_second=1.0,
-            peak_memory_mib=0.0,
-        )
-
-    return work
-
-
 def compare(config: dict, args: argparse.Namespace, device: torch.device) -> dict:
     """Seconds per step and samples per second of both."""
     dtype = DTYPES[args.dtype]
@@ -109,12 +63,10 @@ def compare(config: dict, args: argparse.Namespace, device: torch.device) -> dic
     on_device = {name: tensor.to(device) for name, tensor in batch.items()}
     rounds = {"bare": rounds_of(training_step(model, on_device, trained), args.repeats, device, warmup=2)}
     with tempfile.TemporaryDirectory() as folder, RunFolder(folder, is_writer=True) as run:
-        watch = GradientWatch(model, device)
-        trace = Trace(folder, model, watch, rank=0, world_size=1)
-        work = loop_step(model, batch, args.zero_stage, trace, watch, run)
-        run.start(10**6)
-        with watched(trace, WATCHDOG_LIMIT):
-            rounds["loop"] = rounds_of(work, args.repeats, device, warmup=3)
+        loop = run_step(model, batch, stage=args.zero_stage, trace_folder=Path(folder), log=run)
+        run.start(STEPS_AT_MOST)
+        with watched(loop.trace, WATCHDOG_LIMIT):
+            rounds["loop"] = rounds_of(loop.work, args.repeats, device, warmup=3)
     return {
         name: {"seconds": quartiles(own), "samples_per_second": args.batch / min(own)} for name, own in rounds.items()
     }

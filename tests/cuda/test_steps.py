@@ -2,12 +2,13 @@
 
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
 
 from sat_lora import LoraConfig, add_lora
+from sat_lora.cogvlm.text import IGNORED
 from sat_lora.training.distributed import arrange, join
 from sat_lora.training.engine import start_engine
-from sat_lora.training.loss import answer_loss_sum, count_answer_tokens
-from sat_lora.training.nonfinite import GradientWatch
+from sat_lora.training.loss import count_answer_tokens
 from sat_lora.training.step import train_step
 from tests.cuda.processes import run_alone
 from tests.distributed.training_runs import engine_config
@@ -35,15 +36,12 @@ def losses_under_deepspeed(stage: int, dtype: torch.dtype, checkpointing: bool) 
     world = arrange(join())
     settings = dict(checkpoint_activations=checkpointing, vit_checkpoint_activations=checkpointing)
     model = adapted_model(dtype, **settings).to(world.device)
-    watch = GradientWatch(model, world.device)
     engine = start_engine(model, adamw(model), engine_config(stage, 2, bf16=dtype == torch.bfloat16))
     engine.train()
     losses = []
     for step in range(STEPS):
         batch = tiny_batch(seed=step)
-        result = train_step(engine, [batch], world, count_answer_tokens(batch["labels"]), watch=watch)
-        if result.nonfinite is not None:
-            raise AssertionError(result.nonfinite)
+        result = train_step(engine, [batch], world, count_answer_tokens(batch["labels"]))
         losses.append(result.loss)
     return losses
 
@@ -62,7 +60,8 @@ def plain_losses() -> list[float]:
     optimizer, losses = adamw(model), []
     for step in range(STEPS):
         batch = tiny_batch(seed=step)
-        loss = answer_loss_sum(logits_of(model, batch), batch["labels"]) / count_answer_tokens(batch["labels"])
+        logits, labels = logits_of(model, batch)[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten()
+        loss = cross_entropy(logits, labels, ignore_index=IGNORED)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
