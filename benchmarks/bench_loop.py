@@ -23,6 +23,7 @@ from benchmarks.variants import randomise
 from sat_lora import LoraConfig, add_lora
 from sat_lora.doctor.watchdog import watched
 from sat_lora.training.run_folder import RunFolder
+from sat_lora.training.step import to_device
 
 ROUNDS = 3
 STEPS_AT_MOST = 10**6  # of the progress bar
@@ -60,7 +61,7 @@ def compare(config: dict, args: argparse.Namespace, device: torch.device) -> dic
     trained = randomise([parameter for parameter in model.parameters() if parameter.requires_grad])
     words = args.words or SIZES[args.size]["words"]
     batch = batch_of(config, words, torch.device("cpu"), dtype, args.batch)
-    on_device = {name: tensor.to(device) for name, tensor in batch.items()}
+    on_device = to_device(batch, device)
     rounds = {"bare": rounds_of(training_step(model, on_device, trained), args.repeats, device, warmup=2)}
     with tempfile.TemporaryDirectory() as folder, RunFolder(folder, is_writer=True) as run:
         loop = run_step(model, batch, stage=args.zero_stage, trace_folder=Path(folder), log=run)

@@ -8,6 +8,7 @@ from sat_lora._sat import BaseModel, mpu
 from sat_lora.cogvlm import build_cogvlm
 from sat_lora.training.engine import set_up_deepspeed
 from sat_lora.training.loss import answer_loss_sum
+from sat_lora.training.step import to_device
 
 # hidden, inner and layers of the language model and of the vision transformer, side of the image, words of text.
 # `full` is CogVLM-17B, `quarter` and `large` have its widths; `thin` has its depth, so its step takes host time alone.
@@ -44,18 +45,21 @@ def _widths(hidden: int, inner: int, layers: int, heads: int) -> dict:
 
 
 def batch_of(config: dict, words: int, device: torch.device, dtype: torch.dtype, samples: int = 1) -> dict:
-    """Samples of the image's patches + 2 places, then `words` tokens of text, the last quarter the answer."""
+    """Samples of the image's patches + 2 places, then `words` tokens of text, the last quarter the answer.
+
+    They lie where a run would put them for a model on that device.
+    """
     places = config["image_length"] + 2
-    ids = torch.randint(3, config["vocab_size"], (samples, places + words), device=device)
+    ids = torch.randint(3, config["vocab_size"], (samples, places + words))
     embed, vision, labels = torch.zeros_like(ids), torch.zeros_like(ids), torch.full_like(ids, -100)
     embed[:, :places] = 1
     vision[:, : places - 1] = 1
     answer = max(1, words // 4)
     labels[:, -answer:] = ids[:, -answer:]
-    images = torch.randn(samples, 3, *config["eva_args"]["image_size"], device=device, dtype=dtype)
-    positions = torch.arange(ids.shape[1], device=device)[None].expand(samples, -1)
+    images = torch.randn(samples, 3, *config["eva_args"]["image_size"]).to(dtype)
+    positions = torch.arange(ids.shape[1])[None].expand(samples, -1)
     inputs = dict(input_ids=ids, position_ids=positions, images=images)
-    return {**inputs, "image_embed_mask": embed, "vision_expert_mask": vision, "labels": labels}
+    return to_device({**inputs, "image_embed_mask": embed, "vision_expert_mask": vision, "labels": labels}, device)
 
 
 def random_model(config: dict, dtype: torch.dtype, device: torch.device, *, checkpointing: bool = False) -> BaseModel:

@@ -11,6 +11,7 @@ from sat_lora.cogvlm.generation import generate
 from sat_lora.cogvlm.text import build_sample, load_tokenizer, prompt_for
 from sat_lora.mixin import lora_mixins
 from sat_lora.training.data import collate
+from sat_lora.training.step import to_device
 from tests.tiny import fill_adapters, logits_of
 
 BASE = Path(__file__).parents[2] / "finetune_demo" / "tiny_cogvlm"
@@ -68,8 +69,7 @@ def test_greedy_answers_equal_recomputation_on_the_cpu(device, rows, single_proc
         for each in (model, reference):
             for mixin in lora_mixins(each).values():
                 mixin.enabled = enabled
-        on_device = {key: value.to(device) for key, value in batch.items() if isinstance(value, torch.Tensor)}
-        answers = generate(model, on_device, max_new_tokens=TOKENS, eos_token_id=NO_END)
+        answers = generate(model, to_device(batch, device), max_new_tokens=TOKENS, eos_token_id=NO_END)
         assert answers == recomputed(reference, batch)
         said.add(str(answers))
     assert len(said) > 1

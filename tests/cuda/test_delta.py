@@ -9,6 +9,7 @@ from benchmarks.models import allow_checkpointing
 from benchmarks.variants import LAYER, Shape, one_layer_model
 from sat_lora import LoraConfig, LoraMixin, add_lora
 from sat_lora.placement import adapters_of
+from sat_lora.training.step import to_device
 from tests.tiny import fill_adapters, logits_of, tiny_batch, tiny_model
 
 SHAPES = [Shape(64, 64), Shape(64, 192, 3), Shape(64, 128), Shape(128, 64)]
@@ -126,7 +127,7 @@ def test_recomputation_draws_the_same_mask(device, dtype, reentrant, single_proc
 @pytest.mark.parametrize("dropout", [0.0, DROPOUT])
 def test_gradients_of_a_model_with_and_without_checkpointing_are_bitwise_equal(device, dropout, single_process_group):
     allow_checkpointing(device)
-    batch = {key: value.to(device) for key, value in tiny_batch().items() if isinstance(value, torch.Tensor)}
+    batch = to_device(tiny_batch(), device)
     results = []
     for checkpointing in (False, True):
         settings = dict(checkpoint_activations=checkpointing, vit_checkpoint_activations=checkpointing)
