@@ -54,12 +54,16 @@ def batch_of(config: dict, words: int, device: torch.device, dtype: torch.dtype,
     embed, vision, labels = torch.zeros_like(ids), torch.zeros_like(ids), torch.full_like(ids, -100)
     embed[:, :places] = 1
     vision[:, : places - 1] = 1
-    answer = max(1, words // 4)
-    labels[:, -answer:] = ids[:, -answer:]
+    labels[:, -answer_of(words) :] = ids[:, -answer_of(words) :]
     images = torch.randn(samples, 3, *config["eva_args"]["image_size"]).to(dtype)
     positions = torch.arange(ids.shape[1])[None].expand(samples, -1)
     inputs = dict(input_ids=ids, position_ids=positions, images=images)
     return to_device({**inputs, "image_embed_mask": embed, "vision_expert_mask": vision, "labels": labels}, device)
+
+
+def answer_of(words: int) -> int:
+    """How many of the tokens of text are the answer."""
+    return max(1, words // 4)
 
 
 def random_model(config: dict, dtype: torch.dtype, device: torch.device, *, checkpointing: bool = False) -> BaseModel:
@@ -115,7 +119,7 @@ def checkpoint_activations(model: BaseModel, wanted: bool) -> None:
 
 
 def forward_flops(config: dict, samples: int, words: int) -> float:
-    """Floating-point operations of a forward pass: every linear on every position, and causal attention's half."""
+    """Floating-point operations that a forward pass needs: causal attention's half, the head on the answers alone."""
     vit, patches = config["eva_args"], config["image_length"]
     seq, hidden, inner = patches + 2 + words, config["hidden_size"], config["inner_hidden_size"]
     language = config["num_layers"] * (2 * seq * (4 * hidden**2 + 3 * hidden * inner) + 2 * seq**2 * hidden)
@@ -123,7 +127,7 @@ def forward_flops(config: dict, samples: int, words: int) -> float:
     tower = 4 * width**2 + 2 * width * vit["inner_hidden_size"]
     vision = vit["num_layers"] * (2 * (patches + 1) * tower + 4 * (patches + 1) ** 2 * width)
     projector = 2 * patches * (width * hidden + 3 * hidden * inner)
-    return samples * (language + vision + projector + 2 * seq * hidden * config["vocab_size"])
+    return samples * (language + vision + projector + 2 * answer_of(words) * hidden * config["vocab_size"])
 
 
 def let_gradients_through(model: BaseModel) -> None:

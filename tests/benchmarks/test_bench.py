@@ -107,21 +107,23 @@ def test_a_variant_comes_and_goes_and_switched_off_is_the_base(name, single_proc
 
 
 def test_flops_are_those_that_torch_counts(single_process_group):
-    """torch counts all of the vision transformer's and of the language model's attention, we half of the latter."""
+    """torch counts causal attention as whole, the head on all positions, and the patch embedding."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from benchmarks.models import forward_flops
+    from benchmarks.models import answer_of, forward_flops
+    from tests.tiny import logits_of
 
-    config = bench_step.config_of("tiny")
+    config, words, samples = bench_step.config_of("tiny"), 8, 2
     model = bench_step.build(config, torch.float32, torch.device("cpu")).eval()
-    batch = bench_step.batch_of(config, 8, torch.device("cpu"), torch.float32, samples=2)
+    batch = bench_step.batch_of(config, words, torch.device("cpu"), torch.float32, samples)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        bench_step.loss_of(model, batch)
-    seq, hidden = config["image_length"] + 2 + 8, config["hidden_size"]
-    patch_embedding = 2 * 2 * config["image_length"] * 3 * 14 * 14 * config["eva_args"]["hidden_size"]
-    expected = forward_flops(config, 2, 8) + 2 * config["num_layers"] * 2 * seq**2 * hidden + patch_embedding
-    assert counter.get_total_flops() == pytest.approx(expected, rel=0.02)
+        logits_of(model, batch)
+    seq, hidden = config["image_length"] + 2 + words, config["hidden_size"]
+    more = config["num_layers"] * 2 * seq**2 * hidden
+    more += 2 * (seq - answer_of(words)) * hidden * config["vocab_size"]
+    more += 2 * config["image_length"] * 3 * 14 * 14 * config["eva_args"]["hidden_size"]
+    assert counter.get_total_flops() == pytest.approx(forward_flops(config, samples, words) + samples * more, rel=0.01)
 
 
 @pytest.mark.parametrize("text", ["64x96/3", "64x64/2", "64"])
