@@ -13,7 +13,8 @@ from sat_lora.training.step import to_device
 from tests.tiny import fill_adapters, logits_of, tiny_batch, tiny_model
 
 SHAPES = [Shape(64, 64), Shape(64, 192, 3), Shape(64, 128), Shape(128, 64)]
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+TOLERANCES = {torch.float32: 1e-6, torch.bfloat16: 2**-6, torch.float16: 2**-9}  # relative; for halves two of their eps
+DTYPES = list(TOLERANCES)
 RANK, ALPHA, ROWS, SEED = 8, 16, 40, 5
 DROPOUT = 0.25  # exact in any number of bits
 
@@ -47,19 +48,21 @@ class Layer:
 
     def mask(self, x: torch.Tensor) -> torch.Tensor:
         """Which elements of x (rows, in) dropout keeps under that seed: A shows r of them at a time in the output."""
-        kept = []
-        A, B, weight = (tensor.detach().clone() for tensor in (self.A, self.B, self.weight))
+        kept, ones = [], torch.ones_like(x).requires_grad_()
+        parameters = (self.A, self.B, self.weight)
+        before = [parameter.detach().clone() for parameter in parameters]
+        looks = torch.eye(self.shape.in_features, dtype=x.dtype, device=x.device)
+        for some in looks.split(RANK):
+            with torch.no_grad():
+                for parameter in parameters:
+                    parameter.zero_()
+                self.A[:RANK].copy_(some)
+                self.B[:RANK].copy_(looks[:RANK, :RANK])
+            torch.manual_seed(SEED)
+            kept.append(self.call(ones).detach()[:, :RANK] != 0)
         with torch.no_grad():
-            self.weight.zero_()
-            self.B.zero_()
-            self.B[:RANK].copy_(torch.eye(RANK))
-            for start in range(0, self.shape.in_features, RANK):
-                self.A.zero_()
-                self.A[:RANK, start : start + RANK] = torch.eye(RANK)
-                torch.manual_seed(SEED)
-                kept.append(self.call(torch.ones_like(x))[:, :RANK] != 0)
-            for tensor, before in ((self.A, A), (self.B, B), (self.weight, weight)):
-                tensor.copy_(before)
+            for parameter, values in zip(parameters, before):
+                parameter.copy_(values)
         return torch.cat(kept, 1)
 
     def in_float64(self, x: torch.Tensor, grad: torch.Tensor, mask: torch.Tensor | None) -> list[torch.Tensor]:
@@ -93,7 +96,7 @@ def test_delta_and_gradients_equal_float64(device, shape, dtype, dropout, single
     for name, value, exact in zip(("y", "dx", "dA", "dB"), layer.gradients(x, grad), expected):
         assert value.device.type == device.type and value.dtype == dtype
         error = (value.cpu().double() - exact).norm() / exact.norm()
-        assert error < 4 * torch.finfo(dtype).eps, f"{name}: {error:.2e}"
+        assert error < TOLERANCES[dtype], f"{name}: {error:.2e}"
 
 
 @pytest.mark.parametrize("shape", SHAPES[:2], ids=str)
@@ -126,7 +129,6 @@ def test_recomputation_draws_the_same_mask(device, dtype, reentrant, single_proc
 
 @pytest.mark.parametrize("dropout", [0.0, DROPOUT])
 def test_gradients_of_a_model_with_and_without_checkpointing_are_bitwise_equal(device, dropout, single_process_group):
-    allow_checkpointing(device)
     batch = to_device(tiny_batch(), device)
     results = []
     for checkpointing in (False, True):
@@ -134,6 +136,7 @@ def test_gradients_of_a_model_with_and_without_checkpointing_are_bitwise_equal(d
         model = tiny_model(**settings).to(device).train()
         add_lora(model, LoraConfig(r=4, lora_dropout=dropout))
         fill_adapters(model)
+        allow_checkpointing(device)  # which seeds as well
         torch.manual_seed(SEED)
         with sdpa_kernel(SDPBackend.MATH):  # the fused kernels add in any order
             logits_of(model, batch).float().square().sum().backward()

@@ -1,4 +1,4 @@
-"""Training steps of a small CogVLM under DeepSpeed at every ZeRO stage, against plain PyTorch on the CPU."""
+"""Training steps of a small CogVLM under DeepSpeed at ZeRO 1, 2 and 3, against plain PyTorch on the CPU."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from tests.cuda.processes import run_alone
 from tests.distributed.training_runs import engine_config
 from tests.tiny import fill_adapters, logits_of, tiny_batch, tiny_model
 
-STEPS, RATE = 4, 1e-2
+STEPS, RATE = 4, 0.1
 STAGES = (1, 2, 3)
 CONFIG = LoraConfig(r=4, lora_alpha=8)
 
@@ -27,8 +27,9 @@ def adapted_model(dtype=torch.float32, **settings):
     return model
 
 
-def adamw(model) -> torch.optim.AdamW:
-    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=RATE, weight_decay=0.0)
+def optimizer_of(model) -> torch.optim.SGD:
+    """Its steps follow the gradients; Adam's would take rounding for a gradient where there is hardly one."""
+    return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=RATE)
 
 
 def losses_under_deepspeed(stage: int, dtype: torch.dtype, checkpointing: bool) -> list[float]:
@@ -36,11 +37,10 @@ def losses_under_deepspeed(stage: int, dtype: torch.dtype, checkpointing: bool) 
     world = arrange(join())
     settings = dict(checkpoint_activations=checkpointing, vit_checkpoint_activations=checkpointing)
     model = adapted_model(dtype, **settings).to(world.device)
-    engine = start_engine(model, adamw(model), engine_config(stage, 2, bf16=dtype == torch.bfloat16))
+    engine = start_engine(model, optimizer_of(model), engine_config(stage, 2, bf16=dtype == torch.bfloat16))
     engine.train()
-    losses = []
-    for step in range(STEPS):
-        batch = tiny_batch(seed=step)
+    batch, losses = tiny_batch(), []
+    for _ in range(STEPS):
         result = train_step(engine, [batch], world, count_answer_tokens(batch["labels"]))
         losses.append(result.loss)
     return losses
@@ -57,9 +57,9 @@ def all_losses() -> tuple[str, dict]:
 def plain_losses() -> list[float]:
     """The losses of the same steps in plain PyTorch, in float32 on the CPU."""
     model = adapted_model()
-    optimizer, losses = adamw(model), []
-    for step in range(STEPS):
-        batch = tiny_batch(seed=step)
+    optimizer, losses = optimizer_of(model), []
+    batch = tiny_batch()
+    for _ in range(STEPS):
         logits, labels = logits_of(model, batch)[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten()
         loss = cross_entropy(logits, labels, ignore_index=IGNORED)
         loss.backward()
@@ -71,7 +71,7 @@ def plain_losses() -> list[float]:
 
 def test_losses_at_every_stage_equal_plain_pytorch(device, single_process_group):
     expected = plain_losses()
-    assert max(expected) - min(expected) > 0.1
+    assert expected[-1] < 0.9 * expected[0]
     kind, losses = run_alone(device.type, all_losses)
     assert kind == device.type
     for (stage, dtype, checkpointing), own in losses.items():
