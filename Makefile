@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 
-.PHONY: demo test test-matrix clean
+.PHONY: demo test test-matrix bench-gpu clean
 
 demo: $(READY)
 	PATH="$(abspath $(BIN)):$$PATH" deepspeed finetune_demo/finetune_cogvlm.py
@@ -15,6 +15,12 @@ test: $(READY)
 test-matrix: $(READY)  # half an hour: every layout, and every other long test
 	$(BIN)/python -m pytest -m matrix; status=$$?; \
 	$(BIN)/python -m tests.distributed.matrix && exit $$status
+
+STAGES ?= tests adapter step decode loop run
+OUT ?= runs/bench-gpu
+
+bench-gpu:  # with the machine's own Python and packages; eight minutes of an H200 or H100
+	$(PYTHON) -m benchmarks.bench_gpu --stages $(STAGES) --out $(OUT)
 
 $(READY): setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)

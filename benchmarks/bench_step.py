@@ -1,157 +1,278 @@
 """A whole training step of CogVLM: forward, loss, backward and the optimizer's step on the adapters.
 
     python -m benchmarks.bench_step --out step.json --markdown
+    python -m benchmarks.bench_step --size full --batch 4 --checkpointing --profile      # CogVLM-17B, 40 GB of a GPU
 
-Variants: `frozen` has no adapter, `all-linear` is sat_lora's default, `attention` is sat_lora on what SAT's lora2 can
-reach (the language expert's and the vision transformer's q/k/v and dense), and `lora2` is lora2 on the same linears.
-In every variant gradients flow down to the embeddings, so that all do the same work in the base.
+Variants: `all-linear` is sat_lora's default, `attention` is sat_lora on what SAT's lora2 can reach (the language
+expert's and the vision transformer's q/k/v and dense), and `lora2` is lora2 on the same linears. Each is attached to
+the same weights, and taken in turn with `frozen`, the model with that variant switched off. In all of them gradients
+flow down to the embeddings, so that all do the same work in the base.
 """
 
 import argparse
+import gc
 import itertools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from benchmarks.interleaved import CLOCKS, DTYPES, environment, join_alone, measure, progress, saved_bytes, summarise
+from benchmarks.interleaved import (
+    CLOCKS,
+    DTYPES,
+    Work,
+    environment,
+    join_alone,
+    kernel_times,
+    measure,
+    peak_bytes,
+    product_rate,
+    progress,
+    quartiles,
+    saved_bytes,
+)
+from benchmarks.models import (
+    SIZES,
+    allow_checkpointing,
+    batch_of,
+    checkpoint_activations,
+    config_of,
+    forward_flops,
+    loss_of,
+    random_model,
+)
 from benchmarks.report import step_table, write_json
 from benchmarks.variants import randomise
 from sat_lora import LoraConfig, add_lora
 from sat_lora._sat import BaseModel
-from sat_lora.cogvlm import build_cogvlm
-from sat_lora.training.loss import answer_loss_sum
 
-NAMES = ("frozen", "all-linear", "attention", "lora2")
+NAMES = ("all-linear", "attention", "lora2")
 TARGETS = {"all-linear": "all-linear", "attention": ("language-attention", "vit-attention")}
-# hidden, inner and layers of the language model and of the vision transformer, side of the image, words of text
-SIZES = {
-    "tiny": dict(language=(64, 96, 1), vit=(32, 64, 1), image=28, words=8),
-    "small": dict(language=(1024, 2752, 2), vit=(512, 4352, 4), image=224, words=40),
-    "large": dict(language=(4096, 11008, 4), vit=(1792, 15360, 8), image=490, words=62),
-}
-PATCH = 14
+PRODUCT = {"cpu": 512, "cuda": 8192}  # rows and columns of the product that says how fast the device is
+TOO_LARGE_TO_KEEP = ("full",)  # without checkpointing a batch would not fit beside the weights
 
 
-def config_of(size: str) -> dict:
-    """The content of a model_config.json for one of SIZES; head sizes grow with the widths, up to CogVLM's."""
-    language, vit, image = (SIZES[size][key] for key in ("language", "vit", "image"))
-    patches = (image // PATCH) ** 2
-    runtime = dict(layernorm_order="pre", use_bias=False, max_sequence_length=2048)
-    vit_fixed = dict(layernorm_order="post", use_final_layernorm=False, layernorm_epsilon=1e-6, patch_size=PATCH)
-    places = dict(pre_len=1, post_len=0, in_channels=3, image_size=[image, image], max_sequence_length=patches + 1)
-    return {
-        **_widths(*language, max(1, language[0] // 128)),
-        **runtime,
-        "vocab_size": 32000 if size == "large" else 1024,
-        "image_length": patches,
-        "eva_args": {**_widths(*vit, max(1, vit[0] // 112)), "vocab_size": 1, **vit_fixed, **places},
-    }
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A step to measure. batch: samples, each of an image and `words` tokens of text."""
+
+    rank: int
+    dropout: float
+    batch: int
+    words: int
+    checkpointing: bool
+    profile: bool = False
+    names: tuple[str, ...] = NAMES
+
+    @classmethod
+    def parse(cls, text: str) -> Callable[[int, int], "Case"]:
+        """From "all-linear attention batch=4 dropout=0.05 checkpointing profile", once rank and words are known."""
+        switches, numbers, names = set(), {"batch": 1, "dropout": 0.0}, []
+        for entry in text.split():
+            key, equals, value = entry.partition("=")
+            if equals and key in numbers:
+                numbers[key] = type(numbers[key])(value)
+            elif entry in ("checkpointing", "profile"):
+                switches.add(entry)
+            elif entry in NAMES:
+                names.append(entry)
+            else:
+                raise ValueError(f"{entry!r}: a case has names of {NAMES}, batch=, dropout=, checkpointing, profile")
+        fields = dict(checkpointing="checkpointing" in switches, profile="profile" in switches)
+        return lambda rank, words: cls(rank=rank, words=words, names=tuple(names) or NAMES, **numbers, **fields)
 
 
-def _widths(hidden: int, inner: int, layers: int, heads: int) -> dict:
-    return dict(hidden_size=hidden, inner_hidden_size=inner, num_layers=layers, num_attention_heads=heads)
+@dataclass(frozen=True)
+class Adapted:
+    """What a variant has added to the model. switch: puts it on or off."""
+
+    trained: list[nn.Parameter]
+    switch: Callable[[bool], None]
 
 
-def batch_of(config: dict, words: int, device: torch.device, dtype: torch.dtype) -> dict:
-    """One sample: the image's patches + 2 places, then `words` tokens of text, the last quarter the answer."""
-    places = config["image_length"] + 2
-    ids = torch.randint(1, config["vocab_size"], (1, places + words), device=device)
-    embed, vision, labels = torch.zeros_like(ids), torch.zeros_like(ids), torch.full_like(ids, -100)
-    embed[:, :places] = 1
-    vision[:, : places - 1] = 1
-    answer = max(1, words // 4)
-    labels[:, -answer:] = ids[:, -answer:]
-    images = torch.randn(1, 3, *config["eva_args"]["image_size"], device=device, dtype=dtype)
-    positions = torch.arange(ids.shape[1], device=device)[None]
-    inputs = dict(input_ids=ids, position_ids=positions, images=images)
-    return {**inputs, "image_embed_mask": embed, "vision_expert_mask": vision, "labels": labels}
-
-
-def let_gradients_through(model: BaseModel) -> None:
-    """Gradients flow to the word embeddings of both towers although every weight is frozen.
-
-    Without it the frozen variant has no backward at all, and an adapted first layer needs no gradient of its input.
-    """
-    for inner in (model, model.mixins["eva"].vit_model):
-        inner.transformer.word_embeddings.register_forward_hook(lambda module, args, out: out.requires_grad_())
-
-
-def build(name: str, config: dict, rank: int, dropout: float, dtype: torch.dtype, device: torch.device):
-    """CogVLM as one of NAMES, in training mode, neither A nor B zero."""
-    model = build_cogvlm(config, dtype=dtype, device=device)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(std=parameter[0].numel() ** -0.5)
-    model.requires_grad_(False)
+@contextmanager
+def adapted(model: BaseModel, name: str, rank: int, dropout: float) -> Iterator[Adapted]:
+    """Inside, the model is the variant of that name, neither A nor B zero; afterwards it is as it was."""
     fields = dict(r=rank, lora_alpha=2 * rank, lora_dropout=dropout)
-    if name in TARGETS:
-        add_lora(model, LoraConfig(**fields, target_modules=TARGETS[name]))
-    elif name == "lora2":
-        for inner in (model, model.mixins["eva"].vit_model):
-            _add_lora2(inner, **fields)
-    randomise([p for p in model.parameters() if p.requires_grad])
-    let_gradients_through(model)
-    return model.train()
+    attach = _lora2 if name == "lora2" else _sat_lora
+    with attach(model, name, fields) as switch:
+        trained = randomise([parameter for parameter in model.parameters() if parameter.requires_grad])
+        yield Adapted(trained, switch)
+    gc.collect()
 
 
-def _add_lora2(model: BaseModel, **fields) -> None:
-    """SAT's own mixin. It replaces `attention.query_key_value` and `attention.dense` of every layer."""
-    from sat.model.finetune.lora2 import LoraMixin as Lora2Mixin
-
-    model.add_mixin("lora2", Lora2Mixin(len(model.transformer.layers), **fields), reinit=True)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(".matrix_A." in name or ".matrix_B." in name)
+def towers(model: BaseModel) -> tuple[BaseModel, BaseModel]:
+    """The language model and the vision transformer."""
+    return model, model.mixins["eva"].vit_model
 
 
-def loss_of(model: nn.Module, batch: dict) -> torch.Tensor:
-    inputs = {key: value for key, value in batch.items() if key not in ("labels", "input_ids", "position_ids")}
-    logits = model(batch["input_ids"], batch["position_ids"], -1, **inputs)[0]
-    return answer_loss_sum(logits, batch["labels"])
+@contextmanager
+def _sat_lora(model: BaseModel, name: str, fields: dict) -> Iterator[Callable[[bool], None]]:
+    mixins = add_lora(model, LoraConfig(**fields, target_modules=TARGETS[name]))
+
+    def switch(on: bool) -> None:
+        for mixin in mixins:
+            mixin.enabled = on
+
+    try:
+        yield switch
+    finally:
+        for tower in towers(model):
+            if "lora" in tower.mixins:
+                tower.del_mixin("lora")
 
 
-def training_step(model: nn.Module, batch: dict):
-    """A work: one step of AdamW on what trains, with a rate so small that the step can be repeated for ever."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-6) if trained else None
+@contextmanager
+def _lora2(model: BaseModel, name: str, fields: dict) -> Iterator[Callable[[bool], None]]:
+    """SAT's own mixin replaces `attention.query_key_value` and `attention.dense` of every layer; so does this.
+
+    SAT copies the weights into its replacement; here that holds the original linear, so that they are shared.
+    """
+    from sat.model.finetune.lora2 import replace_linear_with_lora
+
+    settings = (fields["r"], fields["lora_alpha"], fields["lora_dropout"])
+    places = []
+    for tower in towers(model):
+        for layer in tower.transformer.layers:
+            for leaf, slots in (("query_key_value", 3), ("dense", 1)):
+                original = getattr(layer.attention, leaf)
+                replaced = replace_linear_with_lora(original, slots, *settings).to(original.weight.device)
+                replaced.original = original
+                places.append((layer.attention, leaf, original, replaced))
+
+    def switch(on: bool) -> None:
+        for attention, leaf, original, replaced in places:
+            setattr(attention, leaf, replaced if on else original)
+
+    switch(True)
+    try:
+        yield switch
+    finally:
+        switch(False)
+
+
+def training_step(model: nn.Module, batch: dict, trained: list[nn.Parameter] | None = None) -> Work:
+    """A work: one step of AdamW on what trains, with a rate so small that the step can be repeated for ever.
+
+    trained: what of the model trains, if not all that asks for gradients.
+    """
+    if trained is None:
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    on_cuda = any(parameter.is_cuda for parameter in trained)
+    optimizer = torch.optim.AdamW(trained, lr=1e-6, fused=on_cuda) if trained else None
 
     def work():
         loss_of(model, batch).backward()
         if optimizer is not None:
             optimizer.step()
-            optimizer.zero_grad()
+            optimizer.zero_grad(set_to_none=True)
 
     return work
 
 
-def compare(size: str, dtype: str, rank: int, dropout: float, repeats: int, clock: str, device: torch.device) -> dict:
-    """One case: every variant's quartiles of seconds and of ratios to the frozen step, and its saved bytes."""
-    config, kind = config_of(size), DTYPES[dtype]
-    batch = batch_of(config, SIZES[size]["words"], device, kind)
-    models = {name: build(name, config, rank, dropout, kind, device) for name in NAMES}
-    works = {name: training_step(model, batch) for name, model in models.items()}
-    results = summarise(measure(works, repeats, device, clock), base="frozen")
-    for name, model in models.items():
-        kept = saved_bytes(lambda model=model: loss_of(model, batch), model.parameters())
-        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        results[name] |= {"saved_bytes": kept, "trained": trained}
-    return {"size": size, "dtype": dtype, "rank": rank, "dropout": dropout, "variants": results}
+def compare(model: BaseModel, config: dict, case: Case, repeats: int, clock: str, size: str) -> dict:
+    """One case: for every variant, quartiles of its seconds and of their ratio to the frozen step's beside it.
+
+    With the number of `trained` parameters, `saved_bytes` of a forward pass (where the graph is kept and fits),
+    `peak_bytes` of a step on CUDA, `flops` per second, and for a case with `profile` its kernels by kind.
+    """
+    weight = next(model.parameters())
+    device, dtype = weight.device, weight.dtype
+    batch = batch_of(config, case.words, device, dtype, case.batch)
+    checkpoint_activations(model, case.checkpointing)
+    flops = (3 if case.checkpointing else 2) * forward_flops(config, case.batch, case.words)
+    keeps_graph = not case.checkpointing and size not in TOO_LARGE_TO_KEEP
+    results, all_frozen = {"frozen": {}}, []
+
+    def kept(measured: dict, work: Work) -> dict:
+        if keeps_graph:
+            measured["saved_bytes"] = saved_bytes(lambda: loss_of(model, batch), model.parameters())
+        peak = peak_bytes(work, device)
+        return measured if peak is None else {**measured, "peak_bytes": peak}
+
+    for name in case.names:
+        with adapted(model, name, case.rank, case.dropout) as variant:
+            works = {"frozen": training_step(model, batch, []), name: training_step(model, batch, variant.trained)}
+            switches = {"frozen": lambda v=variant: v.switch(False), name: lambda v=variant: v.switch(True)}
+            times = measure(works, repeats, device, clock, before=switches)
+            seconds = quartiles(times[name])
+            ratio = quartiles([own / frozen for own, frozen in zip(times[name], times["frozen"])])
+            trained = sum(parameter.numel() for parameter in variant.trained)
+            measured = dict(seconds=seconds, ratio=ratio, trained=trained, flops=flops / seconds[1])
+            variant.switch(True)
+            results[name] = kept(measured, works[name])
+            if case.profile:
+                results[name]["kernels"] = kernel_times(works[name], device)
+            all_frozen += times["frozen"]
+            if not results["frozen"]:
+                variant.switch(False)
+                results["frozen"] = kept(dict(trained=0), works["frozen"])
+    seconds = quartiles(all_frozen)
+    results["frozen"] |= dict(seconds=seconds, ratio=[1.0] * 3, flops=flops / seconds[1])
+    shape = dict(batch=case.batch, words=case.words, checkpointing=case.checkpointing)
+    return {
+        "size": size,
+        "dtype": _name_of(dtype),
+        "rank": case.rank,
+        "dropout": case.dropout,
+        **shape,
+        "variants": results,
+    }
+
+
+def _name_of(dtype: torch.dtype) -> str:
+    return next(name for name, own in DTYPES.items() if own == dtype)
+
+
+def build(config: dict, dtype: torch.dtype, device: torch.device) -> BaseModel:
+    """The model whose weights all variants share, on a device where its layers can be recomputed."""
+    allow_checkpointing(device)
+    return random_model(config, dtype, device)
+
+
+def device_rate(device: torch.device, dtype: torch.dtype) -> dict:
+    """How fast the device multiplies matrices: {"size": of them, "flops": per second}."""
+    size = PRODUCT[device.type]
+    return {"size": size, "flops": product_rate(device, dtype, size)}
 
 
 def options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--size", choices=SIZES, help="small on a CPU, large (CogVLM's widths, fewer layers) on CUDA")
+    parser.add_argument("--variants", nargs="+", default=list(NAMES), choices=NAMES)
     parser.add_argument("--dtypes", nargs="+", default=["fp32", "bf16"], choices=DTYPES)
     parser.add_argument("--ranks", nargs="+", type=int, default=[16])
     parser.add_argument("--dropouts", nargs="+", type=float, default=[0.0, 0.05])
+    parser.add_argument("--batch", type=int, default=1, help="samples")
+    parser.add_argument("--words", type=int, help="tokens of text in each, beside the image's")
+    parser.add_argument("--checkpointing", action="store_true", help="recompute the layers of both towers in backward")
+    parser.add_argument("--profile", action="store_true", help="add the kernels' time by kind to the json")
+    parser.add_argument(
+        "--cases",
+        nargs="+",
+        type=Case.parse,
+        metavar="CASE",
+        help='instead of --variants and the four above: "all-linear lora2 batch=4 dropout=0.05 checkpointing profile"',
+    )
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: processor time, for busy CPU machines")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="json file")
     parser.add_argument("--markdown", action="store_true", help="print tables instead of lines")
     return parser.parse_args(arguments)
+
+
+def cases(args: argparse.Namespace, words: int) -> list[Case]:
+    """What the options ask for."""
+    if args.cases:
+        return [case(rank, words) for case in args.cases for rank in args.ranks]
+    fixed = dict(words=words, batch=args.batch, checkpointing=args.checkpointing, profile=args.profile)
+    pairs = itertools.product(args.ranks, args.dropouts)
+    return [Case(rank=rank, dropout=dropout, names=tuple(args.variants), **fixed) for rank, dropout in pairs]
 
 
 def main(arguments: list[str] | None = None) -> dict:
@@ -161,13 +282,20 @@ def main(arguments: list[str] | None = None) -> dict:
     join_alone(device)
     torch.manual_seed(args.seed)
     size = args.size or {"cpu": "small", "cuda": "large"}[device.type]
-    results = []
-    for dtype, rank, dropout in progress(list(itertools.product(args.dtypes, args.ranks, args.dropouts)), "steps"):
-        results.append(compare(size, dtype, rank, dropout, args.repeats, args.clock, device))
-    report = {"environment": environment(device, args.clock), "repeats": args.repeats, "cases": results}
+    config, words = config_of(size), args.words or SIZES[size]["words"]
+    report = {"environment": environment(device, args.clock), "repeats": args.repeats, "product": {}, "cases": []}
+    for dtype in args.dtypes:
+        model = build(config, DTYPES[dtype], device)
+        report["product"][dtype] = device_rate(device, DTYPES[dtype])
+        for case in progress(cases(args, words), f"{dtype} steps"):
+            try:
+                report["cases"].append(compare(model, config, case, args.repeats, args.clock, size))
+            except torch.OutOfMemoryError as error:
+                report.setdefault("too_large", []).append({"dtype": dtype, **asdict(case), "error": str(error)})
+            if args.out:
+                write_json(report, args.out)  # after every case: a run that is ended has what came before
+        del model
     print(step_table(report, markdown=args.markdown))
-    if args.out:
-        write_json(report, args.out)
     return report
 
 

@@ -48,22 +48,33 @@ def adapter_table(report: dict, markdown: bool) -> str:
 
 
 def step_table(report: dict, markdown: bool) -> str:
-    """A line per case and variant: time against the frozen step, saved bytes, trained parameters."""
-    header = ["dtype", "r", "dropout", "variant", "ms", "of frozen", "saved MiB", "saved of frozen", "trained"]
+    """A line per case and variant: time against the frozen step, memory, and the share of a plain product's rate.
+
+    Memory is what a forward pass keeps for backward, where that was counted, and the peak of a step on CUDA.
+    """
+    header = ["dtype", "r", "dropout", "batch", "checkpointing", "variant", "ms", "of frozen"]
+    header += ["saved MiB", "saved of frozen", "peak GiB", "TFLOP/s", "of a product's", "trained"]
     rows = []
     for case in report["cases"]:
-        frozen = case["variants"]["frozen"]["saved_bytes"]
+        frozen = case["variants"]["frozen"].get("saved_bytes")
+        rate = report.get("product", {}).get(case["dtype"], {}).get("flops")
         for name, result in case["variants"].items():
+            saved, peak, flops = (result.get(key) for key in ("saved_bytes", "peak_bytes", "flops"))
             rows.append(
                 [
                     case["dtype"],
                     str(case["rank"]),
                     f"{case['dropout']:g}",
+                    str(case.get("batch", 1)),
+                    "yes" if case.get("checkpointing") else "no",
                     name,
                     f"{1000 * result['seconds'][1]:.1f}",
                     spread(result["ratio"]),
-                    f"{result['saved_bytes'] / 2**20:.1f}",
-                    f"{result['saved_bytes'] / frozen:.3f}",
+                    "" if saved is None else f"{saved / 2**20:.1f}",
+                    "" if saved is None else f"{saved / frozen:.3f}",
+                    "" if peak is None else f"{peak / 2**30:.1f}",
+                    "" if flops is None else f"{flops / 1e12:.2f}",
+                    "" if flops is None or rate is None else f"{flops / rate:.2f}",
                     f"{result['trained']:,}",
                 ]
             )

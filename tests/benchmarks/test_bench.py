@@ -60,12 +60,71 @@ def test_step_benchmark(tmp_path, capsys):
     (case,) = written["cases"]
     variants = case["variants"]
     assert variants.keys() == {"frozen", "all-linear", "attention", "lora2"}
-    assert all(v.keys() == {"seconds", "ratio", "saved_bytes", "trained"} for v in variants.values())
+    assert all(v.keys() == {"seconds", "ratio", "saved_bytes", "trained", "flops"} for v in variants.values())
     assert variants["frozen"]["trained"] == 0
     assert variants["attention"]["trained"] == variants["lora2"]["trained"] > 0  # the same linears and factors
     assert variants["all-linear"]["trained"] > variants["attention"]["trained"]
     assert variants["frozen"]["saved_bytes"] < variants["attention"]["saved_bytes"]
     assert capsys.readouterr().out.startswith("| dtype | r |")
+
+
+def test_step_benchmark_with_checkpointing_and_a_profile(tmp_path, capsys):
+    out = tmp_path / "step.json"
+    arguments = ["--size", "tiny", "--device", "cpu", "--dtypes", "bf16", "--words", "6", "--repeats", "1"]
+    case = "all-linear batch=2 dropout=0.05 checkpointing profile"
+    bench_step.main([*arguments, "--cases", case, "--out", str(out)])
+    written = json.loads(out.read_text())
+    (case,) = written["cases"]
+    assert (case["batch"], case["dropout"], case["words"], case["checkpointing"]) == (2, 0.05, 6, True)
+    assert case["variants"].keys() == {"frozen", "all-linear"}
+    assert case["variants"]["all-linear"].keys() == {"seconds", "ratio", "trained", "flops", "kernels"}
+    kernels = case["variants"]["all-linear"]["kernels"]
+    assert {"product", "attention", "optimizer"} <= kernels["kinds"].keys()
+    assert sum(count for _, count in kernels["kinds"].values()) == kernels["kernels"]
+    assert written["product"]["bf16"]["flops"] > 0
+
+
+@pytest.mark.parametrize("name", bench_step.NAMES)
+def test_a_variant_comes_and_goes_and_switched_off_is_the_base(name, single_process_group):
+    """The variants share their weights: what one leaves behind would be measured with the next."""
+    import torch
+
+    config = bench_step.config_of("tiny")
+    model = bench_step.build(config, torch.float32, torch.device("cpu"))
+    batch = bench_step.batch_of(config, 8, torch.device("cpu"), torch.float32)
+    names, frozen = list(model.state_dict()), bench_step.loss_of(model, batch)
+    with bench_step.adapted(model, name, rank=4, dropout=0.0) as variant:
+        assert not torch.equal(bench_step.loss_of(model, batch), frozen)
+        variant.switch(False)
+        assert torch.equal(bench_step.loss_of(model, batch), frozen)
+        variant.switch(True)
+        bench_step.loss_of(model, batch).backward()
+        assert all(parameter.grad is not None for parameter in variant.trained)
+        others = [p for p in model.parameters() if all(p is not own for own in variant.trained)]
+        assert all(parameter.grad is None for parameter in others)
+    assert list(model.state_dict()) == names
+    assert torch.equal(bench_step.loss_of(model, batch), frozen)
+
+
+def test_flops_are_those_that_torch_counts(single_process_group):
+    """torch counts causal attention as whole, the head on all positions, and the patch embedding."""
+    import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from benchmarks.models import answer_of, forward_flops
+    from tests.tiny import logits_of
+
+    config, words, samples = bench_step.config_of("tiny"), 8, 2
+    model = bench_step.build(config, torch.float32, torch.device("cpu")).eval()
+    batch = bench_step.batch_of(config, words, torch.device("cpu"), torch.float32, samples)
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        logits_of(model, batch)  # torch does not count the CPU's fused attention
+    seq, hidden = config["image_length"] + 2 + words, config["hidden_size"]
+    more = config["num_layers"] * 2 * seq**2 * hidden
+    more += 2 * (seq - answer_of(words)) * hidden * config["vocab_size"]
+    more += 2 * config["image_length"] * 3 * 14 * 14 * config["eva_args"]["hidden_size"]
+    assert counter.get_total_flops() == pytest.approx(forward_flops(config, samples, words) + samples * more, rel=1e-6)
 
 
 @pytest.mark.parametrize("text", ["64x96/3", "64x64/2", "64"])
