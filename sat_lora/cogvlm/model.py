@@ -6,9 +6,10 @@ from argparse import Namespace
 import torch
 from torch import nn
 
-from sat_lora._sat import BaseModel, RMSNorm, mpu
+from sat_lora._sat import BaseModel, mpu
 from sat_lora.cogvlm.attention import MASKED, mask_kind
 from sat_lora.cogvlm.experts import ExpertAttention, ExpertMlp, LanguageModelHead
+from sat_lora.cogvlm.norm import RMSNorm
 from sat_lora.cogvlm.routing import TokenRouting
 from sat_lora.cogvlm.vision import ImageTokens
 from sat_lora.cogvlm.weightless import without_memory
