@@ -105,19 +105,13 @@ def _add_lora2(model: BaseModel, **fields) -> None:
         parameter.requires_grad_(".matrix_A." in name or ".matrix_B." in name)
 
 
-def loss_of(model: nn.Module, batch: dict) -> torch.Tensor:
-    inputs = {key: value for key, value in batch.items() if key not in ("labels", "input_ids", "position_ids")}
-    logits = model(batch["input_ids"], batch["position_ids"], -1, **inputs)[0]
-    return answer_loss_sum(logits, batch["labels"])
-
-
 def training_step(model: nn.Module, batch: dict):
     """A work: one step of AdamW on what trains, with a rate so small that the step can be repeated for ever."""
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-6) if trained else None
 
     def work():
-        loss_of(model, batch).backward()
+        answer_loss_sum(model, batch).backward()
         if optimizer is not None:
             optimizer.step()
             optimizer.zero_grad()
@@ -133,7 +127,7 @@ def compare(size: str, dtype: str, rank: int, dropout: float, repeats: int, cloc
     works = {name: training_step(model, batch) for name, model in models.items()}
     results = summarise(measure(works, repeats, device, clock), base="frozen")
     for name, model in models.items():
-        kept = saved_bytes(lambda model=model: loss_of(model, batch), model.parameters())
+        kept = saved_bytes(lambda model=model: answer_loss_sum(model, batch), model.parameters())
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         results[name] |= {"saved_bytes": kept, "trained": trained}
     return {"size": size, "dtype": dtype, "rank": rank, "dropout": dropout, "variants": results}

@@ -7,7 +7,6 @@ from torch import nn
 
 from sat_lora._sat import BaseMixin, ColumnParallelLinear, RowParallelLinear, split_tensor_along_last_dim
 from sat_lora.cogvlm.attention import attend
-from sat_lora.cogvlm.gradient_sum import undo_gradient_sum
 from sat_lora.cogvlm.rotary import RotaryEmbedding, rotate
 from sat_lora.cogvlm.routing import TokenRouting, route
 
@@ -87,23 +86,3 @@ class ExpertMlp(BaseMixin):
         )
         language = gated(self.gate_proj[layer], mlp.dense_h_to_4h, mlp.dense_4h_to_h)
         return route(routing, vision, language, hidden_states)
-
-
-class LanguageModelHead(BaseMixin):
-    """The column-parallel output head, its logits gathered: (batch, seq, hidden) -> (batch, seq, vocabulary)."""
-
-    def __init__(self, vocab_size, hidden_size, params_dtype, skip_init):
-        super().__init__()
-        self.lm_head = ColumnParallelLinear(
-            hidden_size,
-            vocab_size,
-            gather_output=True,
-            bias=False,
-            params_dtype=params_dtype,
-            skip_init=skip_init,
-            module=self,
-            name="lm_head",
-        )
-
-    def final_forward(self, hidden_states, **kw_args):
-        return self.lm_head(undo_gradient_sum(hidden_states))

@@ -30,7 +30,7 @@ class TokenRouting:
         flat = vision_expert_mask.reshape(-1) != 0
         order = torch.argsort(~flat, stable=True)
         restore = torch.argsort(order)
-        return cls(order.to(device), restore.to(device), int(flat.sum()))
+        return cls(to_device(order, device), to_device(restore, device), int(flat.sum()))
 
     @property
     def vision(self) -> torch.Tensor:
@@ -58,6 +58,13 @@ class TokenRouting:
 def route(routing: TokenRouting | None, vision: Linear, language: Linear, x: torch.Tensor) -> torch.Tensor:
     """`routing.apply`, or the language expert alone where there is no routing: a cached decoding step."""
     return language(x) if routing is None else routing.apply(vision, language, x)
+
+
+def to_device(indices: torch.Tensor, device: torch.device | None) -> torch.Tensor:
+    """Indices on `device`, by default where they are; nobody waits for the copy of those that come from the CPU."""
+    if device is not None and device.type == "cuda" and indices.device.type == "cpu":
+        indices = indices.pin_memory()
+    return indices.to(device, non_blocking=True)
 
 
 class _Permute(torch.autograd.Function):

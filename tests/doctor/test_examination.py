@@ -11,8 +11,7 @@ from sat_lora.doctor.batches import kinds_of
 from sat_lora.doctor.examination import examine
 from sat_lora.placement import adapters_of
 from sat_lora.training.distributed import arrange, join
-from sat_lora.training.loss import answer_loss_sum
-from sat_lora.training.step import forward
+from sat_lora.training.loss import answer_loss_sum as loss_of
 from tests.branching_cogvlm import branch_on_data
 from tests.distributed.ranks import run_ranks
 from tests.distributed.training_runs import mixed_batch
@@ -22,10 +21,6 @@ from tests.sat_subjects import loss_of as loss_of_subject
 from tests.tiny import tiny_batch, tiny_model
 
 VIT = "mixins.eva.vit_model"
-
-
-def loss_of(model, batch):
-    return answer_loss_sum(forward(model, batch), batch["labels"])
 
 
 def tiny(world, config=None, *, checkpoint=False, **settings):

@@ -6,7 +6,7 @@ import gc
 import pytest
 import torch
 
-from benchmarks.bench_step import batch_of, config_of, loss_of
+from benchmarks.bench_step import batch_of, config_of
 from sat_lora import LoraConfig, add_lora
 from sat_lora.cogvlm import build_cogvlm
 from sat_lora.doctor.estimate import estimate
@@ -14,6 +14,7 @@ from sat_lora.doctor.live_memory import LiveBytes, peak_of
 from sat_lora.doctor.memory import Memory, memory_findings, memory_table
 from sat_lora.training.distributed import arrange, join
 from sat_lora.training.engine import adapter_optimizer, start_engine
+from sat_lora.training.loss import answer_loss_sum
 from sat_lora.training.optimizer_state import create_moments
 from tests.distributed.ranks import run_ranks
 from tests.memory import anonymous_memory, peak_of_anonymous_memory
@@ -68,7 +69,7 @@ def measured_activations(name, dtype, checkpoint, rows, parts):
     arrange(join(), parts)
     model, config = built(name, dtype, checkpoint, parts)
     batch = rows_of(config, rows, dtype)
-    return peak_of(lambda: loss_of(model, batch).backward(), model, CPU)
+    return peak_of(lambda: answer_loss_sum(model, batch).backward(), model, CPU)
 
 
 @pytest.mark.parametrize(
@@ -110,7 +111,7 @@ def taken_by_a_run(stage, dtype, checkpoint, parts, libc):
 
     def train():
         for _ in range(2):
-            engine.backward(loss_of(engine, batch))
+            engine.backward(answer_loss_sum(engine, batch))
             engine.step()
 
     return anonymous_memory() - before + peak_of_anonymous_memory(train)

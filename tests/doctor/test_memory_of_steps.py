@@ -7,7 +7,6 @@ import gc
 import pytest
 import torch
 
-from benchmarks.bench_step import loss_of
 from sat_lora import LoraConfig, add_lora
 from sat_lora.cogvlm import build_cogvlm
 from sat_lora.doctor import memory
@@ -16,6 +15,7 @@ from sat_lora.doctor.live_memory import LiveBytes
 from sat_lora.partitioned import Partitioning
 from sat_lora.training.distributed import arrange, join
 from sat_lora.training.engine import adapter_optimizer, set_up_deepspeed, start_engine
+from sat_lora.training.loss import answer_loss_sum
 from sat_lora.training.optimizer_state import create_moments
 from tests.distributed.ranks import run_ranks
 from tests.doctor.test_memory import DTYPES, ENGINE, WORDS, rows_of, sizes
@@ -58,7 +58,7 @@ def counted_peak(lora, stage, dtype, checkpoint, micro_batches):
         gc.collect()
         live.peak = live.now
         for _ in range(2 * micro_batches):
-            engine.backward(loss_of(engine, batch))
+            engine.backward(answer_loss_sum(engine, batch))
             engine.step()
     return live.peak
 

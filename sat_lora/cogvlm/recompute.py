@@ -1,0 +1,68 @@
+"""Activation checkpointing of the layers that have something to differentiate, and of no other.
+
+SAT 0.4.12 makes the embeddings of every checkpointed transformer ask for a gradient, since reentrant checkpointing
+loses those of the parameters where no input asks for one. So a vision transformer without adapters, and the frozen
+layers below the lowest adapter, are recomputed and differentiated for nothing. Here a layer is checkpointed if
+gradients flow through it; the others run once, and autograd keeps nothing of them.
+"""
+
+import re
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import set_checkpoint_early_stop
+from torch.utils.checkpoint import checkpoint as checkpoint_in_one_graph
+
+from sat_lora._sat import BaseModel, checkpoint
+
+_LAYER = re.compile(r"(?:mixins\.[^.]+\.adapters\.)?(?:transformer\.layers|mixins\.(?:mlp|rotary)\.\w+)\.(\d+)\.")
+_BEFORE = re.compile(r"mixins\.eva\.")  # an inner model, whose tokens ask for a gradient if it trains
+_AFTER = re.compile(r"(?:mixins\.[^.]+\.adapters\.)?(?:transformer\.final_layernorm|mixins\.lm)\.")
+
+Layer = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""From hidden states and mask to hidden states."""
+
+
+class LayerCheckpointing:
+    """Runs the layers of a SAT model, in the place of SAT's own activation checkpointing, whose switch it takes over."""
+
+    def __init__(self, model: BaseModel):
+        self.active = model.transformer.checkpoint_activations
+        model.transformer.checkpoint_activations = False
+
+    def run(self, layer: Layer, number: int, model: BaseModel, hidden_states: torch.Tensor, mask: torch.Tensor):
+        """`layer(hidden_states, mask)`, recomputed in backward if a gradient flows through it."""
+        if not (self.active and torch.is_grad_enabled()):
+            return layer(hidden_states, mask)
+        if not hidden_states.requires_grad:
+            if number < lowest_trained_layer(model):
+                return layer(hidden_states, mask)
+            hidden_states = hidden_states.detach().requires_grad_()
+        return checkpoint(layer, hidden_states, mask)
+
+
+def lowest_trained_layer(model: nn.Module) -> float:
+    """The number of the first layer that holds something trainable; infinity if none does.
+
+    What the names do not place, a mixin of somebody else's, may be used in any layer: that is 0.
+    """
+    trained = (name.replace("/", ".") for name, parameter in model.named_parameters() if parameter.requires_grad)
+    return min((_first_use(name) for name in trained), default=float("inf"))
+
+
+def _first_use(name: str) -> float:
+    layer = _LAYER.match(name)
+    if layer is not None:
+        return int(layer[1])
+    return float("inf") if _BEFORE.match(name) or _AFTER.match(name) else 0
+
+
+def recompute_rows(work: Callable[..., torch.Tensor], *args) -> torch.Tensor:
+    """`work(*args)`, recomputed in backward, as one of several parts of one tensor.
+
+    Not reentrant: a parameter that several parts use gets one gradient, the sum, when ZeRO counts on one. To its end,
+    since ZeRO-3's hooks gather and release in pairs.
+    """
+    with set_checkpoint_early_stop(False):
+        return checkpoint_in_one_graph(work, *args, use_reentrant=False)
