@@ -16,9 +16,10 @@ from torch.utils.checkpoint import checkpoint as checkpoint_in_one_graph
 
 from sat_lora._sat import BaseModel, checkpoint
 
-_LAYER = re.compile(r"(?:mixins\.[^.]+\.adapters\.)?(?:transformer\.layers|mixins\.(?:mlp|rotary)\.\w+)\.(\d+)\.")
-_BEFORE = re.compile(r"mixins\.eva\.")  # an inner model, whose tokens ask for a gradient if it trains
-_AFTER = re.compile(r"(?:mixins\.[^.]+\.adapters\.)?(?:transformer\.final_layernorm|mixins\.lm)\.")
+_ADAPTER = re.compile(r"mixins\.[^.]+\.adapters\.(?:mixins\.eva\.vit_model\.)?")  # then comes the adapted layer's name
+_LAYER = re.compile(r"(?:transformer\.layers|mixins\.(?:mlp|rotary)\.\w+)\.(\d+)\.")
+_BEFORE_LAYERS = re.compile(r"mixins\.eva\.|transformer\.word_embeddings\.")
+_AFTER_LAYERS = re.compile(r"mixins\.lm\.|transformer\.final_layernorm\.")
 
 Layer = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """From hidden states and mask to hidden states."""
@@ -29,6 +30,7 @@ class LayerCheckpointing:
 
     def __init__(self, model: BaseModel):
         self.active = model.transformer.checkpoint_activations
+        self._lowest = 0.0
         model.transformer.checkpoint_activations = False
 
     def run(self, layer: Layer, number: int, model: BaseModel, hidden_states: torch.Tensor, mask: torch.Tensor):
@@ -36,7 +38,9 @@ class LayerCheckpointing:
         if not (self.active and torch.is_grad_enabled()):
             return layer(hidden_states, mask)
         if not hidden_states.requires_grad:
-            if number < lowest_trained_layer(model):
+            if number == 0:
+                self._lowest = lowest_trained_layer(model)
+            if number < self._lowest:
                 return layer(hidden_states, mask)
             hidden_states = hidden_states.detach().requires_grad_()
         return checkpoint(layer, hidden_states, mask)
@@ -45,17 +49,18 @@ class LayerCheckpointing:
 def lowest_trained_layer(model: nn.Module) -> float:
     """The number of the first layer that holds something trainable; infinity if none does.
 
-    What the names do not place, a mixin of somebody else's, may be used in any layer: that is 0.
+    What comes before the layers trains through their input. What the names do not place, a mixin of somebody else's,
+    may be used in any layer: that is 0.
     """
-    trained = (name.replace("/", ".") for name, parameter in model.named_parameters() if parameter.requires_grad)
-    return min((_first_use(name) for name in trained), default=float("inf"))
+    return min((_layer_of(name) for name, p in model.named_parameters() if p.requires_grad), default=float("inf"))
 
 
-def _first_use(name: str) -> float:
+def _layer_of(name: str) -> float:
+    name = _ADAPTER.sub("", name.replace("/", "."))
     layer = _LAYER.match(name)
     if layer is not None:
         return int(layer[1])
-    return float("inf") if _BEFORE.match(name) or _AFTER.match(name) else 0
+    return float("inf") if _BEFORE_LAYERS.match(name) or _AFTER_LAYERS.match(name) else 0
 
 
 def recompute_rows(work: Callable[..., torch.Tensor], *args) -> torch.Tensor:

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from sat_lora._sat import BaseMixin, BaseModel, ImagePatchEmbeddingMixin, ViTProperty
 from sat_lora.cogvlm.attention import FULL, attend
+from sat_lora.cogvlm.fused import silu_mul
 from sat_lora.cogvlm.gradient_sum import undo_gradient_sum
 from sat_lora.cogvlm.recompute import LayerCheckpointing
 
@@ -93,7 +94,7 @@ class Projector(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = F.gelu(self.norm1(self.linear_proj(x)))
-        return self.dense_4h_to_h(F.silu(self.gate_proj(x)) * self.dense_h_to_4h(x))
+        return self.dense_4h_to_h(silu_mul(self.gate_proj(x), self.dense_h_to_4h(x)))
 
 
 class ImageTokens(BaseMixin):

@@ -34,7 +34,7 @@ def estimated_total(lora, stage, dtype, checkpoint, ranks, micro_batches):
     config = sizes("tiny")
     return estimate(
         config, lora, engine_config(stage, dtype, micro_batches), dtype=DTYPES[dtype], batch_size=ROWS,
-        length=config["image_length"] + 2 + WORDS, data_parallel_size=ranks, on_device=False,
+        length=config["image_length"] + 2 + WORDS, labelled=WORDS // 4, data_parallel_size=ranks, on_device=False,
         checkpoint_activations=checkpoint, vit_checkpoint_activations=checkpoint,
     ).total  # fmt: skip
 
