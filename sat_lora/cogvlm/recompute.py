@@ -11,8 +11,8 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import set_checkpoint_early_stop
 from torch.utils.checkpoint import checkpoint as checkpoint_in_one_graph
+from torch.utils.checkpoint import set_checkpoint_early_stop
 
 from sat_lora._sat import BaseModel, checkpoint
 
@@ -26,7 +26,7 @@ Layer = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class LayerCheckpointing:
-    """Runs the layers of a SAT model, in the place of SAT's own activation checkpointing, whose switch it takes over."""
+    """Runs the layers of a SAT model, in the place of SAT's own checkpointing, whose switch it takes over."""
 
     def __init__(self, model: BaseModel):
         self.active = model.transformer.checkpoint_activations

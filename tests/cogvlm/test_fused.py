@@ -32,7 +32,7 @@ def with_gradients(run, inputs, weights):
 
 
 def assert_rounded_once(got, exact, dtype):
-    """Within one rounding, and a few of float32 on the way. Triton's interpreter cuts bfloat16 off where a GPU rounds."""
+    """Within one rounding, and a few of float32 on the way. Triton's interpreter cuts bf16 off where a GPU rounds."""
     rounding = 1.0 if dtype == torch.bfloat16 and got[0].device.type == "cpu" else 0.5
     for ours, wanted in zip(got, exact, strict=True):
         assert ours.dtype == dtype and ours.shape == wanted.shape
@@ -103,7 +103,8 @@ def test_kernels_equal_float64_rounded_once(name):
 
 def test_the_plain_path_equals_complex_numbers():
     torch.manual_seed(0)
-    mixed, positions = torch.randn(2, 5, 3 * 4 * 8, dtype=torch.float64), torch.tensor([[0, 1, 1, 2, 3], [4, 5, 6, 7, 90]])
+    mixed = torch.randn(2, 5, 3 * 4 * 8, dtype=torch.float64)
+    positions = torch.tensor([[0, 1, 1, 2, 3], [4, 5, 6, 7, 90]])
     embedding = RotaryEmbedding(8).double()
     cos, sin = embedding(positions, torch.float64)
     got = rotary(mixed, cos, sin, 8)

@@ -113,11 +113,11 @@ class LogitRows(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        if isinstance(result, torch.Tensor) and result.dtype == torch.float32 and result.dim() == 2:
-            if result.shape[1] == CONFIG["vocab_size"]:
-                self._seen.append(weakref.ref(result))
-                rows = [len(tensor) for tensor in (reference() for reference in self._seen) if tensor is not None]
-                self.largest, self.alive = max(self.largest, *rows), max(self.alive, sum(rows))
+        is_float32 = isinstance(result, torch.Tensor) and result.dtype == torch.float32
+        if is_float32 and result.dim() == 2 and result.shape[1] == CONFIG["vocab_size"]:
+            self._seen.append(weakref.ref(result))
+            rows = [len(tensor) for tensor in (reference() for reference in self._seen) if tensor is not None]
+            self.largest, self.alive = max(self.largest, *rows), max(self.alive, sum(rows))
         return result
 
 

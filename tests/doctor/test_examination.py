@@ -152,7 +152,7 @@ def test_what_the_loss_does_not_reach_is_found(where, module, parameter):
 
 
 def vit_in_evaluation_mode_under_sats_checkpointing():
-    """SAT's makes the embeddings ask for a gradient in training mode alone; our models' own needs nothing of the kind."""
+    """SAT makes the embeddings ask for a gradient in training mode alone; our models' own checkpointing always does."""
     world = arrange(join())
     model = tiny(world)
     vit = model.get_mixin("eva").vit_model.eval()
