@@ -101,6 +101,32 @@ def test_kernels_equal_float64_rounded_once(name):
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+COMPILE = """
+from triton import compile
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from sat_lora.cogvlm import kernels
+
+sizes = dict(size=None, INVERSE=True, HEADS=32, HALF=64, BLOCK=1024)
+counts = {name for name in kernels.rotary.arg_names if name.partition("_")[0] in ("q", "k", "v")} | {"seq", "heads", "half"}
+for kernel in (kernels.rotary, kernels.silu_mul, kernels.silu_mul_backward):
+    for dtype in ("*fp32", "*bf16", "*fp16"):
+        constants = {name: sizes[name] for name in kernel.arg_names if name.isupper()}
+        signature = {name: "i32" if name in counts | {"size"} else dtype for name in kernel.arg_names}
+        signature |= dict.fromkeys(constants, "constexpr")
+        constants = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+        source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+        assert "cubin" in compile(source, target=GPUTarget("cuda", 80, 32)).asm
+"""
+
+
+def test_kernels_compile_for_cuda(tmp_path):
+    """Needs no GPU: Triton brings its own assembler."""
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 def test_the_plain_path_equals_complex_numbers():
     torch.manual_seed(0)
     mixed = torch.randn(2, 5, 3 * 4 * 8, dtype=torch.float64)
