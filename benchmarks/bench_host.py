@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from benchmarks.interleaved import Work, environment, join_alone, measure, progress, quartiles
-from benchmarks.models import SIZES, batch_of, config_of, let_gradients_through, loss_of
+from benchmarks.models import SIZES, batch_of, config_of, let_gradients_through
 from benchmarks.report import table, write_json
 from benchmarks.run_step import WATCHDOG_LIMIT, run_step
 from benchmarks.variants import Shape, Variant, build
@@ -31,6 +31,7 @@ from sat_lora.cogvlm.generation import generate
 from sat_lora.doctor.watchdog import watched
 from sat_lora.mixin import lora_mixins
 from sat_lora.training.engine import adapter_optimizer
+from sat_lora.training.loss import answer_loss_sum
 
 BEFORE = Path(__file__).parent / "results" / "host_before.json"
 CPU = torch.device("cpu")
@@ -117,7 +118,7 @@ def passes(model: nn.Module, batch: dict) -> Work:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
     def work() -> None:
-        loss_of(model, batch).backward()
+        answer_loss_sum(model, batch).backward()
         for parameter in trained:
             parameter.grad = None
 
@@ -129,7 +130,7 @@ def passes_and_adamw(model: nn.Module, batch: dict) -> Work:
     optimizer = adapter_optimizer(model, lr=1e-6)
 
     def work() -> None:
-        loss_of(model, batch).backward()
+        answer_loss_sum(model, batch).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 

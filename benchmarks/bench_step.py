@@ -41,13 +41,13 @@ from benchmarks.models import (
     checkpoint_activations,
     config_of,
     forward_flops,
-    loss_of,
     random_model,
 )
 from benchmarks.report import step_table, write_json
 from benchmarks.variants import randomise
 from sat_lora import LoraConfig, add_lora
 from sat_lora._sat import BaseModel
+from sat_lora.training.loss import answer_loss_sum
 
 NAMES = ("all-linear", "attention", "lora2")
 TARGETS = {"all-linear": "all-linear", "attention": ("language-attention", "vit-attention")}
@@ -165,7 +165,7 @@ def training_step(model: nn.Module, batch: dict, trained: list[nn.Parameter] | N
     optimizer = torch.optim.AdamW(trained, lr=1e-6, fused=on_cuda) if trained else None
 
     def work():
-        loss_of(model, batch).backward()
+        answer_loss_sum(model, batch).backward()
         if optimizer is not None:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -189,7 +189,7 @@ def compare(model: BaseModel, config: dict, case: Case, repeats: int, clock: str
 
     def kept(measured: dict, work: Work) -> dict:
         if keeps_graph:
-            measured["saved_bytes"] = saved_bytes(lambda: loss_of(model, batch), model.parameters())
+            measured["saved_bytes"] = saved_bytes(lambda: answer_loss_sum(model, batch), model.parameters())
         peak = peak_bytes(work, device)
         return measured if peak is None else {**measured, "peak_bytes": peak}
 

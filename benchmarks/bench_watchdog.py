@@ -13,8 +13,9 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.bench_step import batch_of, config_of, training_step
+from benchmarks.bench_step import training_step
 from benchmarks.interleaved import CLOCKS, environment, join_alone, measure, progress
+from benchmarks.models import batch_of, config_of
 from sat_lora import LoraConfig, add_lora
 from sat_lora.cogvlm import build_cogvlm
 from sat_lora.cogvlm.checkpoint import read_config

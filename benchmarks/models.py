@@ -1,13 +1,11 @@
 """The CogVLMs that the benchmarks build, of several sizes, with random weights and batches for them."""
 
 import torch
-from torch import nn
 
 from benchmarks.interleaved import described_as_alone
 from sat_lora._sat import BaseModel, mpu
 from sat_lora.cogvlm import build_cogvlm
 from sat_lora.training.engine import set_up_deepspeed
-from sat_lora.training.loss import answer_loss_sum
 from sat_lora.training.step import to_device
 
 # hidden, inner and layers of the language model and of the vision transformer, side of the image, words of text.
@@ -137,10 +135,3 @@ def let_gradients_through(model: BaseModel) -> None:
     """
     for tower in (model, model.mixins["eva"].vit_model):
         tower.transformer.word_embeddings.register_forward_hook(lambda module, args, out: out.requires_grad_())
-
-
-def loss_of(model: nn.Module, batch: dict) -> torch.Tensor:
-    """The loss summed over the answer's tokens, float32."""
-    inputs = {key: value for key, value in batch.items() if key not in ("labels", "input_ids", "position_ids")}
-    logits = model(batch["input_ids"], batch["position_ids"], -1, **inputs)[0]
-    return answer_loss_sum(logits, batch["labels"])

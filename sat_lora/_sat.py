@@ -19,7 +19,7 @@ try:
         from sat.model.base_model import BaseMixin, BaseModel, non_conflict
         from sat.model.cached_autoregressive_model import CachedAutoregressiveMixin
         from sat.model.official.vit_model import ImagePatchEmbeddingMixin, ViTProperty
-        from sat.mpu import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+        from sat.mpu import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding, checkpoint
         from sat.mpu.utils import split_tensor_along_last_dim
         from sat.ops.layernorm import RMSNorm
         from sat.transformer_defaults import HOOKS_DEFAULT
@@ -43,6 +43,7 @@ __all__ = [
     "RowParallelLinear",
     "ViTProperty",
     "VocabParallelEmbedding",
+    "checkpoint",
     "mpu",
     "non_conflict",
     "split_tensor_along_last_dim",

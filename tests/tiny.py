@@ -95,9 +95,7 @@ def tiny_batch(with_image=(True, False), seed=0, length=20, answer=4) -> dict:
             patches[row, 2 : PATCHES + 2] = 1
     labels = torch.full_like(ids, IGNORED)
     labels[:, -answer:] = ids[:, -answer:]
-    images = torch.randn(max(1, sum(with_image)), 3, 21, 21, generator=generator)
-    if not any(with_image):
-        images.zero_()
+    images = torch.randn(sum(with_image), 3, 21, 21, generator=generator)
     return dict(
         input_ids=ids,
         position_ids=torch.stack([position_ids_for(row) for row in patches]),

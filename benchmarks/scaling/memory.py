@@ -5,7 +5,7 @@ import json
 
 import torch
 
-from benchmarks.bench_step import config_of
+from benchmarks.models import config_of
 from benchmarks.scaling.communication import MicroBatch, Setting
 from sat_lora import LoraConfig
 from sat_lora.doctor.estimate import fake_step

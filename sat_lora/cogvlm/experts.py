@@ -5,10 +5,10 @@ Parameter names and shapes follow the published SAT checkpoints (mixins `rotary`
 
 from torch import nn
 
-from sat_lora._sat import BaseMixin, ColumnParallelLinear, RowParallelLinear, split_tensor_along_last_dim
+from sat_lora._sat import BaseMixin, ColumnParallelLinear, RowParallelLinear
 from sat_lora.cogvlm.attention import attend
-from sat_lora.cogvlm.gradient_sum import undo_gradient_sum
-from sat_lora.cogvlm.rotary import RotaryEmbedding, rotate
+from sat_lora.cogvlm.fused import rotary, silu_mul
+from sat_lora.cogvlm.rotary import RotaryEmbedding
 from sat_lora.cogvlm.routing import TokenRouting, route
 
 
@@ -41,10 +41,7 @@ class ExpertAttention(BaseMixin):
         layer = str(int(kw_args["layer_id"]))
         attention = self.transformer.layers[int(layer)].attention
         mixed = route(routing, self.vision_query_key_value_list[layer], attention.query_key_value, hidden_states)
-        query, key, value = (
-            attention._transpose_for_scores(part) for part in split_tensor_along_last_dim(mixed, attention.stride)
-        )
-        query, key = rotate(query, *rope), rotate(key, *rope)
+        query, key, value = rotary(mixed, *rope, attention.hidden_size_per_attention_head)
         dropout = attention.attention_dropout if self.training else None
         context = attention.hooks["attention_fn"](query, key, value, mask, dropout, **kw_args)
         context = context.transpose(1, 2).flatten(2)  # (batch, seq, hidden of this rank)
@@ -80,30 +77,10 @@ class ExpertMlp(BaseMixin):
         mlp, key = self.transformer.layers[layer].mlp, str(layer)
 
         def gated(gate, up, down):
-            return lambda x: down(mlp.activation_func(gate(x)) * up(x))
+            return lambda x: down(silu_mul(gate(x), up(x)))
 
         vision = gated(
             self.vision_gate_proj[key], self.vision_dense_h_to_4h_list[key], self.vision_dense_4h_to_h_list[key]
         )
         language = gated(self.gate_proj[layer], mlp.dense_h_to_4h, mlp.dense_4h_to_h)
         return route(routing, vision, language, hidden_states)
-
-
-class LanguageModelHead(BaseMixin):
-    """The column-parallel output head, its logits gathered: (batch, seq, hidden) -> (batch, seq, vocabulary)."""
-
-    def __init__(self, vocab_size, hidden_size, params_dtype, skip_init):
-        super().__init__()
-        self.lm_head = ColumnParallelLinear(
-            hidden_size,
-            vocab_size,
-            gather_output=True,
-            bias=False,
-            params_dtype=params_dtype,
-            skip_init=skip_init,
-            module=self,
-            name="lm_head",
-        )
-
-    def final_forward(self, hidden_states, **kw_args):
-        return self.lm_head(undo_gradient_sum(hidden_states))

@@ -2,14 +2,18 @@
 
 import os
 from argparse import Namespace
+from functools import partial
 
 import torch
 from torch import nn
 
-from sat_lora._sat import BaseModel, RMSNorm, mpu
+from sat_lora._sat import BaseModel, mpu
 from sat_lora.cogvlm.attention import MASKED, mask_kind
-from sat_lora.cogvlm.experts import ExpertAttention, ExpertMlp, LanguageModelHead
-from sat_lora.cogvlm.routing import TokenRouting
+from sat_lora.cogvlm.experts import ExpertAttention, ExpertMlp
+from sat_lora.cogvlm.head import LabelledRows, LanguageModelHead
+from sat_lora.cogvlm.norm import RMSNorm
+from sat_lora.cogvlm.recompute import LayerCheckpointing
+from sat_lora.cogvlm.routing import TokenRouting, to_device
 from sat_lora.cogvlm.vision import ImageTokens
 from sat_lora.cogvlm.weightless import without_memory
 from sat_lora.errors import CheckpointError, ConfigError, DataError
@@ -34,6 +38,7 @@ class CogVLMModel(BaseModel):
             **kwargs,
         )
         del self.transformer.position_embeddings
+        self._checkpointing = LayerCheckpointing(self)
         common = dict(params_dtype=params_dtype, skip_init=args.skip_init)
         self.image_length = args.image_length
         self.add_mixin("lm", LanguageModelHead(args.vocab_size, args.hidden_size, **common))
@@ -61,6 +66,7 @@ class CogVLMModel(BaseModel):
         image_embed_mask: torch.Tensor | None = None,
         vision_expert_mask: torch.Tensor | None = None,
         mems: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
         **kw_args,
     ) -> list:
         """[logits (batch, seq, vocabulary), then SAT's dictionary of each layer].
@@ -68,14 +74,18 @@ class CogVLMModel(BaseModel):
         input_ids, position_ids, image_embed_mask, vision_expert_mask: (batch, seq). images: (images, 3, height, width)
         in the order in which their places appear in the batch. attention_mask: -1 is causal, None is full, or a tensor
         with 1 where a query may look. mems: SAT's cache of keys and values; with it the tokens are all language.
+        labels: (batch, seq), IGNORED where a token is not to be learnt; with them a scalar takes the logits' place, the
+        sum of the cross-entropies of the labelled tokens given those before them, in float32. The head then runs on
+        those positions alone. Both masks and the labels may stay on the CPU: only there does no one wait for a GPU.
         """
         if mems is not None:
             images = routing = places = None
         else:
-            nothing = torch.zeros_like(input_ids)
-            routing = TokenRouting.from_mask(nothing if vision_expert_mask is None else vision_expert_mask)
+            nothing = torch.zeros(input_ids.shape)
+            experts = nothing if vision_expert_mask is None else vision_expert_mask
+            routing = TokenRouting.from_mask(experts, input_ids.device)
             mask = nothing if image_embed_mask is None else image_embed_mask
-            places = mask.reshape(-1).nonzero()[:, 0]
+            places = to_device(mask.reshape(-1).nonzero()[:, 0], input_ids.device)
             images = self._check_images(images, len(places))
         kind = mask_kind(attention_mask, input_ids.shape[1])
         rotary = self.mixins["rotary"].rotary_emb
@@ -89,12 +99,19 @@ class CogVLMModel(BaseModel):
             rope=rotary(position_ids, self.mixins["eva"].boi.dtype),
             attention_kind=kind,
             mems=mems,
+            labelled=None if labels is None else LabelledRows.from_labels(labels, input_ids.device),
             **kw_args,
         )
 
+    def layer_forward(self, hidden_states, mask, *args, **kw_args):
+        """SAT's hook: the layer as it is, recomputed in backward where that is switched on and of use."""
+        number = int(kw_args["layer_id"])
+        layer = partial(self.transformer.layers[number], **kw_args)
+        return self._checkpointing.run(layer, number, self, hidden_states, mask)
+
     def _check_images(self, images: torch.Tensor | None, places: int) -> torch.Tensor:
         if images is None and places == 0:
-            return self.mixins["eva"].blank_images()
+            return self.mixins["eva"].no_images()
         count = 0 if images is None else len(images)
         if places not in (0, count * (self.image_length + 2)):
             raise DataError(

@@ -1,4 +1,4 @@
-"""Rotary position embedding in plain torch: any device, and every step seen by autograd.
+"""Rotary position embedding in plain torch: any device, and every step seen by autograd. `fused` has it as one kernel.
 
 SAT's own is a Triton kernel that writes in place: CUDA only, and invisible to autograd's version counter.
 The buffer keeps the published name, `rotary_emb.inv_freq`.

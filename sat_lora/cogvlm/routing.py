@@ -15,30 +15,68 @@ Linear = Callable[[torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True)
 class TokenRouting:
-    """Index tensors over the flattened (batch * seq) tokens."""
+    """A permutation of the flattened (batch * seq) tokens that puts those of the vision expert first."""
 
-    vision: torch.Tensor  # (vision tokens,) int64, ascending
-    language: torch.Tensor  # (language tokens,) int64, ascending
-    restore: torch.Tensor  # (batch * seq,) int64: position of each token in [vision; language]
+    order: torch.Tensor  # (batch * seq,) int64: the vision tokens, ascending, then the language tokens, ascending
+    restore: torch.Tensor  # (batch * seq,) int64, its inverse
+    vision_tokens: int
 
     @classmethod
-    def from_mask(cls, vision_expert_mask: torch.Tensor) -> "TokenRouting":
-        """From a (batch, seq) mask that is non-zero on the tokens of the vision expert."""
+    def from_mask(cls, vision_expert_mask: torch.Tensor, device: torch.device | None = None) -> "TokenRouting":
+        """From a (batch, seq) mask that is non-zero on the tokens of the vision expert.
+
+        device: of the index tensors, by default the mask's. A mask on the CPU makes nobody wait for a GPU.
+        """
         flat = vision_expert_mask.reshape(-1) != 0
         order = torch.argsort(~flat, stable=True)
-        vision_tokens = int(flat.sum())
-        return cls(order[:vision_tokens], order[vision_tokens:], torch.argsort(order))
+        restore = torch.argsort(order)
+        return cls(to_device(order, device), to_device(restore, device), int(flat.sum()))
+
+    @property
+    def vision(self) -> torch.Tensor:
+        """(vision tokens,) int64, ascending; a view."""
+        return self.order[: self.vision_tokens]
+
+    @property
+    def language(self) -> torch.Tensor:
+        """(language tokens,) int64, ascending; a view."""
+        return self.order[self.vision_tokens :]
 
     def apply(self, vision: Linear, language: Linear, x: torch.Tensor) -> torch.Tensor:
         """Send the tokens of (batch, seq, in) through their expert and put them back: (batch, seq, out).
 
-        The order of calls is fixed: vision first, then language.
+        The order of calls is fixed: vision first, then language. Each works on a range of rows of one tensor.
         """
-        flat = x.reshape(-1, x.shape[-1])
-        outputs = [vision(flat.index_select(0, self.vision)), language(flat.index_select(0, self.language))]
-        return torch.cat(outputs).index_select(0, self.restore).view(*x.shape[:-1], -1)
+        rows = _Permute.apply(x.reshape(-1, x.shape[-1]), self.order, self.restore)
+        of_vision, of_language = rows.split([self.vision_tokens, len(rows) - self.vision_tokens])
+        of_vision = vision(of_vision)
+        of_language = language(of_language)
+        rows = torch.cat([of_vision, of_language])
+        return _Permute.apply(rows, self.restore, self.order).view(*x.shape[:-1], -1)
 
 
 def route(routing: TokenRouting | None, vision: Linear, language: Linear, x: torch.Tensor) -> torch.Tensor:
     """`routing.apply`, or the language expert alone where there is no routing: a cached decoding step."""
     return language(x) if routing is None else routing.apply(vision, language, x)
+
+
+def to_device(indices: torch.Tensor, device: torch.device | None) -> torch.Tensor:
+    """Indices on `device`, by default where they are; nobody waits for the copy of those that come from the CPU."""
+    if device is not None and device.type == "cuda" and indices.device.type == "cpu":
+        indices = indices.pin_memory()
+    return indices.to(device, non_blocking=True)
+
+
+class _Permute(torch.autograd.Function):
+    """Rows in another order. The gradient is a gather too; that of `index_select` adds into zeros with atomics."""
+
+    @staticmethod
+    def forward(ctx, rows, order, inverse):
+        ctx.save_for_backward(inverse)
+        return rows.index_select(0, order)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        (inverse,) = ctx.saved_tensors
+        return gradient.index_select(0, inverse), None, None

@@ -11,7 +11,9 @@ from torch.nn import functional as F
 
 from sat_lora._sat import BaseMixin, BaseModel, ImagePatchEmbeddingMixin, ViTProperty
 from sat_lora.cogvlm.attention import FULL, attend
+from sat_lora.cogvlm.fused import silu_mul
 from sat_lora.cogvlm.gradient_sum import undo_gradient_sum
+from sat_lora.cogvlm.recompute import LayerCheckpointing
 
 
 class PositionEmbedding(BaseMixin):
@@ -28,19 +30,22 @@ class DropClassToken(BaseMixin):
         return undo_gradient_sum(hidden_states)[:, self.transformer.property.pre_len :]
 
 
-class BranchNorm(BaseMixin):
-    """x = x + LN1(attention(x)); x = x + LN2(mlp(x)): the norm sits on the output of each branch."""
-
-    def layer_forward(self, hidden_states, mask, *args, **kw_args):
-        layer = self.transformer.layers[int(kw_args["layer_id"])]
-        hidden_states = hidden_states + layer.input_layernorm(layer.attention(hidden_states, mask, **kw_args))
-        return hidden_states + layer.post_attention_layernorm(layer.mlp(hidden_states, **kw_args))
-
-
 class FullAttention(BaseMixin):
-    """Every patch sees every patch."""
+    """Every patch sees every patch. As SAT's default, and on a batch of no images too, which SAT cannot reshape."""
+
+    def attention_forward(self, hidden_states, mask, **kw_args):
+        attention = self.transformer.layers[int(kw_args["layer_id"])].attention
+        mixed = attention.query_key_value(hidden_states)
+        heads = mixed.unflatten(-1, (3, -1, attention.hidden_size_per_attention_head))
+        query, key, value = heads.permute(2, 0, 3, 1, 4)  # (batch, heads, seq, head_dim) each
+        dropout = attention.attention_dropout if self.training else None
+        context = attention.hooks["attention_fn"](query, key, value, mask, dropout, **kw_args)
+        output = attention.dense(context.transpose(1, 2).flatten(2))
+        return attention.output_dropout(output) if self.training else output
 
     def attention_fn(self, query, key, value, mask, dropout=None, **kw_args):
+        if len(query) == 0:
+            return query + key + value  # nothing, with a gradient of nothing: flash attention refuses an empty batch
         return attend(query, key, value, None, FULL, dropout.p if dropout is not None else 0.0)
 
 
@@ -52,10 +57,10 @@ class EVA2CLIPModel(BaseModel):
         args.max_sequence_length = grid.seq_len
         super().__init__(args, params_dtype=params_dtype, layernorm=nn.LayerNorm, activation_func=F.gelu, **kwargs)
         self.transformer.property = grid
+        self._checkpointing = LayerCheckpointing(self)
         self.add_mixin("patch_embedding", ImagePatchEmbeddingMixin(args.in_channels, args.hidden_size, grid))
         self.add_mixin("pos_embedding", PositionEmbedding())
         self.add_mixin("final", DropClassToken())
-        self.add_mixin("newpost", BranchNorm())
         self.add_mixin("xattn", FullAttention())
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -63,6 +68,17 @@ class EVA2CLIPModel(BaseModel):
         ids = torch.zeros(len(images), grid.pre_len + grid.post_len, dtype=torch.long, device=images.device)
         places = torch.arange(grid.seq_len, device=images.device)[None]
         return super().forward(ids, places, None, image=images)[0]
+
+    def layer_forward(self, hidden_states, mask, *args, **kw_args):
+        """SAT's hook: x = x + LN1(attention(x)); x = x + LN2(mlp(x)), the norm on the output of each branch."""
+        number = int(kw_args["layer_id"])
+        layer = self.transformer.layers[number]
+
+        def run(x, mask):
+            x = x + layer.input_layernorm(layer.attention(x, mask, **kw_args))
+            return x + layer.post_attention_layernorm(layer.mlp(x, **kw_args))
+
+        return self._checkpointing.run(run, number, self, hidden_states, mask)
 
 
 class Projector(nn.Module):
@@ -78,7 +94,7 @@ class Projector(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = F.gelu(self.norm1(self.linear_proj(x)))
-        return self.dense_4h_to_h(F.silu(self.gate_proj(x)) * self.dense_h_to_4h(x))
+        return self.dense_4h_to_h(silu_mul(self.gate_proj(x), self.dense_h_to_4h(x)))
 
 
 class ImageTokens(BaseMixin):
@@ -91,10 +107,10 @@ class ImageTokens(BaseMixin):
         self.boi = nn.Parameter(torch.zeros(1, 1, hidden_size))
         self.eoi = nn.Parameter(torch.zeros(1, 1, hidden_size))
 
-    def blank_images(self) -> torch.Tensor:
-        """One blank image, for a batch without any: the vision transformer runs on every rank in every step."""
+    def no_images(self) -> torch.Tensor:
+        """What a batch without images carries: (0, 3, height, width)."""
         grid = self.vit_model.transformer.property
-        return torch.zeros(1, 3, *grid.image_size, device=self.boi.device)
+        return torch.zeros(0, 3, *grid.image_size, device=self.boi.device)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """(images, 3, height, width) -> (images, patches + 2, hidden).
@@ -108,7 +124,8 @@ class ImageTokens(BaseMixin):
     def word_embedding_forward(self, input_ids, *, images=None, image_places=None, **kw_args):
         """Word embeddings with `image_places`, indices into the flattened (batch * seq) tokens, taken by the images.
 
-        A batch without images carries a blank one and no place: its slice is empty and its gradients are zero.
+        A batch without images carries none and no place: the vision transformer runs on nothing, in every step of
+        every rank, and its gradients are zero.
         `images` None, a cached decoding step, leaves the words alone.
         """
         words = self.transformer.word_embeddings(input_ids)

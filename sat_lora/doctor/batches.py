@@ -21,7 +21,7 @@ def kinds_of(batch: dict, data_parallel_rank: int = 0) -> dict[str, dict]:
 
 
 def text_alone(batch: dict) -> dict:
-    """The batch with the images' places taken out of its rows, and one blank image, as `collate` gives it."""
+    """The batch with the images' places taken out of its rows and without images, as `collate` gives it."""
     rows = []
     for number in range(len(batch["input_ids"])):
         keep = batch["image_embed_mask"][number] == 0
@@ -33,7 +33,7 @@ def text_alone(batch: dict) -> dict:
     stacked = {
         name: torch.stack([_padded(row[name], length, fill.get(name, 0)) for row in rows]) for name in _SEQUENCES
     }
-    return {**batch, **stacked, "images": torch.zeros_like(batch["images"][:1]), "broken": []}
+    return {**batch, **stacked, "images": batch["images"][:0], "broken": []}
 
 
 def has_labels(batch: dict) -> bool:

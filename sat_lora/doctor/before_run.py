@@ -35,7 +35,7 @@ from sat_lora.training.preflight import option_problems
 from sat_lora.training.prepare import Setting, dataset_maker, load_base, model_seed, on_first_rank, prepare
 from sat_lora.training.schedule import learning_rate_factor, total_steps, warmup_steps
 from sat_lora.training.sources import open_sources
-from sat_lora.training.step import forward, train_step
+from sat_lora.training.step import train_step
 
 SAMPLES = 256  # of the training data that each rank looks at
 
@@ -202,7 +202,7 @@ def _examine_engine(engine, kinds: dict[str, dict]) -> list[Finding]:
 def _loss_of(model, batch: dict) -> torch.Tensor:
     device = next(model.parameters()).device
     moved = {name: value.to(device) for name, value in batch.items() if isinstance(value, torch.Tensor)}
-    return answer_loss_sum(forward(model, moved), moved["labels"]) / max(1, count_answer_tokens(moved["labels"]))
+    return answer_loss_sum(model, moved) / max(1, count_answer_tokens(moved["labels"]))
 
 
 def _trainable_values(model) -> dict[str, torch.Tensor]:

@@ -4,7 +4,6 @@ torch's fake tensors have shapes and storages of a size, and no bytes; its fake 
 likes, and does nothing. So a step of any size at any layout is counted as it would be, in seconds and on any machine.
 """
 
-import sys
 from contextlib import ExitStack, contextmanager
 from functools import partial
 
@@ -14,7 +13,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.checkpoint import checkpoint
 
 from sat_lora._sat import mpu
+from sat_lora.cogvlm import recompute
 from sat_lora.cogvlm.attention import CAUSAL
+from sat_lora.cogvlm.head import LabelledRows
 from sat_lora.cogvlm.model import CogVLMModel, build_cogvlm
 from sat_lora.cogvlm.routing import TokenRouting
 from sat_lora.config import LoraConfig
@@ -22,7 +23,6 @@ from sat_lora.doctor.live_memory import LiveBytes
 from sat_lora.doctor.memory import Memory, memory_of
 from sat_lora.placement import add_lora
 from sat_lora.training.distributed import stop
-from sat_lora.training.loss import answer_loss_sum
 from sat_lora.training.zero3_linear import linear_of_zero3
 
 
@@ -46,6 +46,7 @@ def fake_step(
     dtype: torch.dtype,
     batch_size: int,
     length: int,
+    labelled: int | None = None,
     model_parallel_size: int = 1,
     checkpoint_activations: bool = False,
     vit_checkpoint_activations: bool = False,
@@ -53,7 +54,8 @@ def fake_step(
 ) -> tuple[CogVLMModel, int]:
     """(the model, a rank's part of it without memory; bytes of activations at their peak).
 
-    The step is one of `batch_size` rows of `length` tokens, each with an image. partitioned: as under ZeRO-3.
+    The step is one of `batch_size` rows of `length` tokens, each with an image, and `labelled` of them to be learnt, by
+    default all but the image's. partitioned: as under ZeRO-3.
     """
     with _pretended_ranks(model_parallel_size):
         model = build_cogvlm(
@@ -69,7 +71,7 @@ def fake_step(
             add_lora(model, lora)
             model.train()
             with _as_in_a_run(model, partitioned=partitioned):
-                return model, _peak_of_a_step(model, config, batch_size, length)
+                return model, _peak_of_a_step(model, config, batch_size, length, labelled)
 
 
 @contextmanager
@@ -98,9 +100,11 @@ def _give_fake_memory(model: CogVLMModel) -> None:
 def _as_in_a_run(model: CogVLMModel, *, partitioned: bool):
     """What a run would do otherwise than these tensors: recompute where there is no GPU, and ZeRO-3's own ways."""
     with ExitStack() as stack:
-        # On CUDA SAT checkpoints with DeepSpeed's function, which wants real random states; it keeps the same tensors.
-        function = partial(checkpoint, use_reentrant=True, preserve_rng_state=False)
-        stack.enter_context(_replaced(sys.modules["sat.model.transformer"], "checkpoint", function))
+        # Both want real random states, on CUDA DeepSpeed's function for the layers too; they keep the same tensors.
+        layers = partial(checkpoint, use_reentrant=True, preserve_rng_state=False)
+        stack.enter_context(_replaced(recompute, "checkpoint", layers))
+        rows = partial(checkpoint, preserve_rng_state=False)
+        stack.enter_context(_replaced(recompute, "checkpoint_in_one_graph", rows))
         if partitioned:
             for parameter in model.parameters():
                 parameter.ds_id = parameter.ds_status = None  # adapters then take over no product with a weight
@@ -119,22 +123,29 @@ def _replaced(module, name: str, value):
         setattr(module, name, before)
 
 
-def _peak_of_a_step(model: CogVLMModel, config: dict, rows: int, length: int) -> int:
+def _peak_of_a_step(model: CogVLMModel, config: dict, rows: int, length: int, labelled: int | None) -> int:
     """Bytes of a forward and a backward pass at their peak, parameters aside."""
     patches, vit = config["image_length"], config["eva_args"]
-    places, vision, tokens = rows * (patches + 2), rows * (patches + 1), rows * length
-    ids, whole = torch.zeros(rows, length, dtype=torch.int64), torch.empty
+    vision, tokens = rows * (patches + 1), rows * length
+    answers = rows * max(1, length - patches - 2) if labelled is None else rows * labelled
+    ids = torch.zeros(rows, length, dtype=torch.int64)
     images = torch.zeros(rows, 3, *vit["image_size"])
+
+    def indices(count: int) -> torch.Tensor:
+        return torch.empty(count, dtype=torch.int64)
+
     with LiveBytes([*model.parameters(), *model.buffers()]) as live:
-        routing = TokenRouting(*(whole(count, dtype=torch.int64) for count in (vision, tokens - vision, tokens)))
-        _loss(model, ids, images, routing, whole(places, dtype=torch.int64)).backward()
+        seen = dict(
+            images=images,
+            image_places=indices(rows * (patches + 2)),
+            routing=TokenRouting(indices(tokens), indices(tokens), vision),
+            labelled=LabelledRows(indices(answers), indices(answers)),
+        )
+        _loss(model, ids, seen).backward()
     return live.peak
 
 
-def _loss(
-    model: CogVLMModel, ids: torch.Tensor, images: torch.Tensor, routing: TokenRouting, places: torch.Tensor
-) -> torch.Tensor:
-    """As in training; given what CogVLMModel.forward finds out by looking at its batch, of which there are shapes."""
+def _loss(model: CogVLMModel, ids: torch.Tensor, seen: dict) -> torch.Tensor:
+    """As in training; `seen` is what CogVLMModel.forward finds out by looking at its batch, here without values."""
     rope = model.mixins["rotary"].rotary_emb(ids, model.mixins["eva"].boi.dtype)
-    batch = dict(images=images, image_places=places, routing=routing, rope=rope, attention_kind=CAUSAL, mems=None)
-    return answer_loss_sum(super(CogVLMModel, model).forward(ids, ids, None, **batch)[0], ids)
+    return super(CogVLMModel, model).forward(ids, ids, None, **seen, rope=rope, attention_kind=CAUSAL, mems=None)[0]

@@ -158,7 +158,7 @@ def collate(samples: Sequence[Sample | BrokenSample], *, image_size: tuple[int, 
 
     input_ids, position_ids, labels, image_embed_mask, vision_expert_mask: (batch, seq) int64, padded on the right
     to the longest. Padding has id 0, label -100 and the positions that follow. images: (images, 3, height, width)
-    float32 in the order of their places, one blank image if there is none: the vision tower always has work.
+    float32 in the order of their places, also with none of them: the vision tower then runs on nothing.
     lengths: (batch,) int64, tokens of each row before its padding; left_out: (batch,) int64, those of its answer that
     did not fit. broken: list of (path, reason). A batch without a
     usable sample is one padding-only row: every label is -100, so a mean over its labels must guard against dividing
@@ -186,7 +186,7 @@ def collate(samples: Sequence[Sample | BrokenSample], *, image_size: tuple[int, 
         "labels": stack("labels", IGNORED),
         "image_embed_mask": stack("image_embed_mask", 0),
         "vision_expert_mask": stack("vision_expert_mask", 0),
-        "images": torch.stack(images) if images else torch.zeros(1, 3, *image_size),
+        "images": torch.stack(images) if images else torch.zeros(0, 3, *image_size),
         "lengths": torch.tensor([len(sample.input_ids) for sample in usable]),
         "left_out": torch.tensor([sample.left_out for sample in usable]),
         "broken": broken,

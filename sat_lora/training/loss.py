@@ -1,17 +1,20 @@
 """The training loss, weighted so that every answer token counts the same, wherever in the cluster it sits."""
 
 import torch
-from torch.nn import functional as F
 
 from sat_lora._sat import mpu
 from sat_lora.cogvlm.text import IGNORED
 
+MODEL_INPUTS = ("input_ids", "position_ids", "images", "image_embed_mask", "vision_expert_mask", "labels")
 
-def answer_loss_sum(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Sum over answer tokens of the cross-entropy, in float32. logits (batch, seq, vocabulary), labels (batch, seq)."""
-    return F.cross_entropy(
-        logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum"
-    )
+
+def answer_loss_sum(model, batch: dict) -> torch.Tensor:
+    """Sum over the answer tokens of a batch of the cross-entropy, a scalar in float32.
+
+    model: a CogVLM, or an engine around one, on the device of the batch. The head runs on the answers alone.
+    """
+    inputs = {key: batch[key] for key in MODEL_INPUTS}
+    return model(inputs.pop("input_ids"), inputs.pop("position_ids"), -1, **inputs)[0]
 
 
 def count_answer_tokens(labels: torch.Tensor) -> int:

@@ -1,7 +1,6 @@
 """One training step and the validation loss."""
 
 import signal
-import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -14,18 +13,14 @@ from sat_lora.training.loss import answer_loss_sum, count_answer_tokens, sum_ove
 from sat_lora.training.nonfinite import GradientWatch, Origin, first_nonfinite, held
 from sat_lora.training.random_state import random_state, set_random_state
 
-MODEL_INPUTS = ("input_ids", "position_ids", "images", "image_embed_mask", "vision_expert_mask")
+ON_THE_HOST = ("image_embed_mask", "vision_expert_mask", "labels")
+"""What only says where something is: read on a GPU, each would make the host wait for all that it has still to do."""
 
 
 def to_device(batch: dict, device: torch.device) -> dict:
-    """The tensors of a collated batch on `device`; what is no tensor is left out."""
-    return {k: v.to(device, non_blocking=True) for k, v in batch.items() if isinstance(v, torch.Tensor)}
-
-
-def forward(model, batch: dict) -> torch.Tensor:
-    """Logits (batch, seq, vocabulary) for a batch on the model's device."""
-    inputs = {key: batch[key] for key in MODEL_INPUTS}
-    return model(inputs.pop("input_ids"), inputs.pop("position_ids"), -1, **inputs)[0]
+    """The tensors of a collated batch on `device`, but for ON_THE_HOST; what is no tensor is left out."""
+    tensors = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
+    return {name: t if name in ON_THE_HOST else t.to(device, non_blocking=True) for name, t in tensors.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +87,7 @@ def _accumulate(
             engine.step()  # between micro-batches it only counts them
         trace.at("forward", micro_batch=number)
         batch = to_device(batch, world.device)
-        loss = answer_loss_sum(forward(engine, batch), batch["labels"])
+        loss = answer_loss_sum(engine, batch)
         trace.at("backward")
         engine.backward(loss * weight)
         total += loss.detach()
@@ -123,15 +118,11 @@ def validation_loss(
     """
     engine.eval()
     total, tokens, broken = 0.0, 0, []
-    with warnings.catch_warnings():
-        # Checkpointed layers run here as well, and torch warns that nothing asks for a gradient.
-        warnings.filterwarnings("ignore", message="None of the inputs have requires_grad=True")
-        for batch in batches:
-            trace.at("evaluate")
-            tokens += count_answer_tokens(batch["labels"])
-            broken += batch["broken"]
-            batch = to_device(batch, world.device)
-            total += answer_loss_sum(forward(engine, batch), batch["labels"]).item()
+    for batch in batches:
+        trace.at("evaluate")
+        tokens += count_answer_tokens(batch["labels"])
+        broken += batch["broken"]
+        total += answer_loss_sum(engine, to_device(batch, world.device)).item()
     engine.train()
     total, tokens, failures = sum_over_data_parallel(total, tokens, len(broken), device=world.device)
     return total / tokens if tokens else None, gather_lists(broken) if failures else []

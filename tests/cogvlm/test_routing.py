@@ -56,3 +56,33 @@ def test_a_mask_of_any_number_type_routes_alike():
 def test_a_cached_step_has_no_routing_and_is_language():
     x = torch.randn(2, 1, 4)
     assert torch.equal(route(None, lambda x: x * 0, lambda x: x + 1, x), x + 1)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_the_gradient_is_that_of_a_loop_over_the_tokens(mask):
+    torch.manual_seed(0)
+    mask = torch.tensor(MASKS[mask])
+    x = torch.randn(*mask.shape, 3, dtype=torch.float64, requires_grad=True)
+    experts = [torch.randn(3, 2, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    weights = torch.randn(*mask.shape, 2, dtype=torch.float64)
+    routing = TokenRouting.from_mask(mask)
+    got = (routing.apply(lambda rows: rows @ experts[0], lambda rows: rows @ experts[1], x) * weights).sum()
+    plain = sum(
+        (x[place] @ experts[0 if mask[place] else 1]) @ weights[place]
+        for place in map(tuple, torch.cartesian_prod(*map(torch.arange, mask.shape)).tolist())
+    )
+    gradients = [torch.autograd.grad(loss, [x, *experts], allow_unused=True) for loss in (got, plain)]
+    for ours, exact in zip(*gradients):
+        torch.testing.assert_close(ours, torch.zeros_like(ours) if exact is None else exact, rtol=1e-12, atol=1e-12)
+
+
+def test_no_gradient_is_added_into_zeros():
+    """index_select's own backward is an atomic addition."""
+    x = torch.randn(3, 5, 4, requires_grad=True)
+    routing = TokenRouting.from_mask(torch.tensor(MASKS["mixed"]))
+    nodes, waiting = set(), [routing.apply(lambda rows: rows * 2, lambda rows: rows * 3, x).grad_fn]
+    while waiting:
+        node = waiting.pop()
+        nodes.add(type(node).__name__)
+        waiting += [following for following, _ in node.next_functions if following is not None]
+    assert "_PermuteBackward" in nodes and not any("Index" in name or "Slice" in name for name in nodes)

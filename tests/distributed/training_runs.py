@@ -61,10 +61,8 @@ def text_batch(rank: int, step: int = 0) -> dict:
 
 
 def joined(batches: list[dict]) -> dict:
-    """The batches of all ranks as one; without any image the blank one stays."""
-    out = {key: torch.cat([b[key] for b in batches]) for key in batches[0] if key != "broken"}
-    with_image = [b["images"] for b in batches if b["image_embed_mask"].any()]
-    return {**out, "images": torch.cat(with_image) if with_image else batches[0]["images"]}
+    """The batches of all ranks as one."""
+    return {key: torch.cat([b[key] for b in batches]) for key in batches[0] if key != "broken"}
 
 
 def sgd(model: torch.nn.Module, lr: float) -> torch.optim.SGD:
@@ -123,11 +121,10 @@ def train_in_layout(
 
 
 def _steps(engine, world: World, batch_for: BatchFor) -> dict:
-    """Steps by `train_step`, with a look at the logits and, before the optimizer moves, at the gradients."""
-    found: dict = {"loss": {}}
-
-    def see_logits(module, args, output):
-        found.setdefault("logits", {"logits": output[0].detach().float().numpy()})
+    """Steps by `train_step`, with a look at the logits before and, before the optimizer moves, at the gradients."""
+    with torch.no_grad():
+        logits = logits_of(engine, batch_for(world.data_parallel_rank, 0))
+    found: dict = {"loss": {}, "logits": {"logits": logits.float().numpy()}}
 
     def see_gradient():
         found.setdefault("gradient", _whole_gradient(engine.module))
@@ -136,7 +133,6 @@ def _steps(engine, world: World, batch_for: BatchFor) -> dict:
         norm = engine.get_global_grad_norm() if norm is None else norm
         found.setdefault("norm", {"norm": numpy.array(float(norm))})
 
-    engine.module.register_forward_hook(see_logits)
     take_step, engine.step = engine.step, see_gradient
     for step in range(STEPS):
         loss = step_together(engine, [batch_for(world.data_parallel_rank, step)], world)

@@ -11,8 +11,7 @@ from sat_lora.doctor.batches import kinds_of
 from sat_lora.doctor.examination import examine
 from sat_lora.placement import adapters_of
 from sat_lora.training.distributed import arrange, join
-from sat_lora.training.loss import answer_loss_sum
-from sat_lora.training.step import forward
+from sat_lora.training.loss import answer_loss_sum as loss_of
 from tests.branching_cogvlm import branch_on_data
 from tests.distributed.ranks import run_ranks
 from tests.distributed.training_runs import mixed_batch
@@ -22,10 +21,6 @@ from tests.sat_subjects import loss_of as loss_of_subject
 from tests.tiny import tiny_batch, tiny_model
 
 VIT = "mixins.eva.vit_model"
-
-
-def loss_of(model, batch):
-    return answer_loss_sum(forward(model, batch), batch["labels"])
 
 
 def tiny(world, config=None, *, checkpoint=False, **settings):
@@ -156,15 +151,17 @@ def test_what_the_loss_does_not_reach_is_found(where, module, parameter):
         assert found[0][2] == module and found[0][3].endswith(parameter)
 
 
-def vit_in_evaluation_mode():
+def vit_in_evaluation_mode_under_sats_checkpointing():
+    """SAT makes the embeddings ask for a gradient in training mode alone; our models' own checkpointing always does."""
     world = arrange(join())
-    model = tiny(world, checkpoint=True)
-    model.get_mixin("eva").vit_model.eval()
+    model = tiny(world)
+    vit = model.get_mixin("eva").vit_model.eval()
+    vit.transformer.checkpoint_activations = True
     return told(examine(model, batches_of(world), loss_of))
 
 
 def test_checkpointing_without_an_input_that_asks_for_a_gradient_is_found():
-    for found in run_ranks(vit_in_evaluation_mode, 2):
+    for found in run_ranks(vit_in_evaluation_mode_under_sats_checkpointing, 2):
         assert {(code, ranks) for code, ranks, *_ in found} == {("checkpoint-without-grad", (0, 1))}
         assert found[0][2].startswith(f"{VIT}.transformer.layers.0") and VIT in found[0][3]
 

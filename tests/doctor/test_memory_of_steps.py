@@ -7,7 +7,6 @@ import gc
 import pytest
 import torch
 
-from benchmarks.bench_step import loss_of
 from sat_lora import LoraConfig, add_lora
 from sat_lora.cogvlm import build_cogvlm
 from sat_lora.doctor import memory
@@ -16,6 +15,7 @@ from sat_lora.doctor.live_memory import LiveBytes
 from sat_lora.partitioned import Partitioning
 from sat_lora.training.distributed import arrange, join
 from sat_lora.training.engine import adapter_optimizer, set_up_deepspeed, start_engine
+from sat_lora.training.loss import answer_loss_sum
 from sat_lora.training.optimizer_state import create_moments
 from tests.distributed.ranks import run_ranks
 from tests.doctor.test_memory import DTYPES, ENGINE, WORDS, rows_of, sizes
@@ -34,7 +34,7 @@ def estimated_total(lora, stage, dtype, checkpoint, ranks, micro_batches, **limi
     config = sizes("tiny")
     return estimate(
         config, lora, engine_config(stage, dtype, micro_batches, **limits), dtype=DTYPES[dtype], batch_size=ROWS,
-        length=config["image_length"] + 2 + WORDS, data_parallel_size=ranks, on_device=False,
+        length=config["image_length"] + 2 + WORDS, labelled=WORDS // 4, data_parallel_size=ranks, on_device=False,
         checkpoint_activations=checkpoint, vit_checkpoint_activations=checkpoint,
     ).total  # fmt: skip
 
@@ -58,7 +58,7 @@ def counted_peak(lora, stage, dtype, checkpoint, micro_batches, **limits):
         gc.collect()
         live.peak = live.now
         for _ in range(2 * micro_batches):
-            engine.backward(loss_of(engine, batch))
+            engine.backward(answer_loss_sum(engine, batch))
             engine.step()
     return live.peak
 
