@@ -11,8 +11,7 @@ from sat_lora.optimizer_groups import set_learning_rate
 from sat_lora.training.broken_samples import BrokenSamples
 from sat_lora.training.checkpoint import RunState
 from sat_lora.training.distributed import World, gather_lists
-from sat_lora.training.loss import count_answer_tokens, sum_over_data_parallel
-from sat_lora.training.nonfinite import GradientWatch
+from sat_lora.training.loss import count_answer_tokens, sum_on_device
 from sat_lora.training.progress import peak_memory_mib
 from sat_lora.training.run_folder import RunFolder
 from sat_lora.training.saving import save_run
@@ -29,7 +28,6 @@ def train(
     run: RunFolder,
     world: World,
     state: RunState,
-    watch: GradientWatch | None = None,
     *,
     dataset_size: int,
     trace: NoTrace = NO_TRACE,
@@ -63,16 +61,25 @@ def train(
             micro_batches = list(itertools.islice(batches, accumulate))
             trace.at("reduce")
             broken = known.new_in(micro_batches)
-            tokens, failures = sum_over_data_parallel(
-                sum(count_answer_tokens(batch["labels"]) for batch in micro_batches), len(broken), device=world.device
+            answers = sum(count_answer_tokens(batch["labels"]) for batch in micro_batches)
+            (tokens,) = sum_on_device(answers, device=world.device)
+            result = train_step(
+                engine,
+                micro_batches,
+                world,
+                tokens,
+                checks_gradients=not options.fp16,  # there DeepSpeed's loss scaling does
+                signals=signals.counts,
+                counts=[len(broken)],
+                trace=trace,
             )
-            if failures:
-                known.add(broken := gather_lists(broken))
-                run.report_broken(broken, step + 1)
-            known.check((step + 1 - steps_before) * step_samples)
-            result = train_step(engine, micro_batches, world, tokens, watch=watch, signals=signals.counts, trace=trace)
             state.step = step + 1
             trace.at("save")
+            (failures,) = result.counts
+            if failures:
+                known.add(broken := gather_lists(broken))
+                run.report_broken(broken, state.step)
+            known.check((state.step - steps_before) * step_samples)
             if result.nonfinite is not None:
                 _skip(result.nonfinite, options, run, state)
             samples += step_samples

@@ -8,7 +8,6 @@ from sat_lora.placement import adapters_of
 from sat_lora.training.distributed import arrange, join
 from sat_lora.training.engine import adapter_optimizer, start_engine
 from sat_lora.training.loss import count_answer_tokens, sum_over_data_parallel
-from sat_lora.training.nonfinite import GradientWatch
 from sat_lora.training.optimizer_state import create_moments, optimizer_tensors, steps_taken
 from sat_lora.training.step import train_step
 from tests.distributed.ranks import run_ranks
@@ -30,7 +29,6 @@ class Run:
         )
         add_lora(model, LoraConfig(r=4, lora_dropout=0.1))
         model.train()
-        self.watch = GradientWatch(model, self.world.device)
         config = engine_config(stage, 2, accumulate, 1.0, bf16)
         self.engine = start_engine(model, adapter_optimizer(model, lr=1e-2), config)
         create_moments(self.engine)
@@ -47,7 +45,7 @@ class Run:
                 module = self.engine.module.get_submodule(PLANTED)
                 hooks.append(module.register_forward_hook(spoil_output if plant == "forward" else spoil_gradient))
         tokens = sum_over_data_parallel(sum(count_answer_tokens(b["labels"]) for b in batches), device="cpu")
-        result = train_step(self.engine, batches, self.world, *tokens, watch=self.watch)
+        result = train_step(self.engine, batches, self.world, *tokens)
         for hook in hooks:
             hook.remove()
         return result
