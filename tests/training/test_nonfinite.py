@@ -1,5 +1,7 @@
 """A loss or gradient that is not finite on any rank: no rank's optimizer moves, and the cause is named."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -8,6 +10,7 @@ from sat_lora.placement import adapters_of
 from sat_lora.training.distributed import arrange, join
 from sat_lora.training.engine import adapter_optimizer, start_engine
 from sat_lora.training.loss import count_answer_tokens, sum_over_data_parallel
+from sat_lora.training.nonfinite import nonfinite_gradients
 from sat_lora.training.optimizer_state import create_moments, optimizer_tensors, steps_taken
 from sat_lora.training.step import train_step
 from tests.distributed.ranks import run_ranks
@@ -39,8 +42,9 @@ class Run:
         batches = [mixed_batch(rank, self.accumulate * number + one) for one in range(self.accumulate)]
         hooks = []
         if plant is not None and self.world.rank == self.world.size - 1:
-            if plant == "batch":
-                batches[-1]["images"] = batches[-1]["images"] * float("nan")
+            if plant in ("batch", "first batch"):
+                number = -1 if plant == "batch" else 0
+                batches[number]["images"] = batches[number]["images"] * float("nan")
             else:
                 module = self.engine.module.get_submodule(PLANTED)
                 hooks.append(module.register_forward_hook(spoil_output if plant == "forward" else spoil_gradient))
@@ -96,6 +100,10 @@ BACKWARD = (
     "stage, plant, layout, words",
     [
         (0, "backward", {}, BACKWARD),
+        (0, "first batch", dict(accumulate=2), BATCH),
+        (1, "first batch", dict(accumulate=2), BATCH),
+        (2, "first batch", dict(accumulate=2, bf16=True), BATCH),
+        (3, "first batch", dict(accumulate=2), BATCH),
         (1, "batch", dict(bf16=True), BATCH),
         (2, "forward", dict(accumulate=2), FORWARD),
         (3, "backward", dict(checkpoint=True), BACKWARD),
@@ -120,3 +128,31 @@ def name_a_spoiled_adapter():
 def test_the_layer_of_a_spoiled_adapter_is_named():
     ((name, nonfinite),) = run_ranks(name_a_spoiled_adapter, 1)
     assert nonfinite.startswith(f"the loss is not finite, first in the output of {name} (")
+
+
+LARGEST = {kind: torch.finfo(kind).max for kind in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}
+
+
+def engine_with(*gradients):
+    """As far as `nonfinite_gradients` looks at one, with two groups of parameters."""
+    optimizer = SimpleNamespace(averaged_gradients={0: list(gradients[:1]), 1: list(gradients[1:]), 2: None})
+    return SimpleNamespace(optimizer=optimizer, device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize("kind", LARGEST, ids=str)
+def test_finite_is_told_from_not_finite_exactly_and_nothing_is_changed(kind):
+    """The sum of squares of such values is infinite in every dtype, and so is the sum of any two."""
+    smallest, largest = torch.finfo(kind).smallest_normal, LARGEST[kind]
+    finite = torch.tensor([largest, -largest, smallest, -smallest, 0.0, -0.0] * 50, dtype=kind)
+    others = torch.ones(3, 4, dtype=torch.float32), torch.zeros(0, 4), torch.full((2, 3), 1e38).t()
+    before = finite.clone()
+    assert nonfinite_gradients(engine_with(finite, *others)).item() == 0.0
+    assert torch.equal(finite.view(torch.uint8), before.view(torch.uint8))
+    assert nonfinite_gradients(engine_with()).item() == 0.0
+    for value in (float("nan"), float("inf"), -float("inf")):
+        for place in (0, 150, 299):
+            spoiled = finite.clone()
+            spoiled[place] = value
+            assert nonfinite_gradients(engine_with(*others, spoiled)).item() == 1.0
+    bad = torch.full((2,), float("nan"))
+    assert nonfinite_gradients(engine_with(bad, bad.double(), finite, bad)).item() == 1.0
