@@ -1,5 +1,6 @@
 """Saves that are written while the steps go on: what lands on the disk, failures, signals."""
 
+import json
 import os
 import signal
 import time
@@ -16,7 +17,7 @@ from sat_lora.host_copies import CHUNK, HostCopies
 from sat_lora.step_folders import read_pointer
 from sat_lora.training import checkpoint as checkpoint_module
 from sat_lora.training import saving
-from sat_lora.training.checkpoint import RunState, save_checkpoint
+from sat_lora.training.checkpoint import STATE, RunState, save_checkpoint
 from sat_lora.training.distributed import arrange, join
 from sat_lora.training.engine import adapter_optimizer, start_engine
 from sat_lora.training.loop import train
@@ -60,7 +61,12 @@ class Training:
 
 
 def files_in(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+    """Their content; of state.json without the generators, which two runs in one process share."""
+    files = {str(path.relative_to(folder)): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+    if STATE in files:
+        files[STATE] = json.loads(files[STATE])
+        del files[STATE]["random"]
+    return files
 
 
 def before_writing(action):
@@ -95,7 +101,8 @@ def save_on_a_slow_disk(folder, stage, model_parallel):
     saving.write_checkpoint = write
     again.run(train_iters=SAVED_AT, save_interval=0)
     save_adapter(again.engine.module, f"{folder}/expected/adapter/{SAVED_AT}")
-    save_checkpoint(again.engine, Path(folder) / "expected/checkpoints", again.state, again.world, samples=2)
+    samples = 2 * again.world.data_parallel_size
+    save_checkpoint(again.engine, Path(folder) / "expected/checkpoints", again.state, again.world, samples)
     return steps, run.end, again.end
 
 
