@@ -28,14 +28,13 @@ def nonfinite_gradients(engine) -> torch.Tensor:
     and neither waits for the device nor changes them. They are sums over micro-batches and data-parallel ranks, which
     a value that is not finite survives, so whichever rank made it, the owners of that share see it.
     """
-    gradients = [gradient for gradient in _gradients_to_step(engine) if gradient.numel()]
     found = torch.zeros(1, dtype=torch.float32, device=engine.device)
     by_kind: dict[tuple, list[torch.Tensor]] = {}
-    for gradient in gradients:
+    for gradient in _gradients_to_step(engine):
         by_kind.setdefault((gradient.device, gradient.dtype), []).append(gradient)
     for (device, _), alike in by_kind.items():
         if device != found.device:
-            torch.accelerator.synchronize()  # offloaded to the host, by copies that nothing on the host waits for
+            torch.cuda.synchronize()  # offloaded to the host, by copies that nothing on the host has waited for
         seen, one = torch.zeros(1, device=device), torch.ones(1, device=device)
         # Of torch.amp's GradScaler: exact in every dtype, where a norm might overflow. It multiplies them by one.
         torch._amp_foreach_non_finite_check_and_unscale_(alike, seen, one)

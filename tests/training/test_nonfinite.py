@@ -23,7 +23,7 @@ PLANTED = "transformer.layers.1.mlp"
 class Run:
     """An engine with a watch; `step` takes one step, with a NaN planted on the last rank if `plant` names one."""
 
-    def __init__(self, stage, model_parallel=1, accumulate=1, bf16=False, checkpoint=False):
+    def __init__(self, stage, model_parallel=1, accumulate=1, bf16=False, checkpoint=False, offload=False):
         self.world, self.accumulate = arrange(join(), model_parallel), accumulate
         model = tiny_model(
             torch.bfloat16 if bf16 else torch.float32,
@@ -33,6 +33,8 @@ class Run:
         add_lora(model, LoraConfig(r=4, lora_dropout=0.1))
         model.train()
         config = engine_config(stage, 2, accumulate, 1.0, bf16)
+        if offload:
+            config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
         self.engine = start_engine(model, adapter_optimizer(model, lr=1e-2), config)
         create_moments(self.engine)
         torch.manual_seed(self.world.data_parallel_rank)
@@ -108,6 +110,8 @@ BACKWARD = (
         (2, "forward", dict(accumulate=2), FORWARD),
         (3, "backward", dict(checkpoint=True), BACKWARD),
         (2, "backward", dict(model_parallel=2), BACKWARD),
+        (2, "backward", dict(offload=True), BACKWARD),
+        (3, "backward", dict(offload=True, accumulate=2), BACKWARD),
     ],
 )
 def test_a_bad_step_on_one_rank_moves_nothing_on_any_and_is_named(stage, plant, layout, words):
