@@ -21,7 +21,6 @@ from sat_lora.cogvlm import build_cogvlm
 from sat_lora.cogvlm.checkpoint import read_config
 from sat_lora.doctor.trace import Trace
 from sat_lora.doctor.watchdog import watched
-from sat_lora.training.nonfinite import GradientWatch
 
 SIZES = ("demo", "deep")
 LAYERS = (32, 63)  # of CogVLM-17B's language model and vision transformer
@@ -42,14 +41,13 @@ def added(size: str, repeats: int, clock: str) -> dict:
     device = torch.device("cpu")
     config = config_for(size)
     batch = batch_of(config, 8, device, torch.float32)
-    models, watches = {}, {}
+    models = {}
     for name in ("without", "with"):
         torch.manual_seed(0)
         models[name] = build_cogvlm(config)
         add_lora(models[name], LoraConfig(r=16))
-        watches = {**watches, name: GradientWatch(models[name], device)}  # every run has one
     with tempfile.TemporaryDirectory() as folder:
-        trace = Trace(folder, models["with"], watches["with"], rank=0, world_size=1)
+        trace = Trace(folder, models["with"], rank=0, world_size=1)
         works = {name: training_step(model, batch) for name, model in models.items()}
 
         def traced(step=works["with"]) -> None:

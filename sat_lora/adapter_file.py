@@ -1,5 +1,6 @@
 """From a model to an adapter folder and back, at any ZeRO stage and model-parallel size. See `adapter_format`."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -23,6 +24,9 @@ from sat_lora.mixin import LoraMixin
 from sat_lora.placement import adapters_of, find_all_parameters, find_all_sites, mixins_called, place_mixins, whole_name
 from sat_lora.sharding import Sharding, gathered, model_parallel_layout, over_model_parallel, sharding_of
 from sat_lora.targets import BaseParameter, Plan, Site, Target
+
+Copy = Callable[[torch.Tensor], torch.Tensor]
+"""Makes a copy of a tensor that will change."""
 
 
 def base_fingerprint(model: nn.Module) -> str:
@@ -51,16 +55,20 @@ def _whole_shape(module: nn.Module, leaf: str, tensor: torch.Tensor, size: int) 
     return sharding_of(module, leaf).full_shape(getattr(tensor, "ds_shape", tensor.shape), size)
 
 
-def whole_tensors(name: str, adapter: LoraAdapter) -> dict[str, torch.Tensor]:
-    """The tensors of one adapter for the file, its layer called `name`, on the CPU. Every rank has to call it."""
+def on_the_cpu(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy there, also of a tensor that is there already."""
+    return tensor.detach().to("cpu", copy=True)
+
+
+def whole_tensors(name: str, adapter: LoraAdapter, copy: Copy = on_the_cpu) -> dict[str, torch.Tensor]:
+    """The tensors of one adapter for the file, its layer called `name`, as copies. Every rank has to call it."""
     with gathered(adapter.parameters()):
         local = dict(zip("AB", (factor.detach() for factor in adapter.factors())))
         if adapter.magnitude_or_none is not None:
             local["magnitude"] = adapter.magnitude.detach()
         leaves = dict(zip("AB", PAIR), magnitude=MAGNITUDE)
         stacked = {
-            leaves[leaf]: over_model_parallel(tensor, adapter.shardings[leaf]).cpu().clone()
-            for leaf, tensor in local.items()
+            leaves[leaf]: copy(over_model_parallel(tensor, adapter.shardings[leaf])) for leaf, tensor in local.items()
         }
     if any(tensor.numel() == 0 for tensor in stacked.values()):
         raise AdapterError(f"{name}: gathered to an empty tensor; nothing was saved")
@@ -78,6 +86,28 @@ def trained_of(model: nn.Module, name: str = "lora") -> dict[str, tuple[nn.Param
 
 def save_adapter(model: nn.Module, folder: str | Path, *, name: str = "lora") -> None:
     """Write the adapter called `name`. Every rank has to call it; rank 0 writes, and all return when it is there."""
+    saved = gather_adapter(model, folder, name=name)
+    failure = [None]
+    distributed = torch.distributed.is_initialized()
+    if not distributed or torch.distributed.get_rank() == 0:
+        try:
+            write_gathered(folder, saved)
+        except AdapterError as error:
+            failure = [str(error)]
+    if distributed:
+        torch.distributed.broadcast_object_list(failure, src=0)
+    if failure[0]:
+        raise AdapterError(failure[0])
+
+
+def gather_adapter(
+    model: nn.Module, folder: str | Path, *, name: str = "lora", copy: Copy = on_the_cpu
+) -> SavedAdapter:
+    """The adapter called `name`, for `write_gathered`. Every rank has to call it.
+
+    copy: makes a copy of a tensor, which the model goes on to change. AdapterError, on every rank: `folder` cannot hold
+    it.
+    """
     mixins = list(mixins_called(model, name).values())
     if not mixins:
         raise AdapterError(f"{folder}: not saved, the model has no LoRA mixin called {name!r}")
@@ -90,27 +120,23 @@ def save_adapter(model: nn.Module, folder: str | Path, *, name: str = "lora") ->
         raise AdapterError(f"{folder}: not saved, {name!r} is disabled and its base parameters are the originals")
     tensors, layers = {}, {}
     for site, adapter in adapters_of(model, name).items():
-        tensors |= whole_tensors(site, adapter)
+        tensors |= whole_tensors(site, adapter, copy)
         rank = adapter.factors_rank
         layers[site] = LayerEntry(adapter.kind.name, rank, adapter.scale, adapter.slots, tuple(adapter.target.rows))
     trained = {}
     for key, (parameter, sharding) in trained_of(model, name).items():
         with gathered([parameter]):
-            trained[key] = over_model_parallel(parameter.detach(), sharding).cpu().clone()
-    saved = SavedAdapter(
-        plain_config(mixins[0].config), base_fingerprint(model), layers, tuple(trained), {**tensors, **trained}
-    )
-    failure = [None]
-    distributed = torch.distributed.is_initialized()
-    if not distributed or torch.distributed.get_rank() == 0:
-        try:
-            write_adapter(folder, saved)
-        except OSError as error:
-            failure = [f"{folder}: the adapter could not be written: {error}"]
-    if distributed:
-        torch.distributed.broadcast_object_list(failure, src=0)
-    if failure[0]:
-        raise AdapterError(failure[0])
+            trained[key] = copy(over_model_parallel(parameter.detach(), sharding))
+    config, fingerprint = plain_config(mixins[0].config), base_fingerprint(model)
+    return SavedAdapter(config, fingerprint, layers, tuple(trained), {**tensors, **trained})
+
+
+def write_gathered(folder: str | Path, saved: SavedAdapter) -> None:
+    """Write what `gather_adapter` gave on rank 0; it needs no other rank. AdapterError: it could not be written."""
+    try:
+        write_adapter(folder, saved)
+    except OSError as error:
+        raise AdapterError(f"{folder}: the adapter could not be written: {error}") from error
 
 
 def load_adapter(model: nn.Module, folder: str | Path, *, name: str = "lora", fixed_order: bool = False) -> None:

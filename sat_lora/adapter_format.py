@@ -19,7 +19,7 @@ from pathlib import Path
 
 import safetensors
 import torch
-from safetensors.torch import save
+from safetensors.torch import save_file
 
 from sat_lora.atomic import replaced_folder
 from sat_lora.config import DTYPES, LoraConfig
@@ -138,7 +138,10 @@ def write_adapter(folder: str | Path, adapter: SavedAdapter) -> None:
         },
     }
     with replaced_folder(folder) as temporary:
-        (temporary / WEIGHTS).write_bytes(save(dict(sorted(adapter.tensors.items())), metadata={"format": "pt"}))
+        try:  # unlike `save`, it lets other threads run meanwhile
+            save_file(dict(sorted(adapter.tensors.items())), temporary / WEIGHTS, metadata={"format": "pt"})
+        except safetensors.SafetensorError as error:
+            raise OSError(str(error)) from error
         (temporary / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 

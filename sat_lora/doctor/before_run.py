@@ -28,7 +28,7 @@ from sat_lora.training.deepspeed_file import file_problems, read_deepspeed_file
 from sat_lora.training.distributed import gather_lists, join, stop
 from sat_lora.training.engine import adapter_optimizer, start_engine
 from sat_lora.training.loss import answer_loss_sum, count_answer_tokens, sum_over_data_parallel
-from sat_lora.training.nonfinite import GradientWatch, held
+from sat_lora.training.nonfinite import held
 from sat_lora.training.notice import is_first_rank
 from sat_lora.training.optimizer_state import create_moments
 from sat_lora.training.preflight import option_problems
@@ -160,7 +160,6 @@ def _take_steps(
     )
     before = _trainable_values(model)
     config = {**setting.engine, "gradient_accumulation_steps": 1}
-    watch = None if options.fp16 else GradientWatch(model, world.device)
     engine = start_engine(model, optimizer, config, seed=model_seed(options))
     create_moments(engine)
     findings = []
@@ -178,7 +177,7 @@ def _take_steps(
         if number == 0:
             findings += joined(gather_lists([learning_rate_findings(engine.optimizer.param_groups, options.lr)]))
         (tokens,) = sum_over_data_parallel(count_answer_tokens(batch["labels"]), device=world.device)
-        result = train_step(engine, [batch], world, tokens, watch=watch)
+        result = train_step(engine, [batch], world, tokens, checks_gradients=not options.fp16)
         if result.nonfinite is not None:
             findings.append(Finding(code="not-finite", seen=f"with {kind} {result.nonfinite}"))
             return findings

@@ -15,6 +15,7 @@ import safetensors
 import torch
 from safetensors.torch import save_file
 
+from sat_lora.adapter_file import Copy, on_the_cpu
 from sat_lora.adapter_format import tensor_problems
 from sat_lora.atomic import replaced_folder
 from sat_lora.errors import CheckpointError
@@ -46,15 +47,35 @@ def samples_per_step(options: Namespace, data_parallel_size: int) -> int:
     return options.batch_size * options.gradient_accumulation_steps * data_parallel_size
 
 
+@dataclasses.dataclass(frozen=True)
+class GatheredCheckpoint:
+    """What `write_checkpoint` writes: copies, so that the run can go on meanwhile."""
+
+    step: int
+    tensors: dict[str, torch.Tensor]
+    content: dict
+
+
 def save_checkpoint(engine, folder: Path, state: RunState, world: World, samples: int) -> None:
     """Write FOLDER/<step> and let `latest` name it; older ones go afterwards. Every rank has to call it.
 
     samples: of one step, over all ranks. CheckpointError, on every rank: it could not be written.
     """
+    gathered = gather_checkpoint(engine, state, world, samples)
+    together(lambda: write_checkpoint(folder, gathered) if world.is_main else None)
+
+
+def gather_checkpoint(
+    engine, state: RunState, world: World, samples: int, copy: Copy = on_the_cpu
+) -> GatheredCheckpoint:
+    """The checkpoint of this moment, complete on rank 0. Every rank has to call it.
+
+    copy: makes a copy of a tensor, which the optimizer goes on to change.
+    """
     tensors = {}
     for name, tensor in optimizer_tensors(engine):
         if world.is_main:
-            tensors[name] = tensor.float().cpu().contiguous()
+            tensors[name] = copy(tensor.float())
     content = {
         **dataclasses.asdict(state),
         "steps_taken": steps_taken(engine),
@@ -63,7 +84,7 @@ def save_checkpoint(engine, folder: Path, state: RunState, world: World, samples
         "loss_scale": _loss_scale(engine),
         "random": gather_lists([random_state()]),
     }
-    together(_write, folder, state.step, tensors, content, world)
+    return GatheredCheckpoint(state.step, tensors, content)
 
 
 def load_checkpoint(engine, folder: Path, world: World) -> RunState:
@@ -111,13 +132,13 @@ def read_state(folder: Path) -> dict:
         raise CheckpointError(f"--resume: {folder / STATE}: cannot be read: {error}") from error
 
 
-def _write(folder: Path, step: int, tensors: dict[str, torch.Tensor], content: dict, world: World) -> None:
-    if not world.is_main:
-        return
+def write_checkpoint(folder: Path, checkpoint: GatheredCheckpoint) -> None:
+    """Write what rank 0 gathered; it needs no other rank. CheckpointError: it could not be written."""
+    step = checkpoint.step
     try:
         with replaced_folder(folder / str(step)) as draft:
-            save_file(dict(sorted(tensors.items())), draft / TENSORS)
-            (draft / STATE).write_text(json.dumps(content), encoding="utf-8")
+            save_file(dict(sorted(checkpoint.tensors.items())), draft / TENSORS)
+            (draft / STATE).write_text(json.dumps(checkpoint.content), encoding="utf-8")
         point_to(folder, LATEST, step)
         keep_newest(folder, 1)
     except (OSError, safetensors.SafetensorError) as error:

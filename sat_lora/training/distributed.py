@@ -2,13 +2,15 @@
 
 import os
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 
 import torch
 
 from sat_lora._sat import mpu
 from sat_lora.errors import ConfigError, SatLoraError
+
+ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ def join(backend: str | None = None) -> torch.device:
             probe.bind(("127.0.0.1", 0))
             environment["MASTER_PORT"] = str(probe.getsockname()[1])
     if torch.cuda.is_available():
+        _let_memory_grow(environment)
         device = torch.device("cuda", int(environment["LOCAL_RANK"]))
         torch.cuda.set_device(device)
         backend = backend or "nccl"
@@ -49,6 +52,18 @@ def join(backend: str | None = None) -> torch.device:
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group(backend)
     return device
+
+
+def _let_memory_grow(environment: MutableMapping[str, str]) -> None:
+    """Let torch's memory on CUDA grow in place, unless the user has said how it is taken.
+
+    Batches differ in length and in images: pieces of one step's sizes are none of the next one's. It has to be said
+    before the first allocation. torch 2.9 listens to the old name alone, 2.8 to 2.11 warn of it where the new one is
+    missing.
+    """
+    if not environment.keys() & set(ALLOCATOR):
+        for name in ALLOCATOR:
+            environment[name] = "expandable_segments:True"
 
 
 def _refuse_to_be_alone_among_many(environment: Mapping[str, str]) -> None:

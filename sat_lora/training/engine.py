@@ -10,6 +10,7 @@ from sat_lora.errors import ConfigError
 from sat_lora.mixin import lora_mixins
 from sat_lora.optimizer_groups import parameter_groups
 from sat_lora.training.zero3_linear import round_once
+from sat_lora.training.zero_norm import speed_up_norm
 
 
 def adapter_optimizer(model: BaseModel, *, lr: float, weight_decay: float = 0.0, betas=(0.9, 0.999), eps: float = 1e-8):
@@ -34,12 +35,13 @@ def set_up_deepspeed() -> None:
 def start_engine(model: BaseModel, optimizer: torch.optim.Optimizer, config: dict, *, seed: int = 1234):
     """`deepspeed.initialize` with SAT's model parallelism; the process groups have to exist.
 
-    The engine's `config` is the one given but for ZeRO stage 0 in half precision, see `without_unfused_optimizer`.
+    The engine's `config` is the one given but for ZeRO stage 0 in half precision, see `without_unfused_optimizer`, and
+    for what makes the host wait for the device, see `without_waits`.
     ConfigError: ZeRO-3 on a model whose graph depends on the data.
     """
     import deepspeed
 
-    config = without_unfused_optimizer(config)
+    config = without_waits(without_unfused_optimizer(config))
     if config.get("zero_optimization", {}).get("stage") == 3:
         _refuse_branches(model)
     set_up_deepspeed()
@@ -51,6 +53,7 @@ def start_engine(model: BaseModel, optimizer: torch.optim.Optimizer, config: dic
         model=model, optimizer=optimizer, config=config, mpu=mpu, dist_init_required=False
     )
     round_once()
+    speed_up_norm(engine.optimizer)
     return engine
 
 
@@ -74,3 +77,16 @@ def without_unfused_optimizer(config: dict) -> dict:
     half = any(config.get(name, {}).get("enabled", False) for name in ("bf16", "fp16"))
     zero = config.get("zero_optimization", {})
     return {**config, "zero_optimization": {**zero, "stage": 1}} if half and not zero.get("stage", 0) else config
+
+
+def without_waits(config: dict) -> dict:
+    """`config`, without two waits for the device in DeepSpeed 0.19.8's steps, unless it asks for them itself.
+
+    Its throughput timer, of which nothing is shown here, waits before each forward pass and after each step. In bf16
+    it looks for gradients that are not finite, one by one, which `train_step` has done when it comes to that.
+    """
+    timers = {"throughput": {"enabled": False}} | config.get("timers", {})
+    bf16 = config.get("bf16", {})
+    if bf16.get("enabled", False):
+        bf16 = {"check_grad_overflow": False} | bf16
+    return {**config, "timers": timers, "bf16": bf16}

@@ -17,7 +17,6 @@ from sat_lora.training.distributed import World, together
 from sat_lora.training.engine import adapter_optimizer, start_engine
 from sat_lora.training.evaluation import evaluate_adapter, evaluation_table
 from sat_lora.training.loop import train
-from sat_lora.training.nonfinite import GradientWatch
 from sat_lora.training.optimizer_state import create_moments
 from sat_lora.training.prepare import dataset_maker, load_base, model_seed, on_first_rank, prepare
 from sat_lora.training.run_folder import RunFolder, write_json
@@ -49,8 +48,7 @@ def finetune(options: Namespace, make_data: Callable[[], None] | None = None) ->
     optimizer = adapter_optimizer(
         model, lr=options.lr, weight_decay=options.weight_decay, betas=tuple(options.betas), eps=options.eps
     )
-    watch = GradientWatch(model, world.device, looks=not options.fp16)  # fp16: DeepSpeed's loss scaling looks
-    trace = _trace(options, run, world, model, watch)
+    trace = _trace(options, run, world, model)
     engine = start_engine(model, optimizer, setting.engine, seed=model_seed(options))
     trace.follow(engine)
     create_moments(engine)
@@ -76,7 +74,7 @@ def finetune(options: Namespace, make_data: Callable[[], None] | None = None) ->
     valid = valid_data.validation() if valid_data else None
     with run, watched(trace, LIMIT if options.replay else options.watchdog_limit):
         run.start(options.train_iters, state.step)
-        train(engine, loader, valid, options, run, world, state, watch, dataset_size=data.samples, trace=trace)
+        train(engine, loader, valid, options, run, world, state, dataset_size=data.samples, trace=trace)
     del engine, model, optimizer, loader
     gc.collect()
     if options.test_data:
@@ -84,12 +82,12 @@ def finetune(options: Namespace, make_data: Callable[[], None] | None = None) ->
     return world
 
 
-def _trace(options: Namespace, run: RunFolder, world: World, model: torch.nn.Module, watch: GradientWatch) -> NoTrace:
+def _trace(options: Namespace, run: RunFolder, world: World, model: torch.nn.Module) -> NoTrace:
     """This rank's; what an earlier start has left goes. Every rank has to call it."""
     on_first_rank(lambda: clear(run.path))
     if options.watchdog_limit == 0:
         return NO_TRACE
-    return Trace(run.path, model, watch, rank=world.rank, world_size=world.size)
+    return Trace(run.path, model, rank=world.rank, world_size=world.size)
 
 
 def _evaluate(options: Namespace, world: World, run: RunFolder) -> None:

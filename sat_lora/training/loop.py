@@ -11,11 +11,10 @@ from sat_lora.optimizer_groups import set_learning_rate
 from sat_lora.training.broken_samples import BrokenSamples
 from sat_lora.training.checkpoint import RunState
 from sat_lora.training.distributed import World, gather_lists
-from sat_lora.training.loss import count_answer_tokens, sum_over_data_parallel
-from sat_lora.training.nonfinite import GradientWatch
+from sat_lora.training.loss import count_answer_tokens, sum_on_device
 from sat_lora.training.progress import peak_memory_mib
 from sat_lora.training.run_folder import RunFolder
-from sat_lora.training.saving import save_run
+from sat_lora.training.saving import BackgroundWriter, finish_saving, start_saving
 from sat_lora.training.schedule import learning_rate_factor, warmup_steps
 from sat_lora.training.step import train_step, validation_loss
 from sat_lora.training.stop_signals import Stopped, StopSignals
@@ -29,18 +28,20 @@ def train(
     run: RunFolder,
     world: World,
     state: RunState,
-    watch: GradientWatch | None = None,
     *,
     dataset_size: int,
     trace: NoTrace = NO_TRACE,
 ) -> None:
     """From step `state.step` to `options.train_iters`; evaluates, saves and reports on the way and at the end.
 
+    Saves are written beside the steps that follow, one at a time; all are on the disk when it returns or is stopped.
+
     loader: micro-batches of this rank without end, from where `state` left off. valid: a pass over the validation
     batches of this rank, as many on every rank; None if there are none.
     dataset_size: training samples in an epoch. trace: is told of steps and phases.
     DataError, on every rank at the same step: too many samples are broken.
     Stopped, on every rank: one of them received SIGTERM or SIGINT; the step was finished and everything saved.
+    AdapterError or CheckpointError, on every rank: a save could not be written; at the next step or save, or the end.
     TrainingError, on every rank: more than options.skip_nonfinite steps were not finite; none of them moved anything.
     """
     total, accumulate = options.train_iters, options.gradient_accumulation_steps
@@ -49,11 +50,11 @@ def train(
     step_samples = options.batch_size * accumulate * world.data_parallel_size
     samples, steps_before, clock = 0, state.step, time.perf_counter()
     engine.train()
-    if state.owes_validation and valid is not None:
-        state.owes_validation = False
-        if _validate(engine, valid, run, world, state, trace):
-            save_run(engine, options, run, world, state, is_best=True)
-    with StopSignals() as signals:
+    with StopSignals() as signals, BackgroundWriter() as writer:
+        if state.owes_validation and valid is not None:
+            state.owes_validation = False
+            if _validate(engine, valid, run, world, state, writer, trace):
+                start_saving(engine, options, run, world, state, writer, is_best=True)
         for step in range(state.step, total):
             rate = options.lr * learning_rate_factor(
                 step, total_steps=total, warmup_steps=warmup, style=options.lr_decay_style, floor=options.min_lr_ratio
@@ -63,16 +64,27 @@ def train(
             micro_batches = list(itertools.islice(batches, accumulate))
             trace.at("reduce")
             broken = known.new_in(micro_batches)
-            tokens, failures = sum_over_data_parallel(
-                sum(count_answer_tokens(batch["labels"]) for batch in micro_batches), len(broken), device=world.device
+            answers = sum(count_answer_tokens(batch["labels"]) for batch in micro_batches)
+            (tokens,) = sum_on_device(answers, device=world.device)
+            result = train_step(
+                engine,
+                micro_batches,
+                world,
+                tokens,
+                checks_gradients=not options.fp16,  # there DeepSpeed's loss scaling does
+                signals=signals.counts,
+                counts=[len(broken), writer.has_failed],
+                trace=trace,
             )
-            if failures:
-                known.add(broken := gather_lists(broken))
-                run.report_broken(broken, step + 1)
-            known.check((step + 1 - steps_before) * step_samples)
-            result = train_step(engine, micro_batches, world, tokens, watch=watch, signals=signals.counts, trace=trace)
             state.step = step + 1
             trace.at("save")
+            failures, failed_saves = result.counts
+            if failed_saves:
+                finish_saving(writer)
+            if failures:
+                known.add(broken := gather_lists(broken))
+                run.report_broken(broken, state.step)
+            known.check((state.step - steps_before) * step_samples)
             if result.nonfinite is not None:
                 _skip(result.nonfinite, options, run, state)
             samples += step_samples
@@ -93,17 +105,32 @@ def train(
             paused = time.perf_counter()
             validates = valid is not None and (last or _due(state.step, options.eval_interval))
             state.owes_validation = validates and result.stop is not None  # who takes the machine may not wait for it
-            is_best = validates and not state.owes_validation and _validate(engine, valid, run, world, state, trace)
+            is_best = False
+            if validates and not state.owes_validation:
+                is_best = _validate(engine, valid, run, world, state, writer, trace)
             if last or is_best or result.stop is not None or _due(state.step, options.save_interval):
                 trace.at("save")
-                save_run(engine, options, run, world, state, is_best=is_best)
+                start_saving(engine, options, run, world, state, writer, is_best=is_best)
             if result.stop is not None:
+                finish_saving(writer)
                 raise Stopped(result.stop, state.step)
             clock += time.perf_counter() - paused
+        trace.at("save")
+        finish_saving(writer)
 
 
-def _validate(engine, valid: Iterable[dict], run: RunFolder, world: World, state: RunState, trace: NoTrace) -> bool:
+def _validate(
+    engine,
+    valid: Iterable[dict],
+    run: RunFolder,
+    world: World,
+    state: RunState,
+    writer: BackgroundWriter,
+    trace: NoTrace,
+) -> bool:
     """Log the validation loss, and what could not be read; whether it is the lowest so far."""
+    trace.at("save")
+    finish_saving(writer)  # the data workers of a validation are forked, which a thread at work may not outlive well
     trace.at("evaluate")
     loss, broken = validation_loss(engine, valid, world, trace)
     run.report_broken(broken, state.step)

@@ -22,15 +22,30 @@ def count_answer_tokens(labels: torch.Tensor) -> int:
     return int((labels[:, 1:] != IGNORED).sum())
 
 
-def sum_over_data_parallel(*values: float, device: torch.device) -> list[float]:
+def sum_over_data_parallel(*values: torch.Tensor | float, device: torch.device) -> list[float]:
     """Each value summed over the data-parallel ranks."""
-    tensor = torch.tensor(values, dtype=torch.float64, device=device)
-    torch.distributed.all_reduce(tensor, group=mpu.get_data_parallel_group())
-    return tensor.tolist()
+    return sum_on_device(*values, device=device).tolist()
 
 
-def sum_over_ranks(*values: torch.Tensor | float, device: torch.device) -> list[float]:
-    """Each value summed over all ranks, those that share a sample included; tensors are not waited for before."""
-    tensor = torch.stack([torch.as_tensor(value, dtype=torch.float64, device=device) for value in values])
-    torch.distributed.all_reduce(tensor)
-    return tensor.tolist()
+def sum_on_device(*values: float, device: torch.device) -> torch.Tensor:
+    """The same as a float64 tensor (values,) on the device: the host does not wait for it."""
+    sums = torch.stack([on_device(value, device) for value in values])
+    torch.distributed.all_reduce(sums, group=mpu.get_data_parallel_group())
+    return sums
+
+
+def sum_over_ranks(*values: torch.Tensor | float, device: torch.device) -> torch.Tensor:
+    """Each value summed over all ranks, those that share a sample included: float64 (values,) on the device.
+
+    The host waits neither for values that are tensors nor for the sums.
+    """
+    sums = torch.stack([on_device(value, device) for value in values])
+    torch.distributed.all_reduce(sums)
+    return sums
+
+
+def on_device(value: torch.Tensor | float, device: torch.device) -> torch.Tensor:
+    """A scalar in float64. A number is written there by a kernel: a copy from the host would wait for the device."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device, torch.float64)
+    return torch.full((), value, dtype=torch.float64, device=device)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from sat_lora.adapter import LoraAdapter
+from sat_lora.training.optimizer_state import stepped_tensors
 
 
 class Origin(NamedTuple):
@@ -20,33 +21,35 @@ class Origin(NamedTuple):
     parameter: str | None = None
 
 
-class GradientWatch:
-    """Notices a gradient of a trainable parameter that is not finite, on the device and without waiting for it.
+def nonfinite_gradients(engine) -> torch.Tensor:
+    """1.0 if this rank's share of the step's gradients holds a NaN or infinity, else 0.0: a scalar on their device.
 
-    Make it before `deepspeed.initialize`: ZeRO takes gradients away as they arrive. `flag` is a bool tensor.
-    looks: False leaves the flag alone and only tells of arrivals.
+    Call it after the last backward pass and before `engine.step()`. It looks at the very tensors that step will take,
+    and neither waits for the device nor changes them. They are sums over micro-batches and data-parallel ranks, which
+    a value that is not finite survives, so whichever rank made it, the owners of that share see it.
     """
+    found = torch.zeros(1, dtype=torch.float32, device=engine.device)
+    by_kind: dict[tuple, list[torch.Tensor]] = {}
+    for gradient in _gradients_to_step(engine):
+        by_kind.setdefault((gradient.device, gradient.dtype), []).append(gradient)
+    for (device, _), alike in by_kind.items():
+        if device != found.device:
+            torch.cuda.synchronize()  # offloaded to the host, by copies that nothing on the host has waited for
+        seen, one = torch.zeros(1, device=device), torch.ones(1, device=device)
+        # Of torch.amp's GradScaler: exact in every dtype, where a norm might overflow. It multiplies them by one.
+        torch._amp_foreach_non_finite_check_and_unscale_(alike, seen, one)
+        found += seen.to(found.device)
+    return found.clamp_(max=1.0)[0]
 
-    def __init__(self, model: nn.Module, device: torch.device, *, looks: bool = True):
-        self.flag = torch.zeros((), dtype=torch.bool, device=device)
-        self.looks = looks
-        self.listener: Callable[[str, torch.Tensor], None] | None = None
-        self.on_arrival: Callable[[int], None] | None = None
-        """Called with the parameter's number among those that train."""
-        trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-        for number, (name, parameter) in enumerate(trained):
-            parameter.register_hook(partial(self._arrived, number, name))
 
-    def _arrived(self, number: int, name: str, gradient: torch.Tensor) -> None:
-        if self.on_arrival is not None:
-            self.on_arrival(number)
-        if self.looks:
-            self.flag |= ~gradient.isfinite().all()
-        if self.listener is not None:
-            self.listener(name, gradient)
-
-    def clear(self) -> None:
-        self.flag.zero_()
+def _gradients_to_step(engine) -> Iterator[torch.Tensor]:
+    """DeepSpeed 0.19.8 keeps them in `averaged_gradients` by group; at stage 0, and offloaded, beside what it steps."""
+    averaged = getattr(engine.optimizer, "averaged_gradients", {})
+    groups = [group for group in averaged.values() if group is not None]
+    if groups:
+        yield from (gradient for group in groups for gradient in group)
+    else:
+        yield from (master.grad for master in stepped_tensors(engine) if master.grad is not None)
 
 
 @contextmanager
@@ -63,7 +66,7 @@ def held(engine) -> Iterator[None]:
         del optimizer.step
 
 
-def first_nonfinite(model: nn.Module, watch: GradientWatch | None, repeat: Callable[[], None]) -> Origin | None:
+def first_nonfinite(model: nn.Module, repeat: Callable[[], None]) -> Origin | None:
     """Where on this rank a value that is not finite is first made, or None.
 
     repeat: runs the step's forward and backward passes again. A module makes such a value if all it was given is
@@ -77,16 +80,16 @@ def first_nonfinite(model: nn.Module, watch: GradientWatch | None, repeat: Calla
         if not isinstance(module, LoraAdapter)  # it writes into the output of its layer, which stands for both
     ]
     hooks.append(model.register_forward_pre_hook(search.before_forward, with_kwargs=True))
-    if watch is not None:
-        watch.listener = search.parameter_gradient
+    hooks += [
+        parameter.register_hook(partial(search.parameter_gradient, name))
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    ]
     try:
         repeat()
     finally:
         for hook in hooks:
             hook.remove()
-        if watch is not None:
-            watch.listener = None
-            watch.clear()
     return search.made or search.seen
 
 

@@ -28,7 +28,7 @@ def create_moments(engine) -> None:
     DeepSpeed can be asked for them only afterwards, and a run may have to save or to load before.
     """
     state = engine.basic_optimizer.state
-    for master in _masters(engine):
+    for master in stepped_tensors(engine):
         if not state[master]:
             state[master] = {"step": torch.tensor(0.0)} | {key: torch.zeros_like(master) for key in MOMENTS}
             for key in MOMENTS:
@@ -56,7 +56,7 @@ def set_optimizer_tensors(engine, tensors: dict[str, torch.Tensor], steps: int) 
             if part == MASTER:
                 with gathered([parameter], write=True):
                     parameter.copy_(own)
-    for master in _masters(engine):
+    for master in stepped_tensors(engine):
         engine.basic_optimizer.state[master]["step"].fill_(steps)
 
 
@@ -82,8 +82,8 @@ def _trained(model: nn.Module) -> list[tuple[str, nn.Parameter, Sharding]]:
     return [(name, p, cuts[id(p)]) for name, p in model.named_parameters() if p.requires_grad]
 
 
-def _masters(engine) -> list[torch.Tensor]:
-    """What the optimizer itself steps: DeepSpeed's flat partitions, or the parameters."""
+def stepped_tensors(engine) -> list[torch.Tensor]:
+    """What the wrapped optimizer itself steps: DeepSpeed's flat partitions, or the parameters."""
     partitions = getattr(engine.optimizer, "fp32_partitioned_groups_flat", None)  # ZeRO-3 shows them only in its step
     groups = engine.basic_optimizer.param_groups
     return partitions or [parameter for group in groups for parameter in group["params"]]

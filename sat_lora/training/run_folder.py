@@ -153,9 +153,9 @@ class RunFolder:
             print(text, flush=True)
 
     def draw(self) -> None:
-        """loss.png, of every record so far."""
+        """loss.png, of every record so far; on any thread, one at a time."""
         if self.is_writer and self.records:
-            draw_losses(self.records, self.path / "loss.png")
+            draw_losses(list(self.records), self.path / "loss.png")
 
     def close(self) -> None:
         """Draw loss.png, say how many images were skipped, and close the logs. A second call does nothing."""

@@ -1,34 +1,117 @@
-"""What a run saves after a step: the adapter, and the checkpoint to resume from."""
+"""What a run saves after a step: the adapter, and the checkpoint to resume from; written while the steps go on."""
 
+import threading
 from argparse import Namespace
+from collections.abc import Callable
+from functools import partial
 
-from sat_lora.adapter_file import save_adapter
+import torch
+
+from sat_lora.adapter_file import gather_adapter, write_gathered
+from sat_lora.adapter_format import SavedAdapter
 from sat_lora.errors import AdapterError
+from sat_lora.host_copies import HostCopies
 from sat_lora.step_folders import BEST, LATEST, keep_newest, point_to
-from sat_lora.training.checkpoint import RunState, samples_per_step, save_checkpoint
+from sat_lora.training.checkpoint import (
+    GatheredCheckpoint,
+    RunState,
+    gather_checkpoint,
+    samples_per_step,
+    write_checkpoint,
+)
 from sat_lora.training.distributed import World, together
 from sat_lora.training.run_folder import RunFolder
 
 
-def save_run(engine, options: Namespace, run: RunFolder, world: World, state: RunState, *, is_best: bool) -> None:
+class BackgroundWriter:
+    """A thread that does one job at a time. Leaving the context waits for the last one."""
+
+    def __init__(self):
+        self.copies = HostCopies()
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether a job has ended with an error that nobody has heard of yet."""
+        return self._error is not None
+
+    def start(self, job: Callable[[], None]) -> None:
+        """Let the thread do it. Only after `wait`."""
+        self._thread = threading.Thread(target=self._run, args=(job,), name="sat_lora writer")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Until the job is done; raises what it raised, once."""
+        if self._thread is not None:
+            self._thread.join()
+        self._thread, error, self._error = None, self._error, None
+        if error is not None:
+            raise error
+
+    def _run(self, job: Callable[[], None]) -> None:
+        try:
+            job()
+        except BaseException as error:  # `wait` raises it
+            self._error = error
+
+    def __enter__(self) -> "BackgroundWriter":
+        return self
+
+    def __exit__(self, *error) -> None:
+        if self._thread is not None:
+            self._thread.join()
+
+
+def start_saving(
+    engine,
+    options: Namespace,
+    run: RunFolder,
+    world: World,
+    state: RunState,
+    writer: BackgroundWriter,
+    *,
+    is_best: bool,
+) -> None:
     """RUN/adapter/<step> with its pointers, then RUN/checkpoints/<step>. Every rank has to call it.
 
-    options.keep adapters are kept, and the best.
+    It returns when rank 0 has copies in host memory, which its writer then writes. options.keep adapters are kept, and
+    the best. AdapterError or CheckpointError, on every rank: the save before this one could not be written.
     """
-    folder = run.adapters
-    save_adapter(engine.module, folder / str(state.step))
-    together(_point, run, state.step, (LATEST, BEST) if is_best else (LATEST,), options.keep)
+    finish_saving(writer)
+    writer.copies.clear()
+    copy = writer.copies.copy if world.is_main else _shape_alone
+    adapter = gather_adapter(engine.module, run.adapters / str(state.step), copy=copy)
     samples = samples_per_step(options, world.data_parallel_size)
-    save_checkpoint(engine, run.checkpoints, state, world, samples)
-    run.draw()
+    checkpoint = gather_checkpoint(engine, state, world, samples, copy)
+    if world.is_main:
+        writer.copies.wait()
+        pointers = (LATEST, BEST) if is_best else (LATEST,)
+        writer.start(partial(_write, run, adapter, checkpoint, pointers, options.keep))
 
 
-def _point(run: RunFolder, step: int, pointers: tuple[str, ...], keep: int) -> None:
-    if not run.is_writer:
-        return
+def finish_saving(writer: BackgroundWriter) -> None:
+    """Wait until the last save is on the disk. Every rank has to call it.
+
+    AdapterError or CheckpointError, on every rank: it could not be written.
+    """
+    together(writer.wait)
+
+
+def _shape_alone(tensor: torch.Tensor) -> torch.Tensor:
+    """For ranks that write nothing."""
+    return tensor.to("meta")
+
+
+def _write(
+    run: RunFolder, adapter: SavedAdapter, checkpoint: GatheredCheckpoint, pointers: tuple[str, ...], keep: int
+) -> None:
+    write_gathered(run.adapters / str(checkpoint.step), adapter)
     try:
         for pointer in pointers:
-            point_to(run.adapters, pointer, step)
+            point_to(run.adapters, pointer, checkpoint.step)
         keep_newest(run.adapters, keep)
     except OSError as error:
         raise AdapterError(f"{run.adapters}: its pointers could not be written: {error}") from error
+    write_checkpoint(run.checkpoints, checkpoint)
+    run.draw()

@@ -1,7 +1,7 @@
 """One training step and the validation loss."""
 
 import signal
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,8 +9,14 @@ import torch
 from sat_lora._sat import mpu
 from sat_lora.doctor.trace import NO_TRACE, NoTrace
 from sat_lora.training.distributed import World, gather_lists
-from sat_lora.training.loss import answer_loss_sum, count_answer_tokens, sum_over_data_parallel, sum_over_ranks
-from sat_lora.training.nonfinite import GradientWatch, Origin, first_nonfinite, held
+from sat_lora.training.loss import (
+    answer_loss_sum,
+    count_answer_tokens,
+    on_device,
+    sum_over_data_parallel,
+    sum_over_ranks,
+)
+from sat_lora.training.nonfinite import Origin, first_nonfinite, held, nonfinite_gradients
 from sat_lora.training.random_state import random_state, set_random_state
 
 ON_THE_HOST = ("image_embed_mask", "vision_expert_mask", "labels")
@@ -30,55 +36,63 @@ class StepResult:
     loss: float  # mean per answer token over all ranks and micro-batches
     nonfinite: str | None = None  # what was not finite, and where it began; then nothing has moved
     stop: signal.Signals | None = None  # the signal that some rank has received
+    counts: tuple[float, ...] = ()  # each number that ranks gave, summed over all of them
 
 
 def train_step(
     engine,
     micro_batches: list[dict],
     world: World,
-    tokens: float,
+    tokens: torch.Tensor | float,
     *,
-    watch: GradientWatch | None = None,
+    checks_gradients: bool = True,
     signals: Mapping[signal.Signals, int] | None = None,
+    counts: Sequence[float] = (),
     trace: NoTrace = NO_TRACE,
 ) -> StepResult:
     """One optimizer step, unless the loss or a gradient is not finite on any rank: then none moves.
 
-    tokens: answer tokens of the step over all ranks. Each micro-batch's loss is a sum divided
-    by it. DeepSpeed then averages over micro-batches and data-parallel ranks, so it is multiplied by both: the gradient
-    is that of the joined batch, however the tokens are spread.
-    watch: of this model; None looks at the loss alone (fp16, where DeepSpeed skips gradients that overflow). signals:
-    how many of each this rank has received. trace: is told of the phases.
+    tokens: answer tokens of the step over all ranks, on the device if they are a tensor: the host does not wait for
+    them. Each micro-batch's loss is a sum divided by it. DeepSpeed then averages over micro-batches and data-parallel
+    ranks, so it is multiplied by both: the gradient is that of the joined batch, however the tokens are spread.
+    checks_gradients: False looks at the loss alone (fp16, where DeepSpeed skips gradients that overflow). signals: how
+    many of each this rank has received. counts: other numbers of this rank that all have to know the sums of. trace:
+    is told of the phases.
+    The host waits for the device once, for the loss, and for all that ranks have to agree on with it.
     """
-    weight = len(micro_batches) * world.data_parallel_size / max(tokens, 1)
+    tokens = on_device(tokens, world.device).clamp(min=1)
+    weight = (len(micro_batches) * world.data_parallel_size / tokens).float()
     signals = signals or {}
     random_before = random_state()
     total = _accumulate(engine, micro_batches, world, weight, trace)
     trace.at("reduce")
     shares_loss = mpu.get_model_parallel_rank() == 0  # ranks that share a sample have the same loss
-    loss, bad_losses, bad_gradients, *received = sum_over_ranks(
+    own = [
         total if shares_loss else 0.0,
         ~total.isfinite(),
-        watch.flag if watch is not None else 0.0,
+        nonfinite_gradients(engine) if checks_gradients else 0.0,
         *signals.values(),
-        device=world.device,
-    )
+        *counts,
+    ]
+    sums = sum_over_ranks(*own, device=world.device)
+    loss, bad_losses, bad_gradients, *rest, tokens = torch.cat([sums, tokens[None]]).tolist()
+    received, counted = rest[: len(signals)], rest[len(signals) :]
     nonfinite = None
     if bad_losses or bad_gradients:
         with held(engine):
             engine.step()
             set_random_state(random_before)
-            source = first_nonfinite(engine.module, watch, lambda: _repeat(engine, micro_batches, world, weight))
+            source = first_nonfinite(engine.module, lambda: _repeat(engine, micro_batches, world, weight))
         nonfinite = _describe("loss" if bad_losses else "gradient", gather_lists([source]))
     else:
         trace.at("optimizer")
         engine.step()
     stop = next((number for number, count in zip(signals, received) if count), None)
-    return StepResult(loss=loss / max(tokens, 1), nonfinite=nonfinite, stop=stop)
+    return StepResult(loss=loss / tokens, nonfinite=nonfinite, stop=stop, counts=tuple(counted))
 
 
 def _accumulate(
-    engine, micro_batches: list[dict], world: World, weight: float, trace: NoTrace = NO_TRACE
+    engine, micro_batches: list[dict], world: World, weight: torch.Tensor, trace: NoTrace = NO_TRACE
 ) -> torch.Tensor:
     """All passes of a step, up to the `engine.step()` that moves the optimizer; the sum of their losses."""
     total = torch.zeros((), device=world.device)
@@ -94,7 +108,7 @@ def _accumulate(
     return total
 
 
-def _repeat(engine, micro_batches: list[dict], world: World, weight: float) -> None:
+def _repeat(engine, micro_batches: list[dict], world: World, weight: torch.Tensor) -> None:
     _accumulate(engine, micro_batches, world, weight)
     engine.step()
 
@@ -117,12 +131,12 @@ def validation_loss(
     loss: mean per answer token, None without any. broken: (path, reason) of samples that could not be read.
     """
     engine.eval()
-    total, tokens, broken = 0.0, 0, []
+    total, tokens, broken = on_device(0.0, world.device), 0, []
     for batch in batches:
         trace.at("evaluate")
         tokens += count_answer_tokens(batch["labels"])
         broken += batch["broken"]
-        total += answer_loss_sum(engine, to_device(batch, world.device)).item()
+        total += answer_loss_sum(engine, to_device(batch, world.device))
     engine.train()
     total, tokens, failures = sum_over_data_parallel(total, tokens, len(broken), device=world.device)
     return total / tokens if tokens else None, gather_lists(broken) if failures else []

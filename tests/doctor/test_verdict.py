@@ -16,7 +16,6 @@ from sat_lora.doctor.testimony import STACKS
 from sat_lora.doctor.trace import Trace
 from sat_lora.doctor.verdict import verdict
 from sat_lora.errors import ConfigError
-from sat_lora.training.nonfinite import GradientWatch
 
 STEP_PY = "/home/me/sat_lora/training/step.py"
 SYNC = [[STEP_PY, 70, "train_step", "loss = total.item()"]]
@@ -27,12 +26,11 @@ IN_AUTOGRAD = [["/x/site-packages/torch/autograd/graph.py", 1, "_engine_run_back
 def leave(run, rank, phase, threads, collectives, arrivals=0):
     """What a rank of two leaves; threads: (name, is main, frames); collectives: (number, operation, sizes, done)."""
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
-    watch = GradientWatch(model, torch.device("cpu"))
-    trace = Trace(run, model, watch, rank=rank, world_size=2)
+    trace = Trace(run, model, rank=rank, world_size=2)
     trace.at("forward", step=5)
     trace.at(phase)
     for number in range(arrivals):
-        trace._arrival(number)
+        trace.arrival(number)(None)
     folder = folder_of(run)
     (folder / ALIVE).write_text('{"0": true, "1": true}')
     entries = [dict(name=name, main=main, frames=frames) for name, main, frames in threads]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sat_lora.errors import ConfigError
-from sat_lora.training.distributed import join
+from sat_lora.training.distributed import ALLOCATOR, _let_memory_grow, join
 from tests.distributed.ranks import run_ranks
 
 
@@ -27,3 +27,11 @@ def join_under_slurm():
 
 def test_ranks_that_torchrun_starts_in_a_slurm_job_are_not():
     assert run_ranks(join_under_slurm, 2) == [2, 2]
+
+
+def test_the_allocator_is_set_where_the_user_has_not():
+    given, none = {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}, {"PATH": "/bin"}
+    for environment in (given, none):
+        _let_memory_grow(environment)
+    assert given == {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}
+    assert none == {"PATH": "/bin", **dict.fromkeys(ALLOCATOR, "expandable_segments:True")}

@@ -1,5 +1,7 @@
 """A loss or gradient that is not finite on any rank: no rank's optimizer moves, and the cause is named."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -8,7 +10,7 @@ from sat_lora.placement import adapters_of
 from sat_lora.training.distributed import arrange, join
 from sat_lora.training.engine import adapter_optimizer, start_engine
 from sat_lora.training.loss import count_answer_tokens, sum_over_data_parallel
-from sat_lora.training.nonfinite import GradientWatch
+from sat_lora.training.nonfinite import nonfinite_gradients
 from sat_lora.training.optimizer_state import create_moments, optimizer_tensors, steps_taken
 from sat_lora.training.step import train_step
 from tests.distributed.ranks import run_ranks
@@ -21,7 +23,7 @@ PLANTED = "transformer.layers.1.mlp"
 class Run:
     """An engine with a watch; `step` takes one step, with a NaN planted on the last rank if `plant` names one."""
 
-    def __init__(self, stage, model_parallel=1, accumulate=1, bf16=False, checkpoint=False):
+    def __init__(self, stage, model_parallel=1, accumulate=1, bf16=False, checkpoint=False, offload=False):
         self.world, self.accumulate = arrange(join(), model_parallel), accumulate
         model = tiny_model(
             torch.bfloat16 if bf16 else torch.float32,
@@ -30,8 +32,9 @@ class Run:
         )
         add_lora(model, LoraConfig(r=4, lora_dropout=0.1))
         model.train()
-        self.watch = GradientWatch(model, self.world.device)
         config = engine_config(stage, 2, accumulate, 1.0, bf16)
+        if offload:
+            config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
         self.engine = start_engine(model, adapter_optimizer(model, lr=1e-2), config)
         create_moments(self.engine)
         torch.manual_seed(self.world.data_parallel_rank)
@@ -41,13 +44,14 @@ class Run:
         batches = [mixed_batch(rank, self.accumulate * number + one) for one in range(self.accumulate)]
         hooks = []
         if plant is not None and self.world.rank == self.world.size - 1:
-            if plant == "batch":
-                batches[-1]["images"] = batches[-1]["images"] * float("nan")
+            if plant in ("batch", "first batch"):
+                number = -1 if plant == "batch" else 0
+                batches[number]["images"] = batches[number]["images"] * float("nan")
             else:
                 module = self.engine.module.get_submodule(PLANTED)
                 hooks.append(module.register_forward_hook(spoil_output if plant == "forward" else spoil_gradient))
         tokens = sum_over_data_parallel(sum(count_answer_tokens(b["labels"]) for b in batches), device="cpu")
-        result = train_step(self.engine, batches, self.world, *tokens, watch=self.watch)
+        result = train_step(self.engine, batches, self.world, *tokens)
         for hook in hooks:
             hook.remove()
         return result
@@ -98,10 +102,16 @@ BACKWARD = (
     "stage, plant, layout, words",
     [
         (0, "backward", {}, BACKWARD),
+        (0, "first batch", dict(accumulate=2), BATCH),
+        (1, "first batch", dict(accumulate=2), BATCH),
+        (2, "first batch", dict(accumulate=2, bf16=True), BATCH),
+        (3, "first batch", dict(accumulate=2), BATCH),
         (1, "batch", dict(bf16=True), BATCH),
         (2, "forward", dict(accumulate=2), FORWARD),
         (3, "backward", dict(checkpoint=True), BACKWARD),
         (2, "backward", dict(model_parallel=2), BACKWARD),
+        (2, "backward", dict(offload=True), BACKWARD),
+        (3, "backward", dict(offload=True, accumulate=2), BACKWARD),
     ],
 )
 def test_a_bad_step_on_one_rank_moves_nothing_on_any_and_is_named(stage, plant, layout, words):
@@ -122,3 +132,31 @@ def name_a_spoiled_adapter():
 def test_the_layer_of_a_spoiled_adapter_is_named():
     ((name, nonfinite),) = run_ranks(name_a_spoiled_adapter, 1)
     assert nonfinite.startswith(f"the loss is not finite, first in the output of {name} (")
+
+
+LARGEST = {kind: torch.finfo(kind).max for kind in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}
+
+
+def engine_with(*gradients):
+    """As far as `nonfinite_gradients` looks at one, with two groups of parameters."""
+    optimizer = SimpleNamespace(averaged_gradients={0: list(gradients[:1]), 1: list(gradients[1:]), 2: None})
+    return SimpleNamespace(optimizer=optimizer, device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize("kind", LARGEST, ids=str)
+def test_finite_is_told_from_not_finite_exactly_and_nothing_is_changed(kind):
+    """The sum of squares of such values is infinite in every dtype, and so is the sum of any two."""
+    smallest, largest = torch.finfo(kind).smallest_normal, LARGEST[kind]
+    finite = torch.tensor([largest, -largest, smallest, -smallest, 0.0, -0.0] * 50, dtype=kind)
+    others = torch.ones(3, 4, dtype=torch.float32), torch.zeros(0, 4), torch.full((2, 3), 1e38).t()
+    before = finite.clone()
+    assert nonfinite_gradients(engine_with(finite, *others)).item() == 0.0
+    assert torch.equal(finite.view(torch.uint8), before.view(torch.uint8))
+    assert nonfinite_gradients(engine_with()).item() == 0.0
+    for value in (float("nan"), float("inf"), -float("inf")):
+        for place in (0, 150, 299):
+            spoiled = finite.clone()
+            spoiled[place] = value
+            assert nonfinite_gradients(engine_with(*others, spoiled)).item() == 1.0
+    bad = torch.full((2,), float("nan"))
+    assert nonfinite_gradients(engine_with(bad, bad.double(), finite, bad)).item() == 1.0

@@ -1,0 +1,197 @@
+"""Saves that are written while the steps go on: what lands on the disk, failures, signals."""
+
+import json
+import os
+import signal
+import time
+from argparse import Namespace
+from itertools import count, pairwise
+from pathlib import Path
+
+import pytest
+import torch
+
+from sat_lora import LoraConfig, add_lora, save_adapter
+from sat_lora.errors import SatLoraError
+from sat_lora.host_copies import CHUNK, HostCopies
+from sat_lora.step_folders import read_pointer
+from sat_lora.training import checkpoint as checkpoint_module
+from sat_lora.training import saving
+from sat_lora.training.checkpoint import STATE, RunState, save_checkpoint
+from sat_lora.training.distributed import arrange, join
+from sat_lora.training.engine import adapter_optimizer, start_engine
+from sat_lora.training.loop import train
+from sat_lora.training.optimizer_state import create_moments
+from sat_lora.training.run_folder import RunFolder
+from sat_lora.training.saving import BackgroundWriter
+from sat_lora.training.stop_signals import Stopped
+from tests.distributed.ranks import run_ranks
+from tests.distributed.training_runs import engine_config, mixed_batch
+from tests.tiny import tiny_model
+
+SAVED_AT, STEPS = 2, 5
+
+
+def options(**changes):
+    settings = dict(train_iters=STEPS, gradient_accumulation_steps=1, batch_size=2, warmup=0, lr=1e-2, min_lr_ratio=0)
+    settings |= dict(lr_decay_style="constant", log_interval=1, eval_interval=0, save_interval=SAVED_AT, keep=0)
+    settings |= dict(max_broken_share=1, skip_nonfinite=0, fp16=False)
+    return Namespace(**settings | changes)
+
+
+class Training:
+    """A run of the loop on this rank; `end` is the error that ended it."""
+
+    def __init__(self, folder, stage=2, model_parallel=1):
+        self.world, self.state = arrange(join(), model_parallel), RunState()
+        model = tiny_model(model_parallel_size=model_parallel).train()
+        add_lora(model, LoraConfig(r=4, modules_to_save=["boi"], use_dora=True, qkv_slots="qv"))
+        self.engine = start_engine(model, adapter_optimizer(model, lr=1e-2), engine_config(stage, 2))
+        create_moments(self.engine)
+        self.folder, self.end = RunFolder(folder, is_writer=self.world.is_main), None
+        torch.manual_seed(self.world.data_parallel_rank)
+
+    def run(self, **changes):
+        batches = (mixed_batch(self.world.data_parallel_rank, step) for step in count())
+        try:
+            train(self.engine, batches, None, options(**changes), self.folder, self.world, self.state, dataset_size=100)
+        except (SatLoraError, Stopped) as error:
+            self.end = f"{type(error).__name__}: {error}"
+        return self
+
+
+def files_in(folder):
+    """Their content; of state.json without the generators, which two runs in one process share."""
+    files = {str(path.relative_to(folder)): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+    if STATE in files:
+        files[STATE] = json.loads(files[STATE])
+        del files[STATE]["random"]
+    return files
+
+
+def before_writing(action):
+    """Let `action(checkpoint)` run on the writer's thread before a checkpoint is written."""
+    write = saving.write_checkpoint
+
+    def write_after(folder, checkpoint):
+        action(checkpoint)
+        write(folder, checkpoint)
+
+    saving.write_checkpoint = write_after
+
+
+def wait_until(condition):
+    deadline = time.monotonic() + 30
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
+def save_on_a_slow_disk(folder, stage, model_parallel):
+    """How far the run was before and after each write, how it ended; then the same save once more, waited for."""
+    run, steps, write = Training(f"{folder}/slow", stage, model_parallel), [], saving.write_checkpoint
+
+    def write_slowly(target, checkpoint):
+        wait_until(lambda: run.state.step >= min(checkpoint.step + 2, STEPS))
+        write(target, checkpoint)
+        steps.append((checkpoint.step, run.state.step))
+
+    saving.write_checkpoint, checkpoint_module.keep_newest = write_slowly, lambda *args: None
+    run.run()
+    again = Training(f"{folder}/other", stage, model_parallel)
+    saving.write_checkpoint = write
+    again.run(train_iters=SAVED_AT, save_interval=0)
+    save_adapter(again.engine.module, f"{folder}/expected/adapter/{SAVED_AT}")
+    samples = 2 * again.world.data_parallel_size
+    save_checkpoint(again.engine, Path(folder) / "expected/checkpoints", again.state, again.world, samples)
+    return steps, run.end, again.end
+
+
+@pytest.mark.parametrize("ranks, stage, model_parallel", [(1, 0, 1), (2, 2, 1), (2, 1, 2), (2, 3, 1)])
+def test_a_slow_disk_holds_no_step_and_later_steps_change_no_byte(tmp_path, ranks, stage, model_parallel):
+    first, *_ = run_ranks(save_on_a_slow_disk, ranks, str(tmp_path), stage, model_parallel)
+    assert first == ([(2, 4), (4, 5), (5, 5)], None, None)
+    for folder in (f"adapter/{SAVED_AT}", f"checkpoints/{SAVED_AT}"):
+        assert len(files_in(tmp_path / "expected" / folder)) == 2
+        assert files_in(tmp_path / "slow" / folder) == files_in(tmp_path / "expected" / folder)
+
+
+def save_where_nothing_can_be_written(folder, **changes):
+    """How a run ends, and after how many steps, whose checkpoints cannot be written."""
+    run = Training(folder)
+    if run.world.is_main:
+        (Path(folder) / "checkpoints").write_text("a file, and no folder")
+    before_writing(lambda checkpoint: wait_until(lambda: run.state.step > checkpoint.step or changes))
+    run.run(**changes)
+    return run.end, run.state.step
+
+
+@pytest.mark.parametrize("changes", [{}, dict(train_iters=SAVED_AT)], ids=["at a later step", "at the end"])
+def test_a_save_that_fails_stops_every_rank_with_its_error(tmp_path, changes):
+    (first, step), (second, other) = run_ranks(save_where_nothing_can_be_written, 2, str(tmp_path), **changes)
+    assert first == second and first.startswith(f"CheckpointError: {tmp_path}/checkpoints/{SAVED_AT}: the checkpoint ")
+    assert "could not be written: " in first
+    assert SAVED_AT <= step == other < STEPS if not changes else step == other == SAVED_AT
+    assert read_pointer(tmp_path / "adapter" / "latest") == SAVED_AT
+
+
+def stop_during_a_save(folder):
+    run = Training(folder)
+
+    def ask_to_stop(checkpoint):
+        if checkpoint.step == SAVED_AT:
+            os.kill(os.getpid(), signal.SIGTERM)
+            wait_until(lambda: run.state.step > checkpoint.step)
+
+    before_writing(ask_to_stop)
+    run.run(train_iters=1000)
+    return run.end, run.state.step
+
+
+def test_a_signal_during_a_save_loses_neither_that_save_nor_the_last_step(tmp_path):
+    (first, step), other = run_ranks(stop_during_a_save, 2, str(tmp_path))
+    assert (first, step) == other == (f"Stopped: stopped by SIGTERM after step {step}", step)
+    assert SAVED_AT < step < 1000
+    assert sorted(path.name for path in (tmp_path / "adapter").iterdir()) == sorted(
+        [str(SAVED_AT), str(step), "latest"]
+    )
+    assert read_pointer(tmp_path / "adapter" / "latest") == read_pointer(tmp_path / "checkpoints" / "latest") == step
+
+
+def test_an_error_on_the_way_out_does_not_cut_the_save_that_is_written(tmp_path):
+    done = []
+
+    def write_slowly():
+        time.sleep(0.2)
+        done.append(True)
+
+    with pytest.raises(KeyError), BackgroundWriter() as writer:
+        writer.start(write_slowly)
+        raise KeyError
+    assert done
+
+
+def test_a_failure_is_told_once():
+    with BackgroundWriter() as writer:
+        writer.start(lambda: 1 / 0)
+        wait_until(lambda: writer.has_failed)
+        with pytest.raises(ZeroDivisionError):
+            writer.wait()
+        assert not writer.has_failed
+        writer.wait()
+
+
+def test_host_copies_hold_any_tensor_and_use_their_memory_again():
+    copies = HostCopies()
+    for _ in range(2):
+        copies.clear()
+        large = torch.arange(CHUNK // 4 + 3, dtype=torch.float32)
+        tensors = [torch.randn(3, 5), torch.zeros(0, 4), torch.tensor(2.5), torch.ones(7, dtype=torch.bfloat16), large]
+        tensors.append(torch.randn(4, 6).t())
+        held = [copies.copy(tensor) for tensor in tensors]
+        copies.wait()
+        for tensor, copy in zip(tensors, held, strict=True):
+            assert torch.equal(copy, tensor) and copy.dtype == tensor.dtype and copy.is_contiguous()
+        storages = {copy.untyped_storage().data_ptr() for copy in held}
+        assert len(storages) == 2
+        ends = sorted((copy.data_ptr(), copy.data_ptr() + copy.nbytes) for copy in held)
+        assert all(before[1] <= after[0] for before, after in pairwise(ends))
