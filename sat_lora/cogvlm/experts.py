@@ -51,8 +51,10 @@ class ExpertAttention(BaseMixin):
         output = route(routing, self.vision_dense_list[layer], attention.dense, context)
         return attention.output_dropout(output) if self.training else output
 
-    def attention_fn(self, query, key, value, mask, dropout=None, *, attention_kind, **kw_args):
-        """SAT's hook, so that its cached autoregressive mixin can wrap it."""
+    def attention_fn(self, query, key, value, mask, dropout=None, *, attention_kind, cache=None, **kw_args):
+        """SAT's hook: over the tokens of this pass, or over those that `cache` holds too."""
+        if cache is not None:
+            return cache.attend(int(kw_args["layer_id"]), query, key, value)
         return attend(query, key, value, mask, attention_kind, dropout.p if dropout is not None else 0.0)
 
 
@@ -105,5 +107,7 @@ class LanguageModelHead(BaseMixin):
             name="lm_head",
         )
 
-    def final_forward(self, hidden_states, **kw_args):
+    def final_forward(self, hidden_states, *, cache=None, **kw_args):
+        if cache is not None:
+            hidden_states = cache.last_tokens(hidden_states)
         return self.lm_head(undo_gradient_sum(hidden_states))

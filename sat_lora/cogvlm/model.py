@@ -9,6 +9,7 @@ from torch import nn
 from sat_lora._sat import BaseModel, RMSNorm, mpu
 from sat_lora.cogvlm.attention import MASKED, mask_kind
 from sat_lora.cogvlm.experts import ExpertAttention, ExpertMlp, LanguageModelHead
+from sat_lora.cogvlm.key_value_cache import KeyValueCache
 from sat_lora.cogvlm.routing import TokenRouting
 from sat_lora.cogvlm.vision import ImageTokens
 from sat_lora.cogvlm.weightless import without_memory
@@ -60,16 +61,17 @@ class CogVLMModel(BaseModel):
         images: torch.Tensor | None = None,
         image_embed_mask: torch.Tensor | None = None,
         vision_expert_mask: torch.Tensor | None = None,
-        mems: torch.Tensor | None = None,
+        cache: KeyValueCache | None = None,
         **kw_args,
     ) -> list:
         """[logits (batch, seq, vocabulary), then SAT's dictionary of each layer].
 
         input_ids, position_ids, image_embed_mask, vision_expert_mask: (batch, seq). images: (images, 3, height, width)
         in the order in which their places appear in the batch. attention_mask: -1 is causal, None is full, or a tensor
-        with 1 where a query may look. mems: SAT's cache of keys and values; with it the tokens are all language.
+        with 1 where a query may look. cache: keeps keys and values and has the head read each row's last token alone,
+        logits (batch, 1, vocabulary); once it holds the prompts, the tokens are the next one of each row, all language.
         """
-        if mems is not None:
+        if cache is not None and cache.holds_prompts:
             images = routing = places = None
         else:
             nothing = torch.zeros_like(input_ids)
@@ -88,7 +90,7 @@ class CogVLMModel(BaseModel):
             routing=routing,
             rope=rotary(position_ids, self.mixins["eva"].boi.dtype),
             attention_kind=kind,
-            mems=mems,
+            cache=cache,
             **kw_args,
         )
 

@@ -136,5 +136,5 @@ def _loss(
 ) -> torch.Tensor:
     """As in training; given what CogVLMModel.forward finds out by looking at its batch, of which there are shapes."""
     rope = model.mixins["rotary"].rotary_emb(ids, model.mixins["eva"].boi.dtype)
-    batch = dict(images=images, image_places=places, routing=routing, rope=rope, attention_kind=CAUSAL, mems=None)
+    batch = dict(images=images, image_places=places, routing=routing, rope=rope, attention_kind=CAUSAL)
     return answer_loss_sum(super(CogVLMModel, model).forward(ids, ids, None, **batch)[0], ids)
