@@ -149,10 +149,12 @@ class Decoder:
         self._model, self._batch = model, batch
         self.is_word = torch.arange(length, device=ids.device) < lengths[:, None]
         self.is_word &= batch["image_embed_mask"] == 0
-        self.cache = KeyValueCache(model, lengths, length + max_new_tokens, model.mixins["eva"].boi.dtype)
+        capture = can_be_captured(model, ids.device)
+        dtype = model.mixins["eva"].boi.dtype
+        self.cache = KeyValueCache(model, lengths, length + max_new_tokens, dtype, fixed_shapes=capture)
         self._tokens = torch.zeros(rows, 1, dtype=torch.long, device=ids.device)
         self._positions = positions.gather(1, lengths[:, None] - 1)
-        self.captured_step = CapturedStep(self._forward, capture=can_be_captured(model, ids.device))
+        self.captured_step = CapturedStep(self._forward, capture=capture)
 
     def read_prompts(self) -> torch.Tensor:
         """Logits (batch, vocabulary) of the token after each prompt."""

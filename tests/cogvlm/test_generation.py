@@ -4,6 +4,8 @@ import pytest
 import torch
 from sat.generation.autoregressive_sampling import update_mems
 from sat.model.cached_autoregressive_model import CachedAutoregressiveMixin
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from sat_lora import ConfigError, DataError, add_lora
 from sat_lora.cogvlm.generation import Decoder, generate, inference
@@ -214,6 +216,37 @@ def test_the_cache_is_as_large_as_its_formula(dtype):
     assert cache.lengths.tolist() == [29] * 3
     used = cache.keys.abs().sum((0, 1, 2, 4)) > 0
     assert used.tolist() == [True] * 29 + [False] * 3
+
+
+@torch.no_grad()
+def test_every_shape_of_a_step_can_be_fixed():
+    """As a CUDA graph needs it: the same operations on the same shapes and addresses in every step, and equal tokens."""
+    model, batch = adapted_model(), joined(prompts_of_many_kinds())
+    expected = generate(model, batch, max_new_tokens=8, eos_token_id=NEVER)
+    decoder = Decoder(model, batch, 8)
+    decoder.cache.fixed_shapes = True
+    tokens, steps = [decoder.read_prompts().argmax(-1)], []
+    for _ in range(7):
+        with SeenOperations() as seen:
+            logits = decoder.step(tokens[-1])
+        tokens.append(logits.argmax(-1))
+        steps.append(seen.operations)
+    assert torch.stack(tokens, 1).tolist() == expected
+    assert len(steps[0]) > 50 and all(step == steps[0] for step in steps)
+
+
+class SeenOperations(TorchDispatchMode):
+    """While entered, notes each operation with the shapes of its tensors, and the addresses of what it writes into."""
+
+    def __init__(self):
+        super().__init__()
+        self.operations = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        tensors = [one for one in tree_leaves((args, kwargs)) if isinstance(one, torch.Tensor)]
+        written = tensors[0].data_ptr() if function._schema.name.endswith("scatter_") else None
+        self.operations.append((function, [(one.shape, one.stride()) for one in tensors], written))
+        return function(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("lengths", [[20], [20, 21], [0, 20], [[20, 20]]])
