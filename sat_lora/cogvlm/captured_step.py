@@ -78,6 +78,6 @@ class CapturedStep:
                 output = self._step()
         except RuntimeError as error:
             self._capture_wanted = False
-            warnings.warn(f"decoding goes on without a CUDA graph, the step could not be captured: {error}", stacklevel=2)
+            warnings.warn(f"no CUDA graph: the step could not be captured, and runs eagerly: {error}", stacklevel=2)
             return
         self._graph, self._output = graph, output

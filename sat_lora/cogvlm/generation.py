@@ -13,6 +13,8 @@ from sat_lora.cogvlm.sampling import GREEDY, Sampling, TokenChooser
 from sat_lora.errors import ConfigError, DataError
 from sat_lora.placement import sat_models
 
+WORTH_CAPTURING = 16  # tokens; before the graph is there, three steps have run in Python and memory was tidied up
+
 
 def generate(
     model: CogVLMModel,
@@ -145,11 +147,11 @@ class Decoder:
         if lengths is None:
             lengths = torch.full((rows,), length, device=ids.device)
         if lengths.shape != (rows,) or not bool(((lengths > 0) & (lengths <= length)).all()):
-            raise DataError(f"generate: lengths {lengths.tolist()} do not fit a batch of {rows} rows of {length} tokens")
+            raise DataError(f"lengths {lengths.tolist()} do not fit a batch of {rows} rows of {length} tokens")
         self._model, self._batch = model, batch
         self.is_word = torch.arange(length, device=ids.device) < lengths[:, None]
         self.is_word &= batch["image_embed_mask"] == 0
-        capture = can_be_captured(model, ids.device)
+        capture = max_new_tokens >= WORTH_CAPTURING and can_be_captured(model, ids.device)
         dtype = model.mixins["eva"].boi.dtype
         self.cache = KeyValueCache(model, lengths, length + max_new_tokens, dtype, fixed_shapes=capture)
         self._tokens = torch.zeros(rows, 1, dtype=torch.long, device=ids.device)

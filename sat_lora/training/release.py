@@ -8,7 +8,7 @@ from sat_lora._sat import BaseModel
 
 
 def end_training(engine) -> BaseModel | None:
-    """The engine's model with its trained values, without gradients and DeepSpeed's hooks; the engine is of no use then.
+    """The engine's model with trained values, without gradients and DeepSpeed's hooks. The engine is of no use then.
 
     Optimizer, gradients and buffers are freed once the caller has let go of engine and optimizer and called
     `free_memory`. None where ZeRO-3 has partitioned the weights: no rank has a whole model, and theirs are freed too.

@@ -1,4 +1,4 @@
-"""Greedy decoding with the cache, against computing the whole sequence again for every token, and against SAT's cache."""
+"""Greedy decoding with the cache, against computing the whole sequence again for every token and against SAT's."""
 
 import pytest
 import torch
@@ -43,7 +43,7 @@ def without_cache(model, batch, count):
 
 @torch.no_grad()
 def with_sat_cache(model, batch, count):
-    """The same tokens with SAT's cached autoregressive mixin, which concatenates keys and values; equal lengths only."""
+    """The same tokens with SAT's cached autoregressive mixin, which concatenates keys and values."""
     positions, vision = batch["position_ids"], ("images", "image_embed_mask", "vision_expert_mask")
     place, tokens = positions[:, -1:], []
     model.add_mixin("auto-regressive", CachedAutoregressiveMixin())
@@ -220,7 +220,7 @@ def test_the_cache_is_as_large_as_its_formula(dtype):
 
 @torch.no_grad()
 def test_every_shape_of_a_step_can_be_fixed():
-    """As a CUDA graph needs it: the same operations on the same shapes and addresses in every step, and equal tokens."""
+    """As a CUDA graph needs it: the same operations on the same shapes and addresses in every step."""
     model, batch = adapted_model(), joined(prompts_of_many_kinds())
     expected = generate(model, batch, max_new_tokens=8, eos_token_id=NEVER)
     decoder = Decoder(model, batch, 8)

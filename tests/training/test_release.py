@@ -29,7 +29,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def train_and_end(stage, dtype):
-    """What lives after `end_training`: names of objects, bytes of tensors beyond the model; and whether it is intact."""
+    """What lives after `end_training`: names of objects, bytes of tensors beyond the model; and how the model is."""
     world = arrange(join())
     config = engine_config(stage, 2, bf16=dtype == "bf16")
     with LiveBytes() as live:
