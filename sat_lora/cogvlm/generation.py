@@ -32,6 +32,8 @@ def generate(
     where rows are padded on the right, as `collate` gives them. A row's answer does not depend on the others.
     stop: strings that end an answer, found in its text as `tokenizer` decodes it; the token with which one begins is
     left out. ConfigError: a setting is wrong; DataError: the lengths do not fit the batch.
+    All ranks of a model-parallel group have to call it with one batch. Where ZeRO-3 has partitioned the weights, all
+    ranks have to call it, and make as many steps as each other: an EOS that only some of them see leaves these waiting.
     """
     answers = _new_answers(batch, eos_token_id, stop, tokenizer if stop else None)
     if stop and tokenizer is None:

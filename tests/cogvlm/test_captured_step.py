@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sat_lora.cogvlm import generation
-from sat_lora.cogvlm.captured_step import CapturedStep
+from sat_lora.cogvlm.captured_step import CapturedStep, can_be_captured
 from sat_lora.cogvlm.generation import Decoder, generate, inference
 from sat_lora.cogvlm.sampling import Sampling
 from sat_lora.mixin import lora_mixins
@@ -25,6 +25,14 @@ def test_without_capture_every_call_is_the_step():
     captured = CapturedStep(step, capture=False)
     assert [int(captured()) for _ in range(5)] == [1, 2, 3, 4, 5]
     assert not captured.is_captured
+
+
+def test_partitioned_weights_are_not_captured():
+    """Nor is anything on a CPU."""
+    model, gpu = tiny_model(), torch.device("cuda")
+    assert can_be_captured(model, gpu) and not can_be_captured(model, torch.device("cpu"))
+    model.transformer.layers[0].attention.dense.weight.ds_id = 7
+    assert not can_be_captured(model, gpu)
 
 
 def on_gpu(model, batch):

@@ -10,6 +10,11 @@ from torch.utils._pytree import tree_leaves
 from sat_lora import ConfigError, DataError, add_lora
 from sat_lora.cogvlm.generation import Decoder, generate, inference
 from sat_lora.mixin import lora_mixins
+from sat_lora.partitioned import Partitioning
+from sat_lora.training.distributed import arrange, join
+from sat_lora.training.engine import set_up_deepspeed, start_engine
+from tests.distributed.ranks import run_ranks
+from tests.distributed.training_runs import engine_config, sgd
 from tests.tiny import PATCHES, fill_adapters, logits_of, tiny_batch, tiny_model
 
 pytestmark = pytest.mark.usefixtures("single_process_group")
@@ -247,6 +252,26 @@ class SeenOperations(TorchDispatchMode):
         written = tensors[0].data_ptr() if function._schema.name.endswith("scatter_") else None
         self.operations.append((function, [(one.shape, one.stride()) for one in tensors], written))
         return function(*args, **(kwargs or {}))
+
+
+def decode_partitioned():
+    """Tokens that this rank decodes with weights that ZeRO-3 has partitioned."""
+    world = arrange(join())
+    config = engine_config(3, 4)
+    set_up_deepspeed()
+    model, partitioning = adapted_model(), Partitioning(config)
+    for parameter in model.parameters():
+        partitioning.partition(parameter)
+    start_engine(model, sgd(model, 0.1), config)
+    prompts = prompts_of_many_kinds()
+    batch = joined(prompts if world.rank == 0 else prompts[::-1])
+    return generate(model, batch, max_new_tokens=8, eos_token_id=NEVER)
+
+
+def test_partitioned_weights_decode_the_same_tokens():
+    model = adapted_model()
+    alone = [without_cache(model, prompt, 8)[0] for prompt in prompts_of_many_kinds()]
+    assert run_ranks(decode_partitioned, 2) == [alone, alone[::-1]]
 
 
 @pytest.mark.parametrize("lengths", [[20], [20, 21], [0, 20], [[20, 20]]])
