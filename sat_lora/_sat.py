@@ -15,9 +15,7 @@ try:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from sat import mpu
-        from sat.generation.autoregressive_sampling import update_mems
         from sat.model.base_model import BaseMixin, BaseModel, non_conflict
-        from sat.model.cached_autoregressive_model import CachedAutoregressiveMixin
         from sat.model.official.vit_model import ImagePatchEmbeddingMixin, ViTProperty
         from sat.mpu import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding, checkpoint
         from sat.mpu.utils import split_tensor_along_last_dim
@@ -36,7 +34,6 @@ __all__ = [
     "HOOKS_DEFAULT",
     "BaseMixin",
     "BaseModel",
-    "CachedAutoregressiveMixin",
     "ColumnParallelLinear",
     "ImagePatchEmbeddingMixin",
     "RMSNorm",
@@ -47,5 +44,4 @@ __all__ = [
     "mpu",
     "non_conflict",
     "split_tensor_along_last_dim",
-    "update_mems",
 ]

@@ -48,8 +48,10 @@ class ExpertAttention(BaseMixin):
         output = route(routing, self.vision_dense_list[layer], attention.dense, context)
         return attention.output_dropout(output) if self.training else output
 
-    def attention_fn(self, query, key, value, mask, dropout=None, *, attention_kind, **kw_args):
-        """SAT's hook, so that its cached autoregressive mixin can wrap it."""
+    def attention_fn(self, query, key, value, mask, dropout=None, *, attention_kind, cache=None, **kw_args):
+        """SAT's hook: over the tokens of this pass, or over those that `cache` holds too."""
+        if cache is not None:
+            return cache.attend(int(kw_args["layer_id"]), query, key, value)
         return attend(query, key, value, mask, attention_kind, dropout.p if dropout is not None else 0.0)
 
 

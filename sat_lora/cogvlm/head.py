@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from sat_lora._sat import BaseMixin, ColumnParallelLinear
 from sat_lora.cogvlm.gradient_sum import undo_gradient_sum
+from sat_lora.cogvlm.key_value_cache import KeyValueCache
 from sat_lora.cogvlm.recompute import recompute_rows
 from sat_lora.cogvlm.routing import to_device
 from sat_lora.cogvlm.text import IGNORED
@@ -34,6 +35,8 @@ class LabelledRows:
 class LanguageModelHead(BaseMixin):
     """The column-parallel output head, its logits gathered: (batch, seq, hidden) -> (batch, seq, vocabulary).
 
+    With a cache, those of each row's last token alone: (batch, 1, vocabulary).
+
     Given labelled rows, the sum of their cross-entropies instead, computed in float32: a scalar. Many rows are cut into
     chunks, and a chunk's logits are made again in backward, so that never more than those of one are alive. Under
     ZeRO-3 each call of the head gathers its weight from all ranks, so there the number of calls is a constant.
@@ -52,7 +55,16 @@ class LanguageModelHead(BaseMixin):
             name="lm_head",
         )
 
-    def final_forward(self, hidden_states, *, labelled: LabelledRows | None = None, **kw_args):
+    def final_forward(
+        self,
+        hidden_states,
+        *,
+        labelled: LabelledRows | None = None,
+        cache: KeyValueCache | None = None,
+        **kw_args,
+    ):
+        if cache is not None:
+            hidden_states = cache.last_tokens(hidden_states)
         if labelled is None:
             return self.lm_head(undo_gradient_sum(hidden_states))
         # Through the hook, which switches a LoRA mixin's deltas on, in the recomputation as well.

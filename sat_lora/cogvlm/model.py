@@ -11,6 +11,7 @@ from sat_lora._sat import BaseModel, mpu
 from sat_lora.cogvlm.attention import MASKED, mask_kind
 from sat_lora.cogvlm.experts import ExpertAttention, ExpertMlp
 from sat_lora.cogvlm.head import LabelledRows, LanguageModelHead
+from sat_lora.cogvlm.key_value_cache import KeyValueCache
 from sat_lora.cogvlm.norm import RMSNorm
 from sat_lora.cogvlm.recompute import LayerCheckpointing
 from sat_lora.cogvlm.routing import TokenRouting, to_device
@@ -65,20 +66,21 @@ class CogVLMModel(BaseModel):
         images: torch.Tensor | None = None,
         image_embed_mask: torch.Tensor | None = None,
         vision_expert_mask: torch.Tensor | None = None,
-        mems: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
+        cache: KeyValueCache | None = None,
         **kw_args,
     ) -> list:
         """[logits (batch, seq, vocabulary), then SAT's dictionary of each layer].
 
         input_ids, position_ids, image_embed_mask, vision_expert_mask: (batch, seq). images: (images, 3, height, width)
         in the order in which their places appear in the batch. attention_mask: -1 is causal, None is full, or a tensor
-        with 1 where a query may look. mems: SAT's cache of keys and values; with it the tokens are all language.
+        with 1 where a query may look. cache: keeps keys and values and has the head read each row's last token alone,
+        logits (batch, 1, vocabulary); once it holds the prompts, the tokens are the next one of each row, all language.
         labels: (batch, seq), IGNORED where a token is not to be learnt; with them a scalar takes the logits' place, the
         sum of the cross-entropies of the labelled tokens given those before them, in float32. The head then runs on
         those positions alone. Both masks and the labels may stay on the CPU: only there does no one wait for a GPU.
         """
-        if mems is not None:
+        if cache is not None and cache.holds_prompts:
             images = routing = places = None
         else:
             nothing = torch.zeros(input_ids.shape)
@@ -98,8 +100,8 @@ class CogVLMModel(BaseModel):
             routing=routing,
             rope=rotary(position_ids, self.mixins["eva"].boi.dtype),
             attention_kind=kind,
-            mems=mems,
             labelled=None if labels is None else LabelledRows.from_labels(labels, input_ids.device),
+            cache=cache,
             **kw_args,
         )
 

@@ -148,4 +148,4 @@ def _peak_of_a_step(model: CogVLMModel, config: dict, rows: int, length: int, la
 def _loss(model: CogVLMModel, ids: torch.Tensor, seen: dict) -> torch.Tensor:
     """As in training; `seen` is what CogVLMModel.forward finds out by looking at its batch, here without values."""
     rope = model.mixins["rotary"].rotary_emb(ids, model.mixins["eva"].boi.dtype)
-    return super(CogVLMModel, model).forward(ids, ids, None, **seen, rope=rope, attention_kind=CAUSAL, mems=None)[0]
+    return super(CogVLMModel, model).forward(ids, ids, None, **seen, rope=rope, attention_kind=CAUSAL)[0]

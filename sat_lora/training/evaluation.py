@@ -6,6 +6,7 @@ from pathlib import Path
 from sat_lora.adapter_file import load_adapter
 from sat_lora.cogvlm.checkpoint import load_cogvlm
 from sat_lora.cogvlm.generation import generate
+from sat_lora.cogvlm.model import CogVLMModel
 from sat_lora.cogvlm.text import Sample, load_tokenizer
 from sat_lora.errors import DataError
 from sat_lora.mixin import lora_mixins
@@ -16,11 +17,15 @@ from sat_lora.training.loss import sum_over_data_parallel
 from sat_lora.training.step import to_device
 
 
-def evaluate_adapter(options: Namespace, adapter: str | Path, world: World) -> dict:
+def evaluate_adapter(
+    options: Namespace, adapter: str | Path, world: World, trained: tuple[CogVLMModel, dict] | None = None
+) -> dict:
     """Answers every item of --test-data by greedy decoding, with and without the adapter; the ranks share the items.
 
     options: from_pretrained, local_tokenizer, test_data, version, prompt, max_length, eval_batch_size, bf16, fp16,
     model_parallel_size and trust_checkpoint, as `parse_options` names them.
+    trained: a model that has trained this adapter on that base, and its config, to be used instead of loading another:
+    disabled it is the base bit for bit, and the adapter on disk is read into it.
     Returns {"images": n, "base": {"exact_match": x, "exact_match_ignoring_case": y}, "adapter": {...}} with shares in
     [0, 1]; unreadable items are left out of n and listed under "broken". Both come from what lies on disk.
     """
@@ -30,7 +35,7 @@ def evaluate_adapter(options: Namespace, adapter: str | Path, world: World) -> d
             f"--test-data: {', '.join(options.test_data)}: no images there; give folders of images LABEL.png"
         )
     tokenizer = load_tokenizer(options.local_tokenizer)
-    model, config = load_cogvlm(
+    model, config = trained or load_cogvlm(
         options.from_pretrained,
         dtype=base_dtype(options),
         device=world.device,
@@ -58,16 +63,17 @@ def evaluate_adapter(options: Namespace, adapter: str | Path, world: World) -> d
         broken += [(s.path, s.reason) for s, _ in samples if not isinstance(s, Sample)]
         usable = [(s, answer) for s, answer in samples if isinstance(s, Sample)]
         images += len(usable)
-        for group in _of_equal_length(usable):
-            batch = to_device(collate([s for s, _ in group], image_size=dataset.image_size), world.device)
-            for side, counts in right.items():
-                for mixin in lora_mixins(model).values():
-                    mixin.enabled = side == "adapter"
-                tokens = generate(model, batch, max_new_tokens=longest, eos_token_id=tokenizer.eos_token_id)
-                for ids, (_, answer) in zip(tokens, group):
-                    said = tokenizer.decode(ids, skip_special_tokens=True).strip()
-                    counts[0] += said == answer
-                    counts[1] += said.lower() == answer.lower()
+        if not usable:
+            continue
+        batch = to_device(collate([sample for sample, _ in usable], image_size=dataset.image_size), world.device)
+        for side, counts in right.items():
+            for mixin in lora_mixins(model).values():
+                mixin.enabled = side == "adapter"
+            tokens = generate(model, batch, max_new_tokens=longest, eos_token_id=tokenizer.eos_token_id)
+            for ids, (_, answer) in zip(tokens, usable):
+                said = tokenizer.decode(ids, skip_special_tokens=True).strip()
+                counts[0] += said == answer
+                counts[1] += said.lower() == answer.lower()
     images, *sums = sum_over_data_parallel(images, *right["base"], *right["adapter"], device=world.device)
     broken = sorted(set(gather_lists(broken)))
     if not images:
@@ -76,14 +82,6 @@ def evaluate_adapter(options: Namespace, adapter: str | Path, world: World) -> d
     names = ("exact_match", "exact_match_ignoring_case")
     result = {"images": int(images), "base": dict(zip(names, shares[:2])), "adapter": dict(zip(names, shares[2:]))}
     return {**result, "broken": [path for path, _ in broken]} if broken else result
-
-
-def _of_equal_length(samples: list[tuple[Sample, str]]) -> list[list[tuple[Sample, str]]]:
-    """Groups with one prompt length each: SAT's cache knows no padding."""
-    groups: dict[int, list] = {}
-    for sample in samples:
-        groups.setdefault(len(sample[0].input_ids), []).append(sample)
-    return list(groups.values())
 
 
 def evaluation_table(result: dict) -> str:

@@ -1,11 +1,11 @@
 """One fine-tuning run, from options to the saved adapter."""
 
-import gc
 from argparse import Namespace
 from collections.abc import Callable
 
 import torch
 
+from sat_lora.cogvlm.model import CogVLMModel
 from sat_lora.doctor.rank_files import clear
 from sat_lora.doctor.replay import LIMIT, steps_to_replay
 from sat_lora.doctor.trace import NO_TRACE, NoTrace, Trace
@@ -19,6 +19,7 @@ from sat_lora.training.evaluation import evaluate_adapter, evaluation_table
 from sat_lora.training.loop import train
 from sat_lora.training.optimizer_state import create_moments
 from sat_lora.training.prepare import dataset_maker, load_base, model_seed, on_first_rank, prepare
+from sat_lora.training.release import end_training, free_memory
 from sat_lora.training.run_folder import RunFolder, write_json
 from sat_lora.training.schedule import total_steps
 from sat_lora.training.sources import open_sources
@@ -75,10 +76,11 @@ def finetune(options: Namespace, make_data: Callable[[], None] | None = None) ->
     with run, watched(trace, LIMIT if options.replay else options.watchdog_limit):
         run.start(options.train_iters, state.step)
         train(engine, loader, valid, options, run, world, state, dataset_size=data.samples, trace=trace)
-    del engine, model, optimizer, loader
-    gc.collect()
+    model = end_training(engine)
+    del engine, optimizer
+    free_memory()
     if options.test_data:
-        _evaluate(options, world, run)
+        _evaluate(options, world, run, None if model is None else (model, config))
     return world
 
 
@@ -90,8 +92,9 @@ def _trace(options: Namespace, run: RunFolder, world: World, model: torch.nn.Mod
     return Trace(run.path, model, rank=world.rank, world_size=world.size)
 
 
-def _evaluate(options: Namespace, world: World, run: RunFolder) -> None:
-    result = together(evaluate_adapter, options, run.adapters, world)
+def _evaluate(options: Namespace, world: World, run: RunFolder, trained: tuple[CogVLMModel, dict] | None) -> None:
+    """With the model that has trained, where no rank has to gather it: there is never a second one in memory."""
+    result = together(evaluate_adapter, options, run.adapters, world, trained)
     if world.is_main:
         write_json(run.path / "evaluation.json", result)
     run.say(evaluation_table(result))

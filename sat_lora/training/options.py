@@ -149,7 +149,13 @@ def build_parser() -> argparse.ArgumentParser:
     add(saving, "--keep", "newest adapters to keep, the best aside; 0: all", type=count, metavar="K")
     add(saving, "--eval-interval", "steps between validation losses; 0: at the end only", type=count, metavar="N")
     add(saving, "--eval-iters", "validation batches per rank; 0: all", type=count, metavar="N")
-    add(saving, "--eval-batch-size", "for validation (default: --batch-size)", type=positive_int, metavar="N")
+    add(
+        saving,
+        "--eval-batch-size",
+        "for validation and --test-data (default: --batch-size)",
+        type=positive_int,
+        metavar="N",
+    )
     add(saving, "--log-interval", "steps between the lines of train.jsonl", type=positive_int, metavar="N")
 
     add(checking, "--doctor", "check everything with one step per kind of batch, write nothing, and end", **flag)

@@ -17,13 +17,15 @@ from tests.distributed.ranks import run_ranks
 from tests.tiny import fill_adapters, logits_of
 
 BASE = Path(__file__).parents[2] / "finetune_demo" / "tiny_cogvlm"
+LORA = dict(r=4, modules_to_save=["boi"])
+QUERIES = ("CAPTCHA:", "A", "CAPTCHA: what is it?")  # prompts of one batch have several lengths
 
 
-def read_plainly(model, tokenizer, path):
+def read_plainly(model, tokenizer, path, query):
     """Greedy decoding of one image, everything computed again for every token."""
     image, said = load_image(path, (42, 42)), []
     for _ in range(4):
-        sample = build_sample(tokenizer, prompt_for("base", "CAPTCHA:"), None, 36, 64, image)
+        sample = build_sample(tokenizer, prompt_for("base", query), None, 36, 64, image)
         ids = torch.cat([sample.input_ids, torch.tensor(said, dtype=torch.long)])
         more = sample.position_ids[-1] + 1 + torch.arange(len(said))
         zeros = torch.zeros(len(said), dtype=torch.long)
@@ -49,21 +51,24 @@ def prepare(folder, captchas):
     tokenizer, paths = load_tokenizer(BASE), sorted(Path(captchas, "test").rglob("*.png"))[:12]
     model, _ = load_cogvlm(BASE)
     model.eval()
-    base_says = [read_plainly(model, tokenizer, path) for path in paths]
-    add_lora(model, r=4)
+    questions = [(path, QUERIES[number % len(QUERIES)]) for number, path in enumerate(paths)]
+    base_says = [read_plainly(model, tokenizer, *question) for question in questions]
+    add_lora(model, **LORA)
     fill_adapters(model, std=0.05)
+    with torch.no_grad():
+        model.mixins["eva"].boi += 0.3
     save_adapter(model, folder / "adapter")
     model, _ = load_cogvlm(BASE)
     load_adapter(model.eval(), folder / "adapter")
-    adapter_says = [read_plainly(model, tokenizer, path) for path in paths]
+    adapter_says = [read_plainly(model, tokenizer, *question) for question in questions]
     answers = base_says[:6] + adapter_says[6:9] + ["never said"] * 3
-    lines = [{"image": str(path), "answer": answer} for path, answer in zip(paths, answers)]
+    lines = [dict(image=str(path), prompt=query, answer=answer) for (path, query), answer in zip(questions, answers)]
     lines.append({"image": str(folder / "missing.png"), "answer": "1"})
     (folder / "items.jsonl").write_text("\n".join(map(json.dumps, lines)))
     return [sum(map(str.__eq__, said, answers)) / 12 for said in (base_says, adapter_says)]
 
 
-def evaluate(folder, batch_size, model_parallel=1):
+def evaluate(folder, batch_size, model_parallel=1, with_trained_model=False):
     world = arrange(join(), model_parallel)
     torch.set_num_threads(1)
     options = Namespace(
@@ -71,7 +76,14 @@ def evaluate(folder, batch_size, model_parallel=1):
         prompt="CAPTCHA:", max_length=64, eval_batch_size=batch_size, bf16=False, fp16=False,
         model_parallel_size=model_parallel, trust_checkpoint=False,
     )  # fmt: skip
-    return evaluate_adapter(options, folder / "adapter", world)
+    if not with_trained_model:
+        return evaluate_adapter(options, folder / "adapter", world)
+    trained = load_cogvlm(BASE, model_parallel_size=model_parallel)
+    add_lora(trained[0].train(), **LORA)
+    fill_adapters(trained[0], seed=1)  # not what was saved
+    with torch.no_grad():
+        trained[0].mixins["eva"].boi -= 0.3
+    return evaluate_adapter(options, folder / "adapter", world, trained)
 
 
 def test_shares_equal_those_counted_by_hand_however_the_work_is_split(tmp_path, captchas):
@@ -79,6 +91,8 @@ def test_shares_equal_those_counted_by_hand_however_the_work_is_split(tmp_path, 
     assert base != adapter
     results = run_ranks(evaluate, 1, tmp_path, 5) + run_ranks(evaluate, 2, tmp_path, 2)
     results += run_ranks(evaluate, 2, tmp_path, 4, model_parallel=2)
+    results += run_ranks(evaluate, 1, tmp_path, 5, with_trained_model=True)
+    results += run_ranks(evaluate, 2, tmp_path, 4, model_parallel=2, with_trained_model=True)
     for result in results:
         assert result["images"] == 12
         assert result["base"]["exact_match"] == pytest.approx(base)
