@@ -10,7 +10,6 @@ from sat_lora._sat import BaseModel
 from sat_lora.doctor.trace import NO_TRACE, NoTrace, Trace
 from sat_lora.training.distributed import World
 from sat_lora.training.engine import adapter_optimizer, start_engine
-from sat_lora.training.nonfinite import GradientWatch
 from sat_lora.training.run_folder import RunFolder
 from sat_lora.training.step import train_step
 
@@ -37,14 +36,12 @@ def run_step(
 ) -> RunStep:
     """The step under DeepSpeed's engine at that ZeRO stage, for a model with adapters on the device it is on.
 
-    watch: looks at the gradients. trace_folder: a run's, None: nothing is traced. log: where each step writes a line.
+    watch: whether the step looks at its gradients. trace_folder: a run's, None: nothing is traced. log: where each
+    step writes a line.
     """
     device = next(model.parameters()).device
     world = World(rank=0, size=1, device=device, data_parallel_rank=0, data_parallel_size=1)
-    gradient_watch = GradientWatch(model, device) if watch or trace_folder else None
-    trace = NO_TRACE
-    if trace_folder is not None:
-        trace = Trace(trace_folder, model, gradient_watch, rank=0, world_size=1)
+    trace = NO_TRACE if trace_folder is None else Trace(trace_folder, model, rank=0, world_size=1)
     with described_as_alone():
         engine = start_engine(model, adapter_optimizer(model, lr=RATE), engine_config(model, batch, stage))
     trace.follow(engine)
@@ -55,7 +52,7 @@ def run_step(
         nonlocal step
         step += 1
         trace.at("data", step=step)
-        result = train_step(engine, [batch], world, tokens, watch=gradient_watch, trace=trace)
+        result = train_step(engine, [batch], world, tokens, checks_gradients=watch, trace=trace)
         trace.at("save")
         if log is not None:
             norm = engine.get_global_grad_norm()

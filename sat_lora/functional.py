@@ -181,7 +181,7 @@ def _add_slots(y: torch.Tensor, s: torch.Tensor, b: torch.Tensor, scale: float, 
 
 
 class _AddDelta(torch.autograd.Function):
-    """Written out in one piece: it runs for every adapted linear of every pass, and each call of a helper would show."""
+    """Written out in one piece: it runs for every adapted linear of every pass, and each call of a helper shows."""
 
     @staticmethod
     def forward(ctx, y, x, a, b, constants):
@@ -213,7 +213,7 @@ class _AddDelta(torch.autograd.Function):
 
 def _backward(ctx, dy):
     x, s, a, b, keep, weight = ctx.saved_tensors
-    need_y, need_x, need_a, need_b, _ = ctx.needs_input_grad
+    need_y, need_x, need_a, _, _ = ctx.needs_input_grad
     scale, layout, factor, shape = ctx.constants
     dtype = dy.dtype
     rows = dy if dy.dim() == 2 else dy.reshape(-1, dy.shape[-1])

@@ -108,7 +108,8 @@ from triton.compiler import ASTSource
 from sat_lora.cogvlm import kernels
 
 sizes = dict(size=None, INVERSE=True, HEADS=32, HALF=64, BLOCK=1024)
-counts = {name for name in kernels.rotary.arg_names if name.partition("_")[0] in ("q", "k", "v")} | {"seq", "heads", "half"}
+counts = {name for name in kernels.rotary.arg_names if name.partition("_")[0] in ("q", "k", "v")}
+counts |= {"seq", "heads", "half"}
 for kernel in (kernels.rotary, kernels.silu_mul, kernels.silu_mul_backward):
     for dtype in ("*fp32", "*bf16", "*fp16"):
         constants = {name: sizes[name] for name in kernel.arg_names if name.isupper()}
