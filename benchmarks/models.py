@@ -113,7 +113,7 @@ def allow_checkpointing(device: torch.device) -> None:
 def checkpoint_activations(model: BaseModel, wanted: bool) -> None:
     """Both towers recompute their layers in backward from now on, or do not."""
     for tower in (model, model.mixins["eva"].vit_model):
-        tower.transformer.checkpoint_activations = wanted
+        tower.checkpointing.active = wanted
 
 
 def forward_flops(config: dict, samples: int, words: int) -> float:

@@ -11,7 +11,6 @@ from sat_lora.cogvlm.key_value_cache import KeyValueCache
 from sat_lora.cogvlm.model import CogVLMModel
 from sat_lora.cogvlm.sampling import GREEDY, Sampling, TokenChooser
 from sat_lora.errors import ConfigError, DataError
-from sat_lora.placement import sat_models
 
 WORTH_CAPTURING = 16  # tokens; before the graph is there, three steps have run in Python and memory was tidied up
 
@@ -121,18 +120,12 @@ class _HostCopy:
 
 @contextmanager
 def inference(model: CogVLMModel) -> Iterator[None]:
-    """The model in evaluation mode and without activation checkpointing, and afterwards as it was."""
+    """The model in evaluation mode, and afterwards as it was."""
     was_training = model.training
-    transformers = [inner.transformer for inner in sat_models(model).values()]
-    checkpointing = [transformer.checkpoint_activations for transformer in transformers]
     model.eval()
-    for transformer in transformers:
-        transformer.checkpoint_activations = False
     try:
         yield
     finally:
-        for transformer, value in zip(transformers, checkpointing):
-            transformer.checkpoint_activations = value
         model.train(was_training)
 
 

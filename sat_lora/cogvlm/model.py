@@ -39,7 +39,7 @@ class CogVLMModel(BaseModel):
             **kwargs,
         )
         del self.transformer.position_embeddings
-        self._checkpointing = LayerCheckpointing(self)
+        self.checkpointing = LayerCheckpointing(self)
         common = dict(params_dtype=params_dtype, skip_init=args.skip_init)
         self.image_length = args.image_length
         self.add_mixin("lm", LanguageModelHead(args.vocab_size, args.hidden_size, **common))
@@ -109,7 +109,7 @@ class CogVLMModel(BaseModel):
         """SAT's hook: the layer as it is, recomputed in backward where that is switched on and of use."""
         number = int(kw_args["layer_id"])
         layer = partial(self.transformer.layers[number], **kw_args)
-        return self._checkpointing.run(layer, number, self, hidden_states, mask)
+        return self.checkpointing.run(layer, number, self, hidden_states, mask)
 
     def _check_images(self, images: torch.Tensor | None, places: int) -> torch.Tensor:
         if images is None and places == 0:

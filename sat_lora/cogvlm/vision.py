@@ -57,7 +57,7 @@ class EVA2CLIPModel(BaseModel):
         args.max_sequence_length = grid.seq_len
         super().__init__(args, params_dtype=params_dtype, layernorm=nn.LayerNorm, activation_func=F.gelu, **kwargs)
         self.transformer.property = grid
-        self._checkpointing = LayerCheckpointing(self)
+        self.checkpointing = LayerCheckpointing(self)
         self.add_mixin("patch_embedding", ImagePatchEmbeddingMixin(args.in_channels, args.hidden_size, grid))
         self.add_mixin("pos_embedding", PositionEmbedding())
         self.add_mixin("final", DropClassToken())
@@ -78,7 +78,7 @@ class EVA2CLIPModel(BaseModel):
             x = x + layer.input_layernorm(layer.attention(x, mask, **kw_args))
             return x + layer.post_attention_layernorm(layer.mlp(x, **kw_args))
 
-        return self._checkpointing.run(run, number, self, hidden_states, mask)
+        return self.checkpointing.run(run, number, self, hidden_states, mask)
 
 
 class Projector(nn.Module):

@@ -185,15 +185,12 @@ def test_the_model_is_afterwards_as_it_was_before(training):
     assert generate(model, batch, max_new_tokens=3, eos_token_id=NEVER) == first
 
 
-@pytest.mark.parametrize("checkpointing", [True, False])
-def test_the_model_is_as_it_was_after_an_exception_too(checkpointing):
-    switches = dict(checkpoint_activations=checkpointing, vit_checkpoint_activations=checkpointing)
-    model = tiny_model(**switches).train()
-    transformers = [model.transformer, model.mixins["eva"].vit_model.transformer]
+def test_the_model_is_as_it_was_after_an_exception_too():
+    model = tiny_model().train()
     with pytest.raises(KeyboardInterrupt), inference(model):
-        assert not model.training and not any(one.checkpoint_activations for one in transformers)
+        assert not model.training
         raise KeyboardInterrupt
-    assert model.training and [one.checkpoint_activations for one in transformers] == [checkpointing] * 2
+    assert model.training
 
 
 def test_the_head_reads_one_token_of_each_row():
