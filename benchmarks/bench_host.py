@@ -38,7 +38,7 @@ CPU = torch.device("cpu")
 WATCHED = ("ZeRO 2", "ZeRO 2, watch", "ZeRO 2, watch, watchdog")
 SHAPES = {"plain": Shape(32, 32), "q/k/v": Shape(32, 96, 3)}
 STEPS = ("frozen", "adapters", "adapters, AdamW", "ZeRO 0", "ZeRO 1", *WATCHED)
-PARTS = ("steps", "watchers", "token")
+PARTS = ("linears", "steps", "watchers", "token")
 DEPTH = (32, 63)  # of CogVLM-17B's language model and vision transformer
 SHORTER = 4  # a step of so many times fewer layers, so often: few per cent show in the least of many short steps alone
 CHECKPOINTING = {"without checkpointing": False, "with": True}
@@ -289,7 +289,7 @@ def goal_table(report: dict, markdown: bool) -> str:
 
 def options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS, help="beside the linears, always measured")
+    parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS, help="the linears are always measured")
     parser.add_argument("--calls", type=int, default=50, help="of a linear, in one repetition")
     parser.add_argument("--repeats", type=int, default=40, help="of a linear")
     parser.add_argument("--step-repeats", type=int, default=30, help="of a step and of an answer")

@@ -14,7 +14,7 @@ GPUS, GIGABYTES = (8, 64, 512), (80, 40, 24)
 ASSUMED = f"""\
 # What scaling costs
 
-**Computed, not measured**: there was no GPU. `python -m benchmarks.scaling > benchmarks/scaling.md` writes this page.
+**Computed, not measured.** `python -m benchmarks.scaling > benchmarks/scaling.md` writes this page.
 
 - **Counted.** The collectives, with their bytes, are those that one training step of a tiny CogVLM makes on two gloo
   ranks, caught at torch's c10d operators: data-parallel with ZeRO 1, 2 and 3, model-parallel with and without
