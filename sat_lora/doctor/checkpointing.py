@@ -42,8 +42,9 @@ def _moments(record: Passes) -> list[str]:
 
 
 def _recomputed_otherwise(record: Passes, tolerance: float) -> list[Finding]:
-    """The first module whose n-th recomputed output is not its n-th one; modules are in the order in which they end,
-    so that it is the innermost."""
+    """The first module that gave another output when it was recomputed; modules are in the order in which they end, so
+    that it is the innermost. Regions are recomputed from the last to the first, so outputs are paired by size.
+    """
     for name, calls in record.calls.items():
         forward = [call for call in calls if call.checkpointed and not call.in_backward]
         again = [call for call in calls if call.in_backward]
@@ -52,14 +53,19 @@ def _recomputed_otherwise(record: Passes, tolerance: float) -> list[Finding]:
         if len(forward) != len(again):
             seen = f"{name} ran {len(forward)} times in forward and {len(again)} times when it was recomputed"
             return [Finding(code="recompute-differs", seen=seen, module=name)]
-        for number, pair in enumerate(zip(forward, again)):
+        for pair in zip(sorted(forward, key=_by_size), sorted(again, key=_by_size)):
             if not _same(*pair, tolerance):
                 seen = (
                     f"{name}: the sum of its output's magnitudes was {pair[0].sums[1]:.9g} in forward and "
-                    f"{pair[1].sums[1]:.9g} when it was recomputed" + (f" (call {number + 1})" if number else "")
+                    f"{pair[1].sums[1]:.9g} when it was recomputed"
                 )
                 return [Finding(code="recompute-differs", seen=seen, module=name)]
     return []
+
+
+def _by_size(call: Call) -> tuple[bool, float]:
+    size = call.sums[1]
+    return size != size, size  # NaN last
 
 
 def _same(one: Call, other: Call, tolerance: float) -> bool:

@@ -107,17 +107,16 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from sat_lora.cogvlm import kernels
 
-sizes = dict(size=None, INVERSE=True, HEADS=32, HALF=64, BLOCK=1024)
-counts = {name for name in kernels.rotary.arg_names if name.partition("_")[0] in ("q", "k", "v")}
-counts |= {"seq", "heads", "half"}
+sizes = dict(INVERSE=True, HEADS=32, HALF=64, BLOCK=1024)
+strides = {name for name in kernels.rotary.arg_names if name[:2] in ("q_", "k_", "v_")}
+counts = strides | {"seq", "heads", "half", "size"}
 for kernel in (kernels.rotary, kernels.silu_mul, kernels.silu_mul_backward):
-    for dtype in ("*fp32", "*bf16", "*fp16"):
-        constants = {name: sizes[name] for name in kernel.arg_names if name.isupper()}
-        signature = {name: "i32" if name in counts | {"size"} else dtype for name in kernel.arg_names}
-        signature |= dict.fromkeys(constants, "constexpr")
-        constants = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
-        source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
-        assert "cubin" in compile(source, target=GPUTarget("cuda", 80, 32)).asm
+    constants = {name: sizes[name] for name in kernel.arg_names if name.isupper()}
+    signature = {name: "i32" if name in counts else "*bf16" for name in kernel.arg_names}
+    signature |= dict.fromkeys(constants, "constexpr")
+    constants = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+    assert "cubin" in compile(source, target=GPUTarget("cuda", 80, 32)).asm
 """
 
 

@@ -7,6 +7,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from sat_lora import LoraConfig, add_lora
+from sat_lora.cogvlm import head
 from sat_lora.doctor.batches import kinds_of
 from sat_lora.doctor.examination import examine
 from sat_lora.placement import adapters_of
@@ -164,6 +165,18 @@ def test_checkpointing_without_an_input_that_asks_for_a_gradient_is_found():
     for found in run_ranks(vit_in_evaluation_mode_under_sats_checkpointing, 2):
         assert {(code, ranks) for code, ranks, *_ in found} == {("checkpoint-without-grad", (0, 1))}
         assert found[0][2].startswith(f"{VIT}.transformer.layers.0") and VIT in found[0][3]
+
+
+def head_in_chunks():
+    """The regions of a step's chunks are recomputed from the last to the first."""
+    world = arrange(join())
+    head.CHUNK_ROWS = 3
+    model = tiny(world, LoraConfig(r=4, target_modules=["all-linear", "lm-head"], lora_dropout=0.1), checkpoint=True)
+    return told(examine(model, batches_of(world), loss_of))
+
+
+def test_chunks_of_the_head_are_no_finding():
+    assert run_ranks(head_in_chunks, 2) == [[], []]
 
 
 def noise_of_pythons_own(module, args, output):
