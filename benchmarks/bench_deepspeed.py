@@ -27,11 +27,11 @@ CPU = torch.device("cpu")
 STAGES = (0, 1, 2)
 TOKENS = 2
 PARTS = {
-    "grad_handling_hook": "a hook per gradient: into the bucket",
-    "count_used_parameters_in_backward": "of that, counting the hooks to expect",
-    "average_tensor": "of that, reducing a full bucket",
-    "copy_grads_in_partition": "of that, out of the bucket",
-    "allreduce_gradients": "stage 0: reducing all gradients",
+    "grad_handling_hook": "a hook per gradient, at stage 2 into the bucket",
+    "count_used_parameters_in_backward": "counting the hooks to expect",
+    "average_tensor": "reducing a full bucket",
+    "copy_grads_in_partition": "out of the bucket",
+    "allreduce_gradients": "after the backward pass: reducing what is left, or all",
     "clip_grad_norm_": "stage 0: norm and clipping",
     "get_grad_norm_direct": "norm",
     "unscale_and_clip_grads": "clipping",

@@ -115,23 +115,26 @@ def test_a_slow_disk_holds_no_step_and_later_steps_change_no_byte(tmp_path, rank
         assert files_in(tmp_path / "slow" / folder) == files_in(tmp_path / "expected" / folder)
 
 
-def save_where_nothing_can_be_written(folder, **changes):
+def save_where_nothing_can_be_written(folder, train_iters, save_interval):
     """How a run ends, and after how many steps, whose checkpoints cannot be written."""
     run = Training(folder)
     if run.world.is_main:
         (Path(folder) / "checkpoints").write_text("a file, and no folder")
-    before_writing(lambda checkpoint: wait_until(lambda: run.state.step > checkpoint.step or changes))
-    run.run(**changes)
+    before_writing(lambda checkpoint: wait_until(lambda: run.state.step >= min(checkpoint.step + 1, train_iters)))
+    run.run(train_iters=train_iters, save_interval=save_interval)
     return run.end, run.state.step
 
 
-@pytest.mark.parametrize("changes", [{}, dict(train_iters=SAVED_AT)], ids=["at a later step", "at the end"])
-def test_a_save_that_fails_stops_every_rank_with_its_error(tmp_path, changes):
-    (first, step), (second, other) = run_ranks(save_where_nothing_can_be_written, 2, str(tmp_path), **changes)
-    assert first == second and first.startswith(f"CheckpointError: {tmp_path}/checkpoints/{SAVED_AT}: the checkpoint ")
-    assert "could not be written: " in first
-    assert SAVED_AT <= step == other < STEPS if not changes else step == other == SAVED_AT
-    assert read_pointer(tmp_path / "adapter" / "latest") == SAVED_AT
+@pytest.mark.parametrize("steps, interval, stops_before", [(1000, 10, 20), (3, 2, 4), (2, 2, 3)], ids=str)
+def test_a_save_that_fails_stops_every_rank_with_its_error(tmp_path, steps, interval, stops_before):
+    """At a step before the next save, at that save, at the end."""
+    (first, step), other = run_ranks(save_where_nothing_can_be_written, 2, str(tmp_path), steps, interval)
+    assert (first, step) == other
+    assert first.startswith(
+        f"CheckpointError: {tmp_path}/checkpoints/{interval}: the checkpoint could not be written: "
+    )
+    assert interval <= step < stops_before
+    assert read_pointer(tmp_path / "adapter" / "latest") == interval
 
 
 def stop_during_a_save(folder):
