@@ -86,8 +86,13 @@ def test_the_repetition_penalty_is_on_words_of_the_prompt_and_of_the_answer():
     """Not on the padding id, nor on what stands at the places of an image."""
     model, prompts = tiny_model().eval(), prompts_of_many_kinds()
     expected = [penalised_without_cache(model, prompt, 12, 4.0) for prompt in prompts]
+    batch = joined(prompts)
+    for row, tokens in enumerate(expected):  # what would be said, stands where it must not count
+        no_word = batch["image_embed_mask"][row] == 1
+        no_word[batch["lengths"][row] :] = True
+        batch["input_ids"][row, no_word] = tokens[0]
     sampling = Sampling(repetition_penalty=4.0)
-    tokens = generate(model, joined(prompts), max_new_tokens=12, eos_token_id=NEVER, sampling=sampling)
+    tokens = generate(model, batch, max_new_tokens=12, eos_token_id=NEVER, sampling=sampling)
     assert tokens == expected
     assert tokens != [without_cache(model, prompt, 12)[0] for prompt in prompts]
 
@@ -128,8 +133,8 @@ def draw_in_layout(model_parallel):
     from sat_lora.training.distributed import arrange, join
 
     arrange(join(), model_parallel)
-    torch.manual_seed(torch.distributed.get_rank())
     model, batch = tiny_model(model_parallel_size=model_parallel), joined(prompts_of_many_kinds())
+    torch.manual_seed(torch.distributed.get_rank())
     limits = dict(max_new_tokens=10, eos_token_id=NEVER)
     seeded = Sampling(temperature=1.0, top_k=50, seed=3)
     unseeded = generate(model, batch, **limits, sampling=Sampling(temperature=1.0))
