@@ -33,7 +33,7 @@ def value_findings(
             if loss.requires_grad:
                 (backward or torch.Tensor.backward)(loss)
 
-        origin = first_nonfinite(model, None, repeat)
+        origin = first_nonfinite(model, repeat)
         if own is None:
             return []
         seen = f"with {record.kind} the {own} is not finite"
