@@ -140,12 +140,13 @@ class Decoder:
         rows, length = ids.shape
         lengths = batch.get("lengths")
         if lengths is None:
-            lengths = torch.full((rows,), length, device=ids.device)
+            lengths = torch.full((rows,), length)
+        lengths = lengths.to(ids.device)
         if lengths.shape != (rows,) or not bool(((lengths > 0) & (lengths <= length)).all()):
             raise DataError(f"lengths {lengths.tolist()} do not fit a batch of {rows} rows of {length} tokens")
         self._model, self._batch = model, batch
         self.is_word = torch.arange(length, device=ids.device) < lengths[:, None]
-        self.is_word &= batch["image_embed_mask"] == 0
+        self.is_word &= batch["image_embed_mask"].to(ids.device) == 0
         capture = max_new_tokens >= WORTH_CAPTURING and can_be_captured(model, ids.device)
         dtype = model.mixins["eva"].boi.dtype
         self.cache = KeyValueCache(model, lengths, length + max_new_tokens, dtype, fixed_shapes=capture)

@@ -28,18 +28,17 @@ def nonfinite_gradients(engine) -> torch.Tensor:
     and neither waits for the device nor changes them. They are sums over micro-batches and data-parallel ranks, which
     a value that is not finite survives, so whichever rank made it, the owners of that share see it.
     """
-    found = torch.zeros(1, dtype=torch.float32, device=engine.device)
+    found = torch.zeros((), dtype=torch.bool, device=engine.device)
     by_kind: dict[tuple, list[torch.Tensor]] = {}
-    for gradient in _gradients_to_step(engine):
+    for gradient in filter(torch.Tensor.numel, _gradients_to_step(engine)):
         by_kind.setdefault((gradient.device, gradient.dtype), []).append(gradient)
     for (device, _), alike in by_kind.items():
         if device != found.device:
             torch.cuda.synchronize()  # offloaded to the host, by copies that nothing on the host has waited for
-        seen, one = torch.zeros(1, device=device), torch.ones(1, device=device)
-        # Of torch.amp's GradScaler: exact in every dtype, where a norm might overflow. It multiplies them by one.
-        torch._amp_foreach_non_finite_check_and_unscale_(alike, seen, one)
-        found += seen.to(found.device)
-    return found.clamp_(max=1.0)[0]
+        # The largest magnitude of each: exact in every dtype, where another norm might overflow; NaN if there is one.
+        largest = torch.stack(torch._foreach_norm(alike, float("inf")))
+        found |= (~largest.isfinite().all()).to(found.device)
+    return found.float()
 
 
 def _gradients_to_step(engine) -> Iterator[torch.Tensor]:

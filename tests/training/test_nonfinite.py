@@ -1,5 +1,6 @@
 """A loss or gradient that is not finite on any rank: no rank's optimizer moves, and the cause is named."""
 
+import itertools
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +15,7 @@ from sat_lora.training.nonfinite import nonfinite_gradients
 from sat_lora.training.optimizer_state import create_moments, optimizer_tensors, steps_taken
 from sat_lora.training.step import train_step
 from tests.distributed.ranks import run_ranks
-from tests.distributed.training_runs import engine_config, mixed_batch
+from tests.distributed.training_runs import engine_config, image_batch, mixed_batch
 from tests.tiny import tiny_model
 
 PLANTED = "transformer.layers.1.mlp"
@@ -46,10 +47,12 @@ class Run:
         if plant is not None and self.world.rank == self.world.size - 1:
             if plant in ("batch", "first batch"):
                 number = -1 if plant == "batch" else 0
-                batches[number]["images"] = batches[number]["images"] * float("nan")
+                batches[number] = image_batch(rank, self.accumulate)
+                batches[number]["images"] *= float("nan")
             else:
                 module = self.engine.module.get_submodule(PLANTED)
-                hooks.append(module.register_forward_hook(spoil_output if plant == "forward" else spoil_gradient))
+                spoil = {"forward": spoil_output, "backward": spoil_gradient, "first backward": spoil_first_gradient()}
+                hooks.append(module.register_forward_hook(spoil[plant]))
         tokens = sum_over_data_parallel(sum(count_answer_tokens(b["labels"]) for b in batches), device="cpu")
         result = train_step(self.engine, batches, self.world, *tokens)
         for hook in hooks:
@@ -68,6 +71,17 @@ def spoil_output(module, args, output):
 def spoil_gradient(module, args, output):
     if args[0].requires_grad:
         args[0].register_hook(lambda gradient: gradient * float("nan"))
+
+
+def spoil_first_gradient():
+    """The same, in the first micro-batch of every pass over the step's two alone."""
+    passes = itertools.count()
+
+    def spoil(module, args, output):
+        if next(passes) % 2 == 0:
+            spoil_gradient(module, args, output)
+
+    return spoil
 
 
 def skip_among_steps(stage, plant, first, **layout):
@@ -92,7 +106,7 @@ def skip_among_steps(stage, plant, first, **layout):
 
 
 FORWARD = f"the loss is not finite, first in the output of {PLANTED} (MLP) in the forward pass on rank 1"
-BATCH = "the gradient is not finite, first in the batch itself on rank 1"
+BATCH = "the loss is not finite, first in the batch itself on rank 1"
 BACKWARD = (
     f"the gradient is not finite, first in the gradient at the input of {PLANTED} (MLP) in the backward pass on rank 1"
 )
@@ -102,10 +116,11 @@ BACKWARD = (
     "stage, plant, layout, words",
     [
         (0, "backward", {}, BACKWARD),
-        (0, "first batch", dict(accumulate=2), BATCH),
-        (1, "first batch", dict(accumulate=2), BATCH),
-        (2, "first batch", dict(accumulate=2, bf16=True), BATCH),
-        (3, "first batch", dict(accumulate=2), BATCH),
+        (0, "first backward", dict(accumulate=2), BACKWARD),
+        (1, "first backward", dict(accumulate=2), BACKWARD),
+        (2, "first backward", dict(accumulate=2, bf16=True), BACKWARD),
+        (3, "first backward", dict(accumulate=2), BACKWARD),
+        (2, "first batch", dict(accumulate=2), BATCH),
         (1, "batch", dict(bf16=True), BATCH),
         (2, "forward", dict(accumulate=2), FORWARD),
         (3, "backward", dict(checkpoint=True), BACKWARD),
