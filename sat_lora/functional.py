@@ -243,6 +243,10 @@ def _backward(ctx, dy):
 
 _backward_once = torch.autograd.function.once_differentiable(_backward)
 
+# What torch 2.13's `Function.apply` ends in. Before, it prepares the arguments for functorch, in Python, which takes a
+# tenth of what a delta costs, and is of no use to a Function without `setup_context`.
+_apply_directly = super(torch.autograd.Function, _AddDelta).apply
+
 
 def _gradients_of_s_and_b(dy, s: torch.Tensor | None, b, scale: float, layout: DeltaLayout, need_s: bool):
     """dS (tokens, slots * r), not yet scaled, and dB (adapted rows, r), from dy (tokens, out); None what is not needed.
@@ -286,9 +290,11 @@ def add_delta(
     y (..., out) and x (..., in) in one dtype, y contiguous where it is taken over; A and B may have another dtype and
     are cast, x never is. dropout: works on x (tokens, in).
     """
+    # Under functorch's transforms (vmap, grad) torch's own `apply` says that they cannot be used.
+    apply = _AddDelta.apply if torch._C._are_functorch_transforms_active() else _apply_directly
     if weight is None:
-        return _AddDelta.apply(y, x, a, b, (None, None, dropout, scale, layout))
-    return _AddDelta.apply(None, x, a, b, (y.detach(), weight, dropout, scale, layout))
+        return apply(y, x, a, b, (None, None, dropout, scale, layout))
+    return apply(None, x, a, b, (y.detach(), weight, dropout, scale, layout))
 
 
 def add_delta_in_place(

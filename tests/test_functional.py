@@ -157,3 +157,10 @@ def test_gradcheck_of_a_product_taken_over():
     layout, (_, x, a, b) = LAYOUTS["q and v"], operands(LAYOUTS["q and v"])
     weight = torch.randn(6, IN, dtype=torch.float64)
     assert torch.autograd.gradcheck(lambda *t: add_delta(t[0] @ weight.T, *t, None, 1.7, layout, weight), (x, a, b))
+
+
+def test_functorch_is_refused_in_torchs_own_words():
+    _, x, a, b = (tensor.detach() for tensor in operands(LAYOUTS["whole"]))
+    weight = torch.randn(6, IN, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="functorch transforms"):
+        torch.func.grad(lambda x: add_delta(x @ weight.T, x, a, b, None, 1.0, LAYOUTS["whole"], weight).sum())(x)
