@@ -1,13 +1,16 @@
 """A step of fixed shapes as a CUDA graph: some hundred kernels for the price of one launch."""
 
+import gc
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
 
 from sat_lora.sharding import model_parallel_layout
 
+CAPTURES = 2  # tries, before the steps stay eager
 WARM_UPS = 2  # eager calls, on the capturing stream, in which libraries make their plans and take their workspaces
 
 
@@ -29,7 +32,7 @@ class CapturedStep:
 
     def __init__(self, step: Callable[[], torch.Tensor], *, capture: bool):
         self._step, self._capture_wanted = step, capture
-        self._calls = 0
+        self._calls = self._captures = 0
         self._graph: torch.cuda.CUDAGraph | None = None
         self._output: torch.Tensor | None = None
         self._stream = torch.cuda.Stream() if capture else None
@@ -71,13 +74,37 @@ class CapturedStep:
         return output
 
     def _capture(self) -> None:
+        self._captures += 1
         graph = torch.cuda.CUDAGraph()
         try:
             # Other threads, of data workers and of saves, may use the device meanwhile.
-            with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+            with _no_garbage_collection(), torch.cuda.graph(
+                graph, stream=self._stream, capture_error_mode="thread_local"
+            ):
                 output = self._step()
         except RuntimeError as error:
-            self._capture_wanted = False
-            warnings.warn(f"no CUDA graph: the step could not be captured, and runs eagerly: {error}", stacklevel=2)
+            if self._captures == CAPTURES:
+                self._capture_wanted = False
+                cause = _first_cause(error)
+                warnings.warn(f"no CUDA graph: the step could not be captured, and runs eagerly: {cause}", stacklevel=2)
             return
         self._graph, self._output = graph, output
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """A capture is spoilt by memory that is given back in the middle of it, such as that of an earlier graph."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def _first_cause(error: BaseException) -> BaseException:
+    """What was raised first: the end of a capture that has failed only says that it has."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return error
