@@ -78,8 +78,9 @@ class CapturedStep:
         graph = torch.cuda.CUDAGraph()
         try:
             # Other threads, of data workers and of saves, may use the device meanwhile.
-            with _no_garbage_collection(), torch.cuda.graph(
-                graph, stream=self._stream, capture_error_mode="thread_local"
+            with (
+                _no_garbage_collection(),
+                torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"),
             ):
                 output = self._step()
         except RuntimeError as error:

@@ -50,8 +50,9 @@ def built(name, dtype, checkpoint, parts):
     return model.train(), config
 
 
-def rows_of(config, rows, dtype):
-    one = batch_of(config, WORDS, CPU, DTYPES[dtype])
+def rows_of(config, rows):
+    """A batch as `collate` makes it, with images in float32, which the model casts."""
+    one = batch_of(config, WORDS, CPU, torch.float32)
     return {key: value.repeat(rows, *[1] * (value.dim() - 1)) for key, value in one.items()}
 
 
@@ -76,7 +77,7 @@ def estimated(name, stage, dtype, checkpoint, rows, ranks, parts, on_device=True
 def measured_activations(name, dtype, checkpoint, rows, parts):
     arrange(join(), parts)
     model, config = built(name, dtype, checkpoint, parts)
-    batch = rows_of(config, rows, dtype)
+    batch = rows_of(config, rows)
     return peak_of(lambda: answer_loss_sum(model, batch).backward(), model, CPU)
 
 
@@ -135,7 +136,7 @@ def taken_by_a_run(stage, dtype, checkpoint, parts, libc):
     model, config = built("large", dtype, checkpoint, parts)
     engine = start_engine(model, adapter_optimizer(model, lr=1e-3), engine_config(stage, dtype))
     create_moments(engine)
-    batch = rows_of(config, 1, dtype)
+    batch = rows_of(config, 1)
     gc.collect()
     libc.malloc_trim(0)
 
