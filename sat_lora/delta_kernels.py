@@ -66,6 +66,10 @@ def product_kernel(
     far_row = row.to(tl.int64)[:, None]
     left += slot * left_slot
     right += slot.to(tl.int64) * right_slot
+    inside = (row[:, None] < rows) & (column[None, :] < width)
+    out += slot * distance + far_row * out_row + column[None, :]
+    if ADDS:
+        before = tl.load(out, inside, other=0.0)  # on its way during the product
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     for chunk in tl.static_range(CHUNKS):
         rank = chunk * RANKS + tl.arange(0, RANKS)
@@ -74,10 +78,8 @@ def product_kernel(
         left_tile = tl.load(left + far_row * left_row + rank.to(tl.int64)[None, :] * left_rank, of_left, other=0.0)
         right_tile = tl.load(right + rank[:, None] * right_rank + column[None, :] * right_column, of_right, other=0.0)
         total = tl.dot(left_tile, right_tile, total, input_precision="ieee")
-    inside = (row[:, None] < rows) & (column[None, :] < width)
-    out += slot * distance + far_row * out_row + column[None, :]
     if ADDS:
-        total = tl.load(out, inside, other=0.0).to(tl.float32) + scale * total
+        total = before.to(tl.float32) + scale * total
     if DROPS:
         total = tl.where(kept(tl.load(seed), dropped, row, first_column, COLUMNS), total, 0.0)
     tl.store(out, total.to(out.dtype.element_ty), inside)
