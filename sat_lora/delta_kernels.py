@@ -37,6 +37,7 @@ SPREAD = {2: Blocks(32, 256), 4: Blocks(32, 64)}
 GRADIENT = {2: Blocks(32, 256, stages=3), 4: Blocks(16, 64)}
 MOST_RANKS = 64  # columns of S that a program takes at a time
 PROGRAMS = 512  # into which `gradient_of_a` divides its work; a constant, so that every GPU adds in the same order
+VARYING = ("rows", "rows_of_part", "dropped", "columns_of_blocks")  # of which no kernel is compiled for some values
 
 
 @triton.jit
@@ -49,7 +50,7 @@ def kept(seed, dropped, row, first_column, COLUMNS: tl.constexpr):
     return tl.interleave(words & 0xFFFF, words >> 16).to(tl.int32) >= dropped
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def product_kernel(
     out, left, right, seed, scale, dropped, rows, width, ranks, columns_of_blocks, distance,
     out_row, left_row, left_rank, left_slot, right_rank, right_column, right_slot,
@@ -85,7 +86,7 @@ def product_kernel(
     tl.store(out, total.to(out.dtype.element_ty), inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def project_kernel(
     s, x, a, seed, dropped, rows, columns, ranks, x_row, x_column, a_rank, a_column,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANKS: tl.constexpr,
@@ -107,7 +108,7 @@ def project_kernel(
     tl.store(s + far_row * ranks + rank[None, :], total.to(s.dtype.element_ty), inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def gradient_of_a_kernel(
     parts, ds, x, seed, scale, dropped, rows, columns, ranks, rows_of_part, ds_row, ds_rank, x_row, x_column,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANKS: tl.constexpr,
@@ -140,6 +141,7 @@ def add_slots(y, s, b, scale: float, layout: DeltaLayout, blocks: Blocks | None 
         shape = y.shape[0], run.width, run.count
         distances = run.distance, ranks * s.stride(1), run.width * b.stride(0)
         _product(out, left, right, ranks, shape, distances, blocks or ADD[y.itemsize], scale=scale)
+    torch.autograd.graph.increment_version(y)  # as torch's own in-place operations do
 
 
 def project(x, a, seed, dropped: int, blocks: Blocks | None = None) -> torch.Tensor:

@@ -139,17 +139,17 @@ class RandomDropout:
 
     def project(self, x: torch.Tensor, a: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor, float]:
         """S of what is left of x (tokens, in), the mask, and the scale of the delta, which it may have changed."""
-        if not x.is_cuda:
-            mask, share = dropout_mask(x, self.probability)
-            return (x * mask).mm(a.t()), mask, scale / share
         if _has_kernels(x, DROPOUT_KERNELS_FROM):
             from sat_lora import delta_kernels
 
             seed = torch.empty((), dtype=torch.int64, device=x.device).random_()
             s = delta_kernels.project(x, a, seed, self._dropped)
             return s, seed, scale / (1 - self._dropped / 2**16)
-        x, mask = torch.native_dropout(x, self.probability, True)
-        return x.mm(a.t()), mask, scale
+        if x.is_cuda:
+            x, mask = torch.native_dropout(x, self.probability, True)
+            return x.mm(a.t()), mask, scale
+        mask, share = dropout_mask(x, self.probability)
+        return (x * mask).mm(a.t()), mask, scale / share
 
     def gradient_of_x(self, ds: torch.Tensor, a: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """dS A (tokens, in), dropped as x was."""
