@@ -57,7 +57,7 @@ def product_kernel(
     ADDS: tl.constexpr, DROPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANKS: tl.constexpr,
     CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    """out (rows, width) = [out +] scale left (rows, ranks) right (ranks, width) [* keep], for slots `distance` apart."""
+    """out (rows, width) = [out +] scale left (rows, ranks) right (ranks, width) [* keep], per slot."""
     block = tl.program_id(0) % columns_of_blocks
     blocks_of_slot = tl.cdiv(width, COLUMNS)
     slot = block // blocks_of_slot
@@ -145,7 +145,7 @@ def add_slots(y, s, b, scale: float, layout: DeltaLayout, blocks: Blocks | None 
 
 
 def project(x, a, seed, dropped: int, blocks: Blocks | None = None) -> torch.Tensor:
-    """S (tokens, slots * r) of x (tokens, in), of which `dropped` in 2^16 elements are zeroed, and A (slots * r, in)."""
+    """S (tokens, slots * r) of x (tokens, in), with `dropped` of 2^16 elements zeroed, and A (slots * r, in)."""
     (rows, columns), ranks = x.shape, a.shape[0]
     blocks = blocks or PROJECT[x.itemsize]
     s = x.new_empty(rows, ranks)

@@ -130,9 +130,9 @@ class DeltaLayout:
 class RandomDropout:
     """Each input of A is dropped with a probability, drawn from torch's generator of the device.
 
-    What is kept is told by a mask, which `project` draws: bytes (tokens, in) of ones and zeros on a CPU; the same in bool
-    on CUDA, where one kernel draws, multiplies and writes it; and for a large x there the seed alone, from which each
-    kernel draws the elements anew.
+    What is kept is told by a mask, which `project` draws: ones and zeros (tokens, in) in uint8 on a CPU; in bool on
+    CUDA, where one kernel draws, multiplies and writes it; and for a large x there the seed alone, from which each of
+    `delta_kernels` draws the mask anew.
     """
 
     probability: float
@@ -322,7 +322,13 @@ def add_delta(
 
 
 def add_delta_in_place(
-    y: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, dropout: RandomDropout | None, scale: float, layout
+    y: torch.Tensor,
+    x: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    dropout: RandomDropout | None,
+    scale: float,
+    layout,
 ) -> None:
     """Adds the delta to y (..., out) itself, contiguous, where autograd does not record. One dtype for all four."""
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])

@@ -120,7 +120,7 @@ def check_autograd(dtype, device="cpu"):
         weight = weight.to(device)
         dropout = RandomDropout(0.25)
         torch.manual_seed(SEED)
-        _, mask, scale = dropout.project(*(tensor.detach() for tensor in tensors[:2]), 1.7)
+        _, mask, _ = dropout.project(*(tensor.detach() for tensor in tensors[:2]), 1.7)
         assert mask.shape == ()
         keep = kernels.spread(tensors[0].new_ones(21, 1), tensors[0].new_ones(1, 40), mask, 2**14).double().detach()
         x, a, b = exact = [tensor.detach().double().requires_grad_() for tensor in tensors]
@@ -142,3 +142,29 @@ def check_autograd(dtype, device="cpu"):
                 assert ours.dtype == dtype and ours.shape == exact_one.shape
                 error = (ours.double() - exact_one).norm() / exact_one.norm()
                 assert error < 4 * torch.finfo(dtype).eps
+
+
+def check_far_rows(device, rows=150_000, columns=15_360):
+    """The last rows of tensors with more than 2^31 elements."""
+    last = slice(rows - 20, rows)
+    x, a = (
+        torch.ones(rows, columns, dtype=torch.bfloat16, device=device),
+        random(torch.bfloat16, 16, columns).to(device),
+    )
+    x[last] = random(torch.bfloat16, 20, columns, seed=1).to(device)
+    s = torch.zeros(rows, 16, dtype=torch.bfloat16, device=device)
+    s[last] = random(torch.bfloat16, 20, 16, seed=2).to(device)
+    seed = seed_tensor(device=device)
+    near, wide, far = x[last].double(), a.double(), s[last].double()
+    spread = kernels.spread(s, a, seed, DROPPED)
+    keep = (spread[last] != 0).double()
+    assert abs(keep.mean() - (1 - DROPPED / 2**16)) < 0.01
+    assert_rounded_once(spread[last], far @ wide * keep, far.abs() @ wide.abs())
+    del spread
+    projected = kernels.project(x, a, seed, DROPPED)
+    assert_rounded_once(projected[last], (near * keep) @ wide.T, (near * keep).abs() @ wide.abs().T)
+    gradient = kernels.gradient_of_a(s, x, seed, DROPPED, 1.0)
+    assert_rounded_once(gradient, far.T @ (near * keep), far.abs().T @ (near * keep).abs())
+    kernels.add_slots(x, s, a.t().contiguous(), 1.0, DeltaLayout(((0, columns),), columns))
+    assert_rounded_once(x[last], near + far @ wide, near.abs() + far.abs() @ wide.abs())
+    assert (x[: rows - 20] == 1).all()

@@ -62,9 +62,7 @@ def in_the_interpreter(script):
 @pytest.mark.parametrize("name", DTYPES)
 def test_kernels_equal_float64_rounded_once(name):
     """In a process of its own: Triton asks for its interpreter when it is imported."""
-    in_the_interpreter(
-        f"import torch; from tests.test_delta_kernels import check_all; check_all(torch.{name})"
-    )
+    in_the_interpreter(f"import torch; from tests.test_delta_kernels import check_all; check_all(torch.{name})")
 
 
 COMPILE = """
@@ -85,7 +83,7 @@ TYPES = dict(seed="*i64", parts="*fp32", scale="fp32")
 TYPES |= dict.fromkeys(("out", "left", "right", "s", "x", "a", "ds"), "*dtype")
 for (kernel, tiles, constants), dtype, capability in itertools.product(KERNELS, ("bf16", "fp32"), (80, 90)):
     blocks = tiles[4 if dtype == "fp32" else 2]
-    constants = dict(ROWS=blocks.rows, COLUMNS=blocks.columns, RANKS=64, **constants)
+    constants = dict(ROWS=blocks.rows, COLUMNS=blocks.columns, RANKS=16, **constants)
     signature = {name: TYPES.get(name, "i32").replace("dtype", dtype) for name in kernel.arg_names}
     signature |= dict.fromkeys(constants, "constexpr")
     constants = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
