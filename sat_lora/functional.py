@@ -14,7 +14,7 @@ Model parallelism: a column-parallel linear sums dS over the ranks (each sees it
 sums S (each sees its own part of x). Both are tokens x r: no other communication.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -23,6 +23,10 @@ import torch
 from torch.nn import functional as F
 
 from sat_lora._sat import mpu
+
+# From how many elements on a kernel of `delta_kernels` takes less time than what torch has.
+ADDITION_KERNEL_FROM = 2**24  # of y
+DROPOUT_KERNELS_FROM = 2**22  # of x
 
 
 class SlotRun(NamedTuple):
@@ -122,42 +126,62 @@ class DeltaLayout:
         return self.kind == "column" and self.mp_size > 1
 
 
-class Dropped(NamedTuple):
-    """What dropout left of x."""
-
-    x: torch.Tensor  # (tokens, in), zero where `keep` is
-    keep: torch.Tensor  # (tokens, in), a byte each: not zero for the inputs that are left
-    factor: float | None  # by which those were multiplied; None: they were not
-
-    @classmethod
-    def by_mask(cls, x: torch.Tensor, keep: torch.Tensor) -> "Dropped":
-        """x (tokens, in) times a mask of ones and zeros that is there already."""
-        return cls(x * keep, keep, None)
-
-
-Dropout = Callable[[torch.Tensor, float], tuple[Dropped, float]]
-"""Draws what is left of x (tokens, in); gives it with the scale of the delta, which it may have changed."""
-
-
 @dataclass(frozen=True)
 class RandomDropout:
-    """Each input is dropped with a probability, drawn from torch's generator of the device."""
+    """Each input of A is dropped with a probability, drawn from torch's generator of the device.
+
+    What is kept is told by a mask, which `project` draws: ones and zeros (tokens, in) in uint8 on a CPU; in bool on
+    CUDA, where one kernel draws, multiplies and writes it; and for a large x there the seed alone, from which each of
+    `delta_kernels` draws the mask anew.
+    """
 
     probability: float
 
-    def __call__(self, x: torch.Tensor, scale: float) -> tuple[Dropped, float]:
-        """See `Dropout`. On CUDA one kernel draws, multiplies and writes the mask."""
+    def project(self, x: torch.Tensor, a: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor, float]:
+        """S of what is left of x (tokens, in), the mask, and the scale of the delta, which it may have changed."""
+        if _has_kernels(x, DROPOUT_KERNELS_FROM):
+            from sat_lora import delta_kernels
+
+            seed = torch.empty((), dtype=torch.int64, device=x.device).random_()
+            s = delta_kernels.project(x, a, seed, self._dropped)
+            return s, seed, scale / (1 - self._dropped / 2**16)
         if x.is_cuda:
-            return Dropped(*torch.native_dropout(x, self.probability, True), 1 / (1 - self.probability)), scale
-        keep, share = dropout_mask(x, self.probability)
-        return Dropped.by_mask(x, keep), scale / share
+            x, mask = torch.native_dropout(x, self.probability, True)
+            return x.mm(a.t()), mask, scale
+        mask, share = dropout_mask(x, self.probability)
+        return (x * mask).mm(a.t()), mask, scale / share
+
+    def gradient_of_x(self, ds: torch.Tensor, a: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """dS A (tokens, in), dropped as x was."""
+        if mask.dim():
+            return self._drop(ds.mm(a), mask)
+        from sat_lora import delta_kernels
+
+        return delta_kernels.spread(ds, a, mask, self._dropped)
+
+    def gradient_of_a(self, ds, x: torch.Tensor, a: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
+        """scale dS^T x, of what is left of x (tokens, in); A gives its shape alone."""
+        if mask.dim():
+            return torch.addmm(a, ds.t(), self._drop(x, mask), beta=0, alpha=scale)
+        from sat_lora import delta_kernels
+
+        return delta_kernels.gradient_of_a(ds, x, mask, self._dropped, scale)
+
+    def _drop(self, tensor: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        if mask.dtype is not torch.bool:
+            return tensor * mask
+        factor = 1 / (1 - self.probability)
+        return torch.ops.aten.native_dropout_backward(tensor, mask, factor)  # tensor * mask * factor, in one kernel
+
+    @property
+    def _dropped(self) -> int:
+        """How many of 2^16 numbers drop an element."""
+        return round(self.probability * 2**16)
 
 
-def _drop_too(tensor: torch.Tensor, keep: torch.Tensor, factor: float | None) -> torch.Tensor:
-    """Another (tokens, in) tensor, treated as x was."""
-    if factor is None:
-        return tensor * keep
-    return torch.ops.aten.native_dropout_backward(tensor, keep, factor)  # tensor * keep * factor, in one kernel
+def _has_kernels(tensor: torch.Tensor, elements: int) -> bool:
+    """Whether `delta_kernels` pay for it: launching one takes the host tens of microseconds."""
+    return tensor.is_cuda and tensor.numel() >= elements and tensor.dtype is not torch.float64
 
 
 def _sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
@@ -166,7 +190,12 @@ def _sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _add_slots(y: torch.Tensor, s: torch.Tensor, b: torch.Tensor, scale: float, layout: DeltaLayout) -> None:
-    """y_slot += scale S_slot B_slot^T, in place; y (tokens, out)."""
+    """y_slot += scale S_slot B_slot^T, in place; y (tokens, out), contiguous."""
+    if _has_kernels(y, ADDITION_KERNEL_FROM):
+        from sat_lora import delta_kernels
+
+        delta_kernels.add_slots(y, s, b, scale, layout)
+        return
     if layout.is_whole:
         y.addmm_(s, b.t(), alpha=scale)
         return
@@ -189,11 +218,12 @@ class _AddDelta(torch.autograd.Function):
         # comes in it: an argument that is given back would be a view, which a model cannot change in place.
         product, weight, dropout, scale, layout = constants
         dtype = x.dtype
-        rows = dropped_rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-        keep = factor = None
-        if dropout is not None:
-            (dropped_rows, keep, factor), scale = dropout(rows, scale)
-        s = dropped_rows.mm((a if a.dtype is dtype else a.to(dtype)).t())
+        rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+        a_cast = a if a.dtype is dtype else a.to(dtype)
+        if dropout is None:
+            s, mask = rows.mm(a_cast.t()), None
+        else:
+            s, mask, scale = dropout.project(rows, a_cast, scale)
         if layout.sums_s:
             s = _sum_over_ranks(s)
         out = y.clone(memory_format=torch.contiguous_format) if product is None else product
@@ -201,8 +231,8 @@ class _AddDelta(torch.autograd.Function):
         _add_slots(out_rows, s, b if b.dtype is dtype else b.to(dtype), scale, layout)
         _, _, need_a, need_b, _ = ctx.needs_input_grad
         # LoRA-FA freezes A: backward does without x.
-        ctx.save_for_backward(rows if need_a else None, s if need_b else None, a, b, keep, weight)
-        ctx.constants = scale, layout, factor, x.shape
+        ctx.save_for_backward(rows if need_a else None, s if need_b else None, a, b, mask, weight)
+        ctx.constants = scale, layout, dropout, x.shape
         return out
 
     @staticmethod
@@ -212,9 +242,9 @@ class _AddDelta(torch.autograd.Function):
 
 
 def _backward(ctx, dy):
-    x, s, a, b, keep, weight = ctx.saved_tensors
+    x, s, a, b, mask, weight = ctx.saved_tensors
     need_y, need_x, need_a, _, _ = ctx.needs_input_grad
-    scale, layout, factor, shape = ctx.constants
+    scale, layout, dropout, shape = ctx.constants
     dtype = dy.dtype
     rows = dy if dy.dim() == 2 else dy.reshape(-1, dy.shape[-1])
     a_cast, b_cast = a if a.dtype is dtype else a.to(dtype), b if b.dtype is dtype else b.to(dtype)
@@ -223,18 +253,18 @@ def _backward(ctx, dy):
     if db is not None and b.dtype is not dtype:
         db = db.to(b.dtype)
     if need_x and weight is not None:
-        dx = ds.mm(a_cast)
-        dx = dx if keep is None else _drop_too(dx, keep, factor)
+        dx = ds.mm(a_cast) if dropout is None else dropout.gradient_of_x(ds, a_cast, mask)
         dx.addmm_(rows, weight, beta=scale)  # the large product adds the small one where it writes
         dx = _sum_over_ranks(dx) if layout.sums_ds else dx
     if layout.sums_ds and (need_a or (need_x and weight is None)):
         ds = _sum_over_ranks(ds.contiguous())
     if need_x and weight is None:
-        dx = ds.mm(a_cast)
-        dx = (dx if keep is None else _drop_too(dx, keep, factor)).mul_(scale)
+        dx = (ds.mm(a_cast) if dropout is None else dropout.gradient_of_x(ds, a_cast, mask)).mul_(scale)
     if need_a:
-        x = x if keep is None else _drop_too(x, keep, factor)
-        da = torch.addmm(a_cast, ds.t(), x, beta=0, alpha=scale)  # A gives its shape alone
+        if dropout is None:
+            da = torch.addmm(a_cast, ds.t(), x, beta=0, alpha=scale)  # A gives its shape alone
+        else:
+            da = dropout.gradient_of_a(ds, x, a_cast, mask, scale)
         da = da if a.dtype is dtype else da.to(a.dtype)
     if need_x and len(shape) != 2:
         dx = dx.view(shape)
@@ -276,7 +306,7 @@ def add_delta(
     x: torch.Tensor,
     a: torch.Tensor,
     b: torch.Tensor,
-    dropout: Dropout | None,
+    dropout: RandomDropout | None,
     scale: float,
     layout: DeltaLayout,
     weight: torch.Tensor | None = None,
@@ -298,14 +328,20 @@ def add_delta(
 
 
 def add_delta_in_place(
-    y: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, dropout: Dropout | None, scale: float, layout
+    y: torch.Tensor,
+    x: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    dropout: RandomDropout | None,
+    scale: float,
+    layout,
 ) -> None:
     """Adds the delta to y (..., out) itself, contiguous, where autograd does not record. One dtype for all four."""
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    if dropout is not None:
-        dropped, scale = dropout(rows, scale)
-        rows = dropped.x
-    s = rows.mm(a.t())
+    if dropout is None:
+        s = rows.mm(a.t())
+    else:
+        s, _, scale = dropout.project(rows, a, scale)
     if layout.sums_s:
         s = _sum_over_ranks(s)
     _add_slots(y if y.dim() == 2 else y.view(-1, y.shape[-1]), s, b, scale, layout)
@@ -323,11 +359,13 @@ def dropout_mask(x: torch.Tensor, probability: float) -> tuple[torch.Tensor, flo
     return keep.view(-1, x.shape[-1]), 1 - dropped / 2**16
 
 
-def add_delta_reference(y, x, a, b, dropout: Dropout | None, scale: float, layout: DeltaLayout) -> torch.Tensor:
+def add_delta_reference(y, x, a, b, dropout: RandomDropout | None, scale: float, layout: DeltaLayout) -> torch.Tensor:
     """`add_delta` in plain autograd and SAT's communication functions: slow, and easy to read."""
     if dropout is not None:
-        dropped, scale = dropout(x.detach().reshape(-1, x.shape[-1]), scale)
-        x = x * dropped.keep.view(x.shape) * (dropped.factor or 1.0)
+        rows = x.detach().reshape(-1, x.shape[-1])
+        _, mask, scale = dropout.project(rows, a.detach().to(x.dtype), scale)
+        ones = x.new_ones(len(rows), 1), x.new_ones(1, x.shape[-1])
+        x = x * dropout.gradient_of_x(*ones, mask).view(x.shape)  # what every element is multiplied by
     s = F.linear(x, a.to(x.dtype))
     if layout.kind == "row":
         s = mpu.reduce_from_model_parallel_region(s)

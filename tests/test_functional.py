@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sat_lora.functional import DeltaLayout, Dropped, add_delta, add_delta_reference, dropout_mask
+from sat_lora.functional import DeltaLayout, RandomDropout, add_delta, add_delta_reference, dropout_mask
 
 LAYOUTS = {
     "whole": DeltaLayout(((0, 6),), 6),
@@ -22,9 +22,18 @@ def operands(layout, dtype=torch.float64, tokens=TOKENS, seed=0):
     return [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes.values()]
 
 
+class DropoutBy(RandomDropout):
+    """Leaves what a mask (tokens, in) says."""
+
+    def __init__(self, keep):
+        self.__dict__["mask"] = keep.byte()
+
+    def project(self, x, a, scale):
+        return (x * self.mask).mm(a.t()), self.mask, scale
+
+
 def dropout_by(keep):
-    """A dropout that leaves what a mask (tokens, in) says; None without one."""
-    return None if keep is None else lambda x, scale: (Dropped.by_mask(x, keep), scale)
+    return None if keep is None else DropoutBy(keep)
 
 
 @pytest.fixture(autouse=True, scope="module")

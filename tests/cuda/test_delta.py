@@ -5,6 +5,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
+import sat_lora.functional
 from benchmarks.models import allow_checkpointing
 from benchmarks.variants import LAYER, Shape, one_layer_model
 from sat_lora import LoraConfig, LoraMixin, add_lora
@@ -17,6 +18,17 @@ TOLERANCES = {torch.float32: 1e-6, torch.bfloat16: 2**-6, torch.float16: 2**-9} 
 DTYPES = list(TOLERANCES)
 RANK, ALPHA, ROWS, SEED = 8, 16, 40, 5
 DROPOUT = 0.25  # exact in any number of bits
+
+
+@pytest.fixture(params=["cpu", *(pytest.param(name, marks=pytest.mark.cuda) for name in ("cuda", "cuda, as if large"))])
+def device(request, monkeypatch) -> torch.device:
+    """The device that the test is about; also with the kernels that large tensors get there."""
+    if request.param != "cpu" and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    if request.param == "cuda, as if large":
+        monkeypatch.setattr(sat_lora.functional, "ADDITION_KERNEL_FROM", 0)
+        monkeypatch.setattr(sat_lora.functional, "DROPOUT_KERNELS_FROM", 0)
+    return torch.device(request.param.partition(",")[0])
 
 
 class Layer:

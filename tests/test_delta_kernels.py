@@ -1,0 +1,112 @@
+"""The kernels for large tensors, run by Triton's interpreter, against float64."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+DTYPES = ["float32", "bfloat16", "float16"]
+ROWS, IN = 37, 83  # odd, and several of the small tiles
+
+
+def let_the_interpreter_multiply_bfloat16():
+    """Triton 3.9's takes the bits of bfloat16 for the numbers that it multiplies."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    multiply = interpreter.InterpreterBuilder.create_dot
+
+    def widened(operand):
+        if operand.dtype.scalar != tl.bfloat16:
+            return operand
+        data = interpreter._convert_float(operand.data, tl.bfloat16, tl.float32, None).view("float32")
+        return interpreter.TensorHandle(data, tl.float32)
+
+    def create_dot(self, a, b, *rest):
+        return multiply(self, widened(a), widened(b), *rest)
+
+    interpreter.InterpreterBuilder.create_dot = create_dot
+
+
+def check_all(dtype):
+    let_the_interpreter_multiply_bfloat16()
+    import torch
+
+    from sat_lora import functional
+    from sat_lora.delta_kernels import Blocks
+    from tests.delta_kernels import check_addition, check_autograd, check_dropout, check_masks, layouts
+
+    small = Blocks(16, 32)
+    for rank in (4, 8, 16, 48, 64, 72):
+        for layout in layouts(11).values():
+            check_addition(dtype, rank, layout, ROWS, small)
+    check_addition(dtype, 16, layouts(64)["q, k, v"], 65, None)
+    check_addition(dtype, 16, layouts(8)["whole"], 0, None)
+    for number, ranks in enumerate((4, 16, 48, 64, 144)):
+        check_dropout(dtype, ranks, ROWS, IN, small, transposed=number % 2 == 0)
+    check_dropout(dtype, 16, 70, 300, None, transposed=False)
+    check_dropout(dtype, 16, 0, IN, small, transposed=False)
+    functional._has_kernels = lambda tensor, elements: True
+    check_autograd(dtype)
+    if dtype == torch.float32:
+        check_masks(Blocks(128, 256), Blocks(64, 512))
+
+
+def in_the_interpreter(script):
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("name", DTYPES)
+def test_kernels_equal_float64_rounded_once(name):
+    """In a process of its own: Triton asks for its interpreter when it is imported."""
+    in_the_interpreter(f"import torch; from tests.test_delta_kernels import check_all; check_all(torch.{name})")
+
+
+COMPILE = """
+import itertools
+from triton import compile
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from sat_lora import delta_kernels
+from sat_lora.delta_kernels import ADD, GRADIENT, PROJECT, SPREAD, gradient_of_a_kernel, product_kernel, project_kernel
+
+KERNELS = [
+    (product_kernel, ADD, dict(ADDS=True, DROPS=False, CHUNKS=1)),
+    (product_kernel, SPREAD, dict(ADDS=False, DROPS=True, CHUNKS=1)),
+    (project_kernel, PROJECT, {}),
+    (gradient_of_a_kernel, GRADIENT, {}),
+]
+TYPES = dict(seed="*i64", parts="*fp32", scale="fp32")
+TYPES |= dict.fromkeys(("out", "left", "right", "s", "x", "a", "ds"), "*dtype")
+for (kernel, tiles, constants), dtype, capability in itertools.product(KERNELS, ("bf16", "fp32"), (80, 90)):
+    blocks = tiles[4 if dtype == "fp32" else 2]
+    constants = dict(ROWS=blocks.rows, COLUMNS=blocks.columns, RANKS=16, **constants)
+    signature = {name: TYPES.get(name, "i32").replace("dtype", dtype) for name in kernel.arg_names}
+    signature |= dict.fromkeys(constants, "constexpr")
+    constants = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+    options = dict(num_warps=blocks.warps, num_stages=blocks.stages)
+    assert "cubin" in compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm
+"""
+
+
+def test_kernels_compile_for_cuda(tmp_path):
+    """Needs no GPU: Triton brings its own assembler."""
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_no_kernel_is_imported_on_the_cpu():
+    script = """
+import sys, torch
+from sat_lora.functional import DeltaLayout, RandomDropout, add_delta
+x, a, b = (torch.randn(shape, requires_grad=True) for shape in ((5, 4), (2, 4), (6, 2)))
+weight = torch.randn(6, 4)
+add_delta(x @ weight.T, x, a, b, RandomDropout(0.5), 1.0, DeltaLayout(((0, 6),), 6), weight).sum().backward()
+assert "sat_lora.delta_kernels" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
