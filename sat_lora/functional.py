@@ -24,8 +24,9 @@ from torch.nn import functional as F
 
 from sat_lora._sat import mpu
 
-# From how many elements on a kernel of `delta_kernels` takes less time than what torch has.
-ADDITION_KERNEL_FROM = 2**24  # of y
+# From how many elements on the kernels of `delta_kernels` are used: launching one takes the host longer than torch's
+# does, and cuBLAS is as fast where y is not large.
+ADDITION_KERNEL_FROM = 2**25  # of y
 DROPOUT_KERNELS_FROM = 2**22  # of x
 
 
@@ -180,7 +181,7 @@ class RandomDropout:
 
 
 def _has_kernels(tensor: torch.Tensor, elements: int) -> bool:
-    """Whether `delta_kernels` pay for it: launching one takes the host tens of microseconds."""
+    """Whether `delta_kernels` take the tensor."""
     return tensor.is_cuda and tensor.numel() >= elements and tensor.dtype is not torch.float64
 
 

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from sat_lora.functional import DROPOUT_KERNELS_FROM, RandomDropout
+
 pytestmark = pytest.mark.cuda
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 RANKS = [4, 16, 48, 64]
@@ -44,6 +46,16 @@ def test_gradients_equal_float64(checks, dtype, monkeypatch):
     monkeypatch.setattr("sat_lora.functional.ADDITION_KERNEL_FROM", 0)
     monkeypatch.setattr("sat_lora.functional.DROPOUT_KERNELS_FROM", 0)
     checks.check_autograd(dtype, "cuda")
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+def test_a_large_x_keeps_the_seed_alone(checks, dtype):
+    a = torch.ones(4, 1024, dtype=dtype, device="cuda")
+    for rows in (DROPOUT_KERNELS_FROM // 1024, DROPOUT_KERNELS_FROM // 1024 - 1):
+        x = torch.ones(rows, 1024, dtype=dtype, device="cuda")
+        _, mask, _ = RandomDropout(0.5).project(x, a, 1.0)
+        is_seed = x.numel() >= DROPOUT_KERNELS_FROM and dtype != torch.float64
+        assert mask.shape == (() if is_seed else x.shape)
 
 
 def test_offsets_beyond_32_bits(checks):
