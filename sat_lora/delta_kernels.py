@@ -31,7 +31,7 @@ class Blocks(NamedTuple):
 
 
 # float32 is multiplied without tensor cores, which takes registers.
-ADD = {2: Blocks(64, 128), 4: Blocks(32, 64)}  # by the bytes of an element
+ADD = {2: Blocks(32, 256), 4: Blocks(32, 64)}  # by the bytes of an element
 PROJECT = {2: Blocks(16, 256, stages=3), 4: Blocks(16, 32)}
 SPREAD = {2: Blocks(32, 256), 4: Blocks(32, 64)}
 GRADIENT = {2: Blocks(32, 256, stages=3), 4: Blocks(16, 64)}

@@ -27,7 +27,7 @@ from sat_lora._sat import mpu
 # From how many elements on the kernels of `delta_kernels` are used: launching one takes the host longer than torch's
 # does, and cuBLAS is as fast where y is not large.
 ADDITION_KERNEL_FROM = 2**25  # of y
-DROPOUT_KERNELS_FROM = 2**22  # of x
+DROPOUT_KERNELS_FROM = 2**25  # of x
 
 
 class SlotRun(NamedTuple):

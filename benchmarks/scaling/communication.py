@@ -29,6 +29,7 @@ class MicroBatch:
     length: int  # tokens of a sample, its image's included
     images: int
     vision_tokens: int  # over all samples: begin of image and patches
+    labelled: int  # over all samples: tokens of answers, which the head sees
 
     @property
     def tokens(self) -> int:
@@ -62,8 +63,9 @@ def model_parallel(setting: Setting, stage: int) -> Iterator[Collective]:
     vit_tokens = batch.images * (1 + sizes.patches)
     final = Collective("all-reduce", batch.tokens * sizes.hidden * size, MODEL)
     yield final  # the word embeddings have the same shape
-    yield Collective("all-gather", batch.tokens * sizes.vocabulary * size, MODEL)
-    yield from (final, final)
+    yield Collective("all-gather", batch.labelled * sizes.vocabulary * size, MODEL)
+    yield Collective("all-reduce", batch.labelled * sizes.hidden * size, MODEL)
+    yield final
     yield Collective("all-reduce", vit_tokens * sizes.vit.hidden * size, MODEL)
     for tokens in (batch.vision_tokens, batch.language_tokens):
         yield from _layers(setting, sizes.language, tokens)
@@ -107,9 +109,8 @@ def data_parallel(setting: Setting, stage: int, parts: int = 1) -> Iterator[Coll
 
 
 def _verdicts(stage: int, group: str) -> Iterator[Collective]:
-    """Whether a gradient overflows, and the norm of all; ZeRO-3 has a float64 norm that says both."""
-    for payload in (8,) if stage == 3 else (1, 4):
-        yield Collective("all-reduce", payload, group)
+    """The norm of all gradients; ZeRO-3 has it in float64."""
+    yield Collective("all-reduce", 8 if stage == 3 else 4, group)
 
 
 def gathered_by_zero_3(setting: Setting, parts: int = 1) -> int:

@@ -86,7 +86,7 @@ def operations(setting: Setting) -> float:
     language = sizes.language.weights() / sizes.language.experts * batch.tokens
     vit = sizes.vit.weights() * batch.images * (1 + sizes.patches)
     projector = sum(linear.weights() for linear in sizes.projector) * batch.images * sizes.patches
-    return passes * (language + vit) + 4 * (projector + sizes.vocabulary * sizes.hidden * batch.tokens)
+    return passes * (language + vit) + 4 * (projector + sizes.vocabulary * sizes.hidden * batch.labelled)
 
 
 def costs(setting: Setting, gpus: int) -> list[Cost]:

@@ -31,6 +31,7 @@ def _step(sizes: str, rank: int, batch: MicroBatch, checkpointing: bool, parts: 
         dtype=torch.bfloat16,
         batch_size=batch.samples,
         length=batch.length,
+        labelled=batch.labelled // batch.samples,
         model_parallel_size=parts,
         checkpoint_activations=checkpointing,
         vit_checkpoint_activations=checkpointing,

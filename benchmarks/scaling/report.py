@@ -7,7 +7,7 @@ from benchmarks.scaling.communication import MicroBatch, Setting
 from benchmarks.scaling.layouts import Cost, best, costs, operations, recommended
 from benchmarks.scaling.sizes import COGVLM_17B, Sizes
 
-BATCH = MicroBatch(samples=4, length=1288, images=4, vision_tokens=4 * 1226)
+BATCH = MicroBatch(samples=4, length=1288, images=4, vision_tokens=4 * 1226, labelled=4 * 16)
 SETTING = Setting(sizes=Sizes(COGVLM_17B), batch=BATCH, rank=16, size=2, checkpointing=True)
 GPUS, GIGABYTES = (8, 64, 512), (80, 40, 24)
 
@@ -58,7 +58,8 @@ def report() -> Iterator[str]:
     weights, adapter = SETTING.sizes.weights() / 1e9, SETTING.sizes.adapter(SETTING.rank) / 1e6
     yield f"Setting: {weights:.2f} billion weights, {adapter:.1f} million adapter parameters in all linears,"
     yield f"r {SETTING.rank}, bf16; micro-batches of {BATCH.samples} samples x {BATCH.length} tokens, each with an"
-    yield "image of 490 x 490; activations checkpointed; no accumulation. The linears take"
+    yield f"image of 490 x 490 and {BATCH.labelled // BATCH.samples} tokens of answer; activations checkpointed; no"
+    yield "accumulation. The linears take"
     yield f"{operations(SETTING) / 1e12:.0f} TFLOP per micro-batch.\n"
     yield from _recommendations()
     for gpus in GPUS:

@@ -92,18 +92,18 @@ def test_a_variant_comes_and_goes_and_switched_off_is_the_base(name, single_proc
     config = bench_step.config_of("tiny")
     model = bench_step.build(config, torch.float32, torch.device("cpu"))
     batch = bench_step.batch_of(config, 8, torch.device("cpu"), torch.float32)
-    names, frozen = list(model.state_dict()), bench_step.loss_of(model, batch)
+    names, frozen = list(model.state_dict()), bench_step.answer_loss_sum(model, batch)
     with bench_step.adapted(model, name, rank=4, dropout=0.0) as variant:
-        assert not torch.equal(bench_step.loss_of(model, batch), frozen)
+        assert not torch.equal(bench_step.answer_loss_sum(model, batch), frozen)
         variant.switch(False)
-        assert torch.equal(bench_step.loss_of(model, batch), frozen)
+        assert torch.equal(bench_step.answer_loss_sum(model, batch), frozen)
         variant.switch(True)
-        bench_step.loss_of(model, batch).backward()
+        bench_step.answer_loss_sum(model, batch).backward()
         assert all(parameter.grad is not None for parameter in variant.trained)
         others = [p for p in model.parameters() if all(p is not own for own in variant.trained)]
         assert all(parameter.grad is None for parameter in others)
     assert list(model.state_dict()) == names
-    assert torch.equal(bench_step.loss_of(model, batch), frozen)
+    assert torch.equal(bench_step.answer_loss_sum(model, batch), frozen)
 
 
 def test_flops_are_those_that_torch_counts(single_process_group):

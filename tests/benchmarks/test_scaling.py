@@ -29,7 +29,7 @@ from tests.distributed.training_runs import engine_config, mixed_batch, step_tog
 from tests.tiny import CONFIG, PATCHES, tiny_model
 
 RANK = 4
-BATCH = MicroBatch(samples=2, length=20, images=1, vision_tokens=PATCHES + 1)  # tests.tiny.tiny_batch((True, False))
+BATCH = MicroBatch(samples=2, length=20, images=1, vision_tokens=PATCHES + 1, labelled=2 * 4)  # tests.tiny.tiny_batch()
 NOTHING_KEPT = dict.fromkeys(
     ("stage3_max_live_parameters", "stage3_max_reuse_distance", "stage3_prefetch_bucket_size"), 0
 )

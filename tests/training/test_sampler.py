@@ -91,4 +91,4 @@ def test_a_padding_batch_of_evaluation_loads_as_a_neutral_one(dataset):
     batches = eval_batches(6, batch_size=4, data_parallel_rank=2, data_parallel_size=3)
     (batch,) = make_loader(dataset, batches, num_workers=0, seed=1)
     assert (batch["labels"] == -100).all()
-    assert batch["images"].shape == (1, 3, 21, 21)
+    assert batch["images"].shape == (0, 3, 21, 21)
