@@ -54,7 +54,7 @@ def counted_peak(lora, stage, dtype, checkpoint, micro_batches, **limits):
         add_lora(model, lora)
         engine = start_engine(model.train(), adapter_optimizer(model, lr=1e-3), engine_settings)
         create_moments(engine)
-        batch = rows_of(config, ROWS, dtype)
+        batch = rows_of(config, ROWS)
         gc.collect()
         live.peak = live.now
         for _ in range(2 * micro_batches):
