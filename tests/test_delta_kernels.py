@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-DTYPES = ["float32", "bfloat16", "float16"]
+DTYPES = ["bfloat16", *(pytest.param(name, marks=pytest.mark.matrix) for name in ("float32", "float16"))]
 ROWS, IN = 37, 83  # odd, and several of the small tiles
 
 

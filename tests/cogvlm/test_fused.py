@@ -13,7 +13,7 @@ from sat_lora.cogvlm.fused import rotary, silu_mul
 from sat_lora.cogvlm.rotary import RotaryEmbedding
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-NAMES = [str(dtype).rpartition(".")[2] for dtype in DTYPES]
+NAMES = ["bfloat16", *(pytest.param(name, marks=pytest.mark.matrix) for name in ("float32", "float16"))]
 
 
 def exact_rotary(mixed, angles, head_dim):

@@ -46,7 +46,8 @@ def records(run: Path) -> dict[int, dict]:
 
 
 @pytest.mark.timeout(300)
-def test_a_run_saves_resumes_and_evaluates_within_the_memory_of_training(device, tmp_path):
+def test_a_run_saves_resumes_and_evaluates_within_the_memory_of_training(device_of_long_test, tmp_path):
+    device = device_of_long_test
     kind = device.type
     run_alone(kind, write_base_alone, tmp_path / "base", kind)
     train, test = write_images(tmp_path / "images", 8, words=8)

@@ -69,7 +69,8 @@ def plain_losses() -> list[float]:
     return losses
 
 
-def test_losses_at_every_stage_equal_plain_pytorch(device, single_process_group):
+def test_losses_at_every_stage_equal_plain_pytorch(device_of_long_test, single_process_group):
+    device = device_of_long_test
     expected = plain_losses()
     assert expected[-1] < 0.9 * expected[0]
     kind, losses = run_alone(device.type, all_losses)

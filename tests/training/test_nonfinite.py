@@ -115,18 +115,18 @@ BACKWARD = (
 @pytest.mark.parametrize(
     "stage, plant, layout, words",
     [
-        (0, "backward", {}, BACKWARD),
+        pytest.param(0, "backward", {}, BACKWARD, marks=pytest.mark.matrix),
         (0, "first backward", dict(accumulate=2), BACKWARD),
         (1, "first backward", dict(accumulate=2), BACKWARD),
         (2, "first backward", dict(accumulate=2, bf16=True), BACKWARD),
         (3, "first backward", dict(accumulate=2), BACKWARD),
         (2, "first batch", dict(accumulate=2), BATCH),
-        (1, "batch", dict(bf16=True), BATCH),
-        (2, "forward", dict(accumulate=2), FORWARD),
-        (3, "backward", dict(checkpoint=True), BACKWARD),
+        pytest.param(1, "batch", dict(bf16=True), BATCH, marks=pytest.mark.matrix),
+        pytest.param(2, "forward", dict(accumulate=2), FORWARD, marks=pytest.mark.matrix),
+        pytest.param(3, "backward", dict(checkpoint=True), BACKWARD, marks=pytest.mark.matrix),
         (2, "backward", dict(model_parallel=2), BACKWARD),
         (2, "backward", dict(offload=True), BACKWARD),
-        (3, "backward", dict(offload=True, accumulate=2), BACKWARD),
+        pytest.param(3, "backward", dict(offload=True, accumulate=2), BACKWARD, marks=pytest.mark.matrix),
     ],
 )
 def test_a_bad_step_on_one_rank_moves_nothing_on_any_and_is_named(stage, plant, layout, words):
