@@ -94,8 +94,9 @@ class Trace(NoTrace):
         self._began = time.perf_counter()
         self.at(PHASES[0])
         for number, module in enumerate(model.modules()):
-            # Not dropout and the like, nor adapters: their layers stand for them, and every hook costs a microsecond.
-            if any(True for _ in module.parameters()) and not isinstance(module, LoraAdapter):
+            # Those with parameters of their own, adapters aside, whose layers stand for them: every hook costs a
+            # microsecond, and what only holds modules is soon in one of them.
+            if any(True for _ in module.parameters(recurse=False)) and not isinstance(module, LoraAdapter):
                 module.register_forward_pre_hook(_note_into(self._numbers, number))
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         for number, parameter in enumerate(trained):
