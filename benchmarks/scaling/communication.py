@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from benchmarks.scaling.sizes import Sizes, Tower
+from sat_lora.cogvlm.head import CHUNK_ROWS
 
 MODEL, DATA, WORLD = "model-parallel", "data-parallel", "all"
 
@@ -63,7 +64,9 @@ def model_parallel(setting: Setting, stage: int) -> Iterator[Collective]:
     vit_tokens = batch.images * (1 + sizes.patches)
     final = Collective("all-reduce", batch.tokens * sizes.hidden * size, MODEL)
     yield final  # the word embeddings have the same shape
-    yield Collective("all-gather", batch.labelled * sizes.vocabulary * size, MODEL)
+    recomputed = stage == 3 or batch.labelled > CHUNK_ROWS  # the head's logits, in chunks
+    for _ in range(2 if recomputed else 1):
+        yield Collective("all-gather", batch.labelled * sizes.vocabulary * size, MODEL)
     yield Collective("all-reduce", batch.labelled * sizes.hidden * size, MODEL)
     yield final
     yield Collective("all-reduce", vit_tokens * sizes.vit.hidden * size, MODEL)
