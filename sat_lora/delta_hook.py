@@ -61,7 +61,7 @@ class DeltaHook:
     def _goes_directly(self, adapter: LoraAdapter, layer: nn.Module, x: torch.Tensor, output: torch.Tensor) -> bool:
         """Whether the output is x W^T as it stands, W frozen and whole, and all that is needed has one dtype.
 
-        Reads nn.Module's own dictionaries, since `layer.weight` costs ten times as long.
+        Reads nn.Module's own dictionaries, since `layer.weight` takes a detour in Python.
         """
         if type(layer) not in self._layer_types:  # a subclass, or one that torch's parametrize has made
             return False

@@ -274,8 +274,8 @@ def _backward(ctx, dy):
 
 _backward_once = torch.autograd.function.once_differentiable(_backward)
 
-# What torch 2.13's `Function.apply` ends in. Before, it prepares the arguments for functorch, in Python, which takes a
-# tenth of what a delta costs, and is of no use to a Function without `setup_context`.
+# What torch 2.13's `Function.apply` ends in. Before, it prepares the arguments for functorch, in Python, which shows
+# in what a delta costs, and is of no use to a Function without `setup_context`.
 _apply_directly = super(torch.autograd.Function, _AddDelta).apply
 
 

@@ -1,10 +1,12 @@
 """The step of one token as a CUDA graph, against the same step run eagerly."""
 
+import gc
+
 import pytest
 import torch
 
 from sat_lora.cogvlm import generation
-from sat_lora.cogvlm.captured_step import CapturedStep, can_be_captured
+from sat_lora.cogvlm.captured_step import CapturedStep, _first_cause, _no_garbage_collection, can_be_captured
 from sat_lora.cogvlm.generation import Decoder, generate, inference
 from sat_lora.cogvlm.sampling import Sampling
 from sat_lora.mixin import lora_mixins
@@ -130,3 +132,19 @@ def test_no_memory_is_taken_after_the_capture():
             tokens = decoder.step(tokens).argmax(-1)
             allocated.append(torch.cuda.memory_allocated())
     assert len(set(allocated[5:])) == 1
+
+
+def test_no_garbage_is_collected_during_a_capture_and_then_as_before():
+    with pytest.raises(KeyboardInterrupt), _no_garbage_collection():
+        assert not gc.isenabled()
+        raise KeyboardInterrupt
+    assert gc.isenabled()
+
+
+def test_the_first_cause_of_a_failed_capture_is_told():
+    with pytest.raises(RuntimeError) as end:
+        try:
+            raise ValueError("not while a stream is captured")
+        finally:
+            raise RuntimeError("the capture has failed")
+    assert str(_first_cause(end.value)) == "not while a stream is captured"
