@@ -33,7 +33,8 @@ def report_of(sat_lora: float, adapters: float, yardstick: float = 10.0) -> dict
     whole = {"frozen": 20.0, "sat_lora": sat_lora, "peft": 120.0, "lora2": 200.0, "nn.Linear": yardstick}
     linear = {name: {"both": own, "no_grad": own} for name, own in whole.items()}
     steps = {name: {"least": own} for name, own in (("frozen", 100.0), ("adapters", adapters))}
-    watchers = {name: {"least": own} for name, own in zip(bench_host.WATCHED, (100.0, 120.0, 121.0))}
+    watched = zip(bench_host.WATCHED, (100.0, 121.0, 121.0), (0.0, 20.0, 1.0))
+    watchers = {name: {"median": own, "added": added} for name, own, added in watched}
     linears = {"plain": linear, "q/k/v": linear}
     return {"linears": linears, "steps": {"with": steps}, "watchers": {"with": watchers}}
 
