@@ -79,8 +79,18 @@ def hooks_of(module):
     ]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize(
+    "stage, dtype",
+    [
+        (2, "bf16"),
+        *(
+            pytest.param(stage, dtype, marks=pytest.mark.matrix)
+            for stage in range(4)
+            for dtype in DTYPES
+            if (stage, dtype) != (2, "bf16")
+        ),
+    ],
+)
 def test_only_the_model_is_left_of_training(stage, dtype):
     ((left, beyond, model),) = run_ranks(train_and_end, 1, stage, dtype)
     assert left == []
@@ -140,7 +150,14 @@ def peaks_of_run(stage, folder, captchas, *more):
     return base_bytes, *peaks
 
 
-@pytest.mark.parametrize("stage, more", [(0, ()), (2, ("--modules_to_save", "boi")), (3, ())])
+@pytest.mark.parametrize(
+    "stage, more",
+    [
+        (2, ("--modules_to_save", "boi")),
+        pytest.param(0, (), marks=pytest.mark.matrix),
+        pytest.param(3, (), marks=pytest.mark.matrix),
+    ],
+)
 def test_evaluation_takes_no_more_memory_than_training(stage, more, tmp_path, captchas):
     ((base, training, evaluation),) = run_ranks(peaks_of_run, 1, stage, tmp_path, captchas, *more)
     assert training > base > 2e7

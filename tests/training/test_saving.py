@@ -106,7 +106,10 @@ def save_on_a_slow_disk(folder, stage, model_parallel):
     return steps, run.end, again.end
 
 
-@pytest.mark.parametrize("ranks, stage, model_parallel", [(1, 0, 1), (2, 2, 1), (2, 1, 2), (2, 3, 1)])
+@pytest.mark.parametrize(
+    "ranks, stage, model_parallel",
+    [(2, 2, 1), *(pytest.param(*layout, marks=pytest.mark.matrix) for layout in ((1, 0, 1), (2, 1, 2), (2, 3, 1)))],
+)
 def test_a_slow_disk_holds_no_step_and_later_steps_change_no_byte(tmp_path, ranks, stage, model_parallel):
     first, *_ = run_ranks(save_on_a_slow_disk, ranks, str(tmp_path), stage, model_parallel)
     assert first == ([(2, 4), (4, 5), (5, 5)], None, None)
@@ -125,7 +128,11 @@ def save_where_nothing_can_be_written(folder, train_iters, save_interval):
     return run.end, run.state.step
 
 
-@pytest.mark.parametrize("steps, interval, stops_before", [(1000, 10, 20), (3, 2, 4), (2, 2, 3)], ids=str)
+@pytest.mark.parametrize(
+    "steps, interval, stops_before",
+    [(3, 2, 4), *(pytest.param(*case, marks=pytest.mark.matrix) for case in ((1000, 10, 20), (2, 2, 3)))],
+    ids=str,
+)
 def test_a_save_that_fails_stops_every_rank_with_its_error(tmp_path, steps, interval, stops_before):
     """At a step before the next save, at that save, at the end."""
     (first, step), other = run_ranks(save_where_nothing_can_be_written, 2, str(tmp_path), steps, interval)

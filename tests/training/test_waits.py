@@ -95,7 +95,14 @@ def waits_of_a_step(stage, bf16, accumulate):
 
 
 @pytest.mark.parametrize(
-    "stage, bf16, by_deepspeed", [(0, False, 2), (1, False, 1), (2, False, 1), (1, True, 0), (2, True, 0)]
+    "stage, bf16, by_deepspeed",
+    [
+        (2, True, 0),
+        *(
+            pytest.param(*case, marks=pytest.mark.matrix)
+            for case in ((0, False, 2), (1, False, 1), (2, False, 1), (1, True, 0))
+        ),
+    ],
 )
 def test_a_step_waits_for_the_loss_alone(stage, bf16, by_deepspeed):
     """DeepSpeed makes two constants of its clipping at stage 0; in float32 it looks once at the norm."""
