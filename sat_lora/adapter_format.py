@@ -5,14 +5,15 @@ FOLDER/adapter_model.safetensors   whole tensors, whatever the parallel layout w
                                    `<layer>.lora_magnitude` (out,); for q/k/v slots `<layer>.q.lora_A` and so on;
                                    and parameters of the base that were trained whole, under their own names
 FOLDER/adapter_config.json         the LoraConfig, and under `sat_lora` the format version, for every layer its kind,
-                                   rank, scale, slots and their rows, the names of what was trained whole, and the
-                                   fingerprint of the base model
+                                   rank, scale, slots and their rows, the names of what was trained whole, the
+                                   fingerprint of the base model (its names and shapes) and under `base` what the base
+                                   was: name of its folder, family, number of parameters, and some of its values, see
+                                   `base_identity`
 
 It is always a plain LoRA for the original base: what PiSSA and OLoRA take from the base is subtracted in the pair.
 """
 
 import dataclasses
-import hashlib
 import json
 import math
 from pathlib import Path
@@ -22,9 +23,12 @@ import torch
 from safetensors.torch import save_file
 
 from sat_lora.atomic import replaced_folder
+from sat_lora.base_identity import BaseIdentity
 from sat_lora.config import DTYPES, LoraConfig
 from sat_lora.errors import AdapterError, ConfigError
+from sat_lora.foreign import read_json
 from sat_lora.step_folders import follow
+from sat_lora.training.notice import warn
 
 FORMAT_VERSION = 2
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -70,6 +74,12 @@ class SavedAdapter:
     layers: dict[str, LayerEntry]
     trained: tuple[str, ...]
     tensors: dict[str, torch.Tensor]
+    base: BaseIdentity | None = None  # None: an adapter of a version that did not know
+
+    @property
+    def base_title(self) -> str:
+        """The base, for people."""
+        return self.base.title if self.base else "a base that it does not name"
 
     def of_layer(self, name: str) -> dict[str, torch.Tensor]:
         """The layer's stacked A (slots * r, in), B (rows of all slots, r) and, with DoRA, magnitude (rows,)."""
@@ -119,12 +129,6 @@ def plain_config(config: LoraConfig) -> LoraConfig:
     )
 
 
-def fingerprint_of(shapes: dict[str, tuple[int, ...]]) -> str:
-    """The fingerprint of a base with these names and whole shapes."""
-    lines = sorted(f"{name} {list(shape)}" for name, shape in shapes.items())
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
-
 def write_adapter(folder: str | Path, adapter: SavedAdapter) -> None:
     """Write the folder; a reader sees the old one or the new one, never a torn one. OSError if it cannot be written."""
     config = {
@@ -133,6 +137,7 @@ def write_adapter(folder: str | Path, adapter: SavedAdapter) -> None:
         "sat_lora": {
             "format_version": FORMAT_VERSION,
             "base_fingerprint": adapter.base_fingerprint,
+            **({} if adapter.base is None else {"base": adapter.base.to_dict()}),
             "layers": {name: dataclasses.asdict(entry) for name, entry in sorted(adapter.layers.items())},
             "trained": sorted(adapter.trained),
         },
@@ -160,14 +165,48 @@ def read_adapter(folder: str | Path) -> SavedAdapter:
         raise AdapterError(
             f"{folder} is not an adapter folder: {', '.join(missing)} missing; found: {found or 'nothing'}"
         )
-    config, fingerprint, layers, trained = _read_config(folder / CONFIG)
-    return SavedAdapter(config, fingerprint, layers, trained, _read_tensors(folder / WEIGHTS))
+    about = _read_config(folder / CONFIG)
+    return dataclasses.replace(about, tensors=_read_tensors(folder / WEIGHTS))
 
 
-def _read_config(path: Path) -> tuple[LoraConfig, str, dict[str, LayerEntry], tuple[str, ...]]:
-    """(config, base fingerprint, layers, trained) of an adapter_config.json."""
+def base_of_adapter(folder: str | Path) -> BaseIdentity:
+    """The base that an adapter was trained on, by its config alone. AdapterError as `read_adapter`."""
+    about = _read_config(follow(folder) / CONFIG)
+    return about.base or BaseIdentity(about.base_fingerprint)
+
+
+def base_problem(
+    saved: SavedAdapter, base: BaseIdentity, source: str | Path, folder: str | Path | None = None
+) -> str | None:
+    """Why `base` is not the one that the adapter was trained on; None if it is, or if nothing says otherwise.
+
+    source: the adapter's folder; folder: the base's, where it has one. A warning where the adapter, of an older
+    version, knows too little.
+    """
+    known = saved.base or BaseIdentity(saved.base_fingerprint)
+    difference = dataclasses.replace(known, fingerprint=saved.base_fingerprint).difference(base)
+    if difference is not None:
+        subject = (
+            f"the base model has {difference} than the one this adapter was trained on"
+            if folder is None
+            else f"{source} was trained on a base with {difference} than {folder}"
+        )
+        return (
+            f"{subject}: it was {saved.base_title}, this is {base.title}; give its own base, or insist with --any-base "
+            "(any_base=True)"
+        )
+    if known.values is None and base.values is not None:
+        warn(
+            f"{source} was written by a version that kept names and shapes of its base alone: nobody can say whether "
+            f"{base.title} is that base"
+        )
+    return None
+
+
+def _read_config(path: Path) -> SavedAdapter:
+    """What an adapter_config.json says; no tensors."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+        values = read_json(path, parse_constant=_refuse_constant)
         own = values.pop("sat_lora")
         values.pop("peft_type", None)
         version = own["format_version"]
@@ -175,6 +214,7 @@ def _read_config(path: Path) -> tuple[LoraConfig, str, dict[str, LayerEntry], tu
             raise AdapterError(f"{path}: format version {version!r}, this sat_lora reads {FORMAT_VERSION}")
         layers = {name: _layer_entry(name, values) for name, values in own["layers"].items()}
         fingerprint, trained = str(own["base_fingerprint"]), _strings(own["trained"])
+        base = BaseIdentity.from_dict(fingerprint, own["base"]) if "base" in own else None
     except (OSError, ValueError, AttributeError, LookupError, TypeError, RecursionError) as error:
         raise AdapterError(f"{path}: not an adapter config of sat_lora: {_brief(_cause(error))}") from error
     try:
@@ -183,7 +223,7 @@ def _read_config(path: Path) -> tuple[LoraConfig, str, dict[str, LayerEntry], tu
         raise AdapterError(f"{path}: {_brief(str(error))}") from error
     if config.takes_from_base:  # written files never do; loading one would take from the base again
         raise AdapterError(f"{path}: init_lora_weights {config.init_lora_weights!r}, but the file is a plain LoRA")
-    return config, fingerprint, layers, trained
+    return SavedAdapter(config, fingerprint, layers, trained, {}, base)
 
 
 def _layer_entry(name: str, values) -> LayerEntry:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from sat_lora.adapter_format import SavedAdapter, fingerprint_of, read_adapter, tensor_problems
+from sat_lora.adapter_format import SavedAdapter, base_problem, read_adapter, tensor_problems
 from sat_lora.atomic import replaced_folder
 from sat_lora.cogvlm.base_weights import BaseWeights
 from sat_lora.cogvlm.hugging_face_folder import make_hugging_face_weights
@@ -31,6 +31,7 @@ def merge_adapter(
     to: str = "sat",
     model_parallel_size: int = 1,
     trust: bool = False,
+    any_base: bool = False,
     progress: Callable[[Collection], Iterable] = iter,
 ) -> None:
     """Write OUT, the base with scale * B A added to each adapted weight: in float32, kept in the base's dtype.
@@ -38,17 +39,17 @@ def merge_adapter(
     to: "sat", cut for `model_parallel_size` ranks, or "hf", a Hugging Face folder of safetensors. The base may be
     either, and cut for any number of ranks. progress: goes through the tensors' names, as tqdm does.
     CheckpointError or AdapterError: a folder is wrong or cannot be written, or the adapter was trained on another base;
-    MergeError: a merged weight is not finite. OUT is not there then. trust: see `map_weights`.
+    MergeError: a merged weight is not finite. OUT is not there then. trust: see `map_weights`. any_base: take a base
+    that the adapter was not trained on, if its layers are there.
     """
     out = Path(out)
     if out.exists():
         raise CheckpointError(f"--out: {out} exists; give a new folder")
     weights = BaseWeights(base, trust=trust)
     saved = read_adapter(adapter)
-    if saved.base_fingerprint != fingerprint_of(weights.shapes):
-        raise AdapterError(
-            f"--adapter: {adapter} was trained on a base with other names or shapes than {base}; give its own base"
-        )
+    another = None if any_base else base_problem(saved, weights.identity, adapter, base)
+    if another:
+        raise AdapterError(f"--adapter: {another}")
     refuse_misfits(weights.shapes, saved, adapter)
     try:
         with replaced_folder(out) as temporary:

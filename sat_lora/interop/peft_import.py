@@ -19,7 +19,6 @@ from sat_lora.adapter_format import (
     LayerEntry,
     SavedAdapter,
     cut_slots,
-    fingerprint_of,
     write_adapter,
 )
 from sat_lora.cogvlm.base_weights import BaseWeights
@@ -82,14 +81,15 @@ def import_from_peft(
     if problems:
         shown = "\n  ".join(problems[:20]) + ("\n  ..." if len(problems) > 20 else "")
         raise AdapterError(f"{folder} cannot be imported, {len(problems)} problems:\n  {shown}")
-    fingerprint = fingerprint_of(state.shapes)
     fields = LoraConfig(
         target_modules=peft_format.pattern_for(layers),
         modules_to_save=tuple(trained),
         lora_dropout=config.get("lora_dropout", 0.0),
         use_dora=bool(config.get("use_dora")),
     )
-    saved = SavedAdapter(combined_config([fields], layers), fingerprint, layers, tuple(trained), own | trained)
+    base_identity = state.identity
+    config = combined_config([fields], layers)
+    saved = SavedAdapter(config, base_identity.fingerprint, layers, tuple(trained), own | trained, base_identity)
     try:
         write_adapter(out, saved)
     except OSError as error:
