@@ -9,7 +9,9 @@ import torch
 from sat_lora.base_identity import BaseIdentity, identity_of
 from sat_lora.cogvlm.checkpoint import open_folder, shardings_of
 from sat_lora.cogvlm.model import build_cogvlm
+from sat_lora.cogvlm.sat_folder import weight_problems
 from sat_lora.errors import CheckpointError, ConfigError
+from sat_lora.foreign import printable
 from sat_lora.sharding import Sharding, model_parallel_layout
 from sat_lora.weight_files import Layout
 
@@ -24,9 +26,12 @@ class BaseWeights(Mapping[str, torch.Tensor]):
         self._source = open_folder(folder, trust=trust)
         self.config = self._source.config()
         self._parts = [self._source.map(rank) for rank in range(self._source.saved_ranks)]
+        self._source.check(self._parts[0])
         for number, part in enumerate(self._parts):
-            problems = [f"{name}: not a tensor" for name, value in part.items() if not torch.is_tensor(value)]
-            problems += [f"{name} only in some of them" for name in part.keys() ^ self._parts[0].keys()]
+            foreign = [name for name, value in part.items() if not torch.is_tensor(value)]
+            problems = [f"{printable(name)}: not a tensor" for name in foreign]
+            problems += [f"{printable(name)} only in some of them" for name in part.keys() ^ self._parts[0].keys()]
+            problems += weight_problems(part)
             if problems:
                 file = self._source.files()[number]
                 raise CheckpointError(f"{file}: cannot be used: {'; '.join(sorted(problems)[:20])}")
@@ -105,7 +110,9 @@ class BaseWeights(Mapping[str, torch.Tensor]):
 
     def _sharding(self, name: str) -> Sharding:
         if name not in self._shardings:
-            raise CheckpointError(f"{self._source.path}: {name} is no parameter of a CogVLM, so its cut is not known")
+            raise CheckpointError(
+                f"{self._source.path}: {printable(name)} is no parameter of a CogVLM, so its cut is not known"
+            )
         return self._shardings[name]
 
     @cached_property
