@@ -89,8 +89,8 @@ def _refuse_files(folder: Path) -> None:
         first = next(iter(named), None) if isinstance(named, list) else named
         raise ConfigError(
             f"--local_tokenizer: {folder} asks for code of its own ({TOKENIZER_FILES[0]}: auto_map "
-            f"{str(first)[:80]!r}), and no code of a tokenizer is run; give the folder of one that `transformers` knows, "
-            "such as vicuna-7b-v1.5"
+            f"{str(first)[:80]!r}), and no code of a tokenizer is run; give the folder of one that `transformers` "
+            "knows, such as vicuna-7b-v1.5"
         )
 
 
