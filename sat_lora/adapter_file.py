@@ -20,6 +20,7 @@ from sat_lora.adapter_format import (
     write_adapter,
 )
 from sat_lora.errors import AdapterError
+from sat_lora.foreign import printable
 from sat_lora.live_base import identity_of_model, whole_shape
 from sat_lora.placement import adapters_of, find_all_parameters, find_all_sites, mixins_called, place_mixins, whole_name
 from sat_lora.sharding import Sharding, gathered, model_parallel_layout, over_model_parallel
@@ -159,12 +160,12 @@ def _problems(saved: SavedAdapter, sites: dict[str, Site], parameters: dict[str,
     for name, entry in saved.layers.items():
         site = sites.get(name)
         if site is None:
-            problems.append(f"the model has no layer {name}")
+            problems.append(f"the model has no layer {printable(name)}")
         elif set(entry.slots) - set(site.slot_names) or bool(entry.slots) != bool(site.slot_names):
             problems.append(f"{name}: slots {entry.slots}, the layer has {site.slot_names}")
         elif (entry.kind, list(entry.rows)) != (site.kind.name, site.slot_rows(entry.slots)):
             problems.append(f"{name}: {entry.kind} rows {entry.rows}, the layer is {site.kind.name} with other rows")
-    problems += [f"the model has no parameter {name}" for name in saved.trained if name not in parameters]
+    problems += [f"the model has no parameter {printable(name)}" for name in saved.trained if name not in parameters]
     expected = saved.expected({name: sites[name].in_features for name in saved.layers if name in sites})
     for one in (parameters[name] for name in saved.trained if name in parameters):
         expected[one.name] = whole_shape(one.module, one.leaf, one.tensor)
@@ -177,11 +178,13 @@ def _differences(saved: SavedAdapter, present: dict[str, LoraAdapter], trained: 
     here = {n: (a.factors_rank, a.scale, a.slots) for n, a in present.items()}
     there = {n: (e.r, e.scale, e.slots) for n, e in saved.layers.items()}
     problems = [
-        f"{name}: (rank, scale, slots) {there.get(name)} in the file, {here.get(name)} by the model's adapter"
+        f"{printable(name)}: (rank, scale, slots) {there.get(name)} in the file, {here.get(name)} by the model's "
+        "adapter"
         for name in sorted(here.keys() | there.keys())
         if here.get(name) != there.get(name)
     ]
-    problems += [f"{name} is trained whole in only one of file and model" for name in trained ^ set(saved.trained)]
+    once = trained ^ set(saved.trained)
+    problems += [f"{printable(name)} is trained whole in only one of file and model" for name in once]
     has_dora = any(adapter.magnitude_or_none is not None for adapter in present.values())
     if has_dora != saved.config.use_dora:
         problems.append(f"use_dora is {saved.config.use_dora} in the file, {has_dora} in the model")

@@ -85,7 +85,7 @@ def _own_values(
     """
     rank, size = model_parallel_layout()
     flat, start = _flat_part(tensor, original, gives_whole=gives_whole)
-    if size == 1 and len(flat) == tensor.numel() and start == 0:
+    if size == 1 and gives_whole and not hasattr(tensor, "ds_id"):
         return flat[index.to(flat.device)].float().to(tensor.device)
     mine = torch.ones(len(index), dtype=torch.bool)
     local = index

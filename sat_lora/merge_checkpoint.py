@@ -15,6 +15,7 @@ from sat_lora.cogvlm.base_weights import BaseWeights
 from sat_lora.cogvlm.hugging_face_folder import make_hugging_face_weights
 from sat_lora.cogvlm.sat_folder import make_sat_weights
 from sat_lora.errors import AdapterError, CheckpointError, MergeError
+from sat_lora.foreign import printable
 from sat_lora.functional import DeltaLayout
 from sat_lora.kinds import KINDS
 from sat_lora.merging import merged_weight
@@ -86,8 +87,9 @@ def merged_tensor(name: str, weights: BaseWeights, saved: SavedAdapter) -> torch
 
 def refuse_misfits(shapes: dict[str, tuple[int, ...]], saved: SavedAdapter, source: str | Path) -> None:
     """AdapterError, with every way in which the adapter does not fit a base of these whole shapes."""
-    problems = [f"no {name}" for name in [*saved.trained, *(f"{n}.weight" for n in saved.layers)] if name not in shapes]
-    problems += [f"{n}: unknown kind {e.kind!r}" for n, e in saved.layers.items() if e.kind not in KINDS]
+    wanted = [*saved.trained, *(f"{name}.weight" for name in saved.layers)]
+    problems = [f"no {printable(name)}" for name in wanted if name not in shapes]
+    problems += [f"{printable(n)}: unknown kind {e.kind!r}" for n, e in saved.layers.items() if e.kind not in KINDS]
     if not problems:
         matrices = {
             name: KINDS[entry.kind].matrix(torch.empty(shapes[f"{name}.weight"], device="meta")).shape

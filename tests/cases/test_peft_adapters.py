@@ -154,7 +154,7 @@ def pickle_of(content):
 FC1 = "base_model.model.model.vision.transformer.layers.0.mlp.fc1"
 WRONG = {
     "an alpha that is text": (lambda f: edit(f, lora_alpha="16"), "lora_alpha has to be a finite number, got '16'"),
-    "an alpha beyond all numbers": (lambda f: edit(f, lora_alpha=10**4000), "lora_alpha has to be a finite number, got 1000"),
+    "an alpha beyond all numbers": (lambda f: edit(f, lora_alpha=10**4000), "lora_alpha has to be .*, got 1000"),
     "a rank of 10^15": (lambda f: edit(f, r=10**15), "r has to be a whole number"),
     "a rank of zero": (lambda f: edit(f, r=0), "r has to be a whole number"),
     "a rank that is null": (lambda f: edit(f, r=None), "r has to be a whole number"),
