@@ -19,6 +19,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--run", metavar="RUN_FOLDER", help="a run folder: what is not given is taken from its run.json")
     add("--from_pretrained", metavar="DIR", help="SAT folder of the base")
     add("--trust-checkpoint", action="store_true", default=None, help="unpickle all of the base: runs any code in it")
+    add("--any-base", action="store_true", default=None, help="take a base that the adapter was not trained on")
     add("--adapter", metavar="DIR", help="adapter folder (default: RUN_FOLDER/adapter)")
     add("--test-data", nargs="+", metavar="PATH", help="folders of images LABEL.png, or .jsonl files")
     add("--local_tokenizer", metavar="DIR", help="tokenizer folder (default: the base's)")
@@ -49,7 +50,8 @@ def read_settings(options: argparse.Namespace) -> argparse.Namespace:
             stored = json.loads((Path(options.run) / "run.json").read_text(encoding="utf-8"))["settings"]
         except (OSError, ValueError, KeyError) as error:
             raise ConfigError(f"--run: {options.run} is no run folder with a readable run.json: {error}") from error
-        stored.pop("trust_checkpoint", None)  # whoever runs the code of a file says so each time
+        for name in ("trust_checkpoint", "any_base"):  # whoever runs the code of a file says so each time
+            stored.pop(name, None)
         stored["adapter"] = str(Path(options.run) / "adapter")
         if options.bf16 or options.fp16:
             stored["bf16"] = stored["fp16"] = None
@@ -85,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
         device = join()
         world = arrange(device, options.model_parallel_size)
         options.bf16 = options.bf16 or (device.type == "cuda" and not options.fp16)
-        result = together(evaluate_adapter, options, options.adapter, world)
+        result = together(evaluate_adapter, options, options.adapter, world, any_base=bool(options.any_base))
     except SatLoraError as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"evaluate_cogvlm.py: error: {error}", file=sys.stderr, flush=True)

@@ -12,47 +12,22 @@ from sat_lora.adapter_format import (
     PAIR,
     LayerEntry,
     SavedAdapter,
+    base_problem,
     cut_slots,
-    fingerprint_of,
     plain_config,
     read_adapter,
     tensor_problems,
     write_adapter,
 )
 from sat_lora.errors import AdapterError
-from sat_lora.mixin import LoraMixin
+from sat_lora.foreign import printable
+from sat_lora.live_base import identity_of_model, whole_shape
 from sat_lora.placement import adapters_of, find_all_parameters, find_all_sites, mixins_called, place_mixins, whole_name
-from sat_lora.sharding import Sharding, gathered, model_parallel_layout, over_model_parallel, sharding_of
+from sat_lora.sharding import Sharding, gathered, model_parallel_layout, over_model_parallel
 from sat_lora.targets import BaseParameter, Plan, Site, Target
 
 Copy = Callable[[torch.Tensor], torch.Tensor]
 """Makes a copy of a tensor that will change."""
-
-
-def base_fingerprint(model: nn.Module) -> str:
-    """SHA-256 over the names and whole shapes of the base model's state; the same for every parallel layout."""
-    _, size = model_parallel_layout()
-    shapes = {}
-
-    def visit(module: nn.Module, prefix: str):
-        if isinstance(module, LoraMixin):
-            return
-        own = {
-            **module._parameters,
-            **{k: b for k, b in module._buffers.items() if k not in module._non_persistent_buffers_set},
-        }
-        for leaf, tensor in own.items():
-            if tensor is not None:
-                shapes[prefix + leaf] = _whole_shape(module, leaf, tensor, size)
-        for child_name, child in module.named_children():
-            visit(child, f"{prefix}{child_name}.")
-
-    visit(model, "")
-    return fingerprint_of(shapes)
-
-
-def _whole_shape(module: nn.Module, leaf: str, tensor: torch.Tensor, size: int) -> tuple[int, ...]:
-    return sharding_of(module, leaf).full_shape(getattr(tensor, "ds_shape", tensor.shape), size)
 
 
 def on_the_cpu(tensor: torch.Tensor) -> torch.Tensor:
@@ -127,8 +102,8 @@ def gather_adapter(
     for key, (parameter, sharding) in trained_of(model, name).items():
         with gathered([parameter]):
             trained[key] = copy(over_model_parallel(parameter.detach(), sharding))
-    config, fingerprint = plain_config(mixins[0].config), base_fingerprint(model)
-    return SavedAdapter(config, fingerprint, layers, tuple(trained), {**tensors, **trained})
+    config, base = plain_config(mixins[0].config), identity_of_model(model)
+    return SavedAdapter(config, base.fingerprint, layers, tuple(trained), {**tensors, **trained}, base)
 
 
 def write_gathered(folder: str | Path, saved: SavedAdapter) -> None:
@@ -139,17 +114,23 @@ def write_gathered(folder: str | Path, saved: SavedAdapter) -> None:
         raise AdapterError(f"{folder}: the adapter could not be written: {error}") from error
 
 
-def load_adapter(model: nn.Module, folder: str | Path, *, name: str = "lora", fixed_order: bool = False) -> None:
+def load_adapter(
+    model: nn.Module, folder: str | Path, *, name: str = "lora", fixed_order: bool = False, any_base: bool = False
+) -> None:
     """Put a saved adapter on the model, at any model-parallel size: new mixins called `name`, or into those there.
 
     Ranks, scales and slots are those of the file; fixed_order: of new mixins, see `add_lora`. Strict: all problems are
-    listed in one AdapterError, and the model is left as it was.
+    listed in one AdapterError, and the model is left as it was. any_base: also on another base than it was trained on,
+    if its layers are there. Under ZeRO-3 or model parallelism every rank has to call it.
     """
+    base = identity_of_model(model)  # before anything can fail on one rank: all of them speak here
     saved = read_adapter(folder)
     sites = find_all_sites(model)
     parameters = find_all_parameters(model)
     present = adapters_of(model, name)
-    problems = _problems(saved, model, sites, parameters)
+    problems = _problems(saved, sites, parameters)
+    another = None if any_base else base_problem(saved, base, folder)
+    problems += [another] if another else []
     if present:
         problems += _differences(saved, present, set(trained_of(model, name)))
         if any(mixin.merged or not mixin.enabled for mixin in mixins_called(model, name).values()):
@@ -171,9 +152,7 @@ def load_adapter(model: nn.Module, folder: str | Path, *, name: str = "lora", fi
                 parameter.copy_(sharding.shard(saved.tensors[key], *layout))
 
 
-def _problems(
-    saved: SavedAdapter, model: nn.Module, sites: dict[str, Site], parameters: dict[str, BaseParameter]
-) -> list[str]:
+def _problems(saved: SavedAdapter, sites: dict[str, Site], parameters: dict[str, BaseParameter]) -> list[str]:
     """What keeps a saved adapter from fitting the model's base."""
     problems = []
     if not saved.layers and not saved.trained:
@@ -181,19 +160,16 @@ def _problems(
     for name, entry in saved.layers.items():
         site = sites.get(name)
         if site is None:
-            problems.append(f"the model has no layer {name}")
+            problems.append(f"the model has no layer {printable(name)}")
         elif set(entry.slots) - set(site.slot_names) or bool(entry.slots) != bool(site.slot_names):
             problems.append(f"{name}: slots {entry.slots}, the layer has {site.slot_names}")
         elif (entry.kind, list(entry.rows)) != (site.kind.name, site.slot_rows(entry.slots)):
             problems.append(f"{name}: {entry.kind} rows {entry.rows}, the layer is {site.kind.name} with other rows")
-    problems += [f"the model has no parameter {name}" for name in saved.trained if name not in parameters]
+    problems += [f"the model has no parameter {printable(name)}" for name in saved.trained if name not in parameters]
     expected = saved.expected({name: sites[name].in_features for name in saved.layers if name in sites})
-    _, size = model_parallel_layout()
     for one in (parameters[name] for name in saved.trained if name in parameters):
-        expected[one.name] = _whole_shape(one.module, one.leaf, one.tensor, size)
+        expected[one.name] = whole_shape(one.module, one.leaf, one.tensor)
     problems += tensor_problems(saved.tensors, expected)
-    if saved.base_fingerprint != base_fingerprint(model):
-        problems.append("the base model has other names or shapes than the one this adapter was trained on")
     return sorted(problems)
 
 
@@ -202,11 +178,13 @@ def _differences(saved: SavedAdapter, present: dict[str, LoraAdapter], trained: 
     here = {n: (a.factors_rank, a.scale, a.slots) for n, a in present.items()}
     there = {n: (e.r, e.scale, e.slots) for n, e in saved.layers.items()}
     problems = [
-        f"{name}: (rank, scale, slots) {there.get(name)} in the file, {here.get(name)} by the model's adapter"
+        f"{printable(name)}: (rank, scale, slots) {there.get(name)} in the file, {here.get(name)} by the model's "
+        "adapter"
         for name in sorted(here.keys() | there.keys())
         if here.get(name) != there.get(name)
     ]
-    problems += [f"{name} is trained whole in only one of file and model" for name in trained ^ set(saved.trained)]
+    once = trained ^ set(saved.trained)
+    problems += [f"{printable(name)} is trained whole in only one of file and model" for name in once]
     has_dora = any(adapter.magnitude_or_none is not None for adapter in present.values())
     if has_dora != saved.config.use_dora:
         problems.append(f"use_dora is {saved.config.use_dora} in the file, {has_dora} in the model")

@@ -5,14 +5,16 @@ FOLDER/adapter_model.safetensors   whole tensors, whatever the parallel layout w
                                    `<layer>.lora_magnitude` (out,); for q/k/v slots `<layer>.q.lora_A` and so on;
                                    and parameters of the base that were trained whole, under their own names
 FOLDER/adapter_config.json         the LoraConfig, and under `sat_lora` the format version, for every layer its kind,
-                                   rank, scale, slots and their rows, the names of what was trained whole, and the
-                                   fingerprint of the base model
+                                   rank, scale, slots and their rows, the names of what was trained whole, the
+                                   fingerprint of the base model (its names and shapes) and under `base` what the base
+                                   was: name of its folder, family, number of parameters, and some of its values, see
+                                   `base_identity`
 
 It is always a plain LoRA for the original base: what PiSSA and OLoRA take from the base is subtracted in the pair.
 """
 
 import dataclasses
-import hashlib
+import itertools
 import json
 import math
 from pathlib import Path
@@ -22,11 +24,17 @@ import torch
 from safetensors.torch import save_file
 
 from sat_lora.atomic import replaced_folder
+from sat_lora.base_identity import BaseIdentity
 from sat_lora.config import DTYPES, LoraConfig
 from sat_lora.errors import AdapterError, ConfigError
+from sat_lora.foreign import MEBIBYTE, printable, read_json, stand_in
 from sat_lora.step_folders import follow
+from sat_lora.training.notice import warn
 
 FORMAT_VERSION = 2
+CONFIG_LIMIT, MOST_ENTRIES = 4 * MEBIBYTE, 50_000  # ten times and more what an adapter of all of CogVLM-17B has
+HOLES_FROM, HOLES_SHARE = 64 * MEBIBYTE, 16  # a file of at least so many bytes of which a sixteenth is on the disk
+_IMPORT = "it may be one of PEFT: `sat-lora import --from peft FOLDER --base BASE --out DIR` makes an adapter of it"
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PAIR, MAGNITUDE = ("lora_A", "lora_B"), "lora_magnitude"
 LARGEST_SCALE = torch.finfo(torch.float32).max
@@ -70,6 +78,12 @@ class SavedAdapter:
     layers: dict[str, LayerEntry]
     trained: tuple[str, ...]
     tensors: dict[str, torch.Tensor]
+    base: BaseIdentity | None = None  # None: an adapter of a version that did not know
+
+    @property
+    def base_title(self) -> str:
+        """The base, for people."""
+        return self.base.title if self.base else "a base that it does not name"
 
     def of_layer(self, name: str) -> dict[str, torch.Tensor]:
         """The layer's stacked A (slots * r, in), B (rows of all slots, r) and, with DoRA, magnitude (rows,)."""
@@ -119,12 +133,6 @@ def plain_config(config: LoraConfig) -> LoraConfig:
     )
 
 
-def fingerprint_of(shapes: dict[str, tuple[int, ...]]) -> str:
-    """The fingerprint of a base with these names and whole shapes."""
-    lines = sorted(f"{name} {list(shape)}" for name, shape in shapes.items())
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
-
 def write_adapter(folder: str | Path, adapter: SavedAdapter) -> None:
     """Write the folder; a reader sees the old one or the new one, never a torn one. OSError if it cannot be written."""
     config = {
@@ -133,6 +141,7 @@ def write_adapter(folder: str | Path, adapter: SavedAdapter) -> None:
         "sat_lora": {
             "format_version": FORMAT_VERSION,
             "base_fingerprint": adapter.base_fingerprint,
+            **({} if adapter.base is None else {"base": adapter.base.to_dict()}),
             "layers": {name: dataclasses.asdict(entry) for name, entry in sorted(adapter.layers.items())},
             "trained": sorted(adapter.trained),
         },
@@ -153,53 +162,120 @@ def read_adapter(folder: str | Path) -> SavedAdapter:
     try:
         folder = follow(folder)
         missing = [name for name in (WEIGHTS, CONFIG) if not (folder / name).is_file()]
-        found = ", ".join(sorted(p.name for p in folder.iterdir())[:12]) if folder.is_dir() else "no such folder"
+        names = sorted(p.name for p in itertools.islice(folder.iterdir(), 10_000)) if folder.is_dir() else None
     except OSError as error:
         raise AdapterError(f"{folder}: cannot be read: {error}") from error
     if missing:
-        raise AdapterError(
-            f"{folder} is not an adapter folder: {', '.join(missing)} missing; found: {found or 'nothing'}"
-        )
-    config, fingerprint, layers, trained = _read_config(folder / CONFIG)
-    return SavedAdapter(config, fingerprint, layers, trained, _read_tensors(folder / WEIGHTS))
+        found = "no such folder" if names is None else ", ".join(map(printable, names[:12])) or "nothing"
+        advice = _advice(folder, names or [])
+        raise AdapterError(f"{folder} is not an adapter folder: {', '.join(missing)} missing; found: {found}{advice}")
+    about = _read_config(folder / CONFIG)
+    return dataclasses.replace(about, tensors=_read_tensors(folder / WEIGHTS))
 
 
-def _read_config(path: Path) -> tuple[LoraConfig, str, dict[str, LayerEntry], tuple[str, ...]]:
-    """(config, base fingerprint, layers, trained) of an adapter_config.json."""
+def _advice(folder: Path, names: list[str]) -> str:
+    """What to give instead of a folder that holds these and no adapter, where that can be seen."""
+    if (folder / "adapter").is_dir():
+        return f"; give {folder / 'adapter'}"
+    if "adapter_model.bin" in names:
+        return f"; {_IMPORT}"
+    return ""
+
+
+def base_of_adapter(folder: str | Path) -> BaseIdentity:
+    """The base that an adapter was trained on, by its config alone. AdapterError as `read_adapter`."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+        about = _read_config(follow(folder) / CONFIG)
+    except OSError as error:
+        raise AdapterError(f"{folder}: cannot be read: {error}") from error
+    return about.base or BaseIdentity(about.base_fingerprint)
+
+
+def base_problem(
+    saved: SavedAdapter, base: BaseIdentity, source: str | Path, folder: str | Path | None = None
+) -> str | None:
+    """Why `base` is not the one that the adapter was trained on; None if it is, or if nothing says otherwise.
+
+    source: the adapter's folder; folder: the base's, where it has one. A warning where the adapter, of an older
+    version, knows too little.
+    """
+    known = saved.base or BaseIdentity(saved.base_fingerprint)
+    difference = dataclasses.replace(known, fingerprint=saved.base_fingerprint).difference(base)
+    if difference is not None:
+        subject = (
+            f"the base model has {difference} than the one this adapter was trained on"
+            if folder is None
+            else f"{source} was trained on a base with {difference} than {folder}"
+        )
+        return (
+            f"{subject}: it was {saved.base_title}, this is {base.title}; give its own base, or insist with --any-base "
+            "(any_base=True)"
+        )
+    if known.values is None and base.values is not None:
+        warn(
+            f"{source} was written by a version that kept names and shapes of its base alone: nobody can say whether "
+            f"{base.title} is that base"
+        )
+    return None
+
+
+def _read_config(path: Path) -> SavedAdapter:
+    """What an adapter_config.json says; no tensors."""
+    try:
+        values = read_json(path, limit=CONFIG_LIMIT, parse_constant=_refuse_constant)
+        if isinstance(values, dict) and "sat_lora" not in values and "peft_type" in values:
+            raise ValueError(f"no 'sat_lora' in it; {_IMPORT}")
         own = values.pop("sat_lora")
         values.pop("peft_type", None)
         version = own["format_version"]
         if version != FORMAT_VERSION:
             raise AdapterError(f"{path}: format version {version!r}, this sat_lora reads {FORMAT_VERSION}")
+        if len(own["layers"]) > MOST_ENTRIES:
+            raise ValueError(f"{len(own['layers'])} layers, no more than {MOST_ENTRIES} are read")
         layers = {name: _layer_entry(name, values) for name, values in own["layers"].items()}
         fingerprint, trained = str(own["base_fingerprint"]), _strings(own["trained"])
+        base = BaseIdentity.from_dict(fingerprint, own["base"]) if "base" in own else None
     except (OSError, ValueError, AttributeError, LookupError, TypeError, RecursionError) as error:
-        raise AdapterError(f"{path}: not an adapter config of sat_lora: {_brief(_cause(error))}") from error
+        problem = stand_in(path) or _brief(_cause(error))
+        raise AdapterError(f"{path}: not an adapter config of sat_lora: {problem}") from error
     try:
         config = LoraConfig.from_dict(values)
     except ConfigError as error:
         raise AdapterError(f"{path}: {_brief(str(error))}") from error
     if config.takes_from_base:  # written files never do; loading one would take from the base again
         raise AdapterError(f"{path}: init_lora_weights {config.init_lora_weights!r}, but the file is a plain LoRA")
-    return config, fingerprint, layers, trained
+    return SavedAdapter(config, fingerprint, layers, trained, {}, base)
 
 
 def _layer_entry(name: str, values) -> LayerEntry:
     try:
         return LayerEntry.from_dict(values)
     except (ValueError, TypeError, LookupError) as error:
-        raise ValueError(f"{name}: {_cause(error)}") from error
+        raise ValueError(f"{printable(name)}: {_cause(error)}") from error
 
 
 def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
     try:
+        problem = stand_in(path) or _holes(path)
+        if problem is not None:
+            raise ValueError(problem)
         with safetensors.safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}
+            keys = file.keys()
+            if len(keys) > MOST_ENTRIES:
+                shown = ", ".join(printable(key)[:100] for key in sorted(keys)[:3])
+                raise ValueError(f"{len(keys)} tensors ({shown}, ...), no more than {MOST_ENTRIES} are read")
+            return {key: file.get_tensor(key) for key in keys}
     # safetensors 0.8 meets a dtype that torch or its own binding lacks with whatever comes first.
     except (OSError, safetensors.SafetensorError, RuntimeError, ValueError, TypeError, LookupError) as error:
         raise AdapterError(f"{path}: cannot be read as safetensors: {_brief(str(error))}") from error
+
+
+def _holes(path: Path) -> str | None:
+    """Whether most of a large file was never written, as a clause: tensors of it would be zeros of any size."""
+    about = path.stat()
+    if about.st_size < HOLES_FROM or about.st_blocks * 512 * HOLES_SHARE > about.st_size:
+        return None
+    return f"only {about.st_blocks * 512:,} of its {about.st_size:,} bytes are on the disk; download or copy it again"
 
 
 def _refuse_constant(name: str):
@@ -223,14 +299,25 @@ def _brief(text: str) -> str:
 
 def tensor_problems(tensors: dict[str, torch.Tensor], expected: dict[str, tuple[int, ...]]) -> list[str]:
     """What keeps the tensors of a file from being the expected ones: names, shapes, dtypes, values."""
-    problems = [f"missing {key}" for key in expected.keys() - tensors.keys()]
-    problems += [f"unexpected {key}" for key in tensors.keys() - expected.keys()]
+    problems = form_problems(tensors, expected)
+    problems += [
+        f"{_brief(printable(key))}: holds values that are not finite"
+        for key in expected.keys() & tensors.keys()
+        if tuple(tensors[key].shape) == expected[key]
+        and tensors[key].dtype in TENSOR_DTYPES
+        and not bool(torch.isfinite(tensors[key]).all())
+    ]
+    return problems
+
+
+def form_problems(tensors: dict[str, torch.Tensor], expected: dict[str, tuple[int, ...]]) -> list[str]:
+    """The same without the values, of which none is read."""
+    problems = [f"missing {_brief(printable(key))}" for key in expected.keys() - tensors.keys()]
+    problems += [f"unexpected {_brief(printable(key))}" for key in tensors.keys() - expected.keys()]
     for key in expected.keys() & tensors.keys():
-        tensor = tensors[key]
+        tensor, name = tensors[key], _brief(printable(key))
         if tuple(tensor.shape) != expected[key]:
-            problems.append(f"{key}: shape {tuple(tensor.shape)}, the model wants {expected[key]}")
+            problems.append(f"{name}: shape {tuple(tensor.shape)}, the model wants {_brief(str(expected[key]))}")
         elif tensor.dtype not in TENSOR_DTYPES:
-            problems.append(f"{key}: dtype {tensor.dtype}, one of {', '.join(DTYPES)} is wanted")
-        elif not bool(torch.isfinite(tensor).all()):
-            problems.append(f"{key}: holds values that are not finite")
+            problems.append(f"{name}: dtype {tensor.dtype}, one of {', '.join(DTYPES)} is wanted")
     return problems

@@ -23,6 +23,7 @@ import torch
 from torch.nn.functional import pad
 
 from sat_lora.adapter_format import PAIR, LayerEntry, SavedAdapter, cut_slots, write_adapter
+from sat_lora.base_identity import BaseIdentity
 from sat_lora.combine_checks import WHOLE, Source, by_layer, check_arguments, read_sources, refuse
 from sat_lora.combine_factors import Pair, Triple, cat, linear, svd, ties
 from sat_lora.config import SLOTS, LoraConfig
@@ -40,20 +41,23 @@ def combine_adapters(
     rank: int | None = None,
     density: float | None = None,
     majority_sign: str = "total",
+    any_base: bool = False,
     progress: Callable[[Collection], Iterable] = iter,
 ) -> None:
     """Write OUT, a new adapter folder, from adapters of one base; for the methods see the top of this file.
 
     weights: one per folder, by default 1; a negative one subtracts. rank: svd's, by default at each layer the largest
     there. density: the share of the values in A and in B that ties keeps. majority_sign: ties elects signs by the sum
-    of values ("total") or by number ("frequency"). progress: goes through the layers, as tqdm does.
+    of values ("total") or by number ("frequency"). any_base: the adapters may be of different bases with the same
+    layers; the result names the first one's. progress: goes through the layers, as tqdm does.
 
     Computed in float32, or float64 for float64 adapters, and rounded once to the adapters' dtype. A layer's scale is
     its largest |w_i s_i|, so that cat keeps the bits of adapters where these are equal. ConfigError (arguments) and
     AdapterError (folders) list everything that is wrong.
     """
     check_arguments(folders, out, method, weights, rank, density, majority_sign)
-    sources = read_sources(folders, [1.0] * len(folders) if weights is None else weights, method)
+    weights = [1.0] * len(folders) if weights is None else weights
+    sources = read_sources(folders, weights, method, any_base=any_base)
     arithmetic = {
         "cat": cat,
         "linear": linear,
@@ -83,7 +87,13 @@ def combine_sources(
     config = combined_config([source.saved.config for source in sources], layers)
     # The scale as a reader of the config gets it, to the last bit.
     layers = {name: replace(entry, scale=config.scale_for(name, entry.r)) for name, entry in layers.items()}
-    return SavedAdapter(config, sources[0].saved.base_fingerprint, layers, (), tensors)
+    return SavedAdapter(config, sources[0].saved.base_fingerprint, layers, (), tensors, _base(sources))
+
+
+def _base(sources: list[Source]) -> BaseIdentity | None:
+    """The first that says which values the base has, or else says anything."""
+    known = sorted((s.saved.base for s in sources if s.saved.base), key=lambda base: base.values is None)
+    return known[0] if known else None
 
 
 def combine_layer(

@@ -2,13 +2,14 @@
 
 import difflib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Real
 from pathlib import Path
 
 import torch
 
 from sat_lora.adapter_format import MAGNITUDE, PAIR, SavedAdapter, read_adapter, tensor_problems
+from sat_lora.base_identity import BaseIdentity
 from sat_lora.errors import AdapterError, ConfigError
 
 METHODS, MAJORITY_SIGNS = ("cat", "linear", "svd", "ties"), ("total", "frequency")
@@ -74,8 +75,13 @@ def _is_finite(value) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def read_sources(folders: list[str | Path], weights: list[float], method: str) -> list[Source]:
-    """The adapters, each read once. AdapterError lists everything that keeps them from being combined."""
+def read_sources(
+    folders: list[str | Path], weights: list[float], method: str, *, any_base: bool = False
+) -> list[Source]:
+    """The adapters, each read once. AdapterError lists everything that keeps them from being combined.
+
+    any_base: they may be of different bases.
+    """
     sources, problems = [], []
     for folder, weight in zip(folders, weights):
         try:
@@ -84,12 +90,28 @@ def read_sources(folders: list[str | Path], weights: list[float], method: str) -
             problems.append(str(error))
             continue
         problems += [f"{folder}: {problem}" for problem in _own_problems(sources[-1])]
-        if sources[-1].saved.base_fingerprint != sources[0].saved.base_fingerprint:
-            problems.append(f"{folder}: trained on a base with other names or shapes than {sources[0].folder}")
+        problems += [] if any_base else _other_base(sources)
     for name, holders in by_layer(sources).items():
         problems += [f"{name}: {problem}" for problem in _disagreements(name, holders, method)]
     refuse(problems)
     return sources
+
+
+def _other_base(sources: list[Source]) -> list[str]:
+    """Whether the last one was trained on another base than the first one before it that says enough, as a list."""
+    *before, last = ((source, source.saved.base or BaseIdentity(source.saved.base_fingerprint)) for source in sources)
+    known = sorted(before, key=lambda pair: pair[1].values is None)
+    if not known:
+        return []
+    first, base = known[0]
+    base = replace(base, fingerprint=first.saved.base_fingerprint)
+    difference = base.difference(replace(last[1], fingerprint=last[0].saved.base_fingerprint))
+    if difference is None:
+        return []
+    return [
+        f"{last[0].folder}: trained on a base with {difference} than {first.folder}: "
+        f"{last[0].saved.base_title}, not {first.saved.base_title}; insist with --any-base (any_base=True)"
+    ]
 
 
 def by_layer(sources: list[Source]) -> dict[str, list[Source]]:

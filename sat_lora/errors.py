@@ -1,8 +1,18 @@
 """The exceptions a user of sat_lora can meet. Each message says what, where, got, wanted and what to do."""
 
+from sat_lora.foreign import printable_lines
+
 
 class SatLoraError(Exception):
-    """A mistake that the user can mend; command-line tools print it without a traceback."""
+    """A mistake that the user can mend; command-line tools print it without a traceback.
+
+    Its text only shows on a terminal, whatever names of files, layers and settings are in it: control characters are
+    escaped, and a line after the first never begins at the margin, where a tool's own messages do.
+    """
+
+    def __str__(self) -> str:
+        first, *more = printable_lines(super().__str__()).split("\n")
+        return "\n".join([first, *(line if line[:1] == " " or line[:2] == "- " else f"  {line}" for line in more)])
 
 
 class ConfigError(SatLoraError, ValueError):

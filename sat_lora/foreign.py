@@ -81,3 +81,62 @@ def _held_by(value) -> list:
 def read_json(path: str | Path, *, limit: int = JSON_LIMIT, parse_constant=None):
     """What the JSON file at `path` says, by `read_bytes` and `parse_json`, and with their OSError and ValueError."""
     return parse_json(read_bytes(path, limit), parse_constant=parse_constant)
+
+
+BEGINNING = 1024  # of a file; pointers of git LFS and pages of errors are told by it
+_UNFINISHED = (".aria2", ".part", ".incomplete", ".crdownload", ".download")
+_ANSWERS = (
+    "entry not found", "not found", "repository not found", "invalid username or password", "access denied",
+    "forbidden", "unauthorized", "access to model", "<?xml",
+)  # fmt: skip
+_ARCHIVES = {
+    b"PK\x03\x04": "a zip archive",
+    b"\x1f\x8b": "a gzip archive",
+    b"7z\xbc\xaf": "a 7z archive",
+    b"Rar!": "a rar archive",
+}
+
+
+def is_lfs_pointer(content: bytes) -> bool:
+    """Whether that is what git leaves in a file's place where git LFS did not bring it."""
+    head = content[:200].lstrip(b"\xef\xbb\xbf \t\r\n")
+    return head.startswith((b"version https://git-lfs", b"version https://hawser"))
+
+
+def stand_in(path: str | Path, *, archive: bool = False) -> str | None:
+    """What lies at `path` in place of the file that belongs there, and what to do, as a clause; None if all seems well.
+
+    It knows pointers of git LFS, answers of a server that were saved under the file's name, downloads that did not end,
+    and what is no regular file. archive: whether the file may be a zip archive, as torch's are.
+    """
+    path = Path(path)
+    try:
+        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+            mode = os.fstat(file.fileno()).st_mode
+            if not stat.S_ISREG(mode):
+                return f"it is {kind_of(mode)}, no file"
+            head = file.read(BEGINNING)
+    except OSError as error:
+        return f"it cannot be read: {error.strerror or error}"
+    beside = next((suffix for suffix in _UNFINISHED if path.with_name(path.name + suffix).exists()), None)
+    text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if is_lfs_pointer(head):
+        return (
+            "it is a pointer of git LFS and not the file itself; run `git lfs install` and `git lfs pull` in that "
+            "folder, or download the file"
+        )
+    if beside is not None:
+        return f"{printable(path.name + beside)} lies beside it, so its download did not end; download it to its end"
+    if not head:
+        return "it is empty; if its download was cut short, download it again"
+    if text.startswith((b"<!doctype html", b"<html", b"<head")):
+        return "it is a web page and not the file: a server answered with an error or a login; download it again"
+    if len(head) < BEGINNING and text.startswith(tuple(answer.encode() for answer in _ANSWERS)):
+        answer = printable(head.decode("utf-8", "replace").strip().splitlines()[0][:80])
+        return f"it holds a server's answer, {answer!r}, and not the file; download it again"
+    if not head.strip(b"\0"):
+        return "it begins with zeros, as a download that did not end does; download it again"
+    kind = next((kind for magic, kind in _ARCHIVES.items() if head.startswith(magic)), None)
+    if kind is not None and not (archive and head.startswith(b"PK")):
+        return f"it is {kind}; unpack it, or give the file that belongs there"
+    return None

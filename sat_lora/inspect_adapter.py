@@ -6,8 +6,11 @@ from pathlib import Path
 
 import torch
 
-from sat_lora.adapter_format import CONFIG, PAIR, WEIGHTS, SavedAdapter, read_adapter
+from sat_lora.adapter_format import CONFIG, PAIR, WEIGHTS, SavedAdapter, form_problems, read_adapter
+from sat_lora.base_identity import BaseIdentity
+from sat_lora.combine_checks import Source
 from sat_lora.errors import AdapterError
+from sat_lora.foreign import printable
 from sat_lora.step_folders import follow
 from sat_lora.targets import layer_of, part_of
 
@@ -15,16 +18,15 @@ from sat_lora.targets import layer_of, part_of
 def inspect_adapter(folder: str | Path) -> dict:
     """What the adapter of an adapter folder, or of a run folder, holds; made of what JSON can hold.
 
-    Keys: path, base_fingerprint, bytes, parameters, dtypes {dtype: tensors}, r, lora_alpha, use_rslora, use_dora,
+    Keys: path, base_fingerprint, base {name, family, parameters, digest}, bytes, parameters, dtypes {dtype: tensors},
+    r, lora_alpha, use_rslora, use_dora,
     layers (a list with name, part, layer, kind, slots, r, alpha, scale, dtype, parameters, delta_norm, zero_b, finite),
     parts {part: layers, parameters, ranks, delta_norm}, trained {name: shape}, zero_b and not_finite (names).
     delta_norm is the Frobenius norm of scale * B A (before DoRA's lengths), None where it is not finite.
     """
-    folder = Path(folder)
-    if not (folder / CONFIG).is_file() and (folder / "adapter").is_dir():
-        folder = folder / "adapter"
-    folder = follow(folder)
+    folder = _adapter_folder(Path(folder))
     saved = read_adapter(folder)
+    _refuse_disagreement(saved, folder)
     try:
         layers = [_describe_layer(saved, name) for name in sorted(saved.layers)]
         trained = {name: list(saved.tensors[name].shape) for name in sorted(saved.trained)}
@@ -34,6 +36,7 @@ def inspect_adapter(folder: str | Path) -> dict:
     return {
         "path": str(folder),
         "base_fingerprint": saved.base_fingerprint,
+        "base": _describe_base(saved),
         "bytes": (folder / WEIGHTS).stat().st_size,
         "parameters": sum(tensor.numel() for tensor in saved.tensors.values()),
         "dtypes": dict(sorted(Counter(_name(tensor.dtype) for tensor in saved.tensors.values()).items())),
@@ -44,6 +47,38 @@ def inspect_adapter(folder: str | Path) -> dict:
         "zero_b": [layer["name"] for layer in layers if layer["zero_b"]],
         "not_finite": broken,
     }
+
+
+def _adapter_folder(folder: Path) -> Path:
+    """The folder that is meant: of an adapter, a run, or a pointer. AdapterError: nobody can say."""
+    try:
+        if not (folder / CONFIG).is_file() and (folder / "adapter").is_dir():
+            folder = folder / "adapter"
+        return follow(folder)
+    except OSError as error:
+        raise AdapterError(f"{folder}: cannot be read: {error}") from error
+
+
+def _refuse_disagreement(saved: SavedAdapter, folder: Path) -> None:
+    """AdapterError where the config says other tensors than there are; no value is read."""
+    inputs = {name: Source(folder, 1.0, saved).in_features(name) for name in saved.layers}
+    whole = {name: tuple(saved.tensors[name].shape) for name in saved.trained if name in saved.tensors}
+    problems = sorted(form_problems(saved.tensors, saved.expected(inputs) | whole))
+    problems += [f"missing {printable(name)}" for name in saved.trained if name not in saved.tensors]
+    if problems:
+        shown = "\n  ".join(problems[:20]) + (f"\n  and {len(problems) - 20} more" if len(problems) > 20 else "")
+        raise AdapterError(f"{folder}: its tensors do not fit its {CONFIG}, {len(problems)} problems:\n  {shown}")
+
+
+def _describe_base(saved: SavedAdapter) -> dict:
+    base = saved.base or BaseIdentity(saved.base_fingerprint)
+    return {"name": base.name, "family": base.family, "parameters": base.parameters, "digest": base.digest}
+
+
+def _base_line(report: dict) -> str:
+    base = report["base"]
+    about = BaseIdentity(report["base_fingerprint"], base["name"], base["family"], base["parameters"])
+    return f"{about.title}, {base['digest']}; names and shapes {report['base_fingerprint'][:16]}"
 
 
 def delta_norm(saved: SavedAdapter, name: str) -> float:
@@ -57,8 +92,8 @@ def delta_norm(saved: SavedAdapter, name: str) -> float:
 def describe_adapter(report: dict) -> str:
     """The report of `inspect_adapter` as text: a table of the parts, and what looks wrong."""
     lines = [
-        f"adapter      {report['path']}",
-        f"base         {report['base_fingerprint']}",
+        f"adapter      {printable(report['path'])}",
+        f"base         {_base_line(report)}",
         f"size         {report['bytes']:,} bytes, {report['parameters']:,} parameters, {', '.join(report['dtypes'])}",
         f"config       r {report['r']}, alpha {report['lora_alpha']:g}"
         + "".join(f", {field}" for field in ("use_rslora", "use_dora") if report[field]),
@@ -68,13 +103,13 @@ def describe_adapter(report: dict) -> str:
     for part, row in report["parts"].items():
         ranks, alphas = (",".join(f"{value:g}" for value in row[key]) for key in ("ranks", "alphas"))
         lines.append(
-            f"{part:<26}{row['layers']:>8}{ranks:>10}{alphas:>10}{row['parameters']:>14,}{_text(row['delta_norm']):>12}"
+            f"{printable(part):<26}{row['layers']:>8}{ranks:>10}{alphas:>10}{row['parameters']:>14,}{_text(row['delta_norm']):>12}"
         )
     if report["trained"]:
-        lines += ["", f"trained whole  {', '.join(report['trained'])}"]
+        lines += ["", f"trained whole  {', '.join(map(printable, report['trained']))}"]
     for key, meaning in (("zero_b", "B is zero, no effect"), ("not_finite", "values that are not finite")):
         if report[key]:
-            lines += ["", f"{meaning}: {len(report[key])}", *(f"  {name}" for name in report[key])]
+            lines += ["", f"{meaning}: {len(report[key])}", *(f"  {printable(name)}" for name in report[key])]
     return "\n".join(lines)
 
 

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import torch
 
-from sat_lora.adapter_format import SavedAdapter, fingerprint_of, read_adapter, tensor_problems
+from sat_lora.adapter_format import SavedAdapter, base_problem, read_adapter, tensor_problems
 from sat_lora.atomic import replaced_folder
 from sat_lora.cogvlm.base_weights import BaseWeights
 from sat_lora.cogvlm.hugging_face_folder import make_hugging_face_weights
 from sat_lora.cogvlm.sat_folder import make_sat_weights
 from sat_lora.errors import AdapterError, CheckpointError, MergeError
+from sat_lora.foreign import printable
 from sat_lora.functional import DeltaLayout
 from sat_lora.kinds import KINDS
 from sat_lora.merging import merged_weight
@@ -31,6 +32,7 @@ def merge_adapter(
     to: str = "sat",
     model_parallel_size: int = 1,
     trust: bool = False,
+    any_base: bool = False,
     progress: Callable[[Collection], Iterable] = iter,
 ) -> None:
     """Write OUT, the base with scale * B A added to each adapted weight: in float32, kept in the base's dtype.
@@ -38,17 +40,17 @@ def merge_adapter(
     to: "sat", cut for `model_parallel_size` ranks, or "hf", a Hugging Face folder of safetensors. The base may be
     either, and cut for any number of ranks. progress: goes through the tensors' names, as tqdm does.
     CheckpointError or AdapterError: a folder is wrong or cannot be written, or the adapter was trained on another base;
-    MergeError: a merged weight is not finite. OUT is not there then. trust: see `map_weights`.
+    MergeError: a merged weight is not finite. OUT is not there then. trust: see `map_weights`. any_base: take a base
+    that the adapter was not trained on, if its layers are there.
     """
     out = Path(out)
     if out.exists():
         raise CheckpointError(f"--out: {out} exists; give a new folder")
     weights = BaseWeights(base, trust=trust)
     saved = read_adapter(adapter)
-    if saved.base_fingerprint != fingerprint_of(weights.shapes):
-        raise AdapterError(
-            f"--adapter: {adapter} was trained on a base with other names or shapes than {base}; give its own base"
-        )
+    another = None if any_base else base_problem(saved, weights.identity, adapter, base)
+    if another:
+        raise AdapterError(f"--adapter: {another}")
     refuse_misfits(weights.shapes, saved, adapter)
     try:
         with replaced_folder(out) as temporary:
@@ -85,8 +87,9 @@ def merged_tensor(name: str, weights: BaseWeights, saved: SavedAdapter) -> torch
 
 def refuse_misfits(shapes: dict[str, tuple[int, ...]], saved: SavedAdapter, source: str | Path) -> None:
     """AdapterError, with every way in which the adapter does not fit a base of these whole shapes."""
-    problems = [f"no {name}" for name in [*saved.trained, *(f"{n}.weight" for n in saved.layers)] if name not in shapes]
-    problems += [f"{n}: unknown kind {e.kind!r}" for n, e in saved.layers.items() if e.kind not in KINDS]
+    wanted = [*saved.trained, *(f"{name}.weight" for name in saved.layers)]
+    problems = [f"no {printable(name)}" for name in wanted if name not in shapes]
+    problems += [f"{printable(n)}: unknown kind {e.kind!r}" for n, e in saved.layers.items() if e.kind not in KINDS]
     if not problems:
         matrices = {
             name: KINDS[entry.kind].matrix(torch.empty(shapes[f"{name}.weight"], device="meta")).shape

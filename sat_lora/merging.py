@@ -60,6 +60,11 @@ class MergedWeights:
                         self._originals.append(layer.weight.detach().to("cpu", copy=True))
                     layer.weight.copy_(merged)
 
+    def originals(self) -> list[tuple[nn.Parameter, torch.Tensor]] | None:
+        """(weight, what it was) of all; None where they were not kept."""
+        weights = [layer.weight for layer, _ in self._pairs]
+        return [*zip(weights, self._originals)] if self._originals or not weights else None
+
     @torch.no_grad()
     def undo(self) -> None:
         """The originals bit for bit where they were kept, else the deltas subtracted."""

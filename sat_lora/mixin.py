@@ -161,6 +161,11 @@ class LoraMixin(BaseMixin):
             self._state.merged.undo()
             self._state.merged = None
 
+    def originals(self) -> list[tuple[torch.Tensor, torch.Tensor]] | None:
+        """(parameter of the base, what it was before) of all that has been trained or merged; None if that is gone."""
+        merged = self._state.merged.originals() if self.merged else []
+        return None if merged is None else [*self.trained.originals(), *merged]
+
     # SAT's hooks
 
     @non_conflict

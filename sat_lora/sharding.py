@@ -60,6 +60,22 @@ class Sharding:
                     yield other, slice(start + there, stop + there), slice(start + here, stop + here)
             edge += whole
 
+    def place(self, index: torch.Tensor, length: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(the rank of `size` that holds them, where in its part) of places along the cut dimension, `length` in full.
+
+        `size` has to divide each block.
+        """
+        owners, local = torch.zeros_like(index), index.clone()
+        edge = 0
+        for block in self.blocks:
+            whole = length * block // sum(self.blocks)
+            part = whole // size
+            inside = (index >= edge) & (index < edge + whole)
+            owners = torch.where(inside, (index - edge) // part, owners)
+            local = torch.where(inside, (index - edge) % part + edge // size, local)
+            edge += whole
+        return owners, local
+
     def fill(
         self,
         target: torch.Tensor,

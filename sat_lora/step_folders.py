@@ -11,7 +11,9 @@ import shutil
 from pathlib import Path
 
 from sat_lora.atomic import replace_text
+from sat_lora.foreign import read_bytes
 
+POINTER_LIMIT, LONGEST_STEP = 256, 18  # bytes of a pointer's file, digits of a step
 LATEST, BEST = "latest", "best"
 
 
@@ -23,10 +25,11 @@ def steps_in(root: Path) -> list[int]:
 def read_pointer(pointer: Path) -> int | None:
     """The step that a pointer names; None if there is none, or if it names nothing there."""
     try:
-        text = pointer.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError):
+        text = read_bytes(pointer, POINTER_LIMIT).decode("utf-8").strip()
+    except (OSError, ValueError):
         return None
-    return int(text) if text.isdecimal() and (pointer.parent / text).is_dir() else None
+    is_step = text.isdecimal() and len(text) <= LONGEST_STEP
+    return int(text) if is_step and (pointer.parent / text).is_dir() else None
 
 
 def follow(path: str | Path) -> Path:

@@ -1,5 +1,7 @@
 """Parameters of the base that train whole, beside the adapters: `modules_to_save` and `bias`."""
 
+from collections.abc import Iterator
+
 import torch
 
 from sat_lora._sat import RowParallelLinear
@@ -28,9 +30,15 @@ class TrainedBase:
 
     @torch.no_grad()
     def remember(self) -> None:
-        """Take the present values as the originals."""
-        self._originals = {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.tensors.items()}
+        """Take the present values as the originals; of what ZeRO-3 has partitioned, this rank's partition."""
+        own = {name: getattr(tensor, "ds_tensor", tensor) for name, tensor in self.tensors.items()}
+        self._originals = {name: tensor.detach().to("cpu", copy=True) for name, tensor in own.items()}
         self._swapped = False
+
+    def originals(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """(parameter, its original on the CPU), as `remember` keeps it, of those that do not have it at present."""
+        if not self._swapped:
+            yield from ((self.tensors[name], original) for name, original in self._originals.items())
 
     @torch.no_grad()
     def swap(self) -> None:

@@ -12,7 +12,7 @@ from sat_lora.training.distributed import arrange, join
 
 
 def lost_share(
-    base: str | Path, adapter: str | Path, merged: str | Path, *, trust: bool = False
+    base: str | Path, adapter: str | Path, merged: str | Path, *, trust: bool = False, any_base: bool = False
 ) -> tuple[float, float]:
     """(the share of the adapter's effect on the logits that merging lost, the largest share allowed).
 
@@ -23,7 +23,7 @@ def lost_share(
     arrange(join())
     dtype = dtype_of(BaseWeights(base, trust=trust))
     batch = sample_batch(read_config(base))
-    plain, adapted = (_logits(base, batch, dtype, one, trust=trust) for one in (None, adapter))
+    plain, adapted = (_logits(base, batch, dtype, one, trust=trust, any_base=any_base) for one in (None, adapter))
     error, effect = (_logits(merged, batch, dtype) - adapted).norm().item(), (adapted - plain).norm().item()
     share = error / effect if effect else float(error > 0)
     return share, 1e-3 if dtype in (torch.float32, torch.float64) else 0.5
@@ -55,11 +55,17 @@ def sample_batch(config: dict) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def _logits(
-    folder: str | Path, batch: dict, dtype: torch.dtype, adapter: str | Path | None = None, *, trust: bool = False
+    folder: str | Path,
+    batch: dict,
+    dtype: torch.dtype,
+    adapter: str | Path | None = None,
+    *,
+    trust: bool = False,
+    any_base: bool = False,
 ) -> torch.Tensor:
     model, _ = load_cogvlm(folder, dtype=dtype, trust=trust)
     model.eval()
     if adapter is not None:
-        load_adapter(model, adapter)
+        load_adapter(model, adapter, any_base=any_base)
     inputs = dict(batch)
     return model(inputs.pop("input_ids"), inputs.pop("position_ids"), -1, **inputs)[0].float()

@@ -6,10 +6,13 @@ from pathlib import Path
 
 import torch
 
+from sat_lora.base_identity import BaseIdentity, identity_of
 from sat_lora.cogvlm.checkpoint import open_folder, shardings_of
 from sat_lora.cogvlm.model import build_cogvlm
+from sat_lora.cogvlm.sat_folder import weight_problems
 from sat_lora.errors import CheckpointError, ConfigError
-from sat_lora.sharding import Sharding
+from sat_lora.foreign import printable
+from sat_lora.sharding import Sharding, model_parallel_layout
 from sat_lora.weight_files import Layout
 
 
@@ -23,9 +26,12 @@ class BaseWeights(Mapping[str, torch.Tensor]):
         self._source = open_folder(folder, trust=trust)
         self.config = self._source.config()
         self._parts = [self._source.map(rank) for rank in range(self._source.saved_ranks)]
+        self._source.check(self._parts[0])
         for number, part in enumerate(self._parts):
-            problems = [f"{name}: not a tensor" for name, value in part.items() if not torch.is_tensor(value)]
-            problems += [f"{name} only in some of them" for name in part.keys() ^ self._parts[0].keys()]
+            foreign = [name for name, value in part.items() if not torch.is_tensor(value)]
+            problems = [f"{printable(name)}: not a tensor" for name in foreign]
+            problems += [f"{printable(name)} only in some of them" for name in part.keys() ^ self._parts[0].keys()]
+            problems += weight_problems(part)
             if problems:
                 file = self._source.files()[number]
                 raise CheckpointError(f"{file}: cannot be used: {'; '.join(sorted(problems)[:20])}")
@@ -82,14 +88,37 @@ class BaseWeights(Mapping[str, torch.Tensor]):
         """The part of a whole tensor that `rank` of `ranks` holds."""
         return whole if ranks == 1 else self._sharding(name).shard(whole, rank, ranks)
 
+    @cached_property
+    def identity(self) -> BaseIdentity:
+        """Which base this is; a few values of each tensor are read."""
+        folder = self._source.path.resolve()
+        return identity_of(self.shapes, self._values_at, name=folder.name, family="CogVLM")
+
+    def _values_at(self, name: str, index: torch.Tensor) -> torch.Tensor:
+        """The elements of a tensor at flat positions of the whole."""
+        if name in self._computed or len(self._parts) == 1:
+            part = self._computed.get(name)
+            return elements(self._parts[0][name] if part is None else part, index)
+        parts, sharding = [part[name] for part in self._parts], self._sharding(name)
+        if sharding.dim is None:
+            return elements(parts[0], index)
+        shape = self.shapes[name]
+        places = [*torch.unravel_index(index, shape)]
+        owners, places[sharding.dim] = sharding.place(places[sharding.dim], shape[sharding.dim], len(parts))
+        by_rank = torch.stack([part[tuple(places)].float() for part in parts])
+        return by_rank.gather(0, owners[None])[0]
+
     def _sharding(self, name: str) -> Sharding:
         if name not in self._shardings:
-            raise CheckpointError(f"{self._source.path}: {name} is no parameter of a CogVLM, so its cut is not known")
+            raise CheckpointError(
+                f"{self._source.path}: {printable(name)} is no parameter of a CogVLM, so its cut is not known"
+            )
         return self._shardings[name]
 
     @cached_property
     def _model(self):
-        return build_cogvlm(self.config, device="meta")
+        _, size = model_parallel_layout()  # of this process; how a parameter is cut does not depend on it
+        return build_cogvlm(self.config, device="meta", model_parallel_size=size)
 
     @cached_property
     def _shardings(self) -> dict[str, Sharding]:
@@ -98,3 +127,8 @@ class BaseWeights(Mapping[str, torch.Tensor]):
     def _buffers(self) -> dict[str, torch.Tensor]:
         dtype = next(iter(self._parts[0].values())).dtype
         return {name: buffer.to(dtype) for name, buffer in self._model.named_buffers()}
+
+
+def elements(tensor: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Those at flat positions; no more of a mapped tensor is read."""
+    return tensor[torch.unravel_index(index, tensor.shape)] if tensor.dim() else tensor.reshape(1)[index]

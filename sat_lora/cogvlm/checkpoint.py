@@ -3,15 +3,17 @@
 Each rank maps the files and copies its own slices: there is no whole model, nor a whole tensor, in anyone's memory.
 """
 
+import re
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from sat_lora.cogvlm.hugging_face_folder import INDEX, SINGLE, HuggingFaceFolder
-from sat_lora.cogvlm.model import CogVLMModel, build_cogvlm
-from sat_lora.cogvlm.sat_folder import PARTS, SatFolder, map_weights, save_weights
+from sat_lora.cogvlm.model import VIT, CogVLMModel, build_cogvlm
+from sat_lora.cogvlm.sat_folder import PARTS, WEIGHT_DTYPES, SatFolder, map_weights, save_weights, weight_problems
 from sat_lora.errors import CheckpointError
+from sat_lora.foreign import printable
 from sat_lora.partitioned import Partitioning
 from sat_lora.sharding import REPLICATED, Sharding, model_parallel_layout, sharding_of
 
@@ -51,10 +53,31 @@ def weight_files(folder: str | Path) -> list[Path]:
 
 
 def check_files(folder: str | Path, *, trust: bool = False) -> None:
-    """CheckpointError when one of the files is missing, truncated or no checkpoint; reads nothing but their headers."""
+    """CheckpointError when one of the files is missing, truncated, no checkpoint, or of a model with another number of
+    layers than the config says; reads nothing but their headers.
+    """
     source = open_folder(folder, trust=trust)
     for rank in range(source.saved_ranks):
-        source.map(rank)
+        _refuse_what_is_no_base(source, source.map(rank))
+
+
+def _refuse_what_is_no_base(source: SatFolder | HuggingFaceFolder, state: dict) -> None:
+    """CheckpointError if what one saved rank holds cannot be a base of the folder's config."""
+    problems = weight_problems(state)
+    if problems:
+        shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
+        raise CheckpointError(f"{source.path}: cannot be used as a base: {shown}")
+    source.check(state)
+    config = source.config()
+    for prefix, wanted in (("", config), (f"{VIT}.", config.get("eva_args", {}))):
+        numbers = [re.match(re.escape(prefix) + r"transformer\.layers\.(\d{1,9})\.", str(name)) for name in state]
+        layers = 1 + max((int(number[1]) for number in numbers if number), default=-1)
+        if layers and wanted.get("num_layers", layers) != layers:
+            where = "eva_args." if prefix else ""
+            raise CheckpointError(
+                f"{source.path}: its config says {where}num_layers {wanted['num_layers']}, its weights have {layers} "
+                "layers; config and weights do not belong together"
+            )
 
 
 def shardings_of(model: nn.Module) -> dict[str, Sharding]:
@@ -85,7 +108,8 @@ def load_cogvlm(
     """
     source = open_folder(folder, trust=trust)
     config = source.config()
-    source.files()  # fail before the model is built
+    rank, size = (0, 1) if not source.saved_ranks > 1 else model_parallel_layout()
+    _refuse_what_is_no_base(source, source.map(rank * source.saved_ranks // size))  # fail before the model is built
     left_out: frozenset[str] = frozenset()
     if layers is not None:
         whole = build_cogvlm(config, device="meta", **settings).state_dict().keys()
@@ -93,6 +117,7 @@ def load_cogvlm(
     model = build_cogvlm(config, device="meta", **settings)
     if layers is not None:
         left_out = frozenset(whole - model.state_dict().keys())
+    model.base_name = source.path.resolve().name  # adapters name it
     weights = _OwnWeights(model, source, left_out)
     partitioning = None if zero_config is None else Partitioning(zero_config)
     with torch.no_grad():
@@ -159,7 +184,7 @@ class _OwnWeights:
                 if problem:
                     own = source.own_name(name)
                     problems.append(problem + where + (f" ({own} in the file)" if own != name else ""))
-            problems += [f"unexpected {name}{where}" for name in state.keys() - shapes.keys() - left_out]
+            problems += [f"unexpected {printable(name)}{where}" for name in state.keys() - shapes.keys() - left_out]
         if problems:
             shown = "\n  ".join(sorted(problems)[:20]) + ("\n  ..." if len(problems) > 20 else "")
             raise CheckpointError(
@@ -181,4 +206,6 @@ def _misfit(state: dict, name: str, shape: tuple[int, ...] | None) -> str | None
         return f"{name}: not a tensor"
     if shape not in (None, state[name].shape):
         return f"{name}: shape {tuple(state[name].shape)}, the model has {shape}"
+    if state[name].dtype not in WEIGHT_DTYPES:
+        return f"{name}: dtype {state[name].dtype}, which is none of a base's weights"
     return None

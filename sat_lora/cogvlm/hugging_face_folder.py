@@ -10,7 +10,9 @@ from pathlib import Path
 import torch
 
 from sat_lora.cogvlm.sat_folder import listing, read_object
+from sat_lora.cogvlm.sizes import size_problems
 from sat_lora.errors import CheckpointError
+from sat_lora.foreign import printable, stand_in
 from sat_lora.interop.hugging_face_names import hf_name, sat_name
 from sat_lora.weight_files import Layout, make_safetensors_file
 
@@ -66,6 +68,8 @@ class HuggingFaceFolder:
         for section, name, wanted in ((content, "hidden_act", "silu"), (vision, "hidden_act", "gelu")):
             if section.get(name, wanted) != wanted:
                 problems.append(f"{name} {section[name]!r} where CogVLM has {wanted!r}")
+        if not problems:
+            problems = [*_not_counts(content, _SIZES), *_not_counts(vision, {**_VIT_SIZES, "image_size": "image_size"})]
         if problems:
             raise CheckpointError(f"{path} is not the config of a CogVLM: {'; '.join(problems)}")
         vit = {name: vision[theirs] for name, theirs in _VIT_SIZES.items()}
@@ -77,7 +81,7 @@ class HuggingFaceFolder:
                 f"patches of {vision['patch_size']} has {patches}, and one for the class token"
             )
         tokens = {name: content[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in content}
-        return {
+        config = {
             "model_class": "CogVLMModel",
             **{name: content[theirs] for name, theirs in _SIZES.items()},
             **_COMMON,
@@ -87,6 +91,13 @@ class HuggingFaceFolder:
             "eva_args": {**vit, **_COMMON, **_VIT_FIXED, "image_size": [side, side]},
             **tokens,
         }
+        problems = size_problems(config)
+        if problems:
+            raise CheckpointError(f"{path}, in the names of SAT: {'; '.join(problems)}")
+        return config
+
+    def check(self, state: dict[str, torch.Tensor]) -> None:
+        """Nothing: whether all files are there is seen where they are named."""
 
     def files(self) -> list[Path]:
         """The safetensors files, as the index names them, or the one there is."""
@@ -103,7 +114,7 @@ class HuggingFaceFolder:
                 lost = [name for name, place in self._places().items() if place == file.name and name not in tensors]
                 if lost:
                     raise CheckpointError(
-                        f"{file} lacks {', '.join(lost[:8])}, which {self.path / INDEX} says are there; download again"
+                        f"{file} lacks {_some(lost)}, which {self.path / INDEX} says are there; download again"
                     )
             state |= {sat_name(name) or name: t for name, t in tensors.items() if not name.endswith(_COMPUTED)}
         return state
@@ -120,12 +131,15 @@ class HuggingFaceFolder:
             raise CheckpointError(f"{index}: expected an object `weight_map` from parameter names to file names")
         names = sorted(set(places.values()))
         foreign = [name for name in names if not name.endswith(".safetensors")]
+        outside = [name for name in names if Path(name).name != name]
         missing = [name for name in names if not (self.path / name).is_file()]
         if foreign:
-            raise CheckpointError(f"{index} names {', '.join(foreign)}; only .safetensors files belong there")
+            raise CheckpointError(f"{index} names {_some(foreign)}; only .safetensors files belong there")
+        if outside:
+            raise CheckpointError(f"{index} names {_some(outside)}; its files have to lie beside it")
         if missing:
             raise CheckpointError(
-                f"{index} names {', '.join(missing)}, not there; download again; found: {listing(self.path)}"
+                f"{index} names {_some(missing)}, not there; download again; found: {listing(self.path)}"
             )
         return places
 
@@ -133,11 +147,29 @@ class HuggingFaceFolder:
 def _map_tensors(file: Path) -> dict[str, torch.Tensor]:
     from safetensors import SafetensorError, safe_open
 
+    instead = stand_in(file)
+    if instead is not None:
+        raise CheckpointError(f"{file}: cannot be read as safetensors: {instead}")
     try:
         with safe_open(file, framework="pt") as content:
             return {name: content.get_tensor(name) for name in content.keys()}  # views of the mapped file
-    except (OSError, SafetensorError) as error:
+    # safetensors 0.8 meets a dtype that torch or its own binding lacks with whatever comes first.
+    except (OSError, SafetensorError, RuntimeError, ValueError, TypeError, LookupError) as error:
         raise CheckpointError(f"{file}: cannot be read as safetensors: {error}; download it again") from error
+
+
+def _not_counts(section: dict, names: dict[str, str]) -> list[str]:
+    """The sizes in a section of config.json that are no whole numbers above 0; epsilons are looked at elsewhere."""
+    wrong = {theirs: section[theirs] for theirs in names.values() if not theirs.endswith("_eps")}
+    return [
+        f"{name} is {str(value)[:60]!r}, wanted a whole number above 0"
+        for name, value in wrong.items()
+        if type(value) is not int or value < 1
+    ]
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(map(printable, names[:8])) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
 def make_hugging_face_weights(

@@ -15,6 +15,7 @@ from sat_lora.cogvlm.key_value_cache import KeyValueCache
 from sat_lora.cogvlm.norm import RMSNorm
 from sat_lora.cogvlm.recompute import LayerCheckpointing
 from sat_lora.cogvlm.routing import TokenRouting, to_device
+from sat_lora.cogvlm.sizes import missing_sizes, size_problems
 from sat_lora.cogvlm.vision import ImageTokens
 from sat_lora.cogvlm.weightless import without_memory
 from sat_lora.errors import CheckpointError, ConfigError, DataError
@@ -156,15 +157,14 @@ def build_cogvlm(
 
     SAT seeds the process with `seed` here, and sets up torch.distributed if nobody has. On the device "meta" the
     parameters have shapes and no memory; only the rotary frequencies have values, on the CPU.
-    CheckpointError: `config` lacks sizes; ConfigError: the model-parallel size does not divide them, or the ranks.
+    CheckpointError: `config` lacks sizes, or one is none; ConfigError: the model-parallel size does not divide them, or
+    the ranks.
     """
-    missing = {"num_layers", "hidden_size", "num_attention_heads", "inner_hidden_size", "vocab_size"} | {
-        "image_length",
-        "eva_args",
-    }
-    missing -= config.keys()
+    missing, problems = missing_sizes(config), size_problems(config)
     if missing:
-        raise CheckpointError(f"the model config lacks {', '.join(sorted(missing))}; it is not a CogVLM config")
+        raise CheckpointError(f"the model config lacks {', '.join(missing)}; it is not a CogVLM config")
+    if problems:
+        raise CheckpointError(f"the model config cannot be: {'; '.join(problems)}")
     _check_parallel(config, model_parallel_size)
     weightless = torch.device(device).type == "meta"
     runtime = dict(model_parallel_size=model_parallel_size, skip_init=skip_init or weightless, seed=seed)

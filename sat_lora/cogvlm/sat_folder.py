@@ -5,7 +5,10 @@ FOLDER/<that>/mp_rank_00_model_states.pt      the state dict under `module`; one
 FOLDER/model_config.json
 """
 
+import difflib
+import itertools
 import json
+import os
 import pickle
 import re
 from pathlib import Path
@@ -13,10 +16,16 @@ from pathlib import Path
 import numpy
 import torch
 
+from sat_lora.cogvlm.sizes import size_problems
 from sat_lora.errors import CheckpointError
+from sat_lora.foreign import printable, read_bytes, read_json, stand_in
 from sat_lora.weight_files import Layout, make_sat_file
 
 PARTS = ("latest", "model_config.json")
+NAME_LIMIT = 4096  # bytes of `latest`
+ARCHIVES = {".zip", ".tar", ".gz", ".tgz", ".7z", ".rar", ".bz2", ".xz", ".zst"}
+LORA2 = re.compile(r"\.matrix_[AB]\.\d+$")
+WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 # SAT stores the random states of Python and numpy beside the weights. These few names rebuild a numpy array and nothing
 # else; whatever else a pickle asks for is refused.
@@ -41,23 +50,40 @@ class SatFolder:
         folder = Path(folder)
         if folder.is_file():
             home = folder.parent.parent if folder.suffix == ".pt" else folder.parent
+            if folder.suffix in ARCHIVES:
+                raise CheckpointError(f"{folder} is a file; unpack the archive and give the model folder in it")
             raise CheckpointError(f"{folder} is a file; give the model folder that holds `latest`, perhaps {home}")
+        if not folder.exists():
+            raise CheckpointError(f"{folder} is not a SAT model folder: it does not exist{_advice(folder)}")
         missing = [name for name in PARTS if not (folder / name).is_file()]
         if missing:
-            found = listing(folder) if folder.is_dir() else "no such folder"
             raise CheckpointError(
                 f"{folder} is not a SAT model folder: looked for {', '.join(PARTS)} and "
-                f"<latest>/mp_rank_00_model_states.pt; missing {', '.join(missing)}; found: {found}"
+                f"<latest>/mp_rank_00_model_states.pt; missing {', '.join(missing)}; found: {listing(folder)}"
+                + _nearby(folder)
             )
         self.path, self._trust = folder, trust
 
     def config(self) -> dict:
-        """The content of model_config.json."""
-        return read_object(self.path / "model_config.json")
+        """The content of model_config.json. CheckpointError: a size in it is none."""
+        path = self.path / "model_config.json"
+        content = read_object(path)
+        problems = size_problems(content)
+        if problems:
+            raise CheckpointError(f"{path}: {'; '.join(problems)}")
+        return content
 
     def files(self) -> list[Path]:
         """The files of the newest step, one per model-parallel rank, in rank order."""
-        step = (self.path / "latest").read_text(encoding="utf-8", errors="replace").strip()
+        try:
+            step = read_bytes(self.path / "latest", NAME_LIMIT).decode("utf-8", "replace").strip()
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{self.path / 'latest'}: cannot be read: {error}") from error
+        if Path(step).name != step or len(step) > 255 or not step.isprintable():
+            raise CheckpointError(
+                f"{self.path}: `latest` says {step[:80]!r}, which is not the name of a folder in there: a step number, "
+                "or `release`"
+            )
         home = self.path / step
         files = sorted(home.glob("mp_rank_*_model_states.pt")) if step else []
         numbers = [file.name.split("_")[2] for file in files]
@@ -67,6 +93,18 @@ class SatFolder:
                 f"gaps) should be there; found {[file.name for file in files] or listing(home)}"
             )
         return files
+
+    def check(self, state: dict[str, torch.Tensor]) -> None:
+        """CheckpointError if the first file, which holds `state`, is one rank's and those of others are missing."""
+        content, files = self.config(), self.files()
+        ranks, rows = content.get("model_parallel_size", 1), content.get("vocab_size")
+        head = state.get("mixins.lm.lm_head.weight")
+        if ranks > len(files) and torch.is_tensor(head) and head.dim() == 2 and len(head) * ranks == rows:
+            lost = [f"mp_rank_{rank:02d}_model_states.pt" for rank in range(len(files), ranks)]
+            raise CheckpointError(
+                f"{files[0].parent} has {len(files)} of {ranks} files: model_config.json says model_parallel_size "
+                f"{ranks}, and {', '.join(lost[:8])} {'is' if len(lost) == 1 else 'are'} missing; copy all of them"
+            )
 
     @property
     def saved_ranks(self) -> int:
@@ -82,18 +120,55 @@ class SatFolder:
         return name
 
 
+def _advice(folder: Path) -> str:
+    """What to do about a folder that is not there."""
+    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(folder)):  # the name of a model on a hub looks like this
+        return (
+            f" (found: no such folder). Nothing is fetched: if it is a model's name, download it with `huggingface-cli "
+            f"download {folder} --local-dir {folder.name}`, then give that folder"
+        )
+    near = difflib.get_close_matches(folder.name, _names_in(folder.parent), n=1)
+    return "; found: no such folder" + (f"; did you mean {folder.parent / printable(near[0])}?" if near else "")
+
+
+def _nearby(folder: Path) -> str:
+    """What to give instead of a folder that is no model's, where that can be seen."""
+    above = [home for home in (folder.parent, folder.parent.parent) if all((home / name).is_file() for name in PARTS)]
+    names = _names_in(folder)
+    below = [name for name in names if all((folder / name / part).is_file() for part in PARTS)]
+    if above or below:
+        return f"; give {above[0] if above else folder / printable(below[0])}"
+    if any(re.fullmatch(r"pytorch_model.*\.bin", name) for name in names):
+        return (
+            "; of a Hugging Face folder only .safetensors are read, save the model again with safe_serialization=True"
+        )
+    if any(name.endswith(".safetensors") for name in names):
+        return "; a Hugging Face folder has model.safetensors, or model.safetensors.index.json beside its parts"
+    if any(Path(name).suffix in ARCHIVES for name in names):
+        return "; unpack the archive"
+    return ""
+
+
+def _names_in(folder: Path) -> list[str]:
+    try:
+        return sorted(itertools.islice((entry.name for entry in os.scandir(folder)), 10_000))
+    except OSError:
+        return []
+
+
 def listing(folder: Path) -> str:
     """Some names in a folder, for an error."""
-    names = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+    names = [printable(name) for name in _names_in(folder)]
     return ", ".join(names[:12]) + (" ..." if len(names) > 12 else "") if names else "nothing"
 
 
 def read_object(path: Path) -> dict:
     """A JSON file that has to hold an object."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from error
+        instead = stand_in(path) if path.exists() else None
+        raise CheckpointError(f"{path}: cannot be read as JSON: {instead or error}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: expected a JSON object, got {type(content).__name__}")
     return content
@@ -104,26 +179,49 @@ def map_weights(file: Path, *, trust: bool = False) -> dict[str, torch.Tensor]:
 
     trust: unpickle whatever the file holds, which runs any code that its maker put there.
     """
+    instead = stand_in(file, archive=True)
+    if instead is not None:
+        raise CheckpointError(f"{file}: cannot be read as a SAT checkpoint: {instead}")
     try:
         with torch.serialization.safe_globals(_RANDOM_STATE_TYPES):
             content = torch.load(file, map_location="cpu", mmap=True, weights_only=not trust)
     except pickle.UnpicklingError as error:  # torch's own text advises to unpickle everything
         refused = re.search(r"GLOBAL (\S+)", str(error))
-        problem = "damaged" if trust else "damaged; nothing was run"
+        problem = "damaged, copy it again" if trust else "damaged, copy it again; nothing was run"
         if refused and not trust:
             problem = f"it asks for {refused[1]}, only tensors and random states are read; nothing was run; {TRUST}"
         raise CheckpointError(f"{file}: cannot be read as a SAT checkpoint: {problem}") from error
     except (ImportError, AttributeError) as error:  # of a trusted pickle
         raise CheckpointError(f"{file}: unpickling it asks for what is not installed here: {error}") from error
-    except (OSError, RuntimeError, EOFError) as error:
+    except Exception as error:  # a damaged pickle makes torch raise KeyError, IndexError, struct.error, ...
+        text = str(error).strip().partition("\n")[0][:300]
+        if "_use_new_zipfile_serialization" in str(error):
+            text = "it is in the format that torch wrote before 1.6, which cannot be mapped; load and save it again"
         raise CheckpointError(
-            f"{file}: cannot be read as a SAT checkpoint: {error}; if it was cut short, copy it again"
+            f"{file}: cannot be read as a SAT checkpoint: {text or type(error).__name__}; if it was cut short, copy it "
+            "again"
         ) from error
     state = content.get("module") if isinstance(content, dict) else None
     if not isinstance(state, dict):
         keys = sorted(map(str, content))[:8] if isinstance(content, dict) else type(content).__name__
-        raise CheckpointError(f"{file}: expected a state dict under the key `module`; found {keys}")
+        raise CheckpointError(f"{file}: expected a state dict under the key `module`; found {printable(keys)}")
     return state
+
+
+def weight_problems(state: dict) -> list[str]:
+    """What is in a state dict that is no weight of a base: other types, dtypes, and the pairs of SAT's own LoRA."""
+    pairs = [name for name in state if LORA2.search(str(name))]
+    if pairs:
+        return [
+            f"it was trained with SAT's lora2 ({printable(pairs[0])}, ...); make an adapter of it with `sat-lora "
+            "import --from lora2`, and give the base that it was trained on here"
+        ]
+    return [
+        f"{printable(name)}: dtype {tensor.dtype}; weights are float32, bfloat16, float16 or float64, and a quantised "
+        "model is not a base"
+        for name, tensor in state.items()
+        if torch.is_tensor(tensor) and tensor.dtype not in WEIGHT_DTYPES
+    ]
 
 
 def save_weights(folder: str | Path, config: dict, state: dict[str, torch.Tensor], step: str = "release") -> None:

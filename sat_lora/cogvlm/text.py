@@ -1,12 +1,16 @@
 """Prompts and token sequences, as the published CogVLM lays them out."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from sat_lora.errors import ConfigError
+from sat_lora.foreign import printable, read_json, stand_in
 
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", *VOCABULARIES)
 IGNORED = -100  # a label that takes no part in the loss
 IMAGE_PLACE = "<EOI>"
 
@@ -39,19 +43,71 @@ def prompt_for(version: str, query: str, history: tuple[tuple[str, str], ...] = 
 
 
 def load_tokenizer(path: str | Path):
-    """A `transformers` tokenizer from a local folder, or by a name that its cache holds; nothing is ever fetched."""
+    """A `transformers` tokenizer from a local folder, or by a name that its cache holds.
+
+    Nothing is ever fetched, and no code that lies beside a tokenizer is run or offered. ConfigError: it does not load.
+    """
     from transformers import AutoTokenizer
 
+    _refuse_files(Path(path))
     try:
-        return AutoTokenizer.from_pretrained(str(path), local_files_only=True)
-    except Exception as error:  # a broken file makes transformers raise KeyError, TypeError, AttributeError, ...
+        return AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+    except BaseException as error:  # a broken file makes transformers raise KeyError, TypeError, ... and Rust panic
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         if Path(path).is_dir():
-            problem = f"does not hold a tokenizer that loads: {error}"
+            problem = f"does not hold a tokenizer that loads: {_first_line(error, Path(path))}"
         else:
-            problem = "is neither a folder nor a name in the local cache (nothing is fetched)"
+            problem = (
+                "is neither a folder nor a name in the local cache (nothing is fetched); download the tokenizer, for "
+                "instance with `huggingface-cli download lmsys/vicuna-7b-v1.5 tokenizer.model tokenizer_config.json "
+                "special_tokens_map.json --local-dir vicuna-7b-v1.5`"
+            )
         raise ConfigError(
             f"--local_tokenizer: {path} {problem}; give the folder that holds tokenizer.json or tokenizer.model"
         ) from error
+
+
+def _refuse_files(folder: Path) -> None:
+    """ConfigError where a file of the tokenizer is something else, or asks for code of its own."""
+    for name in TOKENIZER_FILES:
+        if not os.path.lexists(folder / name):
+            continue
+        instead = stand_in(folder / name)
+        if instead is not None:
+            raise ConfigError(
+                f"--local_tokenizer: {folder} does not hold a tokenizer that loads: {name}: {instead}; give the folder "
+                "that holds tokenizer.json or tokenizer.model"
+            )
+    try:
+        config = read_json(folder / TOKENIZER_FILES[0])
+    except (OSError, ValueError):  # transformers says what it wants of it
+        return
+    code = config.get("auto_map") if isinstance(config, dict) else None
+    named = code.get("AutoTokenizer") if isinstance(code, dict) else code
+    if named and not _is_known(config.get("tokenizer_class")):
+        first = next(iter(named), None) if isinstance(named, list) else named
+        raise ConfigError(
+            f"--local_tokenizer: {folder} asks for code of its own ({TOKENIZER_FILES[0]}: auto_map "
+            f"{str(first)[:80]!r}), and no code of a tokenizer is run; give the folder of one that `transformers` "
+            "knows, such as vicuna-7b-v1.5"
+        )
+
+
+def _is_known(tokenizer_class: object) -> bool:
+    import transformers
+
+    return isinstance(tokenizer_class, str) and hasattr(transformers, tokenizer_class)
+
+
+def _first_line(error: BaseException, folder: Path) -> str:
+    """What an error of `transformers` says, in short."""
+    if not any((folder / name).exists() for name in VOCABULARIES):
+        names = sorted(entry.name for entry in folder.iterdir())[:8]
+        return f"none of {', '.join(VOCABULARIES)} is there; found: {', '.join(map(printable, names)) or 'nothing'}"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    line = lines[0] if lines else "no reason given"
+    return f"{type(error).__name__}: {line if len(line) <= 200 else line[:200] + ' ...'}"
 
 
 @dataclass(frozen=True)

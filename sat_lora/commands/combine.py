@@ -30,6 +30,7 @@ def add(commands) -> None:
     combine.add_argument(
         "--majority-sign", default="total", metavar="total|frequency", help="how ties elects signs, by default total"
     )
+    combine.add_argument("--any-base", action="store_true", help="take adapters of different bases")
     combine.set_defaults(run_command=run)
 
 
@@ -44,6 +45,7 @@ def run(options: argparse.Namespace) -> None:
         rank=options.rank,
         density=options.density,
         majority_sign=options.majority_sign,
+        any_base=options.any_base,
         progress=bar("combining", "layers"),
     )
     print(f"combined adapter in {options.out}")

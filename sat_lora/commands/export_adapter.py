@@ -2,7 +2,7 @@
 
 import argparse
 
-from sat_lora.commands.parts import bar, examples
+from sat_lora.commands.parts import ANY_BASE, bar, examples
 
 
 def add(commands) -> None:
@@ -22,11 +22,14 @@ def add(commands) -> None:
         metavar="DIR",
         help="model folder of the base; needed for DoRA on some of q, k, v and for modules of which a part was trained",
     )
+    export.add_argument("--any-base", action="store_true", help=ANY_BASE)
     export.set_defaults(run_command=run)
 
 
 def run(options: argparse.Namespace) -> None:
     from sat_lora.interop.peft_export import export_to_peft
 
-    export_to_peft(options.adapter, options.out, base=options.base, progress=bar("exporting", "layers"))
+    export_to_peft(
+        options.adapter, options.out, base=options.base, any_base=options.any_base, progress=bar("exporting", "layers")
+    )
     print(f"PEFT adapter in {options.out}")

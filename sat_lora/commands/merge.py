@@ -2,7 +2,7 @@
 
 import argparse
 
-from sat_lora.commands.parts import bar, examples
+from sat_lora.commands.parts import ANY_BASE, bar, examples
 
 
 def add(commands) -> None:
@@ -19,6 +19,7 @@ def add(commands) -> None:
         "--base", required=True, metavar="DIR", help="SAT or Hugging Face folder of the base, cut or whole"
     )
     merge.add_argument("--trust-checkpoint", action="store_true", help="unpickle all of it: runs any code in it")
+    merge.add_argument("--any-base", action="store_true", help=ANY_BASE)
     merge.add_argument("--adapter", required=True, metavar="DIR", help="adapter folder")
     merge.add_argument("--out", required=True, metavar="DIR", help="new folder")
     merge.add_argument(
@@ -46,6 +47,7 @@ def run(options: argparse.Namespace) -> int:
         to=options.to,
         model_parallel_size=options.model_parallel_size,
         trust=options.trust_checkpoint,
+        any_base=options.any_base,
         progress=bar("merging", "tensors"),
     )
     print(f"merged model in {options.out}")
@@ -53,7 +55,8 @@ def run(options: argparse.Namespace) -> int:
         return 0
     from sat_lora.verify_merge import lost_share
 
-    share, allowed = lost_share(options.base, options.adapter, options.out, trust=options.trust_checkpoint)
+    trust, any_base = options.trust_checkpoint, options.any_base
+    share, allowed = lost_share(options.base, options.adapter, options.out, trust=trust, any_base=any_base)
     verdict = "verified" if share <= allowed else "WRONG"
     print(f"{verdict}: merging lost {share:.2%} of the adapter's effect on the logits, {allowed:.2%} is rounding")
     return 0 if share <= allowed else 1

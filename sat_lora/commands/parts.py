@@ -5,6 +5,8 @@ from collections.abc import Callable, Collection, Iterable
 
 from tqdm import tqdm
 
+ANY_BASE = "take a base that the adapter was not trained on"
+
 
 def examples(*lines: str) -> dict:
     """Arguments of `add_parser` that put these lines, as they are, at the end of its help."""

@@ -17,7 +17,8 @@ from pathlib import Path
 
 import torch
 
-from sat_lora.adapter_format import PAIR, LayerEntry, SavedAdapter, cut_slots, fingerprint_of, write_adapter
+from sat_lora.adapter_format import PAIR, LayerEntry, SavedAdapter, cut_slots, write_adapter
+from sat_lora.base_identity import fingerprint_of
 from sat_lora.cogvlm.base_weights import BaseWeights
 from sat_lora.cogvlm.checkpoint import map_weights, weight_files
 from sat_lora.combine import combined_config
@@ -65,7 +66,8 @@ def import_from_lora2(
             tensors |= own
         except (KeyError, RuntimeError, ValueError) as error:
             problems.append(f"{name}: {error}")
-    trained = {} if base is None else _differences(states, shapes, BaseWeights(base))
+    weights = None if base is None else BaseWeights(base)
+    trained = {} if weights is None else _differences(states, shapes, weights)
     problems += [
         f"{name}.weight: LoRA is on it, and it differs from the base" for name in layers if f"{name}.weight" in trained
     ]
@@ -76,7 +78,10 @@ def import_from_lora2(
     fields = LoraConfig(target_modules=pattern_for(layers), modules_to_save=tuple(trained))
     config = combined_config([fields], layers)
     try:
-        write_adapter(out, SavedAdapter(config, fingerprint_of(shapes), layers, tuple(trained), tensors))
+        # Without the base nobody knows what of the checkpoint was trained whole, so its values say nothing.
+        identity = None if weights is None else weights.identity
+        fingerprint = fingerprint_of(shapes)
+        write_adapter(out, SavedAdapter(config, fingerprint, layers, tuple(trained), tensors, identity))
     except OSError as error:
         raise AdapterError(f"--out: {out} cannot be written: {error}") from error
 

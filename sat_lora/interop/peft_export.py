@@ -15,7 +15,7 @@ from sat_lora.adapter_format import (
     WEIGHTS,
     LayerEntry,
     SavedAdapter,
-    fingerprint_of,
+    base_problem,
     read_adapter,
     tensor_problems,
 )
@@ -38,13 +38,15 @@ def export_to_peft(
     out: str | Path,
     *,
     base: str | Path | None = None,
+    any_base: bool = False,
     progress: Callable[[Collection], Iterable] = iter,
 ) -> None:
     """Write OUT, a PEFT adapter folder whose delta on Hugging Face's CogVLM is that of the adapter.
 
     base: SAT folder of the base, needed where PEFT's file holds values that the adapter does not have: DoRA on some of
     q, k, v, and a module of which only some parameters were trained. AdapterError lists everything that PEFT cannot
-    hold; CheckpointError: base is no model folder. progress: goes through the layers, as tqdm does.
+    hold; CheckpointError: base is no model folder. any_base: take one that it was not trained on. progress: goes
+    through the layers, as tqdm does.
     """
     out = Path(out)
     if out.exists():
@@ -54,8 +56,8 @@ def export_to_peft(
     expected = saved.expected({name: Source(adapter, 1.0, saved).in_features(name) for name in saved.layers})
     expected |= {name: tuple(saved.tensors[name].shape) for name in saved.trained if name in saved.tensors}
     problems = [*_problems(saved, state), *tensor_problems(saved.tensors, expected)]
-    if state is not None and saved.base_fingerprint != fingerprint_of(state.shapes):
-        problems.append(f"--base: {base} has other names or shapes than the base it was trained on; give its own base")
+    another = None if state is None or any_base else base_problem(saved, state.identity, adapter, base)
+    problems += [f"--base: {another}"] if another else []
     if problems:
         shown = "\n  ".join(problems[:20]) + ("\n  ..." if len(problems) > 20 else "")
         raise AdapterError(f"{adapter} cannot be a PEFT adapter:\n  {shown}")

@@ -1,38 +1,35 @@
 """A PEFT adapter of Hugging Face's CogVLM becomes one of ours."""
 
 import itertools
-import json
 import math
 import re
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
-import safetensors
 import torch
-from safetensors.torch import load_file
 
 from sat_lora.adapter_format import (
-    CONFIG,
+    LARGEST_SCALE,
     MAGNITUDE,
     PAIR,
-    WEIGHTS,
     LayerEntry,
     SavedAdapter,
     cut_slots,
-    fingerprint_of,
     write_adapter,
 )
 from sat_lora.cogvlm.base_weights import BaseWeights
 from sat_lora.combine import combined_config
 from sat_lora.config import SLOTS, LoraConfig
 from sat_lora.errors import AdapterError
+from sat_lora.foreign import printable
 from sat_lora.interop import peft_format
 from sat_lora.interop.cogvlm_layers import is_fused, kind_named
 from sat_lora.interop.hugging_face_names import sat_name
+from sat_lora.interop.peft_content import PeftContent, read_peft_folder
 from sat_lora.kinds import KINDS
 
-_LEAF = re.compile(r"(.+)\.(?:lora_(?:embedding_)?([AB])(?:\.weight)?|(lora_magnitude_vector)(?:\.weight)?)")
-PEFT_ALPHA = 8  # PEFT's default
+PEFT_RANK, PEFT_ALPHA = 8, 8  # PEFT's defaults
+LARGEST_RANK = 2**31 - 1
 _UNDERSTOOD = {
     "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "lora_dropout", "modules_to_save",
     "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "init_lora_weights", "peft_type",
@@ -49,134 +46,152 @@ def import_from_peft(
 ) -> None:
     """Write OUT, an adapter folder with the delta of a PEFT adapter of Hugging Face's CogVLM.
 
-    base: SAT folder of the base, for the shapes to fit; its weights are not read. A pair for q, k and v at once becomes
-    one for each: blocks of B where it is block-diagonal, as `export_to_peft` writes it, else the same A three times.
-    AdapterError lists everything that does not fit or is not supported. progress: goes through the layers, as tqdm
-    does.
+    base: model folder of the base, for the shapes to fit; of its weights a few values are read. A pair for q, k and v
+    at once becomes one for each: blocks of B where it is block-diagonal, as `export_to_peft` writes it, else the same A
+    three times. AdapterError lists everything that does not fit or is not supported. progress: goes through the layers,
+    as tqdm does.
     """
     folder, out = Path(folder), Path(out)
     if out.exists():
         raise AdapterError(f"--out: {out} exists; give a new folder")
-    config, tensors = _read(folder)
+    folder, config, tensors = read_peft_folder(folder)
     state = BaseWeights(base)
-    groups, trained, problems = _sort_tensors(tensors)
-    problems += _unsupported(config)
+    problems = _config_problems(config)
+    content = PeftContent.of(tensors, config, state)
+    problems += content.problems
+    groups, trained = dict(sorted(content.pairs.items())), content.trained
     layers, own = {}, {}
     for module, parts in progress(groups.items()):
-        problem = _layer_problem(module, parts, state, bool(config.get("use_dora")))
+        problem = _layer_problem(module, parts, state.shapes, config)
         if problem:
             problems.append(problem)
         elif not problems:
             name = sat_name(module)
-            layers[name], stacked = _layer(
-                name, parts, len(state[f"{name}.weight"]), _scale(config, module, parts["A"])
-            )
+            rows = state.shapes[f"{name}.weight"][0]
+            layers[name], stacked = _layer(name, parts, rows, _scale(config, module, parts["A"]))
             rows = [stop - start for start, stop in layers[name].rows]
             own |= cut_slots(name, layers[name].slots, rows, stacked)
     for name, tensor in trained.items():
-        if name not in state or state[name].shape != tensor.shape:
-            shape = tuple(state[name].shape) if name in state else "no such parameter"
+        if state.shapes.get(name) != tuple(tensor.shape):
+            shape = state.shapes.get(name, "no such parameter")
             problems.append(f"{name}: shape {tuple(tensor.shape)}, the base has {shape}")
     if not groups:
         problems.append("no layer has a LoRA")
     if problems:
         shown = "\n  ".join(problems[:20]) + ("\n  ..." if len(problems) > 20 else "")
         raise AdapterError(f"{folder} cannot be imported, {len(problems)} problems:\n  {shown}")
-    fingerprint = fingerprint_of(state.shapes)
     fields = LoraConfig(
         target_modules=peft_format.pattern_for(layers),
         modules_to_save=tuple(trained),
-        lora_dropout=config.get("lora_dropout", 0.0),
+        lora_dropout=_dropout(config),
         use_dora=bool(config.get("use_dora")),
     )
-    saved = SavedAdapter(combined_config([fields], layers), fingerprint, layers, tuple(trained), own | trained)
+    base_identity = state.identity
+    config = combined_config([fields], layers)
+    saved = SavedAdapter(config, base_identity.fingerprint, layers, tuple(trained), own | trained, base_identity)
     try:
         write_adapter(out, saved)
     except OSError as error:
         raise AdapterError(f"--out: {out} cannot be written: {error}") from error
 
 
-def _read(folder: Path) -> tuple[dict, dict[str, torch.Tensor]]:
-    missing = [name for name in (WEIGHTS, CONFIG) if not (folder / name).is_file()]
-    if missing:
-        raise AdapterError(f"{folder} is not a PEFT adapter folder: {', '.join(missing)} missing")
-    try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        if not isinstance(config, dict) or "sat_lora" in config or config.get("peft_type") != "LORA":
-            raise ValueError("not a PEFT LoRA" if "sat_lora" not in config else "already an adapter of sat_lora")
-        return config, load_file(folder / WEIGHTS)
-    except (OSError, ValueError, safetensors.SafetensorError) as error:
-        raise AdapterError(f"{folder}: cannot be read as a PEFT adapter: {error}") from error
-
-
-def _unsupported(config: dict) -> list[str]:
+def _config_problems(config: dict) -> list[str]:
+    """Fields that are not supported, and values that the others cannot have; each named."""
     found = {name: value for name, value in config.items() if name not in _UNDERSTOOD | _HARMLESS and value}
     found = {name: value for name, value in found.items() if (name, value) != ("bias", "none")}
-    problems = [f"{name}={value!r} is not supported" for name, value in sorted(found.items())]
+    problems = [f"{printable(name)}={_shown(value)} is not supported" for name, value in sorted(found.items())]
     if str(config.get("init_lora_weights")).lower().startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
         problems.append(
             f"init_lora_weights={config['init_lora_weights']!r} changed the base; "
             "save it by PEFT with path_initial_model_for_weight_conversion first"
         )
-    try:
-        patterns = config.get("alpha_pattern") or {}
-        alphas = [float(config.get("lora_alpha", PEFT_ALPHA)), *map(float, patterns.values())]
-        if not all(map(math.isfinite, alphas)):
-            problems.append(f"lora_alpha and alpha_pattern have to be finite, got {alphas}")
-        for pattern in patterns:
-            re.compile(pattern)
-    except (AttributeError, TypeError, ValueError, re.error) as error:
-        problems.append(f"lora_alpha or alpha_pattern cannot be read: {error}")
+    if not _is_rank(config.get("r", PEFT_RANK)):
+        problems.append(f"r has to be a whole number of at least 1, got {_shown(config['r'])}")
+    if not _is_number(config.get("lora_alpha", PEFT_ALPHA)):
+        problems.append(f"lora_alpha has to be a finite number, got {_shown(config['lora_alpha'])}")
+    for name, wanted, fits in (("rank_pattern", "ranks", _is_rank), ("alpha_pattern", "numbers", _is_number)):
+        patterns = config.get(name) or {}
+        if not isinstance(patterns, dict) or not all(map(fits, patterns.values())):
+            problems.append(f"{name} has to be an object from patterns to {wanted}, got {_shown(patterns)}")
+            continue
+        problems += [f"{name}: {problem}" for pattern in patterns for problem in _regex_problems(pattern)]
+    for name in ("target_modules", "exclude_modules"):
+        if isinstance(config.get(name), str):
+            problems += [f"{name}: {problem}" for problem in _regex_problems(config[name])]
+    for name in ("use_rslora", "use_dora"):
+        if config.get(name) not in (None, True, False):
+            problems.append(f"{name} has to be true or false, got {_shown(config[name])}")
     return problems
 
 
-def _sort_tensors(tensors: dict) -> tuple[dict[str, dict], dict[str, torch.Tensor], list[str]]:
-    """({HF module: {"A", "B", magnitude}}, {SAT parameter: tensor}, problems)."""
-    groups, trained, problems = {}, {}, []
-    for key, tensor in tensors.items():
-        name = key.removeprefix(peft_format.PREFIX)
-        match = _LEAF.fullmatch(name)
-        if not tensor.is_floating_point():
-            problems.append(f"{key}: dtype {tensor.dtype}, a floating-point dtype is wanted")
-        elif not bool(torch.isfinite(tensor).all()):
-            problems.append(f"{key}: holds values that are not finite")
-        if match and sat_name(match[1]):
-            groups.setdefault(match[1], {})[match[2] or MAGNITUDE] = tensor
-        elif not match and sat_name(name):
-            trained[sat_name(name)] = tensor
-        else:
-            problems.append(f"{key}: CogVLM has no such module")
-    return dict(sorted(groups.items())), trained, problems
+def _regex_problems(pattern: str) -> list[str]:
+    try:
+        re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
+        return [f"{_shown(pattern)} is not a regular expression: {error}"]
+    return []
 
 
-def _layer_problem(module: str, parts: dict, state: dict, use_dora: bool) -> str | None:
+def _is_rank(value: object) -> bool:
+    return type(value) is int and 1 <= value <= LARGEST_RANK
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float) and abs(value) <= LARGEST_SCALE
+
+
+def _dropout(config: dict) -> float:
+    """Kept for whoever trains on; what it cannot be there, PEFT's null or 1.0, does not matter to the delta."""
+    value = config.get("lora_dropout")
+    return float(value) if _is_number(value) and 0 <= value < 1 else 0.0
+
+
+def _shown(value: object) -> str:
+    try:
+        text = printable(repr(value))
+    except ValueError:  # a whole number of more digits than Python writes
+        return "a number of very many digits"
+    return text if len(text) <= 100 else text[:100] + " ..."
+
+
+def _layer_problem(module: str, parts: dict, shapes: dict[str, tuple[int, ...]], config: dict) -> str | None:
     name = sat_name(module)
-    if f"{name}.weight" not in state:
+    shape = shapes.get(f"{name}.weight")
+    if shape is None:
         return f"{module}: the base has no {name}.weight"
-    wanted = {"A", "B", MAGNITUDE} if use_dora else {"A", "B"}
+    wanted = {"A", "B", MAGNITUDE} if config.get("use_dora") else {"A", "B"}
     if parts.keys() != wanted:
         return f"{module}: has {sorted(parts)}, wanted {sorted(wanted)}"
-    weight = state[f"{name}.weight"]
-    kind = kind_named(name, len(weight)) if weight.dim() > 1 else None
+    kind = kind_named(name, shape[0]) if len(shape) > 1 else None
     if any(parts[leaf].dim() < 2 or parts[leaf].numel() == 0 for leaf in "AB"):
         return f"{module}: A {tuple(parts['A'].shape)} and B {tuple(parts['B'].shape)} are no matrices"
     if kind is None:
         return f"{module}: takes no adapter"
-    out, columns = KINDS[kind].matrix(weight).shape
+    out, columns = KINDS[kind].matrix(torch.empty(shape, device="meta")).shape
     a, b = (parts[leaf].flatten(1) for leaf in "AB")
     magnitude = parts.get(MAGNITUDE)
     if a.shape[1] != columns or b.shape != (out, len(a)) or (magnitude is not None and magnitude.numel() != out):
         return f"{module}: A {tuple(a.shape)} and B {tuple(b.shape)}, the base's weight is {(out, columns)}"
+    patterns, rank = config.get("rank_pattern") or {}, config.get("r", PEFT_RANK)
+    try:
+        said = _by_pattern(patterns, module, rank) if isinstance(patterns, dict) else rank
+    except re.error:  # named with the config
+        return None
+    if _is_rank(said) and said != len(a):
+        return f"{module}: its tensors have rank {len(a)}, r and rank_pattern say {said}"
     return None
 
 
+def _by_pattern(patterns: dict, module: str, otherwise):
+    """The value of the first pattern that fits a module, by PEFT's rule."""
+    found = (value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module))
+    return next(found, otherwise)
+
+
 def _scale(config: dict, module: str, a: torch.Tensor) -> float:
-    """alpha / r of a module, by PEFT's rule for patterns."""
-    patterns = config.get("alpha_pattern") or {}
-    found = (alpha for key, alpha in patterns.items() if re.match(rf"(.*\.)?({key})$", module))
-    return next(found, config.get("lora_alpha", PEFT_ALPHA)) / (
-        math.sqrt(len(a)) if config.get("use_rslora") else len(a)
-    )
+    """alpha / r of a module."""
+    alpha = _by_pattern(config.get("alpha_pattern") or {}, module, config.get("lora_alpha", PEFT_ALPHA))
+    return alpha / (math.sqrt(len(a)) if config.get("use_rslora") else len(a))
 
 
 def _layer(name: str, parts: dict, weight_rows: int, scale: float) -> tuple[LayerEntry, dict[str, torch.Tensor]]:

@@ -15,6 +15,7 @@ DEFAULTS = {
     "num_workers": 2,
     "from_pretrained": None,  # then the embedded demo
     "trust_checkpoint": False,
+    "any_base": False,
     "local_tokenizer": None,  # then the --from_pretrained folder
     "version": "chat",
     "max_length": 1288,

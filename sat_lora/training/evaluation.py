@@ -18,7 +18,12 @@ from sat_lora.training.step import to_device
 
 
 def evaluate_adapter(
-    options: Namespace, adapter: str | Path, world: World, trained: tuple[CogVLMModel, dict] | None = None
+    options: Namespace,
+    adapter: str | Path,
+    world: World,
+    trained: tuple[CogVLMModel, dict] | None = None,
+    *,
+    any_base: bool = False,
 ) -> dict:
     """Answers every item of --test-data by greedy decoding, with and without the adapter; the ranks share the items.
 
@@ -42,7 +47,7 @@ def evaluate_adapter(
         model_parallel_size=options.model_parallel_size,
         trust=options.trust_checkpoint,
     )
-    load_adapter(model, adapter)
+    load_adapter(model, adapter, any_base=any_base)
     dataset = ImageTextDataset(
         items,
         tokenizer,

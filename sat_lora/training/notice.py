@@ -4,6 +4,8 @@ import logging
 import os
 from collections.abc import Mapping
 
+from sat_lora.foreign import printable_lines
+
 logger = logging.getLogger("sat_lora")
 
 
@@ -13,6 +15,6 @@ def is_first_rank(environ: Mapping[str, str] = os.environ) -> bool:
 
 
 def warn(message: str, environ: Mapping[str, str] = os.environ) -> None:
-    """Log a warning on rank 0; silence on the others, which found the same."""
+    """Log a warning on rank 0, its control characters escaped; silence on the others, which found the same."""
     if is_first_rank(environ):
-        logger.warning(message)
+        logger.warning("%s", printable_lines(message))

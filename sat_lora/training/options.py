@@ -20,7 +20,9 @@ from sat_lora.training.option_types import count, fraction, not_negative, positi
 from sat_lora.training.schedule import DECAY_STYLES
 
 # They belong to one start of a run.
-NOT_RESUMED = {"resume", "local_rank", "distributed_backend", "trust_checkpoint", "doctor", "shrink", "replay"}
+NOT_RESUMED = {"resume", "local_rank", "distributed_backend", "trust_checkpoint", "any_base"} | {
+    "doctor", "shrink", "replay",
+}  # fmt: skip
 EXAMPLES = """examples:
   deepspeed finetune_cogvlm.py
   deepspeed finetune_cogvlm.py --from_pretrained cogvlm-base-490 --version base --train-data images/ --bf16 \\
@@ -113,6 +115,7 @@ def build_parser() -> argparse.ArgumentParser:
     add(set_by_people, "--resume", "run folder to go on with, under its own settings", metavar="RUN_FOLDER")
 
     add(model, "--trust-checkpoint", "unpickle all of --from_pretrained: runs any code in it", **flag)
+    add(model, "--any-base", "with --resume: go on with a base that the run was not trained on", **flag)
     add(model, "--version", "prompt format of the base", choices=list(PROMPTS))
     add(model, "--local_tokenizer", "tokenizer folder (default: the --from_pretrained folder)", metavar="DIR")
     add(model, "--max_length", "longest sequence in tokens, the image's included", type=positive_int, metavar="N")

@@ -19,6 +19,7 @@ from sat_lora.training.distributed import World, arrange, join, together
 from sat_lora.training.engine import set_up_deepspeed
 from sat_lora.training.lora_options import lora_config, lora_problems
 from sat_lora.training.preflight import check_options
+from sat_lora.training.same_base import base_of_run
 
 
 @dataclass(frozen=True)
@@ -45,10 +46,12 @@ def prepare(options: Namespace, make_data: Callable[[], None] | None = None) -> 
 
 
 def load_base(options: Namespace, setting: Setting, *, layers: int | None = None) -> tuple[CogVLMModel, dict]:
-    """The base with its weights, partitioned under ZeRO-3, and its config. CheckpointError on every rank.
+    """The base with its weights, partitioned under ZeRO-3, and its config. CheckpointError on every rank, also where
+    one of them has another base.
 
     layers: take the first so many of each transformer alone, whole on every rank.
     """
+    base_of_run(options)
     partitioned = options.zero_stage == 3 and layers is None
     if partitioned:
         set_up_deepspeed()

@@ -9,6 +9,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from sat_lora.atomic import replace_text
+from sat_lora.foreign import printable
 from sat_lora.step_folders import drop_beyond
 from sat_lora.training.loss_plot import draw_losses
 from sat_lora.training.progress import Progress
@@ -141,7 +142,7 @@ class RunFolder:
             self.broken[path] = reason
             if self._lines is not None:
                 self._write_line({"step": step, "broken": path, "reason": reason})
-            self.say(f"skipped: {reason}")
+            self.say(f"skipped: {printable(reason)}")
 
     def say(self, text: str) -> None:
         """Print a line above the progress bar, on the writer only."""

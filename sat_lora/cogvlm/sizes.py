@@ -1,0 +1,72 @@
+"""The sizes in a model's config: which there have to be, and which no CogVLM has."""
+
+import math
+from collections.abc import Iterator
+
+REQUIRED = {
+    "num_layers", "hidden_size", "num_attention_heads", "inner_hidden_size", "vocab_size", "image_length", "eva_args",
+}  # fmt: skip
+REQUIRED_BY_SAT = {"max_sequence_length", "layernorm_order"}
+REQUIRED_OF_VIT = {
+    "num_layers", "hidden_size", "num_attention_heads", "vocab_size", "layernorm_order", "image_size", "patch_size",
+    "pre_len", "post_len", "in_channels",
+}  # fmt: skip
+COUNTS = {
+    "num_layers", "hidden_size", "num_attention_heads", "inner_hidden_size", "vocab_size", "max_sequence_length",
+    "image_length", "in_channels", "patch_size", "model_parallel_size", "num_multi_query_heads",
+}  # fmt: skip
+NOT_NEGATIVE = {"pre_len", "post_len"}
+NUMBERS = {"layernorm_epsilon", "rotary_base", "hidden_dropout", "attention_dropout"}
+FLAGS = {"use_bias", "use_final_layernorm", "row_parallel_linear_final_bias"}
+MOST_LAYERS, LARGEST = 10_000, 2**31 - 1  # a model of more layers would be built for minutes before it could be refused
+
+
+def missing_sizes(config: dict) -> list[str]:
+    """The sizes that a CogVLM cannot be built without."""
+    vit = config.get("eva_args", {})
+    of_vit = REQUIRED_OF_VIT - vit.keys() if isinstance(vit, dict) and "eva_args" in config else ()
+    whole = [*sorted(REQUIRED - config.keys()), *sorted(REQUIRED_BY_SAT - config.keys())]
+    return [*whole, *(f"eva_args.{name}" for name in sorted(of_vit))]
+
+
+def size_problems(config: dict) -> list[str]:
+    """What is wrong with the sizes that are there, each as `name value, wanted ...`."""
+    vit = config.get("eva_args", {})
+    if not isinstance(vit, dict):
+        return [*_problems(config, ""), f"eva_args is {_shown(vit)}, wanted an object"]
+    return [*_problems(config, ""), *_problems(vit, "eva_args."), *_image_problems(vit)]
+
+
+def _problems(sizes: dict, prefix: str) -> Iterator[str]:
+    for name, value in sizes.items():
+        shown = f"{prefix}{name} is {_shown(value)}, wanted"
+        if name in COUNTS | NOT_NEGATIVE:
+            least, most = int(name in COUNTS), MOST_LAYERS if name == "num_layers" else LARGEST
+            if type(value) is not int or not least <= value <= most:
+                yield f"{shown} a whole number from {least} to {most}"
+        elif name in NUMBERS:
+            if type(value) not in (int, float) or not math.isfinite(value) or value < 0:
+                yield f"{shown} a number of at least 0"
+        elif name in FLAGS and type(value) is not bool:
+            yield f"{shown} true or false"
+        elif name == "layernorm_order" and value not in ("pre", "post", "sandwich"):
+            yield f"{shown} pre, post or sandwich"
+    heads, hidden = sizes.get("num_attention_heads"), sizes.get("hidden_size")
+    if type(heads) is int and type(hidden) is int and heads > 0 and hidden % heads:
+        yield f"{prefix}hidden_size {hidden} does not divide by {prefix}num_attention_heads {heads}"
+
+
+def _image_problems(vit: dict) -> Iterator[str]:
+    size, patch = vit.get("image_size", [1, 1]), vit.get("patch_size", 1)
+    if not isinstance(size, list) or len(size) != 2 or any(type(n) is not int or not 0 < n <= LARGEST for n in size):
+        yield f"eva_args.image_size is {_shown(size)}, wanted two whole numbers above 0"
+    elif type(patch) is int and patch > min(size):
+        yield f"eva_args.patch_size is {patch}, more than the image's {min(size)}"
+
+
+def _shown(value: object) -> str:
+    try:
+        text = repr(value)
+    except ValueError:  # a whole number of more digits than Python writes
+        return "a number of very many digits"
+    return text if len(text) <= 60 else text[:60] + "..."

@@ -1,0 +1,53 @@
+"""The base of a run: the same on every rank, and on a resumed run the one that it was trained on."""
+
+from argparse import Namespace
+from pathlib import Path
+
+import torch
+
+from sat_lora.adapter_format import base_of_adapter
+from sat_lora.base_identity import BaseIdentity
+from sat_lora.cogvlm.base_weights import BaseWeights
+from sat_lora.errors import AdapterError, CheckpointError
+from sat_lora.training.distributed import gather_lists, together
+
+
+def base_of_run(options: Namespace) -> BaseIdentity:
+    """Which base --from_pretrained is. Every rank has to call it; each reads some values of each tensor of its files.
+
+    CheckpointError, on every rank: a rank's files hold another base than rank 0's, or the base is not the one of the
+    run to resume, and --any-base was not given.
+    """
+    base = together(lambda: BaseWeights(options.from_pretrained, trust=options.trust_checkpoint).identity)
+    together(_refuse_other_than_first, base, options.from_pretrained)
+    if options.resume is not None and not options.any_base:
+        together(_refuse_other_than_before, base, options)
+    return base
+
+
+def _refuse_other_than_first(base: BaseIdentity, folder: str) -> None:
+    if len(set(gather_lists([base.digest]))) == 1:
+        return
+    first = [base]
+    torch.distributed.broadcast_object_list(first, src=0)
+    differences = gather_lists([first[0].difference(base)])
+    others = {rank: difference for rank, difference in enumerate(differences) if difference is not None}
+    if others:
+        rank, difference = next(iter(others.items()))
+        raise CheckpointError(
+            f"--from_pretrained: {folder} is not the same base on every rank: on rank {', '.join(map(str, others))} "
+            f"other than on rank 0 (rank {rank}: {difference}); give every machine the same files"
+        )
+
+
+def _refuse_other_than_before(base: BaseIdentity, options: Namespace) -> None:
+    try:
+        before = base_of_adapter(Path(options.run_folder) / "adapter")
+    except (AdapterError, OSError):  # no adapter was left; what the checkpoint needs is checked where it is read
+        return
+    difference = before.difference(base)
+    if difference is not None:
+        raise CheckpointError(
+            f"--resume: {options.from_pretrained} has {difference} than the base of this run: it was {before.title}, "
+            f"this is {base.title}; give its own base, or insist with --any-base"
+        )

@@ -1,0 +1,65 @@
+"""The base of ranks that share it: known whole from their parts, and found out where one rank has another."""
+
+import shutil
+from argparse import Namespace
+
+import pytest
+import torch
+
+from sat_lora import add_lora
+from sat_lora.cogvlm.base_weights import BaseWeights
+from sat_lora.cogvlm.checkpoint import load_cogvlm, save_weights
+from sat_lora.errors import CheckpointError
+from sat_lora.live_base import identity_of_model
+from sat_lora.training.distributed import arrange, join
+from sat_lora.training.engine import adapter_optimizer, set_up_deepspeed, start_engine
+from sat_lora.training.same_base import base_of_run
+from tests.distributed.ranks import run_ranks
+from tests.distributed.training_runs import engine_config
+from tests.tiny import CONFIG, tiny_model
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory, single_process_group):
+    root = tmp_path_factory.mktemp("bases")
+    save_weights(root / "0", CONFIG, tiny_model().state_dict())
+    shutil.copytree(root / "0", root / "1")
+    shutil.copytree(root / "0", root / "same")
+    state = tiny_model().state_dict()
+    state["transformer.layers.1.attention.dense.weight"] += 1e-4
+    save_weights(root / "1", CONFIG, state)
+    return str(root)
+
+
+def bases_of_a_rank(root, zero_stage, model_parallel):
+    """(the live model's values against the file's, after a change of what trains; the error on unequal bases)."""
+    world = arrange(join(), model_parallel)
+    config = engine_config(zero_stage, 2)
+    if zero_stage == 3:
+        set_up_deepspeed()
+    model, _ = load_cogvlm(
+        f"{root}/0", model_parallel_size=model_parallel, zero_config=config if zero_stage == 3 else None
+    )
+    (mixin, *_) = add_lora(model, r=2, target_modules=["attention.dense"], modules_to_save=["linear_proj", "boi"])
+    engine = start_engine(model, adapter_optimizer(model, lr=1e-2), config)
+    with torch.no_grad():
+        for tensor in mixin.trained.tensors.values():
+            getattr(tensor, "ds_tensor", tensor).add_(1)
+    live, file = identity_of_model(engine.module), BaseWeights(f"{root}/0").identity
+    options = Namespace(from_pretrained=f"{root}/same", trust_checkpoint=False, resume=None, any_base=False)
+    base_of_run(options)
+    options.from_pretrained = f"{root}/{world.rank}"
+    try:
+        base_of_run(options)
+        error = None
+    except CheckpointError as unequal:
+        error = str(unequal)
+    return torch.equal(live.values, file.values), live.shapes == file.shapes, error
+
+
+@pytest.mark.parametrize("zero_stage, model_parallel", [(1, 2), (3, 1), pytest.param(3, 2, marks=pytest.mark.matrix)])
+def test_ranks_know_the_whole_base_and_the_rank_that_has_another(folders, zero_stage, model_parallel):
+    for values, shapes, error in run_ranks(bases_of_a_rank, 2, folders, zero_stage, model_parallel):
+        assert values and shapes
+        assert "not the same base on every rank: on rank 1 other than on rank 0" in error
+        assert "transformer.layers.1.attention.dense.weight" in error
