@@ -4,6 +4,8 @@ import json
 import os
 import stat
 from collections.abc import Callable
+from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
 
 MEBIBYTE = 1 << 20
@@ -28,16 +30,25 @@ def printable_lines(text: object) -> str:
     return "\n".join(map(printable, str(text).split("\n")))
 
 
+def open_regular(path: str | Path) -> BufferedReader:
+    """A regular file, open for reading bytes; OSError if it is anything else (a pipe or a device is never waited for),
+    or cannot be read.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        raise OSError(f"{kind_of(mode)}, no file")
+    return os.fdopen(descriptor, "rb")
+
+
 def read_bytes(path: str | Path, limit: int) -> bytes:
     """The content of a regular file of at most `limit` bytes.
 
     OSError if it is anything else (a pipe or a device is never waited for, nor read), or cannot be read; ValueError if
     it is larger.
     """
-    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-        mode = os.fstat(file.fileno()).st_mode
-        if not stat.S_ISREG(mode):
-            raise OSError(f"{kind_of(mode)}, no file")
+    with open_regular(path) as file:
         content = file.read(limit + 1)
     if len(content) > limit:
         raise ValueError(f"larger than {limit / MEBIBYTE:g} MiB")
@@ -53,18 +64,35 @@ def kind_of(mode: int) -> str:
     return next((words for is_kind, words in kinds.items() if is_kind(mode)), "something else")
 
 
-def parse_json(text: str | bytes, *, parse_constant: Callable[[str], object] | None = None):
+def parse_json(text: str | bytes, **hooks: Callable):
     """What `text` says as JSON; ValueError if it is none (bytes have to be UTF-8, a byte-order mark is passed over), or
     is nested deeper than DEPTH_LIMIT.
 
-    parse_constant: as `json.loads` takes it, for NaN and the infinities, which are no JSON.
+    hooks: `parse_constant` (for NaN and the infinities, which are no JSON) and the others of `json.loads`.
     """
     if isinstance(text, bytes):
         text = text.decode("utf-8-sig")
+    with _depth_as_value_error():
+        content = json.loads(text.removeprefix("\ufeff"), **hooks)
+    return _checked_depth(content)
+
+
+def parse_json_at(text: str, start: int, **hooks: Callable) -> tuple[object, int]:
+    """(the JSON value that begins at `start`, where it ends); what `parse_json` says of errors and hooks holds."""
+    with _depth_as_value_error():
+        content, end = json.JSONDecoder(**hooks).raw_decode(text, start)
+    return _checked_depth(content), end
+
+
+@contextmanager
+def _depth_as_value_error():
     try:
-        content = json.loads(text.removeprefix("\ufeff"), parse_constant=parse_constant)
+        yield
     except RecursionError:
         raise ValueError(f"nested deeper than {DEPTH_LIMIT}") from None
+
+
+def _checked_depth(content):
     layer = [content]
     for _ in range(DEPTH_LIMIT):
         layer = [value for held in layer for value in _held_by(held)]
