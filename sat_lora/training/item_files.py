@@ -26,12 +26,12 @@ WINDOWS_ROOT = re.compile(r"[A-Za-z]:[\\/]|\\\\")
 
 @dataclass(frozen=True)
 class Entry:
-    """One object of a file. place: the file and the line it begins in, for messages."""
+    """One object of a file, and the line it begins in."""
 
     image: Path | None
     prompt: str | None
     answer: str
-    place: str
+    line: int
 
 
 @dataclass
@@ -70,9 +70,7 @@ def _described(text: str, numbers: list[int]) -> str:
     return said
 
 
-def read_entries(
-    path: str | Path, *, ignored: Collection[str] = (), images_from: Sequence[str | Path] = ()
-) -> Entries:
+def read_entries(path: str | Path, *, ignored: Collection[str] = (), images_from: Sequence[str | Path] = ()) -> Entries:
     """The objects of a file, whatever its name; none if it holds nothing but white space.
 
     ignored: keys to pass over. images_from: folders, beside the file's own, that a relative path may lead to by `..`.
@@ -90,8 +88,7 @@ def read_entries(
             if texts:
                 problems.add(number, ": " + "; ".join(texts))
                 continue
-            place = f"{path}, line {number}"
-            entries.found.append(Entry(image, value.get("prompt"), value["answer"], place))
+            entries.found.append(Entry(image, value.get("prompt"), value["answer"], number))
             entries.passed_over.update(key for key in value if key not in READ)
     except UnicodeError as error:
         raise DataError(f"{printable(path)}: cannot be read as text: {error}; save it as UTF-8") from error
@@ -132,14 +129,10 @@ def read_object(content: bytes | str) -> object:
 
 def _values(path: Path, problems: _Problems) -> Iterator[tuple[int, object]]:
     """(line, value) of a file; a line that is no JSON goes to `problems`."""
-    whole = False
-    for number, line in _lines(path):
-        text = _unpadded(line)
-        if not text:
-            continue
-        whole = text[0] == "[" or _goes_on(text)
-        break
-    if whole:
+    texts = (text for _, line in _lines(path) if (text := _unpadded(line)))
+    first, second = next(texts, ""), next(texts, "")
+    texts.close()
+    if first.startswith("[") or (not second.startswith("{") and _goes_on(first)):
         yield from _values_of_whole(path, problems)
         return
     for number, line in _lines(path):
@@ -161,7 +154,7 @@ def _values(path: Path, problems: _Problems) -> Iterator[tuple[int, object]]:
 
 
 def _unpadded(line: str) -> str:
-    """Without white space of any kind, byte-order marks of files that were joined, and the mark that ends a DOS file."""
+    """Without white space of any kind, byte-order marks of files that were joined, and the end mark of DOS files."""
     return line.strip().strip("\ufeff\x1a").strip()
 
 
@@ -200,7 +193,7 @@ def _goes_on(text: str) -> bool:
     try:
         parse_json(text)
     except json.JSONDecodeError as error:
-        return text[0] == "{" and error.pos >= len(text)
+        return text.startswith("{") and error.pos >= len(text)
     except ValueError:
         return False
     return False
