@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 from sat_lora.cogvlm.image import load_image
 from sat_lora.cogvlm.text import IGNORED, IMAGE_PLACE, Sample, build_sample, prompt_for, prompt_text
 from sat_lora.errors import ConfigError, DataError
+from sat_lora.foreign import printable
 from sat_lora.training.item_files import Entries, read_entries
 from sat_lora.training.layouts import check_file_kind, check_layout, missing_file_hint
 
@@ -55,6 +56,12 @@ class DataCounts:
     """Their answer is empty: only the end is learnt."""
     passed_over: Counter[str] = field(default_factory=Counter)
     """Keys that carry nothing to learn, with the samples that have them."""
+
+    def reasons(self) -> list[tuple[str, int]]:
+        """(what it is about, samples) of what their user may not expect."""
+        passed_over = [(f'with "{printable(key)}", which is not read', n) for key, n in self.passed_over.items()]
+        counts = [("of text alone", self.text_only), ("with an empty answer", self.without_answer), *passed_over]
+        return [(reason, count) for reason, count in counts if count]
 
     def add(self, path: Path, entries: Entries) -> None:
         self.labelled_by_text += len(entries.found)
@@ -179,14 +186,16 @@ class ImageTextDataset(Dataset):
             where = f" (named in {item.place})" if item.place else ""
             return BrokenSample(name, f"{error}{missing_file_hint(item.image)}{where}")
         try:
-            prompt = self._prompt(item)
-            answer = item.answer if self.with_answer else None
-            return build_sample(
-                self.tokenizer, prompt, answer, self.image_length, self.max_length, image, self.special_tokens
-            )
+            return self.lay_out(item, image)
         except (DataError, ConfigError) as error:
             # Many samples may share an image whose path is their name: what is wrong with a text is its line's.
             return BrokenSample(item.place or name, f"{item.place or name}: {error}")
+
+    def lay_out(self, item: Item, image: torch.Tensor | None = None) -> Sample:
+        """The sample with the places of its image, and with `image`. DataError, ConfigError: it cannot be one."""
+        answer = item.answer if self.with_answer else None
+        settings = (self.image_length, self.max_length, image, self.special_tokens)
+        return build_sample(self.tokenizer, self._prompt(item), answer, *settings)
 
     def _prompt(self, item: Item) -> str | tuple[str, ...]:
         """As `build_sample` takes it: where special tokens are text, the parts around the image."""

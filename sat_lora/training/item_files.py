@@ -13,9 +13,10 @@ from io import TextIOWrapper
 from pathlib import Path
 
 from sat_lora.errors import DataError
-from sat_lora.foreign import open_regular, parse_json, parse_json_at, printable
+from sat_lora.foreign import open_file, parse_json, parse_json_at, printable
 from sat_lora.training.item_keys import METADATA, READ, WANTED, key_problems
 
+FILE_LIMIT = 1 << 40  # bytes: a file is read line by line
 LINE_LIMIT = 1 << 27  # characters of a line, which is in memory as a whole
 WHOLE_LIMIT = 1 << 28  # the same of an array
 SHOWN = 10  # problems of a file
@@ -92,8 +93,8 @@ def read_entries(path: str | Path, *, ignored: Collection[str] = (), images_from
             entries.passed_over.update(key for key in value if key not in READ)
     except UnicodeError as error:
         raise DataError(f"{printable(path)}: cannot be read as text: {error}; save it as UTF-8") from error
-    except OSError as error:
-        raise DataError(f"{printable(path)}: cannot be read: {error.strerror or error}") from error
+    except (OSError, ValueError) as error:
+        raise DataError(f"{printable(path)}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
     problems.raise_any(path)
     return entries
 
@@ -124,7 +125,7 @@ def read_object(content: bytes | str) -> object:
     try:
         return parse_json(text, object_pairs_hook=_unique_keys)
     except json.JSONDecodeError as error:
-        raise ValueError(f"is not JSON: {_what_is_wrong(error)}") from None
+        raise ValueError(_what_is_wrong(error)) from None
 
 
 def _values(path: Path, problems: _Problems) -> Iterator[tuple[int, object]]:
@@ -182,7 +183,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 
 def _opened(path: Path) -> TextIOWrapper:
     """Bytes that are no UTF-8 become surrogates, so that the line that has them can be named."""
-    file = open_regular(path)
+    file = open_file(path, FILE_LIMIT)
     encoding = json.detect_encoding(file.peek(4)[:4])
     errors = "surrogateescape" if encoding.startswith("utf-8") else "strict"
     return TextIOWrapper(file, encoding=encoding, errors=errors, newline=None)

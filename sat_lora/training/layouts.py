@@ -10,7 +10,8 @@ from pathlib import Path
 from urllib.parse import unquote
 
 from sat_lora.errors import DataError
-from sat_lora.foreign import open_regular, printable
+from sat_lora.foreign import open_file, printable
+from sat_lora.training.item_files import FILE_LIMIT
 from sat_lora.training.item_keys import WANTED
 
 JSON_SUFFIXES = (".jsonl", ".json", ".ndjson", ".jsonlines", ".jl")
@@ -41,10 +42,10 @@ MAGIC = (
 def check_file_kind(path: Path) -> None:
     """DataError where a data path that is no folder cannot be a file of JSON objects, judged by how it begins."""
     try:
-        with open_regular(path) as file:
+        with open_file(path, FILE_LIMIT) as file:
             head = file.read(4096)
-    except OSError as error:
-        raise DataError(f"{printable(path)}: cannot be read: {error.strerror or error}") from error
+    except (OSError, ValueError) as error:
+        raise DataError(f"{printable(path)}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
     wanted = "give the folder of the images, or a .jsonl file"
     for magic, kind in MAGIC:
         if head[: len(magic)].lower() == magic.lower():
@@ -101,9 +102,9 @@ def _files_in(folder: Path) -> Iterator[Path]:
 def _names_in(path: Path) -> set[str]:
     """Names of images in the beginning of a text file."""
     try:
-        with open_regular(path) as file:
+        with open_file(path, FILE_LIMIT) as file:
             return set(IMAGE_NAME.findall(file.read(LIST_HEAD).decode("utf-8", errors="replace")))
-    except OSError:
+    except (OSError, ValueError):
         return set()
 
 

@@ -1,9 +1,8 @@
 """Tar shards as WebDataset lays them out: named, counted, and read sample by sample."""
 
 import itertools
-import json
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -11,8 +10,11 @@ from webdataset.shardlists import expand_urls
 from webdataset.tariterators import base_plus_ext
 
 from sat_lora.errors import DataError
+from sat_lora.foreign import printable
 from sat_lora.training.data import IMAGE_SUFFIXES, BrokenSample, Item
 from sat_lora.training.distributed import gather_lists
+from sat_lora.training.item_files import read_object
+from sat_lora.training.item_keys import METADATA_OF_SHARDS, key_problems
 
 
 @dataclass(frozen=True)
@@ -31,18 +33,26 @@ class Record:
     key: str
     members: tuple[tuple[str, int, int], ...]
 
-    def read(self) -> Item | BrokenSample:
-        """KEY.json {"prompt", "answer"} or KEY.txt, the answer, and the image; what is wrong instead, if anything."""
+    def read(self, ignored: Collection[str] = ()) -> Item | BrokenSample:
+        """KEY.json {"prompt", "answer"} or KEY.txt, the answer, and the image; what is wrong instead, if anything.
+
+        ignored: keys of the json to pass over, beside those that are known to carry nothing to learn.
+        """
         name = f"{self.shard}/{self.key}"
         try:
             with open(self.shard, "rb") as file:
                 parts = {suffix: _read_part(file, first, size) for suffix, first, size in self.members}
-            fields = json.loads(parts.get(".json", b"{}"))
+            fields = read_object(parts.get(".json", b"{}"))
             fields = fields if isinstance(fields, dict) else {}
-            answer = fields.get("answer", parts[".txt"].decode("utf-8").strip() if ".txt" in parts else None)
+            answer = fields.get("answer", parts[".txt"].decode("utf-8-sig").strip() if ".txt" in parts else None)
         except (OSError, ValueError) as error:
             return BrokenSample(name, f"{name}: cannot be read: {error}")
         prompt, image = fields.get("prompt"), next((parts[s] for s in parts if s in IMAGE_SUFFIXES), None)
+        problems = key_problems(fields, ignored, METADATA_OF_SHARDS)
+        if image is None and fields.get("image"):
+            problems.append(f"its json names an image, {str(fields['image'])[:80]!r}, but none lies beside it")
+        if problems:
+            return BrokenSample(name, f"{name}: {printable('; '.join(problems))}")
         if not isinstance(answer, str) or not isinstance(prompt, str | None) or (image is None and prompt is None):
             found = " ".join(parts)
             wanted = 'an image and KEY.txt or KEY.json {"prompt": ..., "answer": ...}; without an image both texts'
