@@ -68,12 +68,16 @@ def key_problems(entry: dict, ignored: Collection[str], metadata: Collection[str
     ]
     if not unknown:
         return []
-    problems = [f"the key {_shown(key)} is not known{_instead(key, entry)}" for key in unknown[:SHOWN]]
+    meant = {key: _instead(key, entry) for key in unknown}
+    problems = [f"the key {_shown(key)} is not known{meant[key]}" for key in unknown[:SHOWN]]
     if len(unknown) > SHOWN:
         problems.append(f"nor are {len(unknown) - SHOWN} others")
     layout = layout_of(unknown)
     problems[-1] += f"; {layout}" if layout else ""
-    problems[-1] += f"; wanted {WANTED}; --ignore-keys {_pasted(unknown)} passes over what is not to be learnt"
+    problems[-1] += f"; wanted {WANTED}"
+    others = [key for key in unknown if not meant[key]]
+    if others and not layout:
+        problems[-1] += f"; --ignore-keys {_pasted(others)} passes over what is not to be learnt"
     return problems
 
 
