@@ -14,7 +14,7 @@ from sat_lora.cogvlm.image import load_image
 from sat_lora.cogvlm.text import IGNORED, IMAGE_PLACE, Sample, build_sample, prompt_for, prompt_text
 from sat_lora.errors import ConfigError, DataError
 from sat_lora.foreign import printable
-from sat_lora.training.item_files import Entries, read_entries
+from sat_lora.training.item_files import Entries, line_called, read_entries
 from sat_lora.training.layouts import check_file_kind, check_layout, missing_file_hint
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp"})
@@ -33,12 +33,12 @@ class Item:
     prompt: str | None = None
     name: str | None = None
     file: Path | None = field(default=None, compare=False)
-    line: int | None = field(default=None, compare=False)
+    line: int | str | None = field(default=None, compare=False)
 
     @property
     def place(self) -> str | None:
         """`file` and `line`, for messages."""
-        return None if self.file is None else f"{self.file}, line {self.line}"
+        return None if self.file is None else f"{self.file}, {line_called(self.line)}"
 
 
 @dataclass
@@ -57,11 +57,11 @@ class DataCounts:
     passed_over: Counter[str] = field(default_factory=Counter)
     """Keys that carry nothing to learn, with the samples that have them."""
 
-    def reasons(self) -> list[tuple[str, int]]:
-        """(what it is about, samples) of what their user may not expect."""
-        passed_over = [(f'with "{printable(key)}", which is not read', n) for key, n in self.passed_over.items()]
-        counts = [("of text alone", self.text_only), ("with an empty answer", self.without_answer), *passed_over]
-        return [(reason, count) for reason, count in counts if count]
+    def left_out(self) -> list[tuple[str, int]]:
+        """(what, how many) of what samples lack or have for nothing, and their user may not expect."""
+        counts = [("images (samples of text alone)", self.text_only), ("answers (empty ones)", self.without_answer)]
+        counts += [(f'times "{printable(key)}" (not read)', count) for key, count in self.passed_over.items()]
+        return [(what, count) for what, count in counts if count]
 
     def add(self, path: Path, entries: Entries) -> None:
         self.labelled_by_text += len(entries.found)

@@ -27,12 +27,12 @@ WINDOWS_ROOT = re.compile(r"[A-Za-z]:[\\/]|\\\\")
 
 @dataclass(frozen=True)
 class Entry:
-    """One object of a file, and the line it begins in."""
+    """One object of a file. line: its number; of an object in an array, `object 3 (line 7)`."""
 
     image: Path | None
     prompt: str | None
     answer: str
-    line: int
+    line: int | str
 
 
 @dataclass
@@ -47,9 +47,9 @@ class Entries:
 class _Problems:
     """Texts, each with the lines that have it, in the order in which they came up."""
 
-    lines: dict[str, list[int]] = field(default_factory=dict)
+    lines: dict[str, list[int | str]] = field(default_factory=dict)
 
-    def add(self, number: int, text: str) -> None:
+    def add(self, number: int | str, text: str) -> None:
         self.lines.setdefault(printable(text), []).append(number)
 
     def raise_any(self, path: Path) -> None:
@@ -59,16 +59,23 @@ class _Problems:
         shown = [_described(text, numbers) for text, numbers in [*self.lines.items()][:SHOWN]]
         shown += ["..."] * (len(self.lines) > SHOWN)
         lines = "1 line" if count == 1 else f"{count} lines"
+        if any(isinstance(number, str) for numbers in self.lines.values() for number in numbers):
+            lines = "1 object" if count == 1 else f"{count} objects"
         raise DataError("\n  ".join([f"{printable(path)}: {lines} cannot be used:", *shown]))
 
 
-def _described(text: str, numbers: list[int]) -> str:
+def _described(text: str, numbers: list[int | str]) -> str:
     first, *others = numbers
-    said = f"line {first}{text}"
+    said = f"{line_called(first)}{text}"
     if others:
         listed = ", ".join(map(str, others[:5])) + (", ..." if len(others) > 5 else "")
         said += f"; the same in {len(others)} more: {listed}"
     return said
+
+
+def line_called(line: int | str) -> str:
+    """How messages call an Entry's line."""
+    return line if isinstance(line, str) else f"line {line}"
 
 
 def read_entries(path: str | Path, *, ignored: Collection[str] = (), images_from: Sequence[str | Path] = ()) -> Entries:
@@ -126,9 +133,11 @@ def read_object(content: bytes | str) -> object:
         return parse_json(text, object_pairs_hook=_unique_keys)
     except json.JSONDecodeError as error:
         raise ValueError(_what_is_wrong(error)) from None
+    except ValueError as error:
+        raise ValueError(_in_short(error)) from None
 
 
-def _values(path: Path, problems: _Problems) -> Iterator[tuple[int, object]]:
+def _values(path: Path, problems: _Problems) -> Iterator[tuple[int | str, object]]:
     """(line, value) of a file; a line that is no JSON goes to `problems`."""
     texts = (text for _, line in _lines(path) if (text := _unpadded(line)))
     first, second = next(texts, ""), next(texts, "")
@@ -147,7 +156,7 @@ def _values(path: Path, problems: _Problems) -> Iterator[tuple[int, object]]:
             except json.JSONDecodeError as error:
                 problem = f" is not JSON: {_what_is_wrong(error)}"
             except ValueError as error:
-                problem = f": {error}"
+                problem = f": {_in_short(error)}"
         if problem is None:
             yield number, value
         else:
@@ -200,7 +209,7 @@ def _goes_on(text: str) -> bool:
     return False
 
 
-def _values_of_whole(path: Path, problems: _Problems) -> Iterator[tuple[int, object]]:
+def _values_of_whole(path: Path, problems: _Problems) -> Iterator[tuple[str, object]]:
     """(line, value) of an array, or of objects over several lines, up to the first that is no JSON."""
     with _opened(path) as file:
         text = file.read(WHOLE_LIMIT + 1)
@@ -212,12 +221,13 @@ def _values_of_whole(path: Path, problems: _Problems) -> Iterator[tuple[int, obj
         return
     place = _Place(text)
     try:
-        yield from _elements(place)
+        for count, (number, value) in enumerate(_elements(place), 1):
+            yield f"object {count} (line {number})", value
     except json.JSONDecodeError as error:
         number = place.line_at(error.pos)
         problems.add(number, f" is not JSON: {_what_is_wrong(error)}")
     except ValueError as error:
-        problems.add(place.line_at(place.position), f": {error}")
+        problems.add(place.line_at(place.position), f": {_in_short(error)}")
 
 
 class _Place:
@@ -276,6 +286,11 @@ def _unique_keys(pairs: list[tuple[str, object]]) -> dict:
     return content
 
 
+def _in_short(error: ValueError) -> str:
+    text = str(error)
+    return "a number has thousands of digits" if "integer string conversion" in text else text
+
+
 def _what_is_wrong(error: json.JSONDecodeError) -> str:
     """The parser's words, the place, and the usual cause."""
     at, before = error.doc[error.pos : error.pos + 1], error.doc[: error.pos].rstrip()
@@ -299,9 +314,13 @@ def _what_is_wrong(error: json.JSONDecodeError) -> str:
         cause = f"U+{ord(at or chr(0)):04X} as it is; inside a text it is written \\u{ord(at or chr(0)):04x}"
     elif error.msg.startswith("Invalid \\escape"):
         cause = "a backslash is written \\\\"
+    elif error.msg.startswith("Expecting ',' delimiter"):
+        cause = "a comma is missing, or the backslash before a quote inside a text"
     elif not error.doc[error.pos :].strip() or error.msg.startswith("Unterminated"):
         cause = "it ends too early"
-    return f"{error.msg} at column {error.colno}" + (f" ({cause})" if cause else "")
+    elif error.pos == 0:
+        cause = "a sample begins with {"
+    return f"{error.msg.removesuffix(' at')} at column {error.colno}" + (f" ({cause})" if cause else "")
 
 
 def _image_path(folder: Path, image: str, roots: list[str]) -> tuple[Path | None, str | None]:

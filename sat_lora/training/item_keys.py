@@ -104,7 +104,12 @@ def _instead(key: str, entry: dict) -> str:
     if name is None:
         near = difflib.get_close_matches(plain, [*READ, *READ_INSTEAD], 1, 0.75)
         name = READ_INSTEAD.get(near[0], near[0]) if near else None
-    return f', did you mean "{name}"?' if name is not None and name not in entry else ""
+    if name is not None and name not in entry:
+        return f', did you mean "{name}"?'
+    value = entry[key]
+    if len(entry) == 1 and isinstance(value, list) and any(isinstance(held, dict) for held in value):
+        return "; if its list holds the samples, give the list alone"
+    return ""
 
 
 def _shown(key: str) -> str:

@@ -16,7 +16,7 @@ class FileSource:
     """Batches of items.
 
     samples: how many there are. epoch_samples: as how many an epoch counts, for `total_steps`. make_dataset: the
-    ImageTextDataset of a list of items. counts: of the paths that they come from, before any split.
+    ImageTextDataset of a list of items. left_out: (what, how many) of what the paths hold and is not used.
     """
 
     def __init__(
@@ -25,9 +25,9 @@ class FileSource:
         make_dataset: Callable[[list], ImageTextDataset],
         options: Namespace,
         world: World,
-        counts: DataCounts | None = None,
+        left_out: Sequence[tuple[str, int]] = (),
     ):
-        self.counts = counts or DataCounts()
+        self.left_out = [*left_out]
         self.dataset, self.options, self.world = make_dataset(items), options, world
         self.samples = self.epoch_samples = len(items)
 
@@ -123,7 +123,7 @@ def open_sources(
             return ShardSource(count_shards(paths, **ranks), make_dataset, options, world)
         counts = DataCounts()
         items = read_items(paths, **reading_options(options), counts=counts)
-        return FileSource(items, make_dataset, options, world, counts)
+        return FileSource(items, make_dataset, options, world, counts.left_out())
 
     if options.valid_data or is_shard(options.train_data[0]):
         return source(options.train_data), source(options.valid_data) if options.valid_data else None
@@ -131,6 +131,6 @@ def open_sources(
     items = read_items(options.train_data, **reading_options(options), counts=counts)
     train, valid, _ = split_items(items, options.split, options.seed)
     return (
-        FileSource(train, make_dataset, options, world, counts),
+        FileSource(train, make_dataset, options, world, counts.left_out()),
         FileSource(valid, make_dataset, options, world) if valid else None,
     )
