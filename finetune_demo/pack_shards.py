@@ -28,12 +28,22 @@ def pack_shards(
     with ShardWriter(str(out / "shard-%06d.tar"), maxcount=samples_per_shard, maxsize=1e12, verbose=0) as writer:
         for number, item in enumerate(items):
             texts = {"answer": item.answer, **({"prompt": item.prompt} if item.prompt is not None else {})}
-            sample = {"__key__": f"{number:09d}", "json": json.dumps(texts, ensure_ascii=False).encode()}
+            content = json.dumps(texts, ensure_ascii=not all(map(_is_unicode, texts.values()))).encode()
+            sample = {"__key__": f"{number:09d}", "json": content}
             if item.image is not None:
                 sample[item.image.suffix[1:].lower()] = item.image.read_bytes()
             writer.write(sample)
     numbers = f"{{000000..{last:06d}}}" if last else "000000"
     return str(out / f"shard-{numbers}.tar"), len(items)
+
+
+def _is_unicode(text: str) -> bool:
+    """Half a character is none: it is packed as it was escaped, and left to who reads it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -184,12 +184,13 @@ class ImageTextDataset(Dataset):
             image = None if item.image is None else load_image(item.image, self.image_size, name)
         except DataError as error:
             where = f" (named in {item.place})" if item.place else ""
-            return BrokenSample(name, f"{error}{missing_file_hint(item.image)}{where}")
+            return BrokenSample(printable(name), printable(f"{error}{missing_file_hint(item.image)}{where}"))
         try:
             return self.lay_out(item, image)
         except (DataError, ConfigError) as error:
             # Many samples may share an image whose path is their name: what is wrong with a text is its line's.
-            return BrokenSample(item.place or name, f"{item.place or name}: {error}")
+            place = printable(item.place or name)
+            return BrokenSample(place, f"{place}: {printable(error)}")
 
     def lay_out(self, item: Item, image: torch.Tensor | None = None) -> Sample:
         """The sample with the places of its image, and with `image`. DataError, ConfigError: it cannot be one."""

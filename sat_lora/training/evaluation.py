@@ -10,6 +10,7 @@ from sat_lora.cogvlm.model import CogVLMModel
 from sat_lora.cogvlm.text import Sample, load_tokenizer
 from sat_lora.cogvlm.tokens import first_tokens
 from sat_lora.errors import DataError
+from sat_lora.foreign import printable
 from sat_lora.mixin import lora_mixins
 from sat_lora.training.data import BrokenSample, ImageTextDataset, Item, collate, read_items, reading_options
 from sat_lora.training.deepspeed_config import base_dtype
@@ -93,7 +94,7 @@ def _length_of_answer(dataset: ImageTextDataset, item: Item) -> int | BrokenSamp
     try:
         tokens, _ = first_tokens(dataset.tokenizer, item.answer, dataset.max_length, dataset.special_tokens, "answer")
     except DataError as error:
-        name = item.place or str(item.image)
+        name = printable(item.place or item.image)
         return BrokenSample(name, f"{name}: {error}")
     return len(tokens)
 

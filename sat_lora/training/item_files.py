@@ -193,7 +193,8 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 def _opened(path: Path) -> TextIOWrapper:
     """Bytes that are no UTF-8 become surrogates, so that the line that has them can be named."""
     file = open_file(path, FILE_LIMIT)
-    encoding = json.detect_encoding(file.peek(4)[:4])
+    start = file.peek(4)[:4]
+    encoding = json.detect_encoding(start) if any(start) else "utf-8"  # NUL bytes alone are what a crash leaves
     errors = "surrogateescape" if encoding.startswith("utf-8") else "strict"
     return TextIOWrapper(file, encoding=encoding, errors=errors, newline=None)
 
@@ -314,10 +315,10 @@ def _what_is_wrong(error: json.JSONDecodeError) -> str:
         cause = f"U+{ord(at or chr(0)):04X} as it is; inside a text it is written \\u{ord(at or chr(0)):04x}"
     elif error.msg.startswith("Invalid \\escape"):
         cause = "a backslash is written \\\\"
-    elif error.msg.startswith("Expecting ',' delimiter"):
-        cause = "a comma is missing, or the backslash before a quote inside a text"
     elif not error.doc[error.pos :].strip() or error.msg.startswith("Unterminated"):
         cause = "it ends too early"
+    elif error.msg.startswith("Expecting ',' delimiter"):
+        cause = "a comma is missing, or the backslash before a quote inside a text"
     elif error.pos == 0:
         cause = "a sample begins with {"
     return f"{error.msg.removesuffix(' at')} at column {error.colno}" + (f" ({cause})" if cause else "")
