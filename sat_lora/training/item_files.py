@@ -20,6 +20,7 @@ FILE_LIMIT = 1 << 40  # bytes: a file is read line by line
 LINE_LIMIT = 1 << 27  # characters of a line, which is in memory as a whole
 WHOLE_LIMIT = 1 << 28  # the same of an array
 SHOWN = 10  # problems of a file
+NAME_LIMIT, PATH_LIMIT = 255, 4000  # bytes and characters, as file systems have them
 SPACE = " \t\n\r"  # what JSON calls so
 ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://|data:")
 WINDOWS_ROOT = re.compile(r"[A-Za-z]:[\\/]|\\\\")
@@ -330,13 +331,16 @@ def _image_path(folder: Path, image: str, roots: list[str]) -> tuple[Path | None
         return None, '"image" is empty; leave it out, or give null, for a sample of text alone'
     if "\0" in image:
         return None, '"image" holds a NUL, which no file name can'
+    longest = max(len(part.encode(errors="replace")) for part in image.split("/"))
+    if longest > NAME_LIMIT or len(image) > PATH_LIMIT:
+        return None, f'"image" is no path, {len(image)} characters: {image[:40]}...'
     if image.startswith("file://"):
         return None, f'"image" is an address, {image[:80]}: give the path alone'
     if ADDRESS.match(image):
         return None, f'"image" is an address, {image[:80]}: nothing is fetched; load it down and give its path'
     if image == "~" or image.startswith("~/"):
         return None, f'"image" is {image[:80]}: ~ is the shell\'s; write the path out'
-    if WINDOWS_ROOT.match(image) and not (folder / image).exists():
+    if WINDOWS_ROOT.match(image) and not os.path.lexists(folder / image):
         return None, f'"image" is a path of Windows, {image[:80]}: give one of this machine'
     if "\\" in image and not os.path.lexists(folder / image):
         image = image.replace("\\", "/")

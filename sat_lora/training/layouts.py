@@ -113,8 +113,8 @@ def missing_file_hint(path: Path | bytes | None) -> str:
     if not isinstance(path, Path) or os.path.lexists(path):
         return ""
     folder, name = path.parent, path.name
-    if not folder.is_dir():
-        there = next((parent for parent in folder.parents if parent.is_dir()), None)
+    if not os.path.isdir(folder):
+        there = next((parent for parent in folder.parents if os.path.isdir(parent)), None)
         missing = folder if there is None else there / folder.relative_to(there).parts[0]
         return f"; there is no folder {missing}"
     names = _names_of(str(folder))

@@ -1,4 +1,4 @@
-"""Kind 3: a key that is not known is an error with the nearest known name; other layouts are not trained by accident."""
+"""Kind 3: a key that is not known is an error with the nearest known name; no other layout is trained by accident."""
 
 import json
 

@@ -65,7 +65,7 @@ def test_a_character_inside_a_text_ends_no_line(write, character):
 def test_a_control_character_is_read_escaped_and_named_otherwise(write, character):
     assert answers(write(json.dumps({**GOOD, "answer": f"a{character}b"}))) == [f"a{character}b"]
     message = refusal(write(json.dumps(GOOD) + '\n{"prompt": "q", "answer": "a' + character + 'b"}'))
-    assert "line 2 is not JSON: Invalid control character at column 26" in message
+    assert "line 2 is not JSON: Invalid control character at column 29" in message
 
 
 @pytest.mark.parametrize("name", ["data.json", "data.jsonl", "DATA.JSON", "data.txt", "data", "data.ndjson"])
@@ -215,6 +215,9 @@ def test_a_special_token_that_its_letters_make_again_is_cut_apart():
         ("\\\\server\\a.png", "is a path of Windows"),
         ("~/a.png", "~ is the shell's"),
         ("a\0.png", "holds a NUL"),
+        ("a" * 300 + ".png", "is no path, 304 characters: aaa"),
+        ("a/" * 3000 + "b.png", "is no path, 6005 characters: a/a"),
+        ("猫" * 100 + ".png", "is no path, 104 characters: 猫"),
         ("../a.png", "leaves the folder of the file"),
         ("sub/../../a.png", "leaves the folder of the file"),
     ],
