@@ -1,5 +1,6 @@
 """How many answers of a data set do not fit into --max_length, and what would hold them."""
 
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from sat_lora.cogvlm.text import prompt_text
@@ -54,6 +55,21 @@ def answer_lengths(dataset: ImageTextDataset) -> AnswerLengths:
             longest = max(longest, len(sample.input_ids) + sample.left_out)
     looked_at = len(items) if seen == len(long) else seen
     return AnswerLengths(looked_at, cut, longest)
+
+
+def saying_first_cut(batches: Iterable[dict], say: Callable[[str], None], max_length: int) -> Iterator[dict]:
+    """The batches; the first of them in which an answer is cut is said. For those of streams, which nobody looks at
+    before.
+    """
+    batches = iter(batches)
+    for batch in batches:
+        yield batch
+        cut = batch["left_out"] > 0
+        if cut.any():
+            longest = int((batch["lengths"] + batch["left_out"])[cut].max())
+            say(f"--max_length {max_length}: an answer does not fit and is cut, others may be; {longest} would hold it")
+            break
+    yield from batches
 
 
 def _surely_fits(dataset: ImageTextDataset, item: Item) -> bool:

@@ -12,7 +12,7 @@ from sat_lora.doctor.trace import NO_TRACE, NoTrace, Trace
 from sat_lora.doctor.watchdog import watched
 from sat_lora.placement import add_lora
 from sat_lora.summary import describe, describe_text
-from sat_lora.training.answer_lengths import answer_lengths
+from sat_lora.training.answer_lengths import answer_lengths, saying_first_cut
 from sat_lora.training.checkpoint import RunState, load_checkpoint
 from sat_lora.training.distributed import World, together
 from sat_lora.training.engine import adapter_optimizer, start_engine
@@ -24,7 +24,7 @@ from sat_lora.training.prepare import dataset_maker, load_base, model_seed, on_f
 from sat_lora.training.release import end_training, free_memory
 from sat_lora.training.run_folder import RunFolder, write_json
 from sat_lora.training.schedule import total_steps
-from sat_lora.training.sources import FileSource, open_sources
+from sat_lora.training.sources import FileSource, ShardSource, open_sources
 
 
 def finetune(options: Namespace, make_data: Callable[[], None] | None = None) -> World:
@@ -78,6 +78,8 @@ def finetune(options: Namespace, make_data: Callable[[], None] | None = None) ->
         deepspeed=engine.config,
     )
     loader = data.training(state.step * options.gradient_accumulation_steps)
+    if isinstance(data, ShardSource):
+        loader = saying_first_cut(loader, run.say, options.max_length)
     valid = valid_data.validation() if valid_data else None
     with run, watched(trace, LIMIT if options.replay else options.watchdog_limit):
         run.start(options.train_iters, state.step)

@@ -13,7 +13,7 @@ SAMPLES_TRIED = 300  # one usable sample among so many is enough to begin
 
 
 def problems_with_shards(paths: list[str], option: str, ignore_keys: Collection[str] = ()) -> Iterator[str]:
-    """Of the paths of one option, as text: of the names and of the first samples. ignore_keys: see `Record.read`.
+    """Of the paths of one option, as text: of the names and of the first samples. ignore_keys: see `Record`.
 
     Whole shards are read later, when all ranks together count their samples.
     """
@@ -38,11 +38,11 @@ def problems_with_shards(paths: list[str], option: str, ignore_keys: Collection[
 
 
 def _problem_with_samples(shards: list[str], ignore_keys: Collection[str]) -> str | None:
-    records = itertools.chain.from_iterable(map(find_records, shards))
+    records = itertools.chain.from_iterable(find_records(shard, ignore_keys) for shard in shards)
     tried, first_error = 0, None
     for record in itertools.islice(records, SAMPLES_TRIED):
         tried += 1
-        item = record.read(ignore_keys)
+        item = record.read()
         if isinstance(item, BrokenSample):
             first_error = first_error or item.reason
             continue

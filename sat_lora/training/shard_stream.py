@@ -26,7 +26,7 @@ class ShardStream(IterableDataset):
     ceil(largest stretch / batch_size) batches; one that runs out gives batches without a label. A shard that can no
     longer be read is named in `broken` and the reader goes on with its next.
     A step is one forward pass: with gradient accumulation, start_step counts micro-batches.
-    make_sample: decodes an Item. num_workers: the DataLoader's; 0 reads as 1 does. ignore_keys: see `Record.read`.
+    make_sample: decodes an Item. num_workers: the DataLoader's; 0 reads as 1 does. ignore_keys: see `Record`.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class ShardStream(IterableDataset):
             skipped = 0
 
     def _sample(self, record: Record | BrokenSample) -> Sample | BrokenSample:
-        item = record.read(self.ignore_keys) if isinstance(record, Record) else record
+        item = record.read() if isinstance(record, Record) else record
         return self.make_sample(item) if isinstance(item, Item) else item
 
     def records(self, epoch: int, reader: int) -> Iterator[Record | BrokenSample]:
@@ -109,7 +109,7 @@ class ShardStream(IterableDataset):
             start += shard.samples
             if first < last:
                 try:
-                    yield from itertools.islice(find_records(shard.path), first, last)
+                    yield from itertools.islice(find_records(shard.path, self.ignore_keys), first, last)
                 except DataError as error:
                     yield BrokenSample(shard.path, str(error))
 

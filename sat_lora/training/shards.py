@@ -27,17 +27,18 @@ class Shard:
 
 @dataclass(frozen=True)
 class Record:
-    """Where a sample lies in its shard: (suffix, first byte, bytes) of each of its members."""
+    """Where a sample lies in its shard: (suffix, first byte, bytes) of each of its members.
+
+    ignored: keys of its json to pass over, beside those that are known to carry nothing to learn.
+    """
 
     shard: str
     key: str
     members: tuple[tuple[str, int, int], ...]
+    ignored: tuple[str, ...] = ()
 
-    def read(self, ignored: Collection[str] = ()) -> Item | BrokenSample:
-        """KEY.json {"prompt", "answer"} or KEY.txt, the answer, and the image; what is wrong instead, if anything.
-
-        ignored: keys of the json to pass over, beside those that are known to carry nothing to learn.
-        """
+    def read(self) -> Item | BrokenSample:
+        """KEY.json {"prompt", "answer"} or KEY.txt, the answer, and the image; what is wrong instead, if anything."""
         name = f"{self.shard}/{self.key}"
         try:
             with open(self.shard, "rb") as file:
@@ -48,7 +49,7 @@ class Record:
         except (OSError, ValueError) as error:
             return BrokenSample(name, f"{name}: cannot be read: {error}")
         prompt, image = fields.get("prompt"), next((parts[s] for s in parts if s in IMAGE_SUFFIXES), None)
-        problems = key_problems(fields, ignored, METADATA_OF_SHARDS)
+        problems = key_problems(fields, self.ignored, METADATA_OF_SHARDS)
         if image is None and fields.get("image"):
             problems.append(f"its json names an image, {str(fields['image'])[:80]!r}, but none lies beside it")
         if problems:
@@ -84,8 +85,8 @@ def expand_shards(paths: Sequence[str | Path]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def find_records(shard: str) -> Iterator[Record]:
-    """The samples of a shard in its order: neighbours of one key. Only the headers are read.
+def find_records(shard: str, ignored: Collection[str] = ()) -> Iterator[Record]:
+    """The samples of a shard in its order: neighbours of one key. Only the headers are read. ignored: see `Record`.
 
     DataError: the shard is missing, no tar file, or cut off; raised when the samples before have been given.
     """
@@ -95,7 +96,7 @@ def find_records(shard: str) -> Iterator[Record]:
             named = (entry for entry in named if entry[0][0] and not _is_meta(entry[0][0]))
             for key, members in itertools.groupby(named, lambda entry: entry[0][0]):
                 places = (("." + suffix.lower(), one.offset_data, one.size) for (_, suffix), one in members)
-                yield Record(shard, key, tuple(places))
+                yield Record(shard, key, tuple(places), tuple(ignored))
             # tarfile takes a file that is cut off between two members, and damage behind the first, for the end.
             tar.fileobj.seek(tar.offset)
             if tar.fileobj.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:

@@ -10,8 +10,8 @@ from sat_lora.cogvlm import tokens
 from sat_lora.cogvlm.text import build_sample
 from sat_lora.cogvlm.tokens import first_tokens, text_tokens
 from sat_lora.errors import ConfigError, DataError
-from sat_lora.training.answer_lengths import answer_lengths
-from sat_lora.training.data import BrokenSample, ImageTextDataset, Item, read_items
+from sat_lora.training.answer_lengths import answer_lengths, saying_first_cut
+from sat_lora.training.data import BrokenSample, ImageTextDataset, Item, collate, read_items
 from tests.cogvlm.test_answer import byte_tokenizer  # noqa: F401  a fixture
 
 EOS = 2
@@ -56,6 +56,15 @@ def test_of_very_many_long_answers_a_part_is_looked_at(dataset, monkeypatch):
     monkeypatch.setattr("sat_lora.training.answer_lengths.LAID_OUT", 10)
     lengths = answer_lengths(dataset(*["x" * 50] * 95))
     assert lengths.looked_at == lengths.cut and 5 <= lengths.looked_at <= 10
+
+
+def test_of_a_stream_the_first_batch_with_a_cut_answer_is_said(dataset):
+    data, said = dataset("x", "x" * 28, "x" * 90, "x" * 95), []
+    batches = [collate([data[number]], image_size=(21, 21)) for number in range(4)]
+    seen = saying_first_cut(batches, said.append, 30)
+    assert next(seen) is batches[0] and next(seen) is batches[1] and said == []
+    assert [*seen] == batches[2:]
+    assert said == ["--max_length 30: an answer does not fit and is cut, others may be; 31 would hold it"]
 
 
 def test_what_cannot_be_laid_out_is_left_to_the_run(dataset):
