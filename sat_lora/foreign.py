@@ -4,7 +4,9 @@ import json
 import os
 import stat
 from collections.abc import Callable
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 MEBIBYTE = 1 << 20
 JSON_LIMIT = 16 * MEBIBYTE  # of a configuration; the largest that is known, an index of 17 B weights, has 0.2 MB
@@ -28,18 +30,35 @@ def printable_lines(text: object) -> str:
     return "\n".join(map(printable, str(text).split("\n")))
 
 
-def read_bytes(path: str | Path, limit: int) -> bytes:
-    """The content of a regular file of at most `limit` bytes.
+def open_file(path: str | Path, limit: int) -> BinaryIO:
+    """A regular file of at most `limit` bytes, opened for reading; what reads it stays within what it was opened with.
 
-    OSError if it is anything else (a pipe or a device is never waited for, nor read), or cannot be read; ValueError if
-    it is larger.
+    OSError if it is anything else (a pipe or a device is never waited for, nor opened), or cannot be read; ValueError
+    if it is larger.
     """
-    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-        mode = os.fstat(file.fileno()).st_mode
-        if not stat.S_ISREG(mode):
-            raise OSError(f"{kind_of(mode)}, no file")
+    _check_regular(os.stat(path))  # to open a device may do something
+    file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
+    try:
+        status = os.fstat(file.fileno())
+        _check_regular(status)
+        if status.st_size > limit:
+            raise ValueError(f"larger than {limit / MEBIBYTE:g} MiB")
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+def _check_regular(status: os.stat_result) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(f"{kind_of(status.st_mode)}, no file")
+
+
+def read_bytes(path: str | Path, limit: int) -> bytes:
+    """The content of a regular file of at most `limit` bytes, with the errors of `open_file`."""
+    with open_file(path, limit) as file:
         content = file.read(limit + 1)
-    if len(content) > limit:
+    if len(content) > limit:  # it grew, or is one of those of /proc, which tell no size
         raise ValueError(f"larger than {limit / MEBIBYTE:g} MiB")
     return content
 
@@ -53,18 +72,35 @@ def kind_of(mode: int) -> str:
     return next((words for is_kind, words in kinds.items() if is_kind(mode)), "something else")
 
 
-def parse_json(text: str | bytes, *, parse_constant: Callable[[str], object] | None = None):
+def parse_json(text: str | bytes, **hooks: Callable):
     """What `text` says as JSON; ValueError if it is none (bytes have to be UTF-8, a byte-order mark is passed over), or
     is nested deeper than DEPTH_LIMIT.
 
-    parse_constant: as `json.loads` takes it, for NaN and the infinities, which are no JSON.
+    hooks: `parse_constant` (for NaN and the infinities, which are no JSON) and the others of `json.loads`.
     """
     if isinstance(text, bytes):
         text = text.decode("utf-8-sig")
+    with _depth_as_value_error():
+        content = json.loads(text.removeprefix("\ufeff"), **hooks)
+    return _checked_depth(content)
+
+
+def parse_json_at(text: str, start: int, **hooks: Callable) -> tuple[object, int]:
+    """(the JSON value that begins at `start`, where it ends); what `parse_json` says of errors and hooks holds."""
+    with _depth_as_value_error():
+        content, end = json.JSONDecoder(**hooks).raw_decode(text, start)
+    return _checked_depth(content), end
+
+
+@contextmanager
+def _depth_as_value_error():
     try:
-        content = json.loads(text.removeprefix("\ufeff"), parse_constant=parse_constant)
+        yield
     except RecursionError:
         raise ValueError(f"nested deeper than {DEPTH_LIMIT}") from None
+
+
+def _checked_depth(content):
     layer = [content]
     for _ in range(DEPTH_LIMIT):
         layer = [value for held in layer for value in _held_by(held)]

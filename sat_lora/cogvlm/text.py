@@ -1,11 +1,13 @@
 """Prompts and token sequences, as the published CogVLM lays them out."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from sat_lora.cogvlm.tokens import WHOLE, first_tokens, text_tokens
 from sat_lora.errors import ConfigError
 from sat_lora.foreign import printable, read_json, stand_in
 
@@ -16,30 +18,37 @@ IMAGE_PLACE = "<EOI>"
 
 
 def _base(query, history):
-    return f"{IMAGE_PLACE}{query}"
+    return query
 
 
 def _chat(query, history):
-    return f"{IMAGE_PLACE} [INST] " + "".join(f"{q} [/INST] {a} [INST] " for q, a in history) + f"{query} [/INST] "
+    return " [INST] " + "".join(f"{q} [/INST] {a} [INST] " for q, a in history) + f"{query} [/INST] "
 
 
 def _vqa(query, history):
-    return f"{IMAGE_PLACE}Question: {query} Short answer:"
+    return f"Question: {query} Short answer:"
 
 
 def _chat_old(query, history):
     turns = "".join(f"{q} Answer: {a}\nQuestion: " for q, a in history)
-    return f"{IMAGE_PLACE}Question: {turns}{query} Answer:"
+    return f"Question: {turns}{query} Answer:"
 
 
 PROMPTS = {"base": _base, "chat": _chat, "vqa": _vqa, "chat_old": _chat_old}
 
 
-def prompt_for(version: str, query: str, history: tuple[tuple[str, str], ...] = ()) -> str:
-    """The prompt of a CogVLM `version` for a query and the (query, answer) turns before it."""
+def prompt_text(version: str, query: str, history: tuple[tuple[str, str], ...] = ()) -> str:
+    """The prompt of a CogVLM `version` for a query and the (query, answer) turns before it, without its image, which
+    comes first.
+    """
     if version not in PROMPTS:
         raise ConfigError(f"--version: got {version!r}, wanted one of {', '.join(PROMPTS)}")
     return PROMPTS[version](query, history)
+
+
+def prompt_for(version: str, query: str, history: tuple[tuple[str, str], ...] = ()) -> str:
+    """`prompt_text` with IMAGE_PLACE in front, where the image's tokens go."""
+    return IMAGE_PLACE + prompt_text(version, query, history)
 
 
 def load_tokenizer(path: str | Path):
@@ -120,30 +129,48 @@ class Sample:
     image_embed_mask: torch.Tensor  # 1 on begin-of-image, patches, end-of-image
     vision_expert_mask: torch.Tensor  # 1 on begin-of-image and patches
     image: torch.Tensor | None = None  # (3, height, width)
-    left_out: int = 0  # tokens of the answer that did not fit
+    left_out: int = 0  # tokens of the answer, its EOS among them, that did not fit
 
 
-def shortest_length(tokenizer, prompt: str, image_length: int) -> int:
-    """Tokens that a sample with one token of answer takes: BOS, prompt, image, answer, EOS."""
-    words = sum(len(tokenizer.encode(part, add_special_tokens=False)) for part in prompt.split(IMAGE_PLACE))
-    return 1 + words + prompt.count(IMAGE_PLACE) * (image_length + 2) + 1 + 1
+def shortest_length(tokenizer, prompt: str | Sequence[str], image_length: int, special_tokens: bool = False) -> int:
+    """Tokens that a sample with one token of answer takes: BOS, prompt, image, answer, EOS. Of `build_sample`'s
+    arguments.
+    """
+    parts = _parts(prompt)
+    words = sum(len(text_tokens(tokenizer, part, special_tokens)) for part in parts)
+    return 1 + words + (len(parts) - 1) * (image_length + 2) + 1 + 1
 
 
 def build_sample(
-    tokenizer, prompt: str, answer: str | None, image_length: int, max_length: int, image: torch.Tensor | None = None
+    tokenizer,
+    prompt: str | Sequence[str],
+    answer: str | None,
+    image_length: int,
+    max_length: int,
+    image: torch.Tensor | None = None,
+    special_tokens: bool = False,
 ) -> Sample:
     """BOS, prompt with its image, answer, EOS; without an answer, the prompt alone, ready for generation.
 
-    An answer that does not fit into `max_length` is cut; a prompt that does not is an error.
+    An answer that does not fit into `max_length` is cut and has no EOS, which would teach to stop there; a prompt that
+    does not fit is an error.
+    prompt: with IMAGE_PLACE wherever an image goes, or the texts around the images. special_tokens: whether a text that
+    spells one of the tokenizer's special tokens means it.
+    DataError: a text cannot be encoded.
     """
     ids, embed, vision, patches = [tokenizer.bos_token_id], [0], [0], [0]
-    for number, part in enumerate(prompt.split(IMAGE_PLACE)):
-        words = tokenizer.encode(part, add_special_tokens=False) if part else []
+    for number, part in enumerate(_parts(prompt)):
+        words, more = first_tokens(tokenizer, part, max_length, special_tokens, "prompt")
         if number:
             ids += [0] * (image_length + 2)
             embed += [1] * (image_length + 2)
             vision += [1] * (image_length + 1) + [0]
             patches += [0] + [1] * image_length + [0]
+        if more and (answer is not None or len(part) > WHOLE):
+            taken = len(ids) + len(words) + more
+            raise ConfigError(f"--max_length: {max_length} is too short, this prompt alone takes {taken} tokens")
+        if more:
+            words = text_tokens(tokenizer, part, special_tokens, "prompt")
         ids += words
         for mask in (embed, vision, patches):
             mask += [0] * len(words)
@@ -151,15 +178,19 @@ def build_sample(
     if answer is not None:
         if start + 2 > max_length:
             raise ConfigError(f"--max_length: {max_length} is too short, this prompt alone takes {start} tokens")
-        words = tokenizer.encode(answer, add_special_tokens=False)
-        ids += words[: max_length - start - 1]
-        left_out = start + len(words) - len(ids)
-        ids.append(tokenizer.eos_token_id)
+        words, more = first_tokens(tokenizer, answer, max_length - start, special_tokens, "answer")
+        words.append(tokenizer.eos_token_id)
+        ids += words[: max_length - start]
+        left_out = start + len(words) + more - len(ids)
     embed, vision, patches = (torch.tensor(mask + [0] * (len(ids) - start)) for mask in (embed, vision, patches))
     input_ids = torch.tensor(ids)
     labels = input_ids.clone()
     labels[:start] = IGNORED
     return Sample(input_ids, position_ids_for(patches), labels, embed, vision, image, left_out)
+
+
+def _parts(prompt: str | Sequence[str]) -> Sequence[str]:
+    return prompt.split(IMAGE_PLACE) if isinstance(prompt, str) else prompt
 
 
 def position_ids_for(patches: torch.Tensor) -> torch.Tensor:

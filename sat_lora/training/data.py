@@ -1,17 +1,21 @@
 """Images with an answer each: found, read, made into samples and put together into batches."""
 
-import json
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
+from argparse import Namespace
+from collections import Counter
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch.utils.data import Dataset
 
 from sat_lora.cogvlm.image import load_image
-from sat_lora.cogvlm.text import IGNORED, IMAGE_PLACE, Sample, build_sample, prompt_for
+from sat_lora.cogvlm.text import IGNORED, IMAGE_PLACE, Sample, build_sample, prompt_for, prompt_text
 from sat_lora.errors import ConfigError, DataError
+from sat_lora.foreign import printable
+from sat_lora.training.item_files import Entries, line_called, read_entries
+from sat_lora.training.layouts import check_file_kind, check_layout, missing_file_hint
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp"})
 
@@ -20,13 +24,52 @@ IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp"})
 class Item:
     """One question: an image (None: text only), the query (None: --prompt) and the answer to learn.
 
-    image: its path, or the content of its file. name: what reports call the item; None is the path.
+    image: its path, or the content of its file. name: what reports call the item; None is the path. file, line: where
+    it is written down, if it is.
     """
 
     image: Path | bytes | None
     answer: str
     prompt: str | None = None
     name: str | None = None
+    file: Path | None = field(default=None, compare=False)
+    line: int | str | None = field(default=None, compare=False)
+
+    @property
+    def place(self) -> str | None:
+        """`file` and `line`, for messages."""
+        return None if self.file is None else f"{self.file}, {line_called(self.line)}"
+
+
+@dataclass
+class DataCounts:
+    """Samples by kind, for those who are to know what a run trains on."""
+
+    labelled_by_name: int = 0
+    """Images of folders, whose file names are their answers."""
+    labelled_by_text: int = 0
+    text_only: int = 0
+    """Of those labelled by text; they have no image."""
+    without_prompt: Counter[str] = field(default_factory=Counter)
+    """Of those labelled by text, by their file; they are asked --prompt."""
+    without_answer: int = 0
+    """Their answer is empty: only the end is learnt."""
+    passed_over: Counter[str] = field(default_factory=Counter)
+    """Keys that carry nothing to learn, with the samples that have them."""
+
+    def left_out(self) -> list[tuple[str, int]]:
+        """(what, how many) of what samples lack or have for nothing, and their user may not expect."""
+        counts = [("images (samples of text alone)", self.text_only), ("answers (empty ones)", self.without_answer)]
+        counts += [(f'times "{printable(key)}" (not read)', count) for key, count in self.passed_over.items()]
+        return [(what, count) for what, count in counts if count]
+
+    def add(self, path: Path, entries: Entries) -> None:
+        self.labelled_by_text += len(entries.found)
+        self.text_only += sum(entry.image is None for entry in entries.found)
+        self.without_answer += sum(not entry.answer for entry in entries.found)
+        if lacking := sum(entry.prompt is None for entry in entries.found):
+            self.without_prompt[str(path)] += lacking
+        self.passed_over += entries.passed_over
 
 
 @dataclass(frozen=True)
@@ -47,42 +90,39 @@ def find_images(folders: Sequence[str | Path]) -> list[Path]:
     return sorted(set(found))
 
 
-def read_items(paths: Sequence[str | Path]) -> list[Item]:
-    """The items of data paths: in a folder an image file's stem is its answer; a .jsonl file has one object per line.
+def read_items(
+    paths: Sequence[str | Path],
+    *,
+    ignore_keys: Collection[str] = (),
+    images_from: Sequence[str | Path] = (),
+    counts: DataCounts | None = None,
+) -> list[Item]:
+    """The items of data paths: in a folder an image file's stem is its answer; a file has one object per line.
 
     A line: {"image": path relative to the file, or absent for text only, "prompt": ..., "answer": ...}; without a
-    prompt, --prompt is asked. DataError: a path is missing, or every wrong line of a file.
+    prompt, --prompt is asked. An array of such objects is read as well. ignore_keys, images_from: see `read_entries`.
+    counts: what was read is added to it. DataError: a path is missing, is plainly another layout, or every wrong line
+    of a file.
     """
-    items = []
+    items, counts = [], DataCounts() if counts is None else counts
     for path in map(Path, paths):
-        if path.suffix == ".jsonl" and path.is_file():
-            items += _read_lines(path)
-        else:
-            items += [Item(image, image.stem) for image in find_images([path])]
+        if path.is_dir() or not path.exists():
+            images = find_images([path])
+            check_layout(path, images)
+            items += [Item(image, image.stem) for image in images]
+            counts.labelled_by_name += len(images)
+            continue
+        check_file_kind(path)
+        entries = read_entries(path, ignored=ignore_keys, images_from=images_from)
+        items += [Item(e.image, e.answer, e.prompt, file=path, line=e.line) for e in entries.found]
+        counts.add(path, entries)
     return items
 
 
-def _read_lines(path: Path) -> list[Item]:
-    items, problems = [], []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-        except ValueError as error:
-            problems.append(f"line {number} is not JSON: {error}")
-            continue
-        fields = entry if isinstance(entry, dict) else {}
-        image, prompt, answer = fields.get("image"), fields.get("prompt"), fields.get("answer")
-        texts = [isinstance(text, str) for text in (image or "", prompt or "", answer)]
-        if not all(texts) or (image is None and prompt is None):
-            problems.append(f'line {number}: wanted {{"image": ..., "prompt": ..., "answer": ...}}, got {line[:80]}')
-            continue
-        items.append(Item(path.parent / image if image else None, answer, prompt))
-    if problems:
-        shown = "\n  ".join(problems[:10]) + ("\n  ..." if len(problems) > 10 else "")
-        raise DataError(f"{path}: {len(problems)} lines cannot be used:\n  {shown}")
-    return items
+def reading_options(options: Namespace) -> dict:
+    """What `read_items` takes of a run's options; those of a run that an earlier version wrote have none of it."""
+    known = vars(options)
+    return {"ignore_keys": known.get("ignore_keys") or [], "images_from": known.get("images_from") or []}
 
 
 def split_items(items: Sequence[Item], proportions: Sequence[float], seed: int) -> tuple[list[Item], ...]:
@@ -108,6 +148,7 @@ class ImageTextDataset(Dataset):
     image_size: (height, width) in pixels. image_length: patches per image. max_length: in tokens; longer answers
     are cut.
     with_answer: False gives the prompt alone, ready for generation; the answer is in `items[i].answer`.
+    special_tokens: see `build_sample`.
     """
 
     def __init__(
@@ -121,36 +162,54 @@ class ImageTextDataset(Dataset):
         image_length: int,
         max_length: int,
         with_answer: bool = True,
+        special_tokens: bool = False,
     ):
         self.items = [item if isinstance(item, Item) else Item(Path(item), Path(item).stem) for item in items]
         self.tokenizer = tokenizer
         self.version, self.prompt = version, prompt
         self.image_size, self.image_length, self.max_length = image_size, image_length, max_length
-        self.with_answer = with_answer
+        self.with_answer, self.special_tokens = with_answer, special_tokens
 
     def __len__(self) -> int:
         return len(self.items)
 
     def __getitem__(self, index: int) -> Sample | BrokenSample:
         item = self.items[index]
-        return self.make_sample(item, item.name or str(item.image or f"text-only item {index}"))
+        return self.make_sample(item, item.name or str(item.image or item.place or f"text-only item {index}"))
 
     def make_sample(self, item: Item, name: str | None = None) -> Sample | BrokenSample:
         """The sample, or what is wrong with it: an exception would stop one rank and leave the others waiting."""
         name = name or item.name
         try:
-            prompt = prompt_for(self.version, self.prompt if item.prompt is None else item.prompt)
-            image = None
-            if item.image is None:
-                prompt = prompt.replace(IMAGE_PLACE, "", 1)
-            else:
-                image = load_image(item.image, self.image_size, name)
-            if prompt.count(IMAGE_PLACE) != (image is not None):
-                raise DataError(f"the prompt {item.prompt or self.prompt!r} holds {IMAGE_PLACE}, the mark of the image")
-            answer = item.answer if self.with_answer else None
-            return build_sample(self.tokenizer, prompt, answer, self.image_length, self.max_length, image)
+            image = None if item.image is None else load_image(item.image, self.image_size, name)
+        except DataError as error:
+            where = f" (named in {item.place})" if item.place else ""
+            return BrokenSample(printable(name), printable(f"{error}{missing_file_hint(item.image)}{where}"))
+        try:
+            return self.lay_out(item, image)
         except (DataError, ConfigError) as error:
-            return BrokenSample(name, str(error))
+            # Many samples may share an image whose path is their name: what is wrong with a text is its line's.
+            place = printable(item.place or name)
+            return BrokenSample(place, f"{place}: {printable(error)}")
+
+    def lay_out(self, item: Item, image: torch.Tensor | None = None) -> Sample:
+        """The sample with the places of its image, and with `image`. DataError, ConfigError: it cannot be one."""
+        answer = item.answer if self.with_answer else None
+        settings = (self.image_length, self.max_length, image, self.special_tokens)
+        return build_sample(self.tokenizer, self._prompt(item), answer, *settings)
+
+    def _prompt(self, item: Item) -> str | tuple[str, ...]:
+        """As `build_sample` takes it: where special tokens are text, the parts around the image."""
+        query = self.prompt if item.prompt is None else item.prompt
+        if not self.special_tokens:
+            text = prompt_text(self.version, query)
+            return (text,) if item.image is None else ("", text)
+        prompt = prompt_for(self.version, query)
+        if item.image is None:
+            prompt = prompt.replace(IMAGE_PLACE, "", 1)
+        if prompt.count(IMAGE_PLACE) != (item.image is not None):
+            raise DataError(f"the prompt {query!r} holds {IMAGE_PLACE}, the mark of the image")
+        return prompt
 
 
 def collate(samples: Sequence[Sample | BrokenSample], *, image_size: tuple[int, int]) -> dict:

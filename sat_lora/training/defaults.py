@@ -11,6 +11,9 @@ DEFAULTS = {
     "test_data": None,  # then nothing is generated after training
     "split": [1.0],
     "prompt": "CAPTCHA:",
+    "special_tokens_in_text": False,
+    "ignore_keys": [],
+    "images_from": [],
     "max_broken_share": 0.05,
     "num_workers": 2,
     "from_pretrained": None,  # then the embedded demo

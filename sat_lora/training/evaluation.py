@@ -8,9 +8,11 @@ from sat_lora.cogvlm.checkpoint import load_cogvlm
 from sat_lora.cogvlm.generation import generate
 from sat_lora.cogvlm.model import CogVLMModel
 from sat_lora.cogvlm.text import Sample, load_tokenizer
+from sat_lora.cogvlm.tokens import first_tokens
 from sat_lora.errors import DataError
+from sat_lora.foreign import printable
 from sat_lora.mixin import lora_mixins
-from sat_lora.training.data import ImageTextDataset, collate, read_items
+from sat_lora.training.data import BrokenSample, ImageTextDataset, Item, collate, read_items, reading_options
 from sat_lora.training.deepspeed_config import base_dtype
 from sat_lora.training.distributed import World, gather_lists
 from sat_lora.training.loss import sum_over_data_parallel
@@ -34,7 +36,7 @@ def evaluate_adapter(
     Returns {"images": n, "base": {"exact_match": x, "exact_match_ignoring_case": y}, "adapter": {...}} with shares in
     [0, 1]; unreadable items are left out of n and listed under "broken". Both come from what lies on disk.
     """
-    items = read_items(options.test_data)
+    items = read_items(options.test_data, **reading_options(options))
     if not items:
         raise DataError(
             f"--test-data: {', '.join(options.test_data)}: no images there; give folders of images LABEL.png"
@@ -57,14 +59,17 @@ def evaluate_adapter(
         image_length=config["image_length"],
         max_length=options.max_length,
         with_answer=False,
+        special_tokens=vars(options).get("special_tokens_in_text", False),
     )
     share = range(world.data_parallel_rank, len(dataset), world.data_parallel_size)
     right = {"base": [0, 0], "adapter": [0, 0]}
     images, broken = 0, []
-    longest = max(len(tokenizer.encode(item.answer, add_special_tokens=False)) for item in dataset.items) + 1
+    lengths = [_length_of_answer(dataset, item) for item in dataset.items]
+    longest = max((length for length in lengths if isinstance(length, int)), default=0) + 1
     for start in range(0, len(share), options.eval_batch_size):
         indices = list(share[start : start + options.eval_batch_size])
-        samples = [(dataset[i], dataset.items[i].answer.strip()) for i in indices]
+        questions = [dataset[i] if isinstance(lengths[i], int) else lengths[i] for i in indices]
+        samples = [(question, dataset.items[i].answer.strip()) for question, i in zip(questions, indices)]
         broken += [(s.path, s.reason) for s, _ in samples if not isinstance(s, Sample)]
         usable = [(s, answer) for s, answer in samples if isinstance(s, Sample)]
         images += len(usable)
@@ -87,6 +92,16 @@ def evaluate_adapter(
     names = ("exact_match", "exact_match_ignoring_case")
     result = {"images": int(images), "base": dict(zip(names, shares[:2])), "adapter": dict(zip(names, shares[2:]))}
     return {**result, "broken": [path for path, _ in broken]} if broken else result
+
+
+def _length_of_answer(dataset: ImageTextDataset, item: Item) -> int | BrokenSample:
+    """Tokens of an answer, at most --max_length of them; what is wrong with one that cannot be encoded."""
+    try:
+        tokens, _ = first_tokens(dataset.tokenizer, item.answer, dataset.max_length, dataset.special_tokens, "answer")
+    except DataError as error:
+        name = printable(item.place or item.image)
+        return BrokenSample(name, f"{name}: {error}")
+    return len(tokens)
 
 
 def evaluation_table(result: dict) -> str:

@@ -12,17 +12,19 @@ from sat_lora.doctor.trace import NO_TRACE, NoTrace, Trace
 from sat_lora.doctor.watchdog import watched
 from sat_lora.placement import add_lora
 from sat_lora.summary import describe, describe_text
+from sat_lora.training.answer_lengths import answer_lengths, saying_first_cut
 from sat_lora.training.checkpoint import RunState, load_checkpoint
 from sat_lora.training.distributed import World, together
 from sat_lora.training.engine import adapter_optimizer, start_engine
 from sat_lora.training.evaluation import evaluate_adapter, evaluation_table
 from sat_lora.training.loop import train
+from sat_lora.training.notice import warn
 from sat_lora.training.optimizer_state import create_moments
 from sat_lora.training.prepare import dataset_maker, load_base, model_seed, on_first_rank, prepare
 from sat_lora.training.release import end_training, free_memory
 from sat_lora.training.run_folder import RunFolder, write_json
 from sat_lora.training.schedule import total_steps
-from sat_lora.training.sources import open_sources
+from sat_lora.training.sources import FileSource, ShardSource, open_sources
 
 
 def finetune(options: Namespace, make_data: Callable[[], None] | None = None) -> World:
@@ -38,6 +40,10 @@ def finetune(options: Namespace, make_data: Callable[[], None] | None = None) ->
     add_lora(model, setting.lora)
     run.say(describe_text(model))
     data, valid_data = open_sources(options, world, dataset_maker(options, config))
+    if world.is_main and isinstance(data, FileSource):
+        cut = answer_lengths(data.dataset).sentence(options.max_length)
+        if cut is not None:
+            warn(cut)
     options.train_iters = total_steps(
         train_iters=options.train_iters,
         epochs=options.epochs,
@@ -72,6 +78,8 @@ def finetune(options: Namespace, make_data: Callable[[], None] | None = None) ->
         deepspeed=engine.config,
     )
     loader = data.training(state.step * options.gradient_accumulation_steps)
+    if isinstance(data, ShardSource):
+        loader = saying_first_cut(loader, run.say, options.max_length)
     valid = valid_data.validation() if valid_data else None
     with run, watched(trace, LIMIT if options.replay else options.watchdog_limit):
         run.start(options.train_iters, state.step)

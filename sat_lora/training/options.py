@@ -125,6 +125,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     add(data, "--prompt", "the query that goes with every image")
     add(data, "--split", "train,valid,test shares when there is no --valid-data", type=proportions, metavar="A,B,C")
+    add(data, "--special-tokens-in-text", "a text that spells a special token, such as </s>, means it", **flag)
+    add(data, "--ignore-keys", "keys of .jsonl lines to pass over", nargs="+", metavar="KEY")
+    add(data, "--images-from", "folders that .jsonl lines may lead to by ..", nargs="+", metavar="DIR")
     add(data, "--max-broken-share", "the run stops when more of the samples are broken", type=share, metavar="X")
     add(data, "--num-workers", "processes that read images, per rank", type=count, metavar="N")
 

@@ -10,13 +10,14 @@ import torch
 from sat_lora.cogvlm.checkpoint import check_files, read_config
 from sat_lora.cogvlm.image import load_image
 from sat_lora.cogvlm.model import parallel_problems
-from sat_lora.cogvlm.text import PROMPTS, load_tokenizer, prompt_for, shortest_length
+from sat_lora.cogvlm.text import PROMPTS, load_tokenizer, prompt_for, prompt_text, shortest_length
 from sat_lora.errors import CheckpointError, ConfigError, DataError, SatLoraError
 from sat_lora.training.checkpoint import newest_checkpoint, read_state, samples_per_step
-from sat_lora.training.data import IMAGE_SUFFIXES, read_items
+from sat_lora.training.data import IMAGE_SUFFIXES, read_items, reading_options
 from sat_lora.training.deepspeed_config import deepspeed_config
 from sat_lora.training.deepspeed_file import file_problems, read_deepspeed_file
 from sat_lora.training.defaults import DEFAULTS
+from sat_lora.training.layouts import missing_file_hint
 from sat_lora.training.lora_options import LORA_FIELDS, lora_config, lora_problems
 from sat_lora.training.options import settings_of_run
 from sat_lora.training.shard_checks import problems_with_shards
@@ -79,12 +80,25 @@ def _base_and_prompt_problems(options: Namespace, environ: Mapping[str, str]) ->
     if not isinstance(image_length, int):
         yield f"--from_pretrained: {options.from_pretrained}/model_config.json has no image_length; it is no CogVLM"
     elif options.version in PROMPTS:
-        needed = shortest_length(tokenizer, prompt_for(options.version, options.prompt), image_length)
+        try:
+            needed = _shortest(tokenizer, image_length, options)
+        except DataError as error:
+            yield f"--prompt: {error}"
+            return
         if options.max_length < needed:
             yield (
                 f"--max_length: {options.max_length} is too short: an image of {image_length} patches, the prompt "
                 f"{options.prompt!r} and one token of answer take {needed}; give {needed} plus the answers' length"
             )
+
+
+def _shortest(tokenizer, image_length: int, options: Namespace) -> int:
+    """Tokens of the shortest sample with an image that asks --prompt."""
+    special = options.special_tokens_in_text
+    prompt = ("", prompt_text(options.version, options.prompt))
+    if special:
+        prompt = prompt_for(options.version, options.prompt)
+    return shortest_length(tokenizer, prompt, image_length, special)
 
 
 def _model_parallel_problems(options: Namespace, config: dict, environ: Mapping[str, str]) -> Iterator[str]:
@@ -194,22 +208,20 @@ def _data_problems(options: Namespace) -> Iterator[str]:
         option = "--" + name.replace("_", "-")
         paths = getattr(options, name) or []
         if any(map(is_shard, paths)):
-            yield from (f"{option}: {problem}" for problem in problems_with_shards(paths, option))
+            yield from (f"{option}: {problem}" for problem in problems_with_shards(paths, option, options.ignore_keys))
             continue
         for path in paths:
-            problem = _problem_with_path(Path(path))
+            problem = _problem_with_path(Path(path), options)
             if problem:
                 hint = "" if name in options.given else "; finetune_demo/make_captchas.py writes the demo's data"
                 yield f"{option}: {problem}{hint}"
 
 
-def _problem_with_path(path: Path) -> str | None:
+def _problem_with_path(path: Path, options: Namespace) -> str | None:
     if not path.exists():
         return f"{path} does not exist; give a folder of images named LABEL.png, or a .jsonl file"
-    if path.is_file() and path.suffix != ".jsonl":
-        return f"{path} is a file; give the folder of the images, or a .jsonl file"
     try:
-        items = read_items([path])
+        items = read_items([path], **reading_options(options))
     except DataError as error:
         return str(error)
     except (OSError, ValueError) as error:
@@ -225,7 +237,7 @@ def _problem_with_path(path: Path) -> str | None:
             load_image(image, (8, 8))
             return None
         except DataError as error:
-            first_error = first_error or error
+            first_error = first_error or f"{error}{missing_file_hint(image)}"
     if images:
         return f"none of the first {len(images)} images of {path} can be read; mend or replace them; {first_error}"
     return None

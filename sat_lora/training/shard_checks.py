@@ -1,7 +1,7 @@
 """What can be known to be wrong with tar shards before a run starts."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from sat_lora.cogvlm.image import load_image
@@ -12,8 +12,8 @@ from sat_lora.training.shards import expand_shards, find_records, is_shard
 SAMPLES_TRIED = 300  # one usable sample among so many is enough to begin
 
 
-def problems_with_shards(paths: list[str], option: str) -> Iterator[str]:
-    """Of the paths of one option, as text: of the names and of the first samples.
+def problems_with_shards(paths: list[str], option: str, ignore_keys: Collection[str] = ()) -> Iterator[str]:
+    """Of the paths of one option, as text: of the names and of the first samples. ignore_keys: see `Record`.
 
     Whole shards are read later, when all ranks together count their samples.
     """
@@ -31,14 +31,14 @@ def problems_with_shards(paths: list[str], option: str) -> Iterator[str]:
             if missing:
                 names = ", ".join(missing)
                 yield f"{len(missing)} of {len(shards)} shards are missing: {names}; mend the path or copy them"
-            elif problem := _problem_with_samples(shards):
+            elif problem := _problem_with_samples(shards, ignore_keys):
                 yield problem
         except DataError as error:
             yield str(error)
 
 
-def _problem_with_samples(shards: list[str]) -> str | None:
-    records = itertools.chain.from_iterable(map(find_records, shards))
+def _problem_with_samples(shards: list[str], ignore_keys: Collection[str]) -> str | None:
+    records = itertools.chain.from_iterable(find_records(shard, ignore_keys) for shard in shards)
     tried, first_error = 0, None
     for record in itertools.islice(records, SAMPLES_TRIED):
         tried += 1

@@ -1,7 +1,7 @@
 """Which samples of tar shards a rank takes at which step: a pure function of seed and step, read as a stream."""
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import numpy
 from torch.utils.data import IterableDataset, get_worker_info
@@ -26,7 +26,7 @@ class ShardStream(IterableDataset):
     ceil(largest stretch / batch_size) batches; one that runs out gives batches without a label. A shard that can no
     longer be read is named in `broken` and the reader goes on with its next.
     A step is one forward pass: with gradient accumulation, start_step counts micro-batches.
-    make_sample: decodes an Item. num_workers: the DataLoader's; 0 reads as 1 does.
+    make_sample: decodes an Item. num_workers: the DataLoader's; 0 reads as 1 does. ignore_keys: see `Record`.
     """
 
     def __init__(
@@ -44,12 +44,13 @@ class ShardStream(IterableDataset):
         steps: int | None = None,
         shuffle: bool = True,
         shuffle_buffer: int = SHUFFLE_BUFFER,
+        ignore_keys: Collection[str] = (),
     ):
         self.shards, self.make_sample, self.image_size = list(shards), make_sample, image_size
         self.batch_size, self.rank, self.workers = batch_size, data_parallel_rank, max(1, num_workers)
         self.readers = data_parallel_size * self.workers
         self.seed, self.start_step, self.steps, self.shuffle = seed, start_step, steps, shuffle
-        self.shuffle_buffer = shuffle_buffer
+        self.shuffle_buffer, self.ignore_keys = shuffle_buffer, ignore_keys
         self.total = sum(shard.samples for shard in self.shards)
         if self.total < 1:
             raise DataError("there are no samples to train on")
@@ -108,7 +109,7 @@ class ShardStream(IterableDataset):
             start += shard.samples
             if first < last:
                 try:
-                    yield from itertools.islice(find_records(shard.path), first, last)
+                    yield from itertools.islice(find_records(shard.path, self.ignore_keys), first, last)
                 except DataError as error:
                     yield BrokenSample(shard.path, str(error))
 

@@ -1,9 +1,8 @@
 """Tar shards as WebDataset lays them out: named, counted, and read sample by sample."""
 
 import itertools
-import json
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -11,8 +10,11 @@ from webdataset.shardlists import expand_urls
 from webdataset.tariterators import base_plus_ext
 
 from sat_lora.errors import DataError
+from sat_lora.foreign import printable
 from sat_lora.training.data import IMAGE_SUFFIXES, BrokenSample, Item
 from sat_lora.training.distributed import gather_lists
+from sat_lora.training.item_files import read_object
+from sat_lora.training.item_keys import METADATA_OF_SHARDS, key_problems
 
 
 @dataclass(frozen=True)
@@ -25,11 +27,15 @@ class Shard:
 
 @dataclass(frozen=True)
 class Record:
-    """Where a sample lies in its shard: (suffix, first byte, bytes) of each of its members."""
+    """Where a sample lies in its shard: (suffix, first byte, bytes) of each of its members.
+
+    ignored: keys of its json to pass over, beside those that are known to carry nothing to learn.
+    """
 
     shard: str
     key: str
     members: tuple[tuple[str, int, int], ...]
+    ignored: tuple[str, ...] = ()
 
     def read(self) -> Item | BrokenSample:
         """KEY.json {"prompt", "answer"} or KEY.txt, the answer, and the image; what is wrong instead, if anything."""
@@ -37,12 +43,17 @@ class Record:
         try:
             with open(self.shard, "rb") as file:
                 parts = {suffix: _read_part(file, first, size) for suffix, first, size in self.members}
-            fields = json.loads(parts.get(".json", b"{}"))
+            fields = read_object(parts.get(".json", b"{}"))
             fields = fields if isinstance(fields, dict) else {}
-            answer = fields.get("answer", parts[".txt"].decode("utf-8").strip() if ".txt" in parts else None)
+            answer = fields.get("answer", parts[".txt"].decode("utf-8-sig").strip() if ".txt" in parts else None)
         except (OSError, ValueError) as error:
             return BrokenSample(name, f"{name}: cannot be read: {error}")
         prompt, image = fields.get("prompt"), next((parts[s] for s in parts if s in IMAGE_SUFFIXES), None)
+        problems = key_problems(fields, self.ignored, METADATA_OF_SHARDS)
+        if image is None and fields.get("image"):
+            problems.append(f"its json names an image, {str(fields['image'])[:80]!r}, but none lies beside it")
+        if problems:
+            return BrokenSample(name, f"{name}: {printable('; '.join(problems))}")
         if not isinstance(answer, str) or not isinstance(prompt, str | None) or (image is None and prompt is None):
             found = " ".join(parts)
             wanted = 'an image and KEY.txt or KEY.json {"prompt": ..., "answer": ...}; without an image both texts'
@@ -74,8 +85,8 @@ def expand_shards(paths: Sequence[str | Path]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def find_records(shard: str) -> Iterator[Record]:
-    """The samples of a shard in its order: neighbours of one key. Only the headers are read.
+def find_records(shard: str, ignored: Collection[str] = ()) -> Iterator[Record]:
+    """The samples of a shard in its order: neighbours of one key. Only the headers are read. ignored: see `Record`.
 
     DataError: the shard is missing, no tar file, or cut off; raised when the samples before have been given.
     """
@@ -85,7 +96,7 @@ def find_records(shard: str) -> Iterator[Record]:
             named = (entry for entry in named if entry[0][0] and not _is_meta(entry[0][0]))
             for key, members in itertools.groupby(named, lambda entry: entry[0][0]):
                 places = (("." + suffix.lower(), one.offset_data, one.size) for (_, suffix), one in members)
-                yield Record(shard, key, tuple(places))
+                yield Record(shard, key, tuple(places), tuple(ignored))
             # tarfile takes a file that is cut off between two members, and damage behind the first, for the end.
             tar.fileobj.seek(tar.offset)
             if tar.fileobj.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 from torch.utils.data import DataLoader
 
-from sat_lora.training.data import ImageTextDataset, read_items, split_items
+from sat_lora.training.data import DataCounts, ImageTextDataset, read_items, reading_options, split_items
 from sat_lora.training.distributed import World
 from sat_lora.training.sampler import EpochSampler, eval_batches, make_loader, make_stream_loader
 from sat_lora.training.shard_stream import ShardStream
@@ -16,10 +16,18 @@ class FileSource:
     """Batches of items.
 
     samples: how many there are. epoch_samples: as how many an epoch counts, for `total_steps`. make_dataset: the
-    ImageTextDataset of a list of items.
+    ImageTextDataset of a list of items. left_out: (what, how many) of what the paths hold and is not used.
     """
 
-    def __init__(self, items: Sequence, make_dataset: Callable[[list], ImageTextDataset], options: Namespace, world):
+    def __init__(
+        self,
+        items: Sequence,
+        make_dataset: Callable[[list], ImageTextDataset],
+        options: Namespace,
+        world: World,
+        left_out: Sequence[tuple[str, int]] = (),
+    ):
+        self.left_out = [*left_out]
         self.dataset, self.options, self.world = make_dataset(items), options, world
         self.samples = self.epoch_samples = len(items)
 
@@ -78,6 +86,7 @@ class ShardSource:
             data_parallel_size=self.world.data_parallel_size,
             num_workers=num_workers,
             seed=self.options.seed,
+            ignore_keys=self.options.ignore_keys,
             **settings,
         )
 
@@ -112,12 +121,16 @@ def open_sources(
         if is_shard(paths[0]):
             ranks = dict(data_parallel_rank=world.data_parallel_rank, data_parallel_size=world.data_parallel_size)
             return ShardSource(count_shards(paths, **ranks), make_dataset, options, world)
-        return FileSource(read_items(paths), make_dataset, options, world)
+        counts = DataCounts()
+        items = read_items(paths, **reading_options(options), counts=counts)
+        return FileSource(items, make_dataset, options, world, counts.left_out())
 
     if options.valid_data or is_shard(options.train_data[0]):
         return source(options.train_data), source(options.valid_data) if options.valid_data else None
-    train, valid, _ = split_items(read_items(options.train_data), options.split, options.seed)
+    counts = DataCounts()
+    items = read_items(options.train_data, **reading_options(options), counts=counts)
+    train, valid, _ = split_items(items, options.split, options.seed)
     return (
-        FileSource(train, make_dataset, options, world),
+        FileSource(train, make_dataset, options, world, counts.left_out()),
         FileSource(valid, make_dataset, options, world) if valid else None,
     )

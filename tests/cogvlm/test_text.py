@@ -122,10 +122,15 @@ def test_a_sequence_that_begins_and_ends_with_patches_still_starts_at_zero():
     assert position_ids_for(torch.tensor([1, 1, 0, 1, 1])).tolist() == [0, 0, 1, 2, 2]
 
 
-def test_a_long_answer_is_cut_and_still_ends_with_eos(tokenizer):
+def test_a_long_answer_is_cut_and_does_not_end(tokenizer):
+    """EOS behind a cut would teach to stop there."""
     sample = build_sample(tokenizer, "<EOI>Q:", "abcdef", L, 11)
-    assert sample.input_ids.tolist()[8:] == [*ids("ab"), EOS]
-    assert build_sample(tokenizer, "<EOI>Q:", "ab", L, 11).input_ids.tolist() == sample.input_ids.tolist()
+    assert sample.input_ids.tolist()[8:] == ids("abc") and sample.left_out == 4
+    assert sample.labels.tolist()[8:] == ids("abc")
+    whole = build_sample(tokenizer, "<EOI>Q:", "ab", L, 11)
+    assert whole.input_ids.tolist()[8:] == [*ids("ab"), EOS] and whole.left_out == 0
+    without_end = build_sample(tokenizer, "<EOI>Q:", "abc", L, 11)
+    assert without_end.input_ids.tolist()[8:] == ids("abc") and without_end.left_out == 1
 
 
 @pytest.mark.parametrize("prompt", ["<EOI>Q:", "x<EOI>y<EOI>", "2+2?", ""])

@@ -34,10 +34,21 @@ def test_images_are_found_by_suffix_at_any_depth_in_a_fixed_order(tmp_path):
 
 
 @pytest.mark.parametrize("with_image", [True, False])
-def test_a_prompt_with_the_mark_of_an_image_in_it_is_a_broken_sample(image_folder, tokenizer, with_image):
+def test_a_prompt_with_the_mark_of_an_image_in_it_is_a_text(image_folder, tokenizer, with_image):
+    image = image_folder / "000.png" if with_image else None
+    sample = dataset([Item(image, "1", "a<EOI>?")], tokenizer)[0]
+    assert sample.image_embed_mask.sum() == (11 if with_image else 0)
+    assert tokenizer.decode(sample.input_ids[~sample.image_embed_mask.bool()]) == "<bos>a<EOI>?1<eos>"
+
+
+@pytest.mark.parametrize("with_image", [True, False])
+def test_where_special_tokens_are_read_in_texts_the_mark_of_an_image_makes_a_broken_sample(
+    image_folder, tokenizer, with_image
+):
     """Its places would not fit its images: one rank would fail in the forward pass and leave the others waiting."""
     image = image_folder / "000.png" if with_image else None
-    sample = dataset([Item(image, "1", "what is <EOI>?" if with_image else "<EOI><EOI>?")], tokenizer)[0]
+    item = Item(image, "1", "what is <EOI>?" if with_image else "<EOI><EOI>?")
+    sample = dataset([item], tokenizer, special_tokens=True)[0]
     assert isinstance(sample, BrokenSample) and "holds <EOI>, the mark of the image" in sample.reason
 
 

@@ -1,0 +1,83 @@
+"""How many answers of a data set do not fit into --max_length, and what would hold them."""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+from sat_lora.cogvlm.text import prompt_text
+from sat_lora.errors import SatLoraError
+from sat_lora.training.data import ImageTextDataset, Item
+
+LAID_OUT = 20_000  # samples that are tokenised; one that is short enough anyway is not
+CHARACTERS = 1 << 25  # the same, of all their answers together
+SPECIAL = 2 + 2  # BOS and EOS, and what a tokenizer puts before a text
+EXPANSION = 18  # tokens of a character outside ASCII at most, by the normal forms of Unicode and by bytes
+
+
+@dataclass(frozen=True)
+class AnswerLengths:
+    """cut: samples whose answer is cut, of `looked_at`. longest: tokens of the longest of them, were it whole."""
+
+    looked_at: int
+    cut: int
+    longest: int
+
+    def sentence(self, max_length: int) -> str | None:
+        """None if no answer is cut."""
+        if not self.cut:
+            return None
+        return (
+            f"--max_length {max_length}: the answers of {self.cut:,} of {self.looked_at:,} samples do not fit and are "
+            f"cut (what is left is learnt, without an end); --max_length {self.longest} would hold them all"
+        )
+
+
+def answer_lengths(dataset: ImageTextDataset) -> AnswerLengths:
+    """Of all items of a dataset, or, where more than LAID_OUT of them are long, of so many, evenly spread.
+
+    No image is read. What cannot be laid out is left to the run, which names it.
+    """
+    items = dataset.items
+    long = [item for item in items if not _surely_fits(dataset, item)]
+    every = max(1, -(-len(long) // LAID_OUT))
+    cut = longest = characters = 0
+    seen = 0
+    for item in long[::every]:
+        characters += min(len(item.answer), CHARACTERS >> 8)
+        if characters > CHARACTERS:
+            break
+        seen += 1
+        try:
+            sample = dataset.lay_out(item)
+        except SatLoraError:
+            continue
+        cut += sample.left_out > 0
+        if sample.left_out:
+            longest = max(longest, len(sample.input_ids) + sample.left_out)
+    looked_at = len(items) if seen == len(long) else seen
+    return AnswerLengths(looked_at, cut, longest)
+
+
+def saying_first_cut(batches: Iterable[dict], say: Callable[[str], None], max_length: int) -> Iterator[dict]:
+    """The batches; the first of them in which an answer is cut is said. For those of streams, which nobody looks at
+    before.
+    """
+    batches = iter(batches)
+    for batch in batches:
+        yield batch
+        cut = batch["left_out"] > 0
+        if cut.any():
+            longest = int((batch["lengths"] + batch["left_out"])[cut].max())
+            say(f"--max_length {max_length}: an answer does not fit and is cut, others may be; {longest} would hold it")
+            break
+    yield from batches
+
+
+def _surely_fits(dataset: ImageTextDataset, item: Item) -> bool:
+    """By its characters alone, of which each gives few tokens."""
+    places = dataset.image_length + 2 if item.image is not None else 0
+    asked = prompt_text(dataset.version, dataset.prompt if item.prompt is None else item.prompt)
+    return SPECIAL + places + _most_tokens(asked) + _most_tokens(item.answer) <= dataset.max_length
+
+
+def _most_tokens(text: str) -> int:
+    return len(text) if text.isascii() else EXPANSION * len(text)

@@ -1,0 +1,120 @@
+"""The keys of a sample's JSON object: which are read, which carry nothing to learn, and what others call them."""
+
+import difflib
+import shlex
+from collections.abc import Collection
+
+SHOWN = 8  # keys of one object
+PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".heic", ".avif")
+READ = ("image", "prompt", "answer")
+WANTED = '{"image": ..., "prompt": ..., "answer": ...}'
+
+# What data sets write beside a sample and no run needs; also every name that begins with an underscore.
+METADATA = frozenset(
+    """
+    id idx index uid uuid guid image_id question_id answer_id sample_id conversation_id row row_id line
+    source dataset dataset_name data_source origin split subset fold license licence copyright
+    author annotator annotator_id worker_id reviewer created created_at updated_at timestamp date time
+    score scores confidence similarity quality width height size file_size image_size image_width image_height
+    language lang locale tag tags topic domain category type task task_type question_type answer_type difficulty level
+    comment comments note notes remark meta metadata extra info hash md5 sha1 sha256 checksum version
+    """.split()
+)
+# The image of a shard's sample lies beside its JSON, so what is said of it there says nothing more.
+METADATA_OF_SHARDS = METADATA | frozenset(
+    "image key url status error_message exif original_width original_height".split()
+)
+
+OTHER_NAMES = {
+    "image": """
+        img imgs images image_path image_paths image_file image_files image_name image_url img_path img_file file_name
+        filename filepath file_path file path url picture pictures photo pic media
+    """,
+    "prompt": """
+        question questions query instruction input user human text_in request problem q prompts sent
+    """,
+    "answer": """
+        answers response responses output label labels target completion reply caption captions text text_out gpt
+        assistant solution ground_truth groundtruth gt a multiple_choice_answer transcription
+    """,
+}
+READ_INSTEAD = {other: name for name, others in OTHER_NAMES.items() for other in others.split()}
+
+# (whose layout, keys of which one is enough, what to write instead)
+LAYOUTS = (
+    ("COCO", ("annotations", "categories"), "a line for each image"),
+    ("LLaVA, ShareGPT and CogVLM-SFT-311K", ("conversations", "conversation"), "a line for each question and answer"),
+    ("chat data sets", ("messages", "dialog", "dialogue", "turns"), "a line for each question and answer"),
+    ("ms-swift and LLaMA-Factory", ("history", "system", "response", "query"), "a line for each question and answer"),
+    ("Alpaca", ("instruction", "output"), "a line for each question and answer"),
+    ("VQA", ("question", "answers", "multiple_choice_answer"), "a line for each question"),
+    ("Hugging Face's image folders", ("file_name",), "a line for each image"),
+)
+
+
+def key_problems(entry: dict, ignored: Collection[str], metadata: Collection[str] = METADATA) -> list[str]:
+    """What is wrong with the names of an object's keys, a sentence each.
+
+    ignored: names that the user has passed over as well. metadata: names that carry nothing to learn; where there is no
+    image, those that speak of one are not among them: the sample would be learnt as text alone.
+    """
+    lacks_image = entry.get("image") is None and "image" not in metadata
+    unknown = [
+        key
+        for key, value in entry.items()
+        if key not in READ
+        and key not in ignored
+        and (not _is_metadata(key, metadata) or (lacks_image and _speaks_of_an_image(key, value)))
+    ]
+    if not unknown:
+        return []
+    meant = {key: _instead(key, entry) for key in unknown}
+    problems = [f"the key {_shown(key)} is not known{meant[key]}" for key in unknown[:SHOWN]]
+    if len(unknown) > SHOWN:
+        problems.append(f"nor are {len(unknown) - SHOWN} others")
+    layout = layout_of(unknown)
+    problems[-1] += f"; {layout}" if layout else ""
+    problems[-1] += f"; wanted {WANTED}"
+    others = [key for key in unknown if not meant[key]]
+    if others and not layout:
+        problems[-1] += f"; --ignore-keys {_pasted(others)} passes over what is not to be learnt"
+    return problems
+
+
+def _is_metadata(key: str, metadata: Collection[str]) -> bool:
+    return key.startswith("_") or key.casefold() in metadata
+
+
+def _speaks_of_an_image(key: str, value: object) -> bool:
+    names_a_file = isinstance(value, str) and value.strip().lower().endswith(PICTURES)
+    return value is not None and (names_a_file or "image" in key.casefold() or "img" in key.casefold())
+
+
+def layout_of(keys: Collection[str]) -> str | None:
+    """That keys are those of another layout, as a clause; None if no layout is known by them."""
+    for whose, marks, instead in LAYOUTS:
+        if any(key in marks for key in keys):
+            return f"such keys are those of {whose}, a layout that is not read here: write {instead}"
+    return None
+
+
+def _instead(key: str, entry: dict) -> str:
+    plain = key.strip().casefold().replace("-", "_").replace(" ", "_")
+    name = plain if plain in READ else READ_INSTEAD.get(plain)
+    if name is None:
+        near = difflib.get_close_matches(plain, [*READ, *READ_INSTEAD], 1, 0.75)
+        name = READ_INSTEAD.get(near[0], near[0]) if near else None
+    if name is not None and name not in entry:
+        return f', did you mean "{name}"?'
+    value = entry[key]
+    if len(entry) == 1 and isinstance(value, list) and any(isinstance(held, dict) for held in value):
+        return "; if its list holds the samples, give the list alone"
+    return ""
+
+
+def _shown(key: str) -> str:
+    return f'"{key}"' if len(key) <= 60 else f'"{key[:60]}..."'
+
+
+def _pasted(keys: list[str]) -> str:
+    return " ".join(shlex.quote(key[:60]) for key in keys[:5])

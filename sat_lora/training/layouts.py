@@ -1,0 +1,139 @@
+"""What a data path plainly is not, though it could be taken for it: other kinds of files, other layouts of folders."""
+
+import difflib
+import os
+import re
+import unicodedata
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from pathlib import Path
+from urllib.parse import unquote
+
+from sat_lora.errors import DataError
+from sat_lora.foreign import open_file, printable
+from sat_lora.training.item_files import FILE_LIMIT
+from sat_lora.training.item_keys import WANTED
+
+JSON_SUFFIXES = (".jsonl", ".json", ".ndjson", ".jsonlines", ".jl")
+TEXT_SUFFIXES = (".txt", ".json", ".caption", ".captions", ".xml")
+LISTS = (".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".txt", ".xml")  # files that may hold the answers of many images
+LABEL_FOLDERS = re.compile(r"(labels?|annotations?|captions?|anns?|texts?)([ _.-].*)?", re.IGNORECASE)
+IMAGE_NAME = re.compile(r"[^\s\"'`,;:|<>\\/]+\.(?:png|jpe?g|bmp|webp|gif|tiff?)", re.IGNORECASE)
+LISTED = 3  # names of images in a file that make it a list of them
+LISTS_READ, LIST_HEAD = 20, 1 << 16
+ENTRIES_SEEN = 200_000
+NAMES_COMPARED = 2_000
+
+MAGIC = (
+    (b"\x1f\x8b", "is compressed (gzip): unpack it first"),
+    (b"PK\x03\x04", "is an archive (zip): unpack it first"),
+    (b"BZh", "is compressed (bzip2): unpack it first"),
+    (b"\xfd7zXZ", "is compressed (xz): unpack it first"),
+    (b"\x28\xb5\x2f\xfd", "is compressed (zstd): unpack it first"),
+    (b"7z\xbc\xaf", "is an archive (7z): unpack it first"),
+    (b"PAR1", "is a parquet file"),
+    (b"SQLite format 3", "is a database"),
+    (b"version https://git-lfs", "is a pointer of Git LFS, not the file itself: git lfs pull fetches it"),
+    (b"<!doctype", "is a web page"),
+    (b"<html", "is a web page"),
+)
+
+
+def check_file_kind(path: Path) -> None:
+    """DataError where a data path that is no folder cannot be a file of JSON objects, judged by how it begins."""
+    try:
+        with open_file(path, FILE_LIMIT) as file:
+            head = file.read(4096)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{printable(path)}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    wanted = "give the folder of the images, or a .jsonl file"
+    for magic, kind in MAGIC:
+        if head[: len(magic)].lower() == magic.lower():
+            raise DataError(f"{printable(path)} {kind}; {wanted}")
+    begins = head.replace(b"\0", b"").lstrip(b"\xef\xbb\xbf\xfe\xff \t\r\n")[:1]
+    if path.suffix.lower() not in JSON_SUFFIXES and begins not in (b"{", b"["):
+        raise DataError(f"{printable(path)} is a file; {wanted} with lines {WANTED}")
+
+
+def check_layout(folder: Path, images: Sequence[Path]) -> None:
+    """DataError where texts in or below a folder are the answers of its images, whose names would be learnt instead."""
+    if not images:
+        return
+    stems, lists = {}, []
+    for seen, path in enumerate(_files_in(folder)):
+        if seen == ENTRIES_SEEN:
+            break
+        relative = path.relative_to(folder)
+        suffix = path.suffix.lower()
+        if suffix in TEXT_SUFFIXES:
+            if any(LABEL_FOLDERS.fullmatch(part) for part in relative.parts[:-1]):
+                _refuse(folder, f"{relative} looks like the answer to an image")
+            stems.setdefault(path.stem, relative)
+        if suffix in LISTS:
+            lists.append(path)
+    answered = [image for image in images if image.stem in stems or image.name in stems]
+    if answered and 2 * len(answered) >= len(images):
+        text = stems.get(answered[0].stem) or stems[answered[0].name]
+        _refuse(folder, f"{len(answered)} of its {len(images)} images have a text of their name, such as {text}")
+    names = {image.name for image in images}
+    for path in lists[:LISTS_READ]:
+        if len(names & _names_in(path)) >= min(LISTED, len(names)):
+            _refuse(folder, f"{path.relative_to(folder)} lists its images; give that file if it has samples")
+
+
+def _refuse(folder: Path, why: str) -> None:
+    raise DataError(
+        f"{printable(folder)} is laid out in another way: {printable(why)}. Of a folder only images are read, and "
+        f"their file names would be learnt as answers: write a .jsonl file with a line {WANTED} for each, or "
+        "give a folder that holds the images alone"
+    )
+
+
+def _files_in(folder: Path) -> Iterator[Path]:
+    """Files in and below the folder, hidden ones, what links lead to and runs of this program aside."""
+    for where, folders, files in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        if "run.json" in files:
+            folders.clear()
+            continue
+        yield from (Path(where, name) for name in sorted(files) if not name.startswith("."))
+
+
+def _names_in(path: Path) -> set[str]:
+    """Names of images in the beginning of a text file."""
+    try:
+        with open_file(path, FILE_LIMIT) as file:
+            return set(IMAGE_NAME.findall(file.read(LIST_HEAD).decode("utf-8", errors="replace")))
+    except (OSError, ValueError):
+        return set()
+
+
+def missing_file_hint(path: Path | bytes | None) -> str:
+    """What the user of a path that leads nowhere may have meant, as the end of a sentence; "" if nothing is near."""
+    if not isinstance(path, Path) or os.path.lexists(path):
+        return ""
+    folder, name = path.parent, path.name
+    if not os.path.isdir(folder):
+        there = next((parent for parent in folder.parents if os.path.isdir(parent)), None)
+        missing = folder if there is None else there / folder.relative_to(there).parts[0]
+        return f"; there is no folder {missing}"
+    names = _names_of(str(folder))
+    plain = {_plain(one): one for one in names}
+    for meant in (name, unquote(name)):
+        if near := plain.get(_plain(meant)):
+            return f"; its folder has {near!r}"
+    near = difflib.get_close_matches(name, names[:NAMES_COMPARED], 1, 0.8)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def _plain(name: str) -> str:
+    return unicodedata.normalize("NFC", name).strip().casefold()
+
+
+@lru_cache(maxsize=4)
+def _names_of(folder: str) -> list[str]:
+    try:
+        with os.scandir(folder) as entries:
+            return [entry.name for entry, _ in zip(entries, range(ENTRIES_SEEN))]
+    except (OSError, ValueError):
+        return []

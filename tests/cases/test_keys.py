@@ -1,0 +1,182 @@
+"""Kind 3: a key that is not known is an error with the nearest known name; no other layout is trained by accident."""
+
+import json
+
+import pytest
+
+from sat_lora.errors import DataError
+from sat_lora.training.data import BrokenSample, DataCounts, read_items
+from sat_lora.training.options import parse_options
+from sat_lora.training.preflight import option_problems
+from sat_lora.training.shards import find_records
+from tests.conftest import write_images
+from tests.training.tar_shards import png, write_shard
+
+GOOD = {"image": "a.png", "prompt": "q", "answer": "x"}
+
+
+@pytest.fixture
+def refused(tmp_path):
+    def refused(*entries, **settings) -> str:
+        path = tmp_path / "data.jsonl"
+        path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+        with pytest.raises(DataError) as error:
+            read_items([path], **settings)
+        assert str(error.value).startswith(f"{path}: ")
+        return str(error.value)
+
+    return refused
+
+
+def without(name, **more):
+    return {**{key: value for key, value in GOOD.items() if key != name}, **more}
+
+
+@pytest.mark.parametrize(
+    "entry, key, meant",
+    [
+        (without("prompt", instruction="q"), "instruction", "prompt"),
+        (without("prompt", Prompt="q"), "Prompt", "prompt"),
+        (without("prompt", promt="q"), "promt", "prompt"),
+        (without("prompt", input="q"), "input", "prompt"),
+        (without("image", file_name="a.png"), "file_name", "image"),
+        (without("image", Image="a.png"), "Image", "image"),
+        (without("image", url="http://x/a.png"), "url", "image"),
+        (without("answer", caption="x"), "caption", "answer"),
+        (without("answer", response="x"), "response", "answer"),
+        (without("answer", **{"answer ": "x"}), "answer ", "answer"),
+    ],
+)
+def test_a_key_that_is_not_known_is_named_with_the_nearest_one(refused, entry, key, meant):
+    message = refused(GOOD, entry, GOOD, entry)
+    assert f'line 2: the key "{key}" is not known, did you mean "{meant}"?' in message
+    assert 'wanted {"image": ..., "prompt": ..., "answer": ...}' in message
+    assert "the same in 1 more: 4" in message and "2 lines cannot be used" in message
+
+
+@pytest.mark.parametrize(
+    "entry, whose",
+    [
+        ({"image": "a.png", "conversations": [{"from": "human", "value": "q"}]}, "LLaVA, ShareGPT"),
+        ({"messages": [{"role": "user", "content": "q"}], "images": ["a.png"]}, "chat data sets"),
+        ({"query": "q", "response": "x", "history": [], "images": ["a.png"]}, "ms-swift"),
+        ({**GOOD, "system": "You are"}, "ms-swift"),
+        ({"image": "a.png", "question_id": 3, "question": "q", "answer": "x"}, "VQA"),
+        ({"images": [], "annotations": []}, "COCO"),
+    ],
+)
+def test_the_layouts_of_others_are_named(refused, entry, whose):
+    message = refused(entry)
+    assert "such keys are those of " + whose in message and "--ignore-keys" not in message
+
+
+def test_keys_that_carry_nothing_to_learn_are_passed_over_and_counted(tmp_path):
+    path = tmp_path / "data.jsonl"
+    entries = [{**GOOD, "id": 7, "source": "web", "_made": "by hand"}, {**GOOD, "id": 8, "score": 0.5}, GOOD]
+    path.write_text("\n".join(map(json.dumps, entries)))
+    counts = DataCounts()
+    assert len(read_items([path], counts=counts)) == 3
+    assert counts.passed_over == {"id": 2, "source": 1, "_made": 1, "score": 1}
+    assert ('times "id" (not read)', 2) in counts.left_out()
+
+
+def test_other_keys_are_passed_over_where_the_user_says_so(refused, tmp_path):
+    assert "--ignore-keys weight passes over" in refused({**GOOD, "weight": 2})
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps({**GOOD, "weight": 2}))
+    assert len(read_items([path], ignore_keys=["weight"])) == 1
+    options = parse_options(["--ignore-keys", "weight", "--train-data", str(path)], environ={})
+    write_images(tmp_path, ["a.png"])
+    assert option_problems(options, {}, "cpu") == ([], [])
+
+
+@pytest.mark.parametrize("more", [{"image_id": "000123"}, {"id": "a.png"}, {"source": "photos/a.JPEG"}])
+def test_no_sample_is_text_alone_because_its_image_has_another_name(refused, more):
+    assert f'the key "{next(iter(more))}" is not known' in refused(without("image", **more))
+
+
+@pytest.mark.parametrize(
+    "entry, words",
+    [
+        ({**GOOD, "answer": 42}, '"answer" is the number 42, wanted a text in quotes'),
+        ({**GOOD, "answer": True}, '"answer" is true'),
+        ({**GOOD, "answer": None}, '"answer" is null'),
+        ({**GOOD, "answer": float("nan")}, '"answer" is the number nan'),
+        ({**GOOD, "answer": ["x"]}, '"answer" is a list'),
+        ({**GOOD, "image": ["a.png", "b.png"]}, '"image" is a list, wanted a text in quotes; a sample has one image'),
+        ({**GOOD, "image": ""}, '"image" is empty; leave it out, or give null'),
+        ({**GOOD, "image": False}, '"image" is false'),
+        ({**GOOD, "prompt": {"text": "q"}}, '"prompt" is an object'),
+        (without("answer"), '"answer" is missing; wanted {"image": ...'),
+        ({"answer": "x"}, 'neither "image" nor "prompt" is there'),
+        ([GOOD], "got a list"),
+        ("x", 'got a text: "x"'),
+    ],
+)
+def test_a_value_of_another_type_is_named_with_its_line(refused, entry, words):
+    message = refused(GOOD, GOOD, entry)
+    assert "line 3: " in message and words in message
+
+
+def test_what_a_sample_lacks_is_counted(tmp_path):
+    path = tmp_path / "data.jsonl"
+    entries = [GOOD, without("prompt"), {**GOOD, "image": None}, without("image"), {**GOOD, "answer": ""}]
+    path.write_text("\n".join(map(json.dumps, entries)))
+    counts = DataCounts()
+    read_items([path, write_images(tmp_path / "images", ["1.png", "2.png"])], counts=counts)
+    assert (counts.labelled_by_name, counts.labelled_by_text, counts.text_only) == (2, 5, 2)
+    assert counts.without_prompt == {str(path): 1} and counts.without_answer == 1
+    assert counts.left_out() == [("images (samples of text alone)", 2), ("answers (empty ones)", 1)]
+
+
+@pytest.mark.parametrize(
+    "text, name",
+    [
+        ("labels_zh/000.json", "labels_zh/000.json"),
+        ("labels/other name.txt", "labels/other name.txt"),
+        ("Annotations/000.xml", "Annotations/000.xml"),
+        ("captions/all.txt", "captions/all.txt"),
+        ("images/*.txt", "images/000.txt"),
+        ("texts beside/*.caption", "texts beside/000.caption"),
+        ("images/*.png.json", "images/000.png.json"),
+        ("metadata.jsonl", "metadata.jsonl lists its images"),
+        ("labels.csv", "labels.csv lists its images"),
+        ("annotations.json", "annotations.json lists its images"),
+    ],
+)
+def test_a_folder_whose_texts_are_the_answers_is_not_trained_on_file_names(tmp_path, text, name):
+    images = write_images(tmp_path / "images", [f"{number:03}.png" for number in range(8)])
+    for path in sorted(images.glob("*.png")) if "*" in text else [tmp_path / "x"]:
+        where = tmp_path / text.replace("*", path.stem)
+        where.parent.mkdir(exist_ok=True)
+        listed = "\n".join(f"images/{one.name},a cat" for one in sorted(images.glob("*.png")))
+        where.write_text(listed if "/" not in text else "a cat")
+    with pytest.raises(DataError, match="is laid out in another way: .*file names would be learnt") as error:
+        read_items([tmp_path])
+    assert name in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["README.txt", "notes/todo.json", "LICENSE", ".hidden/000.txt", "000.md", "list.txt"])
+def test_other_texts_in_a_folder_of_images_are_no_layout(tmp_path, text):
+    write_images(tmp_path, [f"{number:03}.png" for number in range(8)])
+    (tmp_path / text).parent.mkdir(exist_ok=True)
+    (tmp_path / text).write_text("Names are answers: 000.png shows 000.")
+    assert len(read_items([tmp_path])) == 8
+
+
+def test_the_json_of_a_shard_is_read_by_the_same_rules(tmp_path):
+    contents = [
+        {"question": "q", "answer": "x"},
+        {"prompt": "q", "answer": "x", "url": "http://x", "width": 3, "sha256": "0", "image": "a.png"},
+        {"prompt": "q", "answer": "x", "weight": 1},
+    ]
+    members = [(f"{n}.{k}", v) for n, c in enumerate(contents) for k, v in (("png", png()), ("json", json.dumps(c)))]
+    members.append(("9.json", json.dumps({"prompt": "q", "answer": "x", "image": "a.png"})))
+    shard = write_shard(tmp_path / "s.tar", *members)
+    records = list(find_records(str(shard)))
+    question, good, weight, imageless = (record.read() for record in records)
+    assert 'the key "question" is not known, did you mean "prompt"?' in question.reason
+    assert (good.prompt, good.answer) == ("q", "x")
+    assert isinstance(weight, BrokenSample)
+    assert [*find_records(str(shard), ["weight"])][2].read().answer == "x"
+    assert "its json names an image, 'a.png', but none lies beside it" in imageless.reason
