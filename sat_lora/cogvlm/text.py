@@ -5,37 +5,22 @@ from pathlib import Path
 
 import torch
 
+from sat_lora.cogvlm.prompts import IMAGE_PLACE, PROMPTS, prompt_for
 from sat_lora.errors import ConfigError
 
+__all__ = [
+    "IGNORED",
+    "IMAGE_PLACE",
+    "PROMPTS",
+    "Sample",
+    "build_sample",
+    "load_tokenizer",
+    "position_ids_for",
+    "prompt_for",
+    "shortest_length",
+]
+
 IGNORED = -100  # a label that takes no part in the loss
-IMAGE_PLACE = "<EOI>"
-
-
-def _base(query, history):
-    return f"{IMAGE_PLACE}{query}"
-
-
-def _chat(query, history):
-    return f"{IMAGE_PLACE} [INST] " + "".join(f"{q} [/INST] {a} [INST] " for q, a in history) + f"{query} [/INST] "
-
-
-def _vqa(query, history):
-    return f"{IMAGE_PLACE}Question: {query} Short answer:"
-
-
-def _chat_old(query, history):
-    turns = "".join(f"{q} Answer: {a}\nQuestion: " for q, a in history)
-    return f"{IMAGE_PLACE}Question: {turns}{query} Answer:"
-
-
-PROMPTS = {"base": _base, "chat": _chat, "vqa": _vqa, "chat_old": _chat_old}
-
-
-def prompt_for(version: str, query: str, history: tuple[tuple[str, str], ...] = ()) -> str:
-    """The prompt of a CogVLM `version` for a query and the (query, answer) turns before it."""
-    if version not in PROMPTS:
-        raise ConfigError(f"--version: got {version!r}, wanted one of {', '.join(PROMPTS)}")
-    return PROMPTS[version](query, history)
 
 
 def load_tokenizer(path: str | Path):

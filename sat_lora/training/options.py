@@ -12,7 +12,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from sat_lora.cogvlm.text import PROMPTS
+from sat_lora.cogvlm.prompts import PROMPTS
 from sat_lora.training.defaults import DEFAULTS, EMBEDDED_DEMO, demo_defaults
 from sat_lora.training.lora_options import ABOUT, lora_options
 from sat_lora.training.notice import is_first_rank

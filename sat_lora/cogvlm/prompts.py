@@ -1,0 +1,32 @@
+"""The prompt formats of the published CogVLM. Imports nothing heavy: the command line names them in its help."""
+
+from sat_lora.errors import ConfigError
+
+IMAGE_PLACE = "<EOI>"
+
+
+def _base(query, history):
+    return f"{IMAGE_PLACE}{query}"
+
+
+def _chat(query, history):
+    return f"{IMAGE_PLACE} [INST] " + "".join(f"{q} [/INST] {a} [INST] " for q, a in history) + f"{query} [/INST] "
+
+
+def _vqa(query, history):
+    return f"{IMAGE_PLACE}Question: {query} Short answer:"
+
+
+def _chat_old(query, history):
+    turns = "".join(f"{q} Answer: {a}\nQuestion: " for q, a in history)
+    return f"{IMAGE_PLACE}Question: {turns}{query} Answer:"
+
+
+PROMPTS = {"base": _base, "chat": _chat, "vqa": _vqa, "chat_old": _chat_old}
+
+
+def prompt_for(version: str, query: str, history: tuple[tuple[str, str], ...] = ()) -> str:
+    """The prompt of a CogVLM `version` for a query and the (query, answer) turns before it."""
+    if version not in PROMPTS:
+        raise ConfigError(f"--version: got {version!r}, wanted one of {', '.join(PROMPTS)}")
+    return PROMPTS[version](query, history)
