@@ -13,7 +13,7 @@ from sat_lora.doctor.watchdog import watched
 from sat_lora.placement import add_lora
 from sat_lora.summary import describe, describe_text
 from sat_lora.training.checkpoint import RunState, load_checkpoint
-from sat_lora.training.distributed import World, together
+from sat_lora.training.distributed import World, agree, together
 from sat_lora.training.engine import adapter_optimizer, start_engine
 from sat_lora.training.evaluation import evaluate_adapter, evaluation_table
 from sat_lora.training.loop import train
@@ -38,6 +38,7 @@ def finetune(options: Namespace, make_data: Callable[[], None] | None = None) ->
     add_lora(model, setting.lora)
     run.say(describe_text(model))
     data, valid_data = open_sources(options, world, dataset_maker(options, config))
+    agree({**data.marks("--train-data"), **(valid_data.marks("--valid-data") if valid_data else {})})
     options.train_iters = total_steps(
         train_iters=options.train_iters,
         epochs=options.epochs,

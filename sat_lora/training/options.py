@@ -6,6 +6,7 @@ A value comes from the first that has one: an option given, the run that --resum
 
 import argparse
 import difflib
+import functools
 import json
 import os
 import sys
@@ -13,7 +14,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from sat_lora.cogvlm.prompts import PROMPTS
+from sat_lora.errors import ConfigError
 from sat_lora.training.defaults import DEFAULTS, EMBEDDED_DEMO, demo_defaults
+from sat_lora.training.launch import find_place
 from sat_lora.training.lora_options import ABOUT, lora_options
 from sat_lora.training.notice import is_first_rank
 from sat_lora.training.option_types import count, fraction, not_negative, positive, positive_int, proportions, share
@@ -191,6 +194,12 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@functools.cache
+def option_names() -> dict[str, str]:
+    """The first spelling of every option, by the name of its value."""
+    return {action.dest: action.option_strings[0] for action in build_parser()._actions if action.option_strings}
+
+
 def parse_options(
     argv: list[str] | None = None, *, demo_folder: str | Path = EMBEDDED_DEMO, environ: Mapping[str, str] = os.environ
 ) -> argparse.Namespace:
@@ -208,7 +217,12 @@ def parse_options(
         )
     if "shrink" in explicit and not explicit.keys() & {"doctor", "replay"}:
         parser.error(f"--shrink {explicit['shrink']}: training takes the whole model; it is for --doctor and --replay")
-    values, given = {**DEFAULTS, "local_rank": int(environ.get("LOCAL_RANK", 0))}, frozenset(explicit)
+    try:
+        place = find_place(environ)
+    except ConfigError as error:  # on every rank: which one this is, is what is wrong
+        print(f"{parser.prog}: error: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from error
+    values, given = {**DEFAULTS, "local_rank": place.local_rank}, frozenset(explicit)
     source = next((name for name in ("replay", "resume") if name in explicit), None)
     if source is not None:
         try:
