@@ -18,7 +18,7 @@ def add(commands) -> None:
         description="Before a run: builds the model as the run would, takes one step per kind of batch on every rank, "
         "and writes nothing.\nAfter one that hung: says which rank stopped where, and the likely cause. "
         "docs/doctor.md explains every code.",
-        allow_abbrev=False,
+        takes_more=True,
         **examples(
             "sat-lora doctor --from_pretrained cogvlm-base-490 --train-data images/ --version base --bf16",
             "sat-lora doctor --ranks 2 --shrink 2 --from_pretrained cogvlm-base-490 --train-data images/",
@@ -69,7 +69,7 @@ def _before(options: argparse.Namespace) -> int:
         json_too = ["--json"] if options.json else []
         command += ["-m", "sat_lora.cli", "doctor", *json_too, *more]
         return subprocess.run(command, env=environment, check=False).returncode
-    return report(parse_options(["--doctor", *more]), as_json=options.json)
+    return report(parse_options(["--doctor", *more], prog="sat-lora doctor"), as_json=options.json)
 
 
 def _after(options: argparse.Namespace) -> int:

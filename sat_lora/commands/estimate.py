@@ -13,7 +13,7 @@ def add(commands) -> None:
         usage="%(prog)s [--gpus N] [--device-memory GIB] [--device cuda|cpu] [--json] [options of finetune_cogvlm.py]",
         description="Takes the options of finetune_cogvlm.py; --from_pretrained may also name a model_config.json. "
         "Rows are as long as --max_length. Needs no GPU and no weights.",
-        allow_abbrev=False,
+        takes_more=True,
         **examples(
             "sat-lora estimate --from_pretrained cogvlm-base-490 --gpus 8 --zero-stage 2 --batch-size 4 \\\n"
             "      --checkpoint-activations --vit_checkpoint_activations --device-memory 80",
@@ -36,7 +36,7 @@ def run(options: argparse.Namespace) -> int:
     from sat_lora.doctor.memory import memory_table
     from sat_lora.training.options import parse_options
 
-    memory = estimate_run(parse_options(options.more), ranks=options.gpus, device=options.device)
+    memory = estimate_run(parse_options(options.more, prog="sat-lora estimate"), ranks=options.gpus, device=options.device)
     available = None if options.device_memory is None else options.device_memory * 2**30
     fits = available is None or memory.total <= available
     if options.json:

@@ -1,6 +1,7 @@
 """The place of this process among others, as a launcher or a platform describes it in the environment."""
 
 import os
+import shlex
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -130,3 +131,27 @@ def _whole(
         wanted = f"from {least} to {most}" if most is not None else f"of at least {least}"
         raise ConfigError(f"{name}: got {printable(text)!r} from the environment, wanted a whole number {wanted}")
     return number
+
+
+def relaunch(script: str | os.PathLike, *words: str, environ: Mapping[str, str] = os.environ) -> str | None:
+    """A line for any shell that starts a script with as many ranks, under the launcher that started this process.
+
+    None where no single line does: on several machines, or for ranks that were started one by one.
+    """
+    place = find_place(environ)
+    here = ranks_on_this_machine(place.size, environ)
+    if place.size == 1:
+        start = []
+    elif here != place.size or place.launcher is None:
+        return None
+    elif place.launcher == "deepspeed":
+        port = [] if place.port in (None, 29500) else ["--master_port", str(place.port)]
+        start = ["-m", "deepspeed.launcher.runner", "--num_gpus", str(here), *port]
+    else:
+        start = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(here), "--"]
+    return shlex.join([sys.executable, *start, os.path.abspath(script), *words])
+
+
+def sat_lora_line(*words: str | os.PathLike) -> str:
+    """A line for any shell that runs `sat-lora` with these words, by the interpreter that runs now."""
+    return shlex.join([sys.executable, "-m", "sat_lora.cli", *map(str, words)])
