@@ -36,7 +36,8 @@ def run(options: argparse.Namespace) -> int:
     from sat_lora.doctor.memory import memory_table
     from sat_lora.training.options import parse_options
 
-    memory = estimate_run(parse_options(options.more, prog="sat-lora estimate"), ranks=options.gpus, device=options.device)
+    run_options = parse_options(options.more, prog="sat-lora estimate")
+    memory = estimate_run(run_options, ranks=options.gpus, device=options.device)
     available = None if options.device_memory is None else options.device_memory * 2**30
     fits = available is None or memory.total <= available
     if options.json:

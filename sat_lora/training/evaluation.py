@@ -8,6 +8,7 @@ from sat_lora.cogvlm.checkpoint import load_cogvlm
 from sat_lora.cogvlm.generation import generate
 from sat_lora.cogvlm.model import CogVLMModel
 from sat_lora.cogvlm.text import Sample, load_tokenizer
+from sat_lora.doctor.trace import NO_TRACE, NoTrace
 from sat_lora.errors import DataError
 from sat_lora.mixin import lora_mixins
 from sat_lora.training.data import ImageTextDataset, collate, read_items
@@ -18,9 +19,17 @@ from sat_lora.training.step import to_device
 
 
 def evaluate_adapter(
-    options: Namespace, adapter: str | Path, world: World, trained: tuple[CogVLMModel, dict] | None = None
+    options: Namespace,
+    adapter: str | Path | None,
+    world: World,
+    trained: tuple[CogVLMModel, dict] | None = None,
+    *,
+    trace: NoTrace = NO_TRACE,
 ) -> dict:
     """Answers every item of --test-data by greedy decoding, with and without the adapter; the ranks share the items.
+
+    adapter: None answers with the base alone, and leaves "adapter" out of the result.
+    trace: is told of every batch.
 
     options: from_pretrained, local_tokenizer, test_data, version, prompt, max_length, eval_batch_size, bf16, fp16,
     model_parallel_size and trust_checkpoint, as `parse_options` names them.
@@ -42,7 +51,8 @@ def evaluate_adapter(
         model_parallel_size=options.model_parallel_size,
         trust=options.trust_checkpoint,
     )
-    load_adapter(model, adapter)
+    if adapter is not None:
+        load_adapter(model, adapter)
     dataset = ImageTextDataset(
         items,
         tokenizer,
@@ -54,10 +64,11 @@ def evaluate_adapter(
         with_answer=False,
     )
     share = range(world.data_parallel_rank, len(dataset), world.data_parallel_size)
-    right = {"base": [0, 0], "adapter": [0, 0]}
+    right = {side: [0, 0] for side in ("base", "adapter")[: 1 if adapter is None else 2]}
     images, broken = 0, []
     longest = max(len(tokenizer.encode(item.answer, add_special_tokens=False)) for item in dataset.items) + 1
     for start in range(0, len(share), options.eval_batch_size):
+        trace.at("test")
         indices = list(share[start : start + options.eval_batch_size])
         samples = [(dataset[i], dataset.items[i].answer.strip()) for i in indices]
         broken += [(s.path, s.reason) for s, _ in samples if not isinstance(s, Sample)]
@@ -74,20 +85,22 @@ def evaluate_adapter(
                 said = tokenizer.decode(ids, skip_special_tokens=True).strip()
                 counts[0] += said == answer
                 counts[1] += said.lower() == answer.lower()
-    images, *sums = sum_over_data_parallel(images, *right["base"], *right["adapter"], device=world.device)
+    counts = [count for side in right.values() for count in side]
+    images, *sums = sum_over_data_parallel(images, *counts, device=world.device)
     broken = sorted(set(gather_lists(broken)))
     if not images:
         raise DataError(f"--test-data: none of {options.test_data} can be read; the first: {broken[0][1]}")
-    shares = [value / images for value in sums]
+    shares = iter(value / images for value in sums)
     names = ("exact_match", "exact_match_ignoring_case")
-    result = {"images": int(images), "base": dict(zip(names, shares[:2])), "adapter": dict(zip(names, shares[2:]))}
+    result = {"images": int(images), **{side: {name: next(shares) for name in names} for side in right}}
     return {**result, "broken": [path for path, _ in broken]} if broken else result
 
 
 def evaluation_table(result: dict) -> str:
     """The result of `evaluate_adapter` as text."""
     lines = [f"{result['images']} images{'':<18}exact match   ignoring case"]
-    for side, title in (("base", "base"), ("adapter", "base + adapter")):
+    titles = {"base": "base", "adapter": "base + adapter"}
+    for side, title in ((side, title) for side, title in titles.items() if side in result):
         exact, loose = result[side].values()
         lines.append(f"  {title:<25}{100 * exact:>9.1f} %{100 * loose:>14.1f} %")
     if result.get("broken"):

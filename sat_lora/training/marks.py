@@ -24,7 +24,7 @@ def marks_of_options(options: Namespace) -> dict[str, str]:
     streams = any(map(is_shard, getattr(options, "train_data", None) or ()))
     left_out = PATHS | (OF_ONE_RANK - {"num_workers"} if streams else OF_ONE_RANK)
     values = {name: value for name, value in vars(options).items() if name not in left_out}
-    marks = {names.get(name, name): mark(value) for name, value in sorted(values.items())}
+    marks = {names.get(name, f"--{name}"): mark(value) for name, value in sorted(values.items())}
     return marks | {f"which data of {names[name]}": mark(len(vars(options).get(name) or ())) for name in
                     ("train_data", "valid_data", "test_data")} | marks_of_code()  # fmt: skip
 
