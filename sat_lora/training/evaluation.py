@@ -38,6 +38,7 @@ def evaluate_adapter(
     Returns {"images": n, "base": {"exact_match": x, "exact_match_ignoring_case": y}, "adapter": {...}} with shares in
     [0, 1]; unreadable items are left out of n and listed under "broken". Both come from what lies on disk.
     """
+    trace.at("load")
     items = read_items(options.test_data)
     if not items:
         raise DataError(
