@@ -18,7 +18,7 @@ def build_parser() -> argparse.ArgumentParser:
     evaluation is taken under `no_effect`, a list of names.
     """
     from sat_lora.option_parser import OptionParser
-    from sat_lora.training.option_types import positive_int
+    from sat_lora.training.option_types import not_negative, positive_int
     from sat_lora.training.options import build_parser as finetune_parser
 
     parser = OptionParser(
@@ -42,6 +42,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--bf16", action="store_true", default=None, help="bfloat16 (default on CUDA)")
     add("--fp16", action="store_true", default=None, help="float16")
     add("--out", metavar="FILE", help="where the json goes (default: evaluation.json beside the adapter)")
+    add(
+        "--watchdog-limit",
+        type=not_negative,
+        metavar="SECONDS",
+        help="end ranks that wait for each other without a sign of life for so long; 0: never (default: 120)",
+    )
     add("--local_rank", type=int, help="set by the launcher")
     known = parser.spellings
     for action in finetune_parser()._actions:
@@ -60,8 +66,9 @@ class _NoEffect(argparse.Action):
 
 
 DEFAULTS = dict(
-    version="chat", prompt="CAPTCHA:", max_length=1288, eval_batch_size=4, model_parallel_size=1, trust_checkpoint=False
-)
+    version="chat", prompt="CAPTCHA:", max_length=1288, eval_batch_size=4, model_parallel_size=1, watchdog_limit=120.0,
+    trust_checkpoint=False,
+)  # fmt: skip
 
 
 def read_settings(options: argparse.Namespace) -> argparse.Namespace:
@@ -120,6 +127,7 @@ def _evaluate(argv: list[str] | None) -> int:
     if is_first_rank() and not options.adapter:
         print(f"no --adapter: {options.from_pretrained} is evaluated alone", flush=True)
     announce(place)
+    from sat_lora.doctor.watchdog import watched_alone
     from sat_lora.training.distributed import arrange, join, stop, together
     from sat_lora.training.evaluation import evaluate_adapter, evaluation_table
     from sat_lora.training.marks import marks_of_options
@@ -128,7 +136,8 @@ def _evaluate(argv: list[str] | None) -> int:
     device = join(marks=marks_of_options(options))
     world = arrange(device, options.model_parallel_size)
     options.bf16 = options.bf16 or (device.type == "cuda" and not options.fp16)
-    result = together(evaluate_adapter, options, options.adapter, world)
+    with watched_alone(options.watchdog_limit, world) as trace:
+        result = together(evaluate_adapter, options, options.adapter, world, trace=trace)
     if world.is_main:
         out = Path(options.out or _default_out(options))
         write_json(out, result)

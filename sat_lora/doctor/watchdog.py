@@ -11,7 +11,9 @@ import faulthandler
 import json
 import os
 import resource
+import shutil
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -19,11 +21,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from torch import nn
+
 from sat_lora.atomic import replace_text
 from sat_lora.doctor.rank_files import FATAL, OUTSIDE_OF_STEPS, file_of, folder_of
 from sat_lora.doctor.rank_state import note_who_lives, read_states
 from sat_lora.doctor.testimony import has_testified, testify
-from sat_lora.doctor.trace import NoTrace, Trace
+from sat_lora.doctor.trace import NO_TRACE, NoTrace, Trace
+from sat_lora.training.distributed import World, gather_lists
 from sat_lora.training.launch import sat_lora_line
 
 STATUS = 3  # of a process that the watchdog has ended
@@ -156,6 +161,24 @@ def watched(trace: NoTrace, least: float) -> Iterator[None]:
         return
     with trace.told(), Watchdog(trace, least):
         yield
+
+
+@contextmanager
+def watched_alone(least: float, world: World) -> Iterator[NoTrace]:
+    """`watched` for ranks without a run folder, with the trace: its files lie in a folder of the machine's temporary
+    ones, which goes when the block ends and stays when the watchdog ends it. Every rank has to call it.
+    """
+    if least == 0 or world.size == 1:
+        yield NO_TRACE
+        return
+    named = [tempfile.mkdtemp(prefix="sat_lora_")] if world.is_main else []
+    folder = Path(gather_lists(named)[0])
+    folder.mkdir(mode=0o700, exist_ok=True)  # on another machine
+    trace = Trace(folder, nn.Module(), rank=world.rank, world_size=world.size)
+    with watched(trace, least):
+        yield trace
+    gather_lists([])  # nobody looks into it any more
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def when_alarmed(run: str | Path) -> float | None:
