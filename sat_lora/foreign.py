@@ -34,8 +34,8 @@ def os_problem(error: OSError) -> str:
     """
     name, reason = printable(os.fsdecode(error.filename)), error.strerror or type(error).__name__
     advice = {
-        errno.EACCES: "; give this user the right to read it (and to write, where it is written): ls -ld shows them",
-        errno.EPERM: "; give this user the right to it: ls -ld shows them",
+        errno.EACCES: "; give the user who runs this the right to it (ls -ld shows who has it)",
+        errno.EPERM: "; give the user who runs this the right to it (ls -ld shows who has it)",
         errno.ENOSPC: "; make room on that disk",
         errno.EDQUOT: "; make room within the quota",
         errno.EROFS: "; choose a folder on a disk that can be written",
