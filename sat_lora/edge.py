@@ -8,13 +8,22 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NoReturn
 
 INTERRUPTED = 128 + signal.SIGINT
 MISTAKE = 2
 GRACE = 5.0  # seconds in which a command that was stopped may clean up; a call that never comes back takes longer
 _current: "CtrlC | None" = None
+
+
+def is_first_rank(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether this is rank 0, by the RANK that `deepspeed` and `torchrun` set; known before any process group.
+
+    A RANK that is no number is an error that somebody has to say.
+    """
+    rank = environ.get("RANK", "").strip()
+    return not rank.isdecimal() or int(rank[:9]) == 0
 
 
 class CtrlC:
@@ -56,8 +65,6 @@ class CtrlC:
         if self.has_spoken:
             return
         self.has_spoken = True
-        from sat_lora.training.notice import is_first_rank
-
         with contextlib.suppress(OSError, RuntimeError, ValueError):  # closed, or in the middle of printing
             sys.stdout.flush()
         if is_first_rank():
@@ -92,7 +99,6 @@ def run_command(name: str, action: Callable[[], int | None], *, may_be_cut: bool
     """
     from sat_lora.errors import SatLoraError
     from sat_lora.foreign import os_problem, printable_lines
-    from sat_lora.training.notice import is_first_rank
 
     with CtrlC(name) as ctrl_c:
         try:
