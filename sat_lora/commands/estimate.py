@@ -4,6 +4,7 @@ import argparse
 import json
 
 from sat_lora.commands.parts import examples
+from sat_lora.training.option_types import positive, positive_int
 
 
 def add(commands) -> None:
@@ -21,8 +22,8 @@ def add(commands) -> None:
             "sat-lora estimate --from_pretrained cogvlm-base-490 --gpus 2 --model-parallel-size 2 --device-memory 40",
         ),
     )
-    command.add_argument("--gpus", type=int, default=1, metavar="N", help="ranks of the run (default: 1)")
-    command.add_argument("--device-memory", type=float, metavar="GIB", help="of each; status 1 if it is not enough")
+    command.add_argument("--gpus", type=positive_int, default=1, metavar="N", help="ranks of the run (default: 1)")
+    command.add_argument("--device-memory", type=positive, metavar="GIB", help="of each; status 1 if it is not enough")
     command.add_argument("--device", default="cuda", choices=["cuda", "cpu"], help="decides the default precision")
     command.add_argument("--json", action="store_true", help="bytes, for programs")
     command.set_defaults(run_command=run, takes_more=True)
