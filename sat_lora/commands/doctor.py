@@ -28,7 +28,7 @@ def add(commands) -> None:
             "sat-lora doctor --run runs/mine --replay --shrink 2",
         ),
     )
-    doctor.add_argument("--ranks", type=positive_int, default=1, metavar="N", help="start so many ranks on this machine")
+    doctor.add_argument("--ranks", type=positive_int, default=1, metavar="N", help="ranks to start on this machine")
     doctor.add_argument("--shrink", metavar="N", help="take the first N layers of each transformer alone")
     doctor.add_argument("--json", action="store_true", help="findings for programs")
     doctor.add_argument("--run", metavar="DIR", help="folder of a run that hangs, hung or died")

@@ -24,7 +24,8 @@ def add(commands) -> None:
         help="model folder of the base; peft: needed, its names and shapes have to fit; lora2: what differs from it "
         "was trained whole and is taken along",
     )
-    take.add_argument("--lora-alpha", type=number(float, "a number"), metavar="ALPHA", help="lora2: as in training, by default SAT's 1")
+    alpha = number(float, "a number")
+    take.add_argument("--lora-alpha", type=alpha, metavar="ALPHA", help="lora2: as in training, by default SAT's 1")
     take.set_defaults(run_command=run)
 
 

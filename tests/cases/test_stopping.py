@@ -27,7 +27,7 @@ LINE = "x.py: stopped by Ctrl-C\n"
 
 
 def interrupted(body, *, times=1, pause=0.15, **environment):
-    """(status, stdout, stderr, seconds) of a script whose command does `body` and gets Ctrl-C once it has said ready."""
+    """(status, stdout, stderr, seconds) of a command that does `body`, and gets Ctrl-C once it has said ready."""
     code = (
         "import os, sys, time\n"
         "from sat_lora import edge\n"
