@@ -7,14 +7,14 @@ READY := $(VENV)/.installed
 .PHONY: demo test test-matrix bench-gpu clean
 
 demo: $(READY)
-	PATH="$(abspath $(BIN)):$$PATH" deepspeed finetune_demo/finetune_cogvlm.py
+	"$(BIN)/python" -m deepspeed.launcher.runner finetune_demo/finetune_cogvlm.py  # `deepspeed`, in any path
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	"$(BIN)/python" -m pytest
 
 test-matrix: $(READY)  # half an hour: every layout, and every other long test
-	$(BIN)/python -m pytest -m matrix; status=$$?; \
-	$(BIN)/python -m tests.distributed.matrix && exit $$status
+	"$(BIN)/python" -m pytest -m matrix; status=$$?; \
+	"$(BIN)/python" -m tests.distributed.matrix && exit $$status
 
 STAGES ?= tests adapter step decode loop run
 OUT ?= runs/bench-gpu
@@ -23,9 +23,9 @@ bench-gpu:  # with the machine's own Python and packages; eight minutes of an H2
 	$(PYTHON) -m benchmarks.bench_gpu --stages $(STAGES) --out $(OUT)
 
 $(READY): setup.py constraints.txt
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[test,demo]'
+	$(PYTHON) -m venv "$(VENV)"
+	"$(BIN)/python" -m pip install -q -c constraints.txt -e '.[test,demo]'
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs finetune_demo/captchas
+	rm -rf "$(VENV)" runs finetune_demo/captchas

@@ -14,13 +14,25 @@ from pathlib import Path
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """The parser. CogVLM's published evaluation scripts run with their options unchanged: what says nothing to an
+    evaluation is taken under `no_effect`, a list of names.
+    """
+    from sat_lora.option_parser import OptionParser
+    from sat_lora.training.option_types import not_negative, positive_int
+    from sat_lora.training.options import build_parser as finetune_parser
+
+    parser = OptionParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="The other options of finetune_cogvlm.py, and --strict-eval, are accepted without effect: all of the "
+        "test data is always answered.",
+    )
     add = parser.add_argument
     add("--run", metavar="RUN_FOLDER", help="a run folder: what is not given is taken from its run.json")
-    add("--from_pretrained", metavar="DIR", help="SAT folder of the base")
+    add("--from_pretrained", metavar="DIR", help="SAT folder of the base, or of a merged model")
     add("--trust-checkpoint", action="store_true", default=None, help="unpickle all of the base: runs any code in it")
     add("--any-base", action="store_true", default=None, help="take a base that the adapter was not trained on")
-    add("--adapter", metavar="DIR", help="adapter folder (default: RUN_FOLDER/adapter)")
+    add("--adapter", metavar="DIR", help="adapter folder (default: RUN_FOLDER/adapter; without both, the base alone)")
     add("--test-data", nargs="+", metavar="PATH", help="folders of images LABEL.png, or .jsonl files")
     add("--local_tokenizer", metavar="DIR", help="tokenizer folder (default: the base's)")
     add("--version", choices=["base", "chat", "vqa", "chat_old"], help="prompt format of the base (default: chat)")
@@ -28,19 +40,39 @@ def build_parser() -> argparse.ArgumentParser:
     add("--special-tokens-in-text", action="store_true", default=None, help="a text that spells </s> means the token")
     add("--ignore-keys", nargs="+", metavar="KEY", help="keys of .jsonl lines to pass over")
     add("--images-from", nargs="+", metavar="DIR", help="folders that .jsonl lines may lead to by ..")
-    add("--max_length", type=int, metavar="N", help="longest sequence in tokens (default: 1288)")
-    add("--eval-batch-size", "--batch-size", type=int, metavar="N", help="images generated for at once (default: 4)")
-    add("--model-parallel-size", type=int, metavar="N", help="ranks that share one copy of the model (default: 1)")
+    add("--max_length", type=positive_int, metavar="N", help="longest sequence in tokens (default: 1288)")
+    add("--eval-batch-size", "--batch-size", type=positive_int, metavar="N", help="images at once (default: 4)")
+    add("--model-parallel-size", type=positive_int, metavar="N", help="ranks that share one model (default: 1)")
     add("--bf16", action="store_true", default=None, help="bfloat16 (default on CUDA)")
     add("--fp16", action="store_true", default=None, help="float16")
     add("--out", metavar="FILE", help="where the json goes (default: evaluation.json beside the adapter)")
+    add(
+        "--watchdog-limit",
+        type=not_negative,
+        metavar="SECONDS",
+        help="end ranks that wait for each other without a sign of life for so long; 0: never (default: 120)",
+    )
     add("--local_rank", type=int, help="set by the launcher")
+    known = parser.spellings
+    for action in finetune_parser()._actions:
+        flags = [flag for flag in action.option_strings if flag.replace("-", "_") not in known]
+        if flags and "--help" not in action.option_strings:
+            add(*flags, action=_NoEffect, nargs=action.nargs, dest="no_effect", default=[], help=argparse.SUPPRESS)
+    add("--strict-eval", action=_NoEffect, nargs=0, dest="no_effect", default=[], help=argparse.SUPPRESS)
     return parser
 
 
+class _NoEffect(argparse.Action):
+    """Notes that the option was given."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        namespace.no_effect = [*namespace.no_effect, self.option_strings[0]]
+
+
 DEFAULTS = dict(
-    version="chat", prompt="CAPTCHA:", max_length=1288, eval_batch_size=4, model_parallel_size=1, trust_checkpoint=False
-)
+    version="chat", prompt="CAPTCHA:", max_length=1288, eval_batch_size=4, model_parallel_size=1, watchdog_limit=120.0,
+    trust_checkpoint=False,
+)  # fmt: skip
 
 
 def read_settings(options: argparse.Namespace) -> argparse.Namespace:
@@ -68,40 +100,69 @@ def read_settings(options: argparse.Namespace) -> argparse.Namespace:
     }
     options = argparse.Namespace(**merged)
     options.local_tokenizer = options.local_tokenizer or options.from_pretrained
-    missing = [f"--{name}" for name in ("from_pretrained", "adapter") if not getattr(options, name)]
-    missing += [] if options.test_data else ["--test-data"]
+    missing = [f"--{name}" for name in ("from_pretrained", "test-data") if not getattr(options, name.replace("-", "_"))]
     if missing:
-        raise ConfigError(f"{', '.join(missing)} missing; give them, or --run RUN_FOLDER of a run that has them")
+        source = f"{options.run} has none; give" if options.run else "give"
+        other = "" if options.run else ", or --run RUN_FOLDER of a run that has them"
+        raise ConfigError(f"{', '.join(missing)} missing: {source} them{other}")
     return options
 
 
 def main(argv: list[str] | None = None) -> int:
-    options = build_parser().parse_args(argv)
-    from sat_lora.errors import ConfigError, SatLoraError
+    """The exit status: 0, 2 for a mistake, 130 for Ctrl-C."""
+    from sat_lora.edge import run_command
+
+    return run_command("evaluate_cogvlm.py", lambda: _evaluate(argv))
+
+
+def _evaluate(argv: list[str] | None) -> int:
+    from sat_lora.errors import ConfigError
+    from sat_lora.training.launch import announce, find_place
+    from sat_lora.training.notice import is_first_rank
+
+    parser = build_parser()
+    options = parser.parse_args(argv)
+    place = find_place()
+    no_effect = list(dict.fromkeys(options.no_effect))
+    options = read_settings(options)
+    if place.size % options.model_parallel_size:
+        raise ConfigError(f"--model-parallel-size: {options.model_parallel_size} does not divide {place.size} ranks")
+    if is_first_rank() and no_effect:
+        print(f"no effect on an evaluation: {', '.join(no_effect)}", flush=True)
+    if is_first_rank() and not options.adapter:
+        print(f"no --adapter: {options.from_pretrained} is evaluated alone", flush=True)
+    announce(place)
+    from sat_lora.doctor.watchdog import watched_alone
     from sat_lora.training.distributed import arrange, join, stop, together
     from sat_lora.training.evaluation import evaluate_adapter, evaluation_table
+    from sat_lora.training.marks import marks_of_options
     from sat_lora.training.run_folder import write_json
 
-    try:
-        options = read_settings(options)
-        ranks = int(os.environ.get("WORLD_SIZE", 1))
-        if ranks % options.model_parallel_size:
-            raise ConfigError(f"--model-parallel-size: {options.model_parallel_size} does not divide {ranks} ranks")
-        device = join()
-        world = arrange(device, options.model_parallel_size)
-        options.bf16 = options.bf16 or (device.type == "cuda" and not options.fp16)
-        result = together(evaluate_adapter, options, options.adapter, world, any_base=bool(options.any_base))
-    except SatLoraError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"evaluate_cogvlm.py: error: {error}", file=sys.stderr, flush=True)
-        return 2
+    device = join(marks=marks_of_options(options))
+    world = arrange(device, options.model_parallel_size)
+    options.bf16 = options.bf16 or (device.type == "cuda" and not options.fp16)
+    with watched_alone(options.watchdog_limit, world) as trace:
+        any_base = bool(options.any_base)
+        result = together(evaluate_adapter, options, options.adapter, world, trace=trace, any_base=any_base)
     if world.is_main:
-        out = Path(options.out or Path(options.adapter).parent / "evaluation.json")
+        out = Path(options.out or _default_out(options))
         write_json(out, result)
-        print(f"{evaluation_table(result)}\nwritten to {out}")
+        print(f"{evaluation_table(result)}\nwritten to {out}", flush=True)
     stop()
     return 0
 
 
+def _default_out(options) -> Path:
+    """Beside the adapter; of a base alone in the working directory, as nothing is written into a base."""
+    if options.adapter:
+        return Path(options.adapter).parent / "evaluation.json"
+    return Path(f"evaluation-{Path(os.path.abspath(options.from_pretrained)).name}.json")
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        from sat_lora.edge import run_script
+    except ModuleNotFoundError as error:
+        print(f"evaluate_cogvlm.py: error: {error} in {sys.executable}; README.md says how to install", file=sys.stderr)
+        sys.exit(2)
+    run_script("evaluate_cogvlm.py", main)

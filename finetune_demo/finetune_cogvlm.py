@@ -7,6 +7,7 @@
 """
 
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -14,35 +15,39 @@ HERE = Path(__file__).resolve().parent
 
 
 def main(argv: list[str] | None = None) -> int:
-    if "--doctor" in (sys.argv[1:] if argv is None else argv):
+    """The exit status: 0, 1 for a finding of the doctor, 2 for a mistake, 3 from the watchdog, 128 + N for signal N."""
+    from sat_lora.edge import run_command
+
+    return run_command("finetune_cogvlm.py", lambda: _finetune(argv))
+
+
+def _finetune(argv: list[str] | None) -> int:
+    from sat_lora.training.launch import announce, find_place
+    from sat_lora.training.notice import is_first_rank
+    from sat_lora.training.options import parse_options
+
+    options = parse_options(argv, demo_folder=HERE)
+    announce(find_place())
+    if options.doctor:
         from sat_lora.doctor.packages import report_missing
 
         if report_missing():
             return 1
-    from sat_lora.errors import SatLoraError
-    from sat_lora.training.options import parse_options
+        from sat_lora.doctor.before_run import report
 
-    options = parse_options(argv, demo_folder=HERE)
+        return report(options, make_data=lambda: _make_demo_data(options))
     from sat_lora.training.distributed import stop
     from sat_lora.training.finetune import finetune
     from sat_lora.training.stop_signals import Stopped
 
     try:
-        if options.doctor:
-            from sat_lora.doctor.before_run import report
-
-            return report(options, make_data=lambda: _make_demo_data(options))
         world = finetune(options, make_data=lambda: _make_demo_data(options))
-    except SatLoraError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"finetune_cogvlm.py: error: {error}", file=sys.stderr, flush=True)
-        return 2
     except Stopped as stopped:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"{stopped}; resume with: {_resume_command(options)}", flush=True)
+        if is_first_rank():
+            print(f"{stopped}; resume with: {_resume_line(options)}", flush=True)
         return stopped.status
     if world.is_main and not options.replay:
-        print(_what_next(options))
+        print(_what_next(options), flush=True)
     stop()
     return 0
 
@@ -59,27 +64,57 @@ def _make_demo_data(options) -> None:
 
 
 def _what_next(options) -> str:
-    run, base = map(_from_here, (options.run_folder, options.from_pretrained))
-    lines = [
-        f"adapter     {run / 'adapter'}",
-        f"evaluate    python {_from_here(HERE / 'evaluate_cogvlm.py')} --run {run}",
-        f"merge       sat-lora merge --base {base} --adapter {run / 'adapter'} --out {run / 'merged'}",
-        f"resume      {_resume_command(options)} --train-iters {2 * options.train_iters}",
-    ]
+    """What the run has made, and the lines that go on with it: each can be pasted into any shell."""
+    from sat_lora.training.launch import relaunch, sat_lora_line
+
+    run, trust = Path(os.path.abspath(options.run_folder)), ["--trust-checkpoint"] * options.trust_checkpoint
+    best = _best_adapter(run)
+    lines = [f"adapter     {best or run / 'adapter'}"]
     if options.test_data:
-        lines.insert(1, f"evaluation  {run / 'evaluation.json'}")
+        lines.append(f"evaluation  {run / 'evaluation.json'}")
+        alone = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+        environ = os.environ if options.model_parallel_size > 1 else alone
+        chosen = ["--adapter", str(best)] if best else []
+        line = relaunch(HERE / "evaluate_cogvlm.py", "--run", str(run), *chosen, *trust, environ=environ)
+        lines += [f"evaluate    {line}"] if line else []
+    base, out = os.path.abspath(options.from_pretrained), _new_folder(run / "merged")
+    merge = sat_lora_line("merge", "--base", base, *trust, "--adapter", best or run / "adapter", "--out", out)
+    lines += [f"merge       {merge}", f"resume      {_resume_line(options, '--train-iters', 2 * options.train_iters)}"]
     return "\n".join(lines)
 
 
-def _resume_command(options) -> str:
-    return f"deepspeed {_from_here(__file__)} --resume {_from_here(options.run_folder)}"
+def _best_adapter(run: Path) -> Path | None:
+    """The adapter of the lowest validation loss, if it is not the latest."""
+    try:
+        best, latest = ((run / "adapter" / name).read_text().strip() for name in ("best", "latest"))
+    except OSError:  # there was no validation
+        return None
+    return None if best == latest else run / "adapter" / "best"
 
 
-def _from_here(path) -> Path:
-    """The path relative to the working directory, if it lies below it."""
-    path, here = Path(path).resolve(), Path.cwd()
-    return path.relative_to(here) if path.is_relative_to(here) else path
+def _new_folder(path: Path) -> Path:
+    """The path, or with the first number behind it that is not there yet."""
+    number, free = 2, path
+    while free.exists():
+        number, free = number + 1, path.with_name(f"{path.name}-{number}")
+    return free
+
+
+def _resume_line(options, *more) -> str:
+    from sat_lora.training.launch import relaunch
+
+    run, trust = os.path.abspath(options.run_folder), ["--trust-checkpoint"] * options.trust_checkpoint
+    words = ["--resume", run, *trust, *map(str, more)]
+    line = relaunch(__file__, *words)
+    return line or f"the launcher and the ranks that the run had, and {shlex.join(words)}"
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        from sat_lora.edge import run_script
+    except ModuleNotFoundError as error:
+        print(
+            f"finetune_cogvlm.py: error: {error} for {sys.executable}; see Two commands in README.md", file=sys.stderr
+        )
+        sys.exit(2)
+    run_script("finetune_cogvlm.py", main)

@@ -116,19 +116,34 @@ def make_captchas(
     return out
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
+def main(argv: list[str] | None = None) -> int:
+    """The exit status: 0, 2 for a mistake, 130 for Ctrl-C."""
+    from sat_lora.edge import run_command
+
+    return run_command("make_captchas.py", lambda: _make(argv))
+
+
+def _make(argv: list[str] | None) -> None:
+    from sat_lora.option_parser import OptionParser
+    from sat_lora.training.option_types import count, number, positive_int
+
+    parser = OptionParser(
+        prog="make_captchas.py",
         description="Write the demo's captchas.",
         epilog="example: python finetune_demo/make_captchas.py --out captchas --train 2000 --seed 1",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help="folder to write; nothing happens if it exists")
-    for name, count in IMAGES.items():
-        parser.add_argument(f"--{name}", type=int, default=count, help=f"of the {STRINGS[name]} {name} strings")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes; no image depends on them")
-    make_captchas(**vars(parser.parse_args()))
+    for name, images in IMAGES.items():
+        parser.add_argument(f"--{name}", type=count, default=images, help=f"of the {STRINGS[name]} {name} strings")
+    parser.add_argument("--seed", type=number(int, "a whole number"), default=0, help="of every draw")
+    parser.add_argument(
+        "--workers", type=positive_int, default=os.cpu_count(), help="processes; no image depends on them"
+    )
+    make_captchas(**vars(parser.parse_args(argv)))
 
 
 if __name__ == "__main__":
-    main()
+    from sat_lora.edge import run_script
+
+    run_script("make_captchas.py", main)

@@ -3,16 +3,11 @@
 python finetune_demo/pack_shards.py my_images --out shards --samples-per-shard 1000
 """
 
-import argparse
 import json
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-
-from webdataset import ShardWriter
-
-from sat_lora.errors import SatLoraError
-from sat_lora.training.data import read_items
 
 
 def pack_shards(
@@ -22,6 +17,10 @@ def pack_shards(
 
     A sample is KEY.json {"prompt", "answer"} and the image's file as it is, with its own suffix.
     """
+    from webdataset import ShardWriter  # seconds of imports, that a wrong option does without
+
+    from sat_lora.training.data import read_items
+
     items, out = read_items(data, **reading), Path(out)
     out.mkdir(parents=True, exist_ok=True)
     last = max(0, (len(items) - 1) // samples_per_shard)
@@ -47,25 +46,37 @@ def _is_unicode(text: str) -> bool:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    """The exit status: 0, 2 for a mistake, 130 for Ctrl-C."""
+    from sat_lora.edge import run_command
+
+    return run_command("pack_shards.py", lambda: _pack(argv))
+
+
+def _pack(argv: list[str] | None) -> int:
+    from sat_lora.option_parser import OptionParser
+    from sat_lora.training.option_types import positive_int
+
+    parser = OptionParser(
+        prog="pack_shards.py",
         description="Pack images and answers into tar shards.",
         epilog="example: python finetune_demo/pack_shards.py images/ more.jsonl --out shards --samples-per-shard 1000",
     )
     parser.add_argument("data", nargs="+", help="folders of images LABEL.png, or .jsonl files")
     parser.add_argument("--out", required=True, help="folder of the shards; those of the same number are replaced")
-    parser.add_argument("--samples-per-shard", type=int, default=1000)
+    parser.add_argument("--samples-per-shard", type=positive_int, default=1000, metavar="N", help="(default: 1000)")
     parser.add_argument("--ignore-keys", nargs="+", default=(), metavar="KEY", help="keys of .jsonl lines to pass over")
     parser.add_argument("--images-from", nargs="+", default=(), metavar="DIR", help="folders they may lead to by ..")
     options = parser.parse_args(argv)
     reading = dict(ignore_keys=options.ignore_keys, images_from=options.images_from)
-    try:
-        shards, samples = pack_shards(options.data, options.out, options.samples_per_shard, **reading)
-    except (SatLoraError, OSError) as error:
-        print(f"pack_shards.py: error: {error}", file=sys.stderr)
-        return 2
-    print(f"{samples} samples written; train with\n  --train-data '{shards}'")
+    shards, samples = pack_shards(options.data, options.out, options.samples_per_shard, **reading)
+    print(f"{samples} samples written; train with\n  --train-data {shlex.quote(shards)}")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        from sat_lora.edge import run_script
+    except ModuleNotFoundError as error:
+        print(f"pack_shards.py: error: {error} in {sys.executable}; README.md says how to install", file=sys.stderr)
+        sys.exit(2)
+    run_script("pack_shards.py", main)

@@ -1,41 +1,41 @@
 """The `sat-lora` command."""
 
-import argparse
-import os
-import sys
 
-from sat_lora.commands import combine, doctor, estimate, export_adapter, import_adapter, inspect_adapter, merge
+def build_parser():
+    """The OptionParser of all sub-commands."""
+    from sat_lora.commands import combine, doctor, estimate, export_adapter, import_adapter, inspect_adapter, merge
+    from sat_lora.option_parser import OptionParser
 
-COMMANDS = (doctor, estimate, merge, export_adapter, import_adapter, inspect_adapter, combine)
-
-
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="sat-lora", description="Work with LoRA adapters of SAT models.")
+    parser = OptionParser(prog="sat-lora", description="Work with LoRA adapters of SAT models.", takes_more=True)
     commands = parser.add_subparsers(dest="command", required=True)
-    for module in COMMANDS:
+    for module in (doctor, estimate, merge, export_adapter, import_adapter, inspect_adapter, combine):
         module.add(commands)
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The exit status: 0, 1 for a bad result, 2 for a mistake of the user."""
+    """The exit status: 0, 1 for a bad result, 2 for a mistake of the user, 130 for Ctrl-C."""
+    from sat_lora.edge import run_command
+
+    return run_command("sat-lora", lambda: _run(argv))
+
+
+def _run(argv: list[str] | None) -> int:
+    from sat_lora.edge import run_command
+
     parser = build_parser()
     options, options.more = parser.parse_known_args(argv)
     if options.more and not getattr(options, "takes_more", False):
-        parser.error(f"unrecognized arguments: {' '.join(options.more)}")
-    from sat_lora.errors import SatLoraError
+        parser.refuse_unknown(options.more)
+    return run_command(f"sat-lora {options.command}", lambda: options.run_command(options), may_be_cut=True)
 
-    try:
-        status = options.run_command(options) or 0
-        sys.stdout.flush()
-        return status
-    except BrokenPipeError:  # whoever read has heard enough, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
-        return 0
-    except SatLoraError as error:
-        print(f"sat-lora {options.command}: error: {error}", file=sys.stderr)
-        return 2
+
+def script() -> None:
+    """What the installed `sat-lora` calls: it does not come back."""
+    from sat_lora.edge import run_script
+
+    run_script("sat-lora", main)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    script()

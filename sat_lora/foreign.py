@@ -1,5 +1,6 @@
 """What others wrote, read within limits and shown without harm: files of any kind under any name, and their names."""
 
+import errno
 import json
 import os
 import stat
@@ -28,6 +29,20 @@ def printable(name: object) -> str:
 def printable_lines(text: object) -> str:
     """`text` as `printable` gives it, its line feeds kept: for a message at the edge, whose lines are our own."""
     return "\n".join(map(printable, str(text).split("\n")))
+
+
+def os_problem(error: OSError) -> str:
+    """An OSError that names a file or a folder as one line: what could not be used, why, and what to do if it is known.
+    """
+    name, reason = printable(os.fsdecode(error.filename)), error.strerror or type(error).__name__
+    advice = {
+        errno.EACCES: "; give the user who runs this the right to it (ls -ld shows who has it)",
+        errno.EPERM: "; give the user who runs this the right to it (ls -ld shows who has it)",
+        errno.ENOSPC: "; make room on that disk",
+        errno.EDQUOT: "; make room within the quota",
+        errno.EROFS: "; choose a folder on a disk that can be written",
+    }
+    return f"{name}: {reason}{advice.get(error.errno, '')}"
 
 
 def open_file(path: str | Path, limit: int) -> BinaryIO:

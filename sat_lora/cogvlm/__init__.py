@@ -1,6 +1,13 @@
 """CogVLM as a SAT model: network, checkpoints, text and image processing, generation."""
 
-from sat_lora.cogvlm.checkpoint import load_cogvlm
-from sat_lora.cogvlm.model import CogVLMModel, build_cogvlm
+import importlib
 
-__all__ = ["CogVLMModel", "build_cogvlm", "load_cogvlm"]
+_HOMES = {"CogVLMModel": "model", "build_cogvlm": "model", "load_cogvlm": "checkpoint"}
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str):
+    """Import a public name when it is first asked for: SAT takes seconds, and the command line needs none of it."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -7,48 +7,27 @@ from pathlib import Path
 
 import torch
 
+from sat_lora.cogvlm.prompts import IMAGE_PLACE, PROMPTS, prompt_for, prompt_text
 from sat_lora.cogvlm.tokens import WHOLE, first_tokens, text_tokens
 from sat_lora.errors import ConfigError
 from sat_lora.foreign import printable, read_json, stand_in
 
+__all__ = [
+    "IGNORED",
+    "IMAGE_PLACE",
+    "PROMPTS",
+    "Sample",
+    "build_sample",
+    "load_tokenizer",
+    "position_ids_for",
+    "prompt_for",
+    "prompt_text",
+    "shortest_length",
+]
+
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", *VOCABULARIES)
 IGNORED = -100  # a label that takes no part in the loss
-IMAGE_PLACE = "<EOI>"
-
-
-def _base(query, history):
-    return query
-
-
-def _chat(query, history):
-    return " [INST] " + "".join(f"{q} [/INST] {a} [INST] " for q, a in history) + f"{query} [/INST] "
-
-
-def _vqa(query, history):
-    return f"Question: {query} Short answer:"
-
-
-def _chat_old(query, history):
-    turns = "".join(f"{q} Answer: {a}\nQuestion: " for q, a in history)
-    return f"Question: {turns}{query} Answer:"
-
-
-PROMPTS = {"base": _base, "chat": _chat, "vqa": _vqa, "chat_old": _chat_old}
-
-
-def prompt_text(version: str, query: str, history: tuple[tuple[str, str], ...] = ()) -> str:
-    """The prompt of a CogVLM `version` for a query and the (query, answer) turns before it, without its image, which
-    comes first.
-    """
-    if version not in PROMPTS:
-        raise ConfigError(f"--version: got {version!r}, wanted one of {', '.join(PROMPTS)}")
-    return PROMPTS[version](query, history)
-
-
-def prompt_for(version: str, query: str, history: tuple[tuple[str, str], ...] = ()) -> str:
-    """`prompt_text` with IMAGE_PLACE in front, where the image's tokens go."""
-    return IMAGE_PLACE + prompt_text(version, query, history)
 
 
 def load_tokenizer(path: str | Path):

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 from sat_lora.commands.parts import examples
+from sat_lora.training.option_types import positive_int
 
 
 def add(commands) -> None:
@@ -18,7 +19,7 @@ def add(commands) -> None:
         description="Before a run: builds the model as the run would, takes one step per kind of batch on every rank, "
         "and writes nothing.\nAfter one that hung: says which rank stopped where, and the likely cause. "
         "docs/doctor.md explains every code.",
-        allow_abbrev=False,
+        takes_more=True,
         **examples(
             "sat-lora doctor --from_pretrained cogvlm-base-490 --train-data images/ --version base --bf16",
             "sat-lora doctor --ranks 2 --shrink 2 --from_pretrained cogvlm-base-490 --train-data images/",
@@ -27,7 +28,7 @@ def add(commands) -> None:
             "sat-lora doctor --run runs/mine --replay --shrink 2",
         ),
     )
-    doctor.add_argument("--ranks", type=int, default=1, metavar="N", help="start so many ranks on this machine")
+    doctor.add_argument("--ranks", type=positive_int, default=1, metavar="N", help="ranks to start on this machine")
     doctor.add_argument("--shrink", metavar="N", help="take the first N layers of each transformer alone")
     doctor.add_argument("--json", action="store_true", help="findings for programs")
     doctor.add_argument("--run", metavar="DIR", help="folder of a run that hangs, hung or died")
@@ -69,7 +70,7 @@ def _before(options: argparse.Namespace) -> int:
         json_too = ["--json"] if options.json else []
         command += ["-m", "sat_lora.cli", "doctor", *json_too, *more]
         return subprocess.run(command, env=environment, check=False).returncode
-    return report(parse_options(["--doctor", *more]), as_json=options.json)
+    return report(parse_options(["--doctor", *more], prog="sat-lora doctor"), as_json=options.json)
 
 
 def _after(options: argparse.Namespace) -> int:

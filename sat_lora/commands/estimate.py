@@ -4,6 +4,7 @@ import argparse
 import json
 
 from sat_lora.commands.parts import examples
+from sat_lora.training.option_types import positive, positive_int
 
 
 def add(commands) -> None:
@@ -13,7 +14,7 @@ def add(commands) -> None:
         usage="%(prog)s [--gpus N] [--device-memory GIB] [--device cuda|cpu] [--json] [options of finetune_cogvlm.py]",
         description="Takes the options of finetune_cogvlm.py; --from_pretrained may also name a model_config.json. "
         "Rows are as long as --max_length. Needs no GPU and no weights.",
-        allow_abbrev=False,
+        takes_more=True,
         **examples(
             "sat-lora estimate --from_pretrained cogvlm-base-490 --gpus 8 --zero-stage 2 --batch-size 4 \\\n"
             "      --checkpoint-activations --vit_checkpoint_activations --device-memory 80",
@@ -21,8 +22,8 @@ def add(commands) -> None:
             "sat-lora estimate --from_pretrained cogvlm-base-490 --gpus 2 --model-parallel-size 2 --device-memory 40",
         ),
     )
-    command.add_argument("--gpus", type=int, default=1, metavar="N", help="ranks of the run (default: 1)")
-    command.add_argument("--device-memory", type=float, metavar="GIB", help="of each; status 1 if it is not enough")
+    command.add_argument("--gpus", type=positive_int, default=1, metavar="N", help="ranks of the run (default: 1)")
+    command.add_argument("--device-memory", type=positive, metavar="GIB", help="of each; status 1 if it is not enough")
     command.add_argument("--device", default="cuda", choices=["cuda", "cpu"], help="decides the default precision")
     command.add_argument("--json", action="store_true", help="bytes, for programs")
     command.set_defaults(run_command=run, takes_more=True)
@@ -36,7 +37,8 @@ def run(options: argparse.Namespace) -> int:
     from sat_lora.doctor.memory import memory_table
     from sat_lora.training.options import parse_options
 
-    memory = estimate_run(parse_options(options.more), ranks=options.gpus, device=options.device)
+    run_options = parse_options(options.more, prog="sat-lora estimate")
+    memory = estimate_run(run_options, ranks=options.gpus, device=options.device)
     available = None if options.device_memory is None else options.device_memory * 2**30
     fits = available is None or memory.total <= available
     if options.json:

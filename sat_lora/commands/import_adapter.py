@@ -3,6 +3,7 @@
 import argparse
 
 from sat_lora.commands.parts import bar, examples
+from sat_lora.training.option_types import number
 
 
 def add(commands) -> None:
@@ -23,7 +24,8 @@ def add(commands) -> None:
         help="model folder of the base; peft: needed, its names and shapes have to fit; lora2: what differs from it "
         "was trained whole and is taken along",
     )
-    take.add_argument("--lora-alpha", type=float, metavar="ALPHA", help="lora2: as in training, by default SAT's 1")
+    alpha = number(float, "a number")
+    take.add_argument("--lora-alpha", type=alpha, metavar="ALPHA", help="lora2: as in training, by default SAT's 1")
     take.set_defaults(run_command=run)
 
 

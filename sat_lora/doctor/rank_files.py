@@ -8,7 +8,8 @@ import shutil
 import struct
 from pathlib import Path
 
-PHASES = ("start", "data", "forward", "backward", "reduce", "optimizer", "evaluate", "save")
+PHASES = ("start", "data", "forward", "backward", "reduce", "optimizer", "evaluate", "save", "load", "test")
+OUTSIDE_OF_STEPS = ("start", "load", "test")  # loading, starting the engine, and the evaluation after training
 FOLDER = "watchdog"
 ALIVE, FATAL = "alive.json", ".fatal.txt"
 NCCL_DUMP = "nccl_trace_rank_"

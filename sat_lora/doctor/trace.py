@@ -48,6 +48,9 @@ class NoTrace:
     def at(self, phase: str, *, step: int | None = None, micro_batch: int | None = None) -> None:
         pass
 
+    def attach(self, model: nn.Module) -> None:
+        pass
+
     def follow(self, engine) -> None:
         pass
 
@@ -59,7 +62,7 @@ class Trace(NoTrace):
     """This rank's.
 
     model: its modules get hooks that note the last one entered, its trainable parameters hooks that note the arrival of
-    their gradients. OSError: the files cannot be made.
+    their gradients; an empty module until there is one (see `attach`). OSError: the files cannot be made.
     """
 
     def __init__(self, run: str | Path, model: nn.Module, *, rank: int, world_size: int):
@@ -67,6 +70,13 @@ class Trace(NoTrace):
         self.folder.mkdir(parents=True, exist_ok=True)
         for variable in ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"):  # its new and its old name
             os.environ.setdefault(variable, str(self.folder.resolve() / NCCL_DUMP))
+        self.attach(model)
+
+    def attach(self, model: nn.Module) -> None:
+        """Follow this model from now on, in files made anew: it was not there yet when the rank began."""
+        rank, world_size = self.rank, self.world_size
+        # A new file: the watchdog's thread may be writing into the mapping of the old one.
+        file_of(self.folder, rank, ".state").unlink(missing_ok=True)
         modules = [name for name, _ in model.named_modules()]
         parameters = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         static = dict(

@@ -1,4 +1,5 @@
-"""Ends a run that hangs, with a verdict, instead of letting it wait for ever.
+"""Ends a run that hangs, with a verdict, instead of letting it wait for ever: from the loading of its base to its last
+evaluation.
 
 A thread of every rank looks at that rank's `Trace`. Without a sign of life for longer than the phase may last, it says
 so in a file, which the other ranks' threads see; all write down where they are, one of them reads what all have
@@ -9,7 +10,10 @@ import contextlib
 import faulthandler
 import json
 import os
+import resource
+import shutil
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -17,16 +21,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from torch import nn
+
 from sat_lora.atomic import replace_text
-from sat_lora.doctor.rank_files import FATAL, file_of, folder_of
+from sat_lora.doctor.rank_files import FATAL, OUTSIDE_OF_STEPS, file_of, folder_of
 from sat_lora.doctor.rank_state import note_who_lives, read_states
 from sat_lora.doctor.testimony import has_testified, testify
-from sat_lora.doctor.trace import NoTrace, Trace
+from sat_lora.doctor.trace import NO_TRACE, NoTrace, Trace
+from sat_lora.training.distributed import World, gather_lists
+from sat_lora.training.launch import sat_lora_line
 
 STATUS = 3  # of a process that the watchdog has ended
 FACTOR = 10  # of the longest that a phase has taken of late
 FIRST = 5  # times the least, while a phase has hardly been seen
 SEEN = 3  # durations before a phase is known
+IDLE_PAGES = 64  # that a process touches at most between two looks while it only waits
 GRACE = 5.0  # seconds for all ranks to say where they are
 ALARM, VERDICT = "alarm.json", "verdict.txt"
 
@@ -72,18 +81,31 @@ class Watchdog:
 
     def _watch(self) -> None:
         signs, since, looked = self.trace.signs, time.monotonic(), time.monotonic()
+        touched = _pages_touched()
         while not self._done.wait(self.tick):
             now = time.monotonic()
             slept = now - looked > 5 * self.tick + 5  # the whole process was stopped, and its clock ran on
-            if self.trace.signs != signs or slept:
+            before, touched = touched, _pages_touched()
+            # Whoever reads weights touches memory, whoever waits for others does not.
+            works = self.trace.phase in OUTSIDE_OF_STEPS and touched - before > IDLE_PAGES
+            if self.trace.signs != signs or slept or works:
                 signs, since = self.trace.signs, now
                 self.trace.seen_alive()
             looked, phase = now, self.trace.phase
             limit = self.limit(phase)
             faulthandler.dump_traceback_later(limit + 10 * self.tick, file=self._fallback)
-            expired = now - since > limit
+            expired = now - since > limit and not (phase in OUTSIDE_OF_STEPS and self._others_work(limit))
             if expired or (self.trace.folder / ALARM).exists():
                 self._end(dict(rank=self.trace.rank, phase=phase, waited=now - since, limit=limit))
+
+    def _others_work(self, limit: float) -> bool:
+        """Whether another rank has given a sign of life of late: it may load for longer than this one, which waits."""
+        try:
+            states = read_states(self.trace.folder.parent)
+        except (OSError, ValueError):
+            return False
+        since = time.time() - limit
+        return any(state.last_sign > since for state in states if state.rank != self.trace.rank and not state.ended)
 
     def _end(self, alarm: dict) -> None:
         """Does not come back."""
@@ -109,7 +131,7 @@ class Watchdog:
         text = verdict(run).text
         intro = f"rank {alarm['rank']} gave no sign of life for {alarm['waited']:.0f} s in phase {alarm['phase']}"
         text = f"watchdog: {intro} (limit {alarm['limit']:.0f} s)\n{text}\n"
-        sys.stderr.write(f"\n{text}stacks in {self.trace.folder}; more: sat-lora doctor --run {run}\n")
+        sys.stderr.write(f"\n{text}stacks in {self.trace.folder}; more: {sat_lora_line('doctor', '--run', run)}\n")
         sys.stderr.flush()
         replace_text(self.trace.folder / VERDICT, text)
 
@@ -125,6 +147,12 @@ class Watchdog:
             time.sleep(0.1)
 
 
+def _pages_touched() -> int:
+    """Pages of memory that this process has touched for the first time, so far."""
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_minflt + usage.ru_majflt
+
+
 @contextmanager
 def watched(trace: NoTrace, least: float) -> Iterator[None]:
     """Inside, a watchdog watches and the trace is told how it ends; nothing happens for one that keeps nothing."""
@@ -133,6 +161,24 @@ def watched(trace: NoTrace, least: float) -> Iterator[None]:
         return
     with trace.told(), Watchdog(trace, least):
         yield
+
+
+@contextmanager
+def watched_alone(least: float, world: World) -> Iterator[NoTrace]:
+    """`watched` for ranks without a run folder, with the trace: its files lie in a folder of the machine's temporary
+    ones, which goes when the block ends and stays when the watchdog ends it. Every rank has to call it.
+    """
+    if least == 0 or world.size == 1:
+        yield NO_TRACE
+        return
+    named = [tempfile.mkdtemp(prefix="sat_lora_")] if world.is_main else []
+    folder = Path(gather_lists(named)[0])
+    folder.mkdir(mode=0o700, exist_ok=True)  # on another machine
+    trace = Trace(folder, nn.Module(), rank=world.rank, world_size=world.size)
+    with watched(trace, least):
+        yield trace
+    gather_lists([])  # nobody looks into it any more
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def when_alarmed(run: str | Path) -> float | None:

@@ -1,7 +1,6 @@
 """This process among the others: rank, device, process groups, and mistakes that every rank has to hear of."""
 
 import os
-import socket
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 
@@ -9,6 +8,10 @@ import torch
 
 from sat_lora._sat import mpu
 from sat_lora.errors import ConfigError, SatLoraError
+from sat_lora.foreign import os_problem
+from sat_lora.training.agreement import differences, disagreement, mark
+from sat_lora.training.launch import find_place, ranks_on_this_machine
+from sat_lora.training.rendezvous import compare, meet
 
 ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
@@ -26,32 +29,48 @@ class World:
         return self.rank == 0
 
 
-def join(backend: str | None = None) -> torch.device:
+def join(backend: str | None = None, marks: Mapping[str, str] | None = None) -> torch.device:
     """Join the process group that `deepspeed` or `torchrun` describes in the environment, or be alone.
 
     NCCL on CUDA, unless `backend` says otherwise; gloo on the CPU whatever it says. On the CPU the ranks of a machine
     share its cores but one, which data workers need.
-    ConfigError: `srun` has started several processes, and no launcher has told this one its rank.
+    marks: what all ranks have to have alike, by name (see `agreement`), compared before they do anything together.
+    ConfigError: the environment is wrong or incomplete (see `find_place`), the port is taken, the other ranks do not
+    come in time, or, on every rank, some marks differ.
     """
     environment = os.environ
-    _refuse_to_be_alone_among_many(environment)
-    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1")):
-        environment.setdefault(name, value)
-    if "MASTER_PORT" not in environment:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            environment["MASTER_PORT"] = str(probe.getsockname()[1])
+    place = find_place(environment)
+    is_joined = torch.distributed.is_initialized()
     if torch.cuda.is_available():
         _let_memory_grow(environment)
-        device = torch.device("cuda", int(environment["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
+        _take_gpu(place.local_rank)
+        device = torch.device("cuda", place.local_rank)
         backend = backend or "nccl"
     else:
         device, backend = torch.device("cpu"), "gloo"
-        _share_cores()
-    if not torch.distributed.is_initialized():
-        torch.distributed.init_process_group(backend)
+        _share_cores(place.size)
+    if not is_joined:
+        store = meet(place)
+        if marks is not None and place.size > 1:
+            compare(store, place, marks)
+        address, port = place.address or "127.0.0.1", place.port or store.underlying_store.port
+        for name, value in (("RANK", place.rank), ("WORLD_SIZE", place.size), ("LOCAL_RANK", place.local_rank)):
+            environment[name] = str(value)
+        environment["MASTER_ADDR"], environment["MASTER_PORT"] = address, str(port)
+        group = torch.distributed.PrefixStore("group", store)
+        torch.distributed.init_process_group(backend, store=group, rank=place.rank, world_size=place.size)
     return device
+
+
+def _take_gpu(local_rank: int) -> None:
+    count = torch.cuda.device_count()
+    if local_rank >= count:
+        raise ConfigError(
+            f"LOCAL_RANK is {local_rank} and this machine has {count} GPUs that can be used: one process per GPU; "
+            f"start {count} here (deepspeed --num_gpus {count}, torchrun --nproc_per_node {count}), or look at "
+            "CUDA_VISIBLE_DEVICES"
+        )
+    torch.cuda.set_device(local_rank)
 
 
 def _let_memory_grow(environment: MutableMapping[str, str]) -> None:
@@ -66,28 +85,14 @@ def _let_memory_grow(environment: MutableMapping[str, str]) -> None:
             environment[name] = "expandable_segments:True"
 
 
-def _refuse_to_be_alone_among_many(environment: Mapping[str, str]) -> None:
-    tasks = int(environment.get("SLURM_STEP_NUM_TASKS", 1))
-    if tasks > 1 and "RANK" not in environment:
-        raise ConfigError(
-            f"srun has started {tasks} tasks and none knows its rank: each would train alone, into the same run "
-            "folder; start one torchrun per node, as finetune_demo/launch/slurm.sh does"
-        )
-
-
-def _share_cores() -> None:
+def _share_cores(size: int) -> None:
     """Set torch's threads, unless OMP_NUM_THREADS does.
 
     Threads that outnumber the cores left to them spend most of a step waiting for each other.
     """
-    here = ranks_on_this_machine(int(os.environ["WORLD_SIZE"]))
     if "OMP_NUM_THREADS" not in os.environ:
+        here = ranks_on_this_machine(size)
         torch.set_num_threads(max(1, (len(os.sched_getaffinity(0)) - 1) // here))
-
-
-def ranks_on_this_machine(all_ranks: int) -> int:
-    """As the launcher says; all of them where it does not."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or all_ranks)
 
 
 def arrange(device: torch.device, model_parallel_size: int = 1) -> World:
@@ -111,18 +116,35 @@ def stop() -> None:
 
 
 def together(step: Callable, *args, **kwargs):
-    """Run `step` on every rank. If it fails with a user's mistake on any, it fails on all, with that message."""
+    """Run `step` on every rank. If it fails with a user's mistake on any, it fails on all, with that message.
+
+    A file or folder that cannot be used (an OSError that names one) is such a mistake.
+    """
     result, mistake = None, None
     try:
         result = step(*args, **kwargs)
     except SatLoraError as error:
         mistake = error
+    except OSError as error:
+        if error.filename is None:
+            raise
+        mistake = SatLoraError(os_problem(error))
     mistakes: list[SatLoraError | None] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(mistakes, mistake)
     first = next((m for m in mistakes if m is not None), None)
     if first is not None:
         raise first
     return result
+
+
+def agree(marks: Mapping[str, str]) -> None:
+    """ConfigError, the same on every rank, if `marks` (see `marks`) are not alike on all; every rank has to call it."""
+    digests = gather_lists([mark(marks)])
+    if len(set(digests)) == 1:
+        return
+    first, *others = gather_lists([dict(marks)])
+    by_rank = {rank: differences(own, first) for rank, own in enumerate(others, 1)}
+    raise disagreement(first, {rank: own for rank, own in by_rank.items() if own})
 
 
 def gather_lists(own: list) -> list:

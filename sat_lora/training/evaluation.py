@@ -9,6 +9,7 @@ from sat_lora.cogvlm.generation import generate
 from sat_lora.cogvlm.model import CogVLMModel
 from sat_lora.cogvlm.text import Sample, load_tokenizer
 from sat_lora.cogvlm.tokens import first_tokens
+from sat_lora.doctor.trace import NO_TRACE, NoTrace
 from sat_lora.errors import DataError
 from sat_lora.foreign import printable
 from sat_lora.mixin import lora_mixins
@@ -21,13 +22,17 @@ from sat_lora.training.step import to_device
 
 def evaluate_adapter(
     options: Namespace,
-    adapter: str | Path,
+    adapter: str | Path | None,
     world: World,
     trained: tuple[CogVLMModel, dict] | None = None,
     *,
+    trace: NoTrace = NO_TRACE,
     any_base: bool = False,
 ) -> dict:
     """Answers every item of --test-data by greedy decoding, with and without the adapter; the ranks share the items.
+
+    adapter: None answers with the base alone, and leaves "adapter" out of the result.
+    trace: is told of every batch.
 
     options: from_pretrained, local_tokenizer, test_data, version, prompt, max_length, eval_batch_size, bf16, fp16,
     model_parallel_size and trust_checkpoint, as `parse_options` names them.
@@ -36,6 +41,7 @@ def evaluate_adapter(
     Returns {"images": n, "base": {"exact_match": x, "exact_match_ignoring_case": y}, "adapter": {...}} with shares in
     [0, 1]; unreadable items are left out of n and listed under "broken". Both come from what lies on disk.
     """
+    trace.at("load")
     items = read_items(options.test_data, **reading_options(options))
     if not items:
         raise DataError(
@@ -49,7 +55,8 @@ def evaluate_adapter(
         model_parallel_size=options.model_parallel_size,
         trust=options.trust_checkpoint,
     )
-    load_adapter(model, adapter, any_base=any_base)
+    if adapter is not None:
+        load_adapter(model, adapter, any_base=any_base)
     dataset = ImageTextDataset(
         items,
         tokenizer,
@@ -62,11 +69,12 @@ def evaluate_adapter(
         special_tokens=vars(options).get("special_tokens_in_text", False),
     )
     share = range(world.data_parallel_rank, len(dataset), world.data_parallel_size)
-    right = {"base": [0, 0], "adapter": [0, 0]}
+    right = {side: [0, 0] for side in ("base", "adapter")[: 1 if adapter is None else 2]}
     images, broken = 0, []
     lengths = [_length_of_answer(dataset, item) for item in dataset.items]
     longest = max((length for length in lengths if isinstance(length, int)), default=0) + 1
     for start in range(0, len(share), options.eval_batch_size):
+        trace.at("test")
         indices = list(share[start : start + options.eval_batch_size])
         questions = [dataset[i] if isinstance(lengths[i], int) else lengths[i] for i in indices]
         samples = [(question, dataset.items[i].answer.strip()) for question, i in zip(questions, indices)]
@@ -84,13 +92,14 @@ def evaluate_adapter(
                 said = tokenizer.decode(ids, skip_special_tokens=True).strip()
                 counts[0] += said == answer
                 counts[1] += said.lower() == answer.lower()
-    images, *sums = sum_over_data_parallel(images, *right["base"], *right["adapter"], device=world.device)
+    counts = [count for side in right.values() for count in side]
+    images, *sums = sum_over_data_parallel(images, *counts, device=world.device)
     broken = sorted(set(gather_lists(broken)))
     if not images:
         raise DataError(f"--test-data: none of {options.test_data} can be read; the first: {broken[0][1]}")
-    shares = [value / images for value in sums]
+    shares = iter(value / images for value in sums)
     names = ("exact_match", "exact_match_ignoring_case")
-    result = {"images": int(images), "base": dict(zip(names, shares[:2])), "adapter": dict(zip(names, shares[2:]))}
+    result = {"images": int(images), **{side: {name: next(shares) for name in names} for side in right}}
     return {**result, "broken": [path for path, _ in broken]} if broken else result
 
 
@@ -107,7 +116,8 @@ def _length_of_answer(dataset: ImageTextDataset, item: Item) -> int | BrokenSamp
 def evaluation_table(result: dict) -> str:
     """The result of `evaluate_adapter` as text."""
     lines = [f"{result['images']} images{'':<18}exact match   ignoring case"]
-    for side, title in (("base", "base"), ("adapter", "base + adapter")):
+    titles = {"base": "base", "adapter": "base + adapter"}
+    for side, title in ((side, title) for side, title in titles.items() if side in result):
         exact, loose = result[side].values()
         lines.append(f"  {title:<25}{100 * exact:>9.1f} %{100 * loose:>14.1f} %")
     if result.get("broken"):

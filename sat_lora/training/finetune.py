@@ -14,13 +14,13 @@ from sat_lora.placement import add_lora
 from sat_lora.summary import describe, describe_text
 from sat_lora.training.answer_lengths import answer_lengths, saying_first_cut
 from sat_lora.training.checkpoint import RunState, load_checkpoint
-from sat_lora.training.distributed import World, together
+from sat_lora.training.distributed import World, agree, together
 from sat_lora.training.engine import adapter_optimizer, start_engine
 from sat_lora.training.evaluation import evaluate_adapter, evaluation_table
 from sat_lora.training.loop import train
 from sat_lora.training.notice import warn
 from sat_lora.training.optimizer_state import create_moments
-from sat_lora.training.prepare import dataset_maker, load_base, model_seed, on_first_rank, prepare
+from sat_lora.training.prepare import Setting, dataset_maker, load_base, model_seed, on_first_rank, prepare
 from sat_lora.training.release import end_training, free_memory
 from sat_lora.training.run_folder import RunFolder, write_json
 from sat_lora.training.schedule import total_steps
@@ -36,10 +36,20 @@ def finetune(options: Namespace, make_data: Callable[[], None] | None = None) ->
     setting = prepare(options, make_data)
     world = setting.world
     run = RunFolder(options.run_folder, is_writer=world.is_main)
+    trace = _trace(options, run, world)
+    with watched(trace, LIMIT if options.replay else options.watchdog_limit):
+        _train_and_evaluate(options, setting, run, trace)
+    return world
+
+
+def _train_and_evaluate(options: Namespace, setting: Setting, run: RunFolder, trace: NoTrace) -> None:
+    world = setting.world
+    trace.at("load")
     model, config = load_base(options, setting, layers=options.shrink if options.replay else None)
     add_lora(model, setting.lora)
     run.say(describe_text(model))
     data, valid_data = open_sources(options, world, dataset_maker(options, config))
+    agree({**data.marks("--train-data"), **(valid_data.marks("--valid-data") if valid_data else {})})
     if world.is_main and isinstance(data, FileSource):
         cut = answer_lengths(data.dataset).sentence(options.max_length)
         if cut is not None:
@@ -55,7 +65,7 @@ def finetune(options: Namespace, make_data: Callable[[], None] | None = None) ->
     optimizer = adapter_optimizer(
         model, lr=options.lr, weight_decay=options.weight_decay, betas=tuple(options.betas), eps=options.eps
     )
-    trace = _trace(options, run, world, model)
+    trace.attach(model)
     engine = start_engine(model, optimizer, setting.engine, seed=model_seed(options))
     trace.follow(engine)
     create_moments(engine)
@@ -81,28 +91,29 @@ def finetune(options: Namespace, make_data: Callable[[], None] | None = None) ->
     if isinstance(data, ShardSource):
         loader = saying_first_cut(loader, run.say, options.max_length)
     valid = valid_data.validation() if valid_data else None
-    with run, watched(trace, LIMIT if options.replay else options.watchdog_limit):
+    with run:
         run.start(options.train_iters, state.step)
         train(engine, loader, valid, options, run, world, state, dataset_size=data.samples, trace=trace)
     model = end_training(engine)
     del engine, optimizer
     free_memory()
     if options.test_data:
-        _evaluate(options, world, run, None if model is None else (model, config))
-    return world
+        _evaluate(options, world, run, None if model is None else (model, config), trace)
 
 
-def _trace(options: Namespace, run: RunFolder, world: World, model: torch.nn.Module) -> NoTrace:
+def _trace(options: Namespace, run: RunFolder, world: World) -> NoTrace:
     """This rank's; what an earlier start has left goes. Every rank has to call it."""
     on_first_rank(lambda: clear(run.path))
     if options.watchdog_limit == 0:
         return NO_TRACE
-    return Trace(run.path, model, rank=world.rank, world_size=world.size)
+    return Trace(run.path, torch.nn.Module(), rank=world.rank, world_size=world.size)
 
 
-def _evaluate(options: Namespace, world: World, run: RunFolder, trained: tuple[CogVLMModel, dict] | None) -> None:
+def _evaluate(
+    options: Namespace, world: World, run: RunFolder, trained: tuple[CogVLMModel, dict] | None, trace: NoTrace
+) -> None:
     """With the model that has trained, where no rank has to gather it: there is never a second one in memory."""
-    result = together(evaluate_adapter, options, run.adapters, world, trained)
+    result = together(evaluate_adapter, options, run.adapters, world, trained, trace=trace)
     if world.is_main:
         write_json(run.path / "evaluation.json", result)
     run.say(evaluation_table(result))

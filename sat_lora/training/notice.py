@@ -4,14 +4,10 @@ import logging
 import os
 from collections.abc import Mapping
 
+from sat_lora.edge import is_first_rank
 from sat_lora.foreign import printable_lines
 
 logger = logging.getLogger("sat_lora")
-
-
-def is_first_rank(environ: Mapping[str, str] = os.environ) -> bool:
-    """Whether this is rank 0, by the RANK that `deepspeed` and `torchrun` set; known before any process group."""
-    return environ.get("RANK", "0").strip() in ("", "0")
 
 
 def warn(message: str, environ: Mapping[str, str] = os.environ) -> None:

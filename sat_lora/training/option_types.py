@@ -12,12 +12,21 @@ def number(kind: type, wanted: str, accepts: Callable[[float], bool] = lambda va
         try:
             value = kind(text)
         except ValueError:
-            value = math.nan
+            value = _whole(text) if kind is int else math.nan
         if not math.isfinite(value) or not accepts(value):
             raise argparse.ArgumentTypeError(f"got {text!r}, wanted {wanted}")
         return value
 
     return parse
+
+
+def _whole(text: str) -> float:
+    """`1e3` as the whole number that it is; NaN for what is none."""
+    try:
+        value = float(text)
+    except ValueError:
+        return math.nan
+    return int(value) if value.is_integer() and abs(value) < 2**53 else math.nan
 
 
 positive_int = number(int, "a whole number above 0", lambda value: value > 0)

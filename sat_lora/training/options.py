@@ -5,17 +5,19 @@ A value comes from the first that has one: an option given, the run that --resum
 """
 
 import argparse
-import difflib
+import functools
 import json
 import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from sat_lora.cogvlm.text import PROMPTS
+from sat_lora.cogvlm.prompts import PROMPTS
+from sat_lora.errors import ConfigError
+from sat_lora.option_parser import OptionParser
 from sat_lora.training.defaults import DEFAULTS, EMBEDDED_DEMO, demo_defaults
+from sat_lora.training.launch import find_place
 from sat_lora.training.lora_options import ABOUT, lora_options
-from sat_lora.training.notice import is_first_rank
 from sat_lora.training.option_types import count, fraction, not_negative, positive, positive_int, proportions, share
 from sat_lora.training.schedule import DECAY_STYLES
 
@@ -31,41 +33,10 @@ EXAMPLES = """examples:
   deepspeed finetune_cogvlm.py --from_pretrained cogvlm-base-490 --train-data images/ --doctor --shrink 2"""
 
 
-class OptionParser(argparse.ArgumentParser):
-    """Takes `--a-b` for `--a_b` and the other way round; rank 0 alone speaks, every rank ends with status 2."""
-
-    def __init__(self, **settings):
-        super().__init__(allow_abbrev=False, **settings)
-        self.spellings = {"__help": "--help"}
-
-    def parse_known_args(self, args=None, namespace=None):
-        args = sys.argv[1:] if args is None else args
-        return super().parse_known_args([self._declared_spelling(argument) for argument in args], namespace)
-
-    def _declared_spelling(self, argument: str) -> str:
-        name, equals, value = argument.partition("=")
-        return self.spellings.get(name.replace("-", "_"), name) + equals + value if name[:2] == "--" else argument
-
-    def parse_args(self, args=None, namespace=None):
-        options, unknown = self.parse_known_args(args, namespace)
-        if unknown:
-            names = [argument.partition("=")[0] for argument in unknown if argument.startswith("-")]
-            near = [name for one in names for name in difflib.get_close_matches(one, self.spellings.values(), 1)]
-            hint = f"; did you mean {', '.join(near)}?" if near else "; --help lists the options"
-            self.error(f"unknown: {' '.join(unknown)}{hint}")
-        return options
-
-    def error(self, message: str):
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-    def _print_message(self, message, file=None):
-        if is_first_rank():
-            super()._print_message(message, file)
-
-
-def build_parser() -> argparse.ArgumentParser:
+def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     """The parser. It holds no defaults: its namespace has the given options, `parse_options` adds the rest."""
     parser = OptionParser(
+        prog=prog,
         usage="%(prog)s [options]",
         description="Fine-tune CogVLM with LoRA. With no option at all: the embedded tiny base and captchas.",
         epilog="Every option may be written with - or _ between its words.\n\n" + EXAMPLES,
@@ -77,7 +48,6 @@ def build_parser() -> argparse.ArgumentParser:
         shown = " ".join(map(str, default)) if isinstance(default, list | dict) else default
         if settings.get("action") != "store_true" and shown not in (None, "") and group is not compatible:
             help += f" (default: {shown})"
-        parser.spellings |= {one.replace("-", "_"): one for one in (name, *more_names)}
         group.add_argument(name, *more_names, default=argparse.SUPPRESS, help=help.replace("%", "%%"), **settings)
 
     set_by_people = parser.add_argument_group("what people set", "the options that most runs need")
@@ -197,15 +167,25 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@functools.cache
+def option_names() -> dict[str, str]:
+    """The first spelling of every option, by the name of its value."""
+    return {action.dest: action.option_strings[0] for action in build_parser()._actions if action.option_strings}
+
+
 def parse_options(
-    argv: list[str] | None = None, *, demo_folder: str | Path = EMBEDDED_DEMO, environ: Mapping[str, str] = os.environ
+    argv: list[str] | None = None,
+    *,
+    demo_folder: str | Path = EMBEDDED_DEMO,
+    environ: Mapping[str, str] = os.environ,
+    prog: str | None = None,
 ) -> argparse.Namespace:
     """Every option with its value, plus `given` (names of those set by hand) and `run_folder`.
 
     Values are JSON's types (paths are strings). With --resume and --replay, the settings of that run's `run.json` stand
-    in for what is not given. A mistake ends the process with status 2 and one line on rank 0.
+    in for what is not given. A mistake ends the process with status 2 and one line on rank 0, in the name of `prog`.
     """
-    parser = build_parser()
+    parser = build_parser(prog)
     explicit = vars(parser.parse_args(argv))
     if {"train_iters", "epochs"} <= explicit.keys():
         parser.error(
@@ -214,7 +194,12 @@ def parse_options(
         )
     if "shrink" in explicit and not explicit.keys() & {"doctor", "replay"}:
         parser.error(f"--shrink {explicit['shrink']}: training takes the whole model; it is for --doctor and --replay")
-    values, given = {**DEFAULTS, "local_rank": int(environ.get("LOCAL_RANK", 0))}, frozenset(explicit)
+    try:
+        place = find_place(environ)
+    except ConfigError as error:  # on every rank: which one this is, is what is wrong
+        print(f"{parser.prog}: error: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from error
+    values, given = {**DEFAULTS, "local_rank": place.local_rank}, frozenset(explicit)
     source = next((name for name in ("replay", "resume") if name in explicit), None)
     if source is not None:
         try:

@@ -12,6 +12,7 @@ from sat_lora.cogvlm.image import load_image
 from sat_lora.cogvlm.model import parallel_problems
 from sat_lora.cogvlm.text import PROMPTS, load_tokenizer, prompt_for, prompt_text, shortest_length
 from sat_lora.errors import CheckpointError, ConfigError, DataError, SatLoraError
+from sat_lora.foreign import os_problem
 from sat_lora.training.checkpoint import newest_checkpoint, read_state, samples_per_step
 from sat_lora.training.data import IMAGE_SUFFIXES, read_items, reading_options
 from sat_lora.training.deepspeed_config import deepspeed_config
@@ -62,6 +63,8 @@ def _base_and_prompt_problems(options: Namespace, environ: Mapping[str, str]) ->
         check_files(options.from_pretrained, trust=options.trust_checkpoint)
     except SatLoraError as error:
         yield f"--from_pretrained: {error}"
+    except OSError as error:
+        yield f"--from_pretrained: {os_problem(error)}"
     yield from _model_parallel_problems(options, config or {}, environ)
     if options.version not in PROMPTS:
         yield f"--version: got {options.version!r}, wanted one of {', '.join(PROMPTS)}"
@@ -208,10 +211,17 @@ def _data_problems(options: Namespace) -> Iterator[str]:
         option = "--" + name.replace("_", "-")
         paths = getattr(options, name) or []
         if any(map(is_shard, paths)):
-            yield from (f"{option}: {problem}" for problem in problems_with_shards(paths, option, options.ignore_keys))
+            try:
+                problems = problems_with_shards(paths, option, options.ignore_keys)
+                yield from (f"{option}: {problem}" for problem in problems)
+            except OSError as error:
+                yield f"{option}: {os_problem(error)}"
             continue
         for path in paths:
-            problem = _problem_with_path(Path(path), options)
+            try:
+                problem = _problem_with_path(Path(path), options)
+            except OSError as error:  # a folder that this user may not list, or not even look for
+                problem = os_problem(error)
             if problem:
                 hint = "" if name in options.given else "; finetune_demo/make_captchas.py writes the demo's data"
                 yield f"{option}: {problem}{hint}"

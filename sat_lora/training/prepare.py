@@ -15,9 +15,10 @@ from sat_lora.placement import find_all_parameters, find_all_sites
 from sat_lora.targets import select
 from sat_lora.training.data import ImageTextDataset
 from sat_lora.training.deepspeed_config import base_dtype, deepspeed_config
-from sat_lora.training.distributed import World, arrange, join, together
+from sat_lora.training.distributed import World, agree, arrange, join, together
 from sat_lora.training.engine import set_up_deepspeed
 from sat_lora.training.lora_options import lora_config, lora_problems
+from sat_lora.training.marks import marks_of_engine, marks_of_options, marks_of_tokenizer
 from sat_lora.training.preflight import check_options
 from sat_lora.training.same_base import base_of_run
 
@@ -35,12 +36,18 @@ class Setting:
 def prepare(options: Namespace, make_data: Callable[[], None] | None = None) -> Setting:
     """Join the other ranks and check the options. `make_data` runs first, on rank 0 alone.
 
-    A SatLoraError comes on every rank.
+    A SatLoraError comes on every rank; a ConfigError if what the ranks were started with differs, before anything whose
+    collectives depend on it.
     """
-    device = join(options.distributed_backend)
+    device = join(options.distributed_backend, marks_of_options(options))
     on_first_rank(make_data)
     together(check_options, options)
     engine = deepspeed_config(options, device=device.type)
+    agree({
+        **marks_of_options(options),  # once more: the DeepSpeed file has been written into them
+        **marks_of_engine(engine),
+        **marks_of_tokenizer(options.local_tokenizer),
+    })  # fmt: skip
     world = arrange(device, options.model_parallel_size)
     return Setting(world, engine, together(_checked_lora, options))
 

@@ -2,11 +2,14 @@
 
 from argparse import Namespace
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from torch.utils.data import DataLoader
 
+from sat_lora.training.agreement import mark
 from sat_lora.training.data import DataCounts, ImageTextDataset, read_items, reading_options, split_items
 from sat_lora.training.distributed import World
+from sat_lora.training.marks import marks_of_samples
 from sat_lora.training.sampler import EpochSampler, eval_batches, make_loader, make_stream_loader
 from sat_lora.training.shard_stream import ShardStream
 from sat_lora.training.shards import Shard, count_shards, is_shard
@@ -30,6 +33,10 @@ class FileSource:
         self.left_out = [*left_out]
         self.dataset, self.options, self.world = make_dataset(items), options, world
         self.samples = self.epoch_samples = len(items)
+
+    def marks(self, option: str) -> dict[str, str]:
+        """What all ranks have to have alike, see `agree`; option: the one that gave the paths."""
+        return marks_of_samples(option, self.samples, self.dataset.items)
 
     def training(self, start_step: int) -> DataLoader:
         """Micro-batches of this rank without end, from `start_step` on."""
@@ -89,6 +96,10 @@ class ShardSource:
             ignore_keys=self.options.ignore_keys,
             **settings,
         )
+
+    def marks(self, option: str) -> dict[str, str]:
+        shards = [(Path(shard.path).name, shard.samples) for shard in self.shards]
+        return {f"the shards of {option}": mark([self.samples, *shards])}
 
     def training(self, start_step: int) -> DataLoader:
         stream = self._stream(self.options.batch_size, self.options.num_workers, start_step=start_step)

@@ -1,9 +1,9 @@
-"""SIGTERM and SIGINT as a wish to stop after the step, so that a machine that is taken away loses nothing."""
+"""SIGTERM, SIGINT and SIGHUP as a wish to stop after the step, so that a machine that is taken away loses nothing."""
 
 import os
 import signal
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class Stopped(Exception):
@@ -12,19 +12,24 @@ class Stopped(Exception):
     def __init__(self, number: signal.Signals, step: int):
         super().__init__(f"stopped by {number.name} after step {step}")
         self.step = step
-        # Ctrl-C is a person who ends the run as intended; to a scheduler, 143 says that its SIGTERM was heeded.
-        self.status = 128 + number if number == signal.SIGTERM else 0
+        # As a shell has it: whatever was to come after the run does not, and a scheduler sees that it was heeded.
+        self.status = 128 + number
 
 
 class StopSignals:
-    """While entered, counts the signals that arrive instead of dying of them. For the main thread alone."""
+    """While entered, counts the signals that arrive instead of dying of them. For the main thread alone.
+
+    SIGHUP stays ignored where `nohup` has said so.
+    """
 
     def __init__(self):
         self.counts = dict.fromkeys(SIGNALS, 0)
         self._before = {}
 
     def __enter__(self) -> "StopSignals":
-        self._before = {number: signal.signal(number, self._count) for number in SIGNALS}
+        ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        heeded = [number for number in SIGNALS if not (ignored and number == signal.SIGHUP)]
+        self._before = {number: signal.signal(number, self._count) for number in heeded}
         return self
 
     def __exit__(self, kind, *error) -> None:
@@ -38,10 +43,13 @@ class StopSignals:
 
     def _count(self, number: int, frame) -> None:
         self.counts[signal.Signals(number)] += 1
+        if number == signal.SIGHUP:
+            _leave_lost_terminal()
 
 
 def serve_until(ending) -> None:
-    """For a data worker: Ctrl-C and launchers signal it too, but it is to serve until its rank has saved.
+    """For a data worker: Ctrl-C, a lost terminal and launchers signal it too, but it is to serve until its rank has
+    saved.
 
     ending: an event that is set when the rank's interpreter ends, which then sends SIGTERM to the workers it has left,
     and waits for them.
@@ -52,4 +60,16 @@ def serve_until(ending) -> None:
             os._exit(0)
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, leave)
+
+
+def _leave_lost_terminal() -> None:
+    """Nothing that is printed may fail because the terminal is gone: what wrote there writes nowhere from now on."""
+    for descriptor in (1, 2):
+        try:
+            os.write(descriptor, b"")
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, descriptor)
+            os.close(nowhere)

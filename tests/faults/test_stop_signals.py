@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT finish the step, save and say how to go on; the resumed run is the one that was never stopped."""
+"""SIGTERM, SIGINT and SIGHUP finish the step, save and say how to go on; the resumed run is the one that was never stopped."""
 
 import os
 import re
@@ -29,7 +29,7 @@ def test_a_stopped_run_resumes_as_if_it_was_not(captchas, tmp_path):
     run, log = tmp_path / "cut" / "run", tmp_path / "log"
     options = options_for(captchas, tmp_path / "cut", *more, "--train-iters", str(STEPS))
     assert stop(None, options, run, log, signal.SIGTERM, True) == 143
-    said = r"stopped by SIGTERM after step (\d+); resume with: deepspeed .* --resume (.*)"
+    said = r"stopped by SIGTERM after step (\d+); resume with: .*python.* .*finetune_cogvlm.py --resume (.*)"
     words = re.fullmatch(said, last_line(log))
     step = int(words[1])
     assert 3 <= step < STEPS and words[2] == str(run)
@@ -47,8 +47,9 @@ def test_a_stopped_run_resumes_as_if_it_was_not(captchas, tmp_path):
 @pytest.mark.parametrize(
     "launcher, number, whole_group, status",
     [
-        (None, signal.SIGINT, False, 0),
-        (None, signal.SIGINT, True, 0),
+        (None, signal.SIGINT, False, 130),
+        (None, signal.SIGINT, True, 130),
+        (None, signal.SIGHUP, True, 129),
         ("torchrun", signal.SIGTERM, False, 1),  # the launchers' own statuses: torchrun ends with a SignalException,
         ("torchrun", signal.SIGINT, True, 1),
         ("deepspeed", signal.SIGTERM, True, -signal.SIGTERM),  # deepspeed dies of the signal
@@ -60,6 +61,6 @@ def test_every_launcher_lets_the_ranks_save(captchas, tmp_path, launcher, number
     options = options_for(captchas, tmp_path / "cut", "--num-workers", "1", "--train-iters", "400")
     assert stop(launcher, options, run, log, number, whole_group) == status
     # Launchers turn SIGINT into SIGTERM for their ranks.
-    step = re.search(r"stopped by SIG(TERM|INT) after step (\d+); resume with", log.read_text())
+    step = re.search(r"stopped by SIG(TERM|INT|HUP) after step (\d+); resume with", log.read_text())
     assert step is not None, log.read_text()[-3000:]
     assert (run / "checkpoints" / "latest").read_text() == f"{step[2]}\n"

@@ -101,7 +101,7 @@ def test_two_launched_ranks_learn_and_leave_the_base_alone(kind, stage, captchas
     assert json.loads((run / "evaluation.json").read_text())["images"] == 12
     check_adapter(run / "adapter" / "12")
     check_checkpoint(run / "checkpoints" / "12")
-    for words in ("base + adapter", "sat-lora merge --base", "--resume"):
+    for words in ("base + adapter", "-m sat_lora.cli merge --base", "--resume"):
         assert words in done.stdout
 
 

@@ -1,0 +1,73 @@
+"""What a run is made of, as marks that all ranks compare: options, versions and code, DeepSpeed's config, the data."""
+
+import hashlib
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from sat_lora.doctor.packages import code_mark
+from sat_lora.training.agreement import mark
+from sat_lora.training.options import option_names
+from sat_lora.training.run_folder import versions
+from sat_lora.training.shards import is_shard
+
+SIZES_TRIED = 256  # samples whose files are asked for their size
+# A machine may mount these elsewhere, so what lies there is compared instead: samples, tokenizer, DeepSpeed's config
+# and, by its fingerprint, the base. The number of data workers decides which samples come only with tar shards.
+PATHS = frozenset({"from_pretrained", "local_tokenizer", "train_data", "valid_data", "test_data", "deepspeed_config"})
+OF_ONE_RANK = frozenset({"local_rank", "num_workers", "given"})
+
+
+def marks_of_options(options: Namespace) -> dict[str, str]:
+    """What two ranks have to have alike, by the name that a message gives it: options as text, versions and code."""
+    names = option_names()
+    streams = any(map(is_shard, getattr(options, "train_data", None) or ()))
+    left_out = PATHS | (OF_ONE_RANK - {"num_workers"} if streams else OF_ONE_RANK)
+    values = {name: value for name, value in vars(options).items() if name not in left_out}
+    marks = {names.get(name, f"--{name}"): mark(value) for name, value in sorted(values.items())}
+    return marks | {f"which data of {names[name]}": mark(len(vars(options).get(name) or ())) for name in
+                    ("train_data", "valid_data", "test_data")} | marks_of_code()  # fmt: skip
+
+
+def marks_of_code() -> dict[str, str]:
+    """The versions that a run's numbers depend on, and a mark of this package's source."""
+    return {f"the version of {name}": version for name, version in versions().items()} | {
+        "the code of sat_lora": code_mark()
+    }
+
+
+def marks_of_engine(config: Mapping) -> dict[str, str]:
+    """Each section of the config that DeepSpeed gets."""
+    return {f'"{name}" of --deepspeed_config': mark(value) for name, value in config.items()}
+
+
+def marks_of_samples(option: str, samples: int, items: Sequence) -> dict[str, str]:
+    """How many samples a source has, and which: names, texts and the sizes of some files, not where they lie."""
+    digest = hashlib.sha256()
+    for item in items:
+        image = getattr(item, "image", None)
+        name = image.name if isinstance(image, Path) else None
+        digest.update(repr((name, getattr(item, "prompt", None), getattr(item, "answer", None))).encode())
+    for item in items[:: max(1, len(items) // SIZES_TRIED)]:
+        image = getattr(item, "image", None)
+        if isinstance(image, Path):
+            digest.update(str(_size(image)).encode())
+    return {f"the samples of {option}": f"{samples} (digest {digest.hexdigest()[:12]})"}
+
+
+def marks_of_tokenizer(folder: str | Path) -> dict[str, str]:
+    """A digest of the files of a tokenizer's folder; nothing for a name."""
+    digest = hashlib.sha256()
+    folder = Path(folder)
+    files = sorted(p for p in folder.glob("*") if p.name.startswith(("token", "vocab", "merges", "special", "added")))
+    for path in files:
+        if path.is_file():
+            digest.update(path.name.encode("utf-8", "surrogateescape") + path.read_bytes())
+    return {"the files of --local_tokenizer": digest.hexdigest()[:12]} if files else {}
+
+
+def _size(path: Path) -> int | None:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return None

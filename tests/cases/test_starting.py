@@ -1,0 +1,210 @@
+"""Kind 11, starting: the environment that launchers and platforms leave, ports, folders that may not be read."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sat_lora.edge import run_command
+from sat_lora.errors import ConfigError, SatLoraError
+from sat_lora.training import rendezvous
+from sat_lora.training.distributed import together
+from sat_lora.training.launch import announce, find_place, ranks_on_this_machine, relaunch, sat_lora_line
+from sat_lora.training.notice import is_first_rank
+from sat_lora.training.options import parse_options
+
+ROOT = Path(__file__).parents[2]
+FULL = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize(
+    "environ, words",
+    [
+        ({"RANK": "abc"}, "RANK: got 'abc' from the environment, wanted a whole number of at least 0"),
+        ({"RANK": "-1"}, "RANK: got '-1'"),
+        ({"RANK": "²"}, "RANK: got '²'"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE: got '0' from the environment, wanted a whole number of at least 1"),
+        ({"WORLD_SIZE": "2.0"}, "WORLD_SIZE: got '2.0'"),
+        ({"WORLD_SIZE": "9" * 400}, "WORLD_SIZE: got '999"),
+        ({"LOCAL_RANK": "gpu0"}, "LOCAL_RANK: got 'gpu0'"),
+        ({"LOCAL_WORLD_SIZE": "eight"}, "LOCAL_WORLD_SIZE: got 'eight'"),
+        ({"MASTER_PORT": "abc"}, "MASTER_PORT: got 'abc' from the environment, wanted a whole number from 0 to 65535"),
+        ({"MASTER_PORT": "70000"}, "MASTER_PORT: got '70000'"),
+        ({"MASTER_PORT": "tcp://10.0.0.1:80"}, "MASTER_PORT: got 'tcp://10.0.0.1:80'"),
+        ({"MASTER_PORT": "29500\x1b[2J"}, r"MASTER_PORT: got '29500\\x1b[2J'"),
+        ({**FULL, "MASTER_PORT": "0"}, "MASTER_PORT is 0"),
+        ({**FULL, "RANK": "2"}, "RANK is 2 and WORLD_SIZE is 2 in the environment: ranks are 0 to WORLD_SIZE - 1"),
+        ({"RANK": "1"}, "RANK is 1 and WORLD_SIZE is missing"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2 in the environment and RANK, MASTER_ADDR, MASTER_PORT missing"),
+        ({"WORLD_SIZE": "2", "RANK": "0"}, "MASTER_ADDR, MASTER_PORT missing"),
+        ({**FULL, "MASTER_ADDR": " "}, "MASTER_ADDR missing"),
+        ({"OMPI_COMM_WORLD_SIZE": "4"}, "mpirun has started 4 tasks and none knows its rank"),
+        ({"PMI_SIZE": "2", "PMI_RANK": "1"}, "mpiexec has started 2 tasks"),
+        ({"SLURM_STEP_NUM_TASKS": "16", "WORLD_SIZE": "16"}, "srun has started 16 tasks"),
+    ],
+)
+def test_a_wrong_environment_is_one_error_that_names_the_variable(environ, words, capsys):
+    with pytest.raises(ConfigError) as caught:
+        find_place(environ)
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+    with pytest.raises(SystemExit) as stop:
+        parse_options([], environ=environ)
+    assert stop.value.code == 2 and words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "environ, rank, size",
+    [
+        ({}, 0, 1),
+        ({"RANK": "", "WORLD_SIZE": " "}, 0, 1),
+        ({"WORLD_SIZE": "1", "RANK": "0", "MASTER_PORT": "29500"}, 0, 1),
+        ({"SLURM_STEP_NUM_TASKS": "1", "OMPI_COMM_WORLD_SIZE": "abc"}, 0, 1),
+        ({**FULL, "SLURM_STEP_NUM_TASKS": "2"}, 1, 2),
+    ],
+)
+def test_an_environment_of_one_or_of_a_launcher_is_taken(environ, rank, size):
+    place = find_place(environ)
+    assert (place.rank, place.size) == (rank, size)
+
+
+def test_a_process_alone_with_a_platforms_world_says_at_once_whom_it_waits_for(capsys):
+    announce(find_place({name: text for name, text in FULL.items() if name != "LOCAL_RANK"}))
+    words = capsys.readouterr().err
+    assert "rank 1 waits for 1 more process at 127.0.0.1:29500 (WORLD_SIZE=2 in the environment)" in words
+    assert "gives up after 120 s" in words and "env -u RANK -u WORLD_SIZE" in words
+    announce(find_place(FULL))
+    announce(find_place({}))
+    assert capsys.readouterr().err == ""
+
+
+def test_it_gives_up_and_names_the_ranks_that_did_not_come(monkeypatch):
+    from sat_lora.training import launch
+
+    monkeypatch.setattr(launch, "BY_HAND_LIMIT", 0.3)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    alone = {"RANK": "0", "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    with pytest.raises(ConfigError, match="rank 0 waited 0.3 s at .* and rank 1, 2 did not come: WORLD_SIZE=3"):
+        rendezvous.meet(find_place(alone))
+    with pytest.raises(ConfigError, match="rank 1 waited 0.3 s at 127.0.0.1:1 and rank 0 did not come"):
+        rendezvous.meet(find_place({**alone, "RANK": "1", "MASTER_PORT": "1"}))
+
+
+def test_a_port_that_another_job_has_is_named_with_what_the_launchers_want():
+    with socket.create_server(("", 0)) as other:
+        port = other.getsockname()[1]
+        environ = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        with pytest.raises(ConfigError) as caught:
+            rendezvous.meet(find_place(environ))
+    words = str(caught.value)
+    assert f"rank 0 cannot listen at port {port}: Address already in use" in words
+    assert all(f"{name} --master_port {port + 1}" in words for name in ("deepspeed", "torchrun"))
+
+
+def test_one_process_alone_does_not_care_for_the_port_of_another():
+    with socket.create_server(("", 0)) as other:
+        environ = {"WORLD_SIZE": "1", "MASTER_PORT": str(other.getsockname()[1])}
+        store = rendezvous.meet(find_place(environ))
+    store.set("a", "b")
+    assert store.get("a") == b"b"
+
+
+def test_a_machine_that_is_not_known_is_named():
+    environ = {**FULL, "MASTER_ADDR": "no-such-host.invalid"}
+    with pytest.raises(ConfigError, match="MASTER_ADDR: no-such-host.invalid is no name of a machine"):
+        rendezvous.meet(find_place(environ))
+
+
+def test_a_rank_that_is_no_number_speaks_for_itself():
+    assert is_first_rank({"RANK": "abc"}) and is_first_rank({}) and is_first_rank({"RANK": " 0 "})
+    assert not is_first_rank({"RANK": "3"})
+
+
+def refused(*args, **kwargs):
+    raise PermissionError(13, "Permission denied", "/data/im\x1b[2Jages")
+
+
+def test_what_may_not_be_read_is_one_line_with_its_name(capsys, single_process_group):
+    with pytest.raises(SatLoraError, match=r"/data/im\\x1b\[2Jages: Permission denied; give the user"):
+        together(refused)
+    assert run_command("sat-lora x", refused) == 2
+    assert capsys.readouterr().err.startswith(r"sat-lora x: error: /data/im\x1b[2Jages: Permission denied; ")
+
+
+def test_an_error_that_names_no_file_is_no_mistake_of_the_user(single_process_group):
+    for run in (together, lambda action: run_command("x", action)):
+        with pytest.raises(OSError, match="broken"):
+            run(lambda: (_ for _ in ()).throw(OSError("the network is broken")))
+
+
+@pytest.mark.parametrize("option", ["--train-data", "--from_pretrained", "--test-data"])
+def test_folders_that_may_not_be_entered_are_problems_of_their_options(option, image_folder, base_folder, monkeypatch):
+    from sat_lora.training.preflight import check_options
+
+    closed = "/closed/folder"
+    options = ["--train-data", str(image_folder), "--from_pretrained", str(base_folder), "--max_length", "64"]
+    parsed = parse_options([*options, option, closed])
+    stat = os.stat
+
+    def guarded(path, *args, **kwargs):
+        if isinstance(path, (str, os.PathLike)) and os.fspath(path).startswith(closed):
+            raise PermissionError(13, "Permission denied", os.fspath(path))
+        return stat(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "stat", guarded)
+    with pytest.raises(SatLoraError, match=f"{option}: /closed/folder.*: Permission denied"):
+        check_options(parsed, environ={}, device="cpu")
+
+
+def test_lines_to_paste_are_quoted_and_name_the_interpreter(monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/home/me/my project/.venv/bin/python")
+    assert sat_lora_line("doctor", "--run", "runs/a b").startswith(
+        "'/home/me/my project/.venv/bin/python' -m sat_lora.cli"
+    )
+    line = relaunch("/x/it's here.py", "--resume", "runs/a $b", environ={})
+    assert line == """'/home/me/my project/.venv/bin/python' '/x/it'"'"'s here.py' --resume 'runs/a $b'"""
+
+
+def test_a_run_is_started_again_under_its_own_launcher():
+    deepspeed = {**FULL, "CROSS_RANK": "0", "LOCAL_SIZE": "2", "MASTER_PORT": "16666"}
+    torchrun = {**FULL, "TORCHELASTIC_RUN_ID": "none", "LOCAL_WORLD_SIZE": "2"}
+    assert "-m deepspeed.launcher.runner --num_gpus 2 --master_port 16666 /s.py" in relaunch("/s.py", environ=deepspeed)
+    line = relaunch("/s.py", environ=torchrun)
+    assert line.endswith("-m torch.distributed.run --standalone --nproc_per_node 2 -- /s.py")
+    assert relaunch("/s.py", environ={**torchrun, "LOCAL_WORLD_SIZE": "1"}) is None  # several machines
+    assert relaunch("/s.py", environ=FULL) is None  # rank by rank
+    assert ranks_on_this_machine(4, {}) == 4
+
+
+def test_options_are_parsed_before_anything_heavy_is_imported():
+    code = (
+        "import contextlib, io, sys\n"
+        f"sys.path.insert(0, {str(ROOT / 'finetune_demo')!r})\n"
+        "import evaluate_cogvlm, finetune_cogvlm, pack_shards\n"
+        "from sat_lora import cli\n"
+        "commands = ('merge', 'doctor', 'estimate', 'export', 'import', 'inspect', 'combine')\n"
+        "calls = [(cli.main, [name, '--help']) for name in commands]\n"
+        "calls += [(cli.main, ['--help']), (cli.main, ['merge', '--x'])]\n"
+        "for main in (finetune_cogvlm.main, evaluate_cogvlm.main, pack_shards.main):\n"
+        "    calls += [(main, ['--help']), (main, ['--no-such-option', '3'])]\n"
+        "calls += [(finetune_cogvlm.main, ['--lr', 'abc']), (finetune_cogvlm.main, ['--doctor', '--lr', 'abc'])]\n"
+        "for main, argv in calls:\n"
+        "    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):\n"
+        "        try:\n"
+        "            main(argv)\n"
+        "        except SystemExit as stop:\n"
+        "            assert stop.code == (0 if '--help' in argv else 2), (argv, stop.code)\n"
+        "        else:\n"
+        "            raise AssertionError(argv)\n"
+        "heavy = {'torch', 'sat', 'deepspeed', 'transformers', 'numpy', 'webdataset', 'PIL'} & sys.modules.keys()\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
