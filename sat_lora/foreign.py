@@ -53,16 +53,24 @@ def kind_of(mode: int) -> str:
     return next((words for is_kind, words in kinds.items() if is_kind(mode)), "something else")
 
 
-def parse_json(text: str | bytes, *, parse_constant: Callable[[str], object] | None = None):
+def parse_json(
+    text: str | bytes,
+    *,
+    parse_constant: Callable[[str], object] | None = None,
+    object_pairs_hook: Callable[[list], object] | None = None,
+):
     """What `text` says as JSON; ValueError if it is none (bytes have to be UTF-8, a byte-order mark is passed over), or
     is nested deeper than DEPTH_LIMIT.
 
     parse_constant: as `json.loads` takes it, for NaN and the infinities, which are no JSON.
+    object_pairs_hook: the same, for objects.
     """
     if isinstance(text, bytes):
         text = text.decode("utf-8-sig")
     try:
-        content = json.loads(text.removeprefix("\ufeff"), parse_constant=parse_constant)
+        content = json.loads(
+            text.removeprefix("\ufeff"), parse_constant=parse_constant, object_pairs_hook=object_pairs_hook
+        )
     except RecursionError:
         raise ValueError(f"nested deeper than {DEPTH_LIMIT}") from None
     layer = [content]
