@@ -17,6 +17,7 @@ import torch
 
 from sat_lora.adapter import LoraAdapter
 from sat_lora.adapter_file import load_adapter
+from sat_lora.adapter_format import read_adapter
 from sat_lora.cogvlm.base_weights import BaseWeights
 from sat_lora.cogvlm.checkpoint import load_cogvlm
 from sat_lora.cogvlm.text import position_ids_for
@@ -65,7 +66,7 @@ def verify_merge(base: str | Path, adapter: str | Path, merged: str | Path, *, t
         problems.append("the deltas in the weights give other logits than beside them")
     files = BaseWeights(merged)
     dtype = dtype_of(files)
-    wrong = take_weights(model, files)
+    wrong = take_weights(model, files, coarsest_dtype(adapter))
     if wrong:
         some = ", ".join(wrong[:4]) + (f" and {len(wrong) - 4} more" if len(wrong) > 4 else "")
         problems.append(f"not base plus adapter, rounded once: {some}")
@@ -78,12 +79,16 @@ def verify_merge(base: str | Path, adapter: str | Path, merged: str | Path, *, t
     return Verification(loss / effect if effect else float(loss > error), dtype, tuple(problems))
 
 
-def take_weights(model: torch.nn.Module, files: BaseWeights) -> list[str]:
+def coarsest_dtype(adapter: str | Path) -> torch.dtype:
+    """The dtype of an adapter's tensors; where they have several, the coarsest."""
+    return max((tensor.dtype for tensor in read_adapter(adapter).tensors.values()), key=lambda d: torch.finfo(d).eps)
+
+
+def take_weights(model: torch.nn.Module, files: BaseWeights, adapter_dtype: torch.dtype) -> list[str]:
     """Put the weights of the files into a float32 model that has the merged ones; the names of those that are wrong.
 
-    Right is the value nearest to the model's in the dtype of the file. Two sums of r products may differ in float32 by
-    2 (r + 2) u (|W| + |s| |B| |A|), and so may fall on two sides of the middle between two values; the lengths of
-    DoRA's rows are sums of as many squares as the layer has inputs.
+    Right is the value nearest to the model's in the dtype of the file, but for what two ways to compute the model's
+    differ by (`_difference`), which may put them on two sides of the middle between two values.
     """
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     adapters, wrong = adapters_of(model), []
@@ -93,7 +98,7 @@ def take_weights(model: torch.nn.Module, files: BaseWeights) -> list[str]:
         allowed = (rounded - exact).abs()
         adapter = adapters.get(name.removesuffix(".weight"))
         if adapter is not None and name.endswith(".weight"):
-            allowed += _difference_of_two_sums(exact, adapter)
+            allowed += _difference(exact, adapter, torch.finfo(adapter_dtype).eps)
         file = file.to(exact)
         if not bool(((file - exact).abs() <= allowed).all()):
             wrong.append(name)
@@ -101,16 +106,20 @@ def take_weights(model: torch.nn.Module, files: BaseWeights) -> list[str]:
     return wrong
 
 
-def _difference_of_two_sums(merged: torch.Tensor, adapter: LoraAdapter) -> torch.Tensor:
+def _difference(merged: torch.Tensor, adapter: LoraAdapter, adapter_eps: float) -> torch.Tensor:
+    """By how much two computations of a merged weight may differ, element by element.
+
+    Two float32 sums of r products and W: 2 (r + 2) u (|W| + |s| |B| |A|). DoRA's factor g is computed in the adapter's
+    dtype, here in float32: four roundings of half an eps, in W A, in the norm, in the quotient and in what it is for.
+    """
     a, b = adapter.factors()
     products = (a.abs(), b.abs(), abs(adapter.scale))
     size = merged_weight(torch.zeros_like(merged), adapter.kind, adapter.layout, products)
     size += size + merged.abs()  # |W| is at most |W + s B A| + |s| |B| |A|
-    terms = adapter.rank + 2
+    size *= 2 * (adapter.rank + 2) * UNIT_ROUNDOFF
     if adapter.magnitude_or_none is not None:
-        terms += adapter.kind.matrix(merged).shape[1]
-        size += merged.abs().max()
-    return size.mul_(2 * terms * UNIT_ROUNDOFF)
+        size += 2 * adapter_eps * merged.abs()
+    return size
 
 
 def float32_error(config: dict) -> float:
