@@ -34,10 +34,12 @@ def read_bytes(path: str | Path, limit: int) -> bytes:
     OSError if it is anything else (a pipe or a device is never waited for, nor read), or cannot be read; ValueError if
     it is larger.
     """
-    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-        mode = os.fstat(file.fileno()).st_mode
-        if not stat.S_ISREG(mode):
-            raise OSError(f"{kind_of(mode)}, no file")
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        raise OSError(f"{kind_of(mode)}, no file")
+    with os.fdopen(descriptor, "rb") as file:
         content = file.read(limit + 1)
     if len(content) > limit:
         raise ValueError(f"larger than {limit / MEBIBYTE:g} MiB")

@@ -2,8 +2,10 @@
 
 import argparse
 import json
+import sys
 
 from sat_lora.commands.parts import examples
+from sat_lora.training.option_types import positive
 
 
 def add(commands) -> None:
@@ -22,7 +24,7 @@ def add(commands) -> None:
         ),
     )
     command.add_argument("--gpus", type=int, default=1, metavar="N", help="ranks of the run (default: 1)")
-    command.add_argument("--device-memory", type=float, metavar="GIB", help="of each; status 1 if it is not enough")
+    command.add_argument("--device-memory", type=positive, metavar="GIB", help="of each; status 1 if it is not enough")
     command.add_argument("--device", default="cuda", choices=["cuda", "cpu"], help="decides the default precision")
     command.add_argument("--json", action="store_true", help="bytes, for programs")
     command.set_defaults(run_command=run, takes_more=True)
@@ -36,7 +38,11 @@ def run(options: argparse.Namespace) -> int:
     from sat_lora.doctor.memory import memory_table
     from sat_lora.training.options import parse_options
 
-    memory = estimate_run(parse_options(options.more), ranks=options.gpus, device=options.device)
+    settings = parse_options(options.more)
+    if not settings.given & {"from_pretrained", "resume", "replay"}:
+        _refuse_no_base(options)
+        print(f"no --from_pretrained: of the embedded tiny CogVLM, {settings.from_pretrained}", file=sys.stderr)
+    memory = estimate_run(settings, ranks=options.gpus, device=options.device)
     available = None if options.device_memory is None else options.device_memory * 2**30
     fits = available is None or memory.total <= available
     if options.json:
@@ -46,3 +52,16 @@ def run(options: argparse.Namespace) -> int:
     if not fits:
         print(f"it does not fit: {CODES['memory'].fix}")
     return 0 if fits else 1
+
+
+def _refuse_no_base(options: argparse.Namespace) -> None:
+    """ConfigError where options speak of a run, and none of the base that it would train."""
+    from sat_lora.errors import ConfigError
+
+    given = list(options.more)
+    given += ["--gpus"] * (options.gpus != 1) + ["--device-memory"] * (options.device_memory is not None)
+    if given:
+        raise ConfigError(
+            f"--from_pretrained: missing, and {given[0]} speaks of a run; give the base's folder or its "
+            "model_config.json (without any option the embedded tiny CogVLM is estimated)"
+        )
