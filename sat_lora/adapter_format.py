@@ -15,6 +15,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import shlex
 from pathlib import Path
 
 import safetensors
@@ -24,6 +25,7 @@ from safetensors.torch import save_file
 from sat_lora.atomic import replaced_folder
 from sat_lora.config import DTYPES, LoraConfig
 from sat_lora.errors import AdapterError, ConfigError
+from sat_lora.foreign import printable, read_json
 from sat_lora.step_folders import follow
 
 FORMAT_VERSION = 2
@@ -159,6 +161,7 @@ def read_adapter(folder: str | Path) -> SavedAdapter:
     if missing:
         raise AdapterError(
             f"{folder} is not an adapter folder: {', '.join(missing)} missing; found: {found or 'nothing'}"
+            f"{_advice(folder)}"
         )
     config, fingerprint, layers, trained = _read_config(folder / CONFIG)
     return SavedAdapter(config, fingerprint, layers, trained, _read_tensors(folder / WEIGHTS))
@@ -176,7 +179,9 @@ def _read_config(path: Path) -> tuple[LoraConfig, str, dict[str, LayerEntry], tu
         layers = {name: _layer_entry(name, values) for name, values in own["layers"].items()}
         fingerprint, trained = str(own["base_fingerprint"]), _strings(own["trained"])
     except (OSError, ValueError, AttributeError, LookupError, TypeError, RecursionError) as error:
-        raise AdapterError(f"{path}: not an adapter config of sat_lora: {_brief(_cause(error))}") from error
+        raise AdapterError(
+            f"{path}: not an adapter config of sat_lora: {_brief(_cause(error))}{_advice(path.parent)}"
+        ) from error
     try:
         config = LoraConfig.from_dict(values)
     except ConfigError as error:
@@ -184,6 +189,20 @@ def _read_config(path: Path) -> tuple[LoraConfig, str, dict[str, LayerEntry], tu
     if config.takes_from_base:  # written files never do; loading one would take from the base again
         raise AdapterError(f"{path}: init_lora_weights {config.init_lora_weights!r}, but the file is a plain LoRA")
     return config, fingerprint, layers, trained
+
+
+def _advice(folder: Path) -> str:
+    """What to do with a folder that is no adapter here, where it is something else that is known."""
+    try:
+        if any((folder / "adapter" / name).exists() for name in ("latest", "best", CONFIG)):
+            return f"; it is a run folder: give {printable(folder / 'adapter')}"
+        values = read_json(folder / CONFIG)
+    except (OSError, ValueError):
+        return ""
+    if isinstance(values, dict) and "sat_lora" not in values and "peft_type" in values:
+        place = shlex.quote(printable(folder))
+        return f"; it is an adapter of PEFT: sat-lora import --from peft {place} makes one of sat_lora"
+    return ""
 
 
 def _layer_entry(name: str, values) -> LayerEntry:

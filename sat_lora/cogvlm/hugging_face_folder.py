@@ -7,7 +7,7 @@ ways: the rotary base above all.
 
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 
@@ -76,11 +76,12 @@ class HuggingFaceFolder:
         content = read_object(path)
         vision = content.get("vision_config")
         vision = vision if isinstance(vision, dict) else {}
-        problems = [
-            *_size_problems(content, _SIZES.values()),
-            *_size_problems(vision, (*_VIT_SIZES.values(), "image_size"), "vision_config."),
-            *_other_networks(content, vision),
-        ]
+        problems = [f"no {name}" for name in _SIZES.values() if name not in content]
+        problems += [f"no vision_config.{name}" for name in (*_VIT_SIZES.values(), "image_size") if name not in vision]
+        for section, name, wanted in ((content, "hidden_act", "silu"), (vision, "hidden_act", "gelu")):
+            if section.get(name, wanted) != wanted:
+                problems.append(f"{name} {section[name]!r} where CogVLM has {wanted!r}")
+        problems += _other_networks(content)
         if problems:
             raise CheckpointError(f"{path} is not the config of a CogVLM: {'; '.join(problems)}")
         vit = {name: vision[theirs] for name, theirs in _VIT_SIZES.items()}
@@ -159,16 +160,13 @@ class HuggingFaceFolder:
         if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
             raise CheckpointError(f"{index}: expected an object `weight_map` from parameter names to file names")
         names = sorted(set(places.values()))
-        outside = [printable(name) for name in names if "\0" in name or Path(name).name != name]
-        if outside:
-            raise CheckpointError(
-                f"{index} names {', '.join(outside[:8])}; only files of its own folder are read: put them there, and "
-                "their bare names into the index"
-            )
         foreign = [printable(name) for name in names if not name.endswith(".safetensors")]
+        outside = [printable(name) for name in names if Path(name).name != name]
         missing = [printable(name) for name in names if not (self.path / name).is_file()]
         if foreign:
-            raise CheckpointError(f"{index} names {', '.join(foreign)}; only .safetensors files belong there")
+            raise CheckpointError(f"{index} names {', '.join(foreign[:8])}; only .safetensors files belong there")
+        if outside:
+            raise CheckpointError(f"{index} names {', '.join(outside[:8])}; its files have to lie beside it")
         if missing:
             raise CheckpointError(
                 f"{self.path}: {len(names) - len(missing)} of {len(names)} files are there: {index} names "
@@ -177,23 +175,8 @@ class HuggingFaceFolder:
         return places
 
 
-def _size_problems(section: dict, names: Iterable[str], prefix: str = "") -> Iterator[str]:
-    """Sizes that are missing, or no numbers above 0: whole ones, but for an epsilon."""
-    for name in names:
-        value = section.get(name)
-        kinds = (int, float) if name.endswith("eps") else int
-        if value is None:
-            yield f"no {prefix}{name}"
-        elif isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < 2**31:
-            wanted = "a number" if name.endswith("eps") else "a whole number"
-            yield f"{prefix}{name} is {printable(repr(value))[:80]}, wanted {wanted} above 0"
-
-
-def _other_networks(content: dict, vision: dict) -> Iterator[str]:
-    """What config.json asks for and CogVLM is not."""
-    for section, name, wanted in ((content, "hidden_act", "silu"), (vision, "hidden_act", "gelu")):
-        if section.get(name, wanted) != wanted:
-            yield f"{name} {section[name]!r} where CogVLM has {wanted!r}"
+def _other_networks(content: dict) -> Iterator[str]:
+    """What config.json asks for and CogVLM's code does not do."""
     rope = content.get("rope_parameters")
     rope = rope if isinstance(rope, dict) else {}
     for name, value in (("rope_theta", content.get("rope_theta")), ("rope_theta", rope.get("rope_theta"))):
