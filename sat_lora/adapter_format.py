@@ -17,6 +17,7 @@ import dataclasses
 import itertools
 import json
 import math
+import shlex
 from pathlib import Path
 
 import safetensors
@@ -167,19 +168,10 @@ def read_adapter(folder: str | Path) -> SavedAdapter:
         raise AdapterError(f"{folder}: cannot be read: {error}") from error
     if missing:
         found = "no such folder" if names is None else ", ".join(map(printable, names[:12])) or "nothing"
-        advice = _advice(folder, names or [])
+        advice = _advice(folder)
         raise AdapterError(f"{folder} is not an adapter folder: {', '.join(missing)} missing; found: {found}{advice}")
     about = _read_config(folder / CONFIG)
     return dataclasses.replace(about, tensors=_read_tensors(folder / WEIGHTS))
-
-
-def _advice(folder: Path, names: list[str]) -> str:
-    """What to give instead of a folder that holds these and no adapter, where that can be seen."""
-    if (folder / "adapter").is_dir():
-        return f"; give {folder / 'adapter'}"
-    if "adapter_model.bin" in names:
-        return f"; {_IMPORT}"
-    return ""
 
 
 def base_of_adapter(folder: str | Path) -> BaseIdentity:
@@ -237,7 +229,8 @@ def _read_config(path: Path) -> SavedAdapter:
         base = BaseIdentity.from_dict(fingerprint, own["base"]) if "base" in own else None
     except (OSError, ValueError, AttributeError, LookupError, TypeError, RecursionError) as error:
         problem = stand_in(path) or _brief(_cause(error))
-        raise AdapterError(f"{path}: not an adapter config of sat_lora: {problem}") from error
+        advice = _advice(path.parent)
+        raise AdapterError(f"{path}: not an adapter config of sat_lora: {problem}{advice}") from error
     try:
         config = LoraConfig.from_dict(values)
     except ConfigError as error:
@@ -245,6 +238,22 @@ def _read_config(path: Path) -> SavedAdapter:
     if config.takes_from_base:  # written files never do; loading one would take from the base again
         raise AdapterError(f"{path}: init_lora_weights {config.init_lora_weights!r}, but the file is a plain LoRA")
     return SavedAdapter(config, fingerprint, layers, trained, {}, base)
+
+
+def _advice(folder: Path) -> str:
+    """What to do with a folder that is no adapter here, where it is something else that is known."""
+    try:
+        if any((folder / "adapter" / name).exists() for name in ("latest", "best", CONFIG)):
+            return f"; it is a run folder: give {printable(folder / 'adapter')}"
+        values = read_json(folder / CONFIG)
+    except (OSError, ValueError):
+        values = None
+    if (folder / "adapter_model.bin").is_file():
+        return f"; {_IMPORT}"
+    if isinstance(values, dict) and "sat_lora" not in values and "peft_type" in values:
+        place = shlex.quote(printable(folder))
+        return f"; it is an adapter of PEFT: sat-lora import --from peft {place} makes one of sat_lora"
+    return ""
 
 
 def _layer_entry(name: str, values) -> LayerEntry:

@@ -22,12 +22,12 @@ from pathlib import Path
 import torch
 from torch.nn.functional import pad
 
-from sat_lora.adapter_format import PAIR, LayerEntry, SavedAdapter, cut_slots, write_adapter
+from sat_lora.adapter_format import LARGEST_SCALE, PAIR, LayerEntry, SavedAdapter, cut_slots, write_adapter
 from sat_lora.base_identity import BaseIdentity
 from sat_lora.combine_checks import WHOLE, Source, by_layer, check_arguments, read_sources, refuse
 from sat_lora.combine_factors import Pair, Triple, cat, linear, svd, ties
 from sat_lora.config import SLOTS, LoraConfig
-from sat_lora.errors import AdapterError
+from sat_lora.errors import AdapterError, ConfigError
 
 Arithmetic = Callable[[list[Triple]], Pair]
 
@@ -74,7 +74,7 @@ def combine_adapters(
 def combine_sources(
     sources: list[Source], arithmetic: Arithmetic, progress: Callable[[Collection], Iterable] = iter
 ) -> SavedAdapter:
-    """The combination of all layers. AdapterError: it is not finite."""
+    """The combination of all layers. AdapterError: it is not finite, or too large to be read again."""
     layers, tensors = {}, {}
     for name, holders in progress(by_layer(sources).items()):
         try:
@@ -84,10 +84,21 @@ def combine_sources(
         tensors |= own
     broken = [key for key, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
     refuse([f"{key}: the combination is not finite in {tensors[key].dtype}" for key in broken])
-    config = combined_config([source.saved.config for source in sources], layers)
+    try:
+        config = combined_config([source.saved.config for source in sources], layers)
+    except ConfigError as error:
+        raise AdapterError(f"not combined: {error}; give smaller weights") from error
     # The scale as a reader of the config gets it, to the last bit.
     layers = {name: replace(entry, scale=config.scale_for(name, entry.r)) for name, entry in layers.items()}
-    return SavedAdapter(config, sources[0].saved.base_fingerprint, layers, (), tensors, _base(sources))
+    combined = SavedAdapter(config, sources[0].saved.base_fingerprint, layers, (), tensors, _base(sources))
+    refuse([f"{name}: the delta leaves float32; give smaller weights" for name in layers if _overflows(combined, name)])
+    return combined
+
+
+def _overflows(adapter: SavedAdapter, name: str) -> bool:
+    """Whether |s| |B| |A|, which no entry of the delta exceeds, is beyond float32."""
+    a, b = (torch.linalg.vector_norm(tensor, dtype=torch.float64).item() for tensor in adapter.of_layer(name).values())
+    return not abs(adapter.layers[name].scale) * a * b <= LARGEST_SCALE
 
 
 def _base(sources: list[Source]) -> BaseIdentity | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from sat_lora.adapter_format import MAGNITUDE, PAIR, SavedAdapter, read_adapter, tensor_problems
+from sat_lora.adapter_format import LARGEST_SCALE, MAGNITUDE, PAIR, SavedAdapter, read_adapter, tensor_problems
 from sat_lora.base_identity import BaseIdentity
 from sat_lora.errors import AdapterError, ConfigError
 
@@ -152,8 +152,9 @@ def _disagreements(name: str, holders: list[Source], method: str) -> list[str]:
     ranks = [entry.r for entry in entries]
     if method in ("linear", "ties") and len(set(ranks)) > 1:
         problems.append(f"{method} wants equal ranks, got {ranks}; svd and cat take any")
-    if not all(math.isfinite(source.strength(name)) for source in holders):
-        problems.append("weight times scale is not finite")
+    largest = max(abs(source.strength(name)) for source in holders)
+    if not largest <= LARGEST_SCALE:
+        problems.append(f"weight times scale is not finite in float32, which ends at {LARGEST_SCALE:.3g}: {largest:g}")
     return problems
 
 

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, fields
 from sat_lora.errors import ConfigError
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
+LARGEST_FACTOR = 3.4028e38  # of what is multiplied with float32 tensors
 MOST_LAYERS = 10_000  # a range of any length would be counted out
 SLOTS = ("q", "k", "v")
 BIASES = ("none", "lora_only", "all")
@@ -110,6 +111,8 @@ class LoraConfig:
         for name, value in numbers.items():
             if not _is_number(value) or (name == "lr_ratio" and value <= 0):
                 yield f"{name} has to be a finite number{' above 0' * (name == 'lr_ratio')}, got {value!r}"
+            elif abs(value) > LARGEST_FACTOR:
+                yield f"{name} has to be {LARGEST_FACTOR:g} at most, where float32 ends, got {value!r}"
         if not _is_number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
             yield f"lora_dropout has to be in [0, 1), got {self.lora_dropout!r}"
         for name in ("use_rslora", "use_dora", "freeze_a"):

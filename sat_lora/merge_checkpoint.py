@@ -12,16 +12,19 @@ import torch
 from sat_lora.adapter_format import SavedAdapter, base_problem, read_adapter, tensor_problems
 from sat_lora.atomic import replaced_folder
 from sat_lora.cogvlm.base_weights import BaseWeights
-from sat_lora.cogvlm.hugging_face_folder import make_hugging_face_weights
+from sat_lora.cogvlm.hugging_face_folder import CONFIG, INDEX, REMOTE_CODE, ROTARY, make_hugging_face_weights
 from sat_lora.cogvlm.sat_folder import make_sat_weights
 from sat_lora.errors import AdapterError, CheckpointError, MergeError
 from sat_lora.foreign import printable
 from sat_lora.functional import DeltaLayout
 from sat_lora.kinds import KINDS
 from sat_lora.merging import merged_weight
+from sat_lora.weight_files import Layout
 
-_OF_WEIGHTS = {"latest", "model_config.json", "model.safetensors.index.json"}  # beside files with these endings
-_WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt"}
+_OF_WEIGHTS = {"latest", "model_config.json", INDEX, "pytorch_model.bin.index.json"}  # beside files with these endings
+_WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack"}
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def merge_adapter(
@@ -31,14 +34,16 @@ def merge_adapter(
     *,
     to: str = "sat",
     model_parallel_size: int = 1,
+    dtype: torch.dtype | None = None,
     trust: bool = False,
     any_base: bool = False,
     progress: Callable[[Collection], Iterable] = iter,
-) -> None:
+) -> list[str]:
     """Write OUT, the base with scale * B A added to each adapted weight: in float32, kept in the base's dtype.
 
-    to: "sat", cut for `model_parallel_size` ranks, or "hf", a Hugging Face folder of safetensors. The base may be
-    either, and cut for any number of ranks. progress: goes through the tensors' names, as tqdm does.
+    Gives remarks: what lies beside the base and was left out, what OUT wants beside it. to: "sat", cut for
+    `model_parallel_size` ranks, or "hf", a Hugging Face folder of safetensors. The base may be either, and cut for any
+    number of ranks. dtype: of all of OUT's weights instead. progress: goes through the tensors' names, as tqdm does.
     CheckpointError or AdapterError: a folder is wrong or cannot be written, or the adapter was trained on another base;
     MergeError: a merged weight is not finite. OUT is not there then. trust: see `map_weights`. any_base: take a base
     that the adapter was not trained on, if its layers are there.
@@ -52,23 +57,85 @@ def merge_adapter(
     if another:
         raise AdapterError(f"--adapter: {another}")
     refuse_misfits(weights.shapes, saved, adapter)
+    if to == "hf" and ROTARY not in weights.layout:
+        raise CheckpointError(f"--base: {printable(base)} has no {ROTARY}, of which Hugging Face's layers have copies")
+    layouts = [in_dtype(layout, dtype) for layout in weights.layouts_for(model_parallel_size)]
     try:
         with replaced_folder(out) as temporary:
             if to == "hf":
-                parts = [make_hugging_face_weights(temporary, weights.config, weights.layout)]
+                parts = [
+                    make_hugging_face_weights(
+                        temporary, weights.config, layouts[0], weights[ROTARY], own_config=weights.hugging_face_config
+                    )
+                ]
             else:
-                parts = make_sat_weights(temporary, weights.config, weights.layouts_for(model_parallel_size))
+                parts = make_sat_weights(temporary, weights.config, layouts)
             for name in progress(weights.layout):
                 whole = merged_tensor(name, weights, saved)
                 for rank, part in enumerate(parts):
                     if name in part:
                         part[name].copy_(weights.shard(name, whole, rank, len(parts)))
                         _refuse_non_finite(name, part[name], adapter)
-            for path in Path(base).iterdir():  # the tokenizer and whatever else lies beside the weights
-                if path.is_file() and path.name not in _OF_WEIGHTS and path.suffix not in _WEIGHT_SUFFIXES:
-                    shutil.copyfile(path, temporary / path.name)
+            remarks = copy_beside(Path(base), temporary, without={CONFIG} if to == "hf" else set())
+            return remarks + (missing_parts(temporary, base) if to == "hf" else [])
     except (OSError, RuntimeError) as error:  # torch meets a full disk with a RuntimeError
         raise CheckpointError(f"--out: {out} cannot be written: {error}") from error
+
+
+def in_dtype(layout: Layout, dtype: torch.dtype | None) -> Layout:
+    """The layout with its weights in that dtype, and the rotary frequencies as they are."""
+    if dtype is None:
+        return layout
+    return {
+        name: (shape, own if name == ROTARY or not own.is_floating_point else dtype)
+        for name, (shape, own) in layout.items()
+    }
+
+
+def copy_beside(base: Path, out: Path, *, without: Collection[str] = ()) -> list[str]:
+    """Copy the tokenizer and whatever else lies beside the weights, and tell what is left out.
+
+    No link is followed out of the base's folder: whoever made the folder would choose which of the reader's files the
+    merged model is passed on with. The cache of Hugging Face is one folder in this, its files being links into `blobs`.
+    """
+    left_out = []
+    for path in sorted(base.iterdir()):
+        if path.name in _OF_WEIGHTS or path.name in without or path.suffix.lower() in _WEIGHT_SUFFIXES:
+            continue
+        if path.is_symlink() and not _stays_inside(path):
+            left_out.append(printable(path.name))
+        elif path.is_file():
+            shutil.copyfile(path, out / path.name)
+    if not left_out:
+        return []
+    return [f"left out, links that lead out of {printable(base)}: {', '.join(left_out)}; copy what they name yourself"]
+
+
+def _stays_inside(link: Path) -> bool:
+    """Whether a link leads to something in its own folder, or in the `blobs` of a cache of Hugging Face."""
+    folder = link.parent.resolve()
+    blobs = folder.parent.parent / "blobs"
+    homes = [folder, blobs] if folder.parent.name == "snapshots" else [folder]
+    try:
+        return link.resolve(strict=True).parent in homes
+    except (OSError, RuntimeError):  # it leads nowhere, or in a circle
+        return False
+
+
+def missing_parts(folder: Path, base: str | Path) -> list[str]:
+    """What `from_pretrained` wants beside the weights and is not there."""
+    remarks = []
+    code = [name for name in REMOTE_CODE if not (folder / name).is_file()]
+    if code and not any(folder.glob("modeling_*.py")):
+        remarks.append(
+            f"put {', '.join(code)} beside it, from a Hugging Face CogVLM such as cogvlm-chat-hf: from_pretrained "
+            "takes the model's code from there"
+        )
+    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        remarks.append(
+            f"no tokenizer lies in {printable(base)}: load the base's (CogVLM's is vicuna-7b-v1.5) from its own folder"
+        )
+    return remarks
 
 
 def merged_tensor(name: str, weights: BaseWeights, saved: SavedAdapter) -> torch.Tensor:
@@ -109,6 +176,7 @@ def _refuse_non_finite(name: str, merged: torch.Tensor, source: str | Path) -> N
     if merged.is_floating_point():
         bad = sum(int((~torch.isfinite(rows)).sum()) for rows in merged.view(-1).split(1 << 24))
         if bad:
+            hint = "; --dtype bfloat16 and float32 hold more than 65,504" if merged.dtype == torch.float16 else ""
             raise MergeError(
-                f"{source}: {name}: {bad} merged values are not finite in {merged.dtype}; nothing was merged"
+                f"{source}: {name}: {bad} merged values are not finite in {merged.dtype}; nothing was merged{hint}"
             )

@@ -1,32 +1,140 @@
-"""Whether a merged checkpoint computes what base and adapter compute together."""
+"""Whether a merged checkpoint is base and adapter together, and what its precision costs.
 
+All is computed in float32, whatever the files hold, so that only the merged weights are measured. Three questions:
+
+    1. Do base and adapter side by side (A) give the logits of the base with the deltas in its weights (X)?
+    2. Is each weight of the files (M) the nearest to X that its dtype has?
+    3. Does the merged folder, loaded as anyone would, give the logits of those weights?
+
+Yes to all three: the merge is right, and |M - A| / |A - base| is what the dtype of the files rounds away.
+"""
+
+import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from sat_lora.adapter import LoraAdapter
 from sat_lora.adapter_file import load_adapter
+from sat_lora.adapter_format import read_adapter
 from sat_lora.cogvlm.base_weights import BaseWeights
-from sat_lora.cogvlm.checkpoint import load_cogvlm, read_config
+from sat_lora.cogvlm.checkpoint import load_cogvlm
 from sat_lora.cogvlm.text import position_ids_for
+from sat_lora.merging import merged_weight
+from sat_lora.mixin import lora_mixins
+from sat_lora.placement import adapters_of
 from sat_lora.training.distributed import arrange, join
 
+UNIT_ROUNDOFF = 2.0**-24  # of float32
+DEVIATIONS = 4  # standard ones: a sum of n roundings errs by more than that times sqrt(n) once in 16,000 times
 
-def lost_share(
+
+@dataclass(frozen=True)
+class Verification:
+    """What came out of comparing a merged folder with its base and adapter."""
+
+    lost: float
+    """|merged - (base + adapter)| / |(base + adapter) - base| over the logits: 0 where they agree, 1 where nothing
+    was merged."""
+    dtype: torch.dtype
+    """Of most of the merged weights."""
+    problems: tuple[str, ...]
+    """Why the merge is wrong; nothing where it is right."""
+
+
+@torch.no_grad()
+def verify_merge(
     base: str | Path, adapter: str | Path, merged: str | Path, *, trust: bool = False, any_base: bool = False
-) -> tuple[float, float]:
-    """(the share of the adapter's effect on the logits that merging lost, the largest share allowed).
+) -> Verification:
+    """Compare on the logits of one image and a few words, and weight by weight. Holds one model at a time, in float32.
 
-    |merged - (base + adapter)| / |(base + adapter) - base| over the logits of one image and a few words: 0 where they
-    agree, 1 where nothing was merged. Computed in the base's dtype, in which weights and activations are rounded: half
-    precision is allowed a half, float32 a thousandth. Each model is loaded whole, one after the other.
+    trust: of the base, see `map_weights`. any_base: see `load_adapter`.
     """
     arrange(join())
-    dtype = dtype_of(BaseWeights(base, trust=trust))
-    batch = sample_batch(read_config(base))
-    plain, adapted = (_logits(base, batch, dtype, one, trust=trust, any_base=any_base) for one in (None, adapter))
-    error, effect = (_logits(merged, batch, dtype) - adapted).norm().item(), (adapted - plain).norm().item()
-    share = error / effect if effect else float(error > 0)
-    return share, 1e-3 if dtype in (torch.float32, torch.float64) else 0.5
+    model, config = _load(base, trust=trust)
+    load_adapter(model, adapter, any_base=any_base)
+    batch, mixins = sample_batch(config), lora_mixins(model).values()
+    together = _logits(model, batch)
+    for mixin in mixins:
+        mixin.disable()
+    plain = _logits(model, batch)
+    for mixin in mixins:
+        mixin.enable()
+        mixin.merge(keep_original=False)
+    error = float32_error(config) * together.norm().item()
+    problems, in_weights = [], _logits(model, batch)
+    if (in_weights - together).norm().item() > error:
+        problems.append("the deltas in the weights give other logits than beside them")
+    files = BaseWeights(merged)
+    dtype = dtype_of(files)
+    wrong = take_weights(model, files, coarsest_dtype(adapter))
+    if wrong:
+        some = ", ".join(wrong[:4]) + (f" and {len(wrong) - 4} more" if len(wrong) > 4 else "")
+        problems.append(f"not base plus adapter, rounded once: {some}")
+    of_files = _logits(model, batch)
+    del model, mixins
+    loaded = _logits(_load(merged)[0], batch)
+    if (loaded - of_files).norm().item() > error:
+        problems.append("the folder computes something else with its weights, by its config")
+    loss, effect = (loaded - together).norm().item(), (together - plain).norm().item()
+    return Verification(loss / effect if effect else float(loss > error), dtype, tuple(problems))
+
+
+def coarsest_dtype(adapter: str | Path) -> torch.dtype:
+    """The dtype of an adapter's tensors; where they have several, the coarsest."""
+    return max((tensor.dtype for tensor in read_adapter(adapter).tensors.values()), key=lambda d: torch.finfo(d).eps)
+
+
+def take_weights(model: torch.nn.Module, files: BaseWeights, adapter_dtype: torch.dtype) -> list[str]:
+    """Put the weights of the files into a float32 model that has the merged ones; the names of those that are wrong.
+
+    Right is the value nearest to the model's in the dtype of the file, but for what two ways to compute the model's
+    differ by (`_difference`), which may put them on two sides of the middle between two values.
+    """
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    adapters, wrong = adapters_of(model), []
+    for name, file in files.items():
+        exact = tensors[name]
+        rounded = exact.to(file.dtype).float()
+        allowed = (rounded - exact).abs()
+        adapter = adapters.get(name.removesuffix(".weight"))
+        if adapter is not None and name.endswith(".weight"):
+            allowed += _difference(exact, adapter, torch.finfo(adapter_dtype).eps)
+        file = file.to(exact)
+        if not bool(((file - exact).abs() <= allowed).all()):
+            wrong.append(name)
+        exact.copy_(file)
+    return wrong
+
+
+def _difference(merged: torch.Tensor, adapter: LoraAdapter, adapter_eps: float) -> torch.Tensor:
+    """By how much two computations of a merged weight may differ, element by element.
+
+    Two float32 sums of r products and W: 2 (r + 2) u (|W| + |s| |B| |A|). DoRA's factor g is computed in the adapter's
+    dtype, here in float32: four roundings of half an eps, in W A, in the norm, in the quotient and in what it is for.
+    """
+    a, b = adapter.factors()
+    products = (a.abs(), b.abs(), abs(adapter.scale))
+    size = merged_weight(torch.zeros_like(merged), adapter.kind, adapter.layout, products)
+    size += size + merged.abs()  # |W| is at most |W + s B A| + |s| |B| |A|
+    size *= 2 * (adapter.rank + 2) * UNIT_ROUNDOFF
+    if adapter.magnitude_or_none is not None:
+        size += 2 * adapter_eps * merged.abs()
+    return size
+
+
+def float32_error(config: dict) -> float:
+    """By how much the logits of a model of these sizes may err in float32, as a share of their norm.
+
+    Each product of matrices sums n products, whose roundings add up to sqrt(n) u (Higham and Mary, SIAM J. Sci. Comput.
+    41(5), 2019); a layer has six of them one after the other, and what one errs by is passed on undamped.
+    """
+    roundings = 0.0
+    for sizes in (config, config["eva_args"]):
+        widths = 5 * math.sqrt(sizes["hidden_size"]) + math.sqrt(sizes["inner_hidden_size"])
+        roundings += sizes["num_layers"] * widths
+    return DEVIATIONS * UNIT_ROUNDOFF * roundings
 
 
 def dtype_of(weights: BaseWeights) -> torch.dtype:
@@ -53,19 +161,11 @@ def sample_batch(config: dict) -> dict[str, torch.Tensor]:
     }
 
 
-@torch.no_grad()
-def _logits(
-    folder: str | Path,
-    batch: dict,
-    dtype: torch.dtype,
-    adapter: str | Path | None = None,
-    *,
-    trust: bool = False,
-    any_base: bool = False,
-) -> torch.Tensor:
-    model, _ = load_cogvlm(folder, dtype=dtype, trust=trust)
-    model.eval()
-    if adapter is not None:
-        load_adapter(model, adapter, any_base=any_base)
+def _load(folder: str | Path, *, trust: bool = False):
+    model, config = load_cogvlm(folder, dtype=torch.float32, trust=trust)
+    return model.eval(), config
+
+
+def _logits(model: torch.nn.Module, batch: dict) -> torch.Tensor:
     inputs = dict(batch)
-    return model(inputs.pop("input_ids"), inputs.pop("position_ids"), -1, **inputs)[0].float()
+    return model(inputs.pop("input_ids"), inputs.pop("position_ids"), -1, **inputs)[0]

@@ -164,7 +164,9 @@ def test_a_hugging_face_folder_has_the_published_names_and_loads(folders, tmp_pa
     merge_adapter(base, adapter, out, to="hf")
     tensors = safetensors.torch.load_file(out / "model.safetensors")
     assert "model.layers.0.self_attn.vision_expert_query_key_value.weight" in tensors
-    assert not [name for name in tensors if "inv_freq" in name]
+    frequencies = map_weights(base / WEIGHTS)["mixins.rotary.rotary_emb.inv_freq"]
+    for layer in range(CONFIG["num_layers"]):
+        assert torch.equal(tensors[f"model.layers.{layer}.self_attn.rotary_emb.inv_freq"], frequencies)
     assert json.loads((out / "config.json").read_text())["vision_config"]["num_positions"] == 10
     merge_adapter(base, adapter, tmp_path / "sat")
     batch = tiny_batch()
@@ -225,7 +227,10 @@ def run(capsys, base, adapter, out, *more):
 
 def test_the_command_merges_and_says_where(folders, capsys):
     base, adapter, out = folders()
-    assert run(capsys, base, adapter, out) == (0, f"merged model in {out}\n", "")
+    status, printed, error = run(capsys, base, adapter, out)
+    size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file()) / 1e6
+    expected = f"merged model in {out}, {size:.1f} MB\nuse it as   --from_pretrained {out}, without an adapter\n"
+    assert (status, printed, error) == (0, expected, "")
     assert (out / WEIGHTS).is_file()
 
 

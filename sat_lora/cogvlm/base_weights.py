@@ -8,6 +8,7 @@ import torch
 
 from sat_lora.base_identity import BaseIdentity, identity_of
 from sat_lora.cogvlm.checkpoint import open_folder, shardings_of
+from sat_lora.cogvlm.hugging_face_folder import ROTARY, HuggingFaceFolder
 from sat_lora.cogvlm.model import build_cogvlm
 from sat_lora.cogvlm.sat_folder import weight_problems
 from sat_lora.errors import CheckpointError, ConfigError
@@ -36,7 +37,12 @@ class BaseWeights(Mapping[str, torch.Tensor]):
                 file = self._source.files()[number]
                 raise CheckpointError(f"{file}: cannot be used: {'; '.join(sorted(problems)[:20])}")
         # What a folder of the other kind leaves out because it is computed.
-        self._computed = {} if self._source.own_name("mixins.rotary.rotary_emb.inv_freq") else self._buffers()
+        self._computed = {} if self._source.own_name(ROTARY) else self._buffers()
+
+    @property
+    def hugging_face_config(self) -> dict | None:
+        """The content of a Hugging Face folder's config.json; None for a SAT folder."""
+        return self._source.own_config() if isinstance(self._source, HuggingFaceFolder) else None
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 
 from sat_lora.commands.parts import examples
 from sat_lora.training.option_types import positive, positive_int
@@ -37,8 +38,11 @@ def run(options: argparse.Namespace) -> int:
     from sat_lora.doctor.memory import memory_table
     from sat_lora.training.options import parse_options
 
-    run_options = parse_options(options.more, prog="sat-lora estimate")
-    memory = estimate_run(run_options, ranks=options.gpus, device=options.device)
+    settings = parse_options(options.more, prog="sat-lora estimate")
+    if not settings.given & {"from_pretrained", "resume", "replay"}:
+        _refuse_no_base(options)
+        print(f"no --from_pretrained: of the embedded tiny CogVLM, {settings.from_pretrained}", file=sys.stderr)
+    memory = estimate_run(settings, ranks=options.gpus, device=options.device)
     available = None if options.device_memory is None else options.device_memory * 2**30
     fits = available is None or memory.total <= available
     if options.json:
@@ -48,3 +52,16 @@ def run(options: argparse.Namespace) -> int:
     if not fits:
         print(f"it does not fit: {CODES['memory'].fix}")
     return 0 if fits else 1
+
+
+def _refuse_no_base(options: argparse.Namespace) -> None:
+    """ConfigError where options speak of a run, and none of the base that it would train."""
+    from sat_lora.errors import ConfigError
+
+    given = list(options.more)
+    given += ["--gpus"] * (options.gpus != 1) + ["--device-memory"] * (options.device_memory is not None)
+    if given:
+        raise ConfigError(
+            f"--from_pretrained: missing, and {given[0]} speaks of a run; give the base's folder or its "
+            "model_config.json (without any option the embedded tiny CogVLM is estimated)"
+        )

@@ -1,6 +1,8 @@
 """`sat-lora merge`."""
 
 import argparse
+import shlex
+from pathlib import Path
 
 from sat_lora.commands.parts import ANY_BASE, bar, examples
 
@@ -27,36 +29,67 @@ def add(commands) -> None:
     )
     merge.add_argument("--model-parallel-size", type=int, default=1, metavar="N", help="cut the SAT folder for N ranks")
     merge.add_argument(
-        "--verify", action="store_true", help="compare its logits with base and adapter; loads both whole"
+        "--dtype",
+        choices=["float32", "bfloat16", "float16"],
+        help="of the merged weights (default: the base's); float32 keeps what bfloat16 rounds away of a weak adapter",
+    )
+    merge.add_argument(
+        "--verify",
+        action="store_true",
+        help="compare its logits and weights with base and adapter, in float32; loads both whole, one after the other",
     )
     merge.set_defaults(run_command=run)
 
 
 def run(options: argparse.Namespace) -> int:
     from sat_lora.errors import ConfigError
-    from sat_lora.merge_checkpoint import merge_adapter
+    from sat_lora.foreign import printable
+    from sat_lora.merge_checkpoint import DTYPES, merge_adapter
 
     if options.model_parallel_size < 1 or (options.to == "hf" and options.model_parallel_size > 1):
         raise ConfigError(
             f"--model-parallel-size: got {options.model_parallel_size}, wanted 1 or more; only SAT folders are cut"
         )
-    merge_adapter(
+    remarks = merge_adapter(
         options.base,
         options.adapter,
         options.out,
         to=options.to,
         model_parallel_size=options.model_parallel_size,
+        dtype=None if options.dtype is None else DTYPES[options.dtype],
         trust=options.trust_checkpoint,
         any_base=options.any_base,
         progress=bar("merging", "tensors"),
     )
-    print(f"merged model in {options.out}")
-    if not options.verify:
-        return 0
-    from sat_lora.verify_merge import lost_share
+    size = sum(path.stat().st_size for path in Path(options.out).rglob("*") if path.is_file())
+    print(f"merged model in {printable(options.out)}, {size_text(size)}")
+    for remark in remarks:
+        print(f"note        {remark}")
+    if options.to == "hf":
+        use = f"AutoModelForCausalLM.from_pretrained({options.out!r}, trust_remote_code=True)"
+    else:
+        use = f"--from_pretrained {shlex.quote(options.out)}, without an adapter"
+    print(f"use it as   {use}", flush=True)
+    return verify(options) if options.verify else 0
+
+
+def verify(options: argparse.Namespace) -> int:
+    """Print what merging lost, and the verdict; 1 if it is wrong."""
+    from sat_lora.foreign import printable
+    from sat_lora.verify_merge import verify_merge
 
     trust, any_base = options.trust_checkpoint, options.any_base
-    share, allowed = lost_share(options.base, options.adapter, options.out, trust=trust, any_base=any_base)
-    verdict = "verified" if share <= allowed else "WRONG"
-    print(f"{verdict}: merging lost {share:.2%} of the adapter's effect on the logits, {allowed:.2%} is rounding")
-    return 0 if share <= allowed else 1
+    found = verify_merge(options.base, options.adapter, options.out, trust=trust, any_base=any_base)
+    lost = f"merging lost {found.lost:.2%} of the adapter's effect on the logits"
+    if found.problems:
+        print(f"WRONG: {lost}: {'; '.join(found.problems)}; do not use {printable(options.out)}")
+        return 1
+    dtype = str(found.dtype).removeprefix("torch.")
+    advice = "" if dtype == "float32" else "; --dtype float32 keeps it, and so does the adapter beside its base"
+    print(f"verified: {lost}, which {dtype} rounds away{advice}")
+    return 0
+
+
+def size_text(size: int) -> str:
+    """Bytes as people read them."""
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"

@@ -1,7 +1,7 @@
 """Names of CogVLM's parameters in its Hugging Face version, and back.
 
 The weights themselves are the same: q, k, v lie in block order in both, and both rotate half against half. Only SAT's
-buffer `mixins.rotary.rotary_emb.inv_freq` has no counterpart that is saved.
+buffer `mixins.rotary.rotary_emb.inv_freq` is one where Hugging Face's layers have a copy each.
 """
 
 import re

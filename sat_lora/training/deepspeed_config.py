@@ -1,5 +1,6 @@
 """From options and a DeepSpeed file to the one config that `deepspeed.initialize` gets."""
 
+import math
 import os
 from argparse import Namespace
 from collections.abc import Mapping
@@ -7,8 +8,19 @@ from collections.abc import Mapping
 import torch
 
 from sat_lora.errors import ConfigError
-from sat_lora.training.deepspeed_file import enabled, file_problems, read_deepspeed_file
+from sat_lora.foreign import printable
+from sat_lora.training.deepspeed_file import (
+    ENTRIES,
+    OFFLOADS,
+    UNSUPPORTED,
+    DeepSpeedFile,
+    enabled,
+    file_problems,
+    open_deepspeed_file,
+    read_deepspeed_file,
+)
 from sat_lora.training.notice import warn
+from sat_lora.training.option_types import LARGEST_RATE
 
 LOWEST_USEFUL_RATE = 1e-5
 BUCKET = 50_000_000  # elements; DeepSpeed's own 500 million take 1 to 4 GB, and hardly anything trains
@@ -20,19 +32,22 @@ def deepspeed_config(options: Namespace, *, device: str, environ: Mapping[str, s
 
     What the file decides is written back into `options`: batch_size, gradient_accumulation_steps, clip_grad, lr,
     betas, eps, weight_decay, zero_stage, bf16, fp16. So are eval_batch_size and distributed_backend where they were
-    left open.
+    left open. An entry that says "auto" decides nothing. `decisions` tells what came from where.
     The optimizer and the schedule are this package's own, so those two sections are read and left out.
     device: `cuda` or `cpu` (an index behind it is ignored); it decides the precision when nothing else does.
-    ConfigError: the file is missing or wrong. Running it a second time changes nothing.
+    ConfigError: the file is missing or wrong, or a rate leaves float32. Running it a second time changes nothing.
     """
     content = _checked_file(options, environ)
-    _take_batch(options, content, environ)
-    _take(options, "clip_grad", content, "gradient_clipping", float)
-    _take_optimizer(options, content)
-    _take(options, "zero_stage", content.get("zero_optimization", {}), "stage", int)
-    _choose_precision(options, content, device)
+    for entry in ENTRIES:
+        value = entry.value_in(content)
+        if value is not None and entry.option not in options.given:
+            setattr(options, entry.option, entry.kind(value))
+    _divide_batch(options, content, environ)
+    options.bf16, options.fp16 = precision_of(options, content, device)
+    _refuse_data_type(options, content)
     options.eval_batch_size = options.eval_batch_size or options.batch_size
     _choose_backend(options, device, environ)
+    _refuse_rates(options)
     if options.lr < LOWEST_USEFUL_RATE:
         warn(
             f"--lr: {options.lr:g} is very low, LoRA learns next to nothing below {LOWEST_USEFUL_RATE:g}; try 1e-4",
@@ -40,7 +55,7 @@ def deepspeed_config(options: Namespace, *, device: str, environ: Mapping[str, s
         )
     if "scheduler" in content:
         warn('--deepspeed_config: "scheduler" is not used; --lr-decay-style, --warmup, --min-lr-ratio are', environ)
-    removed = ("optimizer", "scheduler", "train_batch_size", "offload_optimizer", "offload_param", "bfloat16")
+    removed = {"optimizer", "scheduler", "checkpoint", "train_batch_size", "bfloat16", *OFFLOADS, *UNSUPPORTED}
     kept = {name: value for name, value in content.items() if name not in removed}
     bf16 = content.get("bf16", content.get("bfloat16", {}))
     return {
@@ -62,6 +77,57 @@ def deepspeed_config(options: Namespace, *, device: str, environ: Mapping[str, s
     }
 
 
+def decisions(options: Namespace, device: str) -> list[str]:
+    """What the --deepspeed_config file decided, what it left open and what options took from it, in a few lines.
+
+    options: as `deepspeed_config` left them. Nothing without a file. ConfigError: the file cannot be read any more.
+    """
+    if options.deepspeed_config is None:
+        return []
+    file = open_deepspeed_file(options.deepspeed_config)
+    taken, beaten = [], []
+    for entry in ENTRIES:
+        value = entry.value_in(file.content)
+        if value is None:
+            continue
+        now = getattr(options, entry.option)
+        if entry.option not in options.given:
+            taken.append(f"{entry.label} {_text(now)}")
+        elif entry.kind(value) != now:
+            beaten.append(f"--{entry.option.replace('_', '-')} {_text(now)} beats its {_text(entry.kind(value))}")
+    left = [f'"{printable(name)}"' for name in file.auto]
+    lines = [
+        _precision_decision(options, file, device),
+        f"DeepSpeed file decides {', '.join(taken)}" if taken else "",
+        f"DeepSpeed file: {', '.join(beaten)}" if beaten else "",
+        f'DeepSpeed file leaves {_some(left)} to options and defaults by "auto"' if left else "",
+    ]
+    return [line for line in lines if line]
+
+
+def _precision_decision(options: Namespace, file: DeepSpeedFile, device: str) -> str:
+    name = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[base_dtype(options)]
+    given = sorted(options.given & {"bf16", "fp16"})
+    said = [key for key in ("bf16", "bfloat16", "fp16") if "enabled" in file.content.get(key, {})]
+    auto = any(place.split(".")[0] in ("bf16", "bfloat16", "fp16") for place in file.auto)
+    if given:
+        reason = f"--{given[0]}"
+    elif any(enabled(file.content, key) for key in said) or (said and name == "fp32"):
+        reason = "DeepSpeed file"
+    else:
+        place = "CUDA" if device.startswith("cuda") else "the CPU"
+        reason = f"default on {place}, the DeepSpeed file {'says auto' if auto else 'leaves it open'}"
+    return f"precision {name}: {reason}"
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+
+def _text(value) -> str:
+    return " ".join(map(_text, value)) if isinstance(value, list) else f"{value:g}"
+
+
 def _checked_file(options: Namespace, environ: Mapping[str, str]) -> dict:
     if options.deepspeed_config is None:
         return {}
@@ -74,24 +140,12 @@ def _checked_file(options: Namespace, environ: Mapping[str, str]) -> dict:
     return content
 
 
-def _take(options: Namespace, name: str, section: dict, key: str, kind: type) -> None:
-    """Set options.<name> from a file's entry, unless the option was given."""
-    if key not in section or name in options.given:
-        return
-    value = section[key]
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ConfigError(f'--deepspeed_config: {options.deepspeed_config}: "{key}" is {value!r}, wanted a number')
-    setattr(options, name, kind(value))
-
-
-def _take_batch(options: Namespace, content: dict, environ: Mapping[str, str]) -> None:
-    """Batch size and accumulation; a file with nothing but the product `train_batch_size` decides them too."""
-    _take(options, "batch_size", content, "train_micro_batch_size_per_gpu", int)
-    _take(options, "gradient_accumulation_steps", content, "gradient_accumulation_steps", int)
+def _divide_batch(options: Namespace, content: dict, environ: Mapping[str, str]) -> None:
+    """The batch size of a file with nothing but the product `train_batch_size`."""
     if "train_batch_size" not in content:
         return
     ranks = max(1, int(environ.get("WORLD_SIZE", 1)) // options.model_parallel_size)
-    steps, whole = options.gradient_accumulation_steps, content["train_batch_size"]
+    steps, whole = options.gradient_accumulation_steps, int(content["train_batch_size"])
     if "train_micro_batch_size_per_gpu" not in content and "batch_size" not in options.given:
         options.batch_size, rest = divmod(whole, steps * ranks)
         if rest or not options.batch_size:
@@ -109,34 +163,43 @@ def _take_batch(options: Namespace, content: dict, environ: Mapping[str, str]) -
         )
 
 
-def _take_optimizer(options: Namespace, content: dict) -> None:
-    settings = content.get("optimizer", {}).get("params", {})
-    for name in ("lr", "eps", "weight_decay"):
-        _take(options, name, settings, name, float)
-    if "betas" in settings and "betas" not in options.given:
-        betas = settings["betas"]
-        numbers = isinstance(betas, list) and all(isinstance(beta, int | float) and 0 <= beta < 1 for beta in betas)
-        if not numbers or len(betas) != 2:
-            raise ConfigError(f'--deepspeed_config: "betas" is {betas!r}, wanted two numbers from 0 up to 1')
-        options.betas = [float(beta) for beta in betas]
+def _refuse_data_type(options: Namespace, content: dict) -> None:
+    """ConfigError for gradients summed in a dtype for which DeepSpeed has no optimizer that is used here."""
+    wanted = content.get("data_types", {}).get("grad_accum_dtype")
+    own = "bf16" if options.bf16 else "fp16" if options.fp16 else "fp32"
+    if wanted in (None, own) or (wanted == "fp32" and options.zero_stage > 1):
+        return
+    raise ConfigError(
+        f'--deepspeed_config: {options.deepspeed_config}: "data_types": "grad_accum_dtype" is "{wanted}", and the run '
+        f'has {own} at ZeRO stage {options.zero_stage}; leave it out, or take "fp32" at stage 2 or 3'
+    )
+
+
+def _refuse_rates(options: Namespace) -> None:
+    """ConfigError where the largest factor of an optimizer's step is more than float32 bears."""
+    ratio = getattr(options, "lr_ratio", 1.0)
+    factors = {"--lr": options.lr, "--lr_ratio": ratio, "--weight-decay": options.weight_decay}
+    if not math.isfinite(options.lr) or math.prod(max(1.0, value) for value in factors.values()) > LARGEST_RATE:
+        shown = " x ".join(f"{name} {value:g}" for name, value in factors.items() if value > 1)
+        raise ConfigError(f"{shown}: a step of that size leaves float32; {LARGEST_RATE:g} at most, 1e-4 is usual")
 
 
 def precision_of(options: Namespace, content: dict, device: str) -> tuple[bool, bool]:
-    """(bf16, fp16): the flag given, else what the file has a section for, else bf16 on CUDA and fp32 on CPU."""
+    """(bf16, fp16): the flag given; else what the file says of each; else bf16 on CUDA and fp32 on CPU.
+
+    content: of a file, made plain. A section without `enabled`, or with "auto", says nothing, and fp16 that is
+    disabled says nothing of bf16.
+    """
     if options.given & {"bf16", "fp16"}:
         return "bf16" in options.given and options.bf16, "fp16" in options.given and options.fp16
-    if content.keys() & {"bf16", "bfloat16", "fp16"}:
-        return enabled(content, "bf16") or enabled(content, "bfloat16"), enabled(content, "fp16")
-    return device.startswith("cuda"), False
+    fp16 = enabled(content, "fp16")
+    says_bf16 = content.get("bf16", content.get("bfloat16", {})).get("enabled")
+    return (device.startswith("cuda") and not fp16) if says_bf16 is None else says_bf16, fp16
 
 
 def base_dtype(options: Namespace) -> torch.dtype:
     """The dtype of the base that options.bf16 and options.fp16 ask for."""
     return torch.bfloat16 if options.bf16 else torch.float16 if options.fp16 else torch.float32
-
-
-def _choose_precision(options: Namespace, content: dict, device: str) -> None:
-    options.bf16, options.fp16 = precision_of(options, content, device)
 
 
 def _choose_backend(options: Namespace, device: str, environ: Mapping[str, str]) -> None:

@@ -4,6 +4,9 @@ import argparse
 import math
 from collections.abc import Callable
 
+LARGEST_RATE = 1e30
+"""Of a learning rate and whatever multiplies it: Adam's first step divides by 1 - beta, and float32 ends at 3.4e38."""
+
 
 def number(kind: type, wanted: str, accepts: Callable[[float], bool] = lambda value: True) -> Callable[[str], float]:
     """An argparse type: a finite `kind` that `accepts` takes; otherwise an error that says what was `wanted`."""
@@ -32,6 +35,7 @@ def _whole(text: str) -> float:
 positive_int = number(int, "a whole number above 0", lambda value: value > 0)
 count = number(int, "a whole number, 0 or above", lambda value: value >= 0)
 positive = number(float, "a number above 0", lambda value: value > 0)
+rate = number(float, f"a number above 0, {LARGEST_RATE:g} at most", lambda value: 0 < value <= LARGEST_RATE)
 not_negative = number(float, "a number, 0 or above", lambda value: value >= 0)
 fraction = number(float, "a number from 0 up to, but not including, 1", lambda value: 0 <= value < 1)
 share = number(float, "a share from 0 to 1", lambda value: 0 <= value <= 1)

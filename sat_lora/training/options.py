@@ -18,7 +18,16 @@ from sat_lora.option_parser import OptionParser
 from sat_lora.training.defaults import DEFAULTS, EMBEDDED_DEMO, demo_defaults
 from sat_lora.training.launch import find_place
 from sat_lora.training.lora_options import ABOUT, lora_options
-from sat_lora.training.option_types import count, fraction, not_negative, positive, positive_int, proportions, share
+from sat_lora.training.option_types import (
+    count,
+    fraction,
+    not_negative,
+    positive,
+    positive_int,
+    proportions,
+    rate,
+    share,
+)
 from sat_lora.training.schedule import DECAY_STYLES
 
 # They belong to one start of a run.
@@ -81,7 +90,7 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     add(set_by_people, "--train-iters", "optimizer steps (default: one epoch)", type=positive_int, metavar="N")
     add(set_by_people, "--epochs", "passes over the data, instead of --train-iters", type=positive, metavar="N")
     add(set_by_people, "--batch-size", "samples a GPU takes at once", type=positive_int, metavar="N")
-    add(set_by_people, "--lr", "peak learning rate; LoRA wants 1e-4 or more", type=positive)
+    add(set_by_people, "--lr", "peak learning rate; LoRA wants 1e-4 or more", type=rate)
     add(set_by_people, "--resume", "run folder to go on with, under its own settings", metavar="RUN_FOLDER")
 
     add(model, "--trust-checkpoint", "unpickle all of --from_pretrained: runs any code in it", **flag)

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from sat_lora.cli import main
+from sat_lora.errors import ConfigError
 from tests.distributed.ranks import run_ranks
 
 BASE = Path(__file__).parents[2] / "finetune_demo" / "tiny_cogvlm"
@@ -88,3 +89,21 @@ def test_a_batch_of_all_ranks_in_a_deepspeed_file_is_divided_by_them(tmp_path):
 def test_a_mistake_is_one_line_and_status_2(arguments, message):
     status, _, errors = estimate(*arguments)
     assert status == 2 and errors.count("\n") == 1 and errors.startswith(f"sat-lora estimate: error: {message}")
+
+
+@pytest.mark.parametrize("arguments", [["--device-memory", "80"], ["--gpus", "8"], ["--zero-stage", "3", "--json"]])
+def test_a_run_without_a_base_is_not_taken_for_the_demo(arguments, capsys):
+    assert main(["estimate", *arguments]) == 2
+    said = capsys.readouterr()
+    speaks = next(name for name in arguments if name != "--json")
+    assert said.out == "" and f"--from_pretrained: missing, and {speaks} speaks of a run; give" in said.err
+
+
+def test_without_any_option_the_demo_is_named(capsys, monkeypatch):
+    def stop(settings, **_):
+        raise ConfigError(f"came to {settings.from_pretrained}")
+
+    monkeypatch.setattr("sat_lora.doctor.estimate_run.estimate_run", stop)
+    assert main(["estimate"]) == 2
+    said = capsys.readouterr().err
+    assert f"of the embedded tiny CogVLM, {BASE}\n" in said and f"came to {BASE}" in said
