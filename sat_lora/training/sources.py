@@ -1,7 +1,10 @@
 """Where a run's batches come from: files that are read at will, or tar shards that are streamed."""
 
+import hashlib
+import json
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 
 from torch.utils.data import DataLoader
 
@@ -22,6 +25,13 @@ class FileSource:
     def __init__(self, items: Sequence, make_dataset: Callable[[list], ImageTextDataset], options: Namespace, world):
         self.dataset, self.options, self.world = make_dataset(items), options, world
         self.samples = self.epoch_samples = len(items)
+
+    def description(self) -> dict:
+        """Tells these samples, in their order, from others, wherever they lie: their number and a digest of names,
+        prompts and answers.
+        """
+        named = ((item.name or (item.image and Path(item.image).name), item) for item in self.dataset.items)
+        return {"samples": self.samples, "digest": _digest((name, item.prompt, item.answer) for name, item in named)}
 
     def training(self, start_step: int) -> DataLoader:
         """Micro-batches of this rank without end, from `start_step` on."""
@@ -68,6 +78,10 @@ class ShardSource:
         steps = self._stream(options.batch_size, options.num_workers).steps_per_epoch
         self.epoch_samples = steps * options.batch_size * world.data_parallel_size
 
+    def description(self) -> dict:
+        """As that of a FileSource, by the names of the shards and how many samples each holds."""
+        return {"samples": self.samples, "digest": _digest((Path(one.path).name, one.samples) for one in self.shards)}
+
     def _stream(self, batch_size: int, num_workers: int, **settings) -> ShardStream:
         return ShardStream(
             self.shards,
@@ -98,6 +112,13 @@ class ShardSource:
     def validation(self) -> DataLoader:
         workers = min(1, self.options.num_workers)
         return make_stream_loader(self._validation_stream(), num_workers=workers, seed=self.options.seed)
+
+
+def _digest(entries: Iterable[Sequence]) -> str:
+    digest = hashlib.sha256()
+    for entry in entries:
+        digest.update(json.dumps(entry).encode() + b"\n")
+    return digest.hexdigest()
 
 
 def open_sources(
