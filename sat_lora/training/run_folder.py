@@ -24,7 +24,7 @@ PACKAGES = ("sat_lora", "torch", "deepspeed", "SwissArmyTransformer", "transform
 
 
 def write_json(path: str | Path, content) -> None:
-    """Write `content` as JSON to `path`, by `replace_text`; numbers that are not finite, which JSON has not, as null."""
+    """Write `content` as JSON to `path`, by `replace_text`; numbers that are not finite, which it has not, as null."""
     replace_text(path, json.dumps(_finite(content), indent=2, allow_nan=False) + "\n")
 
 
