@@ -18,13 +18,13 @@ from sat_lora.summary import describe, describe_text
 from sat_lora.training.checkpoint import RunState, load_checkpoint, newest_checkpoint, read_state
 from sat_lora.training.distributed import World, join, together
 from sat_lora.training.engine import adapter_optimizer, start_engine
-from sat_lora.training.evaluation import evaluate_adapter, evaluation_table
+from sat_lora.training.evaluation import evaluate_adapter, evaluation_table, write_evaluation
 from sat_lora.training.loop import train
 from sat_lora.training.optimizer_state import create_moments
 from sat_lora.training.prepare import dataset_maker, load_base, model_seed, on_first_rank, prepare
 from sat_lora.training.release import end_training, free_memory
 from sat_lora.training.resume import check_data, facts_of_run, notes, state_to_resume
-from sat_lora.training.run_folder import EVALUATION, RunFolder, results_problems, write_json
+from sat_lora.training.run_folder import EVALUATION, RunFolder, results_problems
 from sat_lora.training.run_lock import RunLock
 from sat_lora.training.schedule import total_steps
 from sat_lora.training.sources import open_sources
@@ -39,7 +39,8 @@ def finetune(options: Namespace, make_data: Callable[[], None] | None = None) ->
     """
     join(options.distributed_backend)
     doing, option = ("resuming", "--resume") if options.resume else ("training", "--save")
-    with RunLock(options.run_folder, doing=doing, option=option) as lock:
+    instead = "go on with another run" if options.resume else "give another --save or --experiment-name"
+    with RunLock(options.run_folder, doing=doing, option=option, instead=instead) as lock:
         return _finetune(options, make_data, lock)
 
 
@@ -153,6 +154,7 @@ def _trace(options: Namespace, run: RunFolder, world: World, model: torch.nn.Mod
 def _evaluate(options: Namespace, world: World, run: RunFolder, trained: tuple[CogVLMModel, dict] | None) -> None:
     """With the model that has trained, where no rank has to gather it: there is never a second one in memory."""
     result = together(evaluate_adapter, options, run.adapters, world, trained)
-    if world.is_main:
-        write_json(run.path / EVALUATION, result)
+    together(
+        lambda: write_evaluation(run.path / EVALUATION, result, options, run.adapters) if world.is_main else None
+    )
     run.say(evaluation_table(result))

@@ -129,11 +129,13 @@ class RunLock:
     """Held while entered, on every rank; entering and `share` are for every rank to do together.
 
     folder: of the run; it is made if it is not there, and goes again if it is left empty. doing: what for, in a word.
-    option: which names the folder. ConfigError on every rank: another process holds it, or nothing can be written.
+    option: which names the folder. instead: what else to do where it cannot be had. ConfigError on every rank: another
+    process holds it, or nothing can be written.
     """
 
-    def __init__(self, folder: str | Path, *, doing: str, option: str):
+    def __init__(self, folder: str | Path, *, doing: str, option: str, instead: str = "take another folder"):
         self.folder, self.path, self.doing, self.option = Path(folder), Path(folder) / LOCK, doing, option
+        self.instead = instead
         self.note: str | None = None
         """What there is to say of a lock that was taken over, on rank 0."""
         self._descriptor: int | None = None
@@ -192,7 +194,7 @@ class RunLock:
             place = printable(error.filename or self.folder)
             raise ConfigError(
                 f"{self.option}: {printable(self.folder)}: nothing can be written there ({place}: {error.strerror}); "
-                f"name another folder{' with --save' if self.option == '--save' else ''}, or change its rights"
+                f"change that, or {self.instead}"
             ) from error
 
     def _make_folder(self) -> None:
@@ -220,7 +222,7 @@ class RunLock:
                     kind = "folder" if is_kind is stat.S_ISDIR else "file"
                     wrong.append(f"{printable(path)} is {kind_of(mode)}, a run has a {kind} there")
         if wrong:
-            raise ConfigError(f"{self.option}: {'; '.join(wrong)}; move it away, or name another folder")
+            raise ConfigError(f"{self.option}: {'; '.join(wrong)}; move it away, or {self.instead}")
 
     def _open_exclusively(self) -> int:
         """The file, held by this process alone; whoever removed it meanwhile is waited for."""
@@ -283,7 +285,7 @@ class RunLock:
     def _in_use(self, holder: Holder | None) -> str:
         head = f"{self.option}: {printable(self.folder)} is in use"
         if holder is None:
-            return f"{head} by another process; wait for its end, or take another folder"
+            return f"{head} by another process; wait for its end, or {self.instead}"
         hosts = {process.host for process in holder.processes if not process.is_here}
         if hosts:
             names = printable(", ".join(sorted(hosts)))
@@ -294,7 +296,7 @@ class RunLock:
         alive = _numbers(holder.alive)
         lives = f"process {alive} still runs" if alive else "it still runs, perhaps in another container"
         end = f" (kill {alive})" if alive else ""
-        return f"{head} ({holder}): {lives}; wait for its end or end it{end}, or take another folder"
+        return f"{head} ({holder}): {lives}; wait for its end or end it{end}, or {self.instead}"
 
     def _share(self) -> None:
         """Each rank by itself; where the folder is another machine's own, there is no file and nothing to hold."""
