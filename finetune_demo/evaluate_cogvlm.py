@@ -3,12 +3,12 @@
     python finetune_demo/evaluate_cogvlm.py --run runs/demo            # what a run was trained and tested with
     deepspeed --num_gpus 8 finetune_demo/evaluate_cogvlm.py --from_pretrained BASE --adapter ADAPTER --test-data IMAGES
 
-Several ranks share the images. Writes evaluation.json beside the adapter (or to --out) and prints it as a table.
+Several ranks share the images. Prints a table and writes it to --out, or into the run folder of the adapter as
+evaluation.json; an adapter or a base that is not that run's goes to evaluation-2.json, and so on.
 """
 
 import argparse
-import json
-import os
+import contextlib
 import sys
 from pathlib import Path
 
@@ -45,7 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--model-parallel-size", type=positive_int, metavar="N", help="ranks that share one model (default: 1)")
     add("--bf16", action="store_true", default=None, help="bfloat16 (default on CUDA)")
     add("--fp16", action="store_true", default=None, help="float16")
-    add("--out", metavar="FILE", help="where the json goes (default: evaluation.json beside the adapter)")
+    add("--out", metavar="FILE", help="where the json goes (default: evaluation.json in the run folder)")
     add(
         "--watchdog-limit",
         type=not_negative,
@@ -78,15 +78,14 @@ DEFAULTS = dict(
 def read_settings(options: argparse.Namespace) -> argparse.Namespace:
     """The options, filled up from the run's settings and the defaults; ConfigError if something is still missing."""
     from sat_lora.errors import ConfigError
+    from sat_lora.training.options import settings_of_run
 
     stored = {}
     if options.run:
         try:
-            stored = json.loads((Path(options.run) / "run.json").read_text(encoding="utf-8"))["settings"]
-        except (OSError, ValueError, KeyError) as error:
-            raise ConfigError(f"--run: {options.run} is no run folder with a readable run.json: {error}") from error
-        for name in ("trust_checkpoint", "any_base"):  # whoever runs the code of a file says so each time
-            stored.pop(name, None)
+            stored = settings_of_run(options.run)
+        except ConfigError as error:
+            raise ConfigError(f"--run: {error}") from error
         stored["adapter"] = str(Path(options.run) / "adapter")
         if options.bf16 or options.fp16:
             stored["bf16"] = stored["fp16"] = None
@@ -134,29 +133,32 @@ def _evaluate(argv: list[str] | None) -> int:
     announce(place)
     from sat_lora.doctor.watchdog import watched_alone
     from sat_lora.training.distributed import arrange, join, stop, together
-    from sat_lora.training.evaluation import evaluate_adapter, evaluation_table
+    from sat_lora.training.evaluation import (
+        evaluate_adapter,
+        evaluation_file,
+        evaluation_table,
+        try_to_write,
+        write_evaluation,
+    )
     from sat_lora.training.marks import marks_of_options
-    from sat_lora.training.run_folder import write_json
+    from sat_lora.training.run_lock import RunLock
 
     device = join(marks=marks_of_options(options))
     world = arrange(device, options.model_parallel_size)
     options.bf16 = options.bf16 or (device.type == "cuda" and not options.fp16)
-    with watched_alone(options.watchdog_limit, world) as trace:
+    out, run = evaluation_file(options)
+    lock = contextlib.nullcontext()
+    if run is not None:
+        lock = RunLock(run, doing="evaluating", option="--run", instead="write elsewhere, with --out FILE")
+    with lock, watched_alone(options.watchdog_limit, world) as trace:
         any_base = bool(options.any_base)
+        together(lambda: try_to_write(out) if world.is_main else None)
         result = together(evaluate_adapter, options, options.adapter, world, trace=trace, any_base=any_base)
+        together(lambda: write_evaluation(out, result, options, options.adapter) if world.is_main else None)
     if world.is_main:
-        out = Path(options.out or _default_out(options))
-        write_json(out, result)
         print(f"{evaluation_table(result)}\nwritten to {out}", flush=True)
     stop()
     return 0
-
-
-def _default_out(options) -> Path:
-    """Beside the adapter; of a base alone in the working directory, as nothing is written into a base."""
-    if options.adapter:
-        return Path(options.adapter).parent / "evaluation.json"
-    return Path(f"evaluation-{Path(os.path.abspath(options.from_pretrained)).name}.json")
 
 
 if __name__ == "__main__":

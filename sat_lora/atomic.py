@@ -43,14 +43,21 @@ def replaced_folder(target: str | Path):
 
 
 def replace_text(path: str | Path, text: str) -> None:
-    """Write a sibling file, fsync it, then rename it into place: the same for a small text file."""
+    """Write a sibling file, fsync it, then rename it into place: the same for a small text file.
+
+    OSError: it could not be written; the old one stays, and no draft is left.
+    """
     path = Path(path)
     draft = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    with open(draft, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(draft, path)
+    try:
+        with open(draft, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+    except OSError:
+        draft.unlink(missing_ok=True)
+        raise
     _sync(path.parent)
 
 

@@ -1,10 +1,22 @@
 """Folders of steps and the pointers to them."""
 
+import os
+
 import pytest
 
 from sat_lora.adapter_format import read_adapter
 from sat_lora.errors import AdapterError
-from sat_lora.step_folders import BEST, LATEST, drop_beyond, follow, keep_newest, point_to, read_pointer, steps_in
+from sat_lora.step_folders import (
+    BEST,
+    LATEST,
+    follow,
+    point_to,
+    prune,
+    read_pointer,
+    remove_all,
+    set_back,
+    steps_in,
+)
 
 
 @pytest.fixture
@@ -31,30 +43,82 @@ def test_a_pointer_to_what_is_not_there_names_nothing(root):
     assert read_pointer(root / "other") is None
 
 
+def test_a_pointer_is_a_short_text_of_one_step(root, tmp_path):
+    for content in (b"010", b"4" * 300, "\u0664".encode(), b"../4", b"-4", b"4 6", b"", bytes(100)):
+        (root / LATEST).write_bytes(content)
+        assert read_pointer(root / LATEST) is None, content
+    (root / LATEST).write_bytes(b" 4\r\n")
+    assert read_pointer(root / LATEST) == 4
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: os.symlink("/dev/zero", path)])
+def test_a_pointer_that_is_no_file_is_never_waited_for(root, make):
+    (root / LATEST).unlink()
+    make(root / LATEST)
+    assert read_pointer(root / LATEST) is None
+    assert follow(root) == root
+
+
+def test_a_folder_that_only_looks_like_a_step_is_none(root):
+    for name in ("012", "1\u0662", "12.5", "12a"):
+        (root / name).mkdir()
+    assert steps_in(root) == [2, 4, 6, 8, 10]
+    prune(root, newest=10, keep=1)
+    assert {"012", "1\u0662"} <= set(os.listdir(root))
+
+
 def test_the_newest_and_those_pointed_to_are_kept(root):
-    keep_newest(root, 2)
+    prune(root, newest=10, keep=2)
     assert steps_in(root) == [4, 8, 10]
-    keep_newest(root, 0)
+    prune(root, newest=10, keep=0)
     assert steps_in(root) == [4, 8, 10]
+    prune(root, newest=10, keep=1, also={8, None})
+    assert steps_in(root) == [4, 8, 10]
+
+
+def test_later_steps_are_of_a_run_that_was_cut_and_go_with_the_next_save(root):
+    point_to(root, LATEST, 6)
+    prune(root, newest=6, keep=2)
+    assert steps_in(root) == [4, 6]
 
 
 def test_leftovers_of_a_dead_writer_are_no_steps_and_go_with_the_next_save(root):
     (root / ".12.tmp-99").mkdir()
     (root / ".latest.tmp-99").touch()
     assert steps_in(root) == [2, 4, 6, 8, 10]
-    keep_newest(root, 5)
+    prune(root, newest=10, keep=5)
     assert not list(root.glob(".*"))
 
 
-def test_later_steps_are_dropped_and_the_pointers_follow(root):
-    drop_beyond(root, 6)
-    assert steps_in(root) == [2, 4, 6]
+def test_a_link_to_a_step_goes_and_what_it_names_stays(root, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    (elsewhere / "file").touch()
+    (root / "3").symlink_to(elsewhere)
+    prune(root, newest=10, keep=1)
+    assert steps_in(root) == [4, 10] and (elsewhere / "file").exists()
+
+
+def test_pointers_go_back_to_where_a_run_goes_on_and_no_folder_goes(root):
+    set_back(root, 6, 4)
+    assert steps_in(root) == [2, 4, 6, 8, 10]
     assert (read_pointer(root / LATEST), read_pointer(root / BEST)) == (6, 4)
-    drop_beyond(root, 2)
+    set_back(root, 7, 6)
+    assert (read_pointer(root / LATEST), read_pointer(root / BEST)) == (6, 6)
+    set_back(root, 3, None)
     assert (read_pointer(root / LATEST), read_pointer(root / BEST)) == (2, None)
-    drop_beyond(root, 0)
-    assert not list(root.iterdir())
-    drop_beyond(root / "nowhere", 0)
+    set_back(root, 1, None)
+    assert read_pointer(root / LATEST) == 2  # rather an adapter of later on than none
+    set_back(root / "nowhere", 1, None)
+
+
+def test_all_that_is_a_runs_own_is_removed_and_nothing_else(root):
+    (root / ".12.tmp-99").mkdir()
+    (root / "notes.txt").touch()
+    remove_all(root)
+    assert os.listdir(root) == ["notes.txt"]
+    (root / "notes.txt").unlink()
+    remove_all(root)
+    assert not root.exists()
 
 
 def test_an_adapter_is_read_by_pointer(root):

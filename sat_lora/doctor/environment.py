@@ -4,21 +4,15 @@ import math
 import os
 from argparse import Namespace
 
-import torch
-
 from sat_lora.cogvlm.checkpoint import read_config
-from sat_lora.cogvlm.model import build_cogvlm
 from sat_lora.config import LoraConfig
 from sat_lora.doctor.collectives import TIMEOUT, collective_findings
 from sat_lora.doctor.findings import Finding, joined
 from sat_lora.doctor.packages import code_mark, compare_versions, package_findings
 from sat_lora.doctor.space import disk_findings, shared_memory_findings
-from sat_lora.placement import find_all_parameters, find_all_sites
-from sat_lora.sharding import model_parallel_layout, sharding_of
-from sat_lora.targets import plan
-from sat_lora.training.deepspeed_config import base_dtype
 from sat_lora.training.distributed import World, gather_lists, ranks_on_this_machine
 from sat_lora.training.run_folder import versions
+from sat_lora.training.space import saved_sizes
 
 
 def environment_findings(options: Namespace, world: World, lora: LoraConfig, timeout: float = TIMEOUT) -> list[Finding]:
@@ -49,23 +43,3 @@ def batch_bytes(options: Namespace) -> int:
     height, width = read_config(options.from_pretrained)["eva_args"]["image_size"]
     size = max(options.batch_size, options.eval_batch_size or 0)
     return size * (3 * height * width * 4 + 5 * options.max_length * 8)
-
-
-def saved_sizes(options: Namespace, lora: LoraConfig) -> tuple[int, int]:
-    """(bytes of an adapter's tensors in its file, elements that train), of the whole model, however it is cut."""
-    _, parts = model_parallel_layout()
-    config = read_config(options.from_pretrained)
-    model = build_cogvlm(config, device="meta", model_parallel_size=parts, seed=max(1, options.seed))
-    chosen = plan(find_all_sites(model), find_all_parameters(model), lora)
-    stored = trained = whole = 0
-    for target in chosen.targets.values():
-        rows = sum(stop - start for start, stop in target.rows)
-        down, up = target.slots_count * target.rank * target.site.in_features, target.rank * rows
-        magnitude = rows if lora.use_dora else 0
-        stored += (down + up) * (2 if lora.takes_from_base else 1) + magnitude
-        trained += (0 if lora.freeze_a else down) + up + magnitude
-    for one in chosen.trained.values():
-        whole += math.prod(sharding_of(one.module, one.leaf).full_shape(one.tensor.shape, parts))
-    base = base_dtype(options)
-    dtype = getattr(torch, lora.adapter_dtype) if lora.adapter_dtype else base
-    return stored * dtype.itemsize + whole * base.itemsize, trained + whole

@@ -49,6 +49,8 @@ DEFAULTS = {
     "experiment_name": "finetune",
     "save": None,  # then runs
     "resume": None,
+    "any_data": False,
+    "overwrite": False,
     "save_interval": 200,
     "keep": 3,
     "eval_interval": 200,
@@ -66,6 +68,12 @@ DEFAULTS = {
     "ignore_pad_token_for_loss": True,
     "deepspeed": True,
 }
+
+# They belong to one start of a run.
+NOT_RESUMED = frozenset(
+    {"resume", "overwrite", "any_data", "local_rank", "distributed_backend", "trust_checkpoint", "any_base"}
+    | {"doctor", "shrink", "replay"}
+)
 
 EMBEDDED_DEMO = Path(__file__).resolve().parents[2] / "finetune_demo"
 

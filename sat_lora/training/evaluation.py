@@ -1,5 +1,9 @@
 """What a fine-tuned model reads: generated answers against the right ones, base against base + adapter."""
 
+import errno
+import itertools
+import os
+import tempfile
 from argparse import Namespace
 from pathlib import Path
 
@@ -10,13 +14,16 @@ from sat_lora.cogvlm.model import CogVLMModel
 from sat_lora.cogvlm.text import Sample, load_tokenizer
 from sat_lora.cogvlm.tokens import first_tokens
 from sat_lora.doctor.trace import NO_TRACE, NoTrace
-from sat_lora.errors import DataError
-from sat_lora.foreign import printable
+from sat_lora.errors import ConfigError, DataError
+from sat_lora.foreign import printable, read_json
 from sat_lora.mixin import lora_mixins
+from sat_lora.step_folders import follow
 from sat_lora.training.data import BrokenSample, ImageTextDataset, Item, collate, read_items, reading_options
 from sat_lora.training.deepspeed_config import base_dtype
 from sat_lora.training.distributed import World, gather_lists
 from sat_lora.training.loss import sum_over_data_parallel
+from sat_lora.training.options import settings_of_run
+from sat_lora.training.run_folder import EVALUATION, RUN, write_json
 from sat_lora.training.step import to_device
 
 
@@ -123,3 +130,83 @@ def evaluation_table(result: dict) -> str:
     if result.get("broken"):
         lines.append(f"  {len(result['broken'])} images could not be read and do not count")
     return "\n".join(lines)
+
+
+def evaluated(options: Namespace, adapter: str | Path) -> dict:
+    """What an evaluation is of, for its file: the folder of the adapter, the base, and the questions."""
+    paths = {"adapter": follow(adapter), "base": options.from_pretrained}
+    return {name: os.path.realpath(path) for name, path in paths.items()} | {"test_data": list(options.test_data)}
+
+
+def try_to_write(file: Path) -> None:
+    """ConfigError: there is no file to be made, known before anything is evaluated."""
+    try:
+        if file.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "is a folder", str(file))
+        with tempfile.TemporaryFile(dir=file.parent):
+            pass
+    except OSError as error:
+        raise _not_written(file, error) from error
+
+
+def write_evaluation(file: Path, result: dict, options: Namespace, adapter: str | Path) -> None:
+    """Write the result of `evaluate_adapter`, and under `of` what it is of. ConfigError: it could not be written."""
+    try:
+        write_json(file, {**result, "of": evaluated(options, adapter)})
+    except OSError as error:
+        raise _not_written(file, error) from error
+
+
+def _not_written(file: Path, error: OSError) -> ConfigError:
+    return ConfigError(f"--out: {printable(file)}: cannot be written: {error.strerror}; give another file")
+
+
+def evaluation_file(options: Namespace) -> tuple[Path, Path | None]:
+    """(where an evaluation is written, the run folder whose own evaluation.json that is, or None).
+
+    options: run, adapter, from_pretrained, test_data and out, as `evaluate_cogvlm.py` names them. It is --out; that of
+    the run whose adapter and base it is of; or, where --adapter or the base are not that run's, or the file there is of
+    something else, the first of evaluation.json, evaluation-2.json, ... that is free or is of the same.
+    """
+    if options.out:
+        out = Path(options.out)
+        own = out.name == EVALUATION and (out.parent / RUN).is_file()
+        return out, out.parent if own else None
+    if not options.adapter:  # of a base alone in the working directory, as nothing is written into a base
+        return Path(f"evaluation-{Path(os.path.abspath(options.from_pretrained)).name}.json"), None
+    run = _run_of(Path(options.adapter))
+    if run is not None and _is_of(run, options):
+        return run / EVALUATION, run
+    folder = Path(options.run) if options.run else run or Path(options.adapter).parent
+    of = evaluated(options, options.adapter)
+    first = 2 if (folder / RUN).is_file() else 1
+    names = (EVALUATION if number == 1 else f"evaluation-{number}.json" for number in itertools.count(first))
+    places = (folder / name for name in names)
+    return next(place for place in places if not os.path.lexists(place) or _content_of(place) == of), None
+
+
+def _run_of(adapter: Path) -> Path | None:
+    """The run folder whose `adapter/`, pointer or step in that an adapter is."""
+    path = Path(os.path.realpath(adapter))
+    folder = next((one for one in (path, path.parent) if one.name == "adapter"), None)
+    return folder.parent if folder is not None and (folder.parent / RUN).is_file() else None
+
+
+def _is_of(run: Path, options: Namespace) -> bool:
+    """Whether an evaluation is of this run's base, and asked for by no other run's name."""
+    if options.run and os.path.realpath(options.run) != os.path.realpath(run):
+        return False
+    try:
+        base = settings_of_run(run).get("from_pretrained")
+    except ConfigError:
+        return False
+    return base is not None and os.path.realpath(base) == os.path.realpath(options.from_pretrained)
+
+
+def _content_of(file: Path) -> dict | None:
+    """What an evaluation there is of, as far as it says so."""
+    try:
+        content = read_json(file)
+    except (OSError, ValueError):
+        return None
+    return content.get("of") if isinstance(content, dict) else None

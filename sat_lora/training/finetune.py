@@ -5,37 +5,58 @@ from collections.abc import Callable
 
 import torch
 
+from sat_lora.cogvlm.checkpoint import read_config
 from sat_lora.cogvlm.model import CogVLMModel
 from sat_lora.doctor.rank_files import clear
 from sat_lora.doctor.replay import LIMIT, steps_to_replay
 from sat_lora.doctor.trace import NO_TRACE, NoTrace, Trace
 from sat_lora.doctor.watchdog import watched
+from sat_lora.errors import ConfigError
 from sat_lora.placement import add_lora
+from sat_lora.step_folders import BEST, read_pointer, steps_in
 from sat_lora.summary import describe, describe_text
 from sat_lora.training.answer_lengths import answer_lengths, saying_first_cut
-from sat_lora.training.checkpoint import RunState, load_checkpoint
-from sat_lora.training.distributed import World, agree, together
+from sat_lora.training.checkpoint import RunState, load_checkpoint, newest_checkpoint, read_state
+from sat_lora.training.distributed import World, agree, join, together
 from sat_lora.training.engine import adapter_optimizer, start_engine
-from sat_lora.training.evaluation import evaluate_adapter, evaluation_table
+from sat_lora.training.evaluation import evaluate_adapter, evaluation_table, write_evaluation
 from sat_lora.training.loop import train
+from sat_lora.training.marks import marks_of_options
 from sat_lora.training.notice import warn
 from sat_lora.training.optimizer_state import create_moments
 from sat_lora.training.prepare import Setting, dataset_maker, load_base, model_seed, on_first_rank, prepare
 from sat_lora.training.release import end_training, free_memory
-from sat_lora.training.run_folder import RunFolder, write_json
+from sat_lora.training.resume import check_data, facts_of_run, notes, state_to_resume
+from sat_lora.training.run_folder import EVALUATION, RunFolder, results_problems
+from sat_lora.training.run_lock import RunLock
 from sat_lora.training.schedule import total_steps
 from sat_lora.training.sources import FileSource, ShardSource, open_sources
+from sat_lora.training.space import check_space, size_of
 
 
 def finetune(options: Namespace, make_data: Callable[[], None] | None = None) -> World:
     """Check, load, train, evaluate. `make_data` runs first, on rank 0 alone, for data that is not there yet.
 
-    Raises a SatLoraError on every rank for a user's mistake, before the weights are read; TrainingError and Stopped
-    from `train`.
+    The run folder is locked meanwhile, and one that holds results is refused. Raises a SatLoraError on every rank for a
+    user's mistake, before the weights are read; TrainingError and Stopped from `train`.
     """
-    setting = prepare(options, make_data)
+    join(options.distributed_backend, marks_of_options(options))
+    doing, option = ("resuming", "--resume") if options.resume else ("training", "--save")
+    instead = "go on with another run" if options.resume else "give another --save or --experiment-name"
+    with RunLock(options.run_folder, doing=doing, option=option, instead=instead) as lock:
+        return _finetune(options, make_data, lock)
+
+
+def _finetune(options: Namespace, make_data: Callable[[], None] | None, lock: RunLock) -> World:
+    problems = results_problems(options) if torch.distributed.get_rank() == 0 else []
+    setting = prepare(options, make_data, problems=problems)
+    lock.share()
     world = setting.world
-    run = RunFolder(options.run_folder, is_writer=world.is_main)
+    run = RunFolder(options.run_folder, is_writer=world.is_main, lock=lock)
+    if lock.note:
+        run.say(lock.note)
+    freed = size_of(run.path) if options.overwrite else 0
+    together(lambda: check_space(options, setting.lora, freed=freed) if world.is_main else None)
     trace = _trace(options, run, world)
     with watched(trace, LIMIT if options.replay else options.watchdog_limit):
         _train_and_evaluate(options, setting, run, trace)
@@ -45,10 +66,8 @@ def finetune(options: Namespace, make_data: Callable[[], None] | None = None) ->
 def _train_and_evaluate(options: Namespace, setting: Setting, run: RunFolder, trace: NoTrace) -> None:
     world = setting.world
     trace.at("load")
-    model, config = load_base(options, setting, layers=options.shrink if options.replay else None)
-    add_lora(model, setting.lora)
-    run.say(describe_text(model))
-    data, valid_data = open_sources(options, world, dataset_maker(options, config))
+    stored = together(state_to_resume, options.resume) if options.resume else None
+    data, valid_data = open_sources(options, world, dataset_maker(options, read_config(options.from_pretrained)))
     agree({**data.marks("--train-data"), **(valid_data.marks("--valid-data") if valid_data else {})})
     if world.is_main and isinstance(data, FileSource):
         cut = answer_lengths(data.dataset).sentence(options.max_length)
@@ -62,6 +81,14 @@ def _train_and_evaluate(options: Namespace, setting: Setting, run: RunFolder, tr
         gradient_accumulation_steps=options.gradient_accumulation_steps,
         data_parallel_size=world.data_parallel_size,
     )
+    run.facts = facts_of_run(options, data.description(), valid_data and valid_data.description())
+    if stored is not None:
+        together(check_data, options, stored, run.facts["data"])
+        for note in notes(options, stored, run.facts["valid_data"]):
+            run.say(note)
+    model, config = load_base(options, setting, layers=options.shrink if options.replay else None)
+    add_lora(model, setting.lora)
+    run.say(describe_text(model))
     optimizer = adapter_optimizer(
         model, lr=options.lr, weight_decay=options.weight_decay, betas=tuple(options.betas), eps=options.eps
     )
@@ -74,10 +101,12 @@ def _train_and_evaluate(options: Namespace, setting: Setting, run: RunFolder, tr
         first, options.train_iters = steps_to_replay(options.replay)
         state, valid_data, options.test_data = RunState(step=first - 1), None, None
     else:
-        state = together(load_checkpoint, engine, run.checkpoints, world) if options.resume else RunState()
-    run.forget_beyond(state.step)
-    run.write_settings(
+        state = together(_state, engine, options, run, world)
+    together(
+        _begin,
         options,
+        run,
+        state,
         world=dict(
             ranks=world.size,
             data_parallel_size=world.data_parallel_size,
@@ -101,6 +130,37 @@ def _train_and_evaluate(options: Namespace, setting: Setting, run: RunFolder, tr
         _evaluate(options, world, run, None if model is None else (model, config), trace)
 
 
+def _state(engine, options: Namespace, run: RunFolder, world: World) -> RunState:
+    """Where the run begins: at nothing, or at the checkpoint, whose values the engine then has."""
+    if not options.resume:
+        return RunState()
+    state = load_checkpoint(engine, run.checkpoints, world, any_base=getattr(options, "any_base", False))
+    if state.best_step is None and state.best_loss is not None:  # of a version that kept it in the pointer alone
+        state.best_step = read_pointer(run.adapters / BEST)
+    stored = read_state(newest_checkpoint(run.checkpoints))["run"].get("valid_data", run.facts["valid_data"])
+    own = [step for step in steps_in(run.adapters) if step <= state.step]
+    if state.best_step not in own or stored != run.facts["valid_data"]:
+        state.best_loss = state.best_step = None  # nothing to be compared with
+    if state.step >= options.train_iters:
+        run.say(
+            f"the run is already at step {state.step} of {options.train_iters}; to go on, give a --train-iters above "
+            f"{state.step}, or more --epochs"
+        )
+    return state
+
+
+def _begin(options: Namespace, run: RunFolder, state: RunState, **settings) -> None:
+    """Make the run folder this run's. ConfigError: nothing can be written."""
+    try:
+        if options.resume:
+            run.set_back(state.step, state.best_step)
+        else:
+            run.remove_results()
+        run.write_settings(options, **settings)
+    except OSError as error:
+        raise ConfigError(f"--save: {run.path}: cannot be written: {error}") from error
+
+
 def _trace(options: Namespace, run: RunFolder, world: World) -> NoTrace:
     """This rank's; what an earlier start has left goes. Every rank has to call it."""
     on_first_rank(lambda: clear(run.path))
@@ -114,6 +174,7 @@ def _evaluate(
 ) -> None:
     """With the model that has trained, where no rank has to gather it: there is never a second one in memory."""
     result = together(evaluate_adapter, options, run.adapters, world, trained, trace=trace)
-    if world.is_main:
-        write_json(run.path / "evaluation.json", result)
+    together(
+        lambda: write_evaluation(run.path / EVALUATION, result, options, run.adapters) if world.is_main else None
+    )
     run.say(evaluation_table(result))

@@ -1,17 +1,21 @@
 """The training loop over a DeepSpeed engine."""
 
 import itertools
+import math
 import time
 from argparse import Namespace
 from collections.abc import Iterable
+
+import torch
 
 from sat_lora.doctor.trace import NO_TRACE, NoTrace
 from sat_lora.errors import TrainingError
 from sat_lora.optimizer_groups import set_learning_rate
 from sat_lora.training.broken_samples import BrokenSamples
 from sat_lora.training.checkpoint import RunState
-from sat_lora.training.distributed import World, gather_lists
+from sat_lora.training.distributed import World, gather_lists, together
 from sat_lora.training.loss import count_answer_tokens, sum_on_device
+from sat_lora.training.nonfinite import held
 from sat_lora.training.progress import peak_memory_mib
 from sat_lora.training.run_folder import RunFolder
 from sat_lora.training.saving import BackgroundWriter, finish_saving, start_saving
@@ -49,12 +53,13 @@ def train(
     batches, known = iter(loader), BrokenSamples(dataset_size, options.max_broken_share)
     step_samples = options.batch_size * accumulate * world.data_parallel_size
     samples, steps_before, clock = 0, state.step, time.perf_counter()
+    saved = state.step or None  # the newest save, which holds the state that this step begins from or an earlier one
     engine.train()
     with StopSignals() as signals, BackgroundWriter() as writer:
         if state.owes_validation and valid is not None:
             state.owes_validation = False
             if _validate(engine, valid, run, world, state, writer, trace):
-                start_saving(engine, options, run, world, state, writer, is_best=True)
+                start_saving(engine, options, run, world, state, writer)
         for step in range(state.step, total):
             rate = options.lr * learning_rate_factor(
                 step, total_steps=total, warmup_steps=warmup, style=options.lr_decay_style, floor=options.min_lr_ratio
@@ -64,8 +69,7 @@ def train(
             micro_batches = list(itertools.islice(batches, accumulate))
             trace.at("reduce")
             broken = known.new_in(micro_batches)
-            answers = sum(count_answer_tokens(batch["labels"]) for batch in micro_batches)
-            (tokens,) = sum_on_device(answers, device=world.device)
+            tokens = _answer_tokens(micro_batches, world)
             result = train_step(
                 engine,
                 micro_batches,
@@ -86,7 +90,24 @@ def train(
                 run.report_broken(broken, state.step)
             known.check((state.step - steps_before) * step_samples)
             if result.nonfinite is not None:
-                _skip(result.nonfinite, options, run, state)
+                state.skipped += 1
+                if state.skipped > options.skip_nonfinite:
+                    finish_saving(writer)
+                    following = list(itertools.islice(batches, accumulate))
+                    with held(engine):
+                        again = train_step(
+                            engine,
+                            following,
+                            world,
+                            _answer_tokens(following, world),
+                            checks_gradients=not options.fp16,
+                            trace=trace,
+                        )
+                    is_blown_up = again.nonfinite is not None
+                    raise TrainingError(_end_of(result.nonfinite, run, world, state, saved, is_blown_up))
+                run.log_skipped(state.step, result.nonfinite)
+            else:
+                state.good_step = saved
             samples += step_samples
             last = state.step == total
             if last or state.step % options.log_interval == 0:
@@ -110,7 +131,8 @@ def train(
                 is_best = _validate(engine, valid, run, world, state, writer, trace)
             if last or is_best or result.stop is not None or _due(state.step, options.save_interval):
                 trace.at("save")
-                start_saving(engine, options, run, world, state, writer, is_best=is_best)
+                start_saving(engine, options, run, world, state, writer)
+                saved = state.step
             if result.stop is not None:
                 finish_saving(writer)
                 raise Stopped(result.stop, state.step)
@@ -128,7 +150,10 @@ def _validate(
     writer: BackgroundWriter,
     trace: NoTrace,
 ) -> bool:
-    """Log the validation loss, and what could not be read; whether it is the lowest so far."""
+    """Log the validation loss, and what could not be read; whether it is the lowest so far.
+
+    One that is not finite never is.
+    """
     trace.at("save")
     finish_saving(writer)  # the data workers of a validation are forked, which a thread at work may not outlive well
     trace.at("evaluate")
@@ -138,22 +163,40 @@ def _validate(
         run.say(f"step {state.step}: no validation loss, none of the validation samples has an answer")
         return False
     run.log_validation(state.step, loss)
-    is_best = state.best_loss is None or loss < state.best_loss
+    is_best = math.isfinite(loss) and (state.best_loss is None or loss < state.best_loss)
     if is_best:
-        state.best_loss = loss
+        state.best_loss, state.best_step = loss, state.step
     return is_best
 
 
-def _skip(nonfinite: str, options: Namespace, run: RunFolder, state: RunState) -> None:
-    """Count a step that moved nothing, or end the run."""
-    state.skipped += 1
-    if state.skipped > options.skip_nonfinite:
-        raise TrainingError(
-            f"step {state.step}: {nonfinite}; nothing was changed by this step, and {run.adapters} holds the last "
-            f"adapters that were saved. Go on from the last checkpoint with --resume {run.path} and a lower --lr, or "
-            f"with --skip-nonfinite {state.skipped} to leave out such steps"
-        )
-    run.log_skipped(state.step, nonfinite)
+def _answer_tokens(micro_batches: list[dict], world: World) -> torch.Tensor:
+    """Those of a step, over all ranks, on the device; every rank has to call it."""
+    (tokens,) = sum_on_device(sum(count_answer_tokens(batch["labels"]) for batch in micro_batches), device=world.device)
+    return tokens
+
+
+def _end_of(
+    nonfinite: str, run: RunFolder, world: World, state: RunState, saved: int | None, is_blown_up: bool
+) -> str:
+    """What is said at the end of a run whose steps are not finite. Every rank has to call it.
+
+    saved: the newest save. is_blown_up: whether the next batch fails as well. Where no step since that save was finite,
+    it is then blown up too, and the pointers go back to the one before it.
+    """
+    text = f"step {state.step}: {nonfinite}; nothing was changed by this step"
+    if saved is None:
+        return f"{text}, and nothing is saved yet: start again with --overwrite and a lower --lr"
+    text += f", and {run.adapters} holds the last adapters that were saved. "
+    go_on = f"--resume {run.path} and a lower --lr, or with --skip-nonfinite {state.skipped} to leave out such steps"
+    if not is_blown_up or saved == state.good_step:
+        return f"{text}Go on from the last checkpoint with {go_on}"
+    if state.good_step is None:
+        return f"{text}But that of step {saved} is blown up, and there is none before it: start again with a lower --lr"
+    together(lambda: run.go_back_to(state.good_step) if world.is_main else None)
+    return (
+        f"{text}But that of step {saved} is blown up; adapter/latest and checkpoints/latest name step "
+        f"{state.good_step} again, the last that was well. Go on from there with {go_on}"
+    )
 
 
 def _due(step: int, interval: int) -> bool:

@@ -55,14 +55,16 @@ def _gradients_to_step(engine) -> Iterator[torch.Tensor]:
 def held(engine) -> Iterator[None]:
     """Inside, `engine.step()` throws the gradients away and moves neither parameters nor moments, at any ZeRO stage.
 
-    DeepSpeed's optimizers all call `step` of the one they wrap, and copy back what it left.
+    DeepSpeed's optimizers all call `step` of the one they wrap, and copy back what it left. It may be nested.
     """
-    optimizer = engine.basic_optimizer
-    optimizer.step = lambda *args, **kwargs: None
+    own = vars(engine.basic_optimizer)
+    before = {name: own[name] for name in ("step",) if name in own}
+    own["step"] = lambda *args, **kwargs: None
     try:
         yield
     finally:
-        del optimizer.step
+        del own["step"]
+        own.update(before)
 
 
 def first_nonfinite(model: nn.Module, repeat: Callable[[], None]) -> Origin | None:

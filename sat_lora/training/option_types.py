@@ -14,9 +14,13 @@ def number(kind: type, wanted: str, accepts: Callable[[float], bool] = lambda va
     def parse(text: str):
         try:
             value = kind(text)
+            is_right = math.isfinite(value) and accepts(value)
         except ValueError:
             value = _whole(text) if kind is int else math.nan
-        if not math.isfinite(value) or not accepts(value):
+            is_right = math.isfinite(value) and accepts(value)
+        except OverflowError:  # of a whole number that no float holds
+            is_right = False
+        if not is_right:
             raise argparse.ArgumentTypeError(f"got {text!r}, wanted {wanted}")
         return value
 

@@ -6,18 +6,18 @@ A value comes from the first that has one: an option given, the run that --resum
 
 import argparse
 import functools
-import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from sat_lora.cogvlm.prompts import PROMPTS
 from sat_lora.errors import ConfigError
+from sat_lora.foreign import printable, read_json
 from sat_lora.option_parser import OptionParser
-from sat_lora.training.defaults import DEFAULTS, EMBEDDED_DEMO, demo_defaults
+from sat_lora.training.defaults import DEFAULTS, EMBEDDED_DEMO, NOT_RESUMED, demo_defaults
 from sat_lora.training.launch import find_place
-from sat_lora.training.lora_options import ABOUT, lora_options
+from sat_lora.training.lora_options import ABOUT, LORA_FIELDS, lora_options
 from sat_lora.training.option_types import (
     count,
     fraction,
@@ -30,10 +30,6 @@ from sat_lora.training.option_types import (
 )
 from sat_lora.training.schedule import DECAY_STYLES
 
-# They belong to one start of a run.
-NOT_RESUMED = {"resume", "local_rank", "distributed_backend", "trust_checkpoint", "any_base"} | {
-    "doctor", "shrink", "replay",
-}  # fmt: skip
 EXAMPLES = """examples:
   deepspeed finetune_cogvlm.py
   deepspeed finetune_cogvlm.py --from_pretrained cogvlm-base-490 --version base --train-data images/ --bf16 \\
@@ -130,6 +126,8 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     add(memory, "--local_rank", "set by the launcher", type=int, metavar="N")
 
     add(saving, "--save", "folder of the runs (default: runs)", metavar="DIR")
+    add(saving, "--overwrite", "start in a run folder that holds results: they are removed", **flag)
+    add(saving, "--any-data", "for --resume: go on though the training data is not what it was", **flag)
     add(saving, "--save-interval", "steps between saved adapters; 0: at the end only", type=count, metavar="N")
     add(saving, "--keep", "newest adapters to keep, the best aside; 0: all", type=count, metavar="K")
     add(saving, "--eval-interval", "steps between validation losses; 0: at the end only", type=count, metavar="N")
@@ -203,6 +201,10 @@ def parse_options(
         )
     if "shrink" in explicit and not explicit.keys() & {"doctor", "replay"}:
         parser.error(f"--shrink {explicit['shrink']}: training takes the whole model; it is for --doctor and --replay")
+    if {"overwrite", "resume"} <= explicit.keys():
+        parser.error("--overwrite and --resume: the one removes what the other goes on with; give one of them")
+    if "any_data" in explicit and "resume" not in explicit:
+        parser.error("--any-data: a run that starts takes any data; it is for --resume")
     try:
         place = find_place(environ)
     except ConfigError as error:  # on every rank: which one this is, is what is wrong
@@ -213,10 +215,12 @@ def parse_options(
     if source is not None:
         try:
             stored = settings_of_run(explicit[source])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            parser.error(f"--{source}: {explicit[source]} is no run folder with a readable run.json: {error}")
+        except ConfigError as error:
+            parser.error(f"--{source}: {error}")
         given |= frozenset(stored.pop("given"))
         values.update(stored)
+        if values["from_pretrained"] is None and "from_pretrained" not in explicit:
+            parser.error(f"--{source}: {printable(explicit[source])}/run.json names no base; give --from_pretrained")
     elif "from_pretrained" not in explicit:
         values.update(demo_defaults(demo_folder))
         if "train_data" in explicit:  # the demo's held-out captchas say nothing about other data
@@ -233,8 +237,91 @@ def parse_options(
     return argparse.Namespace(**values, given=given)
 
 
-def settings_of_run(folder: str) -> dict:
-    """The settings in FOLDER/run.json that a resumed run takes over, and `given`."""
-    settings = json.loads((Path(folder) / "run.json").read_text(encoding="utf-8"))["settings"]
+def settings_of_run(folder: str | Path) -> dict:
+    """The settings in FOLDER/run.json that a resumed run takes over, and `given`.
+
+    ConfigError: the folder is none of a run, or a setting is of a type or value that no option has; all such in one.
+    The fields of LoraConfig are for that to check.
+    """
+    folder = Path(folder)
+    try:
+        content = read_json(folder / "run.json")
+        if not isinstance(content, dict) or not isinstance(content.get("settings"), dict):
+            raise ValueError("it has no settings")
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise ConfigError(
+            f"{printable(folder)} is no run folder with a readable run.json: {printable(reason)}; {_what_it_is(folder)}"
+        ) from error
+    settings = content["settings"]
+    given = settings.get("given", [])
+    problems = [*_wrong_settings(settings)]
+    if not isinstance(given, list) or not all(isinstance(name, str) for name in given):
+        problems.append("given: wanted a list of names")
+    if problems:
+        raise ConfigError(f"{printable(folder / 'run.json')} has settings that no run has: {'; '.join(problems)}")
     known = {name: value for name, value in settings.items() if name in DEFAULTS and name not in NOT_RESUMED}
-    return {**known, "given": [name for name in settings.get("given", ()) if name in DEFAULTS]}
+    return {**known, "given": [name for name in given if name in DEFAULTS]}
+
+
+def _what_it_is(folder: Path) -> str:
+    """What to give instead of a folder that is none of a run."""
+    wanted = "give a run folder like runs/NAME"
+    if (folder / "run.json").exists():
+        return "mend that file, or start a new run"
+    for inner, outer in ((folder, folder.parent), (folder, folder.parent.parent)):
+        if inner != outer and (outer / "run.json").is_file():
+            return f"it lies in a run folder; give {printable(outer)}"
+    if not folder.exists():
+        return f"there is no such folder; {wanted}"
+    runs = sorted(path.parent.name for path in folder.glob("*/run.json")) if folder.is_dir() else []
+    return f"{wanted}; in it there are {printable(', '.join(runs[:5]))}" if runs else wanted
+
+
+def _wrong_settings(settings: dict) -> Iterator[str]:
+    """A sentence for each setting that its option would not take."""
+    actions = {action.dest: action for action in build_parser()._actions}
+    for name, value in settings.items():
+        if name not in DEFAULTS or name in NOT_RESUMED or name in LORA_FIELDS:
+            continue
+        if value is None and DEFAULTS[name] is None:
+            continue
+        try:
+            wanted = _refusal(name, value, actions.get(name))
+        except argparse.ArgumentTypeError as error:
+            wanted = str(error).rpartition("wanted ")[2]
+        if wanted is not None:
+            shown = printable(repr(value))
+            yield f"{name}: got {shown[:60]}{'...' * (len(shown) > 60)}, wanted {wanted}"
+
+
+def _refusal(name: str, value, action: argparse.Action | None) -> str | None:
+    """What was wanted, if `value` is nothing that the option gives; ArgumentTypeError says the same."""
+    if name == "split":
+        numbers = isinstance(value, list) and all(type(share) in (int, float) for share in value)
+        return None if numbers and action.type(",".join(map(repr, value))) else "one to three shares"
+    if name in ("betas", "eps"):  # of a DeepSpeed file
+        numbers = value if name == "betas" and isinstance(value, list) else [value]
+        good = len(numbers) == len(DEFAULTS["betas"]) if name == "betas" else True
+        good = good and all(type(number) in (int, float) and 0 <= number < 1 for number in numbers)
+        return None if good else "two numbers below 1" if name == "betas" else "a number below 1"
+    if isinstance(DEFAULTS[name], bool):
+        return None if isinstance(value, bool) else "true or false"
+    if action.nargs == "+":
+        texts = isinstance(value, list) and value and all(isinstance(text, str) and _is_path(text) for text in value)
+        return None if texts else "a list of texts"
+    if action.choices is not None:
+        choices = [*action.choices]
+        is_one = any(type(value) is type(choice) and value == choice for choice in choices)
+        return None if is_one else f"one of {', '.join(map(str, choices))}"
+    if action.type is None:
+        return None if isinstance(value, str) and _is_path(value) else "a text"
+    if type(value) not in (int, float):
+        return "a number"
+    action.type(repr(value))
+    return None
+
+
+def _is_path(text: str) -> bool:
+    """Whether the system takes it as the name of a file."""
+    return "\0" not in text

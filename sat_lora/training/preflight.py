@@ -2,7 +2,7 @@
 
 import os
 from argparse import Namespace
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -13,28 +13,36 @@ from sat_lora.cogvlm.model import parallel_problems
 from sat_lora.cogvlm.text import PROMPTS, load_tokenizer, prompt_for, prompt_text, shortest_length
 from sat_lora.errors import CheckpointError, ConfigError, DataError, SatLoraError
 from sat_lora.foreign import os_problem
-from sat_lora.training.checkpoint import newest_checkpoint, read_state, samples_per_step
+from sat_lora.training.checkpoint import samples_per_step
 from sat_lora.training.data import IMAGE_SUFFIXES, read_items, reading_options
 from sat_lora.training.deepspeed_config import deepspeed_config
 from sat_lora.training.deepspeed_file import file_problems, read_deepspeed_file
 from sat_lora.training.defaults import DEFAULTS
 from sat_lora.training.layouts import missing_file_hint
-from sat_lora.training.lora_options import LORA_FIELDS, lora_config, lora_problems
+from sat_lora.training.lora_options import lora_config, lora_problems
 from sat_lora.training.options import settings_of_run
+from sat_lora.training.resume import settled_problems, state_to_resume
 from sat_lora.training.shard_checks import problems_with_shards
 from sat_lora.training.shards import is_shard
 
 IMAGES_TRIED = 300  # one readable image among so many is enough to begin
 
 
-def check_options(options: Namespace, environ: Mapping[str, str] = os.environ, *, device: str | None = None) -> None:
+def check_options(
+    options: Namespace,
+    environ: Mapping[str, str] = os.environ,
+    *,
+    device: str | None = None,
+    more: Iterable[str] = (),
+) -> None:
     """Raise one ConfigError, or DataError when only the data is wrong, with every problem found.
 
     Every rank finds the same. Reads configs, the tokenizer, the headers of weight files and some images, but no
     weights; changes nothing.
-    device: `cuda` or `cpu`; None asks torch.
+    device: `cuda` or `cpu`; None asks torch. more: problems with settings that are known already.
     """
     settings, data = option_problems(options, environ, device)
+    settings = [*more, *settings]
     problems = settings + data
     if problems:
         kind = ConfigError if settings else DataError
@@ -153,15 +161,12 @@ def _resume_problems(options: Namespace, environ: Mapping[str, str]) -> Iterator
     if options.resume is None:
         return
     try:
-        state = read_state(newest_checkpoint(Path(options.resume) / "checkpoints"))
+        state = state_to_resume(options.resume)
     except CheckpointError as error:
         yield str(error)
         return
     stored = settings_of_run(options.resume)
-    for name in LORA_FIELDS:
-        before, now = stored.get(name, DEFAULTS[name]), getattr(options, name)
-        if now != before:  # the checkpoint fits no other adapters, nor other groups of the optimizer
-            yield f"--{name}: got {now!r}, but the run to resume has {before!r}; leave it out, or start a new run"
+    yield from settled_problems(options, state)
     ranks = max(1, int(environ.get("WORLD_SIZE", 1)) // options.model_parallel_size)
     if options.train_data and is_shard(options.train_data[0]):
         yield from _stream_problems(options, stored, state["layout"][0], ranks)

@@ -1,7 +1,7 @@
 """Everything that a run has before its first step, made from its options: the doctor looks at the same."""
 
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -34,15 +34,17 @@ class Setting:
     lora: LoraConfig
 
 
-def prepare(options: Namespace, make_data: Callable[[], None] | None = None) -> Setting:
+def prepare(
+    options: Namespace, make_data: Callable[[], None] | None = None, *, problems: Iterable[str] = ()
+) -> Setting:
     """Join the other ranks and check the options. `make_data` runs first, on rank 0 alone.
 
-    A SatLoraError comes on every rank; a ConfigError if what the ranks were started with differs, before anything whose
-    collectives depend on it.
+    problems: of the options, that this rank knows already. A SatLoraError comes on every rank; a ConfigError if what
+    the ranks were started with differs, before anything whose collectives depend on it.
     """
     device = join(options.distributed_backend, marks_of_options(options))
     on_first_rank(make_data)
-    together(check_options, options)
+    together(check_options, options, more=problems)
     engine = deepspeed_config(options, device=device.type)
     agree({
         **marks_of_options(options),  # once more: the DeepSpeed file has been written into them

@@ -18,14 +18,39 @@ def random_state() -> dict:
 
 
 def set_random_state(state: dict) -> None:
-    """Continue from what `random_state` returned, also if it went through JSON since."""
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-    kind, keys, *rest = state["numpy"]
-    numpy.random.set_state((kind, numpy.array(keys, dtype=numpy.uint32), *rest))
-    torch.set_rng_state(_from_hex(state["torch"]))
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(_from_hex(state["cuda"]))
+    """Continue from what `random_state` returned, also if it went through JSON since; ValueError as of `parsed`."""
+    apply_states(parsed(state))
+
+
+def parsed(state: dict) -> dict:
+    """The states as the generators take them, for `apply_states`; none is touched.
+
+    ValueError: it is nothing that `random_state` returned.
+    """
+    try:
+        version, internal, gauss = state["python"]
+        kind, keys, *rest = state["numpy"]
+        states = {
+            "python": (version, tuple(internal), gauss),
+            "numpy": (kind, numpy.array(keys, dtype=numpy.uint32), *rest),
+            "torch": _from_hex(state["torch"]),
+        }
+        # Generators of their own try them.
+        random.Random().setstate(states["python"])
+        numpy.random.RandomState().set_state(states["numpy"])
+        torch.Generator().set_state(states["torch"])
+        return states | ({"cuda": _from_hex(state["cuda"])} if "cuda" in state else {})
+    except (ValueError, TypeError, LookupError, OverflowError, RuntimeError) as error:
+        raise ValueError(f"no states of random generators: {type(error).__name__}: {error}") from error
+
+
+def apply_states(states: dict) -> None:
+    """Let the generators go on from what `parsed` returned."""
+    random.setstate(states["python"])
+    numpy.random.set_state(states["numpy"])
+    torch.set_rng_state(states["torch"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
 
 
 def _to_hex(state: torch.Tensor) -> str:

@@ -1,25 +1,39 @@
 """The run folder: what a run was told, what it went through, and how far it is."""
 
 import importlib.metadata
+import itertools
 import json
 import math
 import platform
 import shutil
 from argparse import Namespace
+from collections.abc import Mapping
 from pathlib import Path
 
 from sat_lora.atomic import replace_text
-from sat_lora.foreign import printable
-from sat_lora.step_folders import drop_beyond
+from sat_lora.foreign import printable, read_json
+from sat_lora.step_folders import LATEST, point_to, read_pointer, remove_all, set_back, steps_in
 from sat_lora.training.loss_plot import draw_losses
 from sat_lora.training.progress import Progress
+from sat_lora.training.run_lock import RunLock
 
+RUN, LOG, EVALUATION = "run.json", "train.jsonl", "evaluation.json"
+DATA = ("train_data", "valid_data", "test_data")
+FOLDERS = ("adapter", "checkpoints")
 PACKAGES = ("sat_lora", "torch", "deepspeed", "SwissArmyTransformer", "transformers")
 
 
 def write_json(path: str | Path, content) -> None:
-    """Write `content` as JSON to `path`, by `replace_text`."""
-    replace_text(path, json.dumps(content, indent=2) + "\n")
+    """Write `content` as JSON to `path`, by `replace_text`; numbers that are not finite, which it has not, as null."""
+    replace_text(path, json.dumps(_finite(content), indent=2, allow_nan=False) + "\n")
+
+
+def _finite(content):
+    if isinstance(content, dict):
+        return {name: _finite(value) for name, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def versions() -> dict[str, str]:
@@ -33,6 +47,65 @@ def versions() -> dict[str, str]:
     return found
 
 
+def results_in(folder: str | Path) -> list[str]:
+    """What a run, or anyone, has left in a run folder and would not get back: names, with the steps of adapters and
+    checkpoints.
+
+    run.json and the log of a run that has saved nothing and logged no step are none.
+    """
+    folder = Path(folder)
+    results = []
+    for name in FOLDERS:
+        path = folder / name
+        if path.is_dir() and any(path.iterdir()):
+            steps = ", ".join(map(str, steps_in(path)))
+            results.append(f"{name} ({steps})" if steps else name)
+    results += sorted(path.name for path in folder.glob("evaluation*.json"))
+    log = folder / LOG
+    if log.exists() and (not log.is_file() or log.stat().st_size):
+        results.append(LOG)
+    if (folder / RUN).exists() and (results or not log.exists()):
+        results.append(RUN)
+    return results
+
+
+def results_problems(options: Namespace) -> list[str]:
+    """Why a run may not start in its folder: because that holds the results of another. The demo's own are replaced,
+    and named.
+    """
+    folder = Path(options.run_folder)
+    if options.resume or options.replay:
+        return []
+    try:
+        results = results_in(folder)
+    except OSError as error:
+        return [f"--save: {printable(folder)} cannot be looked at: {error.strerror}"]
+    if not results or options.overwrite:
+        return []
+    if not options.given & {"from_pretrained", *DATA}:
+        own = {name: getattr(options, name) for name in ("from_pretrained", *DATA)}
+        if is_run_of(folder, own):
+            print(f"{printable(folder)}: replaces the demo's run there: {printable(', '.join(results))}", flush=True)
+            return []
+    free = next(f"{folder.name}-{number}" for number in itertools.count(2) if not results_in(f"{folder}-{number}"))
+    can_resume = read_pointer(folder / "checkpoints" / LATEST) is not None
+    go_on = f"go on with it (--resume {printable(folder)}), " if can_resume else ""
+    return [
+        f"--save: {printable(folder)} holds the results of a run: {printable(', '.join(results))}; nothing was "
+        f"changed. Start elsewhere (--experiment-name {printable(free)}), {go_on}or remove them (--overwrite)"
+    ]
+
+
+def is_run_of(folder: str | Path, settings: Mapping[str, object]) -> bool:
+    """Whether the run.json there says that its run had all of these settings."""
+    try:
+        stored = read_json(Path(folder) / RUN)
+    except (OSError, ValueError):
+        return False
+    stored = stored.get("settings") if isinstance(stored, dict) else None
+    return isinstance(stored, dict) and all(stored.get(name) == value for name, value in settings.items())
+
+
 class RunFolder:
     """Writes run.json, train.jsonl, loss.png and tensorboard/, and shows progress; with `is_writer` False, nothing.
 
@@ -40,20 +113,49 @@ class RunFolder:
     at the end (or use it as a context manager). Only rank 0 should be the writer.
     """
 
-    def __init__(self, path: str | Path, *, is_writer: bool):
-        self.path, self.is_writer = Path(path), is_writer
-        self.adapters, self.checkpoints = self.path / "adapter", self.path / "checkpoints"
+    def __init__(self, path: str | Path, *, is_writer: bool, lock: RunLock | None = None):
+        self.path, self.is_writer, self.lock = Path(path), is_writer, lock
+        self.adapters, self.checkpoints = (self.path / name for name in FOLDERS)
+        self.facts: dict[str, object] = {}
+        """What a resumed run has to share with this one: every checkpoint holds it."""
+        self._settings: dict | None = None
         self.broken: dict[str, str] = {}
         self.records: list[dict] = []
         self._lines = self._events = self._progress = None
         if is_writer:
             self.path.mkdir(parents=True, exist_ok=True)
 
-    def forget_beyond(self, step: int) -> None:
-        """Remove adapters and checkpoints of later steps than the one that the run goes on from: they are another's."""
+    def remove_results(self) -> None:
+        """Remove what an earlier run has left; what is not a run's own stays."""
+        if not self.is_writer:
+            return
+        for folder in (self.adapters, self.checkpoints):
+            remove_all(folder)
+        for name in (RUN, LOG, EVALUATION):
+            (self.path / name).unlink(missing_ok=True)
+
+    def set_back(self, step: int, best_step: int | None) -> None:
+        """Let the adapters' pointers say what holds at `step`, which the run goes on from.
+
+        What was saved later, by a run that was cut before its checkpoint was whole, goes with the next save.
+        """
         if self.is_writer:
-            for folder in (self.adapters, self.checkpoints):
-                drop_beyond(folder, step)
+            set_back(self.adapters, step, best_step)
+
+    def go_back_to(self, step: int) -> None:
+        """Let `latest` of adapters and checkpoints name an earlier step, where it is there still."""
+        for folder in (self.adapters, self.checkpoints):
+            if step in steps_in(folder):
+                point_to(folder, LATEST, step)
+
+    def check_is_ours(self) -> None:
+        """Before a save. AdapterError: another process writes here. A folder that was removed is begun anew."""
+        if self.lock is None or self.lock.is_ours:
+            return
+        self.lock.check()
+        if self._settings is not None:
+            write_json(self.path / RUN, self._settings)
+        self.say(f"{printable(self.path)} was removed while the run wrote to it; it goes on there from this save")
 
     def write_settings(self, options: Namespace, *, world: dict, **more) -> None:
         """run.json: settings (every option and which were given), versions, the world's layout, and whatever else.
@@ -62,8 +164,8 @@ class RunFolder:
         """
         if self.is_writer:
             settings = {**vars(options), "given": sorted(options.given)}
-            content = {"settings": settings, "versions": versions(), "world": world, **more}
-            write_json(self.path / "run.json", content)
+            self._settings = {"settings": settings, "versions": versions(), "world": world, **more}
+            write_json(self.path / RUN, self._settings)
 
     def start(self, total_steps: int, start_step: int = 0) -> None:
         """Open the logs and show progress. start_step: steps already done; what the logs say beyond it is dropped."""
@@ -71,13 +173,14 @@ class RunFolder:
             return
         from torch.utils.tensorboard import SummaryWriter  # a second of imports that readers of a folder do without
 
-        self.records = [one for one in read_records(self.path / "train.jsonl") if one.get("step", 0) <= start_step]
+        self.records = [record for record in read_records(self.path / LOG) if record["step"] <= start_step]
         if start_step == 0:
             self.records = []
             shutil.rmtree(self.path / "tensorboard", ignore_errors=True)
-        self.broken = {one["broken"]: one["reason"] for one in self.records if "broken" in one}
-        replace_text(self.path / "train.jsonl", "".join(json.dumps(record) + "\n" for record in self.records))
-        self._lines = open(self.path / "train.jsonl", "a", encoding="utf-8")  # noqa: SIM115  open until close()
+        named = [record for record in self.records if isinstance(record.get("broken"), str)]
+        self.broken = {record["broken"]: str(record.get("reason")) for record in named}
+        replace_text(self.path / LOG, "".join(json.dumps(record) + "\n" for record in self.records))
+        self._lines = open(self.path / LOG, "a", encoding="utf-8")  # noqa: SIM115  open until close()
         # What TensorBoard has from after the step that a run goes on from is not of this run.
         purge_from = start_step + 1 if start_step else None
         self._events = SummaryWriter(str(self.path / "tensorboard"), purge_step=purge_from)
@@ -178,12 +281,16 @@ class RunFolder:
 
 
 def read_records(path: str | Path) -> list[dict]:
-    """The records of a train.jsonl; none if there is no such file. A last line that a crash cut short is left out."""
+    """The records of a train.jsonl; none if there is no such file. A last line that a crash cut short is left out, as
+    is anything else that is no object with a step.
+    """
     path = Path(path)
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else ():
         try:
-            records.append(json.loads(line))
-        except ValueError:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
             continue
+        if isinstance(record, dict) and type(record.setdefault("step", 0)) is int:
+            records.append(record)
     return records

@@ -11,13 +11,13 @@ from sat_lora.adapter_file import gather_adapter, write_gathered
 from sat_lora.adapter_format import SavedAdapter
 from sat_lora.errors import AdapterError
 from sat_lora.host_copies import HostCopies
-from sat_lora.step_folders import BEST, LATEST, keep_newest, point_to
+from sat_lora.step_folders import BEST, LATEST, point_to, prune, read_pointer, steps_in
 from sat_lora.training.checkpoint import (
     GatheredCheckpoint,
     RunState,
     gather_checkpoint,
     samples_per_step,
-    write_checkpoint,
+    save_checkpoint,
 )
 from sat_lora.training.distributed import World, together
 from sat_lora.training.run_folder import RunFolder
@@ -70,24 +70,23 @@ def start_saving(
     world: World,
     state: RunState,
     writer: BackgroundWriter,
-    *,
-    is_best: bool,
 ) -> None:
-    """RUN/adapter/<step> with its pointers, then RUN/checkpoints/<step>. Every rank has to call it.
+    """RUN/adapter/<step> and RUN/checkpoints/<step>, then their pointers. Every rank has to call it.
 
-    It returns when rank 0 has copies in host memory, which its writer then writes. options.keep adapters are kept, and
-    the best. AdapterError or CheckpointError, on every rank: the save before this one could not be written.
+    It returns when rank 0 has copies in host memory, which its writer then writes. options.keep adapters are kept, the
+    best, and that of state.good_step, whose checkpoint is kept beside the new one. AdapterError or CheckpointError, on
+    every rank: the save before this one could not be written.
     """
     finish_saving(writer)
     writer.copies.clear()
     copy = writer.copies.copy if world.is_main else _shape_alone
     adapter = gather_adapter(engine.module, run.adapters / str(state.step), copy=copy)
     samples = samples_per_step(options, world.data_parallel_size)
-    checkpoint = gather_checkpoint(engine, state, world, samples, copy)
+    facts = {**run.facts, "base_fingerprint": adapter.base_fingerprint}
+    checkpoint = gather_checkpoint(engine, state, world, samples, copy, run=facts)
     if world.is_main:
         writer.copies.wait()
-        pointers = (LATEST, BEST) if is_best else (LATEST,)
-        writer.start(partial(_write, run, adapter, checkpoint, pointers, options.keep))
+        writer.start(partial(write_save, run, adapter, checkpoint, options.keep))
 
 
 def finish_saving(writer: BackgroundWriter) -> None:
@@ -103,15 +102,27 @@ def _shape_alone(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to("meta")
 
 
-def _write(
-    run: RunFolder, adapter: SavedAdapter, checkpoint: GatheredCheckpoint, pointers: tuple[str, ...], keep: int
-) -> None:
-    write_gathered(run.adapters / str(checkpoint.step), adapter)
+def write_save(run: RunFolder, adapter: SavedAdapter, checkpoint: GatheredCheckpoint, keep: int) -> None:
+    """Write a save, on rank 0. AdapterError or CheckpointError: it could not be written.
+
+    The checkpoint's own pointer makes it count: before it moves, the save before this one is there as it was, and
+    afterwards a resumed run moves those of the adapters if this one could not. What is old goes at the very end. So
+    there is an adapter to load and, once a save has ended, a checkpoint to go on from, whenever this dies.
+    """
+    run.check_is_ours()
+    step, best, good = checkpoint.step, checkpoint.content["best_step"], checkpoint.content["good_step"]
+    write_gathered(run.adapters / str(step), adapter)
     try:
-        for pointer in pointers:
-            point_to(run.adapters, pointer, checkpoint.step)
-        keep_newest(run.adapters, keep)
+        if read_pointer(run.adapters / LATEST) is None:
+            point_to(run.adapters, LATEST, step)
     except OSError as error:
         raise AdapterError(f"{run.adapters}: its pointers could not be written: {error}") from error
-    write_checkpoint(run.checkpoints, checkpoint)
+    save_checkpoint(run.checkpoints, checkpoint)
+    try:
+        point_to(run.adapters, LATEST, step)
+        point_to(run.adapters, BEST, best if best in steps_in(run.adapters) else None)
+        prune(run.adapters, newest=step, keep=keep, also={good})
+        prune(run.checkpoints, newest=step, keep=1, also={good})
+    except OSError as error:
+        raise AdapterError(f"{run.path}: its pointers could not be written, or what is old removed: {error}") from error
     run.draw()

@@ -1,7 +1,9 @@
 """Where a run's batches come from: files that are read at will, or tar shards that are streamed."""
 
+import hashlib
+import json
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from torch.utils.data import DataLoader
@@ -37,6 +39,12 @@ class FileSource:
     def marks(self, option: str) -> dict[str, str]:
         """What all ranks have to have alike, see `agree`; option: the one that gave the paths."""
         return marks_of_samples(option, self.samples, self.dataset.items)
+    def description(self) -> dict:
+        """Tells these samples, in their order, from others, wherever they lie: their number and a digest of names,
+        prompts and answers.
+        """
+        named = ((item.name or (item.image and Path(item.image).name), item) for item in self.dataset.items)
+        return {"samples": self.samples, "digest": _digest((name, item.prompt, item.answer) for name, item in named)}
 
     def training(self, start_step: int) -> DataLoader:
         """Micro-batches of this rank without end, from `start_step` on."""
@@ -83,6 +91,10 @@ class ShardSource:
         steps = self._stream(options.batch_size, options.num_workers).steps_per_epoch
         self.epoch_samples = steps * options.batch_size * world.data_parallel_size
 
+    def description(self) -> dict:
+        """As that of a FileSource, by the names of the shards and how many samples each holds."""
+        return {"samples": self.samples, "digest": _digest((Path(one.path).name, one.samples) for one in self.shards)}
+
     def _stream(self, batch_size: int, num_workers: int, **settings) -> ShardStream:
         return ShardStream(
             self.shards,
@@ -118,6 +130,13 @@ class ShardSource:
     def validation(self) -> DataLoader:
         workers = min(1, self.options.num_workers)
         return make_stream_loader(self._validation_stream(), num_workers=workers, seed=self.options.seed)
+
+
+def _digest(entries: Iterable[Sequence]) -> str:
+    digest = hashlib.sha256()
+    for entry in entries:
+        digest.update(json.dumps(entry).encode() + b"\n")
+    return digest.hexdigest()
 
 
 def open_sources(

@@ -15,7 +15,8 @@ from sat_lora import LoraConfig, add_lora, load_adapter, save_adapter
 from sat_lora.adapter_file import whole_tensors
 from sat_lora.placement import adapters_of
 from sat_lora.sharding import gathered, model_parallel_layout, over_model_parallel
-from sat_lora.training.distributed import World, arrange, join
+from sat_lora.training.checkpoint import RunState, gather_checkpoint, save_checkpoint
+from sat_lora.training.distributed import World, arrange, join, together
 from sat_lora.training.engine import start_engine
 from sat_lora.training.loss import count_answer_tokens, sum_over_data_parallel
 from sat_lora.training.step import train_step
@@ -73,6 +74,12 @@ def step_together(engine, batches: list[dict], world: World) -> float:
     """One `train_step` on this rank's micro-batches."""
     tokens = sum_over_data_parallel(sum(count_answer_tokens(b["labels"]) for b in batches), device=world.device)
     return train_step(engine, batches, world, *tokens).loss
+
+
+def save_now(engine, folder: Path, state: RunState, world: World, samples: int, run: dict | None = None) -> None:
+    """A checkpoint in `folder`, there on return; every rank has to call it."""
+    gathered = gather_checkpoint(engine, state, world, samples, run=run)
+    together(lambda: save_checkpoint(folder, gathered) if world.is_main else None)
 
 
 def adapter_values(model: torch.nn.Module) -> dict[str, numpy.ndarray]:

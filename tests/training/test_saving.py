@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from sat_lora import LoraConfig, add_lora, save_adapter
+from sat_lora.adapter_file import base_fingerprint
 from sat_lora.errors import SatLoraError
 from sat_lora.host_copies import CHUNK, HostCopies
 from sat_lora.step_folders import read_pointer
-from sat_lora.training import checkpoint as checkpoint_module
 from sat_lora.training import saving
-from sat_lora.training.checkpoint import STATE, RunState, save_checkpoint
+from sat_lora.training.checkpoint import STATE, RunState
 from sat_lora.training.distributed import arrange, join
 from sat_lora.training.engine import adapter_optimizer, start_engine
 from sat_lora.training.loop import train
@@ -26,7 +26,7 @@ from sat_lora.training.run_folder import RunFolder
 from sat_lora.training.saving import BackgroundWriter
 from sat_lora.training.stop_signals import Stopped
 from tests.distributed.ranks import run_ranks
-from tests.distributed.training_runs import engine_config, mixed_batch
+from tests.distributed.training_runs import engine_config, mixed_batch, save_now
 from tests.tiny import tiny_model
 
 SAVED_AT, STEPS = 2, 5
@@ -71,13 +71,13 @@ def files_in(folder):
 
 def before_writing(action):
     """Let `action(checkpoint)` run on the writer's thread before a checkpoint is written."""
-    write = saving.write_checkpoint
+    write = saving.save_checkpoint
 
     def write_after(folder, checkpoint):
         action(checkpoint)
         write(folder, checkpoint)
 
-    saving.write_checkpoint = write_after
+    saving.save_checkpoint = write_after
 
 
 def wait_until(condition):
@@ -88,21 +88,21 @@ def wait_until(condition):
 
 def save_on_a_slow_disk(folder, stage, model_parallel):
     """How far the run was before and after each write, how it ended; then the same save once more, waited for."""
-    run, steps, write = Training(f"{folder}/slow", stage, model_parallel), [], saving.write_checkpoint
+    run, steps, write = Training(f"{folder}/slow", stage, model_parallel), [], saving.save_checkpoint
 
     def write_slowly(target, checkpoint):
         wait_until(lambda: run.state.step >= min(checkpoint.step + 2, STEPS))
         write(target, checkpoint)
         steps.append((checkpoint.step, run.state.step))
 
-    saving.write_checkpoint, checkpoint_module.keep_newest = write_slowly, lambda *args: None
+    saving.save_checkpoint, saving.prune = write_slowly, lambda *args, **settings: None
     run.run()
     again = Training(f"{folder}/other", stage, model_parallel)
-    saving.write_checkpoint = write
+    saving.save_checkpoint = write
     again.run(train_iters=SAVED_AT, save_interval=0)
     save_adapter(again.engine.module, f"{folder}/expected/adapter/{SAVED_AT}")
-    samples = 2 * again.world.data_parallel_size
-    save_checkpoint(again.engine, Path(folder) / "expected/checkpoints", again.state, again.world, samples)
+    samples, facts = 2 * again.world.data_parallel_size, {"base_fingerprint": base_fingerprint(again.engine.module)}
+    save_now(again.engine, Path(folder) / "expected/checkpoints", again.state, again.world, samples, run=facts)
     return steps, run.end, again.end
 
 
@@ -142,6 +142,18 @@ def test_a_save_that_fails_stops_every_rank_with_its_error(tmp_path, steps, inte
     )
     assert interval <= step < stops_before
     assert read_pointer(tmp_path / "adapter" / "latest") == interval
+
+
+def save_every_step(folder, keep):
+    run = Training(folder)
+    run.run(train_iters=4, save_interval=1, keep=keep)
+    return run.end, sorted(os.listdir(f"{folder}/checkpoints")), sorted(os.listdir(f"{folder}/adapter"))
+
+
+def test_the_newest_checkpoint_is_kept_and_the_one_before_it_which_is_known_to_be_well(tmp_path):
+    ((end, checkpoints, adapters),) = run_ranks(save_every_step, 1, str(tmp_path), 1)
+    assert end is None
+    assert checkpoints == adapters == ["3", "4", "latest"]
 
 
 def stop_during_a_save(folder):

@@ -1,0 +1,101 @@
+"""What a resumed run has to share with the run that it goes on from, as the checkpoint itself says it.
+
+Under `run` of a checkpoint's state.json:
+
+settings           the options that values are drawn from which are in no tensor of the checkpoint: --seed gives the
+                   frozen A of --freeze_a, what PiSSA takes from the base, the order of the data and its split
+data, valid_data   {"samples": how many, "digest": of them in their order}: a place in the data is the number of a step
+versions           of the libraries that the numbers depend on
+base_fingerprint   of the base, as adapters have it
+"""
+
+import json
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
+
+from sat_lora.errors import DataError
+from sat_lora.foreign import printable
+from sat_lora.training.checkpoint import newest_checkpoint, read_state
+from sat_lora.training.defaults import DEFAULTS
+from sat_lora.training.lora_options import LORA_FIELDS
+from sat_lora.training.options import NOT_RESUMED, settings_of_run
+from sat_lora.training.run_folder import versions
+
+SETTLED = (*LORA_FIELDS, "seed")
+"""Options that a run keeps for good."""
+TOLD_ELSEWHERE = {"train_iters", "epochs", "run_folder", "given", "local_tokenizer"}
+
+
+def facts_of_run(options: Namespace, data: dict, valid_data: dict | None) -> dict:
+    """What goes under `run` of every checkpoint; data and valid_data as `description` of their sources gives them."""
+    settings = {name: getattr(options, name) for name in SETTLED}
+    return {"settings": settings, "data": data, "valid_data": valid_data, "versions": versions()}
+
+
+def state_to_resume(folder: str | Path) -> dict:
+    """state.json of the checkpoint that a run folder is gone on from; CheckpointError if there is none."""
+    return read_state(newest_checkpoint(Path(folder) / "checkpoints"))
+
+
+def settled_problems(options: Namespace, state: dict) -> Iterator[str]:
+    """Options that are not what the checkpoint, or for one of an older version run.json, says the run had."""
+    stored = settings_of_run(options.resume)
+    own = state["run"].get("settings")
+    in_checkpoint = own if isinstance(own, dict) else {}
+    for name in SETTLED:
+        now = getattr(options, name)
+        in_file = stored.get(name, DEFAULTS[name])
+        before = in_checkpoint.get(name, in_file)
+        if _text(now) == _text(before):
+            continue
+        is_from_file = _text(now) == _text(in_file)
+        got = f"{printable(_text(now))}{' in run.json' * is_from_file}"
+        where = "its checkpoint was made with" if is_from_file else "the run to resume has"
+        way = "put it back" if is_from_file else "leave it out"
+        yield f"--{name}: got {got}, but {where} {printable(_text(before))}; {way}, or start a new run"
+
+
+def check_data(options: Namespace, state: dict, data: dict) -> None:
+    """DataError: the training data is not what it was, and --any-data was not given."""
+    before = state["run"].get("data")
+    if not isinstance(before, dict) or options.any_data or before.get("digest") == data["digest"]:
+        return
+    count = f"{before.get('samples')} samples then, {data['samples']} now"
+    if before.get("samples") == data["samples"]:
+        count = f"{data['samples']} samples, other ones or in another order"
+    raise DataError(
+        f"--resume: what --train-data and --split give has changed since step {state['step']}: {printable(count)}. The "
+        "run would not go on at the next sample: the order is drawn over all of them, so of this epoch some would come "
+        "twice and others never. Put the data back as it was, start a new run, or give --any-data to go on all the same"
+    )
+
+
+def notes(options: Namespace, state: dict, valid_data: dict | None) -> Iterator[str]:
+    """What there is to say before a run goes on: what differs from before, and is allowed to."""
+    stored, run = settings_of_run(options.resume), state["run"]
+    changed = [
+        f"--{name.replace('_', '-')} {printable(_text(getattr(options, name)))} (was {printable(_text(stored[name]))})"
+        for name in stored.keys() - {*SETTLED, *TOLD_ELSEWHERE, *NOT_RESUMED}
+        if name != "given" and _text(getattr(options, name)) != _text(stored[name])
+    ]
+    if changed:
+        yield f"resumed with other settings: {', '.join(sorted(changed))}"
+    if not run:
+        yield (
+            "the checkpoint is of an older version of sat_lora: whether seed, data, base and libraries are those of "
+            "the run cannot be checked"
+        )
+        return
+    before = run.get("versions") if isinstance(run.get("versions"), dict) else {}
+    differing = [(name, now) for name, now in versions().items() if before.get(name, now) != now]
+    other = [f"{name} {now} (was {printable(before[name])})" for name, now in differing]
+    if other:
+        yield f"warning: resumed with other libraries, so not bit for bit: {', '.join(other)}"
+    if state["best_loss"] is not None and run.get("valid_data") != valid_data:
+        yield "the validation data is not what it was: `best` begins anew, adapter/best names the old one until then"
+
+
+def _text(value) -> str:
+    """A value as JSON, so that lists and tuples are alike, and the order of patterns is not."""
+    return json.dumps(value)
