@@ -18,7 +18,7 @@ import safetensors
 import torch
 from safetensors.torch import save_file
 
-from sat_lora.adapter_file import Copy, base_fingerprint, on_the_cpu
+from sat_lora.adapter_file import Copy, on_the_cpu
 from sat_lora.adapter_format import tensor_problems
 from sat_lora.atomic import replaced_folder
 from sat_lora.errors import CheckpointError
@@ -94,11 +94,11 @@ def gather_checkpoint(
     return GatheredCheckpoint(state.step, tensors, content)
 
 
-def load_checkpoint(engine, folder: Path, world: World, *, any_base: bool = False) -> RunState:
+def load_checkpoint(engine, folder: Path, world: World) -> RunState:
     """Continue from the newest checkpoint in `folder`. Every rank has to call it.
 
     In another layout the random states are not there for every rank: those that `options.seed` gave stay in use, and
-    dropout differs from that of the run before. any_base: whether the base may be another than the checkpoint's.
+    dropout differs from that of the run before.
     CheckpointError: there is none, it cannot be read, or it does not fit the model; then the model is left as it was.
     """
     folder = newest_checkpoint(folder)
@@ -113,12 +113,6 @@ def load_checkpoint(engine, folder: Path, world: World, *, any_base: bool = Fals
     if problems:
         raise CheckpointError(
             f"--resume: {folder} does not fit the model, {len(problems)} problems:\n  " + "\n  ".join(problems[:20])
-        )
-    base_then, base_now = content["run"].get("base_fingerprint"), base_fingerprint(engine.module)
-    if base_then is not None and base_then != base_now and not any_base:
-        raise CheckpointError(
-            f"--from_pretrained: the run was on another base than this one, says {folder / STATE} (fingerprint "
-            f"{printable(base_then)[:16]}, this one has {base_now[:16]}); give that of the run"
         )
     random_states = None
     if content["layout"] == _layout(world):

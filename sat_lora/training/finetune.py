@@ -134,7 +134,7 @@ def _state(engine, options: Namespace, run: RunFolder, world: World) -> RunState
     """Where the run begins: at nothing, or at the checkpoint, whose values the engine then has."""
     if not options.resume:
         return RunState()
-    state = load_checkpoint(engine, run.checkpoints, world, any_base=getattr(options, "any_base", False))
+    state = load_checkpoint(engine, run.checkpoints, world)
     if state.best_step is None and state.best_loss is not None:  # of a version that kept it in the pointer alone
         state.best_step = read_pointer(run.adapters / BEST)
     stored = read_state(newest_checkpoint(run.checkpoints))["run"].get("valid_data", run.facts["valid_data"])

@@ -6,7 +6,7 @@ settings           the options that values are drawn from which are in no tensor
                    frozen A of --freeze_a, what PiSSA takes from the base, the order of the data and its split
 data, valid_data   {"samples": how many, "digest": of them in their order}: a place in the data is the number of a step
 versions           of the libraries that the numbers depend on
-base_fingerprint   of the base, as adapters have it
+base               {"fingerprint": ..., and name, family, parameters, values}, as adapters have them
 """
 
 import json
@@ -14,7 +14,8 @@ from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 
-from sat_lora.errors import DataError
+from sat_lora.base_identity import BaseIdentity
+from sat_lora.errors import CheckpointError, DataError
 from sat_lora.foreign import printable
 from sat_lora.training.checkpoint import newest_checkpoint, read_state
 from sat_lora.training.defaults import DEFAULTS
@@ -36,6 +37,17 @@ def facts_of_run(options: Namespace, data: dict, valid_data: dict | None) -> dic
 def state_to_resume(folder: str | Path) -> dict:
     """state.json of the checkpoint that a run folder is gone on from; CheckpointError if there is none."""
     return read_state(newest_checkpoint(Path(folder) / "checkpoints"))
+
+
+def base_of_state(state: dict) -> BaseIdentity | None:
+    """The base that the checkpoint's run was on; None if it does not say, as those of older versions."""
+    content = state["run"].get("base")
+    if not isinstance(content, dict) or not isinstance(content.get("fingerprint"), str):
+        return None
+    try:
+        return BaseIdentity.from_dict(content["fingerprint"], content)
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"--resume: its newest checkpoint: base: {printable(error)}") from error
 
 
 def settled_problems(options: Namespace, state: dict) -> Iterator[str]:

@@ -10,6 +10,7 @@ from sat_lora.base_identity import BaseIdentity
 from sat_lora.cogvlm.base_weights import BaseWeights
 from sat_lora.errors import AdapterError, CheckpointError
 from sat_lora.training.distributed import gather_lists, together
+from sat_lora.training.resume import base_of_state, state_to_resume
 
 
 def base_of_run(options: Namespace) -> BaseIdentity:
@@ -41,10 +42,12 @@ def _refuse_other_than_first(base: BaseIdentity, folder: str) -> None:
 
 
 def _refuse_other_than_before(base: BaseIdentity, options: Namespace) -> None:
-    try:
-        before = base_of_adapter(Path(options.run_folder) / "adapter")
-    except (AdapterError, OSError):  # no adapter was left; what the checkpoint needs is checked where it is read
-        return
+    before = base_of_state(state_to_resume(options.resume))
+    if before is None:
+        try:
+            before = base_of_adapter(Path(options.run_folder) / "adapter")
+        except (AdapterError, OSError):  # no adapter was left; what the checkpoint needs is checked where it is read
+            return
     difference = before.difference(base)
     if difference is not None:
         raise CheckpointError(

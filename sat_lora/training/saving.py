@@ -82,11 +82,16 @@ def start_saving(
     copy = writer.copies.copy if world.is_main else _shape_alone
     adapter = gather_adapter(engine.module, run.adapters / str(state.step), copy=copy)
     samples = samples_per_step(options, world.data_parallel_size)
-    facts = {**run.facts, "base_fingerprint": adapter.base_fingerprint}
+    facts = {**run.facts, "base": base_as_json(adapter)}
     checkpoint = gather_checkpoint(engine, state, world, samples, copy, run=facts)
     if world.is_main:
         writer.copies.wait()
         writer.start(partial(write_save, run, adapter, checkpoint, options.keep))
+
+
+def base_as_json(adapter: SavedAdapter) -> dict:
+    """The base that an adapter was trained on, as a checkpoint's `run` has it: what `base_of_state` reads."""
+    return {"fingerprint": adapter.base_fingerprint, **(adapter.base.to_dict() if adapter.base else {})}
 
 
 def finish_saving(writer: BackgroundWriter) -> None:

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from sat_lora import LoraConfig, add_lora, save_adapter
-from sat_lora.adapter_file import base_fingerprint
 from sat_lora.errors import SatLoraError
 from sat_lora.host_copies import CHUNK, HostCopies
+from sat_lora.live_base import identity_of_model
 from sat_lora.step_folders import read_pointer
 from sat_lora.training import saving
 from sat_lora.training.checkpoint import STATE, RunState
@@ -101,7 +101,8 @@ def save_on_a_slow_disk(folder, stage, model_parallel):
     saving.save_checkpoint = write
     again.run(train_iters=SAVED_AT, save_interval=0)
     save_adapter(again.engine.module, f"{folder}/expected/adapter/{SAVED_AT}")
-    samples, facts = 2 * again.world.data_parallel_size, {"base_fingerprint": base_fingerprint(again.engine.module)}
+    base = identity_of_model(again.engine.module)
+    samples, facts = 2 * again.world.data_parallel_size, {"base": {"fingerprint": base.fingerprint, **base.to_dict()}}
     save_now(again.engine, Path(folder) / "expected/checkpoints", again.state, again.world, samples, run=facts)
     return steps, run.end, again.end
 
