@@ -17,6 +17,7 @@ from sat_lora.training.distributed import World, together
 from sat_lora.training.engine import adapter_optimizer, start_engine
 from sat_lora.training.evaluation import evaluate_adapter, evaluation_table
 from sat_lora.training.loop import train
+from sat_lora.training.notice import logger
 from sat_lora.training.optimizer_state import create_moments
 from sat_lora.training.prepare import dataset_maker, load_base, model_seed, on_first_rank, prepare
 from sat_lora.training.release import end_training, free_memory
@@ -60,7 +61,8 @@ def finetune(options: Namespace, make_data: Callable[[], None] | None = None) ->
     else:
         state = together(load_checkpoint, engine, run.checkpoints, world) if options.resume else RunState()
     run.forget_beyond(state.step)
-    run.write_settings(
+    together(
+        run.write_settings,
         options,
         world=dict(
             ranks=world.size,
@@ -89,12 +91,17 @@ def _trace(options: Namespace, run: RunFolder, world: World, model: torch.nn.Mod
     on_first_rank(lambda: clear(run.path))
     if options.watchdog_limit == 0:
         return NO_TRACE
-    return Trace(run.path, model, rank=world.rank, world_size=world.size)
+    try:
+        return Trace(run.path, model, rank=world.rank, world_size=world.size)
+    except OSError as error:
+        logger.warning("rank %d runs without the watchdog: its files cannot be made: %s", world.rank, error)
+        return NO_TRACE
 
 
 def _evaluate(options: Namespace, world: World, run: RunFolder, trained: tuple[CogVLMModel, dict] | None) -> None:
     """With the model that has trained, where no rank has to gather it: there is never a second one in memory."""
     result = together(evaluate_adapter, options, run.adapters, world, trained)
-    if world.is_main:
-        write_json(run.path / "evaluation.json", result)
     run.say(evaluation_table(result))
+    if world.is_main:
+        with run.optional("evaluation.json"):
+            write_json(run.path / "evaluation.json", result)
