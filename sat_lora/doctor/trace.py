@@ -83,12 +83,18 @@ class Trace(NoTrace):
             modules=modules,
             parameters=parameters,
         )
-        file_of(self.folder, rank, ".json").write_text(json.dumps(static), encoding="utf-8")
         self._most = 2 * len(parameters)  # one that arrives twice is a fault, and seen
         size = ARRIVALS_AT + self._most * ARRIVAL.size
-        with open(file_of(self.folder, rank, ".state"), "w+b") as file:
-            allocate(file.fileno(), size)
-            self._memory = mmap.mmap(file.fileno(), size)
+        files = [file_of(self.folder, rank, ending) for ending in (".json", ".state")]
+        try:
+            files[0].write_text(json.dumps(static), encoding="utf-8")
+            with open(files[1], "w+b") as file:
+                allocate(file.fileno(), size)
+                self._memory = mmap.mmap(file.fileno(), size)
+        except OSError:
+            for file in files:  # half of them would be read as a rank that says nothing
+                file.unlink(missing_ok=True)
+            raise
         self._numbers = memoryview(self._memory)[NUMBERS_AT : NUMBERS_AT + NUMBERS.size].cast("I")
         self._numbers[MODULE] = NONE
         self._phases = 0

@@ -139,18 +139,20 @@ class ImageTextDataset(Dataset):
         """The sample, or what is wrong with it: an exception would stop one rank and leave the others waiting."""
         name = name or item.name
         try:
-            prompt = prompt_for(self.version, self.prompt if item.prompt is None else item.prompt)
-            image = None
-            if item.image is None:
-                prompt = prompt.replace(IMAGE_PLACE, "", 1)
-            else:
-                image = load_image(item.image, self.image_size, name)
-            if prompt.count(IMAGE_PLACE) != (image is not None):
-                raise DataError(f"the prompt {item.prompt or self.prompt!r} holds {IMAGE_PLACE}, the mark of the image")
-            answer = item.answer if self.with_answer else None
-            return build_sample(self.tokenizer, prompt, answer, self.image_length, self.max_length, image)
+            image = None if item.image is None else load_image(item.image, self.image_size, name)
+            return self.lay_out(item, image)
         except (DataError, ConfigError) as error:
             return BrokenSample(name, str(error))
+
+    def lay_out(self, item: Item, image: torch.Tensor | None = None) -> Sample:
+        """The sample with the places of its image, and with `image`. DataError, ConfigError: it cannot be one."""
+        prompt = prompt_for(self.version, self.prompt if item.prompt is None else item.prompt)
+        if item.image is None:
+            prompt = prompt.replace(IMAGE_PLACE, "", 1)
+        if prompt.count(IMAGE_PLACE) != (item.image is not None):
+            raise DataError(f"the prompt {item.prompt or self.prompt!r} holds {IMAGE_PLACE}, the mark of the image")
+        answer = item.answer if self.with_answer else None
+        return build_sample(self.tokenizer, prompt, answer, self.image_length, self.max_length, image)
 
 
 def collate(samples: Sequence[Sample | BrokenSample], *, image_size: tuple[int, int]) -> dict:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import torch
 
+from sat_lora.adapter_file import base_fingerprint
 from sat_lora.cogvlm.model import CogVLMModel
 from sat_lora.doctor.rank_files import clear
 from sat_lora.doctor.replay import LIMIT, steps_to_replay
@@ -17,12 +18,13 @@ from sat_lora.training.distributed import World, together
 from sat_lora.training.engine import adapter_optimizer, start_engine
 from sat_lora.training.evaluation import evaluate_adapter, evaluation_table
 from sat_lora.training.loop import train
-from sat_lora.training.notice import logger
+from sat_lora.training.notice import logger, warn
 from sat_lora.training.optimizer_state import create_moments
 from sat_lora.training.prepare import dataset_maker, load_base, model_seed, on_first_rank, prepare
 from sat_lora.training.release import end_training, free_memory
 from sat_lora.training.run_folder import RunFolder, write_json
-from sat_lora.training.schedule import total_steps
+from sat_lora.training.run_summary import check_vocabulary, look_at, run_summary
+from sat_lora.training.schedule import rates, schedule_problems, total_steps
 from sat_lora.training.sources import open_sources
 
 
@@ -73,6 +75,9 @@ def finetune(options: Namespace, make_data: Callable[[], None] | None = None) ->
         trainable=describe(model)[-1]["trainable"],
         deepspeed=engine.config,
     )
+    fingerprint = base_fingerprint(model)
+    if not options.replay:
+        together(_say_what_trains, options, run, world, config, data, valid_data, state.step, fingerprint)
     loader = data.training(state.step * options.gradient_accumulation_steps)
     valid = valid_data.validation() if valid_data else None
     with run, watched(trace, LIMIT if options.replay else options.watchdog_limit):
@@ -84,6 +89,21 @@ def finetune(options: Namespace, make_data: Callable[[], None] | None = None) ->
     if options.test_data:
         _evaluate(options, world, run, None if model is None else (model, config))
     return world
+
+
+def _say_what_trains(
+    options: Namespace, run: RunFolder, world: World, config: dict, data, valid, start_step: int, fingerprint: str
+) -> None:
+    """On rank 0; ConfigError: the tokenizer's tokens are not the base's."""
+    if not world.is_main:
+        return
+    texts = look_at(data, config["vocab_size"])
+    check_vocabulary(texts, options, config["vocab_size"])
+    steps = options.train_iters
+    sources = dict(data=data, valid=valid, steps=steps, start_step=start_step, fingerprint=fingerprint)
+    run.say(run_summary(options, world, config, texts, **sources))
+    for problem in schedule_problems(rates(options, steps), options, steps):
+        warn(problem)
 
 
 def _trace(options: Namespace, run: RunFolder, world: World, model: torch.nn.Module) -> NoTrace:

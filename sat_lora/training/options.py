@@ -1,7 +1,8 @@
 """The command line: CogVLM's published launch options unchanged, and those of LoRA and the loop.
 
 A value comes from the first that has one: an option given, the run that --resume names, a --deepspeed_config file
-(see `deepspeed_config`), the embedded demo when no --from_pretrained is given, DEFAULTS.
+(see `deepspeed_config`), the embedded demo when neither --from_pretrained nor --train-data is given, DEFAULTS.
+--version is looked up in the base's config before that.
 """
 
 import argparse
@@ -13,7 +14,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from sat_lora.cogvlm.text import PROMPTS
-from sat_lora.training.defaults import DEFAULTS, EMBEDDED_DEMO, demo_defaults
+from sat_lora.training.defaults import (
+    DEFAULTS,
+    EMBEDDED_DEMO,
+    demo_defaults,
+    embedded_base,
+    is_demo_data,
+    version_of,
+)
 from sat_lora.training.lora_options import ABOUT, lora_options
 from sat_lora.training.notice import is_first_rank
 from sat_lora.training.option_types import count, fraction, not_negative, positive, positive_int, proportions, share
@@ -113,15 +121,15 @@ def build_parser() -> argparse.ArgumentParser:
     add(set_by_people, "--resume", "run folder to go on with, under its own settings", metavar="RUN_FOLDER")
 
     add(model, "--trust-checkpoint", "unpickle all of --from_pretrained: runs any code in it", **flag)
-    add(model, "--version", "prompt format of the base", choices=list(PROMPTS))
+    add(model, "--version", "prompt format of the base, if its config names none", choices=list(PROMPTS))
     add(model, "--local_tokenizer", "tokenizer folder (default: the --from_pretrained folder)", metavar="DIR")
     add(model, "--max_length", "longest sequence in tokens, the image's included", type=positive_int, metavar="N")
 
     for (name, *more_names), help, settings in lora_options():
         add(lora, name, help, *more_names, **settings)
 
-    add(data, "--prompt", "the query that goes with every image")
-    add(data, "--split", "train,valid,test shares when there is no --valid-data", type=proportions, metavar="A,B,C")
+    add(data, "--prompt", "the query of every image that comes without one of its own")
+    add(data, "--split", "train,valid,test shares that sum to 1, without --valid-data", type=proportions, metavar="A,B,C")
     add(data, "--max-broken-share", "the run stops when more of the samples are broken", type=share, metavar="X")
     add(data, "--num-workers", "processes that read images, per rank", type=count, metavar="N")
 
@@ -218,9 +226,13 @@ def parse_options(
         given |= frozenset(stored.pop("given"))
         values.update(stored)
     elif "from_pretrained" not in explicit:
-        values.update(demo_defaults(demo_folder))
+        values.update(embedded_base(demo_folder))
+        if is_demo_data(explicit.get("train_data", ()), demo_folder):
+            values.update(demo_defaults(demo_folder))
         if "train_data" in explicit:  # the demo's held-out captchas say nothing about other data
             values.update(valid_data=None, test_data=None)
+    else:
+        values["version"] = version_of(explicit["from_pretrained"]) or values["version"]
     if "epochs" in explicit:
         values["train_iters"] = None
     if "train_iters" in explicit:

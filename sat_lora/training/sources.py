@@ -16,10 +16,18 @@ class FileSource:
     """Batches of items.
 
     samples: how many there are. epoch_samples: as how many an epoch counts, for `total_steps`. make_dataset: the
-    ImageTextDataset of a list of items.
+    ImageTextDataset of a list of items. left_out: (reason, count) of what lies in the paths and is no sample.
     """
 
-    def __init__(self, items: Sequence, make_dataset: Callable[[list], ImageTextDataset], options: Namespace, world):
+    def __init__(
+        self,
+        items: Sequence,
+        make_dataset: Callable[[list], ImageTextDataset],
+        options: Namespace,
+        world: World,
+        left_out: Sequence[tuple[str, int]] = (),
+    ):
+        self.left_out = [*left_out]
         self.dataset, self.options, self.world = make_dataset(items), options, world
         self.samples = self.epoch_samples = len(items)
 
@@ -116,8 +124,9 @@ def open_sources(
 
     if options.valid_data or is_shard(options.train_data[0]):
         return source(options.train_data), source(options.valid_data) if options.valid_data else None
-    train, valid, _ = split_items(read_items(options.train_data), options.split, options.seed)
+    train, valid, test = split_items(read_items(options.train_data), options.split, options.seed)
+    left_out = [("for test, by --split", len(test))] if test else []
     return (
-        FileSource(train, make_dataset, options, world),
+        FileSource(train, make_dataset, options, world, left_out),
         FileSource(valid, make_dataset, options, world) if valid else None,
     )
