@@ -129,7 +129,7 @@ def build_parser() -> argparse.ArgumentParser:
         add(lora, name, help, *more_names, **settings)
 
     add(data, "--prompt", "the query of every image that comes without one of its own")
-    add(data, "--split", "train,valid,test shares that sum to 1, without --valid-data", type=proportions, metavar="A,B,C")
+    add(data, "--split", "train,valid,test shares, of sum 1; without --valid-data", type=proportions, metavar="A,B,C")
     add(data, "--max-broken-share", "the run stops when more of the samples are broken", type=share, metavar="X")
     add(data, "--num-workers", "processes that read images, per rank", type=count, metavar="N")
 

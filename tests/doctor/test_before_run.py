@@ -138,7 +138,8 @@ def test_the_text_names_code_place_reason_and_remedy():
     for words in ("seen  first A, then B", "where ranks 0, 1, parameter x.A", "why   ZeRO", "docs/doctor.md#gradient"):
         assert words in text
     assert text.splitlines()[-1] == "doctor: 1 error"
-    assert as_text([]) == "doctor: nothing found"
+    assert as_text([]) == "doctor: no problem found"
+    assert as_text([], 37) == "doctor: no problem found, 37 checks"
 
 
 def told_on_a_small_gpu(arguments):
