@@ -10,6 +10,7 @@ from sat_lora.cogvlm.model import CogVLMModel
 from sat_lora.cogvlm.text import Sample, load_tokenizer
 from sat_lora.errors import DataError
 from sat_lora.mixin import lora_mixins
+from sat_lora.progress import shown
 from sat_lora.training.data import ImageTextDataset, collate, read_items
 from sat_lora.training.deepspeed_config import base_dtype
 from sat_lora.training.distributed import World, gather_lists
@@ -57,7 +58,8 @@ def evaluate_adapter(
     right = {"base": [0, 0], "adapter": [0, 0]}
     images, broken = 0, []
     longest = max(len(tokenizer.encode(item.answer, add_special_tokens=False)) for item in dataset.items) + 1
-    for start in range(0, len(share), options.eval_batch_size):
+    starts = range(0, len(share), options.eval_batch_size)
+    for start in shown(starts, "answering", "batches, each without and with the adapter") if world.is_main else starts:
         indices = list(share[start : start + options.eval_batch_size])
         samples = [(dataset[i], dataset.items[i].answer.strip()) for i in indices]
         broken += [(s.path, s.reason) for s, _ in samples if not isinstance(s, Sample)]
