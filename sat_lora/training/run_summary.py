@@ -129,8 +129,7 @@ def _base(options: Namespace, config: dict, fingerprint: str) -> str:
     family = config.get("model_class", "CogVLM")
     family = str(family).removesuffix("Model")
     ending = f": {fit(family, 20)}, {config.get('num_layers')} layers, fingerprint {fingerprint[:8]}"
-    is_embedded = Path(options.from_pretrained) == EMBEDDED_DEMO / "tiny_cogvlm"
-    name = "the embedded tiny base" if is_embedded else options.from_pretrained
+    name = "the embedded tiny base" if _is_embedded(options) else options.from_pretrained
     return fit(name, COLUMNS - LABEL - len(ending)) + ending
 
 
@@ -153,7 +152,7 @@ def _data(options: Namespace, data: FileSource | ShardSource) -> str:
         suffixes = sorted({path.suffix for path in paths if path.is_file()})
         kinds = ["file names are the answers"] if any(path.is_dir() for path in paths) else []
         kinds += [f"answers from {' and '.join(suffixes)}"] if suffixes else []
-        how = f"of {paths[0] if len(paths) == 1 else f'{len(paths)} paths'}: {', '.join(kinds)}"
+        how = ": ".join(filter(None, [f"of {paths[0] if len(paths) == 1 else f'{len(paths)} paths'}", ", ".join(kinds)]))
         if columns(how) > COLUMNS - LABEL - 16:
             how = "; ".join(kinds)
     return f"{data.samples:,} samples {how}"
@@ -174,7 +173,7 @@ def _counts(counts: dict[str, int]) -> str:
 def _valid(options: Namespace, valid: FileSource | ShardSource | None) -> str:
     split = ",".join(f"{share:g}" for share in options.split)
     if valid is None:
-        return f"none: there is no --valid-data, and --split {split} gives none (0.95,0.05 would)"
+        return f"none: no --valid-data, and --split {split} leaves none (0.95,0.05 would)"
     source = "of --valid-data" if options.valid_data else f"of --train-data, by --split {split}"
     if options.valid_data and "split" in options.given and len(options.split) > 1:
         source += "; --split is not used"
@@ -183,34 +182,35 @@ def _valid(options: Namespace, valid: FileSource | ShardSource | None) -> str:
 
 
 def _prompt(options: Namespace, texts: Texts) -> str:
-    source = "the default"
     if "version" in options.given:
         source = "given"
     elif version_of(options.from_pretrained) == options.version:
-        source = "the base's config says so"
-    elif Path(options.from_pretrained) == EMBEDDED_DEMO / "tiny_cogvlm":
-        source = "the embedded base's"
-    version = f"version {options.version} ({source})"
+        source = "from its config"
+    else:
+        source = "the demo's" if _is_embedded(options) else "the default"
+    version = f"version {options.version}"
     if texts.items and texts.own_prompts == texts.items:
-        return f"each sample's own; {version}"
-    share = "" if not texts.own_prompts else f"{texts.items - texts.own_prompts} of {texts.items} samples without one: "
-    source = "" if "prompt" in options.given else "by default, "
-    room = COLUMNS - LABEL - columns(f'{share}"" ({source}--prompt); {version}')
-    return f'{share}"{fit(options.prompt, max(8, room))}" ({source}--prompt); {version}'
+        return f"each sample's own; {version} ({source})"
+    share = f"{texts.items - texts.own_prompts} of {texts.items} have none: " if texts.own_prompts else ""
+    kind = "--prompt" if "prompt" in options.given else "default of --prompt"
+    room = COLUMNS - LABEL - columns(f'{share}"" ({kind}); {version} ({source})')
+    return f'{share}"{fit(options.prompt, max(12, room))}" ({kind}); {version} ({source})'
+
+
+def _is_embedded(options: Namespace) -> bool:
+    return Path(options.from_pretrained) == EMBEDDED_DEMO / "tiny_cogvlm"
 
 
 def _steps(options: Namespace, world: World, data: FileSource | ShardSource, steps: int) -> str:
-    factors = [(options.batch_size, "")]
-    factors += [(options.gradient_accumulation_steps, " accumulated"), (world.data_parallel_size, " ranks")]
-    factors = [(count, what) for number, (count, what) in enumerate(factors) if count > 1 or number == 0]
+    """batch: of an optimizer step, samples x accumulation x data-parallel ranks."""
     batch = options.batch_size * options.gradient_accumulation_steps * world.data_parallel_size
-    made_of = f" ({' x '.join(f'{count}{what}' for count, what in factors)})" if len(factors) > 1 else ""
-    epochs = steps * batch / max(1, data.epoch_samples)
+    factors = [str(options.batch_size)]
+    factors += [str(options.gradient_accumulation_steps)] if options.gradient_accumulation_steps > 1 else []
+    factors += [f"{world.data_parallel_size} ranks"] if world.data_parallel_size > 1 else []
+    made_of = f" = {' x '.join(factors)}" if len(factors) > 1 else ""
+    epochs = f"{steps * batch / max(1, data.epoch_samples):.3g}"
     warmup = warmup_steps(options.warmup, steps)
-    return (
-        f"{steps:,} ({epochs:.3g} epochs), batch {batch}{made_of}, rate {options.lr:g} after {warmup:,} of warm-up, "
-        f"{options.lr_decay_style}"
-    )
+    return f"{steps:,} ({epochs} epochs), batch {batch}{made_of}, lr {options.lr:g}, warm-up {warmup:,}"
 
 
 def _run(options: Namespace, steps: int, start_step: int) -> str:
@@ -230,9 +230,10 @@ def _sample(texts: Texts, tokenizer) -> str:
     asked = sample.input_ids[~learned & (sample.image_embed_mask == 0)]
     prompt, answer = (_decoded(tokenizer, ids) for ids in (asked, sample.input_ids[learned]))
     image = "<image>" if bool(sample.image_embed_mask.any()) else ""
-    room = COLUMNS - LABEL - len(image) - len('"" -> ""')
+    count = f", {len(sample.input_ids)} tokens"
+    room = COLUMNS - LABEL - len(image) - len('"" -> ""') - len(count)
     answer = fit(answer, max(room // 2, room - columns(printable(prompt))))
-    return f'"{image}{fit(prompt, room - columns(answer))}" -> "{answer}"'
+    return f'"{image}{fit(prompt, room - columns(answer))}" -> "{answer}"{count}'
 
 
 def _decoded(tokenizer, ids: torch.Tensor) -> str:
@@ -240,11 +241,9 @@ def _decoded(tokenizer, ids: torch.Tensor) -> str:
 
 
 def _length(options: Namespace, texts: Texts, samples: int) -> str:
-    looked_at = f"the first {texts.items:,}" if samples > texts.items else f"{texts.items:,}"
-    own = f"{len(texts.first.input_ids)} tokens" if texts.first is not None else "?"
-    longest = f"longest {texts.longest} of --max_length {options.max_length}"
-    cut = f"{texts.cut or 'none'} of {looked_at} answers cut"
-    return f"{own}, {longest}; {cut}" + (f", {texts.unusable} unusable" if texts.unusable else "")
+    looked_at = f"first {texts.items:,}" if samples > texts.items else f"{texts.items:,}"
+    ending = f", {texts.unusable} unusable" if texts.unusable else f", longest {texts.longest}"
+    return f"{texts.cut or 'none'} of {looked_at} answers cut by --max_length {options.max_length}{ending}"
 
 
 def columns(text: str) -> int:
