@@ -46,11 +46,15 @@ def replace_text(path: str | Path, text: str) -> None:
     """Write a sibling file, fsync it, then rename it into place: the same for a small text file."""
     path = Path(path)
     draft = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    with open(draft, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(draft, path)
+    try:
+        with open(draft, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise
     _sync(path.parent)
 
 

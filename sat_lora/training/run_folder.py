@@ -104,7 +104,7 @@ class RunFolder:
         broken = (one for one in self.records if isinstance(one.get("broken"), str))
         self.broken = {one["broken"]: str(one.get("reason")) for one in broken}
         with self.optional("tensorboard"):
-            if start_step == 0 and (self.path / "tensorboard").exists():
+            if start_step == 0 and (self.path / "tensorboard").is_dir():  # a pipe would be waited for
                 shutil.rmtree(self.path / "tensorboard")
             # What TensorBoard has from after the step that a run goes on from is not of this run.
             self._events = EventFile(self.path / "tensorboard", start_step + 1 if start_step else None)
@@ -212,8 +212,9 @@ class RunFolder:
         if not self._is_open:
             return
         self.draw()
-        with contextlib.suppress(OSError, ValueError):
-            self._progress.close()
+        if self._progress is not None:
+            with contextlib.suppress(OSError, ValueError):
+                self._progress.close()
         self._progress = None
         if self.broken:
             self.say(f"{len(self.broken)} samples were skipped; train.jsonl names them")

@@ -152,7 +152,8 @@ def _data(options: Namespace, data: FileSource | ShardSource) -> str:
         suffixes = sorted({path.suffix for path in paths if path.is_file()})
         kinds = ["file names are the answers"] if any(path.is_dir() for path in paths) else []
         kinds += [f"answers from {' and '.join(suffixes)}"] if suffixes else []
-        how = ": ".join(filter(None, [f"of {paths[0] if len(paths) == 1 else f'{len(paths)} paths'}", ", ".join(kinds)]))
+        place = f"of {paths[0]}" if len(paths) == 1 else f"of {len(paths)} paths"
+        how = ": ".join(filter(None, [place, ", ".join(kinds)]))
         if columns(how) > COLUMNS - LABEL - 16:
             how = "; ".join(kinds)
     return f"{data.samples:,} samples {how}"
