@@ -1,7 +1,10 @@
 """What an adapter folder holds: ranks, strengths, precision, and how far each delta moves its weight."""
 
+import contextlib
 import json
+import os
 from collections import Counter
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
 import torch
@@ -9,10 +12,15 @@ import torch
 from sat_lora.adapter_format import CONFIG, PAIR, WEIGHTS, SavedAdapter, form_problems, read_adapter
 from sat_lora.base_identity import BaseIdentity
 from sat_lora.combine_checks import Source
-from sat_lora.errors import AdapterError
-from sat_lora.foreign import printable
+from sat_lora.errors import AdapterError, SatLoraError
+from sat_lora.foreign import printable, read_json
 from sat_lora.step_folders import follow
 from sat_lora.targets import layer_of, part_of
+
+READ_IN_PASSING = 4 << 30  # bytes of a base whose weights are read without being asked for
+TOP, BOTTOM, PANEL, GAP = 0.75, 0.6, 0.8, 0.55  # inches of the picture
+LOG_RANGE = 50  # from this ratio of largest to smallest norm on, the axis is logarithmic
+Progress = Callable[[Collection], Iterable]
 
 
 def inspect_adapter(folder: str | Path) -> dict:
@@ -117,8 +125,44 @@ def to_json(report: dict) -> str:
     return json.dumps(report, indent=2, allow_nan=False)
 
 
+def add_weight_norms(report: dict, base: str | Path, progress: Progress = iter) -> None:
+    """Give each layer of a report `weight_norm`, the Frobenius norm of its weight in `base`, and the report `base`.
+
+    One tensor at a time is read. AdapterError: the base lacks a layer; CheckpointError: it cannot be read.
+    """
+    from sat_lora.cogvlm.base_weights import BaseWeights
+
+    weights = BaseWeights(base)
+    missing = [layer["name"] for layer in report["layers"] if layer["name"] + ".weight" not in weights]
+    if missing:
+        raise AdapterError(f"--base: {base} has no {missing[0]}, which {report['path']} adapts; give its own base")
+    for layer in progress(report["layers"]):
+        layer["weight_norm"] = float(weights[layer["name"] + ".weight"].float().norm())
+    report["base"] = str(base)
+
+
+def base_of_run(report: dict) -> Path | None:
+    """The base that the run of an adapter was trained on; None: it is not there, or too large to read in passing."""
+    for folder in Path(report["path"]).resolve().parents[:2]:  # RUN/adapter, or RUN/adapter/<step>
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError, SatLoraError):
+            base = Path(read_json(folder / "run.json")["settings"]["from_pretrained"])
+            if sum(file.stat().st_size for file in weight_files(base)) <= READ_IN_PASSING:
+                return base
+    return None
+
+
+def weight_files(folder: Path) -> list[Path]:
+    from sat_lora.cogvlm.checkpoint import weight_files
+
+    return weight_files(folder)
+
+
 def draw_norms(report: dict, path: str | Path) -> None:
-    """Write a bar chart of the delta norms by layer number, a panel for each part, to `path` (a .png)."""
+    """Write how far each layer's delta moves its weight, a panel for each part, one scale for all, to `path` (a .png).
+
+    In percent of the weight where `add_weight_norms` has been there, else as it is. What has no effect is marked red.
+    AdapterError: there is nothing to draw, or it cannot be written.
+    """
     # Figure and canvas by hand: pyplot would keep global state and might ask for a display.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -126,25 +170,75 @@ def draw_norms(report: dict, path: str | Path) -> None:
     parts = report["parts"]
     if not parts:
         raise AdapterError(f"--plot: {report['path']} adapts no layer, there is nothing to draw")
-    figure = Figure(figsize=(10, 1.2 + 1.8 * len(parts)), layout="constrained")
+    relative = "base" in report
+    values = {part: _by_layer(report, part, relative) for part in parts}
+    shown = [value for own in values.values() for value in own.values() if value]
+    height = TOP + BOTTOM + PANEL * len(parts) + GAP * (len(parts) - 1)
+    figure = Figure(figsize=(9, height))
     FigureCanvasAgg(figure)
-    for axes, part in zip(figure.subplots(len(parts), squeeze=False)[:, 0], parts):
-        by_layer: dict[str, float] = {}
-        for layer in (layer for layer in report["layers"] if layer["part"] == part):
-            label = layer["name"].rpartition(".")[2] if layer["layer"] is None else str(layer["layer"])
-            by_layer[label] = by_layer.get(label, 0.0) + (layer["delta_norm"] or 0.0) ** 2
-        labels = sorted(by_layer, key=lambda label: (not label.isdigit(), int(label) if label.isdigit() else 0, label))
-        axes.bar(range(len(labels)), [by_layer[label] ** 0.5 for label in labels], color="#08519c")
-        step = -(-len(labels) // 32)
-        axes.set_xticks(range(0, len(labels), step), labels[::step])
-        axes.set_title(part, loc="left", fontsize=10)
-        axes.set_ylabel("‖s B A‖")
+    figure.subplots_adjust(0.09, BOTTOM / height, 0.98, 1 - TOP / height, hspace=GAP / PANEL)
+    panels = figure.subplots(len(parts), 1, squeeze=False, sharey=True)[:, 0]
+    is_log = bool(shown) and max(shown) / min(shown) > LOG_RANGE
+    low = min(shown) / 2 if is_log else 0.0
+    for axes, (part, own) in zip(panels, values.items()):
+        if is_log:
+            axes.set_yscale("log")
+        axes.set_axisbelow(True)
         axes.grid(axis="y", alpha=0.3)
-    axes.set_xlabel("layer")
+        places = range(len(own))
+        moved = [(place, value) for place, value in zip(places, own.values()) if value]
+        still = [place for place, value in zip(places, own.values()) if not value]
+        if moved:
+            axes.vlines([x for x, _ in moved], low, [y for _, y in moved], color="#9ecae1", linewidth=2)
+            axes.plot(*zip(*moved), "o", color="#08519c", markersize=5)
+        axes.plot(still, [low] * len(still), "x", color="#de2d26", markersize=8, markeredgewidth=2, clip_on=False)
+        step = -(-len(own) // 32)
+        axes.set_xticks(places[::step], [*own][::step], fontsize=8)
+        axes.set_xlim(-0.6, max(len(own), 8) - 0.4)
+        zero = f", no effect in {len(still)} (red)" if still else ""
+        axes.set_title(f"{part}{zero}", loc="left", fontsize=10)
+        axes.tick_params(axis="y", labelsize=8)
+        if relative and not is_log:
+            axes.yaxis.set_major_formatter("{x:g} %")
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylim(low, max(shown, default=1.0) * (2 if is_log else 1.15))
+    words = "change of the weight in % of its size" if relative else "size of the change of the weight"
+    figure.supylabel(words + (" (logarithmic)" if is_log else ""), fontsize=10, x=0.01)
+    figure.supxlabel("layer", fontsize=10, y=0.08 / height)
+    formula = "|s·B·A| / |W|" if relative else "|s·B·A|"
+    title = f"{_plain(report['path'])}: {formula}, Frobenius norms"
+    title = title if len(title) <= 95 else "..." + title[-92:]
+    figure.suptitle(title, fontsize=11, x=0.01, y=1 - 0.1 / height, ha="left")
+    path = Path(path)
+    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        figure.savefig(path, dpi=120, format="png")
+        figure.savefig(draft, dpi=120, format="png")
+        os.replace(draft, path)
     except OSError as error:
         raise AdapterError(f"--plot: {path} cannot be written: {error}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            draft.unlink(missing_ok=True)
+
+
+def _by_layer(report: dict, part: str, relative: bool) -> dict[str, float]:
+    """Norms of a part's deltas by layer number, or by name; those of one number together."""
+    squares: dict[str, list[float]] = {}
+    for layer in (layer for layer in report["layers"] if layer["part"] == part):
+        label = layer["name"].rpartition(".")[2] if layer["layer"] is None else str(layer["layer"])
+        delta, weight = squares.setdefault(label, [0.0, 0.0])
+        weight_norm = layer["weight_norm"] if relative else 1.0
+        squares[label] = [delta + (layer["delta_norm"] or 0.0) ** 2, weight + weight_norm**2]
+    labels = sorted(squares, key=lambda label: (not label.isdigit(), int(label) if label.isdigit() else 0, label))
+    if not relative:
+        return {label: squares[label][0] ** 0.5 for label in labels}
+    shares = {label: delta / weight if weight else 0.0 for label, (delta, weight) in squares.items()}
+    return {label: 100 * shares[label] ** 0.5 for label in labels}
+
+
+def _plain(text: str) -> str:
+    """On one line, and without the `$` that would begin a formula."""
+    return printable(text).replace("$", r"\$")
 
 
 def _describe_layer(saved: SavedAdapter, name: str) -> dict:
@@ -188,7 +282,7 @@ def _finite(value: float) -> float | None:
 
 
 def _text(norm: float | None) -> str:
-    return "not finite" if norm is None else f"{norm:.4g}"
+    return "not finite" if norm is None else f"{norm:.4f}" if norm >= 1e-3 or norm == 0 else f"{norm:.1e}"
 
 
 def _name(dtype: torch.dtype) -> str:

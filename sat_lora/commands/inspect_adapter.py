@@ -1,8 +1,9 @@
 """`sat-lora inspect`."""
 
 import argparse
+import sys
 
-from sat_lora.commands.parts import examples
+from sat_lora.commands.parts import bar, examples
 
 
 def add(commands) -> None:
@@ -13,14 +14,34 @@ def add(commands) -> None:
     )
     inspect.add_argument("path", metavar="PATH", help="adapter folder or run folder")
     inspect.add_argument("--json", action="store_true", help="everything, layer by layer, for programs")
-    inspect.add_argument("--plot", metavar="PNG", help="bar chart of the delta norm per layer")
+    inspect.add_argument("--plot", metavar="PNG", help="draw how far each layer's delta moves its weight")
+    inspect.add_argument(
+        "--base", metavar="DIR", help="for --plot: its base, to draw in percent of the weights (default: the run's)"
+    )
     inspect.set_defaults(run_command=run)
 
 
 def run(options: argparse.Namespace) -> None:
-    from sat_lora.inspect_adapter import describe_adapter, draw_norms, inspect_adapter, to_json
+    from sat_lora.errors import ConfigError
+    from sat_lora.inspect_adapter import describe_adapter, inspect_adapter, to_json
 
+    if options.base and not options.plot:
+        raise ConfigError(f"--base {options.base}: it is for --plot")
     report = inspect_adapter(options.path)
     if options.plot:
-        draw_norms(report, options.plot)
+        print(_plot(report, options), file=sys.stderr)
     print(to_json(report) if options.json else describe_adapter(report))
+
+
+def _plot(report: dict, options: argparse.Namespace) -> str:
+    """Draw, and say what was drawn; the weights' norms are no part of what is printed of the report."""
+    from sat_lora.foreign import printable
+    from sat_lora.inspect_adapter import add_weight_norms, base_of_run, draw_norms
+
+    drawn = {**report, "layers": [{**layer} for layer in report["layers"]]}
+    base = options.base or base_of_run(report)
+    if base is not None:
+        add_weight_norms(drawn, base, bar("reading the base", "layers"))
+    draw_norms(drawn, options.plot)
+    against = f"in percent of the weights of {base}" if base is not None else "in numbers; --base gives percent"
+    return f"norms in {printable(options.plot)}, {printable(against)}"

@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Callable, Collection, Iterable
 
-from tqdm import tqdm
+from sat_lora.progress import shown
 
 ANY_BASE = "take a base that the adapter was not trained on"
 
@@ -17,5 +17,5 @@ def examples(*lines: str) -> dict:
 
 
 def bar(what: str, unit: str) -> Callable[[Collection], Iterable]:
-    """A `progress`: goes through a collection; a bar on stderr if that is a terminal and it takes over a second."""
-    return lambda items: tqdm(items, desc=what, unit=f" {unit}", disable=None, delay=1)
+    """A `progress`: goes through a collection and shows on stderr how far it is, see `shown`."""
+    return lambda items: shown(items, what, unit)

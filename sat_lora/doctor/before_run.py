@@ -5,6 +5,8 @@ is taken on every rank, and nothing is written but the report.
 import itertools
 import os
 import re
+import sys
+import traceback
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 
@@ -13,13 +15,19 @@ import torch
 from sat_lora.doctor.batches import has_labels, kinds_of
 from sat_lora.doctor.collectives import collective_findings, collective_times
 from sat_lora.doctor.configuration import bucket_findings, configuration_findings, key_findings
-from sat_lora.doctor.data import batch_count_findings, data_findings, model_config_findings
+from sat_lora.doctor.data import (
+    batch_count_findings,
+    data_findings,
+    drawing_findings,
+    drawn_samples,
+    model_config_findings,
+)
 from sat_lora.doctor.environment import environment_findings
 from sat_lora.doctor.examination import examine
-from sat_lora.doctor.findings import Finding, as_text, has_errors, joined
+from sat_lora.doctor.findings import Finding, as_text, has_errors, joined, looked_for, looks_for
 from sat_lora.doctor.findings import as_json as to_json
 from sat_lora.doctor.memory_report import estimated_findings, memory_report
-from sat_lora.doctor.optimization import effect_findings, learning_rate_findings
+from sat_lora.doctor.optimization import effect_findings, learning_rate_findings, schedule_findings
 from sat_lora.errors import SatLoraError
 from sat_lora.optimizer_groups import set_learning_rate
 from sat_lora.placement import add_lora
@@ -33,11 +41,14 @@ from sat_lora.training.notice import is_first_rank
 from sat_lora.training.optimizer_state import create_moments
 from sat_lora.training.preflight import option_problems
 from sat_lora.training.prepare import Setting, dataset_maker, load_base, model_seed, on_first_rank, prepare
+from sat_lora.training.same_base import base_of_run
 from sat_lora.training.schedule import learning_rate_factor, total_steps, warmup_steps
 from sat_lora.training.sources import open_sources
 from sat_lora.training.step import train_step
 
 SAMPLES = 256  # of the training data that each rank looks at
+PARTS = 7  # that `diagnose` says as it comes to them
+NO_FORWARD = {"loader-failed", "token-ids", "image-size"}  # with these the passes would end in a traceback
 
 
 def diagnose(
@@ -50,10 +61,13 @@ def diagnose(
 
     tell: is given what is no finding, as text: times of the groups, memory.
     """
+    looked_for(anew=True)
     device = join(options.distributed_backend)
+    _begin(1, "groups of ranks")
     broken = collective_findings()
     if broken:
         return broken  # what follows would wait for every rank
+    _begin(2, "options, files, packages, machine")
     on_first_rank(make_data)
     findings = [*configuration_findings(options, os.environ, device.type), *_option_findings(options, device.type)]
     findings = joined(gather_lists([findings]))
@@ -75,13 +89,20 @@ def report(options: Namespace, make_data: Callable[[], None] | None = None, *, a
     told: list[str] = []
     findings = diagnose(options, make_data, tell=told.append)
     if is_first_rank():
-        print(to_json(findings) if as_json else "\n\n".join([*told, as_text(findings)]), flush=True)
+        print(to_json(findings) if as_json else "\n\n".join([*told, as_text(findings, len(looked_for()))]), flush=True)
     if any(finding.code == "collective" for finding in findings):
         os._exit(1)  # to leave a group that does not answer takes as long as to wait for it
     stop()
     return 1 if has_errors(findings) else 0
 
 
+def _begin(number: int, part: str) -> None:
+    """Say on stderr what is looked at now."""
+    if is_first_rank():
+        print(f"doctor: {number} of {PARTS}, {part}", file=sys.stderr, flush=True)
+
+
+@looks_for("options")
 def _option_findings(options: Namespace, device: str) -> Iterator[Finding]:
     """What keeps the run from starting, but for the DeepSpeed file's keys, of which `configuration` says more."""
     said = set()
@@ -103,28 +124,39 @@ def _diagnose_model(options: Namespace, setting: Setting, tell: Callable[[str], 
     too_much = estimated_findings(options, setting)
     if too_much:
         return too_much  # it would end in the middle
+    _begin(3, "the base")
+    base_of_run(options)
     model, config = load_base(options, setting, layers=options.shrink)
     add_lora(model, setting.lora)
     model.train()
+    _begin(4, "the data")
     data, valid = open_sources(options, world, dataset_maker(options, config))
     own = model_config_findings(config, options.from_pretrained)
-    looked_at = -(-SAMPLES // options.batch_size)
-    batches = [*itertools.islice(data.training(0), looked_at)]
+    batches, failed = _read_batches(data, -(-SAMPLES // options.batch_size))
+    own += failed
     own += data_findings(
         batches,
         image_length=config["image_length"],
         max_length=options.max_length,
         max_broken_share=options.max_broken_share,
+        vocab_size=config.get("vocab_size"),
+        image_size=tuple(config["eva_args"]["image_size"]),
     )
     trained = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
     size = next(p.element_size() for p in model.parameters() if p.requires_grad)
     own += bucket_findings(setting.engine, trained, size)
     findings = joined(gather_lists([own]))
+    if any(finding.code in NO_FORWARD for finding in findings):
+        return findings
+    steps = data.samples // (options.batch_size * world.data_parallel_size)  # whole ones of an epoch
+    place = dict(rank=world.rank, data_parallel_rank=world.data_parallel_rank)
+    findings += drawing_findings(gather_lists([drawn_samples(data.training(0), batches, steps, **place)]))
     if valid is not None:
         findings += batch_count_findings(gather_lists([valid.validation_batches]), "validation data")
     batch = next((one for one in batches if has_labels(one)), None)
     if any(gather_lists([batch is None])):
         return findings  # every rank stops here; what is wrong with the data has been said
+    _begin(5, "forward and backward without an engine")
     torch.manual_seed(options.seed + world.data_parallel_rank)
     kinds = kinds_of(batch, world.data_parallel_rank)
     if len({*gather_lists([tuple(kinds)])}) > 1:  # some ranks drew text alone
@@ -138,6 +170,7 @@ def _diagnose_model(options: Namespace, setting: Setting, tell: Callable[[str], 
         findings += examine(model, kinds, _loss_of, optimizer=optimizer, bucket_size=bucket)
     if has_errors(findings):
         return findings  # a step with an engine might hang
+    _begin(6, "memory")
     longest = max(batches, key=lambda one: one["input_ids"].numel())  # what does not fit fails there
     table, too_much = memory_report(options, setting, model, lambda: _loss_of(model, longest).backward())
     tell(table)
@@ -145,10 +178,26 @@ def _diagnose_model(options: Namespace, setting: Setting, tell: Callable[[str], 
     return findings + _take_steps(options, setting, model, optimizer, kinds, data.epoch_samples, partitioned)
 
 
+@looks_for("loader-failed")
+def _read_batches(data, count: int) -> tuple[list[dict], list[Finding]]:
+    """(the first `count` batches of this rank, or those before the loader raised; what it raised)."""
+    batches = []
+    try:
+        for batch in itertools.islice(data.training(0), count):
+            batches.append(batch)
+    except Exception as error:  # of a dataset, in a process of its own or not
+        words = str(error).strip().splitlines() or [""]
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        place = f"{type(error).__name__}: {words[-1]} ({last.filename}:{last.lineno})"
+        return batches, [Finding(code="loader-failed", seen=f"after {len(batches)} batches: {place}")]
+    return batches, []
+
+
 def _take_steps(
     options: Namespace, setting: Setting, model, optimizer, kinds: dict[str, dict], samples: int, partitioned: bool
 ) -> list[Finding]:
     """One real step per kind of batch, by the engine of the run."""
+    _begin(7, "a real step for each kind of batch")
     world = setting.world
     steps = total_steps(
         train_iters=options.train_iters,
@@ -158,11 +207,11 @@ def _take_steps(
         gradient_accumulation_steps=options.gradient_accumulation_steps,
         data_parallel_size=world.data_parallel_size,
     )
+    findings = joined(gather_lists([schedule_findings(options, steps)]))
     before = _trainable_values(model)
     config = {**setting.engine, "gradient_accumulation_steps": 1}
     engine = start_engine(model, optimizer, config, seed=model_seed(options))
     create_moments(engine)
-    findings = []
     if partitioned:
         findings += _examine_engine(engine, kinds)
     for number, (kind, batch) in enumerate(kinds.items()):

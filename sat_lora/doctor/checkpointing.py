@@ -5,10 +5,11 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from sat_lora.doctor.findings import Finding
+from sat_lora.doctor.findings import Finding, looks_for
 from sat_lora.doctor.passes import Call, Passes
 
 
+@looks_for("recompute-differs", "switched-between-passes")
 def checkpointing_findings(model: nn.Module, passes: Sequence[Passes]) -> list[Finding]:
     """`recompute-differs` and `switched-between-passes`; a region without gradients is for `reachability`."""
     findings = [finding for one in passes for finding in _switched(one)]

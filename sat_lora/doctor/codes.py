@@ -136,12 +136,47 @@ CODES = {
         "LoRA learns next to nothing at such a rate: full fine-tuning's are ten to a hundred times too low for it",
         "try --lr 1e-4",
     ),
+    "schedule": Code(
+        WARNING,
+        "steps at a rate that is nothing beside the highest one, or on the way up to it, teach next to nothing",
+        "look at --warmup, --lr-decay-style and --min-lr-ratio beside the number of steps",
+    ),
     "step-without-effect": Code(
         ERROR,
         "after a real step the adapter is what it was: the run would end with an adapter that changes nothing",
         "see the other findings; without any, look at the learning rate and the gradients",
     ),
     # Data
+    "loader-failed": Code(
+        ERROR,
+        "an exception in a loader ends its rank, and the others wait for it",
+        "look at the line that is named; a sample that cannot be used is a BrokenSample, not an exception",
+    ),
+    "wrong-labels": Code(
+        ERROR,
+        "the model would learn to say something else than the next tokens of its own sample",
+        "give each token its own id as label, -100 on prompt, image and padding; the loss shifts them by one",
+    ),
+    "token-ids": Code(
+        ERROR,
+        "the base has no embedding for such a token: the forward pass ends with an index out of range",
+        "give the base's own tokenizer with --local_tokenizer",
+    ),
+    "image-size": Code(
+        ERROR,
+        "the vision tower has position embeddings for one size of image alone",
+        "resize images to eva_args.image_size of the base's model_config.json",
+    ),
+    "repeated-samples": Code(
+        WARNING,
+        "what comes twice in an epoch takes the place of other samples, which never come",
+        "look at the sampler and the dataset; or the data itself holds samples several times",
+    ),
+    "shared-samples": Code(
+        WARNING,
+        "data-parallel ranks that read the same samples add nothing to each other: the batch is smaller than it seems",
+        "give the sampler this rank's data-parallel rank and size; or the data itself holds samples several times",
+    ),
     "no-labels": Code(
         ERROR,
         "every label is -100, so there is nothing to learn from the sample",

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from sat_lora._sat import mpu
-from sat_lora.doctor.findings import Finding
+from sat_lora.doctor.findings import Finding, looks_for
 
 SLOW = 1.0  # seconds for 4 bytes, after a first call that connects
 TIMEOUT = 60.0
@@ -43,6 +43,7 @@ class GroupTest:
         return f"{self.name} of {_ranks_in_words(self.ranks)} ({self.backend})"
 
 
+@looks_for("collective")
 def collective_findings(timeout: float = TIMEOUT) -> list[Finding]:
     """`collective`, for each group that lacks a rank, gives a wrong result, fails or is slow.
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from sat_lora.cogvlm.checkpoint import open_folder
-from sat_lora.doctor.findings import Finding
+from sat_lora.doctor.findings import Finding, looks_for
 from sat_lora.errors import ConfigError, SatLoraError
 from sat_lora.training.deepspeed_config import base_dtype
 from sat_lora.training.deepspeed_file import TOP_LEVEL_KEYS, read_deepspeed_file, section_keys
@@ -30,6 +30,7 @@ def configuration_findings(options: Namespace, environ: Mapping[str, str], devic
     return findings + precision_findings(options, device)
 
 
+@looks_for("unknown-key", "misplaced-key")
 def key_findings(content: dict, path: str | Path) -> list[Finding]:
     """Keys that DeepSpeed does not know where they stand, with the place where it would, or the nearest name."""
     places = {TOP: TOP_LEVEL_KEYS, **section_keys()}
@@ -70,6 +71,7 @@ def _called(place: str) -> str:
     return place if place == TOP else f'"{place}"'
 
 
+@looks_for("batch-arithmetic")
 def _batch_findings(content: dict, options: Namespace, environ: Mapping[str, str]) -> list[Finding]:
     whole = content.get("train_batch_size")
     if not isinstance(whole, int):
@@ -86,6 +88,7 @@ def _batch_findings(content: dict, options: Namespace, environ: Mapping[str, str
     return [Finding(code="batch-arithmetic", seen=seen, file=str(options.deepspeed_config), option=OPTION)]
 
 
+@looks_for("precision")
 def precision_findings(options: Namespace, device: str) -> list[Finding]:
     """The run's precision against what the device has and what the checkpoint holds."""
     findings, wanted = [], base_dtype(options)
@@ -112,6 +115,7 @@ def checkpoint_dtype(folder: str | Path, *, trust: bool = False) -> torch.dtype 
     return next((tensor.dtype for tensor in tensors), None)
 
 
+@looks_for("bucket-size")
 def bucket_findings(engine: dict, trained: int, itemsize: int) -> list[Finding]:
     """engine: DeepSpeed's config. trained: elements that train on this rank, of `itemsize` bytes."""
     zero = engine.get("zero_optimization", {})

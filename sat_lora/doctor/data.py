@@ -1,34 +1,71 @@
 """What is wrong with the samples that a run would train on."""
 
+import hashlib
 import itertools
+from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 
 from sat_lora.cogvlm.text import IGNORED
-from sat_lora.doctor.findings import Finding
+from sat_lora.doctor.findings import Finding, looks_for
 
 LISTED = 5  # paths that a finding names
+INDICES = 100_000  # of a sampler that are looked at
+MOST_ALIKE = 0.25  # share of equal samples that data may have
+THINNED = 7  # every so many pixels of an image are enough to tell it from others
 
 
+@looks_for("no-labels", "too-long", "image-tokens", "broken-files", "wrong-labels", "token-ids", "image-size")
 def data_findings(
-    batches: Iterable[dict], *, image_length: int, max_length: int, max_broken_share: float
+    batches: Iterable[dict],
+    *,
+    image_length: int,
+    max_length: int,
+    max_broken_share: float,
+    vocab_size: int | None = None,
+    image_size: tuple[int, int] | None = None,
 ) -> list[Finding]:
-    """Of collated batches of this rank; goes through all of them."""
+    """Of collated batches of this rank; goes through all of them.
+
+    image_length, vocab_size, image_size (height, width): the base's; None is not looked at.
+    """
     broken: dict[str, str] = {}
     samples = empty = cut = longest = 0
     counts: set[int] = set()
+    wrong_labels, sizes, unknown = Counter(), set(), set()
     for batch in batches:
         broken.update(batch["broken"])
         rows = [] if _is_padding_only(batch) else range(len(batch["input_ids"]))
         samples += len(rows) + len(batch["broken"])
+        places = int(batch["image_embed_mask"].sum())
+        if places != len(batch["images"]) * (image_length + 2) and places % (image_length + 2) == 0:
+            counts.add(places + 1)  # images are missing or left over
+        if len(batch["images"]):
+            sizes.add(tuple(batch["images"].shape[2:]))
+        if vocab_size is not None:
+            outside = (batch["input_ids"] < 0) | (batch["input_ids"] >= vocab_size)
+            unknown.update(batch["input_ids"][outside].tolist())
         for row in rows:
             labels = batch["labels"][row]
             empty += bool((labels[1:] == IGNORED).all())
             cut += bool(batch["left_out"][row])
             longest = max(longest, int(batch["lengths"][row] + batch["left_out"][row]))
             counts.add(int(batch["image_embed_mask"][row].sum()))
+            wrong_labels.update(filter(None, [what_is_wrong_with_labels(batch, row)]))
     findings = []
+    for words, count in wrong_labels.items():
+        seen = f"{count} of {samples} samples looked at have labels {words}"
+        findings.append(Finding(code="wrong-labels", seen=seen))
+    if unknown:
+        ids = ", ".join(map(str, sorted(unknown)[:LISTED]))
+        seen = f"token ids {ids} are in the samples, the base's vocabulary is from 0 to {vocab_size - 1}"
+        findings.append(Finding(code="token-ids", seen=seen, option="--local_tokenizer"))
+    if image_size is not None and sizes - {tuple(image_size)}:
+        got = " and ".join(" x ".join(map(str, size)) for size in sorted(sizes - {tuple(image_size)}))
+        seen = f"images come as {got} pixels, the base takes {' x '.join(map(str, image_size))}"
+        findings.append(Finding(code="image-size", seen=seen))
     if empty:
         seen = f"{empty} of {samples} samples looked at have no label"
         findings.append(Finding(code="no-labels", seen=seen, option="--train-data"))
@@ -51,6 +88,7 @@ def data_findings(
     return findings
 
 
+@looks_for("image-tokens")
 def model_config_findings(config: dict, folder: str) -> list[Finding]:
     """Whether the image size and the patch size of model_config.json make its image_length."""
     vit = config.get("eva_args", {})
@@ -65,6 +103,7 @@ def model_config_findings(config: dict, folder: str) -> list[Finding]:
     return [Finding(code="image-tokens", seen=seen + str(config.get("image_length")), file=folder)]
 
 
+@looks_for("unequal-batches")
 def batch_count_findings(counts: Sequence[int], what: str) -> list[Finding]:
     """counts: batches of `what` by rank."""
     if len({*counts}) < 2:
@@ -72,6 +111,105 @@ def batch_count_findings(counts: Sequence[int], what: str) -> list[Finding]:
     short = tuple(rank for rank, count in enumerate(counts) if count < max(counts))
     words = ", ".join(f"rank {rank} {count}" for rank, count in itertools.islice(enumerate(counts), 8))
     return [Finding(code="unequal-batches", seen=f"batches of {what}: {words}", ranks=short)]
+
+
+def what_is_wrong_with_labels(batch: dict, row: int) -> str | None:
+    """In words, where a label of the row is not the token at its own place; None: nothing.
+
+    The loss compares the output at each place with the label at the next one, so a label is the token itself.
+    """
+    ids, labels, length = batch["input_ids"][row], batch["labels"][row], int(batch["lengths"][row])
+    learned = labels != IGNORED
+    if learned[length:].any():
+        return "on padding"
+    if (learned & (batch["image_embed_mask"][row] > 0)).any():
+        return "on the places of an image"
+    if bool((labels == ids)[learned].all()):
+        return None
+    for step, words in ((-1, "shifted already by one; the loss shifts them again"), (1, "shifted by one backwards")):
+        if bool((labels == ids.roll(step))[learned].all()):
+            return words
+    others = (other for other in range(len(batch["input_ids"])) if other != row)
+    if any(bool((labels == batch["input_ids"][other])[learned].all()) for other in others):
+        return "of another row of their batch"
+    return "that are not the tokens at their places"
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What a rank reads of its first epoch."""
+
+    rank: int
+    data_parallel_rank: int
+    indices: list[int] | None
+    """Of the sampler; None: it has none."""
+    contents: list[str]
+    """A digest of text and image of each sample looked at."""
+
+
+def drawn_samples(loader, batches: Sequence[dict], steps: int, *, rank: int, data_parallel_rank: int) -> Drawn:
+    """steps: whole batches that this rank has in an epoch. batches: the first of them, or more, collated."""
+    sampler = getattr(loader, "batch_sampler", None)
+    indices = None
+    if sampler is not None:
+        steps_read = min(steps, -(-INDICES // max(1, getattr(sampler, "batch_size", 1))))
+        indices = [int(index) for batch in itertools.islice(sampler, steps_read) for index in batch]
+    contents = [digest for batch in itertools.islice(batches, steps) for digest in _digests(batch)]
+    return Drawn(rank, data_parallel_rank, indices, contents)
+
+
+@looks_for("repeated-samples", "shared-samples")
+def drawing_findings(by_rank: Sequence[Drawn]) -> list[Finding]:
+    """Of all ranks: samples that come twice on a rank, or on two, within their first epoch.
+
+    Whatever the sampler gives twice is a fault. Content may be there twice: it is one from a share of MOST_ALIKE on.
+    """
+    drawn = {one.data_parallel_rank: one for one in reversed(by_rank)}  # those of a model-parallel group are alike
+    findings = []
+    (repeats, shares), words = _repeats_and_shares(drawn, "indices", 0.0), "indices of the sampler"
+    if not repeats and not shares:
+        (repeats, shares), words = _repeats_and_shares(drawn, "contents", MOST_ALIKE), "samples by text and image"
+    for one, (count, whole) in repeats.items():
+        seen = f"{count} of the {whole} {words} that this rank reads in its first epoch came before"
+        findings.append(Finding(code="repeated-samples", seen=seen, ranks=(drawn[one].rank,)))
+    if shares:
+        count, whole = map(sum, zip(*shares.values()))
+        seen = f"{count} of {whole} {words} of the first epoch are read by another rank too"
+        ranks = tuple(sorted(drawn[one].rank for one in shares))
+        findings.append(Finding(code="shared-samples", seen=seen, ranks=ranks))
+    return findings
+
+
+def _repeats_and_shares(drawn: dict[int, Drawn], of: str, allowed: float) -> tuple[dict, dict]:
+    """({data-parallel rank: (how many came before, of how many)}, the same of those that another rank has too)."""
+    values = {number: getattr(one, of) or [] for number, one in drawn.items()}
+    owners: dict = {}
+    for number, own in values.items():
+        for value in own:
+            owners.setdefault(value, set()).add(number)
+    repeats = {n: (len(own) - len({*own}), len(own)) for n, own in values.items()}
+    shares = {n: (sum(len(owners[value]) > 1 for value in own), len(own)) for n, own in values.items()}
+    return tuple(
+        {n: (count, whole) for n, (count, whole) in counts.items() if count > allowed * whole}
+        for counts in (repeats, shares)
+    )
+
+
+def _digests(batch: dict) -> list[str]:
+    """Of each row's tokens, labels and images."""
+    if _is_padding_only(batch):
+        return []
+    digests, used = [], 0
+    ends = (batch["image_embed_mask"] - batch["vision_expert_mask"]).sum(1)  # an image ends with one such token
+    for row, length in enumerate(batch["lengths"].tolist()):
+        count = int(ends[row])
+        pixels = batch["images"][used : used + count, :, ::THINNED, ::THINNED]
+        used += count
+        digest = hashlib.blake2b(digest_size=16)
+        for tensor in (batch["input_ids"][row][:length], batch["labels"][row][:length], pixels):
+            digest.update(tensor.contiguous().numpy().tobytes())
+        digests.append(digest.hexdigest())
+    return digests
 
 
 def _is_padding_only(batch: dict) -> bool:

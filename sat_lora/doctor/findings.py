@@ -1,11 +1,42 @@
 """What a check has found, told in one form whoever asks: the command, a program, a file."""
 
 import dataclasses
+import functools
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from sat_lora.doctor.codes import CODES, ERROR, LEVELS
+
+_looked_for: set[str] = set()
+
+
+def looks_for(*codes: str) -> Callable[[Callable], Callable]:
+    """Marks a check with the codes that it gives, so that those which were looked for can be counted.
+
+    ValueError: a code that is not there.
+    """
+    if not CODES.keys() >= {*codes}:
+        raise ValueError(f"there are no codes {sorted({*codes} - CODES.keys())}")
+
+    def mark(check: Callable) -> Callable:
+        @functools.wraps(check)
+        def counted(*args, **kwargs):
+            findings = check(*args, **kwargs)
+            _looked_for.update(codes)
+            return findings
+
+        return counted
+
+    return mark
+
+
+def looked_for(*, anew: bool = False) -> set[str]:
+    """The codes that the checks of this process have looked for. anew: forget them afterwards."""
+    codes = set(_looked_for)
+    if anew:
+        _looked_for.clear()
+    return codes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,17 +87,18 @@ def joined(by_rank: Iterable[Sequence[Finding]]) -> list[Finding]:
     return sorted(found, key=lambda one: LEVELS.index(one.level))
 
 
-def as_text(findings: Sequence[Finding]) -> str:
-    """All of them, worst first, and a last line that counts them."""
+def as_text(findings: Sequence[Finding], checks: int | None = None) -> str:
+    """All of them, worst first, and a last line that counts them. checks: how many there were, None if not known."""
     blocks = [_block(finding) for finding in sorted(findings, key=lambda one: LEVELS.index(one.level))]
-    return "\n\n".join([*blocks, summary(findings)])
+    return "\n\n".join([*blocks, summary(findings, checks)])
 
 
-def summary(findings: Sequence[Finding]) -> str:
+def summary(findings: Sequence[Finding], checks: int | None = None) -> str:
     """In one line."""
     counts = [(level, sum(one.level == level for one in findings)) for level in LEVELS]
     words = [f"{count} {level}{'s' if count > 1 else ''}" for level, count in counts if count]
-    return f"doctor: {', '.join(words)}" if words else "doctor: nothing found"
+    count = "" if checks is None else f", {checks} checks"
+    return f"doctor: {', '.join(words) or 'no problem found'}{count}"
 
 
 def as_json(findings: Sequence[Finding]) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from sat_lora.doctor.findings import Finding
+from sat_lora.doctor.findings import Finding, looks_for
 from sat_lora.doctor.passes import Passes
 from sat_lora.training.distributed import gather_lists
 
@@ -24,6 +24,7 @@ class Arrivals:
         return f"rank {self.rank} with {self.kind}"
 
 
+@looks_for("gradient-missing", "gradient-order", "gradient-twice")
 def gradient_findings(model: nn.Module, passes: Sequence[Passes], *, bucket_size: int = 500_000_000) -> list[Finding]:
     """Missing gradients, other orders, and gradients that come twice. Every rank calls it and gets the same.
 

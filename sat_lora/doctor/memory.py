@@ -27,7 +27,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import nn
 
-from sat_lora.doctor.findings import Finding
+from sat_lora.doctor.findings import Finding, looks_for
 
 BUCKET = 500_000_000  # elements, DeepSpeed's own default; deepspeed_config sets a lower one
 LIVE = 1_000_000_000  # elements that ZeRO-3 keeps gathered: stage3_max_live_parameters
@@ -95,6 +95,7 @@ def memory_of(
     )
 
 
+@looks_for("memory")
 def memory_findings(memory: Memory, available: float | None) -> list[Finding]:
     """available: bytes that the device has for this rank; None where nobody knows."""
     if available is None or memory.total <= available:

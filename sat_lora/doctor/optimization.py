@@ -1,14 +1,17 @@
 """The optimizer: it holds what trains, each once; its rate is one at which LoRA learns; a step has an effect."""
 
+from argparse import Namespace
 from collections import Counter
 
 import torch
 from torch import nn
 
-from sat_lora.doctor.findings import Finding
+from sat_lora.doctor.findings import Finding, looks_for
 from sat_lora.training.deepspeed_config import LOWEST_USEFUL_RATE
+from sat_lora.training.schedule import rates, schedule_problems
 
 
+@looks_for("optimizer-holds")
 def optimizer_findings(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Finding]:
     """For the optimizer as it was made, before DeepSpeed puts copies in place of its parameters."""
     held = Counter(id(parameter) for group in optimizer.param_groups for parameter in group["params"])
@@ -25,6 +28,7 @@ def optimizer_findings(model: nn.Module, optimizer: torch.optim.Optimizer) -> li
     return findings
 
 
+@looks_for("learning-rate")
 def learning_rate_findings(groups: list[dict], peak: float) -> list[Finding]:
     """groups: an optimizer's `param_groups` after the first step of the schedule. peak: the rate that is asked for."""
     findings = []
@@ -39,6 +43,14 @@ def learning_rate_findings(groups: list[dict], peak: float) -> list[Finding]:
     return findings
 
 
+@looks_for("schedule")
+def schedule_findings(options: Namespace, steps: int) -> list[Finding]:
+    """Of the rates of all steps, as the run would set them."""
+    problems = schedule_problems(rates(options, steps), options, steps)
+    return [Finding(code="schedule", seen=problem, option=problem.split()[0]) for problem in problems]
+
+
+@looks_for("step-without-effect")
 def effect_findings(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> list[Finding]:
     """Trainable parameters by name before and after a step whose gradients were all made of non-zero deltas."""
     still = [name for name in before if torch.equal(before[name], after[name])]

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from sat_lora.doctor.findings import Finding, as_text, has_errors
+from sat_lora.doctor.findings import Finding, as_text, has_errors, looks_for
 
 # What setup.py requires, and the module to try. SAT comes first: `_sat` imports it, and DeepSpeed, without remarks.
 IMPORTS = {
@@ -37,6 +37,7 @@ _INSTALLED_AS = {"sat": "SwissArmyTransformer", "PIL": "Pillow", "cv2": "opencv-
 INSTALL = "pip install -c constraints.txt"
 
 
+@looks_for("versions", "missing-module")
 def package_findings(imports: Mapping[str, str] = IMPORTS, gpu: str | Path = "/dev/nvidia0") -> list[Finding]:
     """`missing-module` and `versions` of this process. Imports what is not imported yet.
 

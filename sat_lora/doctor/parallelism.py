@@ -11,13 +11,14 @@ import torch
 from torch import nn
 
 from sat_lora._sat import RowParallelLinear, mpu
-from sat_lora.doctor.findings import Finding
+from sat_lora.doctor.findings import Finding, looks_for
 from sat_lora.doctor.passes import Passes
 from sat_lora.mixin import lora_mixins
 from sat_lora.sharding import model_parallel_layout
 from sat_lora.targets import layer_of
 
 
+@looks_for("replicas-differ", "sharding-flag", "parallel-rule")
 def parallelism_findings(model: nn.Module, passes: Sequence[Passes]) -> list[Finding]:
     """Every model-parallel rank calls it, with gradients still in place, and gets the same."""
     if model_parallel_layout()[1] == 1:

@@ -4,12 +4,13 @@ from collections.abc import Callable, Sequence
 
 from torch import nn
 
-from sat_lora.doctor.findings import Finding
+from sat_lora.doctor.findings import Finding, looks_for
 from sat_lora.doctor.passes import Call, Passes
 from sat_lora.mixin import lora_mixins
 from sat_lora.placement import adapters_of, mixins_called
 
 
+@looks_for("unreachable", "checkpoint-without-grad")
 def reachability_findings(model: nn.Module, passes: Sequence[Passes]) -> list[Finding]:
     """What none of the batches trains on this rank: `unreachable` or `checkpoint-without-grad`, by cause."""
     trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]

@@ -5,11 +5,12 @@ import os
 import tempfile
 from pathlib import Path
 
-from sat_lora.doctor.findings import Finding
+from sat_lora.doctor.findings import Finding, looks_for
 
 PREFETCHED = 2  # batches that each worker of torch's DataLoader keeps ready
 
 
+@looks_for("shared-memory")
 def shared_memory_findings(
     num_workers: int, batch_bytes: int, ranks_here: int, path: str | Path = "/dev/shm"
 ) -> list[Finding]:
@@ -38,6 +39,7 @@ def shared_memory_findings(
     return [Finding(code="shared-memory", seen=seen, file=str(path), option="--num-workers", fix=fix)]
 
 
+@looks_for("disk-space")
 def disk_findings(
     folder: str | Path, bytes_per_save: int, keep: int, *, checkpoint_bytes: int = 0, saves: int = 1
 ) -> list[Finding]:

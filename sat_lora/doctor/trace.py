@@ -4,6 +4,8 @@ The mapping is shared, so that the kernel keeps what was written whatever become
 each other for it. `rank_state` reads it.
 """
 
+import contextlib
+import errno
 import json
 import mmap
 import os
@@ -91,12 +93,18 @@ class Trace(NoTrace):
             modules=modules,
             parameters=parameters,
         )
-        file_of(self.folder, rank, ".json").write_text(json.dumps(static), encoding="utf-8")
         self._most = 2 * len(parameters)  # one that arrives twice is a fault, and seen
         size = ARRIVALS_AT + self._most * ARRIVAL.size
-        with open(file_of(self.folder, rank, ".state"), "w+b") as file:
-            file.truncate(size)
-            self._memory = mmap.mmap(file.fileno(), size)
+        files = [file_of(self.folder, rank, ending) for ending in (".json", ".state")]
+        try:
+            files[0].write_text(json.dumps(static), encoding="utf-8")
+            with open(files[1], "w+b") as file:
+                allocate(file.fileno(), size)
+                self._memory = mmap.mmap(file.fileno(), size)
+        except OSError:
+            for file in files:  # half of them would be read as a rank that says nothing
+                file.unlink(missing_ok=True)
+            raise
         self._numbers = memoryview(self._memory)[NUMBERS_AT : NUMBERS_AT + NUMBERS.size].cast("I")
         self._numbers[MODULE] = NONE
         self._phases = 0
@@ -166,7 +174,8 @@ class Trace(NoTrace):
         frames = [] if error is None else traceback.extract_tb(error.__traceback__)
         places = [[frame.filename, frame.lineno, frame.name, frame.line] for frame in reversed(frames)]
         content = dict(error=text, frames=places, time=time.time())
-        file_of(self.folder, self.rank, ".end.json").write_text(json.dumps(content), encoding="utf-8")
+        with contextlib.suppress(OSError):  # it would stand before the error that is told
+            file_of(self.folder, self.rank, ".end.json").write_text(json.dumps(content), encoding="utf-8")
 
     def arrival(self, number: int) -> Callable[[object], None]:
         """A hook of the parameter of that number: its gradient has come. As cheap as it gets, like `_note_into`."""
@@ -180,6 +189,22 @@ class Trace(NoTrace):
                 numbers[COUNT] = count + 1
 
         return arrived
+
+
+def allocate(descriptor: int, size: int) -> None:
+    """Give the file `size` bytes of zeros that are on the disk. OSError: it is full.
+
+    A mapped file that is merely long takes its place when it is written to, and a full disk is a bus error then.
+    """
+    try:
+        os.posix_fallocate(descriptor, 0, size)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+            raise
+        written = 0  # a file system that cannot allocate
+        while written < size:
+            written += os.pwrite(descriptor, bytes(size - written), written)
+        os.fsync(descriptor)
 
 
 def _note_into(numbers: memoryview, number: int) -> Callable[[nn.Module, tuple], None]:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from sat_lora.config import LoraConfig
-from sat_lora.doctor.findings import Finding
+from sat_lora.doctor.findings import Finding, looks_for
 from sat_lora.doctor.passes import LossOf
 from sat_lora.mixin import lora_mixins
 from sat_lora.optimizer_groups import parameter_groups
@@ -17,6 +17,7 @@ from sat_lora.targets import PRESETS, part_of, select
 from sat_lora.training.distributed import gather_lists
 
 
+@looks_for("trainable-set", "tower-not-adapted", "dtype-or-device")
 def trained_set_findings(model: nn.Module) -> list[Finding]:
     """What the LoraMixins' configs ask for against what has requires_grad, its dtype and its device."""
     mixins = lora_mixins(model)
@@ -63,6 +64,7 @@ def _compare_with_config(model: nn.Module, name: str, config: LoraConfig) -> lis
     return findings
 
 
+@looks_for("trainable-differs", "parameter-order")
 def agreement_findings(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> list[Finding]:
     """Whether all ranks train the same, in one order, and group it alike. Every rank calls it and gets the same.
 
@@ -105,6 +107,7 @@ def compare_ranks(trained: Sequence[list[tuple]], grouped: Sequence[list[tuple]]
     return findings
 
 
+@looks_for("fresh-adapter")
 def fresh_adapter_findings(model: nn.Module, loss_of: LossOf, batch: dict) -> list[Finding]:
     """Whether fresh adapters change the loss of a batch. For adapters that have not trained yet."""
     mixins = [mixin for mixin in lora_mixins(model).values() if mixin.enabled and not mixin.merged]

@@ -5,12 +5,13 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
-from sat_lora.doctor.findings import Finding
+from sat_lora.doctor.findings import Finding, looks_for
 from sat_lora.doctor.passes import LossOf, Passes
 from sat_lora.training.distributed import gather_lists
 from sat_lora.training.nonfinite import first_nonfinite
 
 
+@looks_for("not-finite")
 def value_findings(
     model: nn.Module,
     loss_of: LossOf,

@@ -20,6 +20,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 from torch import nn
 
@@ -56,10 +57,11 @@ class Watchdog:
 
     def __enter__(self) -> "Watchdog":
         # A rank whose interpreter is stuck as a whole cannot run this thread: faulthandler's own then writes stacks.
-        self._fallback = open(file_of(self.trace.folder, self.trace.rank, ".stuck.txt"), "w")
+        self._fallback = self._opened(".stuck.txt")
         if not faulthandler.is_enabled():
-            self._fatal = open(file_of(self.trace.folder, self.trace.rank, FATAL), "w")
-            faulthandler.enable(self._fatal)
+            self._fatal = self._opened(FATAL)
+            if self._fatal is not None:
+                faulthandler.enable(self._fatal)
         self._thread.start()
         return self
 
@@ -67,10 +69,18 @@ class Watchdog:
         self._done.set()
         self._thread.join()
         faulthandler.cancel_dump_traceback_later()
-        self._fallback.close()
+        if self._fallback is not None:
+            self._fallback.close()
         if self._fatal is not None:
             faulthandler.disable()
             self._fatal.close()
+
+    def _opened(self, ending: str) -> TextIO | None:
+        """None: the disk is full, and the watchdog goes without this file."""
+        try:
+            return open(file_of(self.trace.folder, self.trace.rank, ending), "w")
+        except OSError:
+            return None
 
     def limit(self, phase: str) -> float:
         """Seconds that this phase may go without a sign of life."""
@@ -93,7 +103,8 @@ class Watchdog:
                 self.trace.seen_alive()
             looked, phase = now, self.trace.phase
             limit = self.limit(phase)
-            faulthandler.dump_traceback_later(limit + 10 * self.tick, file=self._fallback)
+            if self._fallback is not None:
+                faulthandler.dump_traceback_later(limit + 10 * self.tick, file=self._fallback)
             expired = now - since > limit and not (phase in OUTSIDE_OF_STEPS and self._others_work(limit))
             if expired or (self.trace.folder / ALARM).exists():
                 self._end(dict(rank=self.trace.rank, phase=phase, waited=now - since, limit=limit))

@@ -25,10 +25,8 @@ class AnswerLengths:
         """None if no answer is cut."""
         if not self.cut:
             return None
-        return (
-            f"--max_length {max_length}: the answers of {self.cut:,} of {self.looked_at:,} samples do not fit and are "
-            f"cut (what is left is learnt, without an end); --max_length {self.longest} would hold them all"
-        )
+        share = f"{self.cut:,} of {self.looked_at:,}"
+        return f"{share} answers are cut by --max_length {max_length}; {self.longest} would hold them"
 
 
 def answer_lengths(dataset: ImageTextDataset) -> AnswerLengths:

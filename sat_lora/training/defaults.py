@@ -1,7 +1,9 @@
 """What an option is when nobody sets it."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
+from sat_lora.foreign import read_json
 from sat_lora.training.lora_options import lora_defaults
 
 # The settings for a real CogVLM. None: found out later, as the comment says.
@@ -10,7 +12,7 @@ DEFAULTS = {
     "valid_data": None,  # then a part of --train-data, by --split
     "test_data": None,  # then nothing is generated after training
     "split": [1.0],
-    "prompt": "CAPTCHA:",
+    "prompt": "What is this?",
     "special_tokens_in_text": False,
     "ignore_keys": [],
     "images_from": [],
@@ -20,7 +22,7 @@ DEFAULTS = {
     "trust_checkpoint": False,
     "any_base": False,
     "local_tokenizer": None,  # then the --from_pretrained folder
-    "version": "chat",
+    "version": "chat",  # unless the base's config names another, see `version_of`
     "max_length": 1288,
     **lora_defaults(),
     "lr": 1e-4,
@@ -78,28 +80,55 @@ NOT_RESUMED = frozenset(
 EMBEDDED_DEMO = Path(__file__).resolve().parents[2] / "finetune_demo"
 
 
+def embedded_base(demo_folder: str | Path) -> dict:
+    """What replaces DEFAULTS without --from_pretrained, whatever the data: the tiny base and what goes with it."""
+    return {
+        "from_pretrained": str(Path(demo_folder) / "tiny_cogvlm"),
+        "version": "base",
+        "max_length": 64,
+        "zero_stage": 0,
+    }
+
+
 def demo_defaults(demo_folder: str | Path) -> dict:
-    """What replaces DEFAULTS without --from_pretrained: the embedded tiny base and captchas, minutes on a CPU.
+    """What replaces DEFAULTS for the demo's own data on that base: minutes on a CPU.
 
     demo_folder: the folder that holds `tiny_cogvlm/` and `captchas/{train,valid,test}`.
     """
-    demo_folder = Path(demo_folder)
-    captchas = demo_folder / "captchas"
+    captchas = Path(demo_folder) / "captchas"
     return {
-        "from_pretrained": str(demo_folder / "tiny_cogvlm"),
         "train_data": [str(captchas / "train")],
         "valid_data": [str(captchas / "valid")],
         "test_data": [str(captchas / "test")],
-        "version": "base",
-        "max_length": 64,
+        "prompt": "CAPTCHA:",
         "experiment_name": "demo",
         "batch_size": 32,
         "train_iters": 700,
         "lr": 3e-3,
-        "warmup": 30.0,
+        "warmup": 30 / 700,
         "min_lr_ratio": 0.02,
         "betas": [0.9, 0.98],
-        "zero_stage": 0,
         "eval_interval": 100,
         "save_interval": 350,
     }
+
+
+def is_demo_data(paths: Sequence[str | Path], demo_folder: str | Path) -> bool:
+    """Whether all of these paths are the demo's captchas."""
+    captchas = (Path(demo_folder) / "captchas").resolve()
+    return all(Path(path).resolve().is_relative_to(captchas) for path in paths)
+
+
+def version_of(base: str | Path) -> str | None:
+    """The prompt format that the config of a base names; None: it names none, or cannot be read.
+
+    SAT's model_config.json says it as text_processor_version, Hugging Face's config.json as template_version.
+    """
+    for file, key in (("model_config.json", "text_processor_version"), ("config.json", "template_version")):
+        try:
+            version = read_json(Path(base) / file).get(key)
+        except (OSError, ValueError, AttributeError):
+            continue
+        if version is not None:
+            return str(version)
+    return None

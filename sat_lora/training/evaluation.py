@@ -17,6 +17,7 @@ from sat_lora.doctor.trace import NO_TRACE, NoTrace
 from sat_lora.errors import ConfigError, DataError
 from sat_lora.foreign import printable, read_json
 from sat_lora.mixin import lora_mixins
+from sat_lora.progress import shown
 from sat_lora.step_folders import follow
 from sat_lora.training.data import BrokenSample, ImageTextDataset, Item, collate, read_items, reading_options
 from sat_lora.training.deepspeed_config import base_dtype
@@ -80,7 +81,8 @@ def evaluate_adapter(
     images, broken = 0, []
     lengths = [_length_of_answer(dataset, item) for item in dataset.items]
     longest = max((length for length in lengths if isinstance(length, int)), default=0) + 1
-    for start in range(0, len(share), options.eval_batch_size):
+    starts = range(0, len(share), options.eval_batch_size)
+    for start in shown(starts, "answering", "batches, each without and with the adapter") if world.is_main else starts:
         trace.at("test")
         indices = list(share[start : start + options.eval_batch_size])
         questions = [dataset[i] if isinstance(lengths[i], int) else lengths[i] for i in indices]

@@ -15,22 +15,24 @@ from sat_lora.errors import ConfigError
 from sat_lora.placement import add_lora
 from sat_lora.step_folders import BEST, read_pointer, steps_in
 from sat_lora.summary import describe, describe_text
-from sat_lora.training.answer_lengths import answer_lengths, saying_first_cut
+from sat_lora.training.answer_lengths import saying_first_cut
 from sat_lora.training.checkpoint import RunState, load_checkpoint, newest_checkpoint, read_state
 from sat_lora.training.distributed import World, agree, join, together
 from sat_lora.training.engine import adapter_optimizer, start_engine
 from sat_lora.training.evaluation import evaluate_adapter, evaluation_table, write_evaluation
 from sat_lora.training.loop import train
 from sat_lora.training.marks import marks_of_options
-from sat_lora.training.notice import warn
+from sat_lora.training.notice import logger, warn
 from sat_lora.training.optimizer_state import create_moments
 from sat_lora.training.prepare import Setting, dataset_maker, load_base, model_seed, on_first_rank, prepare
 from sat_lora.training.release import end_training, free_memory
 from sat_lora.training.resume import check_data, facts_of_run, notes, state_to_resume
 from sat_lora.training.run_folder import EVALUATION, RunFolder, results_problems
 from sat_lora.training.run_lock import RunLock
-from sat_lora.training.schedule import total_steps
-from sat_lora.training.sources import FileSource, ShardSource, open_sources
+from sat_lora.training.run_summary import check_vocabulary, look_at, run_summary
+from sat_lora.training.same_base import base_of_run
+from sat_lora.training.schedule import rates, schedule_problems, total_steps
+from sat_lora.training.sources import ShardSource, open_sources
 from sat_lora.training.space import check_space, size_of
 
 
@@ -67,12 +69,9 @@ def _train_and_evaluate(options: Namespace, setting: Setting, run: RunFolder, tr
     world = setting.world
     trace.at("load")
     stored = together(state_to_resume, options.resume) if options.resume else None
-    data, valid_data = open_sources(options, world, dataset_maker(options, read_config(options.from_pretrained)))
+    config = read_config(options.from_pretrained)
+    data, valid_data = open_sources(options, world, dataset_maker(options, config))
     agree({**data.marks("--train-data"), **(valid_data.marks("--valid-data") if valid_data else {})})
-    if world.is_main and isinstance(data, FileSource):
-        cut = answer_lengths(data.dataset).sentence(options.max_length)
-        if cut is not None:
-            warn(cut)
     options.train_iters = total_steps(
         train_iters=options.train_iters,
         epochs=options.epochs,
@@ -86,6 +85,10 @@ def _train_and_evaluate(options: Namespace, setting: Setting, run: RunFolder, tr
         together(check_data, options, stored, run.facts["data"])
         for note in notes(options, stored, run.facts["valid_data"]):
             run.say(note)
+    base = base_of_run(options)
+    if not options.replay:
+        start_step = 0 if stored is None else stored["step"]
+        together(_say_what_trains, options, run, world, config, data, valid_data, start_step, base.digest)
     model, config = load_base(options, setting, layers=options.shrink if options.replay else None)
     add_lora(model, setting.lora)
     run.say(describe_text(model))
@@ -130,6 +133,21 @@ def _train_and_evaluate(options: Namespace, setting: Setting, run: RunFolder, tr
         _evaluate(options, world, run, None if model is None else (model, config), trace)
 
 
+def _say_what_trains(
+    options: Namespace, run: RunFolder, world: World, config: dict, data, valid, start_step: int, base: str
+) -> None:
+    """On rank 0; ConfigError: the tokenizer's tokens are not the base's."""
+    if not world.is_main:
+        return
+    texts = look_at(data, config["vocab_size"])
+    check_vocabulary(texts, options, config["vocab_size"])
+    steps = options.train_iters
+    sources = dict(data=data, valid=valid, steps=steps, start_step=start_step, fingerprint=base)
+    run.say(run_summary(options, world, config, texts, **sources))
+    for problem in schedule_problems(rates(options, steps), options, steps):
+        warn(problem)
+
+
 def _state(engine, options: Namespace, run: RunFolder, world: World) -> RunState:
     """Where the run begins: at nothing, or at the checkpoint, whose values the engine then has."""
     if not options.resume:
@@ -158,7 +176,8 @@ def _begin(options: Namespace, run: RunFolder, state: RunState, **settings) -> N
             run.remove_results()
         run.write_settings(options, **settings)
     except OSError as error:
-        raise ConfigError(f"--save: {run.path}: cannot be written: {error}") from error
+        advice = "make room, or give another folder"
+        raise ConfigError(f"--save: {run.path}: cannot be written: {error}; {advice}") from error
 
 
 def _trace(options: Namespace, run: RunFolder, world: World) -> NoTrace:
@@ -166,7 +185,11 @@ def _trace(options: Namespace, run: RunFolder, world: World) -> NoTrace:
     on_first_rank(lambda: clear(run.path))
     if options.watchdog_limit == 0:
         return NO_TRACE
-    return Trace(run.path, torch.nn.Module(), rank=world.rank, world_size=world.size)
+    try:
+        return Trace(run.path, torch.nn.Module(), rank=world.rank, world_size=world.size)
+    except OSError as error:
+        logger.warning("rank %d runs without the watchdog: its files cannot be made: %s", world.rank, error)
+        return NO_TRACE
 
 
 def _evaluate(

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 LARGEST_RATE = 1e30
 """Of a learning rate and whatever multiplies it: Adam's first step divides by 1 - beta, and float32 ends at 3.4e38."""
+ROUNDING = 0.0015  # 0.333,0.333,0.333 are thirds
 
 
 def number(kind: type, wanted: str, accepts: Callable[[float], bool] = lambda value: True) -> Callable[[str], float]:
@@ -46,8 +47,16 @@ share = number(float, "a share from 0 to 1", lambda value: 0 <= value <= 1)
 
 
 def proportions(text: str) -> list[float]:
-    """Up to three proportions of train, valid and test, separated by commas: `1.` or `0.9,0.1` or `8,1,1`."""
+    """Up to three shares of train, valid and test that sum to 1, separated by commas: `1.` or `0.9,0.1`."""
     parts = [not_negative(part) for part in text.split(",")]
+    wanted = "one to three shares such as 0.9,0.1 (train,valid)"
     if not 1 <= len(parts) <= 3 or parts[0] == 0:
-        raise argparse.ArgumentTypeError(f"got {text!r}, wanted one to three shares such as 0.9,0.1 (train,valid)")
-    return parts
+        raise argparse.ArgumentTypeError(f"got {text!r}, wanted {wanted}")
+    whole = sum(parts)
+    if abs(whole - 1) <= ROUNDING:
+        return parts
+    if len(parts) == 1 and whole < 1:
+        advice = f"give {whole:g},{1 - whole:g} (train,valid), or 1 for no validation"
+    else:
+        advice = f"give {','.join(f'{part / whole:.3g}' for part in parts)}"
+    raise argparse.ArgumentTypeError(f"got {text!r}, which sums to {whole:g}, wanted shares that sum to 1; {advice}")

@@ -1,7 +1,8 @@
 """The command line: CogVLM's published launch options unchanged, and those of LoRA and the loop.
 
 A value comes from the first that has one: an option given, the run that --resume names, a --deepspeed_config file
-(see `deepspeed_config`), the embedded demo when no --from_pretrained is given, DEFAULTS.
+(see `deepspeed_config`), the embedded demo when neither --from_pretrained nor --train-data is given, DEFAULTS.
+--version is looked up in the base's config before that.
 """
 
 import argparse
@@ -15,7 +16,15 @@ from sat_lora.cogvlm.prompts import PROMPTS
 from sat_lora.errors import ConfigError
 from sat_lora.foreign import printable, read_json
 from sat_lora.option_parser import OptionParser
-from sat_lora.training.defaults import DEFAULTS, EMBEDDED_DEMO, NOT_RESUMED, demo_defaults
+from sat_lora.training.defaults import (
+    DEFAULTS,
+    EMBEDDED_DEMO,
+    NOT_RESUMED,
+    demo_defaults,
+    embedded_base,
+    is_demo_data,
+    version_of,
+)
 from sat_lora.training.launch import find_place
 from sat_lora.training.lora_options import ABOUT, LORA_FIELDS, lora_options
 from sat_lora.training.option_types import (
@@ -91,15 +100,15 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
 
     add(model, "--trust-checkpoint", "unpickle all of --from_pretrained: runs any code in it", **flag)
     add(model, "--any-base", "with --resume: go on with a base that the run was not trained on", **flag)
-    add(model, "--version", "prompt format of the base", choices=list(PROMPTS))
+    add(model, "--version", "prompt format of the base, if its config names none", choices=list(PROMPTS))
     add(model, "--local_tokenizer", "tokenizer folder (default: the --from_pretrained folder)", metavar="DIR")
     add(model, "--max_length", "longest sequence in tokens, the image's included", type=positive_int, metavar="N")
 
     for (name, *more_names), help, settings in lora_options():
         add(lora, name, help, *more_names, **settings)
 
-    add(data, "--prompt", "the query that goes with every image")
-    add(data, "--split", "train,valid,test shares when there is no --valid-data", type=proportions, metavar="A,B,C")
+    add(data, "--prompt", "the query of every image that comes without one of its own")
+    add(data, "--split", "train,valid,test shares, of sum 1; without --valid-data", type=proportions, metavar="A,B,C")
     add(data, "--special-tokens-in-text", "a text that spells a special token, such as </s>, means it", **flag)
     add(data, "--ignore-keys", "keys of .jsonl lines to pass over", nargs="+", metavar="KEY")
     add(data, "--images-from", "folders that .jsonl lines may lead to by ..", nargs="+", metavar="DIR")
@@ -222,9 +231,13 @@ def parse_options(
         if values["from_pretrained"] is None and "from_pretrained" not in explicit:
             parser.error(f"--{source}: {printable(explicit[source])}/run.json names no base; give --from_pretrained")
     elif "from_pretrained" not in explicit:
-        values.update(demo_defaults(demo_folder))
+        values.update(embedded_base(demo_folder))
+        if is_demo_data(explicit.get("train_data", ()), demo_folder):
+            values.update(demo_defaults(demo_folder))
         if "train_data" in explicit:  # the demo's held-out captchas say nothing about other data
             values.update(valid_data=None, test_data=None)
+    else:
+        values["version"] = version_of(explicit["from_pretrained"]) or values["version"]
     if "epochs" in explicit:
         values["train_iters"] = None
     if "train_iters" in explicit:

@@ -21,7 +21,6 @@ from sat_lora.training.lora_options import lora_config, lora_problems
 from sat_lora.training.marks import marks_of_engine, marks_of_options, marks_of_tokenizer
 from sat_lora.training.notice import say
 from sat_lora.training.preflight import check_options
-from sat_lora.training.same_base import base_of_run
 
 
 @dataclass(frozen=True)
@@ -58,12 +57,10 @@ def prepare(
 
 
 def load_base(options: Namespace, setting: Setting, *, layers: int | None = None) -> tuple[CogVLMModel, dict]:
-    """The base with its weights, partitioned under ZeRO-3, and its config. CheckpointError on every rank, also where
-    one of them has another base.
+    """The base with its weights, partitioned under ZeRO-3, and its config. CheckpointError on every rank.
 
     layers: take the first so many of each transformer alone, whole on every rank.
     """
-    base_of_run(options)
     partitioned = options.zero_stage == 3 and layers is None
     if partitioned:
         set_up_deepspeed()

@@ -1,5 +1,6 @@
 """The run folder: what a run was told, what it went through, and how far it is."""
 
+import contextlib
 import importlib.metadata
 import itertools
 import json
@@ -7,19 +8,22 @@ import math
 import platform
 import shutil
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from sat_lora.atomic import replace_text
-from sat_lora.foreign import printable, read_json
+from sat_lora.foreign import parse_json, printable, read_bytes, read_json
 from sat_lora.step_folders import LATEST, point_to, read_pointer, remove_all, set_back, steps_in
-from sat_lora.training.loss_plot import draw_losses
+from sat_lora.training.loss_plot import draw_losses, points
 from sat_lora.training.progress import Progress
 from sat_lora.training.run_lock import RunLock
+from sat_lora.training.run_logs import AppendedFile, EventFile
 
 RUN, LOG, EVALUATION = "run.json", "train.jsonl", "evaluation.json"
 DATA = ("train_data", "valid_data", "test_data")
 FOLDERS = ("adapter", "checkpoints")
+LOG_LIMIT = 1 << 30  # bytes of a train.jsonl; a line of it has some 200
 PACKAGES = ("sat_lora", "torch", "deepspeed", "SwissArmyTransformer", "transformers")
 
 
@@ -110,7 +114,8 @@ class RunFolder:
     """Writes run.json, train.jsonl, loss.png and tensorboard/, and shows progress; with `is_writer` False, nothing.
 
     Call `start` once the number of steps is known, then `log_step` and `log_validation` as the loop goes, and `close`
-    at the end (or use it as a context manager). Only rank 0 should be the writer.
+    at the end (or use it as a context manager). Only rank 0 should be the writer. Of the logs, the picture and the
+    screen, one that cannot be written is named once, and ends nothing.
     """
 
     def __init__(self, path: str | Path, *, is_writer: bool, lock: RunLock | None = None):
@@ -121,7 +126,10 @@ class RunFolder:
         self._settings: dict | None = None
         self.broken: dict[str, str] = {}
         self.records: list[dict] = []
+        self.title = self.path.name
+        self._is_open = False
         self._lines = self._events = self._progress = None
+        self._failed: set[str] = set()
         if is_writer:
             self.path.mkdir(parents=True, exist_ok=True)
 
@@ -161,35 +169,56 @@ class RunFolder:
         """run.json: settings (every option and which were given), versions, the world's layout, and whatever else.
 
         world: for instance {"ranks": 8, "data_parallel_size": 4, "model_parallel_size": 2, "device": "cuda"}.
+        OSError: it cannot be written, and the run could not be resumed.
         """
-        if self.is_writer:
-            settings = {**vars(options), "given": sorted(options.given)}
-            self._settings = {"settings": settings, "versions": versions(), "world": world, **more}
-            write_json(self.path / RUN, self._settings)
+        if not self.is_writer:
+            return
+        self.title = f"{self.path.name}, of {Path(options.from_pretrained).name}"
+        settings = {**vars(options), "given": sorted(options.given)}
+        self._settings = {"settings": settings, "versions": versions(), "world": world, **more}
+        write_json(self.path / RUN, self._settings)
+
+    @contextmanager
+    def optional(self, what: str) -> Iterator[None]:
+        """A block whose failure is told once, as that of `what`, and ends nothing."""
+        try:
+            yield
+        except Exception as error:  # of a picture, by whatever way matplotlib has come to it
+            if what not in self._failed:
+                self._failed.add(what)
+                reason = f"{type(error).__name__}: {error}" if not isinstance(error, OSError) else error
+                self.say(f"warning: {what} cannot be written: {printable(reason)}; the run goes on without it")
 
     def start(self, total_steps: int, start_step: int = 0) -> None:
         """Open the logs and show progress. start_step: steps already done; what the logs say beyond it is dropped."""
         if not self.is_writer:
             return
-        from torch.utils.tensorboard import SummaryWriter  # a second of imports that readers of a folder do without
-
-        self.records = [record for record in read_records(self.path / LOG) if record["step"] <= start_step]
-        if start_step == 0:
-            self.records = []
-            shutil.rmtree(self.path / "tensorboard", ignore_errors=True)
-        named = [record for record in self.records if isinstance(record.get("broken"), str)]
-        self.broken = {record["broken"]: str(record.get("reason")) for record in named}
-        replace_text(self.path / LOG, "".join(json.dumps(record) + "\n" for record in self.records))
-        self._lines = open(self.path / LOG, "a", encoding="utf-8")  # noqa: SIM115  open until close()
-        # What TensorBoard has from after the step that a run goes on from is not of this run.
-        purge_from = start_step + 1 if start_step else None
-        self._events = SummaryWriter(str(self.path / "tensorboard"), purge_step=purge_from)
+        self._is_open = True
+        with self.optional("train.jsonl"):
+            self._open_lines(start_step)
+        broken = (one for one in self.records if isinstance(one.get("broken"), str))
+        self.broken = {one["broken"]: str(one.get("reason")) for one in broken}
+        with self.optional("tensorboard"):
+            if start_step == 0 and (self.path / "tensorboard").is_dir():  # a pipe would be waited for
+                shutil.rmtree(self.path / "tensorboard")
+            # What TensorBoard has from after the step that a run goes on from is not of this run.
+            self._events = EventFile(self.path / "tensorboard", start_step + 1 if start_step else None)
         self._progress = Progress(total_steps, start_step)
+
+    def _open_lines(self, start_step: int) -> None:
+        """OSError, ValueError: what is there cannot be read, and is left as it is, or nothing can be written."""
+        path, records = self.path / LOG, []
+        if start_step and path.exists():
+            records = [one for one in read_records(path) if one["step"] <= start_step]
+        self.records = records
+        replace_text(path, "".join(json.dumps(record) + "\n" for record in records))
+        self._lines = AppendedFile(path)
 
     def advance(self, step: int, **shown) -> None:
         """Show that `step` steps are done; `shown` are the figures beside the bar (loss=..., lr=...)."""
         if self._progress is not None:
-            self._progress.advance(step, shown)
+            with contextlib.suppress(OSError, ValueError):  # a terminal that has gone, a log on a full disk
+                self._progress.advance(step, shown)
 
     def log_step(
         self,
@@ -210,27 +239,34 @@ class RunFolder:
         self.advance(step, loss=loss, lr=lr, samples_per_second=samples_per_second, mib=peak_memory_mib)
 
     def log_validation(self, step: int, valid_loss: float, **more: float) -> None:
-        """A validation line of train.jsonl, its TensorBoard scalars and a line on the screen."""
+        """A validation line of train.jsonl, its TensorBoard scalars and a line on the screen, with the best so far."""
+        before = lowest(self.records)
         self._record(step, {"valid_loss": valid_loss, **more}, "valid")
-        self.say(f"step {step}: validation loss {valid_loss:.4f}")
+        best = f"best so far {before[1]:.4f} at step {before[0]}" if before else "the first"
+        if before and valid_loss < before[1]:
+            best = "the best so far"
+        self.say(f"step {step}: validation loss {valid_loss:.4f}, {best}")
 
     def _record(self, step: int, figures: dict, group: str) -> None:
-        if self._lines is None:
+        if not self._is_open:
             return
         figures = {name: float(value) for name, value in figures.items() if value is not None}
         # JSON has no NaN or infinity.
         self._write_line({"step": step} | {name: x if math.isfinite(x) else None for name, x in figures.items()})
-        for name, value in figures.items():
-            self._events.add_scalar(f"{group}/{'loss' if name == 'valid_loss' else name}", value, step)
+        scalars = {f"{group}/{'loss' if name == 'valid_loss' else name}": value for name, value in figures.items()}
+        if self._events is not None:
+            with self.optional("tensorboard"):
+                self._events.add_scalars(step, scalars)
 
     def _write_line(self, record: dict) -> None:
         self.records.append(record)
-        self._lines.write(json.dumps(record) + "\n")
-        self._lines.flush()
+        if self._lines is not None:
+            with self.optional("train.jsonl"):
+                self._lines.append((json.dumps(record) + "\n").encode())
 
     def log_skipped(self, step: int, what: str) -> None:
         """A line of train.jsonl and one on the screen for a step that moved nothing; what: how it went wrong."""
-        if self._lines is not None:
+        if self._is_open:
             self._write_line({"step": step, "skipped": what})
         self.say(f"step {step} skipped: {what}")
 
@@ -243,35 +279,46 @@ class RunFolder:
             if path in self.broken:
                 continue
             self.broken[path] = reason
-            if self._lines is not None:
+            if self._is_open:
                 self._write_line({"step": step, "broken": path, "reason": reason})
             self.say(f"skipped: {printable(reason)}")
 
     def say(self, text: str) -> None:
-        """Print a line above the progress bar, on the writer only."""
+        """Print lines above the progress bar, on the writer only."""
         if not self.is_writer:
             return
-        if self._progress is not None:
-            self._progress.say(text)
-        else:
-            print(text, flush=True)
+        with contextlib.suppress(OSError, ValueError):  # nobody reads any more, or a log's disk is full
+            if self._progress is not None:
+                self._progress.say(text)
+            else:
+                print(text, flush=True)
 
     def draw(self) -> None:
         """loss.png, of every record so far; on any thread, one at a time."""
         if self.is_writer and self.records:
-            draw_losses(list(self.records), self.path / "loss.png")
+            with self.optional("loss.png"):
+                draw_losses(list(self.records), self.path / "loss.png", self.title)
 
     def close(self) -> None:
-        """Draw loss.png, say how many images were skipped, and close the logs. A second call does nothing."""
-        if self._lines is None:
+        """Draw loss.png, say how many images were skipped, and close the logs. A second call does nothing.
+
+        No error comes from here: it would stand before the one that ended the run.
+        """
+        if not self._is_open:
             return
-        self._progress.close()
         self.draw()
+        if self._progress is not None:
+            with contextlib.suppress(OSError, ValueError):
+                self._progress.close()
+        self._progress = None
         if self.broken:
-            print(f"{len(self.broken)} samples were skipped; train.jsonl names them", flush=True)
-        self._lines.close()
-        self._events.close()
-        self._lines = self._events = self._progress = None
+            self.say(f"{len(self.broken)} samples were skipped; train.jsonl names them")
+        for what, log in (("train.jsonl", self._lines), ("tensorboard", self._events)):
+            if log is not None:
+                with self.optional(what):
+                    log.close()
+        self._is_open = False
+        self._lines = self._events = None
 
     def __enter__(self) -> "RunFolder":
         return self
@@ -280,17 +327,22 @@ class RunFolder:
         self.close()
 
 
+def lowest(records: list[dict]) -> tuple[int, float] | None:
+    """(step, loss) of the lowest validation loss among records; None without any."""
+    losses = [(loss, step) for step, loss in points(records, "valid_loss")]
+    return min(losses)[::-1] if losses else None
+
+
 def read_records(path: str | Path) -> list[dict]:
-    """The records of a train.jsonl; none if there is no such file. A last line that a crash cut short is left out, as
-    is anything else that is no object with a step.
+    """The records of a train.jsonl; none if there is no such file. A line that a crash cut short is left out.
+
+    OSError, ValueError: it cannot be read.
     """
     path = Path(path)
     records = []
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else ():
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(record, dict) and type(record.setdefault("step", 0)) is int:
-            records.append(record)
+    for line in read_bytes(path, LOG_LIMIT).split(b"\n") if path.exists() else ():
+        with contextlib.suppress(ValueError):
+            record = parse_json(line)
+            if isinstance(record, dict) and type(record.setdefault("step", 0)) is int:
+                records.append(record)
     return records

@@ -1,6 +1,12 @@
 """How many steps a run takes, and the learning rate at each of them."""
 
 import math
+from argparse import Namespace
+from collections.abc import Sequence
+
+LOOKED_AT = 1000  # steps of a schedule, spread over all of them
+NOTHING = 1e-3  # of the peak rate: what such a step moves, no later one notices
+MOST = 0.25  # of all steps may go so
 
 DECAY_STYLES = {
     "cosine": lambda progress: 0.5 * (1 + math.cos(math.pi * progress)),
@@ -50,3 +56,27 @@ def total_steps(
         return train_iters
     per_step = batch_size * gradient_accumulation_steps * data_parallel_size
     return max(1, math.ceil((1.0 if epochs is None else epochs) * samples / per_step - 1e-9))
+
+
+def rates(options: Namespace, steps: int) -> list[float]:
+    """The learning rates of a run of `steps` steps, in order: of each, or of LOOKED_AT spread over them."""
+    count = min(steps, LOOKED_AT)
+    settings = dict(total_steps=steps, warmup_steps=warmup_steps(options.warmup, steps), floor=options.min_lr_ratio)
+    places = [number * (steps - 1) // max(1, count - 1) for number in range(count)]
+    return [options.lr * learning_rate_factor(step, style=options.lr_decay_style, **settings) for step in places]
+
+
+def schedule_problems(rates: Sequence[float], options: Namespace, steps: int) -> list[str]:
+    """What is wrong with the learning rates of a run, as `rates` gives them; each names its option."""
+    if steps > 1 and warmup_steps(options.warmup, steps) >= steps:
+        return [
+            f"--warmup {options.warmup:g}: all {steps} steps are warm-up, the rate only rises and comes to "
+            f"{rates[-1]:.3g} with the last one; give fewer, or a share such as 0.01"
+        ]
+    idle = sum(not rate > NOTHING * options.lr for rate in rates) / len(rates)
+    if idle > MOST:
+        return [
+            f"--lr {options.lr:g}: in {idle:.0%} of the {steps} steps the rate is nothing beside it, at the end "
+            f"{rates[-1]:.3g}; look at --warmup, --lr-decay-style and --min-lr-ratio"
+        ]
+    return []

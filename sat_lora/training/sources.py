@@ -21,7 +21,7 @@ class FileSource:
     """Batches of items.
 
     samples: how many there are. epoch_samples: as how many an epoch counts, for `total_steps`. make_dataset: the
-    ImageTextDataset of a list of items. left_out: (what, how many) of what the paths hold and is not used.
+    ImageTextDataset of a list of items. left_out: (reason, count) of what lies in the paths and is no sample.
     """
 
     def __init__(
@@ -159,8 +159,9 @@ def open_sources(
         return source(options.train_data), source(options.valid_data) if options.valid_data else None
     counts = DataCounts()
     items = read_items(options.train_data, **reading_options(options), counts=counts)
-    train, valid, _ = split_items(items, options.split, options.seed)
+    train, valid, test = split_items(items, options.split, options.seed)
+    left_out = counts.left_out() + ([("for test, by --split", len(test))] if test else [])
     return (
-        FileSource(train, make_dataset, options, world, counts.left_out()),
+        FileSource(train, make_dataset, options, world, left_out),
         FileSource(valid, make_dataset, options, world) if valid else None,
     )

@@ -40,8 +40,7 @@ def test_cut_answers_are_counted_with_what_would_hold_them(dataset):
     lengths = answer_lengths(dataset("x" * 27, "x" * 28, "x" * 500, "猫" * 20, "猫" * 40))
     assert (lengths.looked_at, lengths.cut, lengths.longest) == (5, 3, 503)
     sentence = lengths.sentence(30)
-    assert "--max_length 30: the answers of 3 of 5 samples do not fit and are cut" in sentence
-    assert "--max_length 503 would hold them all" in sentence
+    assert sentence == "3 of 5 answers are cut by --max_length 30; 503 would hold them"
     again = answer_lengths(dataset("x" * 27, "x" * 28, "x" * 500, "猫" * 20, "猫" * 40, max_length=503))
     assert again.cut == 0 and again.sentence(503) is None
 

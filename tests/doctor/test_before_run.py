@@ -106,7 +106,7 @@ def test_a_rate_of_full_fine_tuning_is_found(captchas, tmp_path):
 def test_broken_files_and_cut_answers_are_found(tmp_path):
     images = write_images(tmp_path / "images", ["123.png", "4567890123456789012345.png", "5.png"])
     (images / "7.png").write_bytes(b"")
-    arguments = ["--train-data", str(images), "--max_length", "45", "--version", "base", "--batch-size", "2"]
+    arguments = ["--train-data", str(images), "--max_length", "45", "--prompt", "A:", "--batch-size", "2"]
     (found,) = run_ranks(told_by, 1, [*arguments, "--num-workers", "0", "--save", str(tmp_path / "runs")])
     assert {*codes_of(found)} >= {"broken-files", "too-long"}
     assert "7.png" in next(seen for code, _, seen, _ in found if code == "broken-files")
@@ -138,7 +138,8 @@ def test_the_text_names_code_place_reason_and_remedy():
     for words in ("seen  first A, then B", "where ranks 0, 1, parameter x.A", "why   ZeRO", "docs/doctor.md#gradient"):
         assert words in text
     assert text.splitlines()[-1] == "doctor: 1 error"
-    assert as_text([]) == "doctor: nothing found"
+    assert as_text([]) == "doctor: no problem found"
+    assert as_text([], 37) == "doctor: no problem found, 37 checks"
 
 
 def told_on_a_small_gpu(arguments):

@@ -5,6 +5,7 @@ import pytest
 
 from sat_lora.training.defaults import DEFAULTS
 from sat_lora.training.options import build_parser, parse_options
+from sat_lora.training.schedule import warmup_steps
 
 # The options of CogVLM's published finetune_cogvlm_lora.sh, in its order and spelling.
 PUBLISHED = shlex.split(
@@ -55,7 +56,8 @@ def test_no_option_at_all_is_the_embedded_demo(tmp_path):
     assert options.from_pretrained == options.local_tokenizer == str(tmp_path / "tiny_cogvlm")
     assert options.train_data == [str(tmp_path / "captchas" / "train")]
     assert (options.run_folder, options.batch_size, options.train_iters) == ("runs/demo", 32, 700)
-    assert (options.lr, options.warmup, options.r, options.lora_alpha) == (3e-3, 30, 16, 32)
+    assert (options.lr, warmup_steps(options.warmup, 700), options.r, options.lora_alpha) == (3e-3, 30, 16, 32)
+    assert options.prompt == "CAPTCHA:"
     assert options.given == frozenset()
 
 

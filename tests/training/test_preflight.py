@@ -6,12 +6,13 @@ import torch
 
 from benchmarks.model_folders import write_hugging_face
 from sat_lora.errors import ConfigError, DataError, SatLoraError
+from sat_lora.training.defaults import DEFAULTS
 from sat_lora.training.options import parse_options
 from sat_lora.training.preflight import check_options
 from tests.tiny import CONFIG
 from tests.training.tar_shards import write_numbered_shards
 
-NEEDED = 1 + 9 + 2 + len("CAPTCHA:") + 1 + 1  # BOS, image, prompt, a token of answer, EOS
+NEEDED = 1 + 9 + 2 + len(DEFAULTS["prompt"]) + 1 + 1  # BOS, image, prompt, a token of answer, EOS
 
 
 @pytest.fixture

@@ -1,0 +1,274 @@
+"""What a run is about to train, in ten lines at most: to be read before its first step."""
+
+import dataclasses
+import itertools
+import unicodedata
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from sat_lora.cogvlm.text import IGNORED, Sample
+from sat_lora.errors import ConfigError, SatLoraError
+from sat_lora.foreign import printable
+from sat_lora.training.answer_lengths import AnswerLengths, answer_lengths
+from sat_lora.training.data import Item
+from sat_lora.training.defaults import EMBEDDED_DEMO, is_demo_data, version_of
+from sat_lora.training.distributed import World
+from sat_lora.training.schedule import warmup_steps
+from sat_lora.training.shards import find_records, is_shard
+from sat_lora.training.sources import FileSource, ShardSource
+
+COLUMNS, LABEL = 80, 10  # of a line, and of the word before it
+COUNTED = 1000  # samples that are tokenised, whatever there are
+LONGEST = 64  # characters a token, at most: what lies beyond is cut off anyhow, and is not tokenised
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What the first samples of a run come to as tokens."""
+
+    items: int
+    own_prompts: int
+    """Items with a prompt of their own."""
+    unusable: int
+    longest: int
+    """Tokens, the cut ones counted."""
+    lengths: AnswerLengths | None
+    """Of all samples; None of tar shards, which nobody looks through before."""
+    first: Sample | None
+    unknown_id: int | None
+    """A token id that the vocabulary has not."""
+
+
+def look_at(source: FileSource | ShardSource, vocabulary: int) -> Texts:
+    """Lay out the first COUNTED samples of a source; no image is read but those of tar shards."""
+    own_prompts = unusable = longest = count = 0
+    first = unknown = None
+    for item in first_items(source):
+        count += 1
+        own_prompts += item.prompt is not None
+        answer = item.answer[: LONGEST * source.dataset.max_length]
+        try:
+            sample = source.dataset.lay_out(dataclasses.replace(item, answer=answer))
+        except (SatLoraError, TypeError, ValueError):  # the run names it when its turn comes
+            unusable += 1
+            continue
+        first = first or sample
+        longest = max(longest, len(sample.input_ids) + sample.left_out)
+        outside = (sample.input_ids < 0) | (sample.input_ids >= vocabulary)
+        if unknown is None and outside.any():
+            unknown = int(sample.input_ids[outside][0])
+    lengths = answer_lengths(source.dataset) if isinstance(source, FileSource) else None
+    return Texts(count, own_prompts, unusable, longest, lengths, first, unknown)
+
+
+def first_items(source: FileSource | ShardSource) -> Iterator[Item]:
+    """At most COUNTED of them; those of shards that cannot be read are passed over."""
+    if isinstance(source, FileSource):
+        yield from source.dataset.items[:COUNTED]
+        return
+    records = itertools.chain.from_iterable(find_records(shard.path) for shard in source.shards)
+    for record in itertools.islice(records, COUNTED):
+        item = record.read()
+        if isinstance(item, Item):
+            yield item
+
+
+def left_out(source: FileSource | ShardSource) -> dict[str, int]:
+    """How much of what lies in the data paths is no sample of the source, by reason."""
+    counts: dict[str, int] = {}
+    for reason, count in getattr(source, "left_out", ()):
+        counts[reason] = counts.get(reason, 0) + count
+    return counts
+
+
+def check_vocabulary(texts: Texts, options: Namespace, vocabulary: int) -> None:
+    """ConfigError: the tokenizer gives token ids that the base has no embedding for."""
+    if texts.unknown_id is not None:
+        raise ConfigError(
+            f"--local_tokenizer: {options.local_tokenizer} makes token {texts.unknown_id} of the training data, the "
+            f"base has a vocabulary of {vocabulary}, from 0 to {vocabulary - 1}; give the base's own tokenizer"
+        )
+
+
+def run_summary(
+    options: Namespace,
+    world: World,
+    config: dict,
+    texts: Texts,
+    *,
+    data: FileSource | ShardSource,
+    valid: FileSource | ShardSource | None,
+    steps: int,
+    start_step: int,
+    fingerprint: str,
+) -> str:
+    """The lines; each has at most COLUMNS columns, but for one with the run's folder where that is longer."""
+    lines = {
+        "base": _base(options, config, fingerprint),
+        "device": _device(options, world),
+        "data": _data(options, data),
+        "left out": _counts(left_out(data)),
+        "valid": _valid(options, valid),
+        "prompt": _prompt(options, texts),
+        "steps": _steps(options, world, data, steps),
+        "run": _run(options, steps, start_step),
+        "sample": _sample(texts, data.dataset.tokenizer),
+        "length": _length(options, texts, data.samples),
+    }
+    return "\n".join(
+        f"{label:<{LABEL}}{text if label == 'run' else fit(text, COLUMNS - LABEL)}"
+        for label, text in lines.items()
+        if text
+    )
+
+
+def _base(options: Namespace, config: dict, fingerprint: str) -> str:
+    family = config.get("model_class", "CogVLM")
+    family = str(family).removesuffix("Model")
+    ending = f": {fit(family, 20)}, {config.get('num_layers')} layers, fingerprint {fingerprint[:8]}"
+    name = "the embedded tiny base" if _is_embedded(options) else options.from_pretrained
+    return fit(name, COLUMNS - LABEL - len(ending)) + ending
+
+
+def _device(options: Namespace, world: World) -> str:
+    device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else world.device.type
+    precision = "bf16" if options.bf16 else "fp16" if options.fp16 else "fp32"
+    layout = f"{world.size} rank{'s' if world.size > 1 else ''}"
+    if world.size > 1:
+        layout += f" ({world.data_parallel_size} data-parallel x {options.model_parallel_size} model-parallel)"
+    return f"{device}, {precision}, {layout}, ZeRO {options.zero_stage}, {options.distributed_backend}"
+
+
+def _data(options: Namespace, data: FileSource | ShardSource) -> str:
+    paths = [Path(path) for path in options.train_data]
+    if is_shard(options.train_data[0]):
+        how = f"of {len(data.shards):,} tar shards"
+    elif is_demo_data(options.train_data, EMBEDDED_DEMO):
+        how = "of the embedded demo: file names are the answers"
+    else:
+        suffixes = sorted({path.suffix for path in paths if path.is_file()})
+        kinds = ["file names are the answers"] if any(path.is_dir() for path in paths) else []
+        kinds += [f"answers from {' and '.join(suffixes)}"] if suffixes else []
+        place = f"of {paths[0]}" if len(paths) == 1 else f"of {len(paths)} paths"
+        how = ": ".join(filter(None, [place, ", ".join(kinds)]))
+        if columns(how) > COLUMNS - LABEL - 16:
+            how = "; ".join(kinds)
+    return f"{data.samples:,} samples {how}"
+
+
+def _counts(counts: dict[str, int]) -> str:
+    """As many reasons as a line has room for, the commonest first."""
+    shown, parts = "", [f"{count:,} {reason}" for reason, count in sorted(counts.items(), key=lambda one: -one[1])]
+    for number, part in enumerate(parts, 1):
+        rest = len(parts) - number
+        longer = f"{shown}, {part}" if shown else part
+        if columns(longer) + (len(f", and {rest} reasons more") if rest else 0) > COLUMNS - LABEL and shown:
+            return f"{shown}, and {rest + 1} reasons more"
+        shown = longer
+    return shown
+
+
+def _valid(options: Namespace, valid: FileSource | ShardSource | None) -> str:
+    split = ",".join(f"{share:g}" for share in options.split)
+    if valid is None:
+        return f"none: no --valid-data, and --split {split} leaves none (0.95,0.05 would)"
+    source = "of --valid-data" if options.valid_data else f"of --train-data, by --split {split}"
+    if options.valid_data and "split" in options.given and len(options.split) > 1:
+        source += "; --split is not used"
+    often = f"every {options.eval_interval} steps" if options.eval_interval else "at the end"
+    return f"{valid.samples:,} samples {source}, {often}"
+
+
+def _prompt(options: Namespace, texts: Texts) -> str:
+    if "version" in options.given:
+        source = "given"
+    elif version_of(options.from_pretrained) == options.version:
+        source = "from its config"
+    else:
+        source = "the demo's" if _is_embedded(options) else "the default"
+    version = f"version {options.version}"
+    if texts.items and texts.own_prompts == texts.items:
+        return f"each sample's own; {version} ({source})"
+    share = f"{texts.items - texts.own_prompts} of {texts.items} have none: " if texts.own_prompts else ""
+    kind = "--prompt" if "prompt" in options.given else "default of --prompt"
+    room = COLUMNS - LABEL - columns(f'{share}"" ({kind}); {version} ({source})')
+    return f'{share}"{fit(options.prompt, max(12, room))}" ({kind}); {version} ({source})'
+
+
+def _is_embedded(options: Namespace) -> bool:
+    return Path(options.from_pretrained) == EMBEDDED_DEMO / "tiny_cogvlm"
+
+
+def _steps(options: Namespace, world: World, data: FileSource | ShardSource, steps: int) -> str:
+    """batch: of an optimizer step, samples x accumulation x data-parallel ranks."""
+    batch = options.batch_size * options.gradient_accumulation_steps * world.data_parallel_size
+    factors = [str(options.batch_size)]
+    factors += [str(options.gradient_accumulation_steps)] if options.gradient_accumulation_steps > 1 else []
+    factors += [f"{world.data_parallel_size} ranks"] if world.data_parallel_size > 1 else []
+    made_of = f" = {' x '.join(factors)}" if len(factors) > 1 else ""
+    epochs = f"{steps * batch / max(1, data.epoch_samples):.3g}"
+    warmup = warmup_steps(options.warmup, steps)
+    return f"{steps:,} ({epochs} epochs), batch {batch}{made_of}, lr {options.lr:g}, warm-up {warmup:,}"
+
+
+def _run(options: Namespace, steps: int, start_step: int) -> str:
+    folder = printable(options.run_folder)
+    if start_step == 0:
+        return folder
+    if start_step >= steps:
+        return f"{folder}, at step {start_step} of {steps}: nothing is left (--train-iters goes further)"
+    return f"{folder}, resumed from step {start_step}"
+
+
+def _sample(texts: Texts, tokenizer) -> str:
+    if texts.first is None:
+        return "none that can be shown"
+    sample = texts.first
+    learned = sample.labels != IGNORED
+    asked = sample.input_ids[~learned & (sample.image_embed_mask == 0)]
+    prompt, answer = (_decoded(tokenizer, ids) for ids in (asked, sample.input_ids[learned]))
+    image = "<image>" if bool(sample.image_embed_mask.any()) else ""
+    count = f", {len(sample.input_ids)} tokens"
+    room = COLUMNS - LABEL - len(image) - len('"" -> ""') - len(count)
+    answer = fit(answer, max(room // 2, room - columns(printable(prompt))))
+    return f'"{image}{fit(prompt, room - columns(answer))}" -> "{answer}"{count}'
+
+
+def _decoded(tokenizer, ids: torch.Tensor) -> str:
+    return tokenizer.decode(ids.tolist(), skip_special_tokens=True).strip(" ")
+
+
+def _length(options: Namespace, texts: Texts, samples: int) -> str:
+    if texts.lengths is not None and texts.lengths.cut:
+        return texts.lengths.sentence(options.max_length)
+    looked_at = f"first {texts.items:,}" if samples > texts.items else f"{texts.items:,}"
+    ending = f"; {texts.unusable} unusable" if texts.unusable else ""
+    what = "of shards: the first answer that is cut will be said" if texts.lengths is None else "no answer is cut"
+    return f"{what}; longest of the {looked_at} samples {texts.longest} of {options.max_length} tokens{ending}"
+
+
+def columns(text: str) -> int:
+    """How many columns of a terminal a text takes."""
+    wide = sum(unicodedata.east_asian_width(character) in "WF" for character in text)
+    return len(text) + wide - sum(unicodedata.combining(character) > 0 for character in text)
+
+
+def fit(text: object, room: int) -> str:
+    """`text` as `printable` gives it, with its middle left out where it takes more than `room` columns."""
+    text = str(text)
+    if len(text) > 8 * room:  # the rest is not looked at
+        text = text[: 4 * room] + text[-4 * room :]
+    text = printable(text)
+    if columns(text) <= room:
+        return text
+    head = _prefix(text, (room - 3 + 1) // 2)
+    return head + "..." + _prefix(text[::-1], room - 3 - columns(head))[::-1]
+
+
+def _prefix(text: str, room: int) -> str:
+    taken: Sequence[str] = list(itertools.accumulate(text))
+    return next((part for part in reversed(taken) if columns(part) <= room), "")
