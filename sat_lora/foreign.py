@@ -5,6 +5,7 @@ import os
 import stat
 from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 MEBIBYTE = 1 << 20
 JSON_LIMIT = 16 * MEBIBYTE  # of a configuration; the largest that is known, an index of 17 B weights, has 0.2 MB
@@ -28,18 +29,35 @@ def printable_lines(text: object) -> str:
     return "\n".join(map(printable, str(text).split("\n")))
 
 
-def read_bytes(path: str | Path, limit: int) -> bytes:
-    """The content of a regular file of at most `limit` bytes.
+def open_file(path: str | Path, limit: int) -> BinaryIO:
+    """A regular file of at most `limit` bytes, opened for reading; what reads it stays within what it was opened with.
 
-    OSError if it is anything else (a pipe or a device is never waited for, nor read), or cannot be read; ValueError if
-    it is larger.
+    OSError if it is anything else (a pipe or a device is never waited for, nor opened), or cannot be read; ValueError
+    if it is larger.
     """
-    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-        mode = os.fstat(file.fileno()).st_mode
-        if not stat.S_ISREG(mode):
-            raise OSError(f"{kind_of(mode)}, no file")
+    _check_regular(os.stat(path))  # to open a device may do something
+    file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
+    try:
+        status = os.fstat(file.fileno())
+        _check_regular(status)
+        if status.st_size > limit:
+            raise ValueError(f"larger than {limit / MEBIBYTE:g} MiB")
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+def _check_regular(status: os.stat_result) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(f"{kind_of(status.st_mode)}, no file")
+
+
+def read_bytes(path: str | Path, limit: int) -> bytes:
+    """The content of a regular file of at most `limit` bytes, with the errors of `open_file`."""
+    with open_file(path, limit) as file:
         content = file.read(limit + 1)
-    if len(content) > limit:
+    if len(content) > limit:  # it grew, or is one of those of /proc, which tell no size
         raise ValueError(f"larger than {limit / MEBIBYTE:g} MiB")
     return content
 
