@@ -25,6 +25,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--version", choices=["base", "chat", "vqa", "chat_old"], help="prompt format of the base (default: chat)")
     add("--prompt", help="the query that goes with every image (default: CAPTCHA:)")
     add("--max_length", type=int, metavar="N", help="longest sequence in tokens (default: 1288)")
+    add("--max-pixels", type=int, metavar="N", help="a larger picture is not read (default: 89478485)")
     add("--eval-batch-size", "--batch-size", type=int, metavar="N", help="images generated for at once (default: 4)")
     add("--model-parallel-size", type=int, metavar="N", help="ranks that share one copy of the model (default: 1)")
     add("--bf16", action="store_true", default=None, help="bfloat16 (default on CUDA)")

@@ -14,7 +14,7 @@ STD = torch.tensor((0.26862954, 0.26130258, 0.27577711)).view(3, 1, 1)
 
 
 def image_tensor(image: Image.Image, size: tuple[int, int]) -> torch.Tensor:
-    """`as_seen`, bicubic resize to `size` (height, width; the aspect ratio is not kept), normalised: (3, height, width).
+    """(3, height, width): `as_seen`, bicubic resize to `size` (the aspect ratio is not kept), normalised.
 
     The published code has `convert("RGB")` in place of `as_seen`: it drops transparency, orientation and profiles, and
     clips 16 bits. For a plain RGB or grey picture of 8 bits both are the same, bit for bit.

@@ -20,8 +20,8 @@ FORMATS = (
     *("PNG", "JPEG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "AVIF", "QOI", "ICO", "PCX"),
     *("SGI", "TGA"),
 )
-"""Pillow's decoders that are tried, by content: in-process ones alone. (EPS would start Ghostscript.) TGA has no mark at
-its begin, so it comes last; JPEG opens MPO, of which the first picture is taken."""
+"""Pillow's decoders that are tried, by content: in-process ones alone. (EPS would start Ghostscript.) TGA has no mark
+at its begin, so it comes last; JPEG opens MPO, of which the first picture is taken."""
 
 SUFFIXES = frozenset(
     ".jpg .jpeg .jpe .jfif .png .apng .webp .gif .bmp .dib .tif .tiff .ppm .pgm .pbm .pnm .pfm .jp2 .j2k .jpf .jpx "
@@ -204,8 +204,8 @@ def _mask(is_visible: numpy.ndarray) -> Image.Image:
 
 
 def _grey_step(image: Image.Image) -> int:
-    """What Pillow multiplies the values of an opened grey PNG with, but not the one that means transparent. Known before
-    it is loaded.
+    """What Pillow multiplies the values of a grey PNG with, but not the one that means transparent. It has to be asked
+    before the picture is loaded.
     """
     raw_mode = image.tile[0][3] if image.format == "PNG" and image.tile else None
     return {"L;2": 85, "L;4": 17}.get(raw_mode, 1)
@@ -220,7 +220,7 @@ def _levels(image: Image.Image) -> tuple[float, float] | None:
     if not image.mode.startswith(("I", "F")):
         return None
     tags = getattr(image, "tag_v2", {})
-    if image.mode.startswith("I;16") or image.format in ("PNG", "PPM") and image.mode == "I":
+    if image.mode.startswith("I;16") or (image.format in ("PNG", "PPM") and image.mode == "I"):
         low, high = 0, 4095 if tags.get(258) == (12,) else 65535
     else:
         low, high = _extrema(image)

@@ -2,18 +2,20 @@
 
 import json
 import random
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch.utils.data import Dataset
 
 from sat_lora.cogvlm.image import load_image
+from sat_lora.cogvlm.pictures import MAX_PIXELS
 from sat_lora.cogvlm.text import IGNORED, IMAGE_PLACE, Sample, build_sample, prompt_for
 from sat_lora.errors import ConfigError, DataError
-
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp"})
+from sat_lora.foreign import printable
+from sat_lora.training.folders import find_images
 
 
 @dataclass(frozen=True)
@@ -31,34 +33,29 @@ class Item:
 
 @dataclass(frozen=True)
 class BrokenSample:
-    """What a dataset returns for an item that cannot be used; `collate` leaves it out and names it."""
+    """What a dataset returns for an item that cannot be used; `collate` leaves it out and names it.
+
+    sample: what tells it from others of the same path, of many questions about one image; None: there are none.
+    """
 
     path: str
     reason: str
+    sample: str | None = None
 
 
-def find_images(folders: Sequence[str | Path]) -> list[Path]:
-    """Every image file in and below the folders, by its suffix, sorted. DataError: a folder is missing."""
-    found = []
-    for folder in map(Path, folders):
-        if not folder.is_dir():
-            raise DataError(f"{folder}: no such folder; give a folder of images or a .jsonl file")
-        found += (path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
-    return sorted(set(found))
-
-
-def read_items(paths: Sequence[str | Path]) -> list[Item]:
+def read_items(paths: Sequence[str | Path], *, left_out: Counter | None = None) -> list[Item]:
     """The items of data paths: in a folder an image file's stem is its answer; a .jsonl file has one object per line.
 
     A line: {"image": path relative to the file, or absent for text only, "prompt": ..., "answer": ...}; without a
-    prompt, --prompt is asked. DataError: a path is missing, or every wrong line of a file.
+    prompt, --prompt is asked. left_out: what lies in the folders and is no sample is added to it, by reason.
+    DataError: a path is missing, or every wrong line of a file.
     """
     items = []
     for path in map(Path, paths):
         if path.suffix == ".jsonl" and path.is_file():
             items += _read_lines(path)
         else:
-            items += [Item(image, image.stem) for image in find_images([path])]
+            items += [Item(image, image.stem) for image in find_images([path], left_out)]
     return items
 
 
@@ -106,7 +103,7 @@ class ImageTextDataset(Dataset):
 
     version, prompt: the base's prompt format and the query for items without their own (see `prompt_for`).
     image_size: (height, width) in pixels. image_length: patches per image. max_length: in tokens; longer answers
-    are cut.
+    are cut. max_pixels: of a picture that is read.
     with_answer: False gives the prompt alone, ready for generation; the answer is in `items[i].answer`.
     """
 
@@ -121,19 +118,21 @@ class ImageTextDataset(Dataset):
         image_length: int,
         max_length: int,
         with_answer: bool = True,
+        max_pixels: int = MAX_PIXELS,
     ):
         self.items = [item if isinstance(item, Item) else Item(Path(item), Path(item).stem) for item in items]
         self.tokenizer = tokenizer
         self.version, self.prompt = version, prompt
         self.image_size, self.image_length, self.max_length = image_size, image_length, max_length
-        self.with_answer = with_answer
+        self.with_answer, self.max_pixels = with_answer, max_pixels
 
     def __len__(self) -> int:
         return len(self.items)
 
     def __getitem__(self, index: int) -> Sample | BrokenSample:
         item = self.items[index]
-        return self.make_sample(item, item.name or str(item.image or f"text-only item {index}"))
+        sample = self.make_sample(item, item.name or str(item.image or f"text-only item {index}"))
+        return replace(sample, sample=str(index)) if isinstance(sample, BrokenSample) else sample
 
     def make_sample(self, item: Item, name: str | None = None) -> Sample | BrokenSample:
         """The sample, or what is wrong with it: an exception would stop one rank and leave the others waiting."""
@@ -144,13 +143,13 @@ class ImageTextDataset(Dataset):
             if item.image is None:
                 prompt = prompt.replace(IMAGE_PLACE, "", 1)
             else:
-                image = load_image(item.image, self.image_size, name)
+                image = load_image(item.image, self.image_size, name, max_pixels=self.max_pixels)
             if prompt.count(IMAGE_PLACE) != (image is not None):
                 raise DataError(f"the prompt {item.prompt or self.prompt!r} holds {IMAGE_PLACE}, the mark of the image")
             answer = item.answer if self.with_answer else None
             return build_sample(self.tokenizer, prompt, answer, self.image_length, self.max_length, image)
         except (DataError, ConfigError) as error:
-            return BrokenSample(name, str(error))
+            return BrokenSample(printable(name), str(error))
 
 
 def collate(samples: Sequence[Sample | BrokenSample], *, image_size: tuple[int, int]) -> dict:
@@ -160,11 +159,11 @@ def collate(samples: Sequence[Sample | BrokenSample], *, image_size: tuple[int, 
     to the longest. Padding has id 0, label -100 and the positions that follow. images: (images, 3, height, width)
     float32 in the order of their places, also with none of them: the vision tower then runs on nothing.
     lengths: (batch,) int64, tokens of each row before its padding; left_out: (batch,) int64, those of its answer that
-    did not fit. broken: list of (path, reason). A batch without a
-    usable sample is one padding-only row: every label is -100, so a mean over its labels must guard against dividing
-    by zero.
+    did not fit. broken: list of (path, reason); broken_samples: of each, what tells the sample from others of its path.
+    A batch without a usable sample is one padding-only row: every label is -100, so a mean over its labels must guard
+    against dividing by zero.
     """
-    broken = [(sample.path, sample.reason) for sample in samples if isinstance(sample, BrokenSample)]
+    broken = [sample for sample in samples if isinstance(sample, BrokenSample)]
     usable = [sample for sample in samples if not isinstance(sample, BrokenSample)] or [_padding_only()]
     images = [sample.image for sample in usable if sample.image is not None]
     length = max(len(sample.input_ids) for sample in usable)
@@ -189,7 +188,8 @@ def collate(samples: Sequence[Sample | BrokenSample], *, image_size: tuple[int, 
         "images": torch.stack(images) if images else torch.zeros(0, 3, *image_size),
         "lengths": torch.tensor([len(sample.input_ids) for sample in usable]),
         "left_out": torch.tensor([sample.left_out for sample in usable]),
-        "broken": broken,
+        "broken": [(sample.path, sample.reason) for sample in broken],
+        "broken_samples": [sample.sample or sample.path for sample in broken],
     }
 
 

@@ -12,6 +12,7 @@ DEFAULTS = {
     "split": [1.0],
     "prompt": "CAPTCHA:",
     "max_broken_share": 0.05,
+    "max_pixels": 89_478_485,  # where Pillow warns of a decompression bomb
     "num_workers": 2,
     "from_pretrained": None,  # then the embedded demo
     "trust_checkpoint": False,

@@ -7,6 +7,7 @@ from sat_lora.adapter_file import load_adapter
 from sat_lora.cogvlm.checkpoint import load_cogvlm
 from sat_lora.cogvlm.generation import generate
 from sat_lora.cogvlm.model import CogVLMModel
+from sat_lora.cogvlm.pictures import MAX_PIXELS
 from sat_lora.cogvlm.text import Sample, load_tokenizer
 from sat_lora.errors import DataError
 from sat_lora.mixin import lora_mixins
@@ -27,7 +28,8 @@ def evaluate_adapter(
     trained: a model that has trained this adapter on that base, and its config, to be used instead of loading another:
     disabled it is the base bit for bit, and the adapter on disk is read into it.
     Returns {"images": n, "base": {"exact_match": x, "exact_match_ignoring_case": y}, "adapter": {...}} with shares in
-    [0, 1]; unreadable items are left out of n and listed under "broken". Both come from what lies on disk.
+    [0, 1]; unreadable items are left out of n, their paths are listed under "broken" and they are counted as
+    "broken_samples". Both come from what lies on disk.
     """
     items = read_items(options.test_data)
     if not items:
@@ -52,6 +54,7 @@ def evaluate_adapter(
         image_length=config["image_length"],
         max_length=options.max_length,
         with_answer=False,
+        max_pixels=vars(options).get("max_pixels") or MAX_PIXELS,
     )
     share = range(world.data_parallel_rank, len(dataset), world.data_parallel_size)
     right = {"base": [0, 0], "adapter": [0, 0]}
@@ -60,7 +63,7 @@ def evaluate_adapter(
     for start in range(0, len(share), options.eval_batch_size):
         indices = list(share[start : start + options.eval_batch_size])
         samples = [(dataset[i], dataset.items[i].answer.strip()) for i in indices]
-        broken += [(s.path, s.reason) for s, _ in samples if not isinstance(s, Sample)]
+        broken += [(s.path, s.reason, s.sample) for s, _ in samples if not isinstance(s, Sample)]
         usable = [(s, answer) for s, answer in samples if isinstance(s, Sample)]
         images += len(usable)
         if not usable:
@@ -81,7 +84,9 @@ def evaluate_adapter(
     shares = [value / images for value in sums]
     names = ("exact_match", "exact_match_ignoring_case")
     result = {"images": int(images), "base": dict(zip(names, shares[:2])), "adapter": dict(zip(names, shares[2:]))}
-    return {**result, "broken": [path for path, _ in broken]} if broken else result
+    if not broken:
+        return result
+    return {**result, "broken": sorted({path for path, _, _ in broken}), "broken_samples": len(broken)}
 
 
 def evaluation_table(result: dict) -> str:
@@ -91,5 +96,6 @@ def evaluation_table(result: dict) -> str:
         exact, loose = result[side].values()
         lines.append(f"  {title:<25}{100 * exact:>9.1f} %{100 * loose:>14.1f} %")
     if result.get("broken"):
-        lines.append(f"  {len(result['broken'])} images could not be read and do not count")
+        count = result.get("broken_samples", len(result["broken"]))  # earlier versions counted paths alone
+        lines.append(f"  {count} samples could not be read and do not count")
     return "\n".join(lines)

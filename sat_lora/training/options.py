@@ -123,6 +123,7 @@ def build_parser() -> argparse.ArgumentParser:
     add(data, "--prompt", "the query that goes with every image")
     add(data, "--split", "train,valid,test shares when there is no --valid-data", type=proportions, metavar="A,B,C")
     add(data, "--max-broken-share", "the run stops when more of the samples are broken", type=share, metavar="X")
+    add(data, "--max-pixels", "a larger picture is a broken sample, not read", type=positive_int, metavar="N")
     add(data, "--num-workers", "processes that read images, per rank", type=count, metavar="N")
 
     add(schedule, "--warmup", "steps of warm-up; below 1: their share of all steps", type=not_negative, metavar="N")

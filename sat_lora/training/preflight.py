@@ -2,21 +2,23 @@
 
 import os
 from argparse import Namespace
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 
 from sat_lora.cogvlm.checkpoint import check_files, read_config
-from sat_lora.cogvlm.image import load_image
 from sat_lora.cogvlm.model import parallel_problems
+from sat_lora.cogvlm.pictures import FORMATS, read_picture
 from sat_lora.cogvlm.text import PROMPTS, load_tokenizer, prompt_for, shortest_length
 from sat_lora.errors import CheckpointError, ConfigError, DataError, SatLoraError
 from sat_lora.training.checkpoint import newest_checkpoint, read_state, samples_per_step
-from sat_lora.training.data import IMAGE_SUFFIXES, read_items
+from sat_lora.training.data import read_items
 from sat_lora.training.deepspeed_config import deepspeed_config
 from sat_lora.training.deepspeed_file import file_problems, read_deepspeed_file
 from sat_lora.training.defaults import DEFAULTS
+from sat_lora.training.folders import left_out_lines
 from sat_lora.training.lora_options import LORA_FIELDS, lora_config, lora_problems
 from sat_lora.training.options import settings_of_run
 from sat_lora.training.shard_checks import problems_with_shards
@@ -194,35 +196,40 @@ def _data_problems(options: Namespace) -> Iterator[str]:
         option = "--" + name.replace("_", "-")
         paths = getattr(options, name) or []
         if any(map(is_shard, paths)):
-            yield from (f"{option}: {problem}" for problem in problems_with_shards(paths, option))
+            yield from (f"{option}: {problem}" for problem in problems_with_shards(paths, option, options.max_pixels))
             continue
         for path in paths:
-            problem = _problem_with_path(Path(path))
+            problem = _problem_with_path(Path(path), options.max_pixels)
             if problem:
                 hint = "" if name in options.given else "; finetune_demo/make_captchas.py writes the demo's data"
                 yield f"{option}: {problem}{hint}"
 
 
-def _problem_with_path(path: Path) -> str | None:
-    if not path.exists():
+def _problem_with_path(path: Path, max_pixels: int) -> str | None:
+    try:
+        path.stat()
+    except FileNotFoundError:
         return f"{path} does not exist; give a folder of images named LABEL.png, or a .jsonl file"
+    except OSError as error:
+        return f"{path} cannot be read: {error.strerror}; give a path that this user may read"
     if path.is_file() and path.suffix != ".jsonl":
         return f"{path} is a file; give the folder of the images, or a .jsonl file"
+    left_out = Counter()
     try:
-        items = read_items([path])
+        items = read_items([path], left_out=left_out)
     except DataError as error:
         return str(error)
     except (OSError, ValueError) as error:
         return f"{path} cannot be read: {error}"
     if not items:
-        entries = sorted(entry.name for entry in path.iterdir())[:5] if path.is_dir() else []
-        wanted = f"images ({' '.join(sorted(IMAGE_SUFFIXES))}) in or below it" if path.is_dir() else "lines in it"
-        return f"{path} has no {wanted}; found {', '.join(entries) or 'nothing'}; give a folder or file that has some"
+        wanted = f"images ({', '.join(FORMATS)}) in or below it" if path.is_dir() else "lines in it"
+        found = ", ".join(left_out_lines(left_out)) or "nothing"
+        return f"{path} has no {wanted}; found {found}; give a folder or file that has some"
     images = [item.image for item in items if item.image is not None][:IMAGES_TRIED]
     first_error = None
     for image in images:
         try:
-            load_image(image, (8, 8))
+            read_picture(image, max_pixels=max_pixels)
             return None
         except DataError as error:
             first_error = first_error or error

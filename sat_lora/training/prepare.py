@@ -84,6 +84,7 @@ def dataset_maker(options: Namespace, config: dict) -> Callable[[list], ImageTex
             image_size=tuple(config["eva_args"]["image_size"]),
             image_length=config["image_length"],
             max_length=options.max_length,
+            max_pixels=options.max_pixels,
         )
 
     return dataset

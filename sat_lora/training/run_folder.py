@@ -43,6 +43,7 @@ class RunFolder:
         self.path, self.is_writer = Path(path), is_writer
         self.adapters, self.checkpoints = self.path / "adapter", self.path / "checkpoints"
         self.broken: dict[str, str] = {}
+        self.skipped: set[tuple[str, ...]] = set()
         self.records: list[dict] = []
         self._lines = self._events = self._progress = None
         if is_writer:
@@ -130,12 +131,14 @@ class RunFolder:
             self._write_line({"step": step, "skipped": what})
         self.say(f"step {step} skipped: {what}")
 
-    def report_broken(self, broken: list[tuple[str, str]], step: int = 0) -> None:
-        """Name each (path, reason) once, however often it comes up; `broken` keeps them all.
+    def report_broken(self, broken: list[tuple[str, ...]], step: int = 0) -> None:
+        """Name the path of each (path, reason, sample) once, however often it comes up; `broken` keeps the paths,
+        `skipped` the samples. Without a third part the path is the sample.
 
         Each rank sees only its own: gather the lists of all ranks before handing them to the writer.
         """
-        for path, reason in broken:
+        for path, reason, *sample in broken:
+            self.skipped.add((path, *sample))
             if path in self.broken:
                 continue
             self.broken[path] = reason
@@ -164,7 +167,8 @@ class RunFolder:
         self._progress.close()
         self.draw()
         if self.broken:
-            print(f"{len(self.broken)} samples were skipped; train.jsonl names them", flush=True)
+            count = max(len(self.skipped), len(self.broken))  # of a resumed run the paths alone are known
+            print(f"{count} samples were skipped; train.jsonl names them", flush=True)
         self._lines.close()
         self._events.close()
         self._lines = self._events = self._progress = None

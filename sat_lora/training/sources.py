@@ -1,6 +1,7 @@
 """Where a run's batches come from: files that are read at will, or tar shards that are streamed."""
 
 from argparse import Namespace
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 from torch.utils.data import DataLoader
@@ -16,10 +17,18 @@ class FileSource:
     """Batches of items.
 
     samples: how many there are. epoch_samples: as how many an epoch counts, for `total_steps`. make_dataset: the
-    ImageTextDataset of a list of items.
+    ImageTextDataset of a list of items. left_out: (reason, count) of what lies in the paths and is no sample.
     """
 
-    def __init__(self, items: Sequence, make_dataset: Callable[[list], ImageTextDataset], options: Namespace, world):
+    def __init__(
+        self,
+        items: Sequence,
+        make_dataset: Callable[[list], ImageTextDataset],
+        options: Namespace,
+        world: World,
+        left_out: Sequence[tuple[str, int]] = (),
+    ):
+        self.left_out = [*left_out]
         self.dataset, self.options, self.world = make_dataset(items), options, world
         self.samples = self.epoch_samples = len(items)
 
@@ -61,8 +70,14 @@ class ShardSource:
     """Batches of tar shards; what FileSource says holds here too. An epoch's places without a sample count as one."""
 
     def __init__(
-        self, shards: list[Shard], make_dataset: Callable[[list], ImageTextDataset], options: Namespace, world: World
+        self,
+        shards: list[Shard],
+        make_dataset: Callable[[list], ImageTextDataset],
+        options: Namespace,
+        world: World,
+        left_out: Sequence[tuple[str, int]] = (),
     ):
+        self.left_out = [*left_out]
         self.shards, self.dataset, self.options, self.world = shards, make_dataset([]), options, world
         self.samples = sum(shard.samples for shard in shards)
         steps = self._stream(options.batch_size, options.num_workers).steps_per_epoch
@@ -78,6 +93,7 @@ class ShardSource:
             data_parallel_size=self.world.data_parallel_size,
             num_workers=num_workers,
             seed=self.options.seed,
+            max_pixels=self.dataset.max_pixels,
             **settings,
         )
 
@@ -109,15 +125,19 @@ def open_sources(
     """
 
     def source(paths: list[str]) -> FileSource | ShardSource:
+        left_out = Counter()
         if is_shard(paths[0]):
             ranks = dict(data_parallel_rank=world.data_parallel_rank, data_parallel_size=world.data_parallel_size)
-            return ShardSource(count_shards(paths, **ranks), make_dataset, options, world)
-        return FileSource(read_items(paths), make_dataset, options, world)
+            shards = count_shards(paths, **ranks, left_out=left_out)
+            return ShardSource(shards, make_dataset, options, world, left_out.most_common())
+        items = read_items(paths, left_out=left_out)
+        return FileSource(items, make_dataset, options, world, left_out.most_common())
 
     if options.valid_data or is_shard(options.train_data[0]):
         return source(options.train_data), source(options.valid_data) if options.valid_data else None
-    train, valid, _ = split_items(read_items(options.train_data), options.split, options.seed)
+    left_out = Counter()
+    train, valid, _ = split_items(read_items(options.train_data, left_out=left_out), options.split, options.seed)
     return (
-        FileSource(train, make_dataset, options, world),
+        FileSource(train, make_dataset, options, world, left_out.most_common()),
         FileSource(valid, make_dataset, options, world) if valid else None,
     )

@@ -120,7 +120,7 @@ def test_text_a_folder_and_nothing_are_named(tmp_path):
 
 def test_an_image_too_large_to_be_one_is_named(tmp_path):
     Image.new("RGB", (40, 40)).save(tmp_path / "bomb.png")
-    with pytest.raises(DataError, match="bomb.png: cannot be read as an image: 40 x 40 pixels are more than --max-pixe"):
+    with pytest.raises(DataError, match="bomb.png: cannot be read as an image: 40 x 40 pixels are more than --max-p"):
         load_image(tmp_path / "bomb.png", (14, 14), max_pixels=1599)
     assert load_image(tmp_path / "bomb.png", (14, 14), max_pixels=1600).shape == (3, 14, 14)
 
