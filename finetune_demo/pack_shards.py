@@ -11,14 +11,18 @@ from pathlib import Path
 
 from webdataset import ShardWriter
 
-from sat_lora.errors import SatLoraError
+from sat_lora.cogvlm.pictures import SUFFIXES, file_limit, suffix_of
+from sat_lora.errors import DataError, SatLoraError
+from sat_lora.foreign import printable, read_bytes
 from sat_lora.training.data import read_items
+from sat_lora.training.option_types import positive_int
 
 
 def pack_shards(data: Sequence[str | Path], out: str | Path, samples_per_shard: int = 1000) -> tuple[str, int]:
     """Write the items of `data`, in their order; returns (what --train-data takes, samples).
 
-    A sample is KEY.json {"prompt", "answer"} and the image's file as it is, with its own suffix.
+    A sample is KEY.json {"prompt", "answer"} and the image's file as it is, with its own suffix, or with that of its
+    format where it has none that is known. DataError: an image is missing, or is no file.
     """
     items, out = read_items(data), Path(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -26,12 +30,22 @@ def pack_shards(data: Sequence[str | Path], out: str | Path, samples_per_shard: 
     with ShardWriter(str(out / "shard-%06d.tar"), maxcount=samples_per_shard, maxsize=1e12, verbose=0) as writer:
         for number, item in enumerate(items):
             texts = {"answer": item.answer, **({"prompt": item.prompt} if item.prompt is not None else {})}
-            sample = {"__key__": f"{number:09d}", "json": json.dumps(texts, ensure_ascii=False).encode()}
+            sample = {"__key__": f"{number:09d}", "json": json.dumps(texts).encode()}
             if item.image is not None:
-                sample[item.image.suffix[1:].lower()] = item.image.read_bytes()
+                content = _content(item.image)
+                suffix = item.image.suffix.lower()
+                sample[(suffix if suffix in SUFFIXES else suffix_of(content))[1:]] = content
             writer.write(sample)
     numbers = f"{{000000..{last:06d}}}" if last else "000000"
     return str(out / f"shard-{numbers}.tar"), len(items)
+
+
+def _content(image: Path) -> bytes:
+    try:
+        return read_bytes(image, file_limit())
+    except (OSError, ValueError) as error:
+        problem = getattr(error, "strerror", None) or error
+        raise DataError(f"{printable(image)}: cannot be packed: {problem}; mend the file or the path") from error
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -41,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("data", nargs="+", help="folders of images LABEL.png, or .jsonl files")
     parser.add_argument("--out", required=True, help="folder of the shards; those of the same number are replaced")
-    parser.add_argument("--samples-per-shard", type=int, default=1000)
+    parser.add_argument("--samples-per-shard", type=positive_int, metavar="N", default=1000, help="(default: 1000)")
     options = parser.parse_args(argv)
     try:
         shards, samples = pack_shards(options.data, options.out, options.samples_per_shard)

@@ -91,6 +91,18 @@ def _built_formats() -> tuple[str, ...]:
     return tuple(kind for kind in FORMATS if kind in Image.OPEN)
 
 
+def suffix_of(content: bytes) -> str:
+    """The suffix of SUFFIXES that fits the content of a picture file; .png where it is none that can be read, which
+    whoever reads it says.
+    """
+    try:
+        with _limited_pillow(MAX_PIXELS), Image.open(io.BytesIO(content), formats=_built_formats()) as image:
+            suffixes = {"JPEG": ".jpg", "MPO": ".jpg", "JPEG2000": ".jp2", "TIFF": ".tif"}
+            return suffixes.get(image.format, f".{image.format.lower()}")
+    except Exception:  # as of `read_picture`
+        return ".png"
+
+
 @contextmanager
 def _limited_pillow(max_pixels: int) -> Iterator[None]:
     """Pillow with that limit for pictures inside of pictures (icons), and without its warnings: of metadata, which no

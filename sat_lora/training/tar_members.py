@@ -16,6 +16,7 @@ from sat_lora.foreign import MEBIBYTE
 BLOCK = 512
 EXTENDED_LIMIT = MEBIBYTE  # of a header that holds a long name or pax records
 LINKS_FOLLOWED = 8
+_END = bytes(BLOCK)
 _COMPRESSED = {
     b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ": "unxz", b"\x28\xb5\x2f\xfd": "unzstd", b"PK": "unzip",
 }  # fmt: skip
@@ -48,7 +49,7 @@ def read_members(file: BinaryIO) -> Iterator[Member]:
         header = _read_at(file, offset, BLOCK)
         if len(header) < BLOCK:
             raise ValueError(f"damaged or cut off at byte {offset}")
-        if header.count(0) == BLOCK:
+        if header == _END:
             return
         _check(header, offset)
         kind, size = header[156:157], _number(header[124:136], offset)
@@ -108,12 +109,11 @@ def _check(header: bytes, offset: int) -> None:
                 raise ValueError(f"compressed, so no sample can be found in it; unpack it with {program}")
     others = header[:148] + b" " * 8 + header[156:]
     unsigned = sum(others)
-    signed = unsigned - 256 * sum(byte > 127 for byte in others)
     try:
         expected = int(header[148:156].strip(b" \0") or b"0", 8)
     except ValueError:
         expected = None
-    if expected not in (unsigned, signed):
+    if expected != unsigned and expected != unsigned - 256 * sum(byte > 127 for byte in others):
         raise ValueError("it is no tar file" if offset == 0 else f"damaged at byte {offset}")
 
 

@@ -56,7 +56,8 @@ def test_a_folder_without_images_is_named_with_what_it_has(check, tmp_path):
     )
     (empty / "notes.txt").touch()
     (empty / "a.heic").touch()
-    assert "found 1 .heic files (not read; convert to PNG or JPEG), 1 .txt files" in refusal(check, "--train-data", str(empty), kind=DataError)
+    message = refusal(check, "--train-data", str(empty), kind=DataError)
+    assert "found 1 .heic files (not read; convert to PNG or JPEG), 1 .txt files" in message
 
 
 def test_images_of_which_none_can_be_read_are_refused(check, tmp_path):
