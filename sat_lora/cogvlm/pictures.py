@@ -1,11 +1,13 @@
 """Picture files to RGB, as people see them in an image viewer."""
 
 import io
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy
 from PIL import Image
@@ -37,6 +39,8 @@ UNREAD_SUFFIXES = frozenset(
 
 CONVERT = "convert it to PNG or JPEG"
 _BAND = 1 << 22  # pixels that are converted at once
+_SCANS = 100  # the usual progressive JPEG has ten
+_MARKER = re.compile(rb"\xff+[^\x00\xd0-\xd7\xff]")
 _PROFILE_LIMIT = 4 * MEBIBYTE
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -69,6 +73,8 @@ def read_picture(source: str | Path | bytes, *, max_pixels: int = MAX_PIXELS, na
                         f"{width} x {height} pixels are more than --max-pixels {max_pixels}; make it smaller, or raise "
                         "the option"
                     )
+                if image.format in ("JPEG", "MPO"):
+                    _check_scans(file)
                 grey_step = _grey_step(image)
                 image.load()
                 return as_seen(image, grey_step=grey_step)
@@ -83,6 +89,25 @@ def read_picture(source: str | Path | bytes, *, max_pixels: int = MAX_PIXELS, na
             problem = "there is not enough memory for it"
         shown = printable(name or (source if not isinstance(source, bytes) else "an image"))
         raise DataError(f"{shown}: cannot be read as an image: {printable(problem)}") from error
+
+
+def _check_scans(file: BinaryIO) -> None:
+    """ValueError if a JPEG goes over its pixels more often than any program writes it; 14 bytes are one such scan."""
+    place = file.tell()
+    file.seek(0)
+    content = file.read()
+    file.seek(place)
+    if content.count(b"\xff\xda") <= _SCANS:  # those of its thumbnails and further pictures among them
+        return
+    scans = place = 0
+    while match := _MARKER.search(content, place):
+        kind, place = content[match.end() - 1], match.end()
+        if kind == 0xD9:  # the end of the first picture
+            return
+        scans += kind == 0xDA
+        if scans > _SCANS:
+            raise ValueError(f"a JPEG of more than {_SCANS} scans; save it anew")
+        place += 0 if kind in (0x01, 0xD8) else int.from_bytes(content[place : place + 2], "big")
 
 
 @lru_cache

@@ -53,6 +53,7 @@ class BrokenSamples:
         shown = "\n  ".join(reasons[:SHOWN]) + ("\n  ..." if len(reasons) > SHOWN else "")
         raise DataError(
             f"{len(self.reasons)} of the first {seen} training samples cannot be used, --max-broken-share allows a "
-            f"share of {self.max_share:g}; mend them, take them out, or raise the option. The run's train.jsonl names all:\n"
+            f"share of {self.max_share:g}; mend them, take them out, or raise the option. The run's train.jsonl names "
+            "all:\n"
             f"  {shown}"
         )
