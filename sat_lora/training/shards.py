@@ -16,7 +16,7 @@ from sat_lora.foreign import JSON_LIMIT, MEBIBYTE, open_file, parse_json, printa
 from sat_lora.training.data import BrokenSample, Item
 from sat_lora.training.distributed import gather_lists
 from sat_lora.training.folders import is_no_data_path
-from sat_lora.training.tar_members import Links, Member, read_members
+from sat_lora.training.tar_members import Links, Member, read_members, unpacking_program
 
 TEXT_SUFFIXES = (".json", ".txt")
 COMPRESSED_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tar.lz4")
@@ -116,6 +116,11 @@ def find_records(shard: str, left_out: Counter | None = None) -> Iterator[Record
     left_out = Counter() if left_out is None else left_out
     try:
         with open_file(shard, sys.maxsize) as file:
+            program = unpacking_program(file)
+            if program is not None:
+                raise DataError(
+                    f"{printable(shard)}: compressed, so no sample can be found in it; unpack it with {program}"
+                )
             links = Links(file)
             members = _sample_members(read_members(file), left_out)
             for key, group in itertools.groupby(members, lambda entry: entry[0]):

@@ -38,10 +38,16 @@ class Member:
     target: str | None = None
 
 
+def unpacking_program(file: BinaryIO) -> str | None:
+    """What unpacks an open file that is compressed; None if it is not."""
+    begin = _read_at(file, 0, 6)
+    return next((program for magic, program in _COMPRESSED.items() if begin.startswith(magic)), None)
+
+
 def read_members(file: BinaryIO) -> Iterator[Member]:
     """The members of an open tar file, in their order, to the block of zeros that ends it.
 
-    ValueError: it is no tar file, is damaged, compressed or cut off; raised when the members before have been given.
+    ValueError: it is no tar file, is damaged or cut off; raised when the members before have been given.
     """
     total = os.fstat(file.fileno()).st_size
     offset, common, own = 0, {}, {}
@@ -103,10 +109,6 @@ def _text(field: bytes) -> bytes:
 
 def _check(header: bytes, offset: int) -> None:
     """ValueError unless the sum in the header is that of its bytes, taken as signed or unsigned, its own as spaces."""
-    if offset == 0:
-        for magic, program in _COMPRESSED.items():
-            if header.startswith(magic):
-                raise ValueError(f"compressed, so no sample can be found in it; unpack it with {program}")
     others = header[:148] + b" " * 8 + header[156:]
     unsigned = sum(others)
     try:

@@ -1,4 +1,4 @@
-"""Small pictures of every format and tar shards with seeded damage, through the reader: each is read, or is a DataError.
+"""Small pictures of every format and tar shards with seeded damage: each is read, or is a DataError.
 
 python -m tests.cases.mutated_pictures --times 10000
 """
@@ -21,16 +21,11 @@ from sat_lora import DataError
 from sat_lora.cogvlm.pictures import read_picture
 from sat_lora.training.data import BrokenSample
 from sat_lora.training.shards import find_records
+from tests.cases.picture_files import encoded
 
 SECONDS = 5.0  # of processor time, for one small file
 MAX_PIXELS = 1 << 20
 _NUMBERS = (0, 1, 7, 127, 128, 255, 256, 32767, 65535, 65536, 1 << 24, (1 << 31) - 1, 1 << 31, (1 << 32) - 1)
-
-
-def encoded(image: Image.Image, kind: str, **settings) -> bytes:
-    content = io.BytesIO()
-    image.save(content, kind, **settings)
-    return content.getvalue()
 
 
 @cache
@@ -47,7 +42,8 @@ def pictures() -> dict[str, bytes]:
     made |= {f"{kind} deep": encoded(deep, kind) for kind in ("PNG", "TIFF", "PPM")}
     made |= {f"{kind} one bit": encoded(grey.convert("1"), kind) for kind in ("PNG", "TIFF", "PPM", "BMP")}
     made |= {f"TIFF {name}": encoded(rgb, "TIFF", compression=name) for name in ("tiff_lzw", "tiff_deflate", "jpeg")}
-    made |= {f"{kind} profile": encoded(rgb, kind, icc_profile=profile, exif=turned) for kind in ("PNG", "JPEG", "WEBP")}
+    more = dict(icc_profile=profile, exif=turned)
+    made |= {f"{kind} profile": encoded(rgb, kind, **more) for kind in ("PNG", "JPEG", "WEBP")}
     made |= {f"{kind} film": encoded(rgb, kind, save_all=True, append_images=[rgb]) for kind in ("GIF", "PNG", "MPO")}
     made["ICO"] = encoded(rgba.resize((16, 16)), "ICO", sizes=[(16, 16)])
     made["JPEG CMYK"] = encoded(rgb.convert("CMYK"), "JPEG", progressive=True)
@@ -91,7 +87,7 @@ def mutated(content: bytes, generator: random.Random) -> bytes:
         size = len(content)
         start = generator.randrange(max(1, min(size, generator.choice([32, 160, 700, size, size]))))
         stop = min(size, start + generator.randint(1, 40))
-        match generator.choice(["flip", "byte", "number", "number", "cut", "remove", "insert", "repeat", "zeros", "word"]):
+        match generator.choice("flip byte number number cut remove insert repeat zeros word".split()):
             case "flip" if start < size:
                 content[start] ^= 1 << generator.randrange(8)
             case "byte":
@@ -130,7 +126,7 @@ def with_right_sums(content: bytes) -> bytes:
 def count_outcomes(times: int, seed: int, folder: Path) -> Counter:
     """How many mutated files were read or refused, by kind; AssertionError: anything else, or one that took long."""
     generator, outcomes = random.Random(seed), Counter()
-    sources = [*(("picture", *item) for item in pictures().items()), *(("shard", *item) for item in shards().items()) ]
+    sources = [*(("picture", *item) for item in pictures().items()), *(("shard", *item) for item in shards().items())]
     sources += sources[-3:] * 4
     for number in range(times):
         kind, name, content = sources[number % len(sources)]
@@ -164,9 +160,9 @@ def _read_shard(content: bytes, path: Path) -> str:
     path.write_bytes(content)
     for record in find_records(str(path)):
         item = record.read(MAX_PIXELS)
-        if not isinstance(item, BrokenSample) and item.image is not None:
-            if not set(item.image) <= set(content) or item.image not in content:
-                raise AssertionError(f"{item.name}: an image that is not in the shard")
+        is_read = not isinstance(item, BrokenSample) and item.image is not None
+        if is_read and item.image not in content:
+            raise AssertionError(f"{item.name}: an image that is not in the shard")
     return "read"
 
 
