@@ -12,9 +12,14 @@ SHOWN = 20
 
 
 def broken_in(batches: list[dict]) -> list[tuple[str, str, str]]:
-    """The (path, reason, sample) of what collated batches had to leave out."""
-    pairs = (pair for batch in batches for pair in zip(batch["broken"], batch["broken_samples"], strict=True))
-    return [(path, reason, sample) for (path, reason), sample in pairs]
+    """The (path, reason, sample) of what collated batches had to leave out; of a batch that tells samples of one path
+    not apart, the path is the sample.
+    """
+    entries = []
+    for batch in batches:
+        samples = batch.get("broken_samples", [path for path, _ in batch["broken"]])
+        entries += [(path, reason, sample) for (path, reason), sample in zip(batch["broken"], samples, strict=True)]
+    return entries
 
 
 @dataclass
