@@ -203,9 +203,7 @@ def test_a_compressed_shard_is_an_error_that_says_how_to_unpack_it(tmp_path, mod
         with tarfile.open(tmp_path / name, f"w:{mode}") as tar:
             info, content = member("a.png", png())
             tar.addfile(info, io.BytesIO(content))
-    with pytest.raises(
-        DataError, match=f"s.tar: compressed, so no sample can be found .*; unpack it with {program}$"
-    ):
+    with pytest.raises(DataError, match=f"s.tar: compressed, so no sample can be found .*; unpack it with {program}$"):
         read(tmp_path / "s.tar")
     assert is_shard(tmp_path / f"s.tar.{mode}")
     (problem,) = problems_with_shards([str(tmp_path / f"s.tar.{mode}")], "--train-data")

@@ -2,6 +2,7 @@
 
 import os
 import struct
+from argparse import Namespace
 from collections import Counter
 from pathlib import Path
 
@@ -13,10 +14,13 @@ from PIL import Image, ImageCms, TiffImagePlugin
 from sat_lora import DataError
 from sat_lora.cogvlm.image import image_tensor, load_image
 from sat_lora.cogvlm.pictures import SUFFIXES, read_picture
+from sat_lora.doctor.data import data_findings
 from sat_lora.training.broken_samples import BrokenSamples
-from sat_lora.training.data import Item, collate, read_items
+from sat_lora.training.data import BrokenSample, Item, collate, read_items
 from sat_lora.training.folders import find_images
 from sat_lora.training.preflight import _problem_with_path
+from sat_lora.training.run_folder import RunFolder
+from sat_lora.training.sources import open_sources
 from tests.cases.picture_files import chunked_png, encoded
 from tests.training.test_data import dataset
 
@@ -373,3 +377,29 @@ def test_questions_about_one_missing_image_are_so_many_broken_samples(tmp_path, 
     else:
         pytest.fail("a run on half of its samples goes on")
     assert known.new_in([collate(batches[0], image_size=(21, 21))]) == []  # in the next epoch
+
+
+def test_samples_are_counted_where_they_are_reported(tmp_path, capfd):
+    """On the screen and by the doctor: three questions about one image are three."""
+    broken = [("x.png", "x.png: torn", str(number)) for number in range(3)]
+    with RunFolder(tmp_path, is_writer=True) as folder:
+        folder.start(4)
+        folder.report_broken(broken, 1)
+        folder.report_broken(broken[:1], 2)  # once more, in a second pass over the validation data
+    out, err = capfd.readouterr()
+    assert err.count("skipped: x.png: torn") == 1 and "3 samples were skipped" in out
+    lost = [BrokenSample(*entry) for entry in broken]
+    batch = collate(lost, image_size=(21, 21))
+    (finding,) = data_findings([batch, batch], image_length=9, max_length=40, max_broken_share=0.05)
+    assert finding.seen.startswith("3 of 6 samples looked at are broken (50%): x.png: torn; that is more than")
+    assert finding.file == "x.png"
+
+
+def test_a_source_says_what_it_left_out(tmp_path, single_process_group):
+    for name in ("7.png", "8.png", "labels.txt", ".hidden.png", "a.heic"):
+        write(tmp_path / name)
+    options = Namespace(train_data=[str(tmp_path)], valid_data=None, split=[1.0], seed=1)
+    source, _ = open_sources(options, single_process_group, lambda items: items)
+    assert source.samples == 2
+    expected = {".txt files": 1, "hidden, or of the system": 1, ".heic files (not read; convert to PNG or JPEG)": 1}
+    assert dict(source.left_out) == expected
