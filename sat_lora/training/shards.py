@@ -62,7 +62,6 @@ class Record:
             return BrokenSample(name, f"{name}: wanted {wanted}; got {found}")
         return Item(image, answer, prompt, name)
 
-
     def _parts(self, max_pixels: int) -> dict[str, bytes]:
         """The texts and the first image, by suffix. OSError, ValueError: one of them cannot be read."""
         if self.problem is not None:
