@@ -41,6 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--ignore-keys", nargs="+", metavar="KEY", help="keys of .jsonl lines to pass over")
     add("--images-from", nargs="+", metavar="DIR", help="folders that .jsonl lines may lead to by ..")
     add("--max_length", type=positive_int, metavar="N", help="longest sequence in tokens (default: 1288)")
+    add("--max-pixels", type=positive_int, metavar="N", help="a larger picture is not read (default: 89478485)")
     add("--eval-batch-size", "--batch-size", type=positive_int, metavar="N", help="images at once (default: 4)")
     add("--model-parallel-size", type=positive_int, metavar="N", help="ranks that share one model (default: 1)")
     add("--bf16", action="store_true", default=None, help="bfloat16 (default on CUDA)")

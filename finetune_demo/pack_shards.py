@@ -15,10 +15,12 @@ def pack_shards(
 ) -> tuple[str, int]:
     """Write the items of `data`, in their order; returns (what --train-data takes, samples). reading: of `read_items`.
 
-    A sample is KEY.json {"prompt", "answer"} and the image's file as it is, with its own suffix.
+    A sample is KEY.json {"prompt", "answer"} and the image's file as it is, with its own suffix, or with that of its
+    format where it has none that is known. DataError: an image is missing, or is no file.
     """
     from webdataset import ShardWriter  # seconds of imports, that a wrong option does without
 
+    from sat_lora.cogvlm.pictures import SUFFIXES, suffix_of
     from sat_lora.training.data import read_items
 
     items, out = read_items(data, **reading), Path(out)
@@ -30,7 +32,9 @@ def pack_shards(
             content = json.dumps(texts, ensure_ascii=not all(map(_is_unicode, texts.values()))).encode()
             sample = {"__key__": f"{number:09d}", "json": content}
             if item.image is not None:
-                sample[item.image.suffix[1:].lower()] = item.image.read_bytes()
+                content = _content(item.image)
+                suffix = item.image.suffix.lower()
+                sample[(suffix if suffix in SUFFIXES else suffix_of(content))[1:]] = content
             writer.write(sample)
     numbers = f"{{000000..{last:06d}}}" if last else "000000"
     return str(out / f"shard-{numbers}.tar"), len(items)
@@ -43,6 +47,18 @@ def _is_unicode(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def _content(image: Path) -> bytes:
+    from sat_lora.cogvlm.pictures import file_limit
+    from sat_lora.errors import DataError
+    from sat_lora.foreign import printable, read_bytes
+
+    try:
+        return read_bytes(image, file_limit())
+    except (OSError, ValueError) as error:
+        problem = getattr(error, "strerror", None) or error
+        raise DataError(f"{printable(image)}: cannot be packed: {problem}; mend the file or the path") from error
 
 
 def main(argv: list[str] | None = None) -> int:

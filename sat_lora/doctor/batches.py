@@ -33,7 +33,7 @@ def text_alone(batch: dict) -> dict:
     stacked = {
         name: torch.stack([_padded(row[name], length, fill.get(name, 0)) for row in rows]) for name in _SEQUENCES
     }
-    return {**batch, **stacked, "images": batch["images"][:0], "broken": []}
+    return {**batch, **stacked, "images": batch["images"][:0], "broken": [], "broken_samples": []}
 
 
 def has_labels(batch: dict) -> bool:

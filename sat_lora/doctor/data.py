@@ -10,6 +10,7 @@ import torch
 
 from sat_lora.cogvlm.text import IGNORED
 from sat_lora.doctor.findings import Finding, looks_for
+from sat_lora.training.broken_samples import broken_in
 
 LISTED = 5  # paths that a finding names
 INDICES = 100_000  # of a sampler that are looked at
@@ -31,12 +32,12 @@ def data_findings(
 
     image_length, vocab_size, image_size (height, width): the base's; None is not looked at.
     """
-    broken: dict[str, str] = {}
+    broken: dict[tuple[str, str], str] = {}
     samples = empty = cut = longest = 0
     counts: set[int] = set()
     wrong_labels, sizes, unknown = Counter(), set(), set()
     for batch in batches:
-        broken.update(batch["broken"])
+        broken |= {(path, sample): reason for path, reason, sample in broken_in([batch])}
         rows = [] if _is_padding_only(batch) else range(len(batch["input_ids"]))
         samples += len(rows) + len(batch["broken"])
         places = int(batch["image_embed_mask"].sum())
@@ -77,14 +78,13 @@ def data_findings(
         seen = f"a sample has {odd[0]} places for images, an image of {image_length} patches takes {image_length + 2}"
         findings.append(Finding(code="image-tokens", seen=seen))
     if broken:
-        share, names = len(broken) / max(samples, 1), [*broken]
-        seen = f"{len(broken)} of {samples} samples looked at are broken ({share:.0%}): " + "; ".join(
-            broken[name] for name in names[:LISTED]
-        )
+        share, reasons = len(broken) / max(samples, 1), [*dict.fromkeys(broken.values())]
+        first_path = next(iter(broken))[0]
+        seen = f"{len(broken)} of {samples} samples looked at are broken ({share:.0%}): " + "; ".join(reasons[:LISTED])
         over = f"; that is more than --max-broken-share {max_broken_share:g}, the run would end" * (
             share > max_broken_share
         )
-        findings.append(Finding(code="broken-files", seen=seen + over, file=names[0], option="--train-data"))
+        findings.append(Finding(code="broken-files", seen=seen + over, file=first_path, option="--train-data"))
     return findings
 
 

@@ -1,6 +1,7 @@
 """Samples that a run cannot use, and how many are too many."""
 
 import math
+from collections import Counter
 from dataclasses import dataclass, field
 
 from sat_lora.errors import DataError
@@ -10,20 +11,32 @@ DEVIATIONS = 3.0
 SHOWN = 20
 
 
+def broken_in(batches: list[dict]) -> list[tuple[str, str, str]]:
+    """The (path, reason, sample) of what collated batches had to leave out; of a batch that tells samples of one path
+    not apart, the path is the sample.
+    """
+    entries = []
+    for batch in batches:
+        samples = batch.get("broken_samples", [path for path, _ in batch["broken"]])
+        entries += [(path, reason, sample) for (path, reason), sample in zip(batch["broken"], samples, strict=True)]
+    return entries
+
+
 @dataclass
 class BrokenSamples:
     """What was found broken so far: the same on every rank, where each is given what all of them found."""
 
     dataset_size: int
     max_share: float
-    reasons: dict[str, str] = field(default_factory=dict)
+    reasons: dict[tuple[str, str], str] = field(default_factory=dict)
+    """By (path, sample): of one image that cannot be read, every question about it is a broken sample."""
 
-    def new_in(self, batches: list[dict]) -> list[tuple[str, str]]:
-        """The (path, reason) of collated batches that are not known yet."""
-        return [entry for batch in batches for entry in batch["broken"] if entry[0] not in self.reasons]
+    def new_in(self, batches: list[dict]) -> list[tuple[str, str, str]]:
+        """The (path, reason, sample) of collated batches that are not known yet."""
+        return [entry for entry in broken_in(batches) if (entry[0], entry[2]) not in self.reasons]
 
-    def add(self, broken: list[tuple[str, str]]) -> None:
-        self.reasons |= dict(broken)
+    def add(self, broken: list[tuple[str, str, str]]) -> None:
+        self.reasons |= {(path, sample): reason for path, reason, sample in broken}
 
     def check(self, seen: int) -> None:
         """DataError, with the list, when more than `max_share` is broken; `seen` samples were drawn up to now.
@@ -38,10 +51,14 @@ class BrokenSamples:
         margin = DEVIATIONS * math.sqrt(allowed * (1 - self.max_share) * (1 - seen / self.dataset_size))
         if len(self.reasons) <= allowed + margin:
             return
-        reasons = sorted(self.reasons.values())
+        reasons = [
+            reason if count == 1 else f"{reason} ({count} samples)"
+            for reason, count in sorted(Counter(self.reasons.values()).items())
+        ]
         shown = "\n  ".join(reasons[:SHOWN]) + ("\n  ..." if len(reasons) > SHOWN else "")
         raise DataError(
-            f"{len(reasons)} of the first {seen} training samples cannot be used, --max-broken-share allows a share of "
-            f"{self.max_share:g}; mend them, take them out, or raise the option. The run's train.jsonl names all:\n"
+            f"{len(self.reasons)} of the first {seen} training samples cannot be used, --max-broken-share allows a "
+            f"share of {self.max_share:g}; mend them, take them out, or raise the option. The run's train.jsonl names "
+            "all:\n"
             f"  {shown}"
         )

@@ -4,20 +4,20 @@ import random
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch.utils.data import Dataset
 
 from sat_lora.cogvlm.image import load_image
+from sat_lora.cogvlm.pictures import MAX_PIXELS
 from sat_lora.cogvlm.text import IGNORED, IMAGE_PLACE, Sample, build_sample, prompt_for, prompt_text
 from sat_lora.errors import ConfigError, DataError
 from sat_lora.foreign import printable
+from sat_lora.training.folders import find_images
 from sat_lora.training.item_files import Entries, line_called, read_entries
 from sat_lora.training.layouts import check_file_kind, check_layout, missing_file_hint
-
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp"})
 
 
 @dataclass(frozen=True)
@@ -56,12 +56,14 @@ class DataCounts:
     """Their answer is empty: only the end is learnt."""
     passed_over: Counter[str] = field(default_factory=Counter)
     """Keys that carry nothing to learn, with the samples that have them."""
+    unused: Counter[str] = field(default_factory=Counter)
+    """What lies in folders and is no sample, by reason."""
 
     def left_out(self) -> list[tuple[str, int]]:
-        """(what, how many) of what samples lack or have for nothing, and their user may not expect."""
+        """(what, how many) of what is not used, and of what samples lack or have for nothing: to be told to the user."""
         counts = [("images (samples of text alone)", self.text_only), ("answers (empty ones)", self.without_answer)]
         counts += [(f'times "{printable(key)}" (not read)', count) for key, count in self.passed_over.items()]
-        return [(what, count) for what, count in counts if count]
+        return [*self.unused.most_common(), *((what, count) for what, count in counts if count)]
 
     def add(self, path: Path, entries: Entries) -> None:
         self.labelled_by_text += len(entries.found)
@@ -74,20 +76,14 @@ class DataCounts:
 
 @dataclass(frozen=True)
 class BrokenSample:
-    """What a dataset returns for an item that cannot be used; `collate` leaves it out and names it."""
+    """What a dataset returns for an item that cannot be used; `collate` leaves it out and names it.
+
+    sample: what tells it from others of the same path, of many questions about one image; None: there are none.
+    """
 
     path: str
     reason: str
-
-
-def find_images(folders: Sequence[str | Path]) -> list[Path]:
-    """Every image file in and below the folders, by its suffix, sorted. DataError: a folder is missing."""
-    found = []
-    for folder in map(Path, folders):
-        if not folder.is_dir():
-            raise DataError(f"{folder}: no such folder; give a folder of images or a .jsonl file")
-        found += (path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
-    return sorted(set(found))
+    sample: str | None = None
 
 
 def read_items(
@@ -101,13 +97,13 @@ def read_items(
 
     A line: {"image": path relative to the file, or absent for text only, "prompt": ..., "answer": ...}; without a
     prompt, --prompt is asked. An array of such objects is read as well. ignore_keys, images_from: see `read_entries`.
-    counts: what was read is added to it. DataError: a path is missing, is plainly another layout, or every wrong line
-    of a file.
+    counts: what was read, and what lies in the folders and is no sample, is added to it. DataError: a path is missing,
+    is plainly another layout, or every wrong line of a file.
     """
     items, counts = [], DataCounts() if counts is None else counts
     for path in map(Path, paths):
         if path.is_dir() or not path.exists():
-            images = find_images([path])
+            images = find_images([path], counts.unused)
             check_layout(path, images)
             items += [Item(image, image.stem) for image in images]
             counts.labelled_by_name += len(images)
@@ -146,7 +142,7 @@ class ImageTextDataset(Dataset):
 
     version, prompt: the base's prompt format and the query for items without their own (see `prompt_for`).
     image_size: (height, width) in pixels. image_length: patches per image. max_length: in tokens; longer answers
-    are cut.
+    are cut. max_pixels: of a picture that is read.
     with_answer: False gives the prompt alone, ready for generation; the answer is in `items[i].answer`.
     special_tokens: see `build_sample`.
     """
@@ -163,25 +159,30 @@ class ImageTextDataset(Dataset):
         max_length: int,
         with_answer: bool = True,
         special_tokens: bool = False,
+        max_pixels: int = MAX_PIXELS,
     ):
         self.items = [item if isinstance(item, Item) else Item(Path(item), Path(item).stem) for item in items]
         self.tokenizer = tokenizer
         self.version, self.prompt = version, prompt
         self.image_size, self.image_length, self.max_length = image_size, image_length, max_length
-        self.with_answer, self.special_tokens = with_answer, special_tokens
+        self.with_answer, self.special_tokens, self.max_pixels = with_answer, special_tokens, max_pixels
 
     def __len__(self) -> int:
         return len(self.items)
 
     def __getitem__(self, index: int) -> Sample | BrokenSample:
         item = self.items[index]
-        return self.make_sample(item, item.name or str(item.image or item.place or f"text-only item {index}"))
+        name = item.name or str(item.image or item.place or f"text-only item {index}")
+        sample = self.make_sample(item, name)
+        return replace(sample, sample=str(index)) if isinstance(sample, BrokenSample) else sample
 
     def make_sample(self, item: Item, name: str | None = None) -> Sample | BrokenSample:
         """The sample, or what is wrong with it: an exception would stop one rank and leave the others waiting."""
         name = name or item.name
         try:
-            image = None if item.image is None else load_image(item.image, self.image_size, name)
+            image = None
+            if item.image is not None:
+                image = load_image(item.image, self.image_size, name, max_pixels=self.max_pixels)
         except DataError as error:
             where = f" (named in {item.place})" if item.place else ""
             return BrokenSample(printable(name), printable(f"{error}{missing_file_hint(item.image)}{where}"))
@@ -219,11 +220,11 @@ def collate(samples: Sequence[Sample | BrokenSample], *, image_size: tuple[int, 
     to the longest. Padding has id 0, label -100 and the positions that follow. images: (images, 3, height, width)
     float32 in the order of their places, also with none of them: the vision tower then runs on nothing.
     lengths: (batch,) int64, tokens of each row before its padding; left_out: (batch,) int64, those of its answer that
-    did not fit. broken: list of (path, reason). A batch without a
-    usable sample is one padding-only row: every label is -100, so a mean over its labels must guard against dividing
-    by zero.
+    did not fit. broken: list of (path, reason); broken_samples: of each, what tells the sample from others of its path.
+    A batch without a usable sample is one padding-only row: every label is -100, so a mean over its labels must guard
+    against dividing by zero.
     """
-    broken = [(sample.path, sample.reason) for sample in samples if isinstance(sample, BrokenSample)]
+    broken = [sample for sample in samples if isinstance(sample, BrokenSample)]
     usable = [sample for sample in samples if not isinstance(sample, BrokenSample)] or [_padding_only()]
     images = [sample.image for sample in usable if sample.image is not None]
     length = max(len(sample.input_ids) for sample in usable)
@@ -248,7 +249,8 @@ def collate(samples: Sequence[Sample | BrokenSample], *, image_size: tuple[int, 
         "images": torch.stack(images) if images else torch.zeros(0, 3, *image_size),
         "lengths": torch.tensor([len(sample.input_ids) for sample in usable]),
         "left_out": torch.tensor([sample.left_out for sample in usable]),
-        "broken": broken,
+        "broken": [(sample.path, sample.reason) for sample in broken],
+        "broken_samples": [sample.sample or sample.path for sample in broken],
     }
 
 

@@ -17,6 +17,7 @@ DEFAULTS = {
     "ignore_keys": [],
     "images_from": [],
     "max_broken_share": 0.05,
+    "max_pixels": 89_478_485,  # where Pillow warns of a decompression bomb
     "num_workers": 2,
     "from_pretrained": None,  # then the embedded demo
     "trust_checkpoint": False,

@@ -11,6 +11,7 @@ from sat_lora.adapter_file import load_adapter
 from sat_lora.cogvlm.checkpoint import load_cogvlm
 from sat_lora.cogvlm.generation import generate
 from sat_lora.cogvlm.model import CogVLMModel
+from sat_lora.cogvlm.pictures import MAX_PIXELS
 from sat_lora.cogvlm.text import Sample, load_tokenizer
 from sat_lora.cogvlm.tokens import first_tokens
 from sat_lora.doctor.trace import NO_TRACE, NoTrace
@@ -47,7 +48,8 @@ def evaluate_adapter(
     trained: a model that has trained this adapter on that base, and its config, to be used instead of loading another:
     disabled it is the base bit for bit, and the adapter on disk is read into it.
     Returns {"images": n, "base": {"exact_match": x, "exact_match_ignoring_case": y}, "adapter": {...}} with shares in
-    [0, 1]; unreadable items are left out of n and listed under "broken". Both come from what lies on disk.
+    [0, 1]; unreadable items are left out of n, their paths are listed under "broken" and they are counted as
+    "broken_samples". Both come from what lies on disk.
     """
     trace.at("load")
     items = read_items(options.test_data, **reading_options(options))
@@ -75,6 +77,7 @@ def evaluate_adapter(
         max_length=options.max_length,
         with_answer=False,
         special_tokens=vars(options).get("special_tokens_in_text", False),
+        max_pixels=vars(options).get("max_pixels") or MAX_PIXELS,
     )
     share = range(world.data_parallel_rank, len(dataset), world.data_parallel_size)
     right = {side: [0, 0] for side in ("base", "adapter")[: 1 if adapter is None else 2]}
@@ -87,7 +90,7 @@ def evaluate_adapter(
         indices = list(share[start : start + options.eval_batch_size])
         questions = [dataset[i] if isinstance(lengths[i], int) else lengths[i] for i in indices]
         samples = [(question, dataset.items[i].answer.strip()) for question, i in zip(questions, indices)]
-        broken += [(s.path, s.reason) for s, _ in samples if not isinstance(s, Sample)]
+        broken += [(s.path, s.reason, s.sample) for s, _ in samples if not isinstance(s, Sample)]
         usable = [(s, answer) for s, answer in samples if isinstance(s, Sample)]
         images += len(usable)
         if not usable:
@@ -109,7 +112,9 @@ def evaluate_adapter(
     shares = iter(value / images for value in sums)
     names = ("exact_match", "exact_match_ignoring_case")
     result = {"images": int(images), **{side: {name: next(shares) for name in names} for side in right}}
-    return {**result, "broken": [path for path, _ in broken]} if broken else result
+    if not broken:
+        return result
+    return {**result, "broken": sorted({path for path, _, _ in broken}), "broken_samples": len(broken)}
 
 
 def _length_of_answer(dataset: ImageTextDataset, item: Item) -> int | BrokenSample:
@@ -130,7 +135,8 @@ def evaluation_table(result: dict) -> str:
         exact, loose = result[side].values()
         lines.append(f"  {title:<25}{100 * exact:>9.1f} %{100 * loose:>14.1f} %")
     if result.get("broken"):
-        lines.append(f"  {len(result['broken'])} images could not be read and do not count")
+        count = result.get("broken_samples", len(result["broken"]))  # earlier versions counted paths alone
+        lines.append(f"  {count} samples could not be read and do not count")
     return "\n".join(lines)
 
 

@@ -113,6 +113,7 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     add(data, "--ignore-keys", "keys of .jsonl lines to pass over", nargs="+", metavar="KEY")
     add(data, "--images-from", "folders that .jsonl lines may lead to by ..", nargs="+", metavar="DIR")
     add(data, "--max-broken-share", "the run stops when more of the samples are broken", type=share, metavar="X")
+    add(data, "--max-pixels", "a larger picture is a broken sample, not read", type=positive_int, metavar="N")
     add(data, "--num-workers", "processes that read images, per rank", type=count, metavar="N")
 
     add(schedule, "--warmup", "steps of warm-up; below 1: their share of all steps", type=not_negative, metavar="N")

@@ -8,16 +8,17 @@ from pathlib import Path
 import torch
 
 from sat_lora.cogvlm.checkpoint import check_files, read_config
-from sat_lora.cogvlm.image import load_image
 from sat_lora.cogvlm.model import parallel_problems
+from sat_lora.cogvlm.pictures import FORMATS, read_picture
 from sat_lora.cogvlm.text import PROMPTS, load_tokenizer, prompt_for, prompt_text, shortest_length
 from sat_lora.errors import CheckpointError, ConfigError, DataError, SatLoraError
 from sat_lora.foreign import os_problem
 from sat_lora.training.checkpoint import samples_per_step
-from sat_lora.training.data import IMAGE_SUFFIXES, read_items, reading_options
+from sat_lora.training.data import DataCounts, read_items, reading_options
 from sat_lora.training.deepspeed_config import deepspeed_config
 from sat_lora.training.deepspeed_file import file_problems, read_deepspeed_file
 from sat_lora.training.defaults import DEFAULTS
+from sat_lora.training.folders import left_out_lines
 from sat_lora.training.layouts import missing_file_hint
 from sat_lora.training.lora_options import lora_config, lora_problems
 from sat_lora.training.options import settings_of_run
@@ -217,7 +218,7 @@ def _data_problems(options: Namespace) -> Iterator[str]:
         paths = getattr(options, name) or []
         if any(map(is_shard, paths)):
             try:
-                problems = problems_with_shards(paths, option, options.ignore_keys)
+                problems = problems_with_shards(paths, option, options.max_pixels, options.ignore_keys)
                 yield from (f"{option}: {problem}" for problem in problems)
             except OSError as error:
                 yield f"{option}: {os_problem(error)}"
@@ -233,23 +234,26 @@ def _data_problems(options: Namespace) -> Iterator[str]:
 
 
 def _problem_with_path(path: Path, options: Namespace) -> str | None:
-    if not path.exists():
-        return f"{path} does not exist; give a folder of images named LABEL.png, or a .jsonl file"
     try:
-        items = read_items([path], **reading_options(options))
+        path.stat()
+    except FileNotFoundError:
+        return f"{path} does not exist; give a folder of images named LABEL.png, or a .jsonl file"
+    counts = DataCounts()
+    try:
+        items = read_items([path], **reading_options(options), counts=counts)
     except DataError as error:
         return str(error)
     except (OSError, ValueError) as error:
         return f"{path} cannot be read: {error}"
     if not items:
-        entries = sorted(entry.name for entry in path.iterdir())[:5] if path.is_dir() else []
-        wanted = f"images ({' '.join(sorted(IMAGE_SUFFIXES))}) in or below it" if path.is_dir() else "lines in it"
-        return f"{path} has no {wanted}; found {', '.join(entries) or 'nothing'}; give a folder or file that has some"
+        wanted = f"images ({', '.join(FORMATS)}) in or below it" if path.is_dir() else "lines in it"
+        found = ", ".join(left_out_lines(counts.unused)) or "nothing"
+        return f"{path} has no {wanted}; found {found}; give a folder or file that has some"
     images = [item.image for item in items if item.image is not None][:IMAGES_TRIED]
     first_error = None
     for image in images:
         try:
-            load_image(image, (8, 8))
+            read_picture(image, max_pixels=options.max_pixels)
             return None
         except DataError as error:
             first_error = first_error or f"{error}{missing_file_hint(image)}"

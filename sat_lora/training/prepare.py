@@ -97,6 +97,7 @@ def dataset_maker(options: Namespace, config: dict) -> Callable[[list], ImageTex
             image_length=config["image_length"],
             max_length=options.max_length,
             special_tokens=options.special_tokens_in_text,
+            max_pixels=options.max_pixels,
         )
 
     return dataset

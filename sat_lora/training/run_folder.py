@@ -125,6 +125,7 @@ class RunFolder:
         """What a resumed run has to share with this one: every checkpoint holds it."""
         self._settings: dict | None = None
         self.broken: dict[str, str] = {}
+        self.skipped: set[tuple[str, ...]] = set()
         self.records: list[dict] = []
         self.title = self.path.name
         self._is_open = False
@@ -270,12 +271,14 @@ class RunFolder:
             self._write_line({"step": step, "skipped": what})
         self.say(f"step {step} skipped: {what}")
 
-    def report_broken(self, broken: list[tuple[str, str]], step: int = 0) -> None:
-        """Name each (path, reason) once, however often it comes up; `broken` keeps them all.
+    def report_broken(self, broken: list[tuple[str, ...]], step: int = 0) -> None:
+        """Name the path of each (path, reason, sample) once, however often it comes up; `broken` keeps the paths,
+        `skipped` the samples. Without a third part the path is the sample.
 
         Each rank sees only its own: gather the lists of all ranks before handing them to the writer.
         """
-        for path, reason in broken:
+        for path, reason, *sample in broken:
+            self.skipped.add((path, *sample))
             if path in self.broken:
                 continue
             self.broken[path] = reason
@@ -312,7 +315,8 @@ class RunFolder:
                 self._progress.close()
         self._progress = None
         if self.broken:
-            self.say(f"{len(self.broken)} samples were skipped; train.jsonl names them")
+            count = max(len(self.skipped), len(self.broken))  # of a resumed run the paths alone are known
+            self.say(f"{count} samples were skipped; train.jsonl names them")
         for what, log in (("train.jsonl", self._lines), ("tensorboard", self._events)):
             if log is not None:
                 with self.optional(what):

@@ -72,7 +72,7 @@ def first_items(source: FileSource | ShardSource) -> Iterator[Item]:
         return
     records = itertools.chain.from_iterable(find_records(shard.path) for shard in source.shards)
     for record in itertools.islice(records, COUNTED):
-        item = record.read()
+        item = record.read(source.options.max_pixels, source.options.ignore_keys)
         if isinstance(item, Item):
             yield item
 

@@ -1,19 +1,23 @@
 """What can be known to be wrong with tar shards before a run starts."""
 
 import itertools
+import os
 from collections.abc import Collection, Iterator
-from pathlib import Path
 
-from sat_lora.cogvlm.image import load_image
+from sat_lora.cogvlm.pictures import MAX_PIXELS, read_picture
 from sat_lora.errors import DataError
+from sat_lora.foreign import printable
 from sat_lora.training.data import BrokenSample
-from sat_lora.training.shards import expand_shards, find_records, is_shard
+from sat_lora.training.shards import COMPRESSED_SUFFIXES, expand_shards, find_records, is_shard
 
 SAMPLES_TRIED = 300  # one usable sample among so many is enough to begin
 
 
-def problems_with_shards(paths: list[str], option: str, ignore_keys: Collection[str] = ()) -> Iterator[str]:
-    """Of the paths of one option, as text: of the names and of the first samples. ignore_keys: see `Record`.
+def problems_with_shards(
+    paths: list[str], option: str, max_pixels: int = MAX_PIXELS, ignore_keys: Collection[str] = ()
+) -> Iterator[str]:
+    """Of the paths of one option, as text: of the names and of the first samples. max_pixels, ignore_keys: see
+    `Record.read`.
 
     Whole shards are read later, when all ranks together count their samples.
     """
@@ -27,28 +31,32 @@ def problems_with_shards(paths: list[str], option: str, ignore_keys: Collection[
     else:
         try:
             shards = expand_shards(paths)
-            missing = [shard for shard in shards if not Path(shard).is_file()]
-            if missing:
-                names = ", ".join(missing)
+            missing = [shard for shard in shards if not os.path.exists(shard)]
+            compressed = [shard for shard in shards if shard.lower().endswith(COMPRESSED_SUFFIXES)]
+            if compressed:
+                names = printable(", ".join(compressed))
+                yield f"{names}: compressed, so no sample can be found in it; unpack it to a .tar, or to a folder"
+            elif missing:
+                names = printable(", ".join(missing))
                 yield f"{len(missing)} of {len(shards)} shards are missing: {names}; mend the path or copy them"
-            elif problem := _problem_with_samples(shards, ignore_keys):
+            elif problem := _problem_with_samples(shards, max_pixels, ignore_keys):
                 yield problem
         except DataError as error:
             yield str(error)
 
 
-def _problem_with_samples(shards: list[str], ignore_keys: Collection[str]) -> str | None:
-    records = itertools.chain.from_iterable(find_records(shard, ignore_keys) for shard in shards)
+def _problem_with_samples(shards: list[str], max_pixels: int, ignore_keys: Collection[str]) -> str | None:
+    records = itertools.chain.from_iterable(map(find_records, shards))
     tried, first_error = 0, None
     for record in itertools.islice(records, SAMPLES_TRIED):
         tried += 1
-        item = record.read()
+        item = record.read(max_pixels, ignore_keys)
         if isinstance(item, BrokenSample):
             first_error = first_error or item.reason
             continue
         try:
             if item.image is not None:
-                load_image(item.image, (8, 8), item.name)
+                read_picture(item.image, max_pixels=max_pixels, name=item.name)
             return None
         except DataError as error:
             first_error = first_error or str(error)

@@ -6,8 +6,10 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 import numpy
 from torch.utils.data import IterableDataset, get_worker_info
 
+from sat_lora.cogvlm.pictures import MAX_PIXELS
 from sat_lora.cogvlm.text import Sample
 from sat_lora.errors import DataError
+from sat_lora.foreign import printable
 from sat_lora.training.data import BrokenSample, Item, collate
 from sat_lora.training.shards import Record, Shard, find_records
 
@@ -23,10 +25,11 @@ class ShardStream(IterableDataset):
     each reader has as many samples as the next, but one. A reader goes through its stretch with a shuffle buffer.
 
     Batch k of an epoch is batch k // workers of this rank's reader k % workers. Every reader gives
-    ceil(largest stretch / batch_size) batches; one that runs out gives batches without a label. A shard that can no
-    longer be read is named in `broken` and the reader goes on with its next.
+    ceil(largest stretch / batch_size) batches; one that runs out gives batches without a label. In the place of every
+    sample of a shard that can no longer be read stands a broken one, and the reader goes on with its next.
     A step is one forward pass: with gradient accumulation, start_step counts micro-batches.
-    make_sample: decodes an Item. num_workers: the DataLoader's; 0 reads as 1 does. ignore_keys: see `Record`.
+    make_sample: decodes an Item. num_workers: the DataLoader's; 0 reads as 1 does. max_pixels, ignore_keys: see
+    `Record.read`.
     """
 
     def __init__(
@@ -44,13 +47,14 @@ class ShardStream(IterableDataset):
         steps: int | None = None,
         shuffle: bool = True,
         shuffle_buffer: int = SHUFFLE_BUFFER,
+        max_pixels: int = MAX_PIXELS,
         ignore_keys: Collection[str] = (),
     ):
         self.shards, self.make_sample, self.image_size = list(shards), make_sample, image_size
         self.batch_size, self.rank, self.workers = batch_size, data_parallel_rank, max(1, num_workers)
         self.readers = data_parallel_size * self.workers
         self.seed, self.start_step, self.steps, self.shuffle = seed, start_step, steps, shuffle
-        self.shuffle_buffer, self.ignore_keys = shuffle_buffer, ignore_keys
+        self.shuffle_buffer, self.max_pixels, self.ignore_keys = shuffle_buffer, max_pixels, ignore_keys
         self.total = sum(shard.samples for shard in self.shards)
         if self.total < 1:
             raise DataError("there are no samples to train on")
@@ -88,7 +92,7 @@ class ShardStream(IterableDataset):
             skipped = 0
 
     def _sample(self, record: Record | BrokenSample) -> Sample | BrokenSample:
-        item = record.read() if isinstance(record, Record) else record
+        item = record.read(self.max_pixels, self.ignore_keys) if isinstance(record, Record) else record
         return self.make_sample(item) if isinstance(item, Item) else item
 
     def records(self, epoch: int, reader: int) -> Iterator[Record | BrokenSample]:
@@ -108,10 +112,15 @@ class ShardStream(IterableDataset):
             first, last = max(0, begin - start), min(shard.samples, end - start)
             start += shard.samples
             if first < last:
+                given, reason = first, f"{printable(shard.path)}: has fewer samples than when the run began"
                 try:
-                    yield from itertools.islice(find_records(shard.path, self.ignore_keys), first, last)
+                    for record in itertools.islice(find_records(shard.path), first, last):
+                        given += 1
+                        yield record
                 except DataError as error:
-                    yield BrokenSample(shard.path, str(error))
+                    reason = str(error)
+                for number in range(given, last):
+                    yield BrokenSample(shard.path, reason, str(number))
 
 
 def _shuffled(records: Iterator, size: int, generator: numpy.random.Generator) -> Iterator:

@@ -1,7 +1,8 @@
 """Tar shards as WebDataset lays them out: named, counted, and read sample by sample."""
 
 import itertools
-import tarfile
+import sys
+from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -9,12 +10,18 @@ from pathlib import Path, PurePosixPath
 from webdataset.shardlists import expand_urls
 from webdataset.tariterators import base_plus_ext
 
+from sat_lora.cogvlm.pictures import CONVERT, MAX_PIXELS, SUFFIXES, UNREAD_SUFFIXES, file_limit
 from sat_lora.errors import DataError
-from sat_lora.foreign import printable
-from sat_lora.training.data import IMAGE_SUFFIXES, BrokenSample, Item
+from sat_lora.foreign import JSON_LIMIT, MEBIBYTE, open_file, printable
+from sat_lora.training.data import BrokenSample, Item
 from sat_lora.training.distributed import gather_lists
+from sat_lora.training.folders import is_no_data_path
 from sat_lora.training.item_files import read_object
 from sat_lora.training.item_keys import METADATA_OF_SHARDS, key_problems
+from sat_lora.training.tar_members import Links, Member, read_members, unpacking_program
+
+TEXT_SUFFIXES = (".json", ".txt")
+COMPRESSED_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tar.lz4")
 
 
 @dataclass(frozen=True)
@@ -29,36 +36,55 @@ class Shard:
 class Record:
     """Where a sample lies in its shard: (suffix, first byte, bytes) of each of its members.
 
-    ignored: keys of its json to pass over, beside those that are known to carry nothing to learn.
+    problem: why it cannot be read, if that is known from the headers.
     """
 
     shard: str
     key: str
     members: tuple[tuple[str, int, int], ...]
-    ignored: tuple[str, ...] = ()
+    problem: str | None = None
 
-    def read(self) -> Item | BrokenSample:
-        """KEY.json {"prompt", "answer"} or KEY.txt, the answer, and the image; what is wrong instead, if anything."""
-        name = f"{self.shard}/{self.key}"
+    def read(self, max_pixels: int = MAX_PIXELS, ignored: Collection[str] = ()) -> Item | BrokenSample:
+        """KEY.json {"prompt", "answer"} or KEY.txt, the answer, and the image; what is wrong instead, if anything.
+
+        No member is read that would be larger than a text, or a picture of `max_pixels`, may be. ignored: keys of the
+        json to pass over, beside those that are known to carry nothing to learn.
+        """
+        name = printable(f"{self.shard}/{self.key}")
         try:
-            with open(self.shard, "rb") as file:
-                parts = {suffix: _read_part(file, first, size) for suffix, first, size in self.members}
+            parts = self._parts(max_pixels)
             fields = read_object(parts.get(".json", b"{}"))
             fields = fields if isinstance(fields, dict) else {}
             answer = fields.get("answer", parts[".txt"].decode("utf-8-sig").strip() if ".txt" in parts else None)
         except (OSError, ValueError) as error:
-            return BrokenSample(name, f"{name}: cannot be read: {error}")
-        prompt, image = fields.get("prompt"), next((parts[s] for s in parts if s in IMAGE_SUFFIXES), None)
-        problems = key_problems(fields, self.ignored, METADATA_OF_SHARDS)
+            return BrokenSample(name, f"{name}: cannot be read: {printable(error)}")
+        prompt, image = fields.get("prompt"), next((parts[s] for s in parts if s in SUFFIXES), None)
+        problems = key_problems(fields, ignored, METADATA_OF_SHARDS)
         if image is None and fields.get("image"):
             problems.append(f"its json names an image, {str(fields['image'])[:80]!r}, but none lies beside it")
         if problems:
             return BrokenSample(name, f"{name}: {printable('; '.join(problems))}")
         if not isinstance(answer, str) or not isinstance(prompt, str | None) or (image is None and prompt is None):
-            found = " ".join(parts)
+            found = printable(" ".join(suffix for suffix, _, _ in self.members))
             wanted = 'an image and KEY.txt or KEY.json {"prompt": ..., "answer": ...}; without an image both texts'
             return BrokenSample(name, f"{name}: wanted {wanted}; got {found}")
         return Item(image, answer, prompt, name)
+
+    def _parts(self, max_pixels: int) -> dict[str, bytes]:
+        """The texts and the first image, by suffix. OSError, ValueError: one of them cannot be read."""
+        if self.problem is not None:
+            raise ValueError(self.problem)
+        image = next((suffix for suffix, _, _ in self.members if suffix in SUFFIXES), None)
+        parts = {}
+        with open_file(self.shard, sys.maxsize) as file:
+            for suffix, first, size in self.members:
+                if suffix not in (*TEXT_SUFFIXES, image):
+                    continue
+                limit = file_limit(max_pixels) if suffix == image else JSON_LIMIT
+                if size > limit:
+                    raise ValueError(f"{suffix} is larger than {limit / MEBIBYTE:.0f} MiB")
+                parts[suffix] = _read_part(file, first, size)
+        return parts
 
 
 def _read_part(file, first: int, size: int) -> bytes:
@@ -70,8 +96,10 @@ def _read_part(file, first: int, size: int) -> bytes:
 
 
 def is_shard(path: str | Path) -> bool:
-    """Whether a data path means tar shards: its name, after braces, ends in .tar; or it is a `pipe:` command."""
-    return str(path).endswith(".tar") or str(path).startswith("pipe:")
+    """Whether a data path means tar shards: its name, after braces, ends in .tar, or as a compressed one does, which is
+    refused later with what to do; or it is a `pipe:` command.
+    """
+    return str(path).lower().endswith((".tar", *COMPRESSED_SUFFIXES)) or str(path).startswith("pipe:")
 
 
 def expand_shards(paths: Sequence[str | Path]) -> list[str]:
@@ -85,24 +113,73 @@ def expand_shards(paths: Sequence[str | Path]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def find_records(shard: str, ignored: Collection[str] = ()) -> Iterator[Record]:
-    """The samples of a shard in its order: neighbours of one key. Only the headers are read. ignored: see `Record`.
+def find_records(shard: str, left_out: Counter | None = None) -> Iterator[Record]:
+    """The samples of a shard in its order: neighbours of one key. Only the headers are read.
 
+    A link stands for the member that it leads to, as a folder with links is packed. What an editor or a system has left
+    (see `is_no_data`) is no member. left_out: members that no sample uses are added to it, by suffix.
     DataError: the shard is missing, no tar file, or cut off; raised when the samples before have been given.
     """
+    left_out = Counter() if left_out is None else left_out
     try:
-        with tarfile.open(shard, "r:") as tar:
-            named = ((base_plus_ext(member.name), member) for member in tar if member.isreg())
-            named = (entry for entry in named if entry[0][0] and not _is_meta(entry[0][0]))
-            for key, members in itertools.groupby(named, lambda entry: entry[0][0]):
-                places = (("." + suffix.lower(), one.offset_data, one.size) for (_, suffix), one in members)
-                yield Record(shard, key, tuple(places), tuple(ignored))
-            # tarfile takes a file that is cut off between two members, and damage behind the first, for the end.
-            tar.fileobj.seek(tar.offset)
-            if tar.fileobj.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
-                raise tarfile.ReadError(f"damaged or cut off at byte {tar.offset}")
-    except (OSError, tarfile.TarError) as error:
-        raise DataError(f"{shard}: cannot be read as a tar file: {error}; write or copy it again") from error
+        with open_file(shard, sys.maxsize) as file:
+            program = unpacking_program(file)
+            if program is not None:
+                raise DataError(
+                    f"{printable(shard)}: compressed, so no sample can be found in it; unpack it with {program}"
+                )
+            links = Links(file)
+            members = _sample_members(read_members(file), left_out)
+            for key, group in itertools.groupby(members, lambda entry: entry[0]):
+                record = _record(shard, key, group, links, left_out)
+                if record is not None:
+                    yield record
+    except (OSError, ValueError) as error:
+        problem = error.strerror if isinstance(error, OSError) and error.strerror else error
+        shown = printable(shard)
+        raise DataError(f"{shown}: cannot be read as a tar file: {problem}; write or copy it again") from error
+
+
+def _sample_members(members: Iterator[Member], left_out: Counter) -> Iterator[tuple[str, str, Member]]:
+    """(key, suffix, member) of those that may be part of a sample."""
+    for member in members:
+        if member.kind == "a folder":
+            continue
+        key, suffix = base_plus_ext(member.name)
+        if key and _is_meta(key):
+            continue
+        if is_no_data_path(member.name):
+            left_out["hidden, or of the system"] += 1
+        elif not key:
+            left_out["members without a suffix"] += 1
+        else:
+            yield key, "." + suffix.lower(), member
+
+
+def _record(shard: str, key: str, group: Iterator, links: Links, left_out: Counter) -> Record | None:
+    """The sample of a key; None if its members are none of a text and a picture."""
+    places, problem, other_picture = [], None, None
+    for _, suffix, member in group:
+        if suffix not in SUFFIXES and suffix not in TEXT_SUFFIXES:
+            left_out[f"{printable(suffix)} members"] += 1
+            if PurePosixPath(suffix).suffix in SUFFIXES | UNREAD_SUFFIXES or suffix in UNREAD_SUFFIXES:
+                other_picture = suffix
+        elif member.kind == "a link":
+            target = links.find(member)
+            if target is None:
+                problem = f"{suffix} is a link to {member.target}, which is no file in the shard"
+            else:
+                member = target
+        elif member.kind != "a file":
+            problem = f"{suffix} is {member.kind}, which is not read"
+        places.append((suffix, member.first, member.size))
+    suffixes = {suffix for suffix, _, _ in places}
+    if not suffixes & SUFFIXES:
+        if other_picture is not None:  # without a word it would be trained on as text alone
+            problem = f"{other_picture} is no image that is read; {CONVERT}, as KEY.png or KEY.jpg"
+        elif suffixes.isdisjoint(TEXT_SUFFIXES):
+            return None
+    return Record(shard, key, tuple(places), problem)
 
 
 def _is_meta(key: str) -> bool:
@@ -110,16 +187,20 @@ def _is_meta(key: str) -> bool:
     return name.startswith("__") and name.endswith("__")  # WebDataset's own notes
 
 
-def count_shards(paths: Sequence[str | Path], *, data_parallel_rank: int, data_parallel_size: int) -> list[Shard]:
+def count_shards(
+    paths: Sequence[str | Path], *, data_parallel_rank: int, data_parallel_size: int, left_out: Counter | None = None
+) -> list[Shard]:
     """The shards of data paths with their sizes; the ranks share the counting, so every rank has to call it.
 
+    left_out: members that no sample uses are added to it, by suffix; the same on every rank.
     DataError on every rank: all shards that cannot be read, or that there are no samples.
     """
     shards, problems = expand_shards(paths), []
-    counts = {}
+    counts, unused = {}, {}
     for path in shards[data_parallel_rank::data_parallel_size]:
         try:
-            counts[path] = sum(1 for _ in find_records(path))
+            unused[path] = Counter()
+            counts[path] = sum(1 for _ in find_records(path, unused[path]))
         except DataError as error:
             problems.append(str(error))
     counts = dict(gather_lists(list(counts.items())))
@@ -128,4 +209,7 @@ def count_shards(paths: Sequence[str | Path], *, data_parallel_rank: int, data_p
         problems = [f"{', '.join(map(str, paths))}: no samples there; wanted KEY.png with KEY.txt or KEY.json"]
     if problems:
         raise DataError("\n".join(problems))
+    for of_shard in dict(gather_lists(list(unused.items()))).values():
+        if left_out is not None:
+            left_out.update(of_shard)
     return [Shard(path, counts[path]) for path in shards]

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from argparse import Namespace
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -84,8 +85,14 @@ class ShardSource:
     """Batches of tar shards; what FileSource says holds here too. An epoch's places without a sample count as one."""
 
     def __init__(
-        self, shards: list[Shard], make_dataset: Callable[[list], ImageTextDataset], options: Namespace, world: World
+        self,
+        shards: list[Shard],
+        make_dataset: Callable[[list], ImageTextDataset],
+        options: Namespace,
+        world: World,
+        left_out: Sequence[tuple[str, int]] = (),
     ):
+        self.left_out = [*left_out]
         self.shards, self.dataset, self.options, self.world = shards, make_dataset([]), options, world
         self.samples = sum(shard.samples for shard in shards)
         steps = self._stream(options.batch_size, options.num_workers).steps_per_epoch
@@ -106,6 +113,7 @@ class ShardSource:
             num_workers=num_workers,
             seed=self.options.seed,
             ignore_keys=self.options.ignore_keys,
+            max_pixels=self.dataset.max_pixels,
             **settings,
         )
 
@@ -148,9 +156,11 @@ def open_sources(
     """
 
     def source(paths: list[str]) -> FileSource | ShardSource:
+        left_out = Counter()
         if is_shard(paths[0]):
             ranks = dict(data_parallel_rank=world.data_parallel_rank, data_parallel_size=world.data_parallel_size)
-            return ShardSource(count_shards(paths, **ranks), make_dataset, options, world)
+            shards = count_shards(paths, **ranks, left_out=left_out)
+            return ShardSource(shards, make_dataset, options, world, left_out.most_common())
         counts = DataCounts()
         items = read_items(paths, **reading_options(options), counts=counts)
         return FileSource(items, make_dataset, options, world, counts.left_out())

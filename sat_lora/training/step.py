@@ -8,6 +8,7 @@ import torch
 
 from sat_lora._sat import mpu
 from sat_lora.doctor.trace import NO_TRACE, NoTrace
+from sat_lora.training.broken_samples import broken_in
 from sat_lora.training.distributed import World, gather_lists
 from sat_lora.training.loss import (
     answer_loss_sum,
@@ -125,17 +126,17 @@ def _describe(what: str, sources: list[Origin | None]) -> str:
 @torch.no_grad()
 def validation_loss(
     engine, batches: Iterable[dict], world: World, trace: NoTrace = NO_TRACE
-) -> tuple[float | None, list[tuple[str, str]]]:
+) -> tuple[float | None, list[tuple[str, str, str]]]:
     """(loss, broken) over `batches` of all ranks, the same on each; every rank has the same number of them.
 
-    loss: mean per answer token, None without any. broken: (path, reason) of samples that could not be read.
+    loss: mean per answer token, None without any. broken: (path, reason, sample) of those that could not be read.
     """
     engine.eval()
     total, tokens, broken = on_device(0.0, world.device), 0, []
     for batch in batches:
         trace.at("evaluate")
         tokens += count_answer_tokens(batch["labels"])
-        broken += batch["broken"]
+        broken += broken_in([batch])
         total += answer_loss_sum(engine, to_device(batch, world.device))
     engine.train()
     total, tokens, failures = sum_over_data_parallel(total, tokens, len(broken), device=world.device)

@@ -12,7 +12,7 @@ def stops_at(flags, max_share: float, batch: int = 8) -> int | None:
     known = BrokenSamples(len(flags), max_share)
     for start in range(0, len(flags), batch):
         broken = [(f"{i}.png", f"{i}.png: bad") for i in range(start, min(start + batch, len(flags))) if flags[i]]
-        known.add(known.new_in([{"broken": broken}]))
+        known.add(known.new_in([{"broken": broken, "broken_samples": [path for path, _ in broken]}]))
         try:
             known.check(start + batch)
         except DataError:
@@ -52,7 +52,7 @@ def test_a_share_of_one_never_stops_and_of_zero_at_the_first():
 
 def test_a_second_epoch_counts_nothing_twice():
     known = BrokenSamples(100, 0.05)
-    batch = {"broken": [(f"{i}.png", "bad") for i in range(5)]}
+    batch = {"broken": [(f"{i}.png", "bad") for i in range(5)], "broken_samples": ["0"] * 5}
     for epoch in range(1, 4):
         known.add(known.new_in([batch]))
         known.check(100 * epoch)
@@ -61,7 +61,7 @@ def test_a_second_epoch_counts_nothing_twice():
 
 def test_the_list_is_cut_after_twenty():
     known = BrokenSamples(100, 0.05)
-    known.add([(f"{i}", f"{i:02}.png: bad") for i in range(30)])
+    known.add([(f"{i}", f"{i:02}.png: bad", "0") for i in range(30)])
     with pytest.raises(DataError) as error:
         known.check(100)
     assert "30 of the first 100 training samples cannot be used" in str(error.value)

@@ -169,7 +169,7 @@ def test_a_text_only_batch_carries_no_images(tokenizer):
 def test_broken_samples_are_left_out_and_named(tokenizer, image_folder):
     whole = dataset(read_items([image_folder]), tokenizer)[0]
     batch = collate([BrokenSample("x.png", "torn"), whole], image_size=SIZE)
-    assert batch["broken"] == [("x.png", "torn")]
+    assert batch["broken"] == [("x.png", "torn")] and batch["broken_samples"] == ["x.png"]
     assert torch.equal(batch["input_ids"], whole.input_ids[None])
 
 

@@ -63,7 +63,7 @@ def prepare(folder, captchas):
     adapter_says = [read_plainly(model, tokenizer, *question) for question in questions]
     answers = base_says[:6] + adapter_says[6:9] + ["never said"] * 3
     lines = [dict(image=str(path), prompt=query, answer=answer) for (path, query), answer in zip(questions, answers)]
-    lines.append({"image": str(folder / "missing.png"), "answer": "1"})
+    lines += [{"image": str(folder / "missing.png"), "answer": answer} for answer in "12"]
     (folder / "items.jsonl").write_text("\n".join(map(json.dumps, lines)))
     return [sum(map(str.__eq__, said, answers)) / 12 for said in (base_says, adapter_says)]
 
@@ -98,6 +98,7 @@ def test_shares_equal_those_counted_by_hand_however_the_work_is_split(tmp_path, 
         assert result["base"]["exact_match"] == pytest.approx(base)
         assert result["adapter"]["exact_match"] == pytest.approx(adapter)
         assert [Path(path).name for path in result["broken"]] == ["missing.png"]
+        assert result["broken_samples"] == 2
 
 
 @pytest.mark.parametrize("option, message", [("--test-data", "--test-data: .*nothing: no images there"),

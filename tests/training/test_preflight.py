@@ -52,11 +52,13 @@ def test_a_missing_data_folder_is_named_with_its_option(check, tmp_path):
 def test_a_folder_without_images_is_named_with_what_it_has(check, tmp_path):
     empty = tmp_path / "empty"
     empty.mkdir()
-    assert "has no images (.bmp .jpeg .jpg .png .webp) in or below it; found nothing" in refusal(
+    assert "JPEG2000, AVIF, QOI, ICO, PCX, SGI, TGA) in or below it; found nothing" in refusal(
         check, "--train-data", str(empty), kind=DataError
     )
     (empty / "notes.txt").touch()
-    assert "found notes.txt" in refusal(check, "--train-data", str(empty), kind=DataError)
+    (empty / "a.heic").touch()
+    message = refusal(check, "--train-data", str(empty), kind=DataError)
+    assert "found 1 .heic files (not read; convert to PNG or JPEG), 1 .txt files" in message
 
 
 def test_images_of_which_none_can_be_read_are_refused(check, tmp_path):

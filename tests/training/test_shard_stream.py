@@ -106,11 +106,12 @@ def test_a_pass_of_so_many_steps_starts_anew(stream, answers):
         assert len(first) == 5 and first == again
 
 
-def test_a_shard_that_vanishes_is_reported_and_the_run_goes_on(stream, folder, answers):
+def test_of_a_shard_that_vanishes_every_sample_is_reported_and_the_run_goes_on(stream, folder, answers):
     one = stream([6, 3], shuffle=False)
     (folder / "6-3" / "s-000.tar").unlink()
     batches = list(islice(one, 3))
-    assert [path for batch in batches for path, _ in batch["broken"]] == [str(folder / "6-3" / "s-000.tar")]
+    assert [path for batch in batches for path, _ in batch["broken"]] == [str(folder / "6-3" / "s-000.tar")] * 6
+    assert [sample for batch in batches for sample in batch["broken_samples"]] == [*"012345"]
     assert sorted(number for batch in batches for number in answers(batch)) == [6, 7, 8]
 
 
@@ -123,6 +124,6 @@ def test_skipping_reads_no_image(stream, monkeypatch):
     from sat_lora.training.shards import Record
 
     read, calls = Record.read, []
-    monkeypatch.setattr(Record, "read", lambda record: calls.append(record) or read(record))
+    monkeypatch.setattr(Record, "read", lambda record, pixels: calls.append(record) or read(record, pixels))
     next(iter(stream([60], start_step=15)))
     assert len(calls) == 3
