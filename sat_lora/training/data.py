@@ -60,7 +60,7 @@ class DataCounts:
     """What lies in folders and is no sample, by reason."""
 
     def left_out(self) -> list[tuple[str, int]]:
-        """(what, how many) of what is not used, and of what samples lack or have for nothing: to be told to the user."""
+        """(what, how many) of what is not used, and of what samples lack or have for nothing: for their user."""
         counts = [("images (samples of text alone)", self.text_only), ("answers (empty ones)", self.without_answer)]
         counts += [(f'times "{printable(key)}" (not read)', count) for key, count in self.passed_over.items()]
         return [*self.unused.most_common(), *((what, count) for what, count in counts if count)]
