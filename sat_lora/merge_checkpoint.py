@@ -116,7 +116,8 @@ def _stays_inside(link: Path) -> bool:
     blobs = folder.parent.parent / "blobs"
     homes = [folder, blobs] if folder.parent.name == "snapshots" else [folder]
     try:
-        return link.resolve(strict=True).parent in homes
+        target = link.resolve(strict=True)
+        return any(target.is_relative_to(home) for home in homes)
     except (OSError, RuntimeError):  # it leads nowhere, or in a circle
         return False
 

@@ -13,6 +13,7 @@ from sat_lora.doctor.watchdog import watched
 from sat_lora.placement import add_lora
 from sat_lora.summary import describe, describe_text
 from sat_lora.training.checkpoint import RunState, load_checkpoint
+from sat_lora.training.deepspeed_config import decisions
 from sat_lora.training.distributed import World, together
 from sat_lora.training.engine import adapter_optimizer, start_engine
 from sat_lora.training.evaluation import evaluate_adapter, evaluation_table
@@ -34,6 +35,8 @@ def finetune(options: Namespace, make_data: Callable[[], None] | None = None) ->
     setting = prepare(options, make_data)
     world = setting.world
     run = RunFolder(options.run_folder, is_writer=world.is_main)
+    for line in together(decisions, options, world.device.type):
+        run.say(line)
     model, config = load_base(options, setting, layers=options.shrink if options.replay else None)
     add_lora(model, setting.lora)
     run.say(describe_text(model))

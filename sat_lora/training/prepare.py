@@ -14,11 +14,10 @@ from sat_lora.errors import ConfigError
 from sat_lora.placement import find_all_parameters, find_all_sites
 from sat_lora.targets import select
 from sat_lora.training.data import ImageTextDataset
-from sat_lora.training.deepspeed_config import base_dtype, decisions, deepspeed_config
+from sat_lora.training.deepspeed_config import base_dtype, deepspeed_config
 from sat_lora.training.distributed import World, arrange, join, together
 from sat_lora.training.engine import set_up_deepspeed
 from sat_lora.training.lora_options import lora_config, lora_problems
-from sat_lora.training.notice import say
 from sat_lora.training.preflight import check_options
 
 
@@ -41,8 +40,6 @@ def prepare(options: Namespace, make_data: Callable[[], None] | None = None) -> 
     on_first_rank(make_data)
     together(check_options, options)
     engine = deepspeed_config(options, device=device.type)
-    for line in decisions(options, device.type):
-        say(line)
     world = arrange(device, options.model_parallel_size)
     return Setting(world, engine, together(_checked_lora, options))
 
