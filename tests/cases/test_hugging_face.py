@@ -118,6 +118,15 @@ def test_what_the_folder_holds_and_what_it_still_wants_is_said(merged):
 
 
 @pytest.mark.parametrize(
+    ("version", "template"), [("base", "base"), ("vqa", "vqa"), ("chat_old", "chat"), ("chat", "base"), (None, None)]
+)
+def test_the_template_is_the_one_that_makes_the_prompts_of_the_base(version, template):
+    """As both write them: `Question: q Answer:` is `chat_old` in SAT and `chat` in the published code."""
+    written = hugging_face_config({**SIZES, "text_processor_version": version})
+    assert written.get("template_version") == template
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"rotary_base": 100.0}, "rotary base 100 where the code has 10000"),
