@@ -37,8 +37,8 @@ OFFLOADS = ("offload_optimizer", "offload_param")  # written at the top level, a
 # as good as nothing. Those that are not in TOP_LEVEL_KEYS are of other versions of DeepSpeed.
 UNSUPPORTED = frozenset(
     """
-    amp autotuning compile compression_training curriculum_learning data_efficiency datastates_ckpt deepspeed_mpi eigenvalue
-    elasticity expert_parallel hybrid_engine nebula pipeline progressive_layer_drop quantize_training
+    amp autotuning compile compression_training curriculum_learning data_efficiency datastates_ckpt deepspeed_mpi
+    eigenvalue elasticity expert_parallel hybrid_engine nebula pipeline progressive_layer_drop quantize_training
     seq_parallel_communication_data_type sequence_parallel_size sparse_attention sparse_gradients tensor_parallel
     torch_autocast use_data_before_expert_parallelism weight_quantization
     """.split()
