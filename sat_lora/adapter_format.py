@@ -244,7 +244,7 @@ def _advice(folder: Path) -> str:
     """What to do with a folder that is no adapter here, where it is something else that is known."""
     try:
         if any((folder / "adapter" / name).exists() for name in ("latest", "best", CONFIG)):
-            return f"; it is a run folder: give {printable(folder / 'adapter')}"
+            return f"; give {printable(folder / 'adapter')}, where the adapters of a run are"
         values = read_json(folder / CONFIG)
     except (OSError, ValueError):
         values = None

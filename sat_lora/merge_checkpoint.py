@@ -77,7 +77,7 @@ def merge_adapter(
                         part[name].copy_(weights.shard(name, whole, rank, len(parts)))
                         _refuse_non_finite(name, part[name], adapter)
             remarks = copy_beside(Path(base), temporary, without={CONFIG} if to == "hf" else set())
-            return remarks + (missing_parts(temporary, base) if to == "hf" else [])
+            return remarks + (missing_parts(temporary, base, weights) if to == "hf" else [])
     except (OSError, RuntimeError) as error:  # torch meets a full disk with a RuntimeError
         raise CheckpointError(f"--out: {out} cannot be written: {error}") from error
 
@@ -117,14 +117,20 @@ def _stays_inside(link: Path) -> bool:
     blobs = folder.parent.parent / "blobs"
     homes = [folder, blobs] if folder.parent.name == "snapshots" else [folder]
     try:
-        return link.resolve(strict=True).parent in homes
+        target = link.resolve(strict=True)
+        return any(target.is_relative_to(home) for home in homes)
     except (OSError, RuntimeError):  # it leads nowhere, or in a circle
         return False
 
 
-def missing_parts(folder: Path, base: str | Path) -> list[str]:
-    """What `from_pretrained` wants beside the weights and is not there."""
+def missing_parts(folder: Path, base: str | Path, weights: BaseWeights) -> list[str]:
+    """What `from_pretrained` wants beside the weights and is not there, and which prompts the code does not make."""
     remarks = []
+    if weights.hugging_face_config is None and weights.config.get("text_processor_version") == "chat":
+        remarks.append(
+            "its prompts are ` [INST] QUERY [/INST] `, which the published code makes of no query: write them so "
+            '(template_version is "base", which takes a query as it is)'
+        )
     code = [name for name in REMOTE_CODE if not (folder / name).is_file()]
     if code and not any(folder.glob("modeling_*.py")):
         remarks.append(

@@ -39,6 +39,8 @@ class Verification:
     was merged."""
     dtype: torch.dtype
     """Of most of the merged weights."""
+    is_measurable: bool
+    """Whether the adapter changes the logits by more than float32 may err."""
     problems: tuple[str, ...]
     """Why the merge is wrong; nothing where it is right."""
 
@@ -78,7 +80,7 @@ def verify_merge(
     if (loaded - of_files).norm().item() > error:
         problems.append("the folder computes something else with its weights, by its config")
     loss, effect = (loaded - together).norm().item(), (together - plain).norm().item()
-    return Verification(loss / effect if effect else float(loss > error), dtype, tuple(problems))
+    return Verification(loss / effect if effect else float(loss > error), dtype, effect > error, tuple(problems))
 
 
 def coarsest_dtype(adapter: str | Path) -> torch.dtype:

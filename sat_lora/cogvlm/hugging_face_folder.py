@@ -24,6 +24,9 @@ INDEX, SINGLE, CONFIG = "model.safetensors.index.json", "model.safetensors", "co
 GENERATION_CONFIG = "generation_config.json"
 REMOTE_CODE = ("configuration_cogvlm.py", "modeling_cogvlm.py", "visual.py", "util.py")
 """The files with the model's code, as `transformers` takes them from the folder."""
+TEMPLATES = {"base": "base", "vqa": "vqa", "chat_old": "chat", "chat": "base"}
+"""The template of the published code for the prompts of a SAT version; it makes none of `chat`, whose queries have to
+bring their [INST] along."""
 ROTARY_BASE = 10000.0  # of the published code, which reads it from nowhere
 _COMPUTED = "rotary_emb.inv_freq"
 _FREQUENCIES = "model.layers.{}.self_attn." + _COMPUTED  # a buffer of every layer; most versions save it
@@ -338,7 +341,7 @@ def hugging_face_config(config: dict) -> dict:
     defaults = {"max_sequence_length": 2048, "layernorm_epsilon": 1e-5, **config}
     vision = {theirs: vit[name] for name, theirs in _VIT_SIZES.items()}
     vision |= {"num_positions": config["image_length"] + 1, "image_size": vit["image_size"][0]}
-    version = config.get("text_processor_version")
+    template = TEMPLATES.get(str(config.get("text_processor_version")))
     configuration, modeling = (Path(name).stem for name in REMOTE_CODE[:2])
     return {
         "architectures": ["CogVLMForCausalLM"],
@@ -352,7 +355,7 @@ def hugging_face_config(config: dict) -> dict:
         "rope_theta": ROTARY_BASE,
         "tie_word_embeddings": False,
         "use_cache": True,
-        **({"template_version": version} if version in ("base", "chat", "vqa") else {}),
+        **({} if template is None else {"template_version": template}),
         "vision_config": {**vision, "hidden_act": "gelu", "dropout_prob": 0.0},
         **_tokens(config),
     }

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import torch
 
+from sat_lora.config import LARGEST_FACTOR
 from sat_lora.errors import ConfigError
 from sat_lora.foreign import printable
 from sat_lora.training.deepspeed_file import (
@@ -177,9 +178,10 @@ def _refuse_data_type(options: Namespace, content: dict) -> None:
 
 def _refuse_rates(options: Namespace) -> None:
     """ConfigError where the largest factor of an optimizer's step is more than float32 bears."""
-    ratio = getattr(options, "lr_ratio", 1.0)
-    factors = {"--lr": options.lr, "--lr_ratio": ratio, "--weight-decay": options.weight_decay}
-    if not math.isfinite(options.lr) or math.prod(max(1.0, value) for value in factors.values()) > LARGEST_RATE:
+    factors = {"--lr": options.lr, "--lr_ratio": options.lr_ratio, "--weight-decay": options.weight_decay}
+    if options.lr_ratio > LARGEST_FACTOR:
+        return  # LoraConfig refuses it
+    if math.prod(max(1.0, value) for value in factors.values()) > LARGEST_RATE:
         shown = " x ".join(f"{name} {value:g}" for name, value in factors.items() if value > 1)
         raise ConfigError(f"{shown}: a step of that size leaves float32; {LARGEST_RATE:g} at most, 1e-4 is usual")
 

@@ -9,6 +9,7 @@ import difflib
 import json
 import math
 import re
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,15 +37,15 @@ OFFLOADS = ("offload_optimizer", "offload_param")  # written at the top level, a
 # as good as nothing. Those that are not in TOP_LEVEL_KEYS are of other versions of DeepSpeed.
 UNSUPPORTED = frozenset(
     """
-    amp autotuning compression_training curriculum_learning data_efficiency datastates_ckpt deepspeed_mpi eigenvalue
-    elasticity expert_parallel hybrid_engine nebula pipeline progressive_layer_drop quantize_training
+    amp autotuning compile compression_training curriculum_learning data_efficiency datastates_ckpt deepspeed_mpi
+    eigenvalue elasticity expert_parallel hybrid_engine nebula pipeline progressive_layer_drop quantize_training
     seq_parallel_communication_data_type sequence_parallel_size sparse_attention sparse_gradients tensor_parallel
     torch_autocast use_data_before_expert_parallelism weight_quantization
     """.split()
 )
 SECTIONS = frozenset(
     """
-    activation_checkpointing aio bf16 bfloat16 checkpoint comet comms_logger compile csv_monitor data_types
+    activation_checkpointing aio bf16 bfloat16 checkpoint comet comms_logger csv_monitor data_types
     flops_profiler fp16 optimizer scheduler tensorboard timers wandb zero_optimization
     """.split()
 )
@@ -54,6 +55,7 @@ SWITCHES = frozenset(
     memory_breakdown prescale_gradients wall_clock_breakdown zero_allow_untested_optimizer zero_force_ds_cpu_optimizer
     """.split()
 )
+LARGEST_POWER = 126  # of two, in float32: a loss is multiplied by it
 DATA_TYPES = ("fp32", "fp16", "bf16")
 _YES, _NO = ("1", "yes", "on", "y", "t"), ("0", "no", "off", "n", "f")
 
@@ -89,7 +91,7 @@ class Entry:
 
 def is_number(value, low: float = -math.inf, high: float = math.inf, *, above: float = -math.inf) -> bool:
     """Whether it is a finite number, no boolean, from `low` to `high` and above `above`."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < math.inf:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
         return False
     return low <= value <= high and value > above
 
@@ -140,8 +142,8 @@ ENTRIES = (
         "eps",
         (*_OF_OPTIMIZER, "eps"),
         "eps",
-        "a number above 0 and below 1",
-        lambda v: is_number(v, above=0) and v < 1,
+        "a number from 1e-38 up to, but not including, 1",
+        lambda v: is_number(v, 1e-38) and v < 1,  # none in float32 divides by the moments of a gradient of 0
     ),
     Entry(
         "weight_decay",
@@ -349,6 +351,10 @@ def _problems_in_sections(content: dict) -> list[str]:
     for outer, (model, check) in _section_models().items():
         section = content.get(outer, {})
         problems += [f'"{outer}": {problem}' for problem in [*_wrong_kinds(model, section)] or check(section)]
+    power = content.get("fp16", {}).get("initial_scale_power", 16)
+    if not (is_whole(power, 0) and power <= LARGEST_POWER):
+        wanted = f"a whole number from 0 to {LARGEST_POWER}"
+        problems.append(f'"fp16": "initial_scale_power" is {_shown(power)}, wanted {wanted}')
     for name in OFFLOADS:
         offload = content.get("zero_optimization", {}).get(name, {})
         if isinstance(offload, dict) and offload.get("device") == "nvme" and not offload.get("nvme_path"):
@@ -436,6 +442,8 @@ def _wrong_kinds(model, section: dict) -> Iterator[str]:
         value = section.get(name, section.get(field.alias) if field.alias else None)
         if field.annotation in (int, float) and isinstance(value, bool | str):
             yield f'"{name}" is {_shown(value)}, wanted a number, without quotes'
+        elif field.annotation in (int, float) and is_number(value) and not abs(value) < 2**63:
+            yield f'"{name}" is {_shown(value)}, wanted a number below 2^63'
         elif field.annotation is bool and value is not None and not isinstance(value, bool):
             yield f'"{name}" is {_shown(value)}, wanted true or false'
 

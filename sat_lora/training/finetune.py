@@ -17,6 +17,7 @@ from sat_lora.step_folders import BEST, read_pointer, steps_in
 from sat_lora.summary import describe, describe_text
 from sat_lora.training.answer_lengths import saying_first_cut
 from sat_lora.training.checkpoint import RunState, load_checkpoint, newest_checkpoint, read_state
+from sat_lora.training.deepspeed_config import decisions
 from sat_lora.training.distributed import World, agree, join, together
 from sat_lora.training.engine import adapter_optimizer, start_engine
 from sat_lora.training.evaluation import evaluate_adapter, evaluation_table, write_evaluation
@@ -57,6 +58,8 @@ def _finetune(options: Namespace, make_data: Callable[[], None] | None, lock: Ru
     run = RunFolder(options.run_folder, is_writer=world.is_main, lock=lock)
     if lock.note:
         run.say(lock.note)
+    for line in together(decisions, options, world.device.type):
+        run.say(line)
     freed = size_of(run.path) if options.overwrite else 0
     together(lambda: check_space(options, setting.lora, freed=freed) if world.is_main else None)
     trace = _trace(options, run, world)

@@ -14,9 +14,3 @@ def warn(message: str, environ: Mapping[str, str] = os.environ) -> None:
     """Log a warning on rank 0, its control characters escaped; silence on the others, which found the same."""
     if is_first_rank(environ):
         logger.warning("%s", printable_lines(message))
-
-
-def say(line: str, environ: Mapping[str, str] = os.environ) -> None:
-    """Print a line on rank 0; silence on the others."""
-    if is_first_rank(environ):
-        print(printable_lines(line), flush=True)

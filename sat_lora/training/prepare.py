@@ -14,12 +14,11 @@ from sat_lora.errors import ConfigError
 from sat_lora.placement import find_all_parameters, find_all_sites
 from sat_lora.targets import select
 from sat_lora.training.data import ImageTextDataset
-from sat_lora.training.deepspeed_config import base_dtype, decisions, deepspeed_config
+from sat_lora.training.deepspeed_config import base_dtype, deepspeed_config
 from sat_lora.training.distributed import World, agree, arrange, join, together
 from sat_lora.training.engine import set_up_deepspeed
 from sat_lora.training.lora_options import lora_config, lora_problems
 from sat_lora.training.marks import marks_of_engine, marks_of_options, marks_of_tokenizer
-from sat_lora.training.notice import say
 from sat_lora.training.preflight import check_options
 
 
@@ -50,8 +49,6 @@ def prepare(
         **marks_of_engine(engine),
         **marks_of_tokenizer(options.local_tokenizer),
     })  # fmt: skip
-    for line in decisions(options, device.type):
-        say(line)
     world = arrange(device, options.model_parallel_size)
     return Setting(world, engine, together(_checked_lora, options))
 

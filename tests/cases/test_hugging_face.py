@@ -118,6 +118,15 @@ def test_what_the_folder_holds_and_what_it_still_wants_is_said(merged):
 
 
 @pytest.mark.parametrize(
+    ("version", "template"), [("base", "base"), ("vqa", "vqa"), ("chat_old", "chat"), ("chat", "base"), (None, None)]
+)
+def test_the_template_is_the_one_that_makes_the_prompts_of_the_base(version, template):
+    """As both write them: `Question: q Answer:` is `chat_old` in SAT and `chat` in the published code."""
+    written = hugging_face_config({**SIZES, "text_processor_version": version})
+    assert written.get("template_version") == template
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"rotary_base": 100.0}, "rotary base 100 where the code has 10000"),
@@ -223,6 +232,8 @@ def test_merging_follows_no_link_out_of_the_base(tmp_path):
     (tmp_path / "secret").write_text("mine alone")
     (base / "tokenizer.model").write_text("inside")
     (base / "same.txt").symlink_to("tokenizer.model")
+    (base / "below.txt").symlink_to("release/notes.txt")
+    (base / "release" / "notes.txt").write_text("below")
     (base / "notes.txt").symlink_to(tmp_path / "secret")
     (base / "up.txt").symlink_to("../secret")
     (base / "twice.txt").symlink_to("notes.txt")
@@ -233,7 +244,7 @@ def test_merging_follows_no_link_out_of_the_base(tmp_path):
     (remark,) = merge_adapter(base, adapter, tmp_path / "out")
     assert "gone.txt, loop.txt, notes.txt, system, twice.txt, up.txt" in remark
     copied = {path.name: path for path in (tmp_path / "out").iterdir()}
-    assert copied.keys() == {"latest", "model_config.json", "release", "same.txt", "tokenizer.model"}
+    assert copied.keys() == {"latest", "model_config.json", "release", "same.txt", "tokenizer.model", "below.txt"}
     assert not any(path.is_symlink() for path in copied.values()) and copied["same.txt"].read_text() == "inside"
 
 

@@ -29,7 +29,7 @@ def test_a_run_folder_names_the_adapters_in_it(adapter, tmp_path, inside):
     shutil.copytree(adapter, run / inside)
     (run / "adapter" / "latest").write_text("800")
     (run / "run.json").write_text("{}")
-    assert refusal(run).endswith(f"; it is a run folder: give {run}/adapter")
+    assert refusal(run).endswith(f"; give {run}/adapter, where the adapters of a run are")
 
 
 @pytest.mark.parametrize("config", [{}, {"r": 8, "lora_alpha": 16, "target_modules": ["query_key_value"]}])

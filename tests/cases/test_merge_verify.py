@@ -137,3 +137,8 @@ def test_the_verdict_says_what_the_precision_costs_and_the_way_out(folders, caps
     assert status == 0 and "effect on the logits, which bfloat16 rounds away; --dtype float32 keeps it" in said
     status, said = run(capsys, base, adapter, tmp_path / "wide", "--verify", "--dtype", "float32", "--to", "hf")
     assert status == 0 and "effect on the logits, which float32 rounds away\n" in said
+
+
+def test_an_adapter_that_does_nothing_loses_nothing(folders, capsys):
+    status, said = run(capsys, *folders(std=0), "--verify")
+    assert status == 0 and "verified: the weights are base plus adapter; what the adapter does" in said
