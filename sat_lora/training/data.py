@@ -66,7 +66,7 @@ class DataCounts:
     def add(self, path: Path, entries: Entries) -> None:
         self.labelled_by_text += len(entries.found)
         self.text_only += sum(entry.image is None for entry in entries.found)
-        self.without_answer += sum(not entry.answer for entry in entries.found)
+        self.without_answer += sum(not entry.answer.strip() for entry in entries.found)
         if lacking := sum(entry.prompt is None for entry in entries.found):
             self.without_prompt[str(path)] += lacking
         self.passed_over += entries.passed_over
