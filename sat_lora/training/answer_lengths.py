@@ -15,18 +15,23 @@ EXPANSION = 18  # tokens of a character outside ASCII at most, by the normal for
 
 @dataclass(frozen=True)
 class AnswerLengths:
-    """cut: samples whose answer is cut, of `looked_at`. longest: tokens of the longest of them, were it whole."""
+    """cut: samples whose answer is cut, of `looked_at`. longest: tokens of the longest of them, were it whole.
+
+    is_part: whether only some of those that could be too long were looked at, and no others.
+    """
 
     looked_at: int
     cut: int
     longest: int
+    is_part: bool = False
 
     def sentence(self, max_length: int) -> str | None:
         """None if no answer is cut."""
         if not self.cut:
             return None
+        which = f"{self.looked_at:,} " + ("long samples looked at" if self.is_part else "samples")
         return (
-            f"--max_length {max_length}: the answers of {self.cut:,} of {self.looked_at:,} samples do not fit and are "
+            f"--max_length {max_length}: the answers of {self.cut:,} of {which} do not fit and are "
             f"cut (what is left is learnt, without an end); --max_length {self.longest} would hold them all"
         )
 
@@ -53,8 +58,8 @@ def answer_lengths(dataset: ImageTextDataset) -> AnswerLengths:
         cut += sample.left_out > 0
         if sample.left_out:
             longest = max(longest, len(sample.input_ids) + sample.left_out)
-    looked_at = len(items) if seen == len(long) else seen
-    return AnswerLengths(looked_at, cut, longest)
+    is_part = seen < len(long)
+    return AnswerLengths(seen if is_part else len(items), cut, longest, is_part)
 
 
 def saying_first_cut(batches: Iterable[dict], say: Callable[[str], None], max_length: int) -> Iterator[dict]:

@@ -60,6 +60,9 @@ class DataCounts:
     def left_out(self) -> list[tuple[str, int]]:
         """(what, how many) of what samples lack or have for nothing, and their user may not expect."""
         counts = [("images (samples of text alone)", self.text_only), ("answers (empty ones)", self.without_answer)]
+        lacking = self.without_prompt.total()
+        if lacking < self.labelled_by_text:  # where all lack one, that is how the file is meant
+            counts.append(("prompts (--prompt is asked)", lacking))
         counts += [(f'times "{printable(key)}" (not read)', count) for key, count in self.passed_over.items()]
         return [(what, count) for what, count in counts if count]
 

@@ -126,7 +126,8 @@ def test_what_a_sample_lacks_is_counted(tmp_path):
     read_items([path, write_images(tmp_path / "images", ["1.png", "2.png"])], counts=counts)
     assert (counts.labelled_by_name, counts.labelled_by_text, counts.text_only) == (2, 5, 2)
     assert counts.without_prompt == {str(path): 1} and counts.without_answer == 1
-    assert counts.left_out() == [("images (samples of text alone)", 2), ("answers (empty ones)", 1)]
+    lacking = [("images (samples of text alone)", 2), ("answers (empty ones)", 1), ("prompts (--prompt is asked)", 1)]
+    assert counts.left_out() == lacking
 
 
 @pytest.mark.parametrize(
