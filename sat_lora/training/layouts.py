@@ -97,7 +97,7 @@ def _texts_in(folder: Path) -> Iterator[Path]:
             folders.clear()
             continue
         texts = [name for name in files if name.lower().endswith(TEXTS) and not name.startswith(".")]
-        yield from (Path(where, name) for name in sorted(texts))
+        yield from (Path(where, name) for name in sorted(texts) if not os.path.islink(os.path.join(where, name)))
 
 
 def _names_in(path: Path) -> set[str]:
