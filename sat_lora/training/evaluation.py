@@ -59,7 +59,7 @@ def evaluate_adapter(
     share = range(world.data_parallel_rank, len(dataset), world.data_parallel_size)
     right = {"base": [0, 0], "adapter": [0, 0]}
     images, broken = 0, []
-    lengths = [_length_of_answer(dataset, item) for item in dataset.items]
+    lengths = [length_of_answer(dataset, item) for item in dataset.items]
     longest = max((length for length in lengths if isinstance(length, int)), default=0) + 1
     for start in range(0, len(share), options.eval_batch_size):
         indices = list(share[start : start + options.eval_batch_size])
@@ -89,7 +89,7 @@ def evaluate_adapter(
     return {**result, "broken": [path for path, _ in broken]} if broken else result
 
 
-def _length_of_answer(dataset: ImageTextDataset, item: Item) -> int | BrokenSample:
+def length_of_answer(dataset: ImageTextDataset, item: Item) -> int | BrokenSample:
     """Tokens of an answer, at most --max_length of them; what is wrong with one that cannot be encoded."""
     try:
         tokens, _ = first_tokens(dataset.tokenizer, item.answer, dataset.max_length, dataset.special_tokens, "answer")

@@ -10,6 +10,7 @@ import torch
 from sat_lora.cogvlm.tokens import text_tokens
 from sat_lora.errors import DataError
 from sat_lora.training.data import BrokenSample, ImageTextDataset, Item, read_items
+from sat_lora.training.evaluation import length_of_answer
 from sat_lora.training.options import parse_options
 from sat_lora.training.preflight import option_problems
 from tests.cases.sentence_pieces import TEXT, sentence_piece_tokenizer
@@ -151,6 +152,14 @@ def test_half_a_character_is_one_broken_sample_with_its_line(write, dataset, key
     assert not isinstance(good, BrokenSample) and isinstance(bad, BrokenSample)
     assert bad.path.endswith("data.jsonl, line 2") and f"line 2: the {key} holds" in bad.reason
     assert bad.reason.encode() and ("0xE9" in bad.reason) == (text == "caf\udce9")
+
+
+def test_an_answer_to_be_generated_is_measured_or_broken(write, dataset):
+    entries = [{"prompt": "q", "answer": text} for text in ("four", "x \ud83d", "<eos>", "y" * 5_000_000)]
+    data = dataset(*read_items([write("\n".join(map(json.dumps, entries)))]), with_answer=False)
+    four, broken, spelled, huge = (length_of_answer(data, item) for item in data.items)
+    assert (four, spelled, huge) == (4, 5, 60)
+    assert broken.path.endswith("data.jsonl, line 2") and "the answer holds half a character" in broken.reason
 
 
 def test_a_file_name_that_is_no_utf_8_is_one_broken_sample(tmp_path, dataset):
