@@ -38,7 +38,7 @@ def problems_with_shards(paths: list[str], option: str, ignore_keys: Collection[
 
 
 def _problem_with_samples(shards: list[str], ignore_keys: Collection[str]) -> str | None:
-    records = itertools.chain.from_iterable(find_records(shard, ignore_keys) for shard in shards)
+    records = itertools.chain.from_iterable(find_records(shard, ignored=ignore_keys) for shard in shards)
     tried, first_error = 0, None
     for record in itertools.islice(records, SAMPLES_TRIED):
         tried += 1

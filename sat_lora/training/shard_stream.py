@@ -109,7 +109,7 @@ class ShardStream(IterableDataset):
             start += shard.samples
             if first < last:
                 try:
-                    yield from itertools.islice(find_records(shard.path, self.ignore_keys), first, last)
+                    yield from itertools.islice(find_records(shard.path, ignored=self.ignore_keys), first, last)
                 except DataError as error:
                     yield BrokenSample(shard.path, str(error))
 

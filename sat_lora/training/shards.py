@@ -85,7 +85,7 @@ def expand_shards(paths: Sequence[str | Path]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def find_records(shard: str, ignored: Collection[str] = ()) -> Iterator[Record]:
+def find_records(shard: str, *, ignored: Collection[str] = ()) -> Iterator[Record]:
     """The samples of a shard in its order: neighbours of one key. Only the headers are read. ignored: see `Record`.
 
     DataError: the shard is missing, no tar file, or cut off; raised when the samples before have been given.
