@@ -139,7 +139,7 @@ def build_sample(
     """
     ids, embed, vision, patches = [tokenizer.bos_token_id], [0], [0], [0]
     for number, part in enumerate(_parts(prompt)):
-        words, more = first_tokens(tokenizer, part, max_length, special_tokens, "prompt")
+        words, more = first_tokens(tokenizer, part, max_length, special_tokens, "prompt") if part else ([], 0)
         if number:
             ids += [0] * (image_length + 2)
             embed += [1] * (image_length + 2)

@@ -19,8 +19,6 @@ def text_tokens(tokenizer, text: str, special_tokens: bool = False, what: str = 
     as the letters it consists of. A text that spells none has the same ids either way.
     DataError: the text cannot be encoded, called `what`.
     """
-    if not text:
-        return []
     _check(text, what)
     ids = _encode(tokenizer, text, what)
     if special_tokens or not _spells_special(tokenizer, text, ids):

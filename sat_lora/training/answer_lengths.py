@@ -15,17 +15,21 @@ EXPANSION = 18  # tokens of a character outside ASCII at most, by the normal for
 
 @dataclass(frozen=True)
 class AnswerLengths:
-    """cut: samples whose answer is cut, of `looked_at`. longest: tokens of the longest of them, were it whole."""
+    """cut: samples whose answer is cut, of `looked_at`. longest: tokens of the longest of them, were it whole.
+
+    is_part: whether only some of those that could be too long were looked at, and no others.
+    """
 
     looked_at: int
     cut: int
     longest: int
+    is_part: bool = False
 
     def sentence(self, max_length: int) -> str | None:
         """None if no answer is cut."""
         if not self.cut:
             return None
-        share = f"{self.cut:,} of {self.looked_at:,}"
+        share = f"{self.cut:,} of {self.looked_at:,}{' long' * self.is_part}"
         return f"{share} answers are cut by --max_length {max_length}; {self.longest} would hold them"
 
 
@@ -51,8 +55,8 @@ def answer_lengths(dataset: ImageTextDataset) -> AnswerLengths:
         cut += sample.left_out > 0
         if sample.left_out:
             longest = max(longest, len(sample.input_ids) + sample.left_out)
-    looked_at = len(items) if seen == len(long) else seen
-    return AnswerLengths(looked_at, cut, longest)
+    is_part = seen < len(long)
+    return AnswerLengths(seen if is_part else len(items), cut, longest, is_part)
 
 
 def saying_first_cut(batches: Iterable[dict], say: Callable[[str], None], max_length: int) -> Iterator[dict]:

@@ -62,13 +62,16 @@ class DataCounts:
     def left_out(self) -> list[tuple[str, int]]:
         """(what, how many) of what is not used, and of what samples lack or have for nothing: for their user."""
         counts = [("images (samples of text alone)", self.text_only), ("answers (empty ones)", self.without_answer)]
+        lacking = self.without_prompt.total()
+        if lacking < self.labelled_by_text:  # where all lack one, that is how the file is meant
+            counts.append(("prompts (--prompt is asked)", lacking))
         counts += [(f'times "{printable(key)}" (not read)', count) for key, count in self.passed_over.items()]
         return [*self.unused.most_common(), *((what, count) for what, count in counts if count)]
 
     def add(self, path: Path, entries: Entries) -> None:
         self.labelled_by_text += len(entries.found)
         self.text_only += sum(entry.image is None for entry in entries.found)
-        self.without_answer += sum(not entry.answer for entry in entries.found)
+        self.without_answer += sum(not entry.answer.strip() for entry in entries.found)
         if lacking := sum(entry.prompt is None for entry in entries.found):
             self.without_prompt[str(path)] += lacking
         self.passed_over += entries.passed_over

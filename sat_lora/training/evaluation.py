@@ -82,7 +82,7 @@ def evaluate_adapter(
     share = range(world.data_parallel_rank, len(dataset), world.data_parallel_size)
     right = {side: [0, 0] for side in ("base", "adapter")[: 1 if adapter is None else 2]}
     images, broken = 0, []
-    lengths = [_length_of_answer(dataset, item) for item in dataset.items]
+    lengths = [length_of_answer(dataset, item) for item in dataset.items]
     longest = max((length for length in lengths if isinstance(length, int)), default=0) + 1
     starts = range(0, len(share), options.eval_batch_size)
     for start in shown(starts, "answering", "batches, each without and with the adapter") if world.is_main else starts:
@@ -117,7 +117,7 @@ def evaluate_adapter(
     return {**result, "broken": sorted({path for path, _, _ in broken}), "broken_samples": len(broken)}
 
 
-def _length_of_answer(dataset: ImageTextDataset, item: Item) -> int | BrokenSample:
+def length_of_answer(dataset: ImageTextDataset, item: Item) -> int | BrokenSample:
     """Tokens of an answer, at most --max_length of them; what is wrong with one that cannot be encoded."""
     try:
         tokens, _ = first_tokens(dataset.tokenizer, item.answer, dataset.max_length, dataset.special_tokens, "answer")

@@ -331,8 +331,7 @@ def _image_path(folder: Path, image: str, roots: list[str]) -> tuple[Path | None
         return None, '"image" is empty; leave it out, or give null, for a sample of text alone'
     if "\0" in image:
         return None, '"image" holds a NUL, which no file name can'
-    longest = max(len(part.encode(errors="replace")) for part in image.split("/"))
-    if longest > NAME_LIMIT or len(image) > PATH_LIMIT:
+    if len(image) > NAME_LIMIT // 4 and not _could_be_a_path(image):
         return None, f'"image" is no path, {len(image)} characters: {image[:40]}...'
     if image.startswith("file://"):
         return None, f'"image" is an address, {image[:80]}: give the path alone'
@@ -345,12 +344,17 @@ def _image_path(folder: Path, image: str, roots: list[str]) -> tuple[Path | None
     if "\\" in image and not os.path.lexists(folder / image):
         image = image.replace("\\", "/")
     path = folder / image
-    if ".." in Path(image).parts and not os.path.isabs(image):
+    if ".." in image and ".." in Path(image).parts and not os.path.isabs(image):
         target = os.path.abspath(path)
         if not any(os.path.commonpath([root, target]) == root for root in roots):
             where = os.path.dirname(target)
             return None, f'"image" leaves the folder of the file: {image[:80]}; --images-from {where} allows it'
     return path, None
+
+
+def _could_be_a_path(image: str) -> bool:
+    longest = max(len(part.encode(errors="replace")) for part in image.split("/"))
+    return longest <= NAME_LIMIT and len(image) <= PATH_LIMIT
 
 
 def _kind(value: object) -> str:

@@ -1,6 +1,7 @@
 """What a data path plainly is not, though it could be taken for it: other kinds of files, other layouts of folders."""
 
 import difflib
+import itertools
 import os
 import re
 import unicodedata
@@ -17,6 +18,7 @@ from sat_lora.training.item_keys import WANTED
 JSON_SUFFIXES = (".jsonl", ".json", ".ndjson", ".jsonlines", ".jl")
 TEXT_SUFFIXES = (".txt", ".json", ".caption", ".captions", ".xml")
 LISTS = (".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".txt", ".xml")  # files that may hold the answers of many images
+TEXTS = tuple({*TEXT_SUFFIXES, *LISTS})
 LABEL_FOLDERS = re.compile(r"(labels?|annotations?|captions?|anns?|texts?)([ _.-].*)?", re.IGNORECASE)
 IMAGE_NAME = re.compile(r"[^\s\"'`,;:|<>\\/]+\.(?:png|jpe?g|bmp|webp|gif|tiff?)", re.IGNORECASE)
 LISTED = 3  # names of images in a file that make it a list of them
@@ -60,9 +62,7 @@ def check_layout(folder: Path, images: Sequence[Path]) -> None:
     if not images:
         return
     stems, lists = {}, []
-    for seen, path in enumerate(_files_in(folder)):
-        if seen == ENTRIES_SEEN:
-            break
+    for path in itertools.islice(_texts_in(folder), ENTRIES_SEEN):
         relative = path.relative_to(folder)
         suffix = path.suffix.lower()
         if suffix in TEXT_SUFFIXES:
@@ -89,14 +89,15 @@ def _refuse(folder: Path, why: str) -> None:
     )
 
 
-def _files_in(folder: Path) -> Iterator[Path]:
-    """Files in and below the folder, hidden ones, what links lead to and runs of this program aside."""
+def _texts_in(folder: Path) -> Iterator[Path]:
+    """Files of texts in and below the folder, hidden ones, what links lead to and runs of this program aside."""
     for where, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         if "run.json" in files:
             folders.clear()
             continue
-        yield from (Path(where, name) for name in sorted(files) if not name.startswith("."))
+        texts = [name for name in files if name.lower().endswith(TEXTS) and not name.startswith(".")]
+        yield from (Path(where, name) for name in sorted(texts) if not os.path.islink(os.path.join(where, name)))
 
 
 def _names_in(path: Path) -> set[str]:

@@ -112,7 +112,7 @@ class ShardSource:
             data_parallel_size=self.world.data_parallel_size,
             num_workers=num_workers,
             seed=self.options.seed,
-            ignore_keys=self.options.ignore_keys,
+            ignore_keys=reading_options(self.options)["ignore_keys"],
             max_pixels=self.dataset.max_pixels,
             **settings,
         )

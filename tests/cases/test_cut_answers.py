@@ -12,7 +12,7 @@ from sat_lora.cogvlm.tokens import first_tokens, text_tokens
 from sat_lora.errors import ConfigError, DataError
 from sat_lora.training.answer_lengths import answer_lengths, saying_first_cut
 from sat_lora.training.data import BrokenSample, ImageTextDataset, Item, collate, read_items
-from tests.cogvlm.test_answer import byte_tokenizer  # noqa: F401  a fixture
+from tests.cases.sentence_pieces import sentence_piece_tokenizer
 
 EOS = 2
 
@@ -55,6 +55,7 @@ def test_of_very_many_long_answers_a_part_is_looked_at(dataset, monkeypatch):
     monkeypatch.setattr("sat_lora.training.answer_lengths.LAID_OUT", 10)
     lengths = answer_lengths(dataset(*["x" * 50] * 95))
     assert lengths.looked_at == lengths.cut and 5 <= lengths.looked_at <= 10
+    assert f"of {lengths.cut} of {lengths.cut} long samples looked at do not fit" in lengths.sentence(30)
 
 
 def test_of_a_stream_the_first_batch_with_a_cut_answer_is_said(dataset):
@@ -94,10 +95,11 @@ def test_a_prompt_of_fifty_megabytes_is_one_broken_sample(dataset):
 
 @pytest.mark.parametrize("text", ["a cat sat. ", "ab", "aab", " ", "猫", "</s>", "0123456789abcdef\n", "=" * 40 + "x"])
 @pytest.mark.parametrize("count", [1, 17, 300])
-def test_the_beginning_of_a_long_text_has_the_tokens_of_the_whole(byte_tokenizer, monkeypatch, text, count):  # noqa: F811
+def test_the_beginning_of_a_long_text_has_the_tokens_of_the_whole(monkeypatch, text, count):
     monkeypatch.setattr(tokens, "WHOLE", 400)
-    whole = text_tokens(byte_tokenizer, text * (60_000 // len(text)))
-    first, more = first_tokens(byte_tokenizer, text * (60_000 // len(text)), count)
+    tokenizer, text = sentence_piece_tokenizer(), text * (30_000 // len(text))
+    whole = text_tokens(tokenizer, text)
+    first, more = first_tokens(tokenizer, text, count)
     assert first == whole[:count]
     assert more == pytest.approx(len(whole) - count, rel=0.05)
 

@@ -126,7 +126,8 @@ def test_what_a_sample_lacks_is_counted(tmp_path):
     read_items([path, write_images(tmp_path / "images", ["1.png", "2.png"])], counts=counts)
     assert (counts.labelled_by_name, counts.labelled_by_text, counts.text_only) == (2, 5, 2)
     assert counts.without_prompt == {str(path): 1} and counts.without_answer == 1
-    assert counts.left_out() == [("images (samples of text alone)", 2), ("answers (empty ones)", 1)]
+    lacking = [("images (samples of text alone)", 2), ("answers (empty ones)", 1), ("prompts (--prompt is asked)", 1)]
+    assert counts.left_out() == lacking
 
 
 @pytest.mark.parametrize(
@@ -178,5 +179,5 @@ def test_the_json_of_a_shard_is_read_by_the_same_rules(tmp_path):
     assert 'the key "question" is not known, did you mean "prompt"?' in question.reason
     assert (good.prompt, good.answer) == ("q", "x")
     assert isinstance(weight, BrokenSample)
-    assert [*find_records(str(shard), ["weight"])][2].read().answer == "x"
+    assert [*find_records(str(shard), ignored=["weight"])][2].read().answer == "x"
     assert "its json names an image, 'a.png', but none lies beside it" in imageless.reason

@@ -10,8 +10,10 @@ import torch
 from sat_lora.cogvlm.tokens import text_tokens
 from sat_lora.errors import DataError
 from sat_lora.training.data import BrokenSample, ImageTextDataset, Item, read_items
+from sat_lora.training.evaluation import length_of_answer
 from sat_lora.training.options import parse_options
 from sat_lora.training.preflight import option_problems
+from tests.cases.sentence_pieces import TEXT, sentence_piece_tokenizer
 from tests.conftest import write_images
 
 GOOD = {"image": "a.png", "prompt": "q", "answer": "x"}
@@ -152,6 +154,14 @@ def test_half_a_character_is_one_broken_sample_with_its_line(write, dataset, key
     assert bad.reason.encode() and ("0xE9" in bad.reason) == (text == "caf\udce9")
 
 
+def test_an_answer_to_be_generated_is_measured_or_broken(write, dataset):
+    entries = [{"prompt": "q", "answer": text} for text in ("four", "x \ud83d", "<eos>", "y" * 5_000_000)]
+    data = dataset(*read_items([write("\n".join(map(json.dumps, entries)))]), with_answer=False)
+    four, broken, spelled, huge = (length_of_answer(data, item) for item in data.items)
+    assert (four, spelled, huge) == (4, 5, 60)
+    assert broken.path.endswith("data.jsonl, line 2") and "the answer holds half a character" in broken.reason
+
+
 def test_a_file_name_that_is_no_utf_8_is_one_broken_sample(tmp_path, dataset):
     folder = write_images(tmp_path / "images", ["1.png", "2.png"])
     os.rename(os.fsencode(folder / "2.png"), os.fsencode(folder) + b"/caf\xe9.png")
@@ -184,6 +194,19 @@ def test_texts_without_special_tokens_have_the_ids_they_had(tokenizer):
         codes = torch.randint(32, 200, (30,), generator=generator).tolist()
         text = "".join(map(chr, codes))
         assert text_tokens(tokenizer, text) == tokenizer.encode(text, add_special_tokens=False)
+
+
+def test_so_it_is_with_a_tokenizer_like_that_of_vicuna():
+    fast = sentence_piece_tokenizer()
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(300):
+        first, length = torch.randint(0, len(TEXT) - 60, (2,), generator=generator).tolist()
+        part = TEXT[first : first + 1 + length % 60] + "é猫 "
+        assert text_tokens(fast, part) == fast.encode(part, add_special_tokens=False)
+    for part in ("<s>old</s> new", "</s>", "</s></s>", "a <unk> b"):
+        ids = text_tokens(fast, part)
+        assert fast.decode(ids, skip_special_tokens=True) == " " + part and not {0, 1, 2} & {*ids}
+        assert {0, 1, 2} & {*text_tokens(fast, part, special_tokens=True)}
 
 
 def test_a_special_token_that_its_letters_make_again_is_cut_apart():
@@ -274,6 +297,16 @@ def test_deep_json_is_one_line_at_fault(write, text):
     started = time.monotonic()
     assert "nested deeper than" in refusal(write(text))
     assert time.monotonic() - started < 5
+
+
+def test_a_line_and_an_array_have_a_limit_and_the_next_line_is_read(write, monkeypatch):
+    monkeypatch.setattr("sat_lora.training.item_files.LINE_LIMIT", 100)
+    monkeypatch.setattr("sat_lora.training.item_files.WHOLE_LIMIT", 100)
+    long = json.dumps({**GOOD, "answer": "x" * 500})
+    message = refusal(write("\n".join([json.dumps(GOOD), long, "{", json.dumps(GOOD), long])))
+    assert "3 lines cannot be used" in message and "line 2 has more than" in message
+    assert "the same in 1 more: 5" in message and "line 3 is not JSON" in message
+    assert "one array of more than" in refusal(write(json.dumps([GOOD] * 9)))
 
 
 @pytest.mark.parametrize("kind", ["pipe", "device", "loop", "nothing"])
