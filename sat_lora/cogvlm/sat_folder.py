@@ -76,7 +76,7 @@ class SatFolder:
     def files(self) -> list[Path]:
         """The files of the newest step, one per model-parallel rank, in rank order."""
         try:
-            step = read_bytes(self.path / "latest", NAME_LIMIT).decode("utf-8", "replace").strip()
+            step = read_bytes(self.path / "latest", NAME_LIMIT).decode("utf-8-sig", "replace").strip()
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{self.path / 'latest'}: cannot be read: {error}") from error
         if Path(step).name != step or len(step) > 255 or not step.isprintable():

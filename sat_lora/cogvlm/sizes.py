@@ -13,9 +13,9 @@ REQUIRED_OF_VIT = {
 }  # fmt: skip
 COUNTS = {
     "num_layers", "hidden_size", "num_attention_heads", "inner_hidden_size", "vocab_size", "max_sequence_length",
-    "image_length", "in_channels", "patch_size", "model_parallel_size", "num_multi_query_heads",
+    "image_length", "in_channels", "patch_size", "model_parallel_size",
 }  # fmt: skip
-NOT_NEGATIVE = {"pre_len", "post_len"}
+NOT_NEGATIVE = {"pre_len", "post_len", "num_multi_query_heads"}
 NUMBERS = {"layernorm_epsilon", "rotary_base", "hidden_dropout", "attention_dropout"}
 FLAGS = {"use_bias", "use_final_layernorm", "row_parallel_linear_final_bias"}
 MOST_LAYERS, LARGEST = 10_000, 2**31 - 1  # a model of more layers would be built for minutes before it could be refused

@@ -245,6 +245,18 @@ def test_a_pipe_is_not_waited_for(sat, name):
     refused(sat, f"missing {name}")
 
 
+@pytest.mark.parametrize("text", ["release\r\n", "\ufeffrelease", "  release  \n\n"])
+def test_latest_may_have_been_written_by_any_editor(sat, text):
+    (sat / "latest").write_text(text, encoding="utf-8")
+    check_files(sat)
+
+
+def test_settings_that_sat_writes_beside_the_sizes_are_taken(sat):
+    more = {"num_multi_query_heads": 0, "layernorm_epsilon": 1e-5, "hidden_dropout": 0.1, "tokenizer_type": "vicuna"}
+    (sat / "model_config.json").write_text("\ufeff" + json.dumps({**CONFIG, **more}), encoding="utf-8")
+    load_cogvlm(sat)
+
+
 def test_deep_json_and_large_json_are_one_error(sat, hf):
     for text, message in (("[" * 10**5, "nested deeper"), (" " * (17 << 20), "larger than")):
         (sat / "model_config.json").write_text(text)
