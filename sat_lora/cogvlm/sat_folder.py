@@ -79,7 +79,7 @@ class SatFolder:
             step = read_bytes(self.path / "latest", NAME_LIMIT).decode("utf-8-sig", "replace").strip()
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{self.path / 'latest'}: cannot be read: {error}") from error
-        if Path(step).name != step or len(step) > 255 or not step.isprintable():
+        if Path(step).name != step or step == ".." or len(step) > 255 or not step.isprintable():
             raise CheckpointError(
                 f"{self.path}: `latest` says {step[:80]!r}, which is not the name of a folder in there: a step number, "
                 "or `release`"

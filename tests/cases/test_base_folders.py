@@ -213,6 +213,8 @@ def test_a_size_in_hugging_faces_config_that_cannot_be_is_named(hf, case):
 
 LATEST = {
     "a place outside": ("../other", "is not the name of a folder"),
+    "the folder above": ("..", "is not the name of a folder"),
+    "the folder itself": (".", "is not the name of a folder"),
     "an absolute place": ("/etc", "is not the name of a folder"),
     "two levels": ("a/b", "is not the name of a folder"),
     "escapes": ("1\x1b]0;owned\x07", "is not the name of a folder"),
