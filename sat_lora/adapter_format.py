@@ -282,7 +282,8 @@ def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
 def _holes(path: Path) -> str | None:
     """Whether most of a large file was never written, as a clause: tensors of it would be zeros of any size."""
     about = path.stat()
-    if about.st_size < HOLES_FROM or about.st_blocks * 512 * HOLES_SHARE > about.st_size:
+    says_nothing = about.st_blocks == 0  # some network file systems
+    if says_nothing or about.st_size < HOLES_FROM or about.st_blocks * 512 * HOLES_SHARE > about.st_size:
         return None
     return f"only {about.st_blocks * 512:,} of its {about.st_size:,} bytes are on the disk; download or copy it again"
 

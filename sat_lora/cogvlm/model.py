@@ -15,7 +15,7 @@ from sat_lora.cogvlm.key_value_cache import KeyValueCache
 from sat_lora.cogvlm.norm import RMSNorm
 from sat_lora.cogvlm.recompute import LayerCheckpointing
 from sat_lora.cogvlm.routing import TokenRouting, to_device
-from sat_lora.cogvlm.sizes import missing_sizes, size_problems
+from sat_lora.cogvlm.sizes import head_problems, missing_sizes, size_problems
 from sat_lora.cogvlm.vision import ImageTokens
 from sat_lora.cogvlm.weightless import without_memory
 from sat_lora.errors import CheckpointError, ConfigError, DataError
@@ -160,9 +160,10 @@ def build_cogvlm(
     CheckpointError: `config` lacks sizes, or one is none; ConfigError: the model-parallel size does not divide them, or
     the ranks.
     """
-    missing, problems = missing_sizes(config), size_problems(config)
+    missing = missing_sizes(config)
     if missing:
         raise CheckpointError(f"the model config lacks {', '.join(missing)}; it is not a CogVLM config")
+    problems = size_problems(config) or head_problems(config)
     if problems:
         raise CheckpointError(f"the model config cannot be: {'; '.join(problems)}")
     _check_parallel(config, model_parallel_size)

@@ -76,10 +76,10 @@ class SatFolder:
     def files(self) -> list[Path]:
         """The files of the newest step, one per model-parallel rank, in rank order."""
         try:
-            step = read_bytes(self.path / "latest", NAME_LIMIT).decode("utf-8", "replace").strip()
+            step = read_bytes(self.path / "latest", NAME_LIMIT).decode("utf-8-sig", "replace").strip()
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{self.path / 'latest'}: cannot be read: {error}") from error
-        if Path(step).name != step or len(step) > 255 or not step.isprintable():
+        if Path(step).name != step or step == ".." or len(step) > 255 or not step.isprintable():
             raise CheckpointError(
                 f"{self.path}: `latest` says {step[:80]!r}, which is not the name of a folder in there: a step number, "
                 "or `release`"

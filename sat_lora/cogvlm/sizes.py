@@ -13,9 +13,9 @@ REQUIRED_OF_VIT = {
 }  # fmt: skip
 COUNTS = {
     "num_layers", "hidden_size", "num_attention_heads", "inner_hidden_size", "vocab_size", "max_sequence_length",
-    "image_length", "in_channels", "patch_size", "model_parallel_size", "num_multi_query_heads",
+    "image_length", "in_channels", "patch_size", "model_parallel_size",
 }  # fmt: skip
-NOT_NEGATIVE = {"pre_len", "post_len"}
+NOT_NEGATIVE = {"pre_len", "post_len", "num_multi_query_heads"}
 NUMBERS = {"layernorm_epsilon", "rotary_base", "hidden_dropout", "attention_dropout"}
 FLAGS = {"use_bias", "use_final_layernorm", "row_parallel_linear_final_bias"}
 MOST_LAYERS, LARGEST = 10_000, 2**31 - 1  # a model of more layers would be built for minutes before it could be refused
@@ -37,6 +37,17 @@ def size_problems(config: dict) -> list[str]:
     return [*_problems(config, ""), *_problems(vit, "eva_args."), *_image_problems(vit)]
 
 
+def head_problems(config: dict) -> list[str]:
+    """Where the heads do not divide the hidden size, of a config with both in it, which `size_problems` found right."""
+    sections = {"": config, "eva_args.": config["eva_args"]}
+    return [
+        f"{prefix}hidden_size {sizes['hidden_size']} does not divide by {prefix}num_attention_heads "
+        f"{sizes['num_attention_heads']}"
+        for prefix, sizes in sections.items()
+        if sizes["hidden_size"] % sizes["num_attention_heads"]
+    ]
+
+
 def _problems(sizes: dict, prefix: str) -> Iterator[str]:
     for name, value in sizes.items():
         shown = f"{prefix}{name} is {_shown(value)}, wanted"
@@ -51,9 +62,6 @@ def _problems(sizes: dict, prefix: str) -> Iterator[str]:
             yield f"{shown} true or false"
         elif name == "layernorm_order" and value not in ("pre", "post", "sandwich"):
             yield f"{shown} pre, post or sandwich"
-    heads, hidden = sizes.get("num_attention_heads"), sizes.get("hidden_size")
-    if type(heads) is int and type(hidden) is int and heads > 0 and hidden % heads:
-        yield f"{prefix}hidden_size {hidden} does not divide by {prefix}num_attention_heads {heads}"
 
 
 def _image_problems(vit: dict) -> Iterator[str]:

@@ -79,12 +79,14 @@ def _after(options: argparse.Namespace) -> int:
     from sat_lora.doctor.timeline import draw_timeline
     from sat_lora.doctor.verdict import verdict
     from sat_lora.doctor.watchdog import when_alarmed
+    from sat_lora.foreign import printable_lines
 
     found = verdict(options.run, options.log)
     if options.json:
         print(as_json([found.finding] if found.finding else []))
     else:
-        print((f"{found.finding.level}: {found.finding.code}\n" if found.finding else "") + found.text, flush=True)
+        intro = f"{found.finding.level}: {found.finding.code}\n" if found.finding else ""
+        print(intro + printable_lines(found.text), flush=True)
     if options.plot:
         draw_timeline(read_states(options.run), options.plot, when_alarmed(options.run))
         print(f"gradients in {options.plot}", file=sys.stderr)

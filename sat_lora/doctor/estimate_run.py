@@ -7,9 +7,11 @@ from argparse import Namespace
 from pathlib import Path
 
 from sat_lora.cogvlm.checkpoint import read_config, shortened
+from sat_lora.cogvlm.sizes import missing_sizes, size_problems
 from sat_lora.doctor.estimate import estimate
 from sat_lora.doctor.memory import Memory
 from sat_lora.errors import CheckpointError, ConfigError
+from sat_lora.foreign import read_json
 from sat_lora.training.deepspeed_config import base_dtype, deepspeed_config
 from sat_lora.training.lora_options import lora_config
 
@@ -51,9 +53,12 @@ def sizes_of(path: str | Path) -> dict:
     if path.suffix != ".json":
         return read_config(path)
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = read_json(path)
         if not isinstance(config, dict) or not {"image_length", "eva_args", "num_layers"} <= config.keys():
             raise ValueError("no image_length, eva_args and num_layers in it; it is no CogVLM's")
+        problems = size_problems(config) or [f"no {name}" for name in missing_sizes(config)]
+        if problems:
+            raise ValueError("; ".join(problems))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"--from_pretrained: {path} cannot be read as a model_config.json: {error}") from error
     return config

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from sat_lora.doctor.codes import CODES, ERROR, LEVELS
+from sat_lora.foreign import printable_lines
 
 _looked_for: set[str] = set()
 
@@ -113,5 +114,5 @@ def has_errors(findings: Iterable[Finding]) -> bool:
 def _block(finding: Finding) -> str:
     code = CODES[finding.code]
     lines = [("seen", finding.seen), ("where", finding.where), ("why", code.why), ("do", finding.fix or code.fix)]
-    shown = [f"  {label:<6}{text}".replace("\n", "\n        ") for label, text in lines if text]
+    shown = [f"  {label:<6}{printable_lines(text)}".replace("\n", "\n        ") for label, text in lines if text]
     return "\n".join([f"{code.level}: {finding.code}", *shown, f"  more  docs/doctor.md#{finding.code}"])

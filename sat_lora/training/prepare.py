@@ -111,7 +111,7 @@ def _checked_lora(options: Namespace) -> LoraConfig:
     sizes = read_config(options.from_pretrained)
     parts = options.model_parallel_size
     small = dict(hidden_size=2 * parts, num_attention_heads=parts, inner_hidden_size=parts)
-    vit = {**sizes["eva_args"], **small, "image_size": [1, 1], "patch_size": 1}
+    vit = {**sizes.get("eva_args", {}), **small, "image_size": [1, 1], "patch_size": 1}
     skeleton = build_cogvlm({**sizes, **small, "vocab_size": parts, "eva_args": vit}, model_parallel_size=parts)
     try:
         select(find_all_sites(skeleton), find_all_parameters(skeleton), config)

@@ -3,12 +3,13 @@
 import json
 import logging
 import shutil
+from argparse import Namespace
 from dataclasses import replace
 
 import pytest
 import torch
 
-from sat_lora import AdapterError, add_lora, load_adapter, save_adapter
+from sat_lora import AdapterError, CheckpointError, add_lora, load_adapter, save_adapter
 from sat_lora.adapter_format import read_adapter
 from sat_lora.base_identity import MOST, fingerprint_of, identity_of, positions, same_values
 from sat_lora.cogvlm.base_weights import BaseWeights
@@ -17,6 +18,7 @@ from sat_lora.cogvlm.hugging_face_folder import make_hugging_face_weights
 from sat_lora.combine import combine_adapters
 from sat_lora.live_base import identity_of_model
 from sat_lora.merge_checkpoint import merge_adapter
+from sat_lora.training.same_base import base_of_run
 from tests.sat_files import cut_by_sat, write_step
 from tests.tiny import CONFIG, fill_adapters, tiny_model
 
@@ -238,3 +240,21 @@ def test_a_record_of_another_length_is_no_traceback(tmp_path, adapter):
 def test_the_name_of_a_base_is_only_shown(adapter):
     saved = read_adapter(adapter)
     assert "\x1b" not in replace(saved.base, name="a\x1b[31m\nerror:").title
+
+
+def test_a_run_is_not_resumed_on_another_base_unless_one_insists(folders, adapter, tmp_path, single_process_group):
+    shutil.copytree(adapter, tmp_path / "run" / "adapter" / "20")
+    (tmp_path / "run" / "adapter" / "latest").write_text("20\n")
+    options = Namespace(
+        from_pretrained=str(folders / "other"), resume=str(tmp_path / "run"), run_folder=str(tmp_path / "run"),
+        trust_checkpoint=False, any_base=False,
+    )  # fmt: skip
+    with pytest.raises(CheckpointError, match="--resume: .*other has other values in .* than the base of this run"):
+        base_of_run(options)
+    options.any_base = True
+    assert base_of_run(options).name == "other"
+    options.any_base, options.from_pretrained = False, str(folders / "hf")
+    assert base_of_run(options).name == "hf"
+    shutil.rmtree(tmp_path / "run" / "adapter")
+    options.from_pretrained = str(folders / "other")
+    base_of_run(options)

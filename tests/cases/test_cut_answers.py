@@ -55,7 +55,7 @@ def test_of_very_many_long_answers_a_part_is_looked_at(dataset, monkeypatch):
     monkeypatch.setattr("sat_lora.training.answer_lengths.LAID_OUT", 10)
     lengths = answer_lengths(dataset(*["x" * 50] * 95))
     assert lengths.looked_at == lengths.cut and 5 <= lengths.looked_at <= 10
-    assert f"of {lengths.cut} of {lengths.cut} long samples looked at do not fit" in lengths.sentence(30)
+    assert f"{lengths.cut} of {lengths.cut} long answers are cut" in lengths.sentence(30)
 
 
 def test_of_a_stream_the_first_batch_with_a_cut_answer_is_said(dataset):

@@ -179,5 +179,5 @@ def test_the_json_of_a_shard_is_read_by_the_same_rules(tmp_path):
     assert 'the key "question" is not known, did you mean "prompt"?' in question.reason
     assert (good.prompt, good.answer) == ("q", "x")
     assert isinstance(weight, BrokenSample)
-    assert [*find_records(str(shard), ignored=["weight"])][2].read().answer == "x"
+    assert [*find_records(str(shard))][2].read(ignored=["weight"]).answer == "x"
     assert "its json names an image, 'a.png', but none lies beside it" in imageless.reason

@@ -31,14 +31,15 @@ def folders(tmp_path_factory, single_process_group):
     return str(root)
 
 
-def bases_of_a_rank(root, zero_stage, model_parallel):
+def bases_of_a_rank(root, zero_stage, model_parallel, loads_in_parts=True):
     """(the live model's values against the file's, after a change of what trains; the error on unequal bases)."""
     world = arrange(join(), model_parallel)
     config = engine_config(zero_stage, 2)
-    if zero_stage == 3:
+    loads_in_parts = loads_in_parts and zero_stage == 3
+    if loads_in_parts:
         set_up_deepspeed()
     model, _ = load_cogvlm(
-        f"{root}/0", model_parallel_size=model_parallel, zero_config=config if zero_stage == 3 else None
+        f"{root}/0", model_parallel_size=model_parallel, zero_config=config if loads_in_parts else None
     )
     (mixin, *_) = add_lora(model, r=2, target_modules=["attention.dense"], modules_to_save=["linear_proj", "boi"])
     engine = start_engine(model, adapter_optimizer(model, lr=1e-2), config)
@@ -63,3 +64,9 @@ def test_ranks_know_the_whole_base_and_the_rank_that_has_another(folders, zero_s
         assert values and shapes
         assert "not the same base on every rank: on rank 1 other than on rank 0" in error
         assert "transformer.layers.1.attention.dense.weight" in error
+
+
+@pytest.mark.matrix
+def test_originals_that_were_kept_before_zero_3_cut_the_model_are_taken_whole(folders):
+    for values, shapes, _ in run_ranks(bases_of_a_rank, 2, folders, 3, 1, loads_in_parts=False):
+        assert values and shapes
