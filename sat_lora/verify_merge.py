@@ -20,7 +20,7 @@ def lost_share(
     agree, 1 where nothing was merged. Computed in the base's dtype, in which weights and activations are rounded: half
     precision is allowed a half, float32 a thousandth. Each model is loaded whole, one after the other.
     """
-    arrange(join())
+    arrange(join(alone=True))
     dtype = dtype_of(BaseWeights(base, trust=trust))
     batch = sample_batch(read_config(base))
     plain, adapted = (_logits(base, batch, dtype, one, trust=trust) for one in (None, adapter))

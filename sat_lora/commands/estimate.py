@@ -37,7 +37,7 @@ def run(options: argparse.Namespace) -> int:
     from sat_lora.doctor.memory import memory_table
     from sat_lora.training.options import parse_options
 
-    run_options = parse_options(options.more, prog="sat-lora estimate")
+    run_options = parse_options(options.more, prog="sat-lora estimate", environ={})
     memory = estimate_run(run_options, ranks=options.gpus, device=options.device)
     available = None if options.device_memory is None else options.device_memory * 2**30
     fits = available is None or memory.total <= available

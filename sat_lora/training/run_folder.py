@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import math
+import os
 import platform
 import shutil
 from argparse import Namespace
@@ -13,6 +14,7 @@ from sat_lora.step_folders import drop_beyond
 from sat_lora.training.loss_plot import draw_losses
 from sat_lora.training.progress import Progress
 
+PATHS = ("from_pretrained", "local_tokenizer", "train_data", "valid_data", "test_data", "deepspeed_config", "save")
 PACKAGES = ("sat_lora", "torch", "deepspeed", "SwissArmyTransformer", "transformers")
 
 
@@ -60,7 +62,7 @@ class RunFolder:
         world: for instance {"ranks": 8, "data_parallel_size": 4, "model_parallel_size": 2, "device": "cuda"}.
         """
         if self.is_writer:
-            settings = {**vars(options), "given": sorted(options.given)}
+            settings = {**_absolute(vars(options)), "given": sorted(options.given)}
             content = {"settings": settings, "versions": versions(), "world": world, **more}
             write_json(self.path / "run.json", content)
 
@@ -174,6 +176,17 @@ class RunFolder:
 
     def __exit__(self, *error) -> None:
         self.close()
+
+
+def _absolute(settings: dict) -> dict:
+    """The settings with absolute paths, where something lies there: a run may be gone on with from any folder."""
+
+    def absolute(value):
+        if isinstance(value, list):
+            return [absolute(entry) for entry in value]
+        return os.path.abspath(value) if isinstance(value, str) and os.path.exists(value) else value
+
+    return settings | {name: absolute(settings[name]) for name in PATHS if name in settings}
 
 
 def read_records(path: str | Path) -> list[dict]:

@@ -111,7 +111,7 @@ def test_a_near_name_is_a_hint_and_never_an_option(argv, words, capsys):
 @pytest.mark.parametrize(
     "argv, words",
     [
-        (["inspect", "x", "--js"], "sat-lora: error: unknown: --js"),
+        (["inspect", "x", "--js"], "sat-lora inspect: error: unknown: --js; did you mean --json?"),
         (["merge", "--base", "a", "--adapter", "b", "--out", "c", "--veri"], "unknown: --veri"),
         (["merge", "--base", "a", "--adapter", "b", "--ou", "c"], "required: --out"),
         (["combine", "a", "--method", "cat", "--out", "b", "--weight", "1"], "unknown: --weight"),

@@ -253,3 +253,18 @@ def test_options_are_parsed_before_anything_heavy_is_imported():
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+
+
+def test_a_run_remembers_where_its_files_are(tmp_path, monkeypatch):
+    from sat_lora.training.run_folder import RunFolder
+
+    (tmp_path / "my images").mkdir()
+    monkeypatch.chdir(tmp_path)
+    options = parse_options(
+        ["--train-data", "my images", "gone.jsonl", "--local_tokenizer", "lmsys/vicuna"], environ={}
+    )
+    RunFolder("run", is_writer=True).write_settings(options, world={})
+    monkeypatch.chdir("/")
+    resumed = parse_options(["--resume", str(tmp_path / "run")], environ={})
+    assert resumed.train_data == [str(tmp_path / "my images"), "gone.jsonl"]  # what is not there stays as it was given
+    assert resumed.local_tokenizer == "lmsys/vicuna"
