@@ -184,7 +184,9 @@ def _absolute(settings: dict) -> dict:
     def absolute(value):
         if isinstance(value, list):
             return [absolute(entry) for entry in value]
-        return os.path.abspath(value) if isinstance(value, str) and os.path.exists(value) else value
+        if not isinstance(value, str) or value.startswith("pipe:"):
+            return value
+        return os.path.abspath(value) if os.path.exists(value) or value.endswith(".tar") else value
 
     return settings | {name: absolute(settings[name]) for name in PATHS if name in settings}
 
