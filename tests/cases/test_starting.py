@@ -260,11 +260,11 @@ def test_a_run_remembers_where_its_files_are(tmp_path, monkeypatch):
 
     (tmp_path / "my images").mkdir()
     monkeypatch.chdir(tmp_path)
-    options = parse_options(
-        ["--train-data", "my images", "gone.jsonl", "--local_tokenizer", "lmsys/vicuna"], environ={}
-    )
+    given = ["--train-data", "my images", "gone.jsonl", "--valid-data", "s-{0..3}.tar", "pipe:cat a.tar"]
+    options = parse_options([*given, "--local_tokenizer", "lmsys/vicuna"], environ={})
     RunFolder("run", is_writer=True).write_settings(options, world={})
     monkeypatch.chdir("/")
     resumed = parse_options(["--resume", str(tmp_path / "run")], environ={})
     assert resumed.train_data == [str(tmp_path / "my images"), "gone.jsonl"]  # what is not there stays as it was given
+    assert resumed.valid_data == [str(tmp_path / "s-{0..3}.tar"), "pipe:cat a.tar"]
     assert resumed.local_tokenizer == "lmsys/vicuna"
