@@ -6,8 +6,9 @@ READY := $(VENV)/.installed
 
 .PHONY: demo test test-matrix bench-gpu clean
 
+# The program `deepspeed` names its interpreter in its first line, which ends at the first space of a path.
 demo: $(READY)
-	"$(BIN)/python" -m deepspeed.launcher.runner finetune_demo/finetune_cogvlm.py  # `deepspeed`, in any path
+	"$(BIN)/python" -m deepspeed.launcher.runner finetune_demo/finetune_cogvlm.py
 
 test: $(READY)
 	"$(BIN)/python" -m pytest

@@ -25,5 +25,5 @@ setup(
         "test": ["pytest", "pytest-timeout", "hypothesis", "peft>=0.17", "captcha>=0.7"],
         "demo": ["captcha>=0.7"],
     },
-    entry_points={"console_scripts": ["sat-lora = sat_lora.cli:main"]},
+    entry_points={"console_scripts": ["sat-lora = sat_lora.cli:script"]},
 )

@@ -53,7 +53,7 @@ def verify_merge(
 
     trust: of the base, see `map_weights`. any_base: see `load_adapter`.
     """
-    arrange(join())
+    arrange(join(alone=True))
     model, config = _load(base, trust=trust)
     load_adapter(model, adapter, any_base=any_base)
     batch, mixins = sample_batch(config), lora_mixins(model).values()

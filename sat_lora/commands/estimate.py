@@ -38,7 +38,7 @@ def run(options: argparse.Namespace) -> int:
     from sat_lora.doctor.memory import memory_table
     from sat_lora.training.options import parse_options
 
-    settings = parse_options(options.more, prog="sat-lora estimate")
+    settings = parse_options(options.more, prog="sat-lora estimate", environ={})
     if not settings.given & {"from_pretrained", "resume", "replay"}:
         _refuse_no_base(options)
         print(f"no --from_pretrained: of the embedded tiny CogVLM, {settings.from_pretrained}", file=sys.stderr)

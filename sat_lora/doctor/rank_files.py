@@ -8,8 +8,9 @@ import shutil
 import struct
 from pathlib import Path
 
-PHASES = ("start", "data", "forward", "backward", "reduce", "optimizer", "evaluate", "save", "load", "test")
-OUTSIDE_OF_STEPS = ("start", "load", "test")  # loading, starting the engine, and the evaluation after training
+PHASES = ("start", "data", "forward", "backward", "reduce", "optimizer", "evaluate", "save", "load", "write", "test")
+# Loading, starting the engine, waiting for a save to be on the disk, and the evaluation after training.
+OUTSIDE_OF_STEPS = ("start", "load", "write", "test")
 FOLDER = "watchdog"
 ALIVE, FATAL = "alive.json", ".fatal.txt"
 NCCL_DUMP = "nccl_trace_rank_"

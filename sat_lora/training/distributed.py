@@ -29,17 +29,18 @@ class World:
         return self.rank == 0
 
 
-def join(backend: str | None = None, marks: Mapping[str, str] | None = None) -> torch.device:
+def join(backend: str | None = None, marks: Mapping[str, str] | None = None, *, alone: bool = False) -> torch.device:
     """Join the process group that `deepspeed` or `torchrun` describes in the environment, or be alone.
 
     NCCL on CUDA, unless `backend` says otherwise; gloo on the CPU whatever it says. On the CPU the ranks of a machine
     share its cores but one, which data workers need.
     marks: what all ranks have to have alike, by name (see `agreement`), compared before they do anything together.
+    alone: whatever the environment says, for a command of one process in a job of several.
     ConfigError: the environment is wrong or incomplete (see `find_place`), the port is taken, the other ranks do not
     come in time, or, on every rank, some marks differ.
     """
     environment = os.environ
-    place = find_place(environment)
+    place = find_place({} if alone else environment)
     is_joined = torch.distributed.is_initialized()
     if torch.cuda.is_available():
         _let_memory_grow(environment)

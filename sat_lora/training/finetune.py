@@ -129,6 +129,7 @@ def _train_and_evaluate(options: Namespace, setting: Setting, run: RunFolder, tr
     with run:
         run.start(options.train_iters, state.step)
         train(engine, loader, valid, options, run, world, state, dataset_size=data.samples, trace=trace)
+        trace.at("load")  # the last save's limit is not meant for what comes now
     model = end_training(engine)
     del engine, optimizer
     free_memory()

@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import socket
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -88,10 +89,25 @@ def ranks_on_this_machine(all_ranks: int, environ: Mapping[str, str] = os.enviro
     return int(environ.get("LOCAL_WORLD_SIZE") or environ.get("LOCAL_SIZE") or all_ranks)
 
 
-def announce(place: Place) -> None:
-    """Say what the process will wait for, where no launcher is known to have started the others."""
-    if place.size > 1 and not place.has_local_rank:
+def announce(place: Place, environ: Mapping[str, str] = os.environ) -> None:
+    """Say what the process will wait for, where no launcher is known to have started the others.
+
+    ConfigError: rank 0 is to listen at a port that another process has; known seconds before torch is imported.
+    """
+    if place.size == 1:
+        return
+    if place.rank == 0 and not agent_listens(environ):
+        try:
+            socket.create_server(("", place.port)).close()
+        except OSError as error:
+            raise taken_port(place, error.strerror) from error
+    if not place.has_local_rank:
         print(place.waiting, file=sys.stderr, flush=True)
+
+
+def agent_listens(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether torchrun's agent keeps the store in which the ranks meet, and no rank does."""
+    return environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def taken_port(place: Place, reason: object) -> ConfigError:

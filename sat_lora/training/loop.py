@@ -130,14 +130,14 @@ def train(
             if validates and not state.owes_validation:
                 is_best = _validate(engine, valid, run, world, state, writer, trace)
             if last or is_best or result.stop is not None or _due(state.step, options.save_interval):
-                trace.at("save")
+                trace.at("write")
                 start_saving(engine, options, run, world, state, writer)
                 saved = state.step
             if result.stop is not None:
                 finish_saving(writer)
                 raise Stopped(result.stop, state.step)
             clock += time.perf_counter() - paused
-        trace.at("save")
+        trace.at("write")
         finish_saving(writer)
 
 
@@ -154,7 +154,7 @@ def _validate(
 
     One that is not finite never is.
     """
-    trace.at("save")
+    trace.at("write")
     finish_saving(writer)  # the data workers of a validation are forked, which a thread at work may not outlive well
     trace.at("evaluate")
     loss, broken = validation_loss(engine, valid, world, trace)

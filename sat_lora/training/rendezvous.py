@@ -17,7 +17,7 @@ from torch.distributed import PrefixStore, Store, TCPStore
 from sat_lora.errors import ConfigError
 from sat_lora.foreign import printable
 from sat_lora.training.agreement import differences, disagreement
-from sat_lora.training.launch import ALONE, Place, taken_port
+from sat_lora.training.launch import ALONE, Place, agent_listens, taken_port
 
 PATIENCE = 15.0  # seconds of waiting before it is said
 _meetings = 0  # of this process: a store that lives on has the keys of earlier ones
@@ -110,7 +110,7 @@ def _attempt() -> str:
 
 def _store(place: Place, deadline: _Deadline) -> TCPStore:
     """Rank 0 listens, unless torchrun's agent does; the others connect."""
-    listens = place.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    listens = place.rank == 0 and not agent_listens()
     if not listens:
         _wait_for_listener(place, deadline)
     left = timedelta(seconds=max(5.0, deadline.end - time.monotonic()))
@@ -121,20 +121,11 @@ def _store(place: Place, deadline: _Deadline) -> TCPStore:
     except (RuntimeError, ValueError) as error:  # DistNetworkError among them
         reason = str(error).splitlines()[0][:300]
         if listens:
-            raise taken_port(place, _reason(place.port) or reason) from error
+            raise taken_port(place, reason) from error
         raise ConfigError(
             f"MASTER_ADDR, MASTER_PORT: rank {place.rank} cannot join at {place.address}:{place.port}: "
             f"{printable(reason)}; most likely something else listens there, choose another port (--master_port)"
         ) from error
-
-
-def _reason(port: int) -> str | None:
-    """Why the system lets nobody listen at a port; None if it does."""
-    try:
-        with socket.create_server(("", port)):
-            return None
-    except OSError as error:
-        return error.strerror
 
 
 def _wait_for_listener(place: Place, deadline: _Deadline) -> None:

@@ -5,6 +5,7 @@ import importlib.metadata
 import itertools
 import json
 import math
+import os
 import platform
 import shutil
 from argparse import Namespace
@@ -22,6 +23,7 @@ from sat_lora.training.run_logs import AppendedFile, EventFile
 
 RUN, LOG, EVALUATION = "run.json", "train.jsonl", "evaluation.json"
 DATA = ("train_data", "valid_data", "test_data")
+PATHS = ("from_pretrained", "local_tokenizer", *DATA, "deepspeed_config", "save")
 FOLDERS = ("adapter", "checkpoints")
 LOG_LIMIT = 1 << 30  # bytes of a train.jsonl; a line of it has some 200
 PACKAGES = ("sat_lora", "torch", "deepspeed", "SwissArmyTransformer", "transformers")
@@ -175,7 +177,7 @@ class RunFolder:
         if not self.is_writer:
             return
         self.title = f"{self.path.name}, of {Path(options.from_pretrained).name}"
-        settings = {**vars(options), "given": sorted(options.given)}
+        settings = {**_absolute(vars(options)), "given": sorted(options.given)}
         self._settings = {"settings": settings, "versions": versions(), "world": world, **more}
         write_json(self.path / RUN, self._settings)
 
@@ -329,6 +331,19 @@ class RunFolder:
 
     def __exit__(self, *error) -> None:
         self.close()
+
+
+def _absolute(settings: dict) -> dict:
+    """The settings with absolute paths, where something lies there: a run may be gone on with from any folder."""
+
+    def absolute(value):
+        if isinstance(value, list):
+            return [absolute(entry) for entry in value]
+        if not isinstance(value, str) or value.startswith("pipe:"):
+            return value
+        return os.path.abspath(value) if os.path.exists(value) or value.endswith(".tar") else value
+
+    return settings | {name: absolute(settings[name]) for name in PATHS if name in settings}
 
 
 def lowest(records: list[dict]) -> tuple[int, float] | None:

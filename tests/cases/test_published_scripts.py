@@ -59,6 +59,7 @@ def test_so_are_the_other_options_of_fine_tuning(more, evaluate):
     assert options.test_data == ["a"] and options.no_effect
 
 
+@pytest.mark.usefixtures("single_process_group")
 def test_a_merged_model_is_evaluated_alone_and_said_so(evaluate, captchas, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("sat_lora.training.distributed.torch.distributed.destroy_process_group", lambda: None)
     monkeypatch.setattr("sat_lora.training.distributed.mpu.destroy_model_parallel", lambda: None)
@@ -67,7 +68,7 @@ def test_a_merged_model_is_evaluated_alone_and_said_so(evaluate, captchas, tmp_p
     status = evaluate.main([*map(str, options), "--out", str(out), "--strict-eval", "--use_lora"])
     printed = capsys.readouterr().out
     assert status == 0, printed
-    assert "no effect on an evaluation: --use_lora, --strict-eval" in printed
+    assert "no effect on an evaluation: --strict-eval, --use_lora" in printed
     assert f"no --adapter: {base} is evaluated alone" in printed
     assert "16 images" in printed and "base + adapter" not in printed
     assert "adapter" not in out.read_text()
@@ -110,7 +111,7 @@ def test_a_near_name_is_a_hint_and_never_an_option(argv, words, capsys):
 @pytest.mark.parametrize(
     "argv, words",
     [
-        (["inspect", "x", "--js"], "sat-lora: error: unknown: --js"),
+        (["inspect", "x", "--js"], "sat-lora inspect: error: unknown: --js; did you mean --json?"),
         (["merge", "--base", "a", "--adapter", "b", "--out", "c", "--veri"], "unknown: --veri"),
         (["merge", "--base", "a", "--adapter", "b", "--ou", "c"], "required: --out"),
         (["combine", "a", "--method", "cat", "--out", "b", "--weight", "1"], "unknown: --weight"),

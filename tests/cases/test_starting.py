@@ -1,9 +1,11 @@
 """Kind 11, starting: the environment that launchers and platforms leave, ports, folders that may not be read."""
 
 import os
+import shlex
 import socket
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from sat_lora.training.distributed import together
 from sat_lora.training.launch import announce, find_place, ranks_on_this_machine, relaunch, sat_lora_line
 from sat_lora.training.notice import is_first_rank
 from sat_lora.training.options import parse_options
+from tests.finetune_demo.test_pack_shards import load_script
 
 ROOT = Path(__file__).parents[2]
 FULL = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
@@ -100,9 +103,13 @@ def test_a_port_that_another_job_has_is_named_with_what_the_launchers_want():
         environ = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         with pytest.raises(ConfigError) as caught:
             rendezvous.meet(find_place(environ))
-    words = str(caught.value)
-    assert f"rank 0 cannot listen at port {port}: Address already in use" in words
-    assert all(f"{name} --master_port {port + 1}" in words for name in ("deepspeed", "torchrun"))
+        with pytest.raises(ConfigError) as at_once:
+            announce(find_place(environ), environ)
+        announce(find_place(environ), {**environ, "TORCHELASTIC_USE_AGENT_STORE": "True"})  # then it is the agent's
+    for error in (caught, at_once):
+        words = str(error.value)
+        assert f"rank 0 cannot listen at port {port}: " in words and "ddress already in use" in words
+        assert all(f"{name} --master_port {port + 1}" in words for name in ("deepspeed", "torchrun"))
 
 
 def test_one_process_alone_does_not_care_for_the_port_of_another():
@@ -180,6 +187,44 @@ def test_a_run_is_started_again_under_its_own_launcher():
     assert ranks_on_this_machine(4, {}) == 4
 
 
+def what_next(run, **settings):
+    options = dict(test_data=None, model_parallel_size=1, trust_checkpoint=False, train_iters=4, from_pretrained="base")
+    lines = load_script("finetune_cogvlm")._what_next(Namespace(run_folder=str(run), **{**options, **settings}))
+    return {line.split(maxsplit=1)[0]: line.split(maxsplit=1)[1] for line in lines.splitlines()}
+
+
+def test_only_what_will_work_is_printed_and_the_best_adapter_where_it_is_better(tmp_path, monkeypatch):
+    for name in FULL:
+        monkeypatch.delenv(name, raising=False)
+    run = tmp_path / "a run"
+    (run / "adapter").mkdir(parents=True)
+    (run / "merged").mkdir()
+    lines = what_next(run)
+    assert lines.keys() == {"adapter", "merge", "resume"}
+    assert shlex.split(lines["merge"])[-4:] == ["--adapter", f"{run}/adapter", "--out", f"{run}/merged-2"]
+    assert shlex.split(lines["resume"])[2:] == ["--resume", str(run), "--train-iters", "8"]
+    for name, step in (("latest", "4"), ("best", "2")):
+        (run / "adapter" / name).write_text(f"{step}\n")
+    lines = what_next(run, test_data=["x"], trust_checkpoint=True)
+    best = ["--adapter", f"{run}/adapter/best"]
+    assert shlex.split(lines["evaluate"])[2:] == ["--run", str(run), *best, "--trust-checkpoint"]
+    assert lines["evaluation"] == f"{run}/evaluation.json" and lines["adapter"] == best[1]
+    assert "--trust-checkpoint" in shlex.split(lines["merge"]) and best[1] in shlex.split(lines["merge"])
+    assert shlex.split(lines["resume"])[4] == "--trust-checkpoint"
+    assert what_next(run)["resume"].startswith(shlex.quote(sys.executable))
+
+
+def test_a_model_that_ranks_share_is_evaluated_by_as_many(tmp_path, monkeypatch):
+    for name, text in {**FULL, "RANK": "0", "CROSS_RANK": "0", "LOCAL_SIZE": "2"}.items():
+        monkeypatch.setenv(name, text)
+    lines = what_next(tmp_path, test_data=["x"], model_parallel_size=2)
+    assert "-m deepspeed.launcher.runner --num_gpus 2" in lines["evaluate"]
+    assert "--num_gpus" not in what_next(tmp_path, test_data=["x"])["evaluate"]
+    monkeypatch.setenv("LOCAL_SIZE", "1")  # of two machines: no single line starts them
+    lines = what_next(tmp_path, test_data=["x"], model_parallel_size=2)
+    assert "evaluate" not in lines and lines["resume"].startswith("the launcher and the ranks that the run had, and ")
+
+
 def test_options_are_parsed_before_anything_heavy_is_imported():
     code = (
         "import contextlib, io, sys\n"
@@ -208,3 +253,18 @@ def test_options_are_parsed_before_anything_heavy_is_imported():
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+
+
+def test_a_run_remembers_where_its_files_are(tmp_path, monkeypatch):
+    from sat_lora.training.run_folder import RunFolder
+
+    (tmp_path / "my images").mkdir()
+    monkeypatch.chdir(tmp_path)
+    given = ["--train-data", "my images", "gone.jsonl", "--valid-data", "s-{0..3}.tar", "pipe:cat a.tar"]
+    options = parse_options([*given, "--local_tokenizer", "lmsys/vicuna"], environ={})
+    RunFolder("run", is_writer=True).write_settings(options, world={})
+    monkeypatch.chdir("/")
+    resumed = parse_options(["--resume", str(tmp_path / "run")], environ={})
+    assert resumed.train_data == [str(tmp_path / "my images"), "gone.jsonl"]  # what is not there stays as it was given
+    assert resumed.valid_data == [str(tmp_path / "s-{0..3}.tar"), "pipe:cat a.tar"]
+    assert resumed.local_tokenizer == "lmsys/vicuna"
