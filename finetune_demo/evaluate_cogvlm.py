@@ -22,8 +22,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--adapter", metavar="DIR", help="adapter folder (default: RUN_FOLDER/adapter)")
     add("--test-data", nargs="+", metavar="PATH", help="folders of images LABEL.png, or .jsonl files")
     add("--local_tokenizer", metavar="DIR", help="tokenizer folder (default: the base's)")
-    add("--version", choices=["base", "chat", "vqa", "chat_old"], help="prompt format of the base (default: chat)")
-    add("--prompt", help="the query that goes with every image (default: CAPTCHA:)")
+    versions = ["base", "chat", "vqa", "chat_old"]
+    add("--version", choices=versions, help="prompt format of the base (default: its config's, or chat)")
+    add("--prompt", help="the query of every image without its own (default: What is this?)")
     add("--max_length", type=int, metavar="N", help="longest sequence in tokens (default: 1288)")
     add("--eval-batch-size", "--batch-size", type=int, metavar="N", help="images generated for at once (default: 4)")
     add("--model-parallel-size", type=int, metavar="N", help="ranks that share one copy of the model (default: 1)")
@@ -35,13 +36,19 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 DEFAULTS = dict(
-    version="chat", prompt="CAPTCHA:", max_length=1288, eval_batch_size=4, model_parallel_size=1, trust_checkpoint=False
+    version="chat",
+    prompt="What is this?",
+    max_length=1288,
+    eval_batch_size=4,
+    model_parallel_size=1,
+    trust_checkpoint=False,
 )
 
 
 def read_settings(options: argparse.Namespace) -> argparse.Namespace:
     """The options, filled up from the run's settings and the defaults; ConfigError if something is still missing."""
     from sat_lora.errors import ConfigError
+    from sat_lora.training.defaults import version_of
 
     stored = {}
     if options.run:
@@ -61,6 +68,8 @@ def read_settings(options: argparse.Namespace) -> argparse.Namespace:
         **{k: v for k, v in stored.items() if k in known and v is not None},
         **given,
     }
+    if merged["from_pretrained"] and not (given.get("version") or stored.get("version")):
+        merged["version"] = version_of(merged["from_pretrained"]) or DEFAULTS["version"]
     options = argparse.Namespace(**merged)
     options.local_tokenizer = options.local_tokenizer or options.from_pretrained
     missing = [f"--{name}" for name in ("from_pretrained", "adapter") if not getattr(options, name)]
