@@ -35,8 +35,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--adapter", metavar="DIR", help="adapter folder (default: RUN_FOLDER/adapter; without both, the base alone)")
     add("--test-data", nargs="+", metavar="PATH", help="folders of images LABEL.png, or .jsonl files")
     add("--local_tokenizer", metavar="DIR", help="tokenizer folder (default: the base's)")
-    add("--version", choices=["base", "chat", "vqa", "chat_old"], help="prompt format of the base (default: chat)")
-    add("--prompt", help="the query that goes with every image (default: CAPTCHA:)")
+    versions = ["base", "chat", "vqa", "chat_old"]
+    add("--version", choices=versions, help="prompt format of the base (default: its config's, or chat)")
+    add("--prompt", help="the query of every image without its own (default: What is this?)")
     add("--special-tokens-in-text", action="store_true", default=None, help="a text that spells </s> means the token")
     add("--ignore-keys", nargs="+", metavar="KEY", help="keys of .jsonl lines to pass over")
     add("--images-from", nargs="+", metavar="DIR", help="folders that .jsonl lines may lead to by ..")
@@ -71,14 +72,20 @@ class _NoEffect(argparse.Action):
 
 
 DEFAULTS = dict(
-    version="chat", prompt="CAPTCHA:", max_length=1288, eval_batch_size=4, model_parallel_size=1, watchdog_limit=120.0,
+    version="chat",
+    prompt="What is this?",
+    max_length=1288,
+    eval_batch_size=4,
+    model_parallel_size=1,
+    watchdog_limit=120.0,
     trust_checkpoint=False,
-)  # fmt: skip
+)
 
 
 def read_settings(options: argparse.Namespace) -> argparse.Namespace:
     """The options, filled up from the run's settings and the defaults; ConfigError if something is still missing."""
     from sat_lora.errors import ConfigError
+    from sat_lora.training.defaults import version_of
     from sat_lora.training.options import settings_of_run
 
     stored = {}
@@ -98,6 +105,8 @@ def read_settings(options: argparse.Namespace) -> argparse.Namespace:
         **{k: v for k, v in stored.items() if k in known and v is not None},
         **given,
     }
+    if merged["from_pretrained"] and not (given.get("version") or stored.get("version")):
+        merged["version"] = version_of(merged["from_pretrained"]) or DEFAULTS["version"]
     options = argparse.Namespace(**merged)
     options.local_tokenizer = options.local_tokenizer or options.from_pretrained
     missing = [f"--{name}" for name in ("from_pretrained", "test-data") if not getattr(options, name.replace("-", "_"))]

@@ -7,7 +7,9 @@ from pathlib import Path
 
 from sat_lora.doctor.rank_state import RankState
 from sat_lora.errors import ConfigError
+from sat_lora.targets import part_of
 
+MOST_NAMES = 12  # towers and pieces of them that are named at the side
 COLOURS = ("#08519c", "#d94801", "#006d2c", "#6a51a3", "#a50f15", "#525252", "#c51b8a", "#01665e")
 
 
@@ -31,6 +33,12 @@ def draw_timeline(states: Sequence[RankState], path: str | Path, now: float | No
     figure = Figure(figsize=(9, 5.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot(xlabel="seconds since the first gradient", ylabel="gradients, in order of arrival")
+    towers = stretches(order)
+    if 1 < len(towers) <= MOST_NAMES:
+        for _, last, _ in towers[:-1]:
+            axes.axhline(last + 0.5, color="#bdbdbd", linewidth=0.8)
+        names = [f"{tower}\n{first} to {last}" for first, last, tower in towers]
+        axes.set_yticks([(first + last) / 2 for first, last, _ in towers], names, fontsize=8)
     for one in shown:
         points = [(when - start, order[name]) for name, when in one.arrivals]
         label = f"rank {one.rank}: {len({name for name, _ in one.arrivals})} of {len(one.expected)}"
@@ -64,6 +72,27 @@ def arrival_order(states: Sequence[RankState]) -> dict[str, int]:
     by_number = sorted(states, key=lambda one: -len(one.arrivals))
     names = dict.fromkeys(name for one in by_number for name, _ in one.arrivals)
     return {name: place for place, name in enumerate(names)}
+
+
+def stretches(order: dict[str, int]) -> list[tuple[int, int, str]]:
+    """Neighbouring gradients of one tower of the model: (first place, last place, tower)."""
+    towers = [(place, tower_of(part_of(module_of(name)))) for name, place in order.items()]
+    runs = [[*run] for _, run in groupby(towers, key=lambda pair: pair[1])]
+    return [(run[0][0], run[-1][0], run[0][1]) for run in runs]
+
+
+def tower_of(part: str) -> str:
+    """The tower that a part, see `part_of`, belongs to."""
+    if part.startswith(("vit-", "patch-")):
+        return "vision tower"
+    return part if part in ("projector", "other") else "language model"
+
+
+def module_of(parameter: str) -> str:
+    """The adapted layer that a parameter of a mixin belongs to, whose path it has with slashes; else its own module."""
+    owner = parameter.rpartition(".")[0]
+    layer = owner.rpartition(".")[2]
+    return layer.replace("/", ".") if "/" in layer else owner
 
 
 def gaps(one: RankState, order: dict[str, int]) -> list[tuple[int, int]]:

@@ -11,6 +11,7 @@ from sat_lora.foreign import printable
 WINDOW = 25  # points that a smoothed one is made of, at most
 SHARE = 15  # and no more than this part of all: the line has to lie on the data
 LOG_RANGE = 20  # from this ratio of largest to smallest loss on, the axis is logarithmic
+TITLE = 90  # characters that a title has room for
 TRAINING, SMOOTHED, VALIDATION, RATE = "#9ecae1", "#08519c", "#d94801", "#525252"
 
 
@@ -73,7 +74,7 @@ def draw_losses(records: Sequence[dict], path: str | Path, title: str = "") -> N
         axes.set_yscale("log")
     if losses:
         axes.legend(frameon=False, fontsize=9)
-    below.set(xlabel="optimizer step", ylim=(0, max((rate for _, rate in rates), default=1.0) * 1.15))
+    below.set(xlabel="optimizer step", ylim=(0, (max((rate for _, rate in rates), default=0) or 1.0) * 1.15))
     below.set_ylabel("learning\nrate", fontsize=9)
     below.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2), useMathText=True)
     below.tick_params(axis="y", labelsize=8)
@@ -95,5 +96,8 @@ def draw_losses(records: Sequence[dict], path: str | Path, title: str = "") -> N
 
 
 def _plain(title: str) -> str:
-    """As it is, on one line: `$` would begin a formula."""
-    return printable(title).replace("$", r"\$")
+    """As it is, on one line, its middle left out where it is long: `$` would begin a formula."""
+    title = printable(title)
+    if len(title) > TITLE:
+        title = f"{title[: TITLE // 2]}...{title[-TITLE // 2 + 3 :]}"
+    return title.replace("$", r"\$")

@@ -10,9 +10,9 @@ import torch
 from sat_lora.cogvlm.checkpoint import check_files, read_config
 from sat_lora.cogvlm.model import parallel_problems
 from sat_lora.cogvlm.pictures import FORMATS, read_picture
-from sat_lora.cogvlm.text import PROMPTS, load_tokenizer, prompt_for, prompt_text, shortest_length
+from sat_lora.cogvlm.text import IMAGE_PLACE, PROMPTS, load_tokenizer, prompt_for, prompt_text, shortest_length
 from sat_lora.errors import CheckpointError, ConfigError, DataError, SatLoraError
-from sat_lora.foreign import os_problem
+from sat_lora.foreign import os_problem, printable
 from sat_lora.training.checkpoint import samples_per_step
 from sat_lora.training.data import DataCounts, read_items, reading_options
 from sat_lora.training.deepspeed_config import deepspeed_config
@@ -76,7 +76,10 @@ def _base_and_prompt_problems(options: Namespace, environ: Mapping[str, str]) ->
         yield f"--from_pretrained: {os_problem(error)}"
     yield from _model_parallel_problems(options, config or {}, environ)
     if options.version not in PROMPTS:
-        yield f"--version: got {options.version!r}, wanted one of {', '.join(PROMPTS)}"
+        got = f"got {options.version!r}"
+        if "version" not in options.given:
+            got = f"the config of {options.from_pretrained} names {options.version!r}"
+        yield f"--version: {printable(got)}, wanted one of {', '.join(PROMPTS)}"
     # Without an option of its own the tokenizer is the base's; one wrong folder then is one problem, not two.
     if options.local_tokenizer != options.from_pretrained or config is not None:
         try:
@@ -88,6 +91,7 @@ def _base_and_prompt_problems(options: Namespace, environ: Mapping[str, str]) ->
     missing = [name for name in ("bos_token_id", "eos_token_id") if getattr(tokenizer, name, None) is None]
     if missing:
         yield f"--local_tokenizer: {options.local_tokenizer} has no {' and no '.join(missing)}; give the base's own"
+    yield from _vocabulary_problems(options, config, tokenizer)
     image_length = config.get("image_length")
     if not isinstance(image_length, int):
         yield f"--from_pretrained: {options.from_pretrained}/model_config.json has no image_length; it is no CogVLM"
@@ -111,6 +115,21 @@ def _shortest(tokenizer, image_length: int, options: Namespace) -> int:
     if special:
         prompt = prompt_for(options.version, options.prompt)
     return shortest_length(tokenizer, prompt, image_length, special)
+
+
+def _vocabulary_problems(options: Namespace, config: dict, tokenizer) -> Iterator[str]:
+    """Of the tokens that every sample has; `check_vocabulary` looks at the samples."""
+    size = config.get("vocab_size")
+    if not isinstance(size, int) or options.version not in PROMPTS:
+        return
+    words = prompt_for(options.version, options.prompt).replace(IMAGE_PLACE, "")
+    ids = [*tokenizer.encode(words, add_special_tokens=False), tokenizer.bos_token_id, tokenizer.eos_token_id]
+    outside = [number for number in ids if number is not None and not 0 <= number < size]
+    if outside:
+        yield (
+            f"--local_tokenizer: {options.local_tokenizer} makes token {max(outside)}, the base has a vocabulary of "
+            f"{size}, from 0 to {size - 1}; give the base's own tokenizer"
+        )
 
 
 def _model_parallel_problems(options: Namespace, config: dict, environ: Mapping[str, str]) -> Iterator[str]:

@@ -8,13 +8,14 @@ import math
 import os
 import platform
 import shutil
+import sys
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from sat_lora.atomic import replace_text
-from sat_lora.foreign import parse_json, printable, read_bytes, read_json
+from sat_lora.foreign import parse_json, printable, printable_lines, read_bytes, read_json
 from sat_lora.step_folders import LATEST, point_to, read_pointer, remove_all, set_back, steps_in
 from sat_lora.training.loss_plot import draw_losses, points
 from sat_lora.training.progress import Progress
@@ -289,14 +290,16 @@ class RunFolder:
             self.say(f"skipped: {printable(reason)}")
 
     def say(self, text: str) -> None:
-        """Print lines above the progress bar, on the writer only."""
+        """Print lines above the progress bar, on the writer only, with what a terminal would obey escaped."""
         if not self.is_writer:
             return
-        with contextlib.suppress(OSError, ValueError):  # nobody reads any more, or a log's disk is full
+        text = printable_lines(text)
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # nobody reads any more, or a full disk
             if self._progress is not None:
                 self._progress.say(text)
             else:
-                print(text, flush=True)
+                encoding = sys.stdout.encoding or "utf-8"
+                print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
 
     def draw(self) -> None:
         """loss.png, of every record so far; on any thread, one at a time."""

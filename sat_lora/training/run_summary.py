@@ -23,6 +23,7 @@ from sat_lora.training.sources import FileSource, ShardSource
 
 COLUMNS, LABEL = 80, 10  # of a line, and of the word before it
 COUNTED = 1000  # samples that are tokenised, whatever there are
+OF_SHARDS = 100  # of tar shards, whose images are read with the rest
 LONGEST = 64  # characters a token, at most: what lies beyond is cut off anyhow, and is not tokenised
 
 
@@ -66,12 +67,12 @@ def look_at(source: FileSource | ShardSource, vocabulary: int) -> Texts:
 
 
 def first_items(source: FileSource | ShardSource) -> Iterator[Item]:
-    """At most COUNTED of them; those of shards that cannot be read are passed over."""
+    """At most COUNTED of them, or OF_SHARDS; those of shards that cannot be read are passed over."""
     if isinstance(source, FileSource):
         yield from source.dataset.items[:COUNTED]
         return
     records = itertools.chain.from_iterable(find_records(shard.path) for shard in source.shards)
-    for record in itertools.islice(records, COUNTED):
+    for record in itertools.islice(records, OF_SHARDS):
         item = record.read(source.options.max_pixels, source.options.ignore_keys)
         if isinstance(item, Item):
             yield item

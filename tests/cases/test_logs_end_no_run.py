@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import io
 import json
 import os
 import sys
@@ -152,6 +153,16 @@ def test_a_screen_that_is_gone_ends_nothing(stream, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, stream, Gone())
     train(tmp_path)
     assert len(read_records(tmp_path / "train.jsonl")) == 12
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_a_screen_of_few_characters_shows_the_others_escaped(encoding, tmp_path, monkeypatch):
+    screen = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, "stdout", screen)
+    RunFolder(tmp_path, is_writer=True).say("sample  验证\x1b[2J\ud800\nsecond line")
+    shown = screen.buffer.getvalue().decode(encoding)
+    assert shown.startswith("sample  验证" if encoding == "utf-8" else "sample  \\u9a8c\\u8bc1")
+    assert shown.endswith("\\x1b[2J\\ud800\nsecond line\n")
 
 
 def test_settings_that_cannot_be_written_are_one_error_with_the_folder(tmp_path):
