@@ -154,7 +154,8 @@ class RunLock:
 
     def share(self) -> None:
         """Let every rank hold it, not the first alone."""
-        together(self._share)
+        together(lambda: self._share() if _is_first() else None)  # it has the lock for itself alone until then
+        together(lambda: None if _is_first() else self._share())
         processes = tuple(gather_lists([Process.current()]))
         if _is_first() and self._descriptor is not None:
             with contextlib.suppress(OSError):  # it is held all the same

@@ -1,4 +1,4 @@
-"""run.json, state.json, pointers and logs as editors, other versions and attackers leave them: an error, or no effect."""
+"""run.json, state.json, pointers, logs as editors, other versions and attackers leave them: one error, or nothing."""
 
 import json
 import os
