@@ -47,7 +47,6 @@ def finetune(options: Namespace, make_data: Callable[[], None] | None = None) ->
 def _finetune(options: Namespace, make_data: Callable[[], None] | None, lock: RunLock) -> World:
     problems = results_problems(options) if torch.distributed.get_rank() == 0 else []
     setting = prepare(options, make_data, problems=problems)
-    lock.share()
     world = setting.world
     run = RunFolder(options.run_folder, is_writer=world.is_main, lock=lock)
     freed = size_of(run.path) if options.overwrite else 0
@@ -69,6 +68,7 @@ def _finetune(options: Namespace, make_data: Callable[[], None] | None, lock: Ru
         together(check_data, options, stored, run.facts["data"])
         for note in notes(options, stored, run.facts["valid_data"]):
             run.say(note)
+    lock.share()
     model, config = load_base(options, setting, layers=options.shrink if options.replay else None)
     add_lora(model, setting.lora)
     run.say(describe_text(model))
