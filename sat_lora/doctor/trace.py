@@ -4,6 +4,7 @@ The mapping is shared, so that the kernel keeps what was written whatever become
 each other for it. `rank_state` reads it.
 """
 
+import contextlib
 import json
 import mmap
 import os
@@ -156,7 +157,8 @@ class Trace(NoTrace):
         frames = [] if error is None else traceback.extract_tb(error.__traceback__)
         places = [[frame.filename, frame.lineno, frame.name, frame.line] for frame in reversed(frames)]
         content = dict(error=text, frames=places, time=time.time())
-        file_of(self.folder, self.rank, ".end.json").write_text(json.dumps(content), encoding="utf-8")
+        with contextlib.suppress(OSError):  # the folder is gone, or the disk full: no reason to hide how the run ended
+            file_of(self.folder, self.rank, ".end.json").write_text(json.dumps(content), encoding="utf-8")
 
     def arrival(self, number: int) -> Callable[[object], None]:
         """A hook of the parameter of that number: its gradient has come. As cheap as it gets, like `_note_into`."""

@@ -62,8 +62,6 @@ def _finetune(options: Namespace, make_data: Callable[[], None] | None, lock: Ru
         data_parallel_size=world.data_parallel_size,
     )
     run.facts = facts_of_run(options, data.description(), valid_data and valid_data.description())
-    if lock.note:
-        run.say(lock.note)
     if stored is not None:
         together(check_data, options, stored, run.facts["data"])
         for note in notes(options, stored, run.facts["valid_data"]):

@@ -137,7 +137,7 @@ class RunLock:
         self.folder, self.path, self.doing, self.option = Path(folder), Path(folder) / LOCK, doing, option
         self.instead = instead
         self.note: str | None = None
-        """What there is to say of a lock that was taken over, on rank 0."""
+        """What was said of a lock that was taken over, on rank 0."""
         self._descriptor: int | None = None
         self._made: list[Path] = []
 
@@ -282,6 +282,7 @@ class RunLock:
         if (away and not holder.is_requeued_as_this) or (not has_flock and holder.alive):
             raise ConfigError(self._in_use(holder))
         self.note = f"{printable(self.folder)}: its lock is of a run that has ended ({holder}); taken over"
+        print(self.note, flush=True)
 
     def _in_use(self, holder: Holder | None) -> str:
         head = f"{self.option}: {printable(self.folder)} is in use"
