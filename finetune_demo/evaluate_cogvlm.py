@@ -105,7 +105,8 @@ def main(argv: list[str] | None = None) -> int:
             print(f"evaluate_cogvlm.py: error: {error}", file=sys.stderr, flush=True)
         return 2
     if world.is_main:
-        print(f"{evaluation_table(result)}\nwritten to {out}")
+        why = "" if run or options.out else "; evaluation.json of a run is for its own adapter and base"
+        print(f"{evaluation_table(result)}\nwritten to {out}{why if out.name != 'evaluation.json' else ''}")
     stop()
     return 0
 
