@@ -17,6 +17,7 @@ from sat_lora.training.random_state import parsed, random_state
 from sat_lora.training.resume import check_data, facts_of_run, notes, settled_problems
 from sat_lora.training.run_folder import RunFolder, read_records, write_json
 from sat_lora.training.sources import FileSource
+from tests.training.stored_state import stored_state
 
 # run.json
 
@@ -117,10 +118,7 @@ def test_other_folders_are_told_what_they_are(tmp_path):
 
 # state.json
 
-STATE_OF_4 = dict(
-    step=4, skipped=1, best_loss=2.5, best_step=2, good_step=2, owes_validation=False, steps_taken=3,
-    samples_per_step=8, layout=[1, 1], loss_scale={"cur_scale": 1024.0}, random=[random_state()], run={},
-)  # fmt: skip
+STATE_OF_4 = stored_state()
 WRONG_STATES = {
     "step": [3, 10**9, "4", 4.0, None, True, -4],
     "skipped": [-1, 5, "0", None],
