@@ -98,6 +98,7 @@ def results_problems(options: Namespace) -> list[str]:
     return [
         f"--save: {printable(folder)} holds the results of a run: {printable(', '.join(results))}; nothing was "
         f"changed. Start elsewhere (--experiment-name {printable(free)}), {go_on}or remove them (--overwrite)"
+        + ("" if can_resume else "; --resume needs a checkpoint, and there is none")
     ]
 
 

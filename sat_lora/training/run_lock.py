@@ -289,7 +289,7 @@ class RunLock:
         if holder is None:
             return f"{head} by another process; wait for its end, or {self.instead}"
         hosts = {process.host for process in holder.processes if not process.is_here}
-        if hosts:
+        if hosts and not holder.alive:
             names = printable(", ".join(sorted(hosts)))
             return (
                 f"{head} by a run on another machine ({holder}), as far as can be seen from here; wait for its end. If "

@@ -188,7 +188,8 @@ def test_results_of_anyone_are_refused_by_name_with_every_way_out(what, tmp_path
     before = contents(run)
     (problem,) = results_problems(options_of(tmp_path))
     assert str(run) in problem and "--experiment-name run-2" in problem and "--overwrite" in problem
-    assert ("--resume" in problem) == (run / "checkpoints" / LATEST).exists()
+    assert (f"--resume {run})" in problem) == (run / "checkpoints" / LATEST).exists()
+    assert "--resume" in problem
     assert results_problems(options_of(tmp_path, "--overwrite")) == []
     assert contents(run) == before
     RunFolder(run, is_writer=True).remove_results()
