@@ -2,7 +2,7 @@
 # To be sourced by the launch scripts: what every rank runs, whoever starts it.
 #
 # set_command BASE TRAIN_DATA [option ...]   fills the array `command`; with fewer arguments it prints `$usage`, status 2
-#   RUN        the run folder (runs/finetune); one that holds a checkpoint is gone on with
+#   RUN        the run folder (runs/finetune); one that holds a checkpoint is gone on with, other results are refused
 #   TOKENIZER  its folder (BASE)
 
 set_command() {
@@ -30,6 +30,8 @@ set_command() {
     )
     if [[ -f $run/checkpoints/latest ]]; then
         command+=(--resume "$run")
+    elif ((${SLURM_RESTART_COUNT:-0} > 0)) && [[ ! -e $run/adapter/latest ]]; then
+        command+=(--overwrite)  # this job's own: it was requeued before its first save
     fi
     command+=("$@")
 }

@@ -46,8 +46,8 @@ def disk_findings(
     """Whether a run can write its adapters and its checkpoint below `folder`, which need not be there yet.
 
     bytes_per_save: of one adapter. keep: adapters that stay, 0 for all of the run's `saves`; beside them there are the
-    best one and the one that is being written. checkpoint_bytes: of one checkpoint, of which there are two while a new
-    one is written. What the folder holds already is replaced, and counts as free.
+    best one and the one that is being written. checkpoint_bytes: of one checkpoint, of which there are three while a
+    new one is written. What the folder holds already is replaced, and counts as free.
     """
     place = Path(folder).absolute()
     while not place.exists() and place != place.parent:
@@ -60,13 +60,13 @@ def disk_findings(
         fix = "name another folder with --save, or change its owner or rights"
         return [Finding(code="disk-space", seen=seen, file=str(folder), option="--save", fix=fix)]
     adapters = (keep or max(saves, 1)) + 2
-    needed = adapters * bytes_per_save + 2 * checkpoint_bytes
+    needed = adapters * bytes_per_save + 3 * checkpoint_bytes
     _, free = _whole_and_free(place)
     there = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file() and not path.is_symlink())
     if needed <= free + there:
         return []
     seen = (
-        f"{place} has {_size(free)} free; {adapters} adapters of {_size(bytes_per_save)} and two checkpoints of "
+        f"{place} has {_size(free)} free; {adapters} adapters of {_size(bytes_per_save)} and three checkpoints of "
         f"{_size(checkpoint_bytes)} take {_size(needed)}"
     )
     return [Finding(code="disk-space", seen=seen, file=str(folder), option="--save")]

@@ -174,7 +174,7 @@ class Trace(NoTrace):
         frames = [] if error is None else traceback.extract_tb(error.__traceback__)
         places = [[frame.filename, frame.lineno, frame.name, frame.line] for frame in reversed(frames)]
         content = dict(error=text, frames=places, time=time.time())
-        with contextlib.suppress(OSError):  # it would stand before the error that is told
+        with contextlib.suppress(OSError):  # the folder is gone, or the disk full: no reason to hide how the run ended
             file_of(self.folder, self.rank, ".end.json").write_text(json.dumps(content), encoding="utf-8")
 
     def arrival(self, number: int) -> Callable[[object], None]:

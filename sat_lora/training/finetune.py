@@ -53,11 +53,8 @@ def finetune(options: Namespace, make_data: Callable[[], None] | None = None) ->
 def _finetune(options: Namespace, make_data: Callable[[], None] | None, lock: RunLock) -> World:
     problems = results_problems(options) if torch.distributed.get_rank() == 0 else []
     setting = prepare(options, make_data, problems=problems)
-    lock.share()
     world = setting.world
     run = RunFolder(options.run_folder, is_writer=world.is_main, lock=lock)
-    if lock.note:
-        run.say(lock.note)
     for line in together(decisions, options, world.device.type):
         run.say(line)
     freed = size_of(run.path) if options.overwrite else 0
@@ -92,6 +89,7 @@ def _train_and_evaluate(options: Namespace, setting: Setting, run: RunFolder, tr
     if not options.replay:
         start_step = 0 if stored is None else stored["step"]
         together(_say_what_trains, options, run, world, config, data, valid_data, start_step, base.digest)
+    lock.share()
     model, config = load_base(options, setting, layers=options.shrink if options.replay else None)
     add_lora(model, setting.lora)
     run.say(describe_text(model))

@@ -191,7 +191,10 @@ def _end_of(
     if not is_blown_up or saved == state.good_step:
         return f"{text}Go on from the last checkpoint with {go_on}"
     if state.good_step is None:
-        return f"{text}But that of step {saved} is blown up, and there is none before it: start again with a lower --lr"
+        return (
+            f"{text}But that of step {saved} is blown up, and there is none before it: start again with a lower --lr "
+            f"(--skip-nonfinite {state.skipped} would leave out one step more, and change nothing)"
+        )
     together(lambda: run.go_back_to(state.good_step) if world.is_main else None)
     return (
         f"{text}But that of step {saved} is blown up; adapter/latest and checkpoints/latest name step "

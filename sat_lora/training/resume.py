@@ -31,6 +31,8 @@ TOLD_ELSEWHERE = {"train_iters", "epochs", "run_folder", "given", "local_tokeniz
 def facts_of_run(options: Namespace, data: dict, valid_data: dict | None) -> dict:
     """What goes under `run` of every checkpoint; data and valid_data as `description` of their sources gives them."""
     settings = {name: getattr(options, name) for name in SETTLED}
+    if valid_data is not None and options.eval_iters:  # a part of it alone
+        valid_data = {**valid_data, "eval_iters": options.eval_iters, "eval_batch_size": options.eval_batch_size}
     return {"settings": settings, "data": data, "valid_data": valid_data, "versions": versions()}
 
 

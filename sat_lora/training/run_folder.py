@@ -67,13 +67,17 @@ def results_in(folder: str | Path) -> list[str]:
         if path.is_dir() and any(path.iterdir()):
             steps = ", ".join(map(str, steps_in(path)))
             results.append(f"{name} ({steps})" if steps else name)
-    results += sorted(path.name for path in folder.glob("evaluation*.json"))
+    results += sorted(path.name for path in _evaluations(folder))
     log = folder / LOG
     if log.exists() and (not log.is_file() or log.stat().st_size):
         results.append(LOG)
     if (folder / RUN).exists() and (results or not log.exists()):
         results.append(RUN)
     return results
+
+
+def _evaluations(folder: Path) -> list[Path]:
+    return [folder / EVALUATION] * os.path.lexists(folder / EVALUATION) + [*folder.glob("evaluation-[0-9]*.json")]
 
 
 def results_problems(options: Namespace) -> list[str]:
@@ -100,6 +104,7 @@ def results_problems(options: Namespace) -> list[str]:
     return [
         f"--save: {printable(folder)} holds the results of a run: {printable(', '.join(results))}; nothing was "
         f"changed. Start elsewhere (--experiment-name {printable(free)}), {go_on}or remove them (--overwrite)"
+        + ("" if can_resume else "; --resume needs a checkpoint, and there is none")
     ]
 
 
@@ -143,8 +148,8 @@ class RunFolder:
             return
         for folder in (self.adapters, self.checkpoints):
             remove_all(folder)
-        for name in (RUN, LOG, EVALUATION):
-            (self.path / name).unlink(missing_ok=True)
+        for path in (self.path / RUN, self.path / LOG, *_evaluations(self.path)):
+            path.unlink(missing_ok=True)
 
     def set_back(self, step: int, best_step: int | None) -> None:
         """Let the adapters' pointers say what holds at `step`, which the run goes on from.

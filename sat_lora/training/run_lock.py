@@ -137,7 +137,7 @@ class RunLock:
         self.folder, self.path, self.doing, self.option = Path(folder), Path(folder) / LOCK, doing, option
         self.instead = instead
         self.note: str | None = None
-        """What there is to say of a lock that was taken over, on rank 0."""
+        """What was said of a lock that was taken over, on rank 0."""
         self._descriptor: int | None = None
         self._made: list[Path] = []
 
@@ -154,7 +154,8 @@ class RunLock:
 
     def share(self) -> None:
         """Let every rank hold it, not the first alone."""
-        together(self._share)
+        together(lambda: self._share() if _is_first() else None)  # it has the lock for itself alone until then
+        together(lambda: None if _is_first() else self._share())
         processes = tuple(gather_lists([Process.current()]))
         if _is_first() and self._descriptor is not None:
             with contextlib.suppress(OSError):  # it is held all the same
@@ -281,13 +282,14 @@ class RunLock:
         if (away and not holder.is_requeued_as_this) or (not has_flock and holder.alive):
             raise ConfigError(self._in_use(holder))
         self.note = f"{printable(self.folder)}: its lock is of a run that has ended ({holder}); taken over"
+        print(self.note, flush=True)
 
     def _in_use(self, holder: Holder | None) -> str:
         head = f"{self.option}: {printable(self.folder)} is in use"
         if holder is None:
             return f"{head} by another process; wait for its end, or {self.instead}"
         hosts = {process.host for process in holder.processes if not process.is_here}
-        if hosts:
+        if hosts and not holder.alive:
             names = printable(", ".join(sorted(hosts)))
             return (
                 f"{head} by a run on another machine ({holder}), as far as can be seen from here; wait for its end. If "

@@ -10,7 +10,7 @@ from pathlib import Path
 from torch.utils.data import DataLoader
 
 from sat_lora.training.agreement import mark
-from sat_lora.training.data import DataCounts, ImageTextDataset, read_items, reading_options, split_items
+from sat_lora.training.data import DataCounts, ImageTextDataset, Item, read_items, reading_options, split_items
 from sat_lora.training.distributed import World
 from sat_lora.training.marks import marks_of_samples
 from sat_lora.training.sampler import EpochSampler, eval_batches, make_loader, make_stream_loader
@@ -40,12 +40,12 @@ class FileSource:
     def marks(self, option: str) -> dict[str, str]:
         """What all ranks have to have alike, see `agree`; option: the one that gave the paths."""
         return marks_of_samples(option, self.samples, self.dataset.items)
+
     def description(self) -> dict:
         """Tells these samples, in their order, from others, wherever they lie: their number and a digest of names,
         prompts and answers.
         """
-        named = ((item.name or (item.image and Path(item.image).name), item) for item in self.dataset.items)
-        return {"samples": self.samples, "digest": _digest((name, item.prompt, item.answer) for name, item in named)}
+        return {"samples": self.samples, "digest": _digest(map(_entry, self.dataset.items))}
 
     def training(self, start_step: int) -> DataLoader:
         """Micro-batches of this rank without end, from `start_step` on."""
@@ -138,6 +138,12 @@ class ShardSource:
     def validation(self) -> DataLoader:
         workers = min(1, self.options.num_workers)
         return make_stream_loader(self._validation_stream(), num_workers=workers, seed=self.options.seed)
+
+
+def _entry(item: Item) -> tuple:
+    """What tells an item from others, wherever its file lies."""
+    name = Path(item.image).name if isinstance(item.image, str | Path) else None
+    return item.name or name, item.prompt, item.answer
 
 
 def _digest(entries: Iterable[Sequence]) -> str:

@@ -1,4 +1,4 @@
-"""run.json, state.json, pointers and logs as editors, other versions and attackers leave them: no traceback."""
+"""run.json, state.json, pointers, logs as editors, other versions and attackers leave them: one error, or nothing."""
 
 import json
 import os
@@ -8,7 +8,8 @@ from argparse import Namespace
 import pytest
 
 from sat_lora.errors import CheckpointError, ConfigError, DataError
-from sat_lora.training.checkpoint import STATE, newest_checkpoint, read_state
+from sat_lora.training import finetune
+from sat_lora.training.checkpoint import STATE, RunState, newest_checkpoint, read_state
 from sat_lora.training.defaults import DEFAULTS
 from sat_lora.training.evaluation import evaluated, evaluation_file, try_to_write
 from sat_lora.training.options import parse_options, settings_of_run
@@ -16,6 +17,7 @@ from sat_lora.training.random_state import parsed, random_state
 from sat_lora.training.resume import check_data, facts_of_run, notes, settled_problems
 from sat_lora.training.run_folder import RunFolder, read_records, write_json
 from sat_lora.training.sources import FileSource
+from tests.training.stored_state import stored_state
 
 # run.json
 
@@ -116,10 +118,7 @@ def test_other_folders_are_told_what_they_are(tmp_path):
 
 # state.json
 
-STATE_OF_4 = dict(
-    step=4, skipped=1, best_loss=2.5, best_step=2, good_step=2, owes_validation=False, steps_taken=3,
-    samples_per_step=8, layout=[1, 1], loss_scale={"cur_scale": 1024.0}, random=[random_state()], run={},
-)  # fmt: skip
+STATE_OF_4 = stored_state()
 WRONG_STATES = {
     "step": [3, 10**9, "4", 4.0, None, True, -4],
     "skipped": [-1, 5, "0", None],
@@ -271,6 +270,35 @@ def test_a_spoiled_record_of_the_run_is_no_traceback(run, tmp_path):
     options, state = resumed(tmp_path, facts=run)
     [*settled_problems(options, state), *notes(options, state, None)]
     check_data(options, state, {"samples": 3, "digest": "e"})
+
+
+@pytest.mark.parametrize(
+    "before, adapters, named, expected",
+    [
+        ({"samples": 1}, (2, 4), 2, (1.5, 2)),
+        ({"samples": 1}, (4,), 2, (None, None)),  # somebody has removed it
+        ({"samples": 2}, (2, 4), 2, (None, None)),  # losses of other data are no measure
+        ({"samples": 1}, (2, 4), None, (1.5, 2)),  # of a version that kept it in the pointer alone
+        ({"samples": 1}, (4, 6), None, (None, None)),  # and had moved that before it was killed
+    ],
+)
+def test_the_best_loss_holds_where_its_adapter_and_its_data_do(
+    before, adapters, named, expected, tmp_path, monkeypatch, capsys
+):
+    stored = {**STATE_OF_4, "best_step": named, "run": {"valid_data": before}}
+    (tmp_path / "checkpoints").mkdir()
+    state_with(tmp_path / "checkpoints", stored)
+    (tmp_path / "checkpoints" / "latest").write_text("4")
+    for step in adapters:
+        (tmp_path / "adapter" / str(step)).mkdir(parents=True)
+    (tmp_path / "adapter" / "best").write_text("6" if 6 in adapters else "2")
+    loaded = RunState(step=4, best_loss=1.5, best_step=named)
+    monkeypatch.setattr(finetune, "load_checkpoint", lambda *args, **more: loaded)
+    run = RunFolder(tmp_path, is_writer=True)
+    run.facts = {"valid_data": {"samples": 1}}
+    state = finetune._state(None, Namespace(resume=str(tmp_path), train_iters=4), run, None)
+    assert (state.best_loss, state.best_step) == expected
+    assert "already at step 4 of 4; to go on, give a --train-iters above 4" in capsys.readouterr().out
 
 
 def test_changed_data_is_refused_unless_any_will_do(tmp_path):

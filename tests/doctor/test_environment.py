@@ -90,16 +90,16 @@ def test_no_shared_memory_at_all_is_found(tmp_path):
 def test_a_full_disk_is_found_before_the_run(tmp_path):
     with small_disk(tmp_path / "disk", 8) as disk:
         run = disk / "runs" / "mine"
-        assert disk_findings(run, 2**20, 2, checkpoint_bytes=2 * 2**20) == []
-        (finding,) = disk_findings(run, 2**20, 3, checkpoint_bytes=2 * 2**20)
+        assert disk_findings(run, 2**20, 3, checkpoint_bytes=2**20) == []
+        (finding,) = disk_findings(run, 2**20, 4, checkpoint_bytes=2**20)
         assert finding.code == "disk-space" and not run.parent.exists()
         assert finding.seen == (
-            f"{disk} has 8.0 MiB free; 5 adapters of 1.0 MiB and two checkpoints of 2.0 MiB take 9.0 MiB"
+            f"{disk} has 8.0 MiB free; 6 adapters of 1.0 MiB and three checkpoints of 1.0 MiB take 9.0 MiB"
         )
         assert disk_findings(run, 2**20, 0, saves=7)  # --keep 0 keeps all
         run.mkdir(parents=True)
         (run / "old").write_bytes(bytes(2**20))
-        assert disk_findings(run, 2**20, 2, checkpoint_bytes=2 * 2**20) == []  # what it holds is replaced
+        assert disk_findings(run, 2**20, 3, checkpoint_bytes=2**20) == []  # what it holds is replaced
 
 
 def test_little_space_on_any_disk_is_found(monkeypatch, tmp_path):

@@ -1,5 +1,6 @@
 """finetune_cogvlm.py on a few captchas as processes of their own, to be killed or stopped."""
 
+import contextlib
 import json
 import os
 import re
@@ -53,12 +54,22 @@ def started(launcher, options, log):
 
 
 def kill_group(process):
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        return
-    finally:
-        process.wait()
+    """SIGKILL for the process and its ranks: torchrun gives each a process group of its own."""
+    ranks = children_of(process.pid)
+    for group in (process.pid, *ranks):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(group, signal.SIGKILL)
+    process.wait()
+
+
+def children_of(parent):
+    """Process ids of the children of `parent`, none once it has ended."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            fields = stat.read_text().rpartition(")")[2].split()
+            found += [int(stat.parent.name)] if int(fields[1]) == parent else []
+    return found
 
 
 def run_to_end(launcher, options, log, timeout=100):

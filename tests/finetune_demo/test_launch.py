@@ -118,6 +118,18 @@ def test_a_run_with_a_checkpoint_is_gone_on_with(script, start):
     assert command[-2:] == ["--resume", "runs/finetune"]
 
 
+def test_a_job_that_was_requeued_before_its_first_save_starts_over_and_nothing_else_does(start):
+    run = start.here / "runs" / "finetune"
+    run.mkdir(parents=True)
+    (run / "train.jsonl").write_text("a line")
+    requeued = {**JOB, "SLURM_RESTART_COUNT": "1"}
+    assert "--overwrite" not in start("slurm.sh", "base", "data", **JOB)[1]
+    assert split(start("slurm.sh", "base", "data", **requeued)[1])[1][-1] == "--overwrite"
+    (run / "adapter").mkdir()
+    (run / "adapter" / "latest").write_text("200")
+    assert "--overwrite" not in start("slurm.sh", "base", "data", **requeued)[1]
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_missing_arguments_are_answered_with_the_usage(script, start):
     first, environment = SCRIPTS[script]

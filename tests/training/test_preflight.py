@@ -10,6 +10,7 @@ from sat_lora.training.defaults import DEFAULTS
 from sat_lora.training.options import parse_options
 from sat_lora.training.preflight import check_options
 from tests.tiny import CONFIG
+from tests.training.stored_state import stored_state
 from tests.training.tar_shards import write_numbered_shards
 
 NEEDED = 1 + 9 + 2 + len(DEFAULTS["prompt"]) + 1 + 1  # BOS, image, prompt, a token of answer, EOS
@@ -208,7 +209,7 @@ def test_a_wrong_lora_value_is_named_with_its_option(check):
 def stopped_run(base_folder, image_folder, tmp_path):
     """A run folder with the parts that the check reads: r 8, and 2 x 4 samples a step."""
     (tmp_path / "checkpoints" / "4").mkdir(parents=True)
-    (tmp_path / "checkpoints" / "4" / "state.json").write_text(json.dumps({"samples_per_step": 8}))
+    (tmp_path / "checkpoints" / "4" / "state.json").write_text(json.dumps(stored_state(samples_per_step=8)))
     (tmp_path / "checkpoints" / "latest").write_text("4\n")
     settings = {"from_pretrained": str(base_folder), "train_data": [str(image_folder)], "given": ["r"]}
     settings |= {"r": 8, "batch_size": 2, "gradient_accumulation_steps": 4}
@@ -246,7 +247,8 @@ def test_a_run_on_tar_shards_goes_on_with_the_readers_it_had(check, stopped_run,
     stored = json.loads(run.read_text())
     stored["settings"] |= {"train_data": [str(shard)], "num_workers": 2}
     run.write_text(json.dumps(stored))
-    checkpoint.write_text(json.dumps({"samples_per_step": 16, "layout": [2, 1]}))
+    state = stored_state(samples_per_step=16, layout=[2, 1], random=[{}, {}])
+    checkpoint.write_text(json.dumps(state))
     resume = ("--resume", stopped_run, "--train-data", str(shard))
     check(*resume, "--num-workers", "2", environ={"WORLD_SIZE": "2"})
     message = refusal(check, *resume, "--num-workers", "0", "--batch-size", "4", environ={})

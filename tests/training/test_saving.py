@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import time
 from argparse import Namespace
@@ -17,7 +18,7 @@ from sat_lora.host_copies import CHUNK, HostCopies
 from sat_lora.live_base import identity_of_model
 from sat_lora.step_folders import read_pointer
 from sat_lora.training import saving
-from sat_lora.training.checkpoint import STATE, RunState
+from sat_lora.training.checkpoint import STATE, RunState, load_checkpoint
 from sat_lora.training.distributed import arrange, join
 from sat_lora.training.engine import adapter_optimizer, start_engine
 from sat_lora.training.loop import train
@@ -155,6 +156,33 @@ def test_the_newest_checkpoint_is_kept_and_the_one_before_it_which_is_known_to_b
     ((end, checkpoints, adapters),) = run_ranks(save_every_step, 1, str(tmp_path), 1)
     assert end is None
     assert checkpoints == adapters == ["3", "4", "latest"]
+
+
+def blow_up(folder):
+    """Two good steps, then a rate that throws the adapters out of float32's range, then the way back."""
+    run = Training(folder)
+    run.run(train_iters=2, save_interval=1, keep=1)
+    run.run(train_iters=9, save_interval=1, keep=1, lr=1e30)
+    if run.world.is_main:
+        names = sorted(os.listdir(f"{folder}/adapter")), sorted(os.listdir(f"{folder}/checkpoints"))
+    else:
+        names = None
+    pointers = [read_pointer(Path(folder) / one / "latest") for one in ("adapter", "checkpoints")]
+    again = Training(folder)
+    again.state = load_checkpoint(again.engine, again.folder.checkpoints, again.world)
+    again.run(train_iters=6, save_interval=0, keep=1)
+    return run.end, names, pointers, again.end, again.state.step
+
+
+def test_a_save_that_is_blown_up_gives_its_place_back_to_the_one_before_it(tmp_path):
+    (end, names, pointers, end_again, step), (other_end, *_) = run_ranks(blow_up, 2, str(tmp_path))
+    blown = int(re.search(r"But that of step (\d+) is blown up", end)[1])
+    good = blown - 1
+    assert end == other_end and end.startswith(f"TrainingError: step {blown + 1}: the ")
+    assert f"adapter/latest and checkpoints/latest name step {good} again" in end and "a lower --lr" in end
+    assert names == ([str(good), str(blown), "latest"],) * 2 and pointers == [good, good]
+    assert (end_again, step) == (None, 6)
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == [str(good), "6", "latest"]
 
 
 def stop_during_a_save(folder):
