@@ -89,7 +89,7 @@ def _train_and_evaluate(options: Namespace, setting: Setting, run: RunFolder, tr
     if not options.replay:
         start_step = 0 if stored is None else stored["step"]
         together(_say_what_trains, options, run, world, config, data, valid_data, start_step, base.digest)
-    lock.share()
+    run.lock.share()
     model, config = load_base(options, setting, layers=options.shrink if options.replay else None)
     add_lora(model, setting.lora)
     run.say(describe_text(model))
