@@ -166,7 +166,8 @@ def _evaluate(argv: list[str] | None) -> int:
         result = together(evaluate_adapter, options, options.adapter, world, trace=trace, any_base=any_base)
         together(lambda: write_evaluation(out, result, options, options.adapter) if world.is_main else None)
     if world.is_main:
-        why = "" if run or options.out or not options.adapter else "; evaluation.json of a run is for its own adapter and base"
+        is_own = run or options.out or not options.adapter
+        why = "" if is_own else "; evaluation.json of a run is for its own adapter and base"
         print(f"{evaluation_table(result)}\nwritten to {out}{why if out.name != 'evaluation.json' else ''}", flush=True)
     stop()
     return 0
