@@ -49,7 +49,7 @@ class Place:
         others = f"{self.size - 1} more process{'es' * (self.size > 2)}"
         return (
             f"rank {self.rank} waits for {others} at {self.address}:{self.port} (WORLD_SIZE={self.size} in the "
-            f"environment), and gives up after {self.limit} s. {ALONE}"
+            f"environment), and gives up after {self.limit} s; {ALONE}"
         )
 
 
@@ -76,7 +76,7 @@ def find_place(environ: Mapping[str, str] = os.environ) -> Place:
         if missing:
             raise ConfigError(
                 f"WORLD_SIZE is {size} in the environment and {', '.join(missing)} missing: as a platform sets it that "
-                f"expects a launcher. {START_ALL}; {ALONE}"
+                f"expects a launcher; {START_ALL}; {ALONE}"
             )
         if port == 0:
             raise ConfigError("MASTER_PORT is 0 in the environment: ranks have to know the port; give 1024 to 65535")

@@ -1,4 +1,4 @@
-"""SIGTERM, SIGINT and SIGHUP finish the step, save and say how to go on; resumed, the run is as if never stopped."""
+"""SIGTERM, SIGINT and SIGHUP finish the step, save and say how to go on; the resumed run is as if never stopped."""
 
 import os
 import re
