@@ -75,7 +75,7 @@ def test_data_with_a_long_path_are_said_by_their_kind(tokenizer, tmp_path):
     lines = said(source_of(numbered(2), tokenizer), train_data=[str(folder)])
     assert lines["data"] == "2 samples (file names are the answers)"
     lines = said(source_of(numbered(2), tokenizer), train_data=[str(folder), str(tmp_path / "b.jsonl")])
-    assert lines["data"] == "2 samples of 2 paths: file names are the answers, answers from .jsonl"
+    assert lines["data"] == "2 samples (file names are the answers, answers from .jsonl)"
 
 
 def test_cut_answers_are_counted_and_a_part_is_called_one(tokenizer):
