@@ -157,7 +157,7 @@ def _data(options: Namespace, data: FileSource | ShardSource) -> str:
         place = f"of {paths[0]}" if len(paths) == 1 else f"of {len(paths)} paths"
         how = ": ".join(filter(None, [place, ", ".join(kinds)]))
         if columns(how) > COLUMNS - LABEL - 16:
-            how = "; ".join(kinds)
+            how = f"({', '.join(kinds)})"
     return f"{data.samples:,} samples {how}"
 
 

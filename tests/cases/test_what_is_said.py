@@ -68,6 +68,16 @@ def test_any_answer_and_name_fits_one_line(answer, tokenizer, tmp_path):
     assert "\\x1b[2J" in lines["run"]  # whole, so that it can be copied
 
 
+def test_data_with_a_long_path_are_said_by_their_kind(tokenizer, tmp_path):
+    folder = tmp_path / ("a" * 60)
+    folder.mkdir()
+    (tmp_path / "b.jsonl").touch()
+    lines = said(source_of(numbered(2), tokenizer), train_data=[str(folder)])
+    assert lines["data"] == "2 samples (file names are the answers)"
+    lines = said(source_of(numbered(2), tokenizer), train_data=[str(folder), str(tmp_path / "b.jsonl")])
+    assert lines["data"] == "2 samples (file names are the answers, answers from .jsonl)"
+
+
 def test_cut_answers_are_counted_and_a_part_is_called_one(tokenizer):
     items = [Item(None, "x" * (30 if number % 3 == 0 else 3), "q") for number in range(COUNTED + 200)]
     source = source_of(items, tokenizer, max_length=20)
