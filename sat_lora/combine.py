@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from torch.nn.functional import pad
 
-from sat_lora.adapter_format import PAIR, LayerEntry, SavedAdapter, cut_slots, write_adapter
+from sat_lora.adapter_format import LARGEST_SCALE, PAIR, LayerEntry, SavedAdapter, cut_slots, write_adapter
 from sat_lora.base_identity import BaseIdentity
 from sat_lora.combine_checks import WHOLE, Source, by_layer, check_arguments, read_sources, refuse
 from sat_lora.combine_factors import Pair, Triple, cat, linear, svd, ties
@@ -84,6 +84,8 @@ def combine_sources(
         tensors |= own
     broken = [key for key, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
     refuse([f"{key}: the combination is not finite in {tensors[key].dtype}" for key in broken])
+    too_strong = [name for name, entry in layers.items() if not abs(entry.scale * entry.r) <= LARGEST_SCALE]
+    refuse([f"{name}: its scale would be {layers[name].scale:g}, which no adapter has" for name in too_strong])
     config = combined_config([source.saved.config for source in sources], layers)
     # The scale as a reader of the config gets it, to the last bit.
     layers = {name: replace(entry, scale=config.scale_for(name, entry.r)) for name, entry in layers.items()}
