@@ -84,6 +84,8 @@ def combine_sources(
         tensors |= own
     broken = [key for key, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
     refuse([f"{key}: the combination is not finite in {tensors[key].dtype}" for key in broken])
+    too_strong = [name for name, entry in layers.items() if not abs(entry.scale * entry.r) <= LARGEST_SCALE]
+    refuse([f"{name}: its scale would be {layers[name].scale:g}, which no adapter has" for name in too_strong])
     try:
         config = combined_config([source.saved.config for source in sources], layers)
     except ConfigError as error:

@@ -199,6 +199,14 @@ def test_adapters_of_two_bases_are_not_combined(folders, adapter):
     assert read_adapter(folders / "both").base.name == "cogvlm-base"
 
 
+@pytest.mark.parametrize("weights", [[1e38, 1e38], [1e300, 1], [1e39, -1e39]])
+@pytest.mark.parametrize("method", ["cat", "linear", "svd"])
+def test_what_could_not_be_loaded_is_not_combined(folders, adapter, tmp_path, weights, method):
+    with pytest.raises(AdapterError, match="its scale would be|not finite|cannot be combined"):
+        combine_adapters([adapter, adapter], tmp_path / "out", method=method, weights=weights)
+    assert not (tmp_path / "out").exists()
+
+
 def change_base(folder, source, change):
     shutil.copytree(source, folder)
     content = json.loads((folder / "adapter_config.json").read_text())
