@@ -245,14 +245,14 @@ def _advice(folder: Path) -> str:
     try:
         if any((folder / "adapter" / name).exists() for name in ("latest", "best", CONFIG)):
             return f"; give {printable(folder / 'adapter')}, where the adapters of a run are"
-        values = read_json(folder / CONFIG)
+        values = read_json(folder / CONFIG, limit=CONFIG_LIMIT)
     except (OSError, ValueError):
         values = None
-    if (folder / "adapter_model.bin").is_file():
-        return f"; {_IMPORT}"
     if isinstance(values, dict) and "sat_lora" not in values and "peft_type" in values:
         place = shlex.quote(printable(folder))
         return f"; it is an adapter of PEFT: sat-lora import --from peft {place} makes one of sat_lora"
+    if (folder / "adapter_model.bin").is_file():
+        return f"; {_IMPORT}"
     return ""
 
 

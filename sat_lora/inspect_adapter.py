@@ -126,7 +126,7 @@ def to_json(report: dict) -> str:
 
 
 def add_weight_norms(report: dict, base: str | Path, progress: Progress = iter) -> None:
-    """Give each layer of a report `weight_norm`, the Frobenius norm of its weight in `base`, and the report `base`.
+    """Give each layer of a report `weight_norm`, the Frobenius norm of its weight in `base`.
 
     One tensor at a time is read. AdapterError: the base lacks a layer; CheckpointError: it cannot be read.
     """
@@ -138,7 +138,6 @@ def add_weight_norms(report: dict, base: str | Path, progress: Progress = iter) 
         raise AdapterError(f"--base: {base} has no {missing[0]}, which {report['path']} adapts; give its own base")
     for layer in progress(report["layers"]):
         layer["weight_norm"] = float(weights[layer["name"] + ".weight"].float().norm())
-    report["base"] = str(base)
 
 
 def base_of_run(report: dict) -> Path | None:
@@ -170,7 +169,7 @@ def draw_norms(report: dict, path: str | Path) -> None:
     parts = report["parts"]
     if not parts:
         raise AdapterError(f"--plot: {report['path']} adapts no layer, there is nothing to draw")
-    relative = "base" in report
+    relative = all("weight_norm" in layer for layer in report["layers"])
     values = {part: _by_layer(report, part, relative) for part in parts}
     shown = [value for own in values.values() for value in own.values() if value]
     height = TOP + BOTTOM + PANEL * len(parts) + GAP * (len(parts) - 1)

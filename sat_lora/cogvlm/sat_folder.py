@@ -22,7 +22,7 @@ from sat_lora.foreign import printable, read_bytes, read_json, stand_in
 from sat_lora.weight_files import Layout, make_sat_file
 
 PARTS = ("latest", "model_config.json")
-NAME_LIMIT = 4096  # bytes of `latest`
+NAME_LIMIT = 1 << 12  # bytes of `latest`
 ARCHIVES = {".zip", ".tar", ".gz", ".tgz", ".7z", ".rar", ".bz2", ".xz", ".zst"}
 LORA2 = re.compile(r"\.matrix_[AB]\.\d+$")
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

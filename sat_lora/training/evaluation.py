@@ -140,9 +140,9 @@ def evaluation_table(result: dict) -> str:
     return "\n".join(lines)
 
 
-def evaluated(options: Namespace, adapter: str | Path) -> dict:
-    """What an evaluation is of, for its file: the folder of the adapter, the base, and the questions."""
-    paths = {"adapter": follow(adapter), "base": options.from_pretrained}
+def evaluated(options: Namespace, adapter: str | Path | None) -> dict:
+    """What an evaluation is of, for its file: the folder of the adapter where there is one, the base, the questions."""
+    paths = {"base": options.from_pretrained, **({"adapter": follow(adapter)} if adapter else {})}
     return {name: os.path.realpath(path) for name, path in paths.items()} | {"test_data": list(options.test_data)}
 
 
@@ -157,7 +157,7 @@ def try_to_write(file: Path) -> None:
         raise _not_written(file, error) from error
 
 
-def write_evaluation(file: Path, result: dict, options: Namespace, adapter: str | Path) -> None:
+def write_evaluation(file: Path, result: dict, options: Namespace, adapter: str | Path | None) -> None:
     """Write the result of `evaluate_adapter`, and under `of` what it is of. ConfigError: it could not be written."""
     try:
         write_json(file, {**result, "of": evaluated(options, adapter)})

@@ -27,7 +27,7 @@ from sat_lora.training.notice import logger, warn
 from sat_lora.training.optimizer_state import create_moments
 from sat_lora.training.prepare import Setting, dataset_maker, load_base, model_seed, on_first_rank, prepare
 from sat_lora.training.release import end_training, free_memory
-from sat_lora.training.resume import check_data, facts_of_run, notes, state_to_resume
+from sat_lora.training.resume import base_of_state, check_data, facts_of_run, notes, state_to_resume
 from sat_lora.training.run_folder import EVALUATION, RunFolder, results_problems
 from sat_lora.training.run_lock import RunLock
 from sat_lora.training.run_summary import check_vocabulary, look_at, run_summary
@@ -85,7 +85,7 @@ def _train_and_evaluate(options: Namespace, setting: Setting, run: RunFolder, tr
         together(check_data, options, stored, run.facts["data"])
         for note in notes(options, stored, run.facts["valid_data"]):
             run.say(note)
-    base = base_of_run(options)
+    base = base_of_run(options, None if stored is None else base_of_state(stored))
     if not options.replay:
         start_step = 0 if stored is None else stored["step"]
         together(_say_what_trains, options, run, world, config, data, valid_data, start_step, base.digest)

@@ -26,6 +26,7 @@ LISTS_READ, LIST_HEAD = 20, 1 << 16
 ENTRIES_SEEN = 200_000
 NAMES_COMPARED = 2_000
 
+HEAD = 1 << 12  # bytes
 MAGIC = (
     (b"\x1f\x8b", "is compressed (gzip): unpack it first"),
     (b"PK\x03\x04", "is an archive (zip): unpack it first"),
@@ -45,7 +46,7 @@ def check_file_kind(path: Path) -> None:
     """DataError where a data path that is no folder cannot be a file of JSON objects, judged by how it begins."""
     try:
         with open_file(path, FILE_LIMIT) as file:
-            head = file.read(4096)
+            head = file.read(HEAD)
     except (OSError, ValueError) as error:
         raise DataError(f"{printable(path)}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
     wanted = "give the folder of the images, or a .jsonl file"

@@ -7,6 +7,7 @@ A value comes from the first that has one: an option given, the run that --resum
 
 import argparse
 import functools
+import json
 import os
 import sys
 from collections.abc import Iterator, Mapping
@@ -298,7 +299,7 @@ def _wrong_settings(settings: dict) -> Iterator[str]:
     for name, value in settings.items():
         if name not in DEFAULTS or name in NOT_RESUMED or name in LORA_FIELDS:
             continue
-        if value is None and DEFAULTS[name] is None:
+        if json.dumps(value) == json.dumps(DEFAULTS[name]):  # as text, since True == 1 == 1.0
             continue
         try:
             wanted = _refusal(name, value, actions.get(name))

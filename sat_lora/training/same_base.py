@@ -10,19 +10,18 @@ from sat_lora.base_identity import BaseIdentity
 from sat_lora.cogvlm.base_weights import BaseWeights
 from sat_lora.errors import AdapterError, CheckpointError
 from sat_lora.training.distributed import gather_lists, together
-from sat_lora.training.resume import base_of_state, state_to_resume
 
 
-def base_of_run(options: Namespace) -> BaseIdentity:
+def base_of_run(options: Namespace, before: BaseIdentity | None = None) -> BaseIdentity:
     """Which base --from_pretrained is. Every rank has to call it; each reads some values of each tensor of its files.
 
     CheckpointError, on every rank: a rank's files hold another base than rank 0's, or the base is not the one of the
-    run to resume, and --any-base was not given.
+    run to resume, and --any-base was not given. before: that base, as the checkpoint has it; None: as the adapter has it.
     """
     base = together(lambda: BaseWeights(options.from_pretrained, trust=options.trust_checkpoint).identity)
     together(_refuse_other_than_first, base, options.from_pretrained)
     if options.resume is not None and not options.any_base:
-        together(_refuse_other_than_before, base, options)
+        together(_refuse_other_than_before, base, before, options)
     return base
 
 
@@ -41,8 +40,7 @@ def _refuse_other_than_first(base: BaseIdentity, folder: str) -> None:
         )
 
 
-def _refuse_other_than_before(base: BaseIdentity, options: Namespace) -> None:
-    before = base_of_state(state_to_resume(options.resume))
+def _refuse_other_than_before(base: BaseIdentity, before: BaseIdentity | None, options: Namespace) -> None:
     if before is None:
         try:
             before = base_of_adapter(Path(options.run_folder) / "adapter")

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from sat_lora import CheckpointError, ConfigError
 from sat_lora.cogvlm.base_weights import BaseWeights
 from sat_lora.cogvlm.checkpoint import check_files, load_cogvlm, open_folder, read_config, save_weights
-from sat_lora.cogvlm.hugging_face_folder import make_hugging_face_weights
+from sat_lora.cogvlm.hugging_face_folder import ROTARY, make_hugging_face_weights
 from sat_lora.cogvlm.text import load_tokenizer
 from sat_lora.foreign import is_lfs_pointer
 from tests.conftest import write_character_tokenizer
@@ -35,7 +35,8 @@ def kept(tmp_path_factory, state):
     save_weights(root / "sat", CONFIG, state)
     (root / "hf").mkdir()
     layout = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in state.items()}
-    for name, tensor in make_hugging_face_weights(root / "hf", CONFIG, layout, shard_bytes=400_000).items():
+    weights = make_hugging_face_weights(root / "hf", CONFIG, layout, state[ROTARY], shard_bytes=400_000)
+    for name, tensor in weights.items():
         tensor.copy_(state[name])
     return root
 

@@ -14,7 +14,7 @@ from sat_lora.adapter_format import read_adapter
 from sat_lora.base_identity import MOST, fingerprint_of, identity_of, positions, same_values
 from sat_lora.cogvlm.base_weights import BaseWeights
 from sat_lora.cogvlm.checkpoint import save_weights
-from sat_lora.cogvlm.hugging_face_folder import make_hugging_face_weights
+from sat_lora.cogvlm.hugging_face_folder import ROTARY, make_hugging_face_weights
 from sat_lora.combine import combine_adapters
 from sat_lora.live_base import identity_of_model
 from sat_lora.merge_checkpoint import merge_adapter
@@ -111,7 +111,8 @@ def folders(model, tmp_path_factory):
     write_step(root / "two", *({"module": cast(part, torch.bfloat16)} for part in cut_by_sat(model, 2)))
     (root / "hf").mkdir()
     layout = {name: (tuple(tensor.shape), torch.float16) for name, tensor in state.items()}
-    for name, tensor in make_hugging_face_weights(root / "hf", CONFIG, layout).items():
+    frequencies = state[ROTARY]
+    for name, tensor in make_hugging_face_weights(root / "hf", CONFIG, layout, frequencies).items():
         tensor.copy_(state[name])
     save_weights(root / "other", CONFIG, trained(state, 1e-3))
     return root

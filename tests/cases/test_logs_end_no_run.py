@@ -167,9 +167,12 @@ def test_a_screen_of_few_characters_shows_the_others_escaped(encoding, tmp_path,
 
 def test_settings_that_cannot_be_written_are_one_error_with_the_folder(tmp_path):
     """Without run.json a run could not be resumed."""
+    from sat_lora.training import finetune
+    from sat_lora.training.checkpoint import RunState
+
     (tmp_path / "run.json").mkdir()
-    with pytest.raises(ConfigError, match=f"--save: {tmp_path}/run.json cannot be written: .*; make room"):
-        RunFolder(tmp_path, is_writer=True).write_settings(parse_options([]), world={})
+    with pytest.raises(ConfigError, match=f"--save: {tmp_path}: cannot be written: .*run.json.*; make room"):
+        finetune._begin(parse_options([]), RunFolder(tmp_path, is_writer=True), RunState(), world={})
 
 
 # The watchdog's files
@@ -210,9 +213,7 @@ def test_a_run_without_room_for_the_watchdog_is_warned_and_trains(tmp_path, monk
     monkeypatch.setattr(trace.os, "posix_fallocate", full_disk)
     monkeypatch.setattr(finetune, "on_first_rank", lambda action: None)
     run, world = Namespace(path=tmp_path), Namespace(rank=1, size=2)
-    import torch
-
-    assert finetune._trace(Namespace(watchdog_limit=5.0), run, world, torch.nn.Linear(2, 2)) is NO_TRACE
+    assert finetune._trace(Namespace(watchdog_limit=5.0), run, world) is NO_TRACE
     assert "rank 1 runs without the watchdog: its files cannot be made: [Errno 28]" in caplog.text
 
 

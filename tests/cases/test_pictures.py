@@ -306,7 +306,7 @@ def test_pictures_that_are_not_read_are_counted_with_what_to_do(tmp_path):
         write(tmp_path / name)
     _, left_out = found_in(tmp_path)
     assert left_out[".heic files (not read; convert to PNG or JPEG)"] == 2 and len(left_out) == 4
-    problem = _problem_with_path(tmp_path, 1 << 20)
+    problem = _problem_with_path(tmp_path, Namespace(max_pixels=1 << 20))
     assert "has no images" in problem and "found 2 .heic files (not read; convert to PNG or JPEG), 1 .cr2 f" in problem
 
 

@@ -61,9 +61,10 @@ def test_whatever_a_log_holds_is_drawn(records, tmp_path):
     assert (tmp_path / "loss.png").stat().st_size > 1000
 
 
-def report_of(**parts):
+def report_of(relative=False, **parts):
+    weight = {"weight_norm": 10.0} if relative else {}
     layers = [
-        {"name": f"{part}.{number}.x", "part": part, "layer": number, "delta_norm": norm, "weight_norm": 10.0}
+        {"name": f"{part}.{number}.x", "part": part, "layer": number, "delta_norm": norm, **weight}
         for part, norms in parts.items()
         for number, norm in enumerate(norms)
     ]
@@ -72,8 +73,7 @@ def report_of(**parts):
 
 @pytest.mark.parametrize("relative", [False, True])
 def test_norms_have_one_scale_words_and_marks(relative, figure, tmp_path):
-    report = report_of(vit=[0.5, 0.0, 0.25], language=[0.02, 0.04])
-    draw_norms(report | ({"base": "b"} if relative else {}), tmp_path / "norms.png")
+    draw_norms(report_of(relative, vit=[0.5, 0.0, 0.25], language=[0.02, 0.04]), tmp_path / "norms.png")
     vit, language = figure[0].axes
     assert vit.get_ylim() == language.get_ylim()
     factor = 10.0 if relative else 1.0  # 100 % of a weight of norm 10

@@ -252,7 +252,7 @@ def test_other_settings_and_libraries_are_said(tmp_path):
     options, state = resumed(tmp_path, "--lr", "0.5", "--keep", "7")
     state["run"]["versions"]["torch"] = "1.0"
     changed, libraries = notes(options, state, None)
-    assert changed == "resumed with other settings: --keep 7 (was 3), --lr 0.5 (was 0.003)"
+    assert changed == "resumed with other settings: --keep 7 (was 3), --lr 0.5 (was 0.0001)"
     assert "other libraries, so not bit for bit: torch" in libraries and "(was 1.0)" in libraries
 
 

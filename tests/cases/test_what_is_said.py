@@ -54,7 +54,7 @@ def test_what_will_be_trained_is_said(tokenizer):
         "steps": "20 (80 epochs), batch 24 = 4 x 3 x 2 ranks, lr 0.0001, warm-up 1",
         "run": "runs/finetune",
         "sample": '"<image>What is this?" -> "0", 27 tokens',
-        "length": "none of 6 answers cut by --max_length 64, longest 27",
+        "length": "no answer is cut; longest of the 6 samples 27 of 64 tokens",
     }
 
 
@@ -83,14 +83,14 @@ def test_cut_answers_are_counted_and_a_part_is_called_one(tokenizer):
     source = source_of(items, tokenizer, max_length=20)
     lines = said(source, "--max_length", "20")
     assert COUNTED == 1000
-    assert lines["length"] == "334 of first 1,000 answers cut by --max_length 20, longest 33"
+    assert lines["length"] == "400 of 1,200 answers are cut by --max_length 20; 33 would hold them"
     assert lines["prompt"] == "each sample's own; version base (the demo's)"
 
 
 def test_a_long_answer_is_not_tokenised_whole(tokenizer):
     """50 MB in one answer: what is beyond any --max_length does not matter for being cut."""
     texts = look_at(source_of([Item(None, "ab " * 17_000_000, "q")], tokenizer), 128)
-    assert texts.cut == 1
+    assert texts.lengths.cut == 1
 
 
 def test_what_is_left_out_is_said_with_reasons_the_commonest_first(tokenizer):

@@ -124,6 +124,6 @@ def test_skipping_reads_no_image(stream, monkeypatch):
     from sat_lora.training.shards import Record
 
     read, calls = Record.read, []
-    monkeypatch.setattr(Record, "read", lambda record, pixels: calls.append(record) or read(record, pixels))
+    monkeypatch.setattr(Record, "read", lambda record, *limits: calls.append(record) or read(record, *limits))
     next(iter(stream([60], start_step=15)))
     assert len(calls) == 3
