@@ -16,7 +16,7 @@ def base_of_run(options: Namespace, before: BaseIdentity | None = None) -> BaseI
     """Which base --from_pretrained is. Every rank has to call it; each reads some values of each tensor of its files.
 
     CheckpointError, on every rank: a rank's files hold another base than rank 0's, or the base is not the one of the
-    run to resume, and --any-base was not given. before: that base, as the checkpoint has it; None: as the adapter has it.
+    run to resume, and --any-base was not given. before: that base, as the checkpoint has it; None: as the adapter does.
     """
     base = together(lambda: BaseWeights(options.from_pretrained, trust=options.trust_checkpoint).identity)
     together(_refuse_other_than_first, base, options.from_pretrained)
