@@ -93,6 +93,7 @@ for (kernel, tiles, constants), dtype, capability in itertools.product(KERNELS, 
 """
 
 
+@pytest.mark.matrix
 def test_kernels_compile_for_cuda(tmp_path):
     """Needs no GPU: Triton brings its own assembler."""
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}

@@ -78,7 +78,7 @@ def sent_by_size(seen: Iterable[Collective]) -> Counter:
     return total
 
 
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.matrix), 2])
 def test_data_parallel_collectives_are_those_that_are_made(stage):
     first, second = run_ranks(count_a_step, 2, stage, 1, False)
     assert first.seen == second.seen == Counter([VERDICT, *data_parallel(setting(), stage)])
@@ -112,7 +112,7 @@ def test_zero_3_gathers_less_if_it_may_keep_some():
     assert {**sent_by_size(step.seen), gathers: 0} == {**expected, gathers: 0}
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [pytest.param(False, marks=pytest.mark.matrix), True])
 def test_model_parallel_collectives_are_those_that_are_made(checkpointing):
     first, second = run_ranks(count_a_step, 2, 1, 2, checkpointing)
     assert first.seen == second.seen == Counter([VERDICT, *model_parallel(setting(checkpointing), 1)])

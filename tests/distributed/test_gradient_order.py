@@ -58,7 +58,14 @@ def arrivals(checkpoint, stage, branching):
 
 @pytest.mark.parametrize(
     "checkpoint, stage, branching",
-    [(False, 0, False), (False, 2, False), (True, 2, False), (True, 3, False), (False, 2, True), (True, 1, True)],
+    [
+        (True, 3, False),
+        (False, 2, True),
+        *(
+            pytest.param(*case, marks=pytest.mark.matrix)
+            for case in ((False, 0, False), (False, 2, False), (True, 2, False), (True, 1, True))
+        ),
+    ],
 )
 def test_the_order_is_one_on_every_rank_for_every_kind_of_batch(checkpoint, stage, branching):
     ranks = run_ranks(arrivals, 2, checkpoint, stage, branching)

@@ -93,10 +93,13 @@ def test_a_shape_that_does_not_fit_for_one_rank_alone_is_the_same_error_on_both(
     assert "mixins.lm.lm_head.weight: shape (5, 64), the model has (512, 64) in mp_rank_01" in first[1]
 
 
+ODD_HEADS = {"hidden_size": 65, "num_attention_heads": 5}
+
+
 def refusals():
     arrange(join(), 2)
     found = []
-    for parts, change in ((2, {"vocab_size": 1023}), (2, {"num_attention_heads": 5}), (3, {}), (1, {})):
+    for parts, change in ((2, {"vocab_size": 1023}), (2, ODD_HEADS), (3, {}), (1, {})):
         try:
             build_cogvlm({**CONFIG, **change}, model_parallel_size=parts, device="meta")
         except SatLoraError as error:

@@ -113,7 +113,10 @@ def three_steps(variant, stage, model_parallel, folder):
 
 @pytest.mark.parametrize(
     "variant",
-    ["dora", "parameters whole", *(pytest.param(one, marks=pytest.mark.matrix) for one in ("embeddings too", "pissa"))],
+    [
+        "dora",
+        *(pytest.param(one, marks=pytest.mark.matrix) for one in ("parameters whole", "embeddings too", "pissa")),
+    ],
 )
 def test_zero_3_trains_saves_and_merges_as_zero_0(variant, tmp_path):
     plain = run_ranks(three_steps, 2, variant, 0, 1, str(tmp_path / "0"))[0]
@@ -124,7 +127,7 @@ def test_zero_3_trains_saves_and_merges_as_zero_0(variant, tmp_path):
     assert loaded_logits(tmp_path / "3") == pytest.approx(partitioned, rel=1e-3, abs=1e-4)
 
 
-@pytest.mark.parametrize("variant", ["dora", "parameters whole"])
+@pytest.mark.parametrize("variant", ["parameters whole", pytest.param("dora", marks=pytest.mark.matrix)])
 def test_zero_3_with_model_parallelism_trains_saves_and_merges(variant, tmp_path):
     one = run_ranks(three_steps, 1, variant, 0, 1, str(tmp_path / "one"))[0]
     for two in run_ranks(three_steps, 2, variant, 3, 2, str(tmp_path / "two")):

@@ -38,8 +38,13 @@ def codes_of(found):
     [
         (1, ("--zero-stage", "0", "--save-interval", "0")),
         (2, ("--zero-stage", "2", "--bf16", "--checkpoint-activations", "--vit_checkpoint_activations")),
-        (2, ("--zero-stage", "3", "--lora_dropout", "0.1")),
-        (2, ("--zero-stage", "1", "--model-parallel-size", "2", "--use_dora", "--shrink", "1")),
+        *(
+            pytest.param(2, more, marks=pytest.mark.matrix)
+            for more in (
+                ("--zero-stage", "3", "--lora_dropout", "0.1"),
+                ("--zero-stage", "1", "--model-parallel-size", "2", "--use_dora", "--shrink", "1"),
+            )
+        ),
         (2, ("--zero-stage", "2", "--layers_to_transform", "0", "--target_modules", "vit-mlp", "language-attention")),
     ],
 )
@@ -68,7 +73,7 @@ def spoil_one_rank():
     experts.route = spoiled
 
 
-@pytest.mark.parametrize("stage", ["2", "3"])
+@pytest.mark.parametrize("stage", ["2", pytest.param("3", marks=pytest.mark.matrix)])
 def test_a_nan_on_one_rank_is_found(stage, captchas, tmp_path):
     for found in run_ranks(told_by, 2, options_for(captchas, tmp_path, "--zero-stage", stage), spoil_one_rank):
         _, ranks, seen, where = next(one for one in found if one[0] == "not-finite")

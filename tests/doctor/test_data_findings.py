@@ -185,7 +185,7 @@ def no_fault():
 
 def images_of_two_sizes():
     sizes = iter([(42, 42), (21, 42)] * 500)
-    data.load_image = lambda source, size, name=None: load_image(source, next(sizes), name)
+    data.load_image = lambda source, size, *more, **limits: load_image(source, next(sizes), *more, **limits)
 
 
 def vocabulary_too_small():

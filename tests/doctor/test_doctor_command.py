@@ -69,6 +69,7 @@ def test_a_healthy_step_runs_through_in_the_replay(captchas, tmp_path, more):
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.matrix
 def test_two_ranks_are_examined_from_the_command_line(captchas, tmp_path):
     arguments = options_for(captchas, tmp_path, "--lr", "1e-7", "--shrink", "1")
     told = sat_lora("doctor", "--ranks", "2", "--json", *arguments)

@@ -112,7 +112,8 @@ def estimated_activations(name, dtype, checkpoint, rows, parts):
 @pytest.mark.parametrize(
     "name, dtype, checkpoint, rows, parts",
     [("tiny", "fp32", False, 1, 1), ("tiny", "fp32", True, 3, 1), ("tiny", "bf16", False, 2, 2),
-     ("tiny", "bf16", True, 2, 1), ("large", "fp32", True, 1, 1), ("large", "bf16", False, 1, 2)],
+     ("tiny", "bf16", True, 2, 1), *(pytest.param(*case, marks=pytest.mark.matrix) for case in
+                                    (("large", "fp32", True, 1, 1), ("large", "bf16", False, 1, 2)))],
 )  # fmt: skip
 def test_activations_are_estimated_as_they_are_measured(name, dtype, checkpoint, rows, parts):
     measured = run_ranks(measured_activations, parts, name, dtype, checkpoint, rows, parts)
@@ -240,7 +241,7 @@ def settled(look):
     return seen
 
 
-@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("count", [pytest.param(1, marks=pytest.mark.matrix), 3])
 def test_gloo_takes_a_buffer_of_its_own_for_each_gather_that_a_thread_works_on(count):
     taken, _ = run_ranks(memory_of_gathers, 2, count)
     assert taken == pytest.approx(min(count, GLOO_THREADS) * GATHERED, rel=0.05)

@@ -33,12 +33,12 @@ def told(fault, captchas, tmp_path, *more, ranks=2):
 @pytest.mark.parametrize(
     "fault, code, place",
     [
-        ("exception_in_a_loader", "rank-failed", "the disk of this machine is broken in fail .*faulty_runs"),
+        long("exception_in_a_loader", "rank-failed", "the disk of this machine is broken in fail .*faulty_runs"),
         ("loader_that_sleeps", "stuck-in-data", "faulty_runs.py.*time.sleep"),
         ("extra_collective", "collectives-differ", "faulty_runs.py.*all_reduce"),
         ("killed_rank", "rank-gone", r"rank 1 \(process \d+ on"),
         long("bus_error", "rank-gone", r"is gone: Bus error in <lambda> \(.*faulty_runs.py"),
-        ("deadlock_in_a_hook", "stuck-in-code", "faulty_runs.py:.*action()"),
+        long("deadlock_in_a_hook", "stuck-in-code", "faulty_runs.py:.*action()"),
         long("stopped_rank", "stuck-in-code", "interpreter is stuck as a whole"),
         ("published_branching", "gradients-differ", "gradients arrived on rank 0 and not on rank 1: .*vision"),
     ],

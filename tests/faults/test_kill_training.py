@@ -36,6 +36,7 @@ def check_outcomes(whole, cut):
     assert [name for name, content in whole[1].items() if cut[1][name] != content] == []
 
 
+@pytest.mark.matrix
 def test_a_killed_run_ends_as_one_that_was_not(captchas, tmp_path):
     check_outcomes(*survive_kills(captchas, tmp_path, 1, None, "--num-workers", "1", "--zero-stage", "2"))
 

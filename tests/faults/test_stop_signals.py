@@ -23,6 +23,7 @@ def stop(launcher, options, run, log, number, whole_group):
         return status
 
 
+@pytest.mark.matrix
 def test_a_stopped_run_resumes_as_if_it_was_not(captchas, tmp_path):
     """SIGTERM to a group, data workers included, as a scheduler sends it; the save is not at a --save-interval."""
     more = ("--num-workers", "1", "--save-interval", "1000", "--eval-interval", "4", "--eval-iters", "1")

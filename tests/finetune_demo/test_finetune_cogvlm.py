@@ -191,6 +191,7 @@ def test_a_mistake_ends_before_the_model_loads(case, captchas, tmp_path):
     assert "Traceback" not in errors
 
 
+@pytest.mark.matrix
 def test_ranks_that_do_not_divide_are_told_once(captchas, tmp_path):
     options = options_for(captchas, tmp_path, "--model-parallel-size", "4")
     done = start(launcher("torchrun"), options)
@@ -199,6 +200,7 @@ def test_ranks_that_do_not_divide_are_told_once(captchas, tmp_path):
     assert 'finetune_cogvlm.py", line' not in done.stderr
 
 
+@pytest.mark.matrix
 def test_a_resumed_run_continues_bit_for_bit(captchas, tmp_path):
     """Eight steps at once, or four, saved, and four more: the same losses, with dropout on and B at its own rate."""
     steady = ("--lr-decay-style", "constant", "--save-interval", "4", "--warmup", "0", "--zero-stage", "2", *LORA)

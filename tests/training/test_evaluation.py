@@ -101,6 +101,7 @@ def test_shares_equal_those_counted_by_hand_however_the_work_is_split(tmp_path, 
         assert result["broken_samples"] == 2
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("option, message", [("--test-data", "--test-data: .*nothing: no images there"),
                                              ("--adapter", "nothing is not an adapter folder"),
                                              ("--run", "--run: .*nothing is no run folder")])  # fmt: skip
