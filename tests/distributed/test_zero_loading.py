@@ -71,7 +71,8 @@ def train(folder, model_parallel, partition, config=None, threshold=0):
 
 
 @pytest.mark.parametrize(
-    "model_parallel, threshold", [(2, 0), *(pytest.param(1, threshold, marks=pytest.mark.matrix) for threshold in (0, 100_000))]
+    "model_parallel, threshold",
+    [(2, 0), *(pytest.param(1, threshold, marks=pytest.mark.matrix) for threshold in (0, 100_000))],
 )
 def test_training_is_that_of_weights_that_came_whole(folder, model_parallel, threshold):
     (losses, values), _ = run_ranks(train, 2, folder, model_parallel, True, threshold=threshold)
