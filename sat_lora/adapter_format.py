@@ -250,7 +250,8 @@ def _advice(folder: Path) -> str:
         values = None
     if isinstance(values, dict) and "sat_lora" not in values and "peft_type" in values:
         place = shlex.quote(printable(folder))
-        return f"; it is an adapter of PEFT: sat-lora import --from peft {place} makes one of sat_lora"
+        command = f"sat-lora import --from peft {place} --base BASE --out DIR"
+        return f"; it is an adapter of PEFT: {command} makes one of sat_lora"
     if (folder / "adapter_model.bin").is_file():
         return f"; {_IMPORT}"
     return "" if folder.is_dir() else "; give the folder of an adapter, such as runs/NAME/adapter"

@@ -290,6 +290,7 @@ def _nearest(pattern: str, names: Iterable[str]) -> str:
     suffixes = {re.sub(r"\.\d+$", "", name).rpartition(".")[2] for name in names}
     candidates = [*PRESETS, *sorted(suffixes), *names]
     own = FOREIGN.get(pattern.rpartition(".")[2], pattern)
-    near = difflib.get_close_matches(own, candidates, n=4, cutoff=0.3) or [*PRESETS][:3] + sorted(suffixes)[:3]
+    count = 4 if own == pattern else 2
+    near = difflib.get_close_matches(own, candidates, n=count, cutoff=0.3) or [*PRESETS][:3] + sorted(suffixes)[:3]
     fused = "; q, k and v are one layer, of which qkv_slots takes parts"
     return ", ".join(near) + (fused if own == "query_key_value" != pattern else "")

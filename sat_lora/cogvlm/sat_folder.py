@@ -37,7 +37,7 @@ _RANDOM_STATE_TYPES = [
     numpy.dtypes.UInt32DType,
 ]
 
-WANTED = "the folder of the base: SAT's, with those files, or Hugging Face's, with config.json and safetensors"
+WANTED = f"the base's folder: SAT's with {' and '.join(PARTS)}, or Hugging Face's with config.json and safetensors"
 TRUST = "if you trust whoever made it, --trust-checkpoint unpickles the whole file and so runs any code that is in it"
 
 

@@ -407,7 +407,7 @@ def all_answers(folder: Path) -> list[Answer]:
     from tests.cases import mistakes
     from tests.distributed.ranks import run_ranks
 
-    (made,) = run_ranks(mistakes.answers, 1, str(folder))
+    (made,) = run_ranks(mistakes.answers, 1, str(folder), timeout=240)
     return made
 
 
@@ -416,8 +416,9 @@ def all_answers(folder: Path) -> list[Answer]:
 INTRO = f"""# What a mistake is answered
 
 Each mistake below was made: its command ran in a folder `{HERE}`, and what it said stands beside it, with its exit
-status. A mistake is one message and status 2, Ctrl-C is one line and 130; there is never a traceback, and no file of a
-run is lost. `python -m tests.cases.mistakes --markdown` writes this page; `tests/cases/test_mistakes.py` checks it.
+status; `/sat_lora` stands for the clone. A mistake is one message and status 2, Ctrl-C is one line and 130; there is
+never a traceback, and no file of a run is lost. `python -m tests.cases.mistakes --markdown` writes this page, and
+`tests/cases/test_mistakes.py` checks it.
 """
 ALSO_SHOWN = """
 The same kinds with several ranks, launchers, processes and disks:

@@ -7,6 +7,7 @@ import pytest
 
 from tests.cases.mistakes import ALSO, MISTAKES, PAGE, ROOT, all_answers, page
 
+pytestmark = pytest.mark.timeout(300)  # the first one waits for all commands
 NAMES = [f"{mistake.row} {mistake.done}" for mistake in MISTAKES]
 OF_EACH_START = re.compile(r"runs/\w+/(loss\.png|run\.json|tensorboard/.*)")
 
