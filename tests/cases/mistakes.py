@@ -163,7 +163,7 @@ MISTAKES = [
         f"--train-data half {SHORT} --train-iters 4 --experiment-name half",
     ),
     train(21, "data that the user may not read", "--train-data closed/images", given=no_right_to_closed),
-    train(22, "a place where nobody writes", f"{MINE} --save /proc/runs"),
+    train(22, "a link to a disk that is not there", f"{MINE} --save unmounted/runs"),
     train(22, "a file as folder of runs", f"{MINE} --save my.yaml"),
     train(23, "a full disk", f"{MINE} --experiment-name full", given=full_disk),
     train(24, "a second run of the same name", f"{MINE} {SHORT} --experiment-name first"),
@@ -289,6 +289,7 @@ def set_up(folder: Path) -> None:
     labels.mkdir()
     (labels / "000001.json").write_text(json.dumps(TEXT_OF_LLAVA["conversations"]))
     (folder / "empty").mkdir()
+    (folder / "unmounted").symlink_to("nowhere/at/all")
     for name in ("cut", "half"):
         write_images(folder / name, names[:2])
     for image in ("cut/7Kq2.png", "cut/m3xZ.png", "half/m3xZ.png"):
@@ -379,8 +380,10 @@ def answer_to(mistake: Mistake, folder: Path) -> Answer:
 
 def _as_on_the_page(text: str, folder: Path) -> str:
     """Without what is of this machine and this moment."""
-    for name, placeholder in ((folder, HERE), (ROOT, "/sat_lora"), (sys.executable, "python")):
+    clone = ((ROOT, "/sat_lora"), (ROOT.resolve(), "/sat_lora"))
+    for name, placeholder in ((sys.executable, "python"), (folder, HERE), *clone):  # one may lie within the next
         text = text.replace(str(name), placeholder)
+    text = re.sub(r"'((?:/sat_lora|/here)[\w./-]*|python)'", r"\1", text)  # what a space in their names asked for
     text = re.sub(r"\b(process|kill) \d+", r"\1 4711", text)
     return re.sub(r" on [^\s,]+, since [\d-]+ [\d:]+", " on node17, since 2026-01-01 12:00:00", text)
 
