@@ -137,7 +137,7 @@ def load_adapter(
             problems.append(f"the model's {name!r} is merged or disabled; unmerge() and enable() it first")
     if problems:
         shown = "\n  ".join(problems[:20]) + ("\n  ..." if len(problems) > 20 else "")
-        raise AdapterError(f"{folder} does not fit, {len(problems)} problems:\n  {shown}")
+        raise AdapterError(f"{folder} does not fit, {len(problems)} problem{'s' * (len(problems) > 1)}:\n  {shown}")
     if not present:
         targets = {n: Target(sites[n], e.r, e.scale, e.slots) for n, e in saved.layers.items()}
         trained = {n: parameters[n] for n in saved.trained}

@@ -216,7 +216,7 @@ def _read_config(path: Path) -> SavedAdapter:
     try:
         values = read_json(path, limit=CONFIG_LIMIT, parse_constant=_refuse_constant)
         if isinstance(values, dict) and "sat_lora" not in values and "peft_type" in values:
-            raise ValueError(f"no 'sat_lora' in it; {_IMPORT}")
+            raise ValueError("no 'sat_lora' in it")
         own = values.pop("sat_lora")
         values.pop("peft_type", None)
         version = own["format_version"]
@@ -250,10 +250,11 @@ def _advice(folder: Path) -> str:
         values = None
     if isinstance(values, dict) and "sat_lora" not in values and "peft_type" in values:
         place = shlex.quote(printable(folder))
-        return f"; it is an adapter of PEFT: sat-lora import --from peft {place} makes one of sat_lora"
+        command = f"sat-lora import --from peft {place} --base BASE --out DIR"
+        return f"; it is an adapter of PEFT: {command} makes one of sat_lora"
     if (folder / "adapter_model.bin").is_file():
         return f"; {_IMPORT}"
-    return ""
+    return "" if folder.is_dir() else "; give the folder of an adapter, such as runs/NAME/adapter"
 
 
 def _layer_entry(name: str, values) -> LayerEntry:

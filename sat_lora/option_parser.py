@@ -102,7 +102,20 @@ class OptionParser(argparse.ArgumentParser):
         hints = [f"did you mean {', '.join(dict.fromkeys(meant))}?"] if meant else []
         return "".join(f"; {hint}" for hint in [*hints, *dict.fromkeys(advice)] or ["--help lists the options"])
 
+    def _check_value(self, action, value):
+        """Python's own words differ from version to version, and propose nothing."""
+        choices = action.choices
+        if choices is None or value in choices:
+            return
+        texts = [str(choice) for choice in choices]
+        near = difflib.get_close_matches(str(value), texts, 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise argparse.ArgumentError(action, f"invalid choice: {value!r}, wanted one of {', '.join(texts)}{hint}")
+
     def error(self, message: str):
+        if "are required: " in message:
+            commands = [name for action in self._actions if action.dest == "command" for name in action.choices]
+            message += f"; one of {', '.join(commands)}" if commands else "; --help says what they are"
         self.exit(2, f"{self.prog}: error: {message}\n")
 
     def _print_message(self, message, file=None):

@@ -30,6 +30,13 @@ PRESETS = {
     "all-linear": r"(?!.*\blm_head$).*",
 }
 OTHER = "other"
+# Other models' names of layers that SAT calls otherwise, so that no spelling leads to them.
+FOREIGN = {
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj", "qkv_proj", "c_attn"), "query_key_value"),
+    **dict.fromkeys(("o_proj", "out_proj"), "dense"),
+    "up_proj": "dense_h_to_4h",
+    "down_proj": "dense_4h_to_h",
+}
 
 
 def part_of(name: str) -> str:
@@ -282,5 +289,8 @@ def _trained_whole(parameters: dict[str, BaseParameter], config: LoraConfig, pro
 def _nearest(pattern: str, names: Iterable[str]) -> str:
     suffixes = {re.sub(r"\.\d+$", "", name).rpartition(".")[2] for name in names}
     candidates = [*PRESETS, *sorted(suffixes), *names]
-    near = difflib.get_close_matches(pattern, candidates, n=4, cutoff=0.3) or [*PRESETS][:3] + sorted(suffixes)[:3]
-    return ", ".join(near)
+    own = FOREIGN.get(pattern.rpartition(".")[2], pattern)
+    count = 4 if own == pattern else 2
+    near = difflib.get_close_matches(own, candidates, n=count, cutoff=0.3) or [*PRESETS][:3] + sorted(suffixes)[:3]
+    fused = "; q, k and v are one layer, of which qkv_slots takes parts"
+    return ", ".join(near) + (fused if own == "query_key_value" != pattern else "")

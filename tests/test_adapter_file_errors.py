@@ -133,7 +133,7 @@ def test_a_folder_that_is_no_adapter_says_what_is_missing_and_found(adapter, fre
 def test_an_adapter_of_another_base_is_refused(adapter):
     """One more layer: every linear of the adapter is there and fits, and still it is another model."""
     other = build_cogvlm({**SIZES, "num_layers": 3})
-    message = assert_refused(other, adapter, "1 problems")
+    message = assert_refused(other, adapter, "1 problem:")
     assert "the base model has other names or shapes than the one this adapter was trained on" in message
 
 

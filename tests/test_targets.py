@@ -97,7 +97,15 @@ def test_layer_numbers_alone_count_for_every_tower(sites):
 
 
 @pytest.mark.parametrize(
-    "wrong, near", [("qkv", "query_key_value"), ("vit-mpl", "vit-mlp"), ("gate_project", "gate_proj")]
+    "wrong, near",
+    [
+        ("qkv", "query_key_value"),
+        ("vit-mpl", "vit-mlp"),
+        ("gate_project", "gate_proj"),
+        ("q_proj", "query_key_value.*of which qkv_slots takes parts"),
+        ("self_attn.o_proj", " dense"),
+        ("down_proj", "dense_4h_to_h"),
+    ],
 )
 def test_a_pattern_that_matches_nothing_names_the_nearest(sites, wrong, near):
     with pytest.raises(ConfigError, match=f"target_modules: '{wrong}' matches no layer; nearest:.*{near}"):

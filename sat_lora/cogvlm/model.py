@@ -131,6 +131,8 @@ def parallel_problems(config: dict, parts: int, ranks: int) -> list[str]:
         problems.append(
             f"{ranks} ranks do not divide into groups of {parts}; start a multiple of {parts} ranks or choose a "
             f"divisor of {ranks}"
+            if ranks > 1
+            else f"one process is no group of {parts}; start a multiple of {parts} ranks, or leave it at 1"
         )
     vit = config.get("eva_args", {})
     names = ("num_attention_heads", "hidden_size", "inner_hidden_size")

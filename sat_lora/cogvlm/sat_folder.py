@@ -37,6 +37,7 @@ _RANDOM_STATE_TYPES = [
     numpy.dtypes.UInt32DType,
 ]
 
+WANTED = f"the base's folder: SAT's with {' and '.join(PARTS)}, or Hugging Face's with config.json and safetensors"
 TRUST = "if you trust whoever made it, --trust-checkpoint unpickles the whole file and so runs any code that is in it"
 
 
@@ -128,7 +129,8 @@ def _advice(folder: Path) -> str:
             f"download {folder} --local-dir {folder.name}`, then give that folder"
         )
     near = difflib.get_close_matches(folder.name, _names_in(folder.parent), n=1)
-    return "; found: no such folder" + (f"; did you mean {folder.parent / printable(near[0])}?" if near else "")
+    meant = f"did you mean {folder.parent / printable(near[0])}?" if near else f"give {WANTED}"
+    return f"; found: no such folder; {meant}"
 
 
 def _nearby(folder: Path) -> str:
@@ -146,7 +148,7 @@ def _nearby(folder: Path) -> str:
         return "; a Hugging Face folder has model.safetensors, or model.safetensors.index.json beside its parts"
     if any(Path(name).suffix in ARCHIVES for name in names):
         return "; unpack the archive"
-    return ""
+    return f"; give {WANTED}"
 
 
 def _names_in(folder: Path) -> list[str]:

@@ -79,7 +79,8 @@ def import_from_peft(
         problems.append("no layer has a LoRA")
     if problems:
         shown = "\n  ".join(problems[:20]) + ("\n  ..." if len(problems) > 20 else "")
-        raise AdapterError(f"{folder} cannot be imported, {len(problems)} problems:\n  {shown}")
+        count = f"{len(problems)} problem{'s' * (len(problems) > 1)}"
+        raise AdapterError(f"{folder} cannot be imported, {count}:\n  {shown}")
     fields = LoraConfig(
         target_modules=peft_format.pattern_for(layers),
         modules_to_save=tuple(trained),

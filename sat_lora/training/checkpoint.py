@@ -111,9 +111,8 @@ def load_checkpoint(engine, folder: Path, world: World) -> RunState:
         raise CheckpointError(f"--resume: {folder / TENSORS}: cannot be read: {printable(error)}") from error
     problems = sorted(tensor_problems(tensors, optimizer_shapes(engine.module)))
     if problems:
-        raise CheckpointError(
-            f"--resume: {folder} does not fit the model, {len(problems)} problems:\n  " + "\n  ".join(problems[:20])
-        )
+        count = f"{len(problems)} problem{'s' * (len(problems) > 1)}"
+        raise CheckpointError(f"--resume: {folder} does not fit the model, {count}:\n  " + "\n  ".join(problems[:20]))
     random_states = None
     if content["layout"] == _layout(world):
         try:

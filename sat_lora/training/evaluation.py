@@ -26,6 +26,8 @@ from sat_lora.training.distributed import World, gather_lists
 from sat_lora.training.loss import sum_over_data_parallel
 from sat_lora.training.options import settings_of_run
 from sat_lora.training.run_folder import EVALUATION, RUN, write_json
+from sat_lora.training.shard_checks import problems_with_shards
+from sat_lora.training.shards import is_shard
 from sat_lora.training.step import to_device
 
 
@@ -52,7 +54,12 @@ def evaluate_adapter(
     "broken_samples". Both come from what lies on disk.
     """
     trace.at("load")
-    items = read_items(options.test_data, **reading_options(options))
+    if any(map(is_shard, options.test_data)):
+        raise DataError(f"--test-data: {next(problems_with_shards(options.test_data, '--test-data'))}")
+    try:
+        items = read_items(options.test_data, **reading_options(options))
+    except DataError as error:
+        raise DataError(f"--test-data: {error}") from error
     if not items:
         raise DataError(
             f"--test-data: {', '.join(options.test_data)}: no images there; give folders of images LABEL.png"
