@@ -143,6 +143,9 @@ def test_what_a_sample_lacks_is_counted(tmp_path):
         ("metadata.jsonl", "metadata.jsonl lists its images"),
         ("labels.csv", "labels.csv lists its images"),
         ("annotations.json", "annotations.json lists its images"),
+        ("images/*.gt.txt", "images/000.gt.txt"),
+        ("images/*.md", "images/000.md"),
+        ("beside/*.lab", "beside/000.lab"),
     ],
 )
 def test_a_folder_whose_texts_are_the_answers_is_not_trained_on_file_names(tmp_path, text, name):
@@ -155,6 +158,14 @@ def test_a_folder_whose_texts_are_the_answers_is_not_trained_on_file_names(tmp_p
     with pytest.raises(DataError, match="is laid out in another way: .*file names would be learnt") as error:
         read_items([tmp_path])
     assert name in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["labels.xlsx", "metadata.parquet", "Captions_en.yaml", "labels.csv"])
+def test_a_table_of_answers_beside_images_is_known_by_its_name(tmp_path, name):
+    write_images(tmp_path / "images", [f"{number:03}.png" for number in range(8)])
+    (tmp_path / name).write_text("id,label\n000,a cat\n")
+    with pytest.raises(DataError, match=f"{name} looks like the answers"):
+        read_items([tmp_path])
 
 
 @pytest.mark.parametrize("text", ["README.txt", "notes/todo.json", "LICENSE", ".hidden/000.txt", "000.md", "list.txt"])
