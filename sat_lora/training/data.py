@@ -1,5 +1,6 @@
 """Images with an answer each: found, read, made into samples and put together into batches."""
 
+import os
 import random
 from argparse import Namespace
 from collections import Counter
@@ -56,12 +57,15 @@ class DataCounts:
     """Their answer is empty: only the end is learnt."""
     passed_over: Counter[str] = field(default_factory=Counter)
     """Keys that carry nothing to learn, with the samples that have them."""
+    again: int = 0
+    """Samples that an earlier path has given, too."""
     unused: Counter[str] = field(default_factory=Counter)
     """What lies in folders and is no sample, by reason."""
 
     def left_out(self) -> list[tuple[str, int]]:
         """(what, how many) of what is not used, and of what samples lack or have for nothing: for their user."""
         counts = [("images (samples of text alone)", self.text_only), ("answers (empty ones)", self.without_answer)]
+        counts.append(("samples twice (paths overlap)", self.again))
         lacking = self.without_prompt.total()
         if lacking < self.labelled_by_text:  # where all lack one, that is how the file is meant
             counts.append(("prompts (--prompt is asked)", lacking))
@@ -104,17 +108,25 @@ def read_items(
     is plainly another layout, or every wrong line of a file.
     """
     items, counts = [], DataCounts() if counts is None else counts
+    before: set[str] = set()  # of folders their images, of files the files
     for path in map(Path, paths):
         if path.is_dir() or not path.exists():
             images = find_images([path], counts.unused)
             check_layout(path, images)
             items += [Item(image, image.stem) for image in images]
             counts.labelled_by_name += len(images)
+            if len(paths) > 1:
+                places = {os.path.abspath(image) for image in images}
+                counts.again += len(places & before)
+                before |= places
             continue
         check_file_kind(path)
         entries = read_entries(path, ignored=ignore_keys, images_from=images_from)
         items += [Item(e.image, e.answer, e.prompt, file=path, line=e.line) for e in entries.found]
         counts.add(path, entries)
+        place = os.path.abspath(path)
+        counts.again += len(entries.found) * (place in before)
+        before.add(place)
     return items
 
 

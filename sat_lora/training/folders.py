@@ -17,6 +17,12 @@ SYSTEM_FOLDERS = frozenset(
 """Of operating systems and storage boxes, in lower case; hidden ones need no name here. They hold thumbnails, and what
 was deleted."""
 
+RUN = "run.json"
+RUN_NAMES = frozenset(
+    f"{RUN} train.jsonl evaluation.json loss.png norms.png lock adapter checkpoints tensorboard watchdog".split()
+)
+"""What a run writes into its folder; where that lies in a data folder, a later run would learn its pictures."""
+
 _CONFLICT = re.compile(r"\((?:.*\s)?conflicted copy\b.*\)$|\.sync-conflict-\d{8}-\d{6}", re.IGNORECASE)
 _COPIES = (
     re.compile(r"(?P<original>.+)-checkpoint"),  # of Jupyter
@@ -29,7 +35,8 @@ def find_images(folders: Sequence[str | Path], left_out: Counter | None = None) 
     """Every picture file in and below the folders, sorted; what is none goes into `left_out` (reason: how many).
 
     A picture is a regular file, or a link to one, with a suffix of SUFFIXES in any case. None are: hidden files and
-    folders, those of SYSTEM_FOLDERS, and copies that an editor or a system made of a picture beside them. Each folder
+    folders, those of SYSTEM_FOLDERS, what a run of this program wrote, and copies that an editor or a system made of a
+    picture beside them. Each folder
     is gone through once, however many links lead there; a link to a folder that it lies in is not followed.
     DataError: one of `folders` is missing or cannot be read.
     """
@@ -69,8 +76,11 @@ def _go_through(top: str, visited: set, pictures: set[str], linked: list[str], l
             left_out[f"folder {printable(folder)} cannot be read: {error.strerror}"] += 1
             continue
         names = {entry.name for entry in entries}
+        of_run = RUN_NAMES if RUN in names else frozenset()
         for entry in entries:
-            if is_no_data(entry.name):
+            if entry.name in of_run:
+                left_out["files and folders of a run"] += 1
+            elif is_no_data(entry.name):
                 left_out["hidden, or of the system"] += 1
             elif _is_folder(entry):
                 if not entry.is_symlink():

@@ -308,8 +308,12 @@ def _what_is_wrong(error: json.JSONDecodeError) -> str:
         cause = 'typographic quotes; JSON has " alone'
     elif begins.startswith(("//", "/*", "#")):
         cause = "JSON has no comments"
-    elif (at in ("}", "]") and before.endswith(",")) or (error.msg == "Extra data" and at == ","):
+    elif error.msg == "Extra data" and not error.doc.lstrip(SPACE + "\ufeff").startswith(("{", "[")):
+        cause = "a sample begins with {"
+    elif (at in ("}", "]") and before.endswith(",")) or (error.msg in ("Extra data", "Expecting value") and at == ","):
         cause = "a comma too many"
+    elif at.isspace() and at not in SPACE:
+        cause = f"U+{ord(at):04X} is no space of JSON"
     elif error.msg == "Extra data":
         cause = "one object per line"
     elif error.msg.startswith("Invalid control character"):

@@ -1,6 +1,7 @@
 """The keys of a sample's JSON object: which are read, which carry nothing to learn, and what others call them."""
 
 import difflib
+import re
 import shlex
 from collections.abc import Collection
 
@@ -76,7 +77,8 @@ def key_problems(entry: dict, ignored: Collection[str], metadata: Collection[str
     problems[-1] += f"; {layout}" if layout else ""
     problems[-1] += f"; wanted {WANTED}"
     others = [key for key in unknown if not meant[key]]
-    if others and not layout:
+    is_sample = "answer" in entry or "image" in metadata  # a shard's answer may lie beside its JSON
+    if others and not layout and is_sample:
         problems[-1] += f"; --ignore-keys {_pasted(others)} passes over what is not to be learnt"
     return problems
 
@@ -86,7 +88,7 @@ def _is_metadata(key: str, metadata: Collection[str]) -> bool:
 
 
 def _speaks_of_an_image(key: str, value: object) -> bool:
-    names_a_file = isinstance(value, str) and value.strip().lower().endswith(PICTURES)
+    names_a_file = isinstance(value, str) and re.split(r"[?#]", value.strip().lower())[0].endswith(PICTURES)
     return value is not None and (names_a_file or "image" in key.casefold() or "img" in key.casefold())
 
 

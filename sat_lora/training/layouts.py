@@ -16,9 +16,11 @@ from sat_lora.training.item_files import FILE_LIMIT
 from sat_lora.training.item_keys import WANTED
 
 JSON_SUFFIXES = (".jsonl", ".json", ".ndjson", ".jsonlines", ".jl")
-TEXT_SUFFIXES = (".txt", ".json", ".caption", ".captions", ".xml")
+TEXT_SUFFIXES = (".txt", ".json", ".caption", ".captions", ".xml", ".cap", ".lab", ".gt", ".md", ".yaml", ".yml")
 LISTS = (".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".txt", ".xml")  # files that may hold the answers of many images
-TEXTS = tuple({*TEXT_SUFFIXES, *LISTS})
+TABLES = (".csv", ".tsv", ".xlsx", ".xls", ".ods", ".parquet", ".arrow", ".yaml", ".yml")
+TEXTS = tuple({*TEXT_SUFFIXES, *LISTS, *TABLES})
+ANSWER_TABLE = re.compile(r"(labels?|annotations?|captions?|metadata|answers?|ground_?truth)([_.-].*)?", re.IGNORECASE)
 LABEL_FOLDERS = re.compile(r"(labels?|annotations?|captions?|anns?|texts?)([ _.-].*)?", re.IGNORECASE)
 IMAGE_NAME = re.compile(r"[^\s\"'`,;:|<>\\/]+\.(?:png|jpe?g|bmp|webp|gif|tiff?)", re.IGNORECASE)
 LISTED = 3  # names of images in a file that make it a list of them
@@ -62,7 +64,7 @@ def check_layout(folder: Path, images: Sequence[Path]) -> None:
     """DataError where texts in or below a folder are the answers of its images, whose names would be learnt instead."""
     if not images:
         return
-    stems, lists = {}, []
+    stems, lists, tables = {}, [], []
     for path in itertools.islice(_texts_in(folder), ENTRIES_SEEN):
         relative = path.relative_to(folder)
         suffix = path.suffix.lower()
@@ -70,6 +72,9 @@ def check_layout(folder: Path, images: Sequence[Path]) -> None:
             if any(LABEL_FOLDERS.fullmatch(part) for part in relative.parts[:-1]):
                 _refuse(folder, f"{relative} looks like the answer to an image")
             stems.setdefault(path.stem, relative)
+            stems.setdefault(path.stem.removesuffix(".gt"), relative)  # of Tesseract
+        if suffix in TABLES and ANSWER_TABLE.fullmatch(path.stem):
+            tables.append(relative)
         if suffix in LISTS:
             lists.append(path)
     answered = [image for image in images if image.stem in stems or image.name in stems]
@@ -80,6 +85,8 @@ def check_layout(folder: Path, images: Sequence[Path]) -> None:
     for path in lists[:LISTS_READ]:
         if len(names & _names_in(path)) >= min(LISTED, len(names)):
             _refuse(folder, f"{path.relative_to(folder)} lists its images; give that file if it has samples")
+    if tables:
+        _refuse(folder, f"{tables[0]} looks like the answers to its images")
 
 
 def _refuse(folder: Path, why: str) -> None:

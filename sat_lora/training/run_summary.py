@@ -175,6 +175,8 @@ def _counts(counts: dict[str, int]) -> str:
 
 def _valid(options: Namespace, valid: FileSource | ShardSource | None) -> str:
     split = ",".join(f"{share:g}" for share in options.split)
+    if valid is None and sum(options.split[1:2]) > 0:
+        return f"none: too few samples for --split {split}; give --valid-data"
     if valid is None:
         return f"none: no --valid-data, and --split {split} leaves none (0.95,0.05 would)"
     source = "of --valid-data" if options.valid_data else f"of --train-data, by --split {split}"

@@ -174,6 +174,8 @@ def _record(shard: str, key: str, group: Iterator, links: Links, left_out: Count
             problem = f"{suffix} is {member.kind}, which is not read"
         places.append((suffix, member.first, member.size))
     suffixes = {suffix for suffix, _, _ in places}
+    if len(pictures := sorted(suffixes & SUFFIXES)) > 1:
+        problem = f"it has two images, {' and '.join(pictures[:2])}; a sample has one"
     if not suffixes & SUFFIXES:
         if other_picture is not None:  # without a word it would be trained on as text alone
             problem = f"{other_picture} is no image that is read; {CONVERT}, as KEY.png or KEY.jpg"

@@ -190,6 +190,12 @@ def test_a_picture_that_is_not_read_does_not_make_its_sample_one_of_text(tmp_pat
     assert f".{suffix} is no image that is read; convert it to PNG or JPEG, as KEY.png or KEY.jpg" in broken.reason
 
 
+def test_no_image_of_two_is_left_out_in_silence(tmp_path):
+    members = [member("z.png", png()), member("z.webp", png()), member("z.txt", b"7")]
+    (broken,) = read(write_tar(tmp_path / "s.tar", *members))
+    assert "it has two images, .png and .webp; a sample has one" in broken.reason
+
+
 def test_names_that_came_twice_and_names_in_any_encoding(tmp_path):
     members = [*sample("a"), member("a.txt", b"new"), *sample("b"), *sample("a"), member("caf\udce9.png", png())]
     items = read(write_tar(tmp_path / "s.tar", *members))

@@ -143,6 +143,9 @@ def test_what_a_sample_lacks_is_counted(tmp_path):
         ("metadata.jsonl", "metadata.jsonl lists its images"),
         ("labels.csv", "labels.csv lists its images"),
         ("annotations.json", "annotations.json lists its images"),
+        ("images/*.gt.txt", "images/000.gt.txt"),
+        ("images/*.md", "images/000.md"),
+        ("beside/*.lab", "beside/000.lab"),
     ],
 )
 def test_a_folder_whose_texts_are_the_answers_is_not_trained_on_file_names(tmp_path, text, name):
@@ -155,6 +158,14 @@ def test_a_folder_whose_texts_are_the_answers_is_not_trained_on_file_names(tmp_p
     with pytest.raises(DataError, match="is laid out in another way: .*file names would be learnt") as error:
         read_items([tmp_path])
     assert name in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["labels.xlsx", "metadata.parquet", "Captions_en.yaml", "labels.csv"])
+def test_a_table_of_answers_beside_images_is_known_by_its_name(tmp_path, name):
+    write_images(tmp_path / "images", [f"{number:03}.png" for number in range(8)])
+    (tmp_path / name).write_text("id,label\n000,a cat\n")
+    with pytest.raises(DataError, match=f"{name} looks like the answers"):
+        read_items([tmp_path])
 
 
 @pytest.mark.parametrize("text", ["README.txt", "notes/todo.json", "LICENSE", ".hidden/000.txt", "000.md", "list.txt"])
@@ -181,3 +192,38 @@ def test_the_json_of_a_shard_is_read_by_the_same_rules(tmp_path):
     assert isinstance(weight, BrokenSample)
     assert [*find_records(str(shard))][2].read(ignored=["weight"]).answer == "x"
     assert "its json names an image, 'a.png', but none lies beside it" in imageless.reason
+
+
+@pytest.mark.parametrize(
+    "line, said",
+    [
+        ('{"0": {"image": "a.png", "answer": "x"}}', 'the key "0" is not known; wanted'),
+        ('"image","prompt","answer"', "(a sample begins with {)"),
+        ('{"image":\u00a0"a.png", "answer": "x"}', "(U+00A0 is no space of JSON)"),
+        ('{"prompt": "q", "answer": "x", "source": "https://x.org/a.png?s=1"}', 'the key "source" is not known'),
+    ],
+)
+def test_what_is_said_of_a_line_fits_it(tmp_path, line, said):
+    (tmp_path / "x.jsonl").write_text(line + "\n", encoding="utf-8")
+    with pytest.raises(DataError) as error:
+        read_items([tmp_path / "x.jsonl"])
+    assert said in str(error.value)
+    assert ("--ignore-keys" in str(error.value)) == ("source" in line)
+
+
+def test_samples_that_come_again_by_another_path_are_said(tmp_path):
+    images = write_images(tmp_path / "images", ["1.png"])
+    write_images(images / "deep", ["2.png"])
+    file = tmp_path / "x.jsonl"
+    file.write_text('{"prompt": "q", "answer": "x"}\n')
+    for paths, again in [
+        ([images], 0),
+        ([images, images], 2),
+        ([images, images / "deep"], 1),
+        ([images / "deep", images / "." / "deep", images], 2),
+        ([file, file], 1),
+        ([file, images], 0),
+    ]:
+        counts = DataCounts()
+        read_items(paths, counts=counts)
+        assert dict(counts.left_out()).get("samples twice (paths overlap)", 0) == again

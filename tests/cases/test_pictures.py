@@ -276,6 +276,25 @@ def found_in(folder: Path) -> tuple[list[str], Counter]:
     return [str(path.relative_to(folder)) for path in find_images([folder], left_out)], left_out
 
 
+@pytest.mark.parametrize("run", [".", "runs/mine", "a/loss"])
+def test_what_a_run_wrote_into_a_data_folder_is_no_sample(tmp_path, run):
+    own = ["run.json", "train.jsonl", "loss.png", "norms.png", "checkpoints/1/x.png", "adapter/1/x.png"]
+    for name in own:
+        path = tmp_path / run / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    (tmp_path / "a.png").touch()
+    (tmp_path / run / "b.png").touch()
+    names, left_out = found_in(tmp_path)
+    assert sorted(names) == sorted(["a.png", os.path.normpath(f"{run}/b.png")])
+    assert left_out == {"files and folders of a run": 6}
+
+
+def test_a_picture_called_loss_is_a_sample_where_no_run_is(tmp_path):
+    (tmp_path / "loss.png").touch()
+    assert found_in(tmp_path)[0] == ["loss.png"]
+
+
 def test_files_of_editors_and_systems_are_no_samples(tmp_path):
     hidden = [
         *("._7.png", ".#7.png", ".hidden.jpg", ".ipynb_checkpoints/7-checkpoint.png", "__MACOSX/._7.png"),

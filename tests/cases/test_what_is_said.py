@@ -207,3 +207,11 @@ def test_the_prompt_version_is_that_of_the_base(file, content, version, tmp_path
 def test_a_config_that_cannot_be_read_names_no_version(tmp_path):
     (tmp_path / "model_config.json").write_text("[" * 100_000)
     assert version_of(tmp_path) is None is version_of(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("split", [[0.5, 0.5], [0.9, 0.1, 0.0], [1e-9, 1.0]])
+def test_no_split_is_advised_where_the_samples_are_too_few(split):
+    from sat_lora.training.run_summary import _valid
+
+    said = _valid(Namespace(split=split, valid_data=None), None)
+    assert said.startswith("none: too few samples for --split") and len(said) <= 70
