@@ -2,7 +2,7 @@
 
 import argparse
 
-from sat_lora.commands.parts import ANY_BASE, bar, examples
+from sat_lora.commands.parts import ANY_BASE, bar, examples, refuse_existing
 
 
 def add(commands) -> None:
@@ -27,6 +27,7 @@ def add(commands) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
+    refuse_existing(options.out)
     from sat_lora.interop.peft_export import export_to_peft
 
     export_to_peft(

@@ -2,7 +2,7 @@
 
 import argparse
 
-from sat_lora.commands.parts import bar, examples
+from sat_lora.commands.parts import bar, examples, refuse_existing
 from sat_lora.training.option_types import number
 
 
@@ -30,6 +30,7 @@ def add(commands) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
+    refuse_existing(options.out)
     progress = bar("importing", "layers")
     if options.origin == "peft":
         from sat_lora.errors import ConfigError

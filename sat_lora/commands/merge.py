@@ -4,7 +4,7 @@ import argparse
 import shlex
 from pathlib import Path
 
-from sat_lora.commands.parts import ANY_BASE, bar, examples
+from sat_lora.commands.parts import ANY_BASE, bar, examples, refuse_existing
 
 
 def add(commands) -> None:
@@ -44,6 +44,8 @@ def add(commands) -> None:
 def run(options: argparse.Namespace) -> int:
     from sat_lora.errors import ConfigError
     from sat_lora.foreign import printable
+
+    refuse_existing(options.out)
     from sat_lora.merge_checkpoint import DTYPES, merge_adapter
 
     if options.model_parallel_size < 1 or (options.to == "hf" and options.model_parallel_size > 1):

@@ -1,8 +1,11 @@
 """What several commands share: examples in their help, and a progress bar."""
 
 import argparse
+import os
 from collections.abc import Callable, Collection, Iterable
 
+from sat_lora.errors import ConfigError
+from sat_lora.foreign import printable
 from sat_lora.progress import shown
 
 ANY_BASE = "take a base that the adapter was not trained on"
@@ -19,3 +22,9 @@ def examples(*lines: str) -> dict:
 def bar(what: str, unit: str) -> Callable[[Collection], Iterable]:
     """A `progress`: goes through a collection and shows on stderr how far it is, see `shown`."""
     return lambda items: shown(items, what, unit)
+
+
+def refuse_existing(out: str) -> None:
+    """ConfigError before anything slow is imported, if something lies at `--out`: commands write new folders."""
+    if os.path.lexists(out):
+        raise ConfigError(f"--out: {printable(out)} exists; give a new folder")

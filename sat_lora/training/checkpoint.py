@@ -132,9 +132,10 @@ def newest_checkpoint(folder: Path) -> Path:
     step = read_pointer(folder / LATEST)
     if step is None:
         there = ", ".join(map(str, steps_in(folder)))
+        hint = "was --save-interval reached? A new run starts elsewhere, or there with --overwrite"
         raise CheckpointError(
             f"--resume: {printable(folder)} holds no checkpoint (no `latest` that names one)"
-            + (f"; it has {there}: write one of them into `latest`" if there else "; was --save-interval reached?")
+            + (f"; it has {there}: write one of them into `latest`" if there else f"; {hint}")
         )
     return folder / str(step)
 

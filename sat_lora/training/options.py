@@ -289,6 +289,8 @@ def _what_it_is(folder: Path) -> str:
             return f"it lies in a run folder; give {printable(outer)}"
     if not folder.exists():
         return f"there is no such folder; {wanted}"
+    if any((folder / name).exists() for name in ("lock", "watchdog")):
+        return "a run there was ended before its first step; start it anew"
     runs = sorted(path.parent.name for path in folder.glob("*/run.json")) if folder.is_dir() else []
     return f"{wanted}; in it there are {printable(', '.join(runs[:5]))}" if runs else wanted
 

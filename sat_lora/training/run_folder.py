@@ -136,7 +136,7 @@ class RunFolder:
         self.skipped: set[tuple[str, ...]] = set()
         self.records: list[dict] = []
         self.title = self.path.name
-        self._is_open = False
+        self._is_open = self._was_removed = False
         self._lines = self._events = self._progress = None
         self._failed: set[str] = set()
         if is_writer:
@@ -172,6 +172,7 @@ class RunFolder:
         self.lock.check()
         if self._settings is not None:
             write_json(self.path / RUN, self._settings)
+        self._was_removed = True  # the loop's own thread has the logs: it begins them anew
         self.say(f"{printable(self.path)} was removed while the run wrote to it; it goes on there from this save")
 
     def write_settings(self, options: Namespace, *, world: dict, **more) -> None:
@@ -214,14 +215,31 @@ class RunFolder:
             self._events = EventFile(self.path / "tensorboard", start_step + 1 if start_step else None)
         self._progress = Progress(total_steps, start_step)
 
+    def _reopen_logs(self) -> None:
+        """In a folder that was removed and made again: train.jsonl as it was, TensorBoard from here on."""
+        self._was_removed = False
+        for log in (self._lines, self._events):
+            if log is not None:
+                with contextlib.suppress(OSError):
+                    log.close()
+        self._lines = self._events = None
+        with self.optional("train.jsonl"):
+            self._write_lines(self.records)
+        with self.optional("tensorboard"):
+            self._events = EventFile(self.path / "tensorboard")
+
     def _open_lines(self, start_step: int) -> None:
         """OSError, ValueError: what is there cannot be read, and is left as it is, or nothing can be written."""
         path, records = self.path / LOG, []
         if start_step and path.exists():
             records = [one for one in read_records(path) if one["step"] <= start_step]
         self.records = records
-        replace_text(path, "".join(json.dumps(record) + "\n" for record in records))
-        self._lines = AppendedFile(path)
+        self._write_lines(records)
+
+    def _write_lines(self, records: list[dict]) -> None:
+        """train.jsonl anew, open for more. OSError: it cannot be written."""
+        replace_text(self.path / LOG, "".join(json.dumps(record) + "\n" for record in records))
+        self._lines = AppendedFile(self.path / LOG)
 
     def advance(self, step: int, **shown) -> None:
         """Show that `step` steps are done; `shown` are the figures beside the bar (loss=..., lr=...)."""
@@ -268,6 +286,8 @@ class RunFolder:
                 self._events.add_scalars(step, scalars)
 
     def _write_line(self, record: dict) -> None:
+        if self._was_removed:
+            self._reopen_logs()
         self.records.append(record)
         if self._lines is not None:
             with self.optional("train.jsonl"):
@@ -319,6 +339,8 @@ class RunFolder:
         """
         if not self._is_open:
             return
+        if self._was_removed:
+            self._reopen_logs()
         self.draw()
         if self._progress is not None:
             with contextlib.suppress(OSError, ValueError):

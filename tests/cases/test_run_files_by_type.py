@@ -105,7 +105,9 @@ def test_other_folders_are_told_what_they_are(tmp_path):
     run = tmp_path / "runs" / "mine"
     (run / "adapter" / "4").mkdir(parents=True)
     (run / "run.json").write_text('{"settings": {}}')
+    (tmp_path / "killed" / "watchdog").mkdir(parents=True)
     for path, hint in {
+        tmp_path / "killed": "a run there was ended before its first step; start it anew",
         tmp_path / "nowhere": "there is no such folder; give a run folder like runs/NAME",
         run / "adapter": f"it lies in a run folder; give {run}",
         run / "adapter" / "4": f"it lies in a run folder; give {run}",

@@ -23,7 +23,7 @@ from sat_lora.training import checkpoint, run_lock, space
 from sat_lora.training.checkpoint import TENSORS, GatheredCheckpoint, newest_checkpoint, read_state
 from sat_lora.training.distributed import arrange, join
 from sat_lora.training.options import parse_options
-from sat_lora.training.run_folder import RunFolder, results_in, results_problems
+from sat_lora.training.run_folder import RunFolder, read_records, results_in, results_problems
 from sat_lora.training.run_lock import LOCK, Holder, Process, RunLock
 from sat_lora.training.saving import write_save
 from tests.distributed.ranks import run_ranks
@@ -431,6 +431,21 @@ def test_a_folder_that_is_removed_under_a_run_is_begun_anew(single_process_group
         shutil.rmtree(run_path)
         with locked(run_path), pytest.raises(AdapterError, match="was removed while it was written to; .* is in use"):
             run.check_is_ours()
+
+
+@pytest.mark.parametrize("later", [(), (2, 3)])
+def test_a_folder_that_is_removed_under_a_run_gets_its_log_back(later, single_process_group, tmp_path):
+    """What was logged before and after, whether or not a step follows the save that found it gone."""
+    run_path = tmp_path / "run"
+    with locked(run_path) as lock, RunFolder(run_path, is_writer=True, lock=lock) as run:
+        run.start(3)
+        run.log_validation(1, 2.0)
+        shutil.rmtree(run_path)
+        run.check_is_ours()
+        for step in later:
+            run.log_validation(step, 1.0)
+    assert [record["step"] for record in read_records(run_path / "train.jsonl")] == [1, *later]
+    assert any((run_path / "tensorboard").iterdir())
 
 
 def test_a_disk_without_room_for_one_save_is_found_before_the_base_loads(tmp_path, monkeypatch):

@@ -245,6 +245,8 @@ def test_options_are_parsed_before_anything_heavy_is_imported():
         "            assert stop.code == (0 if '--help' in argv else 2), (argv, stop.code)\n"
         "        else:\n"
         "            raise AssertionError(argv)\n"
+        "for words in ('merge --base b --adapter', 'export --to peft --adapter', 'import --from peft --base b'):\n"
+        "    assert cli.main([*words.split(), 'a', '--out', '/']) == 2\n"  # the folder is there
         "heavy = {'torch', 'sat', 'deepspeed', 'transformers', 'numpy', 'webdataset', 'PIL'} & sys.modules.keys()\n"
         "assert not heavy, heavy\n"
     )
