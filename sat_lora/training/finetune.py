@@ -33,8 +33,10 @@ from sat_lora.training.run_lock import RunLock
 from sat_lora.training.run_summary import check_vocabulary, look_at, run_summary
 from sat_lora.training.same_base import base_of_run
 from sat_lora.training.schedule import rates, schedule_problems, total_steps
-from sat_lora.training.sources import ShardSource, open_sources
+from sat_lora.training.sources import FileSource, ShardSource, open_sources
 from sat_lora.training.space import check_space, size_of
+
+Sources = tuple[FileSource | ShardSource, FileSource | ShardSource | None]
 
 
 def finetune(options: Namespace, make_data: Callable[[], None] | None = None) -> World:
@@ -59,15 +61,19 @@ def _finetune(options: Namespace, make_data: Callable[[], None] | None, lock: Ru
         run.say(line)
     freed = size_of(run.path) if options.overwrite else 0
     together(lambda: check_space(options, setting.lora, freed=freed) if world.is_main else None)
+    sources = _open_sources(options, world, run)
+    # What is wrong with a start is known by now: only one that is right replaces what the watchdog has of another.
     trace = _trace(options, run, world)
     with watched(trace, LIMIT if options.replay else options.watchdog_limit):
-        _train_and_evaluate(options, setting, run, trace)
+        _train_and_evaluate(options, setting, run, trace, sources)
     return world
 
 
-def _train_and_evaluate(options: Namespace, setting: Setting, run: RunFolder, trace: NoTrace) -> None:
-    world = setting.world
-    trace.at("load")
+def _open_sources(options: Namespace, world: World, run: RunFolder) -> Sources:
+    """Training and validation data, None without. They and the base are checked, and what will be trained is said.
+
+    Every rank has to call it.
+    """
     stored = together(state_to_resume, options.resume) if options.resume else None
     config = read_config(options.from_pretrained)
     data, valid_data = open_sources(options, world, dataset_maker(options, config))
@@ -89,6 +95,12 @@ def _train_and_evaluate(options: Namespace, setting: Setting, run: RunFolder, tr
     if not options.replay:
         start_step = 0 if stored is None else stored["step"]
         together(_say_what_trains, options, run, world, config, data, valid_data, start_step, base.digest)
+    return data, valid_data
+
+
+def _train_and_evaluate(options: Namespace, setting: Setting, run: RunFolder, trace: NoTrace, sources: Sources) -> None:
+    world, (data, valid_data) = setting.world, sources
+    trace.at("load")
     run.lock.share()
     model, config = load_base(options, setting, layers=options.shrink if options.replay else None)
     add_lora(model, setting.lora)

@@ -177,9 +177,7 @@ LEFT = {
 
 
 def contents(folder):
-    """By name; the files of the watchdog are each start's own."""
-    files = (path for path in folder.rglob("*") if path.is_file() and path.parent.name != "watchdog")
-    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.mark.parametrize("what", LEFT)
