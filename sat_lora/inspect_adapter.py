@@ -142,18 +142,14 @@ def add_weight_norms(report: dict, base: str | Path, progress: Progress = iter) 
 
 def base_of_run(report: dict) -> Path | None:
     """The base that the run of an adapter was trained on; None: it is not there, or too large to read in passing."""
+    from sat_lora.cogvlm.checkpoint import weight_files
+
     for folder in Path(report["path"]).resolve().parents[:2]:  # RUN/adapter, or RUN/adapter/<step>
         with contextlib.suppress(OSError, ValueError, LookupError, TypeError, SatLoraError):
             base = Path(read_json(folder / "run.json")["settings"]["from_pretrained"])
             if sum(file.stat().st_size for file in weight_files(base)) <= READ_IN_PASSING:
                 return base
     return None
-
-
-def weight_files(folder: Path) -> list[Path]:
-    from sat_lora.cogvlm.checkpoint import weight_files
-
-    return weight_files(folder)
 
 
 def draw_norms(report: dict, path: str | Path) -> None:

@@ -332,6 +332,7 @@ def make_hugging_face_weights(
 
 
 def write_json(path: Path, content: dict) -> None:
+    """Write a json file of a folder that is being made, and which nobody reads yet."""
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 

@@ -54,6 +54,7 @@ class _Problems:
         self.lines.setdefault(printable(text), []).append(number)
 
     def raise_any(self, path: Path) -> None:
+        """DataError with all of them, in the name of the file, if there are any."""
         if not self.lines:
             return
         count = len({number for numbers in self.lines.values() for number in numbers})

@@ -58,6 +58,7 @@ class Process:
 
     @property
     def is_here(self) -> bool:
+        """Whether it runs, or ran, on this host."""
         return self.host == socket.gethostname()
 
     @property
@@ -67,6 +68,7 @@ class Process:
 
     @classmethod
     def current(cls) -> "Process":
+        """This process."""
         return cls(socket.gethostname(), os.getpid(), process_started(os.getpid()))
 
 
@@ -85,6 +87,7 @@ class Holder:
 
     @classmethod
     def current(cls, doing: str, ranks: tuple[Process, ...] = ()) -> "Holder":
+        """This process as a holder, from now on; doing: a word such as "training"."""
         began, parent = time.strftime("%Y-%m-%d %H:%M:%S"), os.getppid()
         launcher = Process(socket.gethostname(), parent, process_started(parent)) if _is_launched() else None
         job = os.environ.get("SLURM_JOB_ID")
@@ -108,6 +111,7 @@ class Holder:
 
     @property
     def processes(self) -> tuple[Process, ...]:
+        """The one that took the lock and its ranks, each once."""
         return tuple(dict.fromkeys((self.process, *self.ranks)))
 
     @property

@@ -118,6 +118,7 @@ class ShardSource:
         )
 
     def marks(self, option: str) -> dict[str, str]:
+        """As those of a FileSource: the names of the shards and how many samples each holds."""
         shards = [(Path(shard.path).name, shard.samples) for shard in self.shards]
         return {f"the shards of {option}": mark([self.samples, *shards])}
 

@@ -173,6 +173,7 @@ def _target(kind: bytes, name: str, target: bytes) -> str | None:
 
 
 def normal_name(name: str) -> str:
+    """A member's path without `.` and `..` where they lead nowhere: what links are looked up by."""
     return posixpath.normpath(name)
 
 
