@@ -8,9 +8,22 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from tests.patience import PATIENCE, patient
+
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Read when torch is imported. Tiny matrices gain nothing from threads, and on busy cores lose a factor of ten to them.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_collection_modifyitems(config, items) -> None:
+    """Each test's own time limit, or the one of all, as long as this machine needs."""
+    if PATIENCE == 1:
+        return
+    for item in items:
+        marker = item.get_closest_marker("timeout")
+        limit = marker.args[0] if marker else float(config.getini("timeout"))
+        item.add_marker(pytest.mark.timeout(patient(limit)), append=False)
+
 
 SIZES = {
     "num_layers": 2,

@@ -13,6 +13,8 @@ import traceback
 from multiprocessing.connection import wait
 from pathlib import Path
 
+from tests.patience import patient
+
 _PRELOAD = ["sat_lora", "sat_lora.training.engine", "deepspeed", "tests.tiny"]
 
 
@@ -80,7 +82,7 @@ def run_ranks(target, size: int, *args, timeout: float = 90, **kwargs) -> list:
         sender.close()
         pipes.append(receiver)
         processes.append(process)
-    answers, deadline = {}, time.monotonic() + timeout
+    answers, deadline = {}, time.monotonic() + patient(timeout)
     try:
         while len(answers) < size and time.monotonic() < deadline:
             open_pipes = [pipe for rank, pipe in enumerate(pipes) if rank not in answers]

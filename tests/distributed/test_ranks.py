@@ -8,6 +8,7 @@ import torch
 
 from sat_lora.training.distributed import join
 from tests.distributed.ranks import run_ranks
+from tests.patience import patient
 
 
 def add_ranks():
@@ -55,7 +56,7 @@ def test_a_rank_that_does_not_answer_is_named_in_time_and_nobody_stays(target, m
     started = time.monotonic()
     with pytest.raises(AssertionError, match=message):
         run_ranks(target, 2, tmp_path, timeout=6)
-    assert time.monotonic() - started < 20
+    assert time.monotonic() - started < patient(20)
     for pid in (int((tmp_path / rank).read_text()) for rank in ("0", "1")):
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)

@@ -13,6 +13,7 @@ import pytest
 
 from tests.distributed.ranks import free_port, run_ranks
 from tests.finetune_demo.test_finetune_cogvlm import losses_of, options_for, run_script
+from tests.patience import patient
 
 SCRIPT = Path(__file__).parents[2] / "finetune_demo" / "finetune_cogvlm.py"
 ADDRESSES = ("127.0.0.1", "127.0.0.2")
@@ -70,6 +71,7 @@ def two_machines(options: list[str], folder: Path):
 
 
 def wait_for_step(run: Path, step: int, machines: list[Machine], timeout: float = 60) -> None:
+    timeout = patient(timeout)
     deadline = time.monotonic() + timeout
     while not (run / "train.jsonl").exists() or len(losses_of(run)) < step:
         assert time.monotonic() < deadline, f"step {step} was not reached in {timeout} s"
@@ -88,10 +90,10 @@ def test_a_machine_dies_and_both_go_on_bit_for_bit(dies, captchas, tmp_path):
     with two_machines(options_for(captchas, run.parent, *settings), tmp_path) as machines:
         wait_for_step(run, DIES_AT, machines)
         machines[dies].lose_power()
-        assert machines[1 - dies].process.wait(timeout=TO_NOTICE) != 0
+        assert machines[1 - dies].process.wait(timeout=patient(TO_NOTICE)) != 0
     assert int((run / "checkpoints" / "latest").read_text()) == SAVED_EVERY
     with two_machines(["--resume", str(run)], tmp_path) as machines:
-        assert [machine.process.wait(timeout=60) for machine in machines] == [0, 0]
+        assert [machine.process.wait(timeout=patient(60)) for machine in machines] == [0, 0]
     assert json.loads((run / "run.json").read_text())["world"]["data_parallel_size"] == 2
 
     whole = tmp_path / "whole" / "run"

@@ -16,6 +16,7 @@ import torch
 
 from tests.distributed.ranks import become_rank, free_port, process_context
 from tests.faults.runs import DEMO
+from tests.patience import patient
 
 STEP = 3
 LIMIT = 2.0  # seconds, --watchdog-limit
@@ -147,6 +148,7 @@ def run_faulty(fault, options, folder, timeout=60, ranks=2):
     ]
     for process in processes:
         process.start()
+    timeout = patient(timeout)
     end = time.monotonic() + timeout
     try:
         processes[0].join(timeout)

@@ -12,6 +12,7 @@ from sat_lora.cli import main
 from tests.conftest import write_images
 from tests.finetune_demo.test_finetune_cogvlm import launcher, options_for
 from tests.finetune_demo.test_finetune_cogvlm import start as start_demo
+from tests.patience import patient
 
 BIN = Path(sys.executable).parent
 BRANCHING = Path(__file__).parent / "branching_script.py"
@@ -19,9 +20,8 @@ BRANCHING = Path(__file__).parent / "branching_script.py"
 
 def sat_lora(*arguments, timeout=100):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [str(BIN / "sat-lora"), *map(str, arguments)], capture_output=True, text=True, timeout=timeout, env=environment
-    )
+    command = [str(BIN / "sat-lora"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=patient(timeout), env=environment)
 
 
 def mixed_data(folder):
@@ -37,7 +37,7 @@ def run_that_hangs(captchas, tmp_path):
     options = [*options_for(captchas, tmp_path, "--train-iters", "8", "--watchdog-limit", "2", "--zero-stage", "2")]
     options += ["--train-data", mixed_data(tmp_path), "--batch-size", "1"]
     command = [*launcher("torchrun"), str(BRANCHING), *options]
-    hung = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    hung = subprocess.run(command, capture_output=True, text=True, timeout=patient(100))
     assert hung.returncode != 0
 
 

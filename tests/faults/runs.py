@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tests.distributed.ranks import free_port
+from tests.patience import patient
 
 DEMO = Path(__file__).parents[2] / "finetune_demo"
 BIN = Path(sys.executable).parent
@@ -74,14 +75,14 @@ def children_of(parent):
 
 def run_to_end(launcher, options, log, timeout=100):
     with started(launcher, options, log) as process:
-        status = process.wait(timeout)
+        status = process.wait(patient(timeout))
     if status:
         raise AssertionError(f"status {status}: {log.read_text()[-3000:]}")
 
 
 def wait_for(condition, process, log, timeout=80):
     """Until `condition` holds; an AssertionError with the log if the process ends before, or time runs out."""
-    deadline = time.monotonic() + timeout
+    deadline = time.monotonic() + patient(timeout)
     while not condition():
         if process.poll() is not None or time.monotonic() > deadline:
             raise AssertionError(f"status {process.poll()}: {log.read_text()[-3000:]}")

@@ -20,6 +20,7 @@ from sat_lora.training.lora_options import lora_config
 from sat_lora.training.options import parse_options
 from tests.conftest import write_images
 from tests.distributed.ranks import free_port, run_ranks
+from tests.patience import patient
 
 DEMO = Path(__file__).parents[2] / "finetune_demo"
 BASE = DEMO / "tiny_cogvlm"
@@ -56,7 +57,7 @@ def start(launcher, options, timeout=100):
     environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "PYTHONPATH": str(DEMO.parent)}
     return subprocess.run(
         [*launcher, str(DEMO / "finetune_cogvlm.py"), *options],
-        capture_output=True, text=True, timeout=timeout, env=environment, cwd=DEMO.parent,
+        capture_output=True, text=True, timeout=patient(timeout), env=environment, cwd=DEMO.parent,
     )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from sat_lora.cogvlm.text import build_sample, load_tokenizer, prompt_for
 from sat_lora.training.distributed import arrange, join
 from sat_lora.training.evaluation import evaluate_adapter, evaluation_table
 from tests.distributed.ranks import run_ranks
+from tests.patience import patient
 from tests.tiny import fill_adapters, logits_of
 
 BASE = Path(__file__).parents[2] / "finetune_demo" / "tiny_cogvlm"
@@ -118,7 +119,7 @@ def test_the_script_tells_a_mistake_in_one_message(option, message, tmp_path, ca
     environment = {k: v for k, v in os.environ.items() if k not in own_group} | {"PYTHONPATH": str(BASE.parents[1])}
     done = subprocess.run(
         [sys.executable, str(script), *good, option, str(tmp_path / "nothing")],
-        capture_output=True, text=True, timeout=100, env=environment,
+        capture_output=True, text=True, timeout=patient(100), env=environment,
     )  # fmt: skip
     assert done.returncode == 2
     assert re.search(message, done.stderr), done.stderr

@@ -8,6 +8,7 @@ from sat_lora.training import progress
 from sat_lora.training.loss_plot import draw_losses, smoothed
 from sat_lora.training.options import parse_options
 from sat_lora.training.run_folder import RunFolder, read_records, write_json
+from tests.patience import patient
 
 FIGURES = dict(lr=1e-3, grad_norm=0.5, samples_per_second=10.0, peak_memory_mib=100.0)
 
@@ -176,7 +177,7 @@ def test_a_terminal_without_a_size_still_shows_the_bar():
     )
     leader, follower = pty.openpty()
     done = subprocess.Popen([sys.executable, "-c", code], stderr=follower)
-    assert done.wait(timeout=100) == 0
+    assert done.wait(timeout=patient(100)) == 0
     os.close(follower)
     shown = os.read(leader, 65536).decode()
     os.close(leader)
