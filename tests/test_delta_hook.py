@@ -36,7 +36,7 @@ def hooked(layer_name: str, dtype=torch.float64, **fields):
     adapter = adapter_for(layer, LoraConfig(r=4, lora_alpha=8, **fields), seed=5)
     state = DeltaState(fixed_order=False)
     state.scope_is_open = True
-    layer.register_forward_hook(DeltaHook(state, adapter))
+    DeltaHook(state, adapter).attach(layer)
     calls = []
     forward = adapter.forward
 
@@ -83,10 +83,6 @@ def unfreeze_bias(layer, adapter):
     layer.bias.requires_grad_(True)
 
 
-def hook_the_layer(layer, adapter):
-    layer.register_forward_hook(lambda layer, args, out: None)
-
-
 def hook_the_adapter(layer, adapter):
     adapter.register_forward_hook(lambda adapter, args, out: None)
 
@@ -107,7 +103,6 @@ def parametrize_the_bias(layer, adapter):
 CHANGES = [
     unfreeze_weight,
     unfreeze_bias,
-    hook_the_layer,
     hook_the_adapter,
     hook_before_the_adapter,
     parametrize_the_weight,
@@ -165,14 +160,14 @@ def test_an_adapter_class_with_a_forward_of_its_own_keeps_it():
     state = DeltaState(fixed_order=False)
     state.scope_is_open = True
     base = layer(inputs_for(layer))
-    layer.register_forward_hook(DeltaHook(state, adapter))
+    DeltaHook(state, adapter).attach(layer)
     assert torch.equal(layer(inputs_for(layer)), base)
 
 
 def test_the_scale_of_the_mixin_and_dropout_in_training_alone():
     layer, adapter, _ = hooked("linear", lora_dropout=0.5)
     x = inputs_for(layer).detach()
-    state = next(iter(layer._forward_hooks.values()))._state
+    state = layer.forward._state
     base, whole = nn.functional.linear(x, layer.weight, layer.bias), layer(x)
     state.scale = 0.25
     torch.testing.assert_close(layer(x) - base, 0.25 * (whole - base))
@@ -226,7 +221,8 @@ def test_a_deep_copy_has_hooks_of_its_own():
     model = tiny_model(torch.float32)
     add_lora(model, r=4)
     twin = copy.deepcopy(model)
-    hooks = [hook for layer in twin.modules() for hook in layer._forward_hooks.values() if isinstance(hook, DeltaHook)]
+    hooks = [layer.forward for layer in twin.modules() if isinstance(layer.forward, DeltaHook)]
     own = {id(mixin._state) for mixin in twin.modules() if hasattr(mixin, "_state")}
     assert hooks and {id(hook._state) for hook in hooks} == own
     assert {id(hook._adapter()) for hook in hooks} <= {id(module) for module in twin.modules()}
+    assert all(hook._layer().forward is hook for hook in hooks)
