@@ -54,6 +54,8 @@ class DeltaHook:
         # A row-parallel layer sums over the ranks before it adds its bias, and may divide that by their number.
         self._is_one_product = adapter.kind.cut != "in" or adapter.layout.mp_size == 1
         self._bias_is_within = adapter.kind.cut != "in"
+        self.on_entry: Callable[[], object] | None = None
+        """Called before each forward of the layer that this is the forward of: cheaper than a hook of torch's."""
 
     def attach(self, layer: nn.Module) -> Callable[[], None]:
         """Add the delta to that layer's output from now on; what comes back takes it away again."""
@@ -65,6 +67,8 @@ class DeltaHook:
 
     def __call__(self, *args, **kwargs) -> torch.Tensor:
         """The layer's output with the delta in it, as `layer.forward`."""
+        if self.on_entry is not None:
+            self.on_entry()
         state, adapter, layer = self._state, self._adapter(), self._layer()
         if not state.scope_is_open or not state.enabled or state.merged is not None or adapter is None:
             return type(layer).forward(layer, *args, **kwargs)
@@ -129,6 +133,7 @@ class DeltaHook:
         copied = copy.copy(self)
         memo[id(self)] = copied
         adapter, layer = self._adapter(), self._layer()
+        copied.on_entry = None
         copied._state = copy.deepcopy(self._state, memo)
         copied._adapter = self._adapter if adapter is None else weakref.ref(copy.deepcopy(adapter, memo))
         copied._layer = self._layer if layer is None else weakref.ref(copy.deepcopy(layer, memo))
