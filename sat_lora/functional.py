@@ -224,6 +224,12 @@ class _AddDelta(torch.autograd.Function):
         product, weight, bias, dropout, scale, layout = constants
         dtype, shape = x.dtype, x.shape
         rows = x if len(shape) == 2 else x.reshape(-1, shape[-1])
+        if product is not None:
+            out = product
+        elif weight is not None:
+            out = F.linear(x, weight, bias)
+        else:
+            out = y.clone(memory_format=torch.contiguous_format)
         a_cast, b_cast = a if a.dtype is dtype else a.to(dtype), b if b.dtype is dtype else b.to(dtype)
         if dropout is None:
             s, mask = linear(rows, a_cast), None
@@ -231,12 +237,6 @@ class _AddDelta(torch.autograd.Function):
             s, mask, scale = dropout.project(rows, a_cast, scale)
         if layout.sums_s:
             s = _sum_over_ranks(s)
-        if product is not None:
-            out = product
-        elif weight is not None:
-            out = F.linear(x, weight, bias)
-        else:
-            out = y.clone(memory_format=torch.contiguous_format)
         s, b_saved = _add_slots(out if len(shape) == 2 else out.view(-1, out.shape[-1]), s, b_cast, scale, layout)
         _, _, need_a, need_b, _ = ctx.needs_input_grad
         # LoRA-FA freezes A: backward does without x. What is cast is cast again, rather than kept.
@@ -289,6 +289,19 @@ _backward_once = torch.autograd.function.once_differentiable(_backward)
 # What torch 2.13's `Function.apply` ends in. Before, it prepares the arguments for functorch, in Python, which shows
 # in what a delta costs, and is of no use to a Function without `setup_context`.
 _apply_directly = super(torch.autograd.Function, _AddDelta).apply
+
+
+class _NoTokens(torch.autograd.Function):
+    """The output of an adapted linear for no tokens, whose gradients of A and B are zero: no product is needed."""
+
+    @staticmethod
+    def forward(ctx, x, a, b, width):
+        ctx.save_for_backward(x, a, b)
+        return x.new_empty((*x.shape[:-1], width))
+
+    @staticmethod
+    def backward(ctx, dy):
+        return *(torch.zeros_like(t) if need else None for t, need in zip(ctx.saved_tensors, ctx.needs_input_grad)), None
 
 
 def _gradients_of_s_and_b(dy, s: torch.Tensor | None, b, scale: float, layout: DeltaLayout, need_s: bool):
@@ -363,6 +376,8 @@ def adapted_linear(
 
     Autograd hears of the one Function alone, and nothing of the layer's own is called.
     """
+    if x.numel() == 0 and layout.mp_size == 1:  # ranks of model parallelism go on to meet where they always do
+        return _NoTokens.apply(x, a, b, layout.width)
     apply = _AddDelta.apply if torch._C._are_functorch_transforms_active() else _apply_directly
     return apply(None, x, a, b, (None, weight, bias, dropout, scale, layout))
 
