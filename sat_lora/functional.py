@@ -301,7 +301,9 @@ class _NoTokens(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        return *(torch.zeros_like(t) if need else None for t, need in zip(ctx.saved_tensors, ctx.needs_input_grad)), None
+        return *(
+            torch.zeros_like(t) if need else None for t, need in zip(ctx.saved_tensors, ctx.needs_input_grad)
+        ), None
 
 
 def _gradients_of_s_and_b(dy, s: torch.Tensor | None, b, scale: float, layout: DeltaLayout, need_s: bool):

@@ -239,6 +239,33 @@ def test_the_slots_of_a_saved_output_survive_hooks_on_saved_tensors():
     torch.testing.assert_close(torch.autograd.grad(out.pow(2).sum(), wanted), plain, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("layer_name", ["linear", "linear without bias", "column"])
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_no_tokens_make_no_product_and_gradients_of_zero_in_the_usual_order(layer_name, dropout):
+    layer, adapter, calls = hooked(layer_name, lora_dropout=dropout)
+    adapter.train()
+    orders = []
+    for rows in (inputs_for(layer), inputs_for(layer)[:0]):
+        order, x = [], rows.detach().requires_grad_()
+        handles = [
+            factor.register_post_accumulate_grad_hook(lambda p, name=name, order=order: order.append(name))
+            for name, factor in adapter.named_parameters()
+        ]
+        with Operations() as operations:
+            out = layer(x)
+            out.sum().backward()
+        for handle in handles:
+            handle.remove()
+        orders.append(order)
+        gradients = [x.grad, adapter.A.grad, adapter.B.grad]
+        adapter.zero_grad()
+    assert orders[0] == orders[1] and sorted(orders[1]) == ["A", "B"]
+    assert out.shape == (0, 5, 10) and out.dtype == torch.float64 and not calls
+    assert not [name for name in operations.counts if "mm" in name]
+    for gradient, tensor in zip(gradients, [x, adapter.A, adapter.B]):
+        assert gradient.shape == tensor.shape and gradient.dtype == tensor.dtype and not gradient.any()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_autocast_goes_through_the_adapter(dtype):
     layer, _, calls = hooked("linear", torch.float32)
