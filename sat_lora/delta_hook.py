@@ -1,22 +1,30 @@
-"""The forward hook that adds a delta to its layer's output.
+"""Where the delta of one layer is added: in its `forward`, or in a hook behind it.
 
-Two ways. The direct one is for what nearly every layer of a run is: a frozen linear, a plain pair A and B, one dtype,
-and nobody else at work on layer or adapter. It calls no module and opens no context, because at 576 linears each
-microsecond of Python shows in a training step. Every other case goes through the adapter as a module: ZeRO-3, which
-gathers parameters where a module is called; DoRA and PiSSA; autocast; convolutions; other hooks.
+A mixin sets `layer.forward` on the layer itself, for as long as the mixin is there; the layer's class, its name and its
+parameters stay what they were, and hooks run around it as around any forward. Two ways lead through it. The direct one
+is for what nearly every layer of a run is: a frozen linear, a plain pair A and B, one dtype. It makes the layer's own
+product and the delta in one autograd Function and calls nothing of SAT's or of the adapter's, because at 576 linears
+each microsecond of Python shows in a training step. Every other case runs the layer as its class says and then the
+adapter as a module: ZeRO-3, which gathers parameters where a module is called; DoRA and PiSSA; autocast; convolutions.
+
+A layer on which others were at work first, by a hook or by a forward of their own, gets a hook behind theirs: they see
+the base's output, and the delta goes the second way.
 
 What an adapter is decides once whether it may go the direct way; what can change around it is compared by identity.
 """
 
 import copy
 import weakref
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from sat_lora.adapter import LoraAdapter
 from sat_lora.errors import ConfigError
-from sat_lora.functional import RandomDropout, add_delta, add_delta_in_place
+from sat_lora.functional import RandomDropout, adapted_linear, add_delta, add_delta_in_place
 from sat_lora.merging import MergedWeights
 
 
@@ -35,31 +43,61 @@ class DeltaState:
 
 
 class DeltaHook:
-    """Registered on one layer. Holds its adapter weakly, so that a deleted mixin is freed."""
+    """Of one layer. Holds layer and adapter weakly, so that a deleted mixin is freed."""
 
     def __init__(self, state: DeltaState, adapter: LoraAdapter):
         self._state, self._adapter = state, weakref.ref(adapter)
+        self._layer: Callable[[], nn.Module | None] = lambda: None
         self._dropout = RandomDropout(adapter.dropout) if adapter.dropout else None
         is_plain = type(adapter).forward is LoraAdapter.forward and adapter.is_plain and not state.fixed_order
         self._layer_types = adapter.kind.layers if is_plain else ()
+        # A row-parallel layer sums over the ranks before it adds its bias, and may divide that by their number.
+        self._is_one_product = adapter.kind.cut != "in" or adapter.layout.mp_size == 1
+        self._bias_is_within = adapter.kind.cut != "in"
+        self.on_entry: Callable[[], object] | None = None
+        """Called before each forward of the layer that this is the forward of: cheaper than a hook of torch's."""
 
-    def __call__(self, layer: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor | None:
+    def attach(self, layer: nn.Module) -> Callable[[], None]:
+        """Add the delta to that layer's output from now on; what comes back takes it away again."""
+        self._layer = weakref.ref(layer)
+        if layer._forward_hooks or "forward" in layer.__dict__:
+            return layer.register_forward_hook(self._behind).remove
+        layer.forward = self
+        return partial(_take_away, self._layer, weakref.ref(self))
+
+    def __call__(self, *args, **kwargs) -> torch.Tensor:
+        """The layer's output with the delta in it, as `layer.forward`."""
+        if self.on_entry is not None:
+            self.on_entry()
+        state, adapter, layer = self._state, self._adapter(), self._layer()
+        if not state.scope_is_open or not state.enabled or state.merged is not None or adapter is None:
+            return type(layer).forward(layer, *args, **kwargs)
+        x = args[0] if args else next(iter(kwargs.values()))
+        if not self._goes_directly(adapter, layer, x):
+            return self._through_adapter(adapter, layer, x, type(layer).forward(layer, *args, **kwargs), True)
+        parameters, of_layer, layout = adapter._parameters, layer._parameters, adapter.layout
+        weight, bias = of_layer["weight"], of_layer["bias"]
+        dropout = self._dropout if adapter.training else None
+        a, b, scale = parameters["A"], parameters["B"], adapter.scale * state.scale
+        is_one_product = self._is_one_product and (bias is None or self._bias_is_within)
+        if torch.is_grad_enabled():
+            if is_one_product:
+                return adapted_linear(x, weight, bias, a, b, dropout, scale, layout)
+            product = type(layer).forward(layer, x.detach())
+            return add_delta(product, x, a, b, dropout, scale, layout, weight)
+        y = F.linear(x, weight, bias) if is_one_product else type(layer).forward(layer, x)
+        add_delta_in_place(y, x, a, b, dropout, scale, layout)
+        return y
+
+    def _behind(self, layer: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor | None:
+        """As a forward hook: the output with the delta in it, or None where there is none to add."""
         state, adapter = self._state, self._adapter()
         if not state.scope_is_open or not state.enabled or state.merged is not None or adapter is None:
             return None
-        x = args[0]
-        if not self._goes_directly(adapter, layer, x, output):
-            return self._through_adapter(adapter, layer, x, output)
-        parameters, layout = adapter._parameters, adapter.layout
-        dropout = self._dropout if adapter.training else None
-        a, b, scale = parameters["A"], parameters["B"], adapter.scale * state.scale
-        if torch.is_grad_enabled():
-            return add_delta(output, x, a, b, dropout, scale, layout, layer._parameters["weight"])
-        add_delta_in_place(output, x, a, b, dropout, scale, layout)
-        return None
+        return self._through_adapter(adapter, layer, args[0], output, False)
 
-    def _goes_directly(self, adapter: LoraAdapter, layer: nn.Module, x: torch.Tensor, output: torch.Tensor) -> bool:
-        """Whether the output is x W^T as it stands, W frozen and whole, and all that is needed has one dtype.
+    def _goes_directly(self, adapter: LoraAdapter, layer: nn.Module, x: torch.Tensor) -> bool:
+        """Whether the layer's output is a product with W, frozen and whole, and all that is needed has one dtype.
 
         Reads nn.Module's own dictionaries, since `layer.weight` takes a detour in Python.
         """
@@ -72,30 +110,40 @@ class DeltaHook:
             and not weight.requires_grad
             and (bias is None or not bias.requires_grad)
             and not hasattr(weight, "ds_id")  # ZeRO-3
-            and len(layer._forward_hooks) == 1
             and not adapter._forward_hooks
             and not adapter._forward_pre_hooks
             and weight.dtype is dtype
-            and output.dtype is dtype  # another one under autocast
             and adapter._parameters["A"].dtype is dtype
-            and output.is_contiguous()
+            and not torch._C._is_any_autocast_enabled()
         )
 
-    def _through_adapter(self, adapter: LoraAdapter, layer: nn.Module, x, output) -> torch.Tensor:
+    def _through_adapter(
+        self, adapter: LoraAdapter, layer: nn.Module, x: torch.Tensor, output: torch.Tensor, is_untouched: bool
+    ) -> torch.Tensor:
         state = self._state
         if state.fixed_order and torch.is_grad_enabled() and not adapter.in_graph:
             raise ConfigError(
                 f"fixed_order: {adapter.name} ran outside of layer {adapter.target.site.layer}, to which its name puts "
                 "it, so its gradient has no place in the order; leave it out with exclude_modules"
             )
-        output_is_untouched = next(iter(layer._forward_hooks.values())) is self
-        return adapter(output, x, layer, state.scale, output_is_untouched)
+        return adapter(output, x, layer, state.scale, is_untouched)
 
     def __deepcopy__(self, memo: dict) -> "DeltaHook":
-        """A copied model's hook belongs to the copied adapter."""
+        """A copied model's hook belongs to the copied layer and adapter."""
         copied = copy.copy(self)
         memo[id(self)] = copied
-        adapter = self._adapter()
+        adapter, layer = self._adapter(), self._layer()
+        copied.on_entry = None
         copied._state = copy.deepcopy(self._state, memo)
         copied._adapter = self._adapter if adapter is None else weakref.ref(copy.deepcopy(adapter, memo))
+        copied._layer = self._layer if layer is None else weakref.ref(copy.deepcopy(layer, memo))
         return copied
+
+
+def _take_away(layer: Callable[[], nn.Module | None], hook: Callable[[], DeltaHook | None]) -> None:
+    """Both are weak references, for this waits as long as the mixin lives. A forward set over ours stays: without an
+    adapter ours is the layer's own.
+    """
+    owner, own = layer(), hook()
+    if owner is not None and own is not None and owner.__dict__.get("forward") is own:
+        del owner.forward

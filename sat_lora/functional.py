@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
+from torch.nn.functional import linear  # torch's own: ZeRO-3 puts another one into `functional`
 
 from sat_lora._sat import mpu
 
@@ -40,38 +41,34 @@ class SlotRun(NamedTuple):
     row: int  # first row of B
     slot: int  # number of the first slot
 
-    # Each of these makes its view in one call, since every call costs host time.
+    # Each of these makes its view in one call, since every call costs host time, and names an offset only where it is
+    # another than the tensor's own.
 
     def columns(self, y: torch.Tensor) -> torch.Tensor:
         """The slots' columns of y (tokens, out): a view (count, tokens, width)."""
         per_token, per_column = y.stride()
-        offset = y.storage_offset() + self.start * per_column
+        offset = y.storage_offset() + self.start * per_column if self.start else None
         strides = (self.distance * per_column, per_token, per_column)
         return y.as_strided((self.count, y.shape[0], self.width), strides, offset)
 
     def columns_transposed(self, y: torch.Tensor) -> torch.Tensor:
         """The same as a view (count, width, tokens)."""
         per_token, per_column = y.stride()
-        offset = y.storage_offset() + self.start * per_column
+        offset = y.storage_offset() + self.start * per_column if self.start else None
         strides = (self.distance * per_column, per_column, per_token)
         return y.as_strided((self.count, self.width, y.shape[0]), strides, offset)
 
-    def rows(self, b: torch.Tensor) -> torch.Tensor:
-        """The slots' rows of B (adapted rows, r), which is contiguous: a view (count, width, r)."""
-        rank, width = b.shape[1], self.width
-        offset = b.storage_offset() + self.row * rank
-        return b.as_strided((self.count, width, rank), (width * rank, rank, 1), offset)
-
     def rows_transposed(self, b: torch.Tensor) -> torch.Tensor:
-        """The same as a view (count, r, width)."""
+        """The slots' rows of B (adapted rows, r), which is contiguous: a view (count, r, width)."""
         rank, width = b.shape[1], self.width
-        offset = b.storage_offset() + self.row * rank
+        offset = b.storage_offset() + self.row * rank if self.row else None
         return b.as_strided((self.count, rank, width), (width * rank, 1, rank), offset)
 
     def ranks(self, s: torch.Tensor, rank: int) -> torch.Tensor:
         """The slots' columns of S (tokens, slots * r), which is contiguous: a view (count, tokens, r)."""
         tokens, all_ranks = s.shape
-        return s.as_strided((self.count, tokens, rank), (rank, all_ranks, 1), s.storage_offset() + self.slot * rank)
+        offset = s.storage_offset() + self.slot * rank if self.slot else None
+        return s.as_strided((self.count, tokens, rank), (rank, all_ranks, 1), offset)
 
 
 @dataclass(frozen=True)
@@ -190,24 +187,31 @@ def _sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def _add_slots(y: torch.Tensor, s: torch.Tensor, b: torch.Tensor, scale: float, layout: DeltaLayout) -> None:
-    """y_slot += scale S_slot B_slot^T, in place; y (tokens, out), contiguous."""
+def _add_slots(
+    y: torch.Tensor, s: torch.Tensor, b: torch.Tensor, scale: float, layout: DeltaLayout
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """y_slot += scale S_slot B_slot^T, in place; y (tokens, out), contiguous.
+
+    What comes back is S and B as `_gradients_of_s_and_b` takes them: where one batched product served all slots, the
+    views S (slots, tokens, r) and B (slots, r, width) that it was made of, else the two as they are.
+    """
     if _has_kernels(y, ADDITION_KERNEL_FROM):
         from sat_lora import delta_kernels
 
         delta_kernels.add_slots(y, s, b, scale, layout)
-        return
+        return s, b
     if layout.is_whole:
         y.addmm_(s, b.t(), alpha=scale)
-        return
-    rank = b.shape[1]
-    for run in layout.runs:
-        factors = run.columns(y), run.ranks(s, rank), run.rows_transposed(b)
+        return s, b
+    rank, runs = b.shape[1], layout.runs
+    for run in runs:
+        columns, ranks, rows_transposed = run.columns(y), run.ranks(s, rank), run.rows_transposed(b)
         if y.is_cuda or y.itemsize > 2:
-            factors[0].baddbmm_(factors[1], factors[2], alpha=scale)
+            columns.baddbmm_(ranks, rows_transposed, alpha=scale)
         else:  # on a CPU, oneDNN refuses a strided batch in half precision, and torch 2.13 warns of it
-            for columns, ranks, rows_transposed in zip(*factors):
-                columns.addmm_(ranks, rows_transposed, alpha=scale)
+            for slot in zip(columns, ranks, rows_transposed):
+                slot[0].addmm_(slot[1], slot[2], alpha=scale)
+    return (ranks, rows_transposed) if len(runs) == 1 else (s, b)
 
 
 class _AddDelta(torch.autograd.Function):
@@ -217,23 +221,28 @@ class _AddDelta(torch.autograd.Function):
     def forward(ctx, y, x, a, b, constants):
         # `constants` is one tuple, since every further tensor among the arguments costs host time. What is taken over
         # comes in it: an argument that is given back would be a view, which a model cannot change in place.
-        product, weight, dropout, scale, layout = constants
-        dtype = x.dtype
-        rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-        a_cast = a if a.dtype is dtype else a.to(dtype)
+        product, weight, bias, dropout, scale, layout = constants
+        dtype, shape = x.dtype, x.shape
+        rows = x if len(shape) == 2 else x.reshape(-1, shape[-1])
+        if product is not None:
+            out = product
+        elif weight is not None:
+            out = F.linear(x, weight, bias)
+        else:
+            out = y.clone(memory_format=torch.contiguous_format)
+        a_cast, b_cast = a if a.dtype is dtype else a.to(dtype), b if b.dtype is dtype else b.to(dtype)
         if dropout is None:
-            s, mask = rows.mm(a_cast.t()), None
+            s, mask = linear(rows, a_cast), None
         else:
             s, mask, scale = dropout.project(rows, a_cast, scale)
         if layout.sums_s:
             s = _sum_over_ranks(s)
-        out = y.clone(memory_format=torch.contiguous_format) if product is None else product
-        out_rows = out if out.dim() == 2 else out.view(-1, out.shape[-1])
-        _add_slots(out_rows, s, b if b.dtype is dtype else b.to(dtype), scale, layout)
+        s, b_saved = _add_slots(out if len(shape) == 2 else out.view(-1, out.shape[-1]), s, b_cast, scale, layout)
         _, _, need_a, need_b, _ = ctx.needs_input_grad
-        # LoRA-FA freezes A: backward does without x.
-        ctx.save_for_backward(rows if need_a else None, s if need_b else None, a, b, mask, weight)
-        ctx.constants = scale, layout, dropout, x.shape
+        # LoRA-FA freezes A: backward does without x. What is cast is cast again, rather than kept.
+        b_saved = b_saved if b_cast is b else b
+        ctx.save_for_backward(rows if need_a else None, s if need_b else None, a, b_saved, mask, weight)
+        ctx.constants = scale, layout, dropout, shape
         return out
 
     @staticmethod
@@ -247,26 +256,29 @@ def _backward(ctx, dy):
     need_y, need_x, need_a, _, _ = ctx.needs_input_grad
     scale, layout, dropout, shape = ctx.constants
     dtype = dy.dtype
-    rows = dy if dy.dim() == 2 else dy.reshape(-1, dy.shape[-1])
+    rows = dy if len(shape) == 2 else dy.reshape(-1, dy.shape[-1])
     a_cast, b_cast = a if a.dtype is dtype else a.to(dtype), b if b.dtype is dtype else b.to(dtype)
     dx = da = None
-    ds, db = _gradients_of_s_and_b(rows, s, b_cast, scale, layout, need_x or need_a)
-    if db is not None and b.dtype is not dtype:
+    ds, ds_transposed, db = _gradients_of_s_and_b(rows, s, b_cast, scale, layout, need_x or need_a)
+    if db is not None and b_cast is not b:
         db = db.to(b.dtype)
     if need_x and weight is not None:
         dx = ds.mm(a_cast) if dropout is None else dropout.gradient_of_x(ds, a_cast, mask)
         dx.addmm_(rows, weight, beta=scale)  # the large product adds the small one where it writes
-        dx = _sum_over_ranks(dx) if layout.sums_ds else dx
+        if layout.sums_ds:
+            dx = _sum_over_ranks(dx)
     if layout.sums_ds and (need_a or (need_x and weight is None)):
         ds = _sum_over_ranks(ds.contiguous())
+        ds_transposed = ds.t()
     if need_x and weight is None:
         dx = (ds.mm(a_cast) if dropout is None else dropout.gradient_of_x(ds, a_cast, mask)).mul_(scale)
     if need_a:
         if dropout is None:
-            da = torch.addmm(a_cast, ds.t(), x, beta=0, alpha=scale)  # A gives its shape alone
+            da = torch.addmm(a_cast, ds_transposed, x, beta=0, alpha=scale)  # A gives its shape alone
         else:
             da = dropout.gradient_of_a(ds, x, a_cast, mask, scale)
-        da = da if a.dtype is dtype else da.to(a.dtype)
+        if a_cast is not a:
+            da = da.to(a.dtype)
     if need_x and len(shape) != 2:
         dx = dx.view(shape)
     return dy if need_y else None, dx, da, db, None
@@ -279,27 +291,51 @@ _backward_once = torch.autograd.function.once_differentiable(_backward)
 _apply_directly = super(torch.autograd.Function, _AddDelta).apply
 
 
-def _gradients_of_s_and_b(dy, s: torch.Tensor | None, b, scale: float, layout: DeltaLayout, need_s: bool):
-    """dS (tokens, slots * r), not yet scaled, and dB (adapted rows, r), from dy (tokens, out); None what is not needed.
+class _NoTokens(torch.autograd.Function):
+    """The output of an adapted linear for no tokens, whose gradients of A and B are zero: no product is needed."""
 
-    s: None where dB is not needed. In the products with beta 0, B gives the shape alone.
+    @staticmethod
+    def forward(ctx, x, a, b, width):
+        ctx.save_for_backward(x, a, b)
+        return x.new_empty((*x.shape[:-1], width))
+
+    @staticmethod
+    def backward(ctx, dy):
+        return *(
+            torch.zeros_like(t) if need else None for t, need in zip(ctx.saved_tensors, ctx.needs_input_grad)
+        ), None
+
+
+def _gradients_of_s_and_b(dy, s: torch.Tensor | None, b, scale: float, layout: DeltaLayout, need_s: bool):
+    """dS (tokens, slots * r), not yet scaled, dS^T, and dB (adapted rows, r), from dy (tokens, out); None what is not
+    needed.
+
+    s: None where dB is not needed. S and B as they are, or as `_add_slots` gives them back. In the products with beta
+    0, B gives the shape alone.
     """
     if layout.is_whole:
         ds = dy.mm(b) if need_s else None
-        return ds, None if s is None else torch.addmm(b, dy.t(), s, beta=0, alpha=scale)
-    rank, ds_parts, db_parts = b.shape[1], [], []
+        db = None if s is None else torch.addmm(b, dy.t(), s, beta=0, alpha=scale)
+        return ds, None if ds is None else ds.t(), db
+    rank = b.shape[1]
+    ds_parts, db_parts = [], []
     for run in layout.runs:
-        columns, rows = run.columns_transposed(dy), run.rows(b)
+        columns, rows_transposed = run.columns_transposed(dy), b if b.dim() == 3 else run.rows_transposed(b)
         if need_s:
-            ds_parts.append(torch.bmm(rows.mT, columns))  # (count, r, tokens): joined, it is dS^T as it lies
+            ds_parts.append(torch.bmm(rows_transposed, columns))  # (count, r, tokens): joined, it is dS^T as it lies
         if s is not None:
-            db_parts.append(torch.baddbmm(rows, columns, run.ranks(s, rank), beta=0, alpha=scale))
-    return _joined(ds_parts).t() if need_s else None, _joined(db_parts) if db_parts else None
+            ranks = s if s.dim() == 3 else run.ranks(s, rank)
+            db_parts.append(torch.baddbmm(rows_transposed.mT, columns, ranks, beta=0, alpha=scale))
+    ds_transposed = _joined(ds_parts) if need_s else None
+    return ds_transposed if ds_transposed is None else ds_transposed.t(), ds_transposed, _joined(db_parts)
 
 
-def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
-    """(count, n, m) parts as one tensor (sum of count * n, m); a view of a single part."""
-    return parts[0].flatten(0, 1) if len(parts) == 1 else torch.cat([part.flatten(0, 1) for part in parts])
+def _joined(parts: list[torch.Tensor]) -> torch.Tensor | None:
+    """(count, n, m) parts as one tensor (sum of count * n, m), a view of a single part; None without any."""
+    if len(parts) == 1:
+        count, rows, columns = parts[0].shape
+        return parts[0].view(count * rows, columns)
+    return torch.cat([part.flatten(0, 1) for part in parts]) if parts else None
 
 
 def add_delta(
@@ -324,8 +360,28 @@ def add_delta(
     # Under functorch's transforms (vmap, grad) torch's own `apply` says that they cannot be used.
     apply = _AddDelta.apply if torch._C._are_functorch_transforms_active() else _apply_directly
     if weight is None:
-        return apply(y, x, a, b, (None, None, dropout, scale, layout))
-    return apply(None, x, a, b, (y.detach(), weight, dropout, scale, layout))
+        return apply(y, x, a, b, (None, None, None, dropout, scale, layout))
+    return apply(None, x, a, b, (y.detach(), weight, None, dropout, scale, layout))
+
+
+def adapted_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    dropout: RandomDropout | None,
+    scale: float,
+    layout: DeltaLayout,
+) -> torch.Tensor:
+    """x W^T + bias with the low-rank delta of x added, W and bias frozen: `add_delta` that makes the product as well.
+
+    Autograd hears of the one Function alone, and nothing of the layer's own is called.
+    """
+    if x.numel() == 0 and layout.mp_size == 1:  # ranks of model parallelism go on to meet where they always do
+        return _NoTokens.apply(x, a, b, layout.width)
+    apply = _AddDelta.apply if torch._C._are_functorch_transforms_active() else _apply_directly
+    return apply(None, x, a, b, (None, weight, bias, dropout, scale, layout))
 
 
 def add_delta_in_place(
@@ -340,7 +396,7 @@ def add_delta_in_place(
     """Adds the delta to y (..., out) itself, contiguous, where autograd does not record. One dtype for all four."""
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     if dropout is None:
-        s = rows.mm(a.t())
+        s = linear(rows, a)
     else:
         s, _, scale = dropout.project(rows, a, scale)
     if layout.sums_s:

@@ -72,8 +72,7 @@ class LoraMixin(BaseMixin):
             weight, key = layer.weight, adapter_key(name)
             dtype = getattr(torch, self.config.adapter_dtype) if self.config.adapter_dtype else weight.dtype
             self.adapters[key] = self.adapter_class(target, self.config, dtype, weight.device)
-            handle = layer.register_forward_hook(DeltaHook(self._state, self.adapters[key]))
-            weakref.finalize(self, handle.remove)
+            weakref.finalize(self, DeltaHook(self._state, self.adapters[key]).attach(layer))
         self._wraps_layers = "layer_forward" in model.hooks
         self._order = GradientOrder([*self.adapters.values()], self._inner_orders) if self.fixed_order else None
         self.trained = TrainedBase(planned.trained)

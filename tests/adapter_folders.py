@@ -28,7 +28,7 @@ def write_tiny_adapter(folder: Path) -> Path:
 def snapshot(model) -> tuple:
     """Everything of a model that loading might change: tensors, flags, mixins, hooks."""
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    hooks = [len(module._forward_hooks) for module in model.modules()]
+    hooks = [(len(module._forward_hooks), vars(module).get("forward")) for module in model.modules()]
     return state, [p.requires_grad for p in model.parameters()], list(lora_mixins(model)), hooks
 
 

@@ -1,6 +1,7 @@
 """The hook's two ways: the direct one where nothing stands against it, else the one through the adapter's module."""
 
 import copy
+import gc
 from collections import Counter
 
 import pytest
@@ -36,7 +37,7 @@ def hooked(layer_name: str, dtype=torch.float64, **fields):
     adapter = adapter_for(layer, LoraConfig(r=4, lora_alpha=8, **fields), seed=5)
     state = DeltaState(fixed_order=False)
     state.scope_is_open = True
-    layer.register_forward_hook(DeltaHook(state, adapter))
+    DeltaHook(state, adapter).attach(layer)
     calls = []
     forward = adapter.forward
 
@@ -83,10 +84,6 @@ def unfreeze_bias(layer, adapter):
     layer.bias.requires_grad_(True)
 
 
-def hook_the_layer(layer, adapter):
-    layer.register_forward_hook(lambda layer, args, out: None)
-
-
 def hook_the_adapter(layer, adapter):
     adapter.register_forward_hook(lambda adapter, args, out: None)
 
@@ -107,7 +104,6 @@ def parametrize_the_bias(layer, adapter):
 CHANGES = [
     unfreeze_weight,
     unfreeze_bias,
-    hook_the_layer,
     hook_the_adapter,
     hook_before_the_adapter,
     parametrize_the_weight,
@@ -134,6 +130,140 @@ def test_a_weight_that_was_exchanged_is_used():
     adapter.B = nn.Parameter(torch.randn_like(adapter.B))
     assert_is_the_merged_layer(layer, adapter, [adapter.A, adapter.B])
     assert not calls
+
+
+def test_hooks_that_come_later_see_the_delta_and_may_change_it():
+    layer, adapter, calls = hooked("linear")
+    seen = []
+    layer.register_forward_hook(lambda layer, args, out: seen.append(out) or 2 * out)
+    layer.register_forward_pre_hook(lambda layer, args: (3 * args[0],))
+    x = inputs_for(layer)
+    expected = 2 * merged_output(layer, adapter, 3 * x)
+    torch.testing.assert_close(layer(x), expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(seen[0], expected / 2, rtol=1e-10, atol=1e-10)
+    wanted = [x, adapter.A, adapter.B]
+    ours, plain = (torch.autograd.grad(out.pow(2).sum(), wanted) for out in (layer(x), expected))
+    torch.testing.assert_close(ours, plain, rtol=1e-10, atol=1e-10)
+    assert not calls
+
+
+def test_a_forward_that_was_set_before_runs_and_gets_the_delta_on_top():
+    """As `accelerate` sets one."""
+    layer = build_layer("linear")
+    own = layer.forward
+    layer.forward = lambda x: own(x) + 1
+    adapter = adapter_for(layer, LoraConfig(r=4), seed=5)
+    state = DeltaState(fixed_order=False)
+    state.scope_is_open = True
+    take_away = DeltaHook(state, adapter).attach(layer)
+    x = inputs_for(layer)
+    expected = merged_output(layer, adapter, x) + 1
+    wanted = [x, adapter.A, adapter.B]
+    ours, plain = (torch.autograd.grad(out.pow(2).sum(), wanted) for out in (layer(x), expected))
+    torch.testing.assert_close(ours, plain, rtol=1e-10, atol=1e-10)
+    take_away()
+    assert torch.equal(layer(x), own(x) + 1)
+
+
+def test_a_forward_that_is_set_over_ours_stays_and_is_the_base_once_ours_is_gone():
+    layer = build_layer("linear")
+    adapter = adapter_for(layer, LoraConfig(r=4), seed=5)
+    state = DeltaState(fixed_order=False)
+    state.scope_is_open = True
+    x = inputs_for(layer).detach()
+    base, take_away = layer(x), DeltaHook(state, adapter).attach(layer)
+    ours = layer.forward
+    layer.forward = lambda x: ours(x) + 1
+    torch.testing.assert_close(layer(x), merged_output(layer, adapter, x) + 1, rtol=1e-10, atol=1e-10)
+    take_away()
+    del adapter
+    gc.collect()
+    assert torch.equal(layer(x), base + 1)
+
+
+def test_two_adapters_on_one_layer_add_up_and_leave_one_by_one():
+    layer = build_layer("linear")
+    x = inputs_for(layer)
+    adapters = [adapter_for(layer, LoraConfig(r=4), seed=seed) for seed in (5, 6)]
+    state = DeltaState(fixed_order=False)
+    state.scope_is_open = True
+    leave = [DeltaHook(state, adapter).attach(layer) for adapter in adapters]
+    expected = sum(merged_output(layer, adapter, x) for adapter in adapters)
+    expected = expected - nn.functional.linear(x, layer.weight, layer.bias)
+    wanted = [x, *(factor for adapter in adapters for factor in (adapter.A, adapter.B))]
+    ours, plain = (torch.autograd.grad(out.pow(2).sum(), wanted) for out in (layer(x), expected))
+    torch.testing.assert_close(ours, plain, rtol=1e-10, atol=1e-10)
+    leave[0]()
+    torch.testing.assert_close(layer(x), merged_output(layer, adapters[1], x), rtol=1e-10, atol=1e-10)
+    leave[1]()
+    assert torch.equal(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
+
+
+@pytest.mark.parametrize("layer_name, keyword", [("linear", "input"), ("column", "input_"), ("row", "input_")])
+def test_a_layer_may_be_called_by_keyword(layer_name, keyword):
+    layer, adapter, calls = hooked(layer_name)
+    x = inputs_for(layer)
+    torch.testing.assert_close(layer(**{keyword: x}), merged_output(layer, adapter, x), rtol=1e-10, atol=1e-10)
+    assert not calls
+
+
+@pytest.mark.parametrize("layer_name", LINEAR)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("with_grad", [False, True])
+def test_with_b_at_zero_a_layer_gives_its_own_bits(layer_name, dtype, with_grad):
+    layer, adapter, calls = hooked(layer_name, dtype)
+    nn.init.zeros_(adapter.B)
+    x = inputs_for(layer).to(dtype)
+    for rows in (x, x[0], x[0, 0], x[:0], x.transpose(0, 1)):
+        with torch.set_grad_enabled(with_grad):
+            assert torch.equal(layer(rows), type(layer).forward(layer, rows))
+    assert not calls
+
+
+def test_the_slots_of_a_saved_output_survive_hooks_on_saved_tensors():
+    """As of `save_on_cpu`, whose tensors come back with strides of their own."""
+    model = tiny_model(torch.float64)
+    add_lora(model, r=4, target_modules=["language-attention"])
+    fill_adapters(model)
+    layer = model.transformer.layers[0].attention.query_key_value
+    mixin = model.get_mixin("lora")
+    mixin._state.scope_is_open = True
+    adapter = next(iter(mixin.adapters.values()))
+    x = torch.randn(7, layer.weight.shape[1], dtype=torch.float64, requires_grad=True)
+    wanted = [x, adapter.A, adapter.B]
+    plain = torch.autograd.grad(layer(x).pow(2).sum(), wanted)
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: t.clone(memory_format=torch.contiguous_format), lambda t: t
+    ):
+        out = layer(x)
+    torch.testing.assert_close(torch.autograd.grad(out.pow(2).sum(), wanted), plain, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("layer_name", ["linear", "linear without bias", "column"])
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_no_tokens_make_no_product_and_gradients_of_zero_in_the_usual_order(layer_name, dropout):
+    layer, adapter, calls = hooked(layer_name, lora_dropout=dropout)
+    adapter.train()
+    orders = []
+    for rows in (inputs_for(layer), inputs_for(layer)[:0]):
+        order, x = [], rows.detach().requires_grad_()
+        handles = [
+            factor.register_post_accumulate_grad_hook(lambda p, name=name, order=order: order.append(name))
+            for name, factor in adapter.named_parameters()
+        ]
+        with Operations() as operations:
+            out = layer(x)
+            out.sum().backward()
+        for handle in handles:
+            handle.remove()
+        orders.append(order)
+        gradients = [x.grad, adapter.A.grad, adapter.B.grad]
+        adapter.zero_grad()
+    assert orders[0] == orders[1] and sorted(orders[1]) == ["A", "B"]
+    assert out.shape == (0, 5, 10) and out.dtype == torch.float64 and not calls
+    assert not [name for name in operations.counts if "mm" in name]
+    for gradient, tensor in zip(gradients, [x, adapter.A, adapter.B]):
+        assert gradient.shape == tensor.shape and gradient.dtype == tensor.dtype and not gradient.any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -165,14 +295,14 @@ def test_an_adapter_class_with_a_forward_of_its_own_keeps_it():
     state = DeltaState(fixed_order=False)
     state.scope_is_open = True
     base = layer(inputs_for(layer))
-    layer.register_forward_hook(DeltaHook(state, adapter))
+    DeltaHook(state, adapter).attach(layer)
     assert torch.equal(layer(inputs_for(layer)), base)
 
 
 def test_the_scale_of_the_mixin_and_dropout_in_training_alone():
     layer, adapter, _ = hooked("linear", lora_dropout=0.5)
     x = inputs_for(layer).detach()
-    state = next(iter(layer._forward_hooks.values()))._state
+    state = layer.forward._state
     base, whole = nn.functional.linear(x, layer.weight, layer.bias), layer(x)
     state.scale = 0.25
     torch.testing.assert_close(layer(x) - base, 0.25 * (whole - base))
@@ -226,7 +356,8 @@ def test_a_deep_copy_has_hooks_of_its_own():
     model = tiny_model(torch.float32)
     add_lora(model, r=4)
     twin = copy.deepcopy(model)
-    hooks = [hook for layer in twin.modules() for hook in layer._forward_hooks.values() if isinstance(hook, DeltaHook)]
+    hooks = [layer.forward for layer in twin.modules() if isinstance(layer.forward, DeltaHook)]
     own = {id(mixin._state) for mixin in twin.modules() if hasattr(mixin, "_state")}
     assert hooks and {id(hook._state) for hook in hooks} == own
     assert {id(hook._adapter()) for hook in hooks} <= {id(module) for module in twin.modules()}
+    assert all(hook._layer().forward is hook for hook in hooks)

@@ -36,6 +36,8 @@ class FullAttention(BaseMixin):
     def attention_forward(self, hidden_states, mask, **kw_args):
         attention = self.transformer.layers[int(kw_args["layer_id"])].attention
         mixed = attention.query_key_value(hidden_states)
+        if len(mixed) == 0:
+            return attention.dense(mixed[..., : mixed.shape[-1] // 3])  # of nothing, as wide as attention's output is
         heads = mixed.unflatten(-1, (3, -1, attention.hidden_size_per_attention_head))
         query, key, value = heads.permute(2, 0, 3, 1, 4)  # (batch, heads, seq, head_dim) each
         dropout = attention.attention_dropout if self.training else None
@@ -44,8 +46,6 @@ class FullAttention(BaseMixin):
         return attention.output_dropout(output) if self.training else output
 
     def attention_fn(self, query, key, value, mask, dropout=None, **kw_args):
-        if len(query) == 0:
-            return query + key + value  # nothing, with a gradient of nothing: flash attention refuses an empty batch
         return attend(query, key, value, None, FULL, dropout.p if dropout is not None else 0.0)
 
 

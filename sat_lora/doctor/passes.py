@@ -116,7 +116,8 @@ class _Recorder:
             switches[f"{name}.merged"] = str(mixin.merged)
         for name, module in self.model.named_modules():
             switches[f"{name}.training"] = str(module.training)
-            switches[f"{name}'s forward hooks"] = str(len(module._forward_hooks) + len(module._forward_pre_hooks))
+            hooks = len(module._forward_hooks) + len(module._forward_pre_hooks) + ("forward" in vars(module))
+            switches[f"{name}'s forward hooks"] = str(hooks)  # of a mixin the forward that it sets
         self.record.switches.append(switches)
 
     def _after_forward(self, name: str, module, args, output) -> None:

@@ -16,11 +16,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from torch import nn
 
 from sat_lora.adapter import LoraAdapter
+from sat_lora.delta_hook import DeltaHook
 from sat_lora.doctor.places import PACKAGE
 from sat_lora.doctor.rank_files import (
     ARRIVAL,
@@ -112,13 +114,24 @@ class Trace(NoTrace):
         self._began = time.perf_counter()
         self.at(PHASES[0])
         for number, module in enumerate(model.modules()):
-            # Those with parameters of their own, adapters aside, whose layers stand for them: every hook costs a
-            # microsecond, and what only holds modules is soon in one of them.
+            # Those with parameters of their own, adapters aside, whose layers stand for them: every hook costs two
+            # microseconds, and what only holds modules is soon in one of them.
             if any(True for _ in module.parameters(recurse=False)) and not isinstance(module, LoraAdapter):
-                module.register_forward_pre_hook(_note_into(self._numbers, number))
+                self._follow_entries(module, number)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         for number, parameter in enumerate(trained):
             parameter.register_post_accumulate_grad_hook(self.arrival(number))
+
+    def _follow_entries(self, module: nn.Module, number: int) -> None:
+        """Note when the module of that number is entered: it runs for each of them in every pass, so as cheaply as
+        may be.
+        """
+        note = partial(self._numbers.__setitem__, MODULE, number)
+        forward = vars(module).get("forward")
+        if isinstance(forward, DeltaHook):
+            forward.on_entry = note
+        else:
+            module.register_forward_pre_hook(lambda module, args: note())
 
     @property
     def phase(self) -> str:
@@ -178,7 +191,7 @@ class Trace(NoTrace):
             file_of(self.folder, self.rank, ".end.json").write_text(json.dumps(content), encoding="utf-8")
 
     def arrival(self, number: int) -> Callable[[object], None]:
-        """A hook of the parameter of that number: its gradient has come. As cheap as it gets, like `_note_into`."""
+        """A hook of the parameter of that number: its gradient has come. As cheap as it gets."""
         numbers, memory, most = self._numbers, self._memory, self._most
         put, size, now = ARRIVAL.pack_into, ARRIVAL.size, time.time
 
@@ -205,12 +218,3 @@ def allocate(descriptor: int, size: int) -> None:
         while written < size:
             written += os.pwrite(descriptor, bytes(size - written), written)
         os.fsync(descriptor)
-
-
-def _note_into(numbers: memoryview, number: int) -> Callable[[nn.Module, tuple], None]:
-    """A hook as cheap as it gets: it runs for every module in every pass."""
-
-    def entered(module, args):
-        numbers[MODULE] = number
-
-    return entered

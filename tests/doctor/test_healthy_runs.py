@@ -9,6 +9,9 @@ import time
 import pytest
 import torch
 
+from sat_lora import add_lora
+from sat_lora._sat import ColumnParallelLinear, RowParallelLinear
+from sat_lora.delta_hook import DeltaHook
 from sat_lora.doctor.rank_files import folder_of
 from sat_lora.doctor.rank_state import read_states
 from sat_lora.doctor.trace import Trace
@@ -17,6 +20,7 @@ from sat_lora.doctor.watchdog import ALARM, FIRST, Watchdog
 from tests.doctor import faulty_runs
 from tests.doctor.faulty_runs import run_faulty
 from tests.finetune_demo.test_finetune_cogvlm import options_for
+from tests.tiny import tiny_model
 
 PHASES = ("data", "reduce", "forward", "backward", "reduce", "optimizer", "save")
 
@@ -24,6 +28,24 @@ PHASES = ("data", "reduce", "forward", "backward", "reduce", "optimizer", "save"
 def trace_of_a_linear(folder):
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Dropout())
     return model, Trace(folder, model, rank=0, world_size=1)
+
+
+@pytest.mark.usefixtures("single_process_group")
+@pytest.mark.parametrize("hooks_first", [False, True])
+def test_every_module_with_parameters_is_noted_when_it_is_entered_adapted_or_not(tmp_path, hooks_first):
+    model = tiny_model()
+    if hooks_first:  # a mixin then adds its deltas in hooks, not in the layers' forward
+        for module in model.modules():
+            module.register_forward_hook(lambda module, args, output: None)
+    add_lora(model, r=4, target_modules=["language-mlp"])
+    Trace(tmp_path, model, rank=0, world_size=1)
+    noted = set()
+    for name, module in model.named_modules():
+        if isinstance(module, (torch.nn.Linear, ColumnParallelLinear, RowParallelLinear)):
+            module(torch.zeros(1, module.weight.shape[1]))
+            assert read_states(tmp_path)[0].module == name
+            noted.add(isinstance(vars(module).get("forward"), DeltaHook))
+    assert noted == ({False} if hooks_first else {False, True})
 
 
 def test_500_steps_with_threefold_jitter_raise_no_alarm(tmp_path):
