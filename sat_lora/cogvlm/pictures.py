@@ -184,7 +184,8 @@ _MARKS = (
 
 _OTHERS = (
     (0, b"\xff\x0a", "a JPEG XL picture"), (0, b"\0\0\0\x0cJXL ", "a JPEG XL picture"),
-    (0, b"8BPS", "a Photoshop file"), (0, b"gimp xcf", "a file of GIMP"), (0, b"DDS ", "a DDS texture"), (0, b"icns", "an icon of macOS"),
+    (0, b"8BPS", "a Photoshop file"), (0, b"gimp xcf", "a file of GIMP"), (0, b"DDS ", "a DDS texture"),
+    (0, b"icns", "an icon of macOS"),
     (0, b"AT&TFORM", "a DjVu file"), (0, b"\xd7\xcd\xc6\x9a", "a WMF drawing"), (128, b"DICM", "a DICOM file"),
     (0, b"\x76\x2f\x31\x01", "an OpenEXR picture"), (0, b"#?RADIANCE", "a Radiance picture"),
     (0, b"SIMPLE  =", "a FITS file"), (0, b"FUJIFILMCCD-RAW", "a raw picture of a camera"),
@@ -264,8 +265,8 @@ def _kind_of_content(content: bytes) -> str:
         return "a picture behind bytes that do not belong to it; copy it again"
     if all(byte in b"\t\n\r" or 32 <= byte < 127 for byte in content):
         begin = printable(content.decode().strip().split("\n")[0][:60])
-        words = f"but text that begins {begin!r}; fetch the picture itself" if begin else "but white space; copy it again"
-        return f"of no format that is read, {words}"
+        words = f"text that begins {begin!r}; fetch the picture itself" if begin else "white space; copy it again"
+        return f"of no format that is read, but {words}"
     return f"of no format that is read ({', '.join(FORMATS)}); {CONVERT}"
 
 
