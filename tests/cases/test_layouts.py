@@ -146,7 +146,7 @@ def test_the_format_of_the_answers_is_named(folder, name, content, kind):
     "names, files",
     [
         (NAMES, {"d/README.md": "000.png shows 0", "d/README.txt": "000.png shows 0"}),
-        ([str(number) for number in range(9)], {"d/metrics.csv": "epoch,loss\n" + "".join(f"{n},2\n" for n in range(9))}),
+        ([*"012345678"], {"d/metrics.csv": "epoch,loss\n" + "".join(f"{number},2\n" for number in range(9))}),
         (WORDS, {"d/stats.csv": "class,count\n" + "".join(f"{word},3\n" for word in WORDS)}),
         (WORDS, {"d/words.txt": "\n".join(WORDS)}),
         (CAPTCHAS, {"d/labels.csv": table(names=CAPTCHAS, suffix=".png", words=CAPTCHAS)}),
