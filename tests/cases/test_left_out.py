@@ -22,7 +22,6 @@ from sat_lora.training.run_summary import left_out, more_to_say
 from tests.cases.test_what_is_said import numbered, said, source_of
 from tests.conftest import write_images
 
-
 DENIED = PermissionError(13, "Permission denied")
 
 
