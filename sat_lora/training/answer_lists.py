@@ -119,10 +119,15 @@ def _read(path: Path, probes: Sequence[str]) -> tuple[list[bytes], bool]:
         encoding = encoding_of(content)
         width = 4 if "32" in encoding else 2 if "16" in encoding else 1
         mark = content[:4] if width > 1 else b""
-        found = [content.find(probe.encode(encoding, "replace")[-width * len(probe) :], SAMPLE) for probe in probes]
+        end = "be" if content.startswith((b"\xfe\xff", b"\0")) else "le"
+        encodings = ("utf-8", "gb18030", "cp1252") if width == 1 else (f"utf-{8 * width}-{end}",)
+        spelled = {probe.encode(name, "ignore") for probe in probes for name in encodings} - {b""}
+        found = [content.find(probe, SAMPLE) for probe in spelled]
         places = sorted({max(0, place - SAMPLE // 2) // width * width for place in found if place >= 0})
         file.seek((size - SAMPLE) // width * width)
         parts = [*(content[place : place + SAMPLE] for place in places), file.read(SAMPLE)]
+        if width == 1:  # whole lines, which begin with a whole character
+            parts = [part[part.find(b"\n") + 1 :] for part in parts]
     return [content[:SAMPLE], *(mark + part for part in parts)], True
 
 

@@ -35,7 +35,11 @@ LABEL_FOLDERS = re.compile(
     r"标注|标签)([ _.-].*)?",
     re.IGNORECASE,
 )
-MASK_FOLDERS = re.compile(r"(.*[ _.-])?(masks?|segmentations?|segmentationclass|segmentationobject)", re.IGNORECASE)
+MASK_FOLDERS = re.compile(
+    r"(.*[ _.-])?(masks?|segmentations?|segmentationclass|segmentationobject|labels?|annotations?|gts?|ground_?truth)",
+    re.IGNORECASE,
+)
+NUMBERED = re.compile(r"(.*?)[ _.-]*\(?(\d+)\)?")
 OUTPUTS = re.compile(r"(.*[ _.-])?(pred\w*|outputs?|results?|eval\w*|runs?|logs?)([ _.-].*)?", re.IGNORECASE)
 PARTS = re.compile(r"(train|val|valid|test|dev|training|validation|testing|part|split|fold).*|\d+", re.IGNORECASE)
 LISTS_READ = 20
@@ -103,6 +107,27 @@ def _check_inside(folder: Path, images: Sequence[Path]) -> None:
     if tables:
         _refuse(folder, tables[0], f"{tables[0].relative_to(folder)} looks like the answers to its images")
     _check_masks(folder, images)
+    _check_classes(folder, images)
+
+
+def _check_classes(folder: Path, images: Sequence[Path]) -> None:
+    """Of images whose answers are their folders, as `cat/cat_1.png` or `cat/0001.png` beside `dog/0001.png`."""
+    classes: dict[Path, list[str]] = {}
+    for image in images:
+        classes.setdefault(image.parent, []).append(image.stem)
+    if len(classes) < 2 or folder in classes:
+        return
+    named = numbered = 0
+    for place, stems in classes.items():
+        matches = [match for stem in stems if (match := NUMBERED.fullmatch(stem))]
+        named += sum(match[1].casefold() == place.name.casefold() for match in matches)
+        numbers = {int(match[2][:18]) for match in matches}
+        # Names that are answers may be numbers; but hardly ones with zeros before them and without a gap.
+        is_counted = len(numbers) >= LISTED and max(numbers) - min(numbers) < 1.25 * len(stems)
+        numbered += len(stems) * (is_counted and any(re.match("0[0-9]{2}", match[2]) for match in matches))
+    if 5 * max(named, numbered) >= 4 * len(images):
+        first, second = ((place / stems[0]).relative_to(folder) for place, stems in [*classes.items()][:2])
+        _refuse(folder, None, f"its images are numbered in folders ({first}, {second}), as those of classes are")
 
 
 def _check_masks(folder: Path, images: Sequence[Path]) -> None:
@@ -110,7 +135,7 @@ def _check_masks(folder: Path, images: Sequence[Path]) -> None:
     masks, others = {}, set()
     for image in images:
         parts = image.relative_to(folder).parts[:-1]
-        if any(MASK_FOLDERS.fullmatch(part) or LABEL_FOLDERS.fullmatch(part) for part in parts):
+        if any(map(MASK_FOLDERS.fullmatch, parts)):
             masks[image.stem.removesuffix("_mask")] = image.relative_to(folder)
         else:
             others.add(image.stem)
@@ -133,7 +158,7 @@ def _stems_answered(stem: str) -> set[str]:
 
 def _check_beside(folder: Path, images: Sequence[Path], given: Collection[str]) -> None:
     stems = {stem for image in images for stem in (image.stem, image.name)}
-    subfolders = {image.parent.relative_to(folder) for image in images[:: max(1, len(images) // 100)]}
+    subfolders = {image.parent.relative_to(folder) for image in images[:: max(1, len(images) // 10)]}
     for base in dict.fromkeys((Path(os.path.abspath(folder)), Path(os.path.realpath(folder)))):
         is_part = PARTS.fullmatch(base.name) is not None
         for parent in list(base.parents)[: 2 if is_part else 1]:
@@ -183,11 +208,11 @@ def _files_of(folder: Path) -> list[Path]:
     return [folder / name for name in sorted(names) if not name.startswith(".")]
 
 
-def _check_texts_of(folder: Path, place: Path, stems: Collection[str], count: int, is_label: bool) -> None:
+def _check_texts_of(folder: Path, place: Path, stems: set[str], count: int, is_label: bool) -> None:
     """Refuse the images if `place`, which has no images itself, holds texts of their names."""
     files = _files_of(place)
     texts = {path for path in files if path.suffix.lower() in TEXT_SUFFIXES}
-    answered = {path: names for path in texts if (names := _stems_answered(path.stem) & set(stems))}
+    answered = [path for path in texts if not stems.isdisjoint(_stems_answered(path.stem))]
     enough = min(count, len(texts)) if is_label else max(count, len(texts))
     if not answered or 2 * len(answered) < enough or (not is_label and len(answered) < LISTED):
         return

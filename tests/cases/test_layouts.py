@@ -121,6 +121,35 @@ def test_texts_of_the_same_names_are_known_in_and_beside_the_folder(folder, imag
     assert any(name.rpartition("/")[2] in refusal(folder(images, files)) for name in files)
 
 
+@pytest.mark.parametrize(
+    "cats, dogs",
+    [
+        (NAMES, NAMES),
+        ([f"cat.{number}" for number in range(5)], [f"dog.{number}" for number in range(7)]),
+        (["cat", "cat (2)", "Cat_3", "cat-4", "cat5"], ["dog1", "dog02"]),
+        ([f"IMG_{number:04}" for number in range(1, 6)], [f"IMG_{number:04}" for number in range(6, 15)]),
+    ],
+)
+def test_folders_that_are_the_answers_are_known(folder, cats, dogs):
+    folder("d/train/cat", names=cats)
+    root = folder("d/train/dog", names=dogs).parents[1]
+    assert "its images are numbered in folders (train/cat/" in refusal(root)
+
+
+@pytest.mark.parametrize("names", [[*"0123456789"], CAPTCHAS, WORDS, ["0042", "9310", "0777", "1234"]])
+def test_names_that_are_answers_may_lie_in_several_folders(folder, names):
+    folder("d/a font", names=names)
+    assert len(read_items([folder("d/another font", names=names).parent])) == 2 * len(names)
+
+
+def test_a_long_table_in_chinese_is_read_at_whole_characters(folder):
+    rows = "".join(f"图片{number},一只猫和一只狗 {number}\n" for number in range(9_000))
+    names = [f"图片{number}" for number in range(5_000, 5_040)]
+    for encoding in ("utf-8", "utf-16-le", "gb18030"):
+        content = f"\ufeff编号,标签\n{rows}" if "utf" in encoding else rows
+        assert "train.csv" in refusal(folder(files={"d/train.csv": content.encode(encoding)}, names=names))
+
+
 def test_masks_are_no_images_to_learn(folder):
     folder("d/images")
     assert "masks/000.png looks like the mask of another image" in refusal(folder("d/masks").parent)
