@@ -41,6 +41,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--special-tokens-in-text", action="store_true", default=None, help="a text that spells </s> means the token")
     add("--ignore-keys", nargs="+", metavar="KEY", help="keys of .jsonl lines to pass over")
     add("--images-from", nargs="+", metavar="DIR", help="folders that .jsonl lines may lead to by ..")
+    names = "of folders file names are the answers, whatever texts lie in or beside them"
+    add("--names-are-answers", action="store_true", default=None, help=names)
     add("--max_length", type=positive_int, metavar="N", help="longest sequence in tokens (default: 1288)")
     add("--max-pixels", type=positive_int, metavar="N", help="a larger picture is not read (default: 89478485)")
     add("--eval-batch-size", "--batch-size", type=positive_int, metavar="N", help="images at once (default: 4)")

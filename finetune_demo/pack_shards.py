@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 def pack_shards(
-    data: Sequence[str | Path], out: str | Path, samples_per_shard: int = 1000, **reading: Sequence[str]
+    data: Sequence[str | Path], out: str | Path, samples_per_shard: int = 1000, **reading: Sequence[str] | bool
 ) -> tuple[str, int]:
     """Write the items of `data`, in their order; returns (what --train-data takes, samples). reading: of `read_items`.
 
@@ -82,8 +82,10 @@ def _pack(argv: list[str] | None) -> int:
     parser.add_argument("--samples-per-shard", type=positive_int, default=1000, metavar="N", help="(default: 1000)")
     parser.add_argument("--ignore-keys", nargs="+", default=(), metavar="KEY", help="keys of .jsonl lines to pass over")
     parser.add_argument("--images-from", nargs="+", default=(), metavar="DIR", help="folders they may lead to by ..")
+    names = "of folders file names are the answers, whatever texts lie in or beside them"
+    parser.add_argument("--names-are-answers", action="store_true", help=names)
     options = parser.parse_args(argv)
-    reading = dict(ignore_keys=options.ignore_keys, images_from=options.images_from)
+    reading = {name: getattr(options, name) for name in ("ignore_keys", "images_from", "names_are_answers")}
     shards, samples = pack_shards(options.data, options.out, options.samples_per_shard, **reading)
     print(f"{samples} samples written; train with\n  --train-data {shlex.quote(shards)}")
     return 0

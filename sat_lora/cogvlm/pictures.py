@@ -38,6 +38,7 @@ UNREAD_SUFFIXES = frozenset(
 """Of pictures and films that nothing here reads."""
 
 CONVERT = "convert it to PNG or JPEG"
+DAMAGED = "it is a damaged {} picture: write or copy it again"
 _BAND = 1 << 22  # pixels that are converted at once
 _SCANS = 100  # the usual progressive JPEG has ten
 _MARKER = re.compile(rb"\xff+[^\x00\xd0-\xd7\xff]")
@@ -76,6 +77,7 @@ def read_picture(source: str | Path | bytes, *, max_pixels: int = MAX_PIXELS, na
                 if image.format in ("JPEG", "MPO"):
                     _check_scans(file)
                 grey_step = _grey_step(image)
+                _check_end(file, image.format)
                 image.load()
                 return as_seen(image, grey_step=grey_step)
     # Pillow's decoders raise whatever damaged bytes lead them to, and one that is missed here stops a rank.
@@ -85,10 +87,39 @@ def read_picture(source: str | Path | bytes, *, max_pixels: int = MAX_PIXELS, na
             problem = f"it is {_kind_of_content(content or b'')}"
         elif isinstance(error, OSError) and error.strerror:
             problem = error.strerror  # without the path, which stands before
+        elif not isinstance(error, (ValueError, MemoryError, Image.DecompressionBombError)):
+            kind = _kind_by_mark(content or b"")
+            problem = f"{error}; {DAMAGED.format(kind)}" if kind else error
         elif isinstance(error, MemoryError):
             problem = "there is not enough memory for it"
         shown = printable(name or (source if not isinstance(source, bytes) else "an image"))
         raise DataError(f"{shown}: cannot be read as an image: {printable(problem)}") from error
+
+
+_END_MARKS = {
+    "PNG": b"IEND\xaeB`\x82", "JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "GIF": b";", "WEBP": None, "AVIF": None,
+}  # fmt: skip
+_ZEROS = 512  # bytes at the end of a compressed picture that no encoder writes
+
+
+def _check_end(file: BinaryIO, kind: str) -> None:
+    """ValueError if a compressed picture ends in zeros and not as it should: a download that did not end has left
+    them, and decoders make a picture of it.
+    """
+    if kind not in _END_MARKS:
+        return
+    place = file.tell()
+    size = file.seek(0, io.SEEK_END)
+    file.seek(max(0, size - _ZEROS))
+    if not any(file.read(_ZEROS)) and size > _ZEROS:
+        file.seek(0)
+        filled = file.read().rstrip(b"\0")
+        mark = _END_MARKS[kind]
+        if mark is None or not (filled.endswith(mark) or (kind == "MPO" and mark in filled)):
+            zeros = size - len(filled)
+            kind = _kind_by_mark(filled[:400]) or kind
+            raise ValueError(f"its last {zeros:,} of {size:,} bytes are zeros; {DAMAGED.format(kind)}")
+    file.seek(place)
 
 
 def _check_scans(file: BinaryIO) -> None:
@@ -143,30 +174,99 @@ def _limited_pillow(max_pixels: int) -> Iterator[None]:
             Image.MAX_IMAGE_PIXELS = before
 
 
+_MARKS = (
+    (0, b"\x89PNG", "PNG"), (0, b"\xff\xd8\xff", "JPEG"), (0, b"GIF8", "GIF"), (8, b"WEBP", "WebP"), (0, b"BM", "BMP"),
+    (0, b"II*\0", "TIFF"), (0, b"MM\0*", "TIFF"), (0, b"II+\0", "TIFF"), (4, b"jP  \r\n", "JPEG 2000"),
+    (0, b"\xff\x4f\xff\x51", "JPEG 2000"), (0, b"qoif", "QOI"), (0, b"\0\0\1\0", "ICO"), (0, b"\x01\xda", "SGI"),
+    (0, b"\x0a\x05\x01", "PCX"),
+)  # fmt: skip
+"""(place, bytes, name) of formats that are read."""
+
+_OTHERS = (
+    (0, b"\xff\x0a", "a JPEG XL picture"), (0, b"\0\0\0\x0cJXL ", "a JPEG XL picture"),
+    (0, b"8BPS", "a Photoshop file"), (0, b"gimp xcf", "a file of GIMP"), (0, b"DDS ", "a DDS texture"),
+    (0, b"icns", "an icon of macOS"),
+    (0, b"AT&TFORM", "a DjVu file"), (0, b"\xd7\xcd\xc6\x9a", "a WMF drawing"), (128, b"DICM", "a DICOM file"),
+    (0, b"\x76\x2f\x31\x01", "an OpenEXR picture"), (0, b"#?RADIANCE", "a Radiance picture"),
+    (0, b"SIMPLE  =", "a FITS file"), (0, b"FUJIFILMCCD-RAW", "a raw picture of a camera"),
+    (0, b"IIU\0", "a raw picture of a camera"), (0, b"IIRO", "a raw picture of a camera"), (0, b"\0\0\2\0", "a cursor"),
+    (0, b"/* XPM", "an XPM picture"), (0, b"%PDF", "a PDF file"), (0, b"%!PS", "a PostScript file"),
+    (0, b"\xc5\xd0\xd3\xc6", "a PostScript file"), (0, b"\x1aE\xdf\xa3", "a film"), (8, b"AVI ", "a film"),
+    (0, b"\0\0\1\xba", "a film"), (0, b"\0\0\1\xb3", "a film"), (0, b"FLV\1", "a film"), (8, b"WAVE", "a sound"),
+    (0, b"ID3", "a sound"), (0, b"\x93NUMPY", "a NumPy array"),
+)  # fmt: skip
+"""The same of what is not read."""
+
+_BRANDS = {
+    "AVIF": b"avif avis avio", "HEIC": b"heic heix heim heis hevc hevx hevm hevs", "raw": b"crx ",
+    "film": b"isom iso2 iso4 iso5 iso6 mp41 mp42 avc1 dash qt   M4V  M4VP MSNV 3gp4 3gp5 3gp6 3g2a f4v  mmp4",
+}  # fmt: skip
+_HEIF = (b"mif1", b"mif2", b"msf1", b"miaf", b"heif")
+"""Brands of ISO's container, which one begins with; HEIF is what AVIF and HEIC are both made of."""
+
+
+def _kind_by_mark(content: bytes) -> str | None:
+    """The format of _MARKS, or AVIF, that a file begins as; None if it is none."""
+    known = next((name for place, mark, name in _MARKS if content.startswith(mark, place)), None)
+    return known or ("AVIF" if _brand(content) == "AVIF" else None)
+
+
+def _brand(content: bytes) -> str | None:
+    """Of _BRANDS, or HEIF where a file does not say which of both it is, or an unknown one; None if it has no brand."""
+    if content[4:8] != b"ftyp":
+        return None
+    end = min(len(content), max(16, int.from_bytes(content[:4], "big")))
+    brands = [content[8:12], *(content[place : place + 4] for place in range(16, min(end, 96), 4))]
+    for brand in brands:
+        known = next((name for name, listed in _BRANDS.items() if len(brand) == 4 and brand in listed), None)
+        if known is not None:
+            return known
+    return "HEIF" if any(brand in _HEIF for brand in brands) else "unknown"
+
+
 def _kind_of_content(content: bytes) -> str:
     """What a file that no decoder takes seems to be, by its first bytes, and what to do."""
-    text = content.lstrip().lower()
+    text = content.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if not content:
+        return "an empty file; write or copy it again"
+    if content.strip(b"\0") == b"":
+        return "all zeros; write or copy it again"
     for marks, words in (
         ((b"version https://git-lfs",), "a pointer of git lfs; fetch the file itself with `git lfs pull`"),
         ((b"<svg",), f"an SVG drawing; {CONVERT}"),
         ((b"<!doctype html", b"<html"), "a web page; fetch the picture itself"),
-        ((b"%pdf",), f"a PDF file; {CONVERT}"),
-        ((b"%!ps", b"\xc5\xd0\xd3\xc6"), f"a PostScript file; {CONVERT}"),
-        ((b"8bps",), f"a Photoshop file; {CONVERT}"),
-        ((b"\xff\x0a", b"\0\0\0\x0cjxl "), f"a JPEG XL picture; {CONVERT}"),
         ((b"pk\x03\x04", b"\x1f\x8b", b"rar!", b"7z\xbc\xaf"), "an archive; unpack it"),
+        ((b"data:image/",), "a picture as text (a data URL); write its bytes to a file"),
+        ((b"ivborw0kggo", b"/9j/", b"r0lgod", b"uklgr"), "a picture as text (base64); write its bytes to a file"),
     ):
         if text.startswith(marks):
             return words
-    if not content:
-        return "an empty file; write or copy it again"
-    if content[4:8] == b"ftyp":
-        is_heif = content[8:12] in (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1")
-        return f"{'a HEIC picture' if is_heif else 'a film'}; {CONVERT}"
     if b"<svg" in text:
         return f"an SVG drawing; {CONVERT}"
-    if content.strip(b"\0") == b"":
-        return "all zeros; write or copy it again"
+    if other := next((words for place, mark, words in _OTHERS if content.startswith(mark, place)), None):
+        return f"{other}; {CONVERT}"
+    if (brand := _brand(content)) is not None:
+        words = {
+            "AVIF": DAMAGED[len("it is ") :].format("AVIF"),
+            "HEIC": f"a HEIC picture; {CONVERT}",
+            "HEIF": f"a HEIC or AVIF picture; {CONVERT}, or, if it should be read, copy it again",
+            "film": f"a film; {CONVERT}",
+            "raw": f"a raw picture of a camera; {CONVERT}",
+            "unknown": f"of no kind that is known of ISO's container (AVIF, HEIC, films); {CONVERT}",
+        }
+        if brand == "AVIF" and "AVIF" not in _built_formats():
+            return f"an AVIF picture, which this Pillow was built without; {CONVERT}"
+        return words[brand]
+    if (kind := _kind_by_mark(content)) is not None:
+        return DAMAGED[len("it is ") :].format(kind)
+    if b"\xef\xbf\xbd" in content[:100]:
+        return "a file that was written as text, which lost its bytes; copy it again as it is"
+    if any(content.find(mark, 1, 12) > 0 for _, mark, _ in _MARKS if len(mark) > 2):
+        return "a picture behind bytes that do not belong to it; copy it again"
+    if all(byte in b"\t\n\r" or 32 <= byte < 127 for byte in content):
+        begin = printable(content.decode().strip().split("\n")[0][:60])
+        words = f"text that begins {begin!r}; fetch the picture itself" if begin else "white space; copy it again"
+        return f"of no format that is read, but {words}"
     return f"of no format that is read ({', '.join(FORMATS)}); {CONVERT}"
 
 

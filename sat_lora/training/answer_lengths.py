@@ -3,9 +3,10 @@
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-from sat_lora.cogvlm.text import prompt_text
+from sat_lora.cogvlm.text import IGNORED, prompt_text
 from sat_lora.errors import SatLoraError
 from sat_lora.training.data import ImageTextDataset, Item
+from sat_lora.training.distributed import gather_lists
 
 LAID_OUT = 20_000  # samples that are tokenised; one that is short enough anyway is not
 CHARACTERS = 1 << 25  # the same, of all their answers together
@@ -59,19 +60,43 @@ def answer_lengths(dataset: ImageTextDataset) -> AnswerLengths:
     return AnswerLengths(seen if is_part else len(items), cut, longest, is_part)
 
 
-def saying_first_cut(batches: Iterable[dict], say: Callable[[str], None], max_length: int) -> Iterator[dict]:
-    """The batches; the first of them in which an answer is cut is said. For those of streams, which nobody looks at
-    before.
+class CutAnswers:
+    """The batches of a stream, which nobody looks at before: the first of them in which an answer is cut is said, and
+    how many answers were cut is counted, as often as they come.
+
+    Iterating it again, as every validation does, counts on.
     """
-    batches = iter(batches)
-    for batch in batches:
-        yield batch
-        cut = batch["left_out"] > 0
-        if cut.any():
+
+    def __init__(self, batches: Iterable[dict], say: Callable[[str], None], max_length: int, what: str = ""):
+        self._batches, self._say, self._max_length, self._what = batches, say, max_length, what
+        self.answers = self.cut = self.longest = 0
+
+    def __iter__(self) -> Iterator[dict]:
+        for batch in self._batches:
+            yield batch
+            cut = batch["left_out"] > 0
+            self.answers += int((batch["labels"] != IGNORED).any(1).sum())
+            if not cut.any():
+                continue
+            is_first = self.cut == 0
             longest = int((batch["lengths"] + batch["left_out"])[cut].max())
-            say(f"--max_length {max_length}: an answer does not fit and is cut, others may be; {longest} would hold it")
-            break
-    yield from batches
+            self.cut, self.longest = self.cut + int(cut.sum()), max(self.longest, longest)
+            if is_first:
+                self._say(
+                    f"{self._what}--max_length {self._max_length}: an answer does not fit and is cut, others may be; "
+                    f"{longest} would hold it"
+                )
+
+    def say_all(self) -> None:
+        """Say how many were cut on all ranks, which all have to call it; nothing, if none was."""
+        counts = gather_lists([(self.answers, self.cut, self.longest)])
+        answers, cut = (sum(column) for column in [*zip(*counts)][:2])
+        if cut:
+            longest = max(longest for _, _, longest in counts)
+            self._say(
+                f"{self._what}--max_length {self._max_length} has cut {cut:,} of {answers:,} answers that came; "
+                f"{longest} would hold them"
+            )
 
 
 def _surely_fits(dataset: ImageTextDataset, item: Item) -> bool:

@@ -98,21 +98,25 @@ def read_items(
     *,
     ignore_keys: Collection[str] = (),
     images_from: Sequence[str | Path] = (),
+    names_are_answers: bool = False,
+    run_folder: str | Path | None = None,
     counts: DataCounts | None = None,
 ) -> list[Item]:
     """The items of data paths: in a folder an image file's stem is its answer; a file has one object per line.
 
     A line: {"image": path relative to the file, or absent for text only, "prompt": ..., "answer": ...}; without a
     prompt, --prompt is asked. An array of such objects is read as well. ignore_keys, images_from: see `read_entries`.
-    counts: what was read, and what lies in the folders and is no sample, is added to it. DataError: a path is missing,
-    is plainly another layout, or every wrong line of a file.
+    names_are_answers: of a folder that looks like another layout too. run_folder: of the run that asks. counts: what
+    was read, and what lies in the folders and is no sample, is added to it. DataError: a path is missing, is plainly
+    another layout, or every wrong line of a file.
     """
     items, counts = [], DataCounts() if counts is None else counts
     before: set[str] = set()  # of folders their images, of files the files
     for path in map(Path, paths):
         if path.is_dir() or not path.exists():
-            images = find_images([path], counts.unused)
-            check_layout(path, images)
+            images = find_images([path], counts.unused, run_folder)
+            if not names_are_answers:
+                check_layout(path, images, given=[Path(one) for one in paths])
             items += [Item(image, image.stem) for image in images]
             counts.labelled_by_name += len(images)
             if len(paths) > 1:
@@ -133,7 +137,8 @@ def read_items(
 def reading_options(options: Namespace) -> dict:
     """What `read_items` takes of a run's options; those of a run that an earlier version wrote have none of it."""
     known = vars(options)
-    return {"ignore_keys": known.get("ignore_keys") or [], "images_from": known.get("images_from") or []}
+    lists = {name: known.get(name) or [] for name in ("ignore_keys", "images_from")}
+    return {**lists, "names_are_answers": bool(known.get("names_are_answers")), "run_folder": known.get("run_folder")}
 
 
 def split_items(items: Sequence[Item], proportions: Sequence[float], seed: int) -> tuple[list[Item], ...]:

@@ -16,6 +16,7 @@ DEFAULTS = {
     "special_tokens_in_text": False,
     "ignore_keys": [],
     "images_from": [],
+    "names_are_answers": False,
     "max_broken_share": 0.05,
     "max_pixels": 89_478_485,  # where Pillow warns of a decompression bomb
     "num_workers": 2,

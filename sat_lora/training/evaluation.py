@@ -20,10 +20,20 @@ from sat_lora.foreign import printable, read_json
 from sat_lora.mixin import lora_mixins
 from sat_lora.progress import shown
 from sat_lora.step_folders import follow
-from sat_lora.training.data import BrokenSample, ImageTextDataset, Item, collate, read_items, reading_options
+from sat_lora.training.data import (
+    BrokenSample,
+    DataCounts,
+    ImageTextDataset,
+    Item,
+    collate,
+    read_items,
+    reading_options,
+)
 from sat_lora.training.deepspeed_config import base_dtype
 from sat_lora.training.distributed import World, gather_lists
+from sat_lora.training.folders import unreadable_notes
 from sat_lora.training.loss import sum_over_data_parallel
+from sat_lora.training.notice import warn
 from sat_lora.training.options import settings_of_run
 from sat_lora.training.run_folder import EVALUATION, RUN, write_json
 from sat_lora.training.shard_checks import problems_with_shards
@@ -56,14 +66,17 @@ def evaluate_adapter(
     trace.at("load")
     if any(map(is_shard, options.test_data)):
         raise DataError(f"--test-data: {next(problems_with_shards(options.test_data, '--test-data'))}")
+    found = DataCounts()
     try:
-        items = read_items(options.test_data, **reading_options(options))
+        items = read_items(options.test_data, **reading_options(options), counts=found)
     except DataError as error:
         raise DataError(f"--test-data: {error}") from error
     if not items:
         raise DataError(
             f"--test-data: {', '.join(options.test_data)}: no images there; give folders of images LABEL.png"
         )
+    for note in unreadable_notes(found.unused, "--test-data"):
+        warn(note)
     tokenizer = load_tokenizer(options.local_tokenizer)
     model, config = trained or load_cogvlm(
         options.from_pretrained,
@@ -91,6 +104,11 @@ def evaluate_adapter(
     images, broken = 0, []
     lengths = [length_of_answer(dataset, item) for item in dataset.items]
     longest = max((length for length in lengths if isinstance(length, int)), default=0) + 1
+    if cut := _cut_answers(dataset, lengths):
+        warn(
+            f"--test-data: {cut:,} of {len(lengths):,} answers have more tokens than --max_length "
+            f"{options.max_length}: what is generated is never like them"
+        )
     starts = range(0, len(share), options.eval_batch_size)
     for start in shown(starts, "answering", "batches, each without and with the adapter") if world.is_main else starts:
         trace.at("test")
@@ -122,6 +140,14 @@ def evaluate_adapter(
     if not broken:
         return result
     return {**result, "broken": sorted({path for path, _, _ in broken}), "broken_samples": len(broken)}
+
+
+def _cut_answers(dataset: ImageTextDataset, lengths: list[int | BrokenSample]) -> int:
+    """How many answers have more tokens than --max_length."""
+    full = (item for item, length in zip(dataset.items, lengths, strict=True) if length == dataset.max_length)
+    answers = (item.answer for item in full)
+    settings = (dataset.max_length, dataset.special_tokens, "answer")
+    return sum(first_tokens(dataset.tokenizer, answer, *settings)[1] > 0 for answer in answers)
 
 
 def length_of_answer(dataset: ImageTextDataset, item: Item) -> int | BrokenSample:

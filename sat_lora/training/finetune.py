@@ -15,7 +15,7 @@ from sat_lora.errors import ConfigError
 from sat_lora.placement import add_lora
 from sat_lora.step_folders import BEST, read_pointer, steps_in
 from sat_lora.summary import describe, describe_text
-from sat_lora.training.answer_lengths import saying_first_cut
+from sat_lora.training.answer_lengths import CutAnswers
 from sat_lora.training.checkpoint import RunState, load_checkpoint, newest_checkpoint, read_state
 from sat_lora.training.deepspeed_config import decisions
 from sat_lora.training.distributed import World, agree, join, together
@@ -30,7 +30,7 @@ from sat_lora.training.release import end_training, free_memory
 from sat_lora.training.resume import base_of_state, check_data, facts_of_run, notes, state_to_resume
 from sat_lora.training.run_folder import EVALUATION, RunFolder, results_problems
 from sat_lora.training.run_lock import RunLock
-from sat_lora.training.run_summary import check_vocabulary, look_at, run_summary
+from sat_lora.training.run_summary import check_vocabulary, look_at, more_to_say, run_summary
 from sat_lora.training.same_base import base_of_run
 from sat_lora.training.schedule import rates, schedule_problems, total_steps
 from sat_lora.training.sources import FileSource, ShardSource, open_sources
@@ -133,12 +133,17 @@ def _train_and_evaluate(options: Namespace, setting: Setting, run: RunFolder, tr
         deepspeed=engine.config,
     )
     loader = data.training(state.step * options.gradient_accumulation_steps)
-    if isinstance(data, ShardSource):
-        loader = saying_first_cut(loader, run.say, options.max_length)
     valid = valid_data.validation() if valid_data else None
+    streams = []
+    if isinstance(data, ShardSource):
+        streams.append(loader := CutAnswers(loader, run.say, options.max_length))
+    if isinstance(valid_data, ShardSource):
+        streams.append(valid := CutAnswers(valid, run.say, options.max_length, "validation: "))
     with run:
         run.start(options.train_iters, state.step)
         train(engine, loader, valid, options, run, world, state, dataset_size=data.samples, trace=trace)
+        for stream in streams:
+            stream.say_all()
         trace.at("load")  # the last save's limit is not meant for what comes now
     model = end_training(engine)
     del engine, optimizer
@@ -158,6 +163,8 @@ def _say_what_trains(
     steps = options.train_iters
     sources = dict(data=data, valid=valid, steps=steps, start_step=start_step, fingerprint=base)
     run.say(run_summary(options, world, config, texts, **sources))
+    for note in more_to_say(options, data, valid):
+        warn(note)
     for problem in schedule_problems(rates(options, steps), options, steps):
         warn(problem)
 

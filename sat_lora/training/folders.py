@@ -4,7 +4,7 @@ import os
 import re
 import stat
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
 from sat_lora.cogvlm.pictures import SUFFIXES, UNREAD_SUFFIXES
@@ -23,6 +23,8 @@ RUN_NAMES = frozenset(
 )
 """What a run writes into its folder; where that lies in a data folder, a later run would learn its pictures."""
 
+_UNREADABLE = "folder "
+SHOWN = 10  # folders
 _CONFLICT = re.compile(r"\((?:.*\s)?conflicted copy\b.*\)$|\.sync-conflict-\d{8}-\d{6}", re.IGNORECASE)
 _COPIES = (
     re.compile(r"(?P<original>.+)-checkpoint"),  # of Jupyter
@@ -31,19 +33,22 @@ _COPIES = (
 )
 
 
-def find_images(folders: Sequence[str | Path], left_out: Counter | None = None) -> list[Path]:
+def find_images(
+    folders: Sequence[str | Path], left_out: Counter | None = None, own: str | Path | None = None
+) -> list[Path]:
     """Every picture file in and below the folders, sorted; what is none goes into `left_out` (reason: how many).
 
     A picture is a regular file, or a link to one, with a suffix of SUFFIXES in any case. None are: hidden files and
     folders, those of SYSTEM_FOLDERS, what a run of this program wrote, and copies that an editor or a system made of a
-    picture beside them. Each folder
-    is gone through once, however many links lead there; a link to a folder that it lies in is not followed.
+    picture beside them. Each folder is gone through once, however many links lead there; a link to a folder that it
+    lies in is not followed. own: the folder of the run that asks; what it has there already is not counted.
     DataError: one of `folders` is missing or cannot be read.
     """
     left_out = Counter() if left_out is None else left_out
     pictures: set[str] = set()
     visited: set[tuple[int, int]] = set()
     linked: list[str] = []
+    own = None if own is None else os.path.realpath(own)
     for folder in map(str, map(Path, folders)):
         if not os.path.isdir(folder):
             raise DataError(f"{printable(folder)}: no such folder; give a folder of images or a .jsonl file")
@@ -52,16 +57,18 @@ def find_images(folders: Sequence[str | Path], left_out: Counter | None = None) 
                 pass
         except OSError as error:
             raise DataError(f"{printable(folder)}: cannot be read: {error.strerror}; make it readable") from error
-        _go_through(folder, visited, pictures, linked, left_out)
+        _go_through(folder, visited, pictures, linked, left_out, own)
     # After all that lies there itself, so that a picture is known by its own path where it has one.
     while linked:
         batch, linked = sorted(linked), []
         for folder in batch:
-            _go_through(folder, visited, pictures, linked, left_out)
+            _go_through(folder, visited, pictures, linked, left_out, own)
     return [Path(path) for path in sorted(pictures, key=lambda path: path.split(os.sep))]
 
 
-def _go_through(top: str, visited: set, pictures: set[str], linked: list[str], left_out: Counter) -> None:
+def _go_through(
+    top: str, visited: set, pictures: set[str], linked: list[str], left_out: Counter, own: str | None
+) -> None:
     folders = [top]
     while folders:
         folder = folders.pop()
@@ -73,13 +80,15 @@ def _go_through(top: str, visited: set, pictures: set[str], linked: list[str], l
             with os.scandir(folder) as entries:
                 entries = list(entries)
         except OSError as error:
-            left_out[f"folder {printable(folder)} cannot be read: {error.strerror}"] += 1
+            left_out[f"{_UNREADABLE}{printable(folder)} cannot be read: {error.strerror}"] += 1
             continue
         names = {entry.name for entry in entries}
-        of_run = RUN_NAMES if RUN in names else frozenset()
+        is_own = own is not None and os.path.realpath(folder) == own
+        of_run = RUN_NAMES if RUN in names or is_own else frozenset()
         for entry in entries:
             if entry.name in of_run:
-                left_out["files and folders of a run"] += 1
+                if not is_own:
+                    left_out["files and folders of a run"] += 1
             elif is_no_data(entry.name):
                 left_out["hidden, or of the system"] += 1
             elif _is_folder(entry):
@@ -141,6 +150,19 @@ def _is_copy(stem: str, suffix: str, names: set[str]) -> bool:
         return False
     matches = (pattern.fullmatch(stem) for pattern in _COPIES)
     return any(match is not None and match["original"] + suffix in names for match in matches)
+
+
+def unreadable_folders(left_out: Mapping[str, int]) -> list[str]:
+    """Of the reasons that `find_images` gives: folders whose pictures are missing, each with what it could not do."""
+    return [reason for reason in left_out if reason.startswith(_UNREADABLE)]
+
+
+def unreadable_notes(left_out: Mapping[str, int], option: str) -> list[str]:
+    """The folders that cannot be read, of an option's paths, SHOWN of them by name."""
+    folders = unreadable_folders(left_out)
+    notes = [f"{option}: {reason}; its images are left out: make it readable, or take it away" for reason in folders]
+    more = len(folders) - SHOWN
+    return [*notes[:SHOWN], *([f"{option}: and {more} more folders that cannot be read"] if more > 0 else [])]
 
 
 def left_out_lines(left_out: Counter) -> Iterator[str]:

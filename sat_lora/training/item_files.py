@@ -111,7 +111,7 @@ def read_entries(path: str | Path, *, ignored: Collection[str] = (), images_from
 def object_problems(value: object, ignored: Collection[str], metadata: Collection[str] = METADATA) -> list[str]:
     """What is wrong with the keys and types of one sample's JSON, apart from what its paths lead to."""
     if not isinstance(value, dict):
-        return [f"wanted {WANTED}, got {_kind(value)}: {json.dumps(value)[:80]}"]
+        return [f"wanted {WANTED}, got {kind_of_value(value)}: {json.dumps(value)[:80]}"]
     problems = key_problems(value, ignored, metadata)
     if problems:
         return problems
@@ -119,7 +119,7 @@ def object_problems(value: object, ignored: Collection[str], metadata: Collectio
         text = value.get(name)
         if text is not None and not isinstance(text, str):
             more = "; a sample has one image" if (name, type(text)) == ("image", list) else ""
-            problems.append(f'"{name}" is {_kind(text)}, wanted a text in quotes{more}')
+            problems.append(f'"{name}" is {kind_of_value(text)}, wanted a text in quotes{more}')
     if value.get("answer") is None and "answer" in READ:
         how = "null" if "answer" in value else "missing"
         problems.append(f'"answer" is {how}; wanted {WANTED}, got {_listed(value)}')
@@ -362,7 +362,8 @@ def _could_be_a_path(image: str) -> bool:
     return longest <= NAME_LIMIT and len(image) <= PATH_LIMIT
 
 
-def _kind(value: object) -> str:
+def kind_of_value(value: object) -> str:
+    """What JSON calls a value's type, with the number itself."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, int | float):

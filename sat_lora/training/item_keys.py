@@ -5,12 +5,15 @@ import re
 import shlex
 from collections.abc import Collection
 
+from sat_lora.training.formats import MARKS, format_of
+
 SHOWN = 8  # keys of one object
 PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".heic", ".avif")
 READ = ("image", "prompt", "answer")
 WANTED = '{"image": ..., "prompt": ..., "answer": ...}'
 
-# What data sets write beside a sample and no run needs; also every name that begins with an underscore.
+# What data sets write beside a sample and no run needs; also every name that begins with an underscore, but for those
+# that mark another format.
 METADATA = frozenset(
     """
     id idx index uid uuid guid image_id question_id answer_id sample_id conversation_id row row_id line
@@ -41,17 +44,6 @@ OTHER_NAMES = {
 }
 READ_INSTEAD = {other: name for name, others in OTHER_NAMES.items() for other in others.split()}
 
-# (whose layout, keys of which one is enough, what to write instead)
-LAYOUTS = (
-    ("COCO", ("annotations", "categories"), "a line for each image"),
-    ("LLaVA, ShareGPT and CogVLM-SFT-311K", ("conversations", "conversation"), "a line for each question and answer"),
-    ("chat data sets", ("messages", "dialog", "dialogue", "turns"), "a line for each question and answer"),
-    ("ms-swift and LLaMA-Factory", ("history", "system", "response", "query"), "a line for each question and answer"),
-    ("Alpaca", ("instruction", "output"), "a line for each question and answer"),
-    ("VQA", ("question", "answers", "multiple_choice_answer"), "a line for each question"),
-    ("Hugging Face's image folders", ("file_name",), "a line for each image"),
-)
-
 
 def key_problems(entry: dict, ignored: Collection[str], metadata: Collection[str] = METADATA) -> list[str]:
     """What is wrong with the names of an object's keys, a sentence each.
@@ -73,7 +65,7 @@ def key_problems(entry: dict, ignored: Collection[str], metadata: Collection[str
     problems = [f"the key {_shown(key)} is not known{meant[key]}" for key in unknown[:SHOWN]]
     if len(unknown) > SHOWN:
         problems.append(f"nor are {len(unknown) - SHOWN} others")
-    layout = layout_of(unknown)
+    layout = _layout_of(entry, ignored)
     problems[-1] += f"; {layout}" if layout else ""
     problems[-1] += f"; wanted {WANTED}"
     others = [key for key in unknown if not meant[key]]
@@ -84,7 +76,7 @@ def key_problems(entry: dict, ignored: Collection[str], metadata: Collection[str
 
 
 def _is_metadata(key: str, metadata: Collection[str]) -> bool:
-    return key.startswith("_") or key.casefold() in metadata
+    return (key.startswith("_") and key not in MARKS) or key.casefold() in metadata
 
 
 def _speaks_of_an_image(key: str, value: object) -> bool:
@@ -92,12 +84,12 @@ def _speaks_of_an_image(key: str, value: object) -> bool:
     return value is not None and (names_a_file or "image" in key.casefold() or "img" in key.casefold())
 
 
-def layout_of(keys: Collection[str]) -> str | None:
-    """That keys are those of another layout, as a clause; None if no layout is known by them."""
-    for whose, marks, instead in LAYOUTS:
-        if any(key in marks for key in keys):
-            return f"such keys are those of {whose}, a layout that is not read here: write {instead}"
-    return None
+def _layout_of(entry: dict, ignored: Collection[str]) -> str | None:
+    """That an object is of another format, as a clause; None if no format is known by its keys."""
+    known = format_of({key: value for key, value in entry.items() if key not in READ and key not in ignored})
+    if known is None:
+        return None
+    return f"such keys are those of {known.whose}, a layout that is not read here: write {known.instead}"
 
 
 def _instead(key: str, entry: dict) -> str:

@@ -108,6 +108,8 @@ def train(
                 run.log_skipped(state.step, result.nonfinite)
             else:
                 state.good_step = saved
+            if result.loss is None:
+                run.say(f"step {state.step}: no loss, none of its samples can be used")
             samples += step_samples
             last = state.step == total
             if last or state.step % options.log_interval == 0:
@@ -116,7 +118,7 @@ def train(
                     state.step,
                     loss=result.loss,
                     lr=rate,
-                    grad_norm=None if norm is None else float(norm),
+                    grad_norm=None if norm is None or result.loss is None else float(norm),
                     samples_per_second=samples / (time.perf_counter() - clock),
                     peak_memory_mib=peak_memory_mib(),
                 )

@@ -113,6 +113,7 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     add(data, "--special-tokens-in-text", "a text that spells a special token, such as </s>, means it", **flag)
     add(data, "--ignore-keys", "keys of .jsonl lines to pass over", nargs="+", metavar="KEY")
     add(data, "--images-from", "folders that .jsonl lines may lead to by ..", nargs="+", metavar="DIR")
+    add(data, "--names-are-answers", "of folders, whatever texts lie in or beside them", **flag)
     add(data, "--max-broken-share", "the run stops when more of the samples are broken", type=share, metavar="X")
     add(data, "--max-pixels", "a larger picture is a broken sample, not read", type=positive_int, metavar="N")
     add(data, "--num-workers", "processes that read images, per rank", type=count, metavar="N")

@@ -37,7 +37,7 @@ class Progress:
 
     def __init__(self, total_steps: int, start_step: int = 0):
         self.total, self.start, self.step = total_steps, start_step, start_step
-        self.shown: dict[str, float] = {}
+        self.shown: dict[str, float | None] = {}
         self._began, self._last_line = time.monotonic(), float("-inf")
         self._bar = None
         if is_terminal(sys.stderr):
@@ -46,8 +46,8 @@ class Progress:
             self._bar = tqdm(total=total_steps, initial=start_step, unit="step", mininterval=0.5, **size)
             self._fit()
 
-    def advance(self, step: int, shown: dict[str, float]) -> None:
-        """`step` steps are done. Figures stay until they are replaced."""
+    def advance(self, step: int, shown: dict[str, float | None]) -> None:
+        """`step` steps are done. Figures stay until they are replaced; one that is None has no value at this step."""
         done, self.step = step - self.step, step
         self.shown.update(shown)
         if self._bar is not None:
@@ -57,13 +57,13 @@ class Progress:
         now = time.monotonic()
         if (step >= self.total and done) or now - self._last_line >= SECONDS_BETWEEN_LINES:
             self._last_line = now
-            self.say(f"step {step}/{self.total}, {self._time_left(now)} left, {self._figures()}")
+            self.say(f"step {step}/{self.total}, {self._time_left(now)} left, {', '.join(self._figures())}")
 
     def _fit(self) -> None:
         """Make the line fit the terminal as wide as it is now."""
         width = terminal_columns()
         self._bar.ncols = width
-        figures = [FORMATS[name].format(self.shown[name]) for name in FORMATS if name in self.shown]
+        figures = self._figures()
         counted = f"{self.total}/{self.total}"
         if width < NARROW:
             self._bar.bar_format = "{n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}"
@@ -75,8 +75,9 @@ class Progress:
             figures.pop()
         self._bar.postfix = ", ".join(figures)
 
-    def _figures(self) -> str:
-        return ", ".join(FORMATS[name].format(self.shown[name]) for name in FORMATS if name in self.shown)
+    def _figures(self) -> list[str]:
+        shown = {name: self.shown[name] for name in FORMATS if name in self.shown}
+        return [f"no {name}" if value is None else FORMATS[name].format(value) for name, value in shown.items()]
 
     def _time_left(self, now: float) -> str:
         if self.step == self.start:

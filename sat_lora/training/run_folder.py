@@ -251,7 +251,7 @@ class RunFolder:
         self,
         step: int,
         *,
-        loss: float,
+        loss: float | None,
         lr: float,
         grad_norm: float | None,
         samples_per_second: float,
@@ -259,10 +259,12 @@ class RunFolder:
     ) -> None:
         """One line of train.jsonl and the TensorBoard scalars under train/; the first step done is 1.
 
+        loss: None where none of the step's samples could be used; that is null in the line and stands nowhere else.
         grad_norm: before clipping; None where DeepSpeed does not tell it (ZeRO 0 in fp32).
         """
         figures = dict(loss=loss, lr=lr, grad_norm=grad_norm, samples_per_second=samples_per_second)
-        self._record(step, {**figures, "peak_memory_mib": peak_memory_mib}, "train")
+        more = {"loss": None} if loss is None else {}
+        self._record(step, {**figures, "peak_memory_mib": peak_memory_mib}, "train", **more)
         self.advance(step, loss=loss, lr=lr, samples_per_second=samples_per_second, mib=peak_memory_mib)
 
     def log_validation(self, step: int, valid_loss: float, **more: float) -> None:
@@ -274,12 +276,14 @@ class RunFolder:
             best = "the best so far"
         self.say(f"step {step}: validation loss {valid_loss:.4f}, {best}")
 
-    def _record(self, step: int, figures: dict, group: str) -> None:
+    def _record(self, step: int, figures: dict, group: str, **more) -> None:
+        """more: entries of the line alone."""
         if not self._is_open:
             return
         figures = {name: float(value) for name, value in figures.items() if value is not None}
         # JSON has no NaN or infinity.
-        self._write_line({"step": step} | {name: x if math.isfinite(x) else None for name, x in figures.items()})
+        line = {name: x if math.isfinite(x) else None for name, x in figures.items()}
+        self._write_line({"step": step} | more | line)
         scalars = {f"{group}/{'loss' if name == 'valid_loss' else name}": value for name, value in figures.items()}
         if self._events is not None:
             with self.optional("tensorboard"):

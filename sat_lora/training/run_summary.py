@@ -17,6 +17,7 @@ from sat_lora.training.answer_lengths import AnswerLengths, answer_lengths
 from sat_lora.training.data import Item
 from sat_lora.training.defaults import EMBEDDED_DEMO, is_demo_data, version_of
 from sat_lora.training.distributed import World
+from sat_lora.training.folders import unreadable_folders, unreadable_notes
 from sat_lora.training.schedule import warmup_steps
 from sat_lora.training.shards import find_records, is_shard
 from sat_lora.training.sources import FileSource, ShardSource
@@ -37,6 +38,8 @@ class Texts:
     unusable: int
     longest: int
     """Tokens, the cut ones counted."""
+    cut: int
+    """Answers that are cut."""
     lengths: AnswerLengths | None
     """Of all samples; None of tar shards, which nobody looks through before."""
     first: Sample | None
@@ -46,7 +49,7 @@ class Texts:
 
 def look_at(source: FileSource | ShardSource, vocabulary: int) -> Texts:
     """Lay out the first COUNTED samples of a source; no image is read but those of tar shards."""
-    own_prompts = unusable = longest = count = 0
+    own_prompts = unusable = longest = cut = count = 0
     first = unknown = None
     for item in first_items(source):
         count += 1
@@ -59,11 +62,12 @@ def look_at(source: FileSource | ShardSource, vocabulary: int) -> Texts:
             continue
         first = first or sample
         longest = max(longest, len(sample.input_ids) + sample.left_out)
+        cut += sample.left_out > 0
         outside = (sample.input_ids < 0) | (sample.input_ids >= vocabulary)
         if unknown is None and outside.any():
             unknown = int(sample.input_ids[outside][0])
     lengths = answer_lengths(source.dataset) if isinstance(source, FileSource) else None
-    return Texts(count, own_prompts, unusable, longest, lengths, first, unknown)
+    return Texts(count, own_prompts, unusable, longest, cut, lengths, first, unknown)
 
 
 def first_items(source: FileSource | ShardSource) -> Iterator[Item]:
@@ -81,9 +85,25 @@ def first_items(source: FileSource | ShardSource) -> Iterator[Item]:
 def left_out(source: FileSource | ShardSource) -> dict[str, int]:
     """How much of what lies in the data paths is no sample of the source, by reason."""
     counts: dict[str, int] = {}
-    for reason, count in getattr(source, "left_out", ()):
-        counts[reason] = counts.get(reason, 0) + count
+    for reason, count in source.left_out:
+        short = "folders that cannot be read" if unreadable_folders({reason: count}) else reason
+        counts[short] = counts.get(short, 0) + count
     return counts
+
+
+def more_to_say(
+    options: Namespace, data: FileSource | ShardSource, valid: FileSource | ShardSource | None
+) -> list[str]:
+    """What is wrong with the data and has no line in the summary: folders that cannot be read, by name, and answers of
+    validation data that are cut.
+    """
+    notes = []
+    for source, option in ((data, "--train-data"), (valid, "--valid-data")):
+        if source is not None:
+            notes += unreadable_notes(dict(source.left_out), option)
+    if isinstance(valid, FileSource) and (cut := answer_lengths(valid.dataset).sentence(options.max_length)):
+        notes.append(f"validation: {cut}")
+    return notes
 
 
 def check_vocabulary(texts: Texts, options: Namespace, vocabulary: int) -> None:
@@ -249,6 +269,8 @@ def _length(options: Namespace, texts: Texts, samples: int) -> str:
     if texts.lengths is not None and texts.lengths.cut:
         return texts.lengths.sentence(options.max_length)
     looked_at = f"first {texts.items:,}" if samples > texts.items else f"{texts.items:,}"
+    if texts.lengths is None and texts.cut:
+        return f"{texts.cut} of the first {texts.items} answers are cut; {texts.longest} tokens would hold them"
     ending = f"; {texts.unusable} unusable" if texts.unusable else ""
     what = "of shards: the first answer that is cut will be said" if texts.lengths is None else "no answer is cut"
     return f"{what}; longest of the {looked_at} samples {texts.longest} of {options.max_length} tokens{ending}"

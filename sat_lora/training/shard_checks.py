@@ -10,6 +10,7 @@ from sat_lora.foreign import printable
 from sat_lora.training.data import BrokenSample
 from sat_lora.training.shards import COMPRESSED_SUFFIXES, expand_shards, find_records, is_shard
 
+SHOWN = 10  # names of shards
 SAMPLES_TRIED = 300  # one usable sample among so many is enough to begin
 
 
@@ -34,15 +35,19 @@ def problems_with_shards(
             missing = [shard for shard in shards if not os.path.exists(shard)]
             compressed = [shard for shard in shards if shard.lower().endswith(COMPRESSED_SUFFIXES)]
             if compressed:
-                names = printable(", ".join(compressed))
+                names = _first_of(compressed)
                 yield f"{names}: compressed, so no sample can be found in it; unpack it to a .tar, or to a folder"
             elif missing:
-                names = printable(", ".join(missing))
+                names = _first_of(missing)
                 yield f"{len(missing)} of {len(shards)} shards are missing: {names}; mend the path or copy them"
             elif problem := _problem_with_samples(shards, max_pixels, ignore_keys):
                 yield problem
         except DataError as error:
             yield str(error)
+
+
+def _first_of(names: list[str]) -> str:
+    return printable(", ".join(names[:SHOWN])) + (f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else "")
 
 
 def _problem_with_samples(shards: list[str], max_pixels: int, ignore_keys: Collection[str]) -> str | None:
@@ -61,5 +66,5 @@ def _problem_with_samples(shards: list[str], max_pixels: int, ignore_keys: Colle
         except DataError as error:
             first_error = first_error or str(error)
     if not tried:
-        return f"{', '.join(shards)}: no samples there; wanted members KEY.png with KEY.txt or KEY.json"
+        return f"{_first_of(shards)}: no samples there; wanted members KEY.png with KEY.txt or KEY.json"
     return f"none of the first {tried} samples of {shards[0]} can be used; pack them again; {first_error}"

@@ -34,7 +34,7 @@ def to_device(batch: dict, device: torch.device) -> dict:
 class StepResult:
     """What all ranks agree on after a step."""
 
-    loss: float  # mean per answer token over all ranks and micro-batches
+    loss: float | None  # mean per answer token over all ranks and micro-batches; None where there is none
     nonfinite: str | None = None  # what was not finite, and where it began; then nothing has moved
     stop: signal.Signals | None = None  # the signal that some rank has received
     counts: tuple[float, ...] = ()  # each number that ranks gave, summed over all of them
@@ -61,7 +61,8 @@ def train_step(
     is told of the phases.
     The host waits for the device once, for the loss, and for all that ranks have to agree on with it.
     """
-    tokens = on_device(tokens, world.device).clamp(min=1)
+    answers = on_device(tokens, world.device)
+    tokens = answers.clamp(min=1)
     weight = (len(micro_batches) * world.data_parallel_size / tokens).float()
     signals = signals or {}
     random_before = random_state()
@@ -76,7 +77,7 @@ def train_step(
         *counts,
     ]
     sums = sum_over_ranks(*own, device=world.device)
-    loss, bad_losses, bad_gradients, *rest, tokens = torch.cat([sums, tokens[None]]).tolist()
+    loss, bad_losses, bad_gradients, *rest, answers, tokens = torch.cat([sums, answers[None], tokens[None]]).tolist()
     received, counted = rest[: len(signals)], rest[len(signals) :]
     nonfinite = None
     if bad_losses or bad_gradients:
@@ -89,7 +90,9 @@ def train_step(
         trace.at("optimizer")
         engine.step()
     stop = next((number for number, count in zip(signals, received) if count), None)
-    return StepResult(loss=loss / tokens, nonfinite=nonfinite, stop=stop, counts=tuple(counted))
+    # A loss of nothing would look like a perfect one.
+    mean = loss / tokens if answers or nonfinite else None
+    return StepResult(loss=mean, nonfinite=nonfinite, stop=stop, counts=tuple(counted))
 
 
 def _accumulate(

@@ -139,7 +139,10 @@ MISTAKES = [
     train(8, "a line that is no JSON", "--train-data broken.jsonl"),
     train(9, "a file of LLaVA", "--train-data llava.json"),
     train(9, "lines of ShareGPT", "--train-data sharegpt.jsonl"),
+    train(9, "an export of Label Studio", "--train-data studio.json"),
     train(10, "images beside a folder of labels", "--train-data sft"),
+    train(10, "images beside a table of labels", "--train-data table/images"),
+    train(10, "the table itself", "--train-data table/train.csv"),
     train(11, "to resume what is not there", "--resume runs/nowhere"),
     train(11, "to resume what is no run", "--resume images"),
     train(11, "to resume the folder of runs", "--resume runs"),
@@ -189,6 +192,7 @@ MISTAKES = [
     Mistake(29, "a command without its options", "sat-lora merge"),
     train(30, "test data as tar", f"{MINE} --test-data shards.tar"),
     Mistake(30, "the same in an evaluation", "evaluate_cogvlm.py --from_pretrained base --test-data shards.tar"),
+    train(30, "shards without end", "--train-data shards-{0..99999999999}.tar"),
     train(30, "a prompt format that is none", f"{MINE} --version cog"),
     Mistake(31, "to pack what is not there", "pack_shards.py nowhere --out shards"),
     Mistake(31, "shards of nothing", "pack_shards.py images --out shards --samples-per-shard 0"),
@@ -288,6 +292,10 @@ def set_up(folder: Path) -> None:
     labels = folder / "sft" / "labels_en"
     labels.mkdir()
     (labels / "000001.json").write_text(json.dumps(TEXT_OF_LLAVA["conversations"]))
+    rows = "".join(f"{Path(name).stem};word {number}\r\n" for number, name in enumerate(names))
+    write_images(folder / "table" / "images", names)
+    (folder / "table" / "train.csv").write_text("id;label\r\n" + rows, encoding="utf-16")
+    (folder / "studio.json").write_text(json.dumps([{"id": 1, "data": {"image": "7Kq2.png"}, "annotations": []}]))
     (folder / "empty").mkdir()
     (folder / "unmounted").symlink_to("nowhere/at/all")
     for name in ("cut", "half"):

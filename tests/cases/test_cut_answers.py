@@ -10,7 +10,7 @@ from sat_lora.cogvlm import tokens
 from sat_lora.cogvlm.text import build_sample
 from sat_lora.cogvlm.tokens import first_tokens, text_tokens
 from sat_lora.errors import ConfigError, DataError
-from sat_lora.training.answer_lengths import answer_lengths, saying_first_cut
+from sat_lora.training.answer_lengths import CutAnswers, answer_lengths
 from sat_lora.training.data import BrokenSample, ImageTextDataset, Item, collate, read_items
 from tests.cases.sentence_pieces import sentence_piece_tokenizer
 
@@ -58,13 +58,16 @@ def test_of_very_many_long_answers_a_part_is_looked_at(dataset, monkeypatch):
     assert f"{lengths.cut} of {lengths.cut} long answers are cut" in lengths.sentence(30)
 
 
-def test_of_a_stream_the_first_batch_with_a_cut_answer_is_said(dataset):
+def test_of_a_stream_the_first_batch_with_a_cut_answer_is_said_and_all_at_the_end(dataset, single_process_group):
     data, said = dataset("x", "x" * 28, "x" * 90, "x" * 95), []
     batches = [collate([data[number]], image_size=(21, 21)) for number in range(4)]
-    seen = saying_first_cut(batches, said.append, 30)
+    stream = CutAnswers(batches, said.append, 30)
+    seen = iter(stream)
     assert next(seen) is batches[0] and next(seen) is batches[1] and said == []
     assert [*seen] == batches[2:]
     assert said == ["--max_length 30: an answer does not fit and is cut, others may be; 31 would hold it"]
+    stream.say_all()
+    assert said[1:] == ["--max_length 30 has cut 3 of 4 answers that came; 98 would hold them"]
 
 
 def test_what_cannot_be_laid_out_is_left_to_the_run(dataset):

@@ -131,7 +131,8 @@ def test_bytes_that_are_no_utf_8_are_named_with_their_line(write):
 def test_other_kinds_of_files_are_named(write, content, words):
     assert words in refusal(write(content))
     assert words in refusal(write(content, "data.other"))
-    assert "is a file; give the folder of the images" in refusal(write("image,answer\na.png,x", "data.csv"))
+    table = refusal(write("image,answer\na.png,x", "data.csv"))
+    assert "data.csv holds a table (columns between commas); write a .jsonl file with a line {" in table
 
 
 @pytest.mark.parametrize("content", ["", "\n \r\n\t", "\ufeff", "[]"])

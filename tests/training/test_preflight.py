@@ -83,7 +83,7 @@ def test_a_wrong_line_of_a_jsonl_file_is_found_before_the_run(check, tmp_path):
 
 def test_an_image_given_for_a_folder_is_refused(check, image_folder):
     message = refusal(check, "--train-data", str(image_folder / "000.png"), kind=DataError)
-    assert "is a file; give the folder of the images" in message
+    assert "000.png is one picture; give the folder of the images, or a .jsonl file" in message
 
 
 def test_no_training_data_at_all_is_refused(check):

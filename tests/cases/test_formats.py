@@ -1,0 +1,97 @@
+"""Kind 3: files of other formats, given as data, are named for what they are, with what to do."""
+
+import json
+
+import pytest
+
+from sat_lora.errors import DataError
+from sat_lora.training.data import read_items
+
+HUMAN = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+ROLES = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+
+
+def refusal(path) -> str:
+    with pytest.raises(DataError) as error:
+        read_items([path])
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    "content, whose",
+    [
+        ([{"id": 1, "annotations": [{"result": []}], "data": {"image": "a"}, "predictions": []}], "Label Studio"),
+        ([{"image": "a", "id": 1, "label": [], "annotator": 1, "annotation_id": 5, "lead_time": 1.0}], "Label Studio"),
+        ({"version": "5", "flags": {}, "shapes": [], "imagePath": "a.png", "imageData": None}, "LabelMe"),
+        ({"_via_settings": {}, "_via_img_metadata": {}}, "VIA"),
+        ({"a.png12": {"filename": "a.png", "size": 12, "regions": [], "file_attributes": {}}}, "VIA"),
+        ({"info": {}, "images": [], "annotations": [{"caption": "x"}]}, "COCO"),
+        ({"images": [], "annotations": [], "categories": []}, "COCO"),
+        ({"info": {}, "annotations": [{"question_id": 1, "multiple_choice_answer": "a"}]}, "VQA"),
+        ({"questions": [{"question": "q", "question_id": 1}]}, "VQA"),
+        ({"dataset_name": "docvqa", "dataset_version": "1", "data": []}, "VQA"),
+        ({"questions": [{"image_filename": "a.png", "question": "q"}]}, "CLEVR"),
+        ([{"image": "a", "annotations": [{"label": "x", "coordinates": {}}]}], "CreateML"),
+        ([{"id": 1, "regions": [{"phrase": "x"}]}], "Visual Genome"),
+        ({"description": "", "tags": [], "size": {}, "objects": []}, "Supervisely"),
+        ({"data_row": {}, "projects": {}}, "Labelbox"),
+        ({"image": "a.png", "answer": "accept", "_input_hash": 1, "_task_hash": 2}, "Prodigy"),
+        ([{"id": "1", "image": "a", "conversations": HUMAN}], "LLaVA, ShareGPT and CogVLM-SFT-311K"),
+        ([{"conversations": HUMAN}], "LLaVA, ShareGPT and CogVLM-SFT-311K"),
+        ({"conversations": ROLES}, "LLaVA, ShareGPT and CogVLM-SFT-311K"),
+        ({"captions": [{"role": "caption", "content": "a"}]}, "LLaVA, ShareGPT and CogVLM-SFT-311K"),
+        ({"messages": ROLES, "images": ["a"]}, "chat data sets (OpenAI, ms-swift, LLaMA-Factory)"),
+        ({"query": "q", "response": "a", "images": ["a"]}, "ms-swift and LLaMA-Factory"),
+        ({"instruction": "q", "input": "", "output": "a"}, "Alpaca"),
+        ({"file_name": "a", "ground_truth": '{"gt_parse": {}}'}, "Donut"),
+        ({"file_name": "a", "text": "x"}, "Hugging Face's image folders"),
+    ],
+)
+def test_the_objects_of_other_formats_are_named(tmp_path, content, whose):
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps(content))
+    message = refusal(path)
+    assert f"such keys are those of {whose}" in message and "write a line for each" in message
+    assert "--ignore-keys" not in message
+
+
+@pytest.mark.parametrize(
+    "name, content, kind",
+    [
+        ("a.xml", "<?xml version='1.0'?>\n<annotations>\n<version>1.1</version>", "holds annotations of CVAT (XML)"),
+        ("a.xml", "<annotation verified='yes'>\n<folder>x</folder>", "holds annotations of Pascal VOC (XML)"),
+        ("a.xml", "<PcGts xmlns='x'>", "holds a page of PAGE XML"),
+        ("a.xml", "<data/>", "is XML"),
+        ("a.txt", "0 0.5 0.5 0.2 0.2\n", "holds the boxes of YOLO"),
+        ("a.txt", "0 0.5 0.5 0.2 0.2 0.5 0.7\n1 0 1 0 1 0 1\n", "holds the boxes of YOLO"),
+        ("data.yaml", "train: images/train\nnames: [a]\n", "is YAML"),
+        ("a.csv", "id;label\r\n0;\xe4\r\n".encode("latin-1"), "holds a table (columns between semicolons)"),
+        ("a.csv", "图片,标签\n0,猫\n".encode("gbk"), "holds a table (columns between commas)"),
+        ("a.csv", b"\xff\xfe" + "id\tlabel\n0\tx\n".encode("utf-16-le"), "holds a table (columns between tabs)"),
+        ("a.txt", "a.png\tx\nb.png\ty\n", "holds a table (columns between tabs)"),
+        ("a.txt", "images/a.png\nimages/b.png\n", "holds a list of images"),
+        ("a.xlsx", b"PK\x03\x04", "is a table of Excel"),
+        ("a.xls", b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "is a table or document of Microsoft Office"),
+        ("a.arrow", b"ARROW1\0\0", "is an Arrow file"),
+        ("data.mdb", bytes(16) + b"\xde\xc0\xef\xbe", "is an LMDB database"),
+        ("a.npy", b"\x93NUMPY\1\0", "is a NumPy array"),
+        ("a.h5", b"\x89HDF\r\n\x1a\n", "is an HDF5 file"),
+        ("a.png", b"\x89PNG\r\n\x1a\n", "is one picture"),
+        ("a.unknown", b"\1\2\3", "is a file"),
+    ],
+)
+def test_other_files_are_named(tmp_path, name, content, kind):
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    instead = (
+        "write a .jsonl file with a line {"
+        if kind.startswith("holds")
+        else "give the folder of the images, or a .jsonl"
+    )
+    assert refusal(path).startswith(f"{path} {kind}; {instead}")
+
+
+def test_an_object_without_other_keys_is_read_whatever_its_texts_say(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps({"prompt": "conversations", "answer": "annotations", "_made": "x", "source": "y"}))
+    assert read_items([path])[0].answer == "annotations"

@@ -1,0 +1,84 @@
+"""A step none of whose samples can be used has no loss: no screen, log or picture shows a perfect one."""
+
+import json
+
+import pytest
+import torch
+
+from sat_lora.training import loss_plot
+from sat_lora.training.data import BrokenSample, collate
+from sat_lora.training.progress import Progress
+from sat_lora.training.run_folder import RunFolder, read_records
+from sat_lora.training.step import train_step
+
+FIGURES = dict(lr=1e-3, samples_per_second=5.0, peak_memory_mib=100.0)
+
+
+class Engine:
+    """Gives a loss for every answer token."""
+
+    def __call__(self, input_ids, position_ids, mask, *, labels, **inputs):
+        return ((labels[:, 1:] != -100).sum() * 2.5,)
+
+    def backward(self, loss):
+        pass
+
+    def step(self):
+        pass
+
+
+def batch(*answers):
+    broken = collate([BrokenSample("a.png", "cut"), BrokenSample("b.png", "cut")], image_size=(21, 21))
+    if answers:
+        broken["labels"] = torch.tensor(answers)[None]
+    return broken
+
+
+@pytest.mark.parametrize(
+    "batches, loss",
+    [([batch()], None), ([batch(), batch()], None), ([batch(), batch(-100, 7, 8)], 2.5), ([batch(-100, 7)], 2.5)],
+)
+def test_a_mean_of_no_answer_is_none(batches, loss, single_process_group):
+    tokens = sum(int((one["labels"][:, 1:] != -100).sum()) for one in batches)
+    for given in (tokens, torch.tensor(float(tokens), dtype=torch.float64)):
+        result = train_step(Engine(), batches, single_process_group, given, checks_gradients=False, counts=[3.0])
+        assert result.loss == loss and result.nonfinite is None and result.counts == (3.0,)
+
+
+def test_no_log_and_no_picture_has_a_loss_of_it(tmp_path, monkeypatch, capsys):
+    drawn = []
+    monkeypatch.setattr("sat_lora.training.run_folder.draw_losses", lambda records, *_: drawn.extend(records))
+    with RunFolder(tmp_path, is_writer=True) as run:
+        run.start(3)
+        scalars = []
+        monkeypatch.setattr(run._events, "add_scalars", lambda step, values: scalars.append(values))
+        for step, loss in enumerate([2.0, None, 1.0], 1):
+            run.log_step(step, loss=loss, grad_norm=None, **FIGURES)
+    assert [record["loss"] for record in read_records(tmp_path / "train.jsonl")] == [2.0, None, 1.0]
+    assert [sorted(values) for values in scalars][1] == [
+        "train/lr",
+        "train/peak_memory_mib",
+        "train/samples_per_second",
+    ]
+    assert loss_plot.points(drawn, "loss") == [(1, 2.0), (3, 1.0)]
+    assert loss_plot.points(drawn, "lr") == [(1, 1e-3), (2, 1e-3), (3, 1e-3)]
+    assert "0.0000" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_the_screen_says_that_there_is_none(monkeypatch, capsys, is_terminal):
+    monkeypatch.setattr("sat_lora.training.progress.is_terminal", lambda stream: is_terminal)
+    shown = Progress(4)
+    shown.advance(1, {"loss": 1.5, "lr": 1e-3})
+    shown.advance(4, {"loss": None, "lr": 1e-3})
+    assert shown._figures() == ["no loss", "lr 1.00e-03"]
+    shown.close()
+    assert "no loss, lr 1.00e-03" in capsys.readouterr().err
+
+
+def test_a_line_without_a_loss_is_json(tmp_path):
+    with RunFolder(tmp_path, is_writer=True) as run:
+        run.start(1)
+        run.log_step(1, loss=None, grad_norm=0.5, **FIGURES)
+    (line,) = (tmp_path / "train.jsonl").read_text().splitlines()
+    assert json.loads(line, parse_constant=pytest.fail)["loss"] is None
