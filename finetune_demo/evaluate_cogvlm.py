@@ -136,6 +136,7 @@ def _evaluate(argv: list[str] | None) -> int:
     options = read_settings(options)
     if place.size % options.model_parallel_size:
         raise ConfigError(f"--model-parallel-size: {options.model_parallel_size} does not divide {place.size} ranks")
+    _check_early(options, place)
     if is_first_rank() and no_effect:
         print(f"no effect on an evaluation: {', '.join(no_effect)}", flush=True)
     if is_first_rank() and not options.adapter:
@@ -171,6 +172,15 @@ def _evaluate(argv: list[str] | None) -> int:
         print(f"{evaluation_table(result)}\nwritten to {out}{why if out.name != 'evaluation.json' else ''}", flush=True)
     stop()
     return 0
+
+
+def _check_early(options: argparse.Namespace, place) -> None:
+    """Before anything slow is imported: ConfigError or DataError, with what is not there."""
+    from sat_lora.paths import missing_adapter
+    from sat_lora.training.early import check_early
+
+    problem = missing_adapter(options.adapter) if options.adapter else None
+    check_early(options, place, writes=False, more=[f"--adapter: {problem}"] if problem else [])
 
 
 if __name__ == "__main__":

@@ -61,6 +61,10 @@ ABSENT = {
 _ABSENT = {name: advice for names, advice in ABSENT.items() for name in names.split()}
 
 
+PLACES = ("DIR", "FILE", "PATH", "PNG", "NAME", "RUN_FOLDER", "FOLDER", "ADAPTER")
+"""Placeholders in help of what lies on a disk."""
+
+
 class OptionParser(argparse.ArgumentParser):
     """Takes `--a-b` for `--a_b` and the other way round; rank 0 alone speaks, every rank ends with status 2.
 
@@ -101,6 +105,13 @@ class OptionParser(argparse.ArgumentParser):
                 meant += known[:1] or difflib.get_close_matches(name, spellings.values(), 1)
         hints = [f"did you mean {', '.join(dict.fromkeys(meant))}?"] if meant else []
         return "".join(f"; {hint}" for hint in [*hints, *dict.fromkeys(advice)] or ["--help lists the options"])
+
+    def _get_value(self, action, arg_string):
+        if not arg_string.strip() and action.metavar in PLACES:
+            raise argparse.ArgumentError(
+                action, f"got {arg_string!r}, a text of nothing, as a variable of the shell that is not set gives"
+            )
+        return super()._get_value(action, arg_string)
 
     def _check_value(self, action, value):
         """Python's own words differ from version to version, and propose nothing."""

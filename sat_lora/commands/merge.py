@@ -4,7 +4,7 @@ import argparse
 import shlex
 from pathlib import Path
 
-from sat_lora.commands.parts import ANY_BASE, bar, examples, refuse_existing
+from sat_lora.commands.parts import ANY_BASE, bar, examples, refuse_existing, refuse_missing
 
 
 def add(commands) -> None:
@@ -46,6 +46,7 @@ def run(options: argparse.Namespace) -> int:
     from sat_lora.foreign import printable
 
     refuse_existing(options.out)
+    refuse_missing(options.adapter, base=options.base)
     from sat_lora.merge_checkpoint import DTYPES, merge_adapter
 
     if options.model_parallel_size < 1 or (options.to == "hf" and options.model_parallel_size > 1):

@@ -23,11 +23,12 @@ from sat_lora.step_folders import follow
 from sat_lora.training.data import BrokenSample, ImageTextDataset, Item, collate, read_items, reading_options
 from sat_lora.training.deepspeed_config import base_dtype
 from sat_lora.training.distributed import World, gather_lists
+from sat_lora.training.layouts import is_shard
 from sat_lora.training.loss import sum_over_data_parallel
 from sat_lora.training.options import settings_of_run
-from sat_lora.training.run_folder import EVALUATION, RUN, write_json
+from sat_lora.training.results import EVALUATION, RUN
+from sat_lora.training.run_folder import write_json
 from sat_lora.training.shard_checks import problems_with_shards
-from sat_lora.training.shards import is_shard
 from sat_lora.training.step import to_device
 
 

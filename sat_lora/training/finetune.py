@@ -2,6 +2,7 @@
 
 from argparse import Namespace
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -27,8 +28,9 @@ from sat_lora.training.notice import logger, warn
 from sat_lora.training.optimizer_state import create_moments
 from sat_lora.training.prepare import Setting, dataset_maker, load_base, model_seed, on_first_rank, prepare
 from sat_lora.training.release import end_training, free_memory
+from sat_lora.training.results import EVALUATION, results_problems
 from sat_lora.training.resume import base_of_state, check_data, facts_of_run, notes, state_to_resume
-from sat_lora.training.run_folder import EVALUATION, RunFolder, results_problems
+from sat_lora.training.run_folder import RunFolder
 from sat_lora.training.run_lock import RunLock
 from sat_lora.training.run_summary import check_vocabulary, look_at, run_summary
 from sat_lora.training.same_base import base_of_run
@@ -53,7 +55,7 @@ def finetune(options: Namespace, make_data: Callable[[], None] | None = None) ->
 
 
 def _finetune(options: Namespace, make_data: Callable[[], None] | None, lock: RunLock) -> World:
-    problems = results_problems(options) if torch.distributed.get_rank() == 0 else []
+    problems = results_problems(options, say=partial(print, flush=True)) if torch.distributed.get_rank() == 0 else []
     setting = prepare(options, make_data, problems=problems)
     world = setting.world
     run = RunFolder(options.run_folder, is_writer=world.is_main, lock=lock)

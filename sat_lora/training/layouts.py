@@ -1,17 +1,14 @@
 """What a data path plainly is not, though it could be taken for it: other kinds of files, other layouts of folders."""
 
-import difflib
 import itertools
 import os
 import re
-import unicodedata
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
 from pathlib import Path
-from urllib.parse import unquote
 
 from sat_lora.errors import DataError
 from sat_lora.foreign import open_file, printable
+from sat_lora.paths import ENTRIES_SEEN, nearest
 from sat_lora.training.item_files import FILE_LIMIT
 from sat_lora.training.item_keys import WANTED
 
@@ -25,9 +22,8 @@ LABEL_FOLDERS = re.compile(r"(labels?|annotations?|captions?|anns?|texts?)([ _.-
 IMAGE_NAME = re.compile(r"[^\s\"'`,;:|<>\\/]+\.(?:png|jpe?g|bmp|webp|gif|tiff?)", re.IGNORECASE)
 LISTED = 3  # names of images in a file that make it a list of them
 LISTS_READ, LIST_HEAD = 20, 1 << 16
-ENTRIES_SEEN = 200_000
-NAMES_COMPARED = 2_000
 
+COMPRESSED_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tar.lz4")
 HEAD = 1 << 12  # bytes
 MAGIC = (
     (b"\x1f\x8b", "is compressed (gzip): unpack it first"),
@@ -42,6 +38,13 @@ MAGIC = (
     (b"<!doctype", "is a web page"),
     (b"<html", "is a web page"),
 )
+
+
+def is_shard(path: str | Path) -> bool:
+    """Whether a data path means tar shards: its name, after braces, ends in .tar, or as a compressed one does, which is
+    refused later with what to do; or it is a `pipe:` command.
+    """
+    return str(path).lower().endswith((".tar", *COMPRESSED_SUFFIXES)) or str(path).startswith("pipe:")
 
 
 def check_file_kind(path: Path) -> None:
@@ -119,30 +122,4 @@ def _names_in(path: Path) -> set[str]:
 
 def missing_file_hint(path: Path | bytes | None) -> str:
     """What the user of a path that leads nowhere may have meant, as the end of a sentence; "" if nothing is near."""
-    if not isinstance(path, Path) or os.path.lexists(path):
-        return ""
-    folder, name = path.parent, path.name
-    if not os.path.isdir(folder):
-        there = next((parent for parent in folder.parents if os.path.isdir(parent)), None)
-        missing = folder if there is None else there / folder.relative_to(there).parts[0]
-        return f"; there is no folder {missing}"
-    names = _names_of(str(folder))
-    plain = {_plain(one): one for one in names}
-    for meant in (name, unquote(name)):
-        if near := plain.get(_plain(meant)):
-            return f"; its folder has {near!r}"
-    near = difflib.get_close_matches(name, names[:NAMES_COMPARED], 1, 0.8)
-    return f"; did you mean {near[0]!r}?" if near else ""
-
-
-def _plain(name: str) -> str:
-    return unicodedata.normalize("NFC", name).strip().casefold()
-
-
-@lru_cache(maxsize=4)
-def _names_of(folder: str) -> list[str]:
-    try:
-        with os.scandir(folder) as entries:
-            return [entry.name for entry, _ in zip(entries, range(ENTRIES_SEEN))]
-    except (OSError, ValueError):
-        return []
+    return nearest(path) if isinstance(path, Path) else ""

@@ -21,7 +21,6 @@ from sat_lora.training.item_keys import METADATA_OF_SHARDS, key_problems
 from sat_lora.training.tar_members import Links, Member, read_members, unpacking_program
 
 TEXT_SUFFIXES = (".json", ".txt")
-COMPRESSED_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tar.lz4")
 
 
 @dataclass(frozen=True)
@@ -93,13 +92,6 @@ def _read_part(file, first: int, size: int) -> bytes:
     if len(content) < size:
         raise OSError(f"the shard ends {size - len(content)} bytes too early")
     return content
-
-
-def is_shard(path: str | Path) -> bool:
-    """Whether a data path means tar shards: its name, after braces, ends in .tar, or as a compressed one does, which is
-    refused later with what to do; or it is a `pipe:` command.
-    """
-    return str(path).lower().endswith((".tar", *COMPRESSED_SUFFIXES)) or str(path).startswith("pipe:")
 
 
 def expand_shards(paths: Sequence[str | Path]) -> list[str]:

@@ -23,7 +23,8 @@ from sat_lora.training import checkpoint, run_lock, space
 from sat_lora.training.checkpoint import TENSORS, GatheredCheckpoint, newest_checkpoint, read_state
 from sat_lora.training.distributed import arrange, join
 from sat_lora.training.options import parse_options
-from sat_lora.training.run_folder import RunFolder, read_records, results_in, results_problems
+from sat_lora.training.results import results_in, results_problems
+from sat_lora.training.run_folder import RunFolder, read_records
 from sat_lora.training.run_lock import LOCK, Holder, Process, RunLock
 from sat_lora.training.saving import write_save
 from tests.distributed.ranks import run_ranks
