@@ -228,7 +228,7 @@ def test_the_demo_replaces_its_own_run_alone_and_says_so(tmp_path, capsys):
     save(run, 2, None, None, 1)
     assert "--overwrite" in results_problems(demo())[0]  # nobody knows whose it is
     RunFolder(run, is_writer=True).write_settings(demo("--train-iters", "3"), world={})
-    assert results_problems(demo()) == []
+    assert results_problems(demo(), say=print) == []
     assert f"{run}: replaces the demo's run there: adapter (2), checkpoints (2)" in capsys.readouterr().out
     own = demo("--train-data", str(tmp_path), "--experiment-name", "demo")
     assert "--overwrite" in results_problems(own)[0]
