@@ -46,7 +46,7 @@ def matches(pattern: str, name: str) -> bool:
     ConfigError: that cannot be told within LIMIT. In another thread than the main one, whose matching nothing
     interrupts, it is waited for.
     """
-    if len(_REPEATS.findall(pattern)) < 2:  # the ways to try are as many as the name has characters
+    if not _REPEATS.search(pattern):
         return re.fullmatch(pattern, name) is not None
     spent = _spent.get(pattern, 0.0)
     try:
