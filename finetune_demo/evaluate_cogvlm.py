@@ -161,7 +161,7 @@ def _evaluate(argv: list[str] | None) -> int:
     lock = contextlib.nullcontext()
     if run is not None:
         lock = RunLock(run, doing="evaluating", option="--run", instead="write elsewhere, with --out FILE")
-    with lock, watched_alone(options.watchdog_limit, world) as trace:
+    with lock, watched_alone(options.watchdog_limit) as trace:
         any_base = bool(options.any_base)
         together(lambda: try_to_write(out) if world.is_main else None)
         result = together(evaluate_adapter, options, options.adapter, world, trace=trace, any_base=any_base)

@@ -12,9 +12,10 @@ from sat_lora.errors import ConfigError
 from sat_lora.foreign import printable
 from sat_lora.paths import missing_path
 
-PHASES = ("start", "data", "forward", "backward", "reduce", "optimizer", "evaluate", "save", "load", "write", "test")
-# Loading, starting the engine, waiting for a save to be on the disk, and the evaluation after training.
-OUTSIDE_OF_STEPS = ("start", "load", "write", "test")
+PHASES = tuple("start data forward backward reduce optimizer evaluate save load write test check".split())
+# Loading, starting the engine, waiting for a save to be on the disk, the evaluation after training, and what is looked
+# at before all of it: options, files and data.
+OUTSIDE_OF_STEPS = ("start", "load", "write", "test", "check")
 FOLDER = "watchdog"
 ALIVE, FATAL = "alive.json", ".fatal.txt"
 NCCL_DUMP = "nccl_trace_rank_"

@@ -5,6 +5,7 @@ import itertools
 import os
 import tempfile
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 
 from sat_lora.adapter_file import load_adapter
@@ -72,6 +73,7 @@ def evaluate_adapter(
         device=world.device,
         model_parallel_size=options.model_parallel_size,
         trust=options.trust_checkpoint,
+        progress=partial(shown, what="loading the base", unit="modules") if world.is_main else iter,
     )
     if adapter is not None:
         load_adapter(model, adapter, any_base=any_base)
