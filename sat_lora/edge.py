@@ -9,11 +9,13 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping
 from typing import NoReturn
 
 INTERRUPTED = 128 + signal.SIGINT
 MISTAKE = 2
+TO_SPEAK = 10.0  # seconds that rank 0 may be later than others
 GRACE = 5.0  # seconds in which a command that was stopped may clean up; a call that never comes back takes longer
 _current: "CtrlC | None" = None
 
@@ -25,6 +27,18 @@ def is_first_rank(environ: Mapping[str, str] = os.environ) -> bool:
     """
     rank = environ.get("RANK", "").strip()
     return not rank.isdecimal() or int(rank[:9]) == 0
+
+
+def let_first_rank_speak(environ: Mapping[str, str] = os.environ) -> None:
+    """Before another rank than the first ends with a mistake that all have, and that one says.
+
+    Launchers end all ranks as soon as one has ended: here the first one's end, after it has spoken, ends this wait.
+    """
+    is_launched = "TORCHELASTIC_RUN_ID" in environ or "CROSS_RANK" in environ
+    if is_launched and not is_first_rank(environ):
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+        time.sleep(TO_SPEAK)
 
 
 class CtrlC:
@@ -113,6 +127,7 @@ def run_command(name: str, action: Callable[[], int | None], *, may_be_cut: bool
         except SatLoraError as error:
             if is_first_rank():
                 print(f"{name}: error: {printable_lines(error)}", file=sys.stderr, flush=True)
+            let_first_rank_speak()
         except BrokenPipeError:
             if not may_be_cut:
                 raise

@@ -7,6 +7,7 @@ import difflib
 import sys
 from collections.abc import Sequence
 
+from sat_lora.edge import MISTAKE, let_first_rank_speak
 from sat_lora.foreign import printable
 from sat_lora.training.notice import is_first_rank
 
@@ -127,7 +128,9 @@ class OptionParser(argparse.ArgumentParser):
         if "are required: " in message:
             commands = [name for action in self._actions if action.dest == "command" for name in action.choices]
             message += f"; one of {', '.join(commands)}" if commands else "; --help says what they are"
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        self._print_message(f"{self.prog}: error: {message}\n", sys.stderr)
+        let_first_rank_speak()
+        self.exit(MISTAKE)
 
     def _print_message(self, message, file=None):
         if is_first_rank():

@@ -9,7 +9,7 @@ from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from sat_lora.edge import MISTAKE
+from sat_lora.edge import MISTAKE, let_first_rank_speak
 from sat_lora.errors import ConfigError, DataError
 from sat_lora.foreign import printable_lines
 from sat_lora.paths import missing_base, missing_path
@@ -57,6 +57,8 @@ def check_early(
         if place.local_rank == 0:
             where = f"rank {place.rank} on {socket.gethostname()}"
             print(f"{os.path.basename(sys.argv[0])}: error: {where}: {printable_lines(error)}", file=sys.stderr)
+        else:
+            let_first_rank_speak()
         raise SystemExit(MISTAKE) from error
 
 

@@ -216,3 +216,22 @@ def test_a_variable_that_is_not_set_is_no_path(option, text, capsys):
     parser = OptionParser()
     parser.add_argument("--prompt")
     assert parser.parse_args(["--prompt", text]).prompt == text
+
+
+def test_a_rank_that_ends_silently_lets_the_first_one_speak_under_a_launcher(monkeypatch):
+    """A launcher ends all ranks when one has ended: the one that says why must not be ended before it has."""
+    from sat_lora import edge
+
+    waits = []
+    monkeypatch.setattr(edge.time, "sleep", waits.append)
+    for launcher in ({"TORCHELASTIC_RUN_ID": "x"}, {"CROSS_RANK": "0"}, {}):
+        for rank in ("0", "1"):
+            edge.let_first_rank_speak({"RANK": rank, **launcher})
+    assert waits == [edge.TO_SPEAK] * 2
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with pytest.raises(SystemExit):
+        parse_options(["--lr", "x"], environ={})
+    assert edge.run_command("x", lambda: (_ for _ in ()).throw(ConfigError("x"))) == 2
+    assert len(waits) == 4
