@@ -15,7 +15,7 @@ import torch
 
 from sat_lora.cogvlm.sizes import size_problems
 from sat_lora.errors import CheckpointError
-from sat_lora.foreign import printable, read_bytes, read_json, stand_in
+from sat_lora.foreign import LFS_POINTER, is_lfs_pointer, printable, read_bytes, read_json, stand_in
 from sat_lora.paths import BASE_WANTED, missing_base, names_in
 from sat_lora.paths import SAT_PARTS as PARTS
 from sat_lora.weight_files import Layout, make_sat_file
@@ -75,7 +75,10 @@ class SatFolder:
     def files(self) -> list[Path]:
         """The files of the newest step, one per model-parallel rank, in rank order."""
         try:
-            step = read_bytes(self.path / "latest", NAME_LIMIT).decode("utf-8-sig", "replace").strip()
+            content = read_bytes(self.path / "latest", NAME_LIMIT)
+            if is_lfs_pointer(content):
+                raise ValueError(LFS_POINTER)
+            step = content.decode("utf-8-sig", "replace").strip()
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{self.path / 'latest'}: cannot be read: {error}") from error
         if Path(step).name != step or step == ".." or len(step) > 255 or not step.isprintable():
