@@ -138,6 +138,7 @@ def _evaluate(argv: list[str] | None) -> int:
     options = read_settings(options)
     if place.size % options.model_parallel_size:
         raise ConfigError(f"--model-parallel-size: {options.model_parallel_size} does not divide {place.size} ranks")
+    _check_early(options, place)
     if is_first_rank() and no_effect:
         print(f"no effect on an evaluation: {', '.join(no_effect)}", flush=True)
     if is_first_rank() and not options.adapter:
@@ -162,7 +163,7 @@ def _evaluate(argv: list[str] | None) -> int:
     lock = contextlib.nullcontext()
     if run is not None:
         lock = RunLock(run, doing="evaluating", option="--run", instead="write elsewhere, with --out FILE")
-    with lock, watched_alone(options.watchdog_limit, world) as trace:
+    with lock, watched_alone(options.watchdog_limit) as trace:
         any_base = bool(options.any_base)
         together(lambda: try_to_write(out) if world.is_main else None)
         result = together(evaluate_adapter, options, options.adapter, world, trace=trace, any_base=any_base)
@@ -173,6 +174,15 @@ def _evaluate(argv: list[str] | None) -> int:
         print(f"{evaluation_table(result)}\nwritten to {out}{why if out.name != 'evaluation.json' else ''}", flush=True)
     stop()
     return 0
+
+
+def _check_early(options: argparse.Namespace, place) -> None:
+    """Before anything slow is imported: ConfigError or DataError, with what is not there."""
+    from sat_lora.paths import missing_adapter
+    from sat_lora.training.early import check_early
+
+    problem = missing_adapter(options.adapter) if options.adapter else None
+    check_early(options, place, writes=False, more=[f"--adapter: {problem}"] if problem else [])
 
 
 if __name__ == "__main__":

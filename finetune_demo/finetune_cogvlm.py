@@ -22,12 +22,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _finetune(argv: list[str] | None) -> int:
+    from sat_lora.training.early import check_early
     from sat_lora.training.launch import announce, find_place
     from sat_lora.training.notice import is_first_rank
     from sat_lora.training.options import parse_options
 
-    options = parse_options(argv, demo_folder=HERE)
-    announce(find_place())
+    options, place = parse_options(argv, demo_folder=HERE), find_place()
+    check_early(options, place, demo_data=HERE / "captchas", writes=not options.doctor)
+    announce(place)
     if options.doctor:
         from sat_lora.doctor.packages import report_missing
 

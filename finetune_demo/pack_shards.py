@@ -3,6 +3,7 @@
 python finetune_demo/pack_shards.py my_images --out shards --samples-per-shard 1000
 """
 
+import argparse
 import json
 import shlex
 import sys
@@ -78,17 +79,44 @@ def _pack(argv: list[str] | None) -> int:
         epilog="example: python finetune_demo/pack_shards.py images/ more.jsonl --out shards --samples-per-shard 1000",
     )
     parser.add_argument("data", nargs="+", help="folders of images LABEL.png, or .jsonl files")
-    parser.add_argument("--out", required=True, help="folder of the shards; those of the same number are replaced")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder of the shards")
+    parser.add_argument("--overwrite", action="store_true", help="replace the shards that are there")
     parser.add_argument("--samples-per-shard", type=positive_int, default=1000, metavar="N", help="(default: 1000)")
     parser.add_argument("--ignore-keys", nargs="+", default=(), metavar="KEY", help="keys of .jsonl lines to pass over")
     parser.add_argument("--images-from", nargs="+", default=(), metavar="DIR", help="folders they may lead to by ..")
     names = "of folders file names are the answers, whatever texts lie in or beside them"
     parser.add_argument("--names-are-answers", action="store_true", help=names)
     options = parser.parse_args(argv)
+    before = _check_early(options)
     reading = {name: getattr(options, name) for name in ("ignore_keys", "images_from", "names_are_answers")}
     shards, samples = pack_shards(options.data, options.out, options.samples_per_shard, **reading)
+    written = max(1, -(-samples // options.samples_per_shard))
+    for shard in before[written:]:  # of more samples than there are now
+        shard.unlink()
     print(f"{samples} samples written; train with\n  --train-data {shlex.quote(shards)}")
     return 0
+
+
+def _check_early(options: argparse.Namespace) -> list[Path]:
+    """The shards that are in --out already, in order. DataError: data is not there; ConfigError: shards are, and are
+    not to be replaced. Both before anything slow is imported.
+    """
+    from sat_lora.errors import ConfigError, DataError
+    from sat_lora.foreign import printable
+    from sat_lora.paths import missing_path
+
+    wanted = "give a folder of images or a .jsonl file"
+    problems = [problem for path in options.data if (problem := missing_path(path, wanted))]
+    if problems:
+        raise DataError("\n".join(problems))
+    shards = sorted(Path(options.out).glob("shard-[0-9]*.tar"))
+    if shards and not options.overwrite:
+        count = f"{len(shards)} shard{'s' * (len(shards) > 1)}"
+        raise ConfigError(
+            f"--out: {printable(options.out)} holds {count} ({printable(shards[0].name)}, ...); nothing was changed. "
+            "Give another folder, or replace them (--overwrite)"
+        )
+    return shards
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ def script() -> None:
     """What the installed `sat-lora` calls: it does not come back."""
     from sat_lora.edge import run_script
 
-    run_script("sat-lora", main)
+    run_script("sat-lora", main, prints_its_result=True)
 
 
 if __name__ == "__main__":

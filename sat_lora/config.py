@@ -7,6 +7,7 @@ import sys
 from dataclasses import asdict, dataclass, field, fields
 
 from sat_lora.errors import ConfigError
+from sat_lora.patterns import matches, pattern_problem, shortened
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 LARGEST_FACTOR = 3.4028e38  # of what is multiplied with float32 tensors
@@ -93,10 +94,9 @@ class LoraConfig:
                 yield f"{name} has to be a dictionary of patterns, got {getattr(self, name)!r}"
                 return
             for pattern in getattr(self, name):
-                try:
-                    re.compile(pattern)
-                except (re.error, TypeError, OverflowError, RecursionError) as error:
-                    yield f"{name}: {pattern!r} is not a regular expression: {error}"
+                problem = pattern_problem(pattern) if isinstance(pattern, str) else "is no text"
+                if problem:
+                    yield f"{name}: {shortened(pattern)} {problem}"
         ranks = {"r": self.r, **{f"rank_pattern[{k!r}]": v for k, v in self.rank_pattern.items()}}
         for name, value in ranks.items():
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -200,4 +200,4 @@ def _first_match(patterns: dict, name: str, default):
 
 def ends_with(name: str, pattern: str) -> bool:
     """Whether the dotted end of `name` matches the regular expression, as in rank_pattern and alpha_pattern."""
-    return re.fullmatch(rf"(.*\.)?({pattern})", name) is not None
+    return matches(rf"(.*\.)?({pattern})", name)

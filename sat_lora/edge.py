@@ -4,15 +4,18 @@ It imports nothing heavy, so that it stands before all that takes seconds to imp
 """
 
 import contextlib
+import errno
 import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping
 from typing import NoReturn
 
 INTERRUPTED = 128 + signal.SIGINT
 MISTAKE = 2
+TO_SPEAK = 10.0  # seconds that rank 0 may be later than others
 GRACE = 5.0  # seconds in which a command that was stopped may clean up; a call that never comes back takes longer
 _current: "CtrlC | None" = None
 
@@ -24,6 +27,18 @@ def is_first_rank(environ: Mapping[str, str] = os.environ) -> bool:
     """
     rank = environ.get("RANK", "").strip()
     return not rank.isdecimal() or int(rank[:9]) == 0
+
+
+def let_first_rank_speak(environ: Mapping[str, str] = os.environ) -> None:
+    """Before another rank than the first ends with a mistake that all have, and that one says.
+
+    Launchers end all ranks as soon as one has ended: here the first one's end, after it has spoken, ends this wait.
+    """
+    is_launched = "TORCHELASTIC_RUN_ID" in environ or "CROSS_RANK" in environ
+    if is_launched and not is_first_rank(environ):
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+        time.sleep(TO_SPEAK)
 
 
 class CtrlC:
@@ -103,7 +118,8 @@ def run_command(name: str, action: Callable[[], int | None], *, may_be_cut: bool
     with CtrlC(name) as ctrl_c:
         try:
             status = action() or 0
-            sys.stdout.flush()
+            if sys.stdout is not None:  # of a process that was started without one
+                sys.stdout.flush()
             return status
         except KeyboardInterrupt:
             (_current or ctrl_c).say()
@@ -111,6 +127,7 @@ def run_command(name: str, action: Callable[[], int | None], *, may_be_cut: bool
         except SatLoraError as error:
             if is_first_rank():
                 print(f"{name}: error: {printable_lines(error)}", file=sys.stderr, flush=True)
+            let_first_rank_speak()
         except BrokenPipeError:
             if not may_be_cut:
                 raise
@@ -124,8 +141,74 @@ def run_command(name: str, action: Callable[[], int | None], *, may_be_cut: bool
         return MISTAKE
 
 
-def run_script(name: str, main: Callable[[], int | None]) -> NoReturn:
-    """End the process with the status of `main()`. Ctrl-C is a line from here to the very end."""
+class LastingStream:
+    """A text stream whose reader may go, or whose disk may be full: what is written from then on goes nowhere.
+
+    `error` is the OSError that came; None while all is well.
+    """
+
+    def __init__(self, stream):
+        self._stream, self.error = stream, None
+
+    def __getattr__(self, name: str):
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """How much was taken, which is all of it."""
+        try:
+            return self._stream.write(text)
+        except OSError as error:
+            self._leave(error)
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError as error:
+            self._leave(error)
+
+    def _leave(self, error: OSError) -> None:
+        self.error = self.error or error
+        with contextlib.suppress(OSError, ValueError):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())  # what is still in its buffer goes there too
+            os.close(nowhere)
+
+
+def make_streams_last() -> None:
+    """Let stdin, stdout and stderr be there and take every character, whatever the process was started with.
+
+    A number that is closed would be given to the next file that is opened, and what a library prints would go into it.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+        stream = getattr(sys, name)
+        if stream is None:
+            stream = os.fdopen(number, "w" if number else "r", encoding="utf-8", closefd=False)
+            setattr(sys, name, stream)
+        if number:
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="backslashreplace")  # a terminal of another alphabet shows a foreign name
+            setattr(sys, name, LastingStream(stream))
+
+
+def _lost_output(name: str) -> str | None:
+    """What to say where stdout could not be written to, and somebody wanted to read it."""
+    error = getattr(sys.stdout, "error", None)
+    if error is None or error.errno in (errno.EPIPE, errno.EIO):  # as `head` leaves, and a terminal that is closed
+        return None
+    return f"{name}: what it printed could not all be written: {error.strerror}"
+
+
+def run_script(name: str, main: Callable[[], int | None], *, prints_its_result: bool = False) -> NoReturn:
+    """End the process with the status of `main()`. Ctrl-C is a line from here to the very end.
+
+    prints_its_result: what could not be printed is then a mistake.
+    """
+    make_streams_last()
     ctrl_c = CtrlC(name)
     ctrl_c.__enter__()
     try:
@@ -133,6 +216,13 @@ def run_script(name: str, main: Callable[[], int | None]) -> NoReturn:
     except KeyboardInterrupt:
         ctrl_c.say()
         status = INTERRUPTED
+    except SystemExit as stop:  # of the parser of options
+        status = stop.code or 0
+    sys.stdout.flush()
+    lost = _lost_output(name)
+    if lost:
+        print(lost, file=sys.stderr, flush=True)
+        status = status or MISTAKE * prints_its_result
     was_interrupted, ctrl_c.count = ctrl_c.count > 0, 1  # from now on there is nothing to unwind
     if was_interrupted and status == INTERRUPTED:
         # Everything is unwound. What the interpreter would wait for at its end may never come.

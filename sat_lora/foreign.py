@@ -12,6 +12,10 @@ from typing import BinaryIO
 MEBIBYTE = 1 << 20
 JSON_LIMIT = 16 * MEBIBYTE  # of a configuration; the largest that is known, an index of 17 B weights, has 0.2 MB
 DEPTH_LIMIT = 100
+LFS_POINTER = (
+    "it is a pointer of git LFS and not the file itself; run `git lfs install` and `git lfs pull` in that folder, or "
+    "download the file"
+)
 
 
 def printable(name: object) -> str:
@@ -94,6 +98,8 @@ def parse_json(text: str | bytes, **hooks: Callable):
     hooks: `parse_constant` (for NaN and the infinities, which are no JSON) and the others of `json.loads`.
     """
     if isinstance(text, bytes):
+        if is_lfs_pointer(text):
+            raise ValueError(LFS_POINTER)
         text = text.decode("utf-8-sig")
     with _depth_as_value_error():
         content = json.loads(text.removeprefix("\ufeff"), **hooks)
@@ -172,10 +178,7 @@ def stand_in(path: str | Path, *, archive: bool = False) -> str | None:
     beside = next((suffix for suffix in _UNFINISHED if path.with_name(path.name + suffix).exists()), None)
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if is_lfs_pointer(head):
-        return (
-            "it is a pointer of git LFS and not the file itself; run `git lfs install` and `git lfs pull` in that "
-            "folder, or download the file"
-        )
+        return LFS_POINTER
     if beside is not None:
         return f"{printable(path.name + beside)} lies beside it, so its download did not end; download it to its end"
     if not head:

@@ -7,6 +7,7 @@ import difflib
 import sys
 from collections.abc import Sequence
 
+from sat_lora.edge import MISTAKE, let_first_rank_speak
 from sat_lora.foreign import printable
 from sat_lora.training.notice import is_first_rank
 
@@ -61,6 +62,10 @@ ABSENT = {
 _ABSENT = {name: advice for names, advice in ABSENT.items() for name in names.split()}
 
 
+PLACES = ("DIR", "FILE", "PATH", "PNG", "NAME", "RUN_FOLDER", "FOLDER", "ADAPTER")
+"""Placeholders in help of what lies on a disk."""
+
+
 class OptionParser(argparse.ArgumentParser):
     """Takes `--a-b` for `--a_b` and the other way round; rank 0 alone speaks, every rank ends with status 2.
 
@@ -102,6 +107,13 @@ class OptionParser(argparse.ArgumentParser):
         hints = [f"did you mean {', '.join(dict.fromkeys(meant))}?"] if meant else []
         return "".join(f"; {hint}" for hint in [*hints, *dict.fromkeys(advice)] or ["--help lists the options"])
 
+    def _get_value(self, action, arg_string):
+        if not arg_string.strip() and action.metavar in PLACES:
+            raise argparse.ArgumentError(
+                action, f"got {arg_string!r}, a text of nothing, as a variable of the shell that is not set gives"
+            )
+        return super()._get_value(action, arg_string)
+
     def _check_value(self, action, value):
         """Python's own words differ from version to version, and propose nothing."""
         choices = action.choices
@@ -116,7 +128,9 @@ class OptionParser(argparse.ArgumentParser):
         if "are required: " in message:
             commands = [name for action in self._actions if action.dest == "command" for name in action.choices]
             message += f"; one of {', '.join(commands)}" if commands else "; --help says what they are"
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        self._print_message(f"{self.prog}: error: {message}\n", sys.stderr)
+        let_first_rank_speak()
+        self.exit(MISTAKE)
 
     def _print_message(self, message, file=None):
         if is_first_rank():

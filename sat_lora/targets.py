@@ -13,6 +13,7 @@ from sat_lora._sat import BaseModel
 from sat_lora.config import SLOTS, LoraConfig, ends_with
 from sat_lora.errors import ConfigError
 from sat_lora.kinds import Kind, kind_of
+from sat_lora.patterns import matches
 from sat_lora.sharding import blocks_of, model_parallel_layout, sharding_of
 
 _LAYER = r"((en|de)coder\.)?transformer\.layers\.\d+\."
@@ -262,9 +263,12 @@ def _matching(
         else:
             regex = pattern if is_regex else rf"(.*\.)?{re.escape(pattern)}"
         try:
-            hits = {name for name in sites if re.fullmatch(regex, name)}
+            hits = {name for name in sites if matches(regex, name)}
         except re.error as error:
             problems.append(f"{field_name}: {pattern!r} is not a regular expression: {error}")
+            continue
+        except ConfigError as error:
+            problems.append(f"{field_name}: {error}")
             continue
         if pattern == "all-linear":
             hits = {name for name in hits if sites[name].kind.is_linear}

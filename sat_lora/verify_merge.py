@@ -10,7 +10,9 @@ Yes to all three: the merge is right, and |M - A| / |A - base| is what the dtype
 """
 
 import math
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -47,14 +49,23 @@ class Verification:
 
 @torch.no_grad()
 def verify_merge(
-    base: str | Path, adapter: str | Path, merged: str | Path, *, trust: bool = False, any_base: bool = False
+    base: str | Path,
+    adapter: str | Path,
+    merged: str | Path,
+    *,
+    trust: bool = False,
+    any_base: bool = False,
+    progress: Callable[[Collection, str], Iterable] = lambda items, what: items,
+    tell: Callable[[str], None] = lambda line: None,
 ) -> Verification:
     """Compare on the logits of one image and a few words, and weight by weight. Holds one model at a time, in float32.
 
-    trust: of the base, see `map_weights`. any_base: see `load_adapter`.
+    trust: of the base, see `map_weights`. any_base: see `load_adapter`. progress: goes through modules and names of
+    weights under what is done with them. tell: is told what begins.
     """
     arrange(join(alone=True))
-    model, config = _load(base, trust=trust)
+    tell("1 of 3, base and adapter, in float32")
+    model, config = _load(base, trust=trust, progress=partial(progress, what="loading the base"))
     load_adapter(model, adapter, any_base=any_base)
     batch, mixins = sample_batch(config), lora_mixins(model).values()
     together = _logits(model, batch)
@@ -68,15 +79,17 @@ def verify_merge(
     problems, in_weights = [], _logits(model, batch)
     if (in_weights - together).norm().item() > error:
         problems.append("the deltas in the weights give other logits than beside them")
+    tell("2 of 3, the merged weights, each by each")
     files = BaseWeights(merged)
     dtype = dtype_of(files)
-    wrong = take_weights(model, files, coarsest_dtype(adapter))
+    wrong = take_weights(model, files, coarsest_dtype(adapter), partial(progress, what="comparing weights"))
     if wrong:
         some = ", ".join(wrong[:4]) + (f" and {len(wrong) - 4} more" if len(wrong) > 4 else "")
         problems.append(f"not base plus adapter, rounded once: {some}")
     of_files = _logits(model, batch)
     del model, mixins
-    loaded = _logits(_load(merged)[0], batch)
+    tell("3 of 3, the merged model as anyone would load it")
+    loaded = _logits(_load(merged, progress=partial(progress, what="loading the merged model"))[0], batch)
     if (loaded - of_files).norm().item() > error:
         problems.append("the folder computes something else with its weights, by its config")
     loss, effect = (loaded - together).norm().item(), (together - plain).norm().item()
@@ -88,7 +101,12 @@ def coarsest_dtype(adapter: str | Path) -> torch.dtype:
     return max((tensor.dtype for tensor in read_adapter(adapter).tensors.values()), key=lambda d: torch.finfo(d).eps)
 
 
-def take_weights(model: torch.nn.Module, files: BaseWeights, adapter_dtype: torch.dtype) -> list[str]:
+def take_weights(
+    model: torch.nn.Module,
+    files: BaseWeights,
+    adapter_dtype: torch.dtype,
+    progress: Callable[[Collection], Iterable] = iter,
+) -> list[str]:
     """Put the weights of the files into a float32 model that has the merged ones; the names of those that are wrong.
 
     Right is the value nearest to the model's in the dtype of the file, but for what two ways to compute the model's
@@ -96,8 +114,8 @@ def take_weights(model: torch.nn.Module, files: BaseWeights, adapter_dtype: torc
     """
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     adapters, wrong = adapters_of(model), []
-    for name, file in files.items():
-        exact = tensors[name]
+    for name in progress(files.layout):
+        file, exact = files[name], tensors[name]
         rounded = exact.to(file.dtype).float()
         allowed = (rounded - exact).abs()
         adapter = adapters.get(name.removesuffix(".weight"))
@@ -163,8 +181,8 @@ def sample_batch(config: dict) -> dict[str, torch.Tensor]:
     }
 
 
-def _load(folder: str | Path, *, trust: bool = False):
-    model, config = load_cogvlm(folder, dtype=torch.float32, trust=trust)
+def _load(folder: str | Path, *, trust: bool = False, progress: Callable[[Collection], Iterable] = iter):
+    model, config = load_cogvlm(folder, dtype=torch.float32, trust=trust, progress=progress)
     return model.eval(), config
 
 

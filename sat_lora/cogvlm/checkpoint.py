@@ -4,6 +4,7 @@ Each rank maps the files and copies its own slices: there is no whole model, nor
 """
 
 import re
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
 import torch
@@ -97,6 +98,7 @@ def load_cogvlm(
     zero_config: dict | None = None,
     trust: bool = False,
     layers: int | None = None,
+    progress: Callable[[Collection], Iterable] = iter,
     **settings,
 ) -> tuple[CogVLMModel, dict]:
     """A CogVLM with the weights of a SAT or Hugging Face folder, and its config. `settings` go to `build_cogvlm`.
@@ -105,6 +107,7 @@ def load_cogvlm(
     than its own partition. Ranks do not speak to each other here: an error on one is an error on it alone.
     CheckpointError: files, names or shapes do not fit; nothing has been allocated then. ConfigError: `build_cogvlm`'s.
     trust: see `map_weights`. layers: take at most so many of each transformer, the first ones; the config says so.
+    progress: goes through the modules, as tqdm does.
     """
     source = open_folder(folder, trust=trust)
     config = source.config()
@@ -121,7 +124,7 @@ def load_cogvlm(
     weights = _OwnWeights(model, source, left_out)
     partitioning = None if zero_config is None else Partitioning(zero_config)
     with torch.no_grad():
-        for module_name, module in model.named_modules():
+        for module_name, module in progress([*model.named_modules()]):
             prefix = f"{module_name}." if module_name else ""
             for leaf, parameter in module._parameters.items():
                 if parameter is not None:

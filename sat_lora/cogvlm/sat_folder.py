@@ -5,10 +5,7 @@ FOLDER/<that>/mp_rank_00_model_states.pt      the state dict under `module`; one
 FOLDER/model_config.json
 """
 
-import difflib
-import itertools
 import json
-import os
 import pickle
 import re
 from pathlib import Path
@@ -18,10 +15,11 @@ import torch
 
 from sat_lora.cogvlm.sizes import size_problems
 from sat_lora.errors import CheckpointError
-from sat_lora.foreign import printable, read_bytes, read_json, stand_in
+from sat_lora.foreign import LFS_POINTER, is_lfs_pointer, printable, read_bytes, read_json, stand_in
+from sat_lora.paths import BASE_WANTED, missing_base, names_in
+from sat_lora.paths import SAT_PARTS as PARTS
 from sat_lora.weight_files import Layout, make_sat_file
 
-PARTS = ("latest", "model_config.json")
 NAME_LIMIT = 1 << 12  # bytes of `latest`
 ARCHIVES = {".zip", ".tar", ".gz", ".tgz", ".7z", ".rar", ".bz2", ".xz", ".zst"}
 LORA2 = re.compile(r"\.matrix_[AB]\.\d+$")
@@ -37,7 +35,6 @@ _RANDOM_STATE_TYPES = [
     numpy.dtypes.UInt32DType,
 ]
 
-WANTED = f"the base's folder: SAT's with {' and '.join(PARTS)}, or Hugging Face's with config.json and safetensors"
 TRUST = "if you trust whoever made it, --trust-checkpoint unpickles the whole file and so runs any code that is in it"
 
 
@@ -54,8 +51,9 @@ class SatFolder:
             if folder.suffix in ARCHIVES:
                 raise CheckpointError(f"{folder} is a file; unpack the archive and give the model folder in it")
             raise CheckpointError(f"{folder} is a file; give the model folder that holds `latest`, perhaps {home}")
-        if not folder.exists():
-            raise CheckpointError(f"{folder} is not a SAT model folder: it does not exist{_advice(folder)}")
+        problem = missing_base(folder)
+        if problem:
+            raise CheckpointError(problem)
         missing = [name for name in PARTS if not (folder / name).is_file()]
         if missing:
             raise CheckpointError(
@@ -77,7 +75,10 @@ class SatFolder:
     def files(self) -> list[Path]:
         """The files of the newest step, one per model-parallel rank, in rank order."""
         try:
-            step = read_bytes(self.path / "latest", NAME_LIMIT).decode("utf-8-sig", "replace").strip()
+            content = read_bytes(self.path / "latest", NAME_LIMIT)
+            if is_lfs_pointer(content):
+                raise ValueError(LFS_POINTER)
+            step = content.decode("utf-8-sig", "replace").strip()
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{self.path / 'latest'}: cannot be read: {error}") from error
         if Path(step).name != step or step == ".." or len(step) > 255 or not step.isprintable():
@@ -121,22 +122,10 @@ class SatFolder:
         return name
 
 
-def _advice(folder: Path) -> str:
-    """What to do about a folder that is not there."""
-    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(folder)):  # the name of a model on a hub looks like this
-        return (
-            f" (found: no such folder). Nothing is fetched: if it is a model's name, download it with `huggingface-cli "
-            f"download {folder} --local-dir {folder.name}`, then give that folder"
-        )
-    near = difflib.get_close_matches(folder.name, _names_in(folder.parent), n=1)
-    meant = f"did you mean {folder.parent / printable(near[0])}?" if near else f"give {WANTED}"
-    return f"; found: no such folder; {meant}"
-
-
 def _nearby(folder: Path) -> str:
     """What to give instead of a folder that is no model's, where that can be seen."""
     above = [home for home in (folder.parent, folder.parent.parent) if all((home / name).is_file() for name in PARTS)]
-    names = _names_in(folder)
+    names = names_in(folder)
     below = [name for name in names if all((folder / name / part).is_file() for part in PARTS)]
     if above or below:
         return f"; give {above[0] if above else folder / printable(below[0])}"
@@ -148,19 +137,12 @@ def _nearby(folder: Path) -> str:
         return "; a Hugging Face folder has model.safetensors, or model.safetensors.index.json beside its parts"
     if any(Path(name).suffix in ARCHIVES for name in names):
         return "; unpack the archive"
-    return f"; give {WANTED}"
-
-
-def _names_in(folder: Path) -> list[str]:
-    try:
-        return sorted(itertools.islice((entry.name for entry in os.scandir(folder)), 10_000))
-    except OSError:
-        return []
+    return f"; give {BASE_WANTED}"
 
 
 def listing(folder: Path) -> str:
     """Some names in a folder, for an error."""
-    names = [printable(name) for name in _names_in(folder)]
+    names = [printable(name) for name in names_in(folder)]
     return ", ".join(names[:12]) + (" ..." if len(names) > 12 else "") if names else "nothing"
 
 

@@ -2,7 +2,7 @@
 
 import argparse
 
-from sat_lora.commands.parts import bar, examples
+from sat_lora.commands.parts import bar, examples, refuse_existing
 
 
 def add(commands) -> None:
@@ -35,6 +35,7 @@ def add(commands) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
+    refuse_existing(options.out)
     from sat_lora.combine import combine_adapters
 
     combine_adapters(

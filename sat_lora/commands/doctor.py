@@ -1,7 +1,6 @@
 """`sat-lora doctor`: before a run, with its options; after one that hung, with its folder."""
 
 import argparse
-import os
 import subprocess
 import sys
 
@@ -28,7 +27,14 @@ def add(commands) -> None:
             "sat-lora doctor --run runs/mine --replay --shrink 2",
         ),
     )
-    doctor.add_argument("--ranks", type=positive_int, default=1, metavar="N", help="ranks to start on this machine")
+    doctor.add_argument(
+        "--ranks",
+        type=positive_int,
+        default=1,
+        metavar="N",
+        help="start N gloo ranks on this machine's CPU, as for --model-parallel-size N; on GPUs a launcher starts "
+        "them: torchrun --nproc_per_node N -- finetune_cogvlm.py --doctor ...",
+    )
     doctor.add_argument("--shrink", metavar="N", help="take the first N layers of each transformer alone")
     doctor.add_argument("--json", action="store_true", help="findings for programs")
     doctor.add_argument("--run", metavar="DIR", help="folder of a run that hangs, hung or died")
@@ -41,6 +47,7 @@ def add(commands) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    from sat_lora.doctor.rank_files import refuse_no_traces
     from sat_lora.errors import ConfigError
 
     if options.run is None:
@@ -52,25 +59,39 @@ def run(options: argparse.Namespace) -> int:
         raise ConfigError(f"--run: takes no options of a run, got {' '.join(options.more)}")
     if options.shrink and not options.replay:
         raise ConfigError("--shrink: with --run it is for --replay")
+    if options.ranks > 1:
+        raise ConfigError("--ranks: it is for the doctor before a run; with --run the ranks are those of the run")
+    refuse_no_traces(options.run)
     return _replay(options) if options.replay else _after(options)
 
 
 def _before(options: argparse.Namespace) -> int:
+    from sat_lora.errors import ConfigError
+    from sat_lora.training.early import check_early
+    from sat_lora.training.launch import find_place
+    from sat_lora.training.options import parse_options
+
+    more = [*options.more, *(("--shrink", options.shrink) if options.shrink else ())]
+    settings = parse_options(["--doctor", *more], prog="sat-lora doctor")
+    place = find_place()
+    if options.ranks > 1 and place.size > 1:
+        raise ConfigError(f"--ranks {options.ranks}: {place.size} ranks run already (WORLD_SIZE); leave it out")
+    if not options.json:  # which says all as findings
+        check_early(settings, place, writes=False)
     from sat_lora.doctor.packages import report_missing
 
     if report_missing():
         return 1
-    from sat_lora.doctor.before_run import report
-    from sat_lora.doctor.replay import gloo_ranks
-    from sat_lora.training.options import parse_options
+    if options.ranks > 1:
+        from sat_lora.doctor.replay import gloo_ranks
 
-    more = [*options.more, *(("--shrink", options.shrink) if options.shrink else ())]
-    if options.ranks > 1 and "RANK" not in os.environ:
         command, environment = gloo_ranks(options.ranks)
         json_too = ["--json"] if options.json else []
         command += ["-m", "sat_lora.cli", "doctor", *json_too, *more]
         return subprocess.run(command, env=environment, check=False).returncode
-    return report(parse_options(["--doctor", *more], prog="sat-lora doctor"), as_json=options.json)
+    from sat_lora.doctor.before_run import report
+
+    return report(settings, as_json=options.json)
 
 
 def _after(options: argparse.Namespace) -> int:

@@ -33,12 +33,15 @@ def add(commands) -> None:
 def run(options: argparse.Namespace) -> int:
     from dataclasses import asdict
 
-    from sat_lora.doctor.codes import CODES
-    from sat_lora.doctor.estimate_run import estimate_run
-    from sat_lora.doctor.memory import memory_table
+    from sat_lora.training.early import base_problems, raise_problems
     from sat_lora.training.options import parse_options
 
     settings = parse_options(options.more, prog="sat-lora estimate", environ={})
+    raise_problems(base_problems(settings), [])
+    from sat_lora.doctor.codes import CODES
+    from sat_lora.doctor.estimate_run import estimate_run
+    from sat_lora.doctor.memory import memory_table
+
     if not settings.given & {"from_pretrained", "resume", "replay"}:
         _refuse_no_base(options)
         print(f"no --from_pretrained: of the embedded tiny CogVLM, {settings.from_pretrained}", file=sys.stderr)

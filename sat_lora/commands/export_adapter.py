@@ -2,7 +2,7 @@
 
 import argparse
 
-from sat_lora.commands.parts import ANY_BASE, bar, examples, refuse_existing
+from sat_lora.commands.parts import ANY_BASE, bar, examples, refuse_existing, refuse_missing
 
 
 def add(commands) -> None:
@@ -28,6 +28,7 @@ def add(commands) -> None:
 
 def run(options: argparse.Namespace) -> None:
     refuse_existing(options.out)
+    refuse_missing(options.adapter, base=options.base)
     from sat_lora.interop.peft_export import export_to_peft
 
     export_to_peft(

@@ -2,7 +2,7 @@
 
 import argparse
 
-from sat_lora.commands.parts import bar, examples, refuse_existing
+from sat_lora.commands.parts import bar, examples, refuse_existing, refuse_missing
 from sat_lora.training.option_types import number
 
 
@@ -31,6 +31,7 @@ def add(commands) -> None:
 
 def run(options: argparse.Namespace) -> None:
     refuse_existing(options.out)
+    refuse_missing(options.folder, base=options.base, option="")
     progress = bar("importing", "layers")
     if options.origin == "peft":
         from sat_lora.errors import ConfigError

@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from sat_lora.commands.parts import bar, examples
+from sat_lora.commands.parts import bar, examples, refuse_missing
 
 
 def add(commands) -> None:
@@ -23,10 +23,12 @@ def add(commands) -> None:
 
 def run(options: argparse.Namespace) -> None:
     from sat_lora.errors import ConfigError
-    from sat_lora.inspect_adapter import describe_adapter, inspect_adapter, to_json
 
     if options.base and not options.plot:
         raise ConfigError(f"--base {options.base}: it is for --plot")
+    refuse_missing(options.path, base=options.base, option="")
+    from sat_lora.inspect_adapter import describe_adapter, inspect_adapter, to_json
+
     report = inspect_adapter(options.path)
     if options.plot:
         print(_plot(report, options), file=sys.stderr)

@@ -2,9 +2,10 @@
 
 import argparse
 import shlex
+import sys
 from pathlib import Path
 
-from sat_lora.commands.parts import ANY_BASE, bar, examples, refuse_existing
+from sat_lora.commands.parts import ANY_BASE, bar, examples, refuse_existing, refuse_missing
 
 
 def add(commands) -> None:
@@ -46,6 +47,7 @@ def run(options: argparse.Namespace) -> int:
     from sat_lora.foreign import printable
 
     refuse_existing(options.out)
+    refuse_missing(options.adapter, base=options.base)
     from sat_lora.merge_checkpoint import DTYPES, merge_adapter
 
     if options.model_parallel_size < 1 or (options.to == "hf" and options.model_parallel_size > 1):
@@ -78,10 +80,18 @@ def run(options: argparse.Namespace) -> int:
 def verify(options: argparse.Namespace) -> int:
     """Print what merging lost, and the verdict; 1 if it is wrong."""
     from sat_lora.foreign import printable
+    from sat_lora.progress import shown
     from sat_lora.verify_merge import verify_merge
 
-    trust, any_base = options.trust_checkpoint, options.any_base
-    found = verify_merge(options.base, options.adapter, options.out, trust=trust, any_base=any_base)
+    found = verify_merge(
+        options.base,
+        options.adapter,
+        options.out,
+        trust=options.trust_checkpoint,
+        any_base=options.any_base,
+        progress=lambda items, what: shown(items, what, "weights" if "comparing" in what else "modules"),
+        tell=lambda line: print(f"verify: {line}", file=sys.stderr, flush=True),
+    )
     lost = f"merging lost {found.lost:.2%} of the adapter's effect on the logits"
     if found.problems:
         print(f"WRONG: {lost}: {'; '.join(found.problems)}; do not use {printable(options.out)}")

@@ -1,11 +1,13 @@
 """What several commands share: examples in their help, and a progress bar."""
 
 import argparse
+import contextlib
 import os
 from collections.abc import Callable, Collection, Iterable
 
 from sat_lora.errors import ConfigError
 from sat_lora.foreign import printable
+from sat_lora.paths import missing_adapter, missing_base
 from sat_lora.progress import shown
 
 ANY_BASE = "take a base that the adapter was not trained on"
@@ -28,3 +30,16 @@ def refuse_existing(out: str) -> None:
     """ConfigError before anything slow is imported, if something lies at `--out`: commands write new folders."""
     if os.path.lexists(out):
         raise ConfigError(f"--out: {printable(out)} exists; give a new folder")
+
+
+def refuse_missing(*adapters: str, base: str | None = None, option: str = "--adapter") -> None:
+    """ConfigError with all folders that are not there, before anything slow is imported: those of adapters, which
+    `option` names ("": nothing does), and of a base.
+    """
+    named = [(option, missing_adapter(adapter)) for adapter in adapters]
+    if base is not None:
+        with contextlib.suppress(OSError):  # it may not be looked for, and whoever reads it says so
+            named.append(("--base", missing_base(base)))
+    problems = [f"{name}: {problem}" if name else problem for name, problem in named if problem]
+    if problems:
+        raise ConfigError("; ".join(problems))

@@ -14,7 +14,7 @@ import torch
 
 from sat_lora.doctor.batches import has_labels, kinds_of
 from sat_lora.doctor.collectives import collective_findings, collective_times
-from sat_lora.doctor.configuration import bucket_findings, configuration_findings, key_findings
+from sat_lora.doctor.configuration import bucket_findings, configuration_findings, unknown_keys
 from sat_lora.doctor.data import (
     batch_count_findings,
     data_findings,
@@ -32,7 +32,7 @@ from sat_lora.errors import SatLoraError
 from sat_lora.optimizer_groups import set_learning_rate
 from sat_lora.placement import add_lora
 from sat_lora.sharding import gathered
-from sat_lora.training.deepspeed_file import file_problems, read_deepspeed_file
+from sat_lora.training.deepspeed_file import file_problems, is_of_key, read_deepspeed_file
 from sat_lora.training.distributed import gather_lists, join, stop
 from sat_lora.training.engine import adapter_optimizer, start_engine
 from sat_lora.training.loss import answer_loss_sum, count_answer_tokens, sum_over_data_parallel
@@ -109,7 +109,9 @@ def _option_findings(options: Namespace, device: str) -> Iterator[Finding]:
     if options.deepspeed_config is not None:
         try:
             content = read_deepspeed_file(options.deepspeed_config)
-            said = {*file_problems(content, options.deepspeed_config)[0]} if key_findings(content, "") else set()
+            keys = [key for _, key in unknown_keys(content)]
+            problems, _ = file_problems(content, options.deepspeed_config)
+            said = {problem for problem in problems if any(is_of_key(problem, key) for key in keys)}
         except SatLoraError as error:
             said = {str(error)}
     settings, data = option_problems(options, os.environ, device)

@@ -35,9 +35,7 @@ def key_findings(content: dict, path: str | Path) -> list[Finding]:
     """Keys that DeepSpeed does not know where they stand, with the place where it would, or the nearest name."""
     places = {TOP: TOP_LEVEL_KEYS, **section_keys()}
     findings = []
-    for place, key in _keys(content, places):
-        if key in places[place]:
-            continue
+    for place, key in unknown_keys(content):
         homes = [other for other, keys in places.items() if key in keys]
         where = dict(file=str(path), option=OPTION)
         if homes:
@@ -52,6 +50,12 @@ def key_findings(content: dict, path: str | Path) -> list[Finding]:
             seen += f'; the nearest is "{near[0]}" of {_called(home)}'
         findings.append(Finding(code="unknown-key", seen=seen, **where))
     return findings
+
+
+def unknown_keys(content: dict) -> list[tuple[str, str]]:
+    """(place, key) of each that DeepSpeed does not know there."""
+    places = {TOP: TOP_LEVEL_KEYS, **section_keys()}
+    return [(place, key) for place, key in _keys(content, places) if key not in places[place]]
 
 
 def _keys(content: dict, places: Mapping[str, frozenset[str]]) -> Iterator[tuple[str, str]]:

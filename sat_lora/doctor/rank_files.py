@@ -8,9 +8,14 @@ import shutil
 import struct
 from pathlib import Path
 
-PHASES = ("start", "data", "forward", "backward", "reduce", "optimizer", "evaluate", "save", "load", "write", "test")
-# Loading, starting the engine, waiting for a save to be on the disk, and the evaluation after training.
-OUTSIDE_OF_STEPS = ("start", "load", "write", "test")
+from sat_lora.errors import ConfigError
+from sat_lora.foreign import printable
+from sat_lora.paths import missing_path
+
+PHASES = tuple("start data forward backward reduce optimizer evaluate save load write test check".split())
+# Loading, starting the engine, waiting for a save to be on the disk, the evaluation after training, and what is looked
+# at before all of it: options, files and data.
+OUTSIDE_OF_STEPS = ("start", "load", "write", "test", "check")
 FOLDER = "watchdog"
 ALIVE, FATAL = "alive.json", ".fatal.txt"
 NCCL_DUMP = "nccl_trace_rank_"
@@ -25,6 +30,18 @@ NUMBERS_AT, ARRIVALS_AT = TIMES.size, 48
 
 def folder_of(run: str | Path) -> Path:
     return Path(run) / FOLDER
+
+
+def refuse_no_traces(run: str | Path) -> None:
+    """ConfigError if no rank has left files in a run's folder; nothing slow is imported before it is known."""
+    problem = missing_path(str(run), "give the folder of a run, such as runs/NAME")
+    if problem:
+        raise ConfigError(f"--run: {problem}")
+    folder = folder_of(run)
+    if not any(folder.glob("rank_*.state")):
+        raise ConfigError(
+            f"--run: {printable(run)} has no {folder.name}/rank_*.state; give the folder of a run with a watchdog"
+        )
 
 
 def clear(run: str | Path) -> None:

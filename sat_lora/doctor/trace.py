@@ -46,6 +46,10 @@ from sat_lora.doctor.rank_files import (
 REMEMBERED = 50  # durations of a phase, of which the longest counts: a slow first step is forgotten
 
 
+_dumps: set[str] = set()
+"""Where traces of this process have let NCCL write."""
+
+
 class NoTrace:
     """Keeps nothing."""
 
@@ -72,8 +76,11 @@ class Trace(NoTrace):
     def __init__(self, run: str | Path, model: nn.Module, *, rank: int, world_size: int):
         self.folder, self.rank, self.world_size = folder_of(run), rank, world_size
         self.folder.mkdir(parents=True, exist_ok=True)
+        dump = str(self.folder.resolve() / NCCL_DUMP)
         for variable in ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"):  # its new and its old name
-            os.environ.setdefault(variable, str(self.folder.resolve() / NCCL_DUMP))
+            if os.environ.get(variable) in (None, *_dumps):  # what the user has said stays
+                os.environ[variable] = dump
+        _dumps.add(dump)
         self.attach(model)
 
     def attach(self, model: nn.Module) -> None:

@@ -1,5 +1,5 @@
-"""Ends a run that hangs, with a verdict, instead of letting it wait for ever: from the loading of its base to its last
-evaluation.
+"""Ends a run that hangs, with a verdict, instead of letting it wait for ever: from the first look at its options and
+data to its last evaluation.
 
 A thread of every rank looks at that rank's `Trace`. Without a sign of life for longer than the phase may last, it says
 so in a file, which the other ranks' threads see; all write down where they are, one of them reads what all have
@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
+import torch
 from torch import nn
 
 from sat_lora.atomic import replace_text
@@ -29,8 +30,9 @@ from sat_lora.doctor.rank_files import FATAL, OUTSIDE_OF_STEPS, file_of, folder_
 from sat_lora.doctor.rank_state import note_who_lives, read_states
 from sat_lora.doctor.testimony import has_testified, testify
 from sat_lora.doctor.trace import NO_TRACE, NoTrace, Trace
-from sat_lora.training.distributed import World, gather_lists
+from sat_lora.training.distributed import gather_lists
 from sat_lora.training.launch import sat_lora_line
+from sat_lora.training.notice import logger
 
 STATUS = 3  # of a process that the watchdog has ended
 FACTOR = 10  # of the longest that a phase has taken of late
@@ -175,21 +177,47 @@ def watched(trace: NoTrace, least: float) -> Iterator[None]:
 
 
 @contextmanager
-def watched_alone(least: float, world: World) -> Iterator[NoTrace]:
+def watched_alone(least: float) -> Iterator[NoTrace]:
     """`watched` for ranks without a run folder, with the trace: its files lie in a folder of the machine's temporary
     ones, which goes when the block ends and stays when the watchdog ends it. Every rank has to call it.
+
+    A process alone has nobody to wait for: nothing watches it.
     """
-    if least == 0 or world.size == 1:
+    rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    named = [_temporary_folder()] if least and size > 1 and rank == 0 else []
+    folder = next(iter(gather_lists(named)), None) if least and size > 1 else None
+    if folder is None:
         yield NO_TRACE
         return
-    named = [tempfile.mkdtemp(prefix="sat_lora_")] if world.is_main else []
-    folder = Path(gather_lists(named)[0])
-    folder.mkdir(mode=0o700, exist_ok=True)  # on another machine
-    trace = Trace(folder, nn.Module(), rank=world.rank, world_size=world.size)
-    with watched(trace, least):
-        yield trace
-    gather_lists([])  # nobody looks into it any more
-    shutil.rmtree(folder, ignore_errors=True)
+    trace = _trace_in(Path(folder), rank, size)
+    is_well = False
+    try:
+        with watched(trace, least):
+            yield trace
+        is_well = True
+    finally:
+        if is_well:
+            gather_lists([])  # nobody looks into it any more
+        if is_well or rank == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _temporary_folder() -> str | None:
+    """A new one, or None where nothing can be written."""
+    try:
+        return tempfile.mkdtemp(prefix="sat_lora_")
+    except OSError as error:
+        logger.warning("no watchdog: there is no folder for temporary files: %s", error)
+        return None
+
+
+def _trace_in(folder: Path, rank: int, size: int) -> NoTrace:
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)  # on another machine
+        return Trace(folder, nn.Module(), rank=rank, world_size=size)
+    except OSError as error:
+        logger.warning("rank %d is not watched: its files cannot be made in %s: %s", rank, folder, error)
+        return NO_TRACE
 
 
 def when_alarmed(run: str | Path) -> float | None:

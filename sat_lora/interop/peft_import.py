@@ -20,13 +20,14 @@ from sat_lora.adapter_format import (
 from sat_lora.cogvlm.base_weights import BaseWeights
 from sat_lora.combine import combined_config
 from sat_lora.config import SLOTS, LoraConfig
-from sat_lora.errors import AdapterError
+from sat_lora.errors import AdapterError, ConfigError
 from sat_lora.foreign import printable
 from sat_lora.interop import peft_format
 from sat_lora.interop.cogvlm_layers import is_fused, kind_named
 from sat_lora.interop.hugging_face_names import sat_name
 from sat_lora.interop.peft_content import PeftContent, read_peft_folder
 from sat_lora.kinds import KINDS
+from sat_lora.patterns import matches, pattern_problem
 
 PEFT_RANK, PEFT_ALPHA = 8, 8  # PEFT's defaults
 LARGEST_RANK = 2**31 - 1
@@ -126,11 +127,8 @@ def _config_problems(config: dict) -> list[str]:
 
 
 def _regex_problems(pattern: str) -> list[str]:
-    try:
-        re.compile(pattern)
-    except (re.error, OverflowError, RecursionError) as error:
-        return [f"{_shown(pattern)} is not a regular expression: {error}"]
-    return []
+    problem = pattern_problem(pattern)
+    return [f"{_shown(pattern)} {problem}"] if problem else []
 
 
 def _is_rank(value: object) -> bool:
@@ -176,8 +174,10 @@ def _layer_problem(module: str, parts: dict, shapes: dict[str, tuple[int, ...]],
     patterns, rank = config.get("rank_pattern") or {}, config.get("r", PEFT_RANK)
     try:
         said = _by_pattern(patterns, module, rank) if isinstance(patterns, dict) else rank
-    except re.error:  # named with the config
+    except (re.error, OverflowError, RecursionError):  # named with the config
         return None
+    except ConfigError as error:
+        return f"{module}: {error}"
     if _is_rank(said) and said != len(a):
         return f"{module}: its tensors have rank {len(a)}, r and rank_pattern say {said}"
     return None
@@ -185,7 +185,7 @@ def _layer_problem(module: str, parts: dict, shapes: dict[str, tuple[int, ...]],
 
 def _by_pattern(patterns: dict, module: str, otherwise):
     """The value of the first pattern that fits a module, by PEFT's rule."""
-    found = (value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module))
+    found = (value for key, value in patterns.items() if matches(rf"(.*\.)?({key})", module))
     return next(found, otherwise)
 
 

@@ -22,7 +22,7 @@ from sat_lora.adapter_file import Copy, on_the_cpu
 from sat_lora.adapter_format import tensor_problems
 from sat_lora.atomic import replaced_folder
 from sat_lora.errors import CheckpointError
-from sat_lora.foreign import MEBIBYTE, printable, read_json
+from sat_lora.foreign import MEBIBYTE, printable, read_json, stand_in
 from sat_lora.step_folders import LATEST, point_to, read_pointer, steps_in
 from sat_lora.training.distributed import World, gather_lists
 from sat_lora.training.optimizer_state import (
@@ -108,7 +108,8 @@ def load_checkpoint(engine, folder: Path, world: World) -> RunState:
             tensors = {key: file.get_tensor(key) for key in file.keys()}
     # safetensors 0.8 meets a dtype that torch or its own binding lacks with whatever comes first.
     except (OSError, safetensors.SafetensorError, RuntimeError, ValueError, TypeError, LookupError) as error:
-        raise CheckpointError(f"--resume: {folder / TENSORS}: cannot be read: {printable(error)}") from error
+        reason = stand_in(folder / TENSORS) or printable(error)
+        raise CheckpointError(f"--resume: {folder / TENSORS}: cannot be read: {reason}") from error
     problems = sorted(tensor_problems(tensors, optimizer_shapes(engine.module)))
     if problems:
         count = f"{len(problems)} problem{'s' * (len(problems) > 1)}"

@@ -263,7 +263,7 @@ def _plain(content: dict, place: str, auto: list[str]) -> dict:
             plain[key] = _plain(value, f"{name}.", auto)
         elif _is_auto(value):
             auto.append(name)
-        elif value is not None:
+        elif value is not None and not (name == "steps_per_print" and _is_never(value)):
             plain[key] = _switch(key, value)
     return plain
 
@@ -272,6 +272,12 @@ def _is_auto(value) -> bool:
     if isinstance(value, list):
         return bool(value) and all(map(_is_auto, value))
     return isinstance(value, str) and value.strip().lower() == "auto"
+
+
+def _is_never(value) -> bool:
+    """Whether it is the infinity of steps that accelerate writes: nothing is printed then, as is the case here."""
+    text = value.strip().lower() if isinstance(value, str) else value
+    return text in ("inf", "infinity", math.inf)
 
 
 def _switch(key: str, value):
@@ -293,13 +299,23 @@ def file_problems(content: dict, path: str | Path) -> tuple[list[str], list[str]
         if key in content
     ]
     errors = [*_problems_at_the_top(content), *_numbers_that_are_none(content)]
-    if not errors:
-        errors += _problems_in_sections(content)
-    if not errors:
-        errors += _refused_by_deepspeed(content)
+    objects = {key: value for key, value in content.items() if key not in SECTIONS or isinstance(value, dict)}
+    finite = _without_numbers_that_are_none(objects)
+    errors += _problems_in_sections(finite)
+    named = {key for key in finite if any(error.startswith(f'"{key}"') for error in errors)}
+    errors += _refused_by_deepspeed({key: finite[key] for key in finite.keys() & TOP_LEVEL_KEYS - named})
     if content.get("checkpoint"):
         warnings.append(f'{where}: "checkpoint" is not used; checkpoints are this program\'s own')
     return [f"{where}: {problem}" for problem in errors], warnings
+
+
+def is_of_key(problem: str, key: str) -> bool:
+    """Whether one of `file_problems` says no more than that DeepSpeed does not know a key where it stands."""
+    return (
+        f': "{printable(key)}" is no entry of ' in problem
+        or f'"params" has "{printable(key)}", which ' in problem
+        or re.search(rf"[ .]{re.escape(printable(key))}: Extra inputs", problem) is not None
+    )
 
 
 def _problems_at_the_top(content: dict) -> Iterator[str]:
@@ -346,23 +362,35 @@ def _numbers_that_are_none(content, place: str = "") -> Iterator[str]:
         yield from _numbers_that_are_none(value, name)
 
 
+def _without_numbers_that_are_none(content):
+    """The content without them, of which enough has been said."""
+    if isinstance(content, dict):
+        return {
+            key: _without_numbers_that_are_none(value)
+            for key, value in content.items()
+            if not any(map(_is_no_number, value if isinstance(value, list) else [value]))
+        }
+    return content
+
+
 def _problems_in_sections(content: dict) -> list[str]:
     problems = [*_optimizer_problems(content.get("optimizer", {})), *_schedule_problems(content.get("scheduler", {}))]
+    inner = [entry for entry in ENTRIES if len(entry.path) > 1 and _is_reached(entry.path, content)]
+    said = {entry.path: problem for entry in inner if (problem := entry.problem(content))}
+    problems += said.values()
     for outer, (model, check) in _section_models().items():
-        section = content.get(outer, {})
-        problems += [f'"{outer}": {problem}' for problem in [*_wrong_kinds(model, section)] or check(section)]
+        section = {key: value for key, value in content.get(outer, {}).items() if (outer, key) not in said}
+        wrong = dict(_wrong_kinds(model, section))
+        rest = {key: value for key, value in section.items() if key not in wrong}
+        problems += [f'"{outer}": {problem}' for problem in (*wrong.values(), *check(rest))]
     power = content.get("fp16", {}).get("initial_scale_power", 16)
-    if not (is_whole(power, 0) and power <= LARGEST_POWER):
+    if is_number(power) and not (is_whole(power, 0) and power <= LARGEST_POWER):
         wanted = f"a whole number from 0 to {LARGEST_POWER}"
         problems.append(f'"fp16": "initial_scale_power" is {_shown(power)}, wanted {wanted}')
     for name in OFFLOADS:
         offload = content.get("zero_optimization", {}).get(name, {})
         if isinstance(offload, dict) and offload.get("device") == "nvme" and not offload.get("nvme_path"):
             problems.append(f'"zero_optimization": "{name}" goes to nvme without an "nvme_path"; name a folder there')
-    for entry in ENTRIES:
-        if len(entry.path) > 1 and not any(problem.startswith(f'"{entry.path[0]}"') for problem in problems):
-            problem = entry.problem(content)
-            problems += [problem] if problem else []
     data_type = content.get("data_types", {}).get("grad_accum_dtype", "fp32")
     if data_type not in DATA_TYPES:
         wanted = ", ".join(DATA_TYPES)
@@ -372,6 +400,15 @@ def _problems_in_sections(content: dict) -> list[str]:
     if enabled(content, "fp16") and (enabled(content, "bf16") or enabled(content, "bfloat16")):
         problems.append('"bf16" and "fp16" are both enabled; enable one')
     return problems
+
+
+def _is_reached(path: tuple[str, ...], content: dict) -> bool:
+    """Whether all that an entry lies in are objects, or are not there."""
+    for key in path[:-1]:
+        content = content.get(key, {})
+        if not isinstance(content, dict):
+            return False
+    return True
 
 
 def _optimizer_problems(section: dict) -> Iterator[str]:
@@ -436,16 +473,18 @@ def _complaints(error) -> list[str]:
     return [f"{'.'.join(map(str, field['loc']))}: {field['msg']}" for field in fields] or [printable(error)]
 
 
-def _wrong_kinds(model, section: dict) -> Iterator[str]:
-    """Values that pydantic would turn into another kind: a boolean for a number, a number in quotes."""
-    for name, field in model.model_fields.items():
-        value = section.get(name, section.get(field.alias) if field.alias else None)
-        if field.annotation in (int, float) and isinstance(value, bool | str):
-            yield f'"{name}" is {_shown(value)}, wanted a number, without quotes'
-        elif field.annotation in (int, float) and is_number(value) and not abs(value) < 2**63:
-            yield f'"{name}" is {_shown(value)}, wanted a number below 2^63'
-        elif field.annotation is bool and value is not None and not isinstance(value, bool):
-            yield f'"{name}" is {_shown(value)}, wanted true or false'
+def _wrong_kinds(model, section: dict) -> Iterator[tuple[str, str]]:
+    """(key, problem) of values that pydantic would turn into another kind: a boolean for a number, a number in quotes.
+    """
+    fields = {key: field for name, field in model.model_fields.items() for key in (name, field.alias) if key}
+    for key in section.keys() & fields.keys():
+        kind, value = fields[key].annotation, section[key]
+        if kind in (int, float) and isinstance(value, bool | str):
+            yield key, f'"{key}" is {_shown(value)}, wanted a number, without quotes'
+        elif kind in (int, float) and is_number(value) and not abs(value) < 2**63:
+            yield key, f'"{key}" is {_shown(value)}, wanted a number below 2^63'
+        elif kind is bool and not isinstance(value, bool):
+            yield key, f'"{key}" is {_shown(value)}, wanted true or false'
 
 
 def _refused_by_deepspeed(content: dict) -> list[str]:

@@ -5,6 +5,7 @@ import itertools
 import os
 import tempfile
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 
 from sat_lora.adapter_file import load_adapter
@@ -32,12 +33,13 @@ from sat_lora.training.data import (
 from sat_lora.training.deepspeed_config import base_dtype
 from sat_lora.training.distributed import World, gather_lists
 from sat_lora.training.folders import unreadable_notes
+from sat_lora.training.layouts import is_shard
 from sat_lora.training.loss import sum_over_data_parallel
 from sat_lora.training.notice import warn
 from sat_lora.training.options import settings_of_run
-from sat_lora.training.run_folder import EVALUATION, RUN, write_json
+from sat_lora.training.results import EVALUATION, RUN
+from sat_lora.training.run_folder import write_json
 from sat_lora.training.shard_checks import problems_with_shards
-from sat_lora.training.shards import is_shard
 from sat_lora.training.step import to_device
 
 
@@ -84,6 +86,7 @@ def evaluate_adapter(
         device=world.device,
         model_parallel_size=options.model_parallel_size,
         trust=options.trust_checkpoint,
+        progress=partial(shown, what="loading the base", unit="modules") if world.is_main else iter,
     )
     if adapter is not None:
         load_adapter(model, adapter, any_base=any_base)

@@ -2,6 +2,7 @@
 
 from argparse import Namespace
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -10,7 +11,7 @@ from sat_lora.cogvlm.model import CogVLMModel
 from sat_lora.doctor.rank_files import clear
 from sat_lora.doctor.replay import LIMIT, steps_to_replay
 from sat_lora.doctor.trace import NO_TRACE, NoTrace, Trace
-from sat_lora.doctor.watchdog import watched
+from sat_lora.doctor.watchdog import watched, watched_alone
 from sat_lora.errors import ConfigError
 from sat_lora.placement import add_lora
 from sat_lora.step_folders import BEST, read_pointer, steps_in
@@ -27,8 +28,9 @@ from sat_lora.training.notice import logger, warn
 from sat_lora.training.optimizer_state import create_moments
 from sat_lora.training.prepare import Setting, dataset_maker, load_base, model_seed, on_first_rank, prepare
 from sat_lora.training.release import end_training, free_memory
+from sat_lora.training.results import EVALUATION, results_problems
 from sat_lora.training.resume import base_of_state, check_data, facts_of_run, notes, state_to_resume
-from sat_lora.training.run_folder import EVALUATION, RunFolder, results_problems
+from sat_lora.training.run_folder import RunFolder
 from sat_lora.training.run_lock import RunLock
 from sat_lora.training.run_summary import check_vocabulary, look_at, more_to_say, run_summary
 from sat_lora.training.same_base import base_of_run
@@ -53,7 +55,25 @@ def finetune(options: Namespace, make_data: Callable[[], None] | None = None) ->
 
 
 def _finetune(options: Namespace, make_data: Callable[[], None] | None, lock: RunLock) -> World:
-    problems = results_problems(options) if torch.distributed.get_rank() == 0 else []
+    limit = LIMIT if options.replay else options.watchdog_limit
+    with watched_alone(limit) as trace:
+        trace.at("check")
+        setting, run, sources = _check(options, make_data, lock)
+    world = setting.world
+    # What is wrong with a start is known by now: only one that is right replaces what the watchdog has of another.
+    trace = _trace(options, run, world)
+    with watched(trace, limit):
+        _train_and_evaluate(options, setting, run, trace, sources)
+    return world
+
+
+def _check(
+    options: Namespace, make_data: Callable[[], None] | None, lock: RunLock
+) -> tuple[Setting, RunFolder, Sources]:
+    """Everything before the weights are read: options, disk, data and base are looked at, and it is said what will be
+    trained.
+    """
+    problems = results_problems(options, say=partial(print, flush=True)) if torch.distributed.get_rank() == 0 else []
     setting = prepare(options, make_data, problems=problems)
     world = setting.world
     run = RunFolder(options.run_folder, is_writer=world.is_main, lock=lock)
@@ -61,12 +81,7 @@ def _finetune(options: Namespace, make_data: Callable[[], None] | None, lock: Ru
         run.say(line)
     freed = size_of(run.path) if options.overwrite else 0
     together(lambda: check_space(options, setting.lora, freed=freed) if world.is_main else None)
-    sources = _open_sources(options, world, run)
-    # What is wrong with a start is known by now: only one that is right replaces what the watchdog has of another.
-    trace = _trace(options, run, world)
-    with watched(trace, LIMIT if options.replay else options.watchdog_limit):
-        _train_and_evaluate(options, setting, run, trace, sources)
-    return world
+    return setting, run, _open_sources(options, world, run)
 
 
 def _open_sources(options: Namespace, world: World, run: RunFolder) -> Sources:

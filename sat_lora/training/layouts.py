@@ -1,20 +1,26 @@
 """What a data path plainly is not, though it could be taken for it: other kinds of files, other layouts of folders."""
 
-import difflib
 import itertools
 import os
 import re
+<<<<<<< HEAD
 import unicodedata
 from collections.abc import Collection, Iterator, Sequence
 from functools import lru_cache
+=======
+from collections.abc import Iterator, Sequence
+>>>>>>> start
 from pathlib import Path
-from urllib.parse import unquote
 
 from sat_lora.cogvlm.pictures import SUFFIXES
 from sat_lora.errors import DataError
 from sat_lora.foreign import open_file, printable
+<<<<<<< HEAD
 from sat_lora.training.answer_lists import LISTED, LISTS, Names, find_listing, looks_like_answers
 from sat_lora.training.formats import HEAD, JSON_SUFFIXES, kind_of_file, named_format
+=======
+from sat_lora.paths import ENTRIES_SEEN, nearest
+>>>>>>> start
 from sat_lora.training.item_files import FILE_LIMIT
 from sat_lora.training.item_keys import WANTED
 
@@ -27,8 +33,31 @@ TABLES = (
     ".pkl", ".pickle", ".h5", ".hdf5", ".db", ".sqlite", ".sqlite3",
 )  # fmt: skip
 TEXTS = tuple({*TEXT_SUFFIXES, *LISTS, *TABLES})
+<<<<<<< HEAD
 ANSWER_TABLE = re.compile(
     r"(.*[_.-])?(labels?|annotations?|captions?|metadata|answers?|ground_?truth)([_.-].*)?", re.IGNORECASE
+=======
+ANSWER_TABLE = re.compile(r"(labels?|annotations?|captions?|metadata|answers?|ground_?truth)([_.-].*)?", re.IGNORECASE)
+LABEL_FOLDERS = re.compile(r"(labels?|annotations?|captions?|anns?|texts?)([ _.-].*)?", re.IGNORECASE)
+IMAGE_NAME = re.compile(r"[^\s\"'`,;:|<>\\/]+\.(?:png|jpe?g|bmp|webp|gif|tiff?)", re.IGNORECASE)
+LISTED = 3  # names of images in a file that make it a list of them
+LISTS_READ, LIST_HEAD = 20, 1 << 16
+
+COMPRESSED_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tar.lz4")
+HEAD = 1 << 12  # bytes
+MAGIC = (
+    (b"\x1f\x8b", "is compressed (gzip): unpack it first"),
+    (b"PK\x03\x04", "is an archive (zip): unpack it first"),
+    (b"BZh", "is compressed (bzip2): unpack it first"),
+    (b"\xfd7zXZ", "is compressed (xz): unpack it first"),
+    (b"\x28\xb5\x2f\xfd", "is compressed (zstd): unpack it first"),
+    (b"7z\xbc\xaf", "is an archive (7z): unpack it first"),
+    (b"PAR1", "is a parquet file"),
+    (b"SQLite format 3", "is a database"),
+    (b"version https://git-lfs", "is a pointer of Git LFS, not the file itself: git lfs pull fetches it"),
+    (b"<!doctype", "is a web page"),
+    (b"<html", "is a web page"),
+>>>>>>> start
 )
 LABEL_FOLDERS = re.compile(
     r"(labels?|annotations?|annots?|captions?|anns?|texts?|txts?|gts?|ground[ _-]?truths?|transcripts?|transcriptions?|"
@@ -45,9 +74,14 @@ PARTS = re.compile(r"(train|val|valid|test|dev|training|validation|testing|part|
 LISTS_READ = 20
 ENOUGH = 20  # images that part of a long file names
 FOLDERS_READ = 50
-ENTRIES_SEEN = 200_000
 ENTRIES_BESIDE = 20_000
-NAMES_COMPARED = 2_000
+
+
+def is_shard(path: str | Path) -> bool:
+    """Whether a data path means tar shards: its name, after braces, ends in .tar, or as a compressed one does, which is
+    refused later with what to do; or it is a `pipe:` command.
+    """
+    return str(path).lower().endswith((".tar", *COMPRESSED_SUFFIXES)) or str(path).startswith("pipe:")
 
 
 def check_file_kind(path: Path) -> None:
@@ -270,30 +304,4 @@ def _texts_in(folder: Path) -> Iterator[Path]:
 
 def missing_file_hint(path: Path | bytes | None) -> str:
     """What the user of a path that leads nowhere may have meant, as the end of a sentence; "" if nothing is near."""
-    if not isinstance(path, Path) or os.path.lexists(path):
-        return ""
-    folder, name = path.parent, path.name
-    if not os.path.isdir(folder):
-        there = next((parent for parent in folder.parents if os.path.isdir(parent)), None)
-        missing = folder if there is None else there / folder.relative_to(there).parts[0]
-        return f"; there is no folder {missing}"
-    names = _names_of(str(folder))
-    plain = {_plain(one): one for one in names}
-    for meant in (name, unquote(name)):
-        if near := plain.get(_plain(meant)):
-            return f"; its folder has {near!r}"
-    near = difflib.get_close_matches(name, names[:NAMES_COMPARED], 1, 0.8)
-    return f"; did you mean {near[0]!r}?" if near else ""
-
-
-def _plain(name: str) -> str:
-    return unicodedata.normalize("NFC", name).strip().casefold()
-
-
-@lru_cache(maxsize=4)
-def _names_of(folder: str) -> list[str]:
-    try:
-        with os.scandir(folder) as entries:
-            return [entry.name for entry, _ in zip(entries, range(ENTRIES_SEEN))]
-    except (OSError, ValueError):
-        return []
+    return nearest(path) if isinstance(path, Path) else ""

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from sat_lora.doctor.packages import code_mark
 from sat_lora.training.agreement import mark
+from sat_lora.training.layouts import is_shard
 from sat_lora.training.options import option_names
 from sat_lora.training.run_folder import versions
-from sat_lora.training.shards import is_shard
 
 SIZES_TRIED = 256  # samples whose files are asked for their size
 # A machine may mount these elsewhere, so what lies there is compared instead: samples, tokenizer, DeepSpeed's config

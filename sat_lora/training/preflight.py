@@ -13,18 +13,19 @@ from sat_lora.cogvlm.pictures import FORMATS, read_picture
 from sat_lora.cogvlm.text import IMAGE_PLACE, PROMPTS, load_tokenizer, prompt_for, prompt_text, shortest_length
 from sat_lora.errors import CheckpointError, ConfigError, DataError, SatLoraError
 from sat_lora.foreign import os_problem, printable
+from sat_lora.paths import missing_path
 from sat_lora.training.checkpoint import samples_per_step
 from sat_lora.training.data import DataCounts, read_items, reading_options
 from sat_lora.training.deepspeed_config import deepspeed_config
 from sat_lora.training.deepspeed_file import file_problems, read_deepspeed_file
 from sat_lora.training.defaults import DEFAULTS
+from sat_lora.training.early import DEMO_DATA, WANTED, raise_problems
 from sat_lora.training.folders import left_out_lines
-from sat_lora.training.layouts import missing_file_hint
+from sat_lora.training.layouts import is_shard, missing_file_hint
 from sat_lora.training.lora_options import lora_config, lora_problems
 from sat_lora.training.options import settings_of_run
 from sat_lora.training.resume import settled_problems, state_to_resume
 from sat_lora.training.shard_checks import problems_with_shards
-from sat_lora.training.shards import is_shard
 
 IMAGES_TRIED = 300  # one readable image among so many is enough to begin
 
@@ -43,12 +44,7 @@ def check_options(
     device: `cuda` or `cpu`; None asks torch. more: problems with settings that are known already.
     """
     settings, data = option_problems(options, environ, device)
-    settings = [*more, *settings]
-    problems = settings + data
-    if problems:
-        kind = ConfigError if settings else DataError
-        several = f"{len(problems)} problems with the options:\n"
-        raise kind(problems[0] if len(problems) == 1 else several + "\n".join(f"- {one}" for one in problems))
+    raise_problems([*more, *settings], data)
 
 
 def option_problems(
@@ -134,7 +130,10 @@ def _vocabulary_problems(options: Namespace, config: dict, tokenizer) -> Iterato
 
 def _model_parallel_problems(options: Namespace, config: dict, environ: Mapping[str, str]) -> Iterator[str]:
     parts, ranks = options.model_parallel_size, int(environ.get("WORLD_SIZE", 1))
-    yield from (f"--model-parallel-size: {problem}" for problem in parallel_problems(config, parts, ranks))
+    problems = parallel_problems(config, parts, ranks)
+    if options.doctor and ranks == 1 < parts:
+        problems[0] += f"; for the doctor alone: sat-lora doctor --ranks {parts}"
+    yield from (f"--model-parallel-size: {problem}" for problem in problems)
 
 
 def _lora_problems(options: Namespace) -> Iterator[str]:
@@ -248,15 +247,15 @@ def _data_problems(options: Namespace) -> Iterator[str]:
             except OSError as error:  # a folder that this user may not list, or not even look for
                 problem = os_problem(error)
             if problem:
-                hint = "" if name in options.given else "; finetune_demo/make_captchas.py writes the demo's data"
+                hint = "" if name in options.given else f"; {DEMO_DATA}"
                 yield f"{option}: {problem}{hint}"
 
 
 def _problem_with_path(path: Path, options: Namespace) -> str | None:
-    try:
-        path.stat()
-    except FileNotFoundError:
-        return f"{path} does not exist; give a folder of images named LABEL.png, or a .jsonl file"
+    problem = missing_path(str(path), WANTED)
+    if problem:
+        return problem
+    path.stat()
     counts = DataCounts()
     try:
         items = read_items([path], **reading_options(options), counts=counts)

@@ -1,8 +1,9 @@
 """Everything that a run has before its first step, made from its options: the doctor looks at the same."""
 
 from argparse import Namespace
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -12,6 +13,7 @@ from sat_lora.cogvlm.text import load_tokenizer
 from sat_lora.config import LoraConfig
 from sat_lora.errors import ConfigError
 from sat_lora.placement import find_all_parameters, find_all_sites
+from sat_lora.progress import shown
 from sat_lora.targets import select
 from sat_lora.training.data import ImageTextDataset
 from sat_lora.training.deepspeed_config import base_dtype, deepspeed_config
@@ -73,7 +75,15 @@ def load_base(options: Namespace, setting: Setting, *, layers: int | None = None
         trust=options.trust_checkpoint,
         zero_config=setting.engine if partitioned else None,
         layers=layers,
+        progress=loading_progress(),
     )
+
+
+def loading_progress() -> Callable[[Collection], Iterable]:
+    """What shows on rank 0 how far the base is loaded, if that takes a while."""
+    if torch.distributed.get_rank() > 0:
+        return iter
+    return partial(shown, what="loading the base", unit="modules")
 
 
 def model_seed(options: Namespace) -> int:

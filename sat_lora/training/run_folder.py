@@ -2,7 +2,6 @@
 
 import contextlib
 import importlib.metadata
-import itertools
 import json
 import math
 import os
@@ -10,22 +9,20 @@ import platform
 import shutil
 import sys
 from argparse import Namespace
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from sat_lora.atomic import replace_text
-from sat_lora.foreign import parse_json, printable, printable_lines, read_bytes, read_json
-from sat_lora.step_folders import LATEST, point_to, read_pointer, remove_all, set_back, steps_in
+from sat_lora.foreign import parse_json, printable, printable_lines, read_bytes
+from sat_lora.step_folders import LATEST, point_to, remove_all, set_back, steps_in
 from sat_lora.training.loss_plot import draw_losses, points
 from sat_lora.training.progress import Progress
+from sat_lora.training.results import DATA, FOLDERS, LOG, RUN, evaluations_in
 from sat_lora.training.run_lock import RunLock
 from sat_lora.training.run_logs import AppendedFile, EventFile
 
-RUN, LOG, EVALUATION = "run.json", "train.jsonl", "evaluation.json"
-DATA = ("train_data", "valid_data", "test_data")
 PATHS = ("from_pretrained", "local_tokenizer", *DATA, "deepspeed_config", "save")
-FOLDERS = ("adapter", "checkpoints")
 LOG_LIMIT = 1 << 30  # bytes of a train.jsonl; a line of it has some 200
 PACKAGES = ("sat_lora", "torch", "deepspeed", "SwissArmyTransformer", "transformers")
 
@@ -52,70 +49,6 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             found[name] = "not installed"
     return found
-
-
-def results_in(folder: str | Path) -> list[str]:
-    """What a run, or anyone, has left in a run folder and would not get back: names, with the steps of adapters and
-    checkpoints.
-
-    run.json and the log of a run that has saved nothing and logged no step are none.
-    """
-    folder = Path(folder)
-    results = []
-    for name in FOLDERS:
-        path = folder / name
-        if path.is_dir() and any(path.iterdir()):
-            steps = ", ".join(map(str, steps_in(path)))
-            results.append(f"{name} ({steps})" if steps else name)
-    results += sorted(path.name for path in _evaluations(folder))
-    log = folder / LOG
-    if log.exists() and (not log.is_file() or log.stat().st_size):
-        results.append(LOG)
-    if (folder / RUN).exists() and (results or not log.exists()):
-        results.append(RUN)
-    return results
-
-
-def _evaluations(folder: Path) -> list[Path]:
-    return [folder / EVALUATION] * os.path.lexists(folder / EVALUATION) + [*folder.glob("evaluation-[0-9]*.json")]
-
-
-def results_problems(options: Namespace) -> list[str]:
-    """Why a run may not start in its folder: because that holds the results of another. The demo's own are replaced,
-    and named.
-    """
-    folder = Path(options.run_folder)
-    if options.resume or options.replay:
-        return []
-    try:
-        results = results_in(folder)
-    except OSError as error:
-        return [f"--save: {printable(folder)} cannot be looked at: {error.strerror}"]
-    if not results or options.overwrite:
-        return []
-    if not options.given & {"from_pretrained", *DATA}:
-        own = {name: getattr(options, name) for name in ("from_pretrained", *DATA)}
-        if is_run_of(folder, own):
-            print(f"{printable(folder)}: replaces the demo's run there: {printable(', '.join(results))}", flush=True)
-            return []
-    free = next(f"{folder.name}-{number}" for number in itertools.count(2) if not results_in(f"{folder}-{number}"))
-    can_resume = read_pointer(folder / "checkpoints" / LATEST) is not None
-    go_on = f"go on with it (--resume {printable(folder)}), " if can_resume else ""
-    return [
-        f"--save: {printable(folder)} holds the results of a run: {printable(', '.join(results))}; nothing was "
-        f"changed. Start elsewhere (--experiment-name {printable(free)}), {go_on}or remove them (--overwrite)"
-        + ("" if can_resume else "; --resume needs a checkpoint, and there is none")
-    ]
-
-
-def is_run_of(folder: str | Path, settings: Mapping[str, object]) -> bool:
-    """Whether the run.json there says that its run had all of these settings."""
-    try:
-        stored = read_json(Path(folder) / RUN)
-    except (OSError, ValueError):
-        return False
-    stored = stored.get("settings") if isinstance(stored, dict) else None
-    return isinstance(stored, dict) and all(stored.get(name) == value for name, value in settings.items())
 
 
 class RunFolder:
@@ -148,7 +81,7 @@ class RunFolder:
             return
         for folder in (self.adapters, self.checkpoints):
             remove_all(folder)
-        for path in (self.path / RUN, self.path / LOG, *_evaluations(self.path)):
+        for path in (self.path / RUN, self.path / LOG, *evaluations_in(self.path)):
             path.unlink(missing_ok=True)
 
     def set_back(self, step: int, best_step: int | None) -> None:

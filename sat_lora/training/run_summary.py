@@ -18,8 +18,9 @@ from sat_lora.training.data import Item
 from sat_lora.training.defaults import EMBEDDED_DEMO, is_demo_data, version_of
 from sat_lora.training.distributed import World
 from sat_lora.training.folders import unreadable_folders, unreadable_notes
+from sat_lora.training.layouts import is_shard
 from sat_lora.training.schedule import warmup_steps
-from sat_lora.training.shards import find_records, is_shard
+from sat_lora.training.shards import find_records
 from sat_lora.training.sources import FileSource, ShardSource
 
 COLUMNS, LABEL = 80, 10  # of a line, and of the word before it

@@ -26,7 +26,6 @@ FIRST_DOT = "a key ends at the first dot of a name, so rename members that have 
 SORT = "write the shard sorted by name (tar --sort=name)"
 MOST_SHARDS = 1_000_000
 _RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)(?:\.\.(-?\d+))?")
-COMPRESSED_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tar.lz4")
 
 
 @dataclass(frozen=True)
@@ -131,13 +130,6 @@ def _read_part(file, first: int, size: int) -> bytes:
     if len(content) < size:
         raise OSError(f"the shard ends {size - len(content)} bytes too early")
     return content
-
-
-def is_shard(path: str | Path) -> bool:
-    """Whether a data path means tar shards: its name, after braces, ends in .tar, or as a compressed one does, which is
-    refused later with what to do; or it is a `pipe:` command.
-    """
-    return str(path).lower().endswith((".tar", *COMPRESSED_SUFFIXES)) or str(path).startswith("pipe:")
 
 
 def expand_shards(paths: Sequence[str | Path]) -> list[str]:

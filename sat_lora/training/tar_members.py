@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
 
-from sat_lora.foreign import MEBIBYTE
+from sat_lora.foreign import LFS_POINTER, MEBIBYTE, is_lfs_pointer
 
 BLOCK = 512
 EXTENDED_LIMIT = MEBIBYTE  # of a header that holds a long name or pax records
@@ -53,6 +53,8 @@ def read_members(file: BinaryIO) -> Iterator[Member]:
     offset, common, own = 0, {}, {}
     while True:
         header = _read_at(file, offset, BLOCK)
+        if offset == 0 and is_lfs_pointer(header):
+            raise ValueError(LFS_POINTER)
         if len(header) < BLOCK:
             raise ValueError(f"damaged or cut off at byte {offset}")
         if header == _END:

@@ -3,11 +3,13 @@
 import json
 import logging
 import os
+import re
 
 import pytest
 
 from sat_lora.errors import ConfigError
-from sat_lora.training.deepspeed_config import BUCKET, decisions, deepspeed_config
+from sat_lora.training.deepspeed_config import BUCKET, NEVER, decisions, deepspeed_config
+from sat_lora.training.deepspeed_file import read_deepspeed_file
 from sat_lora.training.options import parse_options
 
 AUTO = "auto"
@@ -237,6 +239,100 @@ def test_what_is_no_json_is_named_for_what_it_is(take, content, words):
     with pytest.raises(ConfigError, match=words) as error:
         take(content)
     assert str(error.value).startswith("--deepspeed_config: ")
+
+
+WRONG_EVERYWHERE = {
+    "gradient_cliping": 1,
+    "stage": 2,
+    "gradient_clipping": float("nan"),
+    "train_batch_size": "8",
+    "scheduler": 5,
+    "tensorboard": {"enabled": True, "folder": "x"},
+    "fp16": {"enabled": "maybe", "initial_scale_power": "5", "scale": 1},
+    "zero_optimization": {"stage": 7, "bucket": 3, "offload_param": {"device": "nvme", "pinned": 1}},
+    "optimizer": {"type": "SGD", "params": {"lr": "abc", "weigth_decay": 1, "betas": [float("inf"), 0.9]}},
+}
+KEYS = {"gradient_cliping", "stage", "scale", "bucket", "offload_param.pinned", "weigth_decay"}
+
+
+def test_all_that_is_wrong_is_said_at_once_and_each_thing_once(take):
+    with pytest.raises(ConfigError) as error:
+        take(json.dumps(WRONG_EVERYWHERE))
+    problems = [line.partition("ds.json: ")[2] for line in str(error.value).splitlines()]
+    for words in (
+        *(
+            '"gradient_cliping" is no entry',
+            '"stage" is no entry',
+            '"gradient_clipping" is nan',
+            '"train_batch_size" is',
+        ),
+        *('"scheduler" is 5', '"tensorboard" is refused', '"enabled" is .maybe.', '"initial_scale_power" is .5.'),
+        *("fp16.*scale: Extra", '"stage" is 7', "zero_optimization.*bucket: Extra", "offload_param.pinned: Extra"),
+        *(
+            "without an .nvme_path.",
+            "type is .SGD.",
+            '"lr" is .abc.',
+            "weigth_decay.*did you mean",
+            r"betas\.0. is inf",
+        ),
+    ):
+        assert len([problem for problem in problems if re.search(words, problem)]) == 1, words
+    assert len(problems) == 17
+
+
+def test_the_doctor_says_what_is_wrong_beside_an_unknown_key(tmp_path):
+    from sat_lora.doctor.before_run import _option_findings
+    from sat_lora.doctor.configuration import key_findings
+
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps(WRONG_EVERYWHERE))
+    options = parse_options(["--from_pretrained", "b", "--deepspeed_config", str(path)], environ={})
+    of_keys = key_findings(read_deepspeed_file(path), path)
+    assert {"unknown-key", "misplaced-key"} == {finding.code for finding in of_keys} and len(of_keys) == len(KEYS)
+    of_file = [one.seen for one in _option_findings(options, "cpu") if one.option == "--deepspeed_config"]
+    assert len(of_file) == 17 - len(KEYS) and not any(
+        "Extra inputs" in seen for seen in of_file if "tensor" not in seen
+    )
+
+
+@pytest.mark.parametrize("never", ["Infinity", '"inf"', '"Infinity"', '"auto"', "null"])
+def test_the_steps_of_accelerate_that_never_print_are_taken(take, never):
+    assert take(f'{{"steps_per_print": {never}}}')[0]["steps_per_print"] == NEVER
+
+
+STAGE_3 = {
+    "stage": 3,
+    "overlap_comm": True,
+    "sub_group_size": 1e9,
+    "reduce_bucket_size": AUTO,
+    "stage3_prefetch_bucket_size": AUTO,
+    "stage3_max_live_parameters": 1e9,
+    "stage3_gather_16bit_weights_on_model_save": True,
+    "zero_quantized_weights": False,
+    "offload_optimizer": {"device": "none", "pin_memory": True, "nvme_path": None},
+    "offload_param": {"device": "none", "nvme_path": None},
+}
+AS_FP16 = {"enabled": AUTO, "auto_cast": False, "loss_scale": 0, "initial_scale_power": 32, "hysteresis": 2}
+
+
+@pytest.mark.parametrize(
+    ("content", "stage", "precision"),
+    [
+        (
+            {"zero_optimization": STAGE_3, "fp16": AS_FP16, "bf16": {"enabled": AUTO}, "gradient_clipping": AUTO},
+            3,
+            "bf16",
+        ),
+        ({"zero_optimization": {"stage": 2, "cpu_offload": True}, "fp16": {"enabled": False}}, 2, "bf16"),  # older ones
+        ({"zero_optimization": {"stage": 3, "stage3_gather_fp16_weights_on_model_save": True}}, 3, "bf16"),
+        ({"zero_optimization": {"stage": 0, "round_robin_gradients": True}, "fp16": {"enabled": "True"}}, 0, "fp16"),
+        ({"zero_optimization": {"stage": 1, "allgather_bucket_size": 1e9}, "bf16": {"enabled": "false"}}, 1, "fp32"),
+        ({"amp": {"enabled": AUTO, "opt_level": AUTO}, "wandb": None, "hybrid_engine": {"enabled": False}}, 2, "bf16"),
+    ],
+)
+def test_files_as_trainers_write_them_are_taken(take, content, stage, precision):
+    _, options = take(content)
+    assert (options.zero_stage, options.bf16, options.fp16) == (stage, precision == "bf16", precision == "fp16")
 
 
 def test_a_byte_order_mark_is_passed_over(take):

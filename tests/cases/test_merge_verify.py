@@ -142,3 +142,15 @@ def test_the_verdict_says_what_the_precision_costs_and_the_way_out(folders, caps
 def test_an_adapter_that_does_nothing_loses_nothing(folders, capsys):
     status, said = run(capsys, *folders(std=0), "--verify")
     assert status == 0 and "verified: the weights are base plus adapter; what the adapter does" in said
+
+
+def test_it_says_what_it_does_and_how_far_that_is(folders, capsys, monkeypatch):
+    from sat_lora import progress
+
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
+    base, adapter, out = folders()
+    assert main(["merge", "--base", str(base), "--adapter", str(adapter), "--out", str(out), "--verify"]) == 0
+    said = capsys.readouterr().err
+    steps = ("1 of 3", "loading the base: 1 of", "2 of 3", "comparing weights: 1 of", "3 of 3", "merged model: 1 of")
+    places = [said.index(words) for words in steps]
+    assert places == sorted(places)

@@ -23,7 +23,8 @@ from sat_lora.training import checkpoint, run_lock, space
 from sat_lora.training.checkpoint import TENSORS, GatheredCheckpoint, newest_checkpoint, read_state
 from sat_lora.training.distributed import arrange, join
 from sat_lora.training.options import parse_options
-from sat_lora.training.run_folder import RunFolder, read_records, results_in, results_problems
+from sat_lora.training.results import results_in, results_problems
+from sat_lora.training.run_folder import RunFolder, read_records
 from sat_lora.training.run_lock import LOCK, Holder, Process, RunLock
 from sat_lora.training.saving import write_save
 from tests.distributed.ranks import run_ranks
@@ -227,7 +228,7 @@ def test_the_demo_replaces_its_own_run_alone_and_says_so(tmp_path, capsys):
     save(run, 2, None, None, 1)
     assert "--overwrite" in results_problems(demo())[0]  # nobody knows whose it is
     RunFolder(run, is_writer=True).write_settings(demo("--train-iters", "3"), world={})
-    assert results_problems(demo()) == []
+    assert results_problems(demo(), say=print) == []
     assert f"{run}: replaces the demo's run there: adapter (2), checkpoints (2)" in capsys.readouterr().out
     own = demo("--train-data", str(tmp_path), "--experiment-name", "demo")
     assert "--overwrite" in results_problems(own)[0]

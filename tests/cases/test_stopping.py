@@ -1,11 +1,14 @@
 """Kind 11, stopping: Ctrl-C at any moment is a line and 130; a lost terminal saves; a rank that hangs anywhere ends."""
 
+import contextlib
 import os
 import pty
 import signal
 import struct
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -17,6 +20,7 @@ from sat_lora.doctor.rank_state import read_states
 from sat_lora.doctor.trace import Trace
 from sat_lora.doctor.watchdog import IDLE_PAGES, Watchdog, _pages_touched
 from sat_lora.edge import GRACE, INTERRUPTED, run_command
+from sat_lora.errors import ConfigError
 from sat_lora.training.stop_signals import SIGNALS, Stopped, StopSignals, _leave_lost_terminal
 from tests.doctor import faulty_runs
 from tests.doctor.faulty_runs import run_faulty
@@ -191,6 +195,20 @@ def load_that_sleeps():
         prepare.load_cogvlm = lambda *args, **kwargs: time.sleep(600)
 
 
+def check_that_sleeps():
+    from sat_lora.training import prepare
+
+    if faulty_runs.is_culprit():
+        prepare.check_options = lambda *args, **kwargs: time.sleep(600)
+
+
+def summary_that_sleeps():
+    from sat_lora.training import finetune
+
+    if faulty_runs.is_culprit():
+        finetune.open_sources = lambda *args, **kwargs: time.sleep(600)
+
+
 def evaluation_that_sleeps():
     from sat_lora.training import evaluation
 
@@ -208,3 +226,55 @@ def test_a_rank_that_hangs_outside_of_the_loop_ends_the_run(fault, phase, captch
     assert f"in phase {phase}" in output, output[-3000:]
     assert "time.sleep(600)" in output
     assert file_of(tmp_path / "run" / "watchdog", 1, ".stacks.json").is_file()
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("fault", [check_that_sleeps, summary_that_sleeps])
+def test_a_rank_that_hangs_before_the_base_loads_ends_the_run(fault, captchas, tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    statuses, outputs, _ = run_faulty(fault, options_for(captchas, tmp_path, "--watchdog-limit", "2"), tmp_path)
+    output = "".join(outputs)
+    assert statuses == [3, 3], output[-3000:]
+    assert "in phase check" in output and "time.sleep(600)" in output, output[-3000:]
+    assert not (tmp_path / "run" / "run.json").exists()
+
+
+@pytest.fixture
+def rank_0_of_2(monkeypatch):
+    from sat_lora.doctor import watchdog
+
+    monkeypatch.setattr(watchdog.torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(watchdog.torch.distributed, "get_rank", lambda: 0)
+    monkeypatch.setattr(watchdog, "gather_lists", lambda own: own)
+    return watchdog
+
+
+@pytest.mark.parametrize("error", [None, ConfigError("a slip"), KeyboardInterrupt()])
+def test_what_is_looked_at_before_the_base_is_watched_and_leaves_nothing(rank_0_of_2, error, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    for name in ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"):
+        monkeypatch.setenv(name, "")  # put back afterwards
+        monkeypatch.delenv(name)
+    raised = pytest.raises(type(error)) if error else contextlib.nullcontext()
+    with raised, rank_0_of_2.watched_alone(60.0) as trace:
+        trace.at("check")
+        (state,) = read_states(trace.folder.parent)
+        assert (state.phase, state.world_size) == ("check", 2)
+        assert any(thread.name == "sat_lora watchdog" for thread in threading.enumerate())
+        if error:
+            raise error
+    assert list(tmp_path.iterdir()) == []
+    later = Trace(tmp_path / "run", nn.Module(), rank=0, world_size=2)  # NCCL writes beside what the run itself leaves
+    assert os.environ["TORCH_FR_DUMP_TEMP_FILE"].startswith(str(later.folder))
+
+
+def test_without_a_place_for_its_files_nothing_is_watched(rank_0_of_2, monkeypatch, caplog):
+    def no_place(*args, **more):
+        raise FileNotFoundError(2, "No usable temporary directory found in ['/gone']")
+
+    monkeypatch.setattr(tempfile, "mkdtemp", no_place)
+    with rank_0_of_2.watched_alone(60.0) as trace:
+        assert not isinstance(trace, Trace)
+    assert "no watchdog: " in caplog.text
+    with rank_0_of_2.watched_alone(0) as trace:
+        assert not isinstance(trace, Trace)

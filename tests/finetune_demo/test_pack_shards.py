@@ -73,3 +73,19 @@ def test_a_run_on_shards_ends_on_every_rank_and_resumes_bit_for_bit(captchas, tm
     assert log.count("cannot be read as an image") == 1 and ".tar/0" in log
     run("--resume", str(tmp_path / "half" / "run"), "--epochs", "1.5")
     assert losses_of(tmp_path / "half" / "run") == whole
+
+
+def test_shards_that_are_there_are_replaced_only_where_one_insists(tmp_path, capsys):
+    write_images(tmp_path / "data", ["a.png", "b.png", "c.png"])
+    out = tmp_path / "shards"
+    pack(tmp_path / "data", out, 1)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    again = [str(tmp_path / "data"), "--out", str(out), "--samples-per-shard", "2"]
+    main = load_script("pack_shards").main
+    assert main(again) == 2
+    assert "holds 3 shards (shard-000000.tar, ...); nothing was changed" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert main([str(tmp_path / "dat"), "--out", str(out), "--overwrite"]) == 2
+    assert "did you mean 'data'?" in capsys.readouterr().err and len(list(out.iterdir())) == 3
+    assert main([*again, "--overwrite"]) == 0
+    assert sorted(path.name for path in out.iterdir()) == ["shard-000000.tar", "shard-000001.tar"]

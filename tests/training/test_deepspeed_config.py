@@ -155,7 +155,7 @@ def test_nccl_without_a_gpu_becomes_gloo(merge, caplog):
         ({"zero_optimisation": {"stage": 2}}, '"zero_optimisation" is no entry .* did you mean "zero_optimization"'),
         ({"xyz": 1}, '"xyz" is no entry .*; remove it'),
         ({"optimizer": {"type": "Lion"}}, '"optimizer": type is \'Lion\', wanted "AdamW" or "Adam"'),
-        ({"zero_optimization": {"stage": 7}}, '"zero_optimization": stage: '),
+        ({"zero_optimization": {"stage": 7}}, '"zero_optimization": "stage" is 7, wanted a number: 0, 1'),
         ({"zero_optimization": {"offlod_optimizer": {}}}, '"zero_optimization": offlod_optimizer: '),
         ({"zero_optimization": 2}, '"zero_optimization" is 2, wanted an object'),
         ({"train_micro_batch_size_per_gpu": 0}, '"train_micro_batch_size_per_gpu" is 0, wanted a whole number'),

@@ -1,0 +1,84 @@
+"""What can be known to be wrong before anything slow is imported: folders and files that are not there, and a run
+folder that holds results. It needs nothing but Python's own library; `preflight` finds the rest.
+"""
+
+import os
+import socket
+import sys
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from sat_lora.edge import MISTAKE, let_first_rank_speak
+from sat_lora.errors import ConfigError, DataError
+from sat_lora.foreign import printable_lines
+from sat_lora.paths import missing_base, missing_path
+from sat_lora.training.launch import Place
+from sat_lora.training.layouts import is_shard
+from sat_lora.training.results import DATA, results_problems
+
+WANTED = "give a folder of images named LABEL.png, or a .jsonl file"
+DEMO_DATA = "finetune_demo/make_captchas.py writes the demo's data"
+
+
+def raise_problems(settings: Sequence[str], data: Sequence[str]) -> None:
+    """One ConfigError, or DataError when only the data is wrong, with all problems; nothing where there are none."""
+    problems = [*settings, *data]
+    if not problems:
+        return
+    kind = ConfigError if settings else DataError
+    several = f"{len(problems)} problems with the options:\n"
+    raise kind(problems[0] if len(problems) == 1 else several + "\n".join(f"- {one}" for one in problems))
+
+
+def check_early(
+    options: Namespace,
+    place: Place,
+    *,
+    demo_data: Path | None = None,
+    writes: bool = True,
+    more: Sequence[str] = (),
+) -> None:
+    """ConfigError or DataError with all that is known to be wrong this early.
+
+    Every rank calls it, before any waits for another. Those of the machine of rank 0 find the same and leave it to that
+    one to speak. On another machine other files may be missing: its first rank says so itself, with its name.
+    demo_data: a folder that is made where it is not there. writes: whether a run begins in `options.run_folder`.
+    more: problems that are known already.
+    """
+    settings = results_problems(options) if writes else []
+    settings += [*base_problems(options), *more]
+    data = [*data_problems(options, demo_data)]
+    try:
+        raise_problems(settings, data)
+    except (ConfigError, DataError) as error:
+        if place.rank == 0 or place.rank == place.local_rank:
+            raise
+        if place.local_rank == 0:
+            where = f"rank {place.rank} on {socket.gethostname()}"
+            print(f"{os.path.basename(sys.argv[0])}: error: {where}: {printable_lines(error)}", file=sys.stderr)
+        else:
+            let_first_rank_speak()
+        raise SystemExit(MISTAKE) from error
+
+
+def base_problems(options: Namespace) -> list[str]:
+    """That there is no base at --from_pretrained."""
+    try:
+        problem = missing_base(options.from_pretrained)
+    except OSError:  # it may not be looked for: `preflight` says so
+        return []
+    return [f"--from_pretrained: {problem}"] if problem else []
+
+
+def data_problems(options: Namespace, demo_data: Path | None = None) -> Iterator[str]:
+    """Of each path of data that leads to nothing, the sentence that says so."""
+    given = getattr(options, "given", DATA)
+    for name in DATA:
+        for path in getattr(options, name, None) or ():
+            is_made = demo_data is not None and Path(path).parent == demo_data and not demo_data.exists()
+            if is_made or (is_shard(path) and (path.startswith("pipe:") or "{" in path)):
+                continue
+            problem = missing_path(path, "mend the path or copy it" if is_shard(path) else WANTED)
+            if problem:
+                yield f"--{name.replace('_', '-')}: {problem}{'' if name in given else f'; {DEMO_DATA}'}"
