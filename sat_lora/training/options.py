@@ -240,6 +240,8 @@ def parse_options(
             values.update(valid_data=None, test_data=None)
     else:
         values["version"] = version_of(explicit["from_pretrained"]) or values["version"]
+    if "resume" in explicit:
+        _refuse_another_folder(parser, explicit)
     if "epochs" in explicit:
         values["train_iters"] = None
     if "train_iters" in explicit:
@@ -250,6 +252,25 @@ def parse_options(
         values["experiment_name"] = "replay"
     values["run_folder"] = values["resume"] or str(Path(values["save"] or "runs") / values["experiment_name"])
     return argparse.Namespace(**values, given=given)
+
+
+def _refuse_another_folder(parser: argparse.ArgumentParser, explicit: Mapping[str, object]) -> None:
+    """A run goes on where it is: end with an error where --save or --experiment-name name another folder."""
+    given = [name for name in ("save", "experiment_name") if name in explicit]
+    run, save, name = Path(os.path.abspath(explicit["resume"])), explicit.get("save"), explicit.get("experiment_name")
+    if len(given) == 2:
+        fits = os.path.realpath(Path(save) / name) == os.path.realpath(run)
+    elif name is not None:
+        parts = Path(name).parts
+        fits = run.parts[-len(parts) :] == parts
+    else:
+        fits = save is None or any(os.path.realpath(folder) == os.path.realpath(save) for folder in run.parents)
+    if not fits:
+        shown = " ".join(f"{option_names()[one]} {printable(explicit[one])}" for one in given)
+        parser.error(
+            f"{shown}: --resume goes on in {printable(explicit['resume'])} itself; leave it out, or copy that folder "
+            "and resume the copy"
+        )
 
 
 def settings_of_run(folder: str | Path) -> dict:

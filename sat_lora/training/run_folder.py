@@ -26,6 +26,8 @@ RUN, LOG, EVALUATION = "run.json", "train.jsonl", "evaluation.json"
 DATA = ("train_data", "valid_data", "test_data")
 PATHS = ("from_pretrained", "local_tokenizer", *DATA, "deepspeed_config", "save")
 FOLDERS = ("adapter", "checkpoints")
+PICTURE, EVENTS = "loss.png", "tensorboard"
+EVENTS_BEGIN = 84  # bytes of a TensorBoard file to which no value was added, at most; one value takes 48
 LOG_LIMIT = 1 << 30  # bytes of a train.jsonl; a line of it has some 200
 PACKAGES = ("sat_lora", "torch", "deepspeed", "SwissArmyTransformer", "transformers")
 
@@ -58,7 +60,7 @@ def results_in(folder: str | Path) -> list[str]:
     """What a run, or anyone, has left in a run folder and would not get back: names, with the steps of adapters and
     checkpoints.
 
-    run.json and the log of a run that has saved nothing and logged no step are none.
+    run.json and the logs of a run that has saved nothing and logged no step are none.
     """
     folder = Path(folder)
     results = []
@@ -71,9 +73,20 @@ def results_in(folder: str | Path) -> list[str]:
     log = folder / LOG
     if log.exists() and (not log.is_file() or log.stat().st_size):
         results.append(LOG)
+    picture = folder / PICTURE
+    if picture.is_file() and picture.stat().st_size:
+        results.append(PICTURE)
+    if any(map(_has_events, (folder / EVENTS).glob("**/*"))):
+        results.append(EVENTS)
     if (folder / RUN).exists() and (results or not log.exists()):
         results.append(RUN)
     return results
+
+
+def _has_events(path: Path) -> bool:
+    """Whether it is a file that holds more than how a TensorBoard file of a run begins."""
+    is_ours = path.name.startswith("events.out.tfevents.")
+    return path.is_file() and path.stat().st_size > (EVENTS_BEGIN if is_ours else 0)
 
 
 def _evaluations(folder: Path) -> list[Path]:
@@ -150,6 +163,13 @@ class RunFolder:
             remove_all(folder)
         for path in (self.path / RUN, self.path / LOG, *_evaluations(self.path)):
             path.unlink(missing_ok=True)
+        if (self.path / PICTURE).is_file():
+            (self.path / PICTURE).unlink()
+        self._remove_events()
+
+    def _remove_events(self) -> None:
+        if (self.path / EVENTS).is_dir():  # a pipe would be waited for
+            shutil.rmtree(self.path / EVENTS)
 
     def set_back(self, step: int, best_step: int | None) -> None:
         """Let the adapters' pointers say what holds at `step`, which the run goes on from.
@@ -209,10 +229,10 @@ class RunFolder:
         broken = (one for one in self.records if isinstance(one.get("broken"), str))
         self.broken = {one["broken"]: str(one.get("reason")) for one in broken}
         with self.optional("tensorboard"):
-            if start_step == 0 and (self.path / "tensorboard").is_dir():  # a pipe would be waited for
-                shutil.rmtree(self.path / "tensorboard")
+            if start_step == 0:
+                self._remove_events()
             # What TensorBoard has from after the step that a run goes on from is not of this run.
-            self._events = EventFile(self.path / "tensorboard", start_step + 1 if start_step else None)
+            self._events = EventFile(self.path / EVENTS, start_step + 1 if start_step else None)
         self._progress = Progress(total_steps, start_step)
 
     def _reopen_logs(self) -> None:
@@ -226,7 +246,7 @@ class RunFolder:
         with self.optional("train.jsonl"):
             self._write_lines(self.records)
         with self.optional("tensorboard"):
-            self._events = EventFile(self.path / "tensorboard")
+            self._events = EventFile(self.path / EVENTS)
 
     def _open_lines(self, start_step: int) -> None:
         """OSError, ValueError: what is there cannot be read, and is left as it is, or nothing can be written."""
@@ -330,7 +350,7 @@ class RunFolder:
         """loss.png, of every record so far; on any thread, one at a time."""
         if self.is_writer and self.records:
             with self.optional("loss.png"):
-                draw_losses(list(self.records), self.path / "loss.png", self.title)
+                draw_losses(list(self.records), self.path / PICTURE, self.title)
 
     def close(self) -> None:
         """Draw loss.png, say how many images were skipped, and close the logs. A second call does nothing.
