@@ -57,6 +57,11 @@ class SatFolder:
         if not folder.exists():
             raise CheckpointError(f"{folder} is not a SAT model folder: it does not exist{_advice(folder)}")
         missing = [name for name in PARTS if not (folder / name).is_file()]
+        if missing == ["latest"] and (step := _step_with_weights(folder)):
+            raise CheckpointError(
+                f"{folder} is not a SAT model folder: missing latest, a text file with the name of the folder of the "
+                f"weights; write {printable(step)} into one, or copy it from where the weights are from"
+            )
         if missing:
             raise CheckpointError(
                 f"{folder} is not a SAT model folder: looked for {', '.join(PARTS)} and "
@@ -76,6 +81,9 @@ class SatFolder:
 
     def files(self) -> list[Path]:
         """The files of the newest step, one per model-parallel rank, in rank order."""
+        instead = stand_in(self.path / "latest")
+        if instead is not None:
+            raise CheckpointError(f"{self.path / 'latest'}: cannot be read: {instead}")
         try:
             step = read_bytes(self.path / "latest", NAME_LIMIT).decode("utf-8-sig", "replace").strip()
         except (OSError, ValueError) as error:
@@ -88,10 +96,14 @@ class SatFolder:
         home = self.path / step
         files = sorted(home.glob("mp_rank_*_model_states.pt")) if step else []
         numbers = [file.name.split("_")[2] for file in files]
+        if step and not home.is_dir():
+            raise CheckpointError(
+                f"{self.path}: `latest` says {step!r}, and there is no such folder in it; found: {listing(self.path)}"
+            )
         if not files or numbers != [f"{rank:02d}" for rank in range(len(files))]:
             raise CheckpointError(
                 f"{self.path}: `latest` says {step!r}, so {home}/mp_rank_00_model_states.pt (and 01, 02, ... without "
-                f"gaps) should be there; found {[file.name for file in files] or listing(home)}"
+                f"gaps) should be there; found {[file.name for file in files] or listing(home)}{_unfinished(home)}"
             )
         return files
 
@@ -119,6 +131,21 @@ class SatFolder:
     def own_name(self, name: str) -> str | None:
         """What a parameter is called in the files."""
         return name
+
+
+def _step_with_weights(folder: Path) -> str | None:
+    """The name of the folder in there that has weights; None where there is none, or several."""
+    steps = [name for name in _names_in(folder) if (folder / name / "mp_rank_00_model_states.pt").is_file()]
+    return steps[0] if len(steps) == 1 else None
+
+
+def _unfinished(home: Path) -> str:
+    """What to do about weights in there that lie under another suffix."""
+    others = [name for name in _names_in(home) if name.startswith("mp_rank_") and not name.endswith(".pt")]
+    if not others:
+        return ""
+    is_packed = Path(others[0]).suffix in ARCHIVES
+    return f"; {printable(others[0])} {'is packed: unpack it' if is_packed else 'is a download that did not end'}"
 
 
 def _advice(folder: Path) -> str:
@@ -217,6 +244,11 @@ def weight_problems(state: dict) -> list[str]:
         return [
             f"it was trained with SAT's lora2 ({printable(pairs[0])}, ...); make an adapter of it with `sat-lora "
             "import --from lora2`, and give the base that it was trained on here"
+        ]
+    if state and all(str(name).startswith("module.") for name in state):
+        return [
+            "each of its names begins with `module.`, as those of a model wrapped for data parallelism do; save the "
+            "state dict of the model inside"
         ]
     return [
         f"{printable(name)}: dtype {tensor.dtype}; weights are float32, bfloat16, float16 or float64, and a quantised "

@@ -34,7 +34,8 @@ def size_problems(config: dict) -> list[str]:
     vit = config.get("eva_args", {})
     if not isinstance(vit, dict):
         return [*_problems(config, ""), f"eva_args is {_shown(vit)}, wanted an object"]
-    return [*_problems(config, ""), *_problems(vit, "eva_args."), *_image_problems(vit)]
+    problems = [*_problems(config, ""), *_problems(vit, "eva_args."), *_image_problems(vit)]
+    return problems or [*_length_problems(config, vit)]
 
 
 def head_problems(config: dict) -> list[str]:
@@ -68,8 +69,21 @@ def _image_problems(vit: dict) -> Iterator[str]:
     size, patch = vit.get("image_size", [1, 1]), vit.get("patch_size", 1)
     if not isinstance(size, list) or len(size) != 2 or any(type(n) is not int or not 0 < n <= LARGEST for n in size):
         yield f"eva_args.image_size is {_shown(size)}, wanted two whole numbers above 0"
-    elif type(patch) is int and patch > min(size):
+    elif "image_size" in vit and type(patch) is int and patch > min(size):
         yield f"eva_args.patch_size is {patch}, more than the image's {min(size)}"
+
+
+def _length_problems(config: dict, vit: dict) -> Iterator[str]:
+    """Of a config whose sizes are such: places in the text for other than all patches would take those of the next
+    image.
+    """
+    if "image_length" in config and "image_size" in vit and "patch_size" in vit:
+        height, width = (side // vit["patch_size"] for side in vit["image_size"])
+        if config["image_length"] != height * width:
+            yield (
+                f"image_length is {config['image_length']}, and an image of {vit['image_size']} in patches of "
+                f"{vit['patch_size']} has {height * width}"
+            )
 
 
 def _shown(value: object) -> str:

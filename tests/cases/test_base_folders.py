@@ -170,6 +170,8 @@ SIZES = {
     "patches of nothing": ({"eva_args": {**CONFIG["eva_args"], "patch_size": 0}}, "eva_args.patch_size is 0"),
     "an order of norms that is none": ({"layernorm_order": "middle\x1b[2J"}, r"layernorm_order is 'middle\\x1b"),
     "an epsilon that is text": ({"layernorm_epsilon": "1e-5"}, "layernorm_epsilon is '1e-5'"),
+    "places for fewer patches than there are": ({"image_length": CONFIG["image_length"] - 1}, "image_length is .* has"),
+    "patches larger than a place was left for": ({"image_length": 1}, r"image_length is 1, and an image of \["),
     "layers of the vision transformer": ({"eva_args": {**CONFIG["eva_args"], "num_layers": 63}}, "num_layers 63, its"),
 }  # fmt: skip
 
@@ -184,14 +186,14 @@ def test_a_size_that_cannot_be_is_named_before_a_model_is_built(sat, case):
 
 @pytest.mark.parametrize(
     "name",
-    ["max_sequence_length", "layernorm_order", "eva_args.num_layers", "eva_args.pre_len", "eva_args.in_channels"],
+    ["max_sequence_length", "layernorm_order", "hidden_size", "eva_args.num_layers", "eva_args.image_size"],
 )
 def test_a_size_that_is_missing_is_named(sat, name):
     config = json.loads(json.dumps(CONFIG))
     *path, leaf = name.split(".")
     del (config[path[0]] if path else config)[leaf]
     (sat / "model_config.json").write_text(json.dumps(config))
-    refused(sat, f"the model config lacks {name}", load_cogvlm)
+    refused(sat, f"{sat}: the model config lacks {name}; it is not", load_cogvlm, check_files)
 
 
 HF_SIZES = {
@@ -231,6 +233,28 @@ def test_latest_names_a_folder_in_there_or_nothing(sat, case):
     shutil.copytree(sat / "release", sat.parent / "other")
     (sat / "latest").write_text(text)
     refused(sat, message)
+
+
+def test_what_latest_has_to_say_is_said(sat):
+    (step,) = [path.parent for path in sat.glob("*/mp_rank_00_model_states.pt")]
+    (sat / "latest").write_text(POINTER)
+    refused(sat, "latest: cannot be read: it is a pointer of git LFS")
+    (sat / "latest").write_text("1000")
+    refused(sat, f"`latest` says '1000', and there is no such folder in it; found: .*{step.name}")
+    (sat / "latest").unlink()
+    refused(sat, f"missing latest, a text file with the name .*; write {step.name} into one")
+
+
+@pytest.mark.parametrize("suffix, words", [(".aria2", "download that did not end"), (".zip", "is packed: unpack it")])
+def test_weights_under_another_suffix_are_named(sat, suffix, words):
+    (file,) = sat.glob("*/mp_rank_00_model_states.pt")
+    file.rename(f"{file}{suffix}")
+    refused(sat, f"{file.name}{suffix} .*{words}")
+
+
+def test_names_of_a_wrapped_model_are_one_problem(sat, state):
+    save_weights(sat, CONFIG, {f"module.{name}": tensor for name, tensor in state.items()})
+    refused(sat, "each of its names begins with `module.`", check_files, load_cogvlm)
 
 
 @pytest.mark.parametrize("place", ["../outside.safetensors", "/etc/outside.safetensors", "sub/outside.safetensors"])
