@@ -34,8 +34,7 @@ def size_problems(config: dict) -> list[str]:
     vit = config.get("eva_args", {})
     if not isinstance(vit, dict):
         return [*_problems(config, ""), f"eva_args is {_shown(vit)}, wanted an object"]
-    problems = [*_problems(config, ""), *_problems(vit, "eva_args."), *_image_problems(vit)]
-    return problems or [*_length_problems(config, vit)]
+    return [*_problems(config, ""), *_problems(vit, "eva_args."), *_image_problems(vit)]
 
 
 def head_problems(config: dict) -> list[str]:
@@ -47,6 +46,17 @@ def head_problems(config: dict) -> list[str]:
         for prefix, sizes in sections.items()
         if sizes["hidden_size"] % sizes["num_attention_heads"]
     ]
+
+
+def image_length_problem(config: dict) -> str | None:
+    """Where the text has not as many places for an image as it has patches, which then would take those of the next
+    image; of a config that `missing_sizes` and `size_problems` found right.
+    """
+    size, patch = config["eva_args"]["image_size"], config["eva_args"]["patch_size"]
+    patches = (size[0] // patch) * (size[1] // patch)
+    if config["image_length"] == patches:
+        return None
+    return f"image_length is {config['image_length']}, and an image of {size} in patches of {patch} has {patches}"
 
 
 def _problems(sizes: dict, prefix: str) -> Iterator[str]:
@@ -71,19 +81,6 @@ def _image_problems(vit: dict) -> Iterator[str]:
         yield f"eva_args.image_size is {_shown(size)}, wanted two whole numbers above 0"
     elif "image_size" in vit and type(patch) is int and patch > min(size):
         yield f"eva_args.patch_size is {patch}, more than the image's {min(size)}"
-
-
-def _length_problems(config: dict, vit: dict) -> Iterator[str]:
-    """Of a config whose sizes are such: places in the text for other than all patches would take those of the next
-    image.
-    """
-    if "image_length" in config and "image_size" in vit and "patch_size" in vit:
-        height, width = (side // vit["patch_size"] for side in vit["image_size"])
-        if config["image_length"] != height * width:
-            yield (
-                f"image_length is {config['image_length']}, and an image of {vit['image_size']} in patches of "
-                f"{vit['patch_size']} has {height * width}"
-            )
 
 
 def _shown(value: object) -> str:

@@ -12,10 +12,11 @@ from sat_lora.cogvlm.checkpoint import load_cogvlm
 from sat_lora.cogvlm.generation import generate
 from sat_lora.cogvlm.model import CogVLMModel
 from sat_lora.cogvlm.pictures import MAX_PIXELS
+from sat_lora.cogvlm.sizes import image_length_problem
 from sat_lora.cogvlm.text import Sample, load_tokenizer
 from sat_lora.cogvlm.tokens import first_tokens
 from sat_lora.doctor.trace import NO_TRACE, NoTrace
-from sat_lora.errors import ConfigError, DataError
+from sat_lora.errors import CheckpointError, ConfigError, DataError
 from sat_lora.foreign import printable, read_json
 from sat_lora.mixin import lora_mixins
 from sat_lora.progress import shown
@@ -72,6 +73,9 @@ def evaluate_adapter(
         model_parallel_size=options.model_parallel_size,
         trust=options.trust_checkpoint,
     )
+    problem = image_length_problem(config)
+    if problem:
+        raise CheckpointError(f"--from_pretrained: {options.from_pretrained}: {problem}; copy its config again")
     if adapter is not None:
         load_adapter(model, adapter, any_base=any_base)
     dataset = ImageTextDataset(

@@ -13,8 +13,11 @@ from sat_lora import CheckpointError, ConfigError
 from sat_lora.cogvlm.base_weights import BaseWeights
 from sat_lora.cogvlm.checkpoint import check_files, load_cogvlm, open_folder, read_config, save_weights
 from sat_lora.cogvlm.hugging_face_folder import ROTARY, make_hugging_face_weights
+from sat_lora.cogvlm.sizes import image_length_problem
 from sat_lora.cogvlm.text import load_tokenizer
 from sat_lora.foreign import is_lfs_pointer
+from sat_lora.training.options import parse_options
+from sat_lora.training.preflight import option_problems
 from tests.conftest import write_character_tokenizer
 from tests.sat_files import FILE, cut_by_sat, write_step
 from tests.tiny import CONFIG, tiny_model
@@ -170,8 +173,6 @@ SIZES = {
     "patches of nothing": ({"eva_args": {**CONFIG["eva_args"], "patch_size": 0}}, "eva_args.patch_size is 0"),
     "an order of norms that is none": ({"layernorm_order": "middle\x1b[2J"}, r"layernorm_order is 'middle\\x1b"),
     "an epsilon that is text": ({"layernorm_epsilon": "1e-5"}, "layernorm_epsilon is '1e-5'"),
-    "places for fewer patches than there are": ({"image_length": CONFIG["image_length"] - 1}, "image_length is .* has"),
-    "patches larger than a place was left for": ({"image_length": 1}, r"image_length is 1, and an image of \["),
     "layers of the vision transformer": ({"eva_args": {**CONFIG["eva_args"], "num_layers": 63}}, "num_layers 63, its"),
 }  # fmt: skip
 
@@ -233,6 +234,16 @@ def test_latest_names_a_folder_in_there_or_nothing(sat, case):
     shutil.copytree(sat / "release", sat.parent / "other")
     (sat / "latest").write_text(text)
     refused(sat, message)
+
+
+@pytest.mark.parametrize("length", [1, 8, 10])
+def test_places_for_other_than_all_patches_are_an_error_before_a_run(sat, length):
+    (sat / "model_config.json").write_text(json.dumps({**CONFIG, "image_length": length}))
+    said = f"{sat}: image_length is {length}, and an image of [21, 21] in patches of 7 has {CONFIG['image_length']}"
+    options = parse_options(["--from_pretrained", str(sat), "--train-data", str(sat)], environ={})
+    problems, _ = option_problems(options, {}, "cpu")
+    assert any(said in problem for problem in problems)
+    assert image_length_problem(CONFIG) is None
 
 
 def test_what_latest_has_to_say_is_said(sat):
