@@ -72,10 +72,8 @@ def _refuse_what_is_no_base(source: SatFolder | HuggingFaceFolder, state: dict) 
     config = source.config()
     missing = missing_sizes(config)
     if missing:
-        raise CheckpointError(
-            f"{source.path}: the model config lacks {', '.join(missing)}; it is not a CogVLM config, or not all of it is "
-            "there; copy it again"
-        )
+        lacking = f"{source.path}: the model config lacks {', '.join(missing)}"
+        raise CheckpointError(f"{lacking}; it is not a CogVLM config, or not all of it is there; copy it again")
     for prefix, wanted in (("", config), (f"{VIT}.", config.get("eva_args", {}))):
         numbers = [re.match(re.escape(prefix) + r"transformer\.layers\.(\d{1,9})\.", str(name)) for name in state]
         layers = 1 + max((int(number[1]) for number in numbers if number), default=-1)
