@@ -24,6 +24,7 @@ from sat_lora.weight_files import Layout, make_sat_file
 PARTS = ("latest", "model_config.json")
 NAME_LIMIT = 1 << 12  # bytes of `latest`
 ARCHIVES = {".zip", ".tar", ".gz", ".tgz", ".7z", ".rar", ".bz2", ".xz", ".zst"}
+_CUT_BY_COLUMNS = "transformer.layers.0.attention.dense"
 LORA2 = re.compile(r"\.matrix_[AB]\.\d+$")
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -110,13 +111,19 @@ class SatFolder:
     def check(self, state: dict[str, torch.Tensor]) -> None:
         """CheckpointError if the first file, which holds `state`, is one rank's and those of others are missing."""
         content, files = self.config(), self.files()
-        ranks, rows = content.get("model_parallel_size", 1), content.get("vocab_size")
-        head = state.get("mixins.lm.lm_head.weight")
-        if ranks > len(files) and torch.is_tensor(head) and head.dim() == 2 and len(head) * ranks == rows:
+        rows, columns = (_size(state, name, dim) for name, dim in (("mixins.lm.lm_head", 0), (_CUT_BY_COLUMNS, 1)))
+        vocabulary, hidden = content.get("vocab_size", 0), content.get("hidden_size")
+        ranks = vocabulary // rows if rows else 1
+        is_said = content.get("model_parallel_size") == ranks
+        is_part = rows * ranks == vocabulary and (is_said or columns * ranks == hidden)
+        if ranks > len(files) and is_part:
             lost = [f"mp_rank_{rank:02d}_model_states.pt" for rank in range(len(files), ranks)]
+            why = "the first is cut for so many"
+            if is_said:
+                why = f"model_config.json says model_parallel_size {ranks}"
             raise CheckpointError(
-                f"{files[0].parent} has {len(files)} of {ranks} files: model_config.json says model_parallel_size "
-                f"{ranks}, and {', '.join(lost[:8])} {'is' if len(lost) == 1 else 'are'} missing; copy all of them"
+                f"{files[0].parent} has {len(files)} of {ranks} files: {why}, and {', '.join(lost[:8])} "
+                f"{'is' if len(lost) == 1 else 'are'} missing; copy all of them"
             )
 
     @property
@@ -131,6 +138,12 @@ class SatFolder:
     def own_name(self, name: str) -> str | None:
         """What a parameter is called in the files."""
         return name
+
+
+def _size(state: dict, name: str, dim: int) -> int:
+    """Of a linear's weight; 0 where there is none."""
+    weight = state.get(f"{name}.weight")
+    return weight.shape[dim] if torch.is_tensor(weight) and weight.dim() == 2 else 0
 
 
 def _step_with_weights(folder: Path) -> str | None:

@@ -127,9 +127,14 @@ def test_a_lost_file_of_a_rank_is_counted(sat):
     first, second = ({"module": part} for part in cut_by_sat(tiny_model(), 2))
     (sat / "model_config.json").write_text(json.dumps({**CONFIG, "model_parallel_size": 2}))
     write_step(sat, first)
-    refused(sat, "has 1 of 2 files: .*mp_rank_01_model_states.pt is missing; copy all of them")
+    refused(sat, "has 1 of 2 files: model_config.json .*mp_rank_01_model_states.pt is missing; copy all of them")
+    (sat / "model_config.json").write_text(json.dumps({**CONFIG, "model_parallel_size": 1}))  # as some copies say
+    refused(sat, "has 1 of 2 files: the first is cut for so many, and mp_rank_01_model_states.pt is missing")
     write_step(sat, first, second)
     check_files(sat)
+    (sat / "model_config.json").write_text(json.dumps({**CONFIG, "vocab_size": 2 * CONFIG["vocab_size"]}))
+    write_step(sat, {"module": tiny_model().state_dict()})
+    refused(sat, "lm_head.weight: shape", load_cogvlm)
 
 
 def test_a_whole_file_under_a_config_of_two_ranks_still_loads(sat):
