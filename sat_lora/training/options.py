@@ -216,6 +216,10 @@ def parse_options(
         parser.error("--overwrite and --resume: the one removes what the other goes on with; give one of them")
     if "any_data" in explicit and "resume" not in explicit:
         parser.error("--any-data: a run that starts takes any data; it is for --resume")
+    for name in ("save", "experiment_name"):
+        if not explicit.get(name, "x").strip():
+            got = f"{option_names()[name]}: got {explicit[name]!r}"
+            parser.error(f"{got}, wanted a name; is a variable of the shell empty?")
     try:
         place = find_place(environ)
     except ConfigError as error:  # on every rank: which one this is, is what is wrong

@@ -514,3 +514,11 @@ def test_a_run_goes_on_in_its_own_folder_and_no_option_says_otherwise(more, fits
     with pytest.raises(SystemExit) as stop:
         parse_options(argv, environ={})
     assert stop.value.code == 2 and f"{more[0]} {more[1]}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--save", "--experiment-name"])
+@pytest.mark.parametrize("value", ["", " "])
+def test_an_empty_name_is_no_run_among_all_others(option, value, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse_options([option, value], environ={})
+    assert stop.value.code == 2 and f"{option}: got {value!r}" in capsys.readouterr().err
