@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Collection, Iterable
 
 from sat_lora.errors import ConfigError
-from sat_lora.foreign import printable
+from sat_lora.foreign import name_problem, printable
 from sat_lora.progress import shown
 
 ANY_BASE = "take a base that the adapter was not trained on"
@@ -25,6 +25,10 @@ def bar(what: str, unit: str) -> Callable[[Collection], Iterable]:
 
 
 def refuse_existing(out: str) -> None:
-    """ConfigError before anything slow is imported, if something lies at `--out`: commands write new folders."""
+    """ConfigError before anything slow is imported, if something lies at `--out`, since commands write new folders, or
+    if what they write could not be read there.
+    """
     if os.path.lexists(out):
         raise ConfigError(f"--out: {printable(out)} exists; give a new folder")
+    if problem := name_problem(out):
+        raise ConfigError(f"--out: {printable(out)}: {problem}; give another folder")

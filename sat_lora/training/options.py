@@ -15,7 +15,7 @@ from pathlib import Path
 
 from sat_lora.cogvlm.prompts import PROMPTS
 from sat_lora.errors import ConfigError
-from sat_lora.foreign import printable, read_json
+from sat_lora.foreign import name_problem, printable, read_json
 from sat_lora.option_parser import OptionParser
 from sat_lora.training.defaults import (
     DEFAULTS,
@@ -255,6 +255,10 @@ def parse_options(
     if values["replay"]:
         values["experiment_name"] = "replay"
     values["run_folder"] = values["resume"] or str(Path(values["save"] or "runs") / values["experiment_name"])
+    problem = name_problem(values["run_folder"])
+    if problem and not (values["doctor"] or values["replay"]):
+        option = "resume" if values["resume"] else "save"
+        parser.error(f"--{option}: {printable(values['run_folder'])}: {problem}; give another folder, or rename it")
     return argparse.Namespace(**values, given=given)
 
 

@@ -93,6 +93,12 @@ def _base_and_prompt_problems(options: Namespace, environ: Mapping[str, str]) ->
             yield str(error)
     if tokenizer is None or config is None:
         return
+    try:
+        options.prompt.encode()
+    except UnicodeEncodeError:
+        shown = printable(options.prompt)
+        yield f"--prompt: {shown} holds half a character, or bytes that are no UTF-8; write it anew"
+        return
     missing = [name for name in ("bos_token_id", "eos_token_id") if getattr(tokenizer, name, None) is None]
     if missing:
         yield f"--local_tokenizer: {options.local_tokenizer} has no {' and no '.join(missing)}; give the base's own"

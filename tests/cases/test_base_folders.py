@@ -251,6 +251,12 @@ def test_places_for_other_than_all_patches_are_an_error_before_a_run(sat, length
     assert image_length_problem(CONFIG) is None
 
 
+@pytest.mark.parametrize("prompt", ["what \udcff?", "\ud83d"])
+def test_a_prompt_that_is_no_text_is_an_error_of_its_option(prompt):
+    problems, _ = option_problems(parse_options(["--prompt", prompt], environ={}), {}, "cpu")
+    assert sum("--prompt: " in problem and "no UTF-8" in problem for problem in problems) == 1
+
+
 def test_what_latest_has_to_say_is_said(sat):
     (step,) = [path.parent for path in sat.glob("*/mp_rank_00_model_states.pt")]
     (sat / "latest").write_text(POINTER)

@@ -16,6 +16,7 @@ import torch
 
 from sat_lora import adapter_format, atomic
 from sat_lora.adapter_format import SavedAdapter, read_adapter
+from sat_lora.commands.parts import refuse_existing
 from sat_lora.config import LoraConfig
 from sat_lora.errors import AdapterError, ConfigError
 from sat_lora.step_folders import BEST, LATEST, read_pointer
@@ -522,3 +523,20 @@ def test_an_empty_name_is_no_run_among_all_others(option, value, capsys):
     with pytest.raises(SystemExit) as stop:
         parse_options([option, value], environ={})
     assert stop.value.code == 2 and f"{option}: got {value!r}" in capsys.readouterr().err
+
+
+def test_a_run_begins_nowhere_where_its_weights_could_not_be_read(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    name = os.fsdecode(b"r\xff")
+    with pytest.raises(SystemExit) as stop:
+        parse_options(["--save", name, "--experiment-name", "mine"], environ={})
+    assert stop.value.code == 2 and r"--save: r\udcff/mine: its name is no UTF-8" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match=r"--out: r\\udcff: its name is no UTF-8"):
+        refuse_existing(name)
+    for good in ("\u9a8c\u8bc1", "a b"):
+        assert parse_options(["--save", good], environ={}).run_folder == f"{good}/demo"
+        refuse_existing(good)
+    os.mkdir(name)
+    os.chdir(name)
+    with pytest.raises(SystemExit):
+        parse_options([], environ={})
