@@ -4,7 +4,7 @@
     deepspeed --num_gpus 8 finetune_demo/evaluate_cogvlm.py --from_pretrained BASE --adapter ADAPTER --test-data IMAGES
 
 Several ranks share the images. Prints a table and writes it to --out, or into the run folder of the adapter as
-evaluation.json; an adapter or a base that is not that run's goes to evaluation-2.json, and so on.
+evaluation.json; what is of another adapter, base or test data than the evaluation there goes to evaluation-2.json, ...
 """
 
 import argparse
@@ -169,9 +169,10 @@ def _evaluate(argv: list[str] | None) -> int:
         result = together(evaluate_adapter, options, options.adapter, world, trace=trace, any_base=any_base)
         together(lambda: write_evaluation(out, result, options, options.adapter) if world.is_main else None)
     if world.is_main:
-        is_own = run or options.out or not options.adapter
-        why = "" if is_own else "; evaluation.json of a run is for its own adapter and base"
-        print(f"{evaluation_table(result)}\nwritten to {out}{why if out.name != 'evaluation.json' else ''}", flush=True)
+        why = ""
+        if not options.out and options.adapter and out.name != "evaluation.json":
+            why = "; evaluation.json is another evaluation's"
+        print(f"{evaluation_table(result)}\nwritten to {out}{why}", flush=True)
     stop()
     return 0
 

@@ -7,6 +7,7 @@ import argparse
 import json
 import shlex
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,17 +18,36 @@ def pack_shards(
     """Write the items of `data`, in their order; returns (what --train-data takes, samples). reading: of `read_items`.
 
     A sample is KEY.json {"prompt", "answer"} and the image's file as it is, with its own suffix, or with that of its
-    format where it has none that is known. DataError: an image is missing, or is no file.
+    format where it has none that is known. DataError: an image is missing, or is no file; there is nothing to pack; or
+    `out` holds shards, which stay. Nothing is in `out` before all of it is.
     """
+    from sat_lora.errors import DataError
+    from sat_lora.foreign import printable
+    from sat_lora.training.data import read_items
+
+    out = Path(out)
+    there = sorted(path.name for path in out.glob("shard-*.tar"))
+    if there:
+        raise DataError(f"--out: {printable(out)} holds shards ({there[0]} to {there[-1]}); give a new folder")
+    items = read_items(data, **reading)
+    if not items:
+        raise DataError(f"{printable(', '.join(map(str, data)))}: no samples there, so there is nothing to pack")
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out, prefix=".packing-") as draft:
+        _write(items, Path(draft), samples_per_shard)
+        for path in sorted(Path(draft).iterdir()):
+            path.rename(out / path.name)
+    last = (len(items) - 1) // samples_per_shard
+    numbers = f"{{000000..{last:06d}}}" if last else "000000"
+    return str(out / f"shard-{numbers}.tar"), len(items)
+
+
+def _write(items: Sequence, folder: Path, samples_per_shard: int) -> None:
     from webdataset import ShardWriter  # seconds of imports, that a wrong option does without
 
     from sat_lora.cogvlm.pictures import SUFFIXES, suffix_of
-    from sat_lora.training.data import read_items
 
-    items, out = read_items(data, **reading), Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    last = max(0, (len(items) - 1) // samples_per_shard)
-    with ShardWriter(str(out / "shard-%06d.tar"), maxcount=samples_per_shard, maxsize=1e12, verbose=0) as writer:
+    with ShardWriter(str(folder / "shard-%06d.tar"), maxcount=samples_per_shard, maxsize=1e12, verbose=0) as writer:
         for number, item in enumerate(items):
             texts = {"answer": item.answer, **({"prompt": item.prompt} if item.prompt is not None else {})}
             content = json.dumps(texts, ensure_ascii=not all(map(_is_unicode, texts.values()))).encode()
@@ -37,8 +57,6 @@ def pack_shards(
                 suffix = item.image.suffix.lower()
                 sample[(suffix if suffix in SUFFIXES else suffix_of(content))[1:]] = content
             writer.write(sample)
-    numbers = f"{{000000..{last:06d}}}" if last else "000000"
-    return str(out / f"shard-{numbers}.tar"), len(items)
 
 
 def _is_unicode(text: str) -> bool:

@@ -11,6 +11,8 @@ import torch
 from sat_lora.adapter_format import LARGEST_SCALE, MAGNITUDE, PAIR, SavedAdapter, read_adapter, tensor_problems
 from sat_lora.base_identity import BaseIdentity
 from sat_lora.errors import AdapterError, ConfigError
+from sat_lora.foreign import printable
+from sat_lora.training.notice import warn
 
 METHODS, MAJORITY_SIGNS = ("cat", "linear", "svd", "ties"), ("total", "frequency")
 WHOLE = "whole"
@@ -80,7 +82,8 @@ def read_sources(
 ) -> list[Source]:
     """The adapters, each read once. AdapterError lists everything that keeps them from being combined.
 
-    any_base: they may be of different bases.
+    any_base: they may be of different bases. A warning where an adapter, of an older version, knows too little of its
+    own.
     """
     sources, problems = [], []
     for folder, weight in zip(folders, weights):
@@ -94,6 +97,13 @@ def read_sources(
     for name, holders in by_layer(sources).items():
         problems += [f"{name}: {problem}" for problem in _disagreements(name, holders, method)]
     refuse(problems)
+    silent = [str(s.folder) for s in sources if s.saved.base is None or s.saved.base.values is None]
+    if silent and len(sources) > 1 and not any_base:
+        verb = "was" if len(silent) == 1 else "were"
+        warn(
+            f"{printable(', '.join(silent))} {verb} written by a version that kept names and shapes of its base alone: "
+            "nobody can say whether all of these adapters are of one base"
+        )
     return sources
 
 

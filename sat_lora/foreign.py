@@ -35,6 +35,15 @@ def printable_lines(text: object) -> str:
     return "\n".join(map(printable, str(text).split("\n")))
 
 
+def name_problem(path: str | Path) -> str | None:
+    """Why weights that were written at `path` could not be read there again: safetensors takes UTF-8 alone."""
+    try:
+        os.path.abspath(path).encode()
+    except UnicodeEncodeError:
+        return "its name is no UTF-8, and no weights can be read under such a name"
+    return None
+
+
 def os_problem(error: OSError) -> str:
     """An OSError that names a file or a folder as one line: what could not be used, why, and what to do if it is known.
     """

@@ -13,6 +13,7 @@ from torch import nn
 from sat_lora.cogvlm.hugging_face_folder import INDEX, SINGLE, HuggingFaceFolder
 from sat_lora.cogvlm.model import VIT, CogVLMModel, build_cogvlm
 from sat_lora.cogvlm.sat_folder import PARTS, WEIGHT_DTYPES, SatFolder, map_weights, save_weights, weight_problems
+from sat_lora.cogvlm.sizes import missing_sizes
 from sat_lora.errors import CheckpointError
 from sat_lora.foreign import printable
 from sat_lora.partitioned import Partitioning
@@ -70,6 +71,10 @@ def _refuse_what_is_no_base(source: SatFolder | HuggingFaceFolder, state: dict) 
         raise CheckpointError(f"{source.path}: cannot be used as a base: {shown}")
     source.check(state)
     config = source.config()
+    missing = missing_sizes(config)
+    if missing:
+        lacking = f"{source.path}: the model config lacks {', '.join(missing)}"
+        raise CheckpointError(f"{lacking}; it is not a CogVLM config, or not all of it is there; copy it again")
     for prefix, wanted in (("", config), (f"{VIT}.", config.get("eva_args", {}))):
         numbers = [re.match(re.escape(prefix) + r"transformer\.layers\.(\d{1,9})\.", str(name)) for name in state]
         layers = 1 + max((int(number[1]) for number in numbers if number), default=-1)

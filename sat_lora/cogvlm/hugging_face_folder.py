@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from sat_lora.cogvlm.prompts import TEMPLATES
 from sat_lora.cogvlm.sat_folder import listing, read_object
 from sat_lora.cogvlm.sizes import size_problems
 from sat_lora.errors import CheckpointError
@@ -24,9 +25,6 @@ INDEX, SINGLE, CONFIG = "model.safetensors.index.json", "model.safetensors", "co
 GENERATION_CONFIG = "generation_config.json"
 REMOTE_CODE = ("configuration_cogvlm.py", "modeling_cogvlm.py", "visual.py", "util.py")
 """The files with the model's code, as `transformers` takes them from the folder."""
-TEMPLATES = {"base": "base", "vqa": "vqa", "chat_old": "chat", "chat": "base"}
-"""The template of the published code for the prompts of a SAT version; it makes none of `chat`, whose queries have to
-bring their [INST] along."""
 ROTARY_BASE = 10000.0  # of the published code, which reads it from nowhere
 _COMPUTED = "rotary_emb.inv_freq"
 _FREQUENCIES = "model.layers.{}.self_attn." + _COMPUTED  # a buffer of every layer; most versions save it

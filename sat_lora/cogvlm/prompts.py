@@ -3,6 +3,11 @@
 from sat_lora.errors import ConfigError
 
 IMAGE_PLACE = "<EOI>"
+TEMPLATES = {"base": "base", "vqa": "vqa", "chat_old": "chat", "chat": "base"}
+"""The template of Hugging Face's published code for the prompts of a version here, which are SAT's; it makes none of
+`chat`, whose queries have to bring their [INST] along."""
+VERSIONS = {"base": "base", "vqa": "vqa", "chat": "chat_old"}
+"""The other way round: what that code calls chat is SAT's chat_old."""
 
 
 def _base(query, history):

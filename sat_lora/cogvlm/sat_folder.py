@@ -22,6 +22,7 @@ from sat_lora.weight_files import Layout, make_sat_file
 
 NAME_LIMIT = 1 << 12  # bytes of `latest`
 ARCHIVES = {".zip", ".tar", ".gz", ".tgz", ".7z", ".rar", ".bz2", ".xz", ".zst"}
+_CUT_BY_COLUMNS = "transformer.layers.0.attention.dense"
 LORA2 = re.compile(r"\.matrix_[AB]\.\d+$")
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -55,6 +56,11 @@ class SatFolder:
         if problem:
             raise CheckpointError(problem)
         missing = [name for name in PARTS if not (folder / name).is_file()]
+        if missing == ["latest"] and (step := _step_with_weights(folder)):
+            raise CheckpointError(
+                f"{folder} is not a SAT model folder: missing latest, a text file with the name of the folder of the "
+                f"weights; write {printable(step)} into one, or copy it from where the weights are from"
+            )
         if missing:
             raise CheckpointError(
                 f"{folder} is not a SAT model folder: looked for {', '.join(PARTS)} and "
@@ -74,6 +80,9 @@ class SatFolder:
 
     def files(self) -> list[Path]:
         """The files of the newest step, one per model-parallel rank, in rank order."""
+        instead = stand_in(self.path / "latest")
+        if instead is not None:
+            raise CheckpointError(f"{self.path / 'latest'}: cannot be read: {instead}")
         try:
             content = read_bytes(self.path / "latest", NAME_LIMIT)
             if is_lfs_pointer(content):
@@ -89,23 +98,33 @@ class SatFolder:
         home = self.path / step
         files = sorted(home.glob("mp_rank_*_model_states.pt")) if step else []
         numbers = [file.name.split("_")[2] for file in files]
+        if step and not home.is_dir():
+            raise CheckpointError(
+                f"{self.path}: `latest` says {step!r}, and there is no such folder in it; found: {listing(self.path)}"
+            )
         if not files or numbers != [f"{rank:02d}" for rank in range(len(files))]:
             raise CheckpointError(
                 f"{self.path}: `latest` says {step!r}, so {home}/mp_rank_00_model_states.pt (and 01, 02, ... without "
-                f"gaps) should be there; found {[file.name for file in files] or listing(home)}"
+                f"gaps) should be there; found {[file.name for file in files] or listing(home)}{_unfinished(home)}"
             )
         return files
 
     def check(self, state: dict[str, torch.Tensor]) -> None:
         """CheckpointError if the first file, which holds `state`, is one rank's and those of others are missing."""
         content, files = self.config(), self.files()
-        ranks, rows = content.get("model_parallel_size", 1), content.get("vocab_size")
-        head = state.get("mixins.lm.lm_head.weight")
-        if ranks > len(files) and torch.is_tensor(head) and head.dim() == 2 and len(head) * ranks == rows:
+        rows, columns = (_size(state, name, dim) for name, dim in (("mixins.lm.lm_head", 0), (_CUT_BY_COLUMNS, 1)))
+        vocabulary, hidden = content.get("vocab_size", 0), content.get("hidden_size")
+        ranks = vocabulary // rows if rows else 1
+        is_said = content.get("model_parallel_size") == ranks
+        is_part = rows * ranks == vocabulary and (is_said or columns * ranks == hidden)
+        if ranks > len(files) and is_part:
             lost = [f"mp_rank_{rank:02d}_model_states.pt" for rank in range(len(files), ranks)]
+            why = "the first is cut for so many"
+            if is_said:
+                why = f"model_config.json says model_parallel_size {ranks}"
             raise CheckpointError(
-                f"{files[0].parent} has {len(files)} of {ranks} files: model_config.json says model_parallel_size "
-                f"{ranks}, and {', '.join(lost[:8])} {'is' if len(lost) == 1 else 'are'} missing; copy all of them"
+                f"{files[0].parent} has {len(files)} of {ranks} files: {why}, and {', '.join(lost[:8])} "
+                f"{'is' if len(lost) == 1 else 'are'} missing; copy all of them"
             )
 
     @property
@@ -120,6 +139,27 @@ class SatFolder:
     def own_name(self, name: str) -> str | None:
         """What a parameter is called in the files."""
         return name
+
+
+def _size(state: dict, name: str, dim: int) -> int:
+    """Of a linear's weight; 0 where there is none."""
+    weight = state.get(f"{name}.weight")
+    return weight.shape[dim] if torch.is_tensor(weight) and weight.dim() == 2 else 0
+
+
+def _step_with_weights(folder: Path) -> str | None:
+    """The name of the folder in there that has weights; None where there is none, or several."""
+    steps = [name for name in names_in(folder) if (folder / name / "mp_rank_00_model_states.pt").is_file()]
+    return steps[0] if len(steps) == 1 else None
+
+
+def _unfinished(home: Path) -> str:
+    """What to do about weights in there that lie under another suffix."""
+    others = [name for name in names_in(home) if name.startswith("mp_rank_") and not name.endswith(".pt")]
+    if not others:
+        return ""
+    is_packed = Path(others[0]).suffix in ARCHIVES
+    return f"; {printable(others[0])} {'is packed: unpack it' if is_packed else 'is a download that did not end'}"
 
 
 def _nearby(folder: Path) -> str:
@@ -199,6 +239,11 @@ def weight_problems(state: dict) -> list[str]:
         return [
             f"it was trained with SAT's lora2 ({printable(pairs[0])}, ...); make an adapter of it with `sat-lora "
             "import --from lora2`, and give the base that it was trained on here"
+        ]
+    if state and all(str(name).startswith("module.") for name in state):
+        return [
+            "each of its names begins with `module.`, as those of a model wrapped for data parallelism do; save the "
+            "state dict of the model inside"
         ]
     return [
         f"{printable(name)}: dtype {tensor.dtype}; weights are float32, bfloat16, float16 or float64, and a quantised "

@@ -48,6 +48,17 @@ def head_problems(config: dict) -> list[str]:
     ]
 
 
+def image_length_problem(config: dict) -> str | None:
+    """Where the text has not as many places for an image as it has patches, which then would take those of the next
+    image; of a config that `missing_sizes` and `size_problems` found right.
+    """
+    size, patch = config["eva_args"]["image_size"], config["eva_args"]["patch_size"]
+    patches = (size[0] // patch) * (size[1] // patch)
+    if config["image_length"] == patches:
+        return None
+    return f"image_length is {config['image_length']}, and an image of {size} in patches of {patch} has {patches}"
+
+
 def _problems(sizes: dict, prefix: str) -> Iterator[str]:
     for name, value in sizes.items():
         shown = f"{prefix}{name} is {_shown(value)}, wanted"
@@ -68,7 +79,7 @@ def _image_problems(vit: dict) -> Iterator[str]:
     size, patch = vit.get("image_size", [1, 1]), vit.get("patch_size", 1)
     if not isinstance(size, list) or len(size) != 2 or any(type(n) is not int or not 0 < n <= LARGEST for n in size):
         yield f"eva_args.image_size is {_shown(size)}, wanted two whole numbers above 0"
-    elif type(patch) is int and patch > min(size):
+    elif "image_size" in vit and type(patch) is int and patch > min(size):
         yield f"eva_args.patch_size is {patch}, more than the image's {min(size)}"
 
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Collection, Iterable
 
 from sat_lora.errors import ConfigError
-from sat_lora.foreign import printable
+from sat_lora.foreign import name_problem, printable
 from sat_lora.paths import missing_adapter, missing_base
 from sat_lora.progress import shown
 
@@ -27,9 +27,13 @@ def bar(what: str, unit: str) -> Callable[[Collection], Iterable]:
 
 
 def refuse_existing(out: str) -> None:
-    """ConfigError before anything slow is imported, if something lies at `--out`: commands write new folders."""
+    """ConfigError before anything slow is imported, if something lies at `--out`, since commands write new folders, or
+    if what they write could not be read there.
+    """
     if os.path.lexists(out):
         raise ConfigError(f"--out: {printable(out)} exists; give a new folder")
+    if problem := name_problem(out):
+        raise ConfigError(f"--out: {printable(out)}: {problem}; give another folder")
 
 
 def refuse_missing(*adapters: str, base: str | None = None, option: str = "--adapter") -> None:

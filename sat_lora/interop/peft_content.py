@@ -3,7 +3,7 @@
 `save_pretrained` leaves out what the model in memory has in its names: the adapter's own, which stands in
 `lora_A.NAME.weight` and `modules_to_save.NAME.weight`, and `base_layer` and `original_module`, under which the base's
 own weights lie. Trainers that save a state dict as it is, and DeepSpeed's zero_to_fp32, keep all of that, and may put
-`module.` or `_orig_mod.` in front.
+`module.` in front and the names of torch's wrappers in between.
 """
 
 import dataclasses
@@ -24,7 +24,10 @@ from sat_lora.foreign import printable, read_json, stand_in
 from sat_lora.interop.hugging_face_names import sat_name
 
 PICKLED = "adapter_model.bin"
-_PREFIXES = ("module.", "_orig_mod.", "base_model.model.")
+PICKLED_WHOLE = "pytorch_model.bin"  # of DeepSpeed's zero_to_fp32
+BESIDE = "non_lora_trainables.bin"  # of LLaVA's trainer
+_PREFIXES = ("module.", "base_model.model.")
+_WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}  # of torch
 _LEAVES = {
     "lora_A": "A", "lora_B": "B", "lora_embedding_A": "A", "lora_embedding_B": "B", "lora_magnitude_vector": MAGNITUDE,
 }  # fmt: skip
@@ -39,7 +42,8 @@ def read_peft_folder(folder: Path) -> tuple[Path, dict, dict[str, torch.Tensor]]
     that is meant. A pickled file is read without running anything in it. AdapterError names the file and the cause.
     """
     folder = _adapter_folder(folder)
-    weights = next((folder / name for name in (WEIGHTS, PICKLED) if (folder / name).is_file()), None)
+    names = (WEIGHTS, PICKLED, PICKLED_WHOLE)
+    weights = next((folder / name for name in names if (folder / name).is_file()), None)
     missing = [] if weights is not None else [f"{WEIGHTS} or {PICKLED}"]
     missing += [] if (folder / CONFIG).is_file() else [CONFIG]
     if missing:
@@ -47,10 +51,16 @@ def read_peft_folder(folder: Path) -> tuple[Path, dict, dict[str, torch.Tensor]]
             f"{folder} is not a PEFT adapter folder: {', '.join(missing)} missing; found: {_listing(folder)}"
         )
     config = _read_config(folder / CONFIG)
-    instead = stand_in(weights, archive=weights.name == PICKLED)
+    if (folder / BESIDE).exists():
+        raise AdapterError(
+            f"{folder}: {BESIDE} holds weights that were trained whole, which would be lost; save them in the adapter, "
+            "by PEFT's modules_to_save, or, if they are not to be used, take the file away"
+        )
+    is_pickled = weights.name != WEIGHTS
+    instead = stand_in(weights, archive=is_pickled)
     if instead is not None:
         raise AdapterError(f"{weights}: cannot be read as a PEFT adapter: {instead}")
-    return folder, config, _read_pickled(weights) if weights.name == PICKLED else _read_safetensors(weights)
+    return folder, config, _read_pickled(weights) if is_pickled else _read_safetensors(weights)
 
 
 def _adapter_folder(folder: Path) -> Path:
@@ -223,7 +233,7 @@ def _tensor_problem(tensor: object) -> str | None:
 
 
 def _without_prefix(key: str) -> str:
-    name = key.replace("._orig_mod.", ".")
+    name = ".".join(part for part in key.split(".") if part not in _WRAPPERS)
     while name.startswith(_PREFIXES):
         name = name.removeprefix(next(prefix for prefix in _PREFIXES if name.startswith(prefix)))
     return name

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from sat_lora.cogvlm.prompts import VERSIONS
 from sat_lora.foreign import read_json
 from sat_lora.training.lora_options import lora_defaults
 
@@ -124,13 +125,15 @@ def is_demo_data(paths: Sequence[str | Path], demo_folder: str | Path) -> bool:
 def version_of(base: str | Path) -> str | None:
     """The prompt format that the config of a base names; None: it names none, or cannot be read.
 
-    SAT's model_config.json says it as text_processor_version, Hugging Face's config.json as template_version.
+    SAT's model_config.json says it as text_processor_version, Hugging Face's config.json as template_version, whose
+    names mean other prompts.
     """
-    for file, key in (("model_config.json", "text_processor_version"), ("config.json", "template_version")):
+    keys = (("model_config.json", "text_processor_version", {}), ("config.json", "template_version", VERSIONS))
+    for file, key, versions in keys:
         try:
             version = read_json(Path(base) / file).get(key)
         except (OSError, ValueError, AttributeError):
             continue
         if version is not None:
-            return str(version)
+            return versions.get(str(version), str(version))
     return None

@@ -13,10 +13,11 @@ from sat_lora.cogvlm.checkpoint import load_cogvlm
 from sat_lora.cogvlm.generation import generate
 from sat_lora.cogvlm.model import CogVLMModel
 from sat_lora.cogvlm.pictures import MAX_PIXELS
+from sat_lora.cogvlm.sizes import image_length_problem
 from sat_lora.cogvlm.text import Sample, load_tokenizer
 from sat_lora.cogvlm.tokens import first_tokens
 from sat_lora.doctor.trace import NO_TRACE, NoTrace
-from sat_lora.errors import ConfigError, DataError
+from sat_lora.errors import CheckpointError, ConfigError, DataError
 from sat_lora.foreign import printable, read_json
 from sat_lora.mixin import lora_mixins
 from sat_lora.progress import shown
@@ -88,6 +89,9 @@ def evaluate_adapter(
         trust=options.trust_checkpoint,
         progress=partial(shown, what="loading the base", unit="modules") if world.is_main else iter,
     )
+    problem = image_length_problem(config)
+    if problem:
+        raise CheckpointError(f"--from_pretrained: {options.from_pretrained}: {problem}; copy its config again")
     if adapter is not None:
         load_adapter(model, adapter, any_base=any_base)
     dataset = ImageTextDataset(
@@ -179,7 +183,9 @@ def evaluation_table(result: dict) -> str:
 def evaluated(options: Namespace, adapter: str | Path | None) -> dict:
     """What an evaluation is of, for its file: the folder of the adapter where there is one, the base, the questions."""
     paths = {"base": options.from_pretrained, **({"adapter": follow(adapter)} if adapter else {})}
-    return {name: os.path.realpath(path) for name, path in paths.items()} | {"test_data": list(options.test_data)}
+    questions = {name: vars(options).get(name) for name in ("version", "prompt", "max_length")}
+    test_data = [os.path.abspath(path) for path in options.test_data]
+    return {name: os.path.realpath(path) for name, path in paths.items()} | {"test_data": test_data, **questions}
 
 
 def try_to_write(file: Path) -> None:
@@ -206,27 +212,35 @@ def _not_written(file: Path, error: OSError) -> ConfigError:
 
 
 def evaluation_file(options: Namespace) -> tuple[Path, Path | None]:
-    """(where an evaluation is written, the run folder whose own evaluation.json that is, or None).
+    """(where an evaluation is written, the run folder whose own adapter and base it is of, or None).
 
-    options: run, adapter, from_pretrained, test_data and out, as `evaluate_cogvlm.py` names them. It is --out; that of
-    the run whose adapter and base it is of; or, where --adapter or the base are not that run's, or the file there is of
-    something else, the first of evaluation.json, evaluation-2.json, ... that is free or is of the same.
+    options: run, adapter, from_pretrained, test_data and out, as `evaluate_cogvlm.py` names them. It is --out; or, in
+    the folder of the run, of the adapter, or of this process where a base is evaluated alone, the first of
+    evaluation.json, evaluation-2.json, ... that is free or is of the same: an evaluation of something else stays.
+    evaluation.json of a run is for its own adapter and base.
     """
     if options.out:
         out = Path(options.out)
         own = out.name == EVALUATION and (out.parent / RUN).is_file()
         return out, out.parent if own else None
-    if not options.adapter:  # of a base alone in the working directory, as nothing is written into a base
-        return Path(f"evaluation-{Path(os.path.abspath(options.from_pretrained)).name}.json"), None
+    of = evaluated(options, options.adapter)
+    if not options.adapter:  # in the working directory, as nothing is written into a base
+        return _place_for(of, Path(f"evaluation-{Path(os.path.abspath(options.from_pretrained)).name}.json")), None
     run = _run_of(Path(options.adapter))
     if run is not None and _is_of(run, options):
-        return run / EVALUATION, run
+        own = run / EVALUATION
+        is_old = os.path.lexists(own) and _content_of(own) is None  # of a version that did not say what it is of
+        return own if is_old else _place_for(of, own), run
     folder = Path(options.run) if options.run else run or Path(options.adapter).parent
-    of = evaluated(options, options.adapter)
-    first = 2 if (folder / RUN).is_file() else 1
-    names = (EVALUATION if number == 1 else f"evaluation-{number}.json" for number in itertools.count(first))
-    places = (folder / name for name in names)
-    return next(place for place in places if not os.path.lexists(place) or _content_of(place) == of), None
+    return _place_for(of, folder / EVALUATION, first=2 if (folder / RUN).is_file() else 1), None
+
+
+def _place_for(of: dict, file: Path, first: int = 1) -> Path:
+    """The first of NAME.json, NAME-2.json, ... from number `first` on that is free or is of the same."""
+    for number in itertools.count(first):
+        place = file if number == 1 else file.with_name(f"{file.stem}-{number}{file.suffix}")
+        if not os.path.lexists(place) or _content_of(place) == of:
+            return place
 
 
 def _run_of(adapter: Path) -> Path | None:

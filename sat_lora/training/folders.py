@@ -12,10 +12,11 @@ from sat_lora.errors import DataError
 from sat_lora.foreign import kind_of, printable
 
 SYSTEM_FOLDERS = frozenset(
-    "__macosx @eadir #recycle $recycle.bin @recycle @recently-snapshot lost+found recycler __pycache__".split()
+    "__macosx @eadir @tmp @sharebin #recycle $recycle.bin @recycle #snapshot ~snapshot @recently-snapshot lost+found "
+    "recycler __pycache__".split()
 ) | {"system volume information"}
-"""Of operating systems and storage boxes, in lower case; hidden ones need no name here. They hold thumbnails, and what
-was deleted."""
+"""Of operating systems and storage boxes, in lower case; hidden ones need no name here. They hold thumbnails, what was
+deleted, and what was there before."""
 
 RUN = "run.json"
 RUN_NAMES = frozenset(
@@ -25,12 +26,25 @@ RUN_NAMES = frozenset(
 
 _UNREADABLE = "folder "
 SHOWN = 10  # folders
-_CONFLICT = re.compile(r"\((?:.*\s)?conflicted copy\b.*\)$|\.sync-conflict-\d{8}-\d{6}", re.IGNORECASE)
+_CONFLICT = re.compile(r"\((?:.*\s)?(?:conflicted copy|sfconflict)\b.*\)$|\.sync-conflict-\d{8}-\d{6}", re.IGNORECASE)
+_LATIN = r"(?:another |\d+(?:st|nd|rd|th) )?copy|kop(?:ie|ia|i|io|ya)|copi[ea]|c(?:ó|o\u0301|ò)pia|коп[иі]я"
+_WRITTEN_ON = r"的?副本|的?拷[贝貝]|のコピー|コピー|복사본|사본"  # without a space before them as well
+_COPY_WORD = re.compile(rf"-checkpoint|~$|\.(?:bak|backup|orig|old)$|{_LATIN}|{_WRITTEN_ON}", re.IGNORECASE)
 _COPIES = (
     re.compile(r"(?P<original>.+)-checkpoint"),  # of Jupyter
-    re.compile(r"(?P<original>.+?)(?: - Copy| - Kopie| - Copie| - 副本| copy)(?: ?\(\d+\)| \d+)?", re.IGNORECASE),
-    re.compile(r"(?:Copy of|Kopie von|Copie de) (?P<original>.+)", re.IGNORECASE),
+    re.compile(r"(?P<original>.+?)(?:~|\.(?:bak|backup|orig|old))", re.IGNORECASE),
+    re.compile(
+        rf"(?P<original>.+?)(?:(?: [-–—] | \(| )(?:{_LATIN}|{_WRITTEN_ON})|(?:{_WRITTEN_ON}))"
+        r"(?: ?\(\d+\)| \d+)?\)?(?: ?\(\d+\))?",
+        re.IGNORECASE,
+    ),
+    re.compile(
+        r"(?:(?:copy|kopie|kopia|copie|copia|c(?:ó|o\u0301)pia)(?: \(\d+\))? (?:of|von|van|de|di|av)|копия) "
+        r"(?P<original>.+)",
+        re.IGNORECASE,
+    ),
 )
+"""What systems call a copy, in the languages in which they do. It is one where the original lies beside it."""
 
 
 def find_images(
@@ -140,13 +154,13 @@ def _reason_to_leave_out(entry: os.DirEntry, names: set[str]) -> str | None:
             return f"{kind_of(mode)} under the name of a picture" if not stat.S_ISREG(mode) else None
     except OSError:
         return "links to nothing"
-    if ("conflict" in entry.name and _CONFLICT.search(stem)) or _is_copy(stem, suffix, names):
+    if ("conflict" in stem.lower() and _CONFLICT.search(stem)) or _is_copy(stem, suffix, names):
         return "copies that an editor or a system made"
     return None
 
 
 def _is_copy(stem: str, suffix: str, names: set[str]) -> bool:
-    if not any(mark in stem for mark in ("-checkpoint", "op", "副本")):  # copy, Kopie, Copie
+    if not _COPY_WORD.search(stem):
         return False
     matches = (pattern.fullmatch(stem) for pattern in _COPIES)
     return any(match is not None and match["original"] + suffix in names for match in matches)

@@ -8,6 +8,7 @@ from collections.abc import Collection
 from sat_lora.training.formats import MARKS, format_of
 
 SHOWN = 8  # keys of one object
+NESTED = 3  # levels of what lies beside a sample that are looked through for its image
 PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".heic", ".avif")
 READ = ("image", "prompt", "answer")
 WANTED = '{"image": ..., "prompt": ..., "answer": ...}'
@@ -49,15 +50,21 @@ def key_problems(entry: dict, ignored: Collection[str], metadata: Collection[str
     """What is wrong with the names of an object's keys, a sentence each.
 
     ignored: names that the user has passed over as well. metadata: names that carry nothing to learn; where there is no
-    image, those that speak of one are not among them: the sample would be learnt as text alone.
+    image, those that speak of one are not among them: the sample would be learnt as text alone. Nor are those that hold
+    a question where there is no prompt: another one would be asked.
     """
     lacks_image = entry.get("image") is None and "image" not in metadata
+    lacks_prompt = entry.get("prompt") is None
     unknown = [
         key
         for key, value in entry.items()
         if key not in READ
         and key not in ignored
-        and (not _is_metadata(key, metadata) or (lacks_image and _speaks_of_an_image(key, value)))
+        and (
+            not _is_metadata(key, metadata)
+            or (lacks_image and _speaks_of_an_image(key, value))
+            or (lacks_prompt and _holds_a_question(key, value))
+        )
     ]
     if not unknown:
         return []
@@ -79,9 +86,20 @@ def _is_metadata(key: str, metadata: Collection[str]) -> bool:
     return (key.startswith("_") and key not in MARKS) or key.casefold() in metadata
 
 
-def _speaks_of_an_image(key: str, value: object) -> bool:
+def _speaks_of_an_image(key: str, value: object, depth: int = 0) -> bool:
+    if isinstance(value, dict | list) and depth < NESTED:
+        pairs = value.items() if isinstance(value, dict) else ((key, held) for held in value[:SHOWN])
+        return any(_speaks_of_an_image(str(name), held, depth + 1) for name, held in pairs)
     names_a_file = isinstance(value, str) and re.split(r"[?#]", value.strip().lower())[0].endswith(PICTURES)
     return value is not None and (names_a_file or "image" in key.casefold() or "img" in key.casefold())
+
+
+def _holds_a_question(key: str, value: object) -> bool:
+    if not isinstance(value, str) or not value.strip():
+        return False
+    name = key.casefold().strip("_")
+    is_named = name == "prompt" or READ_INSTEAD.get(name) == "prompt" or (name == "task" and value.count(" ") > 1)
+    return is_named or value.rstrip().endswith(("?", "？", "؟"))
 
 
 def _layout_of(entry: dict, ignored: Collection[str]) -> str | None:

@@ -3,24 +3,15 @@
 import itertools
 import os
 import re
-<<<<<<< HEAD
-import unicodedata
 from collections.abc import Collection, Iterator, Sequence
-from functools import lru_cache
-=======
-from collections.abc import Iterator, Sequence
->>>>>>> start
 from pathlib import Path
 
 from sat_lora.cogvlm.pictures import SUFFIXES
 from sat_lora.errors import DataError
 from sat_lora.foreign import open_file, printable
-<<<<<<< HEAD
+from sat_lora.paths import ENTRIES_SEEN, NAMES_COMPARED, nearest
 from sat_lora.training.answer_lists import LISTED, LISTS, Names, find_listing, looks_like_answers
 from sat_lora.training.formats import HEAD, JSON_SUFFIXES, kind_of_file, named_format
-=======
-from sat_lora.paths import ENTRIES_SEEN, nearest
->>>>>>> start
 from sat_lora.training.item_files import FILE_LIMIT
 from sat_lora.training.item_keys import WANTED
 
@@ -33,31 +24,9 @@ TABLES = (
     ".pkl", ".pickle", ".h5", ".hdf5", ".db", ".sqlite", ".sqlite3",
 )  # fmt: skip
 TEXTS = tuple({*TEXT_SUFFIXES, *LISTS, *TABLES})
-<<<<<<< HEAD
+COMPRESSED_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tar.lz4")
 ANSWER_TABLE = re.compile(
     r"(.*[_.-])?(labels?|annotations?|captions?|metadata|answers?|ground_?truth)([_.-].*)?", re.IGNORECASE
-=======
-ANSWER_TABLE = re.compile(r"(labels?|annotations?|captions?|metadata|answers?|ground_?truth)([_.-].*)?", re.IGNORECASE)
-LABEL_FOLDERS = re.compile(r"(labels?|annotations?|captions?|anns?|texts?)([ _.-].*)?", re.IGNORECASE)
-IMAGE_NAME = re.compile(r"[^\s\"'`,;:|<>\\/]+\.(?:png|jpe?g|bmp|webp|gif|tiff?)", re.IGNORECASE)
-LISTED = 3  # names of images in a file that make it a list of them
-LISTS_READ, LIST_HEAD = 20, 1 << 16
-
-COMPRESSED_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tar.lz4")
-HEAD = 1 << 12  # bytes
-MAGIC = (
-    (b"\x1f\x8b", "is compressed (gzip): unpack it first"),
-    (b"PK\x03\x04", "is an archive (zip): unpack it first"),
-    (b"BZh", "is compressed (bzip2): unpack it first"),
-    (b"\xfd7zXZ", "is compressed (xz): unpack it first"),
-    (b"\x28\xb5\x2f\xfd", "is compressed (zstd): unpack it first"),
-    (b"7z\xbc\xaf", "is an archive (7z): unpack it first"),
-    (b"PAR1", "is a parquet file"),
-    (b"SQLite format 3", "is a database"),
-    (b"version https://git-lfs", "is a pointer of Git LFS, not the file itself: git lfs pull fetches it"),
-    (b"<!doctype", "is a web page"),
-    (b"<html", "is a web page"),
->>>>>>> start
 )
 LABEL_FOLDERS = re.compile(
     r"(labels?|annotations?|annots?|captions?|anns?|texts?|txts?|gts?|ground[ _-]?truths?|transcripts?|transcriptions?|"

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from sat_lora.cogvlm.prompts import PROMPTS
 from sat_lora.errors import ConfigError
-from sat_lora.foreign import printable, read_json
+from sat_lora.foreign import name_problem, printable, read_json
 from sat_lora.option_parser import OptionParser
 from sat_lora.training.defaults import (
     DEFAULTS,
@@ -217,6 +217,10 @@ def parse_options(
         parser.error("--overwrite and --resume: the one removes what the other goes on with; give one of them")
     if "any_data" in explicit and "resume" not in explicit:
         parser.error("--any-data: a run that starts takes any data; it is for --resume")
+    for name in ("save", "experiment_name"):
+        if not explicit.get(name, "x").strip():
+            got = f"{option_names()[name]}: got {explicit[name]!r}"
+            parser.error(f"{got}, wanted a name; is a variable of the shell empty?")
     try:
         place = find_place(environ)
     except ConfigError as error:  # on every rank: which one this is, is what is wrong
@@ -241,6 +245,8 @@ def parse_options(
             values.update(valid_data=None, test_data=None)
     else:
         values["version"] = version_of(explicit["from_pretrained"]) or values["version"]
+    if "resume" in explicit:
+        _refuse_another_folder(parser, explicit)
     if "epochs" in explicit:
         values["train_iters"] = None
     if "train_iters" in explicit:
@@ -250,7 +256,30 @@ def parse_options(
     if values["replay"]:
         values["experiment_name"] = "replay"
     values["run_folder"] = values["resume"] or str(Path(values["save"] or "runs") / values["experiment_name"])
+    problem = name_problem(values["run_folder"])
+    if problem and not (values["doctor"] or values["replay"]):
+        option = "resume" if values["resume"] else "save"
+        parser.error(f"--{option}: {printable(values['run_folder'])}: {problem}; give another folder, or rename it")
     return argparse.Namespace(**values, given=given)
+
+
+def _refuse_another_folder(parser: argparse.ArgumentParser, explicit: Mapping[str, object]) -> None:
+    """A run goes on where it is: end with an error where --save or --experiment-name name another folder."""
+    given = [name for name in ("save", "experiment_name") if name in explicit]
+    run, save, name = Path(os.path.abspath(explicit["resume"])), explicit.get("save"), explicit.get("experiment_name")
+    if len(given) == 2:
+        fits = os.path.realpath(Path(save) / name) == os.path.realpath(run)
+    elif name is not None:
+        parts = Path(name).parts
+        fits = run.parts[-len(parts) :] == parts
+    else:
+        fits = save is None or any(os.path.realpath(folder) == os.path.realpath(save) for folder in run.parents)
+    if not fits:
+        shown = " ".join(f"{option_names()[one]} {printable(explicit[one])}" for one in given)
+        parser.error(
+            f"{shown}: --resume goes on in {printable(explicit['resume'])} itself; leave it out, or copy that folder "
+            "and resume the copy"
+        )
 
 
 def settings_of_run(folder: str | Path) -> dict:

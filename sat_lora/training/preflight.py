@@ -10,6 +10,7 @@ import torch
 from sat_lora.cogvlm.checkpoint import check_files, read_config
 from sat_lora.cogvlm.model import parallel_problems
 from sat_lora.cogvlm.pictures import FORMATS, read_picture
+from sat_lora.cogvlm.sizes import image_length_problem, missing_sizes
 from sat_lora.cogvlm.text import IMAGE_PLACE, PROMPTS, load_tokenizer, prompt_for, prompt_text, shortest_length
 from sat_lora.errors import CheckpointError, ConfigError, DataError, SatLoraError
 from sat_lora.foreign import os_problem, printable
@@ -71,6 +72,10 @@ def _base_and_prompt_problems(options: Namespace, environ: Mapping[str, str]) ->
     except OSError as error:
         yield f"--from_pretrained: {os_problem(error)}"
     yield from _model_parallel_problems(options, config or {}, environ)
+    if config is not None and not missing_sizes(config) and not options.doctor:  # which has a finding of its own
+        problem = image_length_problem(config)
+        if problem:
+            yield f"--from_pretrained: {options.from_pretrained}: {problem}; copy its config again"
     if options.version not in PROMPTS:
         got = f"got {options.version!r}"
         if "version" not in options.given:
@@ -83,6 +88,12 @@ def _base_and_prompt_problems(options: Namespace, environ: Mapping[str, str]) ->
         except ConfigError as error:
             yield str(error)
     if tokenizer is None or config is None:
+        return
+    try:
+        options.prompt.encode()
+    except UnicodeEncodeError:
+        shown = printable(options.prompt)
+        yield f"--prompt: {shown} holds half a character, or bytes that are no UTF-8; write it anew"
         return
     missing = [name for name in ("bos_token_id", "eos_token_id") if getattr(tokenizer, name, None) is None]
     if missing:

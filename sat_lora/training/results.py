@@ -14,13 +14,15 @@ from sat_lora.step_folders import LATEST, read_pointer, steps_in
 RUN, LOG, EVALUATION = "run.json", "train.jsonl", "evaluation.json"
 DATA = ("train_data", "valid_data", "test_data")
 FOLDERS = ("adapter", "checkpoints")
+PICTURE, EVENTS = "loss.png", "tensorboard"
+EVENTS_BEGIN = 84  # bytes of a TensorBoard file to which no value was added, at most; one value takes 48
 
 
 def results_in(folder: str | Path) -> list[str]:
     """What a run, or anyone, has left in a run folder and would not get back: names, with the steps of adapters and
     checkpoints.
 
-    run.json and the log of a run that has saved nothing and logged no step are none.
+    run.json and the logs of a run that has saved nothing and logged no step are none.
     """
     folder = Path(folder)
     results = []
@@ -33,9 +35,20 @@ def results_in(folder: str | Path) -> list[str]:
     log = folder / LOG
     if log.exists() and (not log.is_file() or log.stat().st_size):
         results.append(LOG)
+    picture = folder / PICTURE
+    if picture.is_file() and picture.stat().st_size:
+        results.append(PICTURE)
+    if any(map(_has_events, (folder / EVENTS).glob("**/*"))):
+        results.append(EVENTS)
     if (folder / RUN).exists() and (results or not log.exists()):
         results.append(RUN)
     return results
+
+
+def _has_events(path: Path) -> bool:
+    """Whether it is a file that holds more than how a TensorBoard file of a run begins."""
+    is_ours = path.name.startswith("events.out.tfevents.")
+    return path.is_file() and path.stat().st_size > (EVENTS_BEGIN if is_ours else 0)
 
 
 def evaluations_in(folder: Path) -> list[Path]:

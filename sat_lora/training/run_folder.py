@@ -18,7 +18,7 @@ from sat_lora.foreign import parse_json, printable, printable_lines, read_bytes
 from sat_lora.step_folders import LATEST, point_to, remove_all, set_back, steps_in
 from sat_lora.training.loss_plot import draw_losses, points
 from sat_lora.training.progress import Progress
-from sat_lora.training.results import DATA, FOLDERS, LOG, RUN, evaluations_in
+from sat_lora.training.results import DATA, EVENTS, FOLDERS, LOG, PICTURE, RUN, evaluations_in
 from sat_lora.training.run_lock import RunLock
 from sat_lora.training.run_logs import AppendedFile, EventFile
 
@@ -83,6 +83,13 @@ class RunFolder:
             remove_all(folder)
         for path in (self.path / RUN, self.path / LOG, *evaluations_in(self.path)):
             path.unlink(missing_ok=True)
+        if (self.path / PICTURE).is_file():
+            (self.path / PICTURE).unlink()
+        self._remove_events()
+
+    def _remove_events(self) -> None:
+        if (self.path / EVENTS).is_dir():  # a pipe would be waited for
+            shutil.rmtree(self.path / EVENTS)
 
     def set_back(self, step: int, best_step: int | None) -> None:
         """Let the adapters' pointers say what holds at `step`, which the run goes on from.
@@ -142,10 +149,10 @@ class RunFolder:
         broken = (one for one in self.records if isinstance(one.get("broken"), str))
         self.broken = {one["broken"]: str(one.get("reason")) for one in broken}
         with self.optional("tensorboard"):
-            if start_step == 0 and (self.path / "tensorboard").is_dir():  # a pipe would be waited for
-                shutil.rmtree(self.path / "tensorboard")
+            if start_step == 0:
+                self._remove_events()
             # What TensorBoard has from after the step that a run goes on from is not of this run.
-            self._events = EventFile(self.path / "tensorboard", start_step + 1 if start_step else None)
+            self._events = EventFile(self.path / EVENTS, start_step + 1 if start_step else None)
         self._progress = Progress(total_steps, start_step)
 
     def _reopen_logs(self) -> None:
@@ -159,7 +166,7 @@ class RunFolder:
         with self.optional("train.jsonl"):
             self._write_lines(self.records)
         with self.optional("tensorboard"):
-            self._events = EventFile(self.path / "tensorboard")
+            self._events = EventFile(self.path / EVENTS)
 
     def _open_lines(self, start_step: int) -> None:
         """OSError, ValueError: what is there cannot be read, and is left as it is, or nothing can be written."""
@@ -267,7 +274,7 @@ class RunFolder:
         """loss.png, of every record so far; on any thread, one at a time."""
         if self.is_writer and self.records:
             with self.optional("loss.png"):
-                draw_losses(list(self.records), self.path / "loss.png", self.title)
+                draw_losses(list(self.records), self.path / PICTURE, self.title)
 
     def close(self) -> None:
         """Draw loss.png, say how many images were skipped, and close the logs. A second call does nothing.

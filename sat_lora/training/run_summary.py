@@ -208,19 +208,23 @@ def _valid(options: Namespace, valid: FileSource | ShardSource | None) -> str:
 
 
 def _prompt(options: Namespace, texts: Texts) -> str:
+    named = version_of(options.from_pretrained)
     if "version" in options.given:
-        source = "given"
-    elif version_of(options.from_pretrained) == options.version:
+        source = "given" if named in (None, options.version) else f"given; its config says {fit(named, 12)}"
+    elif named == options.version:
         source = "from its config"
     else:
         source = "the demo's" if _is_embedded(options) else "the default"
-    version = f"version {options.version}"
+    version = f"version {options.version} ({source})"
     if texts.items and texts.own_prompts == texts.items:
-        return f"each sample's own; {version} ({source})"
+        return f"each sample's own; {version}"
     share = f"{texts.items - texts.own_prompts} of {texts.items} have none: " if texts.own_prompts else ""
     kind = "--prompt" if "prompt" in options.given else "default of --prompt"
-    room = COLUMNS - LABEL - columns(f'{share}"" ({kind}); {version} ({source})')
-    return f'{share}"{fit(options.prompt, max(12, room))}" ({kind}); {version} ({source})'
+    room = COLUMNS - LABEL - columns(f'{share}"" ({kind}); {version}')
+    if room < columns(options.prompt) and kind != "--prompt":
+        kind = "by default"
+        room = COLUMNS - LABEL - columns(f'{share}"" ({kind}); {version}')
+    return f'{share}"{fit(options.prompt, max(12, room))}" ({kind}); {version}'
 
 
 def _is_embedded(options: Namespace) -> bool:

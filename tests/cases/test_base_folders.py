@@ -13,8 +13,11 @@ from sat_lora import CheckpointError, ConfigError
 from sat_lora.cogvlm.base_weights import BaseWeights
 from sat_lora.cogvlm.checkpoint import check_files, load_cogvlm, open_folder, read_config, save_weights
 from sat_lora.cogvlm.hugging_face_folder import ROTARY, make_hugging_face_weights
+from sat_lora.cogvlm.sizes import image_length_problem
 from sat_lora.cogvlm.text import load_tokenizer
 from sat_lora.foreign import is_lfs_pointer
+from sat_lora.training.options import parse_options
+from sat_lora.training.preflight import option_problems
 from tests.conftest import write_character_tokenizer
 from tests.sat_files import FILE, cut_by_sat, write_step
 from tests.tiny import CONFIG, tiny_model
@@ -124,9 +127,14 @@ def test_a_lost_file_of_a_rank_is_counted(sat):
     first, second = ({"module": part} for part in cut_by_sat(tiny_model(), 2))
     (sat / "model_config.json").write_text(json.dumps({**CONFIG, "model_parallel_size": 2}))
     write_step(sat, first)
-    refused(sat, "has 1 of 2 files: .*mp_rank_01_model_states.pt is missing; copy all of them")
+    refused(sat, "has 1 of 2 files: model_config.json .*mp_rank_01_model_states.pt is missing; copy all of them")
+    (sat / "model_config.json").write_text(json.dumps({**CONFIG, "model_parallel_size": 1}))  # as some copies say
+    refused(sat, "has 1 of 2 files: the first is cut for so many, and mp_rank_01_model_states.pt is missing")
     write_step(sat, first, second)
     check_files(sat)
+    (sat / "model_config.json").write_text(json.dumps({**CONFIG, "vocab_size": 2 * CONFIG["vocab_size"]}))
+    write_step(sat, {"module": tiny_model().state_dict()})
+    refused(sat, "lm_head.weight: shape", load_cogvlm)
 
 
 def test_a_whole_file_under_a_config_of_two_ranks_still_loads(sat):
@@ -184,14 +192,14 @@ def test_a_size_that_cannot_be_is_named_before_a_model_is_built(sat, case):
 
 @pytest.mark.parametrize(
     "name",
-    ["max_sequence_length", "layernorm_order", "eva_args.num_layers", "eva_args.pre_len", "eva_args.in_channels"],
+    ["max_sequence_length", "layernorm_order", "hidden_size", "eva_args.num_layers", "eva_args.image_size"],
 )
 def test_a_size_that_is_missing_is_named(sat, name):
     config = json.loads(json.dumps(CONFIG))
     *path, leaf = name.split(".")
     del (config[path[0]] if path else config)[leaf]
     (sat / "model_config.json").write_text(json.dumps(config))
-    refused(sat, f"the model config lacks {name}", load_cogvlm)
+    refused(sat, f"{sat}: the model config lacks {name}; it is not", load_cogvlm, check_files)
 
 
 HF_SIZES = {
@@ -231,6 +239,44 @@ def test_latest_names_a_folder_in_there_or_nothing(sat, case):
     shutil.copytree(sat / "release", sat.parent / "other")
     (sat / "latest").write_text(text)
     refused(sat, message)
+
+
+@pytest.mark.parametrize("length", [1, 8, 10])
+def test_places_for_other_than_all_patches_are_an_error_before_a_run(sat, length):
+    (sat / "model_config.json").write_text(json.dumps({**CONFIG, "image_length": length}))
+    said = f"{sat}: image_length is {length}, and an image of [21, 21] in patches of 7 has {CONFIG['image_length']}"
+    options = parse_options(["--from_pretrained", str(sat), "--train-data", str(sat)], environ={})
+    problems, _ = option_problems(options, {}, "cpu")
+    assert any(said in problem for problem in problems)
+    assert image_length_problem(CONFIG) is None
+
+
+@pytest.mark.parametrize("prompt", ["what \udcff?", "\ud83d"])
+def test_a_prompt_that_is_no_text_is_an_error_of_its_option(prompt):
+    problems, _ = option_problems(parse_options(["--prompt", prompt], environ={}), {}, "cpu")
+    assert sum("--prompt: " in problem and "no UTF-8" in problem for problem in problems) == 1
+
+
+def test_what_latest_has_to_say_is_said(sat):
+    (step,) = [path.parent for path in sat.glob("*/mp_rank_00_model_states.pt")]
+    (sat / "latest").write_text(POINTER)
+    refused(sat, "latest: cannot be read: it is a pointer of git LFS")
+    (sat / "latest").write_text("1000")
+    refused(sat, f"`latest` says '1000', and there is no such folder in it; found: .*{step.name}")
+    (sat / "latest").unlink()
+    refused(sat, f"missing latest, a text file with the name .*; write {step.name} into one")
+
+
+@pytest.mark.parametrize("suffix, words", [(".aria2", "download that did not end"), (".zip", "is packed: unpack it")])
+def test_weights_under_another_suffix_are_named(sat, suffix, words):
+    (file,) = sat.glob("*/mp_rank_00_model_states.pt")
+    file.rename(f"{file}{suffix}")
+    refused(sat, f"{file.name}{suffix} .*{words}")
+
+
+def test_names_of_a_wrapped_model_are_one_problem(sat, state):
+    save_weights(sat, CONFIG, {f"module.{name}": tensor for name, tensor in state.items()})
+    refused(sat, "each of its names begins with `module.`", check_files, load_cogvlm)
 
 
 @pytest.mark.parametrize("place", ["../outside.safetensors", "/etc/outside.safetensors", "sub/outside.safetensors"])

@@ -223,6 +223,15 @@ def test_an_adapter_that_knows_shapes_alone_loads_with_a_warning(tmp_path, adapt
     assert "nobody can say whether a base without a name" in caplog.text
 
 
+def test_an_adapter_that_knows_shapes_alone_is_combined_with_a_warning(tmp_path, adapter, caplog):
+    old = change_base(tmp_path / "old", adapter, lambda content: content.pop("base"))
+    with caplog.at_level(logging.WARNING, logger="sat_lora"):
+        combine_adapters([adapter, adapter], tmp_path / "known", method="cat")
+        assert not caplog.text
+        combine_adapters([old, adapter], tmp_path / "both", method="cat")
+    assert f"{old} was written by a version" in caplog.text and "whether all of these" in caplog.text
+
+
 SPOILED = {
     "no object": lambda content: content.update(base=[1]),
     "a name that is a number": lambda content: content["base"].update(name=3),

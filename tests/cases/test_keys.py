@@ -90,9 +90,33 @@ def test_other_keys_are_passed_over_where_the_user_says_so(refused, tmp_path):
     assert option_problems(options, {}, "cpu") == ([], [])
 
 
-@pytest.mark.parametrize("more", [{"image_id": "000123"}, {"id": "a.png"}, {"source": "photos/a.JPEG"}])
+@pytest.mark.parametrize(
+    "more",
+    [
+        *({"image_id": "000123"}, {"id": "a.png"}, {"source": "photos/a.JPEG"}, {"meta": {"image": "a"}}),
+        *({"extra": ["a.png"]}, {"metadata": {"files": [{"path": "x/a.webp"}]}}, {"_image": "a"}),
+    ],
+)
 def test_no_sample_is_text_alone_because_its_image_has_another_name(refused, more):
     assert f'the key "{next(iter(more))}" is not known' in refused(without("image", **more))
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        *({"_prompt": "Name it."}, {"_question": "Name it."}, {"comment": "What is it?"}, {"task": "Read the text."}),
+        *({"note": "这是什么？"}, {"title_": "x", "info": "Who is this? "}),
+    ],
+)
+def test_no_sample_is_asked_another_question_because_its_own_has_another_name(refused, more):
+    assert f'the key "{next(iter(more))}" is not known' in refused(without("prompt", **more))
+
+
+def test_what_is_noted_beside_a_prompt_is_no_question(tmp_path):
+    path = tmp_path / "data.jsonl"
+    entries = [{**GOOD, "comment": "sure?", "_prompt": "draft", "meta": {"image": "a"}}, without("prompt", task="vqa")]
+    path.write_text("\n".join(map(json.dumps, entries)))
+    assert len(read_items([path])) == 2
 
 
 @pytest.mark.parametrize(

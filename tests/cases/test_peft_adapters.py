@@ -69,12 +69,13 @@ def imported(folder, base):
     return out
 
 
-def in_memory(model, config_folder, folder, *, prefix="", only=("lora_", "modules_to_save.")):
+def in_memory(model, config_folder, folder, *, prefix="", within="", only=("lora_", "modules_to_save.")):
     """The state dict as a trainer saves it that does not know PEFT."""
     folder.mkdir()
     shutil.copy(config_folder / SETTINGS, folder)
     tensors = {key: tensor for key, tensor in model.state_dict().items() if any(part in key for part in only)}
-    save_file({prefix + key: tensor.clone().contiguous() for key, tensor in tensors.items()}, folder / WEIGHTS)
+    tensors = {prefix + key.replace(".layers.0.", f".layers.0.{within}"): tensor for key, tensor in tensors.items()}
+    save_file({key: tensor.clone().contiguous() for key, tensor in tensors.items()}, folder / WEIGHTS)
     return folder
 
 
@@ -88,6 +89,8 @@ def test_names_of_the_model_in_memory_mean_what_save_pretrained_saves(peft, base
         "everything, the base's weights too": in_memory(model, folder, tmp_path / "all", only=("",)),
         "as DDP has it": in_memory(model, folder, tmp_path / "ddp", prefix="module."),
         "compiled": in_memory(model, folder, tmp_path / "compiled", prefix="_orig_mod."),
+        "as FSDP has it": in_memory(model, folder, tmp_path / "fsdp", within="_fsdp_wrapped_module."),
+        "checkpointed": in_memory(model, folder, tmp_path / "again", within="_checkpoint_wrapped_module._orig_mod."),
     }
     for way, other in ways.items():
         assert (imported(other, base) / WEIGHTS).read_bytes() == expected, way
@@ -113,6 +116,12 @@ def test_a_pickled_adapter_is_one(peft, base, tmp_path, nested):
     torch.save({nested: tensors} if nested else tensors, pickled / PICKLED)
     (pickled / WEIGHTS).unlink()
     assert (imported(pickled, base) / WEIGHTS).read_bytes() == expected
+    whole = shutil.copytree(pickled, tmp_path / "whole")  # as zero_to_fp32 calls it
+    (whole / PICKLED).rename(whole / "pytorch_model.bin")
+    assert (imported(whole, base) / WEIGHTS).read_bytes() == expected
+    (whole / "non_lora_trainables.bin").touch()
+    with pytest.raises(AdapterError, match="non_lora_trainables.bin holds weights that were trained whole"):
+        import_from_peft(whole, tmp_path / "lost", base=base)
 
 
 def test_a_model_without_its_head_and_names_without_a_prefix_are_understood(peft, base, tmp_path):

@@ -315,6 +315,32 @@ def test_files_of_editors_and_systems_are_no_samples(tmp_path):
     assert left_out == {f"{suffix} files": 1 for suffix in (".png~", ".png#", ".db", ".ini", ".part")}
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("7 (copy).png", "7 (another copy).png", "7 (3rd copy).png", "7 (copy 2).png", "7 Kopie.png", "7 (Kopie).png"),
+        *("7 - Copia (2).png", "7 - Cópia.png", "7 - co\u0301pia.png", "7 — копия.png", "7 - コピー.png"),
+        *("7のコピー.png", "7 - 복사본.png", "7 副本.png", "7的副本.png", "7 - 副本 (2).png", "7 拷贝.png"),
+        *("Copy (2) of 7.png", "7~.png", "7.bak.png", "7.orig.png", "#snapshot/daily/7.png"),
+        "7 (SFConflict ann 2024-01-02-03-04-05).png",
+    ],
+)
+def test_copies_in_any_language_are_no_samples_where_their_original_is(tmp_path, name):
+    write(tmp_path / name)
+    write(tmp_path / "9.png")
+    is_known_alone = "Conflict" in name or "#" in name
+    assert len(found_in(tmp_path)[0]) == 2 - is_known_alone
+    write(tmp_path / "7.png")
+    assert found_in(tmp_path)[0] == ["7.png", "9.png"]
+
+
+def test_answers_that_look_like_copies_are_samples(tmp_path):
+    names = ["7.png", "7copy.png", "copy.png", "copy 7.png", "photo copy.png", "7 copies.png", "7 (1).png", "7.9.png"]
+    for name in names:
+        write(tmp_path / name)
+    assert sorted(found_in(tmp_path)[0]) == sorted(names)
+
+
 def test_a_folder_that_is_itself_hidden_is_read(tmp_path):
     write(tmp_path / ".cache" / "a" / "7.png")
     assert found_in(tmp_path / ".cache")[0] == ["a/7.png"]

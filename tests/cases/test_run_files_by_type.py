@@ -383,6 +383,31 @@ def test_any_other_evaluation_goes_where_nothing_is_lost(runs):
     assert evaluation_file(loose) == (runs / "c" / "evaluation-2.json", None)
 
 
+def test_another_evaluation_of_a_run_leaves_the_first_one(runs):
+    first = of(runs, "a/adapter", run="a")
+    write_json(runs / "a" / "evaluation.json", {"images": 1, "of": evaluated(first, first.adapter)})
+    assert evaluation_file(first) == (runs / "a" / "evaluation.json", runs / "a")  # the same once more
+    (runs / "a" / "adapter" / "9").mkdir()
+    others = [
+        Namespace(**{**vars(first), "test_data": ["y"]}),
+        Namespace(**vars(first), prompt="What else?"),
+        Namespace(**{**vars(first), "adapter": str(runs / "a" / "adapter" / "9")}),
+    ]
+    for number, other in enumerate(others, 2):
+        place, run = evaluation_file(other)
+        assert (place, run) == (runs / "a" / f"evaluation-{number}.json", runs / "a")
+        write_json(place, {"images": 1, "of": evaluated(other, other.adapter)})
+        assert evaluation_file(other) == (place, run)
+
+
+def test_bases_of_one_name_that_are_evaluated_alone_do_not_share_a_file(runs, monkeypatch):
+    monkeypatch.chdir(runs)
+    one, other = (Namespace(**{**vars(of(runs, "a")), "adapter": None, "from_pretrained": f"{x}/merged"}) for x in "ab")
+    write_json("evaluation-merged.json", {"images": 1, "of": evaluated(one, None)})
+    assert str(evaluation_file(one)[0]) == "evaluation-merged.json"
+    assert str(evaluation_file(other)[0]) == "evaluation-merged-2.json"
+
+
 def test_a_given_file_is_taken_and_tried_first(runs):
     assert evaluation_file(of(runs, "b/adapter", run="a", out="x.json"))[1] is None
     own = str(runs / "a" / "evaluation.json")

@@ -16,6 +16,7 @@ import torch
 
 from sat_lora import adapter_format, atomic
 from sat_lora.adapter_format import SavedAdapter, read_adapter
+from sat_lora.commands.parts import refuse_existing
 from sat_lora.config import LoraConfig
 from sat_lora.errors import AdapterError, ConfigError
 from sat_lora.step_folders import BEST, LATEST, read_pointer
@@ -26,6 +27,7 @@ from sat_lora.training.options import parse_options
 from sat_lora.training.results import results_in, results_problems
 from sat_lora.training.run_folder import RunFolder, read_records
 from sat_lora.training.run_lock import LOCK, Holder, Process, RunLock
+from sat_lora.training.run_logs import EventFile
 from sat_lora.training.saving import write_save
 from tests.distributed.ranks import run_ranks
 from tests.finetune_demo.test_finetune_cogvlm import options_for, run_script
@@ -171,6 +173,10 @@ LEFT = {
     "a log": lambda run: (run / "train.jsonl").write_text('{"step": 1, "loss": 2}\n'),
     "a log of another tool": lambda run: (run / "train.jsonl").write_text("free text"),
     "settings": lambda run: (run / "run.json").write_text("{}"),
+    "a picture": lambda run: (run / "loss.png").write_bytes(b"mine"),
+    "curves of another tool": lambda run: (run / "tensorboard" / "v0").mkdir(parents=True)
+    or (run / "tensorboard" / "v0" / "hparams.yaml").write_text("lr: 1"),
+    "curves": lambda run: EventFile(run / "tensorboard").add_scalars(1, {"train/loss": 2.0, "train/lr": 0.1}),
     "an evaluation": lambda run: (run / "evaluation.json").write_text("{}"),
     "a further evaluation": lambda run: (run / "evaluation-2.json").write_text("{}"),
     "a link to results": lambda run: (run / "evaluation.json").symlink_to("/etc/hostname"),
@@ -206,6 +212,7 @@ def test_what_is_no_result_is_no_reason_to_refuse(tmp_path):
         (run / name).touch()
     for name in ("adapter", "checkpoints", "tensorboard", "watchdog"):
         (run / name).mkdir()
+    EventFile(run / "tensorboard", purge_from=10**9).close()
     # A run that ended before its first step, as one that ran out of memory.
     (run / "run.json").write_text("{}")
     (run / "train.jsonl").touch()
@@ -481,3 +488,56 @@ def test_ranks_wait_for_the_first_one_to_share(tmp_path):
     assert run_ranks(share_slowly, 2, str(tmp_path / "run")) == [(True, 2), (True, 2)]
     assert os.listdir(tmp_path) in ([], ["run"])
     assert not (tmp_path / "run" / LOCK).exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "fits"),
+    [
+        (["--experiment-name", "mine"], True),
+        (["--experiment-name", "group/mine"], True),
+        (["--experiment-name", "other"], False),
+        (["--save", "runs/group"], True),
+        (["--save", "link"], True),
+        (["--save", "elsewhere"], False),
+        (["--save", "link", "--experiment-name", "mine"], True),
+        (["--save", "runs", "--experiment-name", "mine"], False),
+    ],
+)
+def test_a_run_goes_on_in_its_own_folder_and_no_option_says_otherwise(more, fits, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "runs" / "group" / "mine"
+    run.mkdir(parents=True)
+    (tmp_path / "link").symlink_to(run.parent)
+    (run / "run.json").write_text('{"settings": {"from_pretrained": "base"}}')
+    argv = ["--resume", "runs/group/mine", *more]
+    if fits:
+        assert parse_options(argv, environ={}).run_folder == "runs/group/mine"
+        return
+    with pytest.raises(SystemExit) as stop:
+        parse_options(argv, environ={})
+    assert stop.value.code == 2 and f"{more[0]} {more[1]}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--save", "--experiment-name"])
+@pytest.mark.parametrize("value", ["", " "])
+def test_an_empty_name_is_no_run_among_all_others(option, value, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse_options([option, value], environ={})
+    assert stop.value.code == 2 and f"{option}: got {value!r}" in capsys.readouterr().err
+
+
+def test_a_run_begins_nowhere_where_its_weights_could_not_be_read(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    name = os.fsdecode(b"r\xff")
+    with pytest.raises(SystemExit) as stop:
+        parse_options(["--save", name, "--experiment-name", "mine"], environ={})
+    assert stop.value.code == 2 and r"--save: r\udcff/mine: its name is no UTF-8" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match=r"--out: r\\udcff: its name is no UTF-8"):
+        refuse_existing(name)
+    for good in ("\u9a8c\u8bc1", "a b"):
+        assert parse_options(["--save", good], environ={}).run_folder == f"{good}/demo"
+        refuse_existing(good)
+    os.mkdir(name)
+    os.chdir(name)
+    with pytest.raises(SystemExit):
+        parse_options([], environ={})

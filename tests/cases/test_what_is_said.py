@@ -6,6 +6,7 @@ from argparse import Namespace
 import pytest
 import torch
 
+from sat_lora.cogvlm.prompts import PROMPTS
 from sat_lora.cogvlm.text import IGNORED
 from sat_lora.errors import ConfigError
 from sat_lora.training.data import ImageTextDataset, Item
@@ -106,6 +107,20 @@ def test_prompts_of_some_samples_alone_are_said(tokenizer):
     assert lines["prompt"] == '3 of 4 have none: "Read it:" (--prompt); version base (the demo\'s)'
 
 
+@pytest.mark.parametrize("version", list(PROMPTS))
+def test_a_short_prompt_is_shown_whole_whatever_stands_beside_it(version, tokenizer, tmp_path):
+    (tmp_path / "model_config.json").write_text(json.dumps({"text_processor_version": version}))
+    lines = said(source_of(numbered(6), tokenizer), "--from_pretrained", str(tmp_path))
+    assert lines["prompt"].startswith('"What is this?" (')
+    assert lines["prompt"].endswith(f"; version {version} (from its config)")
+
+
+def test_a_version_that_is_not_that_of_the_config_is_said(tokenizer, tmp_path):
+    (tmp_path / "model_config.json").write_text(json.dumps({"text_processor_version": "vqa"}))
+    lines = said(source_of(numbered(6), tokenizer), "--from_pretrained", str(tmp_path), "--version", "base")
+    assert lines["prompt"].endswith("version base (given; its config says vqa)")
+
+
 @pytest.mark.parametrize(
     "start_step, words",
     [(7, "runs/finetune, resumed from step 7"), (20, "runs/finetune, at step 20 of 20: nothing is left (--train-i")],
@@ -192,6 +207,9 @@ def test_the_demos_own_folders_are_its_data_by_any_name():
     [
         ("model_config.json", {"text_processor_version": "vqa"}, "vqa"),
         ("config.json", {"template_version": "base"}, "base"),
+        ("config.json", {"template_version": "vqa"}, "vqa"),
+        ("config.json", {"template_version": "chat"}, "chat_old"),  # what the published code asks by that name
+        ("model_config.json", {"text_processor_version": "chat"}, "chat"),
         ("model_config.json", {"num_layers": 3}, "chat"),
         ("model_config.json", ["text_processor_version"], "chat"),
         ("model_config.json", {"text_processor_version": None}, "chat"),

@@ -45,6 +45,25 @@ def test_packed_samples_are_those_of_the_folder(tmp_path, samples_per_shard, sha
         ]
 
 
+def test_shards_that_are_there_stay_and_half_a_set_is_none(tmp_path, capsys):
+    folder = write_images(tmp_path / "images", ["1.png", "2.png"])
+    out = tmp_path / "shards"
+    script = load_script("pack_shards")
+    lines = tmp_path / "lines.jsonl"
+    lines.write_text('{"image": "images/1.png", "answer": "1"}\n{"image": "no.png", "answer": "2"}')
+    assert script.main([str(lines), "--out", str(out), "--samples-per-shard", "1"]) == 2
+    assert list(out.iterdir()) == []
+    (tmp_path / "nothing.jsonl").touch()
+    assert script.main([str(tmp_path / "nothing.jsonl"), "--out", str(out)]) == 2
+    assert "nothing to pack" in capsys.readouterr().err and list(out.iterdir()) == []
+    pack(folder, out, 1)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert sorted(before) == ["shard-000000.tar", "shard-000001.tar"]
+    assert script.main([str(folder / "1.png"), "--out", str(out)]) == 2
+    assert f"--out: {out} holds shards (shard-000000.tar to shard-000001.tar)" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
 @pytest.mark.matrix
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("ranks, workers", [(1, 0), (2, 2)], ids=["1 rank", "2 ranks, 2 workers"])
