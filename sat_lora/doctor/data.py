@@ -46,8 +46,9 @@ def data_findings(
         if len(batch["images"]):
             sizes.add(tuple(batch["images"].shape[2:]))
         if vocab_size is not None:
-            outside = (batch["input_ids"] < 0) | (batch["input_ids"] >= vocab_size)
-            unknown.update(batch["input_ids"][outside].tolist())
+            learned = batch["labels"][batch["labels"] != IGNORED]
+            for ids in (batch["input_ids"].flatten(), learned):
+                unknown.update(ids[(ids < 0) | (ids >= vocab_size)].tolist())
         for row in rows:
             labels = batch["labels"][row]
             empty += bool((labels[1:] == IGNORED).all())

@@ -16,13 +16,14 @@ SIZES_TRIED = 256  # samples whose files are asked for their size
 # and, by its fingerprint, the base. The number of data workers decides which samples come only with tar shards.
 PATHS = frozenset({"from_pretrained", "local_tokenizer", "train_data", "valid_data", "test_data", "deepspeed_config"})
 OF_ONE_RANK = frozenset({"local_rank", "num_workers", "given"})
+MADE_OF_OTHERS = frozenset({"run_folder"})  # of --save, --experiment-name and --resume
 
 
 def marks_of_options(options: Namespace) -> dict[str, str]:
     """What two ranks have to have alike, by the name that a message gives it: options as text, versions and code."""
     names = option_names()
     streams = any(map(is_shard, getattr(options, "train_data", None) or ()))
-    left_out = PATHS | (OF_ONE_RANK - {"num_workers"} if streams else OF_ONE_RANK)
+    left_out = PATHS | MADE_OF_OTHERS | (OF_ONE_RANK - {"num_workers"} if streams else OF_ONE_RANK)
     values = {name: value for name, value in vars(options).items() if name not in left_out}
     marks = {names.get(name, f"--{name}"): mark(value) for name, value in sorted(values.items())}
     return marks | {f"which data of {names[name]}": mark(len(vars(options).get(name) or ())) for name in
@@ -48,11 +49,15 @@ def marks_of_samples(option: str, samples: int, items: Sequence) -> dict[str, st
         image = getattr(item, "image", None)
         name = image.name if isinstance(image, Path) else None
         digest.update(repr((name, getattr(item, "prompt", None), getattr(item, "answer", None))).encode())
-    for item in items[:: max(1, len(items) // SIZES_TRIED)]:
-        image = getattr(item, "image", None)
-        if isinstance(image, Path):
-            digest.update(str(_size(image)).encode())
+    digest.update(sizes_mark(items).encode())
     return {f"the samples of {option}": f"{samples} (digest {digest.hexdigest()[:12]})"}
+
+
+def sizes_mark(items: Sequence) -> str:
+    """A digest of how many bytes some images of the items have: other pictures under the same names are told by it."""
+    images = [getattr(item, "image", None) for item in items[:: max(1, len(items) // SIZES_TRIED)]]
+    sizes = [_size(image) for image in images if isinstance(image, Path)]
+    return hashlib.sha256(repr(sizes).encode()).hexdigest()
 
 
 def marks_of_tokenizer(folder: str | Path) -> dict[str, str]:

@@ -92,6 +92,15 @@ def test_token_ids_outside_of_the_vocabulary_are_found(dataset):
     assert finding.option == "--local_tokenizer"
 
 
+@pytest.mark.parametrize("label", [128, 5000, -1, -101])
+def test_labels_outside_of_the_vocabulary_are_ids_too(label, dataset):
+    """The loss would end the examination with an IndexError; -1, which other code ignores, is one of them."""
+    batch = batch_of(dataset, 0, 6)
+    batch["labels"][0, -1] = label
+    finding = next(one for one in data_findings([batch], **BASE) if one.code == "token-ids")
+    assert finding.seen.startswith(f"token ids {label} are in the samples, ")
+
+
 def test_images_of_another_size_are_found(dataset):
     batch = batch_of(dataset, 0, 1)
     batch["images"] = torch.zeros(2, 3, 14, 21)
