@@ -18,7 +18,7 @@ def build_parser() -> argparse.ArgumentParser:
     evaluation is taken under `no_effect`, a list of names.
     """
     from sat_lora.option_parser import OptionParser
-    from sat_lora.training.option_types import not_negative, positive_int
+    from sat_lora.training.option_types import batch, positive_int, seconds
     from sat_lora.training.options import build_parser as finetune_parser
 
     parser = OptionParser(
@@ -43,14 +43,14 @@ def build_parser() -> argparse.ArgumentParser:
     add("--images-from", nargs="+", metavar="DIR", help="folders that .jsonl lines may lead to by ..")
     add("--max_length", type=positive_int, metavar="N", help="longest sequence in tokens (default: 1288)")
     add("--max-pixels", type=positive_int, metavar="N", help="a larger picture is not read (default: 89478485)")
-    add("--eval-batch-size", "--batch-size", type=positive_int, metavar="N", help="images at once (default: 4)")
+    add("--eval-batch-size", "--batch-size", type=batch, metavar="N", help="images at once (default: 4)")
     add("--model-parallel-size", type=positive_int, metavar="N", help="ranks that share one model (default: 1)")
     add("--bf16", action="store_true", default=None, help="bfloat16 (default on CUDA)")
     add("--fp16", action="store_true", default=None, help="float16")
     add("--out", metavar="FILE", help="where the json goes (default: evaluation.json in the run folder)")
     add(
         "--watchdog-limit",
-        type=not_negative,
+        type=seconds,
         metavar="SECONDS",
         help="end ranks that wait for each other without a sign of life for so long; 0: never (default: 120)",
     )
