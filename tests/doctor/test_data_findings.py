@@ -106,6 +106,9 @@ def test_images_of_another_size_are_found(dataset):
     batch["images"] = torch.zeros(2, 3, 14, 21)
     (finding,) = data_findings([batch], **BASE)
     assert (finding.code, finding.seen) == ("image-size", "images come as 14 x 21 pixels, the base takes 21 x 21")
+    batch["images"] = torch.zeros(2, 4, 21, 21)  # with transparency
+    (finding,) = data_findings([batch], **BASE)
+    assert finding.seen == "images come as 21 x 21 pixels in 4 channels, the base takes 21 x 21"
 
 
 def test_an_image_too_few_is_found(dataset):
