@@ -126,6 +126,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _evaluate(argv: list[str] | None) -> int:
     from sat_lora.errors import ConfigError
+    from sat_lora.foreign import printable
     from sat_lora.training.launch import announce, find_place
     from sat_lora.training.notice import is_first_rank
 
@@ -139,7 +140,7 @@ def _evaluate(argv: list[str] | None) -> int:
     if is_first_rank() and no_effect:
         print(f"no effect on an evaluation: {', '.join(no_effect)}", flush=True)
     if is_first_rank() and not options.adapter:
-        print(f"no --adapter: {options.from_pretrained} is evaluated alone", flush=True)
+        print(f"no --adapter: {printable(options.from_pretrained)} is evaluated alone", flush=True)
     announce(place)
     from sat_lora.doctor.watchdog import watched_alone
     from sat_lora.training.distributed import arrange, join, stop, together
@@ -168,7 +169,8 @@ def _evaluate(argv: list[str] | None) -> int:
     if world.is_main:
         is_own = run or options.out or not options.adapter
         why = "" if is_own else "; evaluation.json of a run is for its own adapter and base"
-        print(f"{evaluation_table(result)}\nwritten to {out}{why if out.name != 'evaluation.json' else ''}", flush=True)
+        where = f"{printable(out)}{why if out.name != 'evaluation.json' else ''}"
+        print(f"{evaluation_table(result)}\nwritten to {where}", flush=True)
     stop()
     return 0
 

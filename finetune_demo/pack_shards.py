@@ -4,7 +4,6 @@ python finetune_demo/pack_shards.py my_images --out shards --samples-per-shard 1
 """
 
 import json
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -69,6 +68,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _pack(argv: list[str] | None) -> int:
+    from sat_lora.foreign import shell_line
     from sat_lora.option_parser import OptionParser
     from sat_lora.training.option_types import positive_int
 
@@ -85,7 +85,7 @@ def _pack(argv: list[str] | None) -> int:
     options = parser.parse_args(argv)
     reading = dict(ignore_keys=options.ignore_keys, images_from=options.images_from)
     shards, samples = pack_shards(options.data, options.out, options.samples_per_shard, **reading)
-    print(f"{samples} samples written; train with\n  --train-data {shlex.quote(shards)}")
+    print(f"{samples} samples written; train with\n  --train-data {shell_line([shards])}")
     return 0
 
 
