@@ -36,6 +36,7 @@ from sat_lora.training.deepspeed_file import file_problems, read_deepspeed_file
 from sat_lora.training.distributed import agree, gather_lists, join, stop
 from sat_lora.training.engine import adapter_optimizer, start_engine
 from sat_lora.training.loss import answer_loss_sum, count_answer_tokens, sum_over_data_parallel
+from sat_lora.training.marks import marks_of_config
 from sat_lora.training.nonfinite import held
 from sat_lora.training.notice import is_first_rank
 from sat_lora.training.optimizer_state import create_moments
@@ -131,7 +132,7 @@ def _diagnose_model(options: Namespace, setting: Setting, tell: Callable[[str], 
     model.train()
     _begin(4, "the data")
     data, valid = open_sources(options, world, dataset_maker(options, config))
-    agree(marks_of_sources(data, valid))
+    agree({**marks_of_sources(data, valid), **marks_of_config(config)})
     own = model_config_findings(config, options.from_pretrained)
     batches, failed = _read_batches(data, -(-SAMPLES // options.batch_size))
     own += failed

@@ -22,7 +22,7 @@ from sat_lora.training.distributed import World, agree, join, together
 from sat_lora.training.engine import adapter_optimizer, start_engine
 from sat_lora.training.evaluation import evaluate_adapter, evaluation_table, write_evaluation
 from sat_lora.training.loop import train
-from sat_lora.training.marks import marks_of_options
+from sat_lora.training.marks import marks_of_config, marks_of_options
 from sat_lora.training.notice import logger, warn
 from sat_lora.training.optimizer_state import create_moments
 from sat_lora.training.prepare import Setting, dataset_maker, load_base, model_seed, on_first_rank, prepare
@@ -77,7 +77,7 @@ def _open_sources(options: Namespace, world: World, run: RunFolder) -> Sources:
     stored = together(state_to_resume, options.resume) if options.resume else None
     config = read_config(options.from_pretrained)
     data, valid_data = open_sources(options, world, dataset_maker(options, config))
-    agree(marks_of_sources(data, valid_data))
+    agree({**marks_of_sources(data, valid_data), **marks_of_config(config)})
     options.train_iters = total_steps(
         train_iters=options.train_iters,
         epochs=options.epochs,

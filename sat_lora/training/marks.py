@@ -11,6 +11,7 @@ from sat_lora.training.options import option_names
 from sat_lora.training.run_folder import versions
 from sat_lora.training.shards import is_shard
 
+SAT_DEFAULTS = {"layernorm_epsilon": 1e-5, "rotary_base": 10000.0, "hidden_dropout": 0.0, "attention_dropout": 0.0}
 SIZES_TRIED = 256  # samples whose files are asked for their size
 # A machine may mount these elsewhere, so what lies there is compared instead: samples, tokenizer, DeepSpeed's config
 # and, by its fingerprint, the base. The number of data workers decides which samples come only with tar shards.
@@ -40,6 +41,19 @@ def marks_of_code() -> dict[str, str]:
 def marks_of_engine(config: Mapping) -> dict[str, str]:
     """Each section of the config that DeepSpeed gets."""
     return {f'"{name}" of --deepspeed_config': mark(value) for name, value in config.items()}
+
+
+def marks_of_config(config: Mapping) -> dict[str, str]:
+    """What a base computes with, beside its weights and their shapes, which its fingerprint covers.
+
+    config: the content of its model_config.json.
+    """
+    sections = {"": config, "eva_args.": config.get("eva_args", {})}
+    return {
+        f"{prefix}{name} in the config of --from_pretrained": mark(float(section.get(name, default)))
+        for prefix, section in sections.items()
+        for name, default in SAT_DEFAULTS.items()
+    }
 
 
 def marks_of_samples(option: str, samples: int, items: Sequence) -> dict[str, str]:
