@@ -18,7 +18,7 @@ def build_parser() -> argparse.ArgumentParser:
     evaluation is taken under `no_effect`, a list of names.
     """
     from sat_lora.option_parser import OptionParser
-    from sat_lora.training.option_types import not_negative, positive_int
+    from sat_lora.training.option_types import batch, positive_int, seconds
     from sat_lora.training.options import build_parser as finetune_parser
 
     parser = OptionParser(
@@ -45,14 +45,14 @@ def build_parser() -> argparse.ArgumentParser:
     add("--names-are-answers", action="store_true", default=None, help=names)
     add("--max_length", type=positive_int, metavar="N", help="longest sequence in tokens (default: 1288)")
     add("--max-pixels", type=positive_int, metavar="N", help="a larger picture is not read (default: 89478485)")
-    add("--eval-batch-size", "--batch-size", type=positive_int, metavar="N", help="images at once (default: 4)")
+    add("--eval-batch-size", "--batch-size", type=batch, metavar="N", help="images at once (default: 4)")
     add("--model-parallel-size", type=positive_int, metavar="N", help="ranks that share one model (default: 1)")
     add("--bf16", action="store_true", default=None, help="bfloat16 (default on CUDA)")
     add("--fp16", action="store_true", default=None, help="float16")
     add("--out", metavar="FILE", help="where the json goes (default: evaluation.json in the run folder)")
     add(
         "--watchdog-limit",
-        type=not_negative,
+        type=seconds,
         metavar="SECONDS",
         help="end ranks that wait for each other without a sign of life for so long; 0: never (default: 120)",
     )
@@ -128,6 +128,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _evaluate(argv: list[str] | None) -> int:
     from sat_lora.errors import ConfigError
+    from sat_lora.foreign import printable
     from sat_lora.training.launch import announce, find_place
     from sat_lora.training.notice import is_first_rank
 
@@ -142,7 +143,7 @@ def _evaluate(argv: list[str] | None) -> int:
     if is_first_rank() and no_effect:
         print(f"no effect on an evaluation: {', '.join(no_effect)}", flush=True)
     if is_first_rank() and not options.adapter:
-        print(f"no --adapter: {options.from_pretrained} is evaluated alone", flush=True)
+        print(f"no --adapter: {printable(options.from_pretrained)} is evaluated alone", flush=True)
     announce(place)
     from sat_lora.doctor.watchdog import watched_alone
     from sat_lora.training.distributed import arrange, join, stop, together
@@ -169,10 +170,9 @@ def _evaluate(argv: list[str] | None) -> int:
         result = together(evaluate_adapter, options, options.adapter, world, trace=trace, any_base=any_base)
         together(lambda: write_evaluation(out, result, options, options.adapter) if world.is_main else None)
     if world.is_main:
-        why = ""
-        if not options.out and options.adapter and out.name != "evaluation.json":
-            why = "; evaluation.json is another evaluation's"
-        print(f"{evaluation_table(result)}\nwritten to {out}{why}", flush=True)
+        is_own = options.out or not options.adapter or out.name == "evaluation.json"
+        why = "" if is_own else "; evaluation.json is another evaluation's"
+        print(f"{evaluation_table(result)}\nwritten to {printable(out)}{why}", flush=True)
     stop()
     return 0
 

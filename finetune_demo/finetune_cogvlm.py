@@ -7,7 +7,6 @@
 """
 
 import os
-import shlex
 import sys
 from pathlib import Path
 
@@ -67,13 +66,14 @@ def _make_demo_data(options) -> None:
 
 def _what_next(options) -> str:
     """What the run has made, and the lines that go on with it: each can be pasted into any shell."""
+    from sat_lora.foreign import printable
     from sat_lora.training.launch import relaunch, sat_lora_line
 
     run, trust = Path(os.path.abspath(options.run_folder)), ["--trust-checkpoint"] * options.trust_checkpoint
     best = _best_adapter(run)
-    lines = [f"adapter     {best or run / 'adapter'}"]
+    lines = [f"adapter     {printable(best or run / 'adapter')}"]
     if options.test_data:
-        lines.append(f"evaluation  {run / 'evaluation.json'}")
+        lines.append(f"evaluation  {printable(run / 'evaluation.json')}")
         alone = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
         environ = os.environ if options.model_parallel_size > 1 else alone
         chosen = ["--adapter", str(best)] if best else []
@@ -87,11 +87,10 @@ def _what_next(options) -> str:
 
 def _best_adapter(run: Path) -> Path | None:
     """The adapter of the lowest validation loss, if it is not the latest."""
-    try:
-        best, latest = ((run / "adapter" / name).read_text().strip() for name in ("best", "latest"))
-    except OSError:  # there was no validation
-        return None
-    return None if best == latest else run / "adapter" / "best"
+    from sat_lora.step_folders import BEST, LATEST, read_pointer
+
+    best, latest = (read_pointer(run / "adapter" / name) for name in (BEST, LATEST))
+    return None if best in (None, latest) else run / "adapter" / BEST  # None: there was no validation
 
 
 def _new_folder(path: Path) -> Path:
@@ -103,12 +102,13 @@ def _new_folder(path: Path) -> Path:
 
 
 def _resume_line(options, *more) -> str:
+    from sat_lora.foreign import shell_line
     from sat_lora.training.launch import relaunch
 
     run, trust = os.path.abspath(options.run_folder), ["--trust-checkpoint"] * options.trust_checkpoint
     words = ["--resume", run, *trust, *map(str, more)]
     line = relaunch(__file__, *words)
-    return line or f"the launcher and the ranks that the run had, and {shlex.join(words)}"
+    return line or f"the launcher and the ranks that the run had, and {shell_line(words)}"
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ python finetune_demo/pack_shards.py my_images --out shards --samples-per-shard 1
 
 import argparse
 import json
-import shlex
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -88,6 +87,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _pack(argv: list[str] | None) -> int:
+    from sat_lora.foreign import shell_line
     from sat_lora.option_parser import OptionParser
     from sat_lora.training.option_types import positive_int
 
@@ -111,7 +111,7 @@ def _pack(argv: list[str] | None) -> int:
     written = max(1, -(-samples // options.samples_per_shard))
     for shard in before[written:]:  # of more samples than there are now
         shard.unlink()
-    print(f"{samples} samples written; train with\n  --train-data {shlex.quote(shards)}")
+    print(f"{samples} samples written; train with\n  --train-data {shell_line([shards])}")
     return 0
 
 

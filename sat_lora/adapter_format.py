@@ -29,7 +29,7 @@ from sat_lora.base_identity import BaseIdentity
 from sat_lora.config import DTYPES, LoraConfig
 from sat_lora.errors import AdapterError, ConfigError
 from sat_lora.foreign import MEBIBYTE, printable, read_json, stand_in
-from sat_lora.step_folders import follow
+from sat_lora.step_folders import follow, steps_in
 from sat_lora.training.notice import warn
 
 FORMAT_VERSION = 2
@@ -215,7 +215,9 @@ def _read_config(path: Path) -> SavedAdapter:
     """What an adapter_config.json says; no tensors."""
     try:
         values = read_json(path, limit=CONFIG_LIMIT, parse_constant=_refuse_constant)
-        if isinstance(values, dict) and "sat_lora" not in values and "peft_type" in values:
+        if not isinstance(values, dict):
+            raise ValueError(f"wanted an object, got {_brief(repr(values))}")
+        if "sat_lora" not in values and "peft_type" in values:
             raise ValueError("no 'sat_lora' in it")
         own = values.pop("sat_lora")
         values.pop("peft_type", None)
@@ -245,6 +247,9 @@ def _advice(folder: Path) -> str:
     try:
         if any((folder / "adapter" / name).exists() for name in ("latest", "best", CONFIG)):
             return f"; give {printable(folder / 'adapter')}, where the adapters of a run are"
+        steps = [step for step in steps_in(folder) if (folder / str(step) / CONFIG).is_file()]
+        if steps:
+            return f"; no `latest` names a step that is there: give {printable(folder / str(steps[-1]))}, the newest"
         values = read_json(folder / CONFIG, limit=CONFIG_LIMIT)
     except (OSError, ValueError):
         values = None

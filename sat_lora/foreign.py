@@ -3,8 +3,9 @@
 import errno
 import json
 import os
+import shlex
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -42,6 +43,25 @@ def name_problem(path: str | Path) -> str | None:
     except UnicodeEncodeError:
         return "its name is no UTF-8, and no weights can be read under such a name"
     return None
+
+
+def shell_line(words: Iterable[object]) -> str:
+    """The words as a line for a shell; a name that a terminal would obey is written by escapes, which bash, zsh and
+    ksh read as the name that it is.
+    """
+    return " ".join(map(_shell_word, map(str, words)))
+
+
+def _shell_word(word: str) -> str:
+    if word.isprintable():
+        return shlex.quote(word)
+    escaped = {"\\": "\\\\", "'": "\\'"}
+    text = "".join(escaped.get(c, c) if c.isprintable() else _octal(c) for c in word)
+    return f"$'{text}'"
+
+
+def _octal(character: str) -> str:
+    return "".join(f"\\{byte:03o}" for byte in os.fsencode(character))
 
 
 def os_problem(error: OSError) -> str:

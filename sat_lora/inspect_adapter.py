@@ -14,11 +14,13 @@ from sat_lora.base_identity import BaseIdentity
 from sat_lora.combine_checks import Source
 from sat_lora.errors import AdapterError, SatLoraError
 from sat_lora.foreign import printable, read_json
+from sat_lora.plot_text import families, plot_text
 from sat_lora.step_folders import follow
 from sat_lora.targets import layer_of, part_of
 
 READ_IN_PASSING = 4 << 30  # bytes of a base whose weights are read without being asked for
 TOP, BOTTOM, PANEL, GAP = 0.75, 0.6, 0.8, 0.55  # inches of the picture
+LABEL = 30  # characters of a layer's name below its mark
 LOG_RANGE = 50  # from this ratio of largest to smallest norm on, the axis is logarithmic
 Progress = Callable[[Collection], Iterable]
 
@@ -188,7 +190,7 @@ def draw_norms(report: dict, path: str | Path) -> None:
             axes.plot(*zip(*moved), "o", color="#08519c", markersize=5)
         axes.plot(still, [low] * len(still), "x", color="#de2d26", markersize=8, markeredgewidth=2, clip_on=False)
         step = -(-len(own) // 32)
-        axes.set_xticks(places[::step], [*own][::step], fontsize=8)
+        axes.set_xticks(places[::step], [plot_text(label[-LABEL:]) for label in [*own][::step]], fontsize=8)
         axes.set_xlim(-0.6, max(len(own), 8) - 0.4)
         zero = f", no effect in {len(still)} (red)" if still else ""
         axes.set_title(f"{part}{zero}", loc="left", fontsize=10)
@@ -201,9 +203,9 @@ def draw_norms(report: dict, path: str | Path) -> None:
     figure.supylabel(words + (" (logarithmic)" if is_log else ""), fontsize=10, x=0.01)
     figure.supxlabel("layer", fontsize=10, y=0.08 / height)
     formula = "|s·B·A| / |W|" if relative else "|s·B·A|"
-    title = f"{_plain(report['path'])}: {formula}, Frobenius norms"
-    title = title if len(title) <= 95 else "..." + title[-92:]
-    figure.suptitle(title, fontsize=11, x=0.01, y=1 - 0.1 / height, ha="left")
+    title = f"{printable(report['path'])}: {formula}, Frobenius norms"
+    title = plot_text(title if len(title) <= 95 else "..." + title[-92:])
+    figure.suptitle(title, fontsize=11, x=0.01, y=1 - 0.1 / height, ha="left", fontfamily=families())
     path = Path(path)
     draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -224,16 +226,11 @@ def _by_layer(report: dict, part: str, relative: bool) -> dict[str, float]:
         delta, weight = squares.setdefault(label, [0.0, 0.0])
         weight_norm = layer["weight_norm"] if relative else 1.0
         squares[label] = [delta + (layer["delta_norm"] or 0.0) ** 2, weight + weight_norm**2]
-    labels = sorted(squares, key=lambda label: (not label.isdigit(), int(label) if label.isdigit() else 0, label))
+    labels = sorted(squares, key=lambda label: (not label.isdecimal(), len(label) * label.isdecimal(), label))
     if not relative:
         return {label: squares[label][0] ** 0.5 for label in labels}
     shares = {label: delta / weight if weight else 0.0 for label, (delta, weight) in squares.items()}
     return {label: 100 * shares[label] ** 0.5 for label in labels}
-
-
-def _plain(text: str) -> str:
-    """On one line, and without the `$` that would begin a formula."""
-    return printable(text).replace("$", r"\$")
 
 
 def _describe_layer(saved: SavedAdapter, name: str) -> dict:

@@ -16,7 +16,6 @@ from pathlib import Path
 from sat_lora.atomic import replace_text
 from sat_lora.foreign import read_bytes
 
-POINTER_LIMIT, LONGEST_STEP = 256, 18  # bytes of a pointer's file, digits of a step
 LATEST, BEST = "latest", "best"
 POINTER_LIMIT = 64  # bytes
 _STEP = re.compile(r"0|[1-9][0-9]{0,17}")

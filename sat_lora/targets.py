@@ -47,7 +47,7 @@ def part_of(name: str) -> str:
 
 def layer_of(name: str) -> int | None:
     """The layer number in a name, if there is one."""
-    numbers = re.findall(r"\.(\d+)(?=\.|$)", name)
+    numbers = re.findall(r"\.([0-9]{1,9})(?=\.|$)", name)
     return int(numbers[-1]) if numbers else None
 
 

@@ -54,11 +54,20 @@ _VIT_FIXED = {
     "vocab_size": 1,
     "layernorm_order": "post",
     "use_final_layernorm": False,
+    "use_bias": True,
     "row_parallel_linear_final_bias": False,
     "pre_len": 1,
     "post_len": 0,
 }
-_FIXED = {"layernorm_order": "pre", "use_bias": False, "is_gated_mlp": False, "is_rotary_emb": False, "num_experts": 1}
+_FIXED = {
+    "layernorm_order": "pre",
+    "use_bias": False,
+    "use_qkv_bias": False,
+    "use_final_layernorm": True,
+    "is_gated_mlp": False,
+    "is_rotary_emb": False,
+    "num_experts": 1,
+}
 _SAME_VALUES = ("row_parallel_linear_final_bias",)  # where a bias is added that a single process adds once
 _REQUIRED = ("num_layers", "hidden_size", "num_attention_heads", "vocab_size", "inner_hidden_size")
 _REQUIRED_OF_VIT = (*(name for name in _REQUIRED if name != "vocab_size"), "in_channels", "patch_size")
@@ -201,6 +210,8 @@ def _other_networks(content: dict) -> Iterator[str]:
         yield f"num_multi_query_heads is {heads!r}: it is a CogVLM2, which is not supported"
     if "cross_hidden_size" in content:
         yield "cross_hidden_size is there: it is a CogAgent, which is not supported"
+    if content.get("tie_word_embeddings"):
+        yield "tie_word_embeddings is true, and CogVLM's head has weights of its own, which loading it would replace"
     if content.get("quantization_config"):
         yield "its weights are quantised (quantization_config); give the folder of the full ones"
 

@@ -30,6 +30,9 @@ TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_to
 IGNORED = -100  # a label that takes no part in the loss
 
 
+VERY_LONG = 10**30  # what transformers itself has for a tokenizer without a limit
+
+
 def load_tokenizer(path: str | Path):
     """A `transformers` tokenizer from a local folder, or by a name that its cache holds.
 
@@ -39,7 +42,7 @@ def load_tokenizer(path: str | Path):
 
     _refuse_files(Path(path))
     try:
-        return AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
     except BaseException as error:  # a broken file makes transformers raise KeyError, TypeError, ... and Rust panic
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
@@ -54,6 +57,8 @@ def load_tokenizer(path: str | Path):
         raise ConfigError(
             f"--local_tokenizer: {path} {problem}; give the folder that holds tokenizer.json or tokenizer.model"
         ) from error
+    tokenizer.model_max_length = VERY_LONG  # else it warns of long texts, which --max_length is there for
+    return tokenizer
 
 
 def _refuse_files(folder: Path) -> None:

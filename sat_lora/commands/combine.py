@@ -3,6 +3,7 @@
 import argparse
 
 from sat_lora.commands.parts import bar, examples, refuse_existing
+from sat_lora.foreign import printable
 
 
 def add(commands) -> None:
@@ -49,4 +50,4 @@ def run(options: argparse.Namespace) -> None:
         any_base=options.any_base,
         progress=bar("combining", "layers"),
     )
-    print(f"combined adapter in {options.out}")
+    print(f"combined adapter in {printable(options.out)}")

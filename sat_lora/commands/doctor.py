@@ -100,7 +100,7 @@ def _after(options: argparse.Namespace) -> int:
     from sat_lora.doctor.timeline import draw_timeline
     from sat_lora.doctor.verdict import verdict
     from sat_lora.doctor.watchdog import when_alarmed
-    from sat_lora.foreign import printable_lines
+    from sat_lora.foreign import printable, printable_lines
 
     found = verdict(options.run, options.log)
     if options.json:
@@ -110,7 +110,7 @@ def _after(options: argparse.Namespace) -> int:
         print(intro + printable_lines(found.text), flush=True)
     if options.plot:
         draw_timeline(read_states(options.run), options.plot, when_alarmed(options.run))
-        print(f"gradients in {options.plot}", file=sys.stderr)
+        print(f"gradients in {printable(options.plot)}", file=sys.stderr)
     return 0 if found.finding is None else 1
 
 

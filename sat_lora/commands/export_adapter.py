@@ -3,6 +3,7 @@
 import argparse
 
 from sat_lora.commands.parts import ANY_BASE, bar, examples, refuse_existing, refuse_missing
+from sat_lora.foreign import printable
 
 
 def add(commands) -> None:
@@ -34,4 +35,4 @@ def run(options: argparse.Namespace) -> None:
     export_to_peft(
         options.adapter, options.out, base=options.base, any_base=options.any_base, progress=bar("exporting", "layers")
     )
-    print(f"PEFT adapter in {options.out}")
+    print(f"PEFT adapter in {printable(options.out)}")

@@ -3,6 +3,7 @@
 import argparse
 
 from sat_lora.commands.parts import bar, examples, refuse_existing, refuse_missing
+from sat_lora.foreign import printable
 from sat_lora.training.option_types import number
 
 
@@ -47,4 +48,4 @@ def run(options: argparse.Namespace) -> None:
         import_from_lora2(options.folder, options.out, lora_alpha=alpha, base=options.base, progress=progress)
         if options.base is None:
             print("without --base only the LoRA was taken: what that run trained whole, if anything, was left out")
-    print(f"adapter in {options.out}")
+    print(f"adapter in {printable(options.out)}")

@@ -1,7 +1,6 @@
 """`sat-lora merge`."""
 
 import argparse
-import shlex
 import sys
 from pathlib import Path
 
@@ -44,7 +43,7 @@ def add(commands) -> None:
 
 def run(options: argparse.Namespace) -> int:
     from sat_lora.errors import ConfigError
-    from sat_lora.foreign import printable
+    from sat_lora.foreign import printable, shell_line
 
     refuse_existing(options.out)
     refuse_missing(options.adapter, base=options.base)
@@ -70,9 +69,9 @@ def run(options: argparse.Namespace) -> int:
     for remark in remarks:
         print(f"note        {remark}")
     if options.to == "hf":
-        use = f"AutoModelForCausalLM.from_pretrained({options.out!r}, trust_remote_code=True)"
+        use = f"AutoModelForCausalLM.from_pretrained({printable(repr(options.out))}, trust_remote_code=True)"
     else:
-        use = f"--from_pretrained {shlex.quote(options.out)}, without an adapter"
+        use = f"--from_pretrained {shell_line([options.out])}, without an adapter"
     print(f"use it as   {use}", flush=True)
     return verify(options) if options.verify else 0
 

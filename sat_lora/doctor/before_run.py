@@ -33,9 +33,10 @@ from sat_lora.optimizer_groups import set_learning_rate
 from sat_lora.placement import add_lora
 from sat_lora.sharding import gathered
 from sat_lora.training.deepspeed_file import file_problems, is_of_key, read_deepspeed_file
-from sat_lora.training.distributed import gather_lists, join, stop
+from sat_lora.training.distributed import agree, gather_lists, join, stop
 from sat_lora.training.engine import adapter_optimizer, start_engine
 from sat_lora.training.loss import answer_loss_sum, count_answer_tokens, sum_over_data_parallel
+from sat_lora.training.marks import marks_of_config
 from sat_lora.training.nonfinite import held
 from sat_lora.training.notice import is_first_rank
 from sat_lora.training.optimizer_state import create_moments
@@ -43,7 +44,7 @@ from sat_lora.training.preflight import option_problems
 from sat_lora.training.prepare import Setting, dataset_maker, load_base, model_seed, on_first_rank, prepare
 from sat_lora.training.same_base import base_of_run
 from sat_lora.training.schedule import learning_rate_factor, total_steps, warmup_steps
-from sat_lora.training.sources import open_sources
+from sat_lora.training.sources import marks_of_sources, open_sources
 from sat_lora.training.step import train_step
 
 SAMPLES = 256  # of the training data that each rank looks at
@@ -133,6 +134,7 @@ def _diagnose_model(options: Namespace, setting: Setting, tell: Callable[[str], 
     model.train()
     _begin(4, "the data")
     data, valid = open_sources(options, world, dataset_maker(options, config))
+    agree({**marks_of_sources(data, valid), **marks_of_config(config)})
     own = model_config_findings(config, options.from_pretrained)
     batches, failed = _read_batches(data, -(-SAMPLES // options.batch_size))
     own += failed

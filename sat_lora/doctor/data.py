@@ -15,6 +15,7 @@ from sat_lora.training.broken_samples import broken_in
 LISTED = 5  # paths that a finding names
 INDICES = 100_000  # of a sampler that are looked at
 MOST_ALIKE = 0.25  # share of equal samples that data may have
+CHANNELS = 3  # of an image
 THINNED = 7  # every so many pixels of an image are enough to tell it from others
 
 
@@ -44,10 +45,11 @@ def data_findings(
         if places != len(batch["images"]) * (image_length + 2) and places % (image_length + 2) == 0:
             counts.add(places + 1)  # images are missing or left over
         if len(batch["images"]):
-            sizes.add(tuple(batch["images"].shape[2:]))
+            sizes.add(tuple(batch["images"].shape[1:]))
         if vocab_size is not None:
-            outside = (batch["input_ids"] < 0) | (batch["input_ids"] >= vocab_size)
-            unknown.update(batch["input_ids"][outside].tolist())
+            learned = batch["labels"][batch["labels"] != IGNORED]
+            for ids in (batch["input_ids"].flatten(), learned):
+                unknown.update(ids[(ids < 0) | (ids >= vocab_size)].tolist())
         for row in rows:
             labels = batch["labels"][row]
             empty += bool((labels[1:] == IGNORED).all())
@@ -63,9 +65,10 @@ def data_findings(
         ids = ", ".join(map(str, sorted(unknown)[:LISTED]))
         seen = f"token ids {ids} are in the samples, the base's vocabulary is from 0 to {vocab_size - 1}"
         findings.append(Finding(code="token-ids", seen=seen, option="--local_tokenizer"))
-    if image_size is not None and sizes - {tuple(image_size)}:
-        got = " and ".join(" x ".join(map(str, size)) for size in sorted(sizes - {tuple(image_size)}))
-        seen = f"images come as {got} pixels, the base takes {' x '.join(map(str, image_size))}"
+    others = sorted(sizes - {(CHANNELS, *image_size)}) if image_size is not None else []
+    if others:
+        got = " and ".join(_size_in_words(size) for size in others)
+        seen = f"images come as {got}, the base takes {' x '.join(map(str, image_size))}"
         findings.append(Finding(code="image-size", seen=seen))
     if empty:
         seen = f"{empty} of {samples} samples looked at have no label"
@@ -86,6 +89,12 @@ def data_findings(
         )
         findings.append(Finding(code="broken-files", seen=seen + over, file=first_path, option="--train-data"))
     return findings
+
+
+def _size_in_words(shape: tuple[int, ...]) -> str:
+    """Of an image of that shape: channels, height and width."""
+    channels = f" in {shape[0]} channels" * (shape[0] != CHANNELS)
+    return f"{' x '.join(map(str, shape[1:]))} pixels{channels}"
 
 
 @looks_for("image-tokens")

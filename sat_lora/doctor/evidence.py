@@ -60,8 +60,12 @@ def read_ranks(run: str | Path) -> list[Rank]:
             )
             for state in read_states(run)
         ]
-    except (OSError, ValueError, KeyError, TypeError, IndexError, struct.error) as error:
-        raise ConfigError(f"--run: the files in {folder} cannot be read: {error}") from error
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, struct.error) as error:
+        raise ConfigError(f"--run: the files in {folder} cannot be read: {_cause(error)}") from error
     if not ranks:
         raise ConfigError(f"--run: {run} has no {folder.name}/rank_*.state; give the folder of a run with a watchdog")
     return ranks
+
+
+def _cause(error: Exception) -> str:
+    return f"no {error}" if isinstance(error, KeyError) else str(error)

@@ -5,18 +5,18 @@ there is nccl_trace_rank_3 in the same folder, in the same form. It is a pickle;
 """
 
 import io
-import linecache
-import os
 import pickle
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from sat_lora.doctor.places import Place, own_place, places_of
+from sat_lora.doctor.places import Place, own_place, places_of, source_line
 from sat_lora.doctor.rank_files import NCCL_DUMP, file_of
+from sat_lora.foreign import MEBIBYTE, read_bytes
 
 FLIGHT = ".flight"
+FLIGHT_LIMIT = 256 * MEBIBYTE  # the recorder keeps some thousand entries
 
 
 @dataclass(frozen=True)
@@ -56,9 +56,13 @@ def read_collectives(folder: Path, rank: int, package: str | None) -> list[Colle
     if path is None:
         return []
     try:
-        found = _PlainValues(io.BytesIO(path.read_bytes())).load()
+        found = _PlainValues(io.BytesIO(read_bytes(path, FLIGHT_LIMIT))).load()
         return [_collective(entry, package) for entry in found.get("entries", [])]
-    except (pickle.UnpicklingError, EOFError, AttributeError, KeyError, TypeError, IndexError) as error:
+    # Bytes that are no pickle end in whatever its commands come to.
+    except (
+        pickle.UnpicklingError, EOFError, AttributeError, LookupError, TypeError, ArithmeticError, RuntimeError,
+        MemoryError,
+    ) as error:  # fmt: skip
         raise ValueError(f"{path} is no dump of torch's flight recorder: {error}") from error
 
 
@@ -74,11 +78,13 @@ def _collective(entry: dict, package: str | None) -> Collective:
     places = places_of(frames, package)
     place, operation = own_place(places), entry["profiling_name"]
     if place is not None:
-        code = linecache.getline(place.file, place.line).strip() if os.path.isfile(place.file) else ""
-        place = replace(place, code=code)
+        place = replace(place, code=source_line(place.file, place.line))
+    number = entry["collective_seq_id"]
+    if type(number) is not int or not isinstance(operation, str):
+        raise TypeError(f"collective {number!r} is {operation!r}")
     return Collective(
         group=" ".join(filter(None, entry["process_group"])),
-        number=entry["collective_seq_id"],
+        number=number,
         operation=operation,
         sizes="+".join("x".join(map(str, size)) or "1" for size in entry["input_sizes"]) or "nothing",
         is_done=None if operation.startswith("gloo") else entry["state"] == "completed",

@@ -17,6 +17,7 @@ from sat_lora.atomic import replace_text
 from sat_lora.doctor.flight_record import write_flight_record
 from sat_lora.doctor.places import Place, own_place, places_of
 from sat_lora.doctor.rank_files import file_of
+from sat_lora.foreign import read_json
 
 STACKS, STACKS_TEXT = ".stacks.json", ".stacks.txt"
 _WAITING = ("/torch/distributed/distributed_c10d.py", "/deepspeed/comm/torch.py", "/deepspeed/comm/comm.py")
@@ -65,9 +66,11 @@ def has_testified(folder: Path, rank: int) -> bool:
 
 
 def read_threads(folder: Path, rank: int, package: str | None) -> list[Thread]:
-    """Empty if the rank has not testified. package: as of `places_of`. ValueError: the file is no JSON."""
+    """Empty if the rank has not testified. package: as of `places_of`. ValueError, TypeError, LookupError: the file
+    says something else.
+    """
     path = file_of(folder, rank, STACKS)
-    entries = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    entries = read_json(path) if path.is_file() else []
     return [Thread(e["name"], e["main"], places_of(e["frames"], package)) for e in entries]
 
 

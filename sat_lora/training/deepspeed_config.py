@@ -179,7 +179,7 @@ def _refuse_data_type(options: Namespace, content: dict) -> None:
 def _refuse_rates(options: Namespace) -> None:
     """ConfigError where the largest factor of an optimizer's step is more than float32 bears."""
     factors = {"--lr": options.lr, "--lr_ratio": options.lr_ratio, "--weight-decay": options.weight_decay}
-    if options.lr_ratio > LARGEST_FACTOR:
+    if type(options.lr_ratio) not in (int, float) or not 0 < options.lr_ratio <= LARGEST_FACTOR:
         return  # LoraConfig refuses it
     if math.prod(max(1.0, value) for value in factors.values()) > LARGEST_RATE:
         shown = " x ".join(f"{name} {value:g}" for name, value in factors.items() if value > 1)

@@ -23,7 +23,7 @@ from sat_lora.training.distributed import World, agree, join, together
 from sat_lora.training.engine import adapter_optimizer, start_engine
 from sat_lora.training.evaluation import evaluate_adapter, evaluation_table, write_evaluation
 from sat_lora.training.loop import train
-from sat_lora.training.marks import marks_of_options
+from sat_lora.training.marks import marks_of_config, marks_of_options
 from sat_lora.training.notice import logger, warn
 from sat_lora.training.optimizer_state import create_moments
 from sat_lora.training.prepare import Setting, dataset_maker, load_base, model_seed, on_first_rank, prepare
@@ -35,7 +35,7 @@ from sat_lora.training.run_lock import RunLock
 from sat_lora.training.run_summary import check_vocabulary, look_at, more_to_say, run_summary
 from sat_lora.training.same_base import base_of_run
 from sat_lora.training.schedule import rates, schedule_problems, total_steps
-from sat_lora.training.sources import FileSource, ShardSource, open_sources
+from sat_lora.training.sources import FileSource, ShardSource, marks_of_sources, open_sources
 from sat_lora.training.space import check_space, size_of
 
 Sources = tuple[FileSource | ShardSource, FileSource | ShardSource | None]
@@ -92,7 +92,7 @@ def _open_sources(options: Namespace, world: World, run: RunFolder) -> Sources:
     stored = together(state_to_resume, options.resume) if options.resume else None
     config = read_config(options.from_pretrained)
     data, valid_data = open_sources(options, world, dataset_maker(options, config))
-    agree({**data.marks("--train-data"), **(valid_data.marks("--valid-data") if valid_data else {})})
+    agree({**marks_of_sources(data, valid_data), **marks_of_config(config)})
     options.train_iters = total_steps(
         train_iters=options.train_iters,
         epochs=options.epochs,
@@ -102,9 +102,10 @@ def _open_sources(options: Namespace, world: World, run: RunFolder) -> Sources:
         data_parallel_size=world.data_parallel_size,
     )
     run.facts = facts_of_run(options, data.description(), valid_data and valid_data.description())
+    run.facts["files"] = data.files()
     if stored is not None:
         together(check_data, options, stored, run.facts["data"])
-        for note in notes(options, stored, run.facts["valid_data"]):
+        for note in notes(options, stored, run.facts["valid_data"], run.facts["files"]):
             run.say(note)
     base = base_of_run(options, None if stored is None else base_of_state(stored))
     if not options.replay:

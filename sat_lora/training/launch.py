@@ -1,14 +1,13 @@
 """The place of this process among others, as a launcher or a platform describes it in the environment."""
 
 import os
-import shlex
 import socket
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from sat_lora.errors import ConfigError
-from sat_lora.foreign import printable
+from sat_lora.foreign import printable, shell_line
 
 # Started as several processes by something that names no RANK: what says how many, and what started them.
 STARTERS = {
@@ -165,9 +164,9 @@ def relaunch(script: str | os.PathLike, *words: str, environ: Mapping[str, str] 
         start = ["-m", "deepspeed.launcher.runner", "--num_gpus", str(here), *port]
     else:
         start = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(here), "--"]
-    return shlex.join([sys.executable, *start, os.path.abspath(script), *words])
+    return shell_line([sys.executable, *start, os.path.abspath(script), *words])
 
 
 def sat_lora_line(*words: str | os.PathLike) -> str:
     """A line for any shell that runs `sat-lora` with these words, by the interpreter that runs now."""
-    return shlex.join([sys.executable, "-m", "sat_lora.cli", *map(str, words)])
+    return shell_line([sys.executable, "-m", "sat_lora.cli", *map(str, words)])

@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sat_lora.foreign import printable
+from sat_lora.plot_text import families, plot_text
 
 WINDOW = 25  # points that a smoothed one is made of, at most
 SHARE = 15  # and no more than this part of all: the line has to lie on the data
 LOG_RANGE = 20  # from this ratio of largest to smallest loss on, the axis is logarithmic
+LARGEST, LAST_STEP = 1e100, 2**53  # of what is drawn; a log that was edited may hold anything
 TITLE = 90  # characters that a title has room for
 TRAINING, SMOOTHED, VALIDATION, RATE = "#9ecae1", "#08519c", "#d94801", "#525252"
 
@@ -37,8 +39,8 @@ def smoothed(values: Sequence[float]) -> list[float]:
 
 def points(records: Sequence[dict], key: str) -> list[tuple[int, float]]:
     """The (step, value) of the records that have a finite number under `key`."""
-    found = [(record["step"], record.get(key)) for record in records]
-    return [(step, value) for step, value in found if isinstance(value, int | float) and math.isfinite(value)]
+    found = [(record["step"], record.get(key)) for record in records if 0 <= record["step"] <= LAST_STEP]
+    return [(step, value) for step, value in found if isinstance(value, int | float) and abs(value) < LARGEST]
 
 
 def draw_losses(records: Sequence[dict], path: str | Path, title: str = "") -> None:
@@ -56,7 +58,7 @@ def draw_losses(records: Sequence[dict], path: str | Path, title: str = "") -> N
     axes, below = figure.subplots(2, 1, sharex=True, height_ratios=[5, 1])
     axes.set_ylabel("loss per answer token (nats)")
     if title:
-        axes.set_title(_plain(title), loc="left", fontsize=11)
+        axes.set_title(_short(title), loc="left", fontsize=11, fontfamily=families())
     if train:
         steps, losses = zip(*train)
         mean = smoothed(losses)
@@ -95,9 +97,9 @@ def draw_losses(records: Sequence[dict], path: str | Path, title: str = "") -> N
             draft.unlink(missing_ok=True)
 
 
-def _plain(title: str) -> str:
-    """As it is, on one line, its middle left out where it is long: `$` would begin a formula."""
+def _short(title: str) -> str:
+    """As `plot_text` has it, its middle left out where it is long."""
     title = printable(title)
     if len(title) > TITLE:
         title = f"{title[: TITLE // 2]}...{title[-TITLE // 2 + 3 :]}"
-    return title.replace("$", r"\$")
+    return plot_text(title)

@@ -11,18 +11,20 @@ from sat_lora.training.layouts import is_shard
 from sat_lora.training.options import option_names
 from sat_lora.training.run_folder import versions
 
+SAT_DEFAULTS = {"layernorm_epsilon": 1e-5, "rotary_base": 10000.0, "hidden_dropout": 0.0, "attention_dropout": 0.0}
 SIZES_TRIED = 256  # samples whose files are asked for their size
 # A machine may mount these elsewhere, so what lies there is compared instead: samples, tokenizer, DeepSpeed's config
 # and, by its fingerprint, the base. The number of data workers decides which samples come only with tar shards.
 PATHS = frozenset({"from_pretrained", "local_tokenizer", "train_data", "valid_data", "test_data", "deepspeed_config"})
 OF_ONE_RANK = frozenset({"local_rank", "num_workers", "given"})
+MADE_OF_OTHERS = frozenset({"run_folder"})  # of --save, --experiment-name and --resume
 
 
 def marks_of_options(options: Namespace) -> dict[str, str]:
     """What two ranks have to have alike, by the name that a message gives it: options as text, versions and code."""
     names = option_names()
     streams = any(map(is_shard, getattr(options, "train_data", None) or ()))
-    left_out = PATHS | (OF_ONE_RANK - {"num_workers"} if streams else OF_ONE_RANK)
+    left_out = PATHS | MADE_OF_OTHERS | (OF_ONE_RANK - {"num_workers"} if streams else OF_ONE_RANK)
     values = {name: value for name, value in vars(options).items() if name not in left_out}
     marks = {names.get(name, f"--{name}"): mark(value) for name, value in sorted(values.items())}
     return marks | {f"which data of {names[name]}": mark(len(vars(options).get(name) or ())) for name in
@@ -41,6 +43,19 @@ def marks_of_engine(config: Mapping) -> dict[str, str]:
     return {f'"{name}" of --deepspeed_config': mark(value) for name, value in config.items()}
 
 
+def marks_of_config(config: Mapping) -> dict[str, str]:
+    """What a base computes with, beside its weights and their shapes, which its fingerprint covers.
+
+    config: the content of its model_config.json.
+    """
+    sections = {"": config, "eva_args.": config.get("eva_args", {})}
+    return {
+        f"{prefix}{name} in the config of --from_pretrained": mark(float(section.get(name, default)))
+        for prefix, section in sections.items()
+        for name, default in SAT_DEFAULTS.items()
+    }
+
+
 def marks_of_samples(option: str, samples: int, items: Sequence) -> dict[str, str]:
     """How many samples a source has, and which: names, texts and the sizes of some files, not where they lie."""
     digest = hashlib.sha256()
@@ -48,11 +63,15 @@ def marks_of_samples(option: str, samples: int, items: Sequence) -> dict[str, st
         image = getattr(item, "image", None)
         name = image.name if isinstance(image, Path) else None
         digest.update(repr((name, getattr(item, "prompt", None), getattr(item, "answer", None))).encode())
-    for item in items[:: max(1, len(items) // SIZES_TRIED)]:
-        image = getattr(item, "image", None)
-        if isinstance(image, Path):
-            digest.update(str(_size(image)).encode())
+    digest.update(sizes_mark(items).encode())
     return {f"the samples of {option}": f"{samples} (digest {digest.hexdigest()[:12]})"}
+
+
+def sizes_mark(items: Sequence) -> str:
+    """A digest of how many bytes some images of the items have: other pictures under the same names are told by it."""
+    images = [getattr(item, "image", None) for item in items[:: max(1, len(items) // SIZES_TRIED)]]
+    sizes = [_size(image) for image in images if isinstance(image, Path)]
+    return hashlib.sha256(repr(sizes).encode()).hexdigest()
 
 
 def marks_of_tokenizer(folder: str | Path) -> dict[str, str]:

@@ -15,8 +15,12 @@ _NUMBER = re.compile(r"\d*\.?\d+")
 ROUNDING = 0.0015  # 0.333,0.333,0.333 are thirds
 
 
-def number(kind: type, wanted: str, accepts: Callable[[float], bool] = lambda value: True) -> Callable[[str], float]:
-    """An argparse type: a finite `kind` that `accepts` takes; otherwise an error that says what was `wanted`."""
+def number(
+    kind: type, wanted: str, accepts: Callable[[float], bool] = lambda value: True, most: float = math.inf
+) -> Callable[[str], float]:
+    """An argparse type: a finite `kind`, `most` at most, that `accepts` takes; otherwise an error that says what was
+    `wanted`.
+    """
 
     def parse(text: str):
         try:
@@ -31,6 +35,8 @@ def number(kind: type, wanted: str, accepts: Callable[[float], bool] = lambda va
             meant = _meant_number(text, whole=kind is int)
             hint = f"; did you mean {meant}?" if _takes(kind, meant, accepts) else ""
             raise argparse.ArgumentTypeError(f"got {printable(repr(text))}, wanted {wanted}{hint}")
+        if value > most:
+            raise argparse.ArgumentTypeError(f"got {printable(repr(text))}, wanted {wanted}, {most:,.0f} at most")
         return value
 
     return parse
@@ -82,10 +88,14 @@ def _whole(text: str) -> float:
 
 
 positive_int = number(int, "a whole number above 0", lambda value: value > 0)
+batch = number(int, "a whole number above 0", lambda value: value > 0, most=2**16)  # held in memory at once
+accumulation = number(int, "a whole number above 0", lambda value: value > 0, most=2**20)
+workers = number(int, "a whole number, 0 or above", lambda value: value >= 0, most=2**10)  # processes
 count = number(int, "a whole number, 0 or above", lambda value: value >= 0)
 positive = number(float, "a number above 0", lambda value: value > 0)
 rate = number(float, f"a number above 0, {LARGEST_RATE:g} at most", lambda value: 0 < value <= LARGEST_RATE)
 not_negative = number(float, "a number, 0 or above", lambda value: value >= 0)
+seconds = number(float, "a number, 0 or above", lambda value: value >= 0, most=1e9)  # what a thread can wait for
 fraction = number(float, "a number from 0 up to, but not including, 1", lambda value: 0 <= value < 1)
 share = number(float, "a share from 0 to 1", lambda value: 0 <= value <= 1)
 

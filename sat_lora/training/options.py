@@ -29,6 +29,8 @@ from sat_lora.training.defaults import (
 from sat_lora.training.launch import find_place
 from sat_lora.training.lora_options import ABOUT, LORA_FIELDS, lora_options
 from sat_lora.training.option_types import (
+    accumulation,
+    batch,
     count,
     fraction,
     not_negative,
@@ -36,7 +38,9 @@ from sat_lora.training.option_types import (
     positive_int,
     proportions,
     rate,
+    seconds,
     share,
+    workers,
 )
 from sat_lora.training.schedule import DECAY_STYLES
 
@@ -95,7 +99,7 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     add(set_by_people, "--experiment-name", "name of the run; its folder is SAVE/NAME", metavar="NAME")
     add(set_by_people, "--train-iters", "optimizer steps (default: one epoch)", type=positive_int, metavar="N")
     add(set_by_people, "--epochs", "passes over the data, instead of --train-iters", type=positive, metavar="N")
-    add(set_by_people, "--batch-size", "samples a GPU takes at once", type=positive_int, metavar="N")
+    add(set_by_people, "--batch-size", "samples a GPU takes at once", type=batch, metavar="N")
     add(set_by_people, "--lr", "peak learning rate; LoRA wants 1e-4 or more", type=rate)
     add(set_by_people, "--resume", "run folder to go on with, under its own settings", metavar="RUN_FOLDER")
 
@@ -116,12 +120,12 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     add(data, "--names-are-answers", "of folders, whatever texts lie in or beside them", **flag)
     add(data, "--max-broken-share", "the run stops when more of the samples are broken", type=share, metavar="X")
     add(data, "--max-pixels", "a larger picture is a broken sample, not read", type=positive_int, metavar="N")
-    add(data, "--num-workers", "processes that read images, per rank", type=count, metavar="N")
+    add(data, "--num-workers", "processes that read images, per rank", type=workers, metavar="N")
 
     add(schedule, "--warmup", "steps of warm-up; below 1: their share of all steps", type=not_negative, metavar="N")
     add(schedule, "--lr-decay-style", "how the learning rate falls after it", choices=list(DECAY_STYLES))
     add(schedule, "--min-lr-ratio", "the rate falls to this share of --lr", type=fraction, metavar="X")
-    add(schedule, "--gradient-accumulation-steps", "batches per optimizer step", type=positive_int, metavar="N")
+    add(schedule, "--gradient-accumulation-steps", "batches per optimizer step", type=accumulation, metavar="N")
     add(schedule, "--clip-grad", "largest gradient norm; 0: not clipped", type=not_negative, metavar="X")
     add(schedule, "--weight-decay", "AdamW's weight decay", type=not_negative, metavar="X")
     add(schedule, "--skip-nonfinite", "steps with a NaN or infinity to leave out", type=count, metavar="N")
@@ -148,7 +152,7 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
         saving,
         "--eval-batch-size",
         "for validation and --test-data (default: --batch-size)",
-        type=positive_int,
+        type=batch,
         metavar="N",
     )
     add(saving, "--log-interval", "steps between the lines of train.jsonl", type=positive_int, metavar="N")
@@ -159,7 +163,7 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
         "--watchdog-limit",
         "end a run that gives no sign of life for so long, and for ten times the longest that its phase has taken; "
         "0: never",
-        type=not_negative,
+        type=seconds,
         metavar="SECONDS",
     )
     add(

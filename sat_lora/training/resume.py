@@ -5,6 +5,7 @@ Under `run` of a checkpoint's state.json:
 settings           the options that values are drawn from which are in no tensor of the checkpoint: --seed gives the
                    frozen A of --freeze_a, what PiSSA takes from the base, the order of the data and its split
 data, valid_data   {"samples": how many, "digest": of them in their order}: a place in the data is the number of a step
+files              a digest of the sizes of some files of the training data
 versions           of the libraries that the numbers depend on
 base               {"fingerprint": ..., and name, family, parameters, values}, as adapters have them
 """
@@ -85,8 +86,11 @@ def check_data(options: Namespace, state: dict, data: dict) -> None:
     )
 
 
-def notes(options: Namespace, state: dict, valid_data: dict | None) -> Iterator[str]:
-    """What there is to say before a run goes on: what differs from before, and is allowed to."""
+def notes(options: Namespace, state: dict, valid_data: dict | None, files: str | None = None) -> Iterator[str]:
+    """What there is to say before a run goes on: what differs from before, and is allowed to.
+
+    valid_data, files: of this start, as `facts_of_run` and a source of training data give them.
+    """
     stored, run = settings_of_run(options.resume), state["run"]
     changed = [
         f"--{name.replace('_', '-')} {printable(_text(getattr(options, name)))} (was {printable(_text(stored[name]))})"
@@ -106,6 +110,11 @@ def notes(options: Namespace, state: dict, valid_data: dict | None) -> Iterator[
     other = [f"{name} {now} (was {printable(before[name])})" for name, now in differing]
     if other:
         yield f"warning: resumed with other libraries, so not bit for bit: {', '.join(other)}"
+    if files is not None and run.get("files") not in (None, files):
+        yield (
+            f"warning: files of the training data have other sizes than they had up to step {state['step']}, under the "
+            "same names: the run goes on with what they hold now, so not bit for bit"
+        )
     if state["best_loss"] is not None and run.get("valid_data") != valid_data:
         yield "the validation data is not what it was: `best` begins anew, adapter/best names the old one until then"
 

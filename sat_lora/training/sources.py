@@ -13,7 +13,7 @@ from sat_lora.training.agreement import mark
 from sat_lora.training.data import DataCounts, ImageTextDataset, Item, read_items, reading_options, split_items
 from sat_lora.training.distributed import World
 from sat_lora.training.layouts import is_shard
-from sat_lora.training.marks import marks_of_samples
+from sat_lora.training.marks import marks_of_samples, sizes_mark
 from sat_lora.training.sampler import EpochSampler, eval_batches, make_loader, make_stream_loader
 from sat_lora.training.shard_stream import ShardStream
 from sat_lora.training.shards import Shard, count_shards
@@ -47,6 +47,10 @@ class FileSource:
         prompts and answers.
         """
         return {"samples": self.samples, "digest": _digest(map(_entry, self.dataset.items))}
+
+    def files(self) -> str:
+        """Tells the files of these samples from others of the same names: a digest of the sizes of some."""
+        return sizes_mark(self.dataset.items)
 
     def training(self, start_step: int) -> DataLoader:
         """Micro-batches of this rank without end, from `start_step` on."""
@@ -103,6 +107,10 @@ class ShardSource:
         """As that of a FileSource, by the names of the shards and how many samples each holds."""
         return {"samples": self.samples, "digest": _digest((Path(one.path).name, one.samples) for one in self.shards)}
 
+    def files(self) -> str:
+        """As that of a FileSource, of the shards themselves."""
+        return sizes_mark([Item(Path(shard.path), None) for shard in self.shards])
+
     def _stream(self, batch_size: int, num_workers: int, **settings) -> ShardStream:
         return ShardStream(
             self.shards,
@@ -140,6 +148,11 @@ class ShardSource:
     def validation(self) -> DataLoader:
         workers = min(1, self.options.num_workers)
         return make_stream_loader(self._validation_stream(), num_workers=workers, seed=self.options.seed)
+
+
+def marks_of_sources(data: FileSource | ShardSource, valid: FileSource | ShardSource | None) -> dict[str, str]:
+    """What all ranks have to have alike of training and validation data, see `agree`."""
+    return {**data.marks("--train-data"), **({} if valid is None else valid.marks("--valid-data"))}
 
 
 def _entry(item: Item) -> tuple:

@@ -132,6 +132,17 @@ def test_a_pointer_that_names_no_step_is_not_waited_for(adapter, model, tmp_path
     assert time.process_time() - started < SECONDS
 
 
+@pytest.mark.parametrize("pointer", [None, "9", "", "1" * 300])
+def test_where_a_pointer_is_lost_the_newest_step_is_named(adapter, tmp_path, pointer):
+    for step in ("2", "10"):
+        shutil.copytree(adapter, tmp_path / "adapters" / step)
+    (tmp_path / "adapters" / "11").mkdir()  # of no adapter
+    if pointer is not None:
+        (tmp_path / "adapters" / "latest").write_text(pointer)
+    with pytest.raises(AdapterError, match="no `latest` names a step that is there: give .*/adapters/10, the newest"):
+        inspect_adapter(tmp_path / "adapters")
+
+
 def test_a_path_that_cannot_be_is_one_error(model):
     for action in (lambda path: load_adapter(model, path), inspect_adapter):
         with pytest.raises(AdapterError, match="cannot be read|not an adapter folder"):

@@ -1,10 +1,14 @@
 """Names that files bring into messages: a terminal shows them and obeys none of them, and none begins a line."""
 
 import logging
+import os
+import subprocess
 
 import pytest
 
+from sat_lora.cli import main
 from sat_lora.errors import AdapterError, DataError
+from sat_lora.foreign import shell_line
 from sat_lora.training.notice import warn
 from sat_lora.training.run_folder import RunFolder
 
@@ -51,3 +55,29 @@ def test_a_warning_is_only_shown(caplog):
     with caplog.at_level(logging.WARNING, logger="sat_lora"):
         warn('"bf16\x1b[31m" is not known', {})
     assert "\\x1b[31m" in caplog.text and "\x1b" not in caplog.text
+
+
+WORDS = [
+    "a b",
+    "it's",
+    "$HOME",
+    "a\x1b[31mb",
+    "x\n'y\\\\z",
+    "caf\u00e9\u202e",
+    b"caf\xe9.png".decode("utf-8", "surrogateescape"),
+    "",
+]
+
+
+@pytest.mark.parametrize("name", WORDS)
+def test_a_line_to_paste_names_what_it_names_and_is_only_shown(name):
+    line = shell_line(["printf", "%s", name])
+    assert line.isprintable()
+    assert subprocess.run(["bash", "-c", line], stdout=subprocess.PIPE, check=True).stdout == os.fsencode(name)
+
+
+def test_what_a_command_has_made_is_only_shown(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("sat_lora.combine.combine_adapters", lambda *args, **settings: None)
+    out = str(tmp_path / "x\x1b[2Jy")
+    assert main(["combine", "a", "b", "--method", "cat", "--out", out]) == 0
+    assert capsys.readouterr().out == f"combined adapter in {tmp_path}/x\\x1b[2Jy\n"

@@ -132,6 +132,9 @@ def test_the_template_is_the_one_that_makes_the_prompts_of_the_base(version, tem
         ({"rotary_base": 100.0}, "rotary base 100 where the code has 10000"),
         ({"rotary_base": 500000}, "rotary base 500000 where the code has 10000"),
         ({"use_bias": True}, "use_bias True where the code has False"),
+        ({"use_final_layernorm": False}, "use_final_layernorm False where the code has True"),
+        ({"use_qkv_bias": True}, "use_qkv_bias True where the code has False"),
+        ({"eva_args": {**CONFIG["eva_args"], "use_bias": False}}, "eva_args.use_bias False where the code has True"),
         ({"eva_args": {**CONFIG["eva_args"], "image_size": [21, 14]}}, "images of 21 x 14"),
         ({"hidden_size_per_attention_head": 8}, "hidden_size_per_attention_head 8"),
         ({"eva_args": {**CONFIG["eva_args"], "layernorm_order": "pre"}}, "eva_args.layernorm_order 'pre'"),
@@ -184,6 +187,7 @@ def change(name, value):
         (change("rope_parameters", {"rope_theta": 5e5, "rope_type": "default"}), "rope_theta is 500000.0"),
         (change("rope_scaling", {"type": "linear", "factor": 2}), "rope_scaling is {'type'"),
         (change("num_multi_query_heads", 1), "it is a CogVLM2"),
+        (change("tie_word_embeddings", True), "tie_word_embeddings is true, and CogVLM's head has weights of its own"),
         (change("quantization_config", {"load_in_4bit": True}), "its weights are quantised"),
     ],
 )

@@ -10,6 +10,7 @@ from sat_lora.doctor.timeline import module_of, stretches, tower_of
 from sat_lora.errors import AdapterError
 from sat_lora.inspect_adapter import draw_norms
 from sat_lora.progress import as_time, shown
+from sat_lora.targets import layer_of
 from sat_lora.training import progress
 from sat_lora.training.loss_plot import draw_losses
 from sat_lora.training.run_folder import RunFolder, lowest
@@ -54,11 +55,38 @@ def test_the_smoothed_line_lies_on_the_data_and_the_best_is_marked(figure, tmp_p
         [{"step": step, "loss": 0.0, "lr": 0.0} for step in range(40)],
         [{"step": 1, "loss": "low", "lr": [1]}, {"step": 2, "broken": "a.png"}],
         [{"step": step, "loss": -1.0 if step % 9 else 1e9} for step in range(100)],
+        [{"step": step, "loss": 10.0 ** (step - 300), "lr": 1e-320} for step in range(600)],
+        [{"step": 1, "loss": 10**400, "valid_loss": -(10**400), "lr": True}],
+        [{"step": 10**400, "loss": 1.0}, {"step": -(10**400), "loss": 2.0}, {"step": -1, "valid_loss": 1.0}],
     ],
 )
 def test_whatever_a_log_holds_is_drawn(records, tmp_path):
     draw_losses(records, tmp_path / "loss.png", "\x1b[2J a\nb " * 40)
     assert (tmp_path / "loss.png").stat().st_size > 1000
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", ["验证码 🚀", "$\\foo$ _^{", "caf\u0301e \u202e", "\U0010ffff"])
+def test_a_name_in_any_script_is_shown_without_a_word(name, figure, tmp_path):
+    draw_losses(falling(30), tmp_path / "loss.png", name)
+    draw_norms({**report_of(vit=[1.0]), "path": name}, tmp_path / "norms.png")
+    report = report_of(other=[1.0])
+    report["layers"][0] |= {"name": f"a.{name}", "layer": None}
+    draw_norms(report, tmp_path / "norms.png")
+
+
+@pytest.mark.parametrize("digits", ["9" * 5000, "²", "٣", "007"])
+def test_a_number_in_a_layers_name_may_be_any(digits, tmp_path):
+    name = f"transformer.layers.{digits}"
+    report = report_of(other=[1.0, 2.0])
+    report["layers"][0] |= {"name": name, "layer": layer_of(name)}
+    assert report["layers"][0]["layer"] == (7 if digits == "007" else None)
+    draw_norms(report, tmp_path / "norms.png")
+
+
+def test_a_log_that_was_edited_has_a_lowest_loss_all_the_same():
+    records = [{"step": 1, "valid_loss": 10**400}, {"step": 2, "valid_loss": 3.0}, {"step": 3, "valid_loss": None}]
+    assert lowest(records) == (2, 3.0)
 
 
 def report_of(relative=False, **parts):

@@ -138,6 +138,19 @@ def test_whole_numbers_may_be_written_as_people_write_them(capsys):
 
 
 @pytest.mark.parametrize(
+    "option, most",
+    [("--batch-size", "65,536"), ("--gradient-accumulation-steps", "1,048,576"), ("--num-workers", "1,024")],
+)
+def test_a_slip_of_many_digits_fills_no_memory_and_starts_no_processes(option, most, capsys):
+    for text in ("10000000", "1" + 30 * "0"):
+        with pytest.raises(SystemExit) as stop:
+            parse_options([option, text], environ={})
+        printed = capsys.readouterr().err
+        assert stop.value.code == 2 and f"argument {option}: got {text!r}, wanted " in printed
+        assert printed.endswith(f", {most} at most\n") and printed.count("\n") == 1
+
+
+@pytest.mark.parametrize(
     "script, argv",
     [
         ("pack_shards", ["x", "--out", "y", "--samples-per-shard", "0"]),
@@ -154,3 +167,35 @@ def test_a_number_that_cannot_be_is_one_line(script, argv, capsys):
         load_script(script).main(argv)
     printed = capsys.readouterr().err
     assert stop.value.code == 2 and printed.count("\n") == 1 and "wanted a whole number" in printed
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [["--from_pretrained", ""], ["--train-data", ""], ["--train-data", "x", ""], ["--save="], ["--experiment-name", ""],
+     ["--resume", ""]],
+)  # fmt: skip
+def test_an_empty_name_is_not_the_folder_one_is_in(argv, capsys):
+    """As of `--train-data "$DATA"` where DATA is not set; a prompt may be empty."""
+    with pytest.raises(SystemExit) as stop:
+        parse_options(argv, environ={})
+    printed = capsys.readouterr().err
+    assert stop.value.code == 2 and printed.count("\n") == 1
+    assert f"error: {argv[0].rstrip('=')}: got an empty name; a variable of the shell may not be set" in printed
+    assert parse_options(["--prompt", ""], environ={}).prompt == ""
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [["inspect", ""], ["merge", "--base", "", "--adapter", "b", "--out", "c"],
+     ["combine", "a", "", "--method", "cat", "--out", "b"]],
+)  # fmt: skip
+def test_nor_is_it_in_other_commands(argv, capsys):
+    with pytest.raises(SystemExit) as stop:
+        sat_lora(argv)
+    assert stop.value.code == 2 and "got an empty name" in capsys.readouterr().err
+
+
+def test_a_watchdog_waits_no_longer_than_a_thread_can(capsys):
+    with pytest.raises(SystemExit):
+        parse_options(["--watchdog-limit", "1e300"], environ={})
+    assert "wanted a number, 0 or above, 1,000,000,000 at most" in capsys.readouterr().err

@@ -11,7 +11,13 @@ from sat_lora.training.agreement import SHOWN, differences, disagreement, mark
 from sat_lora.training.data import Item
 from sat_lora.training.distributed import agree, join
 from sat_lora.training.launch import find_place
-from sat_lora.training.marks import marks_of_engine, marks_of_options, marks_of_samples, marks_of_tokenizer
+from sat_lora.training.marks import (
+    marks_of_config,
+    marks_of_engine,
+    marks_of_options,
+    marks_of_samples,
+    marks_of_tokenizer,
+)
 from sat_lora.training.options import parse_options
 from tests.distributed.ranks import run_ranks
 
@@ -52,6 +58,19 @@ def test_every_option_is_named_with_its_values_and_ranks(options, said):
 def test_what_belongs_to_a_machine_may_differ(options):
     base = ("--from_pretrained", "b") if options[0] == "--from_pretrained" else ()
     assert differences(marks(*base, *options), marks(*base)) == {}
+
+
+def test_what_a_base_computes_with_beside_its_weights_is_compared():
+    config = {"layernorm_epsilon": 1e-5, "num_layers": 2, "eva_args": {"layernorm_epsilon": 1e-6}}
+    first = marks_of_config(config)
+    for other, said in (
+        ({**config, "layernorm_epsilon": 1e-3}, "- layernorm_epsilon in the config of --from_pretrained: 1e-05 on rank"),
+        ({**config, "rotary_base": 500}, "- rotary_base in the config of --from_pretrained: 10000.0 on rank 0, 500.0"),
+        ({**config, "eva_args": {}}, "- eva_args.layernorm_epsilon in the config of --from_pretrained: 1e-06 on rank"),
+    ):
+        assert said in str(disagreement(first, {1: differences(marks_of_config(other), first)}))
+    same = {"model_parallel_size": 2, "rotary_base": 10000, "hidden_dropout": 0, "eva_args": config["eva_args"]}
+    assert differences(marks_of_config(same), first) == {}  # as another tool writes it
 
 
 def test_data_workers_may_not_differ_where_they_decide_who_reads_what():

@@ -13,6 +13,7 @@ from sat_lora.training.checkpoint import STATE, RunState, newest_checkpoint, rea
 from sat_lora.training.defaults import DEFAULTS
 from sat_lora.training.evaluation import evaluated, evaluation_file, try_to_write
 from sat_lora.training.options import parse_options, settings_of_run
+from sat_lora.training.preflight import option_problems
 from sat_lora.training.random_state import parsed, random_state
 from sat_lora.training.resume import check_data, facts_of_run, notes, settled_problems
 from sat_lora.training.run_folder import RunFolder, read_records, write_json
@@ -25,7 +26,9 @@ WRONG_SETTINGS = {
     "train_data": ["/", {"a": 1}, [], [3], ["a", None], [["a"]], 7, True, ["nul\0"]],
     "from_pretrained": [3, ["a"], True],
     "lr": ["abc", "1e-4", 0, -1, True, [1], 10**400],
-    "batch_size": [0, -1, 1.5, "4", None, True, 10**400],
+    "batch_size": [0, -1, 1.5, "4", None, True, 10**400, 10**9],
+    "gradient_accumulation_steps": [10**30, 2**20 + 1, 0],
+    "num_workers": [10**30, 1025, -1],
     "log_interval": [0, None],
     "zero_stage": [4, "2", 2.0, True, [2]],
     "version": ["v9", 3, ["chat"]],
@@ -330,6 +333,34 @@ def test_the_description_of_data_follows_names_answers_and_order_and_not_the_pla
     others += [(Item(None, "a"), b), (Item(tmp_path / "c.png", "a"), b), (Item(None, "half \ud83d"),)]
     digests = {description(*items)["digest"] for items in others}
     assert len(digests) == len(others) and plain["digest"] not in digests
+
+
+def test_other_pictures_under_the_same_names_are_said(tmp_path):
+    from sat_lora.training.data import Item
+    from sat_lora.training.marks import sizes_mark
+
+    images = [Item(tmp_path / f"{number}.png", "a") for number in range(3)]
+    for number, item in enumerate(images):
+        item.image.write_bytes(b"x" * (number + 1))
+    before = sizes_mark(images)
+    (tmp_path / "1.png").write_bytes(b"other")
+    after = sizes_mark(images)
+    (tmp_path / "2.png").unlink()
+    assert len({before, after, sizes_mark(images), sizes_mark(images[:1]), sizes_mark([])}) == 5
+    options, state = resumed(tmp_path)
+    state["run"]["files"] = before
+    assert [*notes(options, state, None, before)] == []
+    (note,) = notes(options, state, None, after)
+    assert note.startswith("warning: files of the training data have other sizes than they had up to step 4")
+    del state["run"]["files"]  # of an earlier version
+    assert [*notes(options, state, None, after)] == []
+
+
+@pytest.mark.parametrize("value", [None, "4", [], {"a": 1}, True, -1, 0])
+def test_a_factor_of_a_wrong_type_is_a_problem_of_its_option(value):
+    options = parse_options([], environ={})
+    options.lr_ratio = value
+    assert ["--lr_ratio" in problem for problem in option_problems(options, {}, "cpu")[0]] == [True]
 
 
 def test_options_of_one_start_do_not_come_back(capsys):

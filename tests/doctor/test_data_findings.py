@@ -92,11 +92,23 @@ def test_token_ids_outside_of_the_vocabulary_are_found(dataset):
     assert finding.option == "--local_tokenizer"
 
 
+@pytest.mark.parametrize("label", [128, 5000, -1, -101])
+def test_labels_outside_of_the_vocabulary_are_ids_too(label, dataset):
+    """The loss would end the examination with an IndexError; -1, which other code ignores, is one of them."""
+    batch = batch_of(dataset, 0, 6)
+    batch["labels"][0, -1] = label
+    finding = next(one for one in data_findings([batch], **BASE) if one.code == "token-ids")
+    assert finding.seen.startswith(f"token ids {label} are in the samples, ")
+
+
 def test_images_of_another_size_are_found(dataset):
     batch = batch_of(dataset, 0, 1)
     batch["images"] = torch.zeros(2, 3, 14, 21)
     (finding,) = data_findings([batch], **BASE)
     assert (finding.code, finding.seen) == ("image-size", "images come as 14 x 21 pixels, the base takes 21 x 21")
+    batch["images"] = torch.zeros(2, 4, 21, 21)  # with transparency
+    (finding,) = data_findings([batch], **BASE)
+    assert finding.seen == "images come as 21 x 21 pixels in 4 channels, the base takes 21 x 21"
 
 
 def test_an_image_too_few_is_found(dataset):
