@@ -13,7 +13,7 @@ import traceback
 from multiprocessing.connection import wait
 from pathlib import Path
 
-_PRELOAD = ["sat_lora", "sat_lora.training.engine", "deepspeed", "tests.tiny"]
+_PRELOAD = ["tests.distributed.preloaded"]
 
 
 def free_port() -> int:
