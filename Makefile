@@ -10,8 +10,11 @@ READY := $(VENV)/.installed
 demo: $(READY)
 	"$(BIN)/python" -m deepspeed.launcher.runner finetune_demo/finetune_cogvlm.py
 
+# Many tests wait rather than compute, so two run at a time; those of a file share what is made for them.
+WORKERS ?= 2
+
 test: $(READY)
-	"$(BIN)/python" -m pytest
+	"$(BIN)/python" -m pytest --numprocesses $(WORKERS) --dist loadfile
 
 test-matrix: $(READY)  # half an hour: every layout, and every other long test
 	"$(BIN)/python" -m pytest -m matrix; status=$$?; \
