@@ -10,8 +10,11 @@ READY := $(VENV)/.installed
 demo: $(READY)
 	"$(BIN)/python" -m deepspeed.launcher.runner finetune_demo/finetune_cogvlm.py
 
+# Many tests wait rather than compute, so two run at a time; those of a file share what is made for them.
+WORKERS ?= 2
+
 test: $(READY)
-	"$(BIN)/python" -m pytest
+	"$(BIN)/python" -m pytest --numprocesses $(WORKERS) --dist loadfile
 
 # Half an hour of a quiet machine: every layout, and every other long test. A busy one is waited for.
 test-matrix: export SAT_LORA_TEST_PATIENCE ?= 5

@@ -22,7 +22,7 @@ setup(
         "matplotlib",
     ],
     extras_require={
-        "test": ["pytest", "pytest-timeout", "hypothesis", "peft>=0.17", "captcha>=0.7"],
+        "test": ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "peft>=0.17", "captcha>=0.7"],
         "demo": ["captcha>=0.7"],
     },
     entry_points={"console_scripts": ["sat-lora = sat_lora.cli:script"]},

@@ -6,7 +6,10 @@ import sys
 
 import pytest
 
-DTYPES = ["bfloat16", *(pytest.param(name, marks=pytest.mark.matrix) for name in ("float32", "float16"))]
+from tests.distributed.ranks import run_ranks
+
+RANKS, RANKS_DROPPED = (4, 8, 16, 48, 64, 72), (4, 16, 48, 64, 144)
+FEW_RANKS, FEW_RANKS_DROPPED = (4, 72), (4, 48)
 ROWS, IN = 37, 83  # odd, and several of the small tiles
 
 
@@ -29,7 +32,7 @@ def let_the_interpreter_multiply_bfloat16():
     interpreter.InterpreterBuilder.create_dot = create_dot
 
 
-def check_all(dtype):
+def check_all(dtype, ranks=RANKS, ranks_dropped=RANKS_DROPPED):
     let_the_interpreter_multiply_bfloat16()
     import torch
 
@@ -38,13 +41,13 @@ def check_all(dtype):
     from tests.delta_kernels import check_addition, check_autograd, check_dropout, check_masks, layouts
 
     small = Blocks(16, 32)
-    for rank in (4, 8, 16, 48, 64, 72):
+    for rank in ranks:
         for layout in layouts(11).values():
             check_addition(dtype, rank, layout, ROWS, small)
     check_addition(dtype, 16, layouts(64)["q, k, v"], 65, None)
     check_addition(dtype, 16, layouts(8)["whole"], 0, None)
-    for number, ranks in enumerate((4, 16, 48, 64, 144)):
-        check_dropout(dtype, ranks, ROWS, IN, small, transposed=number % 2 == 0)
+    for number, rank in enumerate(ranks_dropped):
+        check_dropout(dtype, rank, ROWS, IN, small, transposed=number % 2 == 0)
     check_dropout(dtype, 16, 70, 300, None, transposed=False)
     check_dropout(dtype, 16, 0, IN, small, transposed=False)
     functional._has_kernels = lambda tensor, elements: True
@@ -59,9 +62,17 @@ def in_the_interpreter(script):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-@pytest.mark.parametrize("name", DTYPES)
-def test_kernels_equal_float64_rounded_once(name):
+def test_kernels_equal_float64_rounded_once():
     """In a process of its own: Triton asks for its interpreter when it is imported."""
+    in_the_interpreter(
+        "import torch; from tests.test_delta_kernels import FEW_RANKS, FEW_RANKS_DROPPED, check_all; "
+        "check_all(torch.bfloat16, FEW_RANKS, FEW_RANKS_DROPPED)"
+    )
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("name", ["bfloat16", "float32", "float16"])
+def test_kernels_of_every_rank_and_dtype_equal_float64_rounded_once(name):
     in_the_interpreter(f"import torch; from tests.test_delta_kernels import check_all; check_all(torch.{name})")
 
 
@@ -101,13 +112,17 @@ def test_kernels_compile_for_cuda(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+def delta_with_dropout():
+    """Whether the kernels have been imported after a delta with everything that they are for."""
+    import torch
+
+    from sat_lora.functional import DeltaLayout, RandomDropout, add_delta
+
+    x, a, b = (torch.randn(shape, requires_grad=True) for shape in ((5, 4), (2, 4), (6, 2)))
+    weight, layout = torch.randn(6, 4), DeltaLayout(((0, 6),), 6)
+    add_delta(x @ weight.T, x, a, b, RandomDropout(0.5), 1.0, layout, weight).sum().backward()
+    return "sat_lora.delta_kernels" in sys.modules
+
+
 def test_no_kernel_is_imported_on_the_cpu():
-    script = """
-import sys, torch
-from sat_lora.functional import DeltaLayout, RandomDropout, add_delta
-x, a, b = (torch.randn(shape, requires_grad=True) for shape in ((5, 4), (2, 4), (6, 2)))
-weight = torch.randn(6, 4)
-add_delta(x @ weight.T, x, a, b, RandomDropout(0.5), 1.0, DeltaLayout(((0, 6),), 6), weight).sum().backward()
-assert "sat_lora.delta_kernels" not in sys.modules
-"""
-    subprocess.run([sys.executable, "-c", script], check=True)
+    assert run_ranks(delta_with_dropout, 1) == [False]

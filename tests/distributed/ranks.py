@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tests.patience import patient
 
-_PRELOAD = ["sat_lora", "sat_lora.training.engine", "deepspeed", "tests.tiny"]
+_PRELOAD = ["tests.distributed.preloaded"]
 
 
 def free_port() -> int:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 
 from sat_lora.cli import main
 from tests.conftest import write_images
+from tests.doctor.faulty_runs import LIMIT, STEP, published_branching, run_faulty
 from tests.finetune_demo.test_finetune_cogvlm import launcher, options_for
 from tests.finetune_demo.test_finetune_cogvlm import start as start_demo
 from tests.patience import patient
@@ -41,17 +43,29 @@ def run_that_hangs(captchas, tmp_path):
     assert hung.returncode != 0
 
 
-def test_a_run_that_hung_is_explained_and_drawn(captchas, tmp_path):
-    run_that_hangs(captchas, tmp_path)
-    told = sat_lora("doctor", "--run", tmp_path / "run", "--plot", tmp_path / "gradients.png")
+def check_that_it_is_explained_and_drawn(run, picture):
+    """What the command says of the run."""
+    told = sat_lora("doctor", "--run", run, "--plot", picture)
     assert told.returncode == 1, told.stderr
     assert told.stdout.startswith("error: gradients-differ") and "vision" in told.stdout, told.stdout
-    assert (tmp_path / "gradients.png").read_bytes()[1:4] == b"PNG"
+    assert picture.read_bytes()[1:4] == b"PNG"
+    return told.stdout
+
+
+def test_a_run_that_hung_is_explained_and_drawn(captchas, tmp_path):
+    """The published branching, which no launcher ends."""
+    options = options_for(captchas, tmp_path, "--train-iters", "8", "--watchdog-limit", str(LIMIT), "--zero-stage", "2")
+    statuses, outputs, _ = run_faulty(published_branching, options, tmp_path)
+    assert statuses[0] != 0, outputs
+    text = check_that_it_is_explained_and_drawn(tmp_path / "run", tmp_path / "gradients.png")
+    assert re.search("gradients arrived on rank 0 and not on rank 1: .*vision", text), text
+    assert f"of step {STEP}" in text
 
 
 @pytest.mark.matrix
-def test_a_run_that_hung_fails_again_in_the_replay(captchas, tmp_path):
+def test_a_run_that_hung_is_explained_and_fails_again_in_the_replay(captchas, tmp_path):
     run_that_hangs(captchas, tmp_path)
+    check_that_it_is_explained_and_drawn(tmp_path / "run", tmp_path / "gradients.png")
     again = sat_lora("doctor", "--run", tmp_path / "run", "--replay")
     assert again.returncode == 1 and "fails on 2 gloo ranks as well" in again.stdout, again.stdout + again.stderr
 

@@ -40,7 +40,7 @@ def told(fault, captchas, tmp_path, *more, ranks=2):
         long("bus_error", "rank-gone", r"is gone: Bus error in <lambda> \(.*faulty_runs.py"),
         long("deadlock_in_a_hook", "stuck-in-code", "faulty_runs.py:.*action()"),
         long("stopped_rank", "stuck-in-code", "interpreter is stuck as a whole"),
-        ("published_branching", "gradients-differ", "gradients arrived on rank 0 and not on rank 1: .*vision"),
+        long("published_branching", "gradients-differ", "gradients arrived on rank 0 and not on rank 1: .*vision"),
     ],
 )  # fmt: skip
 def test_a_planted_fault_ends_the_run_and_is_named(fault, code, place, captchas, tmp_path):

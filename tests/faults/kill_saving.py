@@ -6,7 +6,6 @@ A child saves two adapters in turn, without end; its parent kills it after a ran
 """
 
 import argparse
-import multiprocessing
 import os
 import random
 import shutil
@@ -20,6 +19,7 @@ import torch
 
 from sat_lora.adapter_format import SavedAdapter, read_adapter, write_adapter
 from sat_lora.config import LoraConfig
+from tests.distributed.ranks import process_context
 
 CONTENTS = (1, 2)
 
@@ -55,8 +55,7 @@ def save_without_end(folder: str, ready) -> None:
 def kill_saves(folder: Path, times: int, seed: int = 0) -> Counter:
     """Kill `times` writers of folder/adapter. Counts what was there then, and what was found beside it."""
     generator, found = random.Random(seed), Counter()
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["sat_lora.adapter_format"])
+    context = process_context()
     target = folder / "adapter"
     for _ in range(times):
         receiver, sender = context.Pipe(duplex=False)

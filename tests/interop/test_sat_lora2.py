@@ -78,7 +78,11 @@ def test_the_same_layers_are_adapted(name, changes):
     assert_close(subject.run(ours.eval()), subject.run(theirs.eval()), subject.tolerance)
 
 
-@pytest.mark.parametrize("layer_range", [(1, 1), range(1, 2), iter([1]), {1}, numpy.array([1])], ids=repr)
+@pytest.mark.parametrize(
+    "layer_range",
+    [(1, 1), range(1, 2), iter([1]), {1}, numpy.array([1])],
+    ids=["tuple", "range", "iterator", "set", "array"],
+)
 def test_any_iterable_of_layer_numbers_will_do(layer_range):
     layers = {name.split(".")[2] for name in our_adapters(with_ours(PLAIN, 4, layer_range=layer_range))}
     assert layers == {"1"}

@@ -1,5 +1,8 @@
+import contextlib
 import json
 import math
+import os
+import pty
 
 import pytest
 from PIL import Image
@@ -8,7 +11,7 @@ from sat_lora.training import progress
 from sat_lora.training.loss_plot import draw_losses, smoothed
 from sat_lora.training.options import parse_options
 from sat_lora.training.run_folder import RunFolder, read_records, write_json
-from tests.patience import patient
+from tests.distributed.ranks import run_ranks
 
 FIGURES = dict(lr=1e-3, grad_norm=0.5, samples_per_second=10.0, peak_memory_mib=100.0)
 
@@ -162,23 +165,24 @@ def test_peak_memory_is_in_mib():
     assert 50 < progress.peak_memory_mib() < 100_000
 
 
+def shown_on_a_terminal_without_a_size():
+    """What a run of three steps writes to a terminal of 0 x 0."""
+    leader, follower = pty.openpty()
+    before = os.dup(2)
+    os.dup2(follower, 2)
+    shown = progress.Progress(3, 0)
+    shown.advance(3, {"loss": 1.25, "lr": 1e-3})
+    shown.close()
+    os.dup2(before, 2)
+    os.close(follower)
+    text = b""
+    with contextlib.suppress(OSError):  # nobody writes there any more
+        while chunk := os.read(leader, 65536):
+            text += chunk
+    return text.decode()
+
+
 def test_a_terminal_without_a_size_still_shows_the_bar():
     """Containers often give 0 x 0."""
-    import os
-    import pty
-    import subprocess
-    import sys
-
-    code = (
-        "from sat_lora.training.progress import Progress\n"
-        "progress = Progress(3, 0)\n"
-        "progress.advance(3, {'loss': 1.25, 'lr': 1e-3})\n"
-        "progress.close()"
-    )
-    leader, follower = pty.openpty()
-    done = subprocess.Popen([sys.executable, "-c", code], stderr=follower)
-    assert done.wait(timeout=patient(100)) == 0
-    os.close(follower)
-    shown = os.read(leader, 65536).decode()
-    os.close(leader)
+    (shown,) = run_ranks(shown_on_a_terminal_without_a_size, 1)
     assert "3/3" in shown and "loss 1.2500" in shown
