@@ -20,11 +20,10 @@ from functools import partial
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from sat_lora.adapter import LoraAdapter
 from sat_lora.errors import ConfigError
-from sat_lora.functional import RandomDropout, adapted_linear, add_delta, add_delta_in_place
+from sat_lora.functional import RandomDropout, adapted_linear, add_delta, add_delta_in_place, product_of
 from sat_lora.merging import MergedWeights
 
 
@@ -51,9 +50,9 @@ class DeltaHook:
         self._dropout = RandomDropout(adapter.dropout) if adapter.dropout else None
         is_plain = type(adapter).forward is LoraAdapter.forward and adapter.is_plain and not state.fixed_order
         self._layer_types = adapter.kind.layers if is_plain else ()
-        # A row-parallel layer sums over the ranks before it adds its bias, and may divide that by their number.
+        # A row-parallel layer sums over the ranks, and may add its bias to the sum.
         self._is_one_product = adapter.kind.cut != "in" or adapter.layout.mp_size == 1
-        self._bias_is_within = adapter.kind.cut != "in"
+        self._may_add_bias = adapter.kind.cut == "in"
         self.on_entry: Callable[[], object] | None = None
         """Called before each forward of the layer that this is the forward of: cheaper than a hook of torch's."""
 
@@ -76,16 +75,17 @@ class DeltaHook:
         if not self._goes_directly(adapter, layer, x):
             return self._through_adapter(adapter, layer, x, type(layer).forward(layer, *args, **kwargs), True)
         parameters, of_layer, layout = adapter._parameters, layer._parameters, adapter.layout
-        weight, bias = of_layer["weight"], of_layer["bias"]
+        weight, bias, added = of_layer["weight"], of_layer["bias"], None
+        if self._may_add_bias and layer.final_bias:
+            bias, added = None, bias
         dropout = self._dropout if adapter.training else None
         a, b, scale = parameters["A"], parameters["B"], adapter.scale * state.scale
-        is_one_product = self._is_one_product and (bias is None or self._bias_is_within)
         if torch.is_grad_enabled():
-            if is_one_product:
-                return adapted_linear(x, weight, bias, a, b, dropout, scale, layout)
+            if self._is_one_product:
+                return adapted_linear(x, weight, bias, added, a, b, dropout, scale, layout)
             product = type(layer).forward(layer, x.detach())
             return add_delta(product, x, a, b, dropout, scale, layout, weight)
-        y = F.linear(x, weight, bias) if is_one_product else type(layer).forward(layer, x)
+        y = product_of(x, weight, bias, added) if self._is_one_product else type(layer).forward(layer, x)
         add_delta_in_place(y, x, a, b, dropout, scale, layout)
         return y
 

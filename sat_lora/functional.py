@@ -221,13 +221,13 @@ class _AddDelta(torch.autograd.Function):
     def forward(ctx, y, x, a, b, constants):
         # `constants` is one tuple, since every further tensor among the arguments costs host time. What is taken over
         # comes in it: an argument that is given back would be a view, which a model cannot change in place.
-        product, weight, bias, dropout, scale, layout = constants
+        product, weight, bias, added, dropout, scale, layout = constants
         dtype, shape = x.dtype, x.shape
         rows = x if len(shape) == 2 else x.reshape(-1, shape[-1])
         if product is not None:
             out = product
         elif weight is not None:
-            out = F.linear(x, weight, bias)
+            out = product_of(x, weight, bias, added)
         else:
             out = y.clone(memory_format=torch.contiguous_format)
         a_cast, b_cast = a if a.dtype is dtype else a.to(dtype), b if b.dtype is dtype else b.to(dtype)
@@ -360,28 +360,35 @@ def add_delta(
     # Under functorch's transforms (vmap, grad) torch's own `apply` says that they cannot be used.
     apply = _AddDelta.apply if torch._C._are_functorch_transforms_active() else _apply_directly
     if weight is None:
-        return apply(y, x, a, b, (None, None, None, dropout, scale, layout))
-    return apply(None, x, a, b, (y.detach(), weight, None, dropout, scale, layout))
+        return apply(y, x, a, b, (None, None, None, None, dropout, scale, layout))
+    return apply(None, x, a, b, (y.detach(), weight, None, None, dropout, scale, layout))
+
+
+def product_of(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, added: torch.Tensor | None):
+    """x W^T + bias, and `added` to what that is rounded to, as a linear of torch's or SAT's makes it; (..., out)."""
+    y = F.linear(x, weight, bias)
+    return y if added is None else y + added
 
 
 def adapted_linear(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
+    added: torch.Tensor | None,
     a: torch.Tensor,
     b: torch.Tensor,
     dropout: RandomDropout | None,
     scale: float,
     layout: DeltaLayout,
 ) -> torch.Tensor:
-    """x W^T + bias with the low-rank delta of x added, W and bias frozen: `add_delta` that makes the product as well.
+    """`product_of` with the low-rank delta of x added, W and biases frozen: `add_delta` that makes the product as well.
 
     Autograd hears of the one Function alone, and nothing of the layer's own is called.
     """
     if x.numel() == 0 and layout.mp_size == 1:  # ranks of model parallelism go on to meet where they always do
         return _NoTokens.apply(x, a, b, layout.width)
     apply = _AddDelta.apply if torch._C._are_functorch_transforms_active() else _apply_directly
-    return apply(None, x, a, b, (None, weight, bias, dropout, scale, layout))
+    return apply(None, x, a, b, (None, weight, bias, added, dropout, scale, layout))
 
 
 def add_delta_in_place(

@@ -239,7 +239,7 @@ def test_the_slots_of_a_saved_output_survive_hooks_on_saved_tensors():
     torch.testing.assert_close(torch.autograd.grad(out.pow(2).sum(), wanted), plain, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("layer_name", ["linear", "linear without bias", "column"])
+@pytest.mark.parametrize("layer_name", LINEAR)
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_no_tokens_make_no_product_and_gradients_of_zero_in_the_usual_order(layer_name, dropout):
     layer, adapter, calls = hooked(layer_name, lora_dropout=dropout)

@@ -37,12 +37,14 @@ class FullAttention(BaseMixin):
         attention = self.transformer.layers[int(kw_args["layer_id"])].attention
         mixed = attention.query_key_value(hidden_states)
         if len(mixed) == 0:
-            return attention.dense(mixed[..., : mixed.shape[-1] // 3])  # of nothing, as wide as attention's output is
-        heads = mixed.unflatten(-1, (3, -1, attention.hidden_size_per_attention_head))
-        query, key, value = heads.permute(2, 0, 3, 1, 4)  # (batch, heads, seq, head_dim) each
-        dropout = attention.attention_dropout if self.training else None
-        context = attention.hooks["attention_fn"](query, key, value, mask, dropout, **kw_args)
-        output = attention.dense(context.transpose(1, 2).flatten(2))
+            context = mixed[..., : mixed.shape[-1] // 3]  # nothing, as wide as attention's output
+        else:
+            heads = mixed.unflatten(-1, (3, -1, attention.hidden_size_per_attention_head))
+            query, key, value = heads.permute(2, 0, 3, 1, 4)  # (batch, heads, seq, head_dim) each
+            dropout = attention.attention_dropout if self.training else None
+            context = attention.hooks["attention_fn"](query, key, value, mask, dropout, **kw_args)
+            context = context.transpose(1, 2).flatten(2)
+        output = attention.dense(context)  # every module is called in every step: ZeRO-3 follows them on all ranks
         return attention.output_dropout(output) if self.training else output
 
     def attention_fn(self, query, key, value, mask, dropout=None, **kw_args):
