@@ -305,6 +305,20 @@ def test_a_text_that_nobody_holds_and_nobody_can_read_is_taken_over(single_proce
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.parametrize("value", [None, [], {}, "x", -1, 10**30, True, [None], {"a": []}, ["1"], "\x1b[2J"])
+def test_a_text_with_values_of_any_type_is_read_or_is_none(value):
+    content = asdict(Holder("training", "2026-01-01", DEAD, DEAD, (DEAD,), ("1", "0")))
+    for name in content:
+        Holder.read(json.dumps({**content, name: value}).encode())
+    for name in content["process"]:
+        for of in ("process", "launcher"):
+            holder = Holder.read(json.dumps({**content, of: {**content[of], name: value}}).encode())
+            assert holder is None or (isinstance(holder.alive, list) and str(holder).isprintable())
+        Holder.read(json.dumps({**content, "ranks": [{**content["process"], name: value}]}).encode())
+    holder = Holder.read(json.dumps({**content, "job": value}).encode())
+    assert holder is None or holder.is_requeued_as_this in (True, False)
+
+
 @pytest.mark.parametrize("has_flock", [True, False])
 def test_the_lock_of_a_process_that_died_is_taken_over_aloud(single_process_group, tmp_path, monkeypatch, has_flock):
     if not has_flock:
