@@ -266,7 +266,6 @@ DEAD = Process(Process.current().host, 2**22 + 1, "5")  # above the largest numb
 def write_lock(folder, process, *, launcher=None, ranks=(), job=None, text=None):
     folder.mkdir(parents=True, exist_ok=True)
     holder = Holder("training", "2026-01-01 00:00:00", process, launcher, tuple(ranks), job)
-
     (folder / LOCK).write_text(json.dumps(asdict(holder)) if text is None else text)
 
 
