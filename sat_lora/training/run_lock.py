@@ -103,7 +103,8 @@ class Holder:
             ranks = tuple(Process(**values) for values in content["ranks"])
             job = None if content["job"] is None else tuple(map(str, content["job"]))
             known = (process, *ranks, *(() if launcher is None else (launcher,)))
-            if not all(type(one.pid) is int and isinstance(one.host, str) for one in known):
+            types = {(type(one.pid), type(one.host), isinstance(one.started, str | None)) for one in known}
+            if types != {(int, str, True)} or (job is not None and len(job) != 2):
                 return None
             return cls(str(content["doing"]), str(content["began"]), process, launcher, ranks, job)
         except (ValueError, TypeError, LookupError, AttributeError):

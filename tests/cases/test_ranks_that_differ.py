@@ -66,7 +66,7 @@ def test_what_a_base_computes_with_beside_its_weights_is_compared():
     for other, said in (
         ({**config, "layernorm_epsilon": 1e-3}, "- layernorm_epsilon in the config of --from_pretrained: 1e-05 on"),
         ({**config, "rotary_base": 500}, "- rotary_base in the config of --from_pretrained: 10000.0 on rank 0, 500.0"),
-        ({**config, "eva_args": {}}, "- eva_args.layernorm_epsilon in the config of --from_pretrained: 1e-06 on rank"),
+        ({**config, "eva_args": {}}, "- eva_args.layernorm_epsilon in the config of --from_pretrained: 1e-06"),
     ):
         assert said in str(disagreement(first, {1: differences(marks_of_config(other), first)}))
     same = {"model_parallel_size": 2, "rotary_base": 10000, "hidden_dropout": 0, "eva_args": config["eva_args"]}

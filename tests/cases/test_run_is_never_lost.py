@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -273,8 +274,6 @@ DEAD = Process(Process.current().host, 2**22 + 1, "5")  # above the largest numb
 def write_lock(folder, process, *, launcher=None, ranks=(), job=None, text=None):
     folder.mkdir(parents=True, exist_ok=True)
     holder = Holder("training", "2026-01-01 00:00:00", process, launcher, tuple(ranks), job)
-    from dataclasses import asdict
-
     (folder / LOCK).write_text(json.dumps(asdict(holder)) if text is None else text)
 
 
@@ -311,6 +310,20 @@ def test_a_text_that_nobody_holds_and_nobody_can_read_is_taken_over(single_proce
     with locked(tmp_path) as lock:
         assert lock.is_ours
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("value", [None, [], {}, "x", -1, 10**30, True, [None], {"a": []}, ["1"], "\x1b[2J"])
+def test_a_text_with_values_of_any_type_is_read_or_is_none(value):
+    content = asdict(Holder("training", "2026-01-01", DEAD, DEAD, (DEAD,), ("1", "0")))
+    for name in content:
+        Holder.read(json.dumps({**content, name: value}).encode())
+    for name in content["process"]:
+        for of in ("process", "launcher"):
+            holder = Holder.read(json.dumps({**content, of: {**content[of], name: value}}).encode())
+            assert holder is None or (isinstance(holder.alive, list) and str(holder).isprintable())
+        Holder.read(json.dumps({**content, "ranks": [{**content["process"], name: value}]}).encode())
+    holder = Holder.read(json.dumps({**content, "job": value}).encode())
+    assert holder is None or holder.is_requeued_as_this in (True, False)
 
 
 @pytest.mark.parametrize("has_flock", [True, False])
