@@ -15,7 +15,7 @@ from sat_lora.errors import DataError
 from sat_lora.foreign import open_file, printable
 from sat_lora.training.answer_lists import LISTED, LISTS, Names, find_listing, looks_like_answers
 from sat_lora.training.formats import HEAD, JSON_SUFFIXES, kind_of_file, named_format
-from sat_lora.training.item_files import FILE_LIMIT
+from sat_lora.training.item_files import FILE_LIMIT, LINE_LIMIT
 from sat_lora.training.item_keys import WANTED
 
 TEXT_SUFFIXES = (
@@ -54,11 +54,15 @@ def check_file_kind(path: Path) -> None:
     """DataError where a data path that is no folder cannot be a file of JSON objects, judged by how it begins."""
     try:
         with open_file(path, FILE_LIMIT) as file:
-            head = file.read(HEAD)
+            head, size = file.read(HEAD), os.fstat(file.fileno()).st_size
     except (OSError, ValueError) as error:
         raise DataError(f"{printable(path)}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
     begins = head.replace(b"\0", b"").lstrip(b"\xef\xbb\xbf\xfe\xff \t\r\n")[:1]
     if begins in (b"{", b"["):
+        # One line of hundreds of MB would be refused for its length alone.
+        kind = named_format(path, head) if size > LINE_LIMIT and b"\n" not in head else None
+        if kind is not None:
+            raise DataError(f"{printable(path)} {kind}, a layout that is not read here: write lines {WANTED}")
         return
     kind = kind_of_file(head, path.suffix)
     if kind is None and path.suffix.lower() in JSON_SUFFIXES:
