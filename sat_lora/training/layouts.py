@@ -106,7 +106,7 @@ def _check_inside(folder: Path, images: Sequence[Path]) -> None:
         listing = find_listing(path, names)
         if listing.listed >= min(LISTED, len(images)):
             if listing.says_more:
-                _refuse(folder, path, f"{path.relative_to(folder)} lists its images; give that file if it has samples")
+                _refuse(folder, path, f"{path.relative_to(folder)} lists its images{_advice(path)}")
             tables = [table for table in tables if table != path]
     if tables:
         _refuse(folder, tables[0], f"{tables[0].relative_to(folder)} looks like the answers to its images")
@@ -240,7 +240,11 @@ def _check_lists_beside(
             2 * listing.listed >= len(images) or (listing.is_part and listing.listed >= ENOUGH)
         )
         if enough and listing.says_more:
-            _refuse(folder, path, f"{path} lists its images; give that file if it has samples")
+            _refuse(folder, path, f"{path} lists its images{_advice(path)}")
+
+
+def _advice(path: Path) -> str:
+    return "; give that file if it has samples" if path.suffix.lower() in JSON_SUFFIXES else ""
 
 
 def _refuse(folder: Path, text: Path | None, why: str) -> None:
