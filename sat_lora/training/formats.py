@@ -51,7 +51,8 @@ FORMATS = (
     Format("docTR", ("*.img_dimensions", "*.polygons"), IMAGES),
     Format(
         "COCO",
-        ("annotations categories", "annotations images", "annotations licenses", "images categories"),
+        ("annotations categories", "annotations images", "annotations licenses", "images categories",
+         "images licenses"),
         IMAGES,
     ),
     Format("LLaVA, ShareGPT and CogVLM-SFT-311K", ("conversations", "conversation", "captions[].role"), QUESTIONS),

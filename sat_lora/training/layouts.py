@@ -12,7 +12,7 @@ from sat_lora.foreign import open_file, printable
 from sat_lora.paths import ENTRIES_SEEN, NAMES_COMPARED, nearest
 from sat_lora.training.answer_lists import LISTED, LISTS, Names, find_listing, looks_like_answers
 from sat_lora.training.formats import HEAD, JSON_SUFFIXES, kind_of_file, named_format
-from sat_lora.training.item_files import FILE_LIMIT
+from sat_lora.training.item_files import FILE_LIMIT, LINE_LIMIT
 from sat_lora.training.item_keys import WANTED
 
 TEXT_SUFFIXES = (
@@ -57,11 +57,15 @@ def check_file_kind(path: Path) -> None:
     """DataError where a data path that is no folder cannot be a file of JSON objects, judged by how it begins."""
     try:
         with open_file(path, FILE_LIMIT) as file:
-            head = file.read(HEAD)
+            head, size = file.read(HEAD), os.fstat(file.fileno()).st_size
     except (OSError, ValueError) as error:
         raise DataError(f"{printable(path)}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
     begins = head.replace(b"\0", b"").lstrip(b"\xef\xbb\xbf\xfe\xff \t\r\n")[:1]
     if begins in (b"{", b"["):
+        # One line of hundreds of MB would be refused for its length alone.
+        kind = named_format(path, head) if size > LINE_LIMIT and b"\n" not in head else None
+        if kind is not None:
+            raise DataError(f"{printable(path)} {kind}, a layout that is not read here: write lines {WANTED}")
         return
     kind = kind_of_file(head, path.suffix)
     if kind is None and path.suffix.lower() in JSON_SUFFIXES:
@@ -105,7 +109,7 @@ def _check_inside(folder: Path, images: Sequence[Path]) -> None:
         listing = find_listing(path, names)
         if listing.listed >= min(LISTED, len(images)):
             if listing.says_more:
-                _refuse(folder, path, f"{path.relative_to(folder)} lists its images; give that file if it has samples")
+                _refuse(folder, path, f"{path.relative_to(folder)} lists its images{_advice(path)}")
             tables = [table for table in tables if table != path]
     if tables:
         _refuse(folder, tables[0], f"{tables[0].relative_to(folder)} looks like the answers to its images")
@@ -239,7 +243,11 @@ def _check_lists_beside(
             2 * listing.listed >= len(images) or (listing.is_part and listing.listed >= ENOUGH)
         )
         if enough and listing.says_more:
-            _refuse(folder, path, f"{path} lists its images; give that file if it has samples")
+            _refuse(folder, path, f"{path} lists its images{_advice(path)}")
+
+
+def _advice(path: Path) -> str:
+    return "; give that file if it has samples" if path.suffix.lower() in JSON_SUFFIXES else ""
 
 
 def _refuse(folder: Path, text: Path | None, why: str) -> None:

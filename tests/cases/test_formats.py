@@ -95,3 +95,13 @@ def test_an_object_without_other_keys_is_read_whatever_its_texts_say(tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_text(json.dumps({"prompt": "conversations", "answer": "annotations", "_made": "x", "source": "y"}))
     assert read_items([path])[0].answer == "annotations"
+
+
+@pytest.mark.parametrize("first", ["info", "licenses", "images", "categories"])
+def test_a_file_of_coco_in_one_line_of_gigabytes_is_named_by_its_begin(tmp_path, first):
+    content = {"info": {}, "licenses": [{"id": 1}], "images": [{"file_name": "a"}], "categories": [{"id": 1}]}
+    text = json.dumps({first: content.pop(first), **content})
+    with open(tmp_path / "instances.json", "wb") as file:
+        file.write(text[:-1].encode())
+        file.truncate(1 << 30)
+    assert f"{tmp_path}/instances.json is of COCO, a layout that is not read here: write lines" in refusal(file.name)
