@@ -160,10 +160,14 @@ def evaluated(options: Namespace, adapter: str | Path | None) -> dict:
 
 
 def try_to_write(file: Path) -> None:
-    """ConfigError: there is no file to be made, known before anything is evaluated."""
+    """ConfigError, known before anything is evaluated: there is no file to be made, or one is there that is none of an
+    evaluation.
+    """
     try:
         if file.is_dir():
             raise IsADirectoryError(errno.EISDIR, "is a folder", str(file))
+        if file.exists() and file.name != EVALUATION and not _is_evaluation(file):
+            raise FileExistsError(errno.EEXIST, "something else than an evaluation lies there", str(file))
         with tempfile.TemporaryFile(dir=file.parent):
             pass
     except OSError as error:
@@ -230,6 +234,14 @@ def _is_of(run: Path, options: Namespace) -> bool:
     except ConfigError:
         return False
     return base is not None and os.path.realpath(base) == os.path.realpath(options.from_pretrained)
+
+
+def _is_evaluation(file: Path) -> bool:
+    """Whether a file holds what `evaluate_adapter` gave, or nothing."""
+    try:
+        return file.stat().st_size == 0 or "images" in read_json(file)
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def _content_of(file: Path) -> dict | None:
