@@ -59,8 +59,6 @@ ABSENT = {
         "it is an option of the launcher: give it before the script (deepspeed --num_gpus 8 SCRIPT ...)"
     ),
 }
-NAMES = {"ADAPTER", "DIR", "FILE", "FOLDER", "NAME", "PATH", "PNG", "RUN_FOLDER"}
-"""What options of names of files, folders and runs have as `metavar`."""
 _ABSENT = {name: advice for names, advice in ABSENT.items() for name in names.split()}
 
 
@@ -89,16 +87,7 @@ class OptionParser(argparse.ArgumentParser):
         options, unknown = super().parse_known_args([_declared(argument, spellings) for argument in args], namespace)
         if unknown and not self.takes_more:
             self.refuse_unknown(unknown)
-        self._refuse_nothing(options)
         return options, unknown
-
-    def _refuse_nothing(self, options: argparse.Namespace) -> None:
-        """End with an error where a name is empty: as a path it would be the folder that one is in."""
-        for action in self._actions:
-            value = getattr(options, action.dest, None)
-            if action.metavar in NAMES and (value == "" or (isinstance(value, list) and "" in value)):
-                name = action.option_strings[0] if action.option_strings else action.dest
-                self.error(f"{name}: got an empty name; a variable of the shell may not be set")
 
     def refuse_unknown(self, unknown: Sequence[str]) -> None:
         """End with an error that names what was most likely meant."""
@@ -121,7 +110,7 @@ class OptionParser(argparse.ArgumentParser):
     def _get_value(self, action, arg_string):
         if not arg_string.strip() and action.metavar in PLACES:
             raise argparse.ArgumentError(
-                action, f"got {arg_string!r}, a text of nothing, as a variable of the shell that is not set gives"
+                action, f"got {arg_string!r}, an empty name; a variable of the shell may not be set"
             )
         return super()._get_value(action, arg_string)
 

@@ -18,6 +18,7 @@ SAT_PARTS = ("latest", "model_config.json")
 BASE_WANTED = (
     f"the base's folder: SAT's with {' and '.join(SAT_PARTS)}, or Hugging Face's with config.json and safetensors"
 )
+COMPRESSED_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tar.lz4")
 _ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
 _QUOTES = "\"'`“”„‘’«»"
 
@@ -27,7 +28,7 @@ def missing_path(text: str, wanted: str) -> str | None:
     something is there, or where it cannot be seen whether it is.
     """
     if not text.strip():
-        return f"got {text!r}, a path of nothing, as a variable of the shell that is not set gives; {wanted}"
+        return f"got {text!r}, an empty name; a variable of the shell may not be set; {wanted}"
     try:
         os.stat(text)
         return None
@@ -39,6 +40,13 @@ def missing_path(text: str, wanted: str) -> str | None:
     if os.path.islink(text):
         return f"{printable(text)} is a link to {printable(os.readlink(text))}, which is not there; mend the link"
     return f"{printable(text)} does not exist{_written_as(text) or nearest(Path(text))}; {wanted}"
+
+
+def is_shard(path: str | Path) -> bool:
+    """Whether a data path means tar shards: its name, after braces, ends in .tar, or as a compressed one does, which is
+    refused later with what to do; or it is a `pipe:` command.
+    """
+    return str(path).lower().endswith((".tar", *COMPRESSED_SUFFIXES)) or str(path).startswith("pipe:")
 
 
 def missing_adapter(folder: str) -> str | None:

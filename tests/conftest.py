@@ -31,8 +31,22 @@ SIZES = {
     "num_attention_heads": 4,
     "inner_hidden_size": 32,
     "vocab_size": 128,
+    "layernorm_order": "pre",
+    "max_sequence_length": 64,
     "image_length": 9,
-    "eva_args": {"num_attention_heads": 4, "inner_hidden_size": 32, "image_size": [21, 21], "patch_size": 7},
+    "eva_args": {
+        "num_layers": 2,
+        "hidden_size": 16,
+        "num_attention_heads": 4,
+        "inner_hidden_size": 32,
+        "vocab_size": 1,
+        "layernorm_order": "post",
+        "image_size": [21, 21],
+        "patch_size": 7,
+        "pre_len": 1,
+        "post_len": 0,
+        "in_channels": 3,
+    },
 }
 
 

@@ -56,16 +56,11 @@ class SatFolder:
         if problem:
             raise CheckpointError(problem)
         missing = [name for name in PARTS if not (folder / name).is_file()]
-        if missing == ["latest"] and (step := _step_with_weights(folder)):
-            raise CheckpointError(
-                f"{folder} is not a SAT model folder: missing latest, a text file with the name of the folder of the "
-                f"weights; write {printable(step)} into one, or copy it from where the weights are from"
-            )
         if missing:
             raise CheckpointError(
                 f"{folder} is not a SAT model folder: looked for {', '.join(PARTS)} and "
                 f"<latest>/mp_rank_00_model_states.pt; missing {', '.join(missing)}; found: {listing(folder)}"
-                + _nearby(folder)
+                + (_step_to_name(folder) if missing == ["latest"] else _nearby(folder))
             )
         self.path, self._trust = folder, trust
 
@@ -98,14 +93,11 @@ class SatFolder:
         home = self.path / step
         files = sorted(home.glob("mp_rank_*_model_states.pt")) if step else []
         numbers = [file.name.split("_")[2] for file in files]
-        if step and not home.is_dir():
-            raise CheckpointError(
-                f"{self.path}: `latest` says {step!r}, and there is no such folder in it; found: {listing(self.path)}"
-            )
         if not files or numbers != [f"{rank:02d}" for rank in range(len(files))]:
             raise CheckpointError(
                 f"{self.path}: `latest` says {step!r}, so {home}/mp_rank_00_model_states.pt (and 01, 02, ... without "
-                f"gaps) should be there; found {[file.name for file in files] or listing(home)}{_unfinished(home)}"
+                f"gaps) should be there; found {[file.name for file in files] or listing(home)}"
+                + (_unfinished(home) if home.is_dir() else f"; in {self.path} there are {listing(self.path)}")
             )
         return files
 
@@ -147,10 +139,12 @@ def _size(state: dict, name: str, dim: int) -> int:
     return weight.shape[dim] if torch.is_tensor(weight) and weight.dim() == 2 else 0
 
 
-def _step_with_weights(folder: Path) -> str | None:
-    """The name of the folder in there that has weights; None where there is none, or several."""
+def _step_to_name(folder: Path) -> str:
+    """What to write into `latest`, which is missing in there, where that can be seen."""
     steps = [name for name in names_in(folder) if (folder / name / "mp_rank_00_model_states.pt").is_file()]
-    return steps[0] if len(steps) == 1 else None
+    if len(steps) != 1:
+        return _nearby(folder)
+    return f"; latest is a text with the name of the folder of the weights: write {printable(steps[0])} into it"
 
 
 def _unfinished(home: Path) -> str:

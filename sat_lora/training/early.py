@@ -12,9 +12,8 @@ from pathlib import Path
 from sat_lora.edge import MISTAKE, let_first_rank_speak
 from sat_lora.errors import ConfigError, DataError
 from sat_lora.foreign import printable_lines
-from sat_lora.paths import missing_base, missing_path
+from sat_lora.paths import is_shard, missing_base, missing_path
 from sat_lora.training.launch import Place
-from sat_lora.training.layouts import is_shard
 from sat_lora.training.results import DATA, results_problems
 
 WANTED = "give a folder of images named LABEL.png, or a .jsonl file"

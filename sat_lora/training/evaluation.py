@@ -20,6 +20,7 @@ from sat_lora.doctor.trace import NO_TRACE, NoTrace
 from sat_lora.errors import CheckpointError, ConfigError, DataError
 from sat_lora.foreign import printable, read_json
 from sat_lora.mixin import lora_mixins
+from sat_lora.paths import is_shard
 from sat_lora.progress import shown
 from sat_lora.step_folders import follow
 from sat_lora.training.data import (
@@ -34,7 +35,6 @@ from sat_lora.training.data import (
 from sat_lora.training.deepspeed_config import base_dtype
 from sat_lora.training.distributed import World, gather_lists
 from sat_lora.training.folders import unreadable_notes
-from sat_lora.training.layouts import is_shard
 from sat_lora.training.loss import sum_over_data_parallel
 from sat_lora.training.notice import warn
 from sat_lora.training.options import settings_of_run
@@ -189,10 +189,14 @@ def evaluated(options: Namespace, adapter: str | Path | None) -> dict:
 
 
 def try_to_write(file: Path) -> None:
-    """ConfigError: there is no file to be made, known before anything is evaluated."""
+    """ConfigError, known before anything is evaluated: there is no file to be made, or one is there that is none of an
+    evaluation.
+    """
     try:
         if file.is_dir():
             raise IsADirectoryError(errno.EISDIR, "is a folder", str(file))
+        if file.exists() and file.name != EVALUATION and not _is_evaluation(file):
+            raise FileExistsError(errno.EEXIST, "something else than an evaluation lies there", str(file))
         with tempfile.TemporaryFile(dir=file.parent):
             pass
     except OSError as error:
@@ -259,6 +263,14 @@ def _is_of(run: Path, options: Namespace) -> bool:
     except ConfigError:
         return False
     return base is not None and os.path.realpath(base) == os.path.realpath(options.from_pretrained)
+
+
+def _is_evaluation(file: Path) -> bool:
+    """Whether a file holds what `evaluate_adapter` gave, or nothing."""
+    try:
+        return file.stat().st_size == 0 or "images" in read_json(file)
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def _content_of(file: Path) -> dict | None:

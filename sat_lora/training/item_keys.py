@@ -69,7 +69,8 @@ def key_problems(entry: dict, ignored: Collection[str], metadata: Collection[str
     if not unknown:
         return []
     meant = {key: _instead(key, entry) for key in unknown}
-    problems = [f"the key {_shown(key)} is not known{meant[key]}" for key in unknown[:SHOWN]]
+    noted = {key: _why_not_noted(key, entry, metadata) for key in unknown[:SHOWN]}
+    problems = [f"the key {_shown(key)} is not known{meant[key] or noted[key]}" for key in unknown[:SHOWN]]
     if len(unknown) > SHOWN:
         problems.append(f"nor are {len(unknown) - SHOWN} others")
     layout = _layout_of(entry, ignored)
@@ -84,6 +85,14 @@ def key_problems(entry: dict, ignored: Collection[str], metadata: Collection[str
 
 def _is_metadata(key: str, metadata: Collection[str]) -> bool:
     return (key.startswith("_") and key not in MARKS) or key.casefold() in metadata
+
+
+def _why_not_noted(key: str, entry: dict, metadata: Collection[str]) -> str:
+    """Why a key that usually carries nothing to learn is not passed over, as the end of a sentence."""
+    if not _is_metadata(key, metadata):
+        return ""
+    what = "prompt" if entry.get("prompt") is None and _holds_a_question(key, entry[key]) else "image"
+    return f" where there is no {what}: it seems to hold one"
 
 
 def _speaks_of_an_image(key: str, value: object, depth: int = 0) -> bool:

@@ -24,7 +24,6 @@ TABLES = (
     ".pkl", ".pickle", ".h5", ".hdf5", ".db", ".sqlite", ".sqlite3",
 )  # fmt: skip
 TEXTS = tuple({*TEXT_SUFFIXES, *LISTS, *TABLES})
-COMPRESSED_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tar.lz4")
 ANSWER_TABLE = re.compile(
     r"(.*[_.-])?(labels?|annotations?|captions?|metadata|answers?|ground_?truth)([_.-].*)?", re.IGNORECASE
 )
@@ -44,13 +43,6 @@ LISTS_READ = 20
 ENOUGH = 20  # images that part of a long file names
 FOLDERS_READ = 50
 ENTRIES_BESIDE = 20_000
-
-
-def is_shard(path: str | Path) -> bool:
-    """Whether a data path means tar shards: its name, after braces, ends in .tar, or as a compressed one does, which is
-    refused later with what to do; or it is a `pipe:` command.
-    """
-    return str(path).lower().endswith((".tar", *COMPRESSED_SUFFIXES)) or str(path).startswith("pipe:")
 
 
 def check_file_kind(path: Path) -> None:

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from sat_lora.doctor.packages import code_mark
+from sat_lora.paths import is_shard
 from sat_lora.training.agreement import mark
-from sat_lora.training.layouts import is_shard
 from sat_lora.training.options import option_names
 from sat_lora.training.run_folder import versions
 

@@ -14,7 +14,7 @@ from sat_lora.cogvlm.sizes import image_length_problem, missing_sizes
 from sat_lora.cogvlm.text import IMAGE_PLACE, PROMPTS, load_tokenizer, prompt_for, prompt_text, shortest_length
 from sat_lora.errors import CheckpointError, ConfigError, DataError, SatLoraError
 from sat_lora.foreign import os_problem, printable
-from sat_lora.paths import missing_path
+from sat_lora.paths import is_shard, missing_path
 from sat_lora.training.checkpoint import samples_per_step
 from sat_lora.training.data import DataCounts, read_items, reading_options
 from sat_lora.training.deepspeed_config import deepspeed_config
@@ -22,7 +22,7 @@ from sat_lora.training.deepspeed_file import file_problems, read_deepspeed_file
 from sat_lora.training.defaults import DEFAULTS
 from sat_lora.training.early import DEMO_DATA, WANTED, raise_problems
 from sat_lora.training.folders import left_out_lines
-from sat_lora.training.layouts import is_shard, missing_file_hint
+from sat_lora.training.layouts import missing_file_hint
 from sat_lora.training.lora_options import lora_config, lora_problems
 from sat_lora.training.options import settings_of_run
 from sat_lora.training.resume import settled_problems, state_to_resume

@@ -7,8 +7,8 @@ from collections.abc import Collection, Iterator
 from sat_lora.cogvlm.pictures import MAX_PIXELS, read_picture
 from sat_lora.errors import DataError
 from sat_lora.foreign import printable
+from sat_lora.paths import COMPRESSED_SUFFIXES, is_shard
 from sat_lora.training.data import BrokenSample
-from sat_lora.training.layouts import COMPRESSED_SUFFIXES, is_shard
 from sat_lora.training.shards import expand_shards, find_records
 
 SHOWN = 10  # names of shards

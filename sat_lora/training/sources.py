@@ -9,10 +9,10 @@ from pathlib import Path
 
 from torch.utils.data import DataLoader
 
+from sat_lora.paths import is_shard
 from sat_lora.training.agreement import mark
 from sat_lora.training.data import DataCounts, ImageTextDataset, Item, read_items, reading_options, split_items
 from sat_lora.training.distributed import World
-from sat_lora.training.layouts import is_shard
 from sat_lora.training.marks import marks_of_samples, sizes_mark
 from sat_lora.training.sampler import EpochSampler, eval_batches, make_loader, make_stream_loader
 from sat_lora.training.shard_stream import ShardStream

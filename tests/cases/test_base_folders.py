@@ -262,9 +262,9 @@ def test_what_latest_has_to_say_is_said(sat):
     (sat / "latest").write_text(POINTER)
     refused(sat, "latest: cannot be read: it is a pointer of git LFS")
     (sat / "latest").write_text("1000")
-    refused(sat, f"`latest` says '1000', and there is no such folder in it; found: .*{step.name}")
+    refused(sat, f"`latest` says '1000', so .* should be there; found nothing; in {sat} there are .*{step.name}")
     (sat / "latest").unlink()
-    refused(sat, f"missing latest, a text file with the name .*; write {step.name} into one")
+    refused(sat, f"missing latest; found: .*; latest is a text with the name .*: write {step.name} into it")
 
 
 @pytest.mark.parametrize("suffix, words", [(".aria2", "download that did not end"), (".zip", "is packed: unpack it")])

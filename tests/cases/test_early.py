@@ -59,7 +59,7 @@ def here(tmp_path, monkeypatch):
         ("https://x.org/images.tar", "nothing is fetched"),
         ("file:///images", "without file://"),
         ("C:\\images", "a path of Windows"),
-        ("", "got '', a path of nothing"),
+        ("", "got '', an empty name"),
         ("a\0b", r"a\x00b does not exist"),
         ("x\x1b[2J", r"x\x1b[2J does not exist"),
     ],
@@ -212,7 +212,7 @@ def test_shares_that_are_written_elsewise_are_answered_with_ours(text, meant):
 def test_a_variable_that_is_not_set_is_no_path(option, text, capsys):
     with pytest.raises(SystemExit):
         parse_options([option, text], environ={})
-    assert f"argument {option}: got {text!r}, a text of nothing" in capsys.readouterr().err
+    assert f"argument {option}: got {text!r}, an empty name" in capsys.readouterr().err
     parser = OptionParser()
     parser.add_argument("--prompt")
     assert parser.parse_args(["--prompt", text]).prompt == text

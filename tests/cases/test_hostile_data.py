@@ -12,9 +12,9 @@ from PIL import Image
 
 from sat_lora import DataError
 from sat_lora.cogvlm.pictures import FORMATS, MAX_PIXELS, file_limit, read_picture
+from sat_lora.paths import is_shard
 from sat_lora.training.data import BrokenSample, Item
 from sat_lora.training.defaults import DEFAULTS
-from sat_lora.training.layouts import is_shard
 from sat_lora.training.shard_checks import problems_with_shards
 from sat_lora.training.shards import count_shards, find_records
 from sat_lora.training.tar_members import read_members

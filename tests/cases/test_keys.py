@@ -112,6 +112,14 @@ def test_no_sample_is_asked_another_question_because_its_own_has_another_name(re
     assert f'the key "{next(iter(more))}" is not known' in refused(without("prompt", **more))
 
 
+def test_why_a_note_is_not_passed_over_is_said(refused):
+    message = refused(without("prompt", comment="What is it?"))
+    assert 'the key "comment" is not known where there is no prompt: it seems to hold one' in message
+    assert "--ignore-keys comment passes over" in message
+    message = refused(without("image", meta={"path": "a.png"}))
+    assert 'the key "meta" is not known where there is no image: it seems to hold one' in message
+
+
 def test_what_is_noted_beside_a_prompt_is_no_question(tmp_path):
     path = tmp_path / "data.jsonl"
     entries = [{**GOOD, "comment": "sure?", "_prompt": "draft", "meta": {"image": "a"}}, without("prompt", task="vqa")]

@@ -180,7 +180,8 @@ def test_an_empty_name_is_not_the_folder_one_is_in(argv, capsys):
         parse_options(argv, environ={})
     printed = capsys.readouterr().err
     assert stop.value.code == 2 and printed.count("\n") == 1
-    assert f"error: {argv[0].rstrip('=')}: got an empty name; a variable of the shell may not be set" in printed
+    option = argv[0].rstrip("=")
+    assert f"error: argument {option}: got '', an empty name; a variable of the shell may not be set" in printed
     assert parse_options(["--prompt", ""], environ={}).prompt == ""
 
 
@@ -192,7 +193,7 @@ def test_an_empty_name_is_not_the_folder_one_is_in(argv, capsys):
 def test_nor_is_it_in_other_commands(argv, capsys):
     with pytest.raises(SystemExit) as stop:
         sat_lora(argv)
-    assert stop.value.code == 2 and "got an empty name" in capsys.readouterr().err
+    assert stop.value.code == 2 and "got '', an empty name" in capsys.readouterr().err
 
 
 def test_a_watchdog_waits_no_longer_than_a_thread_can(capsys):

@@ -446,6 +446,17 @@ def test_a_given_file_is_taken_and_tried_first(runs):
     for out in (runs / "nowhere" / "x.json", runs / "a", runs / "a" / "run.json" / "x"):
         with pytest.raises(ConfigError, match=f"--out: {out}: cannot be written"):
             try_to_write(out)
+    lines = '{"image": "a.png", "answer": "7"}\n' * 2
+    for number, content in enumerate((lines, '{"settings": {}}', "[]", "7", "free text")):
+        (runs / f"{number}.json").write_text(content)
+        with pytest.raises(ConfigError, match="something else than an evaluation lies there; give another file"):
+            try_to_write(runs / f"{number}.json")
+        assert (runs / f"{number}.json").read_text() == content
+    try_to_write(runs / "b" / "evaluation.json")
+    (runs / "empty").touch()
+    try_to_write(runs / "empty")  # as mktemp makes it
+    write_json(runs / "again.json", {"images": 3})
+    try_to_write(runs / "again.json")
     try_to_write(runs / "x.json")
     assert not (runs / "x.json").exists()
 
