@@ -106,6 +106,13 @@ class CtrlC:
         os.close(writer)
 
 
+def _end_workers() -> None:
+    """Python forgets a signal that reaches a worker while it is being forked, and waits for the worker at its end."""
+    processes = sys.modules.get("multiprocessing")
+    for worker in processes.active_children() if processes else ():
+        worker.terminate()
+
+
 def run_command(name: str, action: Callable[[], int | None], *, may_be_cut: bool = False) -> int:
     """The status of `action()`: its own, INTERRUPTED after Ctrl-C, MISTAKE after a SatLoraError or an OSError that
     names a file. Both of these are said as `name: error: ...`, by rank 0 alone where every rank has it.
@@ -123,6 +130,7 @@ def run_command(name: str, action: Callable[[], int | None], *, may_be_cut: bool
             return status
         except KeyboardInterrupt:
             (_current or ctrl_c).say()
+            _end_workers()
             return INTERRUPTED
         except SatLoraError as error:
             if is_first_rank():

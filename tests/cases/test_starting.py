@@ -204,6 +204,7 @@ def test_only_what_will_work_is_printed_and_the_best_adapter_where_it_is_better(
     assert shlex.split(lines["merge"])[-4:] == ["--adapter", f"{run}/adapter", "--out", f"{run}/merged-2"]
     assert shlex.split(lines["resume"])[2:] == ["--resume", str(run), "--train-iters", "8"]
     for name, step in (("latest", "4"), ("best", "2")):
+        (run / "adapter" / step).mkdir()
         (run / "adapter" / name).write_text(f"{step}\n")
     lines = what_next(run, test_data=["x"], trust_checkpoint=True)
     best = ["--adapter", f"{run}/adapter/best"]

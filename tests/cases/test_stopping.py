@@ -98,6 +98,17 @@ def test_forked_workers_are_silent():
     assert interrupted(body)[:3] == (INTERRUPTED, "", LINE)
 
 
+def test_a_worker_that_did_not_hear_it_is_ended():
+    """As one that was being forked at that moment."""
+    body = (
+        "import multiprocessing, signal\ncontext = multiprocessing.get_context('fork')\n"
+        "def deaf():\n    signal.signal(signal.SIGINT, signal.SIG_IGN); ready(); time.sleep(60)\n"
+        "context.Process(target=deaf).start()\ntime.sleep(60)"
+    )
+    status, out, err, seconds = interrupted(body)
+    assert (status, out, err) == (INTERRUPTED, "", LINE) and seconds < 30
+
+
 def test_ranks_but_the_first_are_silent():
     assert interrupted("ready(); time.sleep(60)", RANK="1")[:3] == (INTERRUPTED, "", "")
 
