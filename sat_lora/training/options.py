@@ -235,8 +235,8 @@ def parse_options(
     elif "from_pretrained" not in explicit:
         if not Path(demo_folder).is_dir():  # sat_lora is installed without its checkout
             parser.error(
-                f"--from_pretrained: missing, and the demo is not installed (found no folder {printable(demo_folder)}): "
-                "its base and images lie in finetune_demo/ of a clone of sat_lora; give the base's folder, or work there"
+                f"--from_pretrained: missing, and the demo is not installed (no folder {printable(demo_folder)}): its "
+                "base and images lie in finetune_demo/ of a clone of sat_lora; give the base's folder, or work there"
             )
         values.update(embedded_base(demo_folder))
         if is_demo_data(explicit.get("train_data", ()), demo_folder):
