@@ -38,6 +38,8 @@ setup(
         "safetensors>=0.4.3",
         "webdataset>=0.2.86",
         "numpy>=1.26",
+        "packaging",
+        "pydantic>=2",
         "Pillow>=9.1",
         "tqdm",
         "tensorboard",
@@ -47,7 +49,6 @@ setup(
         "test": ["pytest", "pytest-timeout", "hypothesis", "peft>=0.17", "captcha>=0.7"],
         "demo": ["captcha>=0.7"],
         "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.5,<10"],
-        "build": ["build>=1.2"],
     },
     entry_points={"console_scripts": ["sat-lora = sat_lora.cli:script"]},
 )
