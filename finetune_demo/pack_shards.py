@@ -3,6 +3,7 @@
 python finetune_demo/pack_shards.py my_images --out shards --samples-per-shard 1000
 """
 
+import argparse
 import json
 import shlex
 import sys
@@ -68,7 +69,8 @@ def main(argv: list[str] | None = None) -> int:
     return run_command("pack_shards.py", lambda: _pack(argv))
 
 
-def _pack(argv: list[str] | None) -> int:
+def build_parser() -> argparse.ArgumentParser:
+    """The OptionParser of this script."""
     from sat_lora.option_parser import OptionParser
     from sat_lora.training.option_types import positive_int
 
@@ -82,7 +84,11 @@ def _pack(argv: list[str] | None) -> int:
     parser.add_argument("--samples-per-shard", type=positive_int, default=1000, metavar="N", help="(default: 1000)")
     parser.add_argument("--ignore-keys", nargs="+", default=(), metavar="KEY", help="keys of .jsonl lines to pass over")
     parser.add_argument("--images-from", nargs="+", default=(), metavar="DIR", help="folders they may lead to by ..")
-    options = parser.parse_args(argv)
+    return parser
+
+
+def _pack(argv: list[str] | None) -> int:
+    options = build_parser().parse_args(argv)
     reading = dict(ignore_keys=options.ignore_keys, images_from=options.images_from)
     shards, samples = pack_shards(options.data, options.out, options.samples_per_shard, **reading)
     print(f"{samples} samples written; train with\n  --train-data {shlex.quote(shards)}")
