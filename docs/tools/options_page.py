@@ -1,6 +1,6 @@
 """docs/options.md: every option of every command, from the parsers that read them.
 
-    python docs/tools/options_page.py            # writes the page anew; tests/docs says when it is stale
+python docs/tools/options_page.py            # writes the page anew; tests/docs says when it is stale
 """
 
 import argparse
