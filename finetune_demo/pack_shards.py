@@ -3,7 +3,6 @@
 python finetune_demo/pack_shards.py my_images --out shards --samples-per-shard 1000
 """
 
-import argparse
 import json
 import shlex
 import sys
@@ -69,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
     return run_command("pack_shards.py", lambda: _pack(argv))
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser():
     """The OptionParser of this script."""
     from sat_lora.option_parser import OptionParser
     from sat_lora.training.option_types import positive_int
