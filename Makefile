@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 
-.PHONY: demo test test-matrix bench-gpu clean
+.PHONY: demo test test-matrix docs bench-gpu clean
 
 # The program `deepspeed` names its interpreter in its first line, which ends at the first space of a path.
 demo: $(READY)
@@ -22,6 +22,13 @@ test-matrix: $(READY)
 	"$(BIN)/python" -m pytest -m matrix; status=$$?; \
 	"$(BIN)/python" -m tests.distributed.matrix && exit $$status
 
+docs: $(VENV)/.docs-installed  # the pages of docs/ into site/; a broken link is an error
+	NO_MKDOCS_2_WARNING=1 "$(BIN)/python" -m mkdocs build --strict
+
+$(VENV)/.docs-installed: $(READY)
+	"$(BIN)/python" -m pip install -q -c constraints.txt -e '.[docs]'
+	touch $@
+
 STAGES ?= tests adapter step decode loop run
 OUT ?= runs/bench-gpu
 
@@ -34,4 +41,4 @@ $(READY): setup.py constraints.txt
 	touch $@
 
 clean:
-	rm -rf "$(VENV)" runs finetune_demo/captchas
+	rm -rf "$(VENV)" runs finetune_demo/captchas site

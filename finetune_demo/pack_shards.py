@@ -86,8 +86,8 @@ def main(argv: list[str] | None = None) -> int:
     return run_command("pack_shards.py", lambda: _pack(argv))
 
 
-def _pack(argv: list[str] | None) -> int:
-    from sat_lora.foreign import shell_line
+def build_parser():
+    """The OptionParser of this script."""
     from sat_lora.option_parser import OptionParser
     from sat_lora.training.option_types import positive_int
 
@@ -104,7 +104,13 @@ def _pack(argv: list[str] | None) -> int:
     parser.add_argument("--images-from", nargs="+", default=(), metavar="DIR", help="folders they may lead to by ..")
     names = "of folders file names are the answers, whatever texts lie in or beside them"
     parser.add_argument("--names-are-answers", action="store_true", help=names)
-    options = parser.parse_args(argv)
+    return parser
+
+
+def _pack(argv: list[str] | None) -> int:
+    from sat_lora.foreign import shell_line
+
+    options = build_parser().parse_args(argv)
     before = _check_early(options)
     reading = {name: getattr(options, name) for name in ("ignore_keys", "images_from", "names_are_answers")}
     shards, samples = pack_shards(options.data, options.out, options.samples_per_shard, **reading)

@@ -242,6 +242,11 @@ def parse_options(
         if values["from_pretrained"] is None and "from_pretrained" not in explicit:
             parser.error(f"--{source}: {printable(explicit[source])}/run.json names no base; give --from_pretrained")
     elif "from_pretrained" not in explicit:
+        if not Path(demo_folder).is_dir():  # sat_lora is installed without its checkout
+            parser.error(
+                f"--from_pretrained: missing, and the demo is not installed (no folder {printable(demo_folder)}): its "
+                "base and images lie in finetune_demo/ of a clone of sat_lora; give the base's folder, or work there"
+            )
         values.update(embedded_base(demo_folder))
         if is_demo_data(explicit.get("train_data", ()), demo_folder):
             values.update(demo_defaults(demo_folder))

@@ -1,6 +1,7 @@
 """The matrix of layouts, in every cell of which training has to be what it is in one process on the joined batch.
 
     python -m tests.distributed.matrix [--only TEXT]    # every cell, or those whose description holds TEXT
+    python -m tests.distributed.matrix --markdown       # and writes the table of docs/matrix.md anew
 
 A cell is a model-parallel size, a data-parallel size, a ZeRO stage, activation checkpointing or not, a precision, and
 what the batches of the ranks hold. What is compared: the losses of five steps, logits, gradients and DeepSpeed's norm
@@ -31,6 +32,8 @@ from tests.distributed.training_runs import (
     worst_error,
 )
 
+PAGES = [Path(__file__).parents[2] / "docs" / folder / "matrix.md" for folder in ("", "zh")]
+HEAD = "| precision | model parallel | data parallel | ZeRO | "
 BATCHES = {"images": image_batch, "one text-only": mixed_batch, "text-only": text_batch}
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 BOUNDS = {"loss": 1e-5, "logits": 1e-5, "gradient": 1e-5, "norm": 1e-5, "SGD": 1e-5, "Adam": 1e-3}
@@ -130,11 +133,33 @@ def overall_error(got: dict[str, numpy.ndarray], expected: dict[str, numpy.ndarr
     return (squares(got[k] - expected[k] for k in expected) / squares(expected.values())) ** 0.5
 
 
+def table_lines(table: dict[tuple, dict[str, float]]) -> list[str]:
+    """The errors as a table of Markdown, by (precision, model parallel, data parallel, stage)."""
+    lines = [f"{HEAD}{' | '.join(BOUNDS)} |", "|---" * (4 + len(BOUNDS)) + "|"]
+    for key in sorted(table, key=lambda key: (key[0] != "fp32", key)):
+        figures = [f"{table[key][name]:.1e}" if key[0] == "fp32" else f"{table[key][name]:.2f}" for name in BOUNDS]
+        lines.append("| " + " | ".join([*map(str, key), *figures]) + " |")
+    return lines
+
+
+def replace_table(page: str, lines: list[str]) -> str:
+    """The page with these lines in place of its table. ValueError: it has none."""
+    before, head, after = page.partition(HEAD)
+    if not head:
+        raise ValueError(f"the page has no table under {HEAD}")
+    _, _, rest = after.partition("\n\n")
+    return "\n\n".join([before + "\n".join(lines), rest] if rest else [before + "\n".join(lines) + "\n"])
+
+
 def main() -> int:
     """Run the cells and print their errors, the worst of each layout, stage and precision in a line; 1 if any fails."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", metavar="TEXT", help="cells whose description holds TEXT")
-    only = parser.parse_args().only
+    parser.add_argument("--markdown", action="store_true", help="write the table into docs/matrix.md, if nothing fails")
+    options = parser.parse_args()
+    if options.only and options.markdown:
+        parser.error("--only and --markdown: the pages show every cell; give one of them")
+    only = options.only
     cells, table, failed = [cell for cell in CELLS if only in str(cell)], {}, 0
     for number, cell in enumerate(cells, 1):
         try:
@@ -150,11 +175,11 @@ def main() -> int:
         print(f"{number}/{len(cells)} {cell}: {verdict}: {shown}", file=sys.stderr, flush=True)
         row = table.setdefault((cell.precision, cell.model_parallel, cell.data_parallel, cell.stage), errors)
         row.update({name: max(row[name], errors[name]) for name in BOUNDS})
-    print("| precision | model parallel | data parallel | ZeRO | " + " | ".join(BOUNDS) + " |")
-    print("|---" * (4 + len(BOUNDS)) + "|")
-    for key in sorted(table, key=lambda key: (key[0] != "fp32", key)):
-        figures = [f"{table[key][name]:.1e}" if key[0] == "fp32" else f"{table[key][name]:.2f}" for name in BOUNDS]
-        print("| " + " | ".join([*map(str, key), *figures]) + " |")
+    lines = table_lines(table)
+    print("\n".join(lines))
+    if options.markdown and not failed:
+        for page in PAGES:
+            page.write_text(replace_table(page.read_text(encoding="utf-8"), lines), encoding="utf-8")
     print(f"\n{len(cells) - failed} of {len(cells)} cells within the bounds")
     return 1 if failed else 0
 

@@ -47,6 +47,13 @@ def test_every_option_takes_hyphens_and_underscores():
     assert parse_options(["--local-rank=3"]).local_rank == 3
 
 
+def test_without_the_checkout_it_is_said_where_the_demo_lies(capsys, tmp_path):
+    said = failure(capsys, [], demo_folder=tmp_path / "site-packages" / "finetune_demo")
+    assert "--from_pretrained: missing, and the demo is not installed" in said
+    assert "finetune_demo/ of a clone of sat_lora; give the base's folder" in said
+    assert parse_options(["--from_pretrained", "base"], demo_folder=tmp_path / "no").from_pretrained == "base"
+
+
 def test_values_keep_their_hyphens():
     assert parse_options(["--experiment_name=a-b_c"]).experiment_name == "a-b_c"
 

@@ -1,0 +1,93 @@
+"""The table "which GPU do I need" of README.md and README_zh.md, from `sat-lora estimate`.
+
+    python docs/tools/gpu_table.py               # estimates, and writes both tables anew: minutes, on any machine
+
+Estimated on a CPU, without weights: CogVLM-17B's sizes, its images of 490 x 490, rows of --max_length 1288, r 16 on
+every linear, bf16, both towers recomputed. A card is large enough if it has the estimate and a tenth more.
+"""
+
+import contextlib
+import io
+import json
+import re
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+CARDS = (16, 24, 40, 48, 80, 141)  # GB that cards have
+SPARE = 1.1
+FIXED = "--bf16 --checkpoint-activations --vit_checkpoint_activations --max_length 1288 --r 16"
+HEADS = {
+    "README.md": ("| GPUs | options | GB on each, estimated | cards of |", "larger than any card"),
+    "README_zh.md": ("| GPU 数 | 选项 | 每张 GPU 的 GB 数（估计） | 显卡 |", "没有这样大的显卡"),
+}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A number of GPUs and the options that say how they share the work."""
+
+    gpus: int
+    options: str
+
+
+LAYOUTS = (
+    Layout(1, "--zero-stage 2 --batch-size 1"),
+    Layout(1, "--zero-stage 2 --batch-size 4"),
+    Layout(2, "--zero-stage 2 --batch-size 4 --model-parallel-size 2"),
+    Layout(4, "--zero-stage 2 --batch-size 4 --model-parallel-size 4"),
+    Layout(4, "--zero-stage 3 --batch-size 4"),
+    Layout(8, "--zero-stage 2 --batch-size 4"),
+    Layout(8, "--zero-stage 3 --batch-size 4"),
+    Layout(8, "--zero-stage 3 --batch-size 1"),
+)
+
+
+def gigabytes(layout: Layout, config: Path) -> float:
+    """What `sat-lora estimate` says that a rank of this layout takes, in 10^9 bytes."""
+    from sat_lora.cli import main
+
+    options = ["--from_pretrained", str(config), "--gpus", str(layout.gpus), "--json"]
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        status = main(["estimate", *options, *FIXED.split(), *layout.options.split()])
+    if status:
+        raise RuntimeError(f"sat-lora estimate ended with {status} for {layout}")
+    return json.loads(printed.getvalue())["total"] / 1e9
+
+
+def rows(sizes: dict[Layout, float], *, too_large: str) -> list[str]:
+    """The lines of the table under its head."""
+    lines = ["|---|---|---|---|"]
+    for layout, size in sizes.items():
+        fitting = [card for card in CARDS if card >= size * SPARE]
+        card = f"{fitting[0]} GB" if fitting else too_large
+        lines.append(f"| {layout.gpus} | `{layout.options}` | {size:.1f} | {card} |")
+    return lines
+
+
+def replace_table(page: str, head: str, lines: list[str]) -> str:
+    """The page with the lines under `head` in place of those that are there."""
+    pattern = re.compile(re.escape(head) + r"\n(\|.*\n)+")
+    if len(pattern.findall(page)) != 1:
+        raise ValueError(f"the page has no table, or several, under {head}")
+    return pattern.sub(lambda _: "\n".join([head, *lines, ""]), page)
+
+
+def main() -> None:
+    """Estimate every layout, and write both pages."""
+    from benchmarks.models import config_of
+
+    with tempfile.TemporaryDirectory() as folder:
+        config = Path(folder) / "model_config.json"
+        config.write_text(json.dumps(config_of("full")))
+        sizes = {layout: gigabytes(layout, config) for layout in LAYOUTS}
+    for name, (head, too_large) in HEADS.items():
+        page = (ROOT / name).read_text(encoding="utf-8")
+        (ROOT / name).write_text(replace_table(page, head, rows(sizes, too_large=too_large)), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    main()

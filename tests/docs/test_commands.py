@@ -1,0 +1,223 @@
+"""Every command of README and Quickstart is run: by the program that reads it, and whole in the matrix."""
+
+import importlib.util
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+PAGES = ("README.md", "README_zh.md", "docs/quickstart.md", "docs/zh/quickstart.md")
+FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+DEMO = ROOT / "finetune_demo"
+
+
+def commands_of(page: str, *, kind: str = "sh") -> list[list[str]]:
+    """The commands in a page's blocks of shell, as words; comments are left out and continued lines joined."""
+    blocks = [body for name, body in FENCED.findall((ROOT / page).read_text(encoding="utf-8")) if name == kind]
+    lines = "\n".join(blocks).replace("\\\n", " ").split("\n")
+    words = [shlex.split(line, comments=True) for line in lines]
+    return [command for command in words if command]
+
+
+ALL = list(dict.fromkeys(tuple(command) for page in PAGES for command in commands_of(page)))
+MAKE = [command for command in ALL if command[0] == "make"]
+BY_HAND = [command for command in ALL if command[0].startswith(".venv/bin/") or command[0] == "python3"]
+LAUNCHED = [command for command in ALL if command[0] == "deepspeed"]
+EVALUATE = [command for command in ALL if command[0] == "python"]
+TOOL = [command for command in ALL if command[0] == "sat-lora"]
+
+
+def load_script(name: str):
+    """A script of finetune_demo/, as a module."""
+    specification = importlib.util.spec_from_file_location(f"docs_{name}", DEMO / f"{name}.py")
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+def recipe(target: str, venv: str = ".no-such-environment") -> list[list[str]]:
+    """What `make target` would run where nothing is set up yet, with the environment's folder called .venv."""
+    made = subprocess.run(
+        ["make", "-n", target, f"VENV={venv}"], cwd=ROOT, capture_output=True, text=True, check=True, timeout=20
+    )
+    return [shlex.split(line.replace(venv, ".venv"), comments=True) for line in made.stdout.splitlines()]
+
+
+def test_every_command_is_of_a_kind_that_is_run_here():
+    known = [*MAKE, *BY_HAND, *LAUNCHED, *EVALUATE, *TOOL]
+    assert sorted(known) == sorted(ALL)
+    assert min(map(len, (MAKE, BY_HAND, LAUNCHED, EVALUATE, TOOL))) > 0
+
+
+@pytest.mark.parametrize("command", MAKE, ids=shlex.join)
+def test_make_sets_up_and_runs_what_is_told(command):
+    _, target = command
+    last = {
+        "demo": [".venv/bin/python", "-m", "deepspeed.launcher.runner", "finetune_demo/finetune_cogvlm.py"],
+        "test": [".venv/bin/python", "-m", "pytest"],
+    }
+    assert recipe(target)[-1][: len(last[target])] == last[target]
+
+
+def test_the_way_without_make_is_that_of_make():
+    by_make = [command for target in ("demo", "test") for command in recipe(target) if command[0] != "touch"]
+    # What `make test` gives pytest to be faster does not matter.
+    by_make = [command[:3] if command[1:3] == ["-m", "pytest"] else command for command in by_make]
+    by_make = [tuple(word for word in command if word != "-q") for command in by_make]
+    assert list(dict.fromkeys([*by_make[:2], *by_make])) == BY_HAND
+
+
+def launched_options(command) -> list[str]:
+    """The options of the script, as DeepSpeed's launcher hands them on."""
+    from deepspeed.launcher.runner import parse_args
+
+    arguments = parse_args(list(command[1:]))
+    assert (ROOT / arguments.user_script).is_file()
+    return arguments.user_args
+
+
+@pytest.mark.parametrize("command", LAUNCHED, ids=shlex.join)
+def test_launched_options_are_options(command, tmp_path, monkeypatch):
+    from sat_lora.training import options as module
+
+    monkeypatch.setattr(module, "settings_of_run", lambda folder: {"given": [], "from_pretrained": str(tmp_path)})
+    options = module.parse_options(launched_options(command), environ={})
+    assert options.resume or options.train_data == ["my_images"]
+    assert options.deepspeed_config is None or (ROOT / options.deepspeed_config).is_file()
+
+
+@pytest.mark.parametrize("command", EVALUATE, ids=shlex.join)
+def test_an_evaluation_takes_its_options(command):
+    script = ROOT / command[1]
+    assert script.is_file()
+    options = load_script(script.stem).build_parser().parse_args(command[2:])
+    assert (options.run, options.test_data, options.no_effect) == ("runs/finetune", ["held_out"], [])
+
+
+@pytest.mark.parametrize("command", TOOL, ids=shlex.join)
+def test_sat_lora_takes_its_options(command):
+    from sat_lora.cli import build_parser
+    from sat_lora.training.options import parse_options
+
+    options, more = build_parser().parse_known_args(command[1:])
+    assert options.command == command[1]
+    if command[1] == "estimate":
+        assert parse_options(more, environ={}).from_pretrained == "cogvlm-base-490"
+    else:
+        assert more == []
+
+
+@pytest.mark.parametrize("page", ["README.md", "README_zh.md"])
+def test_the_python_of_the_readme_runs(page, single_process_group):
+    from sat_lora.cogvlm import load_cogvlm
+
+    model, _ = load_cogvlm(DEMO / "tiny_cogvlm")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    (code,) = (body for kind, body in FENCED.findall((ROOT / page).read_text(encoding="utf-8")) if kind == "python")
+    adapting, restoring = code.split("\n...\n")
+    names = {"model": model}
+    exec(adapting, names)
+    assert {name.rpartition(".")[2] for name, p in model.named_parameters() if p.requires_grad} == {"A", "B"}
+    exec(restoring, names)
+    after = model.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_the_schedule_of_contributing_is_an_option(monkeypatch):
+    from sat_lora.training import schedule
+    from sat_lora.training.options import parse_options
+
+    monkeypatch.setitem(schedule.DECAY_STYLES, "root", None)  # taken out again after the test
+    (code,) = (body for kind, body in FENCED.findall((ROOT / "CONTRIBUTING.md").read_text()) if kind == "python")
+    exec(code, {})
+    assert parse_options(["--lr-decay-style", "root"]).lr_decay_style == "root"
+    factors = [schedule.learning_rate_factor(step, total_steps=8, warmup_steps=2, style="root") for step in (0, 2, 7)]
+    assert factors == pytest.approx([0.5, 1, 1 - (5 / 6) ** 0.5])
+
+
+# The commands as they stand, from first to last, on the demo's base in place of CogVLM-17B, one process in place of 8.
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory, captchas):
+    """A folder with what the commands name."""
+    folder = tmp_path_factory.mktemp("a workplace")
+    for name in ("cogvlm-base-490", "vicuna-7b-v1.5"):
+        shutil.copytree(DEMO / "tiny_cogvlm", folder / name)
+    shutil.copytree(captchas / "train", folder / "my_images")
+    shutil.copytree(captchas / "test", folder / "held_out")
+    (folder / "finetune_demo").symlink_to(DEMO)
+    return folder
+
+
+def run_in(folder: Path, *command: str, status: int = 0) -> str:
+    """What the command prints in that folder; it has to end with `status`."""
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=280, env=environment())
+    assert done.returncode == status, f"{shlex.join(command)}\n{done.stdout}\n{done.stderr}"
+    return done.stdout + done.stderr
+
+
+def environment() -> dict[str, str]:
+    """This process's, with the checkout to import from."""
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+@pytest.mark.matrix
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("page", ["README.md", "docs/quickstart.md"])
+def test_the_real_run_and_what_comes_after_it(page, workplace, tmp_path):
+    folder = tmp_path / "here"
+    shutil.copytree(workplace, folder, symlinks=True)
+    for command in commands_of(page):
+        if command[0] == "deepspeed":
+            script = [sys.executable, "finetune_demo/finetune_cogvlm.py"]
+            options = ["64" if word == "1288" else word for word in launched_options(command)]
+            if "--resume" not in options:
+                run_in(folder, *script, *options)
+                assert (folder / "runs" / "finetune" / "adapter" / "latest").is_file()
+                for name in ("a", "b"):  # two runs to combine, and an old one of SAT's own LoRA
+                    shutil.copytree(folder / "runs" / "finetune", folder / "runs" / name)
+            else:
+                assert "already at step" in run_in(folder, *script, *options)
+        elif command[0] == "python":
+            assert "12 images" in run_in(folder, sys.executable, *command[1:])
+        elif command[:4] == ["sat-lora", "import", "--from", "lora2"]:
+            continue  # tests/interop/test_lora2_import.py makes such a checkpoint
+        elif command[0] == "sat-lora":
+            refused = "hf" in command  # the demo's rotary base is one that the published code cannot run
+            said = run_in(folder, sys.executable, "-m", "sat_lora.cli", *command[1:], status=2 if refused else 0)
+            assert not refused or "rotary" in said
+
+
+@pytest.mark.matrix
+@pytest.mark.timeout(1500)
+def test_make_demo_prints_what_the_readme_shows(tmp_path):
+    clone = tmp_path / "sat_lora"
+    ignored = shutil.ignore_patterns("__pycache__", "captchas")
+    for name in ("sat_lora", "finetune_demo"):
+        shutil.copytree(ROOT / name, clone / name, ignore=ignored)
+    for name in ("Makefile", "setup.py", "constraints.txt", "README.md"):
+        shutil.copy2(ROOT / name, clone)
+    python = clone / ".venv" / "bin" / "python"  # this environment in place of one that is installed anew
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
+    python.chmod(0o755)
+    (clone / ".venv" / ".installed").touch()
+    environ = {**environment(), "PYTHONPATH": str(clone)}
+    made = subprocess.run(["make", "demo"], cwd=clone, capture_output=True, text=True, env=environ, timeout=1400)
+    assert made.returncode == 0, made.stdout + made.stderr
+    block = next(body for kind, body in FENCED.findall((ROOT / "README.md").read_text()) if "500 images" in body)
+    printed = made.stdout.splitlines()
+    for line in block.splitlines():
+        first = re.split(r"  +|\.\.\.", line.strip())[0]
+        assert [p for p in printed if p.strip().startswith(first)], line
+    matches = dict(re.findall(r"^  (base.*?)  +([\d.]+) %", made.stdout, re.MULTILINE))
+    assert matches["base"] == "3.0"
+    assert float(matches["base + adapter"]) > 95

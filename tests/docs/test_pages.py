@@ -1,0 +1,129 @@
+"""What is written for people is current: generated pages, tables and the picture, the links, the README's length."""
+
+import importlib.util
+import json
+import re
+from itertools import product
+from pathlib import Path
+from urllib.parse import unquote
+from xml.etree import ElementTree
+
+import pytest
+
+from sat_lora.targets import PRESETS
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+READMES = ("README.md", "README_zh.md")
+PAGES = sorted([*DOCS.rglob("*.md"), *ROOT.glob("*.md"), *(ROOT / "benchmarks").glob("*.md")])
+LINK = re.compile(r"\]\((?!\w+:)([^)#\s]*)(?:#([^)\s]+))?\)")
+FENCED = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
+
+
+def load_tool(name: str):
+    """A script of docs/tools/, as a module."""
+    specification = importlib.util.spec_from_file_location(f"docs_{name}", DOCS / "tools" / f"{name}.py")
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+def read(path) -> str:
+    return (ROOT / path).read_text(encoding="utf-8")
+
+
+def anchors_of(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub and the slugs of mkdocs.yml make them."""
+    headings = re.findall(r"^#+ +(.+?)\s*$", FENCED.sub("", page.read_text(encoding="utf-8")), re.MULTILINE)
+    words = (re.sub(r"[^\w\- ]", "", heading.lower()) for heading in headings)
+    return {heading.replace(" ", "-") for heading in words}
+
+
+def test_the_page_of_options_is_that_of_the_parsers():
+    assert load_tool("options_page").page() == read("docs/options.md"), "run python docs/tools/options_page.py"
+
+
+def test_the_picture_is_what_the_script_draws_and_shows_every_preset():
+    drawn = load_tool("towers").picture()
+    assert drawn == read("docs/pictures/towers.svg"), "run python docs/tools/towers.py"
+    texts = [node.text for node in ElementTree.fromstring(drawn).iter() if node.get("class") == "p"]
+    assert set(PRESETS) <= set("\n".join(texts).replace("-\n", "-").split("\n"))
+
+
+@pytest.mark.parametrize("page", READMES)
+def test_a_readme_is_short_and_shows_the_picture(page):
+    text = read(page)
+    assert text.count("\n") <= 150
+    assert "](docs/pictures/towers.svg)" in text
+
+
+def test_both_readmes_have_the_same_sections_commands_and_tables():
+    english, chinese = map(read, READMES)
+    assert english.count("\n## ") == chinese.count("\n## ")
+    assert len(re.findall(r"^\|", english, re.MULTILINE)) == len(re.findall(r"^\|", chinese, re.MULTILINE))
+    blocks = ["\n".join(FENCED.findall(text)) for text in (english, chinese)]
+    commands = [re.sub(r"(^|\s)#.*", "", block, flags=re.MULTILINE).split() for block in blocks]
+    assert commands[0] == commands[1]
+
+
+def test_the_table_of_gpus_is_one_that_the_script_writes():
+    tool = load_tool("gpu_table")
+    for page, (head, too_large) in tool.HEADS.items():
+        lines = read(page).split(head + "\n")[1].split("\n\n")[0].split("\n")
+        sizes = [float(line.split(" | ")[2]) for line in lines[1:]]
+        assert tool.rows(dict(zip(tool.LAYOUTS, sizes, strict=True)), too_large=too_large) == lines
+        assert tool.replace_table(read(page), head, lines) == read(page)
+
+
+@pytest.mark.matrix
+def test_the_table_of_gpus_is_what_estimate_says(tmp_path):
+    from benchmarks.models import config_of
+
+    tool, config = load_tool("gpu_table"), tmp_path / "model_config.json"
+    config.write_text(json.dumps(config_of("full")))
+    for layout in (tool.LAYOUTS[0], tool.LAYOUTS[-1]):
+        assert f"| `{layout.options}` | {tool.gigabytes(layout, config):.1f} |" in read("README.md")
+
+
+def test_the_matrix_has_a_line_for_each_layout_stage_and_precision_within_its_bounds():
+    from tests.distributed.matrix import BOUNDS, CELLS, replace_table
+
+    layouts = list(product(("fp32", "bf16"), "12", "12", "0123"))
+    for page in ("docs/matrix.md", "docs/zh/matrix.md"):
+        text = read(page)
+        rows = [line.strip("| ").split(" | ") for line in text.split("\n") if re.match(r"\| (fp32|bf16) ", line)]
+        assert [tuple(row[:4]) for row in rows] == layouts
+        assert f"{len(CELLS)} " in text
+        for row in rows:
+            limits = BOUNDS.values() if row[0] == "fp32" else [1.0] * len(BOUNDS)
+            assert all(float(value) <= limit for value, limit in zip(row[4:], limits, strict=True)), row
+        lines = [line for line in text.split("\n") if line.startswith("|")]
+        assert replace_table(text, lines) == text
+        assert replace_table(text, [*lines[:2], "| x |"]).count("\n|") == 3
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_every_link_leads_to_a_file_and_a_heading(page):
+    broken = []
+    for target, anchor in LINK.findall(FENCED.sub("", page.read_text(encoding="utf-8"))):
+        file = page.parent / unquote(target) if target else page
+        if not file.exists() or (anchor and unquote(anchor) not in anchors_of(file)):
+            broken.append(f"{target}#{anchor}")
+    assert not broken
+
+
+def test_every_page_has_its_place_on_the_site():
+    named = set(re.findall(r"^ +- .+: (\S+\.md)$", read("mkdocs.yml"), re.MULTILINE))
+    pages = {page.relative_to(DOCS).as_posix() for page in DOCS.rglob("*.md")}
+    assert pages <= named
+    assert {name for name in named - pages if not (ROOT / name).is_file()} == set()
+
+
+@pytest.mark.parametrize("page", READMES)
+def test_the_map_names_folders_and_files_that_are_there(page):
+    section = next(part for part in read(page).split("\n## ") if "`sat_lora/cogvlm/`" in part)
+    paths = re.findall(r"`([\w/]+/)`", section)
+    assert len(paths) > 6
+    assert [path for path in paths if not (ROOT / path).is_dir()] == []
+    packages = {file.parent.relative_to(ROOT).as_posix() + "/" for file in (ROOT / "sat_lora").rglob("__init__.py")}
+    assert packages <= set(paths)
