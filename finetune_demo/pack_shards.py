@@ -12,28 +12,34 @@ from pathlib import Path
 
 
 def pack_shards(
-    data: Sequence[str | Path], out: str | Path, samples_per_shard: int = 1000, **reading: Sequence[str] | bool
+    data: Sequence[str | Path],
+    out: str | Path,
+    samples_per_shard: int = 1000,
+    *,
+    overwrite: bool = False,
+    **reading: Sequence[str] | bool,
 ) -> tuple[str, int]:
     """Write the items of `data`, in their order; returns (what --train-data takes, samples). reading: of `read_items`.
 
     A sample is KEY.json {"prompt", "answer"} and the image's file as it is, with its own suffix, or with that of its
-    format where it has none that is known. DataError: an image is missing, or is no file; there is nothing to pack; or
-    `out` holds shards, which stay. Nothing is in `out` before all of it is.
+    format where it has none that is known. DataError: an image is missing, or is no file, or there is nothing to pack.
+    ConfigError: `out` holds shards, which stay unless `overwrite` replaces all of them. What is in `out` is as it was
+    until all shards are written.
     """
     from sat_lora.errors import DataError
     from sat_lora.foreign import printable
     from sat_lora.training.data import read_items
 
     out = Path(out)
-    there = sorted(path.name for path in out.glob("shard-*.tar"))
-    if there:
-        raise DataError(f"--out: {printable(out)} holds shards ({there[0]} to {there[-1]}); give a new folder")
+    before = _shards_in(out, overwrite)
     items = read_items(data, **reading)
     if not items:
         raise DataError(f"{printable(', '.join(map(str, data)))}: no samples there, so there is nothing to pack")
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out, prefix=".packing-") as draft:
         _write(items, Path(draft), samples_per_shard)
+        for path in before:
+            path.unlink()
         for path in sorted(Path(draft).iterdir()):
             path.rename(out / path.name)
     last = (len(items) - 1) // samples_per_shard
@@ -111,34 +117,39 @@ def _pack(argv: list[str] | None) -> int:
     from sat_lora.foreign import shell_line
 
     options = build_parser().parse_args(argv)
-    before = _check_early(options)
+    _check_early(options)
     reading = {name: getattr(options, name) for name in ("ignore_keys", "images_from", "names_are_answers")}
+    reading["overwrite"] = options.overwrite
     shards, samples = pack_shards(options.data, options.out, options.samples_per_shard, **reading)
-    written = max(1, -(-samples // options.samples_per_shard))
-    for shard in before[written:]:  # of more samples than there are now
-        shard.unlink()
     print(f"{samples} samples written; train with\n  --train-data {shell_line([shards])}")
     return 0
 
 
-def _check_early(options: argparse.Namespace) -> list[Path]:
-    """The shards that are in --out already, in order. DataError: data is not there; ConfigError: shards are, and are
-    not to be replaced. Both before anything slow is imported.
+def _check_early(options: argparse.Namespace) -> None:
+    """DataError: data is not there; ConfigError: shards are, and are not to be replaced. Both before anything slow is
+    imported.
     """
-    from sat_lora.errors import ConfigError, DataError
-    from sat_lora.foreign import printable
+    from sat_lora.errors import DataError
     from sat_lora.paths import missing_path
 
     wanted = "give a folder of images or a .jsonl file"
     problems = [problem for path in options.data if (problem := missing_path(path, wanted))]
     if problems:
         raise DataError("\n".join(problems))
-    shards = sorted(Path(options.out).glob("shard-[0-9]*.tar"))
-    if shards and not options.overwrite:
+    _shards_in(Path(options.out), options.overwrite)
+
+
+def _shards_in(out: Path, overwrite: bool) -> list[Path]:
+    """The shards that are in `out` already, in order. ConfigError: there are some, and nothing may replace them."""
+    from sat_lora.errors import ConfigError
+    from sat_lora.foreign import printable
+
+    shards = sorted(out.glob("shard-[0-9]*.tar"))
+    if shards and not overwrite:
         count = f"{len(shards)} shard{'s' * (len(shards) > 1)}"
         raise ConfigError(
-            f"--out: {printable(options.out)} holds {count} ({printable(shards[0].name)}, ...); nothing was changed. "
-            "Give another folder, or replace them (--overwrite)"
+            f"--out: {printable(out)} holds {count} ({printable(shards[0].name)}, ...); nothing was changed. Give "
+            "another folder, or replace them (--overwrite)"
         )
     return shards
 
