@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -13,6 +14,9 @@ from tests.patience import PATIENCE, patient
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Read when torch is imported. Tiny matrices gain nothing from threads, and on busy cores lose a factor of ten to them.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Under nohup: this process goes on as before, and those that tests start do not inherit that it is ignored.
+if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, lambda number, frame: None)
 
 
 def pytest_collection_modifyitems(config, items) -> None:

@@ -1,6 +1,7 @@
 """Kind 11, stopping: Ctrl-C at any moment is a line and 130; a lost terminal saves; a rank that hangs anywhere ends."""
 
 import contextlib
+import mmap
 import os
 import pty
 import signal
@@ -191,8 +192,9 @@ def test_a_rank_that_waits_does_not_sound_the_alarm_while_another_one_loads(tmp_
 
 def test_reading_weights_is_a_sign_of_life_and_waiting_is_none():
     before = _pages_touched()
-    held = bytearray(8 << 20)
-    held[:: os.sysconf("SC_PAGE_SIZE")] = b"x" * len(held[:: os.sysconf("SC_PAGE_SIZE")])
+    held = mmap.mmap(-1, 8 << 20)  # pages that nothing in this process has touched before
+    for page in range(0, len(held), mmap.PAGESIZE):
+        held[page] = 1
     after = _pages_touched()
     assert after - before > IDLE_PAGES
     time.sleep(0.05)

@@ -95,7 +95,7 @@ def test_two_ranks_are_examined_from_the_command_line(captchas, tmp_path):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--run", "nowhere"], "--run: nowhere has no watchdog/rank_*.state; give the folder of a run with a watchdog"),
+        (["--run", "nowhere"], "--run: nowhere does not exist; give the folder of a run"),
         (["--plot", "a.png"], "--plot: needs --run"),
         (["--run", "nowhere", "--batch-size", "4"], "--run: takes no options of a run, got --batch-size 4"),
     ],

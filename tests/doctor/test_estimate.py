@@ -80,7 +80,7 @@ def test_a_batch_of_all_ranks_in_a_deepspeed_file_is_divided_by_them(tmp_path):
     [
         (
             ["--from_pretrained", "nowhere.json"],
-            "--from_pretrained: nowhere.json cannot be read as a model_config.json",
+            "--from_pretrained: nowhere.json is not a SAT model folder: it does not exist",
         ),
         (["--from_pretrained", BASE, "--gpus", "3", "--model-parallel-size", "2"], "--gpus: got 3, wanted a multiple"),
         (["--from_pretrained", BASE, "--max_length", "9"], "--max_length: 9 is too short, an image and two tokens"),
