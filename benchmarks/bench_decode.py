@@ -17,7 +17,7 @@ from benchmarks.report import table, write_json
 from benchmarks.variants import randomise
 from sat_lora import LoraConfig, LoraMixin, add_lora
 from sat_lora._sat import BaseModel
-from sat_lora.cogvlm.generation import generate
+from sat_lora.cogvlm.decoding.generate import generate
 
 NEVER = -1  # no token is the end
 

@@ -19,9 +19,9 @@ from benchmarks.bench_watchdog import config_for
 from benchmarks.interleaved import environment, measure
 from sat_lora import LoraConfig, add_lora
 from sat_lora.cogvlm import build_cogvlm
-from sat_lora.training.distributed import World, arrange, join, stop
-from sat_lora.training.engine import adapter_optimizer, start_engine
-from sat_lora.training.step import train_step
+from sat_lora.parallel.distributed import World, arrange, join, stop
+from sat_lora.training.steps.engine import adapter_optimizer, start_engine
+from sat_lora.training.steps.step import train_step
 
 CPU = torch.device("cpu")
 STAGES = (0, 1, 2)

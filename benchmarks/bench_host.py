@@ -28,11 +28,11 @@ from benchmarks.variants import Shape, Variant, build
 from sat_lora import LoraConfig, add_lora
 from sat_lora._sat import BaseModel
 from sat_lora.cogvlm import build_cogvlm
-from sat_lora.cogvlm.generation import generate
-from sat_lora.doctor.watchdog import watched
-from sat_lora.mixin import lora_mixins
-from sat_lora.training.engine import adapter_optimizer
-from sat_lora.training.loss import answer_loss_sum
+from sat_lora.cogvlm.decoding.generate import generate
+from sat_lora.lora.mixin import lora_mixins
+from sat_lora.training.steps.engine import adapter_optimizer
+from sat_lora.training.steps.loss import answer_loss_sum
+from sat_lora.watchdog.watchdog import watched
 
 BEFORE = Path(__file__).parent / "results" / "host_before.json"
 CPU = torch.device("cpu")

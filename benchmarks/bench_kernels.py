@@ -18,7 +18,7 @@ import torch
 from benchmarks.interleaved import environment
 from benchmarks.report import table, write_json
 from benchmarks.variants import Shape
-from sat_lora.functional import DeltaLayout, RandomDropout
+from sat_lora.lora.deltas.low_rank import DeltaLayout, RandomDropout
 
 SHAPES = "4096x12288/3 4096x11008 1792x15360 1792x5376/3 15360x1792 11008x4096 4096x4096"
 TOKENS, RANK = 4904, 16
@@ -56,7 +56,7 @@ def launch(work: Callable[[], object], calls: int = 200) -> float:
 
 def works_of(shape: Shape, dropout: float) -> Iterator[tuple[str, int, Callable, Callable]]:
     """(what is computed, bytes that have to move, torch's way, the kernel's) for a linear of that shape."""
-    from sat_lora import delta_kernels
+    from sat_lora.lora.deltas import delta_kernels
 
     common = dict(dtype=torch.bfloat16, device="cuda")
     width, ranks = shape.out_features // shape.slots, shape.slots * RANK

@@ -20,9 +20,9 @@ import torch
 
 from benchmarks.model_folders import config_of, state_of, write_hugging_face
 from benchmarks.report import table, write_json
-from sat_lora.cogvlm.checkpoint import load_cogvlm, save_weights, weight_files
-from sat_lora.training.distributed import arrange, join
-from sat_lora.training.engine import set_up_deepspeed
+from sat_lora.cogvlm.checkpoints.load import load_cogvlm, save_weights, weight_files
+from sat_lora.parallel.distributed import arrange, join
+from sat_lora.training.steps.engine import set_up_deepspeed
 
 INTERVAL = 0.002  # seconds between samples
 

@@ -21,9 +21,9 @@ from benchmarks.report import table, write_json
 from benchmarks.run_step import WATCHDOG_LIMIT, run_step
 from benchmarks.variants import randomise
 from sat_lora import LoraConfig, add_lora
-from sat_lora.doctor.watchdog import watched
-from sat_lora.training.run_folder import RunFolder
-from sat_lora.training.step import to_device
+from sat_lora.training.runs.run_folder import RunFolder
+from sat_lora.training.steps.step import to_device
+from sat_lora.watchdog.watchdog import watched
 
 ROUNDS = 3
 STEPS_AT_MOST = 10**6  # of the progress bar

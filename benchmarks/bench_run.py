@@ -27,8 +27,8 @@ from benchmarks.bench_loading import peak_growth
 from benchmarks.interleaved import DTYPES, environment, join_alone
 from benchmarks.models import SIZES, config_of, random_model
 from benchmarks.report import table, write_json
-from sat_lora.cogvlm.checkpoint import save_weights
-from sat_lora.training.progress import peak_memory_mib
+from sat_lora.cogvlm.checkpoints.load import save_weights
+from sat_lora.training.runs.step_progress import peak_memory_mib
 
 DEMO = Path(__file__).parents[1] / "finetune_demo"
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json")

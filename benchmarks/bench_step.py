@@ -47,7 +47,7 @@ from benchmarks.report import step_table, write_json
 from benchmarks.variants import randomise
 from sat_lora import LoraConfig, add_lora
 from sat_lora._sat import BaseModel
-from sat_lora.training.loss import answer_loss_sum
+from sat_lora.training.steps.loss import answer_loss_sum
 
 NAMES = ("all-linear", "attention", "lora2")
 TARGETS = {"all-linear": "all-linear", "attention": ("language-attention", "vit-attention")}

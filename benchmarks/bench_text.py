@@ -14,7 +14,7 @@ from benchmarks.interleaved import CLOCKS, DTYPES, join_alone, measure, summaris
 from benchmarks.models import SIZES, batch_of, config_of, random_model
 from benchmarks.variants import randomise
 from sat_lora import add_lora
-from sat_lora.training.loss import answer_loss_sum
+from sat_lora.training.steps.loss import answer_loss_sum
 
 
 def text_batch(config: dict, rows: int, words: int) -> dict:

@@ -18,9 +18,9 @@ from benchmarks.interleaved import CLOCKS, environment, join_alone, measure, pro
 from benchmarks.models import batch_of, config_of
 from sat_lora import LoraConfig, add_lora
 from sat_lora.cogvlm import build_cogvlm
-from sat_lora.cogvlm.checkpoint import read_config
-from sat_lora.doctor.trace import Trace
-from sat_lora.doctor.watchdog import watched
+from sat_lora.cogvlm.checkpoints.load import read_config
+from sat_lora.watchdog.trace import Trace
+from sat_lora.watchdog.watchdog import watched
 
 SIZES = ("demo", "deep")
 LAYERS = (32, 63)  # of CogVLM-17B's language model and vision transformer

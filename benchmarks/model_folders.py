@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from sat_lora.cogvlm import build_cogvlm
-from sat_lora.interop.hugging_face_names import hf_name
+from sat_lora.cogvlm.checkpoints.hugging_face_names import hf_name
 
 LAYER_BYTES = 203_000_000  # of the config below in bfloat16, as are the rest below
 OTHER_BYTES = 350_000_000

@@ -5,8 +5,8 @@ import torch
 from benchmarks.interleaved import described_as_alone
 from sat_lora._sat import BaseModel, mpu
 from sat_lora.cogvlm import build_cogvlm
-from sat_lora.training.engine import set_up_deepspeed
-from sat_lora.training.step import to_device
+from sat_lora.training.steps.engine import set_up_deepspeed
+from sat_lora.training.steps.step import to_device
 
 # hidden, inner and layers of the language model and of the vision transformer, side of the image, words of text.
 # `full` is CogVLM-17B, `quarter` and `large` have its widths; `thin` has its depth, so its step takes host time alone.

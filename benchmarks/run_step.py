@@ -7,11 +7,11 @@ import torch
 
 from benchmarks.interleaved import Work, described_as_alone
 from sat_lora._sat import BaseModel
-from sat_lora.doctor.trace import NO_TRACE, NoTrace, Trace
-from sat_lora.training.distributed import World
-from sat_lora.training.engine import adapter_optimizer, start_engine
-from sat_lora.training.run_folder import RunFolder
-from sat_lora.training.step import train_step
+from sat_lora.parallel.distributed import World
+from sat_lora.training.runs.run_folder import RunFolder
+from sat_lora.training.steps.engine import adapter_optimizer, start_engine
+from sat_lora.training.steps.step import train_step
+from sat_lora.watchdog.trace import NO_TRACE, NoTrace, Trace
 
 WATCHDOG_LIMIT = 120.0
 RATE = 1e-6  # so small that a step can be repeated for ever

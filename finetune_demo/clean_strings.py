@@ -10,7 +10,7 @@ import torch
 from captcha.image import DEFAULT_FONTS
 from PIL import Image, ImageDraw, ImageFont
 
-from sat_lora.cogvlm.image import MEAN, STD
+from sat_lora.cogvlm.inputs.image import MEAN, STD
 
 DIGITS = "0123456789"
 PLACES = 3  # a string has up to this many digits, each in its own part of the width

@@ -17,9 +17,9 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser. CogVLM's published evaluation scripts run with their options unchanged: what says nothing to an
     evaluation is taken under `no_effect`, a list of names.
     """
-    from sat_lora.option_parser import OptionParser
-    from sat_lora.training.option_types import batch, positive_int, seconds
-    from sat_lora.training.options import build_parser as finetune_parser
+    from sat_lora.terminal.option_parser import OptionParser
+    from sat_lora.terminal.option_types import batch, positive_int, seconds
+    from sat_lora.training.settings.options import build_parser as finetune_parser
 
     parser = OptionParser(
         description=__doc__,
@@ -87,8 +87,8 @@ DEFAULTS = dict(
 def read_settings(options: argparse.Namespace) -> argparse.Namespace:
     """The options, filled up from the run's settings and the defaults; ConfigError if something is still missing."""
     from sat_lora.errors import ConfigError
-    from sat_lora.training.defaults import version_of
-    from sat_lora.training.options import settings_of_run
+    from sat_lora.training.settings.defaults import version_of
+    from sat_lora.training.settings.options import settings_of_run
 
     stored = {}
     if options.run:
@@ -121,16 +121,16 @@ def read_settings(options: argparse.Namespace) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     """The exit status: 0, 2 for a mistake, 130 for Ctrl-C."""
-    from sat_lora.edge import run_command
+    from sat_lora.terminal.edge import run_command
 
     return run_command("evaluate_cogvlm.py", lambda: _evaluate(argv))
 
 
 def _evaluate(argv: list[str] | None) -> int:
     from sat_lora.errors import ConfigError
-    from sat_lora.foreign import printable
-    from sat_lora.training.launch import announce, find_place
-    from sat_lora.training.notice import is_first_rank
+    from sat_lora.files.foreign import printable
+    from sat_lora.parallel.launch import announce, find_place
+    from sat_lora.terminal.notice import is_first_rank
 
     parser = build_parser()
     options = parser.parse_args(argv)
@@ -145,8 +145,7 @@ def _evaluate(argv: list[str] | None) -> int:
     if is_first_rank() and not options.adapter:
         print(f"no --adapter: {printable(options.from_pretrained)} is evaluated alone", flush=True)
     announce(place)
-    from sat_lora.doctor.watchdog import watched_alone
-    from sat_lora.training.distributed import arrange, join, stop, together
+    from sat_lora.parallel.distributed import arrange, join, stop, together
     from sat_lora.training.evaluation import (
         evaluate_adapter,
         evaluation_file,
@@ -155,7 +154,8 @@ def _evaluate(argv: list[str] | None) -> int:
         write_evaluation,
     )
     from sat_lora.training.marks import marks_of_options
-    from sat_lora.training.run_lock import RunLock
+    from sat_lora.training.runs.run_lock import RunLock
+    from sat_lora.watchdog.watchdog import watched_alone
 
     device = join(marks=marks_of_options(options))
     world = arrange(device, options.model_parallel_size)
@@ -179,7 +179,7 @@ def _evaluate(argv: list[str] | None) -> int:
 
 def _check_early(options: argparse.Namespace, place) -> None:
     """Before anything slow is imported: ConfigError or DataError, with what is not there."""
-    from sat_lora.paths import missing_adapter
+    from sat_lora.files.paths import missing_adapter
     from sat_lora.training.early import check_early
 
     problem = missing_adapter(options.adapter) if options.adapter else None
@@ -188,7 +188,7 @@ def _check_early(options: argparse.Namespace, place) -> None:
 
 if __name__ == "__main__":
     try:
-        from sat_lora.edge import run_script
+        from sat_lora.terminal.edge import run_script
     except ModuleNotFoundError as error:
         print(f"evaluate_cogvlm.py: error: {error} in {sys.executable}; README.md says how to install", file=sys.stderr)
         sys.exit(2)

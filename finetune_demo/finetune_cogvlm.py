@@ -15,31 +15,31 @@ HERE = Path(__file__).resolve().parent
 
 def main(argv: list[str] | None = None) -> int:
     """The exit status: 0, 1 for a finding of the doctor, 2 for a mistake, 3 from the watchdog, 128 + N for signal N."""
-    from sat_lora.edge import run_command
+    from sat_lora.terminal.edge import run_command
 
     return run_command("finetune_cogvlm.py", lambda: _finetune(argv))
 
 
 def _finetune(argv: list[str] | None) -> int:
+    from sat_lora.parallel.launch import announce, find_place
+    from sat_lora.terminal.notice import is_first_rank
     from sat_lora.training.early import check_early
-    from sat_lora.training.launch import announce, find_place
-    from sat_lora.training.notice import is_first_rank
-    from sat_lora.training.options import parse_options
+    from sat_lora.training.settings.options import parse_options
 
     options, place = parse_options(argv, demo_folder=HERE), find_place()
     check_early(options, place, demo_data=HERE / "captchas", writes=not options.doctor)
     announce(place)
     if options.doctor:
-        from sat_lora.doctor.packages import report_missing
+        from sat_lora.doctor.run_checks.packages import report_missing
 
         if report_missing():
             return 1
-        from sat_lora.doctor.before_run import report
+        from sat_lora.doctor.diagnose import report
 
         return report(options, make_data=lambda: _make_demo_data(options))
-    from sat_lora.training.distributed import stop
+    from sat_lora.parallel.distributed import stop
+    from sat_lora.parallel.stop_signals import Stopped
     from sat_lora.training.finetune import finetune
-    from sat_lora.training.stop_signals import Stopped
 
     try:
         world = finetune(options, make_data=lambda: _make_demo_data(options))
@@ -66,8 +66,8 @@ def _make_demo_data(options) -> None:
 
 def _what_next(options) -> str:
     """What the run has made, and the lines that go on with it: each can be pasted into any shell."""
-    from sat_lora.foreign import printable
-    from sat_lora.training.launch import relaunch, sat_lora_line
+    from sat_lora.files.foreign import printable
+    from sat_lora.parallel.launch import relaunch, sat_lora_line
 
     run, trust = Path(os.path.abspath(options.run_folder)), ["--trust-checkpoint"] * options.trust_checkpoint
     best = _best_adapter(run)
@@ -87,7 +87,7 @@ def _what_next(options) -> str:
 
 def _best_adapter(run: Path) -> Path | None:
     """The adapter of the lowest validation loss, if it is not the latest."""
-    from sat_lora.step_folders import BEST, LATEST, read_pointer
+    from sat_lora.files.step_folders import BEST, LATEST, read_pointer
 
     best, latest = (read_pointer(run / "adapter" / name) for name in (BEST, LATEST))
     return None if best in (None, latest) else run / "adapter" / BEST  # None: there was no validation
@@ -102,8 +102,8 @@ def _new_folder(path: Path) -> Path:
 
 
 def _resume_line(options, *more) -> str:
-    from sat_lora.foreign import shell_line
-    from sat_lora.training.launch import relaunch
+    from sat_lora.files.foreign import shell_line
+    from sat_lora.parallel.launch import relaunch
 
     run, trust = os.path.abspath(options.run_folder), ["--trust-checkpoint"] * options.trust_checkpoint
     words = ["--resume", run, *trust, *map(str, more)]
@@ -113,7 +113,7 @@ def _resume_line(options, *more) -> str:
 
 if __name__ == "__main__":
     try:
-        from sat_lora.edge import run_script
+        from sat_lora.terminal.edge import run_script
     except ModuleNotFoundError as error:
         print(
             f"finetune_cogvlm.py: error: {error} for {sys.executable}; see Two commands in README.md", file=sys.stderr

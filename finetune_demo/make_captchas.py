@@ -118,14 +118,14 @@ def make_captchas(
 
 def main(argv: list[str] | None = None) -> int:
     """The exit status: 0, 2 for a mistake, 130 for Ctrl-C."""
-    from sat_lora.edge import run_command
+    from sat_lora.terminal.edge import run_command
 
     return run_command("make_captchas.py", lambda: _make(argv))
 
 
 def _make(argv: list[str] | None) -> None:
-    from sat_lora.option_parser import OptionParser
-    from sat_lora.training.option_types import count, number, positive_int
+    from sat_lora.terminal.option_parser import OptionParser
+    from sat_lora.terminal.option_types import count, number, positive_int
 
     parser = OptionParser(
         prog="make_captchas.py",
@@ -144,6 +144,6 @@ def _make(argv: list[str] | None) -> None:
 
 
 if __name__ == "__main__":
-    from sat_lora.edge import run_script
+    from sat_lora.terminal.edge import run_script
 
     run_script("make_captchas.py", main)

@@ -20,9 +20,9 @@ from torch.nn import functional as F
 from tqdm import trange
 
 from sat_lora.cogvlm import CogVLMModel, build_cogvlm, load_cogvlm
-from sat_lora.cogvlm.checkpoint import save_weights
-from sat_lora.cogvlm.image import MEAN, STD, image_tensor
-from sat_lora.cogvlm.text import build_sample, load_tokenizer, prompt_for
+from sat_lora.cogvlm.checkpoints.load import save_weights
+from sat_lora.cogvlm.inputs.image import MEAN, STD, image_tensor
+from sat_lora.cogvlm.inputs.text import build_sample, load_tokenizer, prompt_for
 
 DEFAULT_OUT = Path(__file__).resolve().parent / "tiny_cogvlm"
 QUERY = "CAPTCHA:"

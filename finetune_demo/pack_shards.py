@@ -26,9 +26,9 @@ def pack_shards(
     ConfigError: `out` holds shards, which stay unless `overwrite` replaces all of them. What is in `out` is as it was
     until all shards are written.
     """
+    from sat_lora.data.samples import read_items
     from sat_lora.errors import DataError
-    from sat_lora.foreign import printable
-    from sat_lora.training.data import read_items
+    from sat_lora.files.foreign import printable
 
     out = Path(out)
     before = _shards_in(out, overwrite)
@@ -50,7 +50,7 @@ def pack_shards(
 def _write(items: Sequence, folder: Path, samples_per_shard: int) -> None:
     from webdataset import ShardWriter  # seconds of imports, that a wrong option does without
 
-    from sat_lora.cogvlm.pictures import SUFFIXES, suffix_of
+    from sat_lora.cogvlm.inputs.pictures import SUFFIXES, suffix_of
 
     with ShardWriter(str(folder / "shard-%06d.tar"), maxcount=samples_per_shard, maxsize=1e12, verbose=0) as writer:
         for number, item in enumerate(items):
@@ -74,9 +74,9 @@ def _is_unicode(text: str) -> bool:
 
 
 def _content(image: Path) -> bytes:
-    from sat_lora.cogvlm.pictures import file_limit
+    from sat_lora.cogvlm.inputs.pictures import file_limit
     from sat_lora.errors import DataError
-    from sat_lora.foreign import printable, read_bytes
+    from sat_lora.files.foreign import printable, read_bytes
 
     try:
         return read_bytes(image, file_limit())
@@ -87,15 +87,15 @@ def _content(image: Path) -> bytes:
 
 def main(argv: list[str] | None = None) -> int:
     """The exit status: 0, 2 for a mistake, 130 for Ctrl-C."""
-    from sat_lora.edge import run_command
+    from sat_lora.terminal.edge import run_command
 
     return run_command("pack_shards.py", lambda: _pack(argv))
 
 
 def build_parser():
     """The OptionParser of this script."""
-    from sat_lora.option_parser import OptionParser
-    from sat_lora.training.option_types import positive_int
+    from sat_lora.terminal.option_parser import OptionParser
+    from sat_lora.terminal.option_types import positive_int
 
     parser = OptionParser(
         prog="pack_shards.py",
@@ -114,7 +114,7 @@ def build_parser():
 
 
 def _pack(argv: list[str] | None) -> int:
-    from sat_lora.foreign import shell_line
+    from sat_lora.files.foreign import shell_line
 
     options = build_parser().parse_args(argv)
     _check_early(options)
@@ -130,7 +130,7 @@ def _check_early(options: argparse.Namespace) -> None:
     imported.
     """
     from sat_lora.errors import DataError
-    from sat_lora.paths import missing_path
+    from sat_lora.files.paths import missing_path
 
     wanted = "give a folder of images or a .jsonl file"
     problems = [problem for path in options.data if (problem := missing_path(path, wanted))]
@@ -142,7 +142,7 @@ def _check_early(options: argparse.Namespace) -> None:
 def _shards_in(out: Path, overwrite: bool) -> list[Path]:
     """The shards that are in `out` already, in order. ConfigError: there are some, and nothing may replace them."""
     from sat_lora.errors import ConfigError
-    from sat_lora.foreign import printable
+    from sat_lora.files.foreign import printable
 
     shards = sorted(out.glob("shard-[0-9]*.tar"))
     if shards and not overwrite:
@@ -156,7 +156,7 @@ def _shards_in(out: Path, overwrite: bool) -> list[Path]:
 
 if __name__ == "__main__":
     try:
-        from sat_lora.edge import run_script
+        from sat_lora.terminal.edge import run_script
     except ModuleNotFoundError as error:
         print(f"pack_shards.py: error: {error} in {sys.executable}; README.md says how to install", file=sys.stderr)
         sys.exit(2)

@@ -4,7 +4,7 @@
 def build_parser():
     """The OptionParser of all sub-commands."""
     from sat_lora.commands import combine, doctor, estimate, export_adapter, import_adapter, inspect_adapter, merge
-    from sat_lora.option_parser import OptionParser
+    from sat_lora.terminal.option_parser import OptionParser
 
     parser = OptionParser(prog="sat-lora", description="Work with LoRA adapters of SAT models.", takes_more=True)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -15,13 +15,13 @@ def build_parser():
 
 def main(argv: list[str] | None = None) -> int:
     """The exit status: 0, 1 for a bad result, 2 for a mistake of the user, 130 for Ctrl-C."""
-    from sat_lora.edge import run_command
+    from sat_lora.terminal.edge import run_command
 
     return run_command("sat-lora", lambda: _run(argv))
 
 
 def _run(argv: list[str] | None) -> int:
-    from sat_lora.edge import run_command
+    from sat_lora.terminal.edge import run_command
 
     parser = build_parser()
     options, options.more = parser.parse_known_args(argv)
@@ -32,7 +32,7 @@ def _run(argv: list[str] | None) -> int:
 
 def script() -> None:
     """What the installed `sat-lora` calls: it does not come back."""
-    from sat_lora.edge import run_script
+    from sat_lora.terminal.edge import run_script
 
     run_script("sat-lora", main, prints_its_result=True)
 

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sat_lora import AdapterError, add_lora, load_adapter, save_adapter
-from sat_lora.mixin import lora_mixins
+from sat_lora.lora.mixin import lora_mixins
 from tests.tiny import fill_adapters, tiny_model
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"

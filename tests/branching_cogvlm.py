@@ -2,7 +2,7 @@
 
 import torch
 
-from sat_lora.cogvlm import experts, vision
+from sat_lora.cogvlm.network import experts, vision
 
 
 def route_or_skip(routing, vision_expert, language_expert, x):

@@ -92,7 +92,7 @@ def base_folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def tokenizer(base_folder):
-    from sat_lora.cogvlm.text import load_tokenizer
+    from sat_lora.cogvlm.inputs.text import load_tokenizer
 
     return load_tokenizer(base_folder)
 
@@ -107,7 +107,7 @@ def single_process_group():
     """A process group of one, with SAT's model-parallel groups in it. What it puts into the environment is taken out
     again: processes that tests start would take themselves for ranks of this group.
     """
-    from sat_lora.training.distributed import arrange, join
+    from sat_lora.parallel.distributed import arrange, join
 
     before = dict(os.environ)
     try:

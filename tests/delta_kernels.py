@@ -1,12 +1,12 @@
 """What the kernels for large tensors must do, on a CPU under Triton's interpreter or on a GPU; float64 decides.
 
-This imports triton, as `sat_lora.delta_kernels` does, which asks for its interpreter then.
+This imports triton, as `sat_lora.lora.deltas.delta_kernels` does, which asks for its interpreter then.
 """
 
 import torch
 
-from sat_lora import delta_kernels as kernels
-from sat_lora.functional import DeltaLayout, RandomDropout, add_delta
+from sat_lora.lora.deltas import delta_kernels as kernels
+from sat_lora.lora.deltas.low_rank import DeltaLayout, RandomDropout, add_delta
 
 EPS32 = torch.finfo(torch.float32).eps
 ROWS, IN = 37, 83  # odd, and several tiles of `SMALL`

@@ -9,8 +9,8 @@ from torch import nn
 
 from sat_lora import LoraConfig
 from sat_lora._sat import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
-from sat_lora.adapter import LoraAdapter
-from sat_lora.targets import aim, find_sites
+from sat_lora.lora.adapter import LoraAdapter
+from sat_lora.lora.targets import aim, find_sites
 
 LAYERS = {
     "linear": lambda: nn.Linear(12, 10),

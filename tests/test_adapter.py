@@ -8,7 +8,7 @@ from torch.func import functional_call
 
 from sat_lora import LoraConfig
 from sat_lora._sat import ColumnParallelLinear
-from sat_lora.functional import dropout_mask
+from sat_lora.lora.deltas.low_rank import dropout_mask
 from tests.single_layer import LAYERS, LINEAR, LOOKUP, adapter_for, build_layer, inputs_for
 
 pytestmark = pytest.mark.usefixtures("single_process_group")

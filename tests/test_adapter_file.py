@@ -7,9 +7,9 @@ import torch
 from safetensors.torch import load_file
 
 from sat_lora import AdapterError, ConfigError, LoraConfig, LoraMixin, add_lora, describe, load_adapter, save_adapter
-from sat_lora.adapter_format import read_adapter
-from sat_lora.mixin import lora_mixins
-from sat_lora.placement import adapters_of
+from sat_lora.adapters.format import read_adapter
+from sat_lora.lora.apply import adapters_of
+from sat_lora.lora.mixin import lora_mixins
 from tests.tiny import fill_adapters, logits_of, tiny_batch, tiny_model
 
 pytestmark = pytest.mark.usefixtures("single_process_group")

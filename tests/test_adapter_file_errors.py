@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sat_lora import add_lora
-from sat_lora.cogvlm.model import build_cogvlm
+from sat_lora.cogvlm.network.model import build_cogvlm
 from tests.adapter_folders import (
     CONFIG,
     LINEAR,

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from sat_lora import LoraConfig
-from sat_lora.adapter_format import plain_config
-from sat_lora.targets import find_sites, plan
+from sat_lora.adapters.format import plain_config
+from sat_lora.lora.targets import find_sites, plan
 from tests.single_layer import (
     LAYERS,
     LOOKUP,

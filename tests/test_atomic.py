@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from sat_lora.atomic import replaced_folder
+from sat_lora.files.atomic import replaced_folder
 
 
 def write(target, text):

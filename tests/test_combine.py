@@ -7,11 +7,11 @@ import torch
 from safetensors.torch import load_file
 
 from sat_lora import add_lora, combine_adapters, load_adapter
-from sat_lora.adapter_format import LayerEntry, read_adapter
-from sat_lora.combine_factors import svd, ties_sum
-from sat_lora.mixin import lora_mixins
-from sat_lora.placement import adapters_of
-from sat_lora.targets import bounded_rank
+from sat_lora.adapters.combine_factors import svd, ties_sum
+from sat_lora.adapters.format import LayerEntry, read_adapter
+from sat_lora.lora.apply import adapters_of
+from sat_lora.lora.mixin import lora_mixins
+from sat_lora.lora.targets import bounded_rank
 from tests.combining import DENSE, QKV, adapter_maker, assert_same, deltas_by_peft, deltas_of, factors_of, summed
 from tests.tiny import logits_of, tiny_batch, tiny_model
 

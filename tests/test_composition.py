@@ -5,7 +5,7 @@ import torch
 
 from sat_lora import LoraMixin, add_lora
 from sat_lora._sat import ColumnParallelLinear, RowParallelLinear
-from sat_lora.placement import adapters_of
+from sat_lora.lora.apply import adapters_of
 from tests.test_mixin import adapter_gradients
 from tests.tiny import fill_adapters, logits_of, tiny_batch, tiny_model
 

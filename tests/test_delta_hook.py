@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sat_lora import LoraConfig, add_lora
-from sat_lora.delta_hook import DeltaHook, DeltaState
+from sat_lora.lora.delta_hook import DeltaHook, DeltaState
 from tests.single_layer import LINEAR, adapter_for, build_layer, inputs_for
 from tests.tiny import fill_adapters, tiny_model
 

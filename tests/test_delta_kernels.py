@@ -36,8 +36,8 @@ def check_all(dtype, ranks=RANKS, ranks_dropped=RANKS_DROPPED):
     let_the_interpreter_multiply_bfloat16()
     import torch
 
-    from sat_lora import functional
-    from sat_lora.delta_kernels import Blocks
+    from sat_lora.lora.deltas import low_rank as functional
+    from sat_lora.lora.deltas.delta_kernels import Blocks
     from tests.delta_kernels import check_addition, check_autograd, check_dropout, check_masks, layouts
 
     small = Blocks(16, 32)
@@ -81,8 +81,8 @@ import itertools
 from triton import compile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from sat_lora import delta_kernels
-from sat_lora.delta_kernels import ADD, GRADIENT, PROJECT, SPREAD, gradient_of_a_kernel, product_kernel, project_kernel
+from sat_lora.lora.deltas import delta_kernels
+from sat_lora.lora.deltas.delta_kernels import ADD, GRADIENT, PROJECT, SPREAD, gradient_of_a_kernel, product_kernel, project_kernel
 
 KERNELS = [
     (product_kernel, ADD, dict(ADDS=True, DROPS=False, CHUNKS=1)),
@@ -116,12 +116,12 @@ def delta_with_dropout():
     """Whether the kernels have been imported after a delta with everything that they are for."""
     import torch
 
-    from sat_lora.functional import DeltaLayout, RandomDropout, add_delta
+    from sat_lora.lora.deltas.low_rank import DeltaLayout, RandomDropout, add_delta
 
     x, a, b = (torch.randn(shape, requires_grad=True) for shape in ((5, 4), (2, 4), (6, 2)))
     weight, layout = torch.randn(6, 4), DeltaLayout(((0, 6),), 6)
     add_delta(x @ weight.T, x, a, b, RandomDropout(0.5), 1.0, layout, weight).sum().backward()
-    return "sat_lora.delta_kernels" in sys.modules
+    return "sat_lora.lora.deltas.delta_kernels" in sys.modules
 
 
 def test_no_kernel_is_imported_on_the_cpu():

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from sat_lora.foreign import DEPTH_LIMIT, parse_json, printable, printable_lines, read_bytes, read_json
+from sat_lora.files.foreign import DEPTH_LIMIT, parse_json, printable, printable_lines, read_bytes, read_json
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sat_lora.functional import DeltaLayout, RandomDropout, add_delta, add_delta_reference, dropout_mask
+from sat_lora.lora.deltas.low_rank import DeltaLayout, RandomDropout, add_delta, add_delta_reference, dropout_mask
 
 LAYOUTS = {
     "whole": DeltaLayout(((0, 6),), 6),

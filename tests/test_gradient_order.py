@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from sat_lora import ConfigError, LoraConfig, add_lora, load_adapter, save_adapter
-from sat_lora.placement import adapters_of
-from sat_lora.training.engine import start_engine
+from sat_lora.lora.apply import adapters_of
+from sat_lora.training.steps.engine import start_engine
 from tests.branching_cogvlm import branch_on_data
 from tests.distributed.training_runs import engine_config, sgd
 from tests.tiny import fill_adapters, logits_of, tiny_batch, tiny_model

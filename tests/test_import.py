@@ -27,7 +27,7 @@ def python(code, **environment):
 
 def test_importing_prints_nothing_and_starts_nothing():
     assert python(
-        "import sat_lora, sat_lora.cogvlm, sat_lora.merge_checkpoint, sat_lora.cli\n"
+        "import sat_lora, sat_lora.cogvlm, sat_lora.adapters.merge, sat_lora.cli\n"
         "from sat_lora import *\n"
         "import torch\n"
         "assert not torch.cuda.is_initialized()\n"

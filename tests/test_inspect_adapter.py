@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from sat_lora import LoraConfig, add_lora, save_adapter
-from sat_lora.adapter_format import read_adapter, write_adapter
+from sat_lora.adapters.format import read_adapter, write_adapter
 from sat_lora.cli import main
 from tests.combining import deltas_of
 from tests.tiny import fill_adapters, tiny_model

@@ -8,16 +8,17 @@ import pytest
 import safetensors.torch
 import torch
 
-from sat_lora import AdapterError, CheckpointError, MergeError, SatLoraError, add_lora, merge_checkpoint, save_adapter
+from sat_lora import AdapterError, CheckpointError, MergeError, SatLoraError, add_lora, save_adapter
+from sat_lora.adapters import merge as merge_checkpoint
+from sat_lora.adapters.merge import merge_adapter
 from sat_lora.cli import main
-from sat_lora.cogvlm.checkpoint import load_cogvlm, map_weights, save_weights
-from sat_lora.cogvlm.model import build_cogvlm
-from sat_lora.cogvlm.sat_folder import make_sat_weights
-from sat_lora.cogvlm.text import load_tokenizer
-from sat_lora.merge_checkpoint import merge_adapter
-from sat_lora.mixin import lora_mixins
-from sat_lora.placement import adapters_of
-from sat_lora.training.distributed import arrange, join
+from sat_lora.cogvlm.checkpoints.load import load_cogvlm, map_weights, save_weights
+from sat_lora.cogvlm.checkpoints.sat_folder import make_sat_weights
+from sat_lora.cogvlm.inputs.text import load_tokenizer
+from sat_lora.cogvlm.network.model import build_cogvlm
+from sat_lora.lora.apply import adapters_of
+from sat_lora.lora.mixin import lora_mixins
+from sat_lora.parallel.distributed import arrange, join
 from tests.conftest import write_character_tokenizer
 from tests.distributed.ranks import run_ranks
 from tests.memory import peak_of_anonymous_memory

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from sat_lora import ConfigError, LoraMixin, MergeError, add_lora
-from sat_lora.mixin import lora_mixins
-from sat_lora.placement import adapters_of
+from sat_lora.lora.apply import adapters_of
+from sat_lora.lora.mixin import lora_mixins
 from tests.sat_subjects import SUBJECTS
 from tests.tiny import fill_adapters, logits_of, tiny_batch, tiny_model
 

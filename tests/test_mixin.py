@@ -10,8 +10,8 @@ import torch
 from sat.model import BaseModel
 
 from sat_lora import ConfigError, LoraConfig, LoraMixin, add_lora, describe, describe_text
-from sat_lora.mixin import lora_mixins
-from sat_lora.placement import adapters_of
+from sat_lora.lora.apply import adapters_of
+from sat_lora.lora.mixin import lora_mixins
 from tests.tiny import fill_adapters, logits_of, tiny_batch, tiny_model
 
 pytestmark = pytest.mark.usefixtures("single_process_group")

@@ -8,10 +8,10 @@ import torch
 
 import sat_lora
 from sat_lora import LoraConfig, LoraMixin, add_lora, parameter_groups
-from sat_lora.optimizer_groups import set_learning_rate
-from sat_lora.placement import adapters_of
-from sat_lora.training.distributed import arrange, join
-from sat_lora.training.engine import adapter_optimizer, start_engine
+from sat_lora.lora.apply import adapters_of
+from sat_lora.lora.optimizer_groups import set_learning_rate
+from sat_lora.parallel.distributed import arrange, join
+from sat_lora.training.steps.engine import adapter_optimizer, start_engine
 from tests.distributed.ranks import run_ranks
 from tests.distributed.training_runs import (
     adapter_values,

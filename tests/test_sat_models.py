@@ -6,7 +6,7 @@ from sat.model.base_model import BaseMixin, non_conflict
 from sat.transformer_defaults import HOOKS_DEFAULT
 
 from sat_lora import LoraMixin, load_adapter, save_adapter
-from sat_lora.placement import adapters_of
+from sat_lora.lora.apply import adapters_of
 from tests.sat_subjects import GEGLU_IN_TWO_BLOCKS, SUBJECTS, adapt, loss_of, remove
 from tests.tiny import fill_adapters
 

@@ -5,7 +5,7 @@ import torch
 from sat.mpu import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from torch import nn
 
-from sat_lora.sharding import REPLICATED, Sharding, mark_sharded, model_parallel_layout, sharding_of
+from sat_lora.parallel.sharding import REPLICATED, Sharding, mark_sharded, model_parallel_layout, sharding_of
 
 LAYERS = {
     "column": lambda: ColumnParallelLinear(6, 24, bias=True),

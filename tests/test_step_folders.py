@@ -4,9 +4,9 @@ import os
 
 import pytest
 
-from sat_lora.adapter_format import read_adapter
+from sat_lora.adapters.format import read_adapter
 from sat_lora.errors import AdapterError
-from sat_lora.step_folders import (
+from sat_lora.files.step_folders import (
     BEST,
     LATEST,
     follow,

@@ -5,9 +5,9 @@ import dataclasses
 import pytest
 
 from sat_lora import ConfigError, LoraConfig
-from sat_lora.cogvlm.model import VIT
-from sat_lora.placement import find_all_sites
-from sat_lora.targets import PRESETS, aim, select
+from sat_lora.cogvlm.network.model import VIT
+from sat_lora.lora.apply import find_all_sites
+from sat_lora.lora.targets import PRESETS, aim, select
 from tests.tiny import tiny_model
 
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from sat_lora import AdapterError, ConfigError, LoraMixin, add_lora, describe, load_adapter, save_adapter
-from sat_lora.adapter_format import read_adapter
-from sat_lora.placement import adapters_of, find_all_parameters, find_all_sites
+from sat_lora.adapters.format import read_adapter
+from sat_lora.lora.apply import adapters_of, find_all_parameters, find_all_sites
 from tests.tiny import fill_adapters, logits_of, tiny_batch, tiny_model
 
 pytestmark = pytest.mark.usefixtures("single_process_group")

@@ -7,7 +7,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from sat_lora.weight_files import SAFETENSORS_DTYPES, make_safetensors_file, make_sat_file
+from sat_lora.files.weight_files import SAFETENSORS_DTYPES, make_safetensors_file, make_sat_file
 
 MAKERS = {
     "sat": (make_sat_file, lambda path: torch.load(path, weights_only=True)["module"]),

@@ -4,11 +4,11 @@ import zlib
 
 import torch
 
-from sat_lora.cogvlm.checkpoint import shardings_of
-from sat_lora.cogvlm.model import CogVLMModel, build_cogvlm
-from sat_lora.cogvlm.text import IGNORED, position_ids_for
-from sat_lora.placement import adapters_of
-from sat_lora.sharding import model_parallel_layout
+from sat_lora.cogvlm.checkpoints.load import shardings_of
+from sat_lora.cogvlm.inputs.text import IGNORED, position_ids_for
+from sat_lora.cogvlm.network.model import CogVLMModel, build_cogvlm
+from sat_lora.lora.apply import adapters_of
+from sat_lora.parallel.sharding import model_parallel_layout
 
 PATCHES = 9
 CONFIG = dict(

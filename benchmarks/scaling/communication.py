@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from benchmarks.scaling.sizes import Sizes, Tower
-from sat_lora.cogvlm.head import CHUNK_ROWS
+from sat_lora.cogvlm.network.head import CHUNK_ROWS
 
 MODEL, DATA, WORLD = "model-parallel", "data-parallel", "all"
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from benchmarks.scaling.communication import VERDICT, Collective, Setting, data_parallel, model_parallel
 from benchmarks.scaling.memory import memory
-from sat_lora.doctor.memory import Memory
+from sat_lora.memory.components import Memory
 
 MACHINE = 8  # GPUs
 NVLINK, NETWORK = 450e9, 50e9  # bytes per second and direction: of a GPU in a machine, of a GPU's network card

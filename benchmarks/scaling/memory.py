@@ -1,4 +1,4 @@
-"""What a rank holds when it trains bf16 adapters on a bf16 base, by `sat_lora.doctor.estimate`."""
+"""What a rank holds when it trains bf16 adapters on a bf16 base, by `sat_lora.memory.estimate`."""
 
 import functools
 import json
@@ -8,9 +8,9 @@ import torch
 from benchmarks.models import config_of
 from benchmarks.scaling.communication import MicroBatch, Setting
 from sat_lora import LoraConfig
-from sat_lora.doctor.estimate import fake_step
-from sat_lora.doctor.memory import Memory, memory_of
-from sat_lora.training.deepspeed_config import BUCKET
+from sat_lora.memory.components import Memory, memory_of
+from sat_lora.memory.estimate import fake_step
+from sat_lora.training.settings.deepspeed_config import BUCKET
 
 
 def memory(setting: Setting, *, stage: int, parts: int, data_ranks: int) -> Memory:

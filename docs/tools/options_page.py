@@ -26,7 +26,7 @@ tells how options, a `--deepspeed_config` file and defaults go together.
 def page() -> str:
     """The page as Markdown."""
     from sat_lora.cli import build_parser as sat_lora_parser
-    from sat_lora.training.options import build_parser as finetune_parser
+    from sat_lora.training.settings.options import build_parser as finetune_parser
 
     lines = [HEAD, "## finetune_cogvlm.py", ""]
     lines += ["The third column is what the demo takes instead of the default, where that differs.", ""]
@@ -43,7 +43,7 @@ def page() -> str:
 
 def _finetune_tables(parser: argparse.ArgumentParser) -> Iterator[str]:
     """The lines of a table for each group of options."""
-    from sat_lora.training.defaults import demo_defaults, embedded_base
+    from sat_lora.training.settings.defaults import demo_defaults, embedded_base
 
     demo = {**embedded_base(DEMO), **demo_defaults(DEMO)}
     for group in parser._action_groups:

@@ -2,7 +2,7 @@
 
 import importlib
 
-_HOMES = {"CogVLMModel": "model", "build_cogvlm": "model", "load_cogvlm": "checkpoint"}
+_HOMES = {"CogVLMModel": "network.model", "build_cogvlm": "network.model", "load_cogvlm": "checkpoints.load"}
 __all__ = sorted(_HOMES)
 
 

@@ -3,7 +3,7 @@
 import argparse
 
 from sat_lora.commands.parts import bar, examples, refuse_existing
-from sat_lora.foreign import printable
+from sat_lora.files.foreign import printable
 
 
 def add(commands) -> None:
@@ -37,7 +37,7 @@ def add(commands) -> None:
 
 def run(options: argparse.Namespace) -> None:
     refuse_existing(options.out)
-    from sat_lora.combine import combine_adapters
+    from sat_lora.adapters.combine import combine_adapters
 
     combine_adapters(
         options.folders,

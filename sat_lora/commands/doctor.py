@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 from sat_lora.commands.parts import examples
-from sat_lora.training.option_types import positive_int
+from sat_lora.terminal.option_types import positive_int
 
 
 def add(commands) -> None:
@@ -47,8 +47,8 @@ def add(commands) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from sat_lora.doctor.rank_files import refuse_no_traces
     from sat_lora.errors import ConfigError
+    from sat_lora.watchdog.rank_files import refuse_no_traces
 
     if options.run is None:
         wrong = [name for name in ("log", "plot", "replay") if getattr(options, name)]
@@ -67,9 +67,9 @@ def run(options: argparse.Namespace) -> int:
 
 def _before(options: argparse.Namespace) -> int:
     from sat_lora.errors import ConfigError
+    from sat_lora.parallel.launch import find_place
     from sat_lora.training.early import check_early
-    from sat_lora.training.launch import find_place
-    from sat_lora.training.options import parse_options
+    from sat_lora.training.settings.options import parse_options
 
     more = [*options.more, *(("--shrink", options.shrink) if options.shrink else ())]
     settings = parse_options(["--doctor", *more], prog="sat-lora doctor")
@@ -78,29 +78,29 @@ def _before(options: argparse.Namespace) -> int:
         raise ConfigError(f"--ranks {options.ranks}: {place.size} ranks run already (WORLD_SIZE); leave it out")
     if not options.json:  # which says all as findings
         check_early(settings, place, writes=False)
-    from sat_lora.doctor.packages import report_missing
+    from sat_lora.doctor.run_checks.packages import report_missing
 
     if report_missing():
         return 1
     if options.ranks > 1:
-        from sat_lora.doctor.replay import gloo_ranks
+        from sat_lora.watchdog.replay import gloo_ranks
 
         command, environment = gloo_ranks(options.ranks)
         json_too = ["--json"] if options.json else []
         command += ["-m", "sat_lora.cli", "doctor", *json_too, *more]
         return subprocess.run(command, env=environment, check=False).returncode
-    from sat_lora.doctor.before_run import report
+    from sat_lora.doctor.diagnose import report
 
     return report(settings, as_json=options.json)
 
 
 def _after(options: argparse.Namespace) -> int:
-    from sat_lora.doctor.findings import as_json
-    from sat_lora.doctor.rank_state import read_states
     from sat_lora.doctor.timeline import draw_timeline
-    from sat_lora.doctor.verdict import verdict
-    from sat_lora.doctor.watchdog import when_alarmed
-    from sat_lora.foreign import printable, printable_lines
+    from sat_lora.files.foreign import printable, printable_lines
+    from sat_lora.findings.finding import as_json
+    from sat_lora.watchdog.rank_state import read_states
+    from sat_lora.watchdog.verdict import verdict
+    from sat_lora.watchdog.watchdog import when_alarmed
 
     found = verdict(options.run, options.log)
     if options.json:
@@ -115,6 +115,6 @@ def _after(options: argparse.Namespace) -> int:
 
 
 def _replay(options: argparse.Namespace) -> int:
-    from sat_lora.doctor.replay import replay
+    from sat_lora.watchdog.replay import replay
 
     return replay(options.run, ["--shrink", options.shrink] if options.shrink else [])

@@ -5,7 +5,7 @@ import json
 import sys
 
 from sat_lora.commands.parts import examples
-from sat_lora.training.option_types import positive, positive_int
+from sat_lora.terminal.option_types import positive, positive_int
 
 
 def add(commands) -> None:
@@ -34,13 +34,13 @@ def run(options: argparse.Namespace) -> int:
     from dataclasses import asdict
 
     from sat_lora.training.early import base_problems, raise_problems
-    from sat_lora.training.options import parse_options
+    from sat_lora.training.settings.options import parse_options
 
     settings = parse_options(options.more, prog="sat-lora estimate", environ={})
     raise_problems(base_problems(settings), [])
-    from sat_lora.doctor.codes import CODES
-    from sat_lora.doctor.estimate_run import estimate_run
-    from sat_lora.doctor.memory import memory_table
+    from sat_lora.findings.codes import CODES
+    from sat_lora.memory.components import memory_table
+    from sat_lora.memory.estimate_run import estimate_run
 
     if not settings.given & {"from_pretrained", "resume", "replay"}:
         _refuse_no_base(options)

@@ -3,8 +3,8 @@
 import argparse
 
 from sat_lora.commands.parts import bar, examples, refuse_existing, refuse_missing
-from sat_lora.foreign import printable
-from sat_lora.training.option_types import number
+from sat_lora.files.foreign import printable
+from sat_lora.terminal.option_types import number
 
 
 def add(commands) -> None:

@@ -27,7 +27,7 @@ def run(options: argparse.Namespace) -> None:
     if options.base and not options.plot:
         raise ConfigError(f"--base {options.base}: it is for --plot")
     refuse_missing(options.path, base=options.base, option="")
-    from sat_lora.inspect_adapter import describe_adapter, inspect_adapter, to_json
+    from sat_lora.adapters.inspect import describe_adapter, inspect_adapter, to_json
 
     report = inspect_adapter(options.path)
     if options.plot:
@@ -37,8 +37,8 @@ def run(options: argparse.Namespace) -> None:
 
 def _plot(report: dict, options: argparse.Namespace) -> str:
     """Draw, and say what was drawn; the weights' norms are no part of what is printed of the report."""
-    from sat_lora.foreign import printable
-    from sat_lora.inspect_adapter import add_weight_norms, base_of_run, draw_norms
+    from sat_lora.adapters.inspect import add_weight_norms, base_of_run, draw_norms
+    from sat_lora.files.foreign import printable
 
     drawn = {**report, "layers": [{**layer} for layer in report["layers"]]}
     base = options.base or base_of_run(report)

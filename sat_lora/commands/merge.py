@@ -43,11 +43,11 @@ def add(commands) -> None:
 
 def run(options: argparse.Namespace) -> int:
     from sat_lora.errors import ConfigError
-    from sat_lora.foreign import printable, shell_line
+    from sat_lora.files.foreign import printable, shell_line
 
     refuse_existing(options.out)
     refuse_missing(options.adapter, base=options.base)
-    from sat_lora.merge_checkpoint import DTYPES, merge_adapter
+    from sat_lora.adapters.merge import DTYPES, merge_adapter
 
     if options.model_parallel_size < 1 or (options.to == "hf" and options.model_parallel_size > 1):
         raise ConfigError(
@@ -78,9 +78,9 @@ def run(options: argparse.Namespace) -> int:
 
 def verify(options: argparse.Namespace) -> int:
     """Print what merging lost, and the verdict; 1 if it is wrong."""
-    from sat_lora.foreign import printable
-    from sat_lora.progress import shown
-    from sat_lora.verify_merge import verify_merge
+    from sat_lora.adapters.verify import verify_merge
+    from sat_lora.files.foreign import printable
+    from sat_lora.terminal.progress import shown
 
     found = verify_merge(
         options.base,

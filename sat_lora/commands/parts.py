@@ -6,9 +6,9 @@ import os
 from collections.abc import Callable, Collection, Iterable
 
 from sat_lora.errors import ConfigError
-from sat_lora.foreign import name_problem, printable
-from sat_lora.paths import missing_adapter, missing_base
-from sat_lora.progress import shown
+from sat_lora.files.foreign import name_problem, printable
+from sat_lora.files.paths import missing_adapter, missing_base
+from sat_lora.terminal.progress import shown
 
 ANY_BASE = "take a base that the adapter was not trained on"
 

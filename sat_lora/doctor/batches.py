@@ -2,8 +2,8 @@
 
 import torch
 
-from sat_lora.cogvlm.text import IGNORED, position_ids_for
-from sat_lora.training.loss import count_answer_tokens
+from sat_lora.cogvlm.inputs.text import IGNORED, position_ids_for
+from sat_lora.training.steps.loss import count_answer_tokens
 
 IMAGES, TEXT, MIXED = "images", "text alone", "images on some ranks"
 _SEQUENCES = ("input_ids", "position_ids", "labels", "image_embed_mask", "vision_expert_mask")

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 
-from sat_lora.doctor.rank_state import RankState
 from sat_lora.errors import ConfigError
-from sat_lora.targets import part_of
+from sat_lora.lora.targets import part_of
+from sat_lora.watchdog.rank_state import RankState
 
 MOST_NAMES = 12  # towers and pieces of them that are named at the side
 COLOURS = ("#08519c", "#d94801", "#006d2c", "#6a51a3", "#a50f15", "#525252", "#c51b8a", "#01665e")

@@ -17,15 +17,15 @@ from pathlib import Path
 
 import torch
 
-from sat_lora.adapter_format import PAIR, LayerEntry, SavedAdapter, cut_slots, write_adapter
-from sat_lora.base_identity import fingerprint_of
-from sat_lora.cogvlm.base_weights import BaseWeights
-from sat_lora.cogvlm.checkpoint import map_weights, weight_files
-from sat_lora.combine import combined_config
-from sat_lora.config import SLOTS, LoraConfig
+from sat_lora.adapters.combine import combined_config
+from sat_lora.adapters.format import PAIR, LayerEntry, SavedAdapter, cut_slots, write_adapter
+from sat_lora.cogvlm.checkpoints.base_weights import BaseWeights
+from sat_lora.cogvlm.checkpoints.load import map_weights, weight_files
 from sat_lora.errors import AdapterError
 from sat_lora.interop.cogvlm_layers import is_fused, kind_named, sharding_named
 from sat_lora.interop.peft_format import pattern_for
+from sat_lora.lora.base_identity import fingerprint_of
+from sat_lora.lora.config import SLOTS, LoraConfig
 
 _FACTOR = re.compile(r"(.+)\.matrix_([AB])\.(\d+)")
 

@@ -17,11 +17,11 @@ import safetensors
 import torch
 from safetensors.torch import load_file
 
-from sat_lora.adapter_format import CONFIG, MAGNITUDE, TENSOR_DTYPES, WEIGHTS
-from sat_lora.base_identity import same_values
+from sat_lora.adapters.format import CONFIG, MAGNITUDE, TENSOR_DTYPES, WEIGHTS
+from sat_lora.cogvlm.checkpoints.hugging_face_names import sat_name
 from sat_lora.errors import AdapterError
-from sat_lora.foreign import printable, read_json, stand_in
-from sat_lora.interop.hugging_face_names import sat_name
+from sat_lora.files.foreign import printable, read_json, stand_in
+from sat_lora.lora.base_identity import same_values
 
 PICKLED = "adapter_model.bin"
 PICKLED_WHOLE = "pytorch_model.bin"  # of DeepSpeed's zero_to_fp32

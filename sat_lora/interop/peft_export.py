@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save
 
-from sat_lora.adapter_format import (
+from sat_lora.adapters.combine_checks import Source
+from sat_lora.adapters.format import (
     CONFIG,
     MAGNITUDE,
     PAIR,
@@ -19,16 +20,15 @@ from sat_lora.adapter_format import (
     read_adapter,
     tensor_problems,
 )
-from sat_lora.atomic import replaced_folder
-from sat_lora.cogvlm.base_weights import BaseWeights
-from sat_lora.combine_checks import Source
-from sat_lora.config import SLOTS
-from sat_lora.dora import row_norms
+from sat_lora.cogvlm.checkpoints.base_weights import BaseWeights
+from sat_lora.cogvlm.checkpoints.hugging_face_names import hf_name
 from sat_lora.errors import AdapterError
-from sat_lora.functional import DeltaLayout
+from sat_lora.files.atomic import replaced_folder
 from sat_lora.interop import peft_format
 from sat_lora.interop.cogvlm_layers import has_bias, is_fused
-from sat_lora.interop.hugging_face_names import hf_name
+from sat_lora.lora.config import SLOTS
+from sat_lora.lora.deltas.dora import row_norms
+from sat_lora.lora.deltas.low_rank import DeltaLayout
 
 IMAGE_CHANNELS = 3
 

@@ -36,12 +36,12 @@ from collections.abc import Iterable, Iterator
 
 from torch import nn
 
-from sat_lora import mixin
 from sat_lora._sat import BaseModel
-from sat_lora.adapter import LoraAdapter
-from sat_lora.config import LoraConfig
 from sat_lora.errors import ConfigError
-from sat_lora.targets import Plan, Target, find_sites
+from sat_lora.lora import mixin
+from sat_lora.lora.adapter import LoraAdapter
+from sat_lora.lora.config import LoraConfig
+from sat_lora.lora.targets import Plan, Target, find_sites
 
 _LAYER = r"(.*\.)?transformer\.layers\.\d+\."
 _SELF_ATTENTION = ("attention.dense", "attention.query_key_value")

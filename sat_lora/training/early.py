@@ -9,12 +9,12 @@ from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from sat_lora.edge import MISTAKE, let_first_rank_speak
 from sat_lora.errors import ConfigError, DataError
-from sat_lora.foreign import printable_lines
-from sat_lora.paths import is_shard, missing_base, missing_path
-from sat_lora.training.launch import Place
-from sat_lora.training.results import DATA, results_problems
+from sat_lora.files.foreign import printable_lines
+from sat_lora.files.paths import is_shard, missing_base, missing_path
+from sat_lora.parallel.launch import Place
+from sat_lora.terminal.edge import MISTAKE, let_first_rank_speak
+from sat_lora.training.runs.results import DATA, results_problems
 
 WANTED = "give a folder of images named LABEL.png, or a .jsonl file"
 DEMO_DATA = "finetune_demo/make_captchas.py writes the demo's data"

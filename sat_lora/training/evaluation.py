@@ -8,22 +8,16 @@ from argparse import Namespace
 from functools import partial
 from pathlib import Path
 
-from sat_lora.adapter_file import load_adapter
-from sat_lora.cogvlm.checkpoint import load_cogvlm
-from sat_lora.cogvlm.generation import generate
-from sat_lora.cogvlm.model import CogVLMModel
-from sat_lora.cogvlm.pictures import MAX_PIXELS
+from sat_lora.adapters.save_load import load_adapter
+from sat_lora.cogvlm.checkpoints.load import load_cogvlm
+from sat_lora.cogvlm.decoding.generate import generate
+from sat_lora.cogvlm.inputs.pictures import MAX_PIXELS
+from sat_lora.cogvlm.inputs.text import Sample, load_tokenizer
+from sat_lora.cogvlm.inputs.tokens import first_tokens
+from sat_lora.cogvlm.network.model import CogVLMModel
 from sat_lora.cogvlm.sizes import image_length_problem
-from sat_lora.cogvlm.text import Sample, load_tokenizer
-from sat_lora.cogvlm.tokens import first_tokens
-from sat_lora.doctor.trace import NO_TRACE, NoTrace
-from sat_lora.errors import CheckpointError, ConfigError, DataError
-from sat_lora.foreign import printable, read_json
-from sat_lora.mixin import lora_mixins
-from sat_lora.paths import is_shard
-from sat_lora.progress import shown
-from sat_lora.step_folders import follow
-from sat_lora.training.data import (
+from sat_lora.data.folders import unreadable_notes
+from sat_lora.data.samples import (
     BrokenSample,
     DataCounts,
     ImageTextDataset,
@@ -32,16 +26,22 @@ from sat_lora.training.data import (
     read_items,
     reading_options,
 )
-from sat_lora.training.deepspeed_config import base_dtype
-from sat_lora.training.distributed import World, gather_lists
-from sat_lora.training.folders import unreadable_notes
-from sat_lora.training.loss import sum_over_data_parallel
-from sat_lora.training.notice import warn
-from sat_lora.training.options import settings_of_run
-from sat_lora.training.results import EVALUATION, RUN
-from sat_lora.training.run_folder import write_json
-from sat_lora.training.shard_checks import problems_with_shards
-from sat_lora.training.step import to_device
+from sat_lora.data.shards.shard_checks import problems_with_shards
+from sat_lora.errors import CheckpointError, ConfigError, DataError
+from sat_lora.files.foreign import printable, read_json
+from sat_lora.files.paths import is_shard
+from sat_lora.files.step_folders import follow
+from sat_lora.lora.mixin import lora_mixins
+from sat_lora.parallel.distributed import World, gather_lists
+from sat_lora.terminal.notice import warn
+from sat_lora.terminal.progress import shown
+from sat_lora.training.runs.results import EVALUATION, RUN
+from sat_lora.training.runs.run_folder import write_json
+from sat_lora.training.settings.deepspeed_config import base_dtype
+from sat_lora.training.settings.options import settings_of_run
+from sat_lora.training.steps.loss import sum_over_data_parallel
+from sat_lora.training.steps.step import to_device
+from sat_lora.watchdog.trace import NO_TRACE, NoTrace
 
 
 def evaluate_adapter(

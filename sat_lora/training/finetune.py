@@ -6,37 +6,37 @@ from functools import partial
 
 import torch
 
-from sat_lora.cogvlm.checkpoint import read_config
-from sat_lora.cogvlm.model import CogVLMModel
-from sat_lora.doctor.rank_files import clear
-from sat_lora.doctor.replay import LIMIT, steps_to_replay
-from sat_lora.doctor.trace import NO_TRACE, NoTrace, Trace
-from sat_lora.doctor.watchdog import watched, watched_alone
+from sat_lora.cogvlm.checkpoints.load import read_config
+from sat_lora.cogvlm.network.model import CogVLMModel
+from sat_lora.data.answer_lengths import CutAnswers
+from sat_lora.data.batches.sources import FileSource, ShardSource, marks_of_sources, open_sources
 from sat_lora.errors import ConfigError
-from sat_lora.placement import add_lora
-from sat_lora.step_folders import BEST, read_pointer, steps_in
-from sat_lora.summary import describe, describe_text
-from sat_lora.training.answer_lengths import CutAnswers
-from sat_lora.training.checkpoint import RunState, load_checkpoint, newest_checkpoint, read_state
-from sat_lora.training.deepspeed_config import decisions
-from sat_lora.training.distributed import World, agree, join, together
-from sat_lora.training.engine import adapter_optimizer, start_engine
+from sat_lora.files.step_folders import BEST, read_pointer, steps_in
+from sat_lora.lora.apply import add_lora
+from sat_lora.lora.summary import describe, describe_text
+from sat_lora.parallel.distributed import World, agree, join, together
+from sat_lora.terminal.notice import logger, warn
 from sat_lora.training.evaluation import evaluate_adapter, evaluation_table, write_evaluation
 from sat_lora.training.loop import train
 from sat_lora.training.marks import marks_of_config, marks_of_options
-from sat_lora.training.notice import logger, warn
-from sat_lora.training.optimizer_state import create_moments
 from sat_lora.training.prepare import Setting, dataset_maker, load_base, model_seed, on_first_rank, prepare
-from sat_lora.training.release import end_training, free_memory
-from sat_lora.training.results import EVALUATION, results_problems
 from sat_lora.training.resume import base_of_state, check_data, facts_of_run, notes, state_to_resume
-from sat_lora.training.run_folder import RunFolder
-from sat_lora.training.run_lock import RunLock
 from sat_lora.training.run_summary import check_vocabulary, look_at, more_to_say, run_summary
+from sat_lora.training.runs.results import EVALUATION, results_problems
+from sat_lora.training.runs.run_folder import RunFolder
+from sat_lora.training.runs.run_lock import RunLock
+from sat_lora.training.runs.space import check_space, size_of
 from sat_lora.training.same_base import base_of_run
-from sat_lora.training.schedule import rates, schedule_problems, total_steps
-from sat_lora.training.sources import FileSource, ShardSource, marks_of_sources, open_sources
-from sat_lora.training.space import check_space, size_of
+from sat_lora.training.settings.deepspeed_config import decisions
+from sat_lora.training.settings.schedule import rates, schedule_problems, total_steps
+from sat_lora.training.steps.checkpoint import RunState, load_checkpoint, newest_checkpoint, read_state
+from sat_lora.training.steps.engine import adapter_optimizer, start_engine
+from sat_lora.training.steps.optimizer_state import create_moments
+from sat_lora.training.steps.release import end_training, free_memory
+from sat_lora.watchdog.rank_files import clear
+from sat_lora.watchdog.replay import LIMIT, steps_to_replay
+from sat_lora.watchdog.trace import NO_TRACE, NoTrace, Trace
+from sat_lora.watchdog.watchdog import watched, watched_alone
 
 Sources = tuple[FileSource | ShardSource, FileSource | ShardSource | None]
 

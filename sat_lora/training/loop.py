@@ -8,20 +8,20 @@ from collections.abc import Iterable
 
 import torch
 
-from sat_lora.doctor.trace import NO_TRACE, NoTrace
 from sat_lora.errors import TrainingError
-from sat_lora.optimizer_groups import set_learning_rate
-from sat_lora.training.broken_samples import BrokenSamples
-from sat_lora.training.checkpoint import RunState
-from sat_lora.training.distributed import World, gather_lists, together
-from sat_lora.training.loss import count_answer_tokens, sum_on_device
-from sat_lora.training.nonfinite import held
-from sat_lora.training.progress import peak_memory_mib
-from sat_lora.training.run_folder import RunFolder
+from sat_lora.lora.optimizer_groups import set_learning_rate
+from sat_lora.parallel.distributed import World, gather_lists, together
+from sat_lora.parallel.stop_signals import Stopped, StopSignals
+from sat_lora.training.runs.run_folder import RunFolder
+from sat_lora.training.runs.step_progress import peak_memory_mib
 from sat_lora.training.saving import BackgroundWriter, finish_saving, start_saving
-from sat_lora.training.schedule import learning_rate_factor, warmup_steps
-from sat_lora.training.step import train_step, validation_loss
-from sat_lora.training.stop_signals import Stopped, StopSignals
+from sat_lora.training.settings.schedule import learning_rate_factor, warmup_steps
+from sat_lora.training.steps.broken_samples import BrokenSamples
+from sat_lora.training.steps.checkpoint import RunState
+from sat_lora.training.steps.loss import count_answer_tokens, sum_on_device
+from sat_lora.training.steps.nonfinite import held
+from sat_lora.training.steps.step import train_step, validation_loss
+from sat_lora.watchdog.trace import NO_TRACE, NoTrace
 
 
 def train(

@@ -5,11 +5,11 @@ from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from sat_lora.doctor.packages import code_mark
-from sat_lora.paths import is_shard
-from sat_lora.training.agreement import mark
-from sat_lora.training.options import option_names
-from sat_lora.training.run_folder import versions
+from sat_lora.doctor.run_checks.packages import code_mark
+from sat_lora.files.paths import is_shard
+from sat_lora.parallel.agreement import mark
+from sat_lora.training.runs.run_folder import versions
+from sat_lora.training.settings.options import option_names
 
 SAT_DEFAULTS = {"layernorm_epsilon": 1e-5, "rotary_base": 10000.0, "hidden_dropout": 0.0, "attention_dropout": 0.0}
 SIZES_TRIED = 256  # samples whose files are asked for their size

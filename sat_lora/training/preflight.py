@@ -7,26 +7,26 @@ from pathlib import Path
 
 import torch
 
-from sat_lora.cogvlm.checkpoint import check_files, read_config
-from sat_lora.cogvlm.model import parallel_problems
-from sat_lora.cogvlm.pictures import FORMATS, read_picture
+from sat_lora.cogvlm.checkpoints.load import check_files, read_config
+from sat_lora.cogvlm.inputs.pictures import FORMATS, read_picture
+from sat_lora.cogvlm.inputs.text import IMAGE_PLACE, PROMPTS, load_tokenizer, prompt_for, prompt_text, shortest_length
+from sat_lora.cogvlm.network.model import parallel_problems
 from sat_lora.cogvlm.sizes import image_length_problem, missing_sizes
-from sat_lora.cogvlm.text import IMAGE_PLACE, PROMPTS, load_tokenizer, prompt_for, prompt_text, shortest_length
+from sat_lora.data.folders import left_out_lines
+from sat_lora.data.layouts import missing_file_hint
+from sat_lora.data.samples import DataCounts, read_items, reading_options
+from sat_lora.data.shards.shard_checks import problems_with_shards
 from sat_lora.errors import CheckpointError, ConfigError, DataError, SatLoraError
-from sat_lora.foreign import os_problem, printable
-from sat_lora.paths import is_shard, missing_path
-from sat_lora.training.checkpoint import samples_per_step
-from sat_lora.training.data import DataCounts, read_items, reading_options
-from sat_lora.training.deepspeed_config import deepspeed_config
-from sat_lora.training.deepspeed_file import file_problems, read_deepspeed_file
-from sat_lora.training.defaults import DEFAULTS
+from sat_lora.files.foreign import os_problem, printable
+from sat_lora.files.paths import is_shard, missing_path
 from sat_lora.training.early import DEMO_DATA, WANTED, raise_problems
-from sat_lora.training.folders import left_out_lines
-from sat_lora.training.layouts import missing_file_hint
-from sat_lora.training.lora_options import lora_config, lora_problems
-from sat_lora.training.options import settings_of_run
 from sat_lora.training.resume import settled_problems, state_to_resume
-from sat_lora.training.shard_checks import problems_with_shards
+from sat_lora.training.settings.deepspeed_config import deepspeed_config
+from sat_lora.training.settings.deepspeed_file import file_problems, read_deepspeed_file
+from sat_lora.training.settings.defaults import DEFAULTS
+from sat_lora.training.settings.lora_options import lora_config, lora_problems
+from sat_lora.training.settings.options import settings_of_run
+from sat_lora.training.steps.checkpoint import samples_per_step
 
 IMAGES_TRIED = 300  # one readable image among so many is enough to begin
 

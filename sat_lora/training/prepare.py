@@ -7,21 +7,21 @@ from functools import partial
 
 import torch
 
-from sat_lora.cogvlm.checkpoint import load_cogvlm, read_config
-from sat_lora.cogvlm.model import CogVLMModel, build_cogvlm
-from sat_lora.cogvlm.text import load_tokenizer
-from sat_lora.config import LoraConfig
+from sat_lora.cogvlm.checkpoints.load import load_cogvlm, read_config
+from sat_lora.cogvlm.inputs.text import load_tokenizer
+from sat_lora.cogvlm.network.model import CogVLMModel, build_cogvlm
+from sat_lora.data.samples import ImageTextDataset
 from sat_lora.errors import ConfigError
-from sat_lora.placement import find_all_parameters, find_all_sites
-from sat_lora.progress import shown
-from sat_lora.targets import select
-from sat_lora.training.data import ImageTextDataset
-from sat_lora.training.deepspeed_config import base_dtype, deepspeed_config
-from sat_lora.training.distributed import World, agree, arrange, join, together
-from sat_lora.training.engine import set_up_deepspeed
-from sat_lora.training.lora_options import lora_config, lora_problems
+from sat_lora.lora.apply import find_all_parameters, find_all_sites
+from sat_lora.lora.config import LoraConfig
+from sat_lora.lora.targets import select
+from sat_lora.parallel.distributed import World, agree, arrange, join, together
+from sat_lora.terminal.progress import shown
 from sat_lora.training.marks import marks_of_engine, marks_of_options, marks_of_tokenizer
 from sat_lora.training.preflight import check_options
+from sat_lora.training.settings.deepspeed_config import base_dtype, deepspeed_config
+from sat_lora.training.settings.lora_options import lora_config, lora_problems
+from sat_lora.training.steps.engine import set_up_deepspeed
 
 
 @dataclass(frozen=True)

@@ -15,14 +15,14 @@ from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 
-from sat_lora.base_identity import BaseIdentity
 from sat_lora.errors import CheckpointError, DataError
-from sat_lora.foreign import printable
-from sat_lora.training.checkpoint import newest_checkpoint, read_state
-from sat_lora.training.defaults import DEFAULTS
-from sat_lora.training.lora_options import LORA_FIELDS
-from sat_lora.training.options import NOT_RESUMED, settings_of_run
-from sat_lora.training.run_folder import versions
+from sat_lora.files.foreign import printable
+from sat_lora.lora.base_identity import BaseIdentity
+from sat_lora.training.runs.run_folder import versions
+from sat_lora.training.settings.defaults import DEFAULTS
+from sat_lora.training.settings.lora_options import LORA_FIELDS
+from sat_lora.training.settings.options import NOT_RESUMED, settings_of_run
+from sat_lora.training.steps.checkpoint import newest_checkpoint, read_state
 
 SETTLED = (*LORA_FIELDS, "seed")
 """Options that a run keeps for good."""

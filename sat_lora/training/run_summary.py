@@ -10,18 +10,18 @@ from pathlib import Path
 
 import torch
 
-from sat_lora.cogvlm.text import IGNORED, Sample
+from sat_lora.cogvlm.inputs.text import IGNORED, Sample
+from sat_lora.data.answer_lengths import AnswerLengths, answer_lengths
+from sat_lora.data.batches.sources import FileSource, ShardSource
+from sat_lora.data.folders import unreadable_folders, unreadable_notes
+from sat_lora.data.samples import Item
+from sat_lora.data.shards.shards import find_records
 from sat_lora.errors import ConfigError, SatLoraError
-from sat_lora.foreign import printable
-from sat_lora.paths import is_shard
-from sat_lora.training.answer_lengths import AnswerLengths, answer_lengths
-from sat_lora.training.data import Item
-from sat_lora.training.defaults import EMBEDDED_DEMO, is_demo_data, version_of
-from sat_lora.training.distributed import World
-from sat_lora.training.folders import unreadable_folders, unreadable_notes
-from sat_lora.training.schedule import warmup_steps
-from sat_lora.training.shards import find_records
-from sat_lora.training.sources import FileSource, ShardSource
+from sat_lora.files.foreign import printable
+from sat_lora.files.paths import is_shard
+from sat_lora.parallel.distributed import World
+from sat_lora.training.settings.defaults import EMBEDDED_DEMO, is_demo_data, version_of
+from sat_lora.training.settings.schedule import warmup_steps
 
 COLUMNS, LABEL = 80, 10  # of a line, and of the word before it
 COUNTED = 1000  # samples that are tokenised, whatever there are

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import torch
 
-from sat_lora.adapter_format import base_of_adapter
-from sat_lora.base_identity import BaseIdentity
-from sat_lora.cogvlm.base_weights import BaseWeights
+from sat_lora.adapters.format import base_of_adapter
+from sat_lora.cogvlm.checkpoints.base_weights import BaseWeights
 from sat_lora.errors import AdapterError, CheckpointError
-from sat_lora.training.distributed import gather_lists, together
+from sat_lora.lora.base_identity import BaseIdentity
+from sat_lora.parallel.distributed import gather_lists, together
 
 
 def base_of_run(options: Namespace, before: BaseIdentity | None = None) -> BaseIdentity:

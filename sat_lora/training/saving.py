@@ -7,20 +7,20 @@ from functools import partial
 
 import torch
 
-from sat_lora.adapter_file import gather_adapter, write_gathered
-from sat_lora.adapter_format import SavedAdapter
+from sat_lora.adapters.format import SavedAdapter
+from sat_lora.adapters.save_load import gather_adapter, write_gathered
 from sat_lora.errors import AdapterError
-from sat_lora.host_copies import HostCopies
-from sat_lora.step_folders import BEST, LATEST, point_to, prune, read_pointer, steps_in
-from sat_lora.training.checkpoint import (
+from sat_lora.files.host_copies import HostCopies
+from sat_lora.files.step_folders import BEST, LATEST, point_to, prune, read_pointer, steps_in
+from sat_lora.parallel.distributed import World, together
+from sat_lora.training.runs.run_folder import RunFolder
+from sat_lora.training.steps.checkpoint import (
     GatheredCheckpoint,
     RunState,
     gather_checkpoint,
     samples_per_step,
     save_checkpoint,
 )
-from sat_lora.training.distributed import World, together
-from sat_lora.training.run_folder import RunFolder
 
 
 class BackgroundWriter:

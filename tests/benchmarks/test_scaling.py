@@ -21,8 +21,8 @@ from benchmarks.scaling.communication import (
 from benchmarks.scaling.report import SETTING, report
 from benchmarks.scaling.sizes import Sizes
 from sat_lora import LoraConfig, add_lora
-from sat_lora.training.distributed import arrange, join
-from sat_lora.training.engine import adapter_optimizer, start_engine
+from sat_lora.parallel.distributed import arrange, join
+from sat_lora.training.steps.engine import adapter_optimizer, start_engine
 from tests.distributed.collectives import CountCollectives
 from tests.distributed.ranks import run_ranks
 from tests.distributed.training_runs import engine_config, mixed_batch, step_together

@@ -66,7 +66,7 @@ def full_disk():
 
 
 def another_run_in_first():
-    from sat_lora.training.run_lock import RunLock
+    from sat_lora.training.runs.run_lock import RunLock
 
     return RunLock("runs/first", doing="training", option="--save")
 
@@ -204,7 +204,7 @@ MISTAKES = [
         f"{MINE} {SHORT} --train-iters 50 --log-interval 1 --experiment-name stopped",
         status=130,
         says="stopped by SIGINT",
-        given=ctrl_c_in("sat_lora.training.run_folder.RunFolder.log_step"),
+        given=ctrl_c_in("sat_lora.training.runs.run_folder.RunFolder.log_step"),
         saves="runs/stopped",
     ),
     train(
@@ -229,7 +229,7 @@ MISTAKES = [
         "sat-lora merge --base base --adapter runs/first/adapter --out merged",
         status=130,
         says="stopped by Ctrl-C",
-        given=ctrl_c_in("sat_lora.merge_checkpoint.merged_tensor"),
+        given=ctrl_c_in("sat_lora.adapters.merge.merged_tensor"),
     ),
 ]  # fmt: skip
 
@@ -402,7 +402,7 @@ def answers(folder: str) -> list[Answer]:
     """To every mistake, in their order, in this process, whose folder and environment they change."""
     import torch
 
-    from sat_lora.training import distributed
+    from sat_lora.parallel import distributed
 
     path = Path(folder).resolve()
     set_up(path)

@@ -18,9 +18,9 @@ import numpy
 from PIL import Image, ImageCms
 
 from sat_lora import DataError
-from sat_lora.cogvlm.pictures import read_picture
-from sat_lora.training.data import BrokenSample
-from sat_lora.training.shards import find_records
+from sat_lora.cogvlm.inputs.pictures import read_picture
+from sat_lora.data.samples import BrokenSample
+from sat_lora.data.shards.shards import find_records
 from tests.cases.picture_files import encoded
 
 SECONDS = 5.0  # of processor time, for one small file

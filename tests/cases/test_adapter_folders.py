@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from sat_lora import AdapterError, load_adapter
+from sat_lora.adapters.inspect import describe_adapter, inspect_adapter
 from sat_lora.cli import main
-from sat_lora.inspect_adapter import describe_adapter, inspect_adapter
 from tests.adapter_folders import CONFIG, LINEAR, WEIGHTS, change_config, change_tensors, write_tiny_adapter
 from tests.tiny import tiny_model
 

@@ -10,14 +10,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sat_lora import CheckpointError, ConfigError
-from sat_lora.cogvlm.base_weights import BaseWeights
-from sat_lora.cogvlm.checkpoint import check_files, load_cogvlm, open_folder, read_config, save_weights
-from sat_lora.cogvlm.hugging_face_folder import ROTARY, make_hugging_face_weights
+from sat_lora.cogvlm.checkpoints.base_weights import BaseWeights
+from sat_lora.cogvlm.checkpoints.hugging_face_folder import ROTARY, make_hugging_face_weights
+from sat_lora.cogvlm.checkpoints.load import check_files, load_cogvlm, open_folder, read_config, save_weights
+from sat_lora.cogvlm.inputs.text import load_tokenizer
 from sat_lora.cogvlm.sizes import image_length_problem
-from sat_lora.cogvlm.text import load_tokenizer
-from sat_lora.foreign import is_lfs_pointer
-from sat_lora.training.options import parse_options
+from sat_lora.files.foreign import is_lfs_pointer
 from sat_lora.training.preflight import option_problems
+from sat_lora.training.settings.options import parse_options
 from tests.conftest import write_character_tokenizer
 from tests.sat_files import FILE, cut_by_sat, write_step
 from tests.tiny import CONFIG, tiny_model

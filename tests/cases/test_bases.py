@@ -10,14 +10,14 @@ import pytest
 import torch
 
 from sat_lora import AdapterError, CheckpointError, add_lora, load_adapter, save_adapter
-from sat_lora.adapter_format import read_adapter
-from sat_lora.base_identity import MOST, fingerprint_of, identity_of, positions, same_values
-from sat_lora.cogvlm.base_weights import BaseWeights
-from sat_lora.cogvlm.checkpoint import save_weights
-from sat_lora.cogvlm.hugging_face_folder import ROTARY, make_hugging_face_weights
-from sat_lora.combine import combine_adapters
-from sat_lora.live_base import identity_of_model
-from sat_lora.merge_checkpoint import merge_adapter
+from sat_lora.adapters.combine import combine_adapters
+from sat_lora.adapters.format import read_adapter
+from sat_lora.adapters.merge import merge_adapter
+from sat_lora.cogvlm.checkpoints.base_weights import BaseWeights
+from sat_lora.cogvlm.checkpoints.hugging_face_folder import ROTARY, make_hugging_face_weights
+from sat_lora.cogvlm.checkpoints.load import save_weights
+from sat_lora.lora.base_identity import MOST, fingerprint_of, identity_of, positions, same_values
+from sat_lora.lora.live_base import identity_of_model
 from sat_lora.training.same_base import base_of_run
 from tests.sat_files import cut_by_sat, write_step
 from tests.tiny import CONFIG, fill_adapters, tiny_model

@@ -6,12 +6,12 @@ import time
 import pytest
 import torch
 
-from sat_lora.cogvlm import tokens
-from sat_lora.cogvlm.text import build_sample
-from sat_lora.cogvlm.tokens import first_tokens, text_tokens
+from sat_lora.cogvlm.inputs import tokens
+from sat_lora.cogvlm.inputs.text import build_sample
+from sat_lora.cogvlm.inputs.tokens import first_tokens, text_tokens
+from sat_lora.data.answer_lengths import CutAnswers, answer_lengths
+from sat_lora.data.samples import BrokenSample, ImageTextDataset, Item, collate, read_items
 from sat_lora.errors import ConfigError, DataError
-from sat_lora.training.answer_lengths import CutAnswers, answer_lengths
-from sat_lora.training.data import BrokenSample, ImageTextDataset, Item, collate, read_items
 from tests.cases.sentence_pieces import sentence_piece_tokenizer
 
 EOS = 2
@@ -52,7 +52,7 @@ def test_short_answers_are_not_tokenised_to_be_counted(dataset, monkeypatch):
 
 
 def test_of_very_many_long_answers_a_part_is_looked_at(dataset, monkeypatch):
-    monkeypatch.setattr("sat_lora.training.answer_lengths.LAID_OUT", 10)
+    monkeypatch.setattr("sat_lora.data.answer_lengths.LAID_OUT", 10)
     lengths = answer_lengths(dataset(*["x" * 50] * 95))
     assert lengths.looked_at == lengths.cut and 5 <= lengths.looked_at <= 10
     assert f"{lengths.cut} of {lengths.cut} long answers are cut" in lengths.sentence(30)

@@ -5,7 +5,7 @@ import re
 import pytest
 from PIL import Image
 
-from sat_lora.cogvlm.pictures import read_picture
+from sat_lora.cogvlm.inputs.pictures import read_picture
 from sat_lora.errors import DataError
 from tests.cases.picture_files import encoded
 

@@ -8,9 +8,9 @@ import re
 import pytest
 
 from sat_lora.errors import ConfigError
-from sat_lora.training.deepspeed_config import BUCKET, NEVER, decisions, deepspeed_config
-from sat_lora.training.deepspeed_file import read_deepspeed_file
-from sat_lora.training.options import parse_options
+from sat_lora.training.settings.deepspeed_config import BUCKET, NEVER, decisions, deepspeed_config
+from sat_lora.training.settings.deepspeed_file import read_deepspeed_file
+from sat_lora.training.settings.options import parse_options
 
 AUTO = "auto"
 OF_A_TRAINER = {  # every entry that trainers of Hugging Face fill in themselves
@@ -281,8 +281,8 @@ def test_all_that_is_wrong_is_said_at_once_and_each_thing_once(take):
 
 
 def test_the_doctor_says_what_is_wrong_beside_an_unknown_key(tmp_path):
-    from sat_lora.doctor.before_run import _option_findings
-    from sat_lora.doctor.configuration import key_findings
+    from sat_lora.doctor.diagnose import _option_findings
+    from sat_lora.doctor.run_checks.configuration import key_findings
 
     path = tmp_path / "ds.json"
     path.write_text(json.dumps(WRONG_EVERYWHERE))

@@ -15,12 +15,12 @@ import pytest
 
 from sat_lora.commands.parts import refuse_missing
 from sat_lora.errors import ConfigError, DataError
-from sat_lora.option_parser import OptionParser
-from sat_lora.paths import missing_base, missing_path
+from sat_lora.files.paths import missing_base, missing_path
+from sat_lora.parallel.launch import Place
+from sat_lora.terminal.option_parser import OptionParser
+from sat_lora.terminal.option_types import count, fraction, positive_int, proportions, rate
 from sat_lora.training.early import check_early
-from sat_lora.training.launch import Place
-from sat_lora.training.option_types import count, fraction, positive_int, proportions, rate
-from sat_lora.training.options import parse_options
+from sat_lora.training.settings.options import parse_options
 
 ROOT = Path(__file__).parents[2]
 ALONE = Place(0, 1, 0, None, None, None, False)
@@ -220,7 +220,7 @@ def test_a_variable_that_is_not_set_is_no_path(option, text, capsys):
 
 def test_a_rank_that_ends_silently_lets_the_first_one_speak_under_a_launcher(monkeypatch):
     """A launcher ends all ranks when one has ended: the one that says why must not be ended before it has."""
-    from sat_lora import edge
+    from sat_lora.terminal import edge
 
     waits = []
     monkeypatch.setattr(edge.time, "sleep", waits.append)

@@ -8,9 +8,9 @@ import pytest
 
 from sat_lora.cli import main
 from sat_lora.errors import AdapterError, DataError
-from sat_lora.foreign import shell_line
-from sat_lora.training.notice import warn
-from sat_lora.training.run_folder import RunFolder
+from sat_lora.files.foreign import shell_line
+from sat_lora.terminal.notice import warn
+from sat_lora.training.runs.run_folder import RunFolder
 
 NAMES = {
     "a title of the terminal": "a\x1b]0;owned\x07b.png",
@@ -77,7 +77,7 @@ def test_a_line_to_paste_names_what_it_names_and_is_only_shown(name):
 
 
 def test_what_a_command_has_made_is_only_shown(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("sat_lora.combine.combine_adapters", lambda *args, **settings: None)
+    monkeypatch.setattr("sat_lora.adapters.combine.combine_adapters", lambda *args, **settings: None)
     out = str(tmp_path / "x\x1b[2Jy")
     assert main(["combine", "a", "b", "--method", "cat", "--out", out]) == 0
     assert capsys.readouterr().out == f"combined adapter in {tmp_path}/x\\x1b[2Jy\n"

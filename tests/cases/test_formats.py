@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from sat_lora.data.samples import read_items
 from sat_lora.errors import DataError
-from sat_lora.training.data import read_items
 
 HUMAN = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
 ROLES = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]

@@ -11,13 +11,13 @@ import pytest
 from PIL import Image
 
 from sat_lora import DataError
-from sat_lora.cogvlm.pictures import FORMATS, MAX_PIXELS, file_limit, read_picture
-from sat_lora.paths import is_shard
-from sat_lora.training.data import BrokenSample, Item
-from sat_lora.training.defaults import DEFAULTS
-from sat_lora.training.shard_checks import problems_with_shards
-from sat_lora.training.shards import count_shards, find_records
-from sat_lora.training.tar_members import read_members
+from sat_lora.cogvlm.inputs.pictures import FORMATS, MAX_PIXELS, file_limit, read_picture
+from sat_lora.data.samples import BrokenSample, Item
+from sat_lora.data.shards.shard_checks import problems_with_shards
+from sat_lora.data.shards.shards import count_shards, find_records
+from sat_lora.data.shards.tar_members import read_members
+from sat_lora.files.paths import is_shard
+from sat_lora.training.settings.defaults import DEFAULTS
 from tests.cases.mutated_pictures import count_outcomes
 from tests.cases.picture_files import chunked_png, encoded
 from tests.finetune_demo.test_pack_shards import load_script

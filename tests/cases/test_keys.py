@@ -4,11 +4,11 @@ import json
 
 import pytest
 
+from sat_lora.data.samples import BrokenSample, DataCounts, read_items
+from sat_lora.data.shards.shards import find_records
 from sat_lora.errors import DataError
-from sat_lora.training.data import BrokenSample, DataCounts, read_items
-from sat_lora.training.options import parse_options
 from sat_lora.training.preflight import option_problems
-from sat_lora.training.shards import find_records
+from sat_lora.training.settings.options import parse_options
 from tests.conftest import write_images
 from tests.training.tar_shards import png, write_shard
 

@@ -5,10 +5,10 @@ import os
 
 import pytest
 
+from sat_lora.data.samples import read_items
 from sat_lora.errors import DataError
-from sat_lora.training.data import read_items
-from sat_lora.training.options import parse_options
 from sat_lora.training.preflight import option_problems
+from sat_lora.training.settings.options import parse_options
 from tests.training.tar_shards import png
 
 NAMES = [f"{number:03}" for number in range(8)]

@@ -6,8 +6,9 @@ from collections import Counter
 
 import pytest
 
-from sat_lora.training.answer_lengths import CutAnswers
-from sat_lora.training.data import (
+from sat_lora.data.answer_lengths import CutAnswers
+from sat_lora.data.folders import SHOWN, find_images, unreadable_notes
+from sat_lora.data.samples import (
     BrokenSample,
     DataCounts,
     ImageTextDataset,
@@ -17,7 +18,6 @@ from sat_lora.training.data import (
     reading_options,
 )
 from sat_lora.training.evaluation import _cut_answers, length_of_answer
-from sat_lora.training.folders import SHOWN, find_images, unreadable_notes
 from sat_lora.training.run_summary import left_out, more_to_say
 from tests.cases.test_what_is_said import numbered, said, source_of
 from tests.conftest import write_images

@@ -9,15 +9,15 @@ import sys
 
 import pytest
 
-from sat_lora.doctor import trace
-from sat_lora.doctor.rank_files import file_of, folder_of
-from sat_lora.doctor.rank_state import read_states
-from sat_lora.doctor.watchdog import watched
 from sat_lora.errors import ConfigError, TrainingError
-from sat_lora.training import run_folder
-from sat_lora.training.options import parse_options
-from sat_lora.training.run_folder import RunFolder, read_records
-from sat_lora.training.run_logs import AppendedFile
+from sat_lora.training.runs import run_folder
+from sat_lora.training.runs.run_folder import RunFolder, read_records
+from sat_lora.training.runs.run_logs import AppendedFile
+from sat_lora.training.settings.options import parse_options
+from sat_lora.watchdog import trace
+from sat_lora.watchdog.rank_files import file_of, folder_of
+from sat_lora.watchdog.rank_state import read_states
+from sat_lora.watchdog.watchdog import watched
 from tests.doctor.test_healthy_runs import trace_of_a_linear
 from tests.faults.test_full_disk import largest_file
 from tests.training.test_run_folder import FIGURES, scalars
@@ -168,7 +168,7 @@ def test_a_screen_of_few_characters_shows_the_others_escaped(encoding, tmp_path,
 def test_settings_that_cannot_be_written_are_one_error_with_the_folder(tmp_path):
     """Without run.json a run could not be resumed."""
     from sat_lora.training import finetune
-    from sat_lora.training.checkpoint import RunState
+    from sat_lora.training.steps.checkpoint import RunState
 
     (tmp_path / "run.json").mkdir()
     with pytest.raises(ConfigError, match=f"--save: {tmp_path}: cannot be written: .*run.json.*; make room"):
@@ -207,8 +207,8 @@ def test_a_full_disk_is_an_error_at_the_start_that_leaves_no_half_files(tmp_path
 def test_a_run_without_room_for_the_watchdog_is_warned_and_trains(tmp_path, monkeypatch, caplog):
     from argparse import Namespace
 
-    from sat_lora.doctor.trace import NO_TRACE
     from sat_lora.training import finetune
+    from sat_lora.watchdog.trace import NO_TRACE
 
     monkeypatch.setattr(trace.os, "posix_fallocate", full_disk)
     monkeypatch.setattr(finetune, "on_first_rank", lambda action: None)

@@ -5,11 +5,12 @@ import json
 import pytest
 import torch
 
-from sat_lora import MergeError, add_lora, merge_checkpoint, save_adapter
+from sat_lora import MergeError, add_lora, save_adapter
+from sat_lora.adapters import merge as merge_checkpoint
+from sat_lora.adapters.merge import merge_adapter
+from sat_lora.adapters.verify import verify_merge
 from sat_lora.cli import main
-from sat_lora.cogvlm.checkpoint import map_weights, save_weights
-from sat_lora.merge_checkpoint import merge_adapter
-from sat_lora.verify_merge import verify_merge
+from sat_lora.cogvlm.checkpoints.load import map_weights, save_weights
 from tests.tiny import CONFIG, fill_adapters, tiny_model
 
 pytestmark = pytest.mark.usefixtures("single_process_group")
@@ -145,7 +146,7 @@ def test_an_adapter_that_does_nothing_loses_nothing(folders, capsys):
 
 
 def test_it_says_what_it_does_and_how_far_that_is(folders, capsys, monkeypatch):
-    from sat_lora import progress
+    from sat_lora.terminal import progress
 
     monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
     base, adapter, out = folders()

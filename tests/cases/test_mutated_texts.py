@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from sat_lora.cogvlm.text import Sample
+from sat_lora.cogvlm.inputs.text import Sample
+from sat_lora.data.samples import BrokenSample, ImageTextDataset, read_items
+from sat_lora.data.shards.shards import find_records
 from sat_lora.errors import DataError
-from sat_lora.training.data import BrokenSample, ImageTextDataset, read_items
-from sat_lora.training.shards import find_records
 from tests.cases.mutations import mutated, refusal, within
 from tests.conftest import write_images
 from tests.training.tar_shards import png, write_shard

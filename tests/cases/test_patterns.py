@@ -6,11 +6,11 @@ import time
 
 import pytest
 
-from sat_lora import patterns
-from sat_lora.config import LoraConfig
 from sat_lora.errors import ConfigError
+from sat_lora.files import patterns
+from sat_lora.files.patterns import LONGEST, matches, pattern_problem
 from sat_lora.interop.peft_import import _by_pattern, _regex_problems
-from sat_lora.patterns import LONGEST, matches, pattern_problem
+from sat_lora.lora.config import LoraConfig
 
 NAME = "model_layers_0_" + "vision_expert_query_key_value_" * 4
 ENDLESS = [
@@ -67,7 +67,7 @@ def test_the_patterns_of_a_strangers_peft_adapter_are_bounded():
 
 
 def test_our_own_configs_are_bounded_too(tmp_path):
-    from sat_lora.targets import select
+    from sat_lora.lora.targets import select
 
     config = LoraConfig(target_modules=r"(\w+)+#", rank_pattern={r"(\w+)+#": 4})
     with pytest.raises(ConfigError, match=r"target_modules: the pattern '\(\\\\w\+\)\+#' takes more than"):

@@ -10,8 +10,8 @@ from peft import LoraConfig as PeftConfig
 from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 
-from sat_lora.adapter_format import read_adapter
-from sat_lora.cogvlm.checkpoint import save_weights
+from sat_lora.adapters.format import read_adapter
+from sat_lora.cogvlm.checkpoints.load import save_weights
 from sat_lora.errors import AdapterError
 from sat_lora.interop.peft_import import import_from_peft
 from tests.interop.hf_tree import HuggingFaceTree

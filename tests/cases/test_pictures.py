@@ -12,15 +12,15 @@ import torch
 from PIL import Image, ImageCms, TiffImagePlugin
 
 from sat_lora import DataError
-from sat_lora.cogvlm.image import image_tensor, load_image
-from sat_lora.cogvlm.pictures import SUFFIXES, read_picture
-from sat_lora.doctor.data import data_findings
-from sat_lora.training.broken_samples import BrokenSamples
-from sat_lora.training.data import BrokenSample, Item, collate, read_items
-from sat_lora.training.folders import find_images
+from sat_lora.cogvlm.inputs.image import image_tensor, load_image
+from sat_lora.cogvlm.inputs.pictures import SUFFIXES, read_picture
+from sat_lora.data.batches.sources import open_sources
+from sat_lora.data.folders import find_images
+from sat_lora.data.samples import BrokenSample, Item, collate, read_items
+from sat_lora.doctor.run_checks.data import data_findings
 from sat_lora.training.preflight import _problem_with_path
-from sat_lora.training.run_folder import RunFolder
-from sat_lora.training.sources import open_sources
+from sat_lora.training.runs.run_folder import RunFolder
+from sat_lora.training.steps.broken_samples import BrokenSamples
 from tests.cases.picture_files import chunked_png, encoded
 from tests.training.test_data import dataset
 
@@ -138,7 +138,7 @@ def test_white_letters_on_a_transparent_ground_stay_visible():
 
 def test_bands_of_a_large_picture_fit_together(monkeypatch):
     expected = read_picture(encoded(CUT_OUT, "PNG"))
-    monkeypatch.setattr("sat_lora.cogvlm.pictures._BAND", 5 * CUT_OUT.width)
+    monkeypatch.setattr("sat_lora.cogvlm.inputs.pictures._BAND", 5 * CUT_OUT.width)
     assert_alike(encoded(CUT_OUT, "PNG"), expected)
 
 

@@ -6,14 +6,14 @@ import re
 import pytest
 from matplotlib.figure import Figure
 
+from sat_lora.adapters.inspect import draw_norms
 from sat_lora.doctor.timeline import module_of, stretches, tower_of
 from sat_lora.errors import AdapterError
-from sat_lora.inspect_adapter import draw_norms
-from sat_lora.progress import as_time, shown
-from sat_lora.targets import layer_of
-from sat_lora.training import progress
-from sat_lora.training.loss_plot import draw_losses
-from sat_lora.training.run_folder import RunFolder, lowest
+from sat_lora.lora.targets import layer_of
+from sat_lora.terminal.progress import as_time, shown
+from sat_lora.training.runs import step_progress as progress
+from sat_lora.training.runs.loss_plot import draw_losses
+from sat_lora.training.runs.run_folder import RunFolder, lowest
 
 
 @pytest.fixture
@@ -189,7 +189,7 @@ def test_a_validation_says_the_best_so_far(losses, ending, tmp_path, capfd):
 def test_a_log_file_gets_lines_of_a_long_command_and_none_of_a_short_one(capfd, monkeypatch):
     assert [*shown(range(5), "merging", "tensors")] == [*range(5)] and capfd.readouterr().err == ""
     clock = iter([0.0, *(11.0 * step for step in range(1, 9))])
-    monkeypatch.setattr("sat_lora.progress.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("sat_lora.terminal.progress.time.monotonic", lambda: next(clock))
     assert [*shown("abc", "answering", "batches")] == [*"abc"]
     lines = capfd.readouterr().err.splitlines()
     assert lines[0] == "answering: 0 of 3 batches, ? left" and lines[1] == "answering: 1 of 3 batches, 00:44 left"

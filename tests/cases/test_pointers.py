@@ -4,14 +4,14 @@ import shutil
 
 import pytest
 
-from sat_lora.cogvlm.checkpoint import check_files
+from sat_lora.cogvlm.checkpoints.load import check_files
+from sat_lora.data.samples import read_items
+from sat_lora.data.shards.shard_checks import problems_with_shards
 from sat_lora.errors import SatLoraError
-from sat_lora.foreign import LFS_POINTER, read_json
-from sat_lora.training.checkpoint import read_state
-from sat_lora.training.data import read_items
-from sat_lora.training.deepspeed_file import open_deepspeed_file
-from sat_lora.training.options import settings_of_run
-from sat_lora.training.shard_checks import problems_with_shards
+from sat_lora.files.foreign import LFS_POINTER, read_json
+from sat_lora.training.settings.deepspeed_file import open_deepspeed_file
+from sat_lora.training.settings.options import settings_of_run
+from sat_lora.training.steps.checkpoint import read_state
 from tests.finetune_demo.test_finetune_cogvlm import BASE
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"4d" * 32 + b"\nsize 12345\n"

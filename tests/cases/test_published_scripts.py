@@ -5,8 +5,8 @@ import shlex
 import pytest
 
 from sat_lora.cli import main as sat_lora
-from sat_lora.training.defaults import EMBEDDED_DEMO
-from sat_lora.training.options import parse_options
+from sat_lora.training.settings.defaults import EMBEDDED_DEMO
+from sat_lora.training.settings.options import parse_options
 from tests.finetune_demo.test_pack_shards import load_script
 
 COMMON = (
@@ -61,8 +61,8 @@ def test_so_are_the_other_options_of_fine_tuning(more, evaluate):
 
 @pytest.mark.usefixtures("single_process_group")
 def test_a_merged_model_is_evaluated_alone_and_said_so(evaluate, captchas, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("sat_lora.training.distributed.torch.distributed.destroy_process_group", lambda: None)
-    monkeypatch.setattr("sat_lora.training.distributed.mpu.destroy_model_parallel", lambda: None)
+    monkeypatch.setattr("sat_lora.parallel.distributed.torch.distributed.destroy_process_group", lambda: None)
+    monkeypatch.setattr("sat_lora.parallel.distributed.mpu.destroy_model_parallel", lambda: None)
     base, out = EMBEDDED_DEMO / "tiny_cogvlm", tmp_path / "evaluation.json"
     options = ["--from_pretrained", base, "--test-data", captchas / "valid", "--version", "base", "--max_length", 64]
     status = evaluate.main([*map(str, options), "--out", str(out), "--strict-eval", "--use_lora"])

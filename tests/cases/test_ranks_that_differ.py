@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from sat_lora.data.samples import Item
 from sat_lora.errors import ConfigError
-from sat_lora.training.agreement import SHOWN, differences, disagreement, mark
-from sat_lora.training.data import Item
-from sat_lora.training.distributed import agree, join
-from sat_lora.training.launch import find_place
+from sat_lora.parallel.agreement import SHOWN, differences, disagreement, mark
+from sat_lora.parallel.distributed import agree, join
+from sat_lora.parallel.launch import find_place
 from sat_lora.training.marks import (
     marks_of_config,
     marks_of_engine,
@@ -18,7 +18,7 @@ from sat_lora.training.marks import (
     marks_of_samples,
     marks_of_tokenizer,
 )
-from sat_lora.training.options import parse_options
+from sat_lora.training.settings.options import parse_options
 from tests.distributed.ranks import run_ranks
 
 ALIKE = ["--train-data", "images", "--lr", "1e-3"]

@@ -7,17 +7,17 @@ from argparse import Namespace
 
 import pytest
 
+from sat_lora.data.batches.sources import FileSource
 from sat_lora.errors import CheckpointError, ConfigError, DataError
 from sat_lora.training import finetune
-from sat_lora.training.checkpoint import STATE, RunState, newest_checkpoint, read_state
-from sat_lora.training.defaults import DEFAULTS
 from sat_lora.training.evaluation import evaluated, evaluation_file, try_to_write
-from sat_lora.training.options import parse_options, settings_of_run
 from sat_lora.training.preflight import option_problems
-from sat_lora.training.random_state import parsed, random_state
 from sat_lora.training.resume import check_data, facts_of_run, notes, settled_problems
-from sat_lora.training.run_folder import RunFolder, read_records, write_json
-from sat_lora.training.sources import FileSource
+from sat_lora.training.runs.run_folder import RunFolder, read_records, write_json
+from sat_lora.training.settings.defaults import DEFAULTS
+from sat_lora.training.settings.options import parse_options, settings_of_run
+from sat_lora.training.steps.checkpoint import STATE, RunState, newest_checkpoint, read_state
+from sat_lora.training.steps.random_state import parsed, random_state
 from tests.training.stored_state import stored_state
 
 # run.json
@@ -319,7 +319,7 @@ def test_changed_data_is_refused_unless_any_will_do(tmp_path):
 
 
 def test_the_description_of_data_follows_names_answers_and_order_and_not_the_place(tmp_path):
-    from sat_lora.training.data import Item
+    from sat_lora.data.samples import Item
 
     def description(*items):
         source = FileSource([], lambda items: Namespace(items=items), Namespace(), None)
@@ -336,7 +336,7 @@ def test_the_description_of_data_follows_names_answers_and_order_and_not_the_pla
 
 
 def test_other_pictures_under_the_same_names_are_said(tmp_path):
-    from sat_lora.training.data import Item
+    from sat_lora.data.samples import Item
     from sat_lora.training.marks import sizes_mark
 
     images = [Item(tmp_path / f"{number}.png", "a") for number in range(3)]

@@ -15,21 +15,23 @@ import pytest
 import safetensors
 import torch
 
-from sat_lora import adapter_format, atomic
-from sat_lora.adapter_format import SavedAdapter, read_adapter
+from sat_lora.adapters import format as adapter_format
+from sat_lora.adapters.format import SavedAdapter, read_adapter
 from sat_lora.commands.parts import refuse_existing
-from sat_lora.config import LoraConfig
 from sat_lora.errors import AdapterError, ConfigError
-from sat_lora.step_folders import BEST, LATEST, read_pointer
-from sat_lora.training import checkpoint, run_lock, space
-from sat_lora.training.checkpoint import TENSORS, GatheredCheckpoint, newest_checkpoint, read_state
-from sat_lora.training.distributed import arrange, join
-from sat_lora.training.options import parse_options
-from sat_lora.training.results import results_in, results_problems
-from sat_lora.training.run_folder import RunFolder, read_records
-from sat_lora.training.run_lock import LOCK, Holder, Process, RunLock
-from sat_lora.training.run_logs import EventFile
+from sat_lora.files import atomic
+from sat_lora.files.step_folders import BEST, LATEST, read_pointer
+from sat_lora.lora.config import LoraConfig
+from sat_lora.parallel.distributed import arrange, join
+from sat_lora.training.runs import run_lock, space
+from sat_lora.training.runs.results import results_in, results_problems
+from sat_lora.training.runs.run_folder import RunFolder, read_records
+from sat_lora.training.runs.run_lock import LOCK, Holder, Process, RunLock
+from sat_lora.training.runs.run_logs import EventFile
 from sat_lora.training.saving import write_save
+from sat_lora.training.settings.options import parse_options
+from sat_lora.training.steps import checkpoint
+from sat_lora.training.steps.checkpoint import TENSORS, GatheredCheckpoint, newest_checkpoint, read_state
 from tests.distributed.ranks import run_ranks
 from tests.finetune_demo.test_finetune_cogvlm import options_for, run_script
 

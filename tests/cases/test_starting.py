@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from sat_lora.edge import run_command
 from sat_lora.errors import ConfigError, SatLoraError
-from sat_lora.training import rendezvous
-from sat_lora.training.distributed import together
-from sat_lora.training.launch import announce, find_place, ranks_on_this_machine, relaunch, sat_lora_line
-from sat_lora.training.notice import is_first_rank
-from sat_lora.training.options import parse_options
+from sat_lora.parallel import rendezvous
+from sat_lora.parallel.distributed import together
+from sat_lora.parallel.launch import announce, find_place, ranks_on_this_machine, relaunch, sat_lora_line
+from sat_lora.terminal.edge import run_command
+from sat_lora.terminal.notice import is_first_rank
+from sat_lora.training.settings.options import parse_options
 from tests.finetune_demo.test_pack_shards import load_script
 
 ROOT = Path(__file__).parents[2]
@@ -84,7 +84,7 @@ def test_a_process_alone_with_a_platforms_world_says_at_once_whom_it_waits_for(c
 
 
 def test_it_gives_up_and_names_the_ranks_that_did_not_come(monkeypatch):
-    from sat_lora.training import launch
+    from sat_lora.parallel import launch
 
     monkeypatch.setattr(launch, "BY_HAND_LIMIT", 0.3)
     with socket.socket() as probe:
@@ -259,7 +259,7 @@ def test_options_are_parsed_before_anything_heavy_is_imported():
 
 
 def test_a_run_remembers_where_its_files_are(tmp_path, monkeypatch):
-    from sat_lora.training.run_folder import RunFolder
+    from sat_lora.training.runs.run_folder import RunFolder
 
     (tmp_path / "my images").mkdir()
     monkeypatch.chdir(tmp_path)

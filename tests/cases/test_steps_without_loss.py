@@ -5,11 +5,11 @@ import json
 import pytest
 import torch
 
-from sat_lora.training import loss_plot
-from sat_lora.training.data import BrokenSample, collate
-from sat_lora.training.progress import Progress
-from sat_lora.training.run_folder import RunFolder, read_records
-from sat_lora.training.step import train_step
+from sat_lora.data.samples import BrokenSample, collate
+from sat_lora.training.runs import loss_plot
+from sat_lora.training.runs.run_folder import RunFolder, read_records
+from sat_lora.training.runs.step_progress import Progress
+from sat_lora.training.steps.step import train_step
 
 FIGURES = dict(lr=1e-3, samples_per_second=5.0, peak_memory_mib=100.0)
 
@@ -47,7 +47,7 @@ def test_a_mean_of_no_answer_is_none(batches, loss, single_process_group):
 
 def test_no_log_and_no_picture_has_a_loss_of_it(tmp_path, monkeypatch, capsys):
     drawn = []
-    monkeypatch.setattr("sat_lora.training.run_folder.draw_losses", lambda records, *_: drawn.extend(records))
+    monkeypatch.setattr("sat_lora.training.runs.run_folder.draw_losses", lambda records, *_: drawn.extend(records))
     with RunFolder(tmp_path, is_writer=True) as run:
         run.start(3)
         scalars = []
@@ -67,7 +67,7 @@ def test_no_log_and_no_picture_has_a_loss_of_it(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("is_terminal", [True, False])
 def test_the_screen_says_that_there_is_none(monkeypatch, capsys, is_terminal):
-    monkeypatch.setattr("sat_lora.training.progress.is_terminal", lambda stream: is_terminal)
+    monkeypatch.setattr("sat_lora.training.runs.step_progress.is_terminal", lambda stream: is_terminal)
     shown = Progress(4)
     shown.advance(1, {"loss": 1.5, "lr": 1e-3})
     shown.advance(4, {"loss": None, "lr": 1e-3})

@@ -16,13 +16,13 @@ from pathlib import Path
 import pytest
 from torch import nn
 
-from sat_lora.doctor.rank_files import file_of
-from sat_lora.doctor.rank_state import read_states
-from sat_lora.doctor.trace import Trace
-from sat_lora.doctor.watchdog import IDLE_PAGES, Watchdog, _pages_touched
-from sat_lora.edge import GRACE, INTERRUPTED, run_command
 from sat_lora.errors import ConfigError
-from sat_lora.training.stop_signals import SIGNALS, Stopped, StopSignals, _leave_lost_terminal
+from sat_lora.parallel.stop_signals import SIGNALS, Stopped, StopSignals, _leave_lost_terminal
+from sat_lora.terminal.edge import GRACE, INTERRUPTED, run_command
+from sat_lora.watchdog.rank_files import file_of
+from sat_lora.watchdog.rank_state import read_states
+from sat_lora.watchdog.trace import Trace
+from sat_lora.watchdog.watchdog import IDLE_PAGES, Watchdog, _pages_touched
 from tests.doctor import faulty_runs
 from tests.doctor.faulty_runs import run_faulty
 from tests.finetune_demo.test_finetune_cogvlm import options_for
@@ -35,7 +35,7 @@ def interrupted(body, *, times=1, pause=0.15, **environment):
     """(status, stdout, stderr, seconds) of a command that does `body`, and gets Ctrl-C once it has said ready."""
     code = (
         "import os, sys, time\n"
-        "from sat_lora import edge\n"
+        "from sat_lora.terminal import edge\n"
         "edge.GRACE = 0.4\n"
         "def ready():\n"
         "    print('ready', flush=True)\n"
@@ -254,7 +254,7 @@ def test_a_rank_that_hangs_before_the_base_loads_ends_the_run(fault, captchas, t
 
 @pytest.fixture
 def rank_0_of_2(monkeypatch):
-    from sat_lora.doctor import watchdog
+    from sat_lora.watchdog import watchdog
 
     monkeypatch.setattr(watchdog.torch.distributed, "get_world_size", lambda: 2)
     monkeypatch.setattr(watchdog.torch.distributed, "get_rank", lambda: 0)

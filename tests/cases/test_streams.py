@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sat_lora.edge import LastingStream, run_command
+from sat_lora.terminal.edge import LastingStream, run_command
 
 ROOT = Path(__file__).parents[2]
 
@@ -49,7 +49,7 @@ def test_a_process_without_a_stdout_has_a_status(monkeypatch):
 
 CODE = """
 import contextlib, os, sys
-from sat_lora.edge import run_script
+from sat_lora.terminal.edge import run_script
 def main():
     file = open("first", "w")                      # not on a number that a library prints to
     with contextlib.suppress(OSError):
@@ -86,7 +86,7 @@ def test_a_command_ends_with_its_own_status_whatever_it_prints_to(case, tmp_path
 
 
 def test_a_result_that_was_not_printed_is_a_mistake(tmp_path):
-    code = "from sat_lora.edge import run_script\nrun_script('x', lambda: print('result'), prints_its_result=True)"
+    code = "from sat_lora.terminal.edge import run_script\nrun_script('x', lambda: print('result'), prints_its_result=True)"
     done = subprocess.run(
         ["bash", "-c", f"{sys.executable} -c \"$0\" > /dev/full", code],
         capture_output=True, text=True, timeout=60, env={**os.environ, "PYTHONPATH": str(ROOT)},

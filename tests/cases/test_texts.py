@@ -7,12 +7,12 @@ import time
 import pytest
 import torch
 
-from sat_lora.cogvlm.tokens import text_tokens
+from sat_lora.cogvlm.inputs.tokens import text_tokens
+from sat_lora.data.samples import BrokenSample, ImageTextDataset, Item, read_items
 from sat_lora.errors import DataError
-from sat_lora.training.data import BrokenSample, ImageTextDataset, Item, read_items
 from sat_lora.training.evaluation import length_of_answer
-from sat_lora.training.options import parse_options
 from sat_lora.training.preflight import option_problems
+from sat_lora.training.settings.options import parse_options
 from tests.cases.sentence_pieces import TEXT, sentence_piece_tokenizer
 from tests.conftest import write_images
 
@@ -301,8 +301,8 @@ def test_deep_json_is_one_line_at_fault(write, text):
 
 
 def test_a_line_and_an_array_have_a_limit_and_the_next_line_is_read(write, monkeypatch):
-    monkeypatch.setattr("sat_lora.training.item_files.LINE_LIMIT", 100)
-    monkeypatch.setattr("sat_lora.training.item_files.WHOLE_LIMIT", 100)
+    monkeypatch.setattr("sat_lora.data.item_files.LINE_LIMIT", 100)
+    monkeypatch.setattr("sat_lora.data.item_files.WHOLE_LIMIT", 100)
     long = json.dumps({**GOOD, "answer": "x" * 500})
     message = refusal(write("\n".join([json.dumps(GOOD), long, "{", json.dumps(GOOD), long])))
     assert "3 lines cannot be used" in message and "line 2 has more than" in message

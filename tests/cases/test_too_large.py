@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from sat_lora import AdapterError, ConfigError, LoraConfig, combine_adapters
-from sat_lora.adapter_format import read_adapter
-from sat_lora.training.deepspeed_config import deepspeed_config
-from sat_lora.training.option_types import rate
-from sat_lora.training.options import parse_options
+from sat_lora.adapters.format import read_adapter
+from sat_lora.terminal.option_types import rate
+from sat_lora.training.settings.deepspeed_config import deepspeed_config
+from sat_lora.training.settings.options import parse_options
 from tests.adapter_folders import write_tiny_adapter
 
 pytestmark = pytest.mark.usefixtures("single_process_group")

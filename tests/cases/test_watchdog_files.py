@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from sat_lora.cli import main
-from sat_lora.doctor.flight_record import FLIGHT
-from sat_lora.doctor.places import source_line
-from sat_lora.doctor.rank_files import ALIVE, FATAL, NUMBERS_AT, file_of, folder_of
-from sat_lora.doctor.testimony import STACKS
-from sat_lora.doctor.trace import Trace
-from sat_lora.doctor.verdict import verdict
 from sat_lora.errors import ConfigError
+from sat_lora.watchdog.flight_record import FLIGHT
+from sat_lora.watchdog.places import source_line
+from sat_lora.watchdog.rank_files import ALIVE, FATAL, NUMBERS_AT, file_of, folder_of
+from sat_lora.watchdog.testimony import STACKS
+from sat_lora.watchdog.trace import Trace
+from sat_lora.watchdog.verdict import verdict
 
 WRONG = [
     None,

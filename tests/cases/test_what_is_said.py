@@ -6,16 +6,16 @@ from argparse import Namespace
 import pytest
 import torch
 
-from sat_lora.cogvlm.prompts import PROMPTS
-from sat_lora.cogvlm.text import IGNORED
+from sat_lora.cogvlm.inputs.prompts import PROMPTS
+from sat_lora.cogvlm.inputs.text import IGNORED
+from sat_lora.data.batches.sources import FileSource
+from sat_lora.data.samples import ImageTextDataset, Item
 from sat_lora.errors import ConfigError
-from sat_lora.training.data import ImageTextDataset, Item
-from sat_lora.training.defaults import EMBEDDED_DEMO, version_of
-from sat_lora.training.distributed import World
-from sat_lora.training.options import parse_options
+from sat_lora.parallel.distributed import World
 from sat_lora.training.run_summary import COUNTED, check_vocabulary, columns, fit, look_at, run_summary
-from sat_lora.training.schedule import schedule_problems, warmup_steps
-from sat_lora.training.sources import FileSource
+from sat_lora.training.settings.defaults import EMBEDDED_DEMO, version_of
+from sat_lora.training.settings.options import parse_options
+from sat_lora.training.settings.schedule import schedule_problems, warmup_steps
 
 WORLD = World(0, 4, torch.device("cpu"), 0, 2)
 CONFIG = {"model_class": "CogVLMModel", "num_layers": 2, "vocab_size": 128}

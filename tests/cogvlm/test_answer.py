@@ -6,9 +6,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from sat_lora import ConfigError
-from sat_lora.cogvlm.answer import Answer
-from sat_lora.cogvlm.generation import generate, stream
-from sat_lora.cogvlm.sampling import Sampling
+from sat_lora.cogvlm.decoding.answer import Answer
+from sat_lora.cogvlm.decoding.generate import generate, stream
+from sat_lora.cogvlm.decoding.sampling import Sampling
 from tests.cogvlm.test_generation import NEVER, joined, prompts_of_many_kinds
 from tests.tiny import tiny_model
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from sat_lora.cogvlm.attention import CAUSAL, FULL, MASKED, attend, mask_kind
-from sat_lora.cogvlm.rotary import RotaryEmbedding, rotate
+from sat_lora.cogvlm.network.attention import CAUSAL, FULL, MASKED, attend, mask_kind
+from sat_lora.cogvlm.network.rotary import RotaryEmbedding, rotate
 
 RAGGED = torch.tensor([[[[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 1, 1, 1]]]])
 

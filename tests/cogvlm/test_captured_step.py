@@ -5,11 +5,11 @@ import gc
 import pytest
 import torch
 
-from sat_lora.cogvlm import generation
-from sat_lora.cogvlm.captured_step import CapturedStep, _first_cause, _no_garbage_collection, can_be_captured
-from sat_lora.cogvlm.generation import Decoder, generate, inference
-from sat_lora.cogvlm.sampling import Sampling
-from sat_lora.mixin import lora_mixins
+from sat_lora.cogvlm.decoding import generate as generation
+from sat_lora.cogvlm.decoding.captured_step import CapturedStep, _first_cause, _no_garbage_collection, can_be_captured
+from sat_lora.cogvlm.decoding.generate import Decoder, generate, inference
+from sat_lora.cogvlm.decoding.sampling import Sampling
+from sat_lora.lora.mixin import lora_mixins
 from tests.cogvlm.test_generation import NEVER, adapted_model, joined, prompts_of_many_kinds, without_cache
 from tests.tiny import tiny_model
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from sat_lora import CheckpointError
-from sat_lora.cogvlm.checkpoint import load_cogvlm, map_weights, read_config, save_weights, weight_files
+from sat_lora.cogvlm.checkpoints.load import load_cogvlm, map_weights, read_config, save_weights, weight_files
 from tests.sat_files import FILE, cut_by_sat, write_step
 from tests.tiny import CONFIG, logits_of, tiny_batch, tiny_model
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from sat_lora.cogvlm import fused
-from sat_lora.cogvlm.fused import rotary, silu_mul
-from sat_lora.cogvlm.rotary import RotaryEmbedding
+from sat_lora.cogvlm.network import fused
+from sat_lora.cogvlm.network.fused import rotary, silu_mul
+from sat_lora.cogvlm.network.rotary import RotaryEmbedding
 from tests.distributed.ranks import run_ranks
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -116,7 +116,7 @@ COMPILE = """
 from triton import compile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from sat_lora.cogvlm import kernels
+from sat_lora.cogvlm.network import kernels
 
 sizes = dict(INVERSE=True, HEADS=32, HALF=64, BLOCK=1024)
 strides = {name for name in kernels.rotary.arg_names if name[:2] in ("q_", "k_", "v_")}
@@ -157,7 +157,7 @@ def forward_and_backward():
     from tests.tiny import logits_of, tiny_batch, tiny_model
 
     logits_of(tiny_model(), tiny_batch()).sum().backward()
-    return "sat_lora.cogvlm.kernels" in sys.modules
+    return "sat_lora.cogvlm.network.kernels" in sys.modules
 
 
 def test_no_kernel_is_imported_on_the_cpu():

@@ -8,11 +8,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sat_lora import ConfigError, DataError, add_lora
-from sat_lora.cogvlm.generation import Decoder, generate, inference
-from sat_lora.mixin import lora_mixins
-from sat_lora.partitioned import Partitioning
-from sat_lora.training.distributed import arrange, join
-from sat_lora.training.engine import set_up_deepspeed, start_engine
+from sat_lora.cogvlm.decoding.generate import Decoder, generate, inference
+from sat_lora.lora.mixin import lora_mixins
+from sat_lora.parallel.distributed import arrange, join
+from sat_lora.parallel.partitioned import Partitioning
+from sat_lora.training.steps.engine import set_up_deepspeed, start_engine
 from tests.distributed.ranks import run_ranks
 from tests.distributed.training_runs import engine_config, sgd
 from tests.tiny import PATCHES, fill_adapters, logits_of, tiny_batch, tiny_model

@@ -8,14 +8,14 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sat_lora import LoraConfig, add_lora
-from sat_lora.cogvlm import head
-from sat_lora.cogvlm.head import LabelledRows, loss_of_rows
-from sat_lora.cogvlm.text import IGNORED
-from sat_lora.training.data import BrokenSample, collate
-from sat_lora.training.distributed import arrange, join
-from sat_lora.training.engine import start_engine
-from sat_lora.training.loss import answer_loss_sum
-from sat_lora.training.step import to_device, validation_loss
+from sat_lora.cogvlm.inputs.text import IGNORED
+from sat_lora.cogvlm.network import head
+from sat_lora.cogvlm.network.head import LabelledRows, loss_of_rows
+from sat_lora.data.samples import BrokenSample, collate
+from sat_lora.parallel.distributed import arrange, join
+from sat_lora.training.steps.engine import start_engine
+from sat_lora.training.steps.loss import answer_loss_sum
+from sat_lora.training.steps.step import to_device, validation_loss
 from tests.distributed.ranks import run_ranks
 from tests.distributed.training_runs import engine_config, sgd, step_together
 from tests.reference_cogvlm import reference_logits

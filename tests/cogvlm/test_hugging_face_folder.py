@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks.model_folders import write_hugging_face
 from sat_lora import CheckpointError
-from sat_lora.cogvlm.checkpoint import check_files, load_cogvlm, read_config, save_weights, weight_files
+from sat_lora.cogvlm.checkpoints.load import check_files, load_cogvlm, read_config, save_weights, weight_files
 from tests.tiny import CONFIG, logits_of, tiny_batch, tiny_model
 
 pytestmark = pytest.mark.usefixtures("single_process_group")

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from sat_lora import DataError
-from sat_lora.cogvlm.image import image_tensor, load_image
+from sat_lora.cogvlm.inputs.image import image_tensor, load_image
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sat_lora.cogvlm.model import build_cogvlm
+from sat_lora.cogvlm.network.model import build_cogvlm
 from sat_lora.errors import DataError
 from tests.reference_cogvlm import reference_logits
 from tests.tiny import CONFIG, logits_of, tiny_batch, tiny_model

@@ -7,8 +7,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from sat_lora import LoraConfig, add_lora
-from sat_lora.cogvlm.recompute import lowest_trained_layer
-from sat_lora.training.loss import answer_loss_sum
+from sat_lora.cogvlm.network.recompute import lowest_trained_layer
+from sat_lora.training.steps.loss import answer_loss_sum
 from tests.tiny import fill_adapters, tiny_batch, tiny_model
 
 VIT = "mixins.eva.vit_model"

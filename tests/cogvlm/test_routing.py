@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sat_lora.cogvlm.routing import TokenRouting, route
+from sat_lora.cogvlm.network.routing import TokenRouting, route
 
 MASKS = {
     "mixed": [[0, 1, 1, 0, 0], [0, 0, 0, 0, 0], [1, 0, 1, 0, 1]],

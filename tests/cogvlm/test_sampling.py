@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from sat_lora import ConfigError
-from sat_lora.cogvlm.generation import generate
-from sat_lora.cogvlm.sampling import GREEDY, Sampling, TokenChooser
+from sat_lora.cogvlm.decoding.generate import generate
+from sat_lora.cogvlm.decoding.sampling import GREEDY, Sampling, TokenChooser
 from tests.cogvlm.test_generation import NEVER, joined, prompts_of_many_kinds, without_cache
 from tests.distributed.ranks import run_ranks
 from tests.tiny import logits_of, tiny_batch, tiny_model
@@ -130,7 +130,7 @@ def test_a_cut_without_a_temperature_is_refused(settings):
 
 def draw_in_layout(model_parallel):
     """Greedy and drawn tokens; on every rank, with and without a seed."""
-    from sat_lora.training.distributed import arrange, join
+    from sat_lora.parallel.distributed import arrange, join
 
     arrange(join(), model_parallel)
     model, batch = tiny_model(model_parallel_size=model_parallel), joined(prompts_of_many_kinds())

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sat_lora import ConfigError
-from sat_lora.cogvlm.text import build_sample, load_tokenizer, position_ids_for, prompt_for, shortest_length
+from sat_lora.cogvlm.inputs.text import build_sample, load_tokenizer, position_ids_for, prompt_for, shortest_length
 from tests.conftest import write_character_tokenizer
 
 L = 3  # patches per image

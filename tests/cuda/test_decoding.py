@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from sat_lora import LoraConfig, add_lora
-from sat_lora.cogvlm.checkpoint import load_cogvlm
-from sat_lora.cogvlm.generation import generate
-from sat_lora.cogvlm.text import build_sample, load_tokenizer, prompt_for
-from sat_lora.mixin import lora_mixins
-from sat_lora.training.data import collate
-from sat_lora.training.step import to_device
+from sat_lora.cogvlm.checkpoints.load import load_cogvlm
+from sat_lora.cogvlm.decoding.generate import generate
+from sat_lora.cogvlm.inputs.text import build_sample, load_tokenizer, prompt_for
+from sat_lora.data.samples import collate
+from sat_lora.lora.mixin import lora_mixins
+from sat_lora.training.steps.step import to_device
 from tests.tiny import fill_adapters, logits_of
 
 BASE = Path(__file__).parents[2] / "finetune_demo" / "tiny_cogvlm"

@@ -5,12 +5,12 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-import sat_lora.functional
+import sat_lora.lora.deltas.low_rank
 from benchmarks.models import allow_checkpointing
 from benchmarks.variants import LAYER, Shape, one_layer_model
 from sat_lora import LoraConfig, LoraMixin, add_lora
-from sat_lora.placement import adapters_of
-from sat_lora.training.step import to_device
+from sat_lora.lora.apply import adapters_of
+from sat_lora.training.steps.step import to_device
 from tests.tiny import fill_adapters, logits_of, tiny_batch, tiny_model
 
 SHAPES = [Shape(64, 64), Shape(64, 192, 3), Shape(64, 128), Shape(128, 64)]
@@ -26,8 +26,8 @@ def device(request, monkeypatch) -> torch.device:
     if request.param != "cpu" and not torch.cuda.is_available():
         pytest.skip("needs a GPU")
     if request.param == "cuda, as if large":
-        monkeypatch.setattr(sat_lora.functional, "ADDITION_KERNEL_FROM", 0)
-        monkeypatch.setattr(sat_lora.functional, "DROPOUT_KERNELS_FROM", 0)
+        monkeypatch.setattr(sat_lora.lora.deltas.low_rank, "ADDITION_KERNEL_FROM", 0)
+        monkeypatch.setattr(sat_lora.lora.deltas.low_rank, "DROPOUT_KERNELS_FROM", 0)
     return torch.device(request.param.partition(",")[0])
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sat_lora.functional import DROPOUT_KERNELS_FROM, RandomDropout
+from sat_lora.lora.deltas.low_rank import DROPOUT_KERNELS_FROM, RandomDropout
 
 pytestmark = pytest.mark.cuda
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -43,8 +43,8 @@ def test_masks_are_random_and_the_same_in_every_tile(checks):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_gradients_equal_float64(checks, dtype, monkeypatch):
-    monkeypatch.setattr("sat_lora.functional.ADDITION_KERNEL_FROM", 0)
-    monkeypatch.setattr("sat_lora.functional.DROPOUT_KERNELS_FROM", 0)
+    monkeypatch.setattr("sat_lora.lora.deltas.low_rank.ADDITION_KERNEL_FROM", 0)
+    monkeypatch.setattr("sat_lora.lora.deltas.low_rank.DROPOUT_KERNELS_FROM", 0)
     checks.check_autograd(dtype, "cuda")
 
 

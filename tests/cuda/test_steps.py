@@ -5,11 +5,11 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from sat_lora import LoraConfig, add_lora
-from sat_lora.cogvlm.text import IGNORED
-from sat_lora.training.distributed import arrange, join
-from sat_lora.training.engine import start_engine
-from sat_lora.training.loss import count_answer_tokens
-from sat_lora.training.step import train_step
+from sat_lora.cogvlm.inputs.text import IGNORED
+from sat_lora.parallel.distributed import arrange, join
+from sat_lora.training.steps.engine import start_engine
+from sat_lora.training.steps.loss import count_answer_tokens
+from sat_lora.training.steps.step import train_step
 from tests.cuda.processes import run_alone
 from tests.distributed.training_runs import engine_config
 from tests.tiny import fill_adapters, logits_of, tiny_batch, tiny_model

@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from sat_lora import add_lora
-from sat_lora.cogvlm.base_weights import BaseWeights
-from sat_lora.cogvlm.checkpoint import load_cogvlm, save_weights
+from sat_lora.cogvlm.checkpoints.base_weights import BaseWeights
+from sat_lora.cogvlm.checkpoints.load import load_cogvlm, save_weights
 from sat_lora.errors import CheckpointError
-from sat_lora.live_base import identity_of_model
-from sat_lora.training.distributed import arrange, join
-from sat_lora.training.engine import adapter_optimizer, set_up_deepspeed, start_engine
+from sat_lora.lora.live_base import identity_of_model
+from sat_lora.parallel.distributed import arrange, join
 from sat_lora.training.same_base import base_of_run
+from sat_lora.training.steps.engine import adapter_optimizer, set_up_deepspeed, start_engine
 from tests.distributed.ranks import run_ranks
 from tests.distributed.training_runs import engine_config
 from tests.tiny import CONFIG, tiny_model

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from sat_lora import LoraConfig, add_lora
-from sat_lora.training.data import BrokenSample, collate
-from sat_lora.training.distributed import arrange, join
-from sat_lora.training.engine import start_engine
+from sat_lora.data.samples import BrokenSample, collate
+from sat_lora.parallel.distributed import arrange, join
+from sat_lora.training.steps.engine import start_engine
 from tests.branching_cogvlm import branch_on_data
 from tests.distributed.ranks import run_ranks
 from tests.distributed.training_runs import (

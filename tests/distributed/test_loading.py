@@ -9,10 +9,10 @@ import torch
 from benchmarks.bench_loading import load_on_a_rank, peak_growth
 from benchmarks.model_folders import config_of, state_of, write_hugging_face
 from sat_lora.cogvlm import build_cogvlm
-from sat_lora.cogvlm.checkpoint import load_cogvlm, save_weights, shardings_of, weight_files
+from sat_lora.cogvlm.checkpoints.load import load_cogvlm, save_weights, shardings_of, weight_files
 from sat_lora.errors import SatLoraError
-from sat_lora.sharding import model_parallel_layout
-from sat_lora.training.distributed import arrange, join, together
+from sat_lora.parallel.distributed import arrange, join, together
+from sat_lora.parallel.sharding import model_parallel_layout
 from tests.distributed.ranks import run_ranks
 from tests.sat_files import FILE, cut_by_sat, write_step
 from tests.tiny import CONFIG, logits_of, tiny_batch, tiny_model

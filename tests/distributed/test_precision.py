@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from sat_lora import add_lora
-from sat_lora.placement import adapters_of
-from sat_lora.training.distributed import arrange, join
-from sat_lora.training.engine import adapter_optimizer, start_engine
+from sat_lora.lora.apply import adapters_of
+from sat_lora.parallel.distributed import arrange, join
+from sat_lora.training.steps.engine import adapter_optimizer, start_engine
 from tests.distributed.ranks import run_ranks
 from tests.distributed.training_runs import engine_config, mixed_batch, step_together
 from tests.tiny import tiny_model

@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from sat_lora.training.distributed import join
+from sat_lora.parallel.distributed import join
 from tests.distributed.ranks import run_ranks
 from tests.patience import patient
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from sat_lora.adapter_file import whole_tensors
-from sat_lora.placement import sat_models
-from sat_lora.training.distributed import arrange, join
+from sat_lora.adapters.save_load import whole_tensors
+from sat_lora.lora.apply import sat_models
+from sat_lora.parallel.distributed import arrange, join
 from tests.distributed.ranks import run_ranks
 from tests.distributed.test_sat_models import relative_error, sums_of_sat
 from tests.interop.sat_oracle import fill_ours, our_adapters, with_ours, with_sats

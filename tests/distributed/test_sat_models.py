@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from sat_lora.adapter_file import whole_tensors
-from sat_lora.placement import adapters_of
-from sat_lora.training.distributed import arrange, join
+from sat_lora.adapters.save_load import whole_tensors
+from sat_lora.lora.apply import adapters_of
+from sat_lora.parallel.distributed import arrange, join
 from tests.distributed.ranks import run_ranks
 from tests.sat_subjects import GEGLU_IN_TWO_BLOCKS, SUBJECTS, adapt, loss_of
 from tests.tiny import fill_adapters

@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from sat_lora import add_lora, load_adapter, save_adapter
-from sat_lora.adapter_format import WEIGHTS, read_adapter
-from sat_lora.mixin import lora_mixins
-from sat_lora.placement import adapters_of
-from sat_lora.sharding import over_model_parallel, sharding_of
-from sat_lora.training.distributed import arrange, join
-from sat_lora.training.engine import start_engine
+from sat_lora.adapters.format import WEIGHTS, read_adapter
+from sat_lora.lora.apply import adapters_of
+from sat_lora.lora.mixin import lora_mixins
+from sat_lora.parallel.distributed import arrange, join
+from sat_lora.parallel.sharding import over_model_parallel, sharding_of
+from sat_lora.training.steps.engine import start_engine
 from tests.distributed.ranks import run_ranks
 from tests.distributed.training_runs import engine_config, mixed_batch, sgd, step_together, worst_error
 from tests.tiny import fill_adapters, logits_of, tiny_batch, tiny_model

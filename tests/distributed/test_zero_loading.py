@@ -3,10 +3,10 @@
 import pytest
 
 from sat_lora import LoraConfig, add_lora
-from sat_lora.cogvlm.checkpoint import load_cogvlm, map_weights, save_weights, shardings_of
-from sat_lora.sharding import model_parallel_layout
-from sat_lora.training.distributed import arrange, join
-from sat_lora.training.engine import adapter_optimizer, set_up_deepspeed, start_engine
+from sat_lora.cogvlm.checkpoints.load import load_cogvlm, map_weights, save_weights, shardings_of
+from sat_lora.parallel.distributed import arrange, join
+from sat_lora.parallel.sharding import model_parallel_layout
+from sat_lora.training.steps.engine import adapter_optimizer, set_up_deepspeed, start_engine
 from tests.distributed.ranks import run_ranks
 from tests.distributed.training_runs import adapter_values, engine_config, mixed_batch, step_together, worst_error
 from tests.tiny import CONFIG, fill_adapters, tiny_model

@@ -12,14 +12,14 @@ import numpy
 import torch
 
 from sat_lora import LoraConfig, add_lora, load_adapter, save_adapter
-from sat_lora.adapter_file import whole_tensors
-from sat_lora.placement import adapters_of
-from sat_lora.sharding import gathered, model_parallel_layout, over_model_parallel
-from sat_lora.training.checkpoint import RunState, gather_checkpoint, save_checkpoint
-from sat_lora.training.distributed import World, arrange, join, together
-from sat_lora.training.engine import start_engine
-from sat_lora.training.loss import count_answer_tokens, sum_over_data_parallel
-from sat_lora.training.step import train_step
+from sat_lora.adapters.save_load import whole_tensors
+from sat_lora.lora.apply import adapters_of
+from sat_lora.parallel.distributed import World, arrange, join, together
+from sat_lora.parallel.sharding import gathered, model_parallel_layout, over_model_parallel
+from sat_lora.training.steps.checkpoint import RunState, gather_checkpoint, save_checkpoint
+from sat_lora.training.steps.engine import start_engine
+from sat_lora.training.steps.loss import count_answer_tokens, sum_over_data_parallel
+from sat_lora.training.steps.step import train_step
 from tests.tiny import fill_adapters, logits_of, tiny_batch, tiny_model
 
 CONFIG = LoraConfig(r=4, lora_alpha=8)

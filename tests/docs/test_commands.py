@@ -85,7 +85,7 @@ def launched_options(command) -> list[str]:
 
 @pytest.mark.parametrize("command", LAUNCHED, ids=shlex.join)
 def test_launched_options_are_options(command, tmp_path, monkeypatch):
-    from sat_lora.training import options as module
+    from sat_lora.training.settings import options as module
 
     monkeypatch.setattr(module, "settings_of_run", lambda folder: {"given": [], "from_pretrained": str(tmp_path)})
     options = module.parse_options(launched_options(command), environ={})
@@ -104,7 +104,7 @@ def test_an_evaluation_takes_its_options(command):
 @pytest.mark.parametrize("command", TOOL, ids=shlex.join)
 def test_sat_lora_takes_its_options(command):
     from sat_lora.cli import build_parser
-    from sat_lora.training.options import parse_options
+    from sat_lora.training.settings.options import parse_options
 
     options, more = build_parser().parse_known_args(command[1:])
     assert options.command == command[1]
@@ -131,8 +131,8 @@ def test_the_python_of_the_readme_runs(page, single_process_group):
 
 
 def test_the_schedule_of_contributing_is_an_option(monkeypatch):
-    from sat_lora.training import schedule
-    from sat_lora.training.options import parse_options
+    from sat_lora.training.settings import schedule
+    from sat_lora.training.settings.options import parse_options
 
     monkeypatch.setitem(schedule.DECAY_STYLES, "root", None)  # taken out again after the test
     (code,) = (body for kind, body in FENCED.findall((ROOT / "CONTRIBUTING.md").read_text()) if kind == "python")

@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from sat_lora.targets import PRESETS
+from sat_lora.lora.targets import PRESETS
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"

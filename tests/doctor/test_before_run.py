@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from sat_lora.cogvlm import experts
-from sat_lora.doctor import before_run
-from sat_lora.doctor.before_run import diagnose
-from sat_lora.doctor.findings import as_text
-from sat_lora.training.options import parse_options
+from sat_lora.cogvlm.network import experts
+from sat_lora.doctor import diagnose as before_run
+from sat_lora.doctor.diagnose import diagnose
+from sat_lora.findings.finding import as_text
+from sat_lora.training.settings.options import parse_options
 from tests.branching_cogvlm import branch_on_data
 from tests.conftest import write_images
 from tests.distributed.ranks import run_ranks
@@ -136,7 +136,7 @@ def test_a_step_that_changes_nothing_is_found(captchas, tmp_path):
 
 
 def test_the_text_names_code_place_reason_and_remedy():
-    from sat_lora.doctor.findings import Finding
+    from sat_lora.findings.finding import Finding
 
     text = as_text([Finding(code="gradient-order", seen="first A, then B", ranks=(0, 1), parameter="x.A")])
     assert text.splitlines()[0] == "error: gradient-order"
@@ -149,7 +149,7 @@ def test_the_text_names_code_place_reason_and_remedy():
 
 def told_on_a_small_gpu(arguments):
     """As on a GPU of 1 MiB, up to where the base would be loaded."""
-    from sat_lora.doctor import memory_report
+    from sat_lora.memory import memory_report
 
     memory_report.device_memory = lambda device, ranks: 2**20
     before_run.load_base = None

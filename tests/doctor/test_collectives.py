@@ -5,8 +5,8 @@ import time
 import pytest
 import torch
 
-from sat_lora.doctor import collectives
-from sat_lora.training.distributed import arrange, join
+from sat_lora.doctor.run_checks import collectives
+from sat_lora.parallel.distributed import arrange, join
 from tests.distributed.ranks import run_ranks
 
 pytestmark = pytest.mark.timeout(60)

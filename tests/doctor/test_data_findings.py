@@ -7,18 +7,20 @@ from argparse import Namespace
 import pytest
 import torch
 
-from sat_lora.cogvlm.image import load_image
-from sat_lora.cogvlm.text import IGNORED
-from sat_lora.doctor import before_run
-from sat_lora.doctor.before_run import diagnose
-from sat_lora.doctor.codes import CODES
-from sat_lora.doctor.data import data_findings, drawing_findings, drawn_samples
-from sat_lora.doctor.findings import looked_for
-from sat_lora.doctor.optimization import schedule_findings
-from sat_lora.training import data, schedule, sources
-from sat_lora.training.data import ImageTextDataset, Item, collate
-from sat_lora.training.options import parse_options
-from sat_lora.training.sampler import EpochSampler, make_loader
+from sat_lora.cogvlm.inputs.image import load_image
+from sat_lora.cogvlm.inputs.text import IGNORED
+from sat_lora.data import samples as data
+from sat_lora.data.batches import sources
+from sat_lora.data.batches.sampler import EpochSampler, make_loader
+from sat_lora.data.samples import ImageTextDataset, Item, collate
+from sat_lora.doctor import diagnose as before_run
+from sat_lora.doctor.diagnose import diagnose
+from sat_lora.doctor.run_checks.data import data_findings, drawing_findings, drawn_samples
+from sat_lora.doctor.run_checks.optimization import schedule_findings
+from sat_lora.findings.codes import CODES
+from sat_lora.findings.finding import looked_for
+from sat_lora.training.settings import schedule
+from sat_lora.training.settings.options import parse_options
 from tests.distributed.ranks import run_ranks
 from tests.finetune_demo.test_finetune_cogvlm import options_for
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sat_lora.doctor.codes import CODES
+from sat_lora.findings.codes import CODES
 
 ROOT = Path(__file__).parents[2]
 PARTS = ["Symptom", "Cause", "Fix", "Test"]

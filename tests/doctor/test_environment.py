@@ -11,14 +11,14 @@ from types import SimpleNamespace
 import pytest
 
 from sat_lora import LoraConfig, add_lora, save_adapter
-from sat_lora.cogvlm.checkpoint import read_config
-from sat_lora.cogvlm.model import build_cogvlm
-from sat_lora.doctor import environment
-from sat_lora.doctor.space import disk_findings, shared_memory_findings
-from sat_lora.summary import describe
-from sat_lora.training.distributed import arrange, join
-from sat_lora.training.options import parse_options
+from sat_lora.cogvlm.checkpoints.load import read_config
+from sat_lora.cogvlm.network.model import build_cogvlm
+from sat_lora.doctor.run_checks import environment
+from sat_lora.doctor.run_checks.space import disk_findings, shared_memory_findings
+from sat_lora.lora.summary import describe
+from sat_lora.parallel.distributed import arrange, join
 from sat_lora.training.prepare import prepare
+from sat_lora.training.settings.options import parse_options
 from tests.distributed.ranks import run_ranks
 from tests.finetune_demo.test_finetune_cogvlm import options_for
 

@@ -103,7 +103,7 @@ def test_without_any_option_the_demo_is_named(capsys, monkeypatch):
     def stop(settings, **_):
         raise ConfigError(f"came to {settings.from_pretrained}")
 
-    monkeypatch.setattr("sat_lora.doctor.estimate_run.estimate_run", stop)
+    monkeypatch.setattr("sat_lora.memory.estimate_run.estimate_run", stop)
     assert main(["estimate"]) == 2
     said = capsys.readouterr().err
     assert f"of the embedded tiny CogVLM, {BASE}\n" in said and f"came to {BASE}" in said

@@ -7,12 +7,12 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from sat_lora import LoraConfig, add_lora
-from sat_lora.cogvlm import head
+from sat_lora.cogvlm.network import head
 from sat_lora.doctor.batches import kinds_of
-from sat_lora.doctor.examination import examine
-from sat_lora.placement import adapters_of
-from sat_lora.training.distributed import arrange, join
-from sat_lora.training.loss import answer_loss_sum as loss_of
+from sat_lora.doctor.examine import examine
+from sat_lora.lora.apply import adapters_of
+from sat_lora.parallel.distributed import arrange, join
+from sat_lora.training.steps.loss import answer_loss_sum as loss_of
 from tests.branching_cogvlm import branch_on_data
 from tests.distributed.ranks import run_ranks
 from tests.distributed.training_runs import mixed_batch

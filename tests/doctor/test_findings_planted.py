@@ -7,16 +7,16 @@ import pytest
 import torch
 
 from sat_lora import LoraConfig, add_lora
-from sat_lora.cogvlm import experts
+from sat_lora.cogvlm.network import experts
 from sat_lora.doctor.batches import kinds_of
-from sat_lora.doctor.before_run import diagnose
-from sat_lora.doctor.configuration import bucket_findings, precision_findings
-from sat_lora.doctor.data import batch_count_findings, data_findings
-from sat_lora.doctor.examination import examine
-from sat_lora.doctor.trained_set import trained_set_findings
-from sat_lora.placement import adapters_of
-from sat_lora.training.distributed import arrange, join
-from sat_lora.training.options import parse_options
+from sat_lora.doctor.diagnose import diagnose
+from sat_lora.doctor.examine import examine
+from sat_lora.doctor.model_checks.trained_set import trained_set_findings
+from sat_lora.doctor.run_checks.configuration import bucket_findings, precision_findings
+from sat_lora.doctor.run_checks.data import batch_count_findings, data_findings
+from sat_lora.lora.apply import adapters_of
+from sat_lora.parallel.distributed import arrange, join
+from sat_lora.training.settings.options import parse_options
 from tests.distributed.ranks import run_ranks
 from tests.doctor.test_before_run import BASE
 from tests.doctor.test_examination import batches_of, loss_of, tiny, told

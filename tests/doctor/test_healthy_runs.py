@@ -11,12 +11,12 @@ import torch
 
 from sat_lora import add_lora
 from sat_lora._sat import ColumnParallelLinear, RowParallelLinear
-from sat_lora.delta_hook import DeltaHook
-from sat_lora.doctor.rank_files import folder_of
-from sat_lora.doctor.rank_state import read_states
-from sat_lora.doctor.trace import Trace
-from sat_lora.doctor.verdict import verdict
-from sat_lora.doctor.watchdog import ALARM, FIRST, Watchdog
+from sat_lora.lora.delta_hook import DeltaHook
+from sat_lora.watchdog.rank_files import folder_of
+from sat_lora.watchdog.rank_state import read_states
+from sat_lora.watchdog.trace import Trace
+from sat_lora.watchdog.verdict import verdict
+from sat_lora.watchdog.watchdog import ALARM, FIRST, Watchdog
 from tests.doctor import faulty_runs
 from tests.doctor.faulty_runs import run_faulty
 from tests.finetune_demo.test_finetune_cogvlm import options_for

@@ -12,13 +12,13 @@ from torch.utils._pytree import tree_leaves
 from benchmarks.models import batch_of, config_of
 from sat_lora import LoraConfig, add_lora
 from sat_lora.cogvlm import build_cogvlm
-from sat_lora.doctor.estimate import estimate, fake_step
-from sat_lora.doctor.live_memory import LiveBytes, peak_of
-from sat_lora.doctor.memory import GLOO_THREADS, Memory, memory_findings, memory_table
-from sat_lora.training.distributed import arrange, join
-from sat_lora.training.engine import adapter_optimizer, start_engine
-from sat_lora.training.loss import answer_loss_sum
-from sat_lora.training.optimizer_state import create_moments
+from sat_lora.memory.components import GLOO_THREADS, Memory, memory_findings, memory_table
+from sat_lora.memory.estimate import estimate, fake_step
+from sat_lora.memory.live_memory import LiveBytes, peak_of
+from sat_lora.parallel.distributed import arrange, join
+from sat_lora.training.steps.engine import adapter_optimizer, start_engine
+from sat_lora.training.steps.loss import answer_loss_sum
+from sat_lora.training.steps.optimizer_state import create_moments
 from tests.distributed.ranks import run_ranks
 from tests.memory import anonymous_memory, data_memory, peak_of_anonymous_memory
 

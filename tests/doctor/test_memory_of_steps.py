@@ -9,14 +9,14 @@ import torch
 
 from sat_lora import LoraConfig, add_lora
 from sat_lora.cogvlm import build_cogvlm
-from sat_lora.doctor import memory
-from sat_lora.doctor.estimate import estimate
-from sat_lora.doctor.live_memory import LiveBytes
-from sat_lora.partitioned import Partitioning
-from sat_lora.training.distributed import arrange, join
-from sat_lora.training.engine import adapter_optimizer, set_up_deepspeed, start_engine
-from sat_lora.training.loss import answer_loss_sum
-from sat_lora.training.optimizer_state import create_moments
+from sat_lora.memory import components as memory
+from sat_lora.memory.estimate import estimate
+from sat_lora.memory.live_memory import LiveBytes
+from sat_lora.parallel.distributed import arrange, join
+from sat_lora.parallel.partitioned import Partitioning
+from sat_lora.training.steps.engine import adapter_optimizer, set_up_deepspeed, start_engine
+from sat_lora.training.steps.loss import answer_loss_sum
+from sat_lora.training.steps.optimizer_state import create_moments
 from tests.distributed.ranks import run_ranks
 from tests.doctor.test_memory import DTYPES, ENGINE, WORDS, rows_of, sizes
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sat_lora.doctor.packages import IMPORTS, compare_versions, package_findings
+from sat_lora.doctor.run_checks.packages import IMPORTS, compare_versions, package_findings
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.timeout(60)
@@ -27,7 +27,7 @@ def write_package(folder, name, code, **files):
 def told_of_packages(folder, *imports):
     """(code, seen, module, fix) of each finding, in a process that finds `folder` first on its path."""
     script = (
-        "import json; from sat_lora.doctor.packages import package_findings\n"
+        "import json; from sat_lora.doctor.run_checks.packages import package_findings\n"
         f"found = package_findings({ {name: name for name in imports}!r}, gpu='nowhere')\n"
         "print(json.dumps([(one.code, one.seen, one.module, one.fix) for one in found]))"
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sat_lora.doctor.places import PACKAGE, own_place, places_of
+from sat_lora.watchdog.places import PACKAGE, own_place, places_of
 
 CLONE = "/home/me/sat_lora"  # git's default
 LIBRARY = "lib/python3.12/site-packages"
@@ -65,8 +65,8 @@ def test_the_innermost_own_place_is_the_one_and_without_any_the_innermost():
 
 LOOK = """
 import sys
-from sat_lora import atomic
-from sat_lora.doctor import places
+from sat_lora.files import atomic
+from sat_lora.watchdog import places
 frames = [(file, 1, "f", "") for file in (atomic.replace_text.__code__.co_filename, places.__file__)]
 print([place.is_own for place in places.places_of(frames, places.PACKAGE)], places.PACKAGE)
 """

@@ -7,17 +7,17 @@ import pytest
 import torch
 
 from sat_lora.cli import main
-from sat_lora.doctor import trace
-from sat_lora.doctor.evidence import read_ranks
-from sat_lora.doctor.flight_record import FLIGHT, read_collectives
-from sat_lora.doctor.nccl_log import read_timeouts
-from sat_lora.doctor.rank_files import ALIVE, NCCL_DUMP, file_of, folder_of
-from sat_lora.doctor.testimony import STACKS
-from sat_lora.doctor.trace import Trace
-from sat_lora.doctor.verdict import verdict
 from sat_lora.errors import ConfigError
+from sat_lora.watchdog import trace
+from sat_lora.watchdog.evidence import read_ranks
+from sat_lora.watchdog.flight_record import FLIGHT, read_collectives
+from sat_lora.watchdog.nccl_log import read_timeouts
+from sat_lora.watchdog.rank_files import ALIVE, NCCL_DUMP, file_of, folder_of
+from sat_lora.watchdog.testimony import STACKS
+from sat_lora.watchdog.trace import Trace
+from sat_lora.watchdog.verdict import verdict
 
-STEP_PY = "/home/me/sat_lora/training/step.py"
+STEP_PY = "/home/me/sat_lora/training/steps/step.py"
 SYNC = [[STEP_PY, 70, "train_step", "loss = total.item()"]]
 IN_A_HOOK = [["/usr/lib/python3/threading.py", 1, "wait", ""], ["/home/me/mine.py", 8, "hook", "event.wait()"]]
 IN_AUTOGRAD = [["/x/site-packages/torch/autograd/graph.py", 1, "_engine_run_backward", ""], *SYNC]

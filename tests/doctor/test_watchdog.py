@@ -5,10 +5,10 @@ import re
 
 import pytest
 
-from sat_lora.doctor.rank_files import folder_of
-from sat_lora.doctor.rank_state import read_states
-from sat_lora.doctor.verdict import verdict
-from sat_lora.doctor.watchdog import ALARM
+from sat_lora.watchdog.rank_files import folder_of
+from sat_lora.watchdog.rank_state import read_states
+from sat_lora.watchdog.verdict import verdict
+from sat_lora.watchdog.watchdog import ALARM
 from tests.doctor import faulty_runs
 from tests.doctor.faulty_runs import CULPRIT, LIMIT, STEP, run_faulty
 from tests.finetune_demo.test_finetune_cogvlm import options_for

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import torch
 
-from sat_lora.adapter_format import SavedAdapter, read_adapter, write_adapter
-from sat_lora.config import LoraConfig
+from sat_lora.adapters.format import SavedAdapter, read_adapter, write_adapter
+from sat_lora.lora.config import LoraConfig
 from tests.distributed.ranks import process_context
 
 CONTENTS = (1, 2)

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from sat_lora import AdapterError, load_adapter
-from sat_lora.adapter_file import read_adapter
+from sat_lora.adapters.save_load import read_adapter
 from tests.adapter_folders import CONFIG, WEIGHTS, assert_unchanged, snapshot, write_tiny_adapter
 from tests.tiny import tiny_model
 
@@ -102,7 +102,7 @@ def check_loaded(folder: Path) -> None:
 
 
 def main() -> None:
-    from sat_lora.training.distributed import arrange, join
+    from sat_lora.parallel.distributed import arrange, join
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--times", type=int, default=10_000)

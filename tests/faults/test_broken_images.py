@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from sat_lora import DataError
-from sat_lora.cogvlm.image import load_image
-from sat_lora.training.run_folder import read_records
+from sat_lora.cogvlm.inputs.image import load_image
+from sat_lora.training.runs.run_folder import read_records
 from tests.conftest import write_images
 from tests.distributed.ranks import run_ranks
 from tests.finetune_demo.test_finetune_cogvlm import options_for, run_script

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from sat_lora import AdapterError, add_lora, load_adapter, save_adapter
-from sat_lora.training.distributed import arrange, join
+from sat_lora.parallel.distributed import arrange, join
 from tests.distributed.ranks import run_ranks
 from tests.tiny import fill_adapters, tiny_model
 

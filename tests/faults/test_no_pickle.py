@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from sat_lora import AdapterError, CheckpointError, load_adapter
-from sat_lora.adapter_format import read_adapter
+from sat_lora.adapters.format import read_adapter
+from sat_lora.adapters.merge import merge_adapter
 from sat_lora.cli import main
-from sat_lora.cogvlm.checkpoint import load_cogvlm, save_weights
-from sat_lora.merge_checkpoint import merge_adapter
-from sat_lora.training.options import parse_options
+from sat_lora.cogvlm.checkpoints.load import load_cogvlm, save_weights
+from sat_lora.training.settings.options import parse_options
 from tests.adapter_folders import CONFIG, WEIGHTS, assert_refused
 from tests.tiny import CONFIG as SIZES
 from tests.tiny import tiny_model

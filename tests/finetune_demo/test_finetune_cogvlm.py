@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 import safetensors
 
-from sat_lora.adapter_format import read_adapter
-from sat_lora.config import LoraConfig
-from sat_lora.training.lora_options import lora_config
-from sat_lora.training.options import parse_options
+from sat_lora.adapters.format import read_adapter
+from sat_lora.lora.config import LoraConfig
+from sat_lora.training.settings.lora_options import lora_config
+from sat_lora.training.settings.options import parse_options
 from tests.conftest import write_images
 from tests.distributed.ranks import free_port, run_ranks
 from tests.patience import patient

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sat_lora.training.options import parse_options
+from sat_lora.training.settings.options import parse_options
 
 DEMO = Path(__file__).parents[2] / "finetune_demo"
 LAUNCH = DEMO / "launch"

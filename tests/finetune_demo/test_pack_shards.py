@@ -7,8 +7,8 @@ import shutil
 
 import pytest
 
-from sat_lora.training.data import read_items
-from sat_lora.training.shards import expand_shards, find_records
+from sat_lora.data.samples import read_items
+from sat_lora.data.shards.shards import expand_shards, find_records
 from tests.conftest import write_images
 from tests.finetune_demo.test_finetune_cogvlm import DEMO, launcher, losses_of, options_for, start
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from sat_lora.cogvlm import build_cogvlm, load_cogvlm
-from sat_lora.cogvlm.checkpoint import map_weights, read_config, weight_files
-from sat_lora.cogvlm.text import PROMPTS, build_sample, load_tokenizer, prompt_for
+from sat_lora.cogvlm.checkpoints.load import map_weights, read_config, weight_files
+from sat_lora.cogvlm.inputs.text import PROMPTS, build_sample, load_tokenizer, prompt_for
 
 DEMO = Path(__file__).resolve().parents[2] / "finetune_demo"
 sys.path.insert(0, str(DEMO))

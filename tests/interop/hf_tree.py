@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from sat_lora.interop.hugging_face_names import hf_name
+from sat_lora.cogvlm.checkpoints.hugging_face_names import hf_name
 from tests.reference_cogvlm import _either, _heads, _rms_norm, _softmax_attention, _turn
 
 

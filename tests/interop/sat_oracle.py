@@ -5,10 +5,10 @@ import torch
 from sat.model.finetune.lora2 import LoraLinear
 from sat.model.finetune.lora2 import LoraMixin as SatMixin
 
-from sat_lora.cogvlm.model import build_cogvlm
+from sat_lora.cogvlm.network.model import build_cogvlm
 from sat_lora.interop.sat_lora2 import LoraMixin
-from sat_lora.placement import sat_models
-from sat_lora.sharding import Sharding, model_parallel_layout
+from sat_lora.lora.apply import sat_models
+from sat_lora.parallel.sharding import Sharding, model_parallel_layout
 from tests.sat_subjects import SUBJECTS, Subject
 from tests.tiny import CONFIG, logits_of, seeded_noise, tiny_batch
 

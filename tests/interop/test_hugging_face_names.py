@@ -2,7 +2,7 @@
 
 import pytest
 
-from sat_lora.interop.hugging_face_names import hf_name, sat_name
+from sat_lora.cogvlm.checkpoints.hugging_face_names import hf_name, sat_name
 from tests.tiny import tiny_model
 
 

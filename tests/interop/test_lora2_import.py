@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from sat_lora.adapter_format import read_adapter
+from sat_lora.adapters.format import read_adapter
+from sat_lora.adapters.merge import merge_adapter
 from sat_lora.cli import main
-from sat_lora.cogvlm.checkpoint import map_weights, save_weights, shardings_of, weight_files
-from sat_lora.merge_checkpoint import merge_adapter
+from sat_lora.cogvlm.checkpoints.load import map_weights, save_weights, shardings_of, weight_files
 from tests.interop.sat_oracle import COGVLM, sats_layers, with_sats
 from tests.tiny import CONFIG
 

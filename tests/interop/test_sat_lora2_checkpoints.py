@@ -9,7 +9,7 @@ from sat.training.model_io import load_checkpoint, save_checkpoint
 
 from sat_lora import load_adapter, save_adapter
 from sat_lora.interop.sat_lora2 import LoraMixin
-from sat_lora.placement import sat_models
+from sat_lora.lora.apply import sat_models
 from tests.interop.sat_oracle import (
     MODELS,
     PLAIN,

@@ -1,6 +1,6 @@
 """What state.json of a checkpoint holds."""
 
-from sat_lora.training.random_state import random_state
+from sat_lora.training.steps.random_state import random_state
 
 
 def stored_state(**changes) -> dict:

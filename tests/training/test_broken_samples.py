@@ -4,7 +4,7 @@ import numpy
 import pytest
 
 from sat_lora import DataError
-from sat_lora.training.broken_samples import BrokenSamples
+from sat_lora.training.steps.broken_samples import BrokenSamples
 
 
 def stops_at(flags, max_share: float, batch: int = 8) -> int | None:

@@ -9,10 +9,10 @@ from safetensors.torch import load_file
 
 from sat_lora import LoraConfig, add_lora
 from sat_lora.errors import CheckpointError
-from sat_lora.training.checkpoint import STATE, TENSORS, RunState, load_checkpoint
-from sat_lora.training.distributed import arrange, join
-from sat_lora.training.engine import adapter_optimizer, start_engine
-from sat_lora.training.optimizer_state import create_moments, optimizer_tensors
+from sat_lora.parallel.distributed import arrange, join
+from sat_lora.training.steps.checkpoint import STATE, TENSORS, RunState, load_checkpoint
+from sat_lora.training.steps.engine import adapter_optimizer, start_engine
+from sat_lora.training.steps.optimizer_state import create_moments, optimizer_tensors
 from tests.distributed.ranks import run_ranks
 from tests.distributed.training_runs import engine_config, mixed_batch, save_now, step_together
 from tests.tiny import tiny_model

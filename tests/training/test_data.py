@@ -4,8 +4,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sat_lora.errors import DataError
-from sat_lora.training.data import (
+from sat_lora.data.samples import (
     BrokenSample,
     ImageTextDataset,
     Item,
@@ -14,6 +13,7 @@ from sat_lora.training.data import (
     read_items,
     split_items,
 )
+from sat_lora.errors import DataError
 
 SIZE = (21, 21)
 FIELDS = ("input_ids", "position_ids", "labels", "image_embed_mask", "vision_expert_mask")

@@ -4,8 +4,8 @@ import logging
 import pytest
 
 from sat_lora.errors import ConfigError
-from sat_lora.training.deepspeed_config import BUCKET, deepspeed_config
-from sat_lora.training.options import parse_options
+from sat_lora.training.settings.deepspeed_config import BUCKET, deepspeed_config
+from sat_lora.training.settings.options import parse_options
 
 # The file that CogVLM's launch script names (finetune_demo/test_config_bf16.json).
 PUBLISHED = {

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sat_lora.errors import ConfigError
-from sat_lora.training.distributed import ALLOCATOR, _let_memory_grow, join
+from sat_lora.parallel.distributed import ALLOCATOR, _let_memory_grow, join
 from tests.distributed.ranks import run_ranks
 
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from sat_lora import add_lora, load_adapter, save_adapter
-from sat_lora.cogvlm.checkpoint import load_cogvlm
-from sat_lora.cogvlm.image import load_image
-from sat_lora.cogvlm.text import build_sample, load_tokenizer, prompt_for
-from sat_lora.training.distributed import arrange, join
+from sat_lora.cogvlm.checkpoints.load import load_cogvlm
+from sat_lora.cogvlm.inputs.image import load_image
+from sat_lora.cogvlm.inputs.text import build_sample, load_tokenizer, prompt_for
+from sat_lora.parallel.distributed import arrange, join
 from sat_lora.training.evaluation import evaluate_adapter, evaluation_table
 from tests.distributed.ranks import run_ranks
 from tests.patience import patient

@@ -5,11 +5,11 @@ import json
 
 import pytest
 
-from sat_lora.config import LoraConfig
 from sat_lora.errors import ConfigError
-from sat_lora.training.lora_options import LORA_FIELDS, field_docs, first_sentence, lora_config, lora_problems
-from sat_lora.training.options import build_parser, parse_options
-from sat_lora.training.run_folder import RunFolder
+from sat_lora.lora.config import LoraConfig
+from sat_lora.training.runs.run_folder import RunFolder
+from sat_lora.training.settings.lora_options import LORA_FIELDS, field_docs, first_sentence, lora_config, lora_problems
+from sat_lora.training.settings.options import build_parser, parse_options
 from tests.training.test_options import failure
 
 # For every field, words of a command line and the value that LoraConfig has after them.

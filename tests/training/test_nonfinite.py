@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from sat_lora import LoraConfig, add_lora
-from sat_lora.placement import adapters_of
-from sat_lora.training.distributed import arrange, join
-from sat_lora.training.engine import adapter_optimizer, start_engine
-from sat_lora.training.loss import count_answer_tokens, sum_over_data_parallel
-from sat_lora.training.nonfinite import nonfinite_gradients
-from sat_lora.training.optimizer_state import create_moments, optimizer_tensors, steps_taken
-from sat_lora.training.step import train_step
+from sat_lora.lora.apply import adapters_of
+from sat_lora.parallel.distributed import arrange, join
+from sat_lora.training.steps.engine import adapter_optimizer, start_engine
+from sat_lora.training.steps.loss import count_answer_tokens, sum_over_data_parallel
+from sat_lora.training.steps.nonfinite import nonfinite_gradients
+from sat_lora.training.steps.optimizer_state import create_moments, optimizer_tensors, steps_taken
+from sat_lora.training.steps.step import train_step
 from tests.distributed.ranks import run_ranks
 from tests.distributed.training_runs import engine_config, image_batch, mixed_batch
 from tests.tiny import tiny_model

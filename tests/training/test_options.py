@@ -3,9 +3,9 @@ import shlex
 
 import pytest
 
-from sat_lora.training.defaults import DEFAULTS
-from sat_lora.training.options import build_parser, parse_options
-from sat_lora.training.schedule import warmup_steps
+from sat_lora.training.settings.defaults import DEFAULTS
+from sat_lora.training.settings.options import build_parser, parse_options
+from sat_lora.training.settings.schedule import warmup_steps
 
 # The options of CogVLM's published finetune_cogvlm_lora.sh, in its order and spelling.
 PUBLISHED = shlex.split(

@@ -6,9 +6,9 @@ import torch
 
 from benchmarks.model_folders import write_hugging_face
 from sat_lora.errors import ConfigError, DataError, SatLoraError
-from sat_lora.training.defaults import DEFAULTS
-from sat_lora.training.options import parse_options
 from sat_lora.training.preflight import check_options
+from sat_lora.training.settings.defaults import DEFAULTS
+from sat_lora.training.settings.options import parse_options
 from tests.tiny import CONFIG
 from tests.training.stored_state import stored_state
 from tests.training.tar_shards import write_numbered_shards

@@ -10,15 +10,15 @@ import pytest
 import torch
 
 from sat_lora import LoraConfig, add_lora
-from sat_lora.cogvlm.model import build_cogvlm
-from sat_lora.cogvlm.sat_folder import save_weights
-from sat_lora.doctor.live_memory import LiveBytes
-from sat_lora.mixin import lora_mixins
-from sat_lora.partitioned import Partitioning
-from sat_lora.training.distributed import arrange, join
-from sat_lora.training.engine import adapter_optimizer, set_up_deepspeed, start_engine
-from sat_lora.training.optimizer_state import create_moments
-from sat_lora.training.release import end_training, free_memory
+from sat_lora.cogvlm.checkpoints.sat_folder import save_weights
+from sat_lora.cogvlm.network.model import build_cogvlm
+from sat_lora.lora.mixin import lora_mixins
+from sat_lora.memory.live_memory import LiveBytes
+from sat_lora.parallel.distributed import arrange, join
+from sat_lora.parallel.partitioned import Partitioning
+from sat_lora.training.steps.engine import adapter_optimizer, set_up_deepspeed, start_engine
+from sat_lora.training.steps.optimizer_state import create_moments
+from sat_lora.training.steps.release import end_training, free_memory
 from tests.distributed.ranks import run_ranks
 from tests.distributed.training_runs import engine_config, step_together
 from tests.tiny import logits_of, tiny_batch, tiny_model
@@ -115,8 +115,9 @@ def wide_base(folder):
 
 def peaks_of_run(stage, folder, captchas, *more):
     """(bytes of the base, peak of the training steps, peak after them), in bytes of tensors of a run's process."""
-    from sat_lora.training import deepspeed_config, evaluation, finetune
-    from sat_lora.training.options import parse_options
+    from sat_lora.training import evaluation, finetune
+    from sat_lora.training.settings import deepspeed_config
+    from sat_lora.training.settings.options import parse_options
 
     arrange(join())
     base_bytes = wide_base(folder / "base")

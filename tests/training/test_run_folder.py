@@ -7,10 +7,10 @@ import pty
 import pytest
 from PIL import Image
 
-from sat_lora.training import progress
-from sat_lora.training.loss_plot import draw_losses, smoothed
-from sat_lora.training.options import parse_options
-from sat_lora.training.run_folder import RunFolder, read_records, write_json
+from sat_lora.training.runs import step_progress as progress
+from sat_lora.training.runs.loss_plot import draw_losses, smoothed
+from sat_lora.training.runs.run_folder import RunFolder, read_records, write_json
+from sat_lora.training.settings.options import parse_options
 from tests.distributed.ranks import run_ranks
 
 FIGURES = dict(lr=1e-3, grad_norm=0.5, samples_per_second=10.0, peak_memory_mib=100.0)

@@ -3,9 +3,9 @@ from itertools import islice
 import pytest
 import torch
 
+from sat_lora.data.batches.sampler import EpochSampler, eval_batches, make_loader
+from sat_lora.data.samples import ImageTextDataset, read_items
 from sat_lora.errors import DataError
-from sat_lora.training.data import ImageTextDataset, read_items
-from sat_lora.training.sampler import EpochSampler, eval_batches, make_loader
 
 
 def sampler(num_samples=10, *, batch_size=3, rank=0, size=1, seed=7, **settings):

@@ -14,18 +14,18 @@ import torch
 
 from sat_lora import LoraConfig, add_lora, save_adapter
 from sat_lora.errors import SatLoraError
-from sat_lora.host_copies import CHUNK, HostCopies
-from sat_lora.live_base import identity_of_model
-from sat_lora.step_folders import read_pointer
+from sat_lora.files.host_copies import CHUNK, HostCopies
+from sat_lora.files.step_folders import read_pointer
+from sat_lora.lora.live_base import identity_of_model
+from sat_lora.parallel.distributed import arrange, join
+from sat_lora.parallel.stop_signals import Stopped
 from sat_lora.training import saving
-from sat_lora.training.checkpoint import STATE, RunState, load_checkpoint
-from sat_lora.training.distributed import arrange, join
-from sat_lora.training.engine import adapter_optimizer, start_engine
 from sat_lora.training.loop import train
-from sat_lora.training.optimizer_state import create_moments
-from sat_lora.training.run_folder import RunFolder
+from sat_lora.training.runs.run_folder import RunFolder
 from sat_lora.training.saving import BackgroundWriter
-from sat_lora.training.stop_signals import Stopped
+from sat_lora.training.steps.checkpoint import STATE, RunState, load_checkpoint
+from sat_lora.training.steps.engine import adapter_optimizer, start_engine
+from sat_lora.training.steps.optimizer_state import create_moments
 from tests.distributed.ranks import run_ranks
 from tests.distributed.training_runs import engine_config, mixed_batch, save_now
 from tests.tiny import tiny_model

@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from sat_lora.training.schedule import DECAY_STYLES, learning_rate_factor, total_steps, warmup_steps
+from sat_lora.training.settings.schedule import DECAY_STYLES, learning_rate_factor, total_steps, warmup_steps
 
 
 def factors(**settings):

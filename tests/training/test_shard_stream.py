@@ -3,11 +3,11 @@ from itertools import islice
 import pytest
 import torch
 
+from sat_lora.data.batches.sampler import make_stream_loader
+from sat_lora.data.batches.shard_stream import ShardStream
+from sat_lora.data.samples import ImageTextDataset
+from sat_lora.data.shards.shards import Shard
 from sat_lora.errors import DataError
-from sat_lora.training.data import ImageTextDataset
-from sat_lora.training.sampler import make_stream_loader
-from sat_lora.training.shard_stream import ShardStream
-from sat_lora.training.shards import Shard
 from tests.training.tar_shards import write_numbered_shards
 
 SIZES = [7, 0, 1, 12, 5]
@@ -121,7 +121,7 @@ def test_no_samples_at_all_are_refused(stream):
 
 
 def test_skipping_reads_no_image(stream, monkeypatch):
-    from sat_lora.training.shards import Record
+    from sat_lora.data.shards.shards import Record
 
     read, calls = Record.read, []
     monkeypatch.setattr(Record, "read", lambda record, *limits: calls.append(record) or read(record, *limits))

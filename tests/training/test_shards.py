@@ -7,10 +7,10 @@ import tarfile
 import pytest
 from PIL import Image
 
+from sat_lora.data.samples import BrokenSample, Item
+from sat_lora.data.shards.shard_checks import problems_with_shards
+from sat_lora.data.shards.shards import count_shards, expand_shards, find_records
 from sat_lora.errors import DataError
-from sat_lora.training.data import BrokenSample, Item
-from sat_lora.training.shard_checks import problems_with_shards
-from sat_lora.training.shards import count_shards, expand_shards, find_records
 from tests.training.tar_shards import png, write_shard
 
 

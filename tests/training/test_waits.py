@@ -11,12 +11,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sat_lora import LoraConfig, add_lora
-from sat_lora.training.distributed import arrange, join
-from sat_lora.training.engine import adapter_optimizer, start_engine
-from sat_lora.training.loss import count_answer_tokens, sum_on_device
-from sat_lora.training.optimizer_state import create_moments
-from sat_lora.training.step import train_step, validation_loss
-from sat_lora.training.stop_signals import SIGNALS
+from sat_lora.parallel.distributed import arrange, join
+from sat_lora.parallel.stop_signals import SIGNALS
+from sat_lora.training.steps.engine import adapter_optimizer, start_engine
+from sat_lora.training.steps.loss import count_answer_tokens, sum_on_device
+from sat_lora.training.steps.optimizer_state import create_moments
+from sat_lora.training.steps.step import train_step, validation_loss
 from tests.distributed.ranks import run_ranks
 from tests.distributed.training_runs import engine_config, mixed_batch
 from tests.tiny import tiny_model

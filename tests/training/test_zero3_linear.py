@@ -5,7 +5,7 @@ import torch
 from deepspeed.runtime.zero.linear import zero3_linear_wrap
 from torch.nn import functional as F
 
-from sat_lora.training.zero3_linear import round_once
+from sat_lora.training.steps.zero3_linear import round_once
 
 
 def run(linear, shape, with_bias):

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from sat_lora import LoraConfig, add_lora
-from sat_lora.training import engine as engine_module
-from sat_lora.training.distributed import arrange, join
-from sat_lora.training.engine import adapter_optimizer, start_engine
-from sat_lora.training.optimizer_state import create_moments, optimizer_tensors
+from sat_lora.parallel.distributed import arrange, join
+from sat_lora.training.steps import engine as engine_module
+from sat_lora.training.steps.engine import adapter_optimizer, start_engine
+from sat_lora.training.steps.optimizer_state import create_moments, optimizer_tensors
 from tests.distributed.ranks import run_ranks
 from tests.distributed.training_runs import engine_config, mixed_batch, step_together
 from tests.tiny import tiny_model

@@ -1,0 +1,1 @@
+"""Adapters on disk: saved, loaded, inspected, combined, merged into a base."""

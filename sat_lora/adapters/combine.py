@@ -1,0 +1,171 @@
+"""Several adapters of one base become one: a new adapter whose delta is the weighted sum of theirs, or nearly so.
+
+    cat     sum_i w_i s_i B_i A_i, exactly; the ranks add up
+    svd     the best approximation of that sum with a given rank
+    linear  (sum_i c_i B_i) (sum_i c_i A_i) with c_i = sqrt(w_i s_i): cheap, and rough because of the cross terms
+    ties    linear, with A and B each merged by TIES (arXiv 2306.01708)
+
+Where an adapter lacks a layer or a slot, the others are combined: it adds nothing there, and has no vote in ties.
+
+PEFT's `add_weighted_adapter` gives the same deltas by the same names, except that it takes every method for `linear`
+where there is one adapter (here svd lowers its rank), gives every layer of an svd the largest rank that occurs
+anywhere, and keeps the first adapter's `use_rslora`, which makes its result sqrt(r) times too strong.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import replace
+from functools import partial, reduce
+from pathlib import Path
+
+import torch
+from torch.nn.functional import pad
+
+from sat_lora.adapters.combine_checks import WHOLE, Source, by_layer, check_arguments, read_sources, refuse
+from sat_lora.adapters.combine_factors import Pair, Triple, cat, linear, svd, ties
+from sat_lora.adapters.format import LARGEST_SCALE, PAIR, LayerEntry, SavedAdapter, cut_slots, write_adapter
+from sat_lora.errors import AdapterError, ConfigError
+from sat_lora.lora.base_identity import BaseIdentity
+from sat_lora.lora.config import SLOTS, LoraConfig
+
+Arithmetic = Callable[[list[Triple]], Pair]
+
+
+def combine_adapters(
+    folders: list[str | Path],
+    out: str | Path,
+    *,
+    method: str,
+    weights: list[float] | None = None,
+    rank: int | None = None,
+    density: float | None = None,
+    majority_sign: str = "total",
+    any_base: bool = False,
+    progress: Callable[[Collection], Iterable] = iter,
+) -> None:
+    """Write OUT, a new adapter folder, from adapters of one base; for the methods see the top of this file.
+
+    weights: one per folder, by default 1; a negative one subtracts. rank: svd's, by default at each layer the largest
+    there. density: the share of the values in A and in B that ties keeps. majority_sign: ties elects signs by the sum
+    of values ("total") or by number ("frequency"). any_base: the adapters may be of different bases with the same
+    layers; the result names the first one's. progress: goes through the layers, as tqdm does.
+
+    Computed in float32, or float64 for float64 adapters, and rounded once to the adapters' dtype. A layer's scale is
+    its largest |w_i s_i|, so that cat keeps the bits of adapters where these are equal. ConfigError (arguments) and
+    AdapterError (folders) list everything that is wrong.
+    """
+    check_arguments(folders, out, method, weights, rank, density, majority_sign)
+    weights = [1.0] * len(folders) if weights is None else weights
+    sources = read_sources(folders, weights, method, any_base=any_base)
+    arithmetic = {
+        "cat": cat,
+        "linear": linear,
+        "svd": partial(svd, rank=rank),
+        "ties": partial(ties, density=density, majority_sign=majority_sign),
+    }[method]
+    combined = combine_sources(sources, arithmetic, progress)
+    try:
+        write_adapter(out, combined)
+    except OSError as error:
+        raise AdapterError(f"{out}: the combined adapter could not be written: {error}") from error
+
+
+def combine_sources(
+    sources: list[Source], arithmetic: Arithmetic, progress: Callable[[Collection], Iterable] = iter
+) -> SavedAdapter:
+    """The combination of all layers. AdapterError: it is not finite, or too large to be read again."""
+    layers, tensors = {}, {}
+    for name, holders in progress(by_layer(sources).items()):
+        try:
+            layers[name], own = combine_layer(name, holders, arithmetic)
+        except torch.linalg.LinAlgError as error:  # values so large that their products overflow
+            raise AdapterError(f"{name}: cannot be combined: {error}") from error
+        tensors |= own
+    broken = [key for key, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
+    refuse([f"{key}: the combination is not finite in {tensors[key].dtype}" for key in broken])
+    too_strong = [name for name, entry in layers.items() if not abs(entry.scale * entry.r) <= LARGEST_SCALE]
+    refuse([f"{name}: its scale would be {layers[name].scale:g}, which no adapter has" for name in too_strong])
+    try:
+        config = combined_config([source.saved.config for source in sources], layers)
+    except ConfigError as error:
+        raise AdapterError(f"not combined: {error}; give smaller weights") from error
+    # The scale as a reader of the config gets it, to the last bit.
+    layers = {name: replace(entry, scale=config.scale_for(name, entry.r)) for name, entry in layers.items()}
+    combined = SavedAdapter(config, sources[0].saved.base_fingerprint, layers, (), tensors, _base(sources))
+    refuse([f"{name}: the delta leaves float32; give smaller weights" for name in layers if _overflows(combined, name)])
+    return combined
+
+
+def _overflows(adapter: SavedAdapter, name: str) -> bool:
+    """Whether |s| |B| |A|, which no entry of the delta exceeds, is beyond float32."""
+    a, b = (torch.linalg.vector_norm(tensor, dtype=torch.float64).item() for tensor in adapter.of_layer(name).values())
+    return not abs(adapter.layers[name].scale) * a * b <= LARGEST_SCALE
+
+
+def _base(sources: list[Source]) -> BaseIdentity | None:
+    """The first that says which values the base has, or else says anything."""
+    known = sorted((s.saved.base for s in sources if s.saved.base), key=lambda base: base.values is None)
+    return known[0] if known else None
+
+
+def combine_layer(
+    name: str, holders: list[Source], arithmetic: Arithmetic
+) -> tuple[LayerEntry, dict[str, torch.Tensor]]:
+    """(entry, tensors by key) of one layer, from the adapters that have it."""
+    scale = max(abs(source.strength(name)) for source in holders) or 1.0
+    rows = {slot: rows for source in holders for slot, rows in source.rows(name).items()}
+    order = sorted(rows, key=rows.get)
+    slots, spans = tuple(slot for slot in order if slot != WHOLE), tuple(rows[slot] for slot in order)
+    dtype, triples = triples_by_slot(name, holders, scale)
+    stacked = [factor.to(dtype) for factor in stack([arithmetic(triples[slot]) for slot in order])]
+    entry = LayerEntry(holders[0].saved.layers[name].kind, len(stacked[0]) // len(order), scale, slots, spans)
+    return entry, cut_slots(name, slots, [stop - start for start, stop in spans], dict(zip(PAIR, stacked)))
+
+
+def triples_by_slot(name: str, holders: list[Source], scale: float) -> tuple[torch.dtype, dict[str, list[Triple]]]:
+    """The widest dtype in one layer, and for each slot the factors of the adapters that have it, in float32 or wider.
+
+    Their strengths are divided by `scale`.
+    """
+    factors = [factor for source in holders for pair in source.pairs(name).values() for factor in pair]
+    dtype = reduce(torch.promote_types, [factor.dtype for factor in factors])
+    wide = torch.promote_types(dtype, torch.float32)
+    triples: dict[str, list[Triple]] = {}
+    for source in holders:
+        for slot, (a, b) in source.pairs(name).items():
+            triples.setdefault(slot, []).append((a.to(wide), b.to(wide), source.strength(name) / scale))
+    return dtype, triples
+
+
+def stack(pairs: list[Pair]) -> Pair:
+    """A (slots * r, in) and B (rows of all slots, r) of the pairs of all slots.
+
+    r is the largest rank: a layer has one, and a slot that fewer adapters have is filled up with zeros.
+    """
+    rank = max(len(a) for a, _ in pairs)
+    a = [pad(a, (0, 0, 0, rank - len(a))) for a, _ in pairs]
+    b = [pad(b, (0, rank - b.shape[1])) for _, b in pairs]
+    return torch.cat(a), torch.cat(b)
+
+
+def combined_config(configs: list[LoraConfig], layers: dict[str, LayerEntry]) -> LoraConfig:
+    """The first config with every layer's rank and scale; patterns for the layers that differ from the most."""
+    ranks = {name: entry.r for name, entry in layers.items()}
+    alphas = {name: entry.scale * entry.r for name, entry in layers.items()}
+    (r, _), (alpha, _) = (Counter(values.values()).most_common(1)[0] for values in (ranks, alphas))
+    # A pattern matches the end of a name too, and some names are the ends of others: hence the "^".
+    changes = {
+        "r": r,
+        "lora_alpha": alpha,
+        "use_rslora": False,
+        "init_lora_weights": "kaiming",  # how the first began says nothing of a sum, and may forbid its ranks
+        "rank_pattern": {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != r},
+        "alpha_pattern": {f"^{re.escape(name)}": value for name, value in alphas.items() if value != alpha},
+    }
+    selection = ("target_modules", "exclude_modules", "layers_to_transform", "qkv_slots")
+    if any(getattr(config, name) != getattr(configs[0], name) for config in configs for name in selection):
+        slots = tuple(slot for slot in SLOTS if any(slot in entry.slots for entry in layers.values()))
+        named = "|".join(map(re.escape, layers))
+        changes.update(zip(selection, (named, (), None, slots or configs[0].qkv_slots)))
+    return replace(configs[0], **changes)

@@ -1,0 +1,194 @@
+"""Fold an adapter into a base checkpoint on the CPU, tensor by tensor: SAT or Hugging Face folder in, either out.
+
+The base is mapped and the result is filled through a mapping, so the process itself holds one tensor at a time.
+"""
+
+import shutil
+from collections.abc import Callable, Collection, Iterable
+from pathlib import Path
+
+import torch
+
+from sat_lora.adapters.format import SavedAdapter, base_problem, read_adapter, tensor_problems
+from sat_lora.cogvlm.checkpoints.base_weights import BaseWeights
+from sat_lora.cogvlm.checkpoints.hugging_face_folder import (
+    CONFIG,
+    INDEX,
+    REMOTE_CODE,
+    ROTARY,
+    make_hugging_face_weights,
+)
+from sat_lora.cogvlm.checkpoints.sat_folder import make_sat_weights
+from sat_lora.errors import AdapterError, CheckpointError, MergeError
+from sat_lora.files.atomic import replaced_folder
+from sat_lora.files.foreign import printable
+from sat_lora.files.weight_files import Layout
+from sat_lora.lora.deltas.layers import KINDS
+from sat_lora.lora.deltas.low_rank import DeltaLayout
+from sat_lora.lora.deltas.merging import merged_weight
+
+_OF_WEIGHTS = {"latest", "model_config.json", INDEX, "pytorch_model.bin.index.json"}  # beside files with these endings
+_WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack"}
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def merge_adapter(
+    base: str | Path,
+    adapter: str | Path,
+    out: str | Path,
+    *,
+    to: str = "sat",
+    model_parallel_size: int = 1,
+    dtype: torch.dtype | None = None,
+    trust: bool = False,
+    any_base: bool = False,
+    progress: Callable[[Collection], Iterable] = iter,
+) -> list[str]:
+    """Write OUT, the base with scale * B A added to each adapted weight: in float32, kept in the base's dtype.
+
+    Gives remarks: what lies beside the base and was left out, what OUT wants beside it. to: "sat", cut for
+    `model_parallel_size` ranks, or "hf", a Hugging Face folder of safetensors. The base may be either, and cut for any
+    number of ranks. dtype: of all of OUT's weights instead. progress: goes through the tensors' names, as tqdm does.
+    CheckpointError or AdapterError: a folder is wrong or cannot be written, or the adapter was trained on another base;
+    MergeError: a merged weight is not finite. OUT is not there then. trust: see `map_weights`. any_base: take a base
+    that the adapter was not trained on, if its layers are there.
+    """
+    out = Path(out)
+    if out.exists():
+        raise CheckpointError(f"--out: {out} exists; give a new folder")
+    weights = BaseWeights(base, trust=trust)
+    saved = read_adapter(adapter)
+    another = None if any_base else base_problem(saved, weights.identity, adapter, base)
+    if another:
+        raise AdapterError(f"--adapter: {another}")
+    refuse_misfits(weights.shapes, saved, adapter)
+    if to == "hf" and ROTARY not in weights.layout:
+        raise CheckpointError(f"--base: {printable(base)} has no {ROTARY}, of which Hugging Face's layers have copies")
+    layouts = [in_dtype(layout, dtype) for layout in weights.layouts_for(model_parallel_size)]
+    try:
+        with replaced_folder(out) as temporary:
+            if to == "hf":
+                parts = [
+                    make_hugging_face_weights(
+                        temporary, weights.config, layouts[0], weights[ROTARY], own_config=weights.hugging_face_config
+                    )
+                ]
+            else:
+                parts = make_sat_weights(temporary, weights.config, layouts)
+            for name in progress(weights.layout):
+                whole = merged_tensor(name, weights, saved)
+                for rank, part in enumerate(parts):
+                    if name in part:
+                        part[name].copy_(weights.shard(name, whole, rank, len(parts)))
+                        _refuse_non_finite(name, part[name], adapter)
+            remarks = copy_beside(Path(base), temporary, without={CONFIG} if to == "hf" else set())
+            return remarks + (missing_parts(temporary, base, weights) if to == "hf" else [])
+    except (OSError, RuntimeError) as error:  # torch meets a full disk with a RuntimeError
+        raise CheckpointError(f"--out: {out} cannot be written: {error}") from error
+
+
+def in_dtype(layout: Layout, dtype: torch.dtype | None) -> Layout:
+    """The layout with its weights in that dtype, and the rotary frequencies as they are."""
+    if dtype is None:
+        return layout
+    return {
+        name: (shape, own if name == ROTARY or not own.is_floating_point else dtype)
+        for name, (shape, own) in layout.items()
+    }
+
+
+def copy_beside(base: Path, out: Path, *, without: Collection[str] = ()) -> list[str]:
+    """Copy the tokenizer and whatever else lies beside the weights, and tell what is left out.
+
+    No link is followed out of the base's folder: whoever made the folder would choose which of the reader's files the
+    merged model is passed on with. The cache of Hugging Face is one folder in this, its files being links into `blobs`.
+    """
+    left_out = []
+    for path in sorted(base.iterdir()):
+        if path.name in _OF_WEIGHTS or path.name in without or path.suffix.lower() in _WEIGHT_SUFFIXES:
+            continue
+        if path.is_symlink() and not _stays_inside(path):
+            left_out.append(printable(path.name))
+        elif path.is_file():
+            shutil.copyfile(path, out / path.name)
+    if not left_out:
+        return []
+    return [f"left out, links that lead out of {printable(base)}: {', '.join(left_out)}; copy what they name yourself"]
+
+
+def _stays_inside(link: Path) -> bool:
+    """Whether a link leads to something in its own folder, or in the `blobs` of a cache of Hugging Face."""
+    folder = link.parent.resolve()
+    blobs = folder.parent.parent / "blobs"
+    homes = [folder, blobs] if folder.parent.name == "snapshots" else [folder]
+    try:
+        target = link.resolve(strict=True)
+        return any(target.is_relative_to(home) for home in homes)
+    except (OSError, RuntimeError):  # it leads nowhere, or in a circle
+        return False
+
+
+def missing_parts(folder: Path, base: str | Path, weights: BaseWeights) -> list[str]:
+    """What `from_pretrained` wants beside the weights and is not there, and which prompts the code does not make."""
+    remarks = []
+    if weights.hugging_face_config is None and weights.config.get("text_processor_version") == "chat":
+        remarks.append(
+            "its prompts are ` [INST] QUERY [/INST] `, which the published code makes of no query: write them so "
+            '(template_version is "base", which takes a query as it is)'
+        )
+    code = [name for name in REMOTE_CODE if not (folder / name).is_file()]
+    if code and not any(folder.glob("modeling_*.py")):
+        remarks.append(
+            f"put {', '.join(code)} beside it, from a Hugging Face CogVLM such as cogvlm-chat-hf: from_pretrained "
+            "takes the model's code from there"
+        )
+    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        remarks.append(
+            f"no tokenizer lies in {printable(base)}: load the base's (CogVLM's is vicuna-7b-v1.5) from its own folder"
+        )
+    return remarks
+
+
+def merged_tensor(name: str, weights: BaseWeights, saved: SavedAdapter) -> torch.Tensor:
+    """A tensor of the base as it is with the adapter, in float32 or wider if that changes it."""
+    layer = name.removesuffix(".weight")
+    if name in saved.trained:
+        return saved.tensors[name]
+    if layer == name or layer not in saved.layers:
+        return weights[name]
+    entry, weight, tensors = saved.layers[layer], weights[name], saved.of_layer(layer)
+    kind = KINDS[entry.kind]
+    layout = DeltaLayout(entry.rows, kind.matrix(weight).shape[0], entry.kind)
+    delta = (tensors["lora_A"], tensors["lora_B"], entry.scale)
+    return merged_weight(weight, kind, layout, delta, tensors.get("lora_magnitude"))
+
+
+def refuse_misfits(shapes: dict[str, tuple[int, ...]], saved: SavedAdapter, source: str | Path) -> None:
+    """AdapterError, with every way in which the adapter does not fit a base of these whole shapes."""
+    wanted = [*saved.trained, *(f"{name}.weight" for name in saved.layers)]
+    problems = [f"no {printable(name)}" for name in wanted if name not in shapes]
+    problems += [f"{printable(n)}: unknown kind {e.kind!r}" for n, e in saved.layers.items() if e.kind not in KINDS]
+    if not problems:
+        matrices = {
+            name: KINDS[entry.kind].matrix(torch.empty(shapes[f"{name}.weight"], device="meta")).shape
+            for name, entry in saved.layers.items()
+        }
+        expected = saved.expected({name: matrix[1] for name, matrix in matrices.items()})
+        expected |= {name: shapes[name] for name in saved.trained}
+        problems = tensor_problems(saved.tensors, expected)
+        for name, entry in saved.layers.items():
+            if any(not 0 <= start < stop <= matrices[name][0] for start, stop in entry.rows):
+                problems.append(f"{name}: rows {entry.rows}, the weight has {matrices[name][0]}")
+    if problems:
+        raise AdapterError(f"{source} does not fit the base: {'; '.join(sorted(problems)[:20])}")
+
+
+def _refuse_non_finite(name: str, merged: torch.Tensor, source: str | Path) -> None:
+    if merged.is_floating_point():
+        bad = sum(int((~torch.isfinite(rows)).sum()) for rows in merged.view(-1).split(1 << 24))
+        if bad:
+            hint = "; --dtype bfloat16 and float32 hold more than 65,504" if merged.dtype == torch.float16 else ""
+            raise MergeError(
+                f"{source}: {name}: {bad} merged values are not finite in {merged.dtype}; nothing was merged{hint}"
+            )

@@ -1,0 +1,198 @@
+"""From a model to an adapter folder and back, at any ZeRO stage and model-parallel size. See `format`."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from sat_lora.adapters.format import (
+    MAGNITUDE,
+    PAIR,
+    LayerEntry,
+    SavedAdapter,
+    base_problem,
+    cut_slots,
+    plain_config,
+    read_adapter,
+    tensor_problems,
+    write_adapter,
+)
+from sat_lora.errors import AdapterError
+from sat_lora.files.foreign import printable
+from sat_lora.lora.adapter import LoraAdapter
+from sat_lora.lora.apply import (
+    adapters_of,
+    find_all_parameters,
+    find_all_sites,
+    mixins_called,
+    place_mixins,
+    whole_name,
+)
+from sat_lora.lora.live_base import identity_of_model, whole_shape
+from sat_lora.lora.targets import BaseParameter, Plan, Site, Target
+from sat_lora.parallel.sharding import Sharding, gathered, model_parallel_layout, over_model_parallel
+
+Copy = Callable[[torch.Tensor], torch.Tensor]
+"""Makes a copy of a tensor that will change."""
+
+
+def on_the_cpu(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy there, also of a tensor that is there already."""
+    return tensor.detach().to("cpu", copy=True)
+
+
+def whole_tensors(name: str, adapter: LoraAdapter, copy: Copy = on_the_cpu) -> dict[str, torch.Tensor]:
+    """The tensors of one adapter for the file, its layer called `name`, as copies. Every rank has to call it."""
+    with gathered(adapter.parameters()):
+        local = dict(zip("AB", (factor.detach() for factor in adapter.factors())))
+        if adapter.magnitude_or_none is not None:
+            local["magnitude"] = adapter.magnitude.detach()
+        leaves = dict(zip("AB", PAIR), magnitude=MAGNITUDE)
+        stacked = {
+            leaves[leaf]: copy(over_model_parallel(tensor, adapter.shardings[leaf])) for leaf, tensor in local.items()
+        }
+    if any(tensor.numel() == 0 for tensor in stacked.values()):
+        raise AdapterError(f"{name}: gathered to an empty tensor; nothing was saved")
+    return cut_slots(name, adapter.slots, [stop - start for start, stop in adapter.target.rows], stacked)
+
+
+def trained_of(model: nn.Module, name: str = "lora") -> dict[str, tuple[nn.Parameter, Sharding]]:
+    """The base parameters that LoraMixins called `name` train whole, with their cuts, by name."""
+    return {
+        whole_name(owner, key): (parameter, mixin.trained.shardings[key])
+        for owner, mixin in mixins_called(model, name).items()
+        for key, parameter in mixin.trained.tensors.items()
+    }
+
+
+def save_adapter(model: nn.Module, folder: str | Path, *, name: str = "lora") -> None:
+    """Write the adapter called `name`. Every rank has to call it; rank 0 writes, and all return when it is there."""
+    saved = gather_adapter(model, folder, name=name)
+    failure = [None]
+    distributed = torch.distributed.is_initialized()
+    if not distributed or torch.distributed.get_rank() == 0:
+        try:
+            write_gathered(folder, saved)
+        except AdapterError as error:
+            failure = [str(error)]
+    if distributed:
+        torch.distributed.broadcast_object_list(failure, src=0)
+    if failure[0]:
+        raise AdapterError(failure[0])
+
+
+def gather_adapter(
+    model: nn.Module, folder: str | Path, *, name: str = "lora", copy: Copy = on_the_cpu
+) -> SavedAdapter:
+    """The adapter called `name`, for `write_gathered`. Every rank has to call it.
+
+    copy: makes a copy of a tensor, which the model goes on to change. AdapterError, on every rank: `folder` cannot hold
+    it.
+    """
+    mixins = list(mixins_called(model, name).values())
+    if not mixins:
+        raise AdapterError(f"{folder}: not saved, the model has no LoRA mixin called {name!r}")
+    if any(mixin.config != mixins[0].config for mixin in mixins):
+        raise AdapterError(
+            f"{folder}: not saved, the LoRA mixins called {name!r} have different configs and a file holds one; "
+            "give them different names, or one config with rank_pattern and alpha_pattern"
+        )
+    if any(not mixin.enabled and mixin.trained.tensors for mixin in mixins):
+        raise AdapterError(f"{folder}: not saved, {name!r} is disabled and its base parameters are the originals")
+    tensors, layers = {}, {}
+    for site, adapter in adapters_of(model, name).items():
+        tensors |= whole_tensors(site, adapter, copy)
+        rank = adapter.factors_rank
+        layers[site] = LayerEntry(adapter.kind.name, rank, adapter.scale, adapter.slots, tuple(adapter.target.rows))
+    trained = {}
+    for key, (parameter, sharding) in trained_of(model, name).items():
+        with gathered([parameter]):
+            trained[key] = copy(over_model_parallel(parameter.detach(), sharding))
+    config, base = plain_config(mixins[0].config), identity_of_model(model)
+    return SavedAdapter(config, base.fingerprint, layers, tuple(trained), {**tensors, **trained}, base)
+
+
+def write_gathered(folder: str | Path, saved: SavedAdapter) -> None:
+    """Write what `gather_adapter` gave on rank 0; it needs no other rank. AdapterError: it could not be written."""
+    try:
+        write_adapter(folder, saved)
+    except OSError as error:
+        raise AdapterError(f"{folder}: the adapter could not be written: {error}") from error
+
+
+def load_adapter(
+    model: nn.Module, folder: str | Path, *, name: str = "lora", fixed_order: bool = False, any_base: bool = False
+) -> None:
+    """Put a saved adapter on the model, at any model-parallel size: new mixins called `name`, or into those there.
+
+    Ranks, scales and slots are those of the file; fixed_order: of new mixins, see `add_lora`. Strict: all problems are
+    listed in one AdapterError, and the model is left as it was. any_base: also on another base than it was trained on,
+    if its layers are there. Under ZeRO-3 or model parallelism every rank has to call it.
+    """
+    base = identity_of_model(model)  # before anything can fail on one rank: all of them speak here
+    saved = read_adapter(folder)
+    sites = find_all_sites(model)
+    parameters = find_all_parameters(model)
+    present = adapters_of(model, name)
+    problems = _problems(saved, sites, parameters)
+    another = None if any_base else base_problem(saved, base, folder)
+    problems += [another] if another else []
+    if present:
+        problems += _differences(saved, present, set(trained_of(model, name)))
+        if any(mixin.merged or not mixin.enabled for mixin in mixins_called(model, name).values()):
+            problems.append(f"the model's {name!r} is merged or disabled; unmerge() and enable() it first")
+    if problems:
+        shown = "\n  ".join(problems[:20]) + ("\n  ..." if len(problems) > 20 else "")
+        raise AdapterError(f"{folder} does not fit, {len(problems)} problem{'s' * (len(problems) > 1)}:\n  {shown}")
+    if not present:
+        targets = {n: Target(sites[n], e.r, e.scale, e.slots) for n, e in saved.layers.items()}
+        trained = {n: parameters[n] for n in saved.trained}
+        place_mixins(model, saved.config, Plan(targets, trained), name, fixed_order=fixed_order)
+    layout = model_parallel_layout()
+    with torch.no_grad():
+        for site, adapter in adapters_of(model, name).items():
+            with gathered(adapter.parameters(), write=True):
+                adapter.take(dict(zip(("A", "B", "magnitude"), saved.of_layer(site).values())))
+        for key, (parameter, sharding) in trained_of(model, name).items():
+            with gathered([parameter], write=True):
+                parameter.copy_(sharding.shard(saved.tensors[key], *layout))
+
+
+def _problems(saved: SavedAdapter, sites: dict[str, Site], parameters: dict[str, BaseParameter]) -> list[str]:
+    """What keeps a saved adapter from fitting the model's base."""
+    problems = []
+    if not saved.layers and not saved.trained:
+        problems.append("the file adapts nothing")
+    for name, entry in saved.layers.items():
+        site = sites.get(name)
+        if site is None:
+            problems.append(f"the model has no layer {printable(name)}")
+        elif set(entry.slots) - set(site.slot_names) or bool(entry.slots) != bool(site.slot_names):
+            problems.append(f"{name}: slots {entry.slots}, the layer has {site.slot_names}")
+        elif (entry.kind, list(entry.rows)) != (site.kind.name, site.slot_rows(entry.slots)):
+            problems.append(f"{name}: {entry.kind} rows {entry.rows}, the layer is {site.kind.name} with other rows")
+    problems += [f"the model has no parameter {printable(name)}" for name in saved.trained if name not in parameters]
+    expected = saved.expected({name: sites[name].in_features for name in saved.layers if name in sites})
+    for one in (parameters[name] for name in saved.trained if name in parameters):
+        expected[one.name] = whole_shape(one.module, one.leaf, one.tensor)
+    problems += tensor_problems(saved.tensors, expected)
+    return sorted(problems)
+
+
+def _differences(saved: SavedAdapter, present: dict[str, LoraAdapter], trained: set[str]) -> list[str]:
+    """Where a saved adapter is not what the model's mixins hold."""
+    here = {n: (a.factors_rank, a.scale, a.slots) for n, a in present.items()}
+    there = {n: (e.r, e.scale, e.slots) for n, e in saved.layers.items()}
+    problems = [
+        f"{printable(name)}: (rank, scale, slots) {there.get(name)} in the file, {here.get(name)} by the model's "
+        "adapter"
+        for name in sorted(here.keys() | there.keys())
+        if here.get(name) != there.get(name)
+    ]
+    once = trained ^ set(saved.trained)
+    problems += [f"{printable(name)} is trained whole in only one of file and model" for name in once]
+    has_dora = any(adapter.magnitude_or_none is not None for adapter in present.values())
+    if has_dora != saved.config.use_dora:
+        problems.append(f"use_dora is {saved.config.use_dora} in the file, {has_dora} in the model")
+    return problems

@@ -1,0 +1,140 @@
+"""The weights of a model folder by name, each as a whole tensor, whatever the folder's kind and cut."""
+
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from sat_lora.cogvlm.checkpoints.hugging_face_folder import ROTARY, HuggingFaceFolder
+from sat_lora.cogvlm.checkpoints.load import open_folder, shardings_of
+from sat_lora.cogvlm.checkpoints.sat_folder import weight_problems
+from sat_lora.cogvlm.network.model import build_cogvlm
+from sat_lora.errors import CheckpointError, ConfigError
+from sat_lora.files.foreign import printable
+from sat_lora.files.weight_files import Layout
+from sat_lora.lora.base_identity import BaseIdentity, identity_of
+from sat_lora.parallel.sharding import Sharding, model_parallel_layout
+
+
+class BaseWeights(Mapping[str, torch.Tensor]):
+    """Mapped; a tensor takes memory when it is asked for and has to be joined. CheckpointError: a part is missing.
+
+    trust: see `map_weights`.
+    """
+
+    def __init__(self, folder: str | Path, *, trust: bool = False):
+        self._source = open_folder(folder, trust=trust)
+        self.config = self._source.config()
+        self._parts = [self._source.map(rank) for rank in range(self._source.saved_ranks)]
+        self._source.check(self._parts[0])
+        for number, part in enumerate(self._parts):
+            foreign = [name for name, value in part.items() if not torch.is_tensor(value)]
+            problems = [f"{printable(name)}: not a tensor" for name in foreign]
+            problems += [f"{printable(name)} only in some of them" for name in part.keys() ^ self._parts[0].keys()]
+            problems += weight_problems(part)
+            if problems:
+                file = self._source.files()[number]
+                raise CheckpointError(f"{file}: cannot be used: {'; '.join(sorted(problems)[:20])}")
+        # What a folder of the other kind leaves out because it is computed.
+        self._computed = {} if self._source.own_name(ROTARY) else self._buffers()
+
+    @property
+    def hugging_face_config(self) -> dict | None:
+        """The content of a Hugging Face folder's config.json; None for a SAT folder."""
+        return self._source.own_config() if isinstance(self._source, HuggingFaceFolder) else None
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The whole shape of each."""
+        return {name: shape for name, (shape, _) in self.layout.items()}
+
+    @cached_property
+    def layout(self) -> Layout:
+        """Names, whole shapes and dtypes."""
+        ranks = len(self._parts)
+        known = {**self._parts[0], **self._computed}
+        return {
+            name: (
+                self._sharding(name).full_shape(tensor.shape, ranks) if ranks > 1 else tuple(tensor.shape),
+                tensor.dtype,
+            )
+            for name, tensor in known.items()
+        }
+
+    def layouts_for(self, ranks: int) -> list[Layout]:
+        """What each of `ranks` model-parallel ranks holds. ConfigError: a size does not divide."""
+        if ranks == 1:
+            return [self.layout]
+        uneven = [
+            name
+            for name, (shape, _) in self.layout.items()
+            if self._sharding(name).saved_shape(torch.Size(shape), 1, ranks) is None
+        ]
+        if uneven:
+            raise ConfigError(f"--model-parallel-size: {ranks} does not divide {', '.join(uneven[:8])}")
+        own = {
+            n: (self._sharding(n).saved_shape(torch.Size(s), 1, ranks), dtype) for n, (s, dtype) in self.layout.items()
+        }
+        return [own] * ranks
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.layout)
+
+    def __len__(self) -> int:
+        return len(self.layout)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if name in self._computed:
+            return self._computed[name]
+        parts = [part[name] for part in self._parts]
+        return parts[0] if len(parts) == 1 else self._sharding(name).unshard(parts)
+
+    def shard(self, name: str, whole: torch.Tensor, rank: int, ranks: int) -> torch.Tensor:
+        """The part of a whole tensor that `rank` of `ranks` holds."""
+        return whole if ranks == 1 else self._sharding(name).shard(whole, rank, ranks)
+
+    @cached_property
+    def identity(self) -> BaseIdentity:
+        """Which base this is; a few values of each tensor are read."""
+        folder = self._source.path.resolve()
+        return identity_of(self.shapes, self._values_at, name=folder.name, family="CogVLM")
+
+    def _values_at(self, name: str, index: torch.Tensor) -> torch.Tensor:
+        """The elements of a tensor at flat positions of the whole."""
+        if name in self._computed or len(self._parts) == 1:
+            part = self._computed.get(name)
+            return elements(self._parts[0][name] if part is None else part, index)
+        parts, sharding = [part[name] for part in self._parts], self._sharding(name)
+        if sharding.dim is None:
+            return elements(parts[0], index)
+        shape = self.shapes[name]
+        places = [*torch.unravel_index(index, shape)]
+        owners, places[sharding.dim] = sharding.place(places[sharding.dim], shape[sharding.dim], len(parts))
+        by_rank = torch.stack([part[tuple(places)].float() for part in parts])
+        return by_rank.gather(0, owners[None])[0]
+
+    def _sharding(self, name: str) -> Sharding:
+        if name not in self._shardings:
+            raise CheckpointError(
+                f"{self._source.path}: {printable(name)} is no parameter of a CogVLM, so its cut is not known"
+            )
+        return self._shardings[name]
+
+    @cached_property
+    def _model(self):
+        _, size = model_parallel_layout()  # of this process; how a parameter is cut does not depend on it
+        return build_cogvlm(self.config, device="meta", model_parallel_size=size)
+
+    @cached_property
+    def _shardings(self) -> dict[str, Sharding]:
+        return shardings_of(self._model)
+
+    def _buffers(self) -> dict[str, torch.Tensor]:
+        dtype = next(iter(self._parts[0].values())).dtype
+        return {name: buffer.to(dtype) for name, buffer in self._model.named_buffers()}
+
+
+def elements(tensor: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Those at flat positions; no more of a mapped tensor is read."""
+    return tensor[torch.unravel_index(index, tensor.shape)] if tensor.dim() else tensor.reshape(1)[index]

@@ -1,0 +1,226 @@
+"""CogVLM from a model folder, SAT's or Hugging Face's, saved at any model-parallel size.
+
+Each rank maps the files and copies its own slices: there is no whole model, nor a whole tensor, in anyone's memory.
+"""
+
+import re
+from collections.abc import Callable, Collection, Iterable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from sat_lora.cogvlm.checkpoints.hugging_face_folder import INDEX, SINGLE, HuggingFaceFolder
+from sat_lora.cogvlm.checkpoints.sat_folder import (
+    PARTS,
+    WEIGHT_DTYPES,
+    SatFolder,
+    map_weights,
+    save_weights,
+    weight_problems,
+)
+from sat_lora.cogvlm.network.model import VIT, CogVLMModel, build_cogvlm
+from sat_lora.cogvlm.sizes import missing_sizes
+from sat_lora.errors import CheckpointError
+from sat_lora.files.foreign import printable
+from sat_lora.parallel.partitioned import Partitioning
+from sat_lora.parallel.sharding import REPLICATED, Sharding, model_parallel_layout, sharding_of
+
+__all__ = [
+    "check_files",
+    "load_cogvlm",
+    "map_weights",
+    "open_folder",
+    "read_config",
+    "save_weights",
+    "shardings_of",
+    "weight_files",
+]
+
+
+def open_folder(folder: str | Path, *, trust: bool = False) -> SatFolder | HuggingFaceFolder:
+    """The model folder as what it is. CheckpointError: it is neither kind, or both. trust: see `map_weights`."""
+    folder = Path(folder)
+    sat = [name for name in PARTS if (folder / name).is_file()]
+    hugging_face = [name for name in (INDEX, SINGLE) if (folder / name).is_file()]
+    if sat and hugging_face:
+        raise CheckpointError(
+            f"{folder} holds a SAT model ({', '.join(sat)}) and a Hugging Face model ({', '.join(hugging_face)}); "
+            "keep one of them there"
+        )
+    return HuggingFaceFolder(folder) if hugging_face else SatFolder(folder, trust=trust)
+
+
+def read_config(folder: str | Path) -> dict:
+    """The sizes of the model in a folder, by the names of SAT's model_config.json."""
+    return open_folder(folder).config()
+
+
+def weight_files(folder: str | Path) -> list[Path]:
+    """The files with the weights: of SAT one per model-parallel rank, in rank order; of Hugging Face the shards."""
+    return open_folder(folder).files()
+
+
+def check_files(folder: str | Path, *, trust: bool = False) -> None:
+    """CheckpointError when one of the files is missing, truncated, no checkpoint, or of a model with another number of
+    layers than the config says; reads nothing but their headers.
+    """
+    source = open_folder(folder, trust=trust)
+    for rank in range(source.saved_ranks):
+        _refuse_what_is_no_base(source, source.map(rank))
+
+
+def _refuse_what_is_no_base(source: SatFolder | HuggingFaceFolder, state: dict) -> None:
+    """CheckpointError if what one saved rank holds cannot be a base of the folder's config."""
+    problems = weight_problems(state)
+    if problems:
+        shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
+        raise CheckpointError(f"{source.path}: cannot be used as a base: {shown}")
+    source.check(state)
+    config = source.config()
+    missing = missing_sizes(config)
+    if missing:
+        lacking = f"{source.path}: the model config lacks {', '.join(missing)}"
+        raise CheckpointError(f"{lacking}; it is not a CogVLM config, or not all of it is there; copy it again")
+    for prefix, wanted in (("", config), (f"{VIT}.", config.get("eva_args", {}))):
+        numbers = [re.match(re.escape(prefix) + r"transformer\.layers\.(\d{1,9})\.", str(name)) for name in state]
+        layers = 1 + max((int(number[1]) for number in numbers if number), default=-1)
+        if layers and wanted.get("num_layers", layers) != layers:
+            where = "eva_args." if prefix else ""
+            raise CheckpointError(
+                f"{source.path}: its config says {where}num_layers {wanted['num_layers']}, its weights have {layers} "
+                "layers; config and weights do not belong together"
+            )
+
+
+def shardings_of(model: nn.Module) -> dict[str, Sharding]:
+    """How each entry of `model.state_dict()` is cut over the model-parallel ranks."""
+    modules = dict(model.named_modules())
+    found = {}
+    for name in model.state_dict():
+        owner, _, leaf = name.rpartition(".")
+        found[name] = sharding_of(modules[owner], leaf) if owner in modules else REPLICATED
+    return found
+
+
+def load_cogvlm(
+    folder: str | Path,
+    *,
+    device: torch.device | str = "cpu",
+    zero_config: dict | None = None,
+    trust: bool = False,
+    layers: int | None = None,
+    progress: Callable[[Collection], Iterable] = iter,
+    **settings,
+) -> tuple[CogVLMModel, dict]:
+    """A CogVLM with the weights of a SAT or Hugging Face folder, and its config. `settings` go to `build_cogvlm`.
+
+    zero_config: DeepSpeed's, of stage 3; every parameter is then partitioned as it is loaded, and a rank reads no more
+    than its own partition. Ranks do not speak to each other here: an error on one is an error on it alone.
+    CheckpointError: files, names or shapes do not fit; nothing has been allocated then. ConfigError: `build_cogvlm`'s.
+    trust: see `map_weights`. layers: take at most so many of each transformer, the first ones; the config says so.
+    progress: goes through the modules, as tqdm does.
+    """
+    source = open_folder(folder, trust=trust)
+    config = source.config()
+    rank, size = (0, 1) if not source.saved_ranks > 1 else model_parallel_layout()
+    _refuse_what_is_no_base(source, source.map(rank * source.saved_ranks // size))  # fail before the model is built
+    left_out: frozenset[str] = frozenset()
+    if layers is not None:
+        whole = build_cogvlm(config, device="meta", **settings).state_dict().keys()
+        config = shortened(config, layers)
+    model = build_cogvlm(config, device="meta", **settings)
+    if layers is not None:
+        left_out = frozenset(whole - model.state_dict().keys())
+    model.base_name = source.path.resolve().name  # adapters name it
+    weights = _OwnWeights(model, source, left_out)
+    partitioning = None if zero_config is None else Partitioning(zero_config)
+    with torch.no_grad():
+        for module_name, module in progress([*model.named_modules()]):
+            prefix = f"{module_name}." if module_name else ""
+            for leaf, parameter in module._parameters.items():
+                if parameter is not None:
+                    module._parameters[leaf] = _loaded(parameter, prefix + leaf, weights, device, partitioning)
+            for leaf, buffer in module._buffers.items():
+                module._buffers[leaf] = buffer.to(device)
+                weights.copy(prefix + leaf, module._buffers[leaf])
+    return model, config
+
+
+def shortened(config: dict, layers: int) -> dict:
+    """The config of a model with at most so many layers in each transformer."""
+    vit = config["eva_args"]
+    return {
+        **config,
+        "num_layers": min(layers, config["num_layers"]),
+        "eva_args": {**vit, "num_layers": min(layers, vit["num_layers"])},
+    }
+
+
+def _loaded(
+    shape: nn.Parameter, name: str, weights: "_OwnWeights", device, partitioning: Partitioning | None
+) -> nn.Parameter:
+    """The parameter with memory and values, and the attributes that SAT gave it."""
+    parameter = nn.Parameter(torch.empty_like(shape, device=device), requires_grad=shape.requires_grad)
+    parameter.__dict__.update(shape.__dict__)
+    if partitioning is None:
+        weights.copy(name, parameter)
+    else:
+        weights.copy(name, parameter, rows=partitioning.rows(parameter.shape))
+        partitioning.partition(parameter)
+    return parameter
+
+
+class _OwnWeights:
+    """What this model-parallel rank takes from a folder; names and shapes are checked when it is made."""
+
+    def __init__(self, model: CogVLMModel, source: SatFolder | HuggingFaceFolder, left_out: frozenset[str]):
+        """left_out: names that the files may have and the model has not."""
+        rank, size = model_parallel_layout()
+        saved = source.saved_ranks
+        self._layout = dict(saved=saved, rank=rank, size=size)
+        self._shardings = shardings_of(model)
+        self._states = {
+            other: source.map(other) for other in range(rank * saved // size, -(-(rank + 1) * saved // size))
+        }
+        shapes = {
+            name: self._shardings[name].saved_shape(tensor.shape, size, saved)
+            for name, tensor in model.state_dict().items()
+            if source.own_name(name) is not None
+        }
+        uneven = sorted(name for name, shape in shapes.items() if shape is None)
+        problems = (
+            [f"{len(uneven)} sizes do not divide by {saved}, the number of files: {uneven[0]}, ..."] if uneven else []
+        )
+        for other, state in self._states.items():
+            where = f" in {source.files()[other].name}" if saved > 1 else ""
+            for name, shape in shapes.items():
+                problem = _misfit(state, name, shape)
+                if problem:
+                    own = source.own_name(name)
+                    problems.append(problem + where + (f" ({own} in the file)" if own != name else ""))
+            problems += [f"unexpected {printable(name)}{where}" for name in state.keys() - shapes.keys() - left_out]
+        if problems:
+            shown = "\n  ".join(sorted(problems)[:20]) + ("\n  ..." if len(problems) > 20 else "")
+            raise CheckpointError(
+                f"{source.path}: the weights do not fit the model of its config, {len(problems)} problems:\n  {shown}"
+            )
+
+    def copy(self, name: str, target: torch.Tensor, rows: range | None = None) -> None:
+        """Copy what the files have under `name`, this rank's part, into `target`; rows: only these are needed."""
+        parts = {other: state[name] for other, state in self._states.items() if name in state}
+        if parts:
+            self._shardings[name].fill(target, parts, **self._layout, rows=rows)
+
+
+def _misfit(state: dict, name: str, shape: tuple[int, ...] | None) -> str | None:
+    """What is wrong with one entry of a saved state dict; shape: None, which has been said already, fits all."""
+    if name not in state:
+        return f"missing {name}"
+    if not isinstance(state[name], torch.Tensor):
+        return f"{name}: not a tensor"
+    if shape not in (None, state[name].shape):
+        return f"{name}: shape {tuple(state[name].shape)}, the model has {shape}"
+    if state[name].dtype not in WEIGHT_DTYPES:
+        return f"{name}: dtype {state[name].dtype}, which is none of a base's weights"
+    return None

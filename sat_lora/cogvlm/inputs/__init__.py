@@ -1,0 +1,1 @@
+"""From prompts, answers and pictures to the tensors that CogVLM reads."""

@@ -1,0 +1,39 @@
+"""Images to tensors, as CogVLM expects them."""
+
+from pathlib import Path
+
+import numpy
+import torch
+from PIL import Image
+
+from sat_lora.cogvlm.inputs.pictures import MAX_PIXELS, as_seen, read_picture
+
+# CLIP's channel statistics.
+MEAN = torch.tensor((0.48145466, 0.4578275, 0.40821073)).view(3, 1, 1)
+STD = torch.tensor((0.26862954, 0.26130258, 0.27577711)).view(3, 1, 1)
+
+
+def image_tensor(image: Image.Image, size: tuple[int, int]) -> torch.Tensor:
+    """(3, height, width): `as_seen`, bicubic resize to `size` (the aspect ratio is not kept), normalised.
+
+    The published code has `convert("RGB")` in place of `as_seen`: it drops transparency, orientation and profiles, and
+    clips 16 bits. For a plain RGB or grey picture of 8 bits both are the same, bit for bit.
+    """
+    return _normalised(as_seen(image), size)
+
+
+def load_image(
+    source: str | Path | bytes, size: tuple[int, int], name: str | None = None, *, max_pixels: int = MAX_PIXELS
+) -> torch.Tensor:
+    """What `image_tensor` gives of a file, or of a file's content; a DataError, as `read_picture` has it, for anything
+    that keeps it from being read.
+
+    name: what the error calls it; None is the path.
+    """
+    return _normalised(read_picture(source, max_pixels=max_pixels, name=name), size)
+
+
+def _normalised(image: Image.Image, size: tuple[int, int]) -> torch.Tensor:
+    image = image.resize((size[1], size[0]), Image.Resampling.BICUBIC)
+    pixels = torch.from_numpy(numpy.asarray(image, dtype=numpy.float32) / 255.0).permute(2, 0, 1)
+    return (pixels - MEAN) / STD

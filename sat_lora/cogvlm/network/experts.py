@@ -1,0 +1,88 @@
+"""The language transformer's attention and MLP with a vision expert beside each language weight.
+
+Parameter names and shapes follow the published SAT checkpoints (mixins `rotary` and `mlp`).
+"""
+
+from torch import nn
+
+from sat_lora._sat import BaseMixin, ColumnParallelLinear, RowParallelLinear
+from sat_lora.cogvlm.network.attention import attend
+from sat_lora.cogvlm.network.fused import rotary, silu_mul
+from sat_lora.cogvlm.network.rotary import RotaryEmbedding
+from sat_lora.cogvlm.network.routing import TokenRouting, route
+
+
+def _per_layer(num_layers: int, build) -> nn.ModuleDict:
+    return nn.ModuleDict({str(i): build() for i in range(num_layers)})
+
+
+class ExpertAttention(BaseMixin):
+    """Fused q/k/v and output projections per expert, one attention over all tokens."""
+
+    def __init__(self, num_layers, hidden_size, num_heads, params_dtype, skip_init, rotary_base=10000.0):
+        super().__init__()
+        self.rotary_emb = RotaryEmbedding(hidden_size // num_heads, rotary_base)
+        kw = dict(bias=False, params_dtype=params_dtype, skip_init=skip_init)
+        self.vision_query_key_value_list = _per_layer(
+            num_layers,
+            lambda: ColumnParallelLinear(
+                hidden_size, 3 * hidden_size, stride=3, gather_output=False, module=self, name="query_key_value", **kw
+            ),
+        )
+        self.vision_dense_list = _per_layer(
+            num_layers,
+            lambda: RowParallelLinear(
+                hidden_size, hidden_size, input_is_parallel=True, module=self, name="dense", **kw
+            ),
+        )
+
+    def attention_forward(self, hidden_states, mask, *, rope, routing: TokenRouting | None, **kw_args):
+        """(batch, seq, hidden) -> (batch, seq, hidden)."""
+        layer = str(int(kw_args["layer_id"]))
+        attention = self.transformer.layers[int(layer)].attention
+        mixed = route(routing, self.vision_query_key_value_list[layer], attention.query_key_value, hidden_states)
+        query, key, value = rotary(mixed, *rope, attention.hidden_size_per_attention_head)
+        dropout = attention.attention_dropout if self.training else None
+        context = attention.hooks["attention_fn"](query, key, value, mask, dropout, **kw_args)
+        context = context.transpose(1, 2).flatten(2)  # (batch, seq, hidden of this rank)
+        output = route(routing, self.vision_dense_list[layer], attention.dense, context)
+        return attention.output_dropout(output) if self.training else output
+
+    def attention_fn(self, query, key, value, mask, dropout=None, *, attention_kind, cache=None, **kw_args):
+        """SAT's hook: over the tokens of this pass, or over those that `cache` holds too."""
+        if cache is not None:
+            return cache.attend(int(kw_args["layer_id"]), query, key, value)
+        return attend(query, key, value, mask, attention_kind, dropout.p if dropout is not None else 0.0)
+
+
+class ExpertMlp(BaseMixin):
+    """down(SiLU(gate(x)) * up(x)), with language and vision weights; the language up and down are SAT's own."""
+
+    def __init__(self, num_layers, hidden_size, inner_hidden_size, params_dtype, skip_init):
+        super().__init__()
+        kw = dict(bias=False, params_dtype=params_dtype, skip_init=skip_init, module=self)
+
+        def widen():
+            return ColumnParallelLinear(hidden_size, inner_hidden_size, gather_output=False, name="up", **kw)
+
+        def narrow():
+            return RowParallelLinear(inner_hidden_size, hidden_size, input_is_parallel=True, name="down", **kw)
+
+        self.gate_proj = nn.ModuleList(widen() for _ in range(num_layers))
+        self.vision_gate_proj = _per_layer(num_layers, widen)
+        self.vision_dense_h_to_4h_list = _per_layer(num_layers, widen)
+        self.vision_dense_4h_to_h_list = _per_layer(num_layers, narrow)
+
+    def mlp_forward(self, hidden_states, *, routing: TokenRouting | None, **kw_args):
+        """(batch, seq, hidden) -> (batch, seq, hidden)."""
+        layer = int(kw_args["layer_id"])
+        mlp, key = self.transformer.layers[layer].mlp, str(layer)
+
+        def gated(gate, up, down):
+            return lambda x: down(silu_mul(gate(x), up(x)))
+
+        vision = gated(
+            self.vision_gate_proj[key], self.vision_dense_h_to_4h_list[key], self.vision_dense_4h_to_h_list[key]
+        )
+        language = gated(self.gate_proj[layer], mlp.dense_h_to_4h, mlp.dense_4h_to_h)
+        return route(routing, vision, language, hidden_states)

@@ -1,0 +1,28 @@
+"""A correction for the end of SAT's transformer under model parallelism.
+
+SAT 0.4.12 passes the final hidden state of every transformer through `copy_to_model_parallel_region`, whose backward
+sums the gradient over the ranks. That is right only if what follows gives each rank a part of the gradient. What
+follows here gives each rank the whole: the column-parallel head sums by itself, and CogVLM's projector is the same on
+every rank. So at model-parallel size n every gradient below would come out n times too large.
+"""
+
+import torch
+
+from sat_lora.parallel.sharding import model_parallel_layout
+
+
+class _DivideGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, divisor):
+        ctx.divisor = divisor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad / ctx.divisor, None
+
+
+def undo_gradient_sum(final_hidden: torch.Tensor) -> torch.Tensor:
+    """Identity on what a `final_forward` hook receives; its gradient is divided by the model-parallel size."""
+    _, size = model_parallel_layout()
+    return final_hidden if size == 1 else _DivideGradient.apply(final_hidden, size)

@@ -1,0 +1,193 @@
+"""CogVLM as a SAT model: the published parameter names, and a graph that has one shape whatever the batch holds."""
+
+import os
+from argparse import Namespace
+from functools import partial
+
+import torch
+from torch import nn
+
+from sat_lora._sat import BaseModel, mpu
+from sat_lora.cogvlm.network.attention import MASKED, mask_kind
+from sat_lora.cogvlm.network.experts import ExpertAttention, ExpertMlp
+from sat_lora.cogvlm.network.head import LabelledRows, LanguageModelHead
+from sat_lora.cogvlm.network.key_value_cache import KeyValueCache
+from sat_lora.cogvlm.network.norm import RMSNorm
+from sat_lora.cogvlm.network.recompute import LayerCheckpointing
+from sat_lora.cogvlm.network.routing import TokenRouting, to_device
+from sat_lora.cogvlm.network.vision import ImageTokens
+from sat_lora.cogvlm.sizes import head_problems, missing_sizes, size_problems
+from sat_lora.errors import CheckpointError, ConfigError, DataError
+from sat_lora.parallel.sharding import model_parallel_layout
+from sat_lora.parallel.weightless import without_memory
+
+VIT = "mixins.eva.vit_model"  # where the vision transformer, itself a SAT model, sits in the whole
+
+
+class CogVLMModel(BaseModel):
+    """Language transformer with visual experts, EVA2-CLIP vision transformer and projector.
+
+    `args` holds the fields of `model_config.json`; build one with `build_cogvlm`.
+    """
+
+    def __init__(self, args: Namespace, params_dtype=torch.float32, **kwargs):
+        super().__init__(
+            args,
+            params_dtype=params_dtype,
+            layernorm=RMSNorm,
+            activation_func=nn.functional.silu,
+            init_method_std=0.01,
+            **kwargs,
+        )
+        del self.transformer.position_embeddings
+        self.checkpointing = LayerCheckpointing(self)
+        common = dict(params_dtype=params_dtype, skip_init=args.skip_init)
+        self.image_length = args.image_length
+        self.add_mixin("lm", LanguageModelHead(args.vocab_size, args.hidden_size, **common))
+        vit_args = Namespace(**args.eva_args)
+        self.add_mixin("eva", ImageTokens(vit_args, args.hidden_size, args.inner_hidden_size, params_dtype))
+        self.add_mixin("mlp", ExpertMlp(args.num_layers, args.hidden_size, args.inner_hidden_size, **common))
+        rotary_base = getattr(args, "rotary_base", 10000.0)
+        self.add_mixin(
+            "rotary",
+            ExpertAttention(
+                args.num_layers, args.hidden_size, args.num_attention_heads, rotary_base=rotary_base, **common
+            ),
+        )
+
+    def position_embedding_forward(self, *args, **kw_args):
+        """None: positions enter by rotation, in the attention."""
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        attention_mask: torch.Tensor | int | None = -1,
+        *,
+        images: torch.Tensor | None = None,
+        image_embed_mask: torch.Tensor | None = None,
+        vision_expert_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        cache: KeyValueCache | None = None,
+        **kw_args,
+    ) -> list:
+        """[logits (batch, seq, vocabulary), then SAT's dictionary of each layer].
+
+        input_ids, position_ids, image_embed_mask, vision_expert_mask: (batch, seq). images: (images, 3, height, width)
+        in the order in which their places appear in the batch. attention_mask: -1 is causal, None is full, or a tensor
+        with 1 where a query may look. cache: keeps keys and values and has the head read each row's last token alone,
+        logits (batch, 1, vocabulary); once it holds the prompts, the tokens are the next one of each row, all language.
+        labels: (batch, seq), IGNORED where a token is not to be learnt; with them a scalar takes the logits' place, the
+        sum of the cross-entropies of the labelled tokens given those before them, in float32. The head then runs on
+        those positions alone. Both masks and the labels may stay on the CPU: only there does no one wait for a GPU.
+        """
+        if cache is not None and cache.holds_prompts:
+            images = routing = places = None
+        else:
+            nothing = torch.zeros(input_ids.shape)
+            experts = nothing if vision_expert_mask is None else vision_expert_mask
+            routing = TokenRouting.from_mask(experts, input_ids.device)
+            mask = nothing if image_embed_mask is None else image_embed_mask
+            places = to_device(mask.reshape(-1).nonzero()[:, 0], input_ids.device)
+            images = self._check_images(images, len(places))
+        kind = mask_kind(attention_mask, input_ids.shape[1])
+        rotary = self.mixins["rotary"].rotary_emb
+        return super().forward(
+            input_ids,
+            position_ids,
+            attention_mask if kind == MASKED else None,
+            images=images,
+            image_places=places,
+            routing=routing,
+            rope=rotary(position_ids, self.mixins["eva"].boi.dtype),
+            attention_kind=kind,
+            labelled=None if labels is None else LabelledRows.from_labels(labels, input_ids.device),
+            cache=cache,
+            **kw_args,
+        )
+
+    def layer_forward(self, hidden_states, mask, *args, **kw_args):
+        """SAT's hook: the layer as it is, recomputed in backward where that is switched on and of use."""
+        number = int(kw_args["layer_id"])
+        layer = partial(self.transformer.layers[number], **kw_args)
+        return self.checkpointing.run(layer, number, self, hidden_states, mask)
+
+    def _check_images(self, images: torch.Tensor | None, places: int) -> torch.Tensor:
+        if images is None and places == 0:
+            return self.mixins["eva"].no_images()
+        count = 0 if images is None else len(images)
+        if places not in (0, count * (self.image_length + 2)):
+            raise DataError(
+                f"image_embed_mask marks {places} places, but {count} images of {self.image_length} patches take "
+                f"{count} x ({self.image_length} + 2) = {count * (self.image_length + 2)}"
+            )
+        return images
+
+
+def parallel_problems(config: dict, parts: int, ranks: int) -> list[str]:
+    """Why a CogVLM of the sizes in `config` cannot be cut over `parts` of `ranks` processes; empty when it can."""
+    problems = []
+    if parts < 1 or ranks % parts:
+        problems.append(
+            f"{ranks} ranks do not divide into groups of {parts}; start a multiple of {parts} ranks or choose a "
+            f"divisor of {ranks}"
+            if ranks > 1
+            else f"one process is no group of {parts}; start a multiple of {parts} ranks, or leave it at 1"
+        )
+    vit = config.get("eva_args", {})
+    names = ("num_attention_heads", "hidden_size", "inner_hidden_size")
+    sizes = {name: config.get(name) for name in (*names, "vocab_size")}
+    sizes |= {f"eva_args.{name}": vit.get(name) for name in names}
+    uneven = [f"{name} {size}" for name, size in sizes.items() if isinstance(size, int) and parts and size % parts]
+    if uneven:
+        problems.append(f"{parts} does not divide the base's {', '.join(uneven)}; choose one that divides them all")
+    return problems
+
+
+def build_cogvlm(
+    config: dict,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    model_parallel_size: int = 1,
+    checkpoint_activations: bool = False,
+    vit_checkpoint_activations: bool = False,
+    skip_init: bool = False,
+    seed: int = 1234,
+) -> CogVLMModel:
+    """A CogVLM of the sizes in `config` (the content of model_config.json), with random weights.
+
+    SAT seeds the process with `seed` here, and sets up torch.distributed if nobody has. On the device "meta" the
+    parameters have shapes and no memory; only the rotary frequencies have values, on the CPU.
+    CheckpointError: `config` lacks sizes, or one is none; ConfigError: the model-parallel size does not divide them, or
+    the ranks.
+    """
+    missing = missing_sizes(config)
+    if missing:
+        raise CheckpointError(f"the model config lacks {', '.join(missing)}; it is not a CogVLM config")
+    problems = size_problems(config) or head_problems(config)
+    if problems:
+        raise CheckpointError(f"the model config cannot be: {'; '.join(problems)}")
+    _check_parallel(config, model_parallel_size)
+    weightless = torch.device(device).type == "meta"
+    runtime = dict(model_parallel_size=model_parallel_size, skip_init=skip_init or weightless, seed=seed)
+    vit = {**config["eva_args"], **runtime, "checkpoint_activations": vit_checkpoint_activations}
+    settings = {"use_bias": False, **config, **runtime, "checkpoint_activations": checkpoint_activations}
+    arguments = Namespace(**{**settings, "eva_args": vit})
+    if weightless:
+        with without_memory():
+            return CogVLMModel(arguments, params_dtype=dtype).to(dtype=dtype)
+    return CogVLMModel(arguments, params_dtype=dtype).to(device=device, dtype=dtype)
+
+
+def _check_parallel(config: dict, parts: int) -> None:
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    if torch.distributed.is_initialized():
+        ranks = torch.distributed.get_world_size()
+    problems = parallel_problems(config, parts, ranks)
+    if mpu.model_parallel_is_initialized() and model_parallel_layout()[1] != parts:
+        problems.append(
+            f"the model-parallel groups of this process are of {model_parallel_layout()[1]}; give that size"
+        )
+    if problems:
+        raise ConfigError("\n".join(f"model_parallel_size {parts}: {problem}" for problem in problems))

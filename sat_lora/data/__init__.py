@@ -1,0 +1,1 @@
+"""From paths to samples: files of samples, folders of pictures, and what is named instead of being learnt."""

@@ -1,0 +1,110 @@
+"""How many answers of a data set do not fit into --max_length, and what would hold them."""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+from sat_lora.cogvlm.inputs.text import IGNORED, prompt_text
+from sat_lora.data.samples import ImageTextDataset, Item
+from sat_lora.errors import SatLoraError
+from sat_lora.parallel.distributed import gather_lists
+
+LAID_OUT = 20_000  # samples that are tokenised; one that is short enough anyway is not
+CHARACTERS = 1 << 25  # the same, of all their answers together
+SPECIAL = 2 + 2  # BOS and EOS, and what a tokenizer puts before a text
+EXPANSION = 18  # tokens of a character outside ASCII at most, by the normal forms of Unicode and by bytes
+
+
+@dataclass(frozen=True)
+class AnswerLengths:
+    """cut: samples whose answer is cut, of `looked_at`. longest: tokens of the longest of them, were it whole.
+
+    is_part: whether only some of those that could be too long were looked at, and no others.
+    """
+
+    looked_at: int
+    cut: int
+    longest: int
+    is_part: bool = False
+
+    def sentence(self, max_length: int) -> str | None:
+        """None if no answer is cut."""
+        if not self.cut:
+            return None
+        share = f"{self.cut:,} of {self.looked_at:,}{' long' * self.is_part}"
+        return f"{share} answers are cut by --max_length {max_length}; {self.longest} would hold them"
+
+
+def answer_lengths(dataset: ImageTextDataset) -> AnswerLengths:
+    """Of all items of a dataset, or, where more than LAID_OUT of them are long, of so many, evenly spread.
+
+    No image is read. What cannot be laid out is left to the run, which names it.
+    """
+    items = dataset.items
+    long = [item for item in items if not _surely_fits(dataset, item)]
+    every = max(1, -(-len(long) // LAID_OUT))
+    cut = longest = characters = 0
+    seen = 0
+    for item in long[::every]:
+        characters += min(len(item.answer), CHARACTERS >> 8)
+        if characters > CHARACTERS:
+            break
+        seen += 1
+        try:
+            sample = dataset.lay_out(item)
+        except SatLoraError:
+            continue
+        cut += sample.left_out > 0
+        if sample.left_out:
+            longest = max(longest, len(sample.input_ids) + sample.left_out)
+    is_part = seen < len(long)
+    return AnswerLengths(seen if is_part else len(items), cut, longest, is_part)
+
+
+class CutAnswers:
+    """The batches of a stream, which nobody looks at before: the first of them in which an answer is cut is said, and
+    how many answers were cut is counted, as often as they come.
+
+    Iterating it again, as every validation does, counts on.
+    """
+
+    def __init__(self, batches: Iterable[dict], say: Callable[[str], None], max_length: int, what: str = ""):
+        self._batches, self._say, self._max_length, self._what = batches, say, max_length, what
+        self.answers = self.cut = self.longest = 0
+
+    def __iter__(self) -> Iterator[dict]:
+        for batch in self._batches:
+            yield batch
+            cut = batch["left_out"] > 0
+            self.answers += int((batch["labels"] != IGNORED).any(1).sum())
+            if not cut.any():
+                continue
+            is_first = self.cut == 0
+            longest = int((batch["lengths"] + batch["left_out"])[cut].max())
+            self.cut, self.longest = self.cut + int(cut.sum()), max(self.longest, longest)
+            if is_first:
+                self._say(
+                    f"{self._what}--max_length {self._max_length}: an answer does not fit and is cut, others may be; "
+                    f"{longest} would hold it"
+                )
+
+    def say_all(self) -> None:
+        """Say how many were cut on all ranks, which all have to call it; nothing, if none was."""
+        counts = gather_lists([(self.answers, self.cut, self.longest)])
+        answers, cut = (sum(column) for column in [*zip(*counts)][:2])
+        if cut:
+            longest = max(longest for _, _, longest in counts)
+            self._say(
+                f"{self._what}--max_length {self._max_length} has cut {cut:,} of {answers:,} answers that came; "
+                f"{longest} would hold them"
+            )
+
+
+def _surely_fits(dataset: ImageTextDataset, item: Item) -> bool:
+    """By its characters alone, of which each gives few tokens."""
+    places = dataset.image_length + 2 if item.image is not None else 0
+    asked = prompt_text(dataset.version, dataset.prompt if item.prompt is None else item.prompt)
+    return SPECIAL + places + _most_tokens(asked) + _most_tokens(item.answer) <= dataset.max_length
+
+
+def _most_tokens(text: str) -> int:
+    return len(text) if text.isascii() else EXPANSION * len(text)

@@ -1,0 +1,1 @@
+"""From samples to batches: which rank takes which of them at which step."""

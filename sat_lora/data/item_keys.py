@@ -1,0 +1,141 @@
+"""The keys of a sample's JSON object: which are read, which carry nothing to learn, and what others call them."""
+
+import difflib
+import re
+import shlex
+from collections.abc import Collection
+
+from sat_lora.data.formats import MARKS, format_of
+
+SHOWN = 8  # keys of one object
+NESTED = 3  # levels of what lies beside a sample that are looked through for its image
+PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".heic", ".avif")
+READ = ("image", "prompt", "answer")
+WANTED = '{"image": ..., "prompt": ..., "answer": ...}'
+
+# What data sets write beside a sample and no run needs; also every name that begins with an underscore, but for those
+# that mark another format.
+METADATA = frozenset(
+    """
+    id idx index uid uuid guid image_id question_id answer_id sample_id conversation_id row row_id line
+    source dataset dataset_name data_source origin split subset fold license licence copyright
+    author annotator annotator_id worker_id reviewer created created_at updated_at timestamp date time
+    score scores confidence similarity quality width height size file_size image_size image_width image_height
+    language lang locale tag tags topic domain category type task task_type question_type answer_type difficulty level
+    comment comments note notes remark meta metadata extra info hash md5 sha1 sha256 checksum version
+    """.split()
+)
+# The image of a shard's sample lies beside its JSON, so what is said of it there says nothing more.
+METADATA_OF_SHARDS = METADATA | frozenset(
+    "image key url status error_message exif original_width original_height".split()
+)
+
+OTHER_NAMES = {
+    "image": """
+        img imgs images image_path image_paths image_file image_files image_name image_url img_path img_file file_name
+        filename filepath file_path file path url picture pictures photo pic media
+    """,
+    "prompt": """
+        question questions query instruction input user human text_in request problem q prompts sent
+    """,
+    "answer": """
+        answers response responses output label labels target completion reply caption captions text text_out gpt
+        assistant solution ground_truth groundtruth gt a multiple_choice_answer transcription
+    """,
+}
+READ_INSTEAD = {other: name for name, others in OTHER_NAMES.items() for other in others.split()}
+
+
+def key_problems(entry: dict, ignored: Collection[str], metadata: Collection[str] = METADATA) -> list[str]:
+    """What is wrong with the names of an object's keys, a sentence each.
+
+    ignored: names that the user has passed over as well. metadata: names that carry nothing to learn; where there is no
+    image, those that speak of one are not among them: the sample would be learnt as text alone. Nor are those that hold
+    a question where there is no prompt: another one would be asked.
+    """
+    lacks_image = entry.get("image") is None and "image" not in metadata
+    lacks_prompt = entry.get("prompt") is None
+    unknown = [
+        key
+        for key, value in entry.items()
+        if key not in READ
+        and key not in ignored
+        and (
+            not _is_metadata(key, metadata)
+            or (lacks_image and _speaks_of_an_image(key, value))
+            or (lacks_prompt and _holds_a_question(key, value))
+        )
+    ]
+    if not unknown:
+        return []
+    meant = {key: _instead(key, entry) for key in unknown}
+    noted = {key: _why_not_noted(key, entry, metadata) for key in unknown[:SHOWN]}
+    problems = [f"the key {_shown(key)} is not known{meant[key] or noted[key]}" for key in unknown[:SHOWN]]
+    if len(unknown) > SHOWN:
+        problems.append(f"nor are {len(unknown) - SHOWN} others")
+    layout = _layout_of(entry, ignored)
+    problems[-1] += f"; {layout}" if layout else ""
+    problems[-1] += f"; wanted {WANTED}"
+    others = [key for key in unknown if not meant[key]]
+    is_sample = "answer" in entry or "image" in metadata  # a shard's answer may lie beside its JSON
+    if others and not layout and is_sample:
+        problems[-1] += f"; --ignore-keys {_pasted(others)} passes over what is not to be learnt"
+    return problems
+
+
+def _is_metadata(key: str, metadata: Collection[str]) -> bool:
+    return (key.startswith("_") and key not in MARKS) or key.casefold() in metadata
+
+
+def _why_not_noted(key: str, entry: dict, metadata: Collection[str]) -> str:
+    """Why a key that usually carries nothing to learn is not passed over, as the end of a sentence."""
+    if not _is_metadata(key, metadata):
+        return ""
+    what = "prompt" if entry.get("prompt") is None and _holds_a_question(key, entry[key]) else "image"
+    return f" where there is no {what}: it seems to hold one"
+
+
+def _speaks_of_an_image(key: str, value: object, depth: int = 0) -> bool:
+    if isinstance(value, dict | list) and depth < NESTED:
+        pairs = value.items() if isinstance(value, dict) else ((key, held) for held in value[:SHOWN])
+        return any(_speaks_of_an_image(str(name), held, depth + 1) for name, held in pairs)
+    names_a_file = isinstance(value, str) and re.split(r"[?#]", value.strip().lower())[0].endswith(PICTURES)
+    return value is not None and (names_a_file or "image" in key.casefold() or "img" in key.casefold())
+
+
+def _holds_a_question(key: str, value: object) -> bool:
+    if not isinstance(value, str) or not value.strip():
+        return False
+    name = key.casefold().strip("_")
+    is_named = name == "prompt" or READ_INSTEAD.get(name) == "prompt" or (name == "task" and value.count(" ") > 1)
+    return is_named or value.rstrip().endswith(("?", "？", "؟"))
+
+
+def _layout_of(entry: dict, ignored: Collection[str]) -> str | None:
+    """That an object is of another format, as a clause; None if no format is known by its keys."""
+    known = format_of({key: value for key, value in entry.items() if key not in READ and key not in ignored})
+    if known is None:
+        return None
+    return f"such keys are those of {known.whose}, a layout that is not read here: write {known.instead}"
+
+
+def _instead(key: str, entry: dict) -> str:
+    plain = key.strip().casefold().replace("-", "_").replace(" ", "_")
+    name = plain if plain in READ else READ_INSTEAD.get(plain)
+    if name is None:
+        near = difflib.get_close_matches(plain, [*READ, *READ_INSTEAD], 1, 0.75)
+        name = READ_INSTEAD.get(near[0], near[0]) if near else None
+    if name is not None and name not in entry:
+        return f', did you mean "{name}"?'
+    value = entry[key]
+    if len(entry) == 1 and isinstance(value, list) and any(isinstance(held, dict) for held in value):
+        return "; if its list holds the samples, give the list alone"
+    return ""
+
+
+def _shown(key: str) -> str:
+    return f'"{key}"' if len(key) <= 60 else f'"{key[:60]}..."'
+
+
+def _pasted(keys: list[str]) -> str:
+    return " ".join(shlex.quote(key[:60]) for key in keys[:5])

@@ -1,0 +1,71 @@
+"""What can be known to be wrong with tar shards before a run starts."""
+
+import itertools
+import os
+from collections.abc import Collection, Iterator
+
+from sat_lora.cogvlm.inputs.pictures import MAX_PIXELS, read_picture
+from sat_lora.data.samples import BrokenSample
+from sat_lora.data.shards.shards import expand_shards, find_records
+from sat_lora.errors import DataError
+from sat_lora.files.foreign import printable
+from sat_lora.files.paths import COMPRESSED_SUFFIXES, is_shard
+
+SHOWN = 10  # names of shards
+SAMPLES_TRIED = 300  # one usable sample among so many is enough to begin
+
+
+def problems_with_shards(
+    paths: list[str], option: str, max_pixels: int = MAX_PIXELS, ignore_keys: Collection[str] = ()
+) -> Iterator[str]:
+    """Of the paths of one option, as text: of the names and of the first samples. max_pixels, ignore_keys: see
+    `Record.read`.
+
+    Whole shards are read later, when all ranks together count their samples.
+    """
+    others = [path for path in paths if not is_shard(path)]
+    if option == "--test-data":
+        yield f"{', '.join(paths)}: tar shards cannot be answered by generation; unpack them and give the folder"
+    elif others:
+        yield f"tar shards and {', '.join(others)}: give tar shards alone, or folders and .jsonl files alone"
+    elif pipes := [path for path in paths if path.startswith("pipe:")]:
+        yield f"{', '.join(pipes)}: the samples of a pipe cannot be counted; give .tar files on a mounted file system"
+    else:
+        try:
+            shards = expand_shards(paths)
+            missing = [shard for shard in shards if not os.path.exists(shard)]
+            compressed = [shard for shard in shards if shard.lower().endswith(COMPRESSED_SUFFIXES)]
+            if compressed:
+                names = _first_of(compressed)
+                yield f"{names}: compressed, so no sample can be found in it; unpack it to a .tar, or to a folder"
+            elif missing:
+                names = _first_of(missing)
+                yield f"{len(missing)} of {len(shards)} shards are missing: {names}; mend the path or copy them"
+            elif problem := _problem_with_samples(shards, max_pixels, ignore_keys):
+                yield problem
+        except DataError as error:
+            yield str(error)
+
+
+def _first_of(names: list[str]) -> str:
+    return printable(", ".join(names[:SHOWN])) + (f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else "")
+
+
+def _problem_with_samples(shards: list[str], max_pixels: int, ignore_keys: Collection[str]) -> str | None:
+    records = itertools.chain.from_iterable(map(find_records, shards))
+    tried, first_error = 0, None
+    for record in itertools.islice(records, SAMPLES_TRIED):
+        tried += 1
+        item = record.read(max_pixels, ignore_keys)
+        if isinstance(item, BrokenSample):
+            first_error = first_error or item.reason
+            continue
+        try:
+            if item.image is not None:
+                read_picture(item.image, max_pixels=max_pixels, name=item.name)
+            return None
+        except DataError as error:
+            first_error = first_error or str(error)
+    if not tried:
+        return f"{_first_of(shards)}: no samples there; wanted members KEY.png with KEY.txt or KEY.json"
+    return f"none of the first {tried} samples of {shards[0]} can be used; pack them again; {first_error}"

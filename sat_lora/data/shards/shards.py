@@ -1,0 +1,308 @@
+"""Tar shards as WebDataset lays them out: named, counted, and read sample by sample."""
+
+import itertools
+import re
+import sys
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from webdataset.shardlists import expand_urls
+from webdataset.tariterators import base_plus_ext
+
+from sat_lora.cogvlm.inputs.pictures import CONVERT, MAX_PIXELS, SUFFIXES, UNREAD_SUFFIXES, file_limit
+from sat_lora.data.folders import is_no_data_path
+from sat_lora.data.item_files import kind_of_value, object_problems, read_object
+from sat_lora.data.item_keys import METADATA_OF_SHARDS, key_problems
+from sat_lora.data.samples import BrokenSample, Item
+from sat_lora.data.shards.tar_members import Links, Member, read_members, unpacking_program
+from sat_lora.errors import DataError
+from sat_lora.files.foreign import JSON_LIMIT, MEBIBYTE, open_file, printable
+from sat_lora.parallel.distributed import gather_lists
+
+TEXT_SUFFIXES = (".json", ".txt")
+FIRST_DOT = "a key ends at the first dot of a name, so rename members that have more than one"
+SORT = "write the shard sorted by name (tar --sort=name)"
+MOST_SHARDS = 1_000_000
+_RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)(?:\.\.(-?\d+))?")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A tar file and the number of samples in it."""
+
+    path: str
+    samples: int
+
+
+@dataclass(frozen=True)
+class Record:
+    """Where a sample lies in its shard: (suffix, first byte, bytes) of each of its members.
+
+    problem: why it cannot be read, if that is known from the headers.
+    """
+
+    shard: str
+    key: str
+    members: tuple[tuple[str, int, int], ...]
+    problem: str | None = None
+
+    def read(self, max_pixels: int = MAX_PIXELS, ignored: Collection[str] = ()) -> Item | BrokenSample:
+        """KEY.json {"prompt", "answer"} or KEY.txt, the answer, and the image; what is wrong instead, if anything.
+
+        No member is read that would be larger than a text, or a picture of `max_pixels`, may be. ignored: keys of the
+        json to pass over, beside those that are known to carry nothing to learn.
+        """
+        name = printable(f"{self.shard}/{self.key}")
+        try:
+            parts = self._parts(max_pixels)
+            fields = read_object(_text_of(".json", parts.get(".json", b"{}")))
+            text = _text_of(".txt", parts[".txt"]).strip() if ".txt" in parts else None
+        except (OSError, ValueError) as error:
+            return BrokenSample(name, f"{name}: cannot be read: {printable(error)}")
+        image = next((parts[suffix] for suffix in parts if suffix in SUFFIXES), None)
+        problems = _problems_with_texts(fields, text, image is not None, ignored)
+        if problems:
+            return BrokenSample(name, f"{name}: {printable('; '.join(problems))}")
+        prompt, answer = fields.get("prompt"), fields.get("answer")
+        answer = text if answer is None else answer
+        if answer is None or (image is None and prompt is None):
+            found = printable(" ".join(suffix for suffix, _, _ in self.members))
+            wanted = 'an image and KEY.txt or KEY.json {"prompt": ..., "answer": ...}; without an image both texts'
+            hint = ""
+            if any(suffix.count(".") > 1 for suffix, _, _ in self.members):
+                hint = f"; {FIRST_DOT}"
+            elif len(self.members) == 1:
+                hint = f"; members of one key, its folder included, have to follow each other: {SORT}"
+            return BrokenSample(name, f"{name}: wanted {wanted}; got {found}{hint}")
+        return Item(image, answer, prompt, name)
+
+    def _parts(self, max_pixels: int) -> dict[str, bytes]:
+        """The texts and the first image, by suffix. OSError, ValueError: one of them cannot be read."""
+        if self.problem is not None:
+            raise ValueError(self.problem)
+        image = next((suffix for suffix, _, _ in self.members if suffix in SUFFIXES), None)
+        parts = {}
+        with open_file(self.shard, sys.maxsize) as file:
+            for suffix, first, size in self.members:
+                if suffix not in (*TEXT_SUFFIXES, image):
+                    continue
+                limit = file_limit(max_pixels) if suffix == image else JSON_LIMIT
+                if size > limit:
+                    raise ValueError(f"{suffix} is larger than {limit / MEBIBYTE:.0f} MiB")
+                parts[suffix] = _read_part(file, first, size)
+        return parts
+
+
+def _text_of(suffix: str, content: bytes) -> str:
+    """ValueError: it is neither UTF-8, nor UTF-16 with its byte-order mark."""
+    try:
+        return content.decode("utf-16" if content.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{suffix} is not UTF-8: {error.reason} at byte {error.start}; save it as UTF-8") from None
+
+
+def _problems_with_texts(fields: object, text: str | None, has_image: bool, ignored: Collection[str]) -> list[str]:
+    """What is wrong with the JSON of a sample, and with the answer in its .txt beside it."""
+    if not isinstance(fields, dict):
+        return [f"its json: {problem}" for problem in object_problems(fields, ignored, METADATA_OF_SHARDS)]
+    problems = key_problems(fields, ignored, METADATA_OF_SHARDS)
+    if not has_image and fields.get("image"):
+        problems.append(f"its json names an image, {str(fields['image'])[:80]!r}, but none lies beside it")
+    answer = fields.get("answer")
+    for name in ("prompt", "answer"):
+        if fields.get(name) is not None and not isinstance(fields[name], str):
+            problems.append(f'its json: "{name}" is {kind_of_value(fields[name])}, wanted a text in quotes')
+    if "answer" in fields and answer is None and text is None:
+        problems.append('its json: "answer" is null, and there is no .txt with one')
+    if isinstance(answer, str) and text is not None and answer.strip() != text:
+        problems.append(
+            f"its json has the answer {answer[:40]!r} and its .txt {text[:40]!r}; leave one of them out, or make them "
+            "equal"
+        )
+    return problems
+
+
+def _read_part(file, first: int, size: int) -> bytes:
+    file.seek(first)
+    content = file.read(size)
+    if len(content) < size:
+        raise OSError(f"the shard ends {size - len(content)} bytes too early")
+    return content
+
+
+def expand_shards(paths: Sequence[str | Path]) -> list[str]:
+    """The shards of data paths, `{000..127}` and `{a,b}` expanded, each once.
+
+    DataError: unbalanced braces, or more than MOST_SHARDS of them.
+    """
+    found = []
+    for path in map(str, paths):
+        shown = printable(path[:200])
+        try:
+            count = _count_of(path)
+            if count > MOST_SHARDS:
+                raise DataError(f"{shown}: means {_number(count)} shards, more than {MOST_SHARDS:,}; mend the range")
+            found += expand_urls(path)
+        except (ValueError, RecursionError) as error:
+            problem = "braces within braces without end" if isinstance(error, RecursionError) else error
+            raise DataError(f"{shown}: {printable(problem)}; write shards as 'shards-{{000..127}}.tar'") from error
+    return list(dict.fromkeys(found))
+
+
+def _number(count: int) -> str:
+    return f"{count:,}" if count < 10**15 else "more than 10^15"
+
+
+def _count_of(pattern: str) -> int:
+    """How many names braces come to, none of which is made for it. ValueError: a range has thousands of digits."""
+    total, depth, start, place = 1, 0, 0, 0
+    while place < len(pattern):
+        if pattern[place] == "\\":
+            place += 1
+        elif pattern[place] == "{":
+            depth += 1
+            start = place + 1 if depth == 1 else start
+        elif pattern[place] == "}":
+            depth -= 1
+            total *= _count_of_group(pattern[start:place]) if depth == 0 else 1
+        place += 1
+    return total
+
+
+def _count_of_group(group: str) -> int:
+    if match := _RANGE.fullmatch(group):
+        first, last, step = (int(number or 1) for number in match.groups())
+        return abs(last - first) // max(1, abs(step)) + 1
+    parts, depth = [""], 0
+    for character in group:
+        depth += (character == "{") - (character == "}")
+        if character == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return sum(map(_count_of, parts))
+
+
+def find_records(shard: str, left_out: Counter | None = None) -> Iterator[Record]:
+    """The samples of a shard in its order: neighbours of one key. Only the headers are read.
+
+    A link stands for the member that it leads to, as a folder with links is packed. What an editor or a system has left
+    (see `is_no_data`) is no member. left_out: members that no sample uses are added to it, by suffix.
+    DataError: the shard is missing, no tar file, or cut off, or the image and the text of a key lie apart; raised when
+    the samples before have been given.
+    """
+    left_out = Counter() if left_out is None else left_out
+    try:
+        with open_file(shard, sys.maxsize) as file:
+            program = unpacking_program(file)
+            if program is not None:
+                raise DataError(
+                    f"{printable(shard)}: compressed, so no sample can be found in it; unpack it with {program}"
+                )
+            links = Links(file)
+            members = _sample_members(read_members(file), left_out)
+            halves: dict[int, bool] = {}  # by the hash of a key, whether it is the image that was alone
+            for key, group in itertools.groupby(members, lambda entry: entry[0]):
+                record = _record(shard, key, group, links, left_out)
+                if record is None:
+                    continue
+                _check_is_whole(record, halves)
+                yield record
+    except (OSError, ValueError) as error:
+        problem = error.strerror if isinstance(error, OSError) and error.strerror else error
+        shown = printable(shard)
+        raise DataError(f"{shown}: cannot be read as a tar file: {problem}; write or copy it again") from error
+
+
+def _check_is_whole(record: Record, halves: dict[int, bool]) -> None:
+    """DataError if the members of a key lie apart: a text would be learnt without its image."""
+    suffixes = {suffix for suffix, _, _ in record.members}
+    has_image = not suffixes.isdisjoint(SUFFIXES)
+    if has_image != suffixes.isdisjoint(TEXT_SUFFIXES):
+        return
+    if halves.setdefault(hash(record.key), has_image) != has_image:
+        key = printable(record.key)
+        raise DataError(
+            f"{printable(record.shard)}: the image and the text of {key} lie apart, with others between them; {SORT}"
+        )
+
+
+def _sample_members(members: Iterator[Member], left_out: Counter) -> Iterator[tuple[str, str, Member]]:
+    """(key, suffix, member) of those that may be part of a sample."""
+    for member in members:
+        if member.kind == "a folder":
+            continue
+        key, suffix = base_plus_ext(member.name)
+        if key and _is_meta(key):
+            continue
+        if is_no_data_path(member.name):
+            left_out["hidden, or of the system"] += 1
+        elif not key:
+            left_out["members without a suffix"] += 1
+        else:
+            yield key, "." + suffix.lower(), member
+
+
+def _record(shard: str, key: str, group: Iterator, links: Links, left_out: Counter) -> Record | None:
+    """The sample of a key; None if its members are none of a text and a picture."""
+    places, problem, other_picture = [], None, None
+    for _, suffix, member in group:
+        if suffix not in SUFFIXES and suffix not in TEXT_SUFFIXES:
+            left_out[f"{printable(suffix)} members"] += 1
+            if PurePosixPath(suffix).suffix in SUFFIXES | UNREAD_SUFFIXES or suffix in UNREAD_SUFFIXES:
+                other_picture = suffix
+        elif member.kind == "a link":
+            target = links.find(member)
+            if target is None:
+                problem = f"{suffix} is a link to {member.target}, which is no file in the shard"
+            else:
+                member = target
+        elif member.kind != "a file":
+            problem = f"{suffix} is {member.kind}, which is not read"
+        places.append((suffix, member.first, member.size))
+    suffixes = {suffix for suffix, _, _ in places}
+    if len(pictures := sorted(suffixes & SUFFIXES)) > 1:
+        problem = f"it has two images, {' and '.join(pictures[:2])}; a sample has one"
+    if not suffixes & SUFFIXES:
+        if other_picture is not None:  # without a word it would be trained on as text alone
+            problem = f"{printable(other_picture)} is no image that is read; {CONVERT}, as KEY.png or KEY.jpg"
+            if other_picture.count(".") > 1:
+                problem += f"; {FIRST_DOT}"
+        elif suffixes.isdisjoint(TEXT_SUFFIXES):
+            return None
+    return Record(shard, key, tuple(places), problem)
+
+
+def _is_meta(key: str) -> bool:
+    name = PurePosixPath(key).name
+    return name.startswith("__") and name.endswith("__")  # WebDataset's own notes
+
+
+def count_shards(
+    paths: Sequence[str | Path], *, data_parallel_rank: int, data_parallel_size: int, left_out: Counter | None = None
+) -> list[Shard]:
+    """The shards of data paths with their sizes; the ranks share the counting, so every rank has to call it.
+
+    left_out: members that no sample uses are added to it, by suffix; the same on every rank.
+    DataError on every rank: all shards that cannot be read, or that there are no samples.
+    """
+    shards, problems = expand_shards(paths), []
+    counts, unused = {}, {}
+    for path in shards[data_parallel_rank::data_parallel_size]:
+        try:
+            unused[path] = Counter()
+            counts[path] = sum(1 for _ in find_records(path, unused[path]))
+        except DataError as error:
+            problems.append(str(error))
+    counts = dict(gather_lists(list(counts.items())))
+    problems = sorted(set(gather_lists(problems)))
+    if not problems and not any(counts.values()):
+        problems = [f"{', '.join(map(str, paths))}: no samples there; wanted KEY.png with KEY.txt or KEY.json"]
+    if problems:
+        raise DataError("\n".join(problems))
+    for of_shard in dict(gather_lists(list(unused.items()))).values():
+        if left_out is not None:
+            left_out.update(of_shard)
+    return [Shard(path, counts[path]) for path in shards]

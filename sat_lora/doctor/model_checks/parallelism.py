@@ -1,0 +1,147 @@
+"""Model parallelism: what ranks hold whole is equal, flags tell the truth, and layers compute what one process does.
+
+These checks know no kind of LoRA: they look at values, so that a foreign one, SAT's lora2 say, is found out too.
+"""
+
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from sat_lora._sat import RowParallelLinear, mpu
+from sat_lora.doctor.model_checks.passes import Passes
+from sat_lora.findings.finding import Finding, looks_for
+from sat_lora.lora.mixin import lora_mixins
+from sat_lora.lora.targets import layer_of
+from sat_lora.parallel.sharding import model_parallel_layout
+
+
+@looks_for("replicas-differ", "sharding-flag", "parallel-rule")
+def parallelism_findings(model: nn.Module, passes: Sequence[Passes]) -> list[Finding]:
+    """Every model-parallel rank calls it, with gradients still in place, and gets the same."""
+    if model_parallel_layout()[1] == 1:
+        return []
+    return [*flag_findings(model), *_drifted(model), *_unequal_gradients(model), *_broken_rule(model, passes)]
+
+
+@contextmanager
+def deltas_that_show(model: nn.Module, std: float = 0.02) -> Iterator[None]:
+    """Inside, trainable parameters that are all zero have seeded values: a fresh B hides what its layer does wrong.
+
+    Ranks draw the same where they hold a parameter whole. Afterwards they are zero again.
+    """
+    rank = model_parallel_layout()[0]
+    filled = []
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and parameter.numel() and not parameter.any():
+                seed = zlib.crc32(name.encode()) + (rank if getattr(parameter, "model_parallel", False) else 0)
+                noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed))
+                parameter.copy_(noise * std)
+                filled.append(parameter)
+        try:
+            with torch.enable_grad():
+                yield
+        finally:
+            for parameter in filled:
+                parameter.zero_()
+
+
+def flag_findings(model: nn.Module) -> list[Finding]:
+    """Adapters whose flags do not say how they are cut, and trainable parameters on which the two flags differ."""
+    findings = []
+    if model_parallel_layout()[1] == 1:
+        return findings
+    known = {}
+    for path, mixin in lora_mixins(model).items():
+        for key, adapter in mixin.adapters.items():
+            for leaf, _ in adapter.named_parameters():
+                known[f"{path}.adapters.{key}.{leaf}"] = adapter.shardings[leaf].dim is not None
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        flags = {flag: bool(getattr(parameter, flag, False)) for flag in ("model_parallel", "tensor_model_parallel")}
+        is_cut = known.get(name, flags["model_parallel"])
+        wrong = [flag for flag, value in flags.items() if value != is_cut]
+        if wrong:
+            seen = f"it is {'cut over the ranks' if is_cut else 'whole on every rank'}, and {' and '.join(wrong)} "
+            seen += f"say{'s' if len(wrong) == 1 else ''} {not is_cut}"
+            findings.append(Finding(code="sharding-flag", seen=seen, parameter=name, module=name.rpartition(".")[0]))
+    return findings
+
+
+def _drifted(model: nn.Module) -> list[Finding]:
+    """Parameters without the flag that are not bit for bit the same on all ranks of a group."""
+    whole = {
+        n: [_mark(p)] for n, p in model.named_parameters() if not getattr(p, "model_parallel", False) and p.numel()
+    }
+    found = [*_differences(whole)]
+    return [
+        Finding(
+            code="replicas-differ",
+            seen="its values differ over the ranks" + (f"; {len(found)} parameters in all" if len(found) > 1 else ""),
+            ranks=ranks,
+            parameter=name,
+        )
+        for name, _, ranks in found[:1]
+    ]
+
+
+def _unequal_gradients(model: nn.Module, tolerance: float = 1e-3) -> list[Finding]:
+    """Gradients of whole parameters that are not the same on all ranks: the next step lets them drift apart."""
+    norms = {
+        name: [float(parameter.grad.double().norm())]
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None and not getattr(parameter, "model_parallel", False)
+    }
+    found = [*_differences(norms, tolerance)]
+    return [
+        Finding(
+            code="replicas-differ",
+            seen=f"the norms of its gradients differ, so its values will: {words}"
+            + (f"; {len(found)} parameters in all" if len(found) > 1 else ""),
+            ranks=ranks,
+            parameter=name,
+        )
+        for name, words, ranks in found[:1]
+    ]
+
+
+def _broken_rule(model: nn.Module, passes: Sequence[Passes], tolerance: float = 1e-3) -> list[Finding]:
+    """Outputs that every rank should have whole and the same: of row-parallel layers, with what wraps them, and of
+    transformer layers. The first that differs, in the order of the forward pass.
+    """
+    modules = dict(model.named_modules())
+    for record in passes:
+        sums = {name: [*calls[0].sums] for name, calls in record.calls.items() if _gives_whole(name, modules)}
+        for name, words, ranks in _differences(sums, tolerance):
+            seen = f"every rank should have the same output; sums of magnitudes with {record.kind}: {words}"
+            return [Finding(code="parallel-rule", seen=seen, ranks=ranks, module=name)]
+    return []
+
+
+def _gives_whole(name: str, modules: dict[str, nn.Module]) -> bool:
+    module = modules[name]
+    rows = isinstance(module, RowParallelLinear) or any(isinstance(m, RowParallelLinear) for m in module.children())
+    is_linear = rows and not any(isinstance(m, nn.ModuleList | nn.ModuleDict) for m in module.children())
+    return is_linear or (layer_of(name + ".") is not None and name.rpartition(".")[0].endswith("transformer.layers"))
+
+
+def _mark(parameter: torch.Tensor) -> float:
+    """A number that any changed bit changes, in all likelihood."""
+    data = parameter.detach().cpu().contiguous()
+    return float(zlib.crc32(data.view(torch.uint8).numpy()))
+
+
+def _differences(values: dict[str, list[float]], tolerance: float = 0.0) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+    """(name, words, world ranks) of what is there on all ranks of the model-parallel group and differs."""
+    group = mpu.get_model_parallel_group()
+    everyone: list[dict[str, list[float]]] = [{}] * torch.distributed.get_world_size(group)
+    torch.distributed.all_gather_object(everyone, values, group=group)
+    ranks = torch.distributed.get_process_group_ranks(group)
+    for name in (name for name in values if all(name in one for one in everyone)):
+        rows = torch.tensor([one[name] for one in everyone], dtype=torch.float64)
+        if float((rows - rows[0]).abs().max()) > tolerance * float(rows.abs().max()):
+            yield name, ", ".join(f"rank {rank} {row[-1]:.6g}" for rank, row in zip(ranks, rows)), tuple(ranks)

@@ -1,0 +1,139 @@
+"""What trains: as the config says, and the same on every rank."""
+
+import warnings
+from collections.abc import Sequence
+from itertools import groupby
+
+import torch
+from torch import nn
+
+from sat_lora.doctor.model_checks.passes import LossOf
+from sat_lora.findings.finding import Finding, looks_for
+from sat_lora.lora.apply import adapters_of, find_all_parameters, find_all_sites
+from sat_lora.lora.config import LoraConfig
+from sat_lora.lora.mixin import lora_mixins
+from sat_lora.lora.optimizer_groups import parameter_groups
+from sat_lora.lora.targets import PRESETS, part_of, select
+from sat_lora.parallel.distributed import gather_lists
+
+
+@looks_for("trainable-set", "tower-not-adapted", "dtype-or-device")
+def trained_set_findings(model: nn.Module) -> list[Finding]:
+    """What the LoraMixins' configs ask for against what has requires_grad, its dtype and its device."""
+    mixins = lora_mixins(model)
+    if not mixins:
+        return []
+    wanted = {id(parameter) for mixin in mixins.values() for parameter in mixin.trainable()}
+    findings = []
+    for wrong, words in (
+        ([n for n, p in model.named_parameters() if p.requires_grad and id(p) not in wanted], "trains, unasked for"),
+        ([n for n, p in model.named_parameters() if not p.requires_grad and id(p) in wanted], "does not train"),
+    ):
+        if wrong:
+            seen = f"{wrong[0]} {words}" + (f", and {len(wrong) - 1} more" if len(wrong) > 1 else "")
+            findings.append(Finding(code="trainable-set", seen=seen, parameter=wrong[0]))
+    for name in sorted({path.rpartition(".")[2] for path in mixins}):
+        config = next(mixin.config for path, mixin in mixins.items() if path.rpartition(".")[2] == name)
+        findings += _compare_with_config(model, name, config)
+    return findings
+
+
+def _compare_with_config(model: nn.Module, name: str, config: LoraConfig) -> list[Finding]:
+    """The adapters called `name` against the layers that `config` selects."""
+    adapters, sites = adapters_of(model, name), find_all_sites(model)
+    chosen, _ = select(sites, find_all_parameters(model), config)
+    findings = []
+    for missing in [layer for layer in chosen if layer not in adapters][:1]:
+        count = len([layer for layer in chosen if layer not in adapters])
+        seen = f"the config asks for an adapter on {missing}, which has none" + (f"; {count} in all" * (count > 1))
+        findings.append(Finding(code="trainable-set", seen=seen, module=missing))
+    asked = (config.target_modules,) if isinstance(config.target_modules, str) else config.target_modules
+    for tower in (one for one in asked if one in PRESETS and one != "all-linear"):
+        if not any(part_of(layer) == tower for layer in adapters):
+            seen = f"{tower} was asked for, and no layer of it has an adapter"
+            findings.append(Finding(code="tower-not-adapted", seen=seen, option="--target_modules"))
+    for layer, adapter in adapters.items():
+        weight = sites[layer].module.weight
+        dtype = getattr(torch, config.adapter_dtype) if config.adapter_dtype else weight.dtype
+        for leaf, parameter in adapter.named_parameters():
+            got, expected = (parameter.dtype, parameter.device), (dtype, weight.device)
+            if got != expected:
+                seen = f"{leaf} is {got[0]} on {got[1]}, wanted {expected[0]} on {expected[1]}"
+                findings.append(Finding(code="dtype-or-device", seen=seen, parameter=f"{layer}, {leaf}", module=layer))
+                return findings  # the others are most likely the same
+    return findings
+
+
+@looks_for("trainable-differs", "parameter-order")
+def agreement_findings(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> list[Finding]:
+    """Whether all ranks train the same, in one order, and group it alike. Every rank calls it and gets the same.
+
+    optimizer: None takes the groups that `parameter_groups` makes.
+    """
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = parameter_groups(model, lr=1.0) if optimizer is None else optimizer.param_groups
+    trained = [
+        (name, tuple(getattr(p, "ds_shape", p.shape)), str(p.dtype), bool(getattr(p, "model_parallel", False)))
+        for name, p in model.named_parameters()
+        if p.requires_grad
+    ]
+    grouped = [(number, names.get(id(p), "?")) for number, group in enumerate(groups) for p in group["params"]]
+    by_rank = gather_lists([(trained, grouped)]) if torch.distributed.is_initialized() else [(trained, grouped)]
+    return compare_ranks([trained for trained, _ in by_rank], [grouped for _, grouped in by_rank])
+
+
+def compare_ranks(trained: Sequence[list[tuple]], grouped: Sequence[list[tuple]]) -> list[Finding]:
+    """Of each rank: (name, shape, dtype, sharded) of what trains, in order; (number of the group, name) in order."""
+    findings = []
+    for rank, own in enumerate(trained):
+        if sorted(own) != sorted(trained[0]):
+            only = sorted({*own} - {*trained[0]}), sorted({*trained[0]} - {*own})
+            some = (only[0] or only[1])[0]
+            seen = (
+                f"rank {rank} trains {len(own)} parameters, rank 0 {len(trained[0])}; "
+                + "; ".join(f"only on rank {r}: {_words(those)}" for r, those in zip((rank, 0), only) if those)
+            )  # fmt: skip
+            findings.append(Finding(code="trainable-differs", seen=seen, ranks=(rank,), parameter=some[0]))
+            continue
+        orders = [[name for name, *_ in one] for one in (own, trained[0])]
+        what = "the model's parameters"
+        if orders[0] == orders[1]:
+            orders, what = [grouped[rank], grouped[0]], "the optimizer's groups"
+        place = next((place for place, pair in enumerate(zip(*orders)) if pair[0] != pair[1]), None)
+        if place is not None:
+            mine, first = (one[place] if isinstance(one[place], str) else one[place][1] for one in orders)
+            seen = f"{what}: place {place + 1} is {mine} on rank {rank} and {first} on rank 0"
+            findings.append(Finding(code="parameter-order", seen=seen, ranks=(rank,), parameter=mine))
+    return findings
+
+
+@looks_for("fresh-adapter")
+def fresh_adapter_findings(model: nn.Module, loss_of: LossOf, batch: dict) -> list[Finding]:
+    """Whether fresh adapters change the loss of a batch. For adapters that have not trained yet."""
+    mixins = [mixin for mixin in lora_mixins(model).values() if mixin.enabled and not mixin.merged]
+    if not mixins:
+        return []
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    with torch.no_grad(), warnings.catch_warnings():
+        # Checkpointed layers run here as well, and torch warns that nothing asks for a gradient.
+        warnings.filterwarnings("ignore", message="None of the inputs have requires_grad=True")
+        adapted = float(loss_of(model, batch))
+        for mixin in mixins:
+            mixin._state.enabled = False  # the hooks alone: what is trained whole stays in place, also under ZeRO-3
+        base = float(loss_of(model, batch))
+        for mixin in mixins:
+            mixin._state.enabled = True
+    for module, mode in modes.items():
+        module.training = mode
+    eps = max(torch.finfo(parameter.dtype).eps for parameter in model.parameters() if parameter.is_floating_point())
+    if abs(adapted - base) <= 4 * eps * max(abs(base), 1.0) or base != base:
+        return []
+    seen = f"the loss of a batch is {base:.6g} with the base alone and {adapted:.6g} with the fresh adapter"
+    return [Finding(code="fresh-adapter", seen=seen)]
+
+
+def _words(entries: list[tuple]) -> str:
+    counted = [(name, len([*those])) for name, those in groupby(entries, key=lambda one: one[0])]
+    first = entries[0]
+    return f"{first[0]} {first[1]} {first[2]}" + (f" and {len(counted) - 1} more" if len(counted) > 1 else "")

@@ -1,0 +1,1 @@
+"""Checks of what surrounds a model: machine, packages, network, configuration, data, schedule."""

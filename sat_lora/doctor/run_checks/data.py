@@ -1,0 +1,226 @@
+"""What is wrong with the samples that a run would train on."""
+
+import hashlib
+import itertools
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from sat_lora.cogvlm.inputs.text import IGNORED
+from sat_lora.findings.finding import Finding, looks_for
+from sat_lora.training.steps.broken_samples import broken_in
+
+LISTED = 5  # paths that a finding names
+INDICES = 100_000  # of a sampler that are looked at
+MOST_ALIKE = 0.25  # share of equal samples that data may have
+CHANNELS = 3  # of an image
+THINNED = 7  # every so many pixels of an image are enough to tell it from others
+
+
+@looks_for("no-labels", "too-long", "image-tokens", "broken-files", "wrong-labels", "token-ids", "image-size")
+def data_findings(
+    batches: Iterable[dict],
+    *,
+    image_length: int,
+    max_length: int,
+    max_broken_share: float,
+    vocab_size: int | None = None,
+    image_size: tuple[int, int] | None = None,
+) -> list[Finding]:
+    """Of collated batches of this rank; goes through all of them.
+
+    image_length, vocab_size, image_size (height, width): the base's; None is not looked at.
+    """
+    broken: dict[tuple[str, str], str] = {}
+    samples = empty = cut = longest = 0
+    counts: set[int] = set()
+    wrong_labels, sizes, unknown = Counter(), set(), set()
+    for batch in batches:
+        broken |= {(path, sample): reason for path, reason, sample in broken_in([batch])}
+        rows = [] if _is_padding_only(batch) else range(len(batch["input_ids"]))
+        samples += len(rows) + len(batch["broken"])
+        places = int(batch["image_embed_mask"].sum())
+        if places != len(batch["images"]) * (image_length + 2) and places % (image_length + 2) == 0:
+            counts.add(places + 1)  # images are missing or left over
+        if len(batch["images"]):
+            sizes.add(tuple(batch["images"].shape[1:]))
+        if vocab_size is not None:
+            learned = batch["labels"][batch["labels"] != IGNORED]
+            for ids in (batch["input_ids"].flatten(), learned):
+                unknown.update(ids[(ids < 0) | (ids >= vocab_size)].tolist())
+        for row in rows:
+            labels = batch["labels"][row]
+            empty += bool((labels[1:] == IGNORED).all())
+            cut += bool(batch["left_out"][row])
+            longest = max(longest, int(batch["lengths"][row] + batch["left_out"][row]))
+            counts.add(int(batch["image_embed_mask"][row].sum()))
+            wrong_labels.update(filter(None, [what_is_wrong_with_labels(batch, row)]))
+    findings = []
+    for words, count in wrong_labels.items():
+        seen = f"{count} of {samples} samples looked at have labels {words}"
+        findings.append(Finding(code="wrong-labels", seen=seen))
+    if unknown:
+        ids = ", ".join(map(str, sorted(unknown)[:LISTED]))
+        seen = f"token ids {ids} are in the samples, the base's vocabulary is from 0 to {vocab_size - 1}"
+        findings.append(Finding(code="token-ids", seen=seen, option="--local_tokenizer"))
+    others = sorted(sizes - {(CHANNELS, *image_size)}) if image_size is not None else []
+    if others:
+        got = " and ".join(_size_in_words(size) for size in others)
+        seen = f"images come as {got}, the base takes {' x '.join(map(str, image_size))}"
+        findings.append(Finding(code="image-size", seen=seen))
+    if empty:
+        seen = f"{empty} of {samples} samples looked at have no label"
+        findings.append(Finding(code="no-labels", seen=seen, option="--train-data"))
+    if cut:
+        seen = f"the answers of {cut} of {samples} samples looked at do not fit --max_length {max_length} and are cut"
+        findings.append(Finding(code="too-long", seen=seen, option="--max_length", fix=f"set --max_length {longest}"))
+    odd = sorted(count for count in counts if count % (image_length + 2))
+    if odd:
+        seen = f"a sample has {odd[0]} places for images, an image of {image_length} patches takes {image_length + 2}"
+        findings.append(Finding(code="image-tokens", seen=seen))
+    if broken:
+        share, reasons = len(broken) / max(samples, 1), [*dict.fromkeys(broken.values())]
+        first_path = next(iter(broken))[0]
+        seen = f"{len(broken)} of {samples} samples looked at are broken ({share:.0%}): " + "; ".join(reasons[:LISTED])
+        over = f"; that is more than --max-broken-share {max_broken_share:g}, the run would end" * (
+            share > max_broken_share
+        )
+        findings.append(Finding(code="broken-files", seen=seen + over, file=first_path, option="--train-data"))
+    return findings
+
+
+def _size_in_words(shape: tuple[int, ...]) -> str:
+    """Of an image of that shape: channels, height and width."""
+    channels = f" in {shape[0]} channels" * (shape[0] != CHANNELS)
+    return f"{' x '.join(map(str, shape[1:]))} pixels{channels}"
+
+
+@looks_for("image-tokens")
+def model_config_findings(config: dict, folder: str) -> list[Finding]:
+    """Whether the image size and the patch size of model_config.json make its image_length."""
+    vit = config.get("eva_args", {})
+    if not vit.get("image_size") or not vit.get("patch_size"):
+        return []
+    patches = 1
+    for side in vit["image_size"]:
+        patches *= side // vit["patch_size"]
+    if patches == config.get("image_length"):
+        return []
+    seen = f"images of {vit['image_size']} in patches of {vit['patch_size']} make {patches}, image_length is "
+    return [Finding(code="image-tokens", seen=seen + str(config.get("image_length")), file=folder)]
+
+
+@looks_for("unequal-batches")
+def batch_count_findings(counts: Sequence[int], what: str) -> list[Finding]:
+    """counts: batches of `what` by rank."""
+    if len({*counts}) < 2:
+        return []
+    short = tuple(rank for rank, count in enumerate(counts) if count < max(counts))
+    words = ", ".join(f"rank {rank} {count}" for rank, count in itertools.islice(enumerate(counts), 8))
+    return [Finding(code="unequal-batches", seen=f"batches of {what}: {words}", ranks=short)]
+
+
+def what_is_wrong_with_labels(batch: dict, row: int) -> str | None:
+    """In words, where a label of the row is not the token at its own place; None: nothing.
+
+    The loss compares the output at each place with the label at the next one, so a label is the token itself.
+    """
+    ids, labels, length = batch["input_ids"][row], batch["labels"][row], int(batch["lengths"][row])
+    learned = labels != IGNORED
+    if learned[length:].any():
+        return "on padding"
+    if (learned & (batch["image_embed_mask"][row] > 0)).any():
+        return "on the places of an image"
+    if bool((labels == ids)[learned].all()):
+        return None
+    for step, words in ((-1, "shifted already by one; the loss shifts them again"), (1, "shifted by one backwards")):
+        if bool((labels == ids.roll(step))[learned].all()):
+            return words
+    others = (other for other in range(len(batch["input_ids"])) if other != row)
+    if any(bool((labels == batch["input_ids"][other])[learned].all()) for other in others):
+        return "of another row of their batch"
+    return "that are not the tokens at their places"
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What a rank reads of its first epoch."""
+
+    rank: int
+    data_parallel_rank: int
+    indices: list[int] | None
+    """Of the sampler; None: it has none."""
+    contents: list[str]
+    """A digest of text and image of each sample looked at."""
+
+
+def drawn_samples(loader, batches: Sequence[dict], steps: int, *, rank: int, data_parallel_rank: int) -> Drawn:
+    """steps: whole batches that this rank has in an epoch. batches: the first of them, or more, collated."""
+    sampler = getattr(loader, "batch_sampler", None)
+    indices = None
+    if sampler is not None:
+        steps_read = min(steps, -(-INDICES // max(1, getattr(sampler, "batch_size", 1))))
+        indices = [int(index) for batch in itertools.islice(sampler, steps_read) for index in batch]
+    contents = [digest for batch in itertools.islice(batches, steps) for digest in _digests(batch)]
+    return Drawn(rank, data_parallel_rank, indices, contents)
+
+
+@looks_for("repeated-samples", "shared-samples")
+def drawing_findings(by_rank: Sequence[Drawn]) -> list[Finding]:
+    """Of all ranks: samples that come twice on a rank, or on two, within their first epoch.
+
+    Whatever the sampler gives twice is a fault. Content may be there twice: it is one from a share of MOST_ALIKE on.
+    """
+    drawn = {one.data_parallel_rank: one for one in reversed(by_rank)}  # those of a model-parallel group are alike
+    findings = []
+    (repeats, shares), words = _repeats_and_shares(drawn, "indices", 0.0), "indices of the sampler"
+    if not repeats and not shares:
+        (repeats, shares), words = _repeats_and_shares(drawn, "contents", MOST_ALIKE), "samples by text and image"
+    for one, (count, whole) in repeats.items():
+        seen = f"{count} of the {whole} {words} that this rank reads in its first epoch came before"
+        findings.append(Finding(code="repeated-samples", seen=seen, ranks=(drawn[one].rank,)))
+    if shares:
+        count, whole = map(sum, zip(*shares.values()))
+        seen = f"{count} of {whole} {words} of the first epoch are read by another rank too"
+        ranks = tuple(sorted(drawn[one].rank for one in shares))
+        findings.append(Finding(code="shared-samples", seen=seen, ranks=ranks))
+    return findings
+
+
+def _repeats_and_shares(drawn: dict[int, Drawn], of: str, allowed: float) -> tuple[dict, dict]:
+    """({data-parallel rank: (how many came before, of how many)}, the same of those that another rank has too)."""
+    values = {number: getattr(one, of) or [] for number, one in drawn.items()}
+    owners: dict = {}
+    for number, own in values.items():
+        for value in own:
+            owners.setdefault(value, set()).add(number)
+    repeats = {n: (len(own) - len({*own}), len(own)) for n, own in values.items()}
+    shares = {n: (sum(len(owners[value]) > 1 for value in own), len(own)) for n, own in values.items()}
+    return tuple(
+        {n: (count, whole) for n, (count, whole) in counts.items() if count > allowed * whole}
+        for counts in (repeats, shares)
+    )
+
+
+def _digests(batch: dict) -> list[str]:
+    """Of each row's tokens, labels and images."""
+    if _is_padding_only(batch):
+        return []
+    digests, used = [], 0
+    ends = (batch["image_embed_mask"] - batch["vision_expert_mask"]).sum(1)  # an image ends with one such token
+    for row, length in enumerate(batch["lengths"].tolist()):
+        count = int(ends[row])
+        pixels = batch["images"][used : used + count, :, ::THINNED, ::THINNED]
+        used += count
+        digest = hashlib.blake2b(digest_size=16)
+        for tensor in (batch["input_ids"][row][:length], batch["labels"][row][:length], pixels):
+            digest.update(tensor.contiguous().numpy().tobytes())
+        digests.append(digest.hexdigest())
+    return digests
+
+
+def _is_padding_only(batch: dict) -> bool:
+    """What `collate` makes of broken samples alone."""
+    return len(batch["input_ids"]) == 1 and not bool(torch.as_tensor(batch["input_ids"]).any())

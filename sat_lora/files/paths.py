@@ -1,0 +1,155 @@
+"""Paths that lead nowhere: said with what their user may have meant. It needs nothing but Python's own library."""
+
+import difflib
+import itertools
+import os
+import re
+import unicodedata
+from functools import lru_cache
+from pathlib import Path
+from urllib.parse import unquote
+
+from sat_lora.files.foreign import printable
+
+ENTRIES_SEEN = 200_000
+NAMES_COMPARED = 2_000
+CLOSE = 0.8  # of difflib: how alike a name is that was meant
+SAT_PARTS = ("latest", "model_config.json")
+BASE_WANTED = (
+    f"the base's folder: SAT's with {' and '.join(SAT_PARTS)}, or Hugging Face's with config.json and safetensors"
+)
+COMPRESSED_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tar.lz4")
+_ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
+_QUOTES = "\"'`“”„‘’«»"
+
+
+def missing_path(text: str, wanted: str) -> str | None:
+    """What is wrong with a path that leads to nothing, and what its user may have meant or `wanted` says; None where
+    something is there, or where it cannot be seen whether it is.
+    """
+    if not text.strip():
+        return f"got {text!r}, an empty name; a variable of the shell may not be set; {wanted}"
+    try:
+        os.stat(text)
+        return None
+    except ValueError:  # it holds a NUL
+        pass
+    except OSError as error:
+        if not isinstance(error, FileNotFoundError | NotADirectoryError):
+            return None  # it may be there, and whoever reads it says what is wrong
+    if os.path.islink(text):
+        return f"{printable(text)} is a link to {printable(os.readlink(text))}, which is not there; mend the link"
+    return f"{printable(text)} does not exist{_written_as(text) or nearest(Path(text))}; {wanted}"
+
+
+def is_shard(path: str | Path) -> bool:
+    """Whether a data path means tar shards: its name, after braces, ends in .tar, or as a compressed one does, which is
+    refused later with what to do; or it is a `pipe:` command.
+    """
+    return str(path).lower().endswith((".tar", *COMPRESSED_SUFFIXES)) or str(path).startswith("pipe:")
+
+
+def missing_adapter(folder: str) -> str | None:
+    """What is wrong with the folder of an adapter that is not there; None if something is there."""
+    return missing_path(folder, "give the folder of an adapter, such as runs/NAME/adapter")
+
+
+def missing_base(folder: str | Path) -> str | None:
+    """What is wrong with the folder of a base that is not there, and what to do; None if something is there."""
+    folder = Path(folder)
+    if folder.exists():
+        return None
+    problem = f"{printable(folder)} is not a SAT model folder: it does not exist"
+    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(folder)):  # the name of a model on a hub looks like this
+        return (
+            f"{problem} (found: no such folder). Nothing is fetched: if it is a model's name, download it with "
+            f"`huggingface-cli download {folder} --local-dir {folder.name}`, then give that folder"
+        )
+    near = difflib.get_close_matches(folder.name, names_in(folder.parent), n=1)
+    meant = f"did you mean {printable(folder.parent / near[0])}?" if near else f"give {BASE_WANTED}"
+    return f"{problem}; found: no such folder; {meant}"
+
+
+def names_in(folder: Path) -> list[str]:
+    """The names in a folder, sorted, of the first 10,000; none if it cannot be read."""
+    try:
+        return sorted(itertools.islice((entry.name for entry in os.scandir(folder)), 10_000))
+    except OSError:
+        return []
+
+
+def _written_as(text: str) -> str:
+    """What no name of a file is meant by, as the end of a sentence; "" for a name."""
+    address = _ADDRESS.match(text)
+    if address:
+        if address[1].lower() == "file":
+            return "; give the path alone, without file://"
+        return "; nothing is fetched: download it first"
+    if text.startswith("~"):
+        return f"; the shell has left ~ as it is: give {printable(os.path.expanduser(text))}"
+    if text[0] in _QUOTES and text[-1] in _QUOTES:
+        return "; its quotes are a part of the name: leave them out"
+    if re.search(r"\$\w|\$\{|%[A-Za-z]\w{2,}%", text):
+        return "; the shell has left the variable as it is: single quotes keep it from being replaced"
+    if re.search(r"[*?]", text):
+        return "; the shell has found nothing for * and ?, or quotes kept them: give the folder itself"
+    for separator, name in ((",", "commas"), (";", "semicolons"), (os.pathsep, "colons")):
+        parts = text.split(separator)
+        if len(parts) > 1 and all(part.strip() and os.path.exists(part.strip()) for part in parts):
+            return f"; several paths have spaces between them, not {name}"
+    if re.match(r"[A-Za-z]:[\\/]|\\\\", text):
+        return "; it is a path of Windows: under WSL its drive is below /mnt"
+    if text != text.strip() and os.path.exists(text.strip()):
+        return "; it begins or ends with a space: leave that out"
+    return ""
+
+
+def nearest(path: Path) -> str:
+    """The name beside a path's that was most likely meant, as the end of a sentence; "" if nothing is near."""
+    there, missing = path, []
+    while not os.path.lexists(there) and there != there.parent:
+        missing.insert(0, there.name)
+        there = there.parent
+    if not missing:
+        return ""
+    if not os.path.isdir(there):
+        return f"; {printable(there)} is no folder" if os.path.lexists(there) else ""
+    first, *rest = missing
+    near = _near_name(str(there), first)
+    if not rest:
+        kept = near is not None and _plain(near) in (_plain(first), _plain(unquote(first)))
+        return "" if near is None else f"; its folder has {near!r}" if kept else f"; did you mean {near!r}?"
+    none = f"; there is no folder {printable(there / first)}"
+    if near is None or not os.path.isdir(there / near):
+        return none
+    for name in rest:  # as far as its names lead on
+        there, near = there / near, None
+        near = _near_name(str(there), name)
+        if near is None:
+            break
+    meant = there if near is None else there / near
+    return f"{none}, did you mean {str(meant)!r}?"
+
+
+def _near_name(folder: str, name: str) -> str | None:
+    """The name in a folder that is the same but for what is not seen, or else the one most like it."""
+    names = _names_of(folder)
+    plain = {_plain(one): one for one in names}
+    for meant in (name, unquote(name)):
+        if near := plain.get(_plain(meant)):
+            return near
+    matches = difflib.get_close_matches(name, names[:NAMES_COMPARED], 1, CLOSE)
+    return matches[0] if matches else None
+
+
+def _plain(name: str) -> str:
+    return unicodedata.normalize("NFC", name).strip().casefold()
+
+
+@lru_cache(maxsize=4)
+def _names_of(folder: str) -> list[str]:
+    try:
+        with os.scandir(folder) as entries:
+            return [entry.name for entry, _ in zip(entries, range(ENTRIES_SEEN))]
+    except (OSError, ValueError):
+        return []

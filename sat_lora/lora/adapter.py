@@ -1,0 +1,186 @@
+"""What one adapted layer trains."""
+
+import zlib
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import nn
+
+from sat_lora.lora.deltas import dora
+from sat_lora.lora.deltas.initialize import initial_factors
+from sat_lora.lora.deltas.layers import Delta
+from sat_lora.lora.deltas.low_rank import DeltaLayout
+from sat_lora.lora.deltas.merging import merged_weight
+from sat_lora.lora.targets import Target
+from sat_lora.parallel.sharding import (
+    REPLICATED,
+    Sharding,
+    gathered,
+    mark_sharded,
+    model_parallel_layout,
+    over_model_parallel,
+    sharding_of,
+)
+
+
+class LoraAdapter(nn.Module):
+    """Adds scale * B A x to the output of one layer.
+
+    A: (slots * r, in), B: (adapted rows, r), for the layer's weight as a matrix W (out, in), see `deltas.layers`. Both are cut
+    over the model-parallel ranks as W is:
+
+        W cut along out   A whole on every rank        B cut like the rows of W, within each of q, k, v
+        W cut along in    A cut along `in`             B whole, added after the layer's own sum
+        W whole           both whole
+
+    With DoRA, `magnitude` (adapted rows,) is cut like B. With PiSSA and OLoRA, the pair that A and B began as stays
+    as `origin_A` and `origin_B`, and the delta is s (B A - origin_B origin_A): the base weight is never written to.
+
+    The parameters sit directly on this module, and it is called as a module, so that ZeRO-3 gathers them.
+    """
+
+    def __init__(self, target: Target, config, dtype: torch.dtype, device: torch.device):
+        super().__init__()
+        self.target, self.name, self.rank, self.scale = target, target.site.name, target.rank, target.scale
+        self.slots, self.kind, self.dropout = target.slots, target.site.kind, config.lora_dropout
+        self.scheme, self.seed = config.init_lora_weights, zlib.crc32(self.name.encode()) ^ config.seed
+        rows = [stop - start for start, stop in target.rows]
+        blocks = tuple(rows) if self.slots else target.site.blocks
+        cut_rows = Sharding(0, blocks) if self.kind.cut == "out" else REPLICATED
+        self.shardings = {"A": Sharding(1) if self.kind.cut == "in" else REPLICATED, "B": cut_rows}
+        _, size = model_parallel_layout()
+        cut_out, cut_in = (size if self.kind.cut == side else 1 for side in ("out", "in"))
+        local_rows = tuple((start // cut_out, stop // cut_out) for start, stop in target.rows)
+        self.layout = DeltaLayout(local_rows, target.site.out_features // cut_out, self.kind.name, size)
+        shapes = {
+            "A": (target.slots_count * self.rank, target.site.in_features // cut_in),
+            "B": (sum(rows) // cut_out, self.rank),
+        }
+        if config.use_dora:
+            self.shardings["magnitude"], shapes["magnitude"] = cut_rows, (sum(rows) // cut_out,)
+        self.in_graph: dict[str, torch.Tensor] = {}
+        """What the delta uses in place of the parameters of those names, see `gradient_order`."""
+        for leaf, shape in shapes.items():
+            parameter = nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
+            self.register_parameter(leaf, mark_sharded(parameter, self.shardings[leaf]))
+        self.freeze_a = config.freeze_a
+        for leaf in ("A", "B") if config.takes_from_base else ():
+            self.register_buffer(f"origin_{leaf}", torch.empty_like(getattr(self, leaf), requires_grad=False))
+
+    def trainable(self) -> Iterator[nn.Parameter]:
+        """Its parameters, without A where that is frozen (LoRA-FA)."""
+        yield from (p for leaf, p in self._parameters.items() if leaf != "A" or not self.freeze_a)
+
+    @property
+    def has_origin(self) -> bool:
+        return "origin_A" in self._buffers
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the delta is s B A x on a linear, each rank's part on its own columns, and nothing more."""
+        layer, (_, mp_size) = self.target.site.module, model_parallel_layout()
+        joins_ranks = getattr(layer, "gather_output", False) or not getattr(layer, "input_is_parallel", True)
+        is_pair = not self.has_origin and self.magnitude_or_none is None
+        return self.kind.is_linear and is_pair and not (joins_ranks and mp_size > 1)
+
+    @property
+    def magnitude_or_none(self) -> nn.Parameter | None:
+        return self._parameters.get("magnitude")
+
+    @torch.no_grad()
+    def reset_parameters(self, layer: nn.Module) -> None:
+        """The initial values for `layer`, the adapted one; every rank has to call it.
+
+        Values depend on the seed, the layer's name and, for some schemes and DoRA, its weight; not on the parallel
+        layout nor on what else is adapted.
+        """
+        with gathered([layer.weight]), gathered(self.parameters(), write=True):
+            site, rank_and_size = self.target.site, model_parallel_layout()
+
+            def whole_rows(start: int, stop: int) -> torch.Tensor:
+                sharding = sharding_of(layer, "weight")
+                return self.kind.matrix(over_model_parallel(layer.weight.detach(), sharding))[start:stop]
+
+            factors = initial_factors(
+                self.scheme,
+                [lambda start=start, stop=stop: whole_rows(start, stop) for start, stop in self.target.rows],
+                [(stop - start, site.in_features) for start, stop in self.target.rows],
+                rank=self.rank,
+                scale=self.scale,
+                looks_up=self.kind.looks_up,
+                seed=self.seed,
+            )
+            for leaf, whole in zip("AB", factors):
+                own = getattr(self, leaf)
+                own.copy_(self.shardings[leaf].shard(whole, *rank_and_size))
+                if self.has_origin:
+                    getattr(self, f"origin_{leaf}").copy_(own)
+            if self.magnitude_or_none is not None:
+                self.magnitude.copy_(self._row_norms(layer, None))
+
+    @torch.no_grad()
+    def take(self, whole: dict[str, torch.Tensor]) -> None:
+        """Whole A, B and magnitude of a file; where an origin is subtracted, A and B hold both pairs (`factors`)."""
+        for leaf, tensor in whole.items():
+            part = self.shardings[leaf].shard(tensor, *model_parallel_layout())
+            if self.has_origin and leaf == "A":
+                pair = part.view(self.target.slots_count, 2, self.rank, -1)
+                self.A.copy_(pair[:, 0].flatten(0, 1))
+                self.origin_A.copy_(pair[:, 1].flatten(0, 1))
+            elif self.has_origin and leaf == "B":
+                self.B.copy_(part[:, : self.rank])
+                self.origin_B.copy_(-part[:, self.rank :])
+            else:
+                getattr(self, leaf).copy_(part)
+
+    @property
+    def factors_rank(self) -> int:
+        return 2 * self.rank if self.has_origin else self.rank
+
+    def factors(self, instead: Mapping[str, torch.Tensor] | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """(A, B) whose product is the delta: the pair itself, or of rank 2r where an origin is subtracted.
+
+        instead: what stands for the parameters A and B.
+        """
+        a, b = ((instead or {}).get(leaf, getattr(self, leaf)) for leaf in "AB")
+        if not self.has_origin:
+            return a, b
+        slots = self.target.slots_count
+        pairs = [one.view(slots, self.rank, -1) for one in (a, self.origin_A)]
+        return torch.cat(pairs, 1).flatten(0, 1), torch.cat([b, -self.origin_B], 1)
+
+    def forward(
+        self, y: torch.Tensor, x: torch.Tensor, layer: nn.Module, scale: float = 1.0, output_is_untouched: bool = False
+    ) -> torch.Tensor:
+        """y as `layer` gave it for x, with `scale` times the delta added.
+
+        output_is_untouched: y is the layer's own, and no hook has seen it.
+        """
+        scale = self.scale * scale
+        a, b = self.factors(self.in_graph)
+        dropout = self.dropout if self.training else 0.0
+        y = self.kind.add(layer, y, x, Delta(a, b, scale, self.layout, dropout, output_is_untouched))
+        if self.magnitude_or_none is None:
+            return y
+        gain = dora.spread(
+            dora.gain(self.in_graph.get("magnitude", self.magnitude), self._row_norms(layer, (a, b, scale))),
+            self.layout,
+        )
+        bias = layer.bias
+        if self.kind.cut == "out":
+            gain = self.kind.across_ranks(layer, gain)
+            bias = None if bias is None else self.kind.across_ranks(layer, bias)
+        return dora.rescale(y, gain, bias, self.kind.channel_dim(layer))
+
+    def merged_weight(self, layer: nn.Module, strength: float = 1.0) -> torch.Tensor:
+        """This rank's part of the weight with `strength` times the delta in it, see `merging.merged_weight`."""
+        delta = (*self.factors(), self.scale * strength)
+        return merged_weight(layer.weight, self.kind, self.layout, delta, self.magnitude_or_none)
+
+    def _row_norms(self, layer: nn.Module, delta) -> torch.Tensor:
+        matrix = self.kind.matrix(layer.weight.detach())
+        return dora.row_norms(matrix, self.layout, delta, sum_over_ranks=self.kind.cut == "in")
+
+    def extra_repr(self) -> str:
+        slots = f", slots={self.slots}" if self.slots else ""
+        return f"{self.name}, r={self.rank}, scale={self.scale:g}{slots}"

@@ -1,0 +1,81 @@
+"""LoraMixins on a model and on the SAT models inside it: put there, and found again."""
+
+from torch import nn
+
+from sat_lora._sat import BaseModel
+from sat_lora.errors import ConfigError
+from sat_lora.lora.adapter import LoraAdapter
+from sat_lora.lora.config import LoraConfig
+from sat_lora.lora.mixin import LoraMixin, freeze_base, lora_mixins
+from sat_lora.lora.targets import BaseParameter, Plan, Site, find_parameters, find_sites, plan
+
+
+def sat_models(model: nn.Module) -> dict[str, BaseModel]:
+    """The model itself under "" (if it is a SAT model), and each SAT model inside it, by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, BaseModel)}
+
+
+def find_all_sites(model: nn.Module) -> dict[str, Site]:
+    """Every adaptable layer of the model and of the SAT models inside it, by name."""
+    return {name: site for path, inner in sat_models(model).items() for name, site in find_sites(inner, path).items()}
+
+
+def find_all_parameters(model: nn.Module) -> dict[str, BaseParameter]:
+    """Every base parameter of the model and of the SAT models inside it, by name."""
+    return {n: p for path, inner in sat_models(model).items() for n, p in find_parameters(inner, path).items()}
+
+
+def whole_name(owner: str, name: str) -> str:
+    """The name from the outermost model of what a mixin, on the SAT model called `owner`, calls `name`.
+
+    `add_lora` gives whole names; a mixin made by hand for an inner SAT model knows only that one.
+    """
+    return name if not owner or name.startswith(f"{owner}.") else f"{owner}.{name}"
+
+
+def mixins_called(model: nn.Module, name: str = "lora") -> dict[str, LoraMixin]:
+    """The LoraMixins of that name, by the name of the SAT model that each is on ("" for the outermost)."""
+    named = ((path.rpartition("mixins."), mixin) for path, mixin in lora_mixins(model).items())
+    return {owner.rstrip("."): mixin for (owner, _, own_name), mixin in named if own_name == name}
+
+
+def adapters_of(model: nn.Module, name: str = "lora") -> dict[str, LoraAdapter]:
+    """The adapters of every LoraMixin called `name`, by the name of their layer from the outermost model."""
+    return {
+        whole_name(owner, site): mixin.adapter_for(site)
+        for owner, mixin in mixins_called(model, name).items()
+        for site in mixin.targets
+    }
+
+
+def add_lora(
+    model: nn.Module, config: LoraConfig | None = None, *, name: str = "lora", fixed_order: bool = False, **fields
+) -> list[LoraMixin]:
+    """Put a LoraMixin on the model and on every SAT model inside it that `config` selects something of.
+
+    fixed_order: for a model that skips layers by what its batch holds, an expert without tokens or a vision transformer
+    without images. Gradients then come in one order on every rank, with zeros where a layer did not run, which ZeRO 1
+    and 2 need; ZeRO-3 also gathers weights where they are used, and `start_engine` refuses it. The models of
+    `sat_lora.cogvlm` skip nothing and need none of this. ConfigError with modules_to_save or bias.
+    """
+    config = config if config is not None else LoraConfig(**fields)
+    planned = plan(find_all_sites(model), find_all_parameters(model), config)
+    return place_mixins(model, config, planned, name, fixed_order=fixed_order)
+
+
+def place_mixins(
+    model: nn.Module, config: LoraConfig, planned: Plan, name: str, *, fixed_order: bool = False
+) -> list[LoraMixin]:
+    """A LoraMixin called `name` on every SAT model in `model` that holds some of what is `planned`."""
+    taken = [f"{path}.mixins.{name}".lstrip(".") for path, inner in sat_models(model).items() if name in inner.mixins]
+    if taken:
+        raise ConfigError(f"the model has a mixin {' and '.join(taken)} already; delete it or choose another name")
+    mixins = []
+    for path, inner in sat_models(model).items():
+        targets = {n: planned.targets[n] for n in find_sites(inner, path) if n in planned.targets}
+        trained = {n: planned.trained[n] for n in find_parameters(inner, path) if n in planned.trained}
+        if targets or trained:
+            mixins.append(LoraMixin(inner, config, planned=Plan(targets, trained), fixed_order=fixed_order))
+            inner.add_mixin(name, mixins[-1])
+    freeze_base(model)
+    return mixins

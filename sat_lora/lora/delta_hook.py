@@ -1,0 +1,149 @@
+"""Where the delta of one layer is added: in its `forward`, or in a hook behind it.
+
+A mixin sets `layer.forward` on the layer itself, for as long as the mixin is there; the layer's class, its name and its
+parameters stay what they were, and hooks run around it as around any forward. Two ways lead through it. The direct one
+is for what nearly every layer of a run is: a frozen linear, a plain pair A and B, one dtype. It makes the layer's own
+product and the delta in one autograd Function and calls nothing of SAT's or of the adapter's, because at 576 linears
+each microsecond of Python shows in a training step. Every other case runs the layer as its class says and then the
+adapter as a module: ZeRO-3, which gathers parameters where a module is called; DoRA and PiSSA; autocast; convolutions.
+
+A layer on which others were at work first, by a hook or by a forward of their own, gets a hook behind theirs: they see
+the base's output, and the delta goes the second way.
+
+What an adapter is decides once whether it may go the direct way; what can change around it is compared by identity.
+"""
+
+import copy
+import weakref
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import nn
+
+from sat_lora.errors import ConfigError
+from sat_lora.lora.adapter import LoraAdapter
+from sat_lora.lora.deltas.low_rank import RandomDropout, adapted_linear, add_delta, add_delta_in_place, product_of
+from sat_lora.lora.deltas.merging import MergedWeights
+
+
+class DeltaState:
+    """What the hooks of one mixin share. No nn.Module, since setting an attribute on one takes microseconds."""
+
+    __slots__ = ("enabled", "fixed_order", "merged", "scale", "scope_is_open")
+
+    def __init__(self, *, fixed_order: bool):
+        self.fixed_order = fixed_order
+        self.scope_is_open = False
+        """Whether one of SAT's hooks runs that the mixin is in."""
+        self.enabled = True
+        self.merged: MergedWeights | None = None
+        self.scale = 1.0
+
+
+class DeltaHook:
+    """Of one layer. Holds layer and adapter weakly, so that a deleted mixin is freed."""
+
+    def __init__(self, state: DeltaState, adapter: LoraAdapter):
+        self._state, self._adapter = state, weakref.ref(adapter)
+        self._layer: Callable[[], nn.Module | None] = lambda: None
+        self._dropout = RandomDropout(adapter.dropout) if adapter.dropout else None
+        is_plain = type(adapter).forward is LoraAdapter.forward and adapter.is_plain and not state.fixed_order
+        self._layer_types = adapter.kind.layers if is_plain else ()
+        # A row-parallel layer sums over the ranks, and may add its bias to the sum.
+        self._is_one_product = adapter.kind.cut != "in" or adapter.layout.mp_size == 1
+        self._may_add_bias = adapter.kind.cut == "in"
+        self.on_entry: Callable[[], object] | None = None
+        """Called before each forward of the layer that this is the forward of: cheaper than a hook of torch's."""
+
+    def attach(self, layer: nn.Module) -> Callable[[], None]:
+        """Add the delta to that layer's output from now on; what comes back takes it away again."""
+        self._layer = weakref.ref(layer)
+        if layer._forward_hooks or "forward" in layer.__dict__:
+            return layer.register_forward_hook(self._behind).remove
+        layer.forward = self
+        return partial(_take_away, self._layer, weakref.ref(self))
+
+    def __call__(self, *args, **kwargs) -> torch.Tensor:
+        """The layer's output with the delta in it, as `layer.forward`."""
+        if self.on_entry is not None:
+            self.on_entry()
+        state, adapter, layer = self._state, self._adapter(), self._layer()
+        if not state.scope_is_open or not state.enabled or state.merged is not None or adapter is None:
+            return type(layer).forward(layer, *args, **kwargs)
+        x = args[0] if args else next(iter(kwargs.values()))
+        if not self._goes_directly(adapter, layer, x):
+            return self._through_adapter(adapter, layer, x, type(layer).forward(layer, *args, **kwargs), True)
+        parameters, of_layer, layout = adapter._parameters, layer._parameters, adapter.layout
+        weight, bias, added = of_layer["weight"], of_layer["bias"], None
+        if self._may_add_bias and layer.final_bias:
+            bias, added = None, bias
+        dropout = self._dropout if adapter.training else None
+        a, b, scale = parameters["A"], parameters["B"], adapter.scale * state.scale
+        if torch.is_grad_enabled():
+            if self._is_one_product:
+                return adapted_linear(x, weight, bias, added, a, b, dropout, scale, layout)
+            product = type(layer).forward(layer, x.detach())
+            return add_delta(product, x, a, b, dropout, scale, layout, weight)
+        y = product_of(x, weight, bias, added) if self._is_one_product else type(layer).forward(layer, x)
+        add_delta_in_place(y, x, a, b, dropout, scale, layout)
+        return y
+
+    def _behind(self, layer: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor | None:
+        """As a forward hook: the output with the delta in it, or None where there is none to add."""
+        state, adapter = self._state, self._adapter()
+        if not state.scope_is_open or not state.enabled or state.merged is not None or adapter is None:
+            return None
+        return self._through_adapter(adapter, layer, args[0], output, False)
+
+    def _goes_directly(self, adapter: LoraAdapter, layer: nn.Module, x: torch.Tensor) -> bool:
+        """Whether the layer's output is a product with W, frozen and whole, and all that is needed has one dtype.
+
+        Reads nn.Module's own dictionaries, since `layer.weight` takes a detour in Python.
+        """
+        if type(layer) not in self._layer_types:  # a subclass, or one that torch's parametrize has made
+            return False
+        dtype = x.dtype
+        weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
+        return (
+            weight is not None
+            and not weight.requires_grad
+            and (bias is None or not bias.requires_grad)
+            and not hasattr(weight, "ds_id")  # ZeRO-3
+            and not adapter._forward_hooks
+            and not adapter._forward_pre_hooks
+            and weight.dtype is dtype
+            and adapter._parameters["A"].dtype is dtype
+            and not torch._C._is_any_autocast_enabled()
+        )
+
+    def _through_adapter(
+        self, adapter: LoraAdapter, layer: nn.Module, x: torch.Tensor, output: torch.Tensor, is_untouched: bool
+    ) -> torch.Tensor:
+        state = self._state
+        if state.fixed_order and torch.is_grad_enabled() and not adapter.in_graph:
+            raise ConfigError(
+                f"fixed_order: {adapter.name} ran outside of layer {adapter.target.site.layer}, to which its name puts "
+                "it, so its gradient has no place in the order; leave it out with exclude_modules"
+            )
+        return adapter(output, x, layer, state.scale, is_untouched)
+
+    def __deepcopy__(self, memo: dict) -> "DeltaHook":
+        """A copied model's hook belongs to the copied layer and adapter."""
+        copied = copy.copy(self)
+        memo[id(self)] = copied
+        adapter, layer = self._adapter(), self._layer()
+        copied.on_entry = None
+        copied._state = copy.deepcopy(self._state, memo)
+        copied._adapter = self._adapter if adapter is None else weakref.ref(copy.deepcopy(adapter, memo))
+        copied._layer = self._layer if layer is None else weakref.ref(copy.deepcopy(layer, memo))
+        return copied
+
+
+def _take_away(layer: Callable[[], nn.Module | None], hook: Callable[[], DeltaHook | None]) -> None:
+    """Both are weak references, for this waits as long as the mixin lives. A forward set over ours stays: without an
+    adapter ours is the layer's own.
+    """
+    owner, own = layer(), hook()
+    if owner is not None and own is not None and owner.__dict__.get("forward") is own:
+        del owner.forward

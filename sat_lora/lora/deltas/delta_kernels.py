@@ -1,0 +1,211 @@
+"""What a delta does to large tensors on a GPU, in Triton: each of them is read once and written once.
+
+add_slots       y_slot += scale S_slot B_slot^T, in place
+project         S = (x * keep) A^T
+spread          (dS A) * keep
+gradient_of_a   dA = scale dS^T (x * keep), in parts of the rows that are summed in a fixed order
+
+`keep` is nowhere in memory: each kernel draws it anew from the seed, row and column. Products are summed in float32 and
+rounded once. Importing this imports triton, so it is imported where a kernel is launched.
+"""
+
+import contextlib
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from sat_lora.lora.deltas.low_rank import DeltaLayout
+
+ROUNDS = tl.constexpr(7)  # of Philox 4x32: the fewest that pass BigCrush (Salmon et al., 2011, table 2)
+
+
+class Blocks(NamedTuple):
+    """The tile of the large tensor that a program works on at a time."""
+
+    rows: int
+    columns: int
+    warps: int = 4
+    stages: int = 2  # tiles on their way from memory
+
+
+# float32 is multiplied without tensor cores, which takes registers.
+ADD = {2: Blocks(32, 256), 4: Blocks(32, 64)}  # by the bytes of an element
+PROJECT = {2: Blocks(16, 256, stages=3), 4: Blocks(16, 32)}
+SPREAD = {2: Blocks(32, 256), 4: Blocks(32, 64)}
+GRADIENT = {2: Blocks(32, 256, stages=3), 4: Blocks(16, 64)}
+MOST_RANKS = 64  # columns of S that a program takes at a time
+PROGRAMS = 512  # into which `gradient_of_a` divides its work; a constant, so that every GPU adds in the same order
+VARYING = ("rows", "rows_of_part", "dropped", "columns_of_blocks")  # of which no kernel is compiled for some values
+
+
+@triton.jit
+def kept(seed, dropped, row, first_column, COLUMNS: tl.constexpr):
+    """Whether dropout keeps (rows, COLUMNS) elements. Eight neighbours have 16 bits each of one draw."""
+    group = first_column // 8 + tl.arange(0, COLUMNS // 8)[None, :]
+    zero = row[:, None] * 0 + group * 0
+    w0, w1, w2, w3 = tl.philox(seed, row[:, None] + zero, group + zero, zero, zero, ROUNDS)
+    words = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
+    return tl.interleave(words & 0xFFFF, words >> 16).to(tl.int32) >= dropped
+
+
+@triton.jit(do_not_specialize=VARYING)
+def product_kernel(
+    out, left, right, seed, scale, dropped, rows, width, ranks, columns_of_blocks, distance,
+    out_row, left_row, left_rank, left_slot, right_rank, right_column, right_slot,
+    ADDS: tl.constexpr, DROPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANKS: tl.constexpr,
+    CHUNKS: tl.constexpr,
+):  # fmt: skip
+    """out (rows, width) = [out +] scale left (rows, ranks) right (ranks, width) [* keep], per slot."""
+    block = tl.program_id(0) % columns_of_blocks
+    blocks_of_slot = tl.cdiv(width, COLUMNS)
+    slot = block // blocks_of_slot
+    first_column = block % blocks_of_slot * COLUMNS
+    row = tl.program_id(0) // columns_of_blocks * ROWS + tl.arange(0, ROWS)
+    column = first_column + tl.arange(0, COLUMNS)
+    far_row = row.to(tl.int64)[:, None]
+    left += slot * left_slot
+    right += slot.to(tl.int64) * right_slot
+    inside = (row[:, None] < rows) & (column[None, :] < width)
+    out += slot * distance + far_row * out_row + column[None, :]
+    if ADDS:
+        before = tl.load(out, inside, other=0.0)  # on its way during the product
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for chunk in tl.static_range(CHUNKS):
+        rank = chunk * RANKS + tl.arange(0, RANKS)
+        of_left = (row[:, None] < rows) & (rank[None, :] < ranks)
+        of_right = (rank[:, None] < ranks) & (column[None, :] < width)
+        left_tile = tl.load(left + far_row * left_row + rank.to(tl.int64)[None, :] * left_rank, of_left, other=0.0)
+        right_tile = tl.load(right + rank[:, None] * right_rank + column[None, :] * right_column, of_right, other=0.0)
+        total = tl.dot(left_tile, right_tile, total, input_precision="ieee")
+    if ADDS:
+        total = before.to(tl.float32) + scale * total
+    if DROPS:
+        total = tl.where(kept(tl.load(seed), dropped, row, first_column, COLUMNS), total, 0.0)
+    tl.store(out, total.to(out.dtype.element_ty), inside)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def project_kernel(
+    s, x, a, seed, dropped, rows, columns, ranks, x_row, x_column, a_rank, a_column,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANKS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    rank = tl.program_id(1) * RANKS + tl.arange(0, RANKS)
+    far_row = row.to(tl.int64)[:, None]
+    key = tl.load(seed)
+    total = tl.zeros((ROWS, RANKS), tl.float32)
+    for first_column in range(0, columns, COLUMNS):
+        column = first_column + tl.arange(0, COLUMNS)
+        of_x = (row[:, None] < rows) & (column[None, :] < columns)
+        of_a = (column[:, None] < columns) & (rank[None, :] < ranks)
+        x_tile = tl.load(x + far_row * x_row + column[None, :] * x_column, of_x, other=0.0)
+        a_tile = tl.load(a + rank[None, :] * a_rank + column[:, None] * a_column, of_a, other=0.0)
+        x_tile = tl.where(kept(key, dropped, row, first_column, COLUMNS), x_tile, 0.0)
+        total = tl.dot(x_tile, a_tile, total, input_precision="ieee")
+    inside = (row[:, None] < rows) & (rank[None, :] < ranks)
+    tl.store(s + far_row * ranks + rank[None, :], total.to(s.dtype.element_ty), inside)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def gradient_of_a_kernel(
+    parts, ds, x, seed, scale, dropped, rows, columns, ranks, rows_of_part, ds_row, ds_rank, x_row, x_column,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANKS: tl.constexpr,
+):  # fmt: skip
+    first_column = tl.program_id(0) * COLUMNS
+    part = tl.program_id(1)
+    column = first_column + tl.arange(0, COLUMNS)
+    rank = tl.program_id(2) * RANKS + tl.arange(0, RANKS)
+    key = tl.load(seed)
+    total = tl.zeros((RANKS, COLUMNS), tl.float32)
+    for first_row in range(part * rows_of_part, tl.minimum((part + 1) * rows_of_part, rows), ROWS):
+        row = first_row + tl.arange(0, ROWS)
+        far_row = row.to(tl.int64)
+        of_x = (row[:, None] < rows) & (column[None, :] < columns)
+        of_ds = (rank[:, None] < ranks) & (row[None, :] < rows)
+        x_tile = tl.load(x + far_row[:, None] * x_row + column[None, :] * x_column, of_x, other=0.0)
+        ds_tile = tl.load(ds + rank.to(tl.int64)[:, None] * ds_rank + far_row[None, :] * ds_row, of_ds, other=0.0)
+        x_tile = tl.where(kept(key, dropped, row, first_column, COLUMNS), x_tile, 0.0)
+        total = tl.dot(ds_tile, x_tile, total, input_precision="ieee")
+    inside = (rank[:, None] < ranks) & (column[None, :] < columns)
+    target = parts + (part.to(tl.int64) * ranks + rank[:, None]) * columns + column[None, :]
+    tl.store(target, scale * total, inside)
+
+
+def add_slots(y, s, b, scale: float, layout: DeltaLayout, blocks: Blocks | None = None) -> None:
+    """y_slot += scale S_slot B_slot^T, in place; y (tokens, out), S (tokens, slots * r), B (adapted rows, r)."""
+    ranks = b.shape[1]
+    for run in layout.runs:
+        out, left, right = y[:, run.start :], s[:, run.slot * ranks :], b[run.row :].t()
+        shape = y.shape[0], run.width, run.count
+        distances = run.distance, ranks * s.stride(1), run.width * b.stride(0)
+        _product(out, left, right, ranks, shape, distances, blocks or ADD[y.itemsize], scale=scale)
+    torch.autograd.graph.increment_version(y)  # as torch's own in-place operations do
+
+
+def project(x, a, seed, dropped: int, blocks: Blocks | None = None) -> torch.Tensor:
+    """S (tokens, slots * r) of x (tokens, in), with `dropped` of 2^16 elements zeroed, and A (slots * r, in)."""
+    (rows, columns), ranks = x.shape, a.shape[0]
+    blocks = blocks or PROJECT[x.itemsize]
+    s = x.new_empty(rows, ranks)
+    chunk = _chunk(ranks)
+    if s.numel():
+        with _device(x):
+            project_kernel[(triton.cdiv(rows, blocks.rows), triton.cdiv(ranks, chunk))](
+                s, x, a, seed, dropped, rows, columns, ranks, *x.stride(), *a.stride(),
+                ROWS=blocks.rows, COLUMNS=blocks.columns, RANKS=chunk, num_warps=blocks.warps, num_stages=blocks.stages,
+            )  # fmt: skip
+    return s
+
+
+def spread(ds, a, seed, dropped: int, blocks: Blocks | None = None) -> torch.Tensor:
+    """dS A (tokens, in), zero where `project` zeroes x."""
+    ranks, columns = a.shape
+    dx = ds.new_empty(ds.shape[0], columns)
+    shape = ds.shape[0], columns, 1
+    _product(dx, ds, a, ranks, shape, (0, 0, 0), blocks or SPREAD[dx.itemsize], seed=seed, dropped=dropped)
+    return dx
+
+
+def gradient_of_a(ds, x, seed, dropped: int, scale: float, blocks: Blocks | None = None) -> torch.Tensor:
+    """scale dS^T x (slots * r, in), with x zeroed as `project` does; the same bits in every call."""
+    (rows, columns), ranks = x.shape, ds.shape[1]
+    blocks = blocks or GRADIENT[x.itemsize]
+    chunk = _chunk(ranks)
+    across, down = triton.cdiv(columns, blocks.columns), triton.cdiv(ranks, chunk)
+    count = max(1, min(PROGRAMS // (across * down), triton.cdiv(rows, blocks.rows)))
+    rows_of_part = triton.cdiv(triton.cdiv(rows, count), blocks.rows) * blocks.rows
+    parts = x.new_empty(count, ranks, columns, dtype=torch.float32)
+    with _device(x):
+        gradient_of_a_kernel[(across, count, down)](
+            parts, ds, x, seed, scale, dropped, rows, columns, ranks, rows_of_part, *ds.stride(), *x.stride(),
+            ROWS=blocks.rows, COLUMNS=blocks.columns, RANKS=chunk, num_warps=blocks.warps, num_stages=blocks.stages,
+        )  # fmt: skip
+    return parts.sum(0).to(x.dtype)
+
+
+def _product(out, left, right, ranks, shape, distances, blocks: Blocks, *, scale=1.0, seed=None, dropped=0) -> None:
+    """Without a seed the product is added to `out`; with one it is dropped from and written."""
+    rows, width, slots = shape
+    distance, left_slot, right_slot = distances
+    columns_of_blocks = triton.cdiv(width, blocks.columns) * slots
+    chunk = _chunk(ranks)
+    if rows and columns_of_blocks:
+        with _device(out):
+            product_kernel[(triton.cdiv(rows, blocks.rows) * columns_of_blocks,)](
+                out, left, right, seed, scale, dropped, rows, width, ranks, columns_of_blocks, distance,
+                out.stride(0), *left.stride(), left_slot, *right.stride(), right_slot,
+                ADDS=seed is None, DROPS=seed is not None, ROWS=blocks.rows, COLUMNS=blocks.columns,
+                RANKS=chunk, CHUNKS=triton.cdiv(ranks, chunk), num_warps=blocks.warps, num_stages=blocks.stages,
+            )  # fmt: skip
+
+
+def _chunk(ranks: int) -> int:
+    """A power of two, which `tl.arange` wants, from 16 on, which `tl.dot` does."""
+    return min(MOST_RANKS, max(16, triton.next_power_of_2(ranks)))
+
+
+def _device(tensor: torch.Tensor):
+    """Triton launches on the current device, whatever its tensors are on."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()

@@ -1,0 +1,152 @@
+"""The kinds of layer that take a delta: how each sees its weight as a matrix W (out, in), and how it adds s B A x.
+
+kind         layer                    W from the weight         model parallelism cuts
+column       ColumnParallelLinear     as it is                  out, within each of q, k, v
+row          RowParallelLinear        as it is                  in
+linear       nn.Linear                as it is                  nothing
+conv         nn.Conv1d, 2d, 3d        (out, in / groups * k)    nothing
+embedding    nn.Embedding             transposed: (dim, ids)    nothing
+vocab        VocabParallelEmbedding   transposed: (dim, ids)    in
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from sat_lora._sat import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding, mpu
+from sat_lora.lora.deltas.low_rank import DeltaLayout, RandomDropout, add_delta
+from sat_lora.parallel.sharding import model_parallel_layout
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What is added to a layer's output: scale * B A x."""
+
+    a: torch.Tensor  # (slots * r, in), of this rank
+    b: torch.Tensor  # (adapted rows, r), of this rank
+    scale: float
+    layout: DeltaLayout
+    dropout: float = 0.0  # probability, 0 outside of training
+    output_is_untouched: bool = False  # it is as the layer made it, no hook having seen it
+
+
+class Kind:
+    """An nn.Linear, and the base of the others."""
+
+    name = "linear"
+    layers: tuple[type, ...] = (nn.Linear,)
+    cut: str | None = None
+    """What model parallelism cuts in W: "out", "in" or nothing."""
+    is_linear = True
+    looks_up = False
+    """Whether x holds whole numbers that pick columns of W."""
+
+    def matrix(self, weight: torch.Tensor) -> torch.Tensor:
+        """The weight as W (out, in); a view."""
+        return weight
+
+    def channel_dim(self, layer: nn.Module) -> int:
+        """The dimension of the output that has `out` entries."""
+        return -1
+
+    def across_ranks(self, layer: nn.Module, per_channel: torch.Tensor) -> torch.Tensor:
+        """A vector with one entry per local row of W, as long as the layer's output is wide."""
+        return per_channel
+
+    def add(self, layer: nn.Module, y: torch.Tensor, x: torch.Tensor, delta: Delta) -> torch.Tensor:
+        """The layer's output y (..., out) for x (..., in), with the delta added."""
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(y.dtype)  # what autocast did to the layer's own x
+        takes_over = delta.output_is_untouched and y.is_contiguous() and self.can_take_over(layer, x)
+        dropout = RandomDropout(delta.dropout) if delta.dropout > 0 else None
+        with torch.autocast(x.device.type, enabled=False):
+            weight = layer.weight if takes_over else None
+            return add_delta(y, x, delta.a, delta.b, dropout, delta.scale, delta.layout, weight)
+
+    def can_take_over(self, layer: nn.Module, x: torch.Tensor) -> bool:
+        """Whether y is x W^T as it stands, W frozen and whole, so that one Function can have the gradient of both."""
+        if type(layer) not in self.layers or "weight" not in layer._parameters:
+            return False  # a subclass, weight norm and the like may do anything else
+        if hasattr(layer.weight, "ds_id") or layer.weight.dtype != x.dtype:  # ZeRO-3 gathers W for its own graph alone
+            return False
+        return not any(parameter.requires_grad for parameter in layer.parameters(recurse=False))
+
+
+class Column(Kind):
+    name, layers, cut = "column", (ColumnParallelLinear,), "out"
+
+    def across_ranks(self, layer, per_channel):
+        gathers = layer.gather_output and model_parallel_layout()[1] > 1
+        return mpu.gather_from_model_parallel_region(per_channel) if gathers else per_channel
+
+    def add(self, layer, y, x, delta):
+        if layer.gather_output and model_parallel_layout()[1] > 1:
+            own_columns = y.new_zeros(*y.shape[:-1], delta.layout.width)
+            delta = replace(delta, output_is_untouched=False)
+            return y + mpu.gather_from_model_parallel_region(super().add(layer, own_columns, x, delta))
+        return super().add(layer, y, x, delta)
+
+
+class Row(Kind):
+    name, layers, cut = "row", (RowParallelLinear,), "in"
+
+    def add(self, layer, y, x, delta):
+        x = x if layer.input_is_parallel else mpu.scatter_to_model_parallel_region(x)  # its backward gathers
+        return super().add(layer, y, x, delta)
+
+
+class Convolution(Kind):
+    """A is a convolution like the layer's own with r output channels, B one of size 1.
+
+    With groups, each group runs the same A over its own channels and has its own rows of B, so that the delta of W is
+    B A here too.
+    """
+
+    name, layers, is_linear = "conv", (nn.Conv1d, nn.Conv2d, nn.Conv3d), False
+
+    def matrix(self, weight):
+        return weight.flatten(1)
+
+    def channel_dim(self, layer):
+        return -1 - len(layer.kernel_size)
+
+    def add(self, layer, y, x, delta):
+        kernel, groups, ones = layer.weight.shape[1:], layer.groups, (1,) * len(layer.kernel_size)
+        x = F.dropout(x, delta.dropout) if delta.dropout > 0 else x
+        a = delta.a.to(y.dtype).view(-1, *kernel).repeat(groups, *(1 for _ in kernel))
+        s = layer._conv_forward(x, a, None)  # knows stride, padding mode and dilation
+        convolve = (F.conv1d, F.conv2d, F.conv3d)[len(ones) - 1]
+        return y + delta.scale * convolve(s, delta.b.to(y.dtype).view(*delta.b.shape, *ones), groups=groups)
+
+
+class Embedding(Kind):
+    name, layers, is_linear, looks_up = "embedding", (nn.Embedding,), False, True
+
+    def matrix(self, weight):
+        return weight.T
+
+    def add(self, layer, y, x, delta):
+        s = F.embedding(x, delta.a.T, layer.padding_idx)
+        return y + delta.scale * F.linear(s, delta.b).to(y.dtype)
+
+
+class VocabEmbedding(Embedding):
+    """Each rank looks up the ids that it holds; an id that nobody holds gives zeros, as in the layer itself."""
+
+    name, layers, cut = "vocab", (VocabParallelEmbedding,), "in"
+
+    def add(self, layer, y, x, delta):
+        elsewhere = (x < layer.vocab_start_index) | (x >= layer.vocab_end_index)
+        s = F.embedding((x - layer.vocab_start_index).masked_fill(elsewhere, 0), delta.a.T)
+        s = mpu.reduce_from_model_parallel_region(s.masked_fill(elsewhere.unsqueeze(-1), 0))
+        return y + delta.scale * F.linear(s, delta.b).to(y.dtype)
+
+
+KINDS = {kind.name: kind for kind in (Column(), Row(), Kind(), Convolution(), Embedding(), VocabEmbedding())}
+
+
+def kind_of(layer: nn.Module) -> Kind | None:
+    """The kind of a layer, None for one that takes no delta."""
+    return next((kind for kind in KINDS.values() if isinstance(layer, kind.layers)), None)

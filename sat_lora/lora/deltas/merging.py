@@ -1,0 +1,99 @@
+"""Deltas written into a live model's weights, and taken out again."""
+
+import torch
+from torch import nn
+
+from sat_lora._sat import HOOKS_DEFAULT, BaseModel, mpu
+from sat_lora.errors import MergeError
+from sat_lora.lora.deltas import dora
+from sat_lora.lora.deltas.layers import Kind
+from sat_lora.lora.deltas.low_rank import DeltaLayout
+from sat_lora.parallel.sharding import gathered, model_parallel_layout
+
+
+@torch.no_grad()
+def merged_weight(
+    weight: torch.Tensor,
+    kind: Kind,
+    layout: DeltaLayout,
+    delta: tuple[torch.Tensor, torch.Tensor, float],
+    magnitude: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """g (W + s B A) in the weight's shape, g = 1 without DoRA; in float32, or float64 for a float64 weight.
+
+    weight: whole, or this rank's part with its part of A (slots * r, in), B (adapted rows, r) and magnitude (adapted
+    rows,); `layout` says which rows of W are adapted.
+    """
+    merged = weight.detach().to(torch.promote_types(weight.dtype, torch.float32), copy=True)
+    matrix = kind.matrix(merged)
+    a, b, scale = delta[0].to(merged.dtype), delta[1].to(merged.dtype), delta[2]
+    if magnitude is not None:
+        # The norms are those of the forward pass, from the weight and the pair as they are stored.
+        norms = dora.row_norms(kind.matrix(weight.detach()), layout, delta, sum_over_ranks=kind.cut == "in")
+    for rows, b_rows, a_rows in layout.pieces(b.shape[1]):
+        matrix[rows].addmm_(b[b_rows], a[a_rows], alpha=scale)
+    if magnitude is not None:
+        matrix *= dora.spread(dora.gain(magnitude, norms), layout)[:, None]
+    return merged
+
+
+class MergedWeights:
+    """The weights that now hold a mixin's deltas. Every rank has to create it, and to undo it.
+
+    Works on the layers as they are: a cut weight gets the cut delta, and under ZeRO-3 each is gathered in turn.
+    """
+
+    @torch.no_grad()
+    def __init__(self, mixin, model: BaseModel, *, keep_original: bool):
+        self._pairs = [(target.site.module, mixin.adapter_for(name)) for name, target in mixin.targets.items()]
+        self._strength = mixin.scale
+        self._originals: list[torch.Tensor] = []
+        refuse_shared(self._pairs, model)
+        for write in (False, True):  # every one is computed before the first is changed
+            for layer, adapter in self._pairs:
+                with gathered(adapter.parameters()), gathered([layer.weight], write=write):
+                    merged = adapter.merged_weight(layer, self._strength).to(layer.weight.dtype)
+                    if not write:
+                        refuse_non_finite(f"{adapter.name}.weight", merged)
+                        continue
+                    if keep_original:
+                        self._originals.append(layer.weight.detach().to("cpu", copy=True))
+                    layer.weight.copy_(merged)
+
+    def originals(self) -> list[tuple[nn.Parameter, torch.Tensor]] | None:
+        """(weight, what it was) of all; None where they were not kept."""
+        weights = [layer.weight for layer, _ in self._pairs]
+        return [*zip(weights, self._originals)] if self._originals or not weights else None
+
+    @torch.no_grad()
+    def undo(self) -> None:
+        """The originals bit for bit where they were kept, else the deltas subtracted."""
+        for number, (layer, adapter) in enumerate(self._pairs):
+            if not self._originals and adapter.magnitude_or_none is not None:
+                raise MergeError(f"{adapter.name}.weight: DoRA cannot be subtracted; merge with keep_original=True")
+            with gathered(adapter.parameters()), gathered([layer.weight], write=True):
+                subtracted = None if self._originals else adapter.merged_weight(layer, -self._strength)
+                layer.weight.copy_(self._originals[number] if subtracted is None else subtracted)
+
+
+def refuse_non_finite(name: str, merged: torch.Tensor) -> None:
+    """MergeError, on every model-parallel rank, if any of them holds a value that is not finite."""
+    bad = (~torch.isfinite(merged)).sum()
+    if model_parallel_layout()[1] > 1:
+        torch.distributed.all_reduce(bad, group=mpu.get_model_parallel_group())
+    if bad:
+        raise MergeError(f"{name}: {int(bad)} merged values are not finite in {merged.dtype}; nothing was merged")
+
+
+def refuse_shared(pairs: list[tuple[nn.Module, nn.Module]], model: BaseModel) -> None:
+    """MergeError where a weight serves twice: a merged delta would also work where the hook does not."""
+    head = model.hooks.get("final_forward")
+    while hasattr(head, "keywords") and "old_impl" in head.keywords:
+        head = head.keywords["old_impl"]
+    is_tied = head is None or getattr(head, "func", None) is HOOKS_DEFAULT["final_forward"]
+    for layer, adapter in pairs:
+        if is_tied and layer is getattr(model.transformer, "word_embeddings", None):
+            raise MergeError(f"{adapter.name}.weight is the output head's weight too; adapt the head or do not merge")
+        users = [name for name, other in model.named_modules() if getattr(other, "weight", None) is layer.weight]
+        if len(users) > 1:
+            raise MergeError(f"{adapter.name}.weight is shared by {' and '.join(users)}; it cannot be merged")

@@ -1,0 +1,245 @@
+"""LoraMixin: low-rank deltas inside a SAT model's own hooks. No module is replaced, no base weight renamed."""
+
+import weakref
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+import torch
+from torch import nn
+
+from sat_lora._sat import BaseMixin, BaseModel, non_conflict
+from sat_lora.errors import ConfigError
+from sat_lora.lora.adapter import LoraAdapter
+from sat_lora.lora.base_parameters import TrainedBase
+from sat_lora.lora.config import LoraConfig
+from sat_lora.lora.delta_hook import DeltaHook, DeltaState
+from sat_lora.lora.deltas.merging import MergedWeights
+from sat_lora.lora.gradient_order import GradientOrder
+from sat_lora.lora.targets import Plan, Target, find_parameters, find_sites, plan
+
+
+class LoraMixin(BaseMixin):
+    """`model.add_mixin("lora", LoraMixin(model, r=16, lora_alpha=32))` on any SAT model.
+
+    Each adapted layer has a forward hook that adds its delta, but only while one of the SAT hooks below runs. Those
+    run again when an activation checkpoint is recomputed, so gradients are right with checkpointing; and once the
+    mixin is deleted from the model nobody opens the scope, so the base model is what it was, bit for bit.
+
+    Only adapters are left trainable, and what `modules_to_save` and `bias` name. A SAT model inside this one
+    (CogVLM's vision transformer) needs a mixin of its own, because its layers are recomputed on their own: `add_lora`
+    places them all.
+    """
+
+    holds_adapters = True  # asked by `targets.own_modules`: nothing in here is a part of the base
+    adapter_class = LoraAdapter
+
+    def __init__(
+        self,
+        model: BaseModel | None,
+        config: LoraConfig | None = None,
+        *,
+        planned: Plan | None = None,
+        fixed_order: bool = False,
+        **fields,
+    ):
+        """`fields` are those of LoraConfig, if no `config` is given; `planned`, if given, is taken as selected.
+
+        fixed_order: for a model whose graph depends on the data, see `add_lora`.
+        """
+        super().__init__()
+        self._state = DeltaState(fixed_order=fixed_order)
+        self.config = config if config is not None else LoraConfig(**fields)
+        self.adapters = nn.ModuleDict()
+        self.targets: dict[str, Target] = {}
+        self.trained = TrainedBase({})
+        self._wraps_layers = False
+        self._order: GradientOrder | None = None
+        if model is not None:
+            self._attach(
+                model, plan(find_sites(model), find_parameters(model), self.config) if planned is None else planned
+            )
+
+    def _attach(self, model: BaseModel, planned: Plan) -> None:
+        if self.fixed_order and planned.trained:
+            raise ConfigError(
+                f"fixed_order: {', '.join([*planned.trained][:5])} would train whole, and the base's own layers use "
+                "them where they run; leave out modules_to_save and bias"
+            )
+        self._model = _ModelReference(model)
+        self.targets = planned.targets
+        for name, target in planned.targets.items():
+            layer = target.site.module
+            weight, key = layer.weight, adapter_key(name)
+            dtype = getattr(torch, self.config.adapter_dtype) if self.config.adapter_dtype else weight.dtype
+            self.adapters[key] = self.adapter_class(target, self.config, dtype, weight.device)
+            weakref.finalize(self, DeltaHook(self._state, self.adapters[key]).attach(layer))
+        self._wraps_layers = "layer_forward" in model.hooks
+        self._order = GradientOrder([*self.adapters.values()], self._inner_orders) if self.fixed_order else None
+        self.trained = TrainedBase(planned.trained)
+        weakref.finalize(self, self.trained.give_back).atexit = False
+        self.reinit()
+        freeze_base(model, self)
+        self.train(model.training)
+
+    def reinit(self, parent_model=None) -> None:
+        """Back to the initial values, over the weights as they are, which count as the base from now on.
+
+        SAT calls it for a mixin that a checkpoint does not hold; twice does no harm.
+        """
+        self._state.merged = None
+        for name, target in self.targets.items():
+            self.adapter_for(name).reset_parameters(target.site.module)
+        self.trained.remember()
+
+    def adapter_for(self, name: str) -> LoraAdapter:
+        """The adapter of the layer with that name."""
+        return self.adapters[adapter_key(name)]
+
+    def trainable(self) -> Iterator[nn.Parameter]:
+        """What trains: of the adapters, and whole parameters of the base."""
+        yield from (p for adapter in self.adapters.values() for p in adapter.trainable())
+        yield from self.trained.tensors.values()
+
+    @property
+    def fixed_order(self) -> bool:
+        """Whether gradients come in one order whatever the batch holds, see `add_lora`."""
+        return self._state.fixed_order
+
+    @property
+    def scale(self) -> float:
+        """What multiplies every delta, at run time; may be set."""
+        return self._state.scale
+
+    @scale.setter
+    def scale(self, value: float) -> None:
+        self._state.scale = value
+
+    # Verbs
+
+    @property
+    def enabled(self) -> bool:
+        """Whether deltas are added and base parameters have their trained values; may be set."""
+        return self._state.enabled
+
+    @enabled.setter
+    def enabled(self, value: bool) -> None:
+        if self.merged and not value:
+            raise ConfigError("the deltas are merged into the weights; unmerge() before disable()")
+        if value != self._state.enabled:
+            self.trained.swap()
+            self._state.enabled = value
+
+    def enable(self) -> None:
+        """Add the deltas again, and bring back the trained values of base parameters."""
+        self.enabled = True
+
+    def disable(self) -> AbstractContextManager:
+        """The base as it was, until `enable` or the end of `with mixin.disable():`. ConfigError while merged."""
+        self.enabled = False
+        return _enabled_afterwards(self)
+
+    @property
+    def merged(self) -> bool:
+        return self._state.merged is not None
+
+    def merge(self, *, keep_original: bool = True) -> None:
+        """Write the deltas into the weights, so that a forward pass costs what the base does. Every rank calls it.
+
+        Computed in float32 and rounded once to the weight's dtype, in the layer as it is, cut or not. keep_original:
+        the replaced weights wait on the CPU for a bit-exact `unmerge`. MergeError: a merged weight would not be finite,
+        or is used elsewhere too; nothing is changed then. ConfigError while disabled.
+        """
+        if not self.enabled:
+            raise ConfigError("the mixin is disabled; enable() before merge()")
+        if not self.merged:
+            self._state.merged = MergedWeights(self, self._model(), keep_original=keep_original)
+
+    def unmerge(self) -> None:
+        """Take the deltas out again: bit for bit if the originals were kept, else by subtraction, with rounding."""
+        if self.merged:
+            self._state.merged.undo()
+            self._state.merged = None
+
+    def originals(self) -> list[tuple[torch.Tensor, torch.Tensor]] | None:
+        """(parameter of the base, what it was before) of all that has been trained or merged; None if that is gone."""
+        merged = self._state.merged.originals() if self.merged else []
+        return None if merged is None else [*self.trained.originals(), *merged]
+
+    # SAT's hooks
+
+    @non_conflict
+    def _in_scope(self, *args, old_impl=None, **kw_args):
+        """What every hook below does: run what was there before, with the deltas switched on."""
+        state = self._state
+        before, state.scope_is_open = state.scope_is_open, True
+        try:
+            return old_impl(*args, **kw_args)
+        finally:
+            state.scope_is_open = before
+
+    position_embedding_forward = final_forward = cross_attention_forward = mlp_forward = _in_scope
+
+    @non_conflict
+    def word_embedding_forward(self, *args, old_impl=None, **kw_args):
+        if self._order is None:
+            return self._in_scope(*args, old_impl=old_impl, **kw_args)
+        return self._order.embed(lambda: self._in_scope(*args, old_impl=old_impl, **kw_args))
+
+    @non_conflict
+    def attention_forward(self, hidden_states, *args, old_impl=None, **kw_args):
+        if self._order is not None:
+            hidden_states = self._order.enter_layer(int(kw_args["layer_id"]), hidden_states)
+        return self._in_scope(hidden_states, *args, old_impl=old_impl, **kw_args)
+
+    def _inner_orders(self) -> list[GradientOrder]:
+        """Those of the mixins on SAT models inside this one's."""
+        inner = lora_mixins(self._model()).values()
+        return [mixin._order for mixin in inner if mixin is not self and mixin._order is not None]
+
+    @property
+    def layer_forward(self):
+        """There only if another mixin has this hook too: with it SAT calls no layer as a module any more."""
+        if not self._wraps_layers:
+            raise AttributeError("layer_forward")
+        return self._in_scope
+
+
+@contextmanager
+def _enabled_afterwards(mixin: LoraMixin):
+    try:
+        yield mixin
+    finally:
+        mixin.enable()
+
+
+class _ModelReference:
+    """A weak reference that, in a copied model, refers to the copy."""
+
+    def __init__(self, model: BaseModel):
+        self._reference = weakref.ref(model)
+
+    def __call__(self) -> BaseModel:
+        return self._reference()
+
+    def __deepcopy__(self, memo):
+        return _ModelReference(memo.get(id(self()), self()))
+
+
+def adapter_key(name: str) -> str:
+    """A layer's name as a key of nn.ModuleDict, which does not take dots."""
+    return name.replace(".", "/")
+
+
+def lora_mixins(model: nn.Module) -> dict[str, LoraMixin]:
+    """Every LoraMixin in the model, by module name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoraMixin)}
+
+
+def freeze_base(model: nn.Module, *more: LoraMixin) -> None:
+    """Make every parameter untrainable except what LoRA mixins train (`more`: not yet on the model).
+
+    Decided by asking the mixins, never by names.
+    """
+    trainable = {id(p) for mixin in (*lora_mixins(model).values(), *more) for p in mixin.trainable()}
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) in trainable)

@@ -1,0 +1,37 @@
+"""The trainable parameters as groups of an optimizer, for adapters whose B learns faster than their A (LoRA+)."""
+
+from torch import nn
+
+from sat_lora.lora.mixin import lora_mixins
+
+RATIO = "lr_ratio"  # of a group; optimizers keep such an entry, in their checkpoints as well
+
+
+def parameter_groups(model: nn.Module, *, lr: float, weight_decay: float = 0.0) -> list[dict]:
+    """The trainable parameters of `model`, for any torch optimizer and for DeepSpeed.
+
+    B of every adapter learns at `lr` times the `lr_ratio` of its mixin's config, everything else at `lr`. That is one
+    group where no ratio differs from 1, else one at `lr` and then one per ratio, none of them empty. Groups and
+    parameters come in the order of `model.parameters()`, which is the same on every rank.
+    torch's schedulers keep the ratio; a loop that sets rates itself does with `group["lr"] = rate * group["lr_ratio"]`.
+    """
+    ratio_of_b = {
+        id(adapter.B): mixin.config.lr_ratio
+        for mixin in lora_mixins(model).values()
+        for adapter in mixin.adapters.values()
+    }
+    by_ratio: dict[float, list[nn.Parameter]] = {1.0: []}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            by_ratio.setdefault(ratio_of_b.get(id(parameter), 1.0), []).append(parameter)
+    return [
+        {"params": parameters, "lr": lr * ratio, "weight_decay": weight_decay, RATIO: ratio}
+        for ratio, parameters in by_ratio.items()
+        if parameters
+    ]
+
+
+def set_learning_rate(groups: list[dict], rate: float) -> None:
+    """Give each of an optimizer's `param_groups` the rate times its own ratio."""
+    for group in groups:
+        group["lr"] = rate * group.get(RATIO, 1.0)

@@ -1,0 +1,300 @@
+"""Which layers of a SAT model can be adapted, and which of them a config selects."""
+
+import difflib
+import re
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from sat_lora._sat import BaseModel
+from sat_lora.errors import ConfigError
+from sat_lora.files.patterns import matches
+from sat_lora.lora.config import SLOTS, LoraConfig, ends_with
+from sat_lora.lora.deltas.layers import Kind, kind_of
+from sat_lora.parallel.sharding import blocks_of, model_parallel_layout, sharding_of
+
+_LAYER = r"((en|de)coder\.)?transformer\.layers\.\d+\."
+_VIT = r"mixins\.eva\.vit_model\."
+PRESETS = {
+    "language-attention": _LAYER + r"(cross_)?attention\.\w+",
+    "language-mlp": _LAYER + r"mlp\.\w+|mixins\.(mlp|gated-mlp)\.(gate_proj|w2|gated_h_to_4h_list)\.\d+",
+    "vision-expert-attention": r"mixins\.rotary\.vision_(query_key_value|dense)_list\.\d+",
+    "vision-expert-mlp": r"mixins\.mlp\.vision_\w+\.\d+",
+    "vit-attention": _VIT + _LAYER + r"attention\.\w+",
+    "vit-mlp": _VIT + _LAYER + r"mlp\.\w+",
+    "projector": r"mixins\.eva\.linear_proj\.\w+",
+    "patch-embedding": r"(.*\.)?patch_embedding\.proj",
+    "lm-head": r"(.*\.)?lm_head",
+    "all-linear": r"(?!.*\blm_head$).*",
+}
+OTHER = "other"
+# Other models' names of layers that SAT calls otherwise, so that no spelling leads to them.
+FOREIGN = {
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj", "qkv_proj", "c_attn"), "query_key_value"),
+    **dict.fromkeys(("o_proj", "out_proj"), "dense"),
+    "up_proj": "dense_h_to_4h",
+    "down_proj": "dense_4h_to_h",
+}
+
+
+def part_of(name: str) -> str:
+    """The preset that the layer of that name belongs to, for tables; "other" on models that have no such names."""
+    return next((part for part, regex in PRESETS.items() if part != "all-linear" and re.fullmatch(regex, name)), OTHER)
+
+
+def layer_of(name: str) -> int | None:
+    """The layer number in a name, if there is one."""
+    numbers = re.findall(r"\.([0-9]{1,9})(?=\.|$)", name)
+    return int(numbers[-1]) if numbers else None
+
+
+@dataclass(frozen=True)
+class Site:
+    """A layer of the base model that can be adapted, seen whole: sizes do not depend on the model-parallel size."""
+
+    name: str  # from the outermost model
+    module: nn.Module
+    kind: Kind
+    in_features: int  # of the weight as a matrix, see `deltas.layers`
+    out_features: int
+    blocks: tuple[int, ...] = (1,)  # relative sizes of fused parts of the output, (1, 1, 1) for q, k, v
+
+    @property
+    def part(self) -> str:
+        """See `part_of`."""
+        return part_of(self.name)
+
+    @property
+    def tower(self) -> str:
+        """The name that `layers_to_transform` uses: vit, language, or encoder and decoder on such a model."""
+        if self.name.startswith("mixins.eva.vit_model."):
+            return "vit"
+        first = self.name.partition(".")[0]
+        return "language" if first in ("transformer", "mixins") else first
+
+    @property
+    def layer(self) -> int | None:
+        """See `layer_of`."""
+        return layer_of(self.name)
+
+    @property
+    def slot_names(self) -> tuple[str, ...]:
+        """q, k, v where the output is their fusion (k, v in cross-attention), nothing elsewhere."""
+        is_attention = re.search(r"key_value\w*(\.\d+)?$", self.name)
+        return {2: SLOTS[1:], 3: SLOTS}.get(len(self.blocks), ()) if is_attention else ()
+
+    def slot_rows(self, names: tuple[str, ...]) -> list[tuple[int, int]]:
+        """Rows of the whole W that belong to each named slot, in the order of W; all of them if there are no slots."""
+        if not self.slot_names:
+            return [(0, self.out_features)]
+        unit, edge, rows = self.out_features // sum(self.blocks), 0, []
+        for name, size in zip(self.slot_names, self.blocks):
+            if name in names:
+                rows.append((edge, edge + unit * size))
+            edge += unit * size
+        return rows
+
+
+@dataclass(frozen=True)
+class Target:
+    """A site that is adapted, and how."""
+
+    site: Site
+    rank: int  # in effect
+    scale: float
+    slots: tuple[str, ...]  # the adapted ones of site.slot_names
+
+    @property
+    def rows(self) -> list[tuple[int, int]]:
+        """The adapted rows of the whole W, slot by slot."""
+        return self.site.slot_rows(self.slots)
+
+    @property
+    def slots_count(self) -> int:
+        """How many pairs A, B the layer has: one per slot, one where there are none."""
+        return max(1, len(self.slots))
+
+
+@dataclass(frozen=True)
+class BaseParameter:
+    """A parameter of the base model by its place, since wrappers may exchange the tensor."""
+
+    name: str
+    module: nn.Module
+    leaf: str
+
+    @property
+    def tensor(self) -> nn.Parameter:
+        return self.module._parameters[self.leaf]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a config selects: layers to adapt, and parameters of the base to train whole, both by name."""
+
+    targets: dict[str, Target]
+    trained: dict[str, BaseParameter] = field(default_factory=dict)
+
+
+def own_modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """(name, module) of a SAT model without the SAT models inside it and without mixins that hold adapters."""
+    for child_name, child in [("", model), *model.named_children()]:
+        name = f"{prefix}.{child_name}".strip(".")
+        if child is model:
+            yield name, child
+        elif not isinstance(child, BaseModel) and not getattr(child, "holds_adapters", False):
+            yield from own_modules(child, name)
+
+
+def find_sites(model: nn.Module, prefix: str = "") -> dict[str, Site]:
+    """Every adaptable layer of one SAT model by name; a SAT model inside it (CogVLM's ViT) has its own mixin."""
+    _, size = model_parallel_layout()
+    found = {}
+    for name, module in own_modules(model, prefix):
+        kind = kind_of(module)
+        if kind is not None:
+            shape = getattr(module.weight, "ds_shape", module.weight.shape)  # ds_shape: partitioned by ZeRO-3
+            whole = torch.empty(sharding_of(module, "weight").full_shape(shape, size), device="meta")
+            out_features, in_features = kind.matrix(whole).shape
+            blocks = blocks_of(module) if kind.cut == "out" else (1,)
+            found[name] = Site(name, module, kind, in_features, out_features, blocks)
+    return found
+
+
+def find_parameters(model: nn.Module, prefix: str = "") -> dict[str, BaseParameter]:
+    """Every parameter of one SAT model by name, with the same limits as `find_sites`."""
+    return {
+        f"{name}.{leaf}".strip("."): BaseParameter(f"{name}.{leaf}".strip("."), module, leaf)
+        for name, module in own_modules(model, prefix)
+        for leaf, parameter in module._parameters.items()
+        if parameter is not None
+    }
+
+
+def plan(sites: dict[str, Site], parameters: dict[str, BaseParameter], config: LoraConfig) -> Plan:
+    """What `config` makes of these. ConfigError as in `select`; warns where a rank is lowered."""
+    chosen, trained = select(sites, parameters, config)
+    return Plan({name: aim(site, config) for name, site in chosen.items()}, trained)
+
+
+def select(
+    sites: dict[str, Site], parameters: dict[str, BaseParameter], config: LoraConfig
+) -> tuple[dict[str, Site], dict[str, BaseParameter]]:
+    """What `config` adapts of the sites, and what it trains whole of the parameters.
+
+    One ConfigError lists every pattern that matches nothing and every contradiction.
+    """
+    problems: list[str] = []
+    trained = _trained_whole(parameters, config, problems)
+    whole = {name for name, site in sites.items() if f"{name}.weight" in trained}
+    chosen = _matching("target_modules", config.target_modules, sites, problems) - whole
+    chosen -= _matching("exclude_modules", config.exclude_modules, sites, problems)
+    layers = config.layers()
+    if layers is not None:
+        towers = {site.tower for site in sites.values()}
+        for tower in sorted(layers.keys() - towers - {None}):
+            problems.append(f"layers_to_transform: there is no tower {tower!r}, only {' and '.join(sorted(towers))}")
+        chosen = {name for name in chosen if _in_layers(sites[name], layers)}
+    named = {name for name in chosen if sites[name].slot_names}
+    if set(config.qkv_slots) != set(SLOTS) and chosen and not named:
+        problems.append(f"qkv_slots={''.join(config.qkv_slots)}: none of the chosen layers has slots q, k, v")
+    chosen -= {name for name in named if not set(config.qkv_slots) & set(sites[name].slot_names)}
+    if not chosen and not problems:
+        problems.append("nothing is left after exclude_modules, layers_to_transform and qkv_slots")
+    for name in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(config, name):
+            if chosen and not any(ends_with(one, pattern) for one in chosen):
+                problems.append(f"{name}: {pattern!r} matches no adapted layer; nearest: {_nearest(pattern, chosen)}")
+    lookups = sorted(name for name in chosen if sites[name].kind.looks_up)
+    for field_name in ("use_dora", "freeze_a"):
+        if lookups and getattr(config, field_name):
+            problems.append(f"{field_name} does not work on an embedding: {', '.join(lookups)}")
+    if config.bias != "none":
+        owners = chosen if config.bias == "lora_only" else {name.rpartition(".")[0] for name in parameters}
+        biases = {f"{owner}.bias" for owner in owners} & parameters.keys()
+        if not biases and not problems:
+            problems.append(f"bias={config.bias!r}: there is no bias to train")
+        trained |= {name: parameters[name] for name in parameters if name in biases}
+    if problems:
+        raise ConfigError("LoRA targets: " + "; ".join(problems))
+    return {name: site for name, site in sites.items() if name in chosen}, trained
+
+
+def aim(site: Site, config: LoraConfig) -> Target:
+    """The target that `config` makes of a site; warns where it lowers the rank."""
+    slots = tuple(slot for slot in site.slot_names if slot in config.qkv_slots)
+    rows = min(stop - start for start, stop in site.slot_rows(slots))
+    asked = config.rank_for(site.name)
+    rank = bounded_rank(asked, site.in_features, rows)
+    if rank < asked:
+        warnings.warn(
+            f"LoRA rank {asked} costs more than the full {rows} x {site.in_features} matrix; using {rank}",
+            stacklevel=5,
+        )
+    if config.init_lora_weights == "orthogonal" and rank % 2:
+        raise ConfigError(f"init_lora_weights='orthogonal' wants an even rank; {site.name} is left with {rank}")
+    return Target(site, rank, config.scale_for(site.name, rank), slots)
+
+
+def bounded_rank(rank: int, in_features: int, out_features: int) -> int:
+    """`rank`, halved until A and B together cost no more than the full matrix: r <= in out / (in + out + 1)."""
+    while rank > 1 and rank * (in_features + out_features + 1) > in_features * out_features:
+        rank //= 2
+    return rank
+
+
+def _in_layers(site: Site, layers: dict[str | None, frozenset[int]]) -> bool:
+    if site.layer is None:
+        return False
+    return any(site.layer in layers.get(tower, ()) for tower in (None, site.tower))
+
+
+def _matching(
+    field_name: str, patterns: str | tuple[str, ...], sites: dict[str, Site], problems: list[str]
+) -> set[str]:
+    is_regex = isinstance(patterns, str)
+    chosen: set[str] = set()
+    for pattern in (patterns,) if is_regex else patterns:
+        if pattern in PRESETS:
+            regex = PRESETS[pattern]
+        else:
+            regex = pattern if is_regex else rf"(.*\.)?{re.escape(pattern)}"
+        try:
+            hits = {name for name in sites if matches(regex, name)}
+        except re.error as error:
+            problems.append(f"{field_name}: {pattern!r} is not a regular expression: {error}")
+            continue
+        except ConfigError as error:
+            problems.append(f"{field_name}: {error}")
+            continue
+        if pattern == "all-linear":
+            hits = {name for name in hits if sites[name].kind.is_linear}
+        if not hits:
+            problems.append(f"{field_name}: {pattern!r} matches no layer; nearest: {_nearest(pattern, sites)}")
+        chosen |= hits
+    return chosen
+
+
+def _trained_whole(parameters: dict[str, BaseParameter], config: LoraConfig, problems: list[str]):
+    """The parameters that modules_to_save names, or that lie in a module that it names."""
+    chosen = {}
+    for pattern in config.modules_to_save:
+        hits = [name for name in parameters if re.fullmatch(rf"(.*\.)?{re.escape(pattern)}(\..+)?", name)]
+        if not hits:
+            near = _nearest(pattern, {part for name in parameters for part in (name, name.rpartition(".")[0])})
+            problems.append(f"modules_to_save: {pattern!r} matches no module and no parameter; nearest: {near}")
+        chosen |= {name: parameters[name] for name in hits}
+    return chosen
+
+
+def _nearest(pattern: str, names: Iterable[str]) -> str:
+    suffixes = {re.sub(r"\.\d+$", "", name).rpartition(".")[2] for name in names}
+    candidates = [*PRESETS, *sorted(suffixes), *names]
+    own = FOREIGN.get(pattern.rpartition(".")[2], pattern)
+    count = 4 if own == pattern else 2
+    near = difflib.get_close_matches(own, candidates, n=count, cutoff=0.3) or [*PRESETS][:3] + sorted(suffixes)[:3]
+    fused = "; q, k and v are one layer, of which qkv_slots takes parts"
+    return ", ".join(near) + (fused if own == "query_key_value" != pattern else "")

@@ -1,0 +1,151 @@
+"""The memory of a run that nobody has started: CogVLM's own code, run once on tensors without memory.
+
+torch's fake tensors have shapes and storages of a size, and no bytes; its fake process group has as many ranks as one
+likes, and does nothing. So a step of any size at any layout is counted as it would be, in seconds and on any machine.
+"""
+
+from contextlib import ExitStack, contextmanager
+from functools import partial
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils.checkpoint import checkpoint
+
+from sat_lora._sat import mpu
+from sat_lora.cogvlm.network import recompute
+from sat_lora.cogvlm.network.attention import CAUSAL
+from sat_lora.cogvlm.network.head import LabelledRows
+from sat_lora.cogvlm.network.model import CogVLMModel, build_cogvlm
+from sat_lora.cogvlm.network.routing import TokenRouting
+from sat_lora.lora.apply import add_lora
+from sat_lora.lora.config import LoraConfig
+from sat_lora.memory.components import Memory, memory_of
+from sat_lora.memory.live_memory import LiveBytes
+from sat_lora.parallel.distributed import stop
+from sat_lora.training.steps.zero3_linear import linear_of_zero3
+
+
+def estimate(
+    config: dict, lora: LoraConfig, engine: dict, *, data_parallel_size: int = 1, on_device: bool = True, **step
+) -> Memory:
+    """Of a rank that trains. config: content of a model_config.json. engine: DeepSpeed's config. step: `fake_step`'s.
+
+    on_device: False for a run on a CPU. For a process without a process group of its own. ConfigError: the config or a
+    target does not fit.
+    """
+    partitioned = engine.get("zero_optimization", {}).get("stage") == 3
+    model, activations = fake_step(config, lora, partitioned=partitioned, **step)
+    return memory_of(model, engine, data_parallel_size=data_parallel_size, activations=activations, on_device=on_device)
+
+
+def fake_step(
+    config: dict,
+    lora: LoraConfig,
+    *,
+    dtype: torch.dtype,
+    batch_size: int,
+    length: int,
+    labelled: int | None = None,
+    model_parallel_size: int = 1,
+    checkpoint_activations: bool = False,
+    vit_checkpoint_activations: bool = False,
+    partitioned: bool = False,
+) -> tuple[CogVLMModel, int]:
+    """(the model, a rank's part of it without memory; bytes of activations at their peak).
+
+    The step is one of `batch_size` rows of `length` tokens, each with an image, and `labelled` of them to be learnt, by
+    default all but the image's. partitioned: as under ZeRO-3.
+    """
+    with _pretended_ranks(model_parallel_size):
+        model = build_cogvlm(
+            config,
+            device="meta",
+            dtype=dtype,
+            model_parallel_size=model_parallel_size,
+            checkpoint_activations=checkpoint_activations,
+            vit_checkpoint_activations=vit_checkpoint_activations,
+        )
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            _give_fake_memory(model)
+            add_lora(model, lora)
+            model.train()
+            with _as_in_a_run(model, partitioned=partitioned):
+                return model, _peak_of_a_step(model, config, batch_size, length, labelled)
+
+
+@contextmanager
+def _pretended_ranks(model_parallel_size: int):
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=model_parallel_size)
+    mpu.initialize_model_parallel(model_parallel_size)
+    try:
+        yield
+    finally:
+        stop()
+
+
+def _give_fake_memory(model: CogVLMModel) -> None:
+    """On the device "meta" some operations that a step makes, autocast for one, refuse to run."""
+    for module in model.modules():
+        for leaf, parameter in module._parameters.items():
+            if parameter is not None:
+                fake = torch.nn.Parameter(
+                    torch.empty(parameter.shape, dtype=parameter.dtype), requires_grad=parameter.requires_grad
+                )
+                fake.__dict__.update(parameter.__dict__)
+                module._parameters[leaf] = fake
+
+
+@contextmanager
+def _as_in_a_run(model: CogVLMModel, *, partitioned: bool):
+    """What a run would do otherwise than these tensors: recompute where there is no GPU, and ZeRO-3's own ways."""
+    with ExitStack() as stack:
+        # Both want real random states, on CUDA DeepSpeed's function for the layers too; they keep the same tensors.
+        layers = partial(checkpoint, use_reentrant=True, preserve_rng_state=False)
+        stack.enter_context(_replaced(recompute, "checkpoint", layers))
+        rows = partial(checkpoint, preserve_rng_state=False)
+        stack.enter_context(_replaced(recompute, "checkpoint_in_one_graph", rows))
+        if partitioned:
+            for parameter in model.parameters():
+                parameter.ds_id = parameter.ds_status = None  # adapters then take over no product with a weight
+            # Its linear keeps the input, whether the weight trains or not.
+            stack.enter_context(_replaced(torch.nn.functional, "linear", linear_of_zero3))
+        yield
+
+
+@contextmanager
+def _replaced(module, name: str, value):
+    before = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, before)
+
+
+def _peak_of_a_step(model: CogVLMModel, config: dict, rows: int, length: int, labelled: int | None) -> int:
+    """Bytes of a forward and a backward pass at their peak, parameters aside."""
+    patches, vit = config["image_length"], config["eva_args"]
+    vision, tokens = rows * (patches + 1), rows * length
+    answers = rows * max(1, length - patches - 2) if labelled is None else rows * labelled
+    ids = torch.zeros(rows, length, dtype=torch.int64)
+    images = torch.zeros(rows, 3, *vit["image_size"])
+
+    def indices(count: int) -> torch.Tensor:
+        return torch.empty(count, dtype=torch.int64)
+
+    with LiveBytes([*model.parameters(), *model.buffers()]) as live:
+        seen = dict(
+            images=images,
+            image_places=indices(rows * (patches + 2)),
+            routing=TokenRouting(indices(tokens), indices(tokens), vision),
+            labelled=LabelledRows(indices(answers), indices(answers)),
+        )
+        _loss(model, ids, seen).backward()
+    return live.peak
+
+
+def _loss(model: CogVLMModel, ids: torch.Tensor, seen: dict) -> torch.Tensor:
+    """As in training; `seen` is what CogVLMModel.forward finds out by looking at its batch, here without values."""
+    rope = model.mixins["rotary"].rotary_emb(ids, model.mixins["eva"].boi.dtype)
+    return super(CogVLMModel, model).forward(ids, ids, None, **seen, rope=rope, attention_kind=CAUSAL)[0]

@@ -1,0 +1,77 @@
+"""`estimate` for the options of a run."""
+
+import dataclasses
+import json
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+from sat_lora.cogvlm.checkpoints.load import read_config, shortened
+from sat_lora.cogvlm.sizes import missing_sizes, size_problems
+from sat_lora.errors import CheckpointError, ConfigError
+from sat_lora.files.foreign import read_json
+from sat_lora.memory.components import Memory
+from sat_lora.memory.estimate import estimate
+from sat_lora.training.settings.deepspeed_config import base_dtype, deepspeed_config
+from sat_lora.training.settings.lora_options import lora_config
+
+
+def estimate_run(options: Namespace, *, ranks: int, device: str = "cuda", layers: int | None = None) -> Memory:
+    """Of a rank among `ranks`. layers: of each transformer, at most. device: as for `deepspeed_config`.
+
+    ConfigError, CheckpointError: as a run has them.
+    """
+    parts = options.model_parallel_size
+    if ranks < 1 or ranks % parts:
+        raise ConfigError(f"--gpus: got {ranks}, wanted a multiple of --model-parallel-size {parts}")
+    environ = {"RANK": "1", "WORLD_SIZE": str(ranks)}  # rank 0 would warn
+    engine = deepspeed_config(options, device=device, environ=environ)
+    config = sizes_of(options.from_pretrained)
+    if layers is not None:
+        config = shortened(config, layers)
+    shortest = config["image_length"] + 4
+    if options.max_length < shortest:
+        raise ConfigError(f"--max_length: {options.max_length} is too short, an image and two tokens take {shortest}")
+    return estimate(
+        config,
+        lora_config(options),
+        engine,
+        dtype=base_dtype(options),
+        batch_size=options.batch_size,
+        length=options.max_length,
+        data_parallel_size=ranks // parts,
+        model_parallel_size=parts,
+        checkpoint_activations=options.checkpoint_activations,
+        vit_checkpoint_activations=options.vit_checkpoint_activations,
+        on_device=device.startswith("cuda"),
+    )
+
+
+def sizes_of(path: str | Path) -> dict:
+    """The content of a model_config.json, or the sizes of the model in a folder. CheckpointError: it is neither."""
+    path = Path(path)
+    if path.suffix != ".json":
+        return read_config(path)
+    try:
+        config = read_json(path)
+        if not isinstance(config, dict) or not {"image_length", "eva_args", "num_layers"} <= config.keys():
+            raise ValueError("no image_length, eva_args and num_layers in it; it is no CogVLM's")
+        problems = size_problems(config) or [f"no {name}" for name in missing_sizes(config)]
+        if problems:
+            raise ValueError("; ".join(problems))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"--from_pretrained: {path} cannot be read as a model_config.json: {error}") from error
+    return config
+
+
+def main() -> int:
+    """For `memory_report`: a request as JSON on standard input, the answer as the last line of standard output."""
+    request = json.load(sys.stdin)
+    options = Namespace(**request.pop("options"))
+    options.given = frozenset(options.given)
+    print(json.dumps(dataclasses.asdict(estimate_run(options, **request))))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

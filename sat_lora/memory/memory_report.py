@@ -1,0 +1,84 @@
+"""The doctor's table of memory: this run's ranks, their activations measured where the model is there as a whole."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from argparse import Namespace
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from sat_lora.errors import ConfigError
+from sat_lora.findings.finding import Finding, joined
+from sat_lora.memory.components import Memory, device_memory, memory_findings, memory_of, memory_table
+from sat_lora.memory.live_memory import peak_of
+from sat_lora.parallel.distributed import gather_lists, ranks_on_this_machine, together
+from sat_lora.training.prepare import Setting
+
+
+def memory_report(
+    options: Namespace, setting: Setting, model: nn.Module, step: Callable[[], None]
+) -> tuple[str, list[Finding]]:
+    """(table, findings) of all ranks; every rank has to call it.
+
+    step: runs forward and backward on one micro-batch. Under ZeRO-3, whose gathers would be counted too, activations
+    are estimated; with --shrink what is measured is extrapolated by what `estimate` gives for both sizes.
+    """
+    device, ranks = setting.world.device, setting.world.size
+    partitioned = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+    measured = 0 if partitioned else peak_of(step, model, device)
+    model.zero_grad(set_to_none=True)
+    memory = memory_of(
+        model,
+        setting.engine,
+        data_parallel_size=setting.world.data_parallel_size,
+        activations=measured,
+        on_device=device.type == "cuda",
+    )
+    if partitioned or options.shrink:
+        whole = _estimated(options, ranks, device.type)
+        if not partitioned:
+            small = _estimated(options, ranks, device.type, options.shrink)
+            whole = dataclasses.replace(whole, activations=whole.activations * memory.activations / small.activations)
+        memory = whole
+    available = device_memory(device, ranks_on_this_machine(ranks))
+    table = memory_table(gather_lists([memory]), gather_lists([available]))
+    return table, joined(gather_lists([memory_findings(memory, available)]))
+
+
+def estimated_findings(options: Namespace, setting: Setting) -> list[Finding]:
+    """On GPUs, before anything is loaded: whether a step fits by the estimate. Every rank has to call it."""
+    world = setting.world
+    if world.device.type != "cuda" or options.shrink:
+        return []
+    memory = _estimated(options, world.size, world.device.type)
+    available = device_memory(world.device, ranks_on_this_machine(world.size))
+    return joined(gather_lists([memory_findings(memory, available)]))
+
+
+def estimate_elsewhere(options: Namespace, ranks: int, device: str, layers: int | None = None) -> Memory:
+    """`estimate_run` in a process of its own: this one has a process group. ConfigError: what that process says."""
+    content = {**vars(options), "given": sorted(options.given)}
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    done = subprocess.run(
+        [sys.executable, "-m", "sat_lora.memory.estimate_run"],
+        input=json.dumps(dict(options=content, ranks=ranks, device=device, layers=layers)),
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+    if done.returncode:
+        raise ConfigError(f"the memory could not be estimated: {done.stderr.strip().splitlines()[-1:]}")
+    return Memory(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def _estimated(*args) -> Memory:
+    """`estimate_elsewhere` of rank 0, on every rank. ConfigError on every rank."""
+    first = torch.distributed.get_rank() == 0
+    own = together(lambda: [estimate_elsewhere(*args)] if first else [])
+    (memory,) = gather_lists(own)
+    return memory

@@ -1,0 +1,155 @@
+"""This process among the others: rank, device, process groups, and mistakes that every rank has to hear of."""
+
+import os
+from collections.abc import Callable, Mapping, MutableMapping
+from dataclasses import dataclass
+
+import torch
+
+from sat_lora._sat import mpu
+from sat_lora.errors import ConfigError, SatLoraError
+from sat_lora.files.foreign import os_problem
+from sat_lora.parallel.agreement import differences, disagreement, mark
+from sat_lora.parallel.launch import find_place, ranks_on_this_machine
+from sat_lora.parallel.rendezvous import compare, meet
+
+ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+
+
+@dataclass(frozen=True)
+class World:
+    rank: int
+    size: int
+    device: torch.device
+    data_parallel_rank: int
+    data_parallel_size: int
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def join(backend: str | None = None, marks: Mapping[str, str] | None = None, *, alone: bool = False) -> torch.device:
+    """Join the process group that `deepspeed` or `torchrun` describes in the environment, or be alone.
+
+    NCCL on CUDA, unless `backend` says otherwise; gloo on the CPU whatever it says. On the CPU the ranks of a machine
+    share its cores but one, which data workers need.
+    marks: what all ranks have to have alike, by name (see `agreement`), compared before they do anything together.
+    alone: whatever the environment says, for a command of one process in a job of several.
+    ConfigError: the environment is wrong or incomplete (see `find_place`), the port is taken, the other ranks do not
+    come in time, or, on every rank, some marks differ.
+    """
+    environment = os.environ
+    place = find_place({} if alone else environment)
+    is_joined = torch.distributed.is_initialized()
+    if torch.cuda.is_available():
+        _let_memory_grow(environment)
+        _take_gpu(place.local_rank)
+        device = torch.device("cuda", place.local_rank)
+        backend = backend or "nccl"
+    else:
+        device, backend = torch.device("cpu"), "gloo"
+        _share_cores(place.size)
+    if not is_joined:
+        store = meet(place)
+        if marks is not None and place.size > 1:
+            compare(store, place, marks)
+        address, port = place.address or "127.0.0.1", place.port or store.underlying_store.port
+        for name, value in (("RANK", place.rank), ("WORLD_SIZE", place.size), ("LOCAL_RANK", place.local_rank)):
+            environment[name] = str(value)
+        environment["MASTER_ADDR"], environment["MASTER_PORT"] = address, str(port)
+        group = torch.distributed.PrefixStore("group", store)
+        torch.distributed.init_process_group(backend, store=group, rank=place.rank, world_size=place.size)
+    return device
+
+
+def _take_gpu(local_rank: int) -> None:
+    count = torch.cuda.device_count()
+    if local_rank >= count:
+        raise ConfigError(
+            f"LOCAL_RANK is {local_rank} and this machine has {count} GPUs that can be used: one process per GPU; "
+            f"start {count} here (deepspeed --num_gpus {count}, torchrun --nproc_per_node {count}), or look at "
+            "CUDA_VISIBLE_DEVICES"
+        )
+    torch.cuda.set_device(local_rank)
+
+
+def _let_memory_grow(environment: MutableMapping[str, str]) -> None:
+    """Let torch's memory on CUDA grow in place, unless the user has said how it is taken.
+
+    Batches differ in length and in images: pieces of one step's sizes are none of the next one's. It has to be said
+    before the first allocation. torch 2.9 listens to the old name alone, 2.8 to 2.11 warn of it where the new one is
+    missing.
+    """
+    if not environment.keys() & set(ALLOCATOR):
+        for name in ALLOCATOR:
+            environment[name] = "expandable_segments:True"
+
+
+def _share_cores(size: int) -> None:
+    """Set torch's threads, unless OMP_NUM_THREADS does.
+
+    Threads that outnumber the cores left to them spend most of a step waiting for each other.
+    """
+    if "OMP_NUM_THREADS" not in os.environ:
+        here = ranks_on_this_machine(size)
+        torch.set_num_threads(max(1, (len(os.sched_getaffinity(0)) - 1) // here))
+
+
+def arrange(device: torch.device, model_parallel_size: int = 1) -> World:
+    """Set up SAT's model-parallel and data-parallel groups among the processes that have joined."""
+    if not mpu.model_parallel_is_initialized():
+        mpu.initialize_model_parallel(model_parallel_size)
+    return World(
+        torch.distributed.get_rank(),
+        torch.distributed.get_world_size(),
+        device,
+        mpu.get_data_parallel_rank(),
+        mpu.get_data_parallel_world_size(),
+    )
+
+
+def stop() -> None:
+    """Leave the process group."""
+    if torch.distributed.is_initialized():
+        mpu.destroy_model_parallel()
+        torch.distributed.destroy_process_group()
+
+
+def together(step: Callable, *args, **kwargs):
+    """Run `step` on every rank. If it fails with a user's mistake on any, it fails on all, with that message.
+
+    A file or folder that cannot be used (an OSError that names one) is such a mistake.
+    """
+    result, mistake = None, None
+    try:
+        result = step(*args, **kwargs)
+    except SatLoraError as error:
+        mistake = error
+    except OSError as error:
+        if error.filename is None:
+            raise
+        mistake = SatLoraError(os_problem(error))
+    mistakes: list[SatLoraError | None] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(mistakes, mistake)
+    first = next((m for m in mistakes if m is not None), None)
+    if first is not None:
+        raise first
+    return result
+
+
+def agree(marks: Mapping[str, str]) -> None:
+    """ConfigError, the same on every rank, if `marks` (see `marks`) are not alike on all; every rank has to call it."""
+    digests = gather_lists([mark(marks)])
+    if len(set(digests)) == 1:
+        return
+    first, *others = gather_lists([dict(marks)])
+    by_rank = {rank: differences(own, first) for rank, own in enumerate(others, 1)}
+    raise disagreement(first, {rank: own for rank, own in by_rank.items() if own})
+
+
+def gather_lists(own: list) -> list:
+    """The lists of all ranks, joined in rank order. Every rank has to call it."""
+    lists: list[list] = [[] for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather_object(lists, own)
+    return [entry for part in lists for entry in part]

@@ -1,0 +1,374 @@
+"""One writer at a time in a run folder: a lock that every rank holds for as long as it lives.
+
+FOLDER/lock is a text that says who writes (JSON: what is done, host, process, when that began, and the same of every
+rank), and every rank holds the kernel's `flock` on it. That ends with the process, however it ends, so a text that
+nobody holds is of a run that died, and is taken over. It is a rank that counts, not the launcher: ranks may outlive it.
+
+Where a file system has no `flock`, the text alone counts: its processes are looked for on this host. Whether those of
+another host live cannot be seen, nor whether its `flock` can be seen from here: the text then has to go by hand, unless
+Slurm says that it is of the same job before it was requeued.
+"""
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import json
+import os
+import signal
+import socket
+import stat
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from sat_lora.errors import AdapterError, ConfigError
+from sat_lora.files.foreign import MEBIBYTE, kind_of, parse_json, printable
+from sat_lora.parallel.distributed import gather_lists, together
+from sat_lora.watchdog.rank_files import process_started
+
+LOCK = "lock"
+LIMIT = 16 * MEBIBYTE
+TO_DIE = 10.0  # seconds that the kernel may take to end a process that was killed
+TO_STOP = 60.0  # seconds that ranks have to save after their launcher has died
+NO_FLOCK = (errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOLCK, errno.EPERM)
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+_descriptors: set[int] = set()
+
+
+def _let_go_in_a_child() -> None:
+    """Data workers are forked and write nothing: they do not hold the lock for a rank that has died."""
+    for descriptor in _descriptors:
+        with contextlib.suppress(OSError):
+            os.close(descriptor)
+    _descriptors.clear()
+
+
+os.register_at_fork(after_in_child=_let_go_in_a_child)
+
+
+@dataclass(frozen=True)
+class Process:
+    """A process on some host; `started` tells it from a later one of the same number."""
+
+    host: str
+    pid: int
+    started: str | None
+
+    @property
+    def is_here(self) -> bool:
+        """Whether it runs, or ran, on this host."""
+        return self.host == socket.gethostname()
+
+    @property
+    def lives(self) -> bool:
+        """For one of this host."""
+        return self.pid > 0 and self.started is not None and process_started(self.pid) == self.started
+
+    @classmethod
+    def current(cls) -> "Process":
+        """This process."""
+        return cls(socket.gethostname(), os.getpid(), process_started(os.getpid()))
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Who has written the text of a lock."""
+
+    doing: str
+    began: str
+    process: Process
+    launcher: Process | None
+    """That of torchrun or DeepSpeed, where one has started it."""
+    ranks: tuple[Process, ...]
+    job: tuple[str, str] | None
+    """Slurm's number of the job, and how often it was requeued."""
+
+    @classmethod
+    def current(cls, doing: str, ranks: tuple[Process, ...] = ()) -> "Holder":
+        """This process as a holder, from now on; doing: a word such as "training"."""
+        began, parent = time.strftime("%Y-%m-%d %H:%M:%S"), os.getppid()
+        launcher = Process(socket.gethostname(), parent, process_started(parent)) if _is_launched() else None
+        job = os.environ.get("SLURM_JOB_ID")
+        requeued = (job, os.environ.get("SLURM_RESTART_COUNT", "0")) if job else None
+        return cls(doing, began, Process.current(), launcher, ranks, requeued)
+
+    @classmethod
+    def read(cls, text: bytes) -> "Holder | None":
+        """From the text of a lock; None if that is no such text."""
+        try:
+            content = parse_json(text)
+            process, launcher = (content[name] and Process(**content[name]) for name in ("process", "launcher"))
+            ranks = tuple(Process(**values) for values in content["ranks"])
+            job = None if content["job"] is None else tuple(map(str, content["job"]))
+            known = (process, *ranks, *(() if launcher is None else (launcher,)))
+            types = {(type(one.pid), type(one.host), isinstance(one.started, str | None)) for one in known}
+            if types != {(int, str, True)} or (job is not None and len(job) != 2):
+                return None
+            return cls(str(content["doing"]), str(content["began"]), process, launcher, ranks, job)
+        except (ValueError, TypeError, LookupError, AttributeError):
+            return None
+
+    @property
+    def processes(self) -> tuple[Process, ...]:
+        """The one that took the lock and its ranks, each once."""
+        return tuple(dict.fromkeys((self.process, *self.ranks)))
+
+    @property
+    def alive(self) -> list[Process]:
+        """Those of this host that live."""
+        return [process for process in self.processes if process.is_here and process.lives]
+
+    @property
+    def is_requeued_as_this(self) -> bool:
+        """Whether this process is of the same Slurm job, which was requeued since: it runs once at a time."""
+        now = Holder.current("").job
+        return self.job is not None and now is not None and self.job[0] == now[0] and self.job != now
+
+    def __str__(self) -> str:
+        return printable(f"{self.doing}, process {self.process.pid} on {self.process.host}, since {self.began}")
+
+
+class RunLock:
+    """Held while entered, on every rank; entering and `share` are for every rank to do together.
+
+    folder: of the run; it is made if it is not there, and goes again if it is left empty. doing: what for, in a word.
+    option: which names the folder. instead: what else to do where it cannot be had. ConfigError on every rank: another
+    process holds it, or nothing can be written.
+    """
+
+    def __init__(self, folder: str | Path, *, doing: str, option: str, instead: str = "take another folder"):
+        self.folder, self.path, self.doing, self.option = Path(folder), Path(folder) / LOCK, doing, option
+        self.instead = instead
+        self.note: str | None = None
+        """What was said of a lock that was taken over, on rank 0."""
+        self._descriptor: int | None = None
+        self._made: list[Path] = []
+
+    def __enter__(self) -> "RunLock":
+        try:
+            together(lambda: self._take() if _is_first() else None)
+        except BaseException:
+            self._let_go()
+            raise
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._let_go()
+
+    def share(self) -> None:
+        """Let every rank hold it, not the first alone."""
+        together(lambda: self._share() if _is_first() else None)  # it has the lock for itself alone until then
+        together(lambda: None if _is_first() else self._share())
+        processes = tuple(gather_lists([Process.current()]))
+        if _is_first() and self._descriptor is not None:
+            with contextlib.suppress(OSError):  # it is held all the same
+                self._write(Holder.current(self.doing, processes))
+        _end_with_launcher()
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether the file at its place is still the one that is held."""
+        if self._descriptor is None:
+            return False
+        with contextlib.suppress(OSError):
+            return os.path.samestat(os.stat(self.path), os.fstat(self._descriptor))
+        return False
+
+    def check(self) -> None:
+        """Before something is written, on rank 0. AdapterError: the folder has been taken by another process.
+
+        Where the folder has been removed it is made again, and the lock with it: what was trained is not lost.
+        """
+        if self._descriptor is None or self.is_ours:
+            return
+        try:
+            self._let_go()
+            self._take()
+        except ConfigError as error:
+            raise AdapterError(f"{self.folder} was removed while it was written to; {error}") from error
+
+    def _take(self) -> None:
+        """The lock for this process alone. ConfigError: it cannot be had."""
+        try:
+            self._make_folder()
+            self._refuse_other_kinds()
+            self._descriptor = self._open_exclusively()
+            self._write(Holder.current(self.doing))
+        except OSError as error:
+            place = printable(error.filename or self.folder)
+            raise ConfigError(
+                f"{self.option}: {printable(self.folder)}: nothing can be written there ({place}: {error.strerror}); "
+                f"change that, or {self.instead}"
+            ) from error
+
+    def _make_folder(self) -> None:
+        missing = [self.folder]
+        while not os.path.lexists(missing[-1].parent):
+            missing.append(missing[-1].parent)
+        for folder in reversed(missing):
+            try:
+                folder.mkdir()
+                self._made.append(folder)
+            except FileExistsError:
+                if not folder.is_dir():
+                    raise NotADirectoryError(errno.ENOTDIR, "is no folder", str(folder)) from None
+
+    def _refuse_other_kinds(self) -> None:
+        """What a run writes has to be a folder or a file, as it is meant to be."""
+        wanted = dict.fromkeys(("adapter", "checkpoints", "watchdog"), stat.S_ISDIR)
+        wanted |= dict.fromkeys(("run.json", "train.jsonl", "evaluation.json", LOCK), stat.S_ISREG)
+        wrong = []
+        for name, is_kind in wanted.items():
+            path = self.folder / name
+            with contextlib.suppress(FileNotFoundError):
+                mode = path.lstat().st_mode if name == LOCK else path.stat().st_mode
+                if not is_kind(mode):
+                    kind = "folder" if is_kind is stat.S_ISDIR else "file"
+                    wrong.append(f"{printable(path)} is {kind_of(mode)}, a run has a {kind} there")
+        if wrong:
+            raise ConfigError(f"{self.option}: {'; '.join(wrong)}; move it away, or {self.instead}")
+
+    def _open_exclusively(self) -> int:
+        """The file, held by this process alone; whoever removed it meanwhile is waited for."""
+        end = None
+        while True:
+            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+            try:
+                is_free = _flock(descriptor, fcntl.LOCK_EX)
+                holder = Holder.read(os.pread(descriptor, LIMIT, 0))
+                if is_free is not False:
+                    if not self._is_at(descriptor):
+                        os.close(descriptor)
+                        continue
+                    self._check_stale(holder, has_flock=is_free is True)
+                    _descriptors.add(descriptor)
+                    return descriptor
+                patience, why = self._patience(holder)
+                now = time.monotonic()
+                if end is None:
+                    end = now + patience
+                    if why:
+                        print(why, flush=True)
+                if now >= end:
+                    raise ConfigError(self._in_use(holder))
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    os.close(descriptor)
+                raise
+            os.close(descriptor)
+            time.sleep(0.1)
+
+    def _is_at(self, descriptor: int) -> bool:
+        try:
+            return os.path.samestat(os.stat(self.path), os.fstat(descriptor))
+        except FileNotFoundError:
+            return False
+
+    def _patience(self, holder: Holder | None) -> tuple[float, str | None]:
+        """(seconds for a lock that is held to come free, what to say of that)."""
+        if holder is None or not all(process.is_here for process in holder.processes):
+            return 0.5, None
+        if not holder.alive:
+            return TO_DIE, None  # the last of them is being ended
+        if holder.launcher is not None and not holder.launcher.lives:
+            return TO_STOP, (
+                f"{printable(self.folder)}: the launcher of its run has ended, ranks of it still run (process "
+                f"{_numbers(holder.alive)}); waiting up to {TO_STOP:.0f} s for them to save and end"
+            )
+        return 0.0, None
+
+    def _check_stale(self, holder: Holder | None, *, has_flock: bool) -> None:
+        """ConfigError: the text of a lock that nobody is seen to hold may be of a process that lives."""
+        if holder is None:
+            return
+        away = [process for process in holder.processes if not process.is_here]
+        if (away and not holder.is_requeued_as_this) or (not has_flock and holder.alive):
+            raise ConfigError(self._in_use(holder))
+        self.note = f"{printable(self.folder)}: its lock is of a run that has ended ({holder}); taken over"
+        print(self.note, flush=True)
+
+    def _in_use(self, holder: Holder | None) -> str:
+        head = f"{self.option}: {printable(self.folder)} is in use"
+        if holder is None:
+            return f"{head} by another process; wait for its end, or {self.instead}"
+        hosts = {process.host for process in holder.processes if not process.is_here}
+        if hosts and not holder.alive:
+            names = printable(", ".join(sorted(hosts)))
+            return (
+                f"{head} by a run on another machine ({holder}), as far as can be seen from here; wait for its end. If "
+                f"nothing of it runs on {names} any more, remove its lock: rm {printable(self.path)}"
+            )
+        alive = _numbers(holder.alive)
+        lives = f"process {alive} still runs" if alive else "it still runs, perhaps in another container"
+        end = f" (kill {alive})" if alive else ""
+        return f"{head} ({holder}): {lives}; wait for its end or end it{end}, or {self.instead}"
+
+    def _share(self) -> None:
+        """Each rank by itself; where the folder is another machine's own, there is no file and nothing to hold."""
+        try:
+            if self._descriptor is None:
+                self._descriptor = os.open(self.path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+                _descriptors.add(self._descriptor)
+            if _flock(self._descriptor, fcntl.LOCK_SH) is False:
+                raise ConfigError(f"{self.option}: {printable(self.folder)} was taken by another process just now")
+        except OSError:
+            return
+
+    def _write(self, holder: Holder) -> None:
+        content = (json.dumps(asdict(holder)) + "\n").encode()
+        os.ftruncate(self._descriptor, 0)
+        os.pwrite(self._descriptor, content, 0)
+        os.fsync(self._descriptor)
+
+    def _let_go(self) -> None:
+        """The last rank to let go removes the file; an error here would hide the one that ended the run."""
+        descriptor, self._descriptor = self._descriptor, None
+        if descriptor is not None:
+            with contextlib.suppress(OSError):
+                if self._is_at(descriptor) and _flock(descriptor, fcntl.LOCK_EX) is not False:
+                    self.path.unlink()
+            _descriptors.discard(descriptor)
+            with contextlib.suppress(OSError):
+                os.close(descriptor)
+        for folder in reversed(self._made):
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        self._made = []
+
+
+def _is_first() -> bool:
+    import torch
+
+    return torch.distributed.get_rank() == 0
+
+
+def _flock(descriptor: int, how: int) -> bool | None:
+    """Whether the kernel gave it at once; None where the file system knows no such locks."""
+    try:
+        fcntl.flock(descriptor, how | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            return False
+        if error.errno in NO_FLOCK:
+            return None
+        raise
+    return True
+
+
+def _numbers(processes: list[Process]) -> str:
+    """Their numbers, as `kill` takes them."""
+    return " ".join(str(process.pid) for process in processes)
+
+
+def _is_launched() -> bool:
+    """Whether the parent of this process is torchrun or DeepSpeed's launcher."""
+    return "TORCHELASTIC_RUN_ID" in os.environ or "CROSS_RANK" in os.environ
+
+
+def _end_with_launcher() -> None:
+    """Let the kernel send SIGTERM when the launcher dies that has started this rank, and would have ended it."""
+    if _is_launched():
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)

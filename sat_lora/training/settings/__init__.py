@@ -1,0 +1,1 @@
+"""From options and a DeepSpeed file to what a run is told."""

@@ -1,0 +1,121 @@
+"""The LoRA options of the command line, made from LoraConfig: one per field, with its name, type, default and words.
+
+`seed` is left out, because it is the run's own --seed.
+"""
+
+import argparse
+import ast
+import inspect
+import itertools
+import re
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from dataclasses import fields
+from types import UnionType
+from typing import Union, get_args, get_origin, get_type_hints
+
+from sat_lora.errors import ConfigError
+from sat_lora.lora.config import LoraConfig
+from sat_lora.terminal.option_types import count, number
+
+LORA_FIELDS = tuple(field.name for field in fields(LoraConfig) if field.name != "seed")
+ABOUT = (
+    "the fields of sat_lora.LoraConfig; --r and --target_modules matter most. Each word of --target_modules and "
+    "--exclude_modules is a preset or the dotted end of a name; a word that stands alone and holds more than letters, "
+    "digits, _ . and - is a regular expression for the whole name."
+)
+PUBLISHED_NAMES = {"r": ("--lora_rank",)}  # what CogVLM's published scripts call it
+NUMBERS = {int: number(int, "a whole number"), float: number(float, "a number")}
+NAMES = tuple[str, ...]
+
+
+def lora_defaults() -> dict:
+    """LoraConfig's defaults as run.json has them: lists for tuples."""
+    values = {name: getattr(LoraConfig(), name) for name in LORA_FIELDS}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def lora_options() -> Iterator[tuple[list[str], str, dict]]:
+    """Every LoRA option: its names, its help, and the other settings that `add_argument` takes."""
+    types, words = get_type_hints(LoraConfig), field_docs(LoraConfig)
+    for name in LORA_FIELDS:
+        names = [f"--{name}", *PUBLISHED_NAMES.get(name, ())]
+        yield names, first_sentence(words.get(name, "")), {"dest": name, **_settings(name, types[name])}
+    layers = dict(dest="layers_to_transform", nargs="+", type=count, metavar="N")
+    yield ["--layer_range"], "--layers_to_transform as a list of numbers", layers
+
+
+def lora_config(options: Namespace) -> LoraConfig:
+    """The LoraConfig that the options describe; ConfigError if a value is wrong."""
+    return LoraConfig(**{name: getattr(options, name) for name in LORA_FIELDS}, seed=options.seed)
+
+
+def lora_problems(error: ConfigError) -> list[str]:
+    """A ConfigError about a LoraConfig as one text per problem, in which its fields are called by their options."""
+    field = rf"(?=(?:{'|'.join(LORA_FIELDS)}|seed)\b)"
+    text = re.sub(r"^(LoraConfig|LoRA targets)[^:]*: ", "", str(error))
+    return [re.sub(f"^{field}", "--", problem) for problem in re.split(f"; {field}", text)]
+
+
+def _settings(name: str, kind) -> dict:
+    """The settings of `add_argument` for a field of that type."""
+    forms = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    if kind is bool:
+        return dict(action="store_true")
+    if kind in NUMBERS:
+        return dict(type=NUMBERS[kind], metavar="N" if kind is int else "X")
+    if get_origin(kind) is dict:
+        return _several(dict, "PATTERN=VALUE", type=_pair(NUMBERS[get_args(kind)[1]]))
+    if name == "qkv_slots":
+        return _several("".join, "SLOT")  # `q v` and `qv` are the same
+    if NAMES in forms:
+        return _several(names_or_pattern if str in forms else list, "NAME")
+    return dict(metavar="TEXT")
+
+
+def names_or_pattern(words: list[str]) -> str | list[str]:
+    """Words as LoraConfig takes them: a regular expression as text, presets and suffixes as a list."""
+    alone = len(words) == 1 and not re.fullmatch(r"[\w.-]+", words[0])
+    return words[0] if alone else words
+
+
+def _several(combine: Callable[[list], object], metavar: str, **settings) -> dict:
+    """The settings of an option of one or more words, whose value is what `combine` makes of them."""
+
+    class Combined(argparse.Action):
+        def __call__(self, parser, namespace, values, option_string=None):
+            setattr(namespace, self.dest, combine(values))
+
+    return dict(nargs="+", action=Combined, metavar=metavar, **settings)
+
+
+def _pair(value_type: Callable) -> Callable[[str], tuple]:
+    """An argparse type for PATTERN=VALUE. The last = divides, so that a pattern may hold `(?=...)`."""
+
+    def parse(text: str) -> tuple:
+        pattern, divider, value = text.rpartition("=")
+        if not divider or not pattern:
+            raise argparse.ArgumentTypeError(f"got {text!r}, wanted PATTERN=VALUE, for example dense=8")
+        return pattern, value_type(value)
+
+    return parse
+
+
+def field_docs(cls: type) -> dict[str, str]:
+    """The text under each field of a class, which Python keeps in the source only; nothing where there is no source."""
+    try:
+        body = ast.parse(inspect.getsource(cls)).body[0].body
+    except OSError:
+        return {}
+    return {
+        field.target.id: inspect.cleandoc(text.value.value)
+        for field, text in itertools.pairwise(body)
+        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
+    }
+
+
+def first_sentence(text: str) -> str:
+    """Up to the first full stop that ends a sentence, as a line of help: without the stop, no capital at the start."""
+    sentence = re.split(r"\.(?:\s|$)", " ".join(text.split()))[0]
+    acronym = re.match(r"\w+[A-Z]", sentence)
+    return sentence if acronym else sentence[:1].lower() + sentence[1:]

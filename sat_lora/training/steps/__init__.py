@@ -1,0 +1,1 @@
+"""One step: engine, loss, gradients that are not finite, and the state to resume from."""

@@ -1,0 +1,146 @@
+"""One training step and the validation loss."""
+
+import signal
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from sat_lora._sat import mpu
+from sat_lora.parallel.distributed import World, gather_lists
+from sat_lora.training.steps.broken_samples import broken_in
+from sat_lora.training.steps.loss import (
+    answer_loss_sum,
+    count_answer_tokens,
+    on_device,
+    sum_over_data_parallel,
+    sum_over_ranks,
+)
+from sat_lora.training.steps.nonfinite import Origin, first_nonfinite, held, nonfinite_gradients
+from sat_lora.training.steps.random_state import random_state, set_random_state
+from sat_lora.watchdog.trace import NO_TRACE, NoTrace
+
+ON_THE_HOST = ("image_embed_mask", "vision_expert_mask", "labels")
+"""What only says where something is: read on a GPU, each would make the host wait for all that it has still to do."""
+
+
+def to_device(batch: dict, device: torch.device) -> dict:
+    """The tensors of a collated batch on `device`, but for ON_THE_HOST; what is no tensor is left out."""
+    tensors = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
+    return {name: t if name in ON_THE_HOST else t.to(device, non_blocking=True) for name, t in tensors.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """What all ranks agree on after a step."""
+
+    loss: float | None  # mean per answer token over all ranks and micro-batches; None where there is none
+    nonfinite: str | None = None  # what was not finite, and where it began; then nothing has moved
+    stop: signal.Signals | None = None  # the signal that some rank has received
+    counts: tuple[float, ...] = ()  # each number that ranks gave, summed over all of them
+
+
+def train_step(
+    engine,
+    micro_batches: list[dict],
+    world: World,
+    tokens: torch.Tensor | float,
+    *,
+    checks_gradients: bool = True,
+    signals: Mapping[signal.Signals, int] | None = None,
+    counts: Sequence[float] = (),
+    trace: NoTrace = NO_TRACE,
+) -> StepResult:
+    """One optimizer step, unless the loss or a gradient is not finite on any rank: then none moves.
+
+    tokens: answer tokens of the step over all ranks, on the device if they are a tensor: the host does not wait for
+    them. Each micro-batch's loss is a sum divided by it. DeepSpeed then averages over micro-batches and data-parallel
+    ranks, so it is multiplied by both: the gradient is that of the joined batch, however the tokens are spread.
+    checks_gradients: False looks at the loss alone (fp16, where DeepSpeed skips gradients that overflow). signals: how
+    many of each this rank has received. counts: other numbers of this rank that all have to know the sums of. trace:
+    is told of the phases.
+    The host waits for the device once, for the loss, and for all that ranks have to agree on with it.
+    """
+    answers = on_device(tokens, world.device)
+    tokens = answers.clamp(min=1)
+    weight = (len(micro_batches) * world.data_parallel_size / tokens).float()
+    signals = signals or {}
+    random_before = random_state()
+    total = _accumulate(engine, micro_batches, world, weight, trace)
+    trace.at("reduce")
+    shares_loss = mpu.get_model_parallel_rank() == 0  # ranks that share a sample have the same loss
+    own = [
+        total if shares_loss else 0.0,
+        ~total.isfinite(),
+        nonfinite_gradients(engine) if checks_gradients else 0.0,
+        *signals.values(),
+        *counts,
+    ]
+    sums = sum_over_ranks(*own, device=world.device)
+    loss, bad_losses, bad_gradients, *rest, answers, tokens = torch.cat([sums, answers[None], tokens[None]]).tolist()
+    received, counted = rest[: len(signals)], rest[len(signals) :]
+    nonfinite = None
+    if bad_losses or bad_gradients:
+        with held(engine):
+            engine.step()
+            set_random_state(random_before)
+            source = first_nonfinite(engine.module, lambda: _repeat(engine, micro_batches, world, weight))
+        nonfinite = _describe("loss" if bad_losses else "gradient", gather_lists([source]))
+    else:
+        trace.at("optimizer")
+        engine.step()
+    stop = next((number for number, count in zip(signals, received) if count), None)
+    # A loss of nothing would look like a perfect one.
+    mean = loss / tokens if answers or nonfinite else None
+    return StepResult(loss=mean, nonfinite=nonfinite, stop=stop, counts=tuple(counted))
+
+
+def _accumulate(
+    engine, micro_batches: list[dict], world: World, weight: torch.Tensor, trace: NoTrace = NO_TRACE
+) -> torch.Tensor:
+    """All passes of a step, up to the `engine.step()` that moves the optimizer; the sum of their losses."""
+    total = torch.zeros((), device=world.device)
+    for number, batch in enumerate(micro_batches):
+        if number:
+            engine.step()  # between micro-batches it only counts them
+        trace.at("forward", micro_batch=number)
+        batch = to_device(batch, world.device)
+        loss = answer_loss_sum(engine, batch)
+        trace.at("backward")
+        engine.backward(loss * weight)
+        total += loss.detach()
+    return total
+
+
+def _repeat(engine, micro_batches: list[dict], world: World, weight: torch.Tensor) -> None:
+    _accumulate(engine, micro_batches, world, weight)
+    engine.step()
+
+
+def _describe(what: str, sources: list[Origin | None]) -> str:
+    """In words, from what `first_nonfinite` found on every rank."""
+    found = [(source.order, rank, source.words) for rank, source in enumerate(sources) if source is not None]
+    if not found:
+        return f"the {what} is not finite, but when the step was repeated everything was"
+    _, rank, words = min(found)
+    return f"the {what} is not finite, first in {words} on rank {rank}"
+
+
+@torch.no_grad()
+def validation_loss(
+    engine, batches: Iterable[dict], world: World, trace: NoTrace = NO_TRACE
+) -> tuple[float | None, list[tuple[str, str, str]]]:
+    """(loss, broken) over `batches` of all ranks, the same on each; every rank has the same number of them.
+
+    loss: mean per answer token, None without any. broken: (path, reason, sample) of those that could not be read.
+    """
+    engine.eval()
+    total, tokens, broken = on_device(0.0, world.device), 0, []
+    for batch in batches:
+        trace.at("evaluate")
+        tokens += count_answer_tokens(batch["labels"])
+        broken += broken_in([batch])
+        total += answer_loss_sum(engine, to_device(batch, world.device))
+    engine.train()
+    total, tokens, failures = sum_over_data_parallel(total, tokens, len(broken), device=world.device)
+    return total / tokens if tokens else None, gather_lists(broken) if failures else []

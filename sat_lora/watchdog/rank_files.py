@@ -1,0 +1,64 @@
+"""The files that each rank of a run keeps in RUN/watchdog, and how they are laid out.
+
+rank_00003.json is written once: names and process. rank_00003.state is a mapping of fixed layout, see below. Others are
+named by their ending: `file_of`.
+"""
+
+import shutil
+import struct
+from pathlib import Path
+
+from sat_lora.errors import ConfigError
+from sat_lora.files.foreign import printable
+from sat_lora.files.paths import missing_path
+
+PHASES = tuple("start data forward backward reduce optimizer evaluate save load write test check".split())
+# Loading, starting the engine, waiting for a save to be on the disk, the evaluation after training, and what is looked
+# at before all of it: options, files and data.
+OUTSIDE_OF_STEPS = ("start", "load", "write", "test", "check")
+FOLDER = "watchdog"
+ALIVE, FATAL = "alive.json", ".fatal.txt"
+NCCL_DUMP = "nccl_trace_rank_"
+NONE = 0xFFFFFFFF  # no module or parameter yet
+
+TIMES = struct.Struct("<dd")  # when the phase began, and the last sign of life as far as the watchdog has looked
+NUMBERS = struct.Struct("<5I")
+STEP, MICRO_BATCH, PHASE, MODULE, COUNT = range(5)  # of the numbers: the last module entered, how many arrivals
+ARRIVAL = struct.Struct("<Id")  # parameter, when
+NUMBERS_AT, ARRIVALS_AT = TIMES.size, 48
+
+
+def folder_of(run: str | Path) -> Path:
+    return Path(run) / FOLDER
+
+
+def refuse_no_traces(run: str | Path) -> None:
+    """ConfigError if no rank has left files in a run's folder; nothing slow is imported before it is known."""
+    problem = missing_path(str(run), "give the folder of a run, such as runs/NAME")
+    if problem:
+        raise ConfigError(f"--run: {problem}")
+    folder = folder_of(run)
+    if not any(folder.glob("rank_*.state")):
+        raise ConfigError(
+            f"--run: {printable(run)} has no {folder.name}/rank_*.state; give the folder of a run with a watchdog"
+        )
+
+
+def clear(run: str | Path) -> None:
+    """Remove what an earlier start of the run has left."""
+    shutil.rmtree(folder_of(run), ignore_errors=True)
+
+
+def file_of(folder: Path, rank: int, ending: str) -> Path:
+    """A rank's file of that kind in a run's watchdog folder."""
+    return folder / f"rank_{rank:05}{ending}"
+
+
+def process_started(pid: int) -> str | None:
+    """When it began, in ticks since boot: tells a process from a later one of the same number. None: there is none."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return None
+    fields = stat.rpartition(")")[2].split()
+    return None if fields[0] in "ZX" else fields[19]

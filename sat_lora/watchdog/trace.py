@@ -1,0 +1,227 @@
+"""Where a rank is, kept as it goes in two small files of its own: what a killed or hanging process leaves behind.
+
+The mapping is shared, so that the kernel keeps what was written whatever becomes of the process. Ranks do not speak to
+each other for it. `rank_state` reads it.
+"""
+
+import contextlib
+import errno
+import json
+import mmap
+import os
+import socket
+import struct
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+from torch import nn
+
+from sat_lora.lora.adapter import LoraAdapter
+from sat_lora.lora.delta_hook import DeltaHook
+from sat_lora.watchdog.places import PACKAGE
+from sat_lora.watchdog.rank_files import (
+    ARRIVAL,
+    ARRIVALS_AT,
+    COUNT,
+    MICRO_BATCH,
+    MODULE,
+    NCCL_DUMP,
+    NONE,
+    NUMBERS,
+    NUMBERS_AT,
+    PHASE,
+    PHASES,
+    STEP,
+    TIMES,
+    file_of,
+    folder_of,
+    process_started,
+)
+
+REMEMBERED = 50  # durations of a phase, of which the longest counts: a slow first step is forgotten
+
+
+_dumps: set[str] = set()
+"""Where traces of this process have let NCCL write."""
+
+
+class NoTrace:
+    """Keeps nothing."""
+
+    def at(self, phase: str, *, step: int | None = None, micro_batch: int | None = None) -> None:
+        pass
+
+    def attach(self, model: nn.Module) -> None:
+        pass
+
+    def follow(self, engine) -> None:
+        pass
+
+
+NO_TRACE = NoTrace()
+
+
+class Trace(NoTrace):
+    """This rank's.
+
+    model: its modules get hooks that note the last one entered, its trainable parameters hooks that note the arrival of
+    their gradients; an empty module until there is one (see `attach`). OSError: the files cannot be made.
+    """
+
+    def __init__(self, run: str | Path, model: nn.Module, *, rank: int, world_size: int):
+        self.folder, self.rank, self.world_size = folder_of(run), rank, world_size
+        self.folder.mkdir(parents=True, exist_ok=True)
+        dump = str(self.folder.resolve() / NCCL_DUMP)
+        for variable in ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"):  # its new and its old name
+            if os.environ.get(variable) in (None, *_dumps):  # what the user has said stays
+                os.environ[variable] = dump
+        _dumps.add(dump)
+        self.attach(model)
+
+    def attach(self, model: nn.Module) -> None:
+        """Follow this model from now on, in files made anew: it was not there yet when the rank began."""
+        rank, world_size = self.rank, self.world_size
+        # A new file: the watchdog's thread may be writing into the mapping of the old one.
+        file_of(self.folder, rank, ".state").unlink(missing_ok=True)
+        modules = [name for name, _ in model.named_modules()]
+        parameters = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        static = dict(
+            rank=rank,
+            world_size=world_size,
+            pid=os.getpid(),
+            process_started=process_started(os.getpid()),
+            host=socket.gethostname(),
+            argv=[sys.executable, *sys.argv],
+            cwd=os.getcwd(),
+            package=PACKAGE,
+            modules=modules,
+            parameters=parameters,
+        )
+        self._most = 2 * len(parameters)  # one that arrives twice is a fault, and seen
+        size = ARRIVALS_AT + self._most * ARRIVAL.size
+        files = [file_of(self.folder, rank, ending) for ending in (".json", ".state")]
+        try:
+            files[0].write_text(json.dumps(static), encoding="utf-8")
+            with open(files[1], "w+b") as file:
+                allocate(file.fileno(), size)
+                self._memory = mmap.mmap(file.fileno(), size)
+        except OSError:
+            for file in files:  # half of them would be read as a rank that says nothing
+                file.unlink(missing_ok=True)
+            raise
+        self._numbers = memoryview(self._memory)[NUMBERS_AT : NUMBERS_AT + NUMBERS.size].cast("I")
+        self._numbers[MODULE] = NONE
+        self._phases = 0
+        self.durations = {phase: deque(maxlen=REMEMBERED) for phase in PHASES}
+        self._began = time.perf_counter()
+        self.at(PHASES[0])
+        for number, module in enumerate(model.modules()):
+            # Those with parameters of their own, adapters aside, whose layers stand for them: every hook costs two
+            # microseconds, and what only holds modules is soon in one of them.
+            if any(True for _ in module.parameters(recurse=False)) and not isinstance(module, LoraAdapter):
+                self._follow_entries(module, number)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        for number, parameter in enumerate(trained):
+            parameter.register_post_accumulate_grad_hook(self.arrival(number))
+
+    def _follow_entries(self, module: nn.Module, number: int) -> None:
+        """Note when the module of that number is entered: it runs for each of them in every pass, so as cheaply as
+        may be.
+        """
+        note = partial(self._numbers.__setitem__, MODULE, number)
+        forward = vars(module).get("forward")
+        if isinstance(forward, DeltaHook):
+            forward.on_entry = note
+        else:
+            module.register_forward_pre_hook(lambda module, args: note())
+
+    @property
+    def phase(self) -> str:
+        return PHASES[self._numbers[PHASE]]
+
+    @property
+    def signs(self) -> tuple[int, int, int]:
+        """Differs whenever there was a sign of life since: a phase, a module or a gradient."""
+        return self._phases, self._numbers[MODULE], self._numbers[COUNT]
+
+    def seen_alive(self) -> None:
+        """The watchdog has seen a new sign."""
+        struct.pack_into("<d", self._memory, 8, time.time())
+
+    def follow(self, engine) -> None:
+        """Tell DeepSpeed's reduction after a backward pass from the pass itself."""
+        reduce = engine.allreduce_gradients
+
+        def traced(*args, **kwargs):
+            self.at("reduce")
+            return reduce(*args, **kwargs)
+
+        engine.allreduce_gradients = traced
+
+    def at(self, phase: str, *, step: int | None = None, micro_batch: int | None = None) -> None:
+        """A phase begins. step: counted from 1. micro_batch: within the step, from 0."""
+        now, numbers = time.perf_counter(), self._numbers
+        self.durations[self.phase].append(now - self._began)
+        self._began = now
+        self._phases += 1
+        if step is not None:
+            numbers[STEP] = step
+        if micro_batch is not None:
+            numbers[MICRO_BATCH] = micro_batch
+        if phase in ("data", "forward"):
+            numbers[COUNT] = 0  # what has arrived belongs to an earlier micro-batch
+        numbers[PHASE] = PHASES.index(phase)
+        TIMES.pack_into(self._memory, 0, time.time(), time.time())
+
+    @contextmanager
+    def told(self) -> Iterator[None]:
+        """How the block ends is written down."""
+        try:
+            yield
+        except BaseException as error:
+            self._write_end(f"{type(error).__name__}: {error}", error)
+            raise
+        self._write_end(None, None)
+
+    def _write_end(self, text: str | None, error: BaseException | None) -> None:
+        import traceback
+
+        frames = [] if error is None else traceback.extract_tb(error.__traceback__)
+        places = [[frame.filename, frame.lineno, frame.name, frame.line] for frame in reversed(frames)]
+        content = dict(error=text, frames=places, time=time.time())
+        with contextlib.suppress(OSError):  # the folder is gone, or the disk full: no reason to hide how the run ended
+            file_of(self.folder, self.rank, ".end.json").write_text(json.dumps(content), encoding="utf-8")
+
+    def arrival(self, number: int) -> Callable[[object], None]:
+        """A hook of the parameter of that number: its gradient has come. As cheap as it gets."""
+        numbers, memory, most = self._numbers, self._memory, self._most
+        put, size, now = ARRIVAL.pack_into, ARRIVAL.size, time.time
+
+        def arrived(parameter: object) -> None:
+            count = numbers[COUNT]
+            if count < most:
+                put(memory, ARRIVALS_AT + count * size, number, now())
+                numbers[COUNT] = count + 1
+
+        return arrived
+
+
+def allocate(descriptor: int, size: int) -> None:
+    """Give the file `size` bytes of zeros that are on the disk. OSError: it is full.
+
+    A mapped file that is merely long takes its place when it is written to, and a full disk is a bus error then.
+    """
+    try:
+        os.posix_fallocate(descriptor, 0, size)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+            raise
+        written = 0  # a file system that cannot allocate
+        while written < size:
+            written += os.pwrite(descriptor, bytes(size - written), written)
+        os.fsync(descriptor)
