@@ -128,8 +128,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _evaluate(argv: list[str] | None) -> int:
     from sat_lora.errors import ConfigError
-    from sat_lora.files.foreign import printable
     from sat_lora.parallel.launch import announce, find_place
+    from sat_lora.printable import printable
     from sat_lora.terminal.notice import is_first_rank
 
     parser = build_parser()

@@ -66,8 +66,8 @@ def _make_demo_data(options) -> None:
 
 def _what_next(options) -> str:
     """What the run has made, and the lines that go on with it: each can be pasted into any shell."""
-    from sat_lora.files.foreign import printable
     from sat_lora.parallel.launch import relaunch, sat_lora_line
+    from sat_lora.printable import printable
 
     run, trust = Path(os.path.abspath(options.run_folder)), ["--trust-checkpoint"] * options.trust_checkpoint
     best = _best_adapter(run)
@@ -102,8 +102,8 @@ def _new_folder(path: Path) -> Path:
 
 
 def _resume_line(options, *more) -> str:
-    from sat_lora.files.foreign import shell_line
     from sat_lora.parallel.launch import relaunch
+    from sat_lora.printable import shell_line
 
     run, trust = os.path.abspath(options.run_folder), ["--trust-checkpoint"] * options.trust_checkpoint
     words = ["--resume", run, *trust, *map(str, more)]

@@ -28,7 +28,7 @@ def pack_shards(
     """
     from sat_lora.data.samples import read_items
     from sat_lora.errors import DataError
-    from sat_lora.files.foreign import printable
+    from sat_lora.printable import printable
 
     out = Path(out)
     before = _shards_in(out, overwrite)
@@ -76,7 +76,8 @@ def _is_unicode(text: str) -> bool:
 def _content(image: Path) -> bytes:
     from sat_lora.cogvlm.inputs.pictures import file_limit
     from sat_lora.errors import DataError
-    from sat_lora.files.foreign import printable, read_bytes
+    from sat_lora.files.foreign import read_bytes
+    from sat_lora.printable import printable
 
     try:
         return read_bytes(image, file_limit())
@@ -114,7 +115,7 @@ def build_parser():
 
 
 def _pack(argv: list[str] | None) -> int:
-    from sat_lora.files.foreign import shell_line
+    from sat_lora.printable import shell_line
 
     options = build_parser().parse_args(argv)
     _check_early(options)
@@ -142,7 +143,7 @@ def _check_early(options: argparse.Namespace) -> None:
 def _shards_in(out: Path, overwrite: bool) -> list[Path]:
     """The shards that are in `out` already, in order. ConfigError: there are some, and nothing may replace them."""
     from sat_lora.errors import ConfigError
-    from sat_lora.files.foreign import printable
+    from sat_lora.printable import printable
 
     shards = sorted(out.glob("shard-[0-9]*.tar"))
     if shards and not overwrite:

@@ -7,6 +7,8 @@ save_adapter(model, "adapter"); load_adapter(model, "adapter")
 
 import importlib
 
+from sat_lora import _moved
+
 __version__ = "0.1.0"
 
 _HOMES = {
@@ -35,3 +37,6 @@ def __getattr__(name: str):
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+_moved.install()

@@ -1,6 +1,6 @@
 """The exceptions a user of sat_lora can meet. Each message says what, where, got, wanted and what to do."""
 
-from sat_lora.files.foreign import printable_lines
+from sat_lora.printable import printable_lines
 
 
 class SatLoraError(Exception):

@@ -82,7 +82,8 @@ from triton import compile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from sat_lora.lora.deltas import delta_kernels
-from sat_lora.lora.deltas.delta_kernels import ADD, GRADIENT, PROJECT, SPREAD, gradient_of_a_kernel, product_kernel, project_kernel
+from sat_lora.lora.deltas.delta_kernels import ADD, GRADIENT, PROJECT, SPREAD
+from sat_lora.lora.deltas.delta_kernels import gradient_of_a_kernel, product_kernel, project_kernel
 
 KERNELS = [
     (product_kernel, ADD, dict(ADDS=True, DROPS=False, CHUNKS=1)),

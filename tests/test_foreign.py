@@ -6,7 +6,8 @@ import time
 
 import pytest
 
-from sat_lora.files.foreign import DEPTH_LIMIT, parse_json, printable, printable_lines, read_bytes, read_json
+from sat_lora.files.foreign import DEPTH_LIMIT, parse_json, read_bytes, read_json
+from sat_lora.printable import printable, printable_lines
 
 
 @pytest.mark.parametrize(

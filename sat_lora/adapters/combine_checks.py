@@ -10,8 +10,8 @@ import torch
 
 from sat_lora.adapters.format import LARGEST_SCALE, MAGNITUDE, PAIR, SavedAdapter, read_adapter, tensor_problems
 from sat_lora.errors import AdapterError, ConfigError
-from sat_lora.files.foreign import printable
 from sat_lora.lora.base_identity import BaseIdentity
+from sat_lora.printable import printable
 from sat_lora.terminal.notice import warn
 
 METHODS, MAJORITY_SIGNS = ("cat", "linear", "svd", "ties"), ("total", "frequency")

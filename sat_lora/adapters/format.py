@@ -26,10 +26,11 @@ from safetensors.torch import save_file
 
 from sat_lora.errors import AdapterError, ConfigError
 from sat_lora.files.atomic import replaced_folder
-from sat_lora.files.foreign import MEBIBYTE, printable, read_json, stand_in
+from sat_lora.files.foreign import MEBIBYTE, read_json, stand_in
 from sat_lora.files.step_folders import follow, steps_in
 from sat_lora.lora.base_identity import BaseIdentity
 from sat_lora.lora.config import DTYPES, LoraConfig
+from sat_lora.printable import printable
 from sat_lora.terminal.notice import warn
 
 FORMAT_VERSION = 2

@@ -12,10 +12,11 @@ import torch
 from sat_lora.adapters.combine_checks import Source
 from sat_lora.adapters.format import CONFIG, PAIR, WEIGHTS, SavedAdapter, form_problems, read_adapter
 from sat_lora.errors import AdapterError, SatLoraError
-from sat_lora.files.foreign import printable, read_json
+from sat_lora.files.foreign import read_json
 from sat_lora.files.step_folders import follow
 from sat_lora.lora.base_identity import BaseIdentity
 from sat_lora.lora.targets import layer_of, part_of
+from sat_lora.printable import printable
 from sat_lora.terminal.plot_text import families, plot_text
 
 READ_IN_PASSING = 4 << 30  # bytes of a base whose weights are read without being asked for

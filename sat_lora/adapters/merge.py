@@ -21,11 +21,11 @@ from sat_lora.cogvlm.checkpoints.hugging_face_folder import (
 from sat_lora.cogvlm.checkpoints.sat_folder import make_sat_weights
 from sat_lora.errors import AdapterError, CheckpointError, MergeError
 from sat_lora.files.atomic import replaced_folder
-from sat_lora.files.foreign import printable
 from sat_lora.files.weight_files import Layout
 from sat_lora.lora.deltas.layers import KINDS
 from sat_lora.lora.deltas.low_rank import DeltaLayout
 from sat_lora.lora.deltas.merging import merged_weight
+from sat_lora.printable import printable
 
 _OF_WEIGHTS = {"latest", "model_config.json", INDEX, "pytorch_model.bin.index.json"}  # beside files with these endings
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack"}

@@ -19,7 +19,6 @@ from sat_lora.adapters.format import (
     write_adapter,
 )
 from sat_lora.errors import AdapterError
-from sat_lora.files.foreign import printable
 from sat_lora.lora.adapter import LoraAdapter
 from sat_lora.lora.apply import (
     adapters_of,
@@ -32,6 +31,7 @@ from sat_lora.lora.apply import (
 from sat_lora.lora.live_base import identity_of_model, whole_shape
 from sat_lora.lora.targets import BaseParameter, Plan, Site, Target
 from sat_lora.parallel.sharding import Sharding, gathered, model_parallel_layout, over_model_parallel
+from sat_lora.printable import printable
 
 Copy = Callable[[torch.Tensor], torch.Tensor]
 """Makes a copy of a tensor that will change."""

@@ -3,7 +3,7 @@
 import argparse
 
 from sat_lora.commands.parts import bar, examples, refuse_existing
-from sat_lora.files.foreign import printable
+from sat_lora.printable import printable
 
 
 def add(commands) -> None:

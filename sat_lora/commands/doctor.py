@@ -96,8 +96,8 @@ def _before(options: argparse.Namespace) -> int:
 
 def _after(options: argparse.Namespace) -> int:
     from sat_lora.doctor.timeline import draw_timeline
-    from sat_lora.files.foreign import printable, printable_lines
     from sat_lora.findings.finding import as_json
+    from sat_lora.printable import printable, printable_lines
     from sat_lora.watchdog.rank_state import read_states
     from sat_lora.watchdog.verdict import verdict
     from sat_lora.watchdog.watchdog import when_alarmed

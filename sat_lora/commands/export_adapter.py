@@ -3,7 +3,7 @@
 import argparse
 
 from sat_lora.commands.parts import ANY_BASE, bar, examples, refuse_existing, refuse_missing
-from sat_lora.files.foreign import printable
+from sat_lora.printable import printable
 
 
 def add(commands) -> None:

@@ -3,7 +3,7 @@
 import argparse
 
 from sat_lora.commands.parts import bar, examples, refuse_existing, refuse_missing
-from sat_lora.files.foreign import printable
+from sat_lora.printable import printable
 from sat_lora.terminal.option_types import number
 
 

@@ -38,7 +38,7 @@ def run(options: argparse.Namespace) -> None:
 def _plot(report: dict, options: argparse.Namespace) -> str:
     """Draw, and say what was drawn; the weights' norms are no part of what is printed of the report."""
     from sat_lora.adapters.inspect import add_weight_norms, base_of_run, draw_norms
-    from sat_lora.files.foreign import printable
+    from sat_lora.printable import printable
 
     drawn = {**report, "layers": [{**layer} for layer in report["layers"]]}
     base = options.base or base_of_run(report)

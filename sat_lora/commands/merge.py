@@ -43,7 +43,7 @@ def add(commands) -> None:
 
 def run(options: argparse.Namespace) -> int:
     from sat_lora.errors import ConfigError
-    from sat_lora.files.foreign import printable, shell_line
+    from sat_lora.printable import printable, shell_line
 
     refuse_existing(options.out)
     refuse_missing(options.adapter, base=options.base)
@@ -79,7 +79,7 @@ def run(options: argparse.Namespace) -> int:
 def verify(options: argparse.Namespace) -> int:
     """Print what merging lost, and the verdict; 1 if it is wrong."""
     from sat_lora.adapters.verify import verify_merge
-    from sat_lora.files.foreign import printable
+    from sat_lora.printable import printable
     from sat_lora.terminal.progress import shown
 
     found = verify_merge(

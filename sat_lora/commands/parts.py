@@ -6,8 +6,9 @@ import os
 from collections.abc import Callable, Collection, Iterable
 
 from sat_lora.errors import ConfigError
-from sat_lora.files.foreign import name_problem, printable
+from sat_lora.files.foreign import name_problem
 from sat_lora.files.paths import missing_adapter, missing_base
+from sat_lora.printable import printable
 from sat_lora.terminal.progress import shown
 
 ANY_BASE = "take a base that the adapter was not trained on"

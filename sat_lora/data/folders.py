@@ -9,7 +9,8 @@ from pathlib import Path, PurePosixPath
 
 from sat_lora.cogvlm.inputs.pictures import SUFFIXES, UNREAD_SUFFIXES
 from sat_lora.errors import DataError
-from sat_lora.files.foreign import kind_of, printable
+from sat_lora.files.foreign import kind_of
+from sat_lora.printable import printable
 
 SYSTEM_FOLDERS = frozenset(
     "__macosx @eadir @tmp @sharebin #recycle $recycle.bin @recycle #snapshot ~snapshot @recently-snapshot lost+found "

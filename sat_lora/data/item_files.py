@@ -14,7 +14,8 @@ from pathlib import Path
 
 from sat_lora.data.item_keys import METADATA, READ, WANTED, key_problems
 from sat_lora.errors import DataError
-from sat_lora.files.foreign import open_file, parse_json, parse_json_at, printable
+from sat_lora.files.foreign import open_file, parse_json, parse_json_at
+from sat_lora.printable import printable
 
 FILE_LIMIT = 1 << 40  # bytes: a file is read line by line
 LINE_LIMIT = 1 << 27  # characters of a line, which is in memory as a whole

@@ -12,8 +12,9 @@ from sat_lora.data.formats import HEAD, JSON_SUFFIXES, kind_of_file, named_forma
 from sat_lora.data.item_files import FILE_LIMIT, LINE_LIMIT
 from sat_lora.data.item_keys import WANTED
 from sat_lora.errors import DataError
-from sat_lora.files.foreign import open_file, printable
+from sat_lora.files.foreign import open_file
 from sat_lora.files.paths import ENTRIES_SEEN, NAMES_COMPARED, nearest
+from sat_lora.printable import printable
 
 TEXT_SUFFIXES = (
     ".txt", ".json", ".caption", ".captions", ".xml", ".cap", ".lab", ".gt", ".md", ".yaml", ".yml", ".tags", ".label",

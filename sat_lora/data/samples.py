@@ -18,7 +18,7 @@ from sat_lora.data.folders import find_images
 from sat_lora.data.item_files import Entries, line_called, read_entries
 from sat_lora.data.layouts import check_file_kind, check_layout, missing_file_hint
 from sat_lora.errors import ConfigError, DataError
-from sat_lora.files.foreign import printable
+from sat_lora.printable import printable
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,13 @@
 import errno
 import json
 import os
-import shlex
 import stat
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
+
+from sat_lora.printable import printable
 
 MEBIBYTE = 1 << 20
 JSON_LIMIT = 16 * MEBIBYTE  # of a configuration; the largest that is known, an index of 17 B weights, has 0.2 MB
@@ -19,23 +20,6 @@ LFS_POINTER = (
 )
 
 
-def printable(name: object) -> str:
-    """`name` as text of one line that a terminal only shows: control and format characters, line separators and lone
-    surrogates (bytes that are no UTF-8 among them) as Python would escape them.
-    """
-    text = str(name)
-    return (
-        text
-        if text.isprintable()
-        else "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    )
-
-
-def printable_lines(text: object) -> str:
-    """`text` as `printable` gives it, its line feeds kept: for a message at the edge, whose lines are our own."""
-    return "\n".join(map(printable, str(text).split("\n")))
-
-
 def name_problem(path: str | Path) -> str | None:
     """Why weights that were written at `path` could not be read there again: safetensors takes UTF-8 alone."""
     try:
@@ -43,25 +27,6 @@ def name_problem(path: str | Path) -> str | None:
     except UnicodeEncodeError:
         return "its name is no UTF-8, and no weights can be read under such a name"
     return None
-
-
-def shell_line(words: Iterable[object]) -> str:
-    """The words as a line for a shell; a name that a terminal would obey is written by escapes, which bash, zsh and
-    ksh read as the name that it is.
-    """
-    return " ".join(map(_shell_word, map(str, words)))
-
-
-def _shell_word(word: str) -> str:
-    if word.isprintable():
-        return shlex.quote(word)
-    escaped = {"\\": "\\\\", "'": "\\'"}
-    text = "".join(escaped.get(c, c) if c.isprintable() else _octal(c) for c in word)
-    return f"$'{text}'"
-
-
-def _octal(character: str) -> str:
-    return "".join(f"\\{byte:03o}" for byte in os.fsencode(character))
 
 
 def os_problem(error: OSError) -> str:

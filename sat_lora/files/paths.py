@@ -9,7 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from urllib.parse import unquote
 
-from sat_lora.files.foreign import printable
+from sat_lora.printable import printable
 
 ENTRIES_SEEN = 200_000
 NAMES_COMPARED = 2_000

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from sat_lora.errors import ConfigError
-from sat_lora.files.foreign import printable
+from sat_lora.printable import printable
 
 LIMIT = 2.0  # seconds of this process that a pattern may take over all the names that it is tried on
 NOTED = 0.001  # seconds; a match that takes less does not count

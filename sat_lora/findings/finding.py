@@ -6,8 +6,8 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from sat_lora.files.foreign import printable_lines
 from sat_lora.findings.codes import CODES, ERROR, LEVELS
+from sat_lora.printable import printable_lines
 
 _looked_for: set[str] = set()
 

@@ -21,7 +21,10 @@ def is_fused(name: str) -> bool:
 
 
 def kind_named(name: str, rows: int) -> str | None:
-    """The name of the layer's kind (see `lora.deltas.layers`), None for a layer without one. rows: the first size of its weight."""
+    """The name of the layer's kind (see `lora.deltas.layers`), None for a layer without one.
+
+    rows: the first size of its weight.
+    """
     kind = next((kind for pattern, kind in _KINDS.items() if re.fullmatch(pattern, name)), None)
     return "embedding" if kind == "vocab" and rows < _PARALLEL_VOCABULARY else kind
 

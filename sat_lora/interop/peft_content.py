@@ -20,8 +20,9 @@ from safetensors.torch import load_file
 from sat_lora.adapters.format import CONFIG, MAGNITUDE, TENSOR_DTYPES, WEIGHTS
 from sat_lora.cogvlm.checkpoints.hugging_face_names import sat_name
 from sat_lora.errors import AdapterError
-from sat_lora.files.foreign import printable, read_json, stand_in
+from sat_lora.files.foreign import read_json, stand_in
 from sat_lora.lora.base_identity import same_values
+from sat_lora.printable import printable
 
 PICKLED = "adapter_model.bin"
 PICKLED_WHOLE = "pytorch_model.bin"  # of DeepSpeed's zero_to_fp32

@@ -21,13 +21,13 @@ from sat_lora.adapters.format import (
 from sat_lora.cogvlm.checkpoints.base_weights import BaseWeights
 from sat_lora.cogvlm.checkpoints.hugging_face_names import sat_name
 from sat_lora.errors import AdapterError, ConfigError
-from sat_lora.files.foreign import printable
 from sat_lora.files.patterns import matches, pattern_problem
 from sat_lora.interop import peft_format
 from sat_lora.interop.cogvlm_layers import is_fused, kind_named
 from sat_lora.interop.peft_content import PeftContent, read_peft_folder
 from sat_lora.lora.config import SLOTS, LoraConfig
 from sat_lora.lora.deltas.layers import KINDS
+from sat_lora.printable import printable
 
 PEFT_RANK, PEFT_ALPHA = 8, 8  # PEFT's defaults
 LARGEST_RANK = 2**31 - 1

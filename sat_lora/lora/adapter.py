@@ -26,8 +26,8 @@ from sat_lora.parallel.sharding import (
 class LoraAdapter(nn.Module):
     """Adds scale * B A x to the output of one layer.
 
-    A: (slots * r, in), B: (adapted rows, r), for the layer's weight as a matrix W (out, in), see `deltas.layers`. Both are cut
-    over the model-parallel ranks as W is:
+    A: (slots * r, in), B: (adapted rows, r), for the layer's weight as a matrix W (out, in), see `deltas.layers`. Both
+    are cut over the model-parallel ranks as W is:
 
         W cut along out   A whole on every rank        B cut like the rows of W, within each of q, k, v
         W cut along in    A cut along `in`             B whole, added after the layer's own sum

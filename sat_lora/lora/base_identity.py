@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from sat_lora.files.foreign import printable
+from sat_lora.printable import printable
 
 VALUES = 16384  # of a base; of one tensor no fewer and no more than these:
 FEWEST, MOST = 8, 64

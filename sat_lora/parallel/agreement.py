@@ -6,10 +6,13 @@ names the option.
 
 import hashlib
 import json
+import zlib
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
+import sat_lora
 from sat_lora.errors import ConfigError
-from sat_lora.files.foreign import printable
+from sat_lora.printable import printable
 
 SHOWN = 120  # characters of a value
 
@@ -47,3 +50,11 @@ def disagreement(first: Mapping[str, str], by_rank: Mapping[int, Mapping[str, st
 def _ranks(ranks: Sequence[int], most: int = 8) -> str:
     listed = ", ".join(map(str, ranks[:most])) + (f" and {len(ranks) - most} more" if len(ranks) > most else "")
     return f"rank{'s' * (len(ranks) > 1)} {listed}"
+
+
+def code_mark(folder: str | Path | None = None) -> str:
+    """A short mark of this package's source, which differs where a checkout is older or edited."""
+    value, folder = 0, Path(folder or Path(sat_lora.__file__).parent)
+    for path in sorted(folder.rglob("*.py")):
+        value = zlib.crc32(path.relative_to(folder).as_posix().encode() + path.read_bytes(), value)
+    return f"{value:08x}"

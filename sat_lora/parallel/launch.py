@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from sat_lora.errors import ConfigError
-from sat_lora.files.foreign import printable, shell_line
+from sat_lora.printable import printable, shell_line
 
 # Started as several processes by something that names no RANK: what says how many, and what started them.
 STARTERS = {

@@ -15,9 +15,9 @@ from datetime import timedelta
 from torch.distributed import PrefixStore, Store, TCPStore
 
 from sat_lora.errors import ConfigError
-from sat_lora.files.foreign import printable
 from sat_lora.parallel.agreement import differences, disagreement
 from sat_lora.parallel.launch import ALONE, Place, agent_listens, taken_port
+from sat_lora.printable import printable
 
 PATIENCE = 15.0  # seconds of waiting before it is said
 _meetings = 0  # of this process: a store that lives on has the keys of earlier ones

@@ -120,7 +120,8 @@ def run_command(name: str, action: Callable[[], int | None], *, may_be_cut: bool
     may_be_cut: whoever reads the output may have heard enough, as `head` does: 0.
     """
     from sat_lora.errors import SatLoraError
-    from sat_lora.files.foreign import os_problem, printable_lines
+    from sat_lora.files.foreign import os_problem
+    from sat_lora.printable import printable_lines
 
     with CtrlC(name) as ctrl_c:
         try:

@@ -4,7 +4,7 @@ import logging
 import os
 from collections.abc import Mapping
 
-from sat_lora.files.foreign import printable_lines
+from sat_lora.printable import printable_lines
 from sat_lora.terminal.edge import is_first_rank
 
 logger = logging.getLogger("sat_lora")

@@ -7,7 +7,7 @@ import difflib
 import sys
 from collections.abc import Sequence
 
-from sat_lora.files.foreign import printable
+from sat_lora.printable import printable
 from sat_lora.terminal.edge import MISTAKE, let_first_rank_speak
 from sat_lora.terminal.notice import is_first_rank
 

@@ -5,7 +5,7 @@ import math
 import re
 from collections.abc import Callable
 
-from sat_lora.files.foreign import printable
+from sat_lora.printable import printable
 
 LARGEST_RATE = 1e30
 """Of a learning rate and whatever multiplies it: Adam's first step divides by 1 - beta, and float32 ends at 3.4e38."""

@@ -2,7 +2,7 @@
 
 import functools
 
-from sat_lora.files.foreign import printable
+from sat_lora.printable import printable
 
 # What fonts with Chinese, Japanese and Korean characters are called on common systems.
 FALLBACKS = (

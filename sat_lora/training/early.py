@@ -10,9 +10,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from sat_lora.errors import ConfigError, DataError
-from sat_lora.files.foreign import printable_lines
 from sat_lora.files.paths import is_shard, missing_base, missing_path
 from sat_lora.parallel.launch import Place
+from sat_lora.printable import printable_lines
 from sat_lora.terminal.edge import MISTAKE, let_first_rank_speak
 from sat_lora.training.runs.results import DATA, results_problems
 

@@ -28,11 +28,12 @@ from sat_lora.data.samples import (
 )
 from sat_lora.data.shards.shard_checks import problems_with_shards
 from sat_lora.errors import CheckpointError, ConfigError, DataError
-from sat_lora.files.foreign import printable, read_json
+from sat_lora.files.foreign import read_json
 from sat_lora.files.paths import is_shard
 from sat_lora.files.step_folders import follow
 from sat_lora.lora.mixin import lora_mixins
 from sat_lora.parallel.distributed import World, gather_lists
+from sat_lora.printable import printable
 from sat_lora.terminal.notice import warn
 from sat_lora.terminal.progress import shown
 from sat_lora.training.runs.results import EVALUATION, RUN

@@ -2,17 +2,15 @@
 
 import hashlib
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
-from sat_lora.doctor.run_checks.packages import code_mark
 from sat_lora.files.paths import is_shard
-from sat_lora.parallel.agreement import mark
+from sat_lora.parallel.agreement import code_mark, mark
 from sat_lora.training.runs.run_folder import versions
 from sat_lora.training.settings.options import option_names
 
 SAT_DEFAULTS = {"layernorm_epsilon": 1e-5, "rotary_base": 10000.0, "hidden_dropout": 0.0, "attention_dropout": 0.0}
-SIZES_TRIED = 256  # samples whose files are asked for their size
 # A machine may mount these elsewhere, so what lies there is compared instead: samples, tokenizer, DeepSpeed's config
 # and, by its fingerprint, the base. The number of data workers decides which samples come only with tar shards.
 PATHS = frozenset({"from_pretrained", "local_tokenizer", "train_data", "valid_data", "test_data", "deepspeed_config"})
@@ -56,24 +54,6 @@ def marks_of_config(config: Mapping) -> dict[str, str]:
     }
 
 
-def marks_of_samples(option: str, samples: int, items: Sequence) -> dict[str, str]:
-    """How many samples a source has, and which: names, texts and the sizes of some files, not where they lie."""
-    digest = hashlib.sha256()
-    for item in items:
-        image = getattr(item, "image", None)
-        name = image.name if isinstance(image, Path) else None
-        digest.update(repr((name, getattr(item, "prompt", None), getattr(item, "answer", None))).encode())
-    digest.update(sizes_mark(items).encode())
-    return {f"the samples of {option}": f"{samples} (digest {digest.hexdigest()[:12]})"}
-
-
-def sizes_mark(items: Sequence) -> str:
-    """A digest of how many bytes some images of the items have: other pictures under the same names are told by it."""
-    images = [getattr(item, "image", None) for item in items[:: max(1, len(items) // SIZES_TRIED)]]
-    sizes = [_size(image) for image in images if isinstance(image, Path)]
-    return hashlib.sha256(repr(sizes).encode()).hexdigest()
-
-
 def marks_of_tokenizer(folder: str | Path) -> dict[str, str]:
     """A digest of the files of a tokenizer's folder; nothing for a name."""
     digest = hashlib.sha256()
@@ -83,10 +63,3 @@ def marks_of_tokenizer(folder: str | Path) -> dict[str, str]:
         if path.is_file():
             digest.update(path.name.encode("utf-8", "surrogateescape") + path.read_bytes())
     return {"the files of --local_tokenizer": digest.hexdigest()[:12]} if files else {}
-
-
-def _size(path: Path) -> int | None:
-    try:
-        return path.stat().st_size
-    except OSError:
-        return None

@@ -17,8 +17,9 @@ from sat_lora.data.layouts import missing_file_hint
 from sat_lora.data.samples import DataCounts, read_items, reading_options
 from sat_lora.data.shards.shard_checks import problems_with_shards
 from sat_lora.errors import CheckpointError, ConfigError, DataError, SatLoraError
-from sat_lora.files.foreign import os_problem, printable
+from sat_lora.files.foreign import os_problem
 from sat_lora.files.paths import is_shard, missing_path
+from sat_lora.printable import printable
 from sat_lora.training.early import DEMO_DATA, WANTED, raise_problems
 from sat_lora.training.resume import settled_problems, state_to_resume
 from sat_lora.training.settings.deepspeed_config import deepspeed_config

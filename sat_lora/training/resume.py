@@ -16,8 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from sat_lora.errors import CheckpointError, DataError
-from sat_lora.files.foreign import printable
 from sat_lora.lora.base_identity import BaseIdentity
+from sat_lora.printable import printable
 from sat_lora.training.runs.run_folder import versions
 from sat_lora.training.settings.defaults import DEFAULTS
 from sat_lora.training.settings.lora_options import LORA_FIELDS

@@ -17,9 +17,9 @@ from sat_lora.data.folders import unreadable_folders, unreadable_notes
 from sat_lora.data.samples import Item
 from sat_lora.data.shards.shards import find_records
 from sat_lora.errors import ConfigError, SatLoraError
-from sat_lora.files.foreign import printable
 from sat_lora.files.paths import is_shard
 from sat_lora.parallel.distributed import World
+from sat_lora.printable import printable
 from sat_lora.training.settings.defaults import EMBEDDED_DEMO, is_demo_data, version_of
 from sat_lora.training.settings.schedule import warmup_steps
 

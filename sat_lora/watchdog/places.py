@@ -71,7 +71,7 @@ def own_place(places: Sequence[Place]) -> Place | None:
 def _is_own(file: str, package: str | None) -> bool:
     package = package or _package_by_form(file)
     if package is not None and PurePath(file).is_relative_to(package):  # ours, and it may be installed
-        return not PurePath(file).is_relative_to(PurePath(package, "watchdog"))
+        return not any(PurePath(file).is_relative_to(PurePath(package, folder)) for folder in ("watchdog", "doctor"))
     return not file.startswith("<") and _FOREIGN.search(file) is None
 
 

@@ -9,8 +9,8 @@ import struct
 from pathlib import Path
 
 from sat_lora.errors import ConfigError
-from sat_lora.files.foreign import printable
 from sat_lora.files.paths import missing_path
+from sat_lora.printable import printable
 
 PHASES = tuple("start data forward backward reduce optimizer evaluate save load write test check".split())
 # Loading, starting the engine, waiting for a save to be on the disk, the evaluation after training, and what is looked

@@ -8,7 +8,7 @@ import pytest
 
 from sat_lora.cli import main
 from sat_lora.errors import AdapterError, DataError
-from sat_lora.files.foreign import shell_line
+from sat_lora.printable import shell_line
 from sat_lora.terminal.notice import warn
 from sat_lora.training.runs.run_folder import RunFolder
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from sat_lora.data.batches.sources import marks_of_samples
 from sat_lora.data.samples import Item
 from sat_lora.errors import ConfigError
 from sat_lora.parallel.agreement import SHOWN, differences, disagreement, mark
@@ -15,7 +16,6 @@ from sat_lora.training.marks import (
     marks_of_config,
     marks_of_engine,
     marks_of_options,
-    marks_of_samples,
     marks_of_tokenizer,
 )
 from sat_lora.training.settings.options import parse_options

@@ -336,8 +336,8 @@ def test_the_description_of_data_follows_names_answers_and_order_and_not_the_pla
 
 
 def test_other_pictures_under_the_same_names_are_said(tmp_path):
+    from sat_lora.data.batches.sources import sizes_mark
     from sat_lora.data.samples import Item
-    from sat_lora.training.marks import sizes_mark
 
     images = [Item(tmp_path / f"{number}.png", "a") for number in range(3)]
     for number, item in enumerate(images):

@@ -86,7 +86,7 @@ def test_a_command_ends_with_its_own_status_whatever_it_prints_to(case, tmp_path
 
 
 def test_a_result_that_was_not_printed_is_a_mistake(tmp_path):
-    code = "from sat_lora.terminal.edge import run_script\nrun_script('x', lambda: print('result'), prints_its_result=True)"
+    code = "from sat_lora.terminal import edge\nedge.run_script('x', lambda: print('result'), prints_its_result=True)"
     done = subprocess.run(
         ["bash", "-c", f"{sys.executable} -c \"$0\" > /dev/full", code],
         capture_output=True, text=True, timeout=60, env={**os.environ, "PYTHONPATH": str(ROOT)},

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sat_lora._sat import RMSNorm as SatRMSNorm
-from sat_lora.cogvlm.network.norm import RMSNorm
+from sat_lora.cogvlm.network.model import RMSNorm
 from tests.tiny import tiny_model
 
 

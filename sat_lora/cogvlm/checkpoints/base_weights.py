@@ -11,10 +11,10 @@ from sat_lora.cogvlm.checkpoints.load import open_folder, shardings_of
 from sat_lora.cogvlm.checkpoints.sat_folder import weight_problems
 from sat_lora.cogvlm.network.model import build_cogvlm
 from sat_lora.errors import CheckpointError, ConfigError
-from sat_lora.files.foreign import printable
 from sat_lora.files.weight_files import Layout
 from sat_lora.lora.base_identity import BaseIdentity, identity_of
 from sat_lora.parallel.sharding import Sharding, model_parallel_layout
+from sat_lora.printable import printable
 
 
 class BaseWeights(Mapping[str, torch.Tensor]):

@@ -18,8 +18,9 @@ from sat_lora.cogvlm.checkpoints.sat_folder import listing, read_object
 from sat_lora.cogvlm.inputs.prompts import TEMPLATES
 from sat_lora.cogvlm.sizes import size_problems
 from sat_lora.errors import CheckpointError
-from sat_lora.files.foreign import printable, stand_in
+from sat_lora.files.foreign import stand_in
 from sat_lora.files.weight_files import Layout, make_safetensors_file
+from sat_lora.printable import printable
 
 INDEX, SINGLE, CONFIG = "model.safetensors.index.json", "model.safetensors", "config.json"
 GENERATION_CONFIG = "generation_config.json"

@@ -22,9 +22,9 @@ from sat_lora.cogvlm.checkpoints.sat_folder import (
 from sat_lora.cogvlm.network.model import VIT, CogVLMModel, build_cogvlm
 from sat_lora.cogvlm.sizes import missing_sizes
 from sat_lora.errors import CheckpointError
-from sat_lora.files.foreign import printable
 from sat_lora.parallel.partitioned import Partitioning
 from sat_lora.parallel.sharding import REPLICATED, Sharding, model_parallel_layout, sharding_of
+from sat_lora.printable import printable
 
 __all__ = [
     "check_files",

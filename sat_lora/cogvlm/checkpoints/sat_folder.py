@@ -15,10 +15,11 @@ import torch
 
 from sat_lora.cogvlm.sizes import size_problems
 from sat_lora.errors import CheckpointError
-from sat_lora.files.foreign import LFS_POINTER, is_lfs_pointer, printable, read_bytes, read_json, stand_in
+from sat_lora.files.foreign import LFS_POINTER, is_lfs_pointer, read_bytes, read_json, stand_in
 from sat_lora.files.paths import BASE_WANTED, missing_base, names_in
 from sat_lora.files.paths import SAT_PARTS as PARTS
 from sat_lora.files.weight_files import Layout, make_sat_file
+from sat_lora.printable import printable
 
 NAME_LIMIT = 1 << 12  # bytes of `latest`
 ARCHIVES = {".zip", ".tar", ".gz", ".tgz", ".7z", ".rar", ".bz2", ".xz", ".zst"}

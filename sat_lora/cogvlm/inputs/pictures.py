@@ -13,7 +13,8 @@ import numpy
 from PIL import Image
 
 from sat_lora.errors import DataError
-from sat_lora.files.foreign import MEBIBYTE, open_file, printable
+from sat_lora.files.foreign import MEBIBYTE, open_file
+from sat_lora.printable import printable
 
 MAX_PIXELS = 89_478_485
 """Above it Pillow itself warns of a decompression bomb; a decoded picture of so many takes 0.4 GB."""

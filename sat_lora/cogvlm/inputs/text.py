@@ -10,7 +10,8 @@ import torch
 from sat_lora.cogvlm.inputs.prompts import IMAGE_PLACE, PROMPTS, prompt_for, prompt_text
 from sat_lora.cogvlm.inputs.tokens import WHOLE, first_tokens, text_tokens
 from sat_lora.errors import ConfigError
-from sat_lora.files.foreign import printable, read_json, stand_in
+from sat_lora.files.foreign import read_json, stand_in
+from sat_lora.printable import printable
 
 __all__ = [
     "IGNORED",

@@ -11,7 +11,7 @@ from sat_lora.cogvlm.inputs.text import Sample
 from sat_lora.data.samples import BrokenSample, Item, collate
 from sat_lora.data.shards.shards import Record, Shard, find_records
 from sat_lora.errors import DataError
-from sat_lora.files.foreign import printable
+from sat_lora.printable import printable
 
 SHUFFLE_BUFFER = 1000  # samples; the buffer holds their places in the shards, not their images
 

@@ -16,7 +16,8 @@ from sat_lora.data.shards.shards import Shard, count_shards
 from sat_lora.files.paths import is_shard
 from sat_lora.parallel.agreement import mark
 from sat_lora.parallel.distributed import World
-from sat_lora.training.marks import marks_of_samples, sizes_mark
+
+SIZES_TRIED = 256  # samples whose files are asked for their size
 
 
 class FileSource:
@@ -196,3 +197,28 @@ def open_sources(
         FileSource(train, make_dataset, options, world, left_out),
         FileSource(valid, make_dataset, options, world) if valid else None,
     )
+
+
+def marks_of_samples(option: str, samples: int, items: Sequence) -> dict[str, str]:
+    """How many samples a source has, and which: names, texts and the sizes of some files, not where they lie."""
+    digest = hashlib.sha256()
+    for item in items:
+        image = getattr(item, "image", None)
+        name = image.name if isinstance(image, Path) else None
+        digest.update(repr((name, getattr(item, "prompt", None), getattr(item, "answer", None))).encode())
+    digest.update(sizes_mark(items).encode())
+    return {f"the samples of {option}": f"{samples} (digest {digest.hexdigest()[:12]})"}
+
+
+def sizes_mark(items: Sequence) -> str:
+    """A digest of how many bytes some images of the items have: other pictures under the same names are told by it."""
+    images = [getattr(item, "image", None) for item in items[:: max(1, len(items) // SIZES_TRIED)]]
+    sizes = [_size(image) for image in images if isinstance(image, Path)]
+    return hashlib.sha256(repr(sizes).encode()).hexdigest()
+
+
+def _size(path: Path) -> int | None:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return None

@@ -8,8 +8,8 @@ from sat_lora.cogvlm.inputs.pictures import MAX_PIXELS, read_picture
 from sat_lora.data.samples import BrokenSample
 from sat_lora.data.shards.shards import expand_shards, find_records
 from sat_lora.errors import DataError
-from sat_lora.files.foreign import printable
 from sat_lora.files.paths import COMPRESSED_SUFFIXES, is_shard
+from sat_lora.printable import printable
 
 SHOWN = 10  # names of shards
 SAMPLES_TRIED = 300  # one usable sample among so many is enough to begin

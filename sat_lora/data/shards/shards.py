@@ -18,8 +18,9 @@ from sat_lora.data.item_keys import METADATA_OF_SHARDS, key_problems
 from sat_lora.data.samples import BrokenSample, Item
 from sat_lora.data.shards.tar_members import Links, Member, read_members, unpacking_program
 from sat_lora.errors import DataError
-from sat_lora.files.foreign import JSON_LIMIT, MEBIBYTE, open_file, printable
+from sat_lora.files.foreign import JSON_LIMIT, MEBIBYTE, open_file
 from sat_lora.parallel.distributed import gather_lists
+from sat_lora.printable import printable
 
 TEXT_SUFFIXES = (".json", ".txt")
 FIRST_DOT = "a key ends at the first dot of a name, so rename members that have more than one"

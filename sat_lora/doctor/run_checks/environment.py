@@ -6,10 +6,11 @@ from argparse import Namespace
 
 from sat_lora.cogvlm.checkpoints.load import read_config
 from sat_lora.doctor.run_checks.collectives import TIMEOUT, collective_findings
-from sat_lora.doctor.run_checks.packages import code_mark, compare_versions, package_findings
+from sat_lora.doctor.run_checks.packages import compare_versions, package_findings
 from sat_lora.doctor.run_checks.space import disk_findings, shared_memory_findings
 from sat_lora.findings.finding import Finding, joined
 from sat_lora.lora.config import LoraConfig
+from sat_lora.parallel.agreement import code_mark
 from sat_lora.parallel.distributed import World, gather_lists, ranks_on_this_machine
 from sat_lora.training.runs.run_folder import versions
 from sat_lora.training.runs.space import saved_sizes

@@ -10,7 +10,6 @@ import importlib.util
 import os
 import re
 import sys
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -68,14 +67,6 @@ def compare_versions(by_rank: Sequence[Mapping[str, str]]) -> list[Finding]:
             fix = "install the same versions on every machine"
             findings.append(Finding(code="versions", seen=f"{package} is {seen}", ranks=tuple(sorted(odd)), fix=fix))
     return findings
-
-
-def code_mark(folder: str | Path | None = None) -> str:
-    """A short mark of this package's source, which differs where a checkout is older or edited."""
-    mark, folder = 0, Path(folder or Path(__file__).parents[1])
-    for path in sorted(folder.rglob("*.py")):
-        mark = zlib.crc32(path.relative_to(folder).as_posix().encode() + path.read_bytes(), mark)
-    return f"{mark:08x}"
 
 
 def _listed(ranks: Sequence[int], most: int = 8) -> str:

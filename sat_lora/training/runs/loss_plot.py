@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from sat_lora.files.foreign import printable
+from sat_lora.printable import printable
 from sat_lora.terminal.plot_text import families, plot_text
 
 WINDOW = 25  # points that a smoothed one is made of, at most

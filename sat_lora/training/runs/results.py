@@ -8,8 +8,9 @@ from argparse import Namespace
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from sat_lora.files.foreign import printable, read_json
+from sat_lora.files.foreign import read_json
 from sat_lora.files.step_folders import LATEST, read_pointer, steps_in
+from sat_lora.printable import printable
 
 RUN, LOG, EVALUATION = "run.json", "train.jsonl", "evaluation.json"
 DATA = ("train_data", "valid_data", "test_data")

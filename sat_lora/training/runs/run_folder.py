@@ -14,8 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from sat_lora.files.atomic import replace_text
-from sat_lora.files.foreign import parse_json, printable, printable_lines, read_bytes
+from sat_lora.files.foreign import parse_json, read_bytes
 from sat_lora.files.step_folders import LATEST, point_to, remove_all, set_back, steps_in
+from sat_lora.printable import printable, printable_lines
 from sat_lora.training.runs.loss_plot import draw_losses, points
 from sat_lora.training.runs.results import DATA, EVENTS, FOLDERS, LOG, PICTURE, RUN, evaluations_in
 from sat_lora.training.runs.run_lock import RunLock

@@ -23,8 +23,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from sat_lora.errors import AdapterError, ConfigError
-from sat_lora.files.foreign import MEBIBYTE, kind_of, parse_json, printable
+from sat_lora.files.foreign import MEBIBYTE, kind_of, parse_json
 from sat_lora.parallel.distributed import gather_lists, together
+from sat_lora.printable import printable
 from sat_lora.watchdog.rank_files import process_started
 
 LOCK = "lock"

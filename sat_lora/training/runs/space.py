@@ -10,11 +10,12 @@ import torch
 from sat_lora.cogvlm.checkpoints.load import read_config
 from sat_lora.cogvlm.network.model import build_cogvlm
 from sat_lora.errors import ConfigError
-from sat_lora.files.foreign import MEBIBYTE, printable
+from sat_lora.files.foreign import MEBIBYTE
 from sat_lora.lora.apply import find_all_parameters, find_all_sites
 from sat_lora.lora.config import LoraConfig
 from sat_lora.lora.targets import plan
 from sat_lora.parallel.sharding import model_parallel_layout, sharding_of
+from sat_lora.printable import printable
 from sat_lora.training.settings.deepspeed_config import base_dtype
 
 BESIDE = MEBIBYTE // 4  # the JSON files of a save, and those of the run

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 import torch
 
 from sat_lora.errors import ConfigError
-from sat_lora.files.foreign import printable
 from sat_lora.lora.config import LARGEST_FACTOR
+from sat_lora.printable import printable
 from sat_lora.terminal.notice import warn
 from sat_lora.terminal.option_types import LARGEST_RATE
 from sat_lora.training.settings.deepspeed_file import (

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sat_lora.errors import ConfigError
-from sat_lora.files.foreign import JSON_LIMIT, parse_json, printable, read_bytes
+from sat_lora.files.foreign import JSON_LIMIT, parse_json, read_bytes
+from sat_lora.printable import printable
 from sat_lora.terminal.option_types import LARGEST_RATE
 
 # DeepSpeed (0.19.8) checks the keys of its sections, never those of the top level.

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import sat_lora
 from sat_lora.cogvlm.inputs.prompts import VERSIONS
 from sat_lora.files.foreign import read_json
 from sat_lora.training.settings.lora_options import lora_defaults
@@ -80,7 +81,7 @@ NOT_RESUMED = frozenset(
     | {"doctor", "shrink", "replay"}
 )
 
-EMBEDDED_DEMO = Path(__file__).resolve().parents[2] / "finetune_demo"
+EMBEDDED_DEMO = Path(sat_lora.__file__).resolve().parents[1] / "finetune_demo"
 
 
 def embedded_base(demo_folder: str | Path) -> dict:

@@ -15,8 +15,9 @@ from pathlib import Path
 
 from sat_lora.cogvlm.inputs.prompts import PROMPTS
 from sat_lora.errors import ConfigError
-from sat_lora.files.foreign import name_problem, printable, read_json
+from sat_lora.files.foreign import name_problem, read_json
 from sat_lora.parallel.launch import find_place
+from sat_lora.printable import printable
 from sat_lora.terminal.option_parser import OptionParser
 from sat_lora.terminal.option_types import (
     accumulation,

@@ -22,9 +22,10 @@ from sat_lora.adapters.format import tensor_problems
 from sat_lora.adapters.save_load import Copy, on_the_cpu
 from sat_lora.errors import CheckpointError
 from sat_lora.files.atomic import replaced_folder
-from sat_lora.files.foreign import MEBIBYTE, printable, read_json, stand_in
+from sat_lora.files.foreign import MEBIBYTE, read_json, stand_in
 from sat_lora.files.step_folders import LATEST, point_to, read_pointer, steps_in
 from sat_lora.parallel.distributed import World, gather_lists
+from sat_lora.printable import printable
 from sat_lora.training.steps.optimizer_state import (
     optimizer_shapes,
     optimizer_tensors,
