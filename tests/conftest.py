@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tests.patience import PATIENCE, patient
+from tests.support.patience import PATIENCE, patient
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Read when torch is imported. Tiny matrices gain nothing from threads, and on busy cores lose a factor of ten to them.

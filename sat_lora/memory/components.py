@@ -1,7 +1,7 @@
 """What a rank's device holds while it trains, in bytes: weights, adapters, gradients, optimizer, buffers, activations.
 
 All but the activations follow from the number of elements and DeepSpeed 0.19.8's ways, which
-`tests/doctor/test_memory_of_steps.py` compares with all tensors that its engines make:
+`tests/memory/test_memory_of_steps.py` compares with all tensors that its engines make:
 
     stage  frozen weights  adapters  their gradients  master and moments           buffers
     0      W               T         T                8 T, no master               none

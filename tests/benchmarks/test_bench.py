@@ -113,7 +113,7 @@ def test_flops_are_those_that_torch_counts(single_process_group):
     from torch.utils.flop_counter import FlopCounterMode
 
     from benchmarks.models import answer_of, forward_flops
-    from tests.tiny import logits_of
+    from tests.support.tiny import logits_of
 
     config, words, samples = bench_step.config_of("tiny"), 8, 2
     model = bench_step.build(config, torch.float32, torch.device("cpu")).eval()

@@ -1,5 +1,5 @@
 from benchmarks import bench_deepspeed
-from tests.distributed.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 
 def measure():

@@ -23,13 +23,13 @@ from benchmarks.scaling.sizes import Sizes
 from sat_lora import LoraConfig, add_lora
 from sat_lora.parallel.distributed import arrange, join
 from sat_lora.training.steps.engine import adapter_optimizer, start_engine
-from tests.distributed.collectives import CountCollectives
-from tests.distributed.ranks import run_ranks
-from tests.distributed.training_runs import engine_config, mixed_batch, step_together
-from tests.tiny import CONFIG, PATCHES, tiny_model
+from tests.support.collectives import CountCollectives
+from tests.support.ranks import run_ranks
+from tests.support.tiny import CONFIG, PATCHES, tiny_model
+from tests.support.training_runs import engine_config, mixed_batch, step_together
 
 RANK = 4
-BATCH = MicroBatch(samples=2, length=20, images=1, vision_tokens=PATCHES + 1, labelled=2 * 4)  # tests.tiny.tiny_batch()
+BATCH = MicroBatch(samples=2, length=20, images=1, vision_tokens=PATCHES + 1, labelled=2 * 4)  # tiny_batch()
 NOTHING_KEPT = dict.fromkeys(
     ("stage3_max_live_parameters", "stage3_max_reuse_distance", "stage3_prefetch_bucket_size"), 0
 )

@@ -418,7 +418,7 @@ def answers(folder: str) -> list[Answer]:
 def all_answers(folder: Path) -> list[Answer]:
     """To every mistake, by a process of their own."""
     from tests.cases import mistakes
-    from tests.distributed.ranks import run_ranks
+    from tests.support.ranks import run_ranks
 
     (made,) = run_ranks(mistakes.answers, 1, str(folder), timeout=240)
     return made

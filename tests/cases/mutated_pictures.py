@@ -21,7 +21,7 @@ from sat_lora import DataError
 from sat_lora.cogvlm.inputs.pictures import read_picture
 from sat_lora.data.samples import BrokenSample
 from sat_lora.data.shards.shards import find_records
-from tests.cases.picture_files import encoded
+from tests.support.picture_files import encoded
 
 SECONDS = 5.0  # of processor time, for one small file
 MAX_PIXELS = 1 << 20

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from sat_lora import AdapterError, load_adapter
 from sat_lora.adapters.inspect import describe_adapter, inspect_adapter
 from sat_lora.cli import main
-from tests.adapter_folders import CONFIG, LINEAR, WEIGHTS, change_config, change_tensors, write_tiny_adapter
-from tests.tiny import tiny_model
+from tests.support.adapter_folders import CONFIG, LINEAR, WEIGHTS, change_config, change_tensors, write_tiny_adapter
+from tests.support.tiny import tiny_model
 
 SECONDS = 2.0  # of the processor
 

@@ -19,8 +19,8 @@ from sat_lora.files.foreign import is_lfs_pointer
 from sat_lora.training.preflight import option_problems
 from sat_lora.training.settings.options import parse_options
 from tests.conftest import write_character_tokenizer
-from tests.sat_files import FILE, cut_by_sat, write_step
-from tests.tiny import CONFIG, tiny_model
+from tests.support.sat_files import FILE, cut_by_sat, write_step
+from tests.support.tiny import CONFIG, tiny_model
 
 POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 35000000000\n"
 SECONDS = 5.0  # of the processor

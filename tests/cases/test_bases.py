@@ -19,8 +19,8 @@ from sat_lora.cogvlm.checkpoints.load import save_weights
 from sat_lora.lora.base_identity import MOST, fingerprint_of, identity_of, positions, same_values
 from sat_lora.lora.live_base import identity_of_model
 from sat_lora.training.same_base import base_of_run
-from tests.sat_files import cut_by_sat, write_step
-from tests.tiny import CONFIG, fill_adapters, tiny_model
+from tests.support.sat_files import cut_by_sat, write_step
+from tests.support.tiny import CONFIG, fill_adapters, tiny_model
 
 FORMATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 

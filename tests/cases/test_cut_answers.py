@@ -12,7 +12,7 @@ from sat_lora.cogvlm.inputs.tokens import first_tokens, text_tokens
 from sat_lora.data.answer_lengths import CutAnswers, answer_lengths
 from sat_lora.data.samples import BrokenSample, ImageTextDataset, Item, collate, read_items
 from sat_lora.errors import ConfigError, DataError
-from tests.cases.sentence_pieces import sentence_piece_tokenizer
+from tests.support.sentence_pieces import sentence_piece_tokenizer
 
 EOS = 2
 

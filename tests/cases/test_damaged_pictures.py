@@ -7,7 +7,7 @@ from PIL import Image
 
 from sat_lora.cogvlm.inputs.pictures import read_picture
 from sat_lora.errors import DataError
-from tests.cases.picture_files import encoded
+from tests.support.picture_files import encoded
 
 NOISE = Image.effect_noise((64, 48), 60).convert("RGB")
 NAMES = {

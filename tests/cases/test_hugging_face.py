@@ -17,7 +17,7 @@ from sat_lora.cogvlm.network.model import build_cogvlm
 from tests.conftest import write_character_tokenizer
 from tests.interop.hf_code.configuration_cogvlm import CogVLMConfig
 from tests.interop.hf_code.modeling_cogvlm import CogVLMForCausalLM
-from tests.tiny import CONFIG, fill_adapters, logits_of, randomise, tiny_batch
+from tests.support.tiny import CONFIG, fill_adapters, logits_of, randomise, tiny_batch
 
 pytestmark = pytest.mark.usefixtures("single_process_group")
 CODE = Path(__file__).parents[1] / "interop" / "hf_code"

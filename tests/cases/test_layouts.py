@@ -9,7 +9,7 @@ from sat_lora.data.samples import read_items
 from sat_lora.errors import DataError
 from sat_lora.training.preflight import option_problems
 from sat_lora.training.settings.options import parse_options
-from tests.training.tar_shards import png
+from tests.support.tar_shards import png
 
 NAMES = [f"{number:03}" for number in range(8)]
 WORDS = ["cat", "dog", "cow", "hen", "pig", "fox", "owl", "bee"]

@@ -11,7 +11,7 @@ from sat_lora.adapters.merge import merge_adapter
 from sat_lora.adapters.verify import verify_merge
 from sat_lora.cli import main
 from sat_lora.cogvlm.checkpoints.load import map_weights, save_weights
-from tests.tiny import CONFIG, fill_adapters, tiny_model
+from tests.support.tiny import CONFIG, fill_adapters, tiny_model
 
 pytestmark = pytest.mark.usefixtures("single_process_group")
 WEIGHTS = "release/mp_rank_00_model_states.pt"

@@ -14,8 +14,8 @@ from sat_lora.adapters.format import read_adapter
 from sat_lora.cogvlm.checkpoints.load import save_weights
 from sat_lora.errors import AdapterError
 from sat_lora.interop.peft_import import import_from_peft
-from tests.interop.hf_tree import HuggingFaceTree
-from tests.tiny import CONFIG, tiny_model
+from tests.support.hf_tree import HuggingFaceTree
+from tests.support.tiny import CONFIG, tiny_model
 
 WEIGHTS, SETTINGS, PICKLED = "adapter_model.safetensors", "adapter_config.json", "adapter_model.bin"
 WRAPS = {

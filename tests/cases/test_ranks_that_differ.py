@@ -19,7 +19,7 @@ from sat_lora.training.marks import (
     marks_of_tokenizer,
 )
 from sat_lora.training.settings.options import parse_options
-from tests.distributed.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 ALIKE = ["--train-data", "images", "--lr", "1e-3"]
 

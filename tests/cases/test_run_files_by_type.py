@@ -18,7 +18,7 @@ from sat_lora.training.settings.defaults import DEFAULTS
 from sat_lora.training.settings.options import parse_options, settings_of_run
 from sat_lora.training.steps.checkpoint import STATE, RunState, newest_checkpoint, read_state
 from sat_lora.training.steps.random_state import parsed, random_state
-from tests.training.stored_state import stored_state
+from tests.support.stored_state import stored_state
 
 # run.json
 

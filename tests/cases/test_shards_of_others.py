@@ -8,7 +8,7 @@ from sat_lora.data.samples import BrokenSample
 from sat_lora.data.shards.shard_checks import problems_with_shards
 from sat_lora.data.shards.shards import MOST_SHARDS, count_shards, expand_shards, find_records
 from sat_lora.errors import DataError
-from tests.training.tar_shards import png, write_shard
+from tests.support.tar_shards import png, write_shard
 
 BOTH = json.dumps({"prompt": "q", "answer": "x"})
 

@@ -23,9 +23,9 @@ from sat_lora.watchdog.rank_files import file_of
 from sat_lora.watchdog.rank_state import read_states
 from sat_lora.watchdog.trace import Trace
 from sat_lora.watchdog.watchdog import IDLE_PAGES, Watchdog, _pages_touched
-from tests.doctor import faulty_runs
-from tests.doctor.faulty_runs import run_faulty
 from tests.finetune_demo.test_finetune_cogvlm import options_for
+from tests.support import faulty_runs
+from tests.support.faulty_runs import run_faulty
 
 ROOT = Path(__file__).parents[2]
 LINE = "x.py: stopped by Ctrl-C\n"

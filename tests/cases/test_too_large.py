@@ -10,7 +10,7 @@ from sat_lora.adapters.format import read_adapter
 from sat_lora.terminal.option_types import rate
 from sat_lora.training.settings.deepspeed_config import deepspeed_config
 from sat_lora.training.settings.options import parse_options
-from tests.adapter_folders import write_tiny_adapter
+from tests.support.adapter_folders import write_tiny_adapter
 
 pytestmark = pytest.mark.usefixtures("single_process_group")
 

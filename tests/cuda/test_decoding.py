@@ -12,7 +12,7 @@ from sat_lora.cogvlm.inputs.text import build_sample, load_tokenizer, prompt_for
 from sat_lora.data.samples import collate
 from sat_lora.lora.mixin import lora_mixins
 from sat_lora.training.steps.step import to_device
-from tests.tiny import fill_adapters, logits_of
+from tests.support.tiny import fill_adapters, logits_of
 
 BASE = Path(__file__).parents[2] / "finetune_demo" / "tiny_cogvlm"
 PATCHES, SIDE, TOKENS, NO_END = 36, 42, 6, -1

@@ -11,7 +11,7 @@ from benchmarks.variants import LAYER, Shape, one_layer_model
 from sat_lora import LoraConfig, LoraMixin, add_lora
 from sat_lora.lora.apply import adapters_of
 from sat_lora.training.steps.step import to_device
-from tests.tiny import fill_adapters, logits_of, tiny_batch, tiny_model
+from tests.support.tiny import fill_adapters, logits_of, tiny_batch, tiny_model
 
 SHAPES = [Shape(64, 64), Shape(64, 192, 3), Shape(64, 128), Shape(128, 64)]
 TOLERANCES = {torch.float32: 1e-6, torch.bfloat16: 2**-6, torch.float16: 2**-9}  # relative; for halves two of their eps

@@ -15,7 +15,7 @@ def checks():
     """The module of the checks, which imports triton."""
     if not torch.cuda.is_available():
         pytest.skip("needs a GPU")
-    from tests import delta_kernels
+    from tests.support import delta_kernels
 
     return delta_kernels
 

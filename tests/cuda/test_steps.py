@@ -11,8 +11,8 @@ from sat_lora.training.steps.engine import start_engine
 from sat_lora.training.steps.loss import count_answer_tokens
 from sat_lora.training.steps.step import train_step
 from tests.cuda.processes import run_alone
-from tests.distributed.training_runs import engine_config
-from tests.tiny import fill_adapters, logits_of, tiny_batch, tiny_model
+from tests.support.tiny import fill_adapters, logits_of, tiny_batch, tiny_model
+from tests.support.training_runs import engine_config
 
 STEPS, RATE = 4, 0.1
 STAGES = (1, 2, 3)

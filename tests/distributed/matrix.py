@@ -21,8 +21,8 @@ from pathlib import Path
 import numpy
 import torch
 
-from tests.distributed.ranks import run_ranks
-from tests.distributed.training_runs import (
+from tests.support.ranks import run_ranks
+from tests.support.training_runs import (
     FILES,
     image_batch,
     mixed_batch,

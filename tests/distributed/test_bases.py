@@ -14,9 +14,9 @@ from sat_lora.lora.live_base import identity_of_model
 from sat_lora.parallel.distributed import arrange, join
 from sat_lora.training.same_base import base_of_run
 from sat_lora.training.steps.engine import adapter_optimizer, set_up_deepspeed, start_engine
-from tests.distributed.ranks import run_ranks
-from tests.distributed.training_runs import engine_config
-from tests.tiny import CONFIG, tiny_model
+from tests.support.ranks import run_ranks
+from tests.support.tiny import CONFIG, tiny_model
+from tests.support.training_runs import engine_config
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,10 @@ from sat_lora import LoraConfig, add_lora
 from sat_lora.data.samples import BrokenSample, collate
 from sat_lora.parallel.distributed import arrange, join
 from sat_lora.training.steps.engine import start_engine
-from tests.branching_cogvlm import branch_on_data
-from tests.distributed.ranks import run_ranks
-from tests.distributed.training_runs import (
+from tests.support.branching_cogvlm import branch_on_data
+from tests.support.ranks import run_ranks
+from tests.support.tiny import fill_adapters, tiny_model
+from tests.support.training_runs import (
     STEPS,
     adapter_values,
     engine_config,
@@ -23,7 +24,6 @@ from tests.distributed.training_runs import (
     train_alone,
     worst_error,
 )
-from tests.tiny import fill_adapters, tiny_model
 
 
 def broken_batch(rank, step=0):

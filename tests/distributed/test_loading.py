@@ -13,9 +13,9 @@ from sat_lora.cogvlm.checkpoints.load import load_cogvlm, save_weights, sharding
 from sat_lora.errors import SatLoraError
 from sat_lora.parallel.distributed import arrange, join, together
 from sat_lora.parallel.sharding import model_parallel_layout
-from tests.distributed.ranks import run_ranks
-from tests.sat_files import FILE, cut_by_sat, write_step
-from tests.tiny import CONFIG, logits_of, tiny_batch, tiny_model
+from tests.support.ranks import run_ranks
+from tests.support.sat_files import FILE, cut_by_sat, write_step
+from tests.support.tiny import CONFIG, logits_of, tiny_batch, tiny_model
 
 MB = 10**6
 

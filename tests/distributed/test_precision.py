@@ -1,6 +1,6 @@
 """float32 adapters beside DeepSpeed's bf16 and autocast: what dtype computes, and that it learns.
 
-DeepSpeed 0.19.8 refuses fp16 on a CPU; `tests/test_mixin.py` has fp16 without it.
+DeepSpeed 0.19.8 refuses fp16 on a CPU; `tests/lora/test_mixin.py` has fp16 without it.
 """
 
 import pytest
@@ -10,9 +10,9 @@ from sat_lora import add_lora
 from sat_lora.lora.apply import adapters_of
 from sat_lora.parallel.distributed import arrange, join
 from sat_lora.training.steps.engine import adapter_optimizer, start_engine
-from tests.distributed.ranks import run_ranks
-from tests.distributed.training_runs import engine_config, mixed_batch, step_together
-from tests.tiny import tiny_model
+from tests.support.ranks import run_ranks
+from tests.support.tiny import tiny_model
+from tests.support.training_runs import engine_config, mixed_batch, step_together
 
 PRECISIONS = {
     "bf16": (torch.bfloat16, {"bf16": {"enabled": True}}),

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from sat_lora.parallel.distributed import join
-from tests.distributed.ranks import run_ranks
-from tests.patience import patient
+from tests.support.patience import patient
+from tests.support.ranks import run_ranks
 
 
 def add_ranks():

@@ -6,9 +6,9 @@ import torch
 from sat_lora.adapters.save_load import whole_tensors
 from sat_lora.lora.apply import adapters_of
 from sat_lora.parallel.distributed import arrange, join
-from tests.distributed.ranks import run_ranks
-from tests.sat_subjects import GEGLU_IN_TWO_BLOCKS, SUBJECTS, adapt, loss_of
-from tests.tiny import fill_adapters
+from tests.support.ranks import run_ranks
+from tests.support.sat_subjects import GEGLU_IN_TWO_BLOCKS, SUBJECTS, adapt, loss_of
+from tests.support.tiny import fill_adapters
 
 # Not GLM-130B's own MLP: every rank halves its own rows into gate and value, so the whole weight depends on the cut.
 # Not T5: each rank draws relative position weights for its own heads.

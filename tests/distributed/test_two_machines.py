@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.ranks import free_port, run_ranks
 from tests.finetune_demo.test_finetune_cogvlm import losses_of, options_for, run_script
-from tests.patience import patient
+from tests.support.patience import patient
+from tests.support.ranks import free_port, run_ranks
 
 SCRIPT = Path(__file__).parents[2] / "finetune_demo" / "finetune_cogvlm.py"
 ADDRESSES = ("127.0.0.1", "127.0.0.2")

@@ -10,9 +10,9 @@ from sat_lora.lora.mixin import lora_mixins
 from sat_lora.parallel.distributed import arrange, join
 from sat_lora.parallel.sharding import over_model_parallel, sharding_of
 from sat_lora.training.steps.engine import start_engine
-from tests.distributed.ranks import run_ranks
-from tests.distributed.training_runs import engine_config, mixed_batch, sgd, step_together, worst_error
-from tests.tiny import fill_adapters, logits_of, tiny_batch, tiny_model
+from tests.support.ranks import run_ranks
+from tests.support.tiny import fill_adapters, logits_of, tiny_batch, tiny_model
+from tests.support.training_runs import engine_config, mixed_batch, sgd, step_together, worst_error
 
 EVERYTHING = ["all-linear", "lm-head", "patch-embedding"]
 VARIANTS = {

@@ -7,8 +7,9 @@ import torch
 from sat_lora import add_lora
 from sat_lora.parallel.distributed import arrange, join
 from sat_lora.training.steps.engine import adapter_optimizer, start_engine
-from tests.distributed.ranks import run_ranks
-from tests.distributed.training_runs import (
+from tests.support.ranks import run_ranks
+from tests.support.tiny import fill_adapters, tiny_model
+from tests.support.training_runs import (
     CONFIG,
     STEPS,
     adapter_values,
@@ -19,7 +20,6 @@ from tests.distributed.training_runs import (
     train_alone,
     worst_error,
 )
-from tests.tiny import fill_adapters, tiny_model
 
 
 def steps_with_every_batch_twice():

@@ -7,9 +7,9 @@ from sat_lora.cogvlm.checkpoints.load import load_cogvlm, map_weights, save_weig
 from sat_lora.parallel.distributed import arrange, join
 from sat_lora.parallel.sharding import model_parallel_layout
 from sat_lora.training.steps.engine import adapter_optimizer, set_up_deepspeed, start_engine
-from tests.distributed.ranks import run_ranks
-from tests.distributed.training_runs import adapter_values, engine_config, mixed_batch, step_together, worst_error
-from tests.tiny import CONFIG, fill_adapters, tiny_model
+from tests.support.ranks import run_ranks
+from tests.support.tiny import CONFIG, fill_adapters, tiny_model
+from tests.support.training_runs import adapter_values, engine_config, mixed_batch, step_together, worst_error
 
 WEIGHTS = "release/mp_rank_00_model_states.pt"
 

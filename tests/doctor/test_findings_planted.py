@@ -17,11 +17,11 @@ from sat_lora.doctor.run_checks.data import batch_count_findings, data_findings
 from sat_lora.lora.apply import adapters_of
 from sat_lora.parallel.distributed import arrange, join
 from sat_lora.training.settings.options import parse_options
-from tests.distributed.ranks import run_ranks
-from tests.doctor.test_before_run import BASE
-from tests.doctor.test_examination import batches_of, loss_of, tiny, told
+from tests.doctor.test_diagnose import BASE
+from tests.doctor.test_examine import batches_of, loss_of, tiny, told
 from tests.finetune_demo.test_finetune_cogvlm import options_for
-from tests.tiny import fill_adapters, tiny_batch, tiny_model
+from tests.support.ranks import run_ranks
+from tests.support.tiny import fill_adapters, tiny_batch, tiny_model
 
 VIT_MLP = "mixins.eva.vit_model.transformer.layers.1.mlp.dense_h_to_4h"
 

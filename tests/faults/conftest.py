@@ -2,8 +2,8 @@
 
 import pytest
 
-from tests.adapter_folders import write_tiny_adapter
-from tests.tiny import tiny_model
+from tests.support.adapter_folders import write_tiny_adapter
+from tests.support.tiny import tiny_model
 
 
 @pytest.fixture(scope="session")

@@ -13,8 +13,8 @@ from sat_lora import DataError
 from sat_lora.cogvlm.inputs.image import load_image
 from sat_lora.training.runs.run_folder import read_records
 from tests.conftest import write_images
-from tests.distributed.ranks import run_ranks
 from tests.finetune_demo.test_finetune_cogvlm import options_for, run_script
+from tests.support.ranks import run_ranks
 
 SAMPLES = 40
 

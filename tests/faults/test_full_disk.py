@@ -13,8 +13,8 @@ import pytest
 
 from sat_lora import AdapterError, add_lora, load_adapter, save_adapter
 from sat_lora.parallel.distributed import arrange, join
-from tests.distributed.ranks import run_ranks
-from tests.tiny import fill_adapters, tiny_model
+from tests.support.ranks import run_ranks
+from tests.support.tiny import fill_adapters, tiny_model
 
 SIZES = 20
 

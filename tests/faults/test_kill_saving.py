@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.faults.kill_saving import kill_saves
+from tests.support.kill_saving import kill_saves
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from tests.faults.runs import kill_group, last_step, options_for, outcome, run_to_end, started, wait_for
+from tests.support.runs import kill_group, last_step, options_for, outcome, run_to_end, started, wait_for
 
 STEPS = 12
 

@@ -1,6 +1,6 @@
 """Adapter folders that no writer of ours makes: each is one AdapterError with file and cause, and a model unharmed.
 
-What is wrong with a tensor, a name or a field by itself is in tests/test_adapter_file_errors.py.
+What is wrong with a tensor, a name or a field by itself is in tests/adapters/test_save_load_errors.py.
 """
 
 import json
@@ -12,7 +12,7 @@ import struct
 import pytest
 import torch
 
-from tests.adapter_folders import CONFIG, LINEAR, WEIGHTS, assert_refused, change_config, change_tensors
+from tests.support.adapter_folders import CONFIG, LINEAR, WEIGHTS, assert_refused, change_config, change_tensors
 
 
 def weights_of(header, data=b"") -> bytes:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.faults.mutated_adapters import count_outcomes
+from tests.support.mutated_adapters import count_outcomes
 
 
 @pytest.mark.parametrize(

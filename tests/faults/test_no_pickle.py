@@ -13,9 +13,9 @@ from sat_lora.adapters.merge import merge_adapter
 from sat_lora.cli import main
 from sat_lora.cogvlm.checkpoints.load import load_cogvlm, save_weights
 from sat_lora.training.settings.options import parse_options
-from tests.adapter_folders import CONFIG, WEIGHTS, assert_refused
-from tests.tiny import CONFIG as SIZES
-from tests.tiny import tiny_model
+from tests.support.adapter_folders import CONFIG, WEIGHTS, assert_refused
+from tests.support.tiny import CONFIG as SIZES
+from tests.support.tiny import tiny_model
 
 RANK_FILE = "release/mp_rank_00_model_states.pt"
 

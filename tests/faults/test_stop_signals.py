@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from tests.faults.runs import last_line, last_step, options_for, outcome, run_to_end, started, wait_for
+from tests.support.runs import last_line, last_step, options_for, outcome, run_to_end, started, wait_for
 
 STEPS = 12
 

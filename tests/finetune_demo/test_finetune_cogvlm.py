@@ -19,8 +19,8 @@ from sat_lora.lora.config import LoraConfig
 from sat_lora.training.settings.lora_options import lora_config
 from sat_lora.training.settings.options import parse_options
 from tests.conftest import write_images
-from tests.distributed.ranks import free_port, run_ranks
-from tests.patience import patient
+from tests.support.patience import patient
+from tests.support.ranks import free_port, run_ranks
 
 DEMO = Path(__file__).parents[2] / "finetune_demo"
 BASE = DEMO / "tiny_cogvlm"

@@ -7,8 +7,8 @@ from sat_lora.adapters.format import read_adapter
 from sat_lora.adapters.merge import merge_adapter
 from sat_lora.cli import main
 from sat_lora.cogvlm.checkpoints.load import map_weights, save_weights, shardings_of, weight_files
-from tests.interop.sat_oracle import COGVLM, sats_layers, with_sats
-from tests.tiny import CONFIG
+from tests.support.sat_oracle import COGVLM, sats_layers, with_sats
+from tests.support.tiny import CONFIG
 
 pytestmark = pytest.mark.usefixtures("single_process_group")
 

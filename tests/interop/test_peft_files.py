@@ -17,8 +17,8 @@ from sat_lora.cogvlm.checkpoints.load import save_weights
 from sat_lora.errors import AdapterError
 from sat_lora.interop.peft_export import export_to_peft
 from sat_lora.interop.peft_import import import_from_peft
-from tests.interop.hf_tree import HuggingFaceTree
-from tests.tiny import CONFIG, fill_adapters, logits_of, tiny_batch, tiny_model
+from tests.support.hf_tree import HuggingFaceTree
+from tests.support.tiny import CONFIG, fill_adapters, logits_of, tiny_batch, tiny_model
 
 pytestmark = pytest.mark.usefixtures("single_process_group")
 EVERYWHERE = (

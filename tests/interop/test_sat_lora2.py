@@ -11,7 +11,7 @@ from sat.model.finetune.lora2 import LoraMixin as SatMixin
 
 from sat_lora import ConfigError, describe, freeze_base
 from sat_lora.interop.sat_lora2 import LoraMixin
-from tests.interop.sat_oracle import (
+from tests.support.sat_oracle import (
     MODELS,
     PLAIN,
     assert_close,
@@ -27,7 +27,7 @@ from tests.interop.sat_oracle import (
     with_ours,
     with_sats,
 )
-from tests.sat_subjects import loss_of, remove
+from tests.support.sat_subjects import loss_of, remove
 
 pytestmark = pytest.mark.usefixtures("single_process_group")
 every_model = pytest.mark.parametrize("subject", MODELS.values(), ids=MODELS)

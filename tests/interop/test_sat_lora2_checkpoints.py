@@ -10,7 +10,8 @@ from sat.training.model_io import load_checkpoint, save_checkpoint
 from sat_lora import load_adapter, save_adapter
 from sat_lora.interop.sat_lora2 import LoraMixin
 from sat_lora.lora.apply import sat_models
-from tests.interop.sat_oracle import (
+from tests.support.sat_models import settings
+from tests.support.sat_oracle import (
     MODELS,
     PLAIN,
     assert_close,
@@ -22,8 +23,7 @@ from tests.interop.sat_oracle import (
     with_ours,
     with_sats,
 )
-from tests.sat_models import settings
-from tests.sat_subjects import remove
+from tests.support.sat_subjects import remove
 
 pytestmark = pytest.mark.usefixtures("single_process_group")
 

@@ -13,9 +13,9 @@ from sat_lora.cogvlm.inputs.image import load_image
 from sat_lora.cogvlm.inputs.text import build_sample, load_tokenizer, prompt_for
 from sat_lora.parallel.distributed import arrange, join
 from sat_lora.training.evaluation import evaluate_adapter, evaluation_table
-from tests.distributed.ranks import run_ranks
-from tests.patience import patient
-from tests.tiny import fill_adapters, logits_of
+from tests.support.patience import patient
+from tests.support.ranks import run_ranks
+from tests.support.tiny import fill_adapters, logits_of
 
 BASE = Path(__file__).parents[2] / "finetune_demo" / "tiny_cogvlm"
 LORA = dict(r=4, modules_to_save=["boi"])

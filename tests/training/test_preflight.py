@@ -9,9 +9,9 @@ from sat_lora.errors import ConfigError, DataError, SatLoraError
 from sat_lora.training.preflight import check_options
 from sat_lora.training.settings.defaults import DEFAULTS
 from sat_lora.training.settings.options import parse_options
-from tests.tiny import CONFIG
-from tests.training.stored_state import stored_state
-from tests.training.tar_shards import write_numbered_shards
+from tests.support.stored_state import stored_state
+from tests.support.tar_shards import write_numbered_shards
+from tests.support.tiny import CONFIG
 
 NEEDED = 1 + 9 + 2 + len(DEFAULTS["prompt"]) + 1 + 1  # BOS, image, prompt, a token of answer, EOS
 

@@ -26,9 +26,9 @@ from sat_lora.training.saving import BackgroundWriter
 from sat_lora.training.steps.checkpoint import STATE, RunState, load_checkpoint
 from sat_lora.training.steps.engine import adapter_optimizer, start_engine
 from sat_lora.training.steps.optimizer_state import create_moments
-from tests.distributed.ranks import run_ranks
-from tests.distributed.training_runs import engine_config, mixed_batch, save_now
-from tests.tiny import tiny_model
+from tests.support.ranks import run_ranks
+from tests.support.tiny import tiny_model
+from tests.support.training_runs import engine_config, mixed_batch, save_now
 
 SAVED_AT, STEPS = 2, 5
 

@@ -17,9 +17,9 @@ from sat_lora.training.steps.engine import adapter_optimizer, start_engine
 from sat_lora.training.steps.loss import count_answer_tokens, sum_on_device
 from sat_lora.training.steps.optimizer_state import create_moments
 from sat_lora.training.steps.step import train_step, validation_loss
-from tests.distributed.ranks import run_ranks
-from tests.distributed.training_runs import engine_config, mixed_batch
-from tests.tiny import tiny_model
+from tests.support.ranks import run_ranks
+from tests.support.tiny import tiny_model
+from tests.support.training_runs import engine_config, mixed_batch
 
 WAITS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.lift_fresh.default)
 

@@ -1,0 +1,285 @@
+"""The adapter of each kind of layer: finite differences, merged weights, precision, what is kept for backward."""
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+from torch.func import functional_call
+
+from sat_lora import LoraConfig
+from sat_lora._sat import ColumnParallelLinear
+from sat_lora.lora.deltas.low_rank import dropout_mask
+from tests.support.single_layer import LAYERS, LINEAR, LOOKUP, adapter_for, build_layer, inputs_for
+
+pytestmark = pytest.mark.usefixtures("single_process_group")
+
+
+def slotted_layer(blocks=(2, 1, 1), unit=3, in_features=6, dtype=torch.float64, seed=0):
+    """A column-parallel linear whose output is q, k, v in these shares."""
+    torch.manual_seed(seed)
+    rows = unit * sum(blocks)
+    layer = ColumnParallelLinear(in_features, rows, stride=list(blocks), gather_output=False, params_dtype=dtype)
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter).requires_grad_(False)
+    return layer
+
+
+@pytest.mark.parametrize("layer_name", LAYERS)
+def test_finite_differences_agree(layer_name):
+    layer = build_layer(layer_name)
+    adapter = adapter_for(layer, LoraConfig(r=2, lora_alpha=3), seed=5)
+    x = inputs_for(layer)
+
+    def run(*tensors):
+        values = tensors[-1] if tensors[-1].requires_grad and x.requires_grad else x
+        return functional_call(adapter, dict(zip("AB", tensors)), (layer(values), values, layer))
+
+    assert torch.autograd.gradcheck(run, [adapter.A, adapter.B, *([x] if x.requires_grad else [])])
+
+
+@pytest.mark.parametrize("layer_name", LAYERS)
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_the_output_is_that_of_the_merged_weight(layer_name, use_dora):
+    """The only oracle here is the layer itself, run with another weight."""
+    if layer_name in LOOKUP and use_dora:
+        return  # refused, see test_targets
+    layer = build_layer(layer_name)
+    adapter = adapter_for(layer, LoraConfig(r=4, lora_alpha=6, use_dora=use_dora), seed=5)
+    x = inputs_for(layer)
+    adapted = adapter(layer(x), x, layer)
+    assert not torch.allclose(adapted, layer(x), atol=0.1)
+    layer.weight.copy_(adapter.merged_weight(layer))
+    torch.testing.assert_close(adapted, layer(x), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("layer_name", LAYERS)
+def test_the_merged_weight_is_the_formula(layer_name):
+    layer = build_layer(layer_name)
+    adapter = adapter_for(layer, LoraConfig(r=4, lora_alpha=6), seed=5)
+    delta = 6 / adapter.rank * adapter.B @ adapter.A
+    expected = layer.weight + (delta.T if layer_name in LOOKUP else delta.view_as(layer.weight))
+    torch.testing.assert_close(adapter.merged_weight(layer), expected)
+    torch.testing.assert_close(adapter.merged_weight(layer, 0.5), (layer.weight + expected) / 2)
+
+
+@pytest.mark.parametrize("chosen", ["qkv", "qv", "k"])
+def test_dora_scales_only_the_rows_of_adapted_slots(chosen):
+    layer = named("query_key_value", slotted_layer(unit=6, in_features=12))
+    adapter = adapter_for(layer, LoraConfig(r=2, lora_alpha=3, use_dora=True, qkv_slots=chosen), seed=5)
+    x = inputs_for(layer)
+    out = adapter(layer(x), x, layer)
+    row, expected = 0, layer.weight.clone()
+    for number, (start, stop) in enumerate(adapter.target.rows):
+        a, b = adapter.A[2 * number : 2 * number + 2], adapter.B[row : row + stop - start]
+        direction = layer.weight[start:stop] + 1.5 * b @ a
+        lengths = adapter.magnitude[row : row + stop - start]
+        expected[start:stop] = lengths[:, None] * direction / direction.norm(dim=1, keepdim=True)
+        row += stop - start
+    torch.testing.assert_close(out, torch.nn.functional.linear(x, expected, layer.bias), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(adapter.merged_weight(layer), expected, rtol=1e-10, atol=1e-10)
+
+
+def named(name, layer):
+    """The adapter's site takes this name, which says whether there are slots."""
+    layer.site_name = name
+    return layer
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("layer_name", ["linear", "column", "row", "conv2d"])
+def test_a_fresh_dora_is_the_base_bit_for_bit(layer_name, dtype):
+    layer = build_layer(layer_name, dtype)
+    adapter = adapter_for(layer, LoraConfig(r=4, use_dora=True))
+    x = inputs_for(layer, dtype)
+    assert torch.equal(adapter(layer(x), x, layer), layer(x))
+
+
+def test_a_row_of_zeros_stays_zero_and_finite_under_dora():
+    layer = build_layer("linear without bias")
+    layer.weight[3] = 0
+    adapter = adapter_for(layer, LoraConfig(r=4, use_dora=True))
+    x = inputs_for(layer)
+    out = adapter(layer(x), x, layer)
+    out.sum().backward()
+    assert not out[..., 3].any() and out.isfinite().all() and adapter.magnitude.grad.isfinite().all()
+
+
+shapes = st.tuples(st.integers(1, 4), st.integers(1, 24), st.lists(st.integers(1, 5), min_size=3, max_size=3))
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(
+    shape=shapes,
+    rank=st.integers(1, 5),
+    dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]),
+    slots=st.sets(st.sampled_from("qkv"), min_size=1),
+    tokens=st.integers(0, 9),
+    dropout=st.booleans(),
+)
+def test_any_shape_rank_dtype_and_slots_are_the_formula(
+    single_process_group, shape, rank, dtype, slots, tokens, dropout
+):
+    """Output and all gradients against plain autograd in float64, on the values as the dtype holds them."""
+    unit, in_features, blocks = shape
+    layer = named("query_key_value", slotted_layer(tuple(blocks), unit, in_features, dtype))
+    config = LoraConfig(r=rank, lora_alpha=2, qkv_slots="".join(sorted(slots)), lora_dropout=0.5 * dropout)
+    adapter = adapter_for(layer, config, seed=5).train()
+    x = torch.randn(tokens, in_features, dtype=dtype, requires_grad=True)
+    torch.manual_seed(8)
+    y = adapter(layer(x), x, layer)
+    weights = torch.randn(y.shape, dtype=dtype)
+    (y * weights).sum().backward()
+
+    torch.manual_seed(8)
+    keep = dropout_mask(x, 0.5)[0].double() * 2 if dropout else 1.0
+    a, b, wide = (t.detach().double().requires_grad_() for t in (adapter.A, adapter.B, x))
+    parts, row = [], 0
+    for start, stop in layer_blocks(layer):
+        out = wide @ layer.weight[start:stop].double().T + layer.bias[start:stop].double()
+        if (start, stop) in adapter.target.rows:
+            number = adapter.target.rows.index((start, stop))
+            s = (wide * keep) @ a[number * adapter.rank : (number + 1) * adapter.rank].T
+            out = out + adapter.scale * s @ b[row : row + stop - start].T
+            row += stop - start
+        parts.append(out)
+    expected = torch.cat(parts, -1)
+    (expected * weights.double()).sum().backward()
+    tolerance = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}[dtype]
+    for got, wanted in ((y, expected), (adapter.A.grad, a.grad), (adapter.B.grad, b.grad), (x.grad, wide.grad)):
+        assert got.dtype == dtype
+        assert (got.double() - wanted).abs().max() <= tolerance * (1 + wanted.abs().max()) if wanted.numel() else True
+
+
+def layer_blocks(layer):
+    unit, edge, blocks = layer.weight.shape[0] // sum(layer.stride), 0, []
+    for size in layer.stride:
+        blocks.append((edge, edge + unit * size))
+        edge += unit * size
+    return blocks
+
+
+@pytest.mark.parametrize("layer_name", [name for name in LAYERS if name not in LOOKUP])
+@pytest.mark.parametrize("adapter_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_autocast_gives_its_dtype_and_the_right_values(layer_name, adapter_dtype, use_dora):
+    layer, exact = build_layer(layer_name, torch.float32), build_layer(layer_name)
+    exact.load_state_dict(layer.state_dict())
+    config = LoraConfig(r=4, lora_alpha=6, use_dora=use_dora, adapter_dtype=adapter_dtype)
+    adapter = adapter_for(layer, config, seed=5)
+    wide = adapter_for(exact, LoraConfig(r=4, lora_alpha=6, use_dora=use_dora))
+    with torch.no_grad():
+        for leaf, parameter in wide.named_parameters():
+            parameter.copy_(adapter.get_parameter(leaf))
+    x = inputs_for(layer, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        base = layer(x)
+        y = adapter(base, x, layer)
+    y.float().pow(2).mean().backward()
+    x64 = x.detach().double().requires_grad_()
+    expected = wide(exact(x64), x64, exact)
+    expected.pow(2).mean().backward()
+    assert y.dtype == base.dtype and adapter.A.grad.dtype == getattr(torch, adapter_dtype)
+    for got, wanted in (
+        (y, expected),
+        (x.grad, x64.grad),
+        (adapter.A.grad, wide.A.grad),
+        (adapter.B.grad, wide.B.grad),
+    ):
+        assert (got.double() - wanted).norm() < 0.03 * wanted.norm()
+
+
+@pytest.mark.parametrize("layer_name", LAYERS)
+def test_a_float32_adapter_on_a_bfloat16_base_keeps_the_activations_dtype(layer_name):
+    layer = build_layer(layer_name, torch.bfloat16)
+    adapter = adapter_for(layer, LoraConfig(r=4, adapter_dtype="float32"), seed=5)
+    x = inputs_for(layer, torch.bfloat16)
+    y = adapter(layer(x), x, layer)
+    y.float().sum().backward()
+    assert y.dtype == torch.bfloat16 and adapter.A.grad.dtype == adapter.B.grad.dtype == torch.float32
+
+
+def saved_bytes(run, *known):
+    """Bytes of the distinct tensors kept for backward, without the known ones."""
+    saved = {}
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: saved.setdefault(t.data_ptr(), t), lambda t: t)
+    with hooks:
+        out = run()
+    skip = {t.data_ptr() for t in known}
+    return sum(t.numel() * t.element_size() for p, t in saved.items() if p not in skip), out
+
+
+@pytest.mark.parametrize("layer_name", LINEAR)
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+@pytest.mark.parametrize("freeze_a", [False, True])
+def test_backward_keeps_x_once_or_not_at_all(layer_name, dropout, freeze_a):
+    """S (tokens x r) and, with dropout, a byte per input; x itself is the base's. LoRA-FA keeps no x and no mask of it
+    unless the input needs a gradient."""
+    layer = build_layer(layer_name)
+    adapter = adapter_for(layer, LoraConfig(r=4, lora_dropout=dropout, freeze_a=freeze_a), seed=5).train()
+    x = inputs_for(layer)
+    y = layer(x)
+    count, out = saved_bytes(lambda: adapter(y, x, layer), layer.weight, adapter.A, adapter.B)
+    tokens, width = x.shape[:-1].numel(), x.shape[-1]
+    kept = 8 * tokens * (4 + (0 if freeze_a else width)) + (tokens * width if dropout else 0)
+    assert count == kept
+    out.sum().backward()
+    assert (adapter.A.grad is None) == freeze_a and adapter.B.grad.any() and x.grad.any()
+
+
+def test_lora_fa_trains_b_as_lora_does():
+    layer = build_layer("linear")
+    gradients = []
+    for freeze_a in (False, True):
+        adapter = adapter_for(layer, LoraConfig(r=4, freeze_a=freeze_a), seed=5)
+        x = inputs_for(layer)
+        adapter(layer(x), x, layer).pow(2).sum().backward()
+        gradients.append((adapter.B.grad, x.grad))
+    assert all(map(torch.equal, *gradients))
+
+
+def test_an_id_outside_the_vocabulary_gets_no_delta():
+    layer = build_layer("vocab")
+    adapter = adapter_for(layer, LoraConfig(r=4), seed=5)
+    ids = torch.tensor([[3, 30, 31, -1]])
+    out = adapter(layer(ids), ids, layer)
+    assert out[0, 0].any() and not out[0, 1:].any()
+
+
+class Twice(torch.nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize(
+    "change", [lambda layer: layer, torch.nn.utils.parametrizations.weight_norm], ids=["subclass", "weight norm"]
+)
+def test_only_a_plain_product_is_taken_over(change):
+    """The gradient of x, and of parameters that train, goes through whatever else the layer does."""
+    torch.manual_seed(0)
+    layer = change((Twice if change.__name__ == "<lambda>" else torch.nn.Linear)(12, 10).double())
+    x = torch.randn(3, 12, dtype=torch.float64, requires_grad=True)
+    adapter = adapter_for(layer, LoraConfig(r=4, lora_alpha=4), seed=5)
+    base = [p for n, p in layer.named_parameters() if "layer" not in n]
+    results = []
+    for is_untouched in (True, False):
+        out = adapter(layer(x), x, layer, output_is_untouched=is_untouched)
+        results.append(torch.autograd.grad(out.pow(2).sum(), [x, adapter.A, adapter.B, *base]))
+    assert all(torch.allclose(a, b) for a, b in zip(*results))
+
+
+@pytest.mark.parametrize("layer_name", LINEAR)
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_a_product_taken_over_has_the_gradients_of_one_left_alone(layer_name, dropout):
+    layer = build_layer(layer_name)
+    adapter = adapter_for(layer, LoraConfig(r=4, lora_dropout=dropout), seed=5).train()
+    results = []
+    for is_untouched in (True, False):
+        x = inputs_for(layer)
+        torch.manual_seed(2)
+        y = layer(x)
+        before = y.detach().clone()
+        out = adapter(y, x, layer, output_is_untouched=is_untouched)
+        assert torch.equal(y, before) != is_untouched, "taken over, y is changed in place; left alone, it is not"
+        results.append([out, *torch.autograd.grad(out.pow(2).sum(), [x, adapter.A, adapter.B])])
+    for taken, alone in zip(*results):
+        torch.testing.assert_close(taken, alone, rtol=1e-12, atol=1e-12)

@@ -1,0 +1,149 @@
+"""Parameters of the base that train whole: modules_to_save and bias."""
+
+import pytest
+import torch
+
+from sat_lora import AdapterError, ConfigError, LoraMixin, add_lora, describe, load_adapter, save_adapter
+from sat_lora.adapters.format import read_adapter
+from sat_lora.lora.apply import adapters_of, find_all_parameters, find_all_sites
+from tests.support.tiny import fill_adapters, logits_of, tiny_batch, tiny_model
+
+pytestmark = pytest.mark.usefixtures("single_process_group")
+
+SOME = ["linear_proj", "boi", "eoi", "patch_embedding.proj"]
+
+
+def trainable(model):
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def change_what_trains(model):
+    fill_adapters(model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and "mixins.lora." not in name:
+                parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name)))
+
+
+@pytest.fixture
+def saved_whole():
+    model = tiny_model().eval()
+    base = {name: p.clone() for name, p in model.named_parameters()}
+    mixins = add_lora(model, r=4, modules_to_save=SOME)
+    return model, mixins, base
+
+
+def test_named_modules_and_parameters_train_whole_and_their_linears_get_no_delta(saved_whole):
+    model, _, base = saved_whole
+    whole = {name for name in trainable(model) if "mixins.lora." not in name}
+    assert whole == {
+        name
+        for name in base
+        if name.endswith((".boi", ".eoi")) or ".linear_proj." in name or "patch_embedding.proj" in name
+    }
+    assert len(whole) > 8
+    assert not [name for name in adapters_of(model) if "linear_proj" in name]
+    (row,) = [row for row in describe(model) if row["part"] == "trained whole"]
+    assert row["trainable"] == sum(base[name].numel() for name in whole)
+    assert describe(model)[-1]["trainable"] == sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def test_they_get_gradients(saved_whole):
+    model, _, _ = saved_whole
+    fill_adapters(model)
+    logits_of(model.train(), tiny_batch()).pow(2).mean().backward()
+    assert all(p.grad is not None and p.grad.any() for n, p in model.named_parameters() if n in trainable(model))
+
+
+def test_disabling_brings_the_originals_and_enabling_the_trained_values(saved_whole):
+    model, mixins, base = saved_whole
+    batch = tiny_batch()
+    change_what_trains(model)
+    logits = logits_of(model, batch)
+    with mixins[0].disable(), mixins[1].disable():
+        assert torch.equal(logits_of(model, batch), logits_of(tiny_model().eval(), batch))
+        assert all(torch.equal(p, base[n]) for n, p in model.named_parameters() if n in base)
+    assert torch.equal(logits_of(model, batch), logits)
+
+
+def test_deleting_the_mixin_gives_the_base_back_for_the_next_forward_pass(saved_whole):
+    """Until then SAT's transformer holds the old hooks, and with them the mixin."""
+    model, mixins, base = saved_whole
+    change_what_trains(model)
+    logits_of(model, tiny_batch())
+    mixins.clear()
+    model.del_mixin("lora")
+    model.mixins["eva"].vit_model.del_mixin("lora")
+    assert torch.equal(logits_of(model, tiny_batch()), logits_of(tiny_model().eval(), tiny_batch()))
+    assert all(torch.equal(p, base[n]) for n, p in model.named_parameters())
+    assert not trainable(model)
+
+
+def test_they_are_saved_whole_and_loaded_again(saved_whole, tmp_path):
+    model, _, _ = saved_whole
+    change_what_trains(model)
+    save_adapter(model, tmp_path / "adapter")
+    saved = read_adapter(tmp_path / "adapter")
+    assert set(saved.trained) == {name for name in trainable(model) if "mixins.lora." not in name}
+    other, batch = tiny_model().eval(), tiny_batch()
+    load_adapter(other, tmp_path / "adapter")
+    assert torch.equal(logits_of(other, batch), logits_of(model, batch))
+    assert trainable(other) == trainable(model)
+
+
+def test_a_disabled_adapter_is_not_saved_with_the_originals(saved_whole, tmp_path):
+    model, mixins, _ = saved_whole
+    with mixins[0].disable(), pytest.raises(AdapterError, match="disabled and its base parameters are the originals"):
+        save_adapter(model, tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("bias", ["lora_only", "all"])
+def test_biases_train_as_asked(bias, tmp_path):
+    model = tiny_model().eval()
+    add_lora(model, r=4, bias=bias, target_modules=["vit-mlp", "language-mlp"])
+    sites, parameters = find_all_sites(model), find_all_parameters(model)
+    whole = {name for name in trainable(model) if "mixins.lora." not in name}
+    if bias == "all":
+        assert whole == {name for name in parameters if name.endswith(".bias")}
+        assert any("layernorm" in name for name in whole)
+    else:
+        assert whole == {f"{n}.bias" for n, s in sites.items() if s.part == "vit-mlp"}
+    change_what_trains(model)
+    save_adapter(model, tmp_path / "adapter")
+    other, batch = tiny_model().eval(), tiny_batch()
+    load_adapter(other, tmp_path / "adapter")
+    assert torch.equal(logits_of(other, batch), logits_of(model, batch))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"modules_to_save": ["linear_pro"]}, "modules_to_save: 'linear_pro' matches no .* nearest: .*linear_proj"),
+        ({"bias": "lora_only", "target_modules": "language-mlp"}, "bias='lora_only': there is no bias to train"),
+    ],
+)
+def test_what_matches_nothing_is_an_error(fields, message):
+    with pytest.raises(ConfigError, match=message):
+        add_lora(tiny_model(), **fields)
+
+
+def test_a_mixin_may_train_whole_parameters_alone():
+    model = tiny_model()
+    vit = model.mixins["eva"].vit_model
+    add_lora(model, r=4, target_modules=["language-mlp"], modules_to_save=["patch_embedding"])
+    assert not vit.get_mixin("lora").adapters and vit.get_mixin("lora").trained.tensors
+
+
+def test_reinit_takes_the_present_base_for_the_original():
+    """SAT calls it after a checkpoint has been loaded into the model."""
+    model = tiny_model()
+    model.add_mixin("lora", LoraMixin(model, r=4, modules_to_save=["boi"]))
+    mixin, boi = model.get_mixin("lora"), model.mixins["eva"].boi
+    with torch.no_grad():
+        boi.fill_(3)
+    mixin.reinit(model)
+    with torch.no_grad():
+        boi.fill_(4)
+    with mixin.disable():
+        assert (boi == 3).all()
+    assert (boi == 4).all()

@@ -1,0 +1,184 @@
+"""Which linears a config selects."""
+
+import dataclasses
+
+import pytest
+
+from sat_lora import ConfigError, LoraConfig
+from sat_lora.cogvlm.network.model import VIT
+from sat_lora.lora.apply import find_all_sites
+from sat_lora.lora.targets import PRESETS, aim, select
+from tests.support.tiny import tiny_model
+
+
+@pytest.fixture(scope="module")
+def model(single_process_group):
+    return tiny_model()
+
+
+@pytest.fixture(scope="module")
+def sites(model):
+    return find_all_sites(model)
+
+
+def chosen(sites, **fields):
+    return set(select(sites, {}, LoraConfig(**fields))[0])
+
+
+def test_the_default_is_every_linear_but_the_head(sites):
+    linears = {name for name, site in sites.items() if site.kind.is_linear}
+    assert chosen(sites) == linears - {"mixins.lm.lm_head"}
+    assert sites.keys() - linears == {
+        "transformer.word_embeddings",
+        VIT + ".transformer.word_embeddings",
+        VIT + ".transformer.position_embeddings",
+        VIT + ".mixins.patch_embedding.proj",
+    }
+
+
+@pytest.mark.parametrize(
+    "preset, count",
+    [
+        ("language-attention", 4),
+        ("language-mlp", 6),
+        ("vision-expert-attention", 4),
+        ("vision-expert-mlp", 6),
+        ("vit-attention", 4),
+        ("vit-mlp", 4),
+        ("projector", 4),
+        ("lm-head", 1),
+        ("patch-embedding", 1),
+        ("all-linear", 32),
+    ],
+)
+def test_presets_name_parts_of_the_model(sites, preset, count):
+    assert len(chosen(sites, target_modules=preset)) == count
+    assert len(chosen(sites, target_modules=[preset])) == count
+
+
+def test_presets_do_not_overlap_and_cover_everything(sites):
+    parts = [chosen(sites, target_modules=p) for p in PRESETS if p != "all-linear"]
+    in_no_part = {name for name, site in sites.items() if site.part == "other"}
+    assert in_no_part == {name for name, site in sites.items() if site.kind.looks_up}
+    assert sum(map(len, parts)) == len(sites) - len(in_no_part) == len(set().union(*parts))
+
+
+def test_a_list_matches_whole_dotted_suffixes(sites):
+    found = chosen(sites, target_modules=["attention.dense"])
+    assert found == {f"{p}transformer.layers.{i}.attention.dense" for p in ("", VIT + ".") for i in range(2)}
+    assert "transformer.layers.0.mlp.dense_4h_to_h" not in chosen(sites, target_modules=["dense"])
+
+
+def test_a_string_is_a_regular_expression_for_the_whole_name(sites):
+    assert chosen(sites, target_modules=r"transformer\.layers\.1\.mlp\..*") == {
+        "transformer.layers.1.mlp.dense_h_to_4h",
+        "transformer.layers.1.mlp.dense_4h_to_h",
+    }
+
+
+def test_exclusion_and_layers_take_away(sites):
+    found = chosen(
+        sites,
+        target_modules=["language-mlp", "vit-mlp"],
+        exclude_modules=["dense_h_to_4h"],
+        layers_to_transform="language:0,vit:1",
+    )
+    assert found == {
+        "transformer.layers.0.mlp.dense_4h_to_h",
+        "mixins.mlp.gate_proj.0",
+        VIT + ".transformer.layers.1.mlp.dense_4h_to_h",
+    }
+
+
+def test_layer_numbers_alone_count_for_every_tower(sites):
+    found = chosen(sites, layers_to_transform=[1])
+    assert {sites[name].tower for name in found} == {"language", "vit"}
+    assert {sites[name].layer for name in found} == {1}
+
+
+@pytest.mark.parametrize(
+    "wrong, near",
+    [
+        ("qkv", "query_key_value"),
+        ("vit-mpl", "vit-mlp"),
+        ("gate_project", "gate_proj"),
+        ("q_proj", "query_key_value.*of which qkv_slots takes parts"),
+        ("self_attn.o_proj", " dense"),
+        ("down_proj", "dense_4h_to_h"),
+    ],
+)
+def test_a_pattern_that_matches_nothing_names_the_nearest(sites, wrong, near):
+    with pytest.raises(ConfigError, match=f"target_modules: '{wrong}' matches no layer; nearest:.*{near}"):
+        chosen(sites, target_modules=[wrong])
+
+
+def test_all_patterns_that_match_nothing_are_listed(sites):
+    with pytest.raises(ConfigError) as error:
+        chosen(sites, target_modules=["nonsense", "dense"], exclude_modules=["folly"])
+    assert "nonsense" in str(error.value) and "exclude_modules: 'folly'" in str(error.value)
+
+
+def test_shapes_come_from_the_weights(sites):
+    site = sites["transformer.layers.0.attention.query_key_value"]
+    assert (site.kind.name, site.in_features, site.out_features, site.slot_names) == (
+        "column",
+        64,
+        192,
+        ("q", "k", "v"),
+    )
+    assert site.slot_rows(("q", "v")) == [(0, 64), (128, 192)]
+    site = sites[VIT + ".transformer.layers.0.mlp.dense_4h_to_h"]
+    assert (site.kind.name, site.in_features, site.out_features, site.slot_names) == ("row", 72, 48, ())
+
+
+def test_a_fused_linear_without_any_of_the_slots_is_left_out(sites):
+    """Cross-attention's fused key and value have no q."""
+    fused = sites["transformer.layers.0.mlp.dense_h_to_4h"]
+    key_value = dataclasses.replace(fused, name="cross_attention.key_value", blocks=(1, 1))
+    with_it = {**sites, key_value.name: key_value}
+    targets = ["key_value", "query_key_value"]
+    found = chosen(with_it, target_modules=targets, qkv_slots=["q"])
+    assert found == chosen(sites, target_modules=["query_key_value"])
+    assert key_value.name in chosen(with_it, target_modules=targets, qkv_slots=["k"])
+    with pytest.raises(ConfigError, match="nothing is left after .* qkv_slots"):
+        chosen({key_value.name: key_value}, target_modules=["key_value"], qkv_slots=["q"])
+
+
+def test_every_contradiction_is_listed_at_once(sites):
+    with pytest.raises(ConfigError) as error:
+        chosen(
+            sites,
+            target_modules=["dense", "word_embeddings", "nonsense"],
+            use_dora=True,
+            freeze_a=True,
+            qkv_slots="q",
+            layers_to_transform="language:0,vision:1,0-9",
+            rank_pattern={"dense_h": 4},
+            alpha_pattern={"gate_proj": 4},
+        )
+    for part in (
+        "'nonsense' matches no layer",
+        "there is no tower 'vision', only language and vit",
+        "qkv_slots=q: none of the chosen layers has slots q, k, v",
+        "rank_pattern: 'dense_h' matches no adapted layer; nearest: ",
+        "alpha_pattern: 'gate_proj' matches no adapted layer",
+    ):
+        assert part in str(error.value), part
+
+
+@pytest.mark.parametrize("field", ["use_dora", "freeze_a"])
+def test_what_an_embedding_cannot_have_is_named(sites, field):
+    with pytest.raises(ConfigError, match=rf"{field} does not work on an embedding: .*word_embeddings"):
+        chosen(sites, target_modules=["transformer.word_embeddings"], **{field: True})
+
+
+def test_a_pattern_that_names_only_layers_left_out_is_an_error(sites):
+    with pytest.raises(ConfigError, match="rank_pattern: 'dense_h_to_4h' matches no adapted layer"):
+        chosen(sites, target_modules=["language-attention"], rank_pattern={"dense_h_to_4h": 4})
+
+
+def test_an_orthogonal_beginning_wants_an_even_rank_after_the_bound(model, sites):
+    name = "transformer.layers.0.attention.dense"
+    small = dataclasses.replace(sites[name], in_features=12, out_features=12)
+    with pytest.raises(ConfigError, match=f"even rank; {name} is left with 3"), pytest.warns(UserWarning):
+        aim(small, LoraConfig(r=6, init_lora_weights="orthogonal"))

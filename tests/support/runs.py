@@ -1,0 +1,111 @@
+"""finetune_cogvlm.py on a few captchas as processes of their own, to be killed or stopped."""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+from tests.support.patience import patient
+from tests.support.ranks import free_port
+
+DEMO = Path(__file__).parents[2] / "finetune_demo"
+BIN = Path(sys.executable).parent
+
+
+def options_for(captchas, runs, *more):
+    """A run of RUNS/run with dropout, a validation, and a save every second step."""
+    return [
+        *("--train-data", str(captchas / "train"), "--valid-data", str(captchas / "valid")),
+        *("--save", str(runs), "--experiment-name", "run", "--batch-size", "4", "--log-interval", "1"),
+        *("--version", "base", "--max_length", "64", "--lr", "3e-3", "--lora_dropout", "0.2"),
+        *("--save-interval", "2", "--eval-interval", "5", "--keep", "0", *more),
+    ]
+
+
+def command(launcher, options):
+    """The command line; launcher: None for plain python, or `deepspeed` or `torchrun` with two ranks."""
+    port, script = str(free_port()), [str(DEMO / "finetune_cogvlm.py"), *options]
+    if launcher == "deepspeed":
+        return [str(BIN / "deepspeed"), "--num_gpus", "2", "--master_port", port, *script]
+    if launcher == "torchrun":
+        return [str(BIN / "torchrun"), "--nproc_per_node", "2", "--master_port", port, *script]
+    return [sys.executable, *script]
+
+
+@contextmanager
+def started(launcher, options, log):
+    """The process, first of a group of its own that does not outlive the block; its output goes to the file `log`."""
+    environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "PYTHONPATH": str(DEMO.parent)}
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
+    with open(log, "w") as output:
+        process = subprocess.Popen(
+            command(launcher, options), stdout=output, stderr=subprocess.STDOUT, env=environment, cwd=DEMO.parent,
+            start_new_session=True,
+        )  # fmt: skip
+    try:
+        yield process
+    finally:
+        kill_group(process)
+
+
+def kill_group(process):
+    """SIGKILL for the process and its ranks: torchrun gives each a process group of its own."""
+    ranks = children_of(process.pid)
+    for group in (process.pid, *ranks):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(group, signal.SIGKILL)
+    process.wait()
+
+
+def children_of(parent):
+    """Process ids of the children of `parent`, none once it has ended."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            fields = stat.read_text().rpartition(")")[2].split()
+            found += [int(stat.parent.name)] if int(fields[1]) == parent else []
+    return found
+
+
+def run_to_end(launcher, options, log, timeout=100):
+    with started(launcher, options, log) as process:
+        status = process.wait(patient(timeout))
+    if status:
+        raise AssertionError(f"status {status}: {log.read_text()[-3000:]}")
+
+
+def wait_for(condition, process, log, timeout=80):
+    """Until `condition` holds; an AssertionError with the log if the process ends before, or time runs out."""
+    deadline = time.monotonic() + patient(timeout)
+    while not condition():
+        if process.poll() is not None or time.monotonic() > deadline:
+            raise AssertionError(f"status {process.poll()}: {log.read_text()[-3000:]}")
+        time.sleep(0.02)
+
+
+def records_of(run):
+    path = run / "train.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def last_step(run):
+    return max((record["step"] for record in records_of(run)), default=0)
+
+
+def outcome(run):
+    """What two runs of the same settings share: losses by step, and the bytes of every adapter and checkpoint."""
+    losses = {(r["step"], name): r[name] for r in records_of(run) for name in ("loss", "valid_loss") if name in r}
+    files = [path for folder in ("adapter", "checkpoints") for path in (run / folder).rglob("*") if path.is_file()]
+    return losses, {str(path.relative_to(run)): path.read_bytes() for path in files}
+
+
+def last_line(log):
+    lines = [line for line in re.split(r"[\r\n]+", log.read_text()) if line.strip()]
+    return lines[-1]

@@ -1,0 +1,116 @@
+"""Runs that are slow, uneven or stopped for a while, and well: the watchdog says nothing."""
+
+import os
+import random
+import signal
+import threading
+import time
+
+import pytest
+import torch
+
+from sat_lora import add_lora
+from sat_lora._sat import ColumnParallelLinear, RowParallelLinear
+from sat_lora.lora.delta_hook import DeltaHook
+from sat_lora.watchdog.rank_files import folder_of
+from sat_lora.watchdog.rank_state import read_states
+from sat_lora.watchdog.trace import Trace
+from sat_lora.watchdog.verdict import verdict
+from sat_lora.watchdog.watchdog import ALARM, FIRST, Watchdog
+from tests.finetune_demo.test_finetune_cogvlm import options_for
+from tests.support import faulty_runs
+from tests.support.faulty_runs import run_faulty
+from tests.support.tiny import tiny_model
+
+PHASES = ("data", "reduce", "forward", "backward", "reduce", "optimizer", "save")
+
+
+def trace_of_a_linear(folder):
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Dropout())
+    return model, Trace(folder, model, rank=0, world_size=1)
+
+
+@pytest.mark.usefixtures("single_process_group")
+@pytest.mark.parametrize("hooks_first", [False, True])
+def test_every_module_with_parameters_is_noted_when_it_is_entered_adapted_or_not(tmp_path, hooks_first):
+    model = tiny_model()
+    if hooks_first:  # a mixin then adds its deltas in hooks, not in the layers' forward
+        for module in model.modules():
+            module.register_forward_hook(lambda module, args, output: None)
+    add_lora(model, r=4, target_modules=["language-mlp"])
+    Trace(tmp_path, model, rank=0, world_size=1)
+    noted = set()
+    for name, module in model.named_modules():
+        if isinstance(module, (torch.nn.Linear, ColumnParallelLinear, RowParallelLinear)):
+            module(torch.zeros(1, module.weight.shape[1]))
+            assert read_states(tmp_path)[0].module == name
+            noted.add(isinstance(vars(module).get("forward"), DeltaHook))
+    assert noted == ({False} if hooks_first else {False, True})
+
+
+def test_500_steps_with_threefold_jitter_raise_no_alarm(tmp_path):
+    _, trace = trace_of_a_linear(tmp_path)
+    chance = random.Random(0)
+    with trace.told(), Watchdog(trace, 0.05):  # below it, at 12 ms per step, nothing would ever be wrong
+        for step in range(1, 501):
+            for phase in PHASES:
+                trace.at(phase, step=step)
+                time.sleep(chance.uniform(0.001, 0.003))
+    found = verdict(tmp_path)
+    assert found.finding is None and "has ended well after step 500" in found.text
+    assert not (folder_of(tmp_path) / ALARM).exists()
+
+
+@pytest.mark.matrix
+@pytest.mark.timeout(400)
+def test_500_real_steps_of_two_uneven_ranks_raise_no_alarm(captchas, tmp_path):
+    options = options_for(captchas, tmp_path, "--train-iters", "500", "--watchdog-limit", "2", "--zero-stage", "2")
+    statuses, outputs, _ = run_faulty(faulty_runs.jitter, [*options, "--batch-size", "2"], tmp_path, timeout=300)
+    assert statuses == [0, 0], outputs
+    assert verdict(tmp_path / "run").finding is None
+
+
+def test_the_limit_is_that_of_the_phase_and_follows_the_run(tmp_path):
+    _, trace = trace_of_a_linear(tmp_path)
+    watchdog = Watchdog(trace, 2.0)
+    assert watchdog.limit("save") == FIRST * 2.0
+    for seconds in (90.0, 0.1, 0.1):
+        trace.durations["save"].append(seconds)
+        trace.durations["data"].append(0.01)
+    assert (watchdog.limit("save"), watchdog.limit("data"), watchdog.limit("forward")) == (900.0, 2.0, 10.0)
+    trace.durations["save"].extend([0.1] * 50)
+    assert watchdog.limit("save") == 2.0  # what was slow at first is forgotten
+
+
+def test_a_process_that_was_stopped_and_goes_on_is_not_ended(tmp_path):
+    """As by a debugger, or a scheduler that suspends jobs. In a fork, which can be stopped."""
+    pid = os.fork()
+    if pid == 0:
+        _, trace = trace_of_a_linear(tmp_path)
+        with trace.told(), Watchdog(trace, 0.2):
+            trace.at("data")
+            threading.Timer(0.0, lambda: os.kill(os.getpid(), signal.SIGSTOP)).start()
+            for _ in range(20):
+                time.sleep(0.05)
+                trace.at("data")
+        os._exit(0)
+    os.waitpid(pid, os.WUNTRACED)
+    time.sleep(6)
+    os.kill(pid, signal.SIGCONT)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+def test_a_trace_tells_phase_module_and_gradients(tmp_path):
+    model, trace = trace_of_a_linear(tmp_path)
+    (before,) = read_states(tmp_path)
+    assert (before.phase, before.module, before.arrivals, before.is_alive) == ("start", None, [], True)
+    trace.at("forward", step=7, micro_batch=1)
+    loss = model(torch.ones(1, 2)).sum()
+    trace.at("backward")
+    loss.backward()
+    (state,) = read_states(tmp_path)
+    assert (state.step, state.micro_batch, state.phase, state.module) == (7, 1, "backward", "0")
+    assert sorted(name for name, _ in state.arrivals) == ["0.bias", "0.weight"] == sorted(state.expected)
+    assert before.phase_began <= state.phase_began <= state.last_sign <= time.time()
+    trace.at("forward", micro_batch=2)
+    assert read_states(tmp_path)[0].arrivals == []
