@@ -92,7 +92,7 @@ class CtrlC:
         self.count += 1
         if self.count > 1 or _is_importing(frame):
             self.say()
-            os._exit(INTERRUPTED)
+            _end_now()
         raise KeyboardInterrupt
 
     def _force(self) -> None:
@@ -101,16 +101,9 @@ class CtrlC:
             is_ours = byte == bytes([signal.SIGINT]) and signal.getsignal(signal.SIGINT) == self._heard
             if is_ours and not self._left.wait(GRACE):
                 self.say()
-                os._exit(INTERRUPTED)
+                _end_now()
         os.close(reader)
         os.close(writer)
-
-
-def _end_workers() -> None:
-    """Python forgets a signal that reaches a worker while it is being forked, and waits for the worker at its end."""
-    processes = sys.modules.get("multiprocessing")
-    for worker in processes.active_children() if processes else ():
-        worker.terminate()
 
 
 def run_command(name: str, action: Callable[[], int | None], *, may_be_cut: bool = False) -> int:
@@ -131,7 +124,6 @@ def run_command(name: str, action: Callable[[], int | None], *, may_be_cut: bool
             return status
         except KeyboardInterrupt:
             (_current or ctrl_c).say()
-            _end_workers()
             return INTERRUPTED
         except SatLoraError as error:
             if is_first_rank():
@@ -234,15 +226,19 @@ def run_script(name: str, main: Callable[[], int | None], *, prints_its_result: 
         status = status or MISTAKE * prints_its_result
     was_interrupted, ctrl_c.count = ctrl_c.count > 0, 1  # from now on there is nothing to unwind
     if was_interrupted and status == INTERRUPTED:
-        # Everything is unwound. What the interpreter would wait for at its end may never come.
-        if "multiprocessing" in sys.modules:
-            import multiprocessing
-
-            for child in multiprocessing.active_children():
-                child.kill()
-        sys.stderr.flush()
-        os._exit(status)
+        _end_now()  # everything is unwound; what the interpreter would wait for at its end may never come
     sys.exit(status)
+
+
+def _end_now() -> NoReturn:
+    """End the process as interrupted, and its workers before it: one that was being forked has not heard of Ctrl-C."""
+    processes = sys.modules.get("multiprocessing")
+    with contextlib.suppress(Exception):  # on whatever the main thread is at
+        for worker in processes.active_children() if processes else ():
+            worker.kill()
+    with contextlib.suppress(OSError, RuntimeError, ValueError):
+        sys.stderr.flush()
+    os._exit(INTERRUPTED)
 
 
 def _is_importing(frame) -> bool:

@@ -36,7 +36,7 @@ def interrupted(body, *, times=1, pause=0.15, **environment):
     code = (
         "import os, sys, time\n"
         "from sat_lora.terminal import edge\n"
-        "edge.GRACE = 0.4\n"
+        "edge.GRACE = 2.0\n"
         "def ready():\n"
         "    print('ready', flush=True)\n"
         "def command():\n" + "".join(f"    {line}\n" for line in body.splitlines()) + "    return 0\n"
@@ -99,12 +99,13 @@ def test_forked_workers_are_silent():
     assert interrupted(body)[:3] == (INTERRUPTED, "", LINE)
 
 
-def test_a_worker_that_did_not_hear_it_is_ended():
-    """As one that was being forked at that moment."""
+@pytest.mark.parametrize("busy", ["", "signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})\n"], ids=["", "deaf too"])
+def test_a_worker_that_did_not_hear_it_is_ended(busy):
+    """As one that was being forked at that moment; the second time the command itself has to be ended by force."""
     body = (
         "import multiprocessing, signal\ncontext = multiprocessing.get_context('fork')\n"
         "def deaf():\n    signal.signal(signal.SIGINT, signal.SIG_IGN); ready(); time.sleep(60)\n"
-        "context.Process(target=deaf).start()\ntime.sleep(60)"
+        f"context.Process(target=deaf).start()\n{busy}time.sleep(60)"
     )
     status, out, err, seconds = interrupted(body)
     assert (status, out, err) == (INTERRUPTED, "", LINE) and seconds < 30

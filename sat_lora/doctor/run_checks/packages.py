@@ -27,6 +27,8 @@ IMPORTS = {
     "safetensors": "safetensors.torch",
     "webdataset": "webdataset",
     "numpy": "numpy",
+    "packaging": "packaging.version",
+    "pydantic": "pydantic",
     "Pillow": "PIL.Image",
     "tqdm": "tqdm",
     "tensorboard": "torch.utils.tensorboard",

@@ -55,7 +55,8 @@ class EventFile:
         self._event = Event
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        name = f"{int(time.time()):010}.{socket.gethostname()}.{os.getpid()}.{next(_numbers)}"
+        # TensorBoard reads the files in the order of their names.
+        name = f"{int(time.time()):010}.{socket.gethostname()}.{os.getpid()}.{next(_numbers):06}"
         self._file = AppendedFile(folder / f"events.out.tfevents.{name}")
         self._add(step=purge_from or 0, file_version="brain.Event:2")
         if purge_from is not None:
