@@ -99,7 +99,10 @@ def test_forked_workers_are_silent():
     assert interrupted(body)[:3] == (INTERRUPTED, "", LINE)
 
 
-@pytest.mark.parametrize("busy", ["", "signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})\n"], ids=["", "deaf too"])
+DEAF = "signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})\n"
+
+
+@pytest.mark.parametrize("busy", ["", DEAF], ids=["hears it", "is deaf too"])
 def test_a_worker_that_did_not_hear_it_is_ended(busy):
     """As one that was being forked at that moment; the second time the command itself has to be ended by force."""
     body = (
