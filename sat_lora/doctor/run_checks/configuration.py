@@ -10,7 +10,7 @@ import torch
 from sat_lora.cogvlm.checkpoints.load import open_folder
 from sat_lora.errors import ConfigError, SatLoraError
 from sat_lora.findings.finding import Finding, looks_for
-from sat_lora.training.settings.deepspeed_config import base_dtype
+from sat_lora.training.settings.deepspeed_config import base_dtype, is_accumulation_left
 from sat_lora.training.settings.deepspeed_file import TOP_LEVEL_KEYS, read_deepspeed_file, section_keys
 
 TOP = "the top level"
@@ -84,6 +84,8 @@ def _batch_findings(content: dict, options: Namespace, environ: Mapping[str, str
     micro = content.get("train_micro_batch_size_per_gpu", options.batch_size)
     steps = content.get("gradient_accumulation_steps", options.gradient_accumulation_steps)
     if not isinstance(micro, int) or not isinstance(steps, int) or micro * steps * ranks == whole:
+        return []
+    if is_accumulation_left(content, ranks) and options.gradient_accumulation_steps * micro * ranks == whole:
         return []
     seen = (
         f'"train_batch_size" is {whole}, but {micro} samples x {steps} accumulation steps x {ranks} data-parallel '

@@ -96,6 +96,11 @@ def decisions(options: Namespace, device: str) -> list[str]:
             taken.append(f"{entry.label} {_text(now)}")
         elif entry.kind(value) != now:
             beaten.append(f"--{entry.option.replace('_', '-')} {_text(now)} beats its {_text(entry.kind(value))}")
+    if whole := file.content.get("train_batch_size"):
+        factors = [entry for entry in ENTRIES[:2] if entry.value_in(file.content) is None]
+        for entry in [entry for entry in factors if entry.option not in options.given][:1]:
+            if (now := getattr(options, entry.option)) > 1 and whole % now == 0:
+                taken.append(f"{entry.label} {now} (of train_batch_size {_text(whole)})")
     left = [f'"{printable(name)}"' for name in file.auto]
     lines = [
         _precision_decision(options, file, device),
@@ -142,7 +147,9 @@ def _checked_file(options: Namespace, environ: Mapping[str, str]) -> dict:
 
 
 def _divide_batch(options: Namespace, content: dict, environ: Mapping[str, str]) -> None:
-    """The batch size of a file with nothing but the product `train_batch_size`."""
+    """The factor that a file leaves out beside the product `train_batch_size`: the batch size, or, as DeepSpeed has it,
+    the accumulation where both are the file's.
+    """
     if "train_batch_size" not in content:
         return
     ranks = max(1, int(environ.get("WORLD_SIZE", 1)) // options.model_parallel_size)
@@ -155,6 +162,8 @@ def _divide_batch(options: Namespace, content: dict, environ: Mapping[str, str])
                 f"{ranks} data-parallel ranks x {steps} accumulation steps; set "
                 '"train_micro_batch_size_per_gpu" instead'
             )
+    elif not {"batch_size", "gradient_accumulation_steps"} & options.given and is_accumulation_left(content, ranks):
+        options.gradient_accumulation_steps = steps = whole // (options.batch_size * ranks)
     product = options.batch_size * steps * ranks
     if product != whole:
         warn(
@@ -162,6 +171,16 @@ def _divide_batch(options: Namespace, content: dict, environ: Mapping[str, str])
             f"accumulation steps x {ranks} ranks make {product}",
             environ,
         )
+
+
+def is_accumulation_left(content: Mapping, ranks: int) -> bool:
+    """Whether a DeepSpeed file says how many samples a step has and how many a micro-batch, and the first is a multiple
+    of the second on that many data-parallel ranks; how many micro-batches a step has is not said.
+    """
+    whole, micro = content.get("train_batch_size"), content.get("train_micro_batch_size_per_gpu")
+    if whole is None or micro is None or "gradient_accumulation_steps" in content:
+        return False
+    return micro > 0 and whole % (micro * ranks) == 0
 
 
 def _refuse_data_type(options: Namespace, content: dict) -> None:

@@ -4,7 +4,7 @@ import logging
 import pytest
 
 from sat_lora.errors import ConfigError
-from sat_lora.training.settings.deepspeed_config import BUCKET, deepspeed_config
+from sat_lora.training.settings.deepspeed_config import BUCKET, decisions, deepspeed_config
 from sat_lora.training.settings.options import parse_options
 
 # The file that CogVLM's launch script names (finetune_demo/test_config_bf16.json).
@@ -118,6 +118,18 @@ def test_a_global_batch_size_is_divided_over_the_ranks(merge):
     assert options.batch_size == 6 and "train_batch_size" not in config
     with pytest.raises(ConfigError, match='"train_batch_size" 48 does not divide by 5 data-parallel ranks x 2'):
         merge(content, environ={"WORLD_SIZE": "5"})
+
+
+def test_what_a_file_leaves_out_beside_a_global_batch_size_is_the_accumulation(merge, caplog):
+    """As DeepSpeed has it; an option of either factor says that it is meant otherwise."""
+    content = {"train_batch_size": 32, "train_micro_batch_size_per_gpu": 4}
+    config, options = merge(content, environ={"WORLD_SIZE": "2"})
+    assert (options.batch_size, options.gradient_accumulation_steps) == (4, 4)
+    assert config["gradient_accumulation_steps"] == 4 and "not used" not in caplog.text
+    assert "accumulation steps 4 (of train_batch_size 32)" in " ".join(decisions(options, "cpu"))
+    assert merge(content, "--gradient-accumulation-steps", "2")[1].gradient_accumulation_steps == 2
+    assert merge(content | {"train_batch_size": 30})[1].gradient_accumulation_steps == 1
+    assert '"train_batch_size" 30 is not used' in caplog.text
 
 
 def test_a_global_batch_size_that_does_not_hold_is_said_to_be_unused(merge, caplog):
