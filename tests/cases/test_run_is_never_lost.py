@@ -177,8 +177,10 @@ LEFT = {
     "a log of another tool": lambda run: (run / "train.jsonl").write_text("free text"),
     "settings": lambda run: (run / "run.json").write_text("{}"),
     "a picture": lambda run: (run / "loss.png").write_bytes(b"mine"),
-    "curves of another tool": lambda run: (run / "tensorboard" / "v0").mkdir(parents=True)
-    or (run / "tensorboard" / "v0" / "hparams.yaml").write_text("lr: 1"),
+    "curves of another tool": lambda run: (
+        (run / "tensorboard" / "v0").mkdir(parents=True)
+        or (run / "tensorboard" / "v0" / "hparams.yaml").write_text("lr: 1")
+    ),
     "curves": lambda run: EventFile(run / "tensorboard").add_scalars(1, {"train/loss": 2.0, "train/lr": 0.1}),
     "an evaluation": lambda run: (run / "evaluation.json").write_text("{}"),
     "a further evaluation": lambda run: (run / "evaluation-2.json").write_text("{}"),
