@@ -24,11 +24,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
-from tests.conftest import write_images
-from tests.finetune_demo.test_finetune_cogvlm import DEMO
-from tests.finetune_demo.test_pack_shards import load_script
+from tests.support.paths import DEMO, ROOT
+from tests.support.picture_files import write_images
+from tests.support.scripts import load_script
 
-ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "errors.md"
 HERE = "/here"  # stands for the folder in which the commands run
 MINE = "--train-data images"

@@ -32,8 +32,9 @@ from sat_lora.training.saving import write_save
 from sat_lora.training.settings.options import parse_options
 from sat_lora.training.steps import checkpoint
 from sat_lora.training.steps.checkpoint import TENSORS, GatheredCheckpoint, newest_checkpoint, read_state
-from tests.finetune_demo.test_finetune_cogvlm import options_for, run_script
+from tests.support.demo_runs import options_for
 from tests.support.ranks import run_ranks
+from tests.support.scripts import run_script
 
 # A kill between any two writes
 

@@ -1,6 +1,5 @@
 """Every command of README and Quickstart is run: by the program that reads it, and whole in the matrix."""
 
-import importlib.util
 import os
 import re
 import shlex
@@ -12,10 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[2]
+from tests.support.paths import DEMO, ROOT
+from tests.support.scripts import load_script
+
 PAGES = ("README.md", "README_zh.md", "docs/quickstart.md", "docs/zh/quickstart.md")
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-DEMO = ROOT / "finetune_demo"
 
 
 def commands_of(page: str, *, kind: str = "sh") -> list[list[str]]:
@@ -32,14 +32,6 @@ BY_HAND = [command for command in ALL if command[0].startswith(".venv/bin/") or 
 LAUNCHED = [command for command in ALL if command[0] == "deepspeed"]
 EVALUATE = [command for command in ALL if command[0] == "python"]
 TOOL = [command for command in ALL if command[0] == "sat-lora"]
-
-
-def load_script(name: str):
-    """A script of finetune_demo/, as a module."""
-    specification = importlib.util.spec_from_file_location(f"docs_{name}", DEMO / f"{name}.py")
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
 
 
 def recipe(target: str, venv: str = ".no-such-environment") -> list[list[str]]:
