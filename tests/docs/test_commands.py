@@ -66,6 +66,24 @@ def test_the_way_without_make_is_that_of_make():
     assert list(dict.fromkeys([*by_make[:2], *by_make])) == BY_HAND
 
 
+def test_a_check_takes_no_test_that_starts_ranks_or_programs():
+    lint, rules, types, tests = recipe("check")[-4:]
+    assert [command[1:4] for command in (lint, rules, types)] == [
+        ["-m", "ruff", "format"],
+        ["-m", "ruff", "check"],
+        ["-m", "mypy", "sat_lora"],
+    ]
+    left_out = {ROOT / word.removeprefix("--ignore=") for word in tests if word.startswith("--ignore=")}
+    chosen = [ROOT / word for word in tests if word.startswith("tests/")]
+    assert all(path.exists() for path in (*chosen, *left_out)) and ROOT / "tests" / "test_layers.py" in chosen
+    files = {file for path in chosen for file in (path.rglob("test_*.py") if path.is_dir() else [path])}
+    starts = re.compile(
+        r"^(?:from|import) (?:subprocess|multiprocessing|tests\.support\.(?:ranks|demo_runs|faulty_runs))\b", re.M
+    )
+    slow = {file for file in files if starts.search(file.read_text(encoding="utf-8"))}
+    assert slow == left_out
+
+
 def launched_options(command) -> list[str]:
     """The options of the script, as DeepSpeed's launcher hands them on."""
     from deepspeed.launcher.runner import parse_args
