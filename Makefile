@@ -4,17 +4,35 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 
-.PHONY: demo test test-matrix docs bench-gpu clean
+.PHONY: demo types test test-matrix docs bench-gpu clean
 
 # The program `deepspeed` names its interpreter in its first line, which ends at the first space of a path.
 demo: $(READY)
 	"$(BIN)/python" -m deepspeed.launcher.runner finetune_demo/finetune_cogvlm.py
+
+types: $(READY)  # mypy by [tool.mypy] of pyproject.toml: strict for lora/, parallel/, files/ and adapters/
+	"$(BIN)/python" -m mypy sat_lora
 
 # Many tests wait rather than compute, so two run at a time; those of a file share what is made for them.
 WORKERS ?= 2
 
 test: $(READY)
 	"$(BIN)/python" -m pytest --numprocesses $(WORKERS) --dist loadfile
+
+# Tests of what changes break most, without those that start ranks or programs: to be done while somebody waits.
+FAST := tests/test_layers.py tests/lora tests/parallel tests/files tests/adapters tests/data tests/training/settings
+FAST += tests/cogvlm/inputs tests/watchdog/test_verdict.py tests/docs/test_pages.py
+FAST += $(addprefix tests/cases/test_,formats.py keys.py layouts.py left_out.py patterns.py texts.py what_is_said.py)
+RANKS := adapters/test_merge lora/test_optimizer_groups lora/deltas/test_delta_kernels parallel/test_distributed
+
+.PHONY: check lint
+
+check: lint types  # what a commit has to pass
+	"$(BIN)/python" -m pytest --numprocesses $(WORKERS) --dist loadfile $(FAST) $(RANKS:%=--ignore=tests/%.py)
+
+lint: $(READY)
+	"$(BIN)/python" -m ruff format --check
+	"$(BIN)/python" -m ruff check
 
 # Half an hour of a quiet machine: every layout, and every other long test. A busy one is waited for.
 test-matrix: export SAT_LORA_TEST_PATIENCE ?= 5

@@ -7,9 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
+from tests.support.character_tokenizer import write_character_tokenizer
+from tests.support.paths import DEMO
 from tests.support.patience import PATIENCE, patient
+from tests.support.picture_files import write_images
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Read when torch is imported. Tiny matrices gain nothing from threads, and on busy cores lose a factor of ten to them.
@@ -52,28 +54,6 @@ SIZES = {
         "in_channels": 3,
     },
 }
-
-
-def write_character_tokenizer(folder: Path) -> None:
-    """A tokenizer of single ASCII characters, with <pad> 0, <bos> 1 and <eos> 2."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-
-    tokens = ["<pad>", "<bos>", "<eos>", "<unk>", *map(chr, range(32, 127))]
-    tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token="<unk>"))
-    tokenizer.add_special_tokens(tokens[:4])
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
-    tokenizer.decoder = decoders.Fuse()
-    tokenizer.save(str(folder / "tokenizer.json"))
-    names = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>"}
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", **names}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-
-
-def write_images(folder: Path, names: list[str]) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    for number, name in enumerate(names):
-        Image.new("RGB", (21, 21), (number * 20 % 256, 90, 200)).save(folder / name)
-    return folder
 
 
 @pytest.fixture(scope="session")
@@ -120,12 +100,11 @@ def single_process_group():
 @pytest.fixture(scope="session")
 def captchas(tmp_path_factory) -> Path:
     """A few captchas of the demo's kind, in train/, valid/ and test/."""
-    demo = Path(__file__).parents[1] / "finetune_demo"
-    sys.path.insert(0, str(demo))
+    sys.path.insert(0, str(DEMO))
     try:
         from make_captchas import make_captchas
     finally:
-        sys.path.remove(str(demo))
+        sys.path.remove(str(DEMO))
     folder = tmp_path_factory.mktemp("data") / "captchas"
     make_captchas(folder, train=64, valid=16, test=12, seed=3, workers=2)
     return folder

@@ -16,8 +16,8 @@ import pytest
 import setuptools
 
 import sat_lora
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "sat_lora"
 INSTALLED_AS = {"PIL": "Pillow", "sat": "SwissArmyTransformer"}
 

@@ -30,8 +30,7 @@ def name_problem(path: str | Path) -> str | None:
 
 
 def os_problem(error: OSError) -> str:
-    """An OSError that names a file or a folder as one line: what could not be used, why, and what to do if it is known.
-    """
+    """An OSError that names a file or a folder as one line: what could not be used, why, and what to do if known."""
     name, reason = printable(os.fsdecode(error.filename)), error.strerror or type(error).__name__
     advice = {
         errno.EACCES: "; give the user who runs this the right to it (ls -ld shows who has it)",

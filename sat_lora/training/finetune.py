@@ -234,7 +234,5 @@ def _evaluate(
 ) -> None:
     """With the model that has trained, where no rank has to gather it: there is never a second one in memory."""
     result = together(evaluate_adapter, options, run.adapters, world, trained, trace=trace)
-    together(
-        lambda: write_evaluation(run.path / EVALUATION, result, options, run.adapters) if world.is_main else None
-    )
+    together(lambda: write_evaluation(run.path / EVALUATION, result, options, run.adapters) if world.is_main else None)
     run.say(evaluation_table(result))

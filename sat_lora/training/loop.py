@@ -177,9 +177,7 @@ def _answer_tokens(micro_batches: list[dict], world: World) -> torch.Tensor:
     return tokens
 
 
-def _end_of(
-    nonfinite: str, run: RunFolder, world: World, state: RunState, saved: int | None, is_blown_up: bool
-) -> str:
+def _end_of(nonfinite: str, run: RunFolder, world: World, state: RunState, saved: int | None, is_blown_up: bool) -> str:
     """What is said at the end of a run whose steps are not finite. Every rank has to call it.
 
     saved: the newest save. is_blown_up: whether the next batch fails as well. Where no step since that save was finite,

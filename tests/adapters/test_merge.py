@@ -19,7 +19,7 @@ from sat_lora.cogvlm.network.model import build_cogvlm
 from sat_lora.lora.apply import adapters_of
 from sat_lora.lora.mixin import lora_mixins
 from sat_lora.parallel.distributed import arrange, join
-from tests.conftest import write_character_tokenizer
+from tests.support.character_tokenizer import write_character_tokenizer
 from tests.support.memory import peak_of_anonymous_memory
 from tests.support.ranks import run_ranks
 from tests.support.tiny import CONFIG, fill_adapters, logits_of, tiny_batch, tiny_model

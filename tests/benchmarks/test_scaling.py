@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Iterable
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -24,6 +23,7 @@ from sat_lora import LoraConfig, add_lora
 from sat_lora.parallel.distributed import arrange, join
 from sat_lora.training.steps.engine import adapter_optimizer, start_engine
 from tests.support.collectives import CountCollectives
+from tests.support.paths import ROOT
 from tests.support.ranks import run_ranks
 from tests.support.tiny import CONFIG, PATCHES, tiny_model
 from tests.support.training_runs import engine_config, mixed_batch, step_together
@@ -156,5 +156,5 @@ def test_cogvlm_has_17_billion_weights():
 
 @pytest.mark.matrix
 def test_the_page_is_what_the_script_prints():
-    page = Path(__file__).parents[2] / "benchmarks" / "scaling.md"
+    page = ROOT / "benchmarks" / "scaling.md"
     assert page.read_text() == "\n".join(report()) + "\n"

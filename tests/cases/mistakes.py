@@ -24,11 +24,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
-from tests.conftest import write_images
-from tests.finetune_demo.test_finetune_cogvlm import DEMO
-from tests.finetune_demo.test_pack_shards import load_script
+from tests.support.paths import DEMO, ROOT
+from tests.support.picture_files import write_images
+from tests.support.scripts import load_script
 
-ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "errors.md"
 HERE = "/here"  # stands for the folder in which the commands run
 MINE = "--train-data images"
@@ -239,20 +238,12 @@ ALSO = {  # tests of the same kinds that take processes, launchers and disks of 
     12: ["tests/training/test_preflight.py::test_another_number_of_ranks_has_to_keep_the_samples_of_a_step"],
     15: ["tests/finetune_demo/test_finetune_cogvlm.py::test_ranks_that_do_not_divide_are_told_once"],
     20: ["tests/faults/test_broken_images.py::test_too_many_stop_every_rank_with_the_list_and_keep_the_adapter"],
-    21: [
-        "tests/cases/test_starting.py::test_folders_that_may_not_be_entered_are_problems_of_their_options"
-    ],
-    22: [
-        "tests/cases/test_run_is_never_lost.py::test_a_folder_in_which_nothing_can_be_written_is_refused_by_name"
-    ],
+    21: ["tests/cases/test_starting.py::test_folders_that_may_not_be_entered_are_problems_of_their_options"],
+    22: ["tests/cases/test_run_is_never_lost.py::test_a_folder_in_which_nothing_can_be_written_is_refused_by_name"],
     23: ["tests/faults/test_full_disk.py::test_twenty_full_disks_keep_the_old_adapter_and_say_so_on_every_rank"],
     24: ["tests/cases/test_run_is_never_lost.py::test_a_second_start_ends_on_every_rank_before_the_base_loads"],
-    25: [
-        "tests/cases/test_run_is_never_lost.py::test_a_rank_that_outlives_its_launcher_holds_the_lock"
-    ],
-    32: [
-        "tests/faults/test_stop_signals.py::test_every_launcher_lets_the_ranks_save"
-    ],
+    25: ["tests/cases/test_run_is_never_lost.py::test_a_rank_that_outlives_its_launcher_holds_the_lock"],
+    32: ["tests/faults/test_stop_signals.py::test_every_launcher_lets_the_ranks_save"],
     33: ["tests/cases/test_stopping.py::test_in_the_middle_of_an_import_it_ends_at_once"],
 }
 

@@ -21,8 +21,8 @@ from sat_lora.terminal.option_parser import OptionParser
 from sat_lora.terminal.option_types import count, fraction, positive_int, proportions, rate
 from sat_lora.training.early import check_early
 from sat_lora.training.settings.options import parse_options
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).parents[2]
 ALONE = Place(0, 1, 0, None, None, None, False)
 
 

@@ -19,9 +19,9 @@ from sat_lora.data.shards.tar_members import read_members
 from sat_lora.files.paths import is_shard
 from sat_lora.training.settings.defaults import DEFAULTS
 from tests.cases.mutated_pictures import count_outcomes
-from tests.data.test_samples import dataset
-from tests.finetune_demo.test_pack_shards import load_script
+from tests.support.datasets import dataset
 from tests.support.picture_files import chunked_png, encoded
+from tests.support.scripts import load_script
 from tests.support.tar_shards import png, write_shard
 
 

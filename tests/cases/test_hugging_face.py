@@ -14,13 +14,14 @@ from sat_lora.adapters.merge import merge_adapter
 from sat_lora.cogvlm.checkpoints.hugging_face_folder import hugging_face_config, make_hugging_face_weights
 from sat_lora.cogvlm.checkpoints.load import check_files, load_cogvlm, read_config, save_weights, weight_files
 from sat_lora.cogvlm.network.model import build_cogvlm
-from tests.conftest import write_character_tokenizer
-from tests.interop.hf_code.configuration_cogvlm import CogVLMConfig
-from tests.interop.hf_code.modeling_cogvlm import CogVLMForCausalLM
+from tests.support.character_tokenizer import write_character_tokenizer
+from tests.support.hf_code.configuration_cogvlm import CogVLMConfig
+from tests.support.hf_code.modeling_cogvlm import CogVLMForCausalLM
+from tests.support.paths import ROOT
 from tests.support.tiny import CONFIG, fill_adapters, logits_of, randomise, tiny_batch
 
 pytestmark = pytest.mark.usefixtures("single_process_group")
-CODE = Path(__file__).parents[1] / "interop" / "hf_code"
+CODE = ROOT / "tests" / "support" / "hf_code"
 TOKENS = dict(bos_token_id=1, eos_token_id=2, pad_token_id=0)
 SIZES = {**CONFIG, **TOKENS, "layernorm_epsilon": 1e-5, "text_processor_version": "vqa"}
 

@@ -19,8 +19,9 @@ from sat_lora.data.samples import (
 )
 from sat_lora.training.evaluation import _cut_answers, length_of_answer
 from sat_lora.training.run_summary import left_out, more_to_say
-from tests.cases.test_what_is_said import numbered, said, source_of
-from tests.conftest import write_images
+from tests.support.datasets import numbered, source_of
+from tests.support.picture_files import write_images
+from tests.support.run_summaries import summary_lines
 
 DENIED = PermissionError(13, "Permission denied")
 
@@ -54,7 +55,7 @@ def test_a_subfolder_that_cannot_be_read_is_named(tmp_path, locked, tokenizer, e
     shown = f"{tmp_path}/{where}".replace("\x1b", r"\x1b")
     assert note.startswith(f"--train-data: folder {shown} cannot be read: {error.strerror}; its images are left out")
     assert left_out(data) == {"folders that cannot be read": 1}
-    assert said(data)["left out"] == "1 folders that cannot be read"
+    assert summary_lines(data)["left out"] == "1 folders that cannot be read"
     assert more_to_say(Namespace(max_length=40), source_of(items, tokenizer), data)[0].startswith(
         "--valid-data: folder"
     )

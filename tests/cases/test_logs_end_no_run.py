@@ -18,9 +18,9 @@ from sat_lora.watchdog import trace
 from sat_lora.watchdog.rank_files import file_of, folder_of
 from sat_lora.watchdog.rank_state import read_states
 from sat_lora.watchdog.watchdog import watched
-from tests.faults.test_full_disk import largest_file
-from tests.training.runs.test_run_folder import FIGURES, scalars
-from tests.watchdog.test_healthy_runs import trace_of_a_linear
+from tests.support.full_disks import largest_file
+from tests.support.run_logs import FIGURES, scalars
+from tests.support.traces import trace_of_a_linear
 
 
 def full_disk(*args, **kwargs):

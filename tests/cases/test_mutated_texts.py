@@ -8,8 +8,8 @@ from sat_lora.cogvlm.inputs.text import Sample
 from sat_lora.data.samples import BrokenSample, ImageTextDataset, read_items
 from sat_lora.data.shards.shards import find_records
 from sat_lora.errors import DataError
-from tests.conftest import write_images
 from tests.support.mutations import mutated, refusal, within
+from tests.support.picture_files import write_images
 from tests.support.tar_shards import png, write_shard
 
 ENTRIES = [

@@ -21,7 +21,7 @@ from sat_lora.doctor.run_checks.data import data_findings
 from sat_lora.training.preflight import _problem_with_path
 from sat_lora.training.runs.run_folder import RunFolder
 from sat_lora.training.steps.broken_samples import BrokenSamples
-from tests.data.test_samples import dataset
+from tests.support.datasets import dataset
 from tests.support.picture_files import chunked_png, encoded
 
 PIXELS = numpy.random.default_rng(0).integers(0, 256, (4, 6, 3), dtype=numpy.uint8).repeat(8, 0).repeat(8, 1)

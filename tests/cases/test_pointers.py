@@ -12,7 +12,7 @@ from sat_lora.files.foreign import LFS_POINTER, read_json
 from sat_lora.training.settings.deepspeed_file import open_deepspeed_file
 from sat_lora.training.settings.options import settings_of_run
 from sat_lora.training.steps.checkpoint import read_state
-from tests.finetune_demo.test_finetune_cogvlm import BASE
+from tests.support.paths import TINY_BASE
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"4d" * 32 + b"\nsize 12345\n"
 
@@ -29,7 +29,7 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"4d" * 3
     ],
 )
 def test_a_pointer_is_named_wherever_it_lies(tmp_path, name, read):
-    shutil.copytree(BASE, tmp_path / "base")
+    shutil.copytree(TINY_BASE, tmp_path / "base")
     (tmp_path / name).write_bytes(POINTER)
     with pytest.raises(SatLoraError, match="(?i)pointer of git lfs"):
         read(tmp_path)

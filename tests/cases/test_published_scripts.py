@@ -7,7 +7,7 @@ import pytest
 from sat_lora.cli import main as sat_lora
 from sat_lora.training.settings.defaults import EMBEDDED_DEMO
 from sat_lora.training.settings.options import parse_options
-from tests.finetune_demo.test_pack_shards import load_script
+from tests.support.scripts import load_script
 
 COMMON = (
     "--mode finetune --train-iters 0 --resume-dataloader {model} --train-data ./archive_split/train "

@@ -2,7 +2,6 @@
 
 import os
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -19,6 +18,7 @@ from sat_lora.training.marks import (
     marks_of_tokenizer,
 )
 from sat_lora.training.settings.options import parse_options
+from tests.support.paths import TINY_BASE
 from tests.support.ranks import run_ranks
 
 ALIKE = ["--train-data", "images", "--lr", "1e-3"]
@@ -97,7 +97,7 @@ def test_texts_alone_and_images_in_memory_are_samples_too():
 
 
 def test_a_tokenizer_is_its_files(tmp_path):
-    folder = Path(__file__).parents[2] / "finetune_demo" / "tiny_cogvlm"
+    folder = TINY_BASE
     for file in folder.glob("token*"):
         (tmp_path / file.name).write_bytes(file.read_bytes())
     assert marks_of_tokenizer(tmp_path) == marks_of_tokenizer(folder) != {}

@@ -32,8 +32,9 @@ from sat_lora.training.saving import write_save
 from sat_lora.training.settings.options import parse_options
 from sat_lora.training.steps import checkpoint
 from sat_lora.training.steps.checkpoint import TENSORS, GatheredCheckpoint, newest_checkpoint, read_state
-from tests.finetune_demo.test_finetune_cogvlm import options_for, run_script
+from tests.support.demo_runs import options_for
 from tests.support.ranks import run_ranks
+from tests.support.scripts import run_script
 
 # A kill between any two writes
 
@@ -177,8 +178,10 @@ LEFT = {
     "a log of another tool": lambda run: (run / "train.jsonl").write_text("free text"),
     "settings": lambda run: (run / "run.json").write_text("{}"),
     "a picture": lambda run: (run / "loss.png").write_bytes(b"mine"),
-    "curves of another tool": lambda run: (run / "tensorboard" / "v0").mkdir(parents=True)
-    or (run / "tensorboard" / "v0" / "hparams.yaml").write_text("lr: 1"),
+    "curves of another tool": lambda run: (
+        (run / "tensorboard" / "v0").mkdir(parents=True)
+        or (run / "tensorboard" / "v0" / "hparams.yaml").write_text("lr: 1")
+    ),
     "curves": lambda run: EventFile(run / "tensorboard").add_scalars(1, {"train/loss": 2.0, "train/lr": 0.1}),
     "an evaluation": lambda run: (run / "evaluation.json").write_text("{}"),
     "a further evaluation": lambda run: (run / "evaluation-2.json").write_text("{}"),

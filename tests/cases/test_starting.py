@@ -6,7 +6,6 @@ import socket
 import subprocess
 import sys
 from argparse import Namespace
-from pathlib import Path
 
 import pytest
 
@@ -17,9 +16,9 @@ from sat_lora.parallel.launch import announce, find_place, ranks_on_this_machine
 from sat_lora.terminal.edge import run_command
 from sat_lora.terminal.notice import is_first_rank
 from sat_lora.training.settings.options import parse_options
-from tests.finetune_demo.test_pack_shards import load_script
+from tests.support.paths import ROOT
+from tests.support.scripts import load_script
 
-ROOT = Path(__file__).parents[2]
 FULL = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 
 

@@ -11,7 +11,6 @@ import sys
 import tempfile
 import threading
 import time
-from pathlib import Path
 
 import pytest
 from torch import nn
@@ -23,11 +22,11 @@ from sat_lora.watchdog.rank_files import file_of
 from sat_lora.watchdog.rank_state import read_states
 from sat_lora.watchdog.trace import Trace
 from sat_lora.watchdog.watchdog import IDLE_PAGES, Watchdog, _pages_touched
-from tests.finetune_demo.test_finetune_cogvlm import options_for
 from tests.support import faulty_runs
+from tests.support.demo_runs import options_for
 from tests.support.faulty_runs import run_faulty
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).parents[2]
 LINE = "x.py: stopped by Ctrl-C\n"
 
 

@@ -4,13 +4,11 @@ import io
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from sat_lora.terminal.edge import LastingStream, run_command
-
-ROOT = Path(__file__).parents[2]
+from tests.support.paths import ROOT
 
 
 class Failing(io.StringIO):

@@ -13,7 +13,7 @@ from sat_lora.errors import DataError
 from sat_lora.training.evaluation import length_of_answer
 from sat_lora.training.preflight import option_problems
 from sat_lora.training.settings.options import parse_options
-from tests.conftest import write_images
+from tests.support.picture_files import write_images
 from tests.support.sentence_pieces import TEXT, sentence_piece_tokenizer
 
 GOOD = {"image": "a.png", "prompt": "q", "answer": "x"}

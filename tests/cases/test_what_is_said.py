@@ -4,48 +4,21 @@ import json
 from argparse import Namespace
 
 import pytest
-import torch
 
 from sat_lora.cogvlm.inputs.prompts import PROMPTS
 from sat_lora.cogvlm.inputs.text import IGNORED
-from sat_lora.data.batches.sources import FileSource
-from sat_lora.data.samples import ImageTextDataset, Item
+from sat_lora.data.samples import Item
 from sat_lora.errors import ConfigError
-from sat_lora.parallel.distributed import World
-from sat_lora.training.run_summary import COUNTED, check_vocabulary, columns, fit, look_at, run_summary
+from sat_lora.training.run_summary import COUNTED, check_vocabulary, columns, fit, look_at
 from sat_lora.training.settings.defaults import EMBEDDED_DEMO, version_of
 from sat_lora.training.settings.options import parse_options
 from sat_lora.training.settings.schedule import schedule_problems, warmup_steps
-
-WORLD = World(0, 4, torch.device("cpu"), 0, 2)
-CONFIG = {"model_class": "CogVLMModel", "num_layers": 2, "vocab_size": 128}
-
-
-def source_of(items, tokenizer, left_out=(), **changes):
-    settings = dict(version="base", prompt="What is this?", image_size=(21, 21), image_length=9, max_length=40)
-    settings |= changes
-    return FileSource(items, lambda own: ImageTextDataset(own, tokenizer, **settings), Namespace(), WORLD, left_out)
-
-
-def said(source, *argv, start_step=0, steps=20, valid=None, **changes):
-    """{label: line} of the summary of a run with these options."""
-    options = parse_options(["--train-data", "images", "--model-parallel-size", "2", *argv], environ={})
-    vars(options).update(distributed_backend="gloo", **changes)
-    texts = look_at(source, CONFIG["vocab_size"])
-    sources = dict(data=source, valid=valid, steps=steps, start_step=start_step, fingerprint="0123456789abcdef")
-    text = run_summary(options, WORLD, CONFIG, texts, **sources)
-    lines = text.splitlines()
-    assert len(lines) <= 10 and text.isprintable() is (len(lines) == 1)
-    assert all(columns(line) <= 80 for line in lines if not line.startswith("run "))
-    return {line[:10].strip(): line[10:] for line in lines}
-
-
-def numbered(count):
-    return [Item(f"images/{number}.png", f"{number}") for number in range(count)]
+from tests.support.datasets import numbered, source_of
+from tests.support.run_summaries import summary_lines
 
 
 def test_what_will_be_trained_is_said(tokenizer):
-    lines = said(source_of(numbered(6), tokenizer), "--batch-size", "4", "--gradient-accumulation-steps", "3")
+    lines = summary_lines(source_of(numbered(6), tokenizer), "--batch-size", "4", "--gradient-accumulation-steps", "3")
     assert lines == {
         "base": "the embedded tiny base: CogVLM, 2 layers, fingerprint 01234567",
         "device": "cpu, fp32, 4 ranks (2 data-parallel x 2 model-parallel), ZeRO 0, gloo",
@@ -65,7 +38,9 @@ def test_what_will_be_trained_is_said(tokenizer):
 )
 def test_any_answer_and_name_fits_one_line(answer, tokenizer, tmp_path):
     source = source_of([Item(None, answer, answer)], tokenizer, max_length=300)
-    lines = said(source, "--save", f"{tmp_path}/a folder/\x1b[2J", "--prompt", answer or "x", "--version", "chat")
+    lines = summary_lines(
+        source, "--save", f"{tmp_path}/a folder/\x1b[2J", "--prompt", answer or "x", "--version", "chat"
+    )
     assert "\\x1b[2J" in lines["run"]  # whole, so that it can be copied
 
 
@@ -73,16 +48,16 @@ def test_data_with_a_long_path_are_said_by_their_kind(tokenizer, tmp_path):
     folder = tmp_path / ("a" * 60)
     folder.mkdir()
     (tmp_path / "b.jsonl").touch()
-    lines = said(source_of(numbered(2), tokenizer), train_data=[str(folder)])
+    lines = summary_lines(source_of(numbered(2), tokenizer), train_data=[str(folder)])
     assert lines["data"] == "2 samples (file names are the answers)"
-    lines = said(source_of(numbered(2), tokenizer), train_data=[str(folder), str(tmp_path / "b.jsonl")])
+    lines = summary_lines(source_of(numbered(2), tokenizer), train_data=[str(folder), str(tmp_path / "b.jsonl")])
     assert lines["data"] == "2 samples (file names are the answers, answers from .jsonl)"
 
 
 def test_cut_answers_are_counted_and_a_part_is_called_one(tokenizer):
     items = [Item(None, "x" * (30 if number % 3 == 0 else 3), "q") for number in range(COUNTED + 200)]
     source = source_of(items, tokenizer, max_length=20)
-    lines = said(source, "--max_length", "20")
+    lines = summary_lines(source, "--max_length", "20")
     assert COUNTED == 1000
     assert lines["length"] == "400 of 1,200 answers are cut by --max_length 20; 33 would hold them"
     assert lines["prompt"] == "each sample's own; version base (the demo's)"
@@ -96,28 +71,28 @@ def test_a_long_answer_is_not_tokenised_whole(tokenizer):
 
 def test_what_is_left_out_is_said_with_reasons_the_commonest_first(tokenizer):
     left_out = [("of .txt", 3), ("hidden", 120), ("of .txt", 1), *((f"of .{letter * 20}", 1) for letter in "abcdef")]
-    lines = said(source_of(numbered(2), tokenizer, left_out))
+    lines = summary_lines(source_of(numbered(2), tokenizer, left_out))
     assert lines["left out"].startswith("120 hidden, 4 of .txt, 1 of .aaaa")
     assert lines["left out"].endswith(" reasons more")
 
 
 def test_prompts_of_some_samples_alone_are_said(tokenizer):
     items = [*numbered(3), Item("images/a.png", "a", "Which letter?")]
-    lines = said(source_of(items, tokenizer), "--prompt", "Read it:")
+    lines = summary_lines(source_of(items, tokenizer), "--prompt", "Read it:")
     assert lines["prompt"] == '3 of 4 have none: "Read it:" (--prompt); version base (the demo\'s)'
 
 
 @pytest.mark.parametrize("version", list(PROMPTS))
 def test_a_short_prompt_is_shown_whole_whatever_stands_beside_it(version, tokenizer, tmp_path):
     (tmp_path / "model_config.json").write_text(json.dumps({"text_processor_version": version}))
-    lines = said(source_of(numbered(6), tokenizer), "--from_pretrained", str(tmp_path))
+    lines = summary_lines(source_of(numbered(6), tokenizer), "--from_pretrained", str(tmp_path))
     assert lines["prompt"].startswith('"What is this?" (')
     assert lines["prompt"].endswith(f"; version {version} (from its config)")
 
 
 def test_a_version_that_is_not_that_of_the_config_is_said(tokenizer, tmp_path):
     (tmp_path / "model_config.json").write_text(json.dumps({"text_processor_version": "vqa"}))
-    lines = said(source_of(numbered(6), tokenizer), "--from_pretrained", str(tmp_path), "--version", "base")
+    lines = summary_lines(source_of(numbered(6), tokenizer), "--from_pretrained", str(tmp_path), "--version", "base")
     assert lines["prompt"].endswith("version base (given; its config says vqa)")
 
 
@@ -126,12 +101,14 @@ def test_a_version_that_is_not_that_of_the_config_is_said(tokenizer, tmp_path):
     [(7, "runs/finetune, resumed from step 7"), (20, "runs/finetune, at step 20 of 20: nothing is left (--train-i")],
 )
 def test_a_resumed_run_says_from_where(start_step, words, tokenizer):
-    assert said(source_of(numbered(2), tokenizer), start_step=start_step)["run"].startswith(words)
+    assert summary_lines(source_of(numbered(2), tokenizer), start_step=start_step)["run"].startswith(words)
 
 
 def test_validation_data_beats_the_split_and_says_so(tokenizer):
     valid = source_of(numbered(2), tokenizer)
-    lines = said(source_of(numbered(6), tokenizer), "--valid-data", "held_out", "--split", "0.5,0.5", valid=valid)
+    lines = summary_lines(
+        source_of(numbered(6), tokenizer), "--valid-data", "held_out", "--split", "0.5,0.5", valid=valid
+    )
     assert lines["valid"] == "2 samples of --valid-data; --split is not used, every 200 steps"
 
 

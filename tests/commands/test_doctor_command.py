@@ -4,20 +4,17 @@ import json
 import os
 import re
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from sat_lora.cli import main
-from tests.conftest import write_images
-from tests.finetune_demo.test_finetune_cogvlm import launcher, options_for
-from tests.finetune_demo.test_finetune_cogvlm import start as start_demo
+from tests.support.demo_runs import launch, options_for
 from tests.support.faulty_runs import LIMIT, STEP, published_branching, run_faulty
+from tests.support.paths import BIN, ROOT
 from tests.support.patience import patient
+from tests.support.picture_files import write_images
 
-BIN = Path(sys.executable).parent
-BRANCHING = Path(__file__).parents[1] / "support" / "branching_script.py"
+BRANCHING = ROOT / "tests" / "support" / "branching_script.py"
 
 
 def sat_lora(*arguments, timeout=100):
@@ -38,9 +35,7 @@ def mixed_data(folder):
 def run_that_hangs(captchas, tmp_path):
     options = [*options_for(captchas, tmp_path, "--train-iters", "8", "--watchdog-limit", "2", "--zero-stage", "2")]
     options += ["--train-data", mixed_data(tmp_path), "--batch-size", "1"]
-    command = [*launcher("torchrun"), str(BRANCHING), *options]
-    hung = subprocess.run(command, capture_output=True, text=True, timeout=patient(100))
-    assert hung.returncode != 0
+    assert launch("torchrun", options, script=BRANCHING).returncode != 0
 
 
 def check_that_it_is_explained_and_drawn(run, picture):
@@ -73,7 +68,7 @@ def test_a_run_that_hung_is_explained_and_fails_again_in_the_replay(captchas, tm
 @pytest.mark.matrix
 @pytest.mark.parametrize("more", [(), ("--shrink", "1")])
 def test_a_healthy_step_runs_through_in_the_replay(captchas, tmp_path, more):
-    done = start_demo(launcher("torchrun"), options_for(captchas, tmp_path, "--train-iters", "3"))
+    done = launch("torchrun", options_for(captchas, tmp_path, "--train-iters", "3"))
     assert done.returncode == 0, done.stderr
     before = sorted(tmp_path.rglob("*"))
     told = sat_lora("doctor", "--run", tmp_path / "run")

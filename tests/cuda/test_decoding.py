@@ -1,7 +1,5 @@
 """Greedy answers of the demo's model on a device, against the logits of the whole sequence anew for each token."""
 
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -12,15 +10,15 @@ from sat_lora.cogvlm.inputs.text import build_sample, load_tokenizer, prompt_for
 from sat_lora.data.samples import collate
 from sat_lora.lora.mixin import lora_mixins
 from sat_lora.training.steps.step import to_device
+from tests.support.paths import TINY_BASE
 from tests.support.tiny import fill_adapters, logits_of
 
-BASE = Path(__file__).parents[2] / "finetune_demo" / "tiny_cogvlm"
 PATCHES, SIDE, TOKENS, NO_END = 36, 42, 6, -1
 
 
 def adapted_model(device: torch.device):
     """The demo's base in float32 with a delta that changes what it says."""
-    model, _ = load_cogvlm(BASE)
+    model, _ = load_cogvlm(TINY_BASE)
     add_lora(model, LoraConfig(r=4))
     fill_adapters(model, std=0.05)
     return model.to(device).eval()
@@ -28,7 +26,7 @@ def adapted_model(device: torch.device):
 
 def prompts(question: str, rows: int, seed: int) -> dict:
     """A collated batch of noise images with that question."""
-    tokenizer = load_tokenizer(BASE)
+    tokenizer = load_tokenizer(TINY_BASE)
     generator = torch.Generator().manual_seed(seed)
     images = torch.randn(rows, 3, SIDE, SIDE, generator=generator)
     text = prompt_for("base", question)

@@ -6,7 +6,6 @@ from PIL import Image
 
 from sat_lora.data.samples import (
     BrokenSample,
-    ImageTextDataset,
     Item,
     collate,
     find_images,
@@ -14,14 +13,10 @@ from sat_lora.data.samples import (
     split_items,
 )
 from sat_lora.errors import DataError
+from tests.support.datasets import dataset
 
 SIZE = (21, 21)
 FIELDS = ("input_ids", "position_ids", "labels", "image_embed_mask", "vision_expert_mask")
-
-
-def dataset(items, tokenizer, **changes):
-    settings = dict(version="base", prompt="Q:", image_size=SIZE, image_length=9, max_length=40)
-    return ImageTextDataset(items, tokenizer, **{**settings, **changes})
 
 
 def test_images_are_found_by_suffix_at_any_depth_in_a_fixed_order(tmp_path):

@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy
 import torch
 
+from tests.support.paths import ROOT
 from tests.support.ranks import run_ranks
 from tests.support.training_runs import (
     FILES,
@@ -32,7 +33,7 @@ from tests.support.training_runs import (
     worst_error,
 )
 
-PAGES = [Path(__file__).parents[2] / "docs" / folder / "matrix.md" for folder in ("", "zh")]
+PAGES = [ROOT / "docs" / folder / "matrix.md" for folder in ("", "zh")]
 HEAD = "| precision | model parallel | data parallel | ZeRO | "
 BATCHES = {"images": image_batch, "one text-only": mixed_batch, "text-only": text_batch}
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -6,10 +6,9 @@ import torch
 from sat_lora.adapters.save_load import whole_tensors
 from sat_lora.lora.apply import sat_models
 from sat_lora.parallel.distributed import arrange, join
-from tests.distributed.test_sat_models import relative_error, sums_of_sat
 from tests.support.ranks import run_ranks
 from tests.support.sat_oracle import fill_ours, our_adapters, with_ours, with_sats
-from tests.support.sat_subjects import SUBJECTS, loss_of
+from tests.support.sat_subjects import SUBJECTS, loss_of, relative_error, sums_of_sat
 
 NAMES = ["plain", "chatglm2", "encoder-decoder"]
 

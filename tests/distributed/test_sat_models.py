@@ -7,7 +7,7 @@ from sat_lora.adapters.save_load import whole_tensors
 from sat_lora.lora.apply import adapters_of
 from sat_lora.parallel.distributed import arrange, join
 from tests.support.ranks import run_ranks
-from tests.support.sat_subjects import GEGLU_IN_TWO_BLOCKS, SUBJECTS, adapt, loss_of
+from tests.support.sat_subjects import GEGLU_IN_TWO_BLOCKS, SUBJECTS, adapt, loss_of, relative_error, sums_of_sat
 from tests.support.tiny import fill_adapters
 
 # Not GLM-130B's own MLP: every rank halves its own rows into gate and value, so the whole weight depends on the cut.
@@ -36,10 +36,6 @@ def output_and_gradients(name, model_parallel):
     return output.detach().numpy(), gradients
 
 
-def relative_error(got, expected):
-    return abs(got - expected).max() / abs(expected).max()
-
-
 @pytest.fixture(scope="module", params=MODELS)
 def one_and_two_ranks(request):
     name = request.param
@@ -49,18 +45,6 @@ def one_and_two_ranks(request):
 def test_the_output_on_two_ranks_is_that_of_one_process(one_and_two_ranks):
     (expected, _), ranks = one_and_two_ranks
     assert [relative_error(output, expected) < 1e-6 for output, _ in ranks] == [True, True]
-
-
-def sums_of_sat(model: str, tensor: str) -> int:
-    """How often SAT 0.4.12 itself counts the gradient below a head, on two ranks.
-
-    Its transformer sums what reaches the head's input over the ranks. That is right for SAT's default head, where each
-    rank has a part. A head that is a parallel or plain linear has summed already, or has the whole; and the encoder's
-    final mixin sums once more. The base's own gradients are too large by the same factor.
-    """
-    if model == "encoder-decoder":
-        return 4 if tensor.startswith("encoder.") else 1
-    return 1 if "lm_head" in tensor or "classifier" in tensor or model in ("plain", "geglu in two blocks") else 2
 
 
 def test_the_gradients_on_two_ranks_are_those_of_one_process(request, one_and_two_ranks):

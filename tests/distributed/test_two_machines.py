@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -11,11 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.finetune_demo.test_finetune_cogvlm import losses_of, options_for, run_script
+from tests.support.demo_runs import SCRIPT, kill_group, losses_of, options_for
+from tests.support.paths import ROOT
 from tests.support.patience import patient
 from tests.support.ranks import free_port, run_ranks
+from tests.support.scripts import run_script
 
-SCRIPT = Path(__file__).parents[2] / "finetune_demo" / "finetune_cogvlm.py"
 ADDRESSES = ("127.0.0.1", "127.0.0.2")
 STEPS, SAVED_EVERY, DIES_AT = 24, 10, 13
 TO_NOTICE = 20  # seconds in which a machine has to end that waits for a dead one
@@ -27,7 +27,7 @@ class Machine:
     def __init__(self, address: str, port: int, options: list[str], log: Path):
         agent = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1"]
         agent += ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"{ADDRESSES[0]}:{port}", "--local_addr", address]
-        environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parents[1]), "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         self.log = log
         with log.open("a") as output:
             self.process = subprocess.Popen(
@@ -36,22 +36,8 @@ class Machine:
             )  # fmt: skip
 
     def lose_power(self) -> None:
-        """SIGKILL for the agent and its rank, at once. torchrun gives each rank a process group of its own."""
-        ranks = children_of(self.process.pid)
-        for group in (self.process.pid, *ranks):
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(group, signal.SIGKILL)
-        self.process.wait()
-
-
-def children_of(parent: int) -> list[int]:
-    """Process ids of the children of `parent`, none once it has ended."""
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            fields = stat.read_text().rpartition(")")[2].split()
-            found += [int(stat.parent.name)] if int(fields[1]) == parent else []
-    return found
+        """SIGKILL for the agent and its rank, at once."""
+        kill_group(self.process)
 
 
 @contextlib.contextmanager

@@ -1,6 +1,5 @@
 """Every command of README and Quickstart is run: by the program that reads it, and whole in the matrix."""
 
-import importlib.util
 import os
 import re
 import shlex
@@ -12,10 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[2]
+from tests.support.paths import DEMO, ROOT
+from tests.support.scripts import load_script
+
 PAGES = ("README.md", "README_zh.md", "docs/quickstart.md", "docs/zh/quickstart.md")
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-DEMO = ROOT / "finetune_demo"
 
 
 def commands_of(page: str, *, kind: str = "sh") -> list[list[str]]:
@@ -32,14 +32,6 @@ BY_HAND = [command for command in ALL if command[0].startswith(".venv/bin/") or 
 LAUNCHED = [command for command in ALL if command[0] == "deepspeed"]
 EVALUATE = [command for command in ALL if command[0] == "python"]
 TOOL = [command for command in ALL if command[0] == "sat-lora"]
-
-
-def load_script(name: str):
-    """A script of finetune_demo/, as a module."""
-    specification = importlib.util.spec_from_file_location(f"docs_{name}", DEMO / f"{name}.py")
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
 
 
 def recipe(target: str, venv: str = ".no-such-environment") -> list[list[str]]:
@@ -72,6 +64,24 @@ def test_the_way_without_make_is_that_of_make():
     by_make = [command[:3] if command[1:3] == ["-m", "pytest"] else command for command in by_make]
     by_make = [tuple(word for word in command if word != "-q") for command in by_make]
     assert list(dict.fromkeys([*by_make[:2], *by_make])) == BY_HAND
+
+
+def test_a_check_takes_no_test_that_starts_ranks_or_programs():
+    lint, rules, types, tests = recipe("check")[-4:]
+    assert [command[1:4] for command in (lint, rules, types)] == [
+        ["-m", "ruff", "format"],
+        ["-m", "ruff", "check"],
+        ["-m", "mypy", "sat_lora"],
+    ]
+    left_out = {ROOT / word.removeprefix("--ignore=") for word in tests if word.startswith("--ignore=")}
+    chosen = [ROOT / word for word in tests if word.startswith("tests/")]
+    assert all(path.exists() for path in (*chosen, *left_out)) and ROOT / "tests" / "test_layers.py" in chosen
+    files = {file for path in chosen for file in (path.rglob("test_*.py") if path.is_dir() else [path])}
+    starts = re.compile(
+        r"^(?:from|import) (?:subprocess|multiprocessing|tests\.support\.(?:ranks|demo_runs|faulty_runs))\b", re.M
+    )
+    slow = {file for file in files if starts.search(file.read_text(encoding="utf-8"))}
+    assert slow == left_out
 
 
 def launched_options(command) -> list[str]:

@@ -1,6 +1,5 @@
 """What is written for people is current: generated pages, tables and the picture, the links, the README's length."""
 
-import importlib.util
 import json
 import re
 from itertools import product
@@ -11,21 +10,14 @@ from xml.etree import ElementTree
 import pytest
 
 from sat_lora.lora.targets import PRESETS
+from tests.support.paths import ROOT
+from tests.support.scripts import load_file
 
-ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 READMES = ("README.md", "README_zh.md")
 PAGES = sorted([*DOCS.rglob("*.md"), *ROOT.glob("*.md"), *(ROOT / "benchmarks").glob("*.md")])
 LINK = re.compile(r"\]\((?!\w+:)([^)#\s]*)(?:#([^)\s]+))?\)")
 FENCED = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
-
-
-def load_tool(name: str):
-    """A script of docs/tools/, as a module."""
-    specification = importlib.util.spec_from_file_location(f"docs_{name}", DOCS / "tools" / f"{name}.py")
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
 
 
 def read(path) -> str:
@@ -40,11 +32,13 @@ def anchors_of(page: Path) -> set[str]:
 
 
 def test_the_page_of_options_is_that_of_the_parsers():
-    assert load_tool("options_page").page() == read("docs/options.md"), "run python docs/tools/options_page.py"
+    assert load_file(DOCS / "tools" / "options_page.py").page() == read("docs/options.md"), (
+        "run python docs/tools/options_page.py"
+    )
 
 
 def test_the_picture_is_what_the_script_draws_and_shows_every_preset():
-    drawn = load_tool("towers").picture()
+    drawn = load_file(DOCS / "tools" / "towers.py").picture()
     assert drawn == read("docs/pictures/towers.svg"), "run python docs/tools/towers.py"
     texts = [node.text for node in ElementTree.fromstring(drawn).iter() if node.get("class") == "p"]
     assert set(PRESETS) <= set("\n".join(texts).replace("-\n", "-").split("\n"))
@@ -67,7 +61,7 @@ def test_both_readmes_have_the_same_sections_commands_and_tables():
 
 
 def test_the_table_of_gpus_is_one_that_the_script_writes():
-    tool = load_tool("gpu_table")
+    tool = load_file(DOCS / "tools" / "gpu_table.py")
     for page, (head, too_large) in tool.HEADS.items():
         lines = read(page).split(head + "\n")[1].split("\n\n")[0].split("\n")
         sizes = [float(line.split(" | ")[2]) for line in lines[1:]]
@@ -79,7 +73,7 @@ def test_the_table_of_gpus_is_one_that_the_script_writes():
 def test_the_table_of_gpus_is_what_estimate_says(tmp_path):
     from benchmarks.models import config_of
 
-    tool, config = load_tool("gpu_table"), tmp_path / "model_config.json"
+    tool, config = load_file(DOCS / "tools" / "gpu_table.py"), tmp_path / "model_config.json"
     config.write_text(json.dumps(config_of("full")))
     for layout in (tool.LAYOUTS[0], tool.LAYOUTS[-1]):
         assert f"| `{layout.options}` | {tool.gigabytes(layout, config):.1f} |" in read("README.md")

@@ -3,7 +3,6 @@
 import json
 import shutil
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,12 +12,11 @@ from sat_lora.doctor import diagnose as before_run
 from sat_lora.doctor.diagnose import diagnose
 from sat_lora.findings.finding import as_text
 from sat_lora.training.settings.options import parse_options
-from tests.conftest import write_images
-from tests.finetune_demo.test_finetune_cogvlm import options_for
 from tests.support.branching_cogvlm import branch_on_data
+from tests.support.demo_runs import options_for
+from tests.support.paths import TINY_BASE
+from tests.support.picture_files import write_images
 from tests.support.ranks import run_ranks
-
-BASE = Path(__file__).parents[2] / "finetune_demo" / "tiny_cogvlm"
 
 
 def told_by(arguments, plant=None):
@@ -118,7 +116,7 @@ def test_broken_files_and_cut_answers_are_found(tmp_path):
 
 
 def test_an_image_length_that_its_image_size_does_not_give_is_found(captchas, tmp_path):
-    base = shutil.copytree(BASE, tmp_path / "base")
+    base = shutil.copytree(TINY_BASE, tmp_path / "base")
     config = json.loads((base / "model_config.json").read_text())
     (base / "model_config.json").write_text(json.dumps({**config, "image_length": config["image_length"] - 1}))
     arguments = options_for(captchas, tmp_path, "--from_pretrained", str(base))

@@ -2,13 +2,12 @@
 
 import ast
 import re
-from pathlib import Path
 
 import pytest
 
 from sat_lora.findings.codes import CODES
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).parents[2]
 PARTS = ["Symptom", "Cause", "Fix", "Test"]
 
 

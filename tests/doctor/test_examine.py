@@ -8,12 +8,12 @@ from torch.utils.checkpoint import checkpoint
 
 from sat_lora import LoraConfig, add_lora
 from sat_lora.cogvlm.network import head
-from sat_lora.doctor.batches import kinds_of
 from sat_lora.doctor.examine import examine
 from sat_lora.lora.apply import adapters_of
 from sat_lora.parallel.distributed import arrange, join
 from sat_lora.training.steps.loss import answer_loss_sum as loss_of
 from tests.support.branching_cogvlm import branch_on_data
+from tests.support.examined import batches_of, tiny, told
 from tests.support.ranks import run_ranks
 from tests.support.sat_oracle import with_sats
 from tests.support.sat_subjects import SUBJECTS
@@ -22,21 +22,6 @@ from tests.support.tiny import tiny_batch, tiny_model
 from tests.support.training_runs import mixed_batch
 
 VIT = "mixins.eva.vit_model"
-
-
-def tiny(world, config=None, *, checkpoint=False, **settings):
-    model = tiny_model(checkpoint_activations=checkpoint, vit_checkpoint_activations=checkpoint, **settings).train()
-    add_lora(model, config or LoraConfig(r=4, lora_dropout=0.1))
-    torch.manual_seed(world.data_parallel_rank)
-    return model
-
-
-def batches_of(world):
-    return kinds_of(tiny_batch((True, False), seed=world.data_parallel_rank), world.data_parallel_rank)
-
-
-def told(findings):
-    return [(one.code, one.ranks, one.module, one.parameter) for one in findings]
 
 
 # Healthy

@@ -12,9 +12,10 @@ from PIL import Image
 from sat_lora import DataError
 from sat_lora.cogvlm.inputs.image import load_image
 from sat_lora.training.runs.run_folder import read_records
-from tests.conftest import write_images
-from tests.finetune_demo.test_finetune_cogvlm import options_for, run_script
+from tests.support.demo_runs import options_for
+from tests.support.picture_files import write_images
 from tests.support.ranks import run_ranks
+from tests.support.scripts import run_script
 
 SAMPLES = 40
 

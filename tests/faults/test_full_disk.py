@@ -4,32 +4,17 @@ A limit on the size of a file stands for a full disk: the same writes fail, with
 """
 
 import os
-import resource
-import signal
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from sat_lora import AdapterError, add_lora, load_adapter, save_adapter
 from sat_lora.parallel.distributed import arrange, join
+from tests.support.full_disks import largest_file
 from tests.support.ranks import run_ranks
 from tests.support.tiny import fill_adapters, tiny_model
 
 SIZES = 20
-
-
-@contextmanager
-def largest_file(size: int):
-    """Within the block no file of this process grows beyond `size` bytes."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, handler)
 
 
 def tiny_lora(**settings):

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from tests.support.runs import kill_group, last_step, options_for, outcome, run_to_end, started, wait_for
+from tests.support.demo_runs import kill_group, last_step, options_that_save, outcome, run_to_end, started, wait_for
 
 STEPS = 12
 
@@ -13,9 +13,9 @@ STEPS = 12
 def survive_kills(captchas, tmp_path, kills, launcher=None, *more):
     """Kill -9 the whole group at a random moment after some new step was logged, `kills` times, then let it end."""
     options = ("--train-iters", str(STEPS), *more)
-    run_to_end(launcher, options_for(captchas, tmp_path / "whole", *options), tmp_path / "whole.log")
+    run_to_end(launcher, options_that_save(captchas, tmp_path / "whole", *options), tmp_path / "whole.log")
     run, choose = tmp_path / "cut" / "run", random.Random(7)
-    arguments = options_for(captchas, tmp_path / "cut", *options)
+    arguments = options_that_save(captchas, tmp_path / "cut", *options)
     for number in range(kills):
         log = tmp_path / f"cut_{number}.log"
         with started(launcher, arguments, log) as process:

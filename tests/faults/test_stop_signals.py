@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from tests.support.runs import last_line, last_step, options_for, outcome, run_to_end, started, wait_for
+from tests.support.demo_runs import last_line, last_step, options_that_save, outcome, run_to_end, started, wait_for
 
 STEPS = 12
 
@@ -28,14 +28,14 @@ def test_a_stopped_run_resumes_as_if_it_was_not(captchas, tmp_path):
     """SIGTERM to a group, data workers included, as a scheduler sends it; the save is not at a --save-interval."""
     more = ("--num-workers", "1", "--save-interval", "1000", "--eval-interval", "4", "--eval-iters", "1")
     run, log = tmp_path / "cut" / "run", tmp_path / "log"
-    options = options_for(captchas, tmp_path / "cut", *more, "--train-iters", str(STEPS))
+    options = options_that_save(captchas, tmp_path / "cut", *more, "--train-iters", str(STEPS))
     assert stop(None, options, run, log, signal.SIGTERM, True) == 143
     said = r"stopped by SIGTERM after step (\d+); resume with: .*python.* .*finetune_cogvlm.py --resume (.*)"
     words = re.fullmatch(said, last_line(log))
     step = int(words[1])
     assert 3 <= step < STEPS and words[2] == str(run)
     run_to_end(None, ["--resume", str(run)], tmp_path / "rest.log")
-    whole_options = options_for(captchas, tmp_path / "whole", *more, "--train-iters", str(STEPS))
+    whole_options = options_that_save(captchas, tmp_path / "whole", *more, "--train-iters", str(STEPS))
     run_to_end(None, whole_options, tmp_path / "whole.log")
     (cut_losses, cut), (losses, whole) = outcome(run), outcome(tmp_path / "whole" / "run")
     assert cut_losses == losses
@@ -59,7 +59,7 @@ def test_a_stopped_run_resumes_as_if_it_was_not(captchas, tmp_path):
 )
 def test_every_launcher_lets_the_ranks_save(captchas, tmp_path, launcher, number, whole_group, status):
     run, log = tmp_path / "cut" / "run", tmp_path / "log"
-    options = options_for(captchas, tmp_path / "cut", "--num-workers", "1", "--train-iters", "400")
+    options = options_that_save(captchas, tmp_path / "cut", "--num-workers", "1", "--train-iters", "400")
     assert stop(launcher, options, run, log, number, whole_group) == status
     # Launchers turn SIGINT into SIGTERM for their ranks.
     step = re.search(r"stopped by SIG(TERM|INT|HUP) after step (\d+); resume with", log.read_text())

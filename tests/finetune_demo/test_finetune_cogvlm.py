@@ -1,15 +1,9 @@
 """finetune_cogvlm.py as users start it: DeepSpeed's launcher, torchrun, wrong options, an interrupted run."""
 
-import contextlib
 import dataclasses
 import hashlib
-import importlib.util
-import io
 import json
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import safetensors
@@ -18,14 +12,11 @@ from sat_lora.adapters.format import read_adapter
 from sat_lora.lora.config import LoraConfig
 from sat_lora.training.settings.lora_options import lora_config
 from sat_lora.training.settings.options import parse_options
-from tests.conftest import write_images
-from tests.support.patience import patient
-from tests.support.ranks import free_port, run_ranks
-
-DEMO = Path(__file__).parents[2] / "finetune_demo"
-BASE = DEMO / "tiny_cogvlm"
-BIN = Path(sys.executable).parent
-
+from tests.support.demo_runs import launch, losses_of, options_for
+from tests.support.paths import TINY_BASE
+from tests.support.picture_files import write_images
+from tests.support.ranks import run_ranks
+from tests.support.scripts import run_script
 
 LORA = (
     *("--r", "8", "--lora_alpha", "12", "--lora_dropout", "0.2", "--use_rslora", "--lr_ratio", "4"),
@@ -45,36 +36,8 @@ LORA = (
 )
 
 
-def options_for(captchas, runs, *more):
-    return [
-        *("--train-data", str(captchas / "train"), "--valid-data", str(captchas / "valid")),
-        *("--save", str(runs), "--experiment-name", "run", "--batch-size", "8", "--log-interval", "1"),
-        *("--num-workers", "0", "--version", "base", "--max_length", "64", "--lr", "3e-3", *more),
-    ]
-
-
-def start(launcher, options, timeout=100):
-    environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "PYTHONPATH": str(DEMO.parent)}
-    return subprocess.run(
-        [*launcher, str(DEMO / "finetune_cogvlm.py"), *options],
-        capture_output=True, text=True, timeout=patient(timeout), env=environment, cwd=DEMO.parent,
-    )  # fmt: skip
-
-
-def launcher(kind, ranks=2):
-    port = str(free_port())
-    if kind == "deepspeed":
-        return [str(BIN / "deepspeed"), "--num_gpus", str(ranks), "--master_port", port]
-    return [str(BIN / "torchrun"), "--nproc_per_node", str(ranks), "--master_port", port]
-
-
 def fingerprint(folder):
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.rglob("*") if p.is_file()}
-
-
-def losses_of(run):
-    records = [json.loads(line) for line in (run / "train.jsonl").read_text().splitlines()]
-    return [record["loss"] for record in records if "loss" in record]
 
 
 @pytest.mark.parametrize(
@@ -88,12 +51,12 @@ def losses_of(run):
     ],
 )
 def test_two_launched_ranks_learn_and_leave_the_base_alone(kind, stage, captchas, tmp_path):
-    before = fingerprint(BASE)
+    before = fingerprint(TINY_BASE)
     extra = ("--train-iters", "12", "--zero-stage", str(stage), "--test-data", str(captchas / "test"))
     extra += ("--bf16", "--checkpoint-activations", "--vit_checkpoint_activations") if kind == "torchrun" else ()
-    done = start(launcher(kind), options_for(captchas, tmp_path, *extra))
+    done = launch(kind, options_for(captchas, tmp_path, *extra))
     assert done.returncode == 0, done.stderr[-3000:]
-    assert fingerprint(BASE) == before
+    assert fingerprint(TINY_BASE) == before
     run = tmp_path / "run"
     losses = losses_of(run)
     assert len(losses) == 12 and sum(losses[-3:]) < 0.9 * sum(losses[:3])
@@ -128,28 +91,6 @@ def check_checkpoint(folder):
     assert {name.partition(".")[0] for name in names} == {"master", "exp_avg", "exp_avg_sq"}
 
 
-def run_script(argv, refuse_to_load=False):
-    """main(argv) in this process: (status, what it wrote to stderr)."""
-    import sat_lora.training.prepare as prepare
-
-    if refuse_to_load:
-
-        def load_cogvlm(*args, **kwargs):
-            raise RuntimeError("the model was loaded")
-
-        prepare.load_cogvlm = load_cogvlm
-    spec = importlib.util.spec_from_file_location("finetune_cogvlm", DEMO / "finetune_cogvlm.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    errors = io.StringIO()
-    with contextlib.redirect_stderr(errors):
-        try:
-            status = script.main(argv)
-        except SystemExit as stop:
-            status = stop.code
-    return status, errors.getvalue()
-
-
 def wrong_options(captchas, tmp_path):
     empty, unreadable = tmp_path / "empty", tmp_path / "unreadable"
     empty.mkdir()
@@ -169,7 +110,7 @@ def wrong_options(captchas, tmp_path):
         "a length too short": ([*good, "--max_length", "20"], "--max_length: 20 is too short"),
         "a missing tokenizer": ([*good, "--local_tokenizer", "no/where"], "--local_tokenizer: no/where is neither"),
         "a base that is a file": (
-            [*good, "--from_pretrained", str(BASE / "latest")],
+            [*good, "--from_pretrained", str(TINY_BASE / "latest")],
             "--from_pretrained: .*latest is a file; give the model folder",
         ),
         "a rank of zero": ([*good, "--lora_rank", "0"], "error: --r has to be a whole number of at least 1, got 0"),
@@ -195,7 +136,7 @@ def test_a_mistake_ends_before_the_model_loads(case, captchas, tmp_path):
 @pytest.mark.matrix
 def test_ranks_that_do_not_divide_are_told_once(captchas, tmp_path):
     options = options_for(captchas, tmp_path, "--model-parallel-size", "4")
-    done = start(launcher("torchrun"), options)
+    done = launch("torchrun", options)
     assert done.returncode != 0
     assert done.stderr.count("--model-parallel-size: 2 ranks do not divide into groups of 4") == 1
     assert 'finetune_cogvlm.py", line' not in done.stderr

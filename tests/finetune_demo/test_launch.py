@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from sat_lora.training.settings.options import parse_options
+from tests.support.paths import DEMO
 
-DEMO = Path(__file__).parents[2] / "finetune_demo"
 LAUNCH = DEMO / "launch"
 SCONTROL = """#!/usr/bin/env bash
 case "$2" in

@@ -8,7 +8,9 @@ import captcha.image
 import pytest
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "finetune_demo"))
+from tests.support.paths import DEMO
+
+sys.path.insert(0, str(DEMO))
 from make_captchas import STRINGS, draw_captcha, make_captchas, plan, seeded_draws, split_strings
 
 pytestmark = pytest.mark.timeout(60)

@@ -1,7 +1,6 @@
 """Packed captchas, and finetune_cogvlm.py on them."""
 
 import contextlib
-import importlib.util
 import io
 import shutil
 
@@ -9,8 +8,9 @@ import pytest
 
 from sat_lora.data.samples import read_items
 from sat_lora.data.shards.shards import expand_shards, find_records
-from tests.conftest import write_images
-from tests.finetune_demo.test_finetune_cogvlm import DEMO, launcher, losses_of, options_for, start
+from tests.support.demo_runs import launch, losses_of, options_for
+from tests.support.picture_files import write_images
+from tests.support.scripts import load_script
 
 
 def pack(data, out, samples_per_shard) -> str:
@@ -20,13 +20,6 @@ def pack(data, out, samples_per_shard) -> str:
     with contextlib.redirect_stdout(said):
         assert load_script("pack_shards").main(argv) == 0
     return said.getvalue().rsplit("--train-data", 1)[1].strip().strip("'")
-
-
-def load_script(name):
-    spec = importlib.util.spec_from_file_location(name, DEMO / f"{name}.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    return script
 
 
 @pytest.mark.parametrize("samples_per_shard, shards", [(4, 3), (10, 1)])
@@ -75,7 +68,7 @@ def test_a_run_on_shards_ends_on_every_rank_and_resumes_bit_for_bit(captchas, tm
     train, valid = pack(images, tmp_path / "train", 9), pack(captchas / "valid", tmp_path / "valid", 9)
 
     def run(*options):
-        done = start(launcher("deepspeed", ranks), options)
+        done = launch("deepspeed", options, ranks)
         assert done.returncode == 0, done.stderr[-3000:]
 
     def run_new(name, *more):

@@ -1,7 +1,6 @@
 """The demo's base model, as committed."""
 
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -9,20 +8,19 @@ import torch
 from sat_lora.cogvlm import build_cogvlm, load_cogvlm
 from sat_lora.cogvlm.checkpoints.load import map_weights, read_config, weight_files
 from sat_lora.cogvlm.inputs.text import PROMPTS, build_sample, load_tokenizer, prompt_for
+from tests.support.paths import DEMO, TINY_BASE
 
-DEMO = Path(__file__).resolve().parents[2] / "finetune_demo"
 sys.path.insert(0, str(DEMO))
-from clean_strings import clean_strings, colour  # noqa: E402
-from make_tiny_cogvlm import CONFIG, SIZE  # noqa: E402
-from tiny_tokenizer import write_tokenizer  # noqa: E402
+from clean_strings import clean_strings, colour
+from make_tiny_cogvlm import CONFIG, SIZE
+from tiny_tokenizer import write_tokenizer
 
 pytestmark = pytest.mark.timeout(120)
-TINY = DEMO / "tiny_cogvlm"
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return load_tokenizer(TINY)
+    return load_tokenizer(TINY_BASE)
 
 
 def read(model, tokenizer, images: torch.Tensor) -> list[str]:
@@ -47,13 +45,13 @@ def read(model, tokenizer, images: torch.Tensor) -> list[str]:
 
 
 def test_it_is_small_enough_to_be_committed():
-    assert sum(file.stat().st_size for file in TINY.rglob("*") if file.is_file()) <= 8 * 2**20
+    assert sum(file.stat().st_size for file in TINY_BASE.rglob("*") if file.is_file()) <= 8 * 2**20
 
 
 def test_every_weight_is_there_in_bfloat16_and_no_other():
-    (file,) = weight_files(TINY)
+    (file,) = weight_files(TINY_BASE)
     state = map_weights(file)
-    model = build_cogvlm(read_config(TINY))
+    model = build_cogvlm(read_config(TINY_BASE))
     assert {name: value.shape for name, value in state.items()} == {
         name: value.shape for name, value in model.state_dict().items()
     }
@@ -62,11 +60,11 @@ def test_every_weight_is_there_in_bfloat16_and_no_other():
 
 
 def test_the_config_and_the_tokenizer_are_what_the_script_writes(tmp_path, tokenizer):
-    config = read_config(TINY)
+    config = read_config(TINY_BASE)
     assert config == CONFIG
     write_tokenizer(tmp_path, config["max_sequence_length"])
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        assert (tmp_path / name).read_text() == (TINY / name).read_text()
+        assert (tmp_path / name).read_text() == (TINY_BASE / name).read_text()
     ids = tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id
     assert ids == (config["pad_token_id"], config["bos_token_id"], config["eos_token_id"], 3)
     assert len(tokenizer) <= config["vocab_size"]
@@ -96,7 +94,7 @@ def test_prompts_use_whole_words(tokenizer, version):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_it_reads_clean_strings(tokenizer, dtype):
-    model, _ = load_cogvlm(TINY, dtype=dtype)
+    model, _ = load_cogvlm(TINY_BASE, dtype=dtype)
     masks, texts = clean_strings(200, SIZE, seed=4711)
     with torch.no_grad():
         answers = read(model.eval(), tokenizer, colour(masks, torch.Generator().manual_seed(0)))

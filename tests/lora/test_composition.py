@@ -6,8 +6,7 @@ import torch
 from sat_lora import LoraMixin, add_lora
 from sat_lora._sat import ColumnParallelLinear, RowParallelLinear
 from sat_lora.lora.apply import adapters_of
-from tests.lora.test_mixin import adapter_gradients
-from tests.support.tiny import fill_adapters, logits_of, tiny_batch, tiny_model
+from tests.support.tiny import adapter_gradients, fill_adapters, logits_of, tiny_batch, tiny_model
 
 pytestmark = pytest.mark.usefixtures("single_process_group")
 

@@ -12,7 +12,7 @@ from sat.model import BaseModel
 from sat_lora import ConfigError, LoraConfig, LoraMixin, add_lora, describe, describe_text
 from sat_lora.lora.apply import adapters_of
 from sat_lora.lora.mixin import lora_mixins
-from tests.support.tiny import fill_adapters, logits_of, tiny_batch, tiny_model
+from tests.support.tiny import adapter_gradients, fill_adapters, logits_of, tiny_batch, tiny_model
 
 pytestmark = pytest.mark.usefixtures("single_process_group")
 
@@ -20,12 +20,6 @@ pytestmark = pytest.mark.usefixtures("single_process_group")
 def remove_lora(model):
     model.del_mixin("lora")
     model.mixins["eva"].vit_model.del_mixin("lora")
-
-
-def adapter_gradients(model, batch):
-    model.train()
-    logits_of(model, batch).float().pow(2).mean().backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

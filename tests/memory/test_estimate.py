@@ -1,15 +1,14 @@
 """`sat-lora estimate`: a run's memory for any size, without weights and without a GPU."""
 
 import json
-from pathlib import Path
 
 import pytest
 
 from sat_lora.cli import main
 from sat_lora.errors import ConfigError
+from tests.support.paths import TINY_BASE
 from tests.support.ranks import run_ranks
 
-BASE = Path(__file__).parents[2] / "finetune_demo" / "tiny_cogvlm"
 # CogVLM-17B's own sizes.
 LARGE = dict(num_layers=32, hidden_size=4096, num_attention_heads=32, inner_hidden_size=11008, vocab_size=32000)
 LARGE_VIT = dict(num_layers=63, hidden_size=1792, num_attention_heads=16, inner_hidden_size=15360)
@@ -33,7 +32,7 @@ def estimate(*arguments):
 
 @pytest.fixture(scope="module")
 def cogvlm_17b(tmp_path_factory):
-    config = json.loads((BASE / "model_config.json").read_text())
+    config = json.loads((TINY_BASE / "model_config.json").read_text())
     vit = {**config["eva_args"], **LARGE_VIT, "image_size": [490, 490], "patch_size": 14}
     path = tmp_path_factory.mktemp("large") / "model_config.json"
     path.write_text(json.dumps({**config, **LARGE, "image_length": 1225, "eva_args": vit}))
@@ -51,14 +50,14 @@ def test_seventeen_billion_weights_are_estimated_from_a_config_alone(cogvlm_17b)
 
 
 def test_what_does_not_fit_has_status_1_and_advice():
-    options = ["--from_pretrained", BASE, "--max_length", "64", "--device-memory", "0.01"]
+    options = ["--from_pretrained", TINY_BASE, "--max_length", "64", "--device-memory", "0.01"]
     status, output, _ = estimate(*options)
     assert status == 1 and "it does not fit: in this order: --checkpoint-activations" in output
 
 
 def test_checkpointing_and_sharing_take_less():
     def of(*more):
-        return json.loads(estimate("--from_pretrained", BASE, "--max_length", "64", "--json", *more)[1])
+        return json.loads(estimate("--from_pretrained", TINY_BASE, "--max_length", "64", "--json", *more)[1])
 
     plain, checkpointed = of("--gpus", "2"), of("--gpus", "2", "--checkpoint-activations")
     assert checkpointed["activations"] < plain["activations"]
@@ -70,7 +69,7 @@ def test_checkpointing_and_sharing_take_less():
 def test_a_batch_of_all_ranks_in_a_deepspeed_file_is_divided_by_them(tmp_path):
     file = tmp_path / "deepspeed.json"
     file.write_text(json.dumps({"train_batch_size": 8}))
-    common = ("--from_pretrained", BASE, "--max_length", "64", "--gpus", "4", "--json")
+    common = ("--from_pretrained", TINY_BASE, "--max_length", "64", "--gpus", "4", "--json")
     divided = json.loads(estimate(*common, "--deepspeed_config", file)[1])
     assert divided == json.loads(estimate(*common, "--batch-size", "2")[1])
 
@@ -82,8 +81,14 @@ def test_a_batch_of_all_ranks_in_a_deepspeed_file_is_divided_by_them(tmp_path):
             ["--from_pretrained", "nowhere.json"],
             "--from_pretrained: nowhere.json is not a SAT model folder: it does not exist",
         ),
-        (["--from_pretrained", BASE, "--gpus", "3", "--model-parallel-size", "2"], "--gpus: got 3, wanted a multiple"),
-        (["--from_pretrained", BASE, "--max_length", "9"], "--max_length: 9 is too short, an image and two tokens"),
+        (
+            ["--from_pretrained", TINY_BASE, "--gpus", "3", "--model-parallel-size", "2"],
+            "--gpus: got 3, wanted a multiple",
+        ),
+        (
+            ["--from_pretrained", TINY_BASE, "--max_length", "9"],
+            "--max_length: 9 is too short, an image and two tokens",
+        ),
     ],
 )
 def test_a_mistake_is_one_line_and_status_2(arguments, message):
@@ -106,4 +111,4 @@ def test_without_any_option_the_demo_is_named(capsys, monkeypatch):
     monkeypatch.setattr("sat_lora.memory.estimate_run.estimate_run", stop)
     assert main(["estimate"]) == 2
     said = capsys.readouterr().err
-    assert f"of the embedded tiny CogVLM, {BASE}\n" in said and f"came to {BASE}" in said
+    assert f"of the embedded tiny CogVLM, {TINY_BASE}\n" in said and f"came to {TINY_BASE}" in said

@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.models import batch_of, config_of
 from sat_lora import LoraConfig, add_lora
 from sat_lora.cogvlm import build_cogvlm
 from sat_lora.memory.components import GLOO_THREADS, Memory, memory_findings, memory_table
@@ -19,21 +18,13 @@ from sat_lora.parallel.distributed import arrange, join
 from sat_lora.training.steps.engine import adapter_optimizer, start_engine
 from sat_lora.training.steps.loss import answer_loss_sum
 from sat_lora.training.steps.optimizer_state import create_moments
+from tests.support.estimated_models import DTYPES, ENGINE, rows_of, sizes
 from tests.support.memory import anonymous_memory, data_memory, peak_of_anonymous_memory
 from tests.support.ranks import run_ranks
 
 CPU, WORDS = torch.device("cpu"), 24
 LORA = LoraConfig(r=8, lora_dropout=0.1)
 PATIENCE = 300  # seconds, on a machine with other work
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-ENGINE = {"train_micro_batch_size_per_gpu": 1, "zero_allow_untested_optimizer": True}
-
-
-def sizes(name):
-    """A model_config.json: tiny, or large enough for a process's memory to be a measure (82 million weights)."""
-    config = config_of("small" if name == "large" else "tiny")
-    vit = {**config["eva_args"], "num_attention_heads": 4}
-    return {**config, "num_layers": 2 if name == "large" else 3, "num_attention_heads": 4, "eva_args": vit}
 
 
 def engine_config(stage, dtype):
@@ -50,12 +41,6 @@ def built(name, dtype, checkpoint, parts):
             parameter.normal_(std=0.02)
     add_lora(model, LORA)
     return model.train(), config
-
-
-def rows_of(config, rows):
-    """A batch as `collate` makes it, with images in float32, which the model casts."""
-    one = batch_of(config, WORDS, CPU, torch.float32)
-    return {key: value.repeat(rows, *[1] * (value.dim() - 1)) for key, value in one.items()}
 
 
 def step_of(config, dtype, checkpoint, rows, parts):

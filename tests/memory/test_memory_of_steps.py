@@ -17,7 +17,7 @@ from sat_lora.parallel.partitioned import Partitioning
 from sat_lora.training.steps.engine import adapter_optimizer, set_up_deepspeed, start_engine
 from sat_lora.training.steps.loss import answer_loss_sum
 from sat_lora.training.steps.optimizer_state import create_moments
-from tests.memory.test_memory import DTYPES, ENGINE, WORDS, rows_of, sizes
+from tests.support.estimated_models import DTYPES, ENGINE, WORDS, rows_of, sizes
 from tests.support.ranks import run_ranks
 
 ROWS, BUCKET = 4, 100_000

@@ -3,7 +3,6 @@
 Every fault begins at the third step, on rank 1.
 """
 
-import importlib.util
 import os
 import random
 import signal
@@ -16,7 +15,7 @@ import torch
 
 from tests.support.patience import patient
 from tests.support.ranks import become_rank, free_port, process_context
-from tests.support.runs import DEMO
+from tests.support.scripts import load_script
 
 STEP = 3
 LIMIT = 2.0  # seconds, --watchdog-limit
@@ -169,7 +168,4 @@ def run_faulty(fault, options, folder, timeout=60, ranks=2):
 def _run_rank(output, rank, size, port, fault, options):
     become_rank(output, rank, size, port)
     fault()
-    spec = importlib.util.spec_from_file_location("finetune_cogvlm", DEMO / "finetune_cogvlm.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    sys.exit(script.main(options))
+    sys.exit(load_script("finetune_cogvlm").main(options))

@@ -3,6 +3,7 @@
 import io
 import struct
 import zlib
+from pathlib import Path
 
 from PIL import Image
 
@@ -24,3 +25,10 @@ def chunked_png(rows: list[bytes], width: int, bits: int, colour_type: int, *, h
     extra = b"".join(chunk(name.encode(), data) for name, data in chunks.items())
     data = chunk(b"IDAT", zlib.compress(b"".join(b"\0" + row for row in rows)))
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", sizes) + extra + data + chunk(b"IEND", b"")
+
+
+def write_images(folder: Path, names: list[str]) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, name in enumerate(names):
+        Image.new("RGB", (21, 21), (number * 20 % 256, 90, 200)).save(folder / name)
+    return folder

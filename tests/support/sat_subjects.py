@@ -179,3 +179,19 @@ def loss_of(output: torch.Tensor) -> torch.Tensor:
     """A sum with seeded random weights, so that no part of the output cancels another."""
     weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(3), dtype=output.dtype)
     return (output * weights).sum() / output[0].numel() ** 0.5
+
+
+def relative_error(got, expected):
+    return abs(got - expected).max() / abs(expected).max()
+
+
+def sums_of_sat(model: str, tensor: str) -> int:
+    """How often SAT 0.4.12 itself counts the gradient below a head, on two ranks.
+
+    Its transformer sums what reaches the head's input over the ranks. That is right for SAT's default head, where each
+    rank has a part. A head that is a parallel or plain linear has summed already, or has the whole; and the encoder's
+    final mixin sums once more. The base's own gradients are too large by the same factor.
+    """
+    if model == "encoder-decoder":
+        return 4 if tensor.startswith("encoder.") else 1
+    return 1 if "lm_head" in tensor or "classifier" in tensor or model in ("plain", "geglu in two blocks") else 2

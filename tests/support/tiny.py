@@ -116,3 +116,9 @@ def logits_of(model, batch: dict) -> torch.Tensor:
         image_embed_mask=batch["image_embed_mask"],
         vision_expert_mask=batch["vision_expert_mask"],
     )[0]
+
+
+def adapter_gradients(model, batch):
+    model.train()
+    logits_of(model, batch).float().pow(2).mean().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}

@@ -13,11 +13,11 @@ from sat_lora.cogvlm.inputs.image import load_image
 from sat_lora.cogvlm.inputs.text import build_sample, load_tokenizer, prompt_for
 from sat_lora.parallel.distributed import arrange, join
 from sat_lora.training.evaluation import evaluate_adapter, evaluation_table
+from tests.support.paths import TINY_BASE
 from tests.support.patience import patient
 from tests.support.ranks import run_ranks
 from tests.support.tiny import fill_adapters, logits_of
 
-BASE = Path(__file__).parents[2] / "finetune_demo" / "tiny_cogvlm"
 LORA = dict(r=4, modules_to_save=["boi"])
 QUERIES = ("CAPTCHA:", "A", "CAPTCHA: what is it?")  # prompts of one batch have several lengths
 
@@ -49,8 +49,8 @@ def prepare(folder, captchas):
     """An adapter that changes what is read, and items whose answers are what base or adapter really say."""
     arrange(join())
     torch.set_num_threads(1)
-    tokenizer, paths = load_tokenizer(BASE), sorted(Path(captchas, "test").rglob("*.png"))[:12]
-    model, _ = load_cogvlm(BASE)
+    tokenizer, paths = load_tokenizer(TINY_BASE), sorted(Path(captchas, "test").rglob("*.png"))[:12]
+    model, _ = load_cogvlm(TINY_BASE)
     model.eval()
     questions = [(path, QUERIES[number % len(QUERIES)]) for number, path in enumerate(paths)]
     base_says = [read_plainly(model, tokenizer, *question) for question in questions]
@@ -59,7 +59,7 @@ def prepare(folder, captchas):
     with torch.no_grad():
         model.mixins["eva"].boi += 0.3
     save_adapter(model, folder / "adapter")
-    model, _ = load_cogvlm(BASE)
+    model, _ = load_cogvlm(TINY_BASE)
     load_adapter(model.eval(), folder / "adapter")
     adapter_says = [read_plainly(model, tokenizer, *question) for question in questions]
     answers = base_says[:6] + adapter_says[6:9] + ["never said"] * 3
@@ -73,13 +73,13 @@ def evaluate(folder, batch_size, model_parallel=1, with_trained_model=False):
     world = arrange(join(), model_parallel)
     torch.set_num_threads(1)
     options = Namespace(
-        from_pretrained=BASE, local_tokenizer=BASE, test_data=[str(folder / "items.jsonl")], version="base",
+        from_pretrained=TINY_BASE, local_tokenizer=TINY_BASE, test_data=[str(folder / "items.jsonl")], version="base",
         prompt="CAPTCHA:", max_length=64, eval_batch_size=batch_size, bf16=False, fp16=False,
         model_parallel_size=model_parallel, trust_checkpoint=False,
     )  # fmt: skip
     if not with_trained_model:
         return evaluate_adapter(options, folder / "adapter", world)
-    trained = load_cogvlm(BASE, model_parallel_size=model_parallel)
+    trained = load_cogvlm(TINY_BASE, model_parallel_size=model_parallel)
     add_lora(trained[0].train(), **LORA)
     fill_adapters(trained[0], seed=1)  # not what was saved
     with torch.no_grad():
@@ -113,10 +113,12 @@ def test_the_script_tells_a_mistake_in_one_message(option, message, tmp_path, ca
     import sys
 
     (tmp_path / "nothing").mkdir()
-    script = BASE.parent / "evaluate_cogvlm.py"
-    good = ["--from_pretrained", str(BASE), "--adapter", str(tmp_path), "--test-data", str(captchas / "test")]
+    script = TINY_BASE.parent / "evaluate_cogvlm.py"
+    good = ["--from_pretrained", str(TINY_BASE), "--adapter", str(tmp_path), "--test-data", str(captchas / "test")]
     own_group = ("MASTER_PORT", "RANK", "WORLD_SIZE")  # this process may be one of its own
-    environment = {k: v for k, v in os.environ.items() if k not in own_group} | {"PYTHONPATH": str(BASE.parents[1])}
+    environment = {k: v for k, v in os.environ.items() if k not in own_group} | {
+        "PYTHONPATH": str(TINY_BASE.parents[1])
+    }
     done = subprocess.run(
         [sys.executable, str(script), *good, option, str(tmp_path / "nothing")],
         capture_output=True, text=True, timeout=patient(100), env=environment,

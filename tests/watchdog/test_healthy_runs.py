@@ -17,17 +17,13 @@ from sat_lora.watchdog.rank_state import read_states
 from sat_lora.watchdog.trace import Trace
 from sat_lora.watchdog.verdict import verdict
 from sat_lora.watchdog.watchdog import ALARM, FIRST, Watchdog
-from tests.finetune_demo.test_finetune_cogvlm import options_for
 from tests.support import faulty_runs
+from tests.support.demo_runs import options_for
 from tests.support.faulty_runs import run_faulty
 from tests.support.tiny import tiny_model
+from tests.support.traces import trace_of_a_linear
 
 PHASES = ("data", "reduce", "forward", "backward", "reduce", "optimizer", "save")
-
-
-def trace_of_a_linear(folder):
-    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Dropout())
-    return model, Trace(folder, model, rank=0, world_size=1)
 
 
 @pytest.mark.usefixtures("single_process_group")

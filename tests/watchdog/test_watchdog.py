@@ -9,8 +9,8 @@ from sat_lora.watchdog.rank_files import folder_of
 from sat_lora.watchdog.rank_state import read_states
 from sat_lora.watchdog.verdict import verdict
 from sat_lora.watchdog.watchdog import ALARM
-from tests.finetune_demo.test_finetune_cogvlm import options_for
 from tests.support import faulty_runs
+from tests.support.demo_runs import options_for
 from tests.support.faulty_runs import CULPRIT, LIMIT, STEP, run_faulty
 
 

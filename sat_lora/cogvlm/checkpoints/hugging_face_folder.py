@@ -250,6 +250,8 @@ def _not_counts(section: dict, names: dict[str, str]) -> list[str]:
 
 def _some(names: list[str]) -> str:
     return ", ".join(map(printable, names[:8])) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+
 def refuse_inexpressible(config: dict, frequencies: torch.Tensor) -> None:
     """CheckpointError, with every reason why a SAT model is no CogVLM of Hugging Face, whose code fixes much.
 

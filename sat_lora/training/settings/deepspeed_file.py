@@ -475,8 +475,7 @@ def _complaints(error) -> list[str]:
 
 
 def _wrong_kinds(model, section: dict) -> Iterator[tuple[str, str]]:
-    """(key, problem) of values that pydantic would turn into another kind: a boolean for a number, a number in quotes.
-    """
+    """(key, problem) of values that pydantic would turn into another kind: true for a number, a number in quotes."""
     fields = {key: field for name, field in model.model_fields.items() for key in (name, field.alias) if key}
     for key in section.keys() & fields.keys():
         kind, value = fields[key].annotation, section[key]

@@ -9,7 +9,7 @@ from sat_lora import ConfigError
 from sat_lora.cogvlm.decoding.answer import Answer
 from sat_lora.cogvlm.decoding.generate import generate, stream
 from sat_lora.cogvlm.decoding.sampling import Sampling
-from tests.cogvlm.decoding.test_generate import NEVER, joined, prompts_of_many_kinds
+from tests.support.decoding import NEVER, joined, prompts_of_many_kinds
 from tests.support.tiny import tiny_model
 
 EOS = 2

@@ -10,7 +10,7 @@ from sat_lora.cogvlm.decoding.captured_step import CapturedStep, _first_cause, _
 from sat_lora.cogvlm.decoding.generate import Decoder, generate, inference
 from sat_lora.cogvlm.decoding.sampling import Sampling
 from sat_lora.lora.mixin import lora_mixins
-from tests.cogvlm.decoding.test_generate import NEVER, adapted_model, joined, prompts_of_many_kinds, without_cache
+from tests.support.decoding import NEVER, adapted_model, joined, prompts_of_many_kinds, without_cache
 from tests.support.tiny import tiny_model
 
 pytestmark = pytest.mark.usefixtures("single_process_group")

@@ -6,7 +6,7 @@ import torch
 from sat_lora import ConfigError
 from sat_lora.cogvlm.decoding.generate import generate
 from sat_lora.cogvlm.decoding.sampling import GREEDY, Sampling, TokenChooser
-from tests.cogvlm.decoding.test_generate import NEVER, joined, prompts_of_many_kinds, without_cache
+from tests.support.decoding import NEVER, joined, prompts_of_many_kinds, without_cache
 from tests.support.ranks import run_ranks
 from tests.support.tiny import logits_of, tiny_batch, tiny_model
 

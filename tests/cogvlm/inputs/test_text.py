@@ -5,7 +5,7 @@ import torch
 
 from sat_lora import ConfigError
 from sat_lora.cogvlm.inputs.text import build_sample, load_tokenizer, position_ids_for, prompt_for, shortest_length
-from tests.conftest import write_character_tokenizer
+from tests.support.character_tokenizer import write_character_tokenizer
 
 L = 3  # patches per image
 HISTORY = (("q1", "a1"), ("q2", "a2"))

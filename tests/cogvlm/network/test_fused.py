@@ -12,7 +12,9 @@ from sat_lora.cogvlm.network import fused
 from sat_lora.cogvlm.network.fused import rotary, silu_mul
 from sat_lora.cogvlm.network.rotary import RotaryEmbedding
 from tests.support.ranks import run_ranks
+from tests.support.triton_interpreter import in_the_interpreter
 
+IMPORTS = "import torch; from tests.cogvlm.network import test_fused"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SIZES = ((1, 1, 1, 2), (2, 5, 3, 8), (1, 7, 5, 6), (2, 3, 4, 16), (1, 0, 2, 4))  # batch, seq, heads, head_dim
 FEW_SIZES = ((1, 1, 1, 2), (1, 7, 5, 6), (1, 0, 2, 4))
@@ -93,23 +95,14 @@ def check_all(dtype, rotary_sizes=SIZES):
             check_silu_mul(dtype, shape, layout)
 
 
-def in_the_interpreter(call):
-    """In a process of its own: Triton asks for its interpreter when it is imported."""
-    script = f"import torch; from tests.cogvlm.network import test_fused; test_fused.{call}"
-    done = subprocess.run(
-        [sys.executable, "-c", script], env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-
-
 def test_kernels_equal_float64_rounded_once():
-    in_the_interpreter("check_all(torch.bfloat16, test_fused.FEW_SIZES)")
+    in_the_interpreter(f"{IMPORTS}; test_fused.check_all(torch.bfloat16, test_fused.FEW_SIZES)")
 
 
 @pytest.mark.matrix
 @pytest.mark.parametrize("name", ["bfloat16", "float32", "float16"])
 def test_kernels_of_every_size_and_dtype_equal_float64_rounded_once(name):
-    in_the_interpreter(f"check_all(torch.{name})")
+    in_the_interpreter(f"{IMPORTS}; test_fused.check_all(torch.{name})")
 
 
 COMPILE = """

@@ -1,13 +1,13 @@
 """The SAT model against a second, plain implementation of CogVLM's arithmetic."""
 
 import re
-from pathlib import Path
 
 import pytest
 import torch
 
 from sat_lora.cogvlm.network.model import build_cogvlm
 from sat_lora.errors import DataError
+from tests.support.paths import ROOT
 from tests.support.reference_cogvlm import reference_logits
 from tests.support.tiny import CONFIG, logits_of, tiny_batch, tiny_model
 
@@ -139,5 +139,5 @@ def test_images_that_do_not_fit_their_places_are_named():
 
 
 def test_no_size_of_the_published_model_is_written_into_the_code():
-    source = "".join(p.read_text() for p in (Path(__file__).parents[3] / "sat_lora").rglob("*.py"))
+    source = "".join(p.read_text() for p in (ROOT / "sat_lora").rglob("*.py"))
     assert not re.search(r"\b(1792|15360|11008|4096|1225)\b", source)

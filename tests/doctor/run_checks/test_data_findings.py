@@ -21,7 +21,7 @@ from sat_lora.findings.codes import CODES
 from sat_lora.findings.finding import looked_for
 from sat_lora.training.settings import schedule
 from sat_lora.training.settings.options import parse_options
-from tests.finetune_demo.test_finetune_cogvlm import options_for
+from tests.support.demo_runs import options_for
 from tests.support.ranks import run_ranks
 
 SIZE = (21, 21)

@@ -19,7 +19,7 @@ from sat_lora.lora.summary import describe
 from sat_lora.parallel.distributed import arrange, join
 from sat_lora.training.prepare import prepare
 from sat_lora.training.settings.options import parse_options
-from tests.finetune_demo.test_finetune_cogvlm import options_for
+from tests.support.demo_runs import options_for
 from tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.timeout(60)

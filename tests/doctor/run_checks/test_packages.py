@@ -5,14 +5,13 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from sat_lora.doctor.run_checks.packages import IMPORTS, compare_versions, package_findings
+from tests.support.paths import ROOT
 
-ROOT = Path(__file__).parents[3]
 pytestmark = pytest.mark.timeout(60)
 
 

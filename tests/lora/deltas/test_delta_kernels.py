@@ -7,29 +7,11 @@ import sys
 import pytest
 
 from tests.support.ranks import run_ranks
+from tests.support.triton_interpreter import in_the_interpreter, let_the_interpreter_multiply_bfloat16
 
 RANKS, RANKS_DROPPED = (4, 8, 16, 48, 64, 72), (4, 16, 48, 64, 144)
 FEW_RANKS, FEW_RANKS_DROPPED = (4, 72), (4, 48)
 ROWS, IN = 37, 83  # odd, and several of the small tiles
-
-
-def let_the_interpreter_multiply_bfloat16():
-    """Triton 3.9's takes the bits of bfloat16 for the numbers that it multiplies."""
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    multiply = interpreter.InterpreterBuilder.create_dot
-
-    def widened(operand):
-        if operand.dtype.scalar != tl.bfloat16:
-            return operand
-        data = interpreter._convert_float(operand.data, tl.bfloat16, tl.float32, None).view("float32")
-        return interpreter.TensorHandle(data, tl.float32)
-
-    def create_dot(self, a, b, *rest):
-        return multiply(self, widened(a), widened(b), *rest)
-
-    interpreter.InterpreterBuilder.create_dot = create_dot
 
 
 def check_all(dtype, ranks=RANKS, ranks_dropped=RANKS_DROPPED):
@@ -54,12 +36,6 @@ def check_all(dtype, ranks=RANKS, ranks_dropped=RANKS_DROPPED):
     check_autograd(dtype)
     if dtype == torch.float32:
         check_masks(Blocks(128, 256), Blocks(64, 512))
-
-
-def in_the_interpreter(script):
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_kernels_equal_float64_rounded_once():

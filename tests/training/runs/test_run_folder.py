@@ -12,8 +12,7 @@ from sat_lora.training.runs.loss_plot import draw_losses, smoothed
 from sat_lora.training.runs.run_folder import RunFolder, read_records, write_json
 from sat_lora.training.settings.options import parse_options
 from tests.support.ranks import run_ranks
-
-FIGURES = dict(lr=1e-3, grad_norm=0.5, samples_per_second=10.0, peak_memory_mib=100.0)
+from tests.support.run_logs import FIGURES, scalars
 
 
 def run(path, steps, start=0, total=4):
@@ -23,15 +22,6 @@ def run(path, steps, start=0, total=4):
             folder.log_step(step, loss=5.0 / step, **FIGURES)
         folder.log_validation(steps[-1], 1.25)
     return read_records(path / "train.jsonl")
-
-
-def scalars(path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(path / "tensorboard"))
-    events.Reload()
-    tags = events.Tags()["scalars"]
-    return {tag: [(event.step, round(event.value, 4)) for event in events.Scalars(tag)] for tag in tags}
 
 
 def test_a_run_leaves_records_events_and_a_picture(tmp_path):

@@ -10,7 +10,7 @@ from sat_lora.lora.config import LoraConfig
 from sat_lora.training.runs.run_folder import RunFolder
 from sat_lora.training.settings.lora_options import LORA_FIELDS, field_docs, first_sentence, lora_config, lora_problems
 from sat_lora.training.settings.options import build_parser, parse_options
-from tests.training.settings.test_options import failure
+from tests.support.option_errors import failure
 
 # For every field, words of a command line and the value that LoraConfig has after them.
 GIVEN = {

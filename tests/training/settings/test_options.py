@@ -6,6 +6,7 @@ import pytest
 from sat_lora.training.settings.defaults import DEFAULTS
 from sat_lora.training.settings.options import build_parser, parse_options
 from sat_lora.training.settings.schedule import warmup_steps
+from tests.support.option_errors import failure
 
 # The options of CogVLM's published finetune_cogvlm_lora.sh, in its order and spelling.
 PUBLISHED = shlex.split(
@@ -17,13 +18,6 @@ PUBLISHED = shlex.split(
     "--save ./checkpoints --eval-iters 10 --eval-batch-size 1 --split 1. "
     "--deepspeed_config scripts/test_config_bf16.json --skip-init --seed 2023"
 )
-
-
-def failure(capsys, argv, **settings) -> str:
-    with pytest.raises(SystemExit) as stop:
-        parse_options(argv, **settings)
-    assert stop.value.code == 2
-    return capsys.readouterr().err
 
 
 def test_published_launch_options_are_taken_unchanged():

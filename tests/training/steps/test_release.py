@@ -4,7 +4,6 @@ import gc
 import json
 import shutil
 import weakref
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,11 +18,11 @@ from sat_lora.parallel.partitioned import Partitioning
 from sat_lora.training.steps.engine import adapter_optimizer, set_up_deepspeed, start_engine
 from sat_lora.training.steps.optimizer_state import create_moments
 from sat_lora.training.steps.release import end_training, free_memory
+from tests.support.paths import TINY_BASE
 from tests.support.ranks import run_ranks
 from tests.support.tiny import logits_of, tiny_batch, tiny_model
 from tests.support.training_runs import engine_config, step_together
 
-TINY = Path(__file__).parents[3] / "finetune_demo" / "tiny_cogvlm"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -104,12 +103,12 @@ def test_only_the_model_is_left_of_training(stage, dtype):
 
 def wide_base(folder):
     """The demo's base, wider, so that its weights are most of the memory."""
-    config = json.loads((TINY / "model_config.json").read_text())
+    config = json.loads((TINY_BASE / "model_config.json").read_text())
     config |= dict(hidden_size=512, inner_hidden_size=1024)
     model = build_cogvlm(config)
     save_weights(folder, config, model.state_dict())
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(TINY / name, folder / name)
+        shutil.copy(TINY_BASE / name, folder / name)
     return sum(parameter.nbytes for parameter in model.parameters())
 
 

@@ -1,4 +1,7 @@
-"""finetune_cogvlm.py on a few captchas as processes of their own, to be killed or stopped."""
+"""finetune_cogvlm.py on a few captchas: its options, its launchers, and what a run of it leaves.
+
+A run is waited for (`launch`, `run_to_end`), or `started` as a group of processes to be killed or stopped.
+"""
 
 import contextlib
 import json
@@ -11,41 +14,59 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
+from tests.support.paths import BIN, DEMO, ROOT
 from tests.support.patience import patient
 from tests.support.ranks import free_port
 
-DEMO = Path(__file__).parents[2] / "finetune_demo"
-BIN = Path(sys.executable).parent
+SCRIPT = DEMO / "finetune_cogvlm.py"
 
 
 def options_for(captchas, runs, *more):
-    """A run of RUNS/run with dropout, a validation, and a save every second step."""
+    """The options of a run in RUNS/run that logs each step."""
     return [
         *("--train-data", str(captchas / "train"), "--valid-data", str(captchas / "valid")),
-        *("--save", str(runs), "--experiment-name", "run", "--batch-size", "4", "--log-interval", "1"),
-        *("--version", "base", "--max_length", "64", "--lr", "3e-3", "--lora_dropout", "0.2"),
-        *("--save-interval", "2", "--eval-interval", "5", "--keep", "0", *more),
+        *("--save", str(runs), "--experiment-name", "run", "--batch-size", "8", "--log-interval", "1"),
+        *("--num-workers", "0", "--version", "base", "--max_length", "64", "--lr", "3e-3", *more),
     ]
 
 
-def command(launcher, options):
-    """The command line; launcher: None for plain python, or `deepspeed` or `torchrun` with two ranks."""
-    port, script = str(free_port()), [str(DEMO / "finetune_cogvlm.py"), *options]
+def options_that_save(captchas, runs, *more):
+    """The options of a run in RUNS/run with dropout, two data workers, a validation, and a save every second step."""
+    settings = ("--batch-size", "4", "--num-workers", "2", "--lora_dropout", "0.2")
+    settings += ("--save-interval", "2", "--eval-interval", "5", "--keep", "0")
+    return options_for(captchas, runs, *settings, *more)
+
+
+def command(launcher, options, ranks=2, script=SCRIPT):
+    """The command line; launcher: None for plain python, or `deepspeed` or `torchrun`."""
+    port, call = str(free_port()), [str(script), *options]
     if launcher == "deepspeed":
-        return [str(BIN / "deepspeed"), "--num_gpus", "2", "--master_port", port, *script]
+        return [str(BIN / "deepspeed"), "--num_gpus", str(ranks), "--master_port", port, *call]
     if launcher == "torchrun":
-        return [str(BIN / "torchrun"), "--nproc_per_node", "2", "--master_port", port, *script]
-    return [sys.executable, *script]
+        return [str(BIN / "torchrun"), "--nproc_per_node", str(ranks), "--master_port", port, *call]
+    return [sys.executable, *call]
+
+
+def environment():
+    """The variables of a process that finds this interpreter's programs and this checkout."""
+    found = {"PATH": f"{BIN}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    return {**os.environ, **found, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
+
+
+def launch(launcher, options, ranks=2, script=SCRIPT, timeout=100):
+    """The CompletedProcess of a run that has ended, with its output as text."""
+    return subprocess.run(
+        command(launcher, options, ranks, script),
+        capture_output=True, text=True, timeout=patient(timeout), env=environment(), cwd=ROOT,
+    )  # fmt: skip
 
 
 @contextmanager
 def started(launcher, options, log):
     """The process, first of a group of its own that does not outlive the block; its output goes to the file `log`."""
-    environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "PYTHONPATH": str(DEMO.parent)}
-    environment |= {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
     with open(log, "w") as output:
         process = subprocess.Popen(
-            command(launcher, options), stdout=output, stderr=subprocess.STDOUT, env=environment, cwd=DEMO.parent,
+            command(launcher, options), stdout=output, stderr=subprocess.STDOUT, env=environment(), cwd=ROOT,
             start_new_session=True,
         )  # fmt: skip
     try:
@@ -89,7 +110,14 @@ def wait_for(condition, process, log, timeout=80):
         time.sleep(0.02)
 
 
+def losses_of(run):
+    """The training losses of a run that has ended, in the order of its steps."""
+    records = [json.loads(line) for line in (run / "train.jsonl").read_text().splitlines()]
+    return [record["loss"] for record in records if "loss" in record]
+
+
 def records_of(run):
+    """The whole lines of train.jsonl so far; none where the run has not begun it."""
     path = run / "train.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]

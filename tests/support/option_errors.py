@@ -1,0 +1,12 @@
+"""What is said of options that are refused."""
+
+import pytest
+
+from sat_lora.training.settings.options import parse_options
+
+
+def failure(capsys, argv, **settings) -> str:
+    with pytest.raises(SystemExit) as stop:
+        parse_options(argv, **settings)
+    assert stop.value.code == 2
+    return capsys.readouterr().err
