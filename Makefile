@@ -4,11 +4,14 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 
-.PHONY: demo test test-matrix docs bench-gpu clean
+.PHONY: demo types test test-matrix docs bench-gpu clean
 
 # The program `deepspeed` names its interpreter in its first line, which ends at the first space of a path.
 demo: $(READY)
 	"$(BIN)/python" -m deepspeed.launcher.runner finetune_demo/finetune_cogvlm.py
+
+types: $(READY)  # mypy by [tool.mypy] of pyproject.toml: strict for lora/, parallel/, files/ and adapters/
+	"$(BIN)/python" -m mypy sat_lora
 
 # Many tests wait rather than compute, so two run at a time; those of a file share what is made for them.
 WORKERS ?= 2

@@ -46,7 +46,15 @@ setup(
         "matplotlib",
     ],
     extras_require={
-        "test": ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "peft>=0.17", "captcha>=0.7"],
+        "test": [
+            "pytest",
+            "pytest-timeout",
+            "pytest-xdist",
+            "hypothesis",
+            "mypy>=1.15",
+            "peft>=0.17",
+            "captcha>=0.7",
+        ],
         "demo": ["captcha>=0.7"],
         "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.5,<10"],
     },
