@@ -51,6 +51,7 @@ setup(
             "pytest-timeout",
             "pytest-xdist",
             "hypothesis",
+            "mypy>=1.15",
             "peft>=0.17",
             "captcha>=0.7",
             "ruff>=0.17",

@@ -14,10 +14,11 @@ anywhere, and keeps the first adapter's `use_rslora`, which makes its result sqr
 
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial, reduce
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.nn.functional import pad
@@ -28,8 +29,11 @@ from sat_lora.adapters.format import LARGEST_SCALE, PAIR, LayerEntry, SavedAdapt
 from sat_lora.errors import AdapterError, ConfigError
 from sat_lora.lora.base_identity import BaseIdentity
 from sat_lora.lora.config import SLOTS, LoraConfig
+from sat_lora.terminal.progress import Progress
 
 Arithmetic = Callable[[list[Triple]], Pair]
+Holders = tuple[str, list[Source]]
+"""The name of a layer, and the adapters that have it."""
 
 
 def combine_adapters(
@@ -42,7 +46,7 @@ def combine_adapters(
     density: float | None = None,
     majority_sign: str = "total",
     any_base: bool = False,
-    progress: Callable[[Collection], Iterable] = iter,
+    progress: Progress[Holders] = iter,
 ) -> None:
     """Write OUT, a new adapter folder, from adapters of one base; for the methods see the top of this file.
 
@@ -58,24 +62,26 @@ def combine_adapters(
     check_arguments(folders, out, method, weights, rank, density, majority_sign)
     weights = [1.0] * len(folders) if weights is None else weights
     sources = read_sources(folders, weights, method, any_base=any_base)
-    arithmetic = {
-        "cat": cat,
-        "linear": linear,
-        "svd": partial(svd, rank=rank),
-        "ties": partial(ties, density=density, majority_sign=majority_sign),
-    }[method]
-    combined = combine_sources(sources, arithmetic, progress)
+    combined = combine_sources(sources, _arithmetic(method, rank, density, majority_sign), progress)
     try:
         write_adapter(out, combined)
     except OSError as error:
         raise AdapterError(f"{out}: the combined adapter could not be written: {error}") from error
 
 
-def combine_sources(
-    sources: list[Source], arithmetic: Arithmetic, progress: Callable[[Collection], Iterable] = iter
-) -> SavedAdapter:
+def _arithmetic(method: str, rank: int | None, density: float | None, majority_sign: str) -> Arithmetic:
+    """The arithmetic of a method, with the arguments that `check_arguments` has passed."""
+    if method == "ties" and density is not None:
+        return partial(ties, density=density, majority_sign=majority_sign)
+    if method == "svd":
+        return partial(svd, rank=rank)
+    return {"cat": cat, "linear": linear}[method]
+
+
+def combine_sources(sources: list[Source], arithmetic: Arithmetic, progress: Progress[Holders] = iter) -> SavedAdapter:
     """The combination of all layers. AdapterError: it is not finite, or too large to be read again."""
-    layers, tensors = {}, {}
+    layers: dict[str, LayerEntry] = {}
+    tensors: dict[str, torch.Tensor] = {}
     for name, holders in progress(by_layer(sources).items()):
         try:
             layers[name], own = combine_layer(name, holders, arithmetic)
@@ -115,7 +121,7 @@ def combine_layer(
     """(entry, tensors by key) of one layer, from the adapters that have it."""
     scale = max(abs(source.strength(name)) for source in holders) or 1.0
     rows = {slot: rows for source in holders for slot, rows in source.rows(name).items()}
-    order = sorted(rows, key=rows.get)
+    order = sorted(rows, key=lambda slot: rows[slot])
     slots, spans = tuple(slot for slot in order if slot != WHOLE), tuple(rows[slot] for slot in order)
     dtype, triples = triples_by_slot(name, holders, scale)
     stacked = [factor.to(dtype) for factor in stack([arithmetic(triples[slot]) for slot in order])]
@@ -155,7 +161,7 @@ def combined_config(configs: list[LoraConfig], layers: dict[str, LayerEntry]) ->
     alphas = {name: entry.scale * entry.r for name, entry in layers.items()}
     (r, _), (alpha, _) = (Counter(values.values()).most_common(1)[0] for values in (ranks, alphas))
     # A pattern matches the end of a name too, and some names are the ends of others: hence the "^".
-    changes = {
+    changes: dict[str, Any] = {
         "r": r,
         "lora_alpha": alpha,
         "use_rslora": False,

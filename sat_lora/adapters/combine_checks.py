@@ -47,7 +47,15 @@ class Source:
         return next((a.shape[-1] for a in found if a is not None and a.dim() > 0), 0)
 
 
-def check_arguments(folders, out, method, weights, rank, density, majority_sign) -> None:
+def check_arguments(
+    folders: list[str | Path],
+    out: str | Path,
+    method: str,
+    weights: list[float] | None,
+    rank: int | None,
+    density: float | None,
+    majority_sign: str,
+) -> None:
     """ConfigError that lists every argument that is wrong."""
     problems = []
     if isinstance(folders, (str, Path)) or len(folders) < 1:
@@ -65,15 +73,15 @@ def check_arguments(folders, out, method, weights, rank, density, majority_sign)
     if method == "ties" and density is None:
         problems.append("ties needs a density, the share of values that it keeps, for example 0.5")
     given = {"rank": (rank, "svd"), "density": (density, "ties"), "majority_sign": (majority_sign, "ties")}
-    for name, (value, owner) in given.items():
-        if value not in (None, "total") and method in METHODS and method != owner:
+    for name, (argument, owner) in given.items():
+        if argument not in (None, "total") and method in METHODS and method != owner:
             problems.append(f"{name} is for {owner}, {method} does not use it")
     if Path(out).exists():
         problems.append(f"{out} exists; give a new folder")
     refuse(problems, ConfigError)
 
 
-def _is_finite(value) -> bool:
+def _is_finite(value: object) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
@@ -149,10 +157,11 @@ def _own_problems(source: Source) -> list[str]:
 
 def _disagreements(name: str, holders: list[Source], method: str) -> list[str]:
     """What keeps the adapters of one layer from being combined with each other."""
-    problems, first = [], {}
+    problems: list[str] = []
+    first: dict[str, object] = {}
     entries = [source.saved.layers[name] for source in holders]
     for source, entry in zip(holders, entries):
-        facts = {f"rows of {slot}": rows for slot, rows in source.rows(name).items()}
+        facts: dict[str, object] = {f"rows of {slot}": rows for slot, rows in source.rows(name).items()}
         facts |= {"kind": entry.kind, "number of inputs": source.in_features(name) or None}
         for what, value in facts.items():
             if value is not None and first.setdefault(what, value) != value:

@@ -1,6 +1,7 @@
 """The arithmetic of `combine`: pairs of factors in, one pair out. What the methods are is told there."""
 
 import math
+from collections.abc import Iterable
 
 import torch
 
@@ -8,6 +9,8 @@ Triple = tuple[torch.Tensor, torch.Tensor, float]
 """A (r, in), B (out, r) and s for the delta s B A; s has the adapter's weight in it and may be negative."""
 Pair = tuple[torch.Tensor, torch.Tensor]
 """A (r, in) and B (out, r) for the delta B A."""
+Side = tuple[list[torch.Tensor], list[float]]
+"""Every A, or every B, and what each is multiplied by."""
 
 
 def cat(triples: list[Triple]) -> Pair:
@@ -31,12 +34,14 @@ def svd(triples: list[Triple], rank: int | None) -> Pair:
 
 def linear(triples: list[Triple]) -> Pair:
     """The sums of sqrt(s) A and of sqrt(s) B; all of one rank."""
-    return tuple(_weighted(*side).sum(0) for side in _sides(triples))
+    of_a, of_b = _sides(triples)
+    return _weighted(*of_a).sum(0), _weighted(*of_b).sum(0)
 
 
 def ties(triples: list[Triple], density: float, majority_sign: str) -> Pair:
     """`linear` with `ties_sum` for the sums."""
-    return tuple(ties_sum(*side, density, majority_sign) for side in _sides(triples))
+    of_a, of_b = _sides(triples)
+    return ties_sum(*of_a, density, majority_sign), ties_sum(*of_b, density, majority_sign)
 
 
 def ties_sum(tensors: list[torch.Tensor], weights: list[float], density: float, majority_sign: str) -> torch.Tensor:
@@ -57,12 +62,12 @@ def trim(tensor: torch.Tensor, density: float) -> torch.Tensor:
     return torch.zeros_like(flat).index_copy(0, kept, flat[kept]).view_as(tensor)
 
 
-def _sides(triples: list[Triple]):
+def _sides(triples: list[Triple]) -> tuple[Side, Side]:
     """(every A, its sqrt|s| with the sign of s), (every B, sqrt|s|): a sign on both sides would cancel."""
     roots = [math.sqrt(abs(s)) for _, _, s in triples]
     signed = [math.copysign(root, s) for root, (_, _, s) in zip(roots, triples)]
     return ([a for a, _, _ in triples], signed), ([b for _, b, _ in triples], roots)
 
 
-def _weighted(tensors, weights: list[float]) -> torch.Tensor:
+def _weighted(tensors: Iterable[torch.Tensor], weights: list[float]) -> torch.Tensor:
     return torch.stack([weight * tensor for weight, tensor in zip(weights, tensors)])

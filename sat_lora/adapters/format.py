@@ -18,7 +18,9 @@ import itertools
 import json
 import math
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, NoReturn
 
 import safetensors
 import torch
@@ -54,7 +56,7 @@ class LayerEntry:
     rows: tuple[tuple[int, int], ...]  # of the whole weight as a matrix (see `lora.deltas.layers`), one range per slot
 
     @classmethod
-    def from_dict(cls, values: dict) -> "LayerEntry":
+    def from_dict(cls, values: Mapping[str, Any]) -> "LayerEntry":
         """From the JSON object of a file; ValueError, TypeError or LookupError if it is not one of a layer."""
         kind, rank, scale = values["kind"], values["r"], values["scale"]
         slots, rows = _strings(values["slots"]), tuple((start, stop) for start, stop in values["rows"])
@@ -108,7 +110,9 @@ class SavedAdapter:
         return shapes
 
 
-def cut_slots(name: str, slots: tuple[str, ...], rows: list[int], stacked: dict[str, torch.Tensor]):
+def cut_slots(
+    name: str, slots: tuple[str, ...], rows: list[int], stacked: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
     """The stacked tensors of a layer (see `SavedAdapter.of_layer`) as the tensors of the file."""
     if not slots:
         return {f"{name}.{leaf}": tensor.contiguous() for leaf, tensor in stacked.items()}
@@ -263,7 +267,7 @@ def _advice(folder: Path) -> str:
     return "" if folder.is_dir() else "; give the folder of an adapter, such as runs/NAME/adapter"
 
 
-def _layer_entry(name: str, values) -> LayerEntry:
+def _layer_entry(name: str, values: Any) -> LayerEntry:
     try:
         return LayerEntry.from_dict(values)
     except (ValueError, TypeError, LookupError) as error:
@@ -295,11 +299,11 @@ def _holes(path: Path) -> str | None:
     return f"only {about.st_blocks * 512:,} of its {about.st_size:,} bytes are on the disk; download or copy it again"
 
 
-def _refuse_constant(name: str):
+def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no JSON")
 
 
-def _strings(values) -> tuple[str, ...]:
+def _strings(values: object) -> tuple[str, ...]:
     if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
         raise TypeError(f"wanted a list of texts, got {_brief(repr(values))}")
     return tuple(values)

@@ -4,8 +4,8 @@ import contextlib
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,15 +18,17 @@ from sat_lora.lora.base_identity import BaseIdentity
 from sat_lora.lora.targets import layer_of, part_of
 from sat_lora.printable import printable
 from sat_lora.terminal.plot_text import families, plot_text
+from sat_lora.terminal.progress import Progress
 
 READ_IN_PASSING = 4 << 30  # bytes of a base whose weights are read without being asked for
 TOP, BOTTOM, PANEL, GAP = 0.75, 0.6, 0.8, 0.55  # inches of the picture
 LABEL = 30  # characters of a layer's name below its mark
 LOG_RANGE = 50  # from this ratio of largest to smallest norm on, the axis is logarithmic
-Progress = Callable[[Collection], Iterable]
+Report = dict[str, Any]
+"""Made of what JSON can hold, see `inspect_adapter`."""
 
 
-def inspect_adapter(folder: str | Path) -> dict:
+def inspect_adapter(folder: str | Path) -> Report:
     """What the adapter of an adapter folder, or of a run folder, holds; made of what JSON can hold.
 
     Keys: path, base_fingerprint, base {name, family, parameters, digest}, bytes, parameters, dtypes {dtype: tensors},
@@ -81,12 +83,12 @@ def _refuse_disagreement(saved: SavedAdapter, folder: Path) -> None:
         raise AdapterError(f"{folder}: its tensors do not fit its {CONFIG}, {len(problems)} problems:\n  {shown}")
 
 
-def _describe_base(saved: SavedAdapter) -> dict:
+def _describe_base(saved: SavedAdapter) -> Report:
     base = saved.base or BaseIdentity(saved.base_fingerprint)
     return {"name": base.name, "family": base.family, "parameters": base.parameters, "digest": base.digest}
 
 
-def _base_line(report: dict) -> str:
+def _base_line(report: Report) -> str:
     base = report["base"]
     about = BaseIdentity(report["base_fingerprint"], base["name"], base["family"], base["parameters"])
     return f"{about.title}, {base['digest']}; names and shapes {report['base_fingerprint'][:16]}"
@@ -97,10 +99,11 @@ def delta_norm(saved: SavedAdapter, name: str) -> float:
     squares = 0.0
     for a, b in zip(*([saved.tensors[key].double() for key in saved.keys(name, leaf)] for leaf in PAIR)):
         squares += float(((b.T @ b) * (a @ a.T)).sum().clamp(min=0))  # nan stays nan
-    return abs(saved.layers[name].scale) * squares**0.5
+    norm: float = abs(saved.layers[name].scale) * squares**0.5
+    return norm
 
 
-def describe_adapter(report: dict) -> str:
+def describe_adapter(report: Report) -> str:
     """The report of `inspect_adapter` as text: a table of the parts, and what looks wrong."""
     lines = [
         f"adapter      {printable(report['path'])}",
@@ -124,11 +127,11 @@ def describe_adapter(report: dict) -> str:
     return "\n".join(lines)
 
 
-def to_json(report: dict) -> str:
+def to_json(report: Report) -> str:
     return json.dumps(report, indent=2, allow_nan=False)
 
 
-def add_weight_norms(report: dict, base: str | Path, progress: Progress = iter) -> None:
+def add_weight_norms(report: Report, base: str | Path, progress: Progress[Report] = iter) -> None:
     """Give each layer of a report `weight_norm`, the Frobenius norm of its weight in `base`.
 
     One tensor at a time is read. AdapterError: the base lacks a layer; CheckpointError: it cannot be read.
@@ -143,7 +146,7 @@ def add_weight_norms(report: dict, base: str | Path, progress: Progress = iter) 
         layer["weight_norm"] = float(weights[layer["name"] + ".weight"].float().norm())
 
 
-def base_of_run(report: dict) -> Path | None:
+def base_of_run(report: Report) -> Path | None:
     """The base that the run of an adapter was trained on; None: it is not there, or too large to read in passing."""
     from sat_lora.cogvlm.checkpoints.load import weight_files
 
@@ -155,7 +158,7 @@ def base_of_run(report: dict) -> Path | None:
     return None
 
 
-def draw_norms(report: dict, path: str | Path) -> None:
+def draw_norms(report: Report, path: str | Path) -> None:
     """Write how far each layer's delta moves its weight, a panel for each part, one scale for all, to `path` (a .png).
 
     In percent of the weight where `add_weight_norms` has been there, else as it is. What has no effect is marked red.
@@ -219,7 +222,7 @@ def draw_norms(report: dict, path: str | Path) -> None:
             draft.unlink(missing_ok=True)
 
 
-def _by_layer(report: dict, part: str, relative: bool) -> dict[str, float]:
+def _by_layer(report: Report, part: str, relative: bool) -> dict[str, float]:
     """Norms of a part's deltas by layer number, or by name; those of one number together."""
     squares: dict[str, list[float]] = {}
     for layer in (layer for layer in report["layers"] if layer["part"] == part):
@@ -234,7 +237,7 @@ def _by_layer(report: dict, part: str, relative: bool) -> dict[str, float]:
     return {label: 100 * shares[label] ** 0.5 for label in labels}
 
 
-def _describe_layer(saved: SavedAdapter, name: str) -> dict:
+def _describe_layer(saved: SavedAdapter, name: str) -> Report:
     entry, tensors = saved.layers[name], saved.of_layer(name)
     norm = delta_norm(saved, name)
     divisor = entry.r**0.5 if saved.config.use_rslora else entry.r
@@ -255,7 +258,7 @@ def _describe_layer(saved: SavedAdapter, name: str) -> dict:
     }
 
 
-def _sum_parts(layers: list[dict]) -> dict[str, dict]:
+def _sum_parts(layers: list[Report]) -> dict[str, Report]:
     parts = {}
     for part in sorted({layer["part"] for layer in layers}):
         own = [layer for layer in layers if layer["part"] == part]

@@ -4,7 +4,7 @@ The base is mapped and the result is filled through a mapping, so the process it
 """
 
 import shutil
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -26,6 +26,7 @@ from sat_lora.lora.deltas.layers import KINDS
 from sat_lora.lora.deltas.low_rank import DeltaLayout
 from sat_lora.lora.deltas.merging import merged_weight
 from sat_lora.printable import printable
+from sat_lora.terminal.progress import Progress
 
 _OF_WEIGHTS = {"latest", "model_config.json", INDEX, "pytorch_model.bin.index.json"}  # beside files with these endings
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack"}
@@ -43,7 +44,7 @@ def merge_adapter(
     dtype: torch.dtype | None = None,
     trust: bool = False,
     any_base: bool = False,
-    progress: Callable[[Collection], Iterable] = iter,
+    progress: Progress[str] = iter,
 ) -> list[str]:
     """Write OUT, the base with scale * B A added to each adapted weight: in float32, kept in the base's dtype.
 

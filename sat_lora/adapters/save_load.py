@@ -69,7 +69,7 @@ def trained_of(model: nn.Module, name: str = "lora") -> dict[str, tuple[nn.Param
 def save_adapter(model: nn.Module, folder: str | Path, *, name: str = "lora") -> None:
     """Write the adapter called `name`. Every rank has to call it; rank 0 writes, and all return when it is there."""
     saved = gather_adapter(model, folder, name=name)
-    failure = [None]
+    failure: list[str | None] = [None]
     distributed = torch.distributed.is_initialized()
     if not distributed or torch.distributed.get_rank() == 0:
         try:
@@ -100,7 +100,8 @@ def gather_adapter(
         )
     if any(not mixin.enabled and mixin.trained.tensors for mixin in mixins):
         raise AdapterError(f"{folder}: not saved, {name!r} is disabled and its base parameters are the originals")
-    tensors, layers = {}, {}
+    tensors: dict[str, torch.Tensor] = {}
+    layers: dict[str, LayerEntry] = {}
     for site, adapter in adapters_of(model, name).items():
         tensors |= whole_tensors(site, adapter, copy)
         rank = adapter.factors_rank

@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -27,9 +28,19 @@ from sat_lora.lora.apply import adapters_of
 from sat_lora.lora.deltas.merging import merged_weight
 from sat_lora.lora.mixin import lora_mixins
 from sat_lora.parallel.distributed import arrange, join
+from sat_lora.terminal.progress import Progress
 
 UNIT_ROUNDOFF = 2.0**-24  # of float32
 DEVIATIONS = 4  # standard ones: a sum of n roundings errs by more than that times sqrt(n) once in 16,000 times
+
+
+Item = TypeVar("Item")
+
+
+class NamedProgress(Protocol):
+    """Goes through a collection and shows how far that is, under what is done with it."""
+
+    def __call__(self, items: Collection[Item], what: str) -> Iterable[Item]: ...
 
 
 @dataclass(frozen=True)
@@ -55,7 +66,7 @@ def verify_merge(
     *,
     trust: bool = False,
     any_base: bool = False,
-    progress: Callable[[Collection, str], Iterable] = lambda items, what: items,
+    progress: NamedProgress = lambda items, what: items,
     tell: Callable[[str], None] = lambda line: None,
 ) -> Verification:
     """Compare on the logits of one image and a few words, and weight by weight. Holds one model at a time, in float32.
@@ -105,7 +116,7 @@ def take_weights(
     model: torch.nn.Module,
     files: BaseWeights,
     adapter_dtype: torch.dtype,
-    progress: Callable[[Collection], Iterable] = iter,
+    progress: Progress[str] = iter,
 ) -> list[str]:
     """Put the weights of the files into a float32 model that has the merged ones; the names of those that are wrong.
 
@@ -144,7 +155,7 @@ def _difference(merged: torch.Tensor, adapter: LoraAdapter, adapter_eps: float) 
     return size
 
 
-def float32_error(config: dict) -> float:
+def float32_error(config: dict[str, Any]) -> float:
     """By how much the logits of a model of these sizes may err in float32, as a share of their norm.
 
     Each product of matrices sums n products, whose roundings add up to sqrt(n) u (Higham and Mary, SIAM J. Sci. Comput.
@@ -162,10 +173,10 @@ def dtype_of(weights: BaseWeights) -> torch.dtype:
     sizes: dict[torch.dtype, int] = {}
     for shape, dtype in weights.layout.values():
         sizes[dtype] = sizes.get(dtype, 0) + torch.Size(shape).numel()
-    return max(sizes, key=sizes.get)
+    return max(sizes, key=lambda dtype: sizes[dtype])
 
 
-def sample_batch(config: dict) -> dict[str, torch.Tensor]:
+def sample_batch(config: dict[str, Any]) -> dict[str, torch.Tensor]:
     """One row for a model of these sizes: BOS, a seeded image, eight words."""
     generator = torch.Generator().manual_seed(0)
     places, words = config["image_length"] + 2, 8
@@ -181,11 +192,13 @@ def sample_batch(config: dict) -> dict[str, torch.Tensor]:
     }
 
 
-def _load(folder: str | Path, *, trust: bool = False, progress: Callable[[Collection], Iterable] = iter):
+def _load(
+    folder: str | Path, *, trust: bool = False, progress: Progress[tuple[str, torch.nn.Module]] = iter
+) -> tuple[torch.nn.Module, dict[str, Any]]:
     model, config = load_cogvlm(folder, dtype=torch.float32, trust=trust, progress=progress)
     return model.eval(), config
 
 
-def _logits(model: torch.nn.Module, batch: dict) -> torch.Tensor:
+def _logits(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     inputs = dict(batch)
     return model(inputs.pop("input_ids"), inputs.pop("position_ids"), -1, **inputs)[0]

@@ -92,8 +92,8 @@ def _go_through(
             if (status.st_dev, status.st_ino) in visited:
                 continue
             visited.add((status.st_dev, status.st_ino))
-            with os.scandir(folder) as entries:
-                entries = list(entries)
+            with os.scandir(folder) as listing:
+                entries = list(listing)
         except OSError as error:
             left_out[f"{_UNREADABLE}{printable(folder)} cannot be read: {error.strerror}"] += 1
             continue

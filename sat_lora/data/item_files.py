@@ -96,7 +96,7 @@ def read_entries(path: str | Path, *, ignored: Collection[str] = (), images_from
             if not texts and image is not None:
                 image, problem = _image_path(path.parent, image, roots)
                 texts = [problem] if problem else []
-            if texts:
+            if texts or not isinstance(value, dict):
                 problems.add(number, ": " + "; ".join(texts))
                 continue
             entries.found.append(Entry(image, value.get("prompt"), value["answer"], number))
@@ -369,7 +369,8 @@ def kind_of_value(value: object) -> str:
         return "true" if value else "false"
     if isinstance(value, int | float):
         return f"the number {str(value)[:20]}"
-    return "null" if value is None else {list: "a list", dict: "an object", str: "a text"}[type(value)]
+    names: dict[type, str] = {list: "a list", dict: "an object", str: "a text"}
+    return "null" if value is None else names[type(value)]
 
 
 def _listed(value: dict) -> str:

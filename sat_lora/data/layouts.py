@@ -79,7 +79,9 @@ def check_layout(folder: Path, images: Sequence[Path], given: Collection[Path] =
 
 
 def _check_inside(folder: Path, images: Sequence[Path]) -> None:
-    stems, lists, tables = {}, [], []
+    stems: dict[str, Path] = {}
+    lists: list[Path] = []
+    tables: list[Path] = []
     for path in itertools.islice(_texts_in(folder), ENTRIES_SEEN):
         relative = path.relative_to(folder)
         suffix = path.suffix.lower()
@@ -245,7 +247,7 @@ def _advice(path: Path) -> str:
 
 def _refuse(folder: Path, text: Path | None, why: str) -> None:
     kind = None if text is None else _kind_of_text(text)
-    where = "" if kind is None else f" ({text.name} {kind})"
+    where = "" if text is None or kind is None else f" ({text.name} {kind})"
     raise DataError(
         f"{printable(folder)} is laid out in another way: {printable(why + where)}. Of a folder only images are read, "
         f"and their file names would be learnt as answers: write a .jsonl file with a line {WANTED} for each, or, if "

@@ -39,7 +39,7 @@ class Item:
     @property
     def place(self) -> str | None:
         """`file` and `line`, for messages."""
-        return None if self.file is None else f"{self.file}, {line_called(self.line)}"
+        return None if self.file is None or self.line is None else f"{self.file}, {line_called(self.line)}"
 
 
 @dataclass

@@ -158,7 +158,7 @@ def _diagnose_model(options: Namespace, setting: Setting, tell: Callable[[str], 
     if valid is not None:
         findings += batch_count_findings(gather_lists([valid.validation_batches]), "validation data")
     batch = next((one for one in batches if has_labels(one)), None)
-    if any(gather_lists([batch is None])):
+    if any(gather_lists([batch is None])) or batch is None:
         return findings  # every rank stops here; what is wrong with the data has been said
     _begin(5, "forward and backward without an engine")
     torch.manual_seed(options.seed + world.data_parallel_rank)

@@ -5,6 +5,7 @@ import errno
 import glob
 import os
 import shutil
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,7 +13,7 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 
 
 @contextmanager
-def replaced_folder(target: str | Path):
+def replaced_folder(target: str | Path) -> Iterator[Path]:
     """Yields an empty temporary sibling to write into; it takes the place of `target` when the block ends well.
 
     Everything is fsynced first. Leftovers of writers that died are removed. A link is followed, so that it stays one.

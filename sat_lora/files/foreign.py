@@ -4,12 +4,19 @@ import errno
 import json
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, TypeVar
 
 from sat_lora.printable import printable
+
+Content = TypeVar("Content")
+ParseConstant = Callable[[str], Any] | None
+"""What `json` calls with NaN, Infinity and -Infinity, which are no JSON."""
+PairsHook = Callable[[list[tuple[str, Any]]], Any] | None
+"""What `json` calls with the names and values of each object, in their order."""
 
 MEBIBYTE = 1 << 20
 JSON_LIMIT = 16 * MEBIBYTE  # of a configuration; the largest that is known, an index of 17 B weights, has 0.2 MB
@@ -32,7 +39,7 @@ def name_problem(path: str | Path) -> str | None:
 def os_problem(error: OSError) -> str:
     """An OSError that names a file or a folder as one line: what could not be used, why, and what to do if known."""
     name, reason = printable(os.fsdecode(error.filename)), error.strerror or type(error).__name__
-    advice = {
+    advice: dict[int | None, str] = {
         errno.EACCES: "; give the user who runs this the right to it (ls -ld shows who has it)",
         errno.EPERM: "; give the user who runs this the right to it (ls -ld shows who has it)",
         errno.ENOSPC: "; make room on that disk",
@@ -42,7 +49,7 @@ def os_problem(error: OSError) -> str:
     return f"{name}: {reason}{advice.get(error.errno, '')}"
 
 
-def open_file(path: str | Path, limit: int) -> BinaryIO:
+def open_file(path: str | Path, limit: int) -> BufferedReader:
     """A regular file of at most `limit` bytes, opened for reading; what reads it stays within what it was opened with.
 
     OSError if it is anything else (a pipe or a device is never waited for, nor opened), or cannot be read; ValueError
@@ -84,38 +91,41 @@ def kind_of(mode: int) -> str:
     return next((words for is_kind, words in kinds.items() if is_kind(mode)), "something else")
 
 
-def parse_json(text: str | bytes, **hooks: Callable):
+def parse_json(text: str | bytes, *, parse_constant: ParseConstant = None, object_pairs_hook: PairsHook = None) -> Any:
     """What `text` says as JSON; ValueError if it is none (bytes have to be UTF-8, a byte-order mark is passed over), or
     is nested deeper than DEPTH_LIMIT.
 
-    hooks: `parse_constant` (for NaN and the infinities, which are no JSON) and the others of `json.loads`.
+    parse_constant, object_pairs_hook: as `json.loads` takes them.
     """
     if isinstance(text, bytes):
         if is_lfs_pointer(text):
             raise ValueError(LFS_POINTER)
         text = text.decode("utf-8-sig")
     with _depth_as_value_error():
-        content = json.loads(text.removeprefix("\ufeff"), **hooks)
+        content = json.loads(
+            text.removeprefix("\ufeff"), parse_constant=parse_constant, object_pairs_hook=object_pairs_hook
+        )
     return _checked_depth(content)
 
 
-def parse_json_at(text: str, start: int, **hooks: Callable) -> tuple[object, int]:
-    """(the JSON value that begins at `start`, where it ends); what `parse_json` says of errors and hooks holds."""
+def parse_json_at(text: str, start: int, *, object_pairs_hook: PairsHook = None) -> tuple[object, int]:
+    """(the JSON value that begins at `start`, where it ends); what `parse_json` says of errors and the hook holds."""
+    content: object
     with _depth_as_value_error():
-        content, end = json.JSONDecoder(**hooks).raw_decode(text, start)
+        content, end = json.JSONDecoder(object_pairs_hook=object_pairs_hook).raw_decode(text, start)
     return _checked_depth(content), end
 
 
 @contextmanager
-def _depth_as_value_error():
+def _depth_as_value_error() -> Iterator[None]:
     try:
         yield
     except RecursionError:
         raise ValueError(f"nested deeper than {DEPTH_LIMIT}") from None
 
 
-def _checked_depth(content):
-    layer = [content]
+def _checked_depth(content: Content) -> Content:
+    layer: list[object] = [content]
     for _ in range(DEPTH_LIMIT):
         layer = [value for held in layer for value in _held_by(held)]
         if not layer:
@@ -123,12 +133,12 @@ def _checked_depth(content):
     raise ValueError(f"nested deeper than {DEPTH_LIMIT}")
 
 
-def _held_by(value) -> list:
+def _held_by(value: object) -> list[object]:
     held = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     return [one for one in held if isinstance(one, (dict, list))]
 
 
-def read_json(path: str | Path, *, limit: int = JSON_LIMIT, parse_constant=None):
+def read_json(path: str | Path, *, limit: int = JSON_LIMIT, parse_constant: ParseConstant = None) -> Any:
     """What the JSON file at `path` says, by `read_bytes` and `parse_json`, and with their OSError and ValueError."""
     return parse_json(read_bytes(path, limit), parse_constant=parse_constant)
 

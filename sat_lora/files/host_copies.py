@@ -12,7 +12,7 @@ class HostCopies:
     A copy may be read after `wait`, and until `clear`, after which its memory serves the next ones.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._chunks: list[torch.Tensor] = []
         self._used: list[int] = []
 

@@ -106,7 +106,8 @@ def _written_as(text: str) -> str:
 
 def nearest(path: Path) -> str:
     """The name beside a path's that was most likely meant, as the end of a sentence; "" if nothing is near."""
-    there, missing = path, []
+    there = path
+    missing: list[str] = []
     while not os.path.lexists(there) and there != there.parent:
         missing.insert(0, there.name)
         there = there.parent

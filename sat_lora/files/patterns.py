@@ -7,6 +7,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 
 from sat_lora.errors import ConfigError
 from sat_lora.printable import printable
@@ -74,7 +75,7 @@ def _interrupted_after(seconds: float) -> Iterator[list[float]]:
     spent: list[float] = []
     is_armed = True
 
-    def interrupt(number: int, frame) -> None:
+    def interrupt(number: int, frame: FrameType | None) -> None:
         if is_armed:
             raise _TooSlow
 

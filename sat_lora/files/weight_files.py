@@ -35,19 +35,23 @@ def make_sat_file(path: str | Path, layout: Layout) -> dict[str, torch.Tensor]:
         torch.save({"module": {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in layout.items()}}, path)
     _take_space(path)
     with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
-        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)["module"]
+        tensors: dict[str, torch.Tensor] = torch.load(path, map_location="cpu", mmap=True, weights_only=True)["module"]
+    return tensors
 
 
 def make_safetensors_file(path: str | Path, layout: Layout) -> dict[str, torch.Tensor]:
     """A safetensors file: its tensors, to be written to. The widest dtypes come first, so that each is aligned."""
     names = sorted(layout, key=lambda name: (-layout[name][1].itemsize, name))
-    header, places, end = {"__metadata__": {"format": "pt"}}, {}, 0
+    header: dict[str, dict[str, object]] = {"__metadata__": {"format": "pt"}}
+    places: dict[str, tuple[int, int]] = {}
+    end = 0
     for name in names:
         shape, dtype = layout[name]
         places[name] = (end, end + math.prod(shape) * dtype.itemsize)
         end = places[name][1]
-        entry = {"dtype": SAFETENSORS_DTYPES[dtype], "shape": list(shape), "data_offsets": list(places[name])}
-        header[name] = entry
+        header[name] = {
+            "dtype": SAFETENSORS_DTYPES[dtype], "shape": list(shape), "data_offsets": list(places[name])
+        }  # fmt: skip
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     start = 8 + len(text)

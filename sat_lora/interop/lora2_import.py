@@ -12,7 +12,7 @@ CogVLM's published script also trains some MLPs of the ViT whole: with the base 
 
 import itertools
 import re
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -26,6 +26,7 @@ from sat_lora.interop.cogvlm_layers import is_fused, kind_named, sharding_named
 from sat_lora.interop.peft_format import pattern_for
 from sat_lora.lora.base_identity import fingerprint_of
 from sat_lora.lora.config import SLOTS, LoraConfig
+from sat_lora.terminal.progress import Progress
 
 _FACTOR = re.compile(r"(.+)\.matrix_([AB])\.(\d+)")
 
@@ -36,7 +37,7 @@ def import_from_lora2(
     *,
     lora_alpha: float = 1.0,
     base: str | Path | None = None,
-    progress: Callable[[Collection], Iterable] = iter,
+    progress: Progress[tuple[str, set[int]]] = iter,
 ) -> None:
     """Write OUT, an adapter folder, from a SAT folder of CogVLM trained with lora2 at any model-parallel size.
 
@@ -58,7 +59,9 @@ def import_from_lora2(
             factors.setdefault(match[1], set()).add(int(match[3]))
     if not factors:
         raise AdapterError(f"{checkpoint}: no matrix_A, matrix_B of SAT's lora2 in it; give the folder of that run")
-    layers, tensors, problems = {}, {}, []
+    layers: dict[str, LayerEntry] = {}
+    tensors: dict[str, torch.Tensor] = {}
+    problems: list[str] = []
     shapes = _base_shapes(states)
     for name, numbers in progress(sorted(factors.items())):
         try:
@@ -97,7 +100,9 @@ def _base_shapes(states: list[dict]) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _differences(states: list[dict], shapes: dict[str, tuple[int, ...]], base: dict) -> dict[str, torch.Tensor]:
+def _differences(
+    states: list[dict], shapes: dict[str, tuple[int, ...]], base: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
     """The whole parameters that differ from the base's. AdapterError: the base has other names or shapes."""
     if {name: tuple(tensor.shape) for name, tensor in base.items() if torch.is_tensor(tensor)} != shapes:
         raise AdapterError("--base: it has other names or shapes than the checkpoint; give the one it was trained on")

@@ -47,7 +47,7 @@ def read_peft_folder(folder: Path) -> tuple[Path, dict, dict[str, torch.Tensor]]
     weights = next((folder / name for name in names if (folder / name).is_file()), None)
     missing = [] if weights is not None else [f"{WEIGHTS} or {PICKLED}"]
     missing += [] if (folder / CONFIG).is_file() else [CONFIG]
-    if missing:
+    if weights is None or missing:
         raise AdapterError(
             f"{folder} is not a PEFT adapter folder: {', '.join(missing)} missing; found: {_listing(folder)}"
         )
@@ -133,7 +133,8 @@ class PeftContent:
     @classmethod
     def of(cls, tensors: Mapping[str, object], config: dict, base: Mapping[str, torch.Tensor]) -> "PeftContent":
         """base: by SAT's names, to tell what was trained from what was saved along."""
-        content, adapters = cls({}, {}, []), {}
+        content = cls({}, {}, [])
+        adapters: dict[str | None, str] = {}
         with_adapter_names = any(_is_marked(key) for key in tensors)
         for key, tensor in tensors.items():
             if len(content.problems) >= _ENOUGH:
@@ -173,9 +174,9 @@ class PeftContent:
             return names[0] if names else None
         if "modules_to_save" in parts:
             place = parts.index("modules_to_save")
-            adapter, *leaf = parts[place + 1 :] or [None]
-            self._take_whole(key, ".".join([*parts[:place], *leaf]), tensor)
-            return adapter
+            rest = parts[place + 1 :]
+            self._take_whole(key, ".".join([*parts[:place], *rest[1:]]), tensor)
+            return rest[0] if rest else None
         name = ".".join(part for part in parts if part not in _WRAPPED)
         wrapped = len(name) < len(".".join(parts))
         if wrapped or (with_adapter_names and not _is_named(name, config.get("modules_to_save"))):
@@ -224,7 +225,7 @@ def _is_named(name: str, modules: object) -> bool:
 
 
 def _tensor_problem(tensor: object) -> str | None:
-    if not torch.is_tensor(tensor):
+    if not isinstance(tensor, torch.Tensor):
         return f"{type(tensor).__name__}, no tensor"
     if tensor.dtype not in TENSOR_DTYPES:
         return f"dtype {tensor.dtype}, a floating-point dtype is wanted"

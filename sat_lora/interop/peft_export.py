@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -29,6 +29,7 @@ from sat_lora.interop.cogvlm_layers import has_bias, is_fused
 from sat_lora.lora.config import SLOTS
 from sat_lora.lora.deltas.dora import row_norms
 from sat_lora.lora.deltas.low_rank import DeltaLayout
+from sat_lora.terminal.progress import Progress
 
 IMAGE_CHANNELS = 3
 
@@ -39,7 +40,7 @@ def export_to_peft(
     *,
     base: str | Path | None = None,
     any_base: bool = False,
-    progress: Callable[[Collection], Iterable] = iter,
+    progress: Progress[tuple[str, LayerEntry]] = iter,
 ) -> None:
     """Write OUT, a PEFT adapter folder whose delta on Hugging Face's CogVLM is that of the adapter.
 
@@ -61,24 +62,24 @@ def export_to_peft(
     if problems:
         shown = "\n  ".join(problems[:20]) + ("\n  ..." if len(problems) > 20 else "")
         raise AdapterError(f"{adapter} cannot be a PEFT adapter:\n  {shown}")
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for name, entry in progress(saved.layers.items()):
         tensors |= _layer_tensors(name, entry, saved.of_layer(name), state)
-    modules = sorted({_module_of(name) for name in saved.trained})
+    modules = sorted({module for name in saved.trained if (module := _module_of(name)) is not None})
     for module in modules:
         for name in _parameters_of(module):
-            source = saved.tensors if name in saved.trained else state
-            tensors[peft_format.PREFIX + hf_name(name)] = source[name].contiguous()
+            tensor = saved.tensors[name] if state is None or name in saved.trained else state[name]
+            tensors[peft_format.PREFIX + _hf_name(name)] = tensor.contiguous()
     try:
         with replaced_folder(out) as temporary:
             (temporary / WEIGHTS).write_bytes(save(dict(sorted(tensors.items())), metadata={"format": "pt"}))
-            text = json.dumps(_peft_config(saved, [hf_name(module) for module in modules]), indent=2)
+            text = json.dumps(_peft_config(saved, [_hf_name(module) for module in modules]), indent=2)
             (temporary / CONFIG).write_text(text + "\n", encoding="utf-8")
     except OSError as error:
         raise AdapterError(f"--out: {out} cannot be written: {error}") from error
 
 
-def _problems(saved: SavedAdapter, state: dict | None) -> Iterator[str]:
+def _problems(saved: SavedAdapter, state: Mapping[str, torch.Tensor] | None) -> Iterator[str]:
     for name, entry in saved.layers.items():
         if hf_name(name) is None:
             yield f"{name}: Hugging Face's CogVLM has no such module; merge the adapter instead"
@@ -101,18 +102,28 @@ def _module_of(parameter: str) -> str | None:
     return module if leaf in ("weight", "bias") and hf_name(module) is not None else None
 
 
+def _hf_name(name: str) -> str:
+    """The Hugging Face name of what has one, see `_problems`."""
+    foreign = hf_name(name)
+    if foreign is None:
+        raise AdapterError(f"{name}: Hugging Face's CogVLM has no such module or parameter")
+    return foreign
+
+
 def _parameters_of(module: str) -> list[str]:
     return [f"{module}.weight", f"{module}.bias"] if has_bias(module) else [f"{module}.weight"]
 
 
-def _layer_tensors(name: str, entry: LayerEntry, stacked: dict, state: dict | None) -> dict[str, torch.Tensor]:
+def _layer_tensors(
+    name: str, entry: LayerEntry, stacked: dict, state: Mapping[str, torch.Tensor] | None
+) -> dict[str, torch.Tensor]:
     """PEFT's tensors of one layer by name."""
     a, b = (stacked[leaf] for leaf in PAIR)
     leaves = peft_format.LEAVES
     if entry.slots:
         b = _block_diagonal(entry, b)
     magnitude = stacked.get(MAGNITUDE)
-    if magnitude is not None and entry.slots and len(entry.slots) < len(SLOTS):
+    if magnitude is not None and state is not None and entry.slots and len(entry.slots) < len(SLOTS):
         whole = row_norms(state[f"{name}.weight"], DeltaLayout(((0, len(b)),), len(b), entry.kind), None)
         whole = whole.to(magnitude.dtype).clone()
         for (start, stop), part in zip(entry.rows, magnitude.split([stop - start for start, stop in entry.rows])):
@@ -140,7 +151,7 @@ def _block_diagonal(entry: LayerEntry, b: torch.Tensor) -> torch.Tensor:
 def _peft_config(saved: SavedAdapter, modules: list[str]) -> dict:
     ranks, alphas = {}, {}
     for name, entry in saved.layers.items():
-        module = hf_name(name)
+        module = _hf_name(name)
         ranks[module] = entry.r * (len(entry.slots) if is_fused(name) and entry.slots else 1)
         alphas[module] = _alpha(entry.scale, ranks[module], saved.config.use_rslora)
     (r, rank_pattern), (alpha, alpha_pattern) = peft_format.pattern_table(ranks), peft_format.pattern_table(alphas)

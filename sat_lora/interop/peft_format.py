@@ -6,7 +6,7 @@ rank is n r and alpha n times (with rsLoRA sqrt(n) times) as large, so that the 
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 PREFIX = "base_model.model."
 MAGNITUDE = "lora_magnitude_vector"
@@ -18,9 +18,9 @@ def pattern_for(names: Iterable[str]) -> str:
     """A regular expression that matches exactly these names; layers that differ by their number are one alternative."""
     numbers: dict[str, list[str]] = defaultdict(list)
     for name in names:
-        found = re.search(r"(?<=\.)\d+(?=\.)", name)
-        template = name if found is None else f"{name[: found.start()]}#{name[found.end() :]}"
-        numbers[template].append(found[0] if found else "")
+        match = re.search(r"(?<=\.)\d+(?=\.)", name)
+        template = name if match is None else f"{name[: match.start()]}#{name[match.end() :]}"
+        numbers[template].append(match[0] if match else "")
     templates: dict[tuple[str, ...], list[str]] = defaultdict(list)
     for template, found in numbers.items():
         templates[tuple(sorted(found, key=lambda number: (len(number), number)))].append(template)
@@ -31,7 +31,7 @@ def pattern_for(names: Iterable[str]) -> str:
     )
 
 
-def pattern_table(values: dict[str, float]) -> tuple[float, dict[str, float]]:
+def pattern_table(values: Mapping[str, float]) -> tuple[float, dict[str, float]]:
     """(the most common value, {pattern: value} for the names with another one), as in rank_pattern, alpha_pattern."""
     common = Counter(values.values()).most_common(1)[0][0]
     others = defaultdict(list)

@@ -3,8 +3,8 @@
 import itertools
 import math
 import re
-from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
+from typing import TypeGuard
 
 import torch
 
@@ -28,6 +28,7 @@ from sat_lora.interop.peft_content import PeftContent, read_peft_folder
 from sat_lora.lora.config import SLOTS, LoraConfig
 from sat_lora.lora.deltas.layers import KINDS
 from sat_lora.printable import printable
+from sat_lora.terminal.progress import Progress
 
 PEFT_RANK, PEFT_ALPHA = 8, 8  # PEFT's defaults
 LARGEST_RANK = 2**31 - 1
@@ -43,7 +44,7 @@ _HARMLESS = {
 
 
 def import_from_peft(
-    folder: str | Path, out: str | Path, *, base: str | Path, progress: Callable[[Collection], Iterable] = iter
+    folder: str | Path, out: str | Path, *, base: str | Path, progress: Progress[tuple[str, dict]] = iter
 ) -> None:
     """Write OUT, an adapter folder with the delta of a PEFT adapter of Hugging Face's CogVLM.
 
@@ -61,15 +62,16 @@ def import_from_peft(
     content = PeftContent.of(tensors, config, state)
     problems += content.problems
     groups, trained = dict(sorted(content.pairs.items())), content.trained
-    layers, own = {}, {}
+    layers: dict[str, LayerEntry] = {}
+    own: dict[str, torch.Tensor] = {}
     for module, parts in progress(groups.items()):
-        problem = _layer_problem(module, parts, state.shapes, config)
+        name = sat_name(module)
+        problem = _layer_problem(module, name, parts, state.shapes, config)
         if problem:
             problems.append(problem)
-        elif not problems:
-            name = sat_name(module)
-            rows = state.shapes[f"{name}.weight"][0]
-            layers[name], stacked = _layer(name, parts, rows, _scale(config, module, parts["A"]))
+        elif not problems and name is not None:
+            weight_rows = state.shapes[f"{name}.weight"][0]
+            layers[name], stacked = _layer(name, parts, weight_rows, _scale(config, module, parts["A"]))
             rows = [stop - start for start, stop in layers[name].rows]
             own |= cut_slots(name, layers[name].slots, rows, stacked)
     for name, tensor in trained.items():
@@ -89,8 +91,8 @@ def import_from_peft(
         use_dora=bool(config.get("use_dora")),
     )
     base_identity = state.identity
-    config = combined_config([fields], layers)
-    saved = SavedAdapter(config, base_identity.fingerprint, layers, tuple(trained), own | trained, base_identity)
+    own_config = combined_config([fields], layers)
+    saved = SavedAdapter(own_config, base_identity.fingerprint, layers, tuple(trained), own | trained, base_identity)
     try:
         write_adapter(out, saved)
     except OSError as error:
@@ -135,8 +137,8 @@ def _is_rank(value: object) -> bool:
     return type(value) is int and 1 <= value <= LARGEST_RANK
 
 
-def _is_number(value: object) -> bool:
-    return type(value) in (int, float) and abs(value) <= LARGEST_SCALE
+def _is_number(value: object) -> TypeGuard[int | float]:
+    return (type(value) is int or type(value) is float) and abs(value) <= LARGEST_SCALE
 
 
 def _dropout(config: dict) -> float:
@@ -153,10 +155,12 @@ def _shown(value: object) -> str:
     return text if len(text) <= 100 else text[:100] + " ..."
 
 
-def _layer_problem(module: str, parts: dict, shapes: dict[str, tuple[int, ...]], config: dict) -> str | None:
-    name = sat_name(module)
+def _layer_problem(
+    module: str, name: str | None, parts: dict, shapes: dict[str, tuple[int, ...]], config: dict
+) -> str | None:
+    """What keeps a module from being imported, as a line. name: SAT's."""
     shape = shapes.get(f"{name}.weight")
-    if shape is None:
+    if name is None or shape is None:
         return f"{module}: the base has no {name}.weight"
     wanted = {"A", "B", MAGNITUDE} if config.get("use_dora") else {"A", "B"}
     if parts.keys() != wanted:
@@ -199,6 +203,8 @@ def _layer(name: str, parts: dict, weight_rows: int, scale: float) -> tuple[Laye
     """(entry, stacked tensors) of one layer."""
     a, b = (parts[leaf].flatten(1) for leaf in "AB")
     kind = kind_named(name, weight_rows)
+    if kind is None:
+        raise AdapterError(f"{name}: takes no adapter")
     magnitude = {MAGNITUDE: parts[MAGNITUDE].flatten()} if MAGNITUDE in parts else {}
     if not is_fused(name):
         return LayerEntry(kind, len(a), scale, (), ((0, len(b)),)), {PAIR[0]: a, PAIR[1]: b, **magnitude}

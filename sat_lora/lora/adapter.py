@@ -2,10 +2,12 @@
 
 import zlib
 from collections.abc import Iterator, Mapping
+from functools import partial
 
 import torch
 from torch import nn
 
+from sat_lora.lora.config import LoraConfig
 from sat_lora.lora.deltas import dora
 from sat_lora.lora.deltas.initialize import initial_factors
 from sat_lora.lora.deltas.layers import Delta
@@ -39,7 +41,7 @@ class LoraAdapter(nn.Module):
     The parameters sit directly on this module, and it is called as a module, so that ZeRO-3 gathers them.
     """
 
-    def __init__(self, target: Target, config, dtype: torch.dtype, device: torch.device):
+    def __init__(self, target: Target, config: LoraConfig, dtype: torch.dtype, device: torch.device):
         super().__init__()
         self.target, self.name, self.rank, self.scale = target, target.site.name, target.rank, target.scale
         self.slots, self.kind, self.dropout = target.slots, target.site.kind, config.lora_dropout
@@ -52,7 +54,7 @@ class LoraAdapter(nn.Module):
         cut_out, cut_in = (size if self.kind.cut == side else 1 for side in ("out", "in"))
         local_rows = tuple((start // cut_out, stop // cut_out) for start, stop in target.rows)
         self.layout = DeltaLayout(local_rows, target.site.out_features // cut_out, self.kind.name, size)
-        shapes = {
+        shapes: dict[str, tuple[int, ...]] = {
             "A": (target.slots_count * self.rank, target.site.in_features // cut_in),
             "B": (sum(rows) // cut_out, self.rank),
         }
@@ -103,7 +105,7 @@ class LoraAdapter(nn.Module):
 
             factors = initial_factors(
                 self.scheme,
-                [lambda start=start, stop=stop: whole_rows(start, stop) for start, stop in self.target.rows],
+                [partial(whole_rows, start, stop) for start, stop in self.target.rows],
                 [(stop - start, site.in_features) for start, stop in self.target.rows],
                 rank=self.rank,
                 scale=self.scale,
@@ -177,7 +179,7 @@ class LoraAdapter(nn.Module):
         delta = (*self.factors(), self.scale * strength)
         return merged_weight(layer.weight, self.kind, self.layout, delta, self.magnitude_or_none)
 
-    def _row_norms(self, layer: nn.Module, delta) -> torch.Tensor:
+    def _row_norms(self, layer: nn.Module, delta: tuple[torch.Tensor, torch.Tensor, float] | None) -> torch.Tensor:
         matrix = self.kind.matrix(layer.weight.detach())
         return dora.row_norms(matrix, self.layout, delta, sum_over_ranks=self.kind.cut == "in")
 

@@ -1,5 +1,7 @@
 """LoraMixins on a model and on the SAT models inside it: put there, and found again."""
 
+from typing import Any
+
 from torch import nn
 
 from sat_lora._sat import BaseModel
@@ -49,7 +51,7 @@ def adapters_of(model: nn.Module, name: str = "lora") -> dict[str, LoraAdapter]:
 
 
 def add_lora(
-    model: nn.Module, config: LoraConfig | None = None, *, name: str = "lora", fixed_order: bool = False, **fields
+    model: nn.Module, config: LoraConfig | None = None, *, name: str = "lora", fixed_order: bool = False, **fields: Any
 ) -> list[LoraMixin]:
     """Put a LoraMixin on the model and on every SAT model inside it that `config` selects something of.
 

@@ -73,7 +73,7 @@ class BaseIdentity:
         values = b"" if self.values is None else self.values.numpy().tobytes()
         return hashlib.sha256(self.fingerprint.encode() + values).hexdigest()[:8]
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, str | int | None]:
         """What JSON holds of it, beside the fingerprint."""
         content = {"name": self.name, "family": self.family, "parameters": self.parameters}
         return content if self.values is None else {**content, "values": _encode(self.values)}

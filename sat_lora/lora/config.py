@@ -4,7 +4,9 @@ import difflib
 import math
 import re
 import sys
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
+from typing import Any, TypeVar
 
 from sat_lora.errors import ConfigError
 from sat_lora.files.patterns import matches, pattern_problem, shortened
@@ -60,7 +62,7 @@ class LoraConfig:
     seed: int = 1234
     """Seeds the initial A. The values depend on this and on the linear's name, not on the parallel layout."""
 
-    def __new__(cls, /, **values):
+    def __new__(cls, /, **values: Any) -> "LoraConfig":
         """Refuse unknown fields, with the nearest names and together with what is wrong with the known ones."""
         known = [f.name for f in fields(cls)]
         problems = []
@@ -75,20 +77,21 @@ class LoraConfig:
             raise ConfigError(_HEAD + "; ".join(problems))
         return super().__new__(cls)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("target_modules", "exclude_modules", "layers_to_transform", "qkv_slots", "modules_to_save"):
             value = getattr(self, name)
             if isinstance(value, list):
                 object.__setattr__(self, name, tuple(value))
         if isinstance(self.modules_to_save, str) or self.modules_to_save is None:  # PEFT's default is None
             object.__setattr__(self, "modules_to_save", (self.modules_to_save,) if self.modules_to_save else ())
-        if self.init_lora_weights is True:  # PEFT's spelling of its default
+        scheme: object = self.init_lora_weights
+        if scheme is True:  # PEFT's spelling of its default
             object.__setattr__(self, "init_lora_weights", "kaiming")
         problems = list(self._problems())
         if problems:
             raise ConfigError(_HEAD + "; ".join(problems))
 
-    def _problems(self):
+    def _problems(self) -> Iterator[str]:
         for name in ("rank_pattern", "alpha_pattern"):
             if not isinstance(getattr(self, name), dict):
                 yield f"{name} has to be a dictionary of patterns, got {getattr(self, name)!r}"
@@ -108,11 +111,11 @@ class LoraConfig:
             **{f"alpha_pattern[{k!r}]": v for k, v in self.alpha_pattern.items()},
             "lr_ratio": self.lr_ratio,
         }
-        for name, value in numbers.items():
-            if not _is_number(value) or (name == "lr_ratio" and value <= 0):
-                yield f"{name} has to be a finite number{' above 0' * (name == 'lr_ratio')}, got {value!r}"
-            elif abs(value) > LARGEST_FACTOR:
-                yield f"{name} has to be {LARGEST_FACTOR:g} at most, where float32 ends, got {value!r}"
+        for name, number in numbers.items():
+            if not _is_number(number) or (name == "lr_ratio" and number <= 0):
+                yield f"{name} has to be a finite number{' above 0' * (name == 'lr_ratio')}, got {number!r}"
+            elif abs(number) > LARGEST_FACTOR:
+                yield f"{name} has to be {LARGEST_FACTOR:g} at most, where float32 ends, got {number!r}"
         if not _is_number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
             yield f"lora_dropout has to be in [0, 1), got {self.lora_dropout!r}"
         for name in ("use_rslora", "use_dora", "freeze_a"):
@@ -173,28 +176,29 @@ class LoraConfig:
         """Whether A and B begin as a part of the weight, which is then subtracted (PiSSA, OLoRA)."""
         return self.init_lora_weights.startswith(("pissa", "olora"))
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, values: dict) -> "LoraConfig":
+    def from_dict(cls, values: Mapping[str, Any]) -> "LoraConfig":
         """From a dictionary such as the one in an adapter file."""
         return cls(**values)
 
 
 _HEAD = "LoraConfig: "
+Setting = TypeVar("Setting")
 
 
-def _is_number(value) -> bool:
+def _is_number(value: object) -> bool:
     """Whether it is a number that a float holds."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
-def _are_strings(values) -> bool:
+def _are_strings(values: object) -> bool:
     return isinstance(values, (tuple, list)) and all(isinstance(value, str) for value in values)
 
 
-def _first_match(patterns: dict, name: str, default):
+def _first_match(patterns: Mapping[str, Setting], name: str, default: Setting) -> Setting:
     return next((value for pattern, value in patterns.items() if ends_with(name, pattern)), default)
 
 

@@ -17,6 +17,7 @@ import copy
 import weakref
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -46,7 +47,8 @@ class DeltaHook:
 
     def __init__(self, state: DeltaState, adapter: LoraAdapter):
         self._state, self._adapter = state, weakref.ref(adapter)
-        self._layer: Callable[[], nn.Module | None] = lambda: None
+        self._layer: Callable[[], nn.Module] = lambda: None
+        """The layer, which is there whenever its forward runs; None before `attach`, and once it is freed."""
         self._dropout = RandomDropout(adapter.dropout) if adapter.dropout else None
         is_plain = type(adapter).forward is LoraAdapter.forward and adapter.is_plain and not state.fixed_order
         self._layer_types = adapter.kind.layers if is_plain else ()
@@ -60,11 +62,12 @@ class DeltaHook:
         """Add the delta to that layer's output from now on; what comes back takes it away again."""
         self._layer = weakref.ref(layer)
         if layer._forward_hooks or "forward" in layer.__dict__:
-            return layer.register_forward_hook(self._behind).remove
+            remove: Callable[[], None] = layer.register_forward_hook(self._behind).remove
+            return remove
         layer.forward = self
         return partial(_take_away, self._layer, weakref.ref(self))
 
-    def __call__(self, *args, **kwargs) -> torch.Tensor:
+    def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The layer's output with the delta in it, as `layer.forward`."""
         if self.on_entry is not None:
             self.on_entry()
@@ -89,7 +92,7 @@ class DeltaHook:
         add_delta_in_place(y, x, a, b, dropout, scale, layout)
         return y
 
-    def _behind(self, layer: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor | None:
+    def _behind(self, layer: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor | None:
         """As a forward hook: the output with the delta in it, or None where there is none to add."""
         state, adapter = self._state, self._adapter()
         if not state.scope_is_open or not state.enabled or state.merged is not None or adapter is None:
@@ -128,7 +131,7 @@ class DeltaHook:
             )
         return adapter(output, x, layer, state.scale, is_untouched)
 
-    def __deepcopy__(self, memo: dict) -> "DeltaHook":
+    def __deepcopy__(self, memo: dict[int, Any]) -> "DeltaHook":
         """A copied model's hook belongs to the copied layer and adapter."""
         copied = copy.copy(self)
         memo[id(self)] = copied

@@ -16,6 +16,7 @@ P'. Being inside the layer, the chain is made anew when an activation checkpoint
 from collections.abc import Callable, Iterable
 
 import torch
+from torch.autograd.function import FunctionCtx
 
 from sat_lora.lora.adapter import LoraAdapter
 
@@ -24,11 +25,13 @@ class _PassBoth(torch.autograd.Function):
     """Identity on two tensors, whose gradients leave together."""
 
     @staticmethod
-    def forward(ctx, carrier, parameter):
+    def forward(ctx: FunctionCtx, carrier: torch.Tensor, parameter: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return carrier.detach(), parameter.detach()  # a view could not be changed in place by the model
 
     @staticmethod
-    def backward(ctx, carrier_gradient, parameter_gradient):
+    def backward(
+        ctx: FunctionCtx, carrier_gradient: torch.Tensor, parameter_gradient: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         return carrier_gradient, parameter_gradient
 
 

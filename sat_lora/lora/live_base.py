@@ -11,9 +11,9 @@ from sat_lora.parallel.sharding import Sharding, gathered, model_parallel_layout
 
 def base_tensors(model: nn.Module) -> dict[str, tuple[nn.Module, str, torch.Tensor]]:
     """What a checkpoint of the base model holds, by name: (module, leaf, this rank's tensor). No LoraMixin's."""
-    found = {}
+    found: dict[str, tuple[nn.Module, str, torch.Tensor]] = {}
 
-    def visit(module: nn.Module, prefix: str):
+    def visit(module: nn.Module, prefix: str) -> None:
         if isinstance(module, LoraMixin):
             return
         buffers = {k: b for k, b in module._buffers.items() if k not in module._non_persistent_buffers_set}
@@ -41,7 +41,7 @@ def identity_of_model(model: nn.Module) -> BaseIdentity:
     """
     tensors = base_tensors(model)
     shapes = {name: whole_shape(module, leaf, tensor) for name, (module, leaf, tensor) in tensors.items()}
-    originals = {}
+    originals: dict[int, torch.Tensor] = {}
     for mixin in lora_mixins(model).values():
         before = mixin.originals()
         if before is None:
@@ -61,7 +61,7 @@ def identity_of_model(model: nn.Module) -> BaseIdentity:
     identity = identity_of(shapes, values_at, name=name, family=family)
     groups = [mpu.get_model_parallel_group()] if model_parallel_layout()[1] > 1 else []
     groups += [partitioned[0].ds_process_group] if partitioned else []
-    if groups:  # each value is on one rank, and zero on the others
+    if groups and identity.values is not None:  # each value is on one rank, and zero on the others
         device = next(iter(tensors.values()))[2].device
         values = identity.values.to(device)
         for group in groups:
@@ -89,11 +89,12 @@ def _own_values(
         return flat[index.to(flat.device)].float().to(tensor.device)
     mine = torch.ones(len(index), dtype=torch.bool)
     local = index
-    if size > 1 and sharding.dim is None:
+    dim = sharding.dim
+    if size > 1 and dim is None:
         mine &= rank == 0
-    elif size > 1:
+    elif size > 1 and dim is not None:
         places = [*torch.unravel_index(index, shape)]
-        owners, places[sharding.dim] = sharding.place(places[sharding.dim], shape[sharding.dim], size)
+        owners, places[dim] = sharding.place(places[dim], shape[dim], size)
         mine &= owners == rank
         local = torch.zeros_like(index)
         for length, place in zip(getattr(tensor, "ds_shape", tensor.shape), places):

@@ -1,8 +1,9 @@
 """LoraMixin: low-rank deltas inside a SAT model's own hooks. No module is replaced, no base weight renamed."""
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -40,7 +41,7 @@ class LoraMixin(BaseMixin):
         *,
         planned: Plan | None = None,
         fixed_order: bool = False,
-        **fields,
+        **fields: Any,
     ):
         """`fields` are those of LoraConfig, if no `config` is given; `planned`, if given, is taken as selected.
 
@@ -81,7 +82,7 @@ class LoraMixin(BaseMixin):
         freeze_base(model, self)
         self.train(model.training)
 
-    def reinit(self, parent_model=None) -> None:
+    def reinit(self, parent_model: BaseModel | None = None) -> None:
         """Back to the initial values, over the weights as they are, which count as the base from now on.
 
         SAT calls it for a mixin that a checkpoint does not hold; twice does no harm.
@@ -93,7 +94,8 @@ class LoraMixin(BaseMixin):
 
     def adapter_for(self, name: str) -> LoraAdapter:
         """The adapter of the layer with that name."""
-        return self.adapters[adapter_key(name)]
+        adapter: LoraAdapter = self.adapters[adapter_key(name)]
+        return adapter
 
     def trainable(self) -> Iterator[nn.Parameter]:
         """What trains: of the adapters, and whole parameters of the base."""
@@ -133,7 +135,7 @@ class LoraMixin(BaseMixin):
         """Add the deltas again, and bring back the trained values of base parameters."""
         self.enabled = True
 
-    def disable(self) -> AbstractContextManager:
+    def disable(self) -> AbstractContextManager["LoraMixin"]:
         """The base as it was, until `enable` or the end of `with mixin.disable():`. ConfigError while merged."""
         self.enabled = False
         return _enabled_afterwards(self)
@@ -152,23 +154,26 @@ class LoraMixin(BaseMixin):
         if not self.enabled:
             raise ConfigError("the mixin is disabled; enable() before merge()")
         if not self.merged:
-            self._state.merged = MergedWeights(self, self._model(), keep_original=keep_original)
+            pairs = [(target.site.module, self.adapter_for(name)) for name, target in self.targets.items()]
+            self._state.merged = MergedWeights(pairs, self.scale, self._model(), keep_original=keep_original)
 
     def unmerge(self) -> None:
         """Take the deltas out again: bit for bit if the originals were kept, else by subtraction, with rounding."""
-        if self.merged:
-            self._state.merged.undo()
+        merged = self._state.merged
+        if merged is not None:
+            merged.undo()
             self._state.merged = None
 
     def originals(self) -> list[tuple[torch.Tensor, torch.Tensor]] | None:
         """(parameter of the base, what it was before) of all that has been trained or merged; None if that is gone."""
-        merged = self._state.merged.originals() if self.merged else []
-        return None if merged is None else [*self.trained.originals(), *merged]
+        merged = self._state.merged
+        replaced = [] if merged is None else merged.originals()
+        return None if replaced is None else [*self.trained.originals(), *replaced]
 
     # SAT's hooks
 
     @non_conflict
-    def _in_scope(self, *args, old_impl=None, **kw_args):
+    def _in_scope(self, *args: Any, old_impl: Callable[..., Any], **kw_args: Any) -> Any:
         """What every hook below does: run what was there before, with the deltas switched on."""
         state = self._state
         before, state.scope_is_open = state.scope_is_open, True
@@ -180,13 +185,15 @@ class LoraMixin(BaseMixin):
     position_embedding_forward = final_forward = cross_attention_forward = mlp_forward = _in_scope
 
     @non_conflict
-    def word_embedding_forward(self, *args, old_impl=None, **kw_args):
+    def word_embedding_forward(self, *args: Any, old_impl: Callable[..., Any], **kw_args: Any) -> Any:
         if self._order is None:
             return self._in_scope(*args, old_impl=old_impl, **kw_args)
         return self._order.embed(lambda: self._in_scope(*args, old_impl=old_impl, **kw_args))
 
     @non_conflict
-    def attention_forward(self, hidden_states, *args, old_impl=None, **kw_args):
+    def attention_forward(
+        self, hidden_states: torch.Tensor, *args: Any, old_impl: Callable[..., Any], **kw_args: Any
+    ) -> Any:
         if self._order is not None:
             hidden_states = self._order.enter_layer(int(kw_args["layer_id"]), hidden_states)
         return self._in_scope(hidden_states, *args, old_impl=old_impl, **kw_args)
@@ -197,15 +204,16 @@ class LoraMixin(BaseMixin):
         return [mixin._order for mixin in inner if mixin is not self and mixin._order is not None]
 
     @property
-    def layer_forward(self):
+    def layer_forward(self) -> Callable[..., Any]:
         """There only if another mixin has this hook too: with it SAT calls no layer as a module any more."""
         if not self._wraps_layers:
             raise AttributeError("layer_forward")
-        return self._in_scope
+        in_scope: Callable[..., Any] = self._in_scope
+        return in_scope
 
 
 @contextmanager
-def _enabled_afterwards(mixin: LoraMixin):
+def _enabled_afterwards(mixin: LoraMixin) -> Iterator[LoraMixin]:
     try:
         yield mixin
     finally:
@@ -221,7 +229,7 @@ class _ModelReference:
     def __call__(self) -> BaseModel:
         return self._reference()
 
-    def __deepcopy__(self, memo):
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_ModelReference":
         return _ModelReference(memo.get(id(self()), self()))
 
 

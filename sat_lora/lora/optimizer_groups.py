@@ -1,5 +1,7 @@
 """The trainable parameters as groups of an optimizer, for adapters whose B learns faster than their A (LoRA+)."""
 
+from typing import Any
+
 from torch import nn
 
 from sat_lora.lora.mixin import lora_mixins
@@ -7,7 +9,7 @@ from sat_lora.lora.mixin import lora_mixins
 RATIO = "lr_ratio"  # of a group; optimizers keep such an entry, in their checkpoints as well
 
 
-def parameter_groups(model: nn.Module, *, lr: float, weight_decay: float = 0.0) -> list[dict]:
+def parameter_groups(model: nn.Module, *, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
     """The trainable parameters of `model`, for any torch optimizer and for DeepSpeed.
 
     B of every adapter learns at `lr` times the `lr_ratio` of its mixin's config, everything else at `lr`. That is one
@@ -31,7 +33,7 @@ def parameter_groups(model: nn.Module, *, lr: float, weight_decay: float = 0.0) 
     ]
 
 
-def set_learning_rate(groups: list[dict], rate: float) -> None:
+def set_learning_rate(groups: list[dict[str, Any]], rate: float) -> None:
     """Give each of an optimizer's `param_groups` the rate times its own ratio."""
     for group in groups:
         group["lr"] = rate * group.get(RATIO, 1.0)

@@ -1,5 +1,7 @@
 """What is adapted and what trains, per tower, as data and as text."""
 
+from typing import TypedDict
+
 from torch import nn
 
 from sat_lora.lora.adapter import LoraAdapter
@@ -10,26 +12,34 @@ from sat_lora.parallel.sharding import model_parallel_layout
 WHOLE = "trained whole"
 
 
-def describe(model: nn.Module) -> list[dict]:
-    """One row per part of the model and one for the total.
+class Row(TypedDict):
+    """A part of a model."""
 
-    Keys: part, layers, adapted, ranks, trainable (parameters, of the whole model), base (parameters of the layers).
-    """
+    part: str
+    layers: int
+    adapted: int  # layers
+    ranks: list[int]  # ascending, each once
+    trainable: int  # parameters, of the whole model
+    base: int  # parameters of the layers
+
+
+def describe(model: nn.Module) -> list[Row]:
+    """One row per part of the model and one for the total."""
     _, size = model_parallel_layout()
     names = {path.rpartition(".")[2] for path in lora_mixins(model)}
     adapters: dict[str, list[LoraAdapter]] = {}
-    for site, adapter in (pair for name in sorted(names) for pair in adapters_of(model, name).items()):
-        adapters.setdefault(site, []).append(adapter)
-    rows: dict[str, dict] = {}
+    for layer_name, adapter in (pair for name in sorted(names) for pair in adapters_of(model, name).items()):
+        adapters.setdefault(layer_name, []).append(adapter)
+    rows: dict[str, Row] = {}
     for name, site in find_all_sites(model).items():
         if not site.kind.is_linear and name not in adapters:
             continue
-        row = rows.setdefault(site.part, dict(part=site.part, layers=0, adapted=0, ranks=set(), trainable=0, base=0))
+        row = rows.setdefault(site.part, _empty_row(site.part))
         row["layers"] += 1
         row["base"] += site.in_features * site.out_features
         row["adapted"] += name in adapters
         for adapter in adapters.get(name, ()):
-            row["ranks"].add(adapter.rank)
+            row["ranks"] = sorted({*row["ranks"], adapter.rank})
             for leaf, p in adapter.named_parameters():
                 if p.requires_grad:
                     count = getattr(p, "ds_numel", p.numel())
@@ -37,10 +47,19 @@ def describe(model: nn.Module) -> list[dict]:
     whole = [(p, m.trained.shardings[n].dim) for m in lora_mixins(model).values() for n, p in m.trained.tensors.items()]
     if whole:
         count = sum(getattr(p, "ds_numel", p.numel()) * (1 if dim is None else size) for p, dim in whole)
-        rows[WHOLE] = dict(part=WHOLE, layers=0, adapted=0, ranks=set(), trainable=count, base=count)
-    table = [{**row, "ranks": sorted(row["ranks"])} for row in rows.values()]
-    total = {key: sum(row[key] for row in table) for key in ("layers", "adapted", "trainable", "base")}
-    return [*table, {"part": "total", "ranks": sorted({r for row in table for r in row["ranks"]}), **total}]
+        rows[WHOLE] = {**_empty_row(WHOLE), "trainable": count, "base": count}
+    total = _empty_row("total")
+    for row in rows.values():
+        total["layers"] += row["layers"]
+        total["adapted"] += row["adapted"]
+        total["ranks"] = sorted({*total["ranks"], *row["ranks"]})
+        total["trainable"] += row["trainable"]
+        total["base"] += row["base"]
+    return [*rows.values(), total]
+
+
+def _empty_row(part: str) -> Row:
+    return Row(part=part, layers=0, adapted=0, ranks=[], trainable=0, base=0)
 
 
 def describe_text(model: nn.Module) -> str:

@@ -195,7 +195,7 @@ def select(
     layers = config.layers()
     if layers is not None:
         towers = {site.tower for site in sites.values()}
-        for tower in sorted(layers.keys() - towers - {None}):
+        for tower in sorted(tower for tower in layers.keys() - towers if tower is not None):
             problems.append(f"layers_to_transform: there is no tower {tower!r}, only {' and '.join(sorted(towers))}")
         chosen = {name for name in chosen if _in_layers(sites[name], layers)}
     named = {name for name in chosen if sites[name].slot_names}
@@ -257,7 +257,7 @@ def _matching(
 ) -> set[str]:
     is_regex = isinstance(patterns, str)
     chosen: set[str] = set()
-    for pattern in (patterns,) if is_regex else patterns:
+    for pattern in (patterns,) if isinstance(patterns, str) else patterns:
         if pattern in PRESETS:
             regex = PRESETS[pattern]
         else:
@@ -278,9 +278,11 @@ def _matching(
     return chosen
 
 
-def _trained_whole(parameters: dict[str, BaseParameter], config: LoraConfig, problems: list[str]):
+def _trained_whole(
+    parameters: dict[str, BaseParameter], config: LoraConfig, problems: list[str]
+) -> dict[str, BaseParameter]:
     """The parameters that modules_to_save names, or that lie in a module that it names."""
-    chosen = {}
+    chosen: dict[str, BaseParameter] = {}
     for pattern in config.modules_to_save:
         hits = [name for name in parameters if re.fullmatch(rf"(.*\.)?{re.escape(pattern)}(\..+)?", name)]
         if not hits:

@@ -15,7 +15,8 @@ from sat_lora.errors import ConfigError
 from sat_lora.findings.finding import Finding, joined
 from sat_lora.memory.components import Memory, device_memory, memory_findings, memory_of, memory_table
 from sat_lora.memory.live_memory import peak_of
-from sat_lora.parallel.distributed import gather_lists, ranks_on_this_machine, together
+from sat_lora.parallel.distributed import gather_lists, together
+from sat_lora.parallel.launch import ranks_on_this_machine
 from sat_lora.training.prepare import Setting
 
 

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
+from typing import ParamSpec, TypeVar
 
 import torch
 
@@ -14,6 +15,9 @@ from sat_lora.parallel.launch import find_place, ranks_on_this_machine
 from sat_lora.parallel.rendezvous import compare, meet
 
 ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+Entry = TypeVar("Entry")
 
 
 @dataclass(frozen=True)
@@ -116,12 +120,12 @@ def stop() -> None:
         torch.distributed.destroy_process_group()
 
 
-def together(step: Callable, *args, **kwargs):
+def together(step: Callable[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
     """Run `step` on every rank. If it fails with a user's mistake on any, it fails on all, with that message.
 
     A file or folder that cannot be used (an OSError that names one) is such a mistake.
     """
-    result, mistake = None, None
+    mistake: SatLoraError | None = None
     try:
         result = step(*args, **kwargs)
     except SatLoraError as error:
@@ -135,7 +139,7 @@ def together(step: Callable, *args, **kwargs):
     first = next((m for m in mistakes if m is not None), None)
     if first is not None:
         raise first
-    return result
+    return result  # there, since no rank has made a mistake, this one included
 
 
 def agree(marks: Mapping[str, str]) -> None:
@@ -148,8 +152,8 @@ def agree(marks: Mapping[str, str]) -> None:
     raise disagreement(first, {rank: own for rank, own in by_rank.items() if own})
 
 
-def gather_lists(own: list) -> list:
+def gather_lists(own: list[Entry]) -> list[Entry]:
     """The lists of all ranks, joined in rank order. Every rank has to call it."""
-    lists: list[list] = [[] for _ in range(torch.distributed.get_world_size())]
+    lists: list[list[Entry]] = [[] for _ in range(torch.distributed.get_world_size())]
     torch.distributed.all_gather_object(lists, own)
     return [entry for part in lists for entry in part]

@@ -5,6 +5,7 @@ import socket
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 from sat_lora.errors import ConfigError
 from sat_lora.printable import printable, shell_line
@@ -20,6 +21,7 @@ STARTERS = {
 BY_HAND_LIMIT, LAUNCHED_LIMIT = 120, 600  # seconds until a process gives up to wait for the others
 ALONE = "for one process alone: env -u RANK -u WORLD_SIZE python ..."
 START_ALL = "start all processes of a machine with torchrun or deepspeed"
+Default = TypeVar("Default", int, None)
 
 
 @dataclass(frozen=True)
@@ -118,8 +120,8 @@ def taken_port(place: Place, reason: object) -> ConfigError:
     )
 
 
-def _another(port: int) -> int:
-    return port + 1 if port < 65535 else 29500
+def _another(port: int | None) -> int:
+    return port + 1 if port is not None and port < 65535 else 29500
 
 
 def _refuse_to_be_alone_among_many(given: Mapping[str, str]) -> None:
@@ -136,8 +138,8 @@ def _refuse_to_be_alone_among_many(given: Mapping[str, str]) -> None:
 
 
 def _whole(
-    given: Mapping[str, str], name: str, *, least: int, default: int | None, most: int | None = None
-) -> int | None:
+    given: Mapping[str, str], name: str, *, least: int, default: Default, most: int | None = None
+) -> int | Default:
     text = given.get(name)
     if text is None:
         return default
@@ -148,7 +150,7 @@ def _whole(
     return number
 
 
-def relaunch(script: str | os.PathLike, *words: str, environ: Mapping[str, str] = os.environ) -> str | None:
+def relaunch(script: str | os.PathLike[str], *words: str, environ: Mapping[str, str] = os.environ) -> str | None:
     """A line for any shell that starts a script with as many ranks, under the launcher that started this process.
 
     None where no single line does: on several machines, or for ranks that were started one by one.
@@ -167,6 +169,6 @@ def relaunch(script: str | os.PathLike, *words: str, environ: Mapping[str, str] 
     return shell_line([sys.executable, *start, os.path.abspath(script), *words])
 
 
-def sat_lora_line(*words: str | os.PathLike) -> str:
+def sat_lora_line(*words: str | os.PathLike[str]) -> str:
     """A line for any shell that runs `sat-lora` with these words, by the interpreter that runs now."""
     return shell_line([sys.executable, "-m", "sat_lora.cli", *map(str, words)])

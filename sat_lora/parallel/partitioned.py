@@ -1,5 +1,7 @@
 """ZeRO-3 while loading: parameters become partitions one by one, and no rank sends a weight to another."""
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -13,7 +15,7 @@ class Partitioning:
     rank has filled its own part from the file, so the two steps of `_zero_init_param` around the broadcast are taken.
     """
 
-    def __init__(self, config: dict):
+    def __init__(self, config: dict[str, Any]):
         """config: what `deepspeed.initialize` will get; the process groups have to exist."""
         import deepspeed
 

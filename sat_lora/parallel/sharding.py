@@ -114,7 +114,7 @@ class Sharding:
 
     def _split(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
         size, total = tensor.shape[self.dim], sum(self.blocks)
-        return tensor.split([size * block // total for block in self.blocks], self.dim)
+        return tuple(tensor.split([size * block // total for block in self.blocks], self.dim))
 
 
 REPLICATED = Sharding()
@@ -161,7 +161,7 @@ def over_model_parallel(local: torch.Tensor, sharding: Sharding) -> torch.Tensor
     return sharding.unshard(shards)
 
 
-def gathered(parameters: Iterable[nn.Parameter], *, write: bool = False) -> AbstractContextManager:
+def gathered(parameters: Iterable[nn.Parameter], *, write: bool = False) -> AbstractContextManager[object]:
     """A context in which parameters that ZeRO-3 has partitioned are there, and what is written to them stays.
 
     Every rank has to enter it, and all have to write the same.
@@ -171,4 +171,6 @@ def gathered(parameters: Iterable[nn.Parameter], *, write: bool = False) -> Abst
         return nullcontext()
     import deepspeed
 
-    return deepspeed.zero.GatheredParameters(partitioned, modifier_rank=0 if write else None)
+    context: AbstractContextManager[object]
+    context = deepspeed.zero.GatheredParameters(partitioned, modifier_rank=0 if write else None)
+    return context

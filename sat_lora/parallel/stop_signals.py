@@ -2,8 +2,19 @@
 
 import os
 import signal
+from collections.abc import Callable
+from types import FrameType
+from typing import Any, Protocol
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+Handler = Callable[[int, FrameType | None], Any] | int | None
+"""What `signal.signal` takes and gives."""
+
+
+class Ending(Protocol):
+    """An event of any kind: of threads, of processes."""
+
+    def is_set(self) -> bool: ...
 
 
 class Stopped(Exception):
@@ -22,9 +33,9 @@ class StopSignals:
     SIGHUP stays ignored where `nohup` has said so.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.counts = dict.fromkeys(SIGNALS, 0)
-        self._before = {}
+        self._before: dict[signal.Signals, Handler] = {}
 
     def __enter__(self) -> "StopSignals":
         ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
@@ -32,7 +43,7 @@ class StopSignals:
         self._before = {number: signal.signal(number, self._count) for number in heeded}
         return self
 
-    def __exit__(self, kind, *error) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         if kind is not None and issubclass(kind, Stopped):
             return  # launchers repeat themselves, and the process is about to end as it was told
         for number, handler in self._before.items():
@@ -41,13 +52,13 @@ class StopSignals:
             for number in [number for number, count in self.counts.items() if count]:
                 signal.raise_signal(number)  # it came too late for any step
 
-    def _count(self, number: int, frame) -> None:
+    def _count(self, number: int, frame: FrameType | None) -> None:
         self.counts[signal.Signals(number)] += 1
         if number == signal.SIGHUP:
             _leave_lost_terminal()
 
 
-def serve_until(ending) -> None:
+def serve_until(ending: Ending) -> None:
     """For a data worker: Ctrl-C, a lost terminal and launchers signal it too, but it is to serve until its rank has
     saved.
 
@@ -55,7 +66,7 @@ def serve_until(ending) -> None:
     and waits for them.
     """
 
-    def leave(number: int, frame) -> None:
+    def leave(number: int, frame: FrameType | None) -> None:
         if ending.is_set():
             os._exit(0)
 

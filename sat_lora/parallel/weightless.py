@@ -1,5 +1,8 @@
 """Building a model whose parameters have shapes and no memory yet."""
 
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
 import torch
 from torch.overrides import TorchFunctionMode
 
@@ -13,8 +16,14 @@ class without_memory(TorchFunctionMode):
     SAT 0.4.12 names the CPU in each of its parallel layers, which `with torch.device("meta")` does not override.
     """
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = dict(kwargs or {})
+    def __torch_function__(
+        self,
+        function: Callable[..., Any],
+        types: Collection[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        given = dict(kwargs or {})
         if function in _ALLOCATIONS:
-            kwargs["device"] = "meta"
-        return function(*args, **kwargs)
+            given["device"] = "meta"
+        return function(*args, **given)

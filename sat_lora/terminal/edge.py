@@ -11,7 +11,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
-from typing import NoReturn
+from types import FrameType
+from typing import Any, NoReturn
 
 INTERRUPTED = 128 + signal.SIGINT
 MISTAKE = 2
@@ -52,23 +53,24 @@ class CtrlC:
     def __init__(self, name: str):
         self.name, self.pid, self.count, self.has_spoken = name, os.getpid(), 0, False
         self._left = threading.Event()
-        self._before = self._pipe = None
+        self._before: Callable[[int, FrameType | None], Any] | int | None = None
+        self._pipe: tuple[int, int] | None = None
 
     def __enter__(self) -> "CtrlC":
         global _current
         if _current is None and threading.current_thread() is threading.main_thread():
             _current = self
             self._before = signal.signal(signal.SIGINT, self._heard)
-            self._pipe = os.pipe()
-            os.set_blocking(self._pipe[1], False)
+            self._pipe = pipe = os.pipe()
+            os.set_blocking(pipe[1], False)
             # The system's handler writes there even while the main thread is in a call that never comes back.
-            signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
-            threading.Thread(target=self._force, name="sat_lora ctrl-c", daemon=True).start()
+            signal.set_wakeup_fd(pipe[1], warn_on_full_buffer=False)
+            threading.Thread(target=self._force, args=pipe, name="sat_lora ctrl-c", daemon=True).start()
         return self
 
     def __exit__(self, *error) -> None:
         global _current
-        if _current is self:
+        if _current is self and self._pipe is not None:
             _current = None
             self._left.set()
             signal.set_wakeup_fd(-1)
@@ -95,8 +97,7 @@ class CtrlC:
             _end_now()
         raise KeyboardInterrupt
 
-    def _force(self) -> None:
-        reader, writer = self._pipe
+    def _force(self, reader: int, writer: int) -> None:
         while (byte := os.read(reader, 1)) != b"\0":
             is_ours = byte == bytes([signal.SIGINT]) and signal.getsignal(signal.SIGINT) == self._heard
             if is_ours and not self._left.wait(GRACE):
@@ -213,7 +214,7 @@ def run_script(name: str, main: Callable[[], int | None], *, prints_its_result: 
     ctrl_c = CtrlC(name)
     ctrl_c.__enter__()
     try:
-        status = main() or 0
+        status: str | int = main() or 0
     except KeyboardInterrupt:
         ctrl_c.say()
         status = INTERRUPTED

@@ -126,7 +126,7 @@ class OptionParser(argparse.ArgumentParser):
 
     def error(self, message: str):
         if "are required: " in message:
-            commands = [name for action in self._actions if action.dest == "command" for name in action.choices]
+            commands = [name for action in self._actions if action.dest == "command" for name in action.choices or ()]
             message += f"; one of {', '.join(commands)}" if commands else "; --help says what they are"
         self._print_message(f"{self.prog}: error: {message}\n", sys.stderr)
         let_first_rank_speak()

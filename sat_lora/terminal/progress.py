@@ -4,12 +4,16 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
+from typing import TypeVar
 
 SECONDS_BETWEEN_LINES = 10.0
+Item = TypeVar("Item")
+Progress = Callable[[Collection[Item]], Iterable[Item]]
+"""Goes through a collection and shows how far that is, as `shown` does and tqdm."""
 
 
-def shown(items: Collection, what: str, unit: str) -> Iterator:
+def shown(items: Collection[Item], what: str, unit: str) -> Iterator[Item]:
     """Goes through `items` and shows on stderr how far that is, if it takes more than a second.
 
     In a log file there is a line every ten seconds, and a last one if there was any. A stderr that cannot be written to

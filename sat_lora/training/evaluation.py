@@ -121,7 +121,8 @@ def evaluate_adapter(
     for start in shown(starts, "answering", "batches, each without and with the adapter") if world.is_main else starts:
         trace.at("test")
         indices = list(share[start : start + options.eval_batch_size])
-        questions = [dataset[i] if isinstance(lengths[i], int) else lengths[i] for i in indices]
+        own_lengths = [(i, lengths[i]) for i in indices]
+        questions = [dataset[i] if isinstance(length, int) else length for i, length in own_lengths]
         samples = [(question, dataset.items[i].answer.strip()) for question, i in zip(questions, indices)]
         broken += [(s.path, s.reason, s.sample) for s, _ in samples if not isinstance(s, Sample)]
         usable = [(s, answer) for s, answer in samples if isinstance(s, Sample)]
@@ -138,13 +139,13 @@ def evaluate_adapter(
                 counts[0] += said == answer
                 counts[1] += said.lower() == answer.lower()
     counts = [count for side in right.values() for count in side]
-    images, *sums = sum_over_data_parallel(images, *counts, device=world.device)
+    answered, *sums = sum_over_data_parallel(images, *counts, device=world.device)
     broken = sorted(set(gather_lists(broken)))
-    if not images:
+    if not answered:
         raise DataError(f"--test-data: none of {options.test_data} can be read; the first: {broken[0][1]}")
-    shares = iter(value / images for value in sums)
+    shares = iter(value / answered for value in sums)
     names = ("exact_match", "exact_match_ignoring_case")
-    result = {"images": int(images), **{side: {name: next(shares) for name in names} for side in right}}
+    result = {"images": int(answered), **{side: {name: next(shares) for name in names} for side in right}}
     if not broken:
         return result
     return {**result, "broken": sorted({path for path, _, _ in broken}), "broken_samples": len(broken)}
@@ -233,19 +234,20 @@ def evaluation_file(options: Namespace) -> tuple[Path, Path | None]:
         return _place_for(of, Path(f"evaluation-{Path(os.path.abspath(options.from_pretrained)).name}.json")), None
     run = _run_of(Path(options.adapter))
     if run is not None and _is_of(run, options):
-        own = run / EVALUATION
-        is_old = os.path.lexists(own) and _content_of(own) is None  # of a version that did not say what it is of
-        return own if is_old else _place_for(of, own), run
+        file = run / EVALUATION
+        is_old = os.path.lexists(file) and _content_of(file) is None  # of a version that did not say what it is of
+        return file if is_old else _place_for(of, file), run
     folder = Path(options.run) if options.run else run or Path(options.adapter).parent
     return _place_for(of, folder / EVALUATION, first=2 if (folder / RUN).is_file() else 1), None
 
 
 def _place_for(of: dict, file: Path, first: int = 1) -> Path:
     """The first of NAME.json, NAME-2.json, ... from number `first` on that is free or is of the same."""
-    for number in itertools.count(first):
-        place = file if number == 1 else file.with_name(f"{file.stem}-{number}{file.suffix}")
-        if not os.path.lexists(place) or _content_of(place) == of:
-            return place
+    places = (
+        file if number == 1 else file.with_name(f"{file.stem}-{number}{file.suffix}")
+        for number in itertools.count(first)
+    )
+    return next(place for place in places if not os.path.lexists(place) or _content_of(place) == of)
 
 
 def _run_of(adapter: Path) -> Path | None:

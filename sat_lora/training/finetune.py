@@ -101,7 +101,7 @@ def _open_sources(options: Namespace, world: World, run: RunFolder) -> Sources:
         gradient_accumulation_steps=options.gradient_accumulation_steps,
         data_parallel_size=world.data_parallel_size,
     )
-    run.facts = facts_of_run(options, data.description(), valid_data and valid_data.description())
+    run.facts = facts_of_run(options, data.description(), None if valid_data is None else valid_data.description())
     run.facts["files"] = data.files()
     if stored is not None:
         together(check_data, options, stored, run.facts["data"])
@@ -117,7 +117,9 @@ def _open_sources(options: Namespace, world: World, run: RunFolder) -> Sources:
 def _train_and_evaluate(options: Namespace, setting: Setting, run: RunFolder, trace: NoTrace, sources: Sources) -> None:
     world, (data, valid_data) = setting.world, sources
     trace.at("load")
-    run.lock.share()
+    if run.lock is not None:
+        run.lock.share()
+    model: CogVLMModel | None
     model, config = load_base(options, setting, layers=options.shrink if options.replay else None)
     add_lora(model, setting.lora)
     run.say(describe_text(model))
@@ -153,7 +155,7 @@ def _train_and_evaluate(options: Namespace, setting: Setting, run: RunFolder, tr
     streams = []
     if isinstance(data, ShardSource):
         streams.append(loader := CutAnswers(loader, run.say, options.max_length))
-    if isinstance(valid_data, ShardSource):
+    if valid is not None and isinstance(valid_data, ShardSource):
         streams.append(valid := CutAnswers(valid, run.say, options.max_length, "validation: "))
     with run:
         run.start(options.train_iters, state.step)

@@ -129,7 +129,7 @@ def train(
             validates = valid is not None and (last or _due(state.step, options.eval_interval))
             state.owes_validation = validates and result.stop is not None  # who takes the machine may not wait for it
             is_best = False
-            if validates and not state.owes_validation:
+            if valid is not None and validates and not state.owes_validation:
                 is_best = _validate(engine, valid, run, world, state, writer, trace)
             if last or is_best or result.stop is not None or _due(state.step, options.save_interval):
                 trace.at("write")
@@ -188,17 +188,18 @@ def _end_of(nonfinite: str, run: RunFolder, world: World, state: RunState, saved
         return f"{text}, and nothing is saved yet: start again with --overwrite and a lower --lr"
     text += f", and {run.adapters} holds the last adapters that were saved. "
     go_on = f"--resume {run.path} and a lower --lr, or with --skip-nonfinite {state.skipped} to leave out such steps"
-    if not is_blown_up or saved == state.good_step:
+    good_step = state.good_step
+    if not is_blown_up or saved == good_step:
         return f"{text}Go on from the last checkpoint with {go_on}"
-    if state.good_step is None:
+    if good_step is None:
         return (
             f"{text}But that of step {saved} is blown up, and there is none before it: start again with a lower --lr "
             f"(--skip-nonfinite {state.skipped} would leave out one step more, and change nothing)"
         )
-    together(lambda: run.go_back_to(state.good_step) if world.is_main else None)
+    together(lambda: run.go_back_to(good_step) if world.is_main else None)
     return (
         f"{text}But that of step {saved} is blown up; adapter/latest and checkpoints/latest name step "
-        f"{state.good_step} again, the last that was well. Go on from there with {go_on}"
+        f"{good_step} again, the last that was well. Go on from there with {go_on}"
     )
 
 

@@ -119,7 +119,7 @@ def _base_and_prompt_problems(options: Namespace, environ: Mapping[str, str]) ->
 def _shortest(tokenizer, image_length: int, options: Namespace) -> int:
     """Tokens of the shortest sample with an image that asks --prompt."""
     special = options.special_tokens_in_text
-    prompt = ("", prompt_text(options.version, options.prompt))
+    prompt: str | tuple[str, str] = ("", prompt_text(options.version, options.prompt))
     if special:
         prompt = prompt_for(options.version, options.prompt)
     return shortest_length(tokenizer, prompt, image_length, special)

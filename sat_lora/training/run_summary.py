@@ -17,7 +17,6 @@ from sat_lora.data.folders import unreadable_folders, unreadable_notes
 from sat_lora.data.samples import Item
 from sat_lora.data.shards.shards import find_records
 from sat_lora.errors import ConfigError, SatLoraError
-from sat_lora.files.paths import is_shard
 from sat_lora.parallel.distributed import World
 from sat_lora.printable import printable
 from sat_lora.training.settings.defaults import EMBEDDED_DEMO, is_demo_data, version_of
@@ -167,7 +166,7 @@ def _device(options: Namespace, world: World) -> str:
 
 def _data(options: Namespace, data: FileSource | ShardSource) -> str:
     paths = [Path(path) for path in options.train_data]
-    if is_shard(options.train_data[0]):
+    if isinstance(data, ShardSource):
         how = f"of {len(data.shards):,} tar shards"
     elif is_demo_data(options.train_data, EMBEDDED_DEMO):
         how = "of the embedded demo: file names are the answers"
@@ -271,8 +270,9 @@ def _decoded(tokenizer, ids: torch.Tensor) -> str:
 
 
 def _length(options: Namespace, texts: Texts, samples: int) -> str:
-    if texts.lengths is not None and texts.lengths.cut:
-        return texts.lengths.sentence(options.max_length)
+    cut = None if texts.lengths is None else texts.lengths.sentence(options.max_length)
+    if cut is not None:
+        return cut
     looked_at = f"first {texts.items:,}" if samples > texts.items else f"{texts.items:,}"
     if texts.lengths is None and texts.cut:
         return f"{texts.cut} of the first {texts.items} answers are cut; {texts.longest} tokens would hold them"

@@ -46,7 +46,7 @@ def places_of(frames: Iterable[Sequence], package: str | None) -> tuple[Place, .
     for frame in frames:
         if not isinstance(frame, list | tuple) or [*map(type, frame)] != [str, int, str, str]:
             raise TypeError(f"{str(frame)[:80]} is no frame of a stack")
-    return tuple(Place(*frame, is_own=_is_own(frame[0], package)) for frame in frames)
+    return tuple(Place(file, line, function, code, _is_own(file, package)) for file, line, function, code in frames)
 
 
 def source_line(file: str, line: int) -> str:

@@ -111,13 +111,13 @@ class Trace(NoTrace):
                 allocate(file.fileno(), size)
                 self._memory = mmap.mmap(file.fileno(), size)
         except OSError:
-            for file in files:  # half of them would be read as a rank that says nothing
-                file.unlink(missing_ok=True)
+            for path in files:  # half of them would be read as a rank that says nothing
+                path.unlink(missing_ok=True)
             raise
         self._numbers = memoryview(self._memory)[NUMBERS_AT : NUMBERS_AT + NUMBERS.size].cast("I")
         self._numbers[MODULE] = NONE
         self._phases = 0
-        self.durations = {phase: deque(maxlen=REMEMBERED) for phase in PHASES}
+        self.durations: dict[str, deque[float]] = {phase: deque(maxlen=REMEMBERED) for phase in PHASES}
         self._began = time.perf_counter()
         self.at(PHASES[0])
         for number, module in enumerate(model.modules()):

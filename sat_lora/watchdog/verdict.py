@@ -5,6 +5,7 @@ others; torch ended a rank over what another one sent; a rank is gone; a rank is
 in a collective; ranks are in different collectives. Otherwise all wait for something that the files do not show.
 """
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -55,10 +56,10 @@ def verdict(run: str | Path, logs: Sequence[str | Path] = ()) -> Verdict:
 
 def _failed(ranks: Sequence[Rank]) -> Finding | None:
     """The first exception of a rank's own: not one that says that another rank left, or sent something else."""
-    own = [one for one in _with_errors(ranks) if not re.search(_FROM_OTHERS, one.state.error, re.IGNORECASE)]
+    own = [one for one in _with_errors(ranks) if not re.search(_FROM_OTHERS, one.state.error or "", re.IGNORECASE)]
     if not own:
         return None
-    first = min(own, key=lambda one: one.state.ended)
+    first = min(own, key=lambda one: math.inf if one.state.ended is None else one.state.ended)
     place = own_place(first.state.error_places)
     seen = f"rank {first.number} was ended by {first.state.error}" + (f" in {place.words}" if place else "")
     return _finding("rank-failed", seen, [first], file=place.file if place else None)

@@ -55,7 +55,8 @@ class Watchdog:
         self.tick = min(1.0, least / 4)
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="sat_lora watchdog", daemon=True)
-        self._fallback = self._fatal = None
+        self._fallback: TextIO | None = None
+        self._fatal: TextIO | None = None
 
     def __enter__(self) -> "Watchdog":
         # A rank whose interpreter is stuck as a whole cannot run this thread: faulthandler's own then writes stacks.

@@ -66,16 +66,14 @@ class BaseWeights(Mapping[str, torch.Tensor]):
         """What each of `ranks` model-parallel ranks holds. ConfigError: a size does not divide."""
         if ranks == 1:
             return [self.layout]
-        uneven = [
-            name
+        shapes = {
+            name: self._sharding(name).saved_shape(torch.Size(shape), 1, ranks)
             for name, (shape, _) in self.layout.items()
-            if self._sharding(name).saved_shape(torch.Size(shape), 1, ranks) is None
-        ]
+        }
+        uneven = [name for name, shape in shapes.items() if shape is None]
         if uneven:
             raise ConfigError(f"--model-parallel-size: {ranks} does not divide {', '.join(uneven[:8])}")
-        own = {
-            n: (self._sharding(n).saved_shape(torch.Size(s), 1, ranks), dtype) for n, (s, dtype) in self.layout.items()
-        }
+        own = {name: (shape, self.layout[name][1]) for name, shape in shapes.items() if shape is not None}
         return [own] * ranks
 
     def __iter__(self) -> Iterator[str]:

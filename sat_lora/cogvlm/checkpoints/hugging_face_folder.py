@@ -147,7 +147,7 @@ class HuggingFaceFolder:
     @cached_property
     def _tensors(self) -> dict[str, torch.Tensor]:
         """Every tensor, mapped, by its own name."""
-        found = {}
+        found: dict[str, torch.Tensor] = {}
         for file in self.files():
             tensors = _map_tensors(file)
             if (self.path / INDEX).is_file():
@@ -307,14 +307,16 @@ def make_hugging_face_weights(
     config: of SAT. own_config: the content of a config.json whose entries are kept. CheckpointError: a name has no
     counterpart, or see `refuse_inexpressible`.
     """
-    folder, shards, filled = Path(folder), [{}], 0
+    folder, filled = Path(folder), 0
+    shards: list[Layout] = [{}]
     refuse_inexpressible(config, frequencies)
     stored = {name: one for name, one in layout.items() if not name.endswith(_COMPUTED)}
-    foreign = [name for name in stored if hf_name(name) is None]
+    own_names = {name: own for name in stored if (own := hf_name(name)) is not None}
+    foreign = [name for name in stored if name not in own_names]
     if foreign:
         raise CheckpointError(f"{', '.join(foreign[:8])}: no such parameter in a CogVLM of Hugging Face")
     buffers = [_FREQUENCIES.format(layer) for layer in range(config["num_layers"])]
-    entries = {hf_name(name): one for name, one in stored.items()}
+    entries = {own_names[name]: one for name, one in stored.items()}
     entries |= dict.fromkeys(buffers, (tuple(frequencies.shape), frequencies.dtype))
     for name, (shape, dtype) in entries.items():
         size = math.prod(shape) * dtype.itemsize
@@ -340,7 +342,7 @@ def make_hugging_face_weights(
         content["dtype"] = dtype
     write_json(folder / CONFIG, content)
     write_json(folder / GENERATION_CONFIG, {"_from_model_config": True, **_tokens(content)})
-    return {name: tensors[hf_name(name)] for name in stored}
+    return {name: tensors[own_names[name]] for name in stored}
 
 
 def write_json(path: Path, content: dict) -> None:

@@ -4,7 +4,6 @@ Each rank maps the files and copies its own slices: there is no whole model, nor
 """
 
 import re
-from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
 import torch
@@ -25,6 +24,7 @@ from sat_lora.errors import CheckpointError
 from sat_lora.parallel.partitioned import Partitioning
 from sat_lora.parallel.sharding import REPLICATED, Sharding, model_parallel_layout, sharding_of
 from sat_lora.printable import printable
+from sat_lora.terminal.progress import Progress
 
 __all__ = [
     "check_files",
@@ -110,7 +110,7 @@ def load_cogvlm(
     zero_config: dict | None = None,
     trust: bool = False,
     layers: int | None = None,
-    progress: Callable[[Collection], Iterable] = iter,
+    progress: Progress[tuple[str, nn.Module]] = iter,
     **settings,
 ) -> tuple[CogVLMModel, dict]:
     """A CogVLM with the weights of a SAT or Hugging Face folder, and its config. `settings` go to `build_cogvlm`.

@@ -137,7 +137,7 @@ class SatFolder:
 def _size(state: dict, name: str, dim: int) -> int:
     """Of a linear's weight; 0 where there is none."""
     weight = state.get(f"{name}.weight")
-    return weight.shape[dim] if torch.is_tensor(weight) and weight.dim() == 2 else 0
+    return weight.shape[dim] if isinstance(weight, torch.Tensor) and weight.dim() == 2 else 0
 
 
 def _step_to_name(folder: Path) -> str:

@@ -42,11 +42,11 @@ class CapturedStep:
         return self._graph is not None
 
     def __call__(self) -> torch.Tensor:
-        if not self._capture_wanted:
+        if self._stream is None or not self._capture_wanted:
             return self._step()
         if self._calls < WARM_UPS:
             self._calls += 1
-            return self._warm_up()
+            return self._warm_up(self._stream)
         if self._graph is None:
             self._capture()
         if self._graph is None:
@@ -54,21 +54,21 @@ class CapturedStep:
         self._graph.replay()
         return self._output
 
-    def _warm_up(self) -> torch.Tensor:
+    def _warm_up(self, stream: torch.cuda.Stream) -> torch.Tensor:
         """Run the step on the capturing stream, and give up on capture if it waits for the device.
 
         Asked here, since a capture that fails leaves torch's allocator and random generator in the middle of it.
         """
-        self._stream.wait_stream(torch.cuda.current_stream())
+        stream.wait_stream(torch.cuda.current_stream())
         mode = torch.cuda.get_sync_debug_mode()
-        with warnings.catch_warnings(record=True) as caught, torch.cuda.stream(self._stream):
+        with warnings.catch_warnings(record=True) as caught, torch.cuda.stream(stream):
             warnings.simplefilter("always")
             torch.cuda.set_sync_debug_mode("warn")
             try:
                 output = self._step()
             finally:
                 torch.cuda.set_sync_debug_mode(mode)
-        torch.cuda.current_stream().wait_stream(self._stream)
+        torch.cuda.current_stream().wait_stream(stream)
         if any("synchronizing CUDA operation" in str(warning.message) for warning in caught):
             self._capture_wanted = False
         return output

@@ -83,7 +83,7 @@ def read_picture(source: str | Path | bytes, *, max_pixels: int = MAX_PIXELS, na
                 return as_seen(image, grey_step=grey_step)
     # Pillow's decoders raise whatever damaged bytes lead them to, and one that is missed here stops a rank.
     except Exception as error:
-        problem = error
+        problem: Exception | str = error
         if isinstance(error, Image.UnidentifiedImageError):
             problem = f"it is {_kind_of_content(content or b'')}"
         elif isinstance(error, OSError) and error.strerror:
@@ -247,7 +247,7 @@ def _kind_of_content(content: bytes) -> str:
     if other := next((words for place, mark, words in _OTHERS if content.startswith(mark, place)), None):
         return f"{other}; {CONVERT}"
     if (brand := _brand(content)) is not None:
-        words = {
+        by_brand = {
             "AVIF": DAMAGED[len("it is ") :].format("AVIF"),
             "HEIC": f"a HEIC picture; {CONVERT}",
             "HEIF": f"a HEIC or AVIF picture; {CONVERT}, or, if it should be read, copy it again",
@@ -257,7 +257,7 @@ def _kind_of_content(content: bytes) -> str:
         }
         if brand == "AVIF" and "AVIF" not in _built_formats():
             return f"an AVIF picture, which this Pillow was built without; {CONVERT}"
-        return words[brand]
+        return by_brand[brand]
     if (kind := _kind_by_mark(content)) is not None:
         return DAMAGED[len("it is ") :].format(kind)
     if b"\xef\xbf\xbd" in content[:100]:
@@ -346,7 +346,8 @@ def _grey_step(image: Image.Image) -> int:
     before the picture is loaded.
     """
     raw_mode = image.tile[0][3] if image.format == "PNG" and image.tile else None
-    return {"L;2": 85, "L;4": 17}.get(raw_mode, 1)
+    steps: dict[str | None, int] = {"L;2": 85, "L;4": 17}
+    return steps.get(raw_mode, 1)
 
 
 def _levels(image: Image.Image) -> tuple[float, float] | None:
@@ -357,6 +358,8 @@ def _levels(image: Image.Image) -> tuple[float, float] | None:
     """
     if not image.mode.startswith(("I", "F")):
         return None
+    low: float
+    high: float
     tags = getattr(image, "tag_v2", {})
     if image.mode.startswith("I;16") or (image.format in ("PNG", "PPM") and image.mode == "I"):
         low, high = 0, 4095 if tags.get(258) == (12,) else 65535

@@ -40,13 +40,15 @@ def first_tokens(
     if len(text) <= max(WHOLE, PER_TOKEN * count):
         ids = text_tokens(tokenizer, text, special_tokens, what)
         return ids[:count], max(0, len(ids) - count)
-    size, before = PER_TOKEN * count + WHOLE // 4, None
+    size = PER_TOKEN * count + WHOLE // 4
+    before: list[int] | None = None
     while size < len(text) and size <= MOST_PER_TOKEN * count + WHOLE:
         ids = text_tokens(tokenizer, text[:size], special_tokens, what)
         if len(ids) >= count + MARGIN:
-            if ids[:count] == before:
-                return before, max(1, round(len(ids) * len(text) / size) - count)
-            before = ids[:count]
+            beginning = ids[:count]
+            if beginning == before:
+                return beginning, max(1, round(len(ids) * len(text) / size) - count)
+            before = beginning
         size *= 2
     if size < len(text):
         raise DataError(f"the {what} of {len(text)} characters has no {count} tokens in its first {size // 2}")

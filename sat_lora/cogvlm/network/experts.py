@@ -3,6 +3,7 @@
 Parameter names and shapes follow the published SAT checkpoints (mixins `rotary` and `mlp`).
 """
 
+import torch
 from torch import nn
 
 from sat_lora._sat import BaseMixin, ColumnParallelLinear, RowParallelLinear
@@ -36,7 +37,15 @@ class ExpertAttention(BaseMixin):
             ),
         )
 
-    def attention_forward(self, hidden_states, mask, *, rope, routing: TokenRouting | None, **kw_args):
+    def attention_forward(
+        self,
+        hidden_states,
+        mask,
+        *,
+        rope: tuple[torch.Tensor, torch.Tensor],
+        routing: TokenRouting | None,
+        **kw_args,
+    ):
         """(batch, seq, hidden) -> (batch, seq, hidden)."""
         layer = str(int(kw_args["layer_id"]))
         attention = self.transformer.layers[int(layer)].attention

@@ -49,9 +49,9 @@ class _Rotary(torch.autograd.Function):
     def backward(ctx, *gradients):
         cos, sin = ctx.saved_tensors
         batch, heads, seq, head_dim = gradients[0].shape
-        gradients = [gradient if gradient.stride(-1) == 1 else gradient.contiguous() for gradient in gradients]
-        mixed = gradients[0].new_empty(batch, seq, 3 * heads * head_dim)
-        _launch_rotary(mixed, gradients, cos, sin, inverse=True)
+        parts = tuple(gradient if gradient.stride(-1) == 1 else gradient.contiguous() for gradient in gradients)
+        mixed = parts[0].new_empty(batch, seq, 3 * heads * head_dim)
+        _launch_rotary(mixed, parts, cos, sin, inverse=True)
         return mixed, None, None, None
 
 

@@ -41,7 +41,8 @@ class EpochSampler(Sampler):
         self.num_samples, self.batch_size = num_samples, batch_size
         self.rank, self.size = data_parallel_rank, data_parallel_size
         self.seed, self.start_step, self.shuffle = seed, start_step, shuffle
-        self._epoch, self._order = None, None
+        self._epoch: int | None = None
+        self._order: Sequence[int] = ()
 
     def batch(self, step: int) -> list[int]:
         """The indices of this rank at `step`."""

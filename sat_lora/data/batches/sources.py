@@ -29,7 +29,7 @@ class FileSource:
 
     def __init__(
         self,
-        items: Sequence,
+        items: list,
         make_dataset: Callable[[list], ImageTextDataset],
         options: Namespace,
         world: World,
@@ -110,7 +110,7 @@ class ShardSource:
 
     def files(self) -> str:
         """As that of a FileSource, of the shards themselves."""
-        return sizes_mark([Item(Path(shard.path), None) for shard in self.shards])
+        return sizes_mark([Item(Path(shard.path), "") for shard in self.shards])
 
     def _stream(self, batch_size: int, num_workers: int, **settings) -> ShardStream:
         return ShardStream(
@@ -138,12 +138,15 @@ class ShardSource:
 
     @property
     def validation_batches(self) -> int:
-        return self._validation_stream().steps
+        return self._steps_of(self._validation_stream())
+
+    def _steps_of(self, stream: ShardStream) -> int:
+        limit = self.options.eval_iters
+        return min(limit, stream.steps_per_epoch) if limit else stream.steps_per_epoch
 
     def _validation_stream(self) -> ShardStream:
-        workers, limit = min(1, self.options.num_workers), self.options.eval_iters
-        stream = self._stream(self.options.eval_batch_size, workers, shuffle=False)
-        stream.steps = min(limit, stream.steps_per_epoch) if limit else stream.steps_per_epoch
+        stream = self._stream(self.options.eval_batch_size, min(1, self.options.num_workers), shuffle=False)
+        stream.steps = self._steps_of(stream)
         return stream
 
     def validation(self) -> DataLoader:
@@ -178,7 +181,7 @@ def open_sources(
     """
 
     def source(paths: list[str]) -> FileSource | ShardSource:
-        left_out = Counter()
+        left_out: Counter[str] = Counter()
         if is_shard(paths[0]):
             ranks = dict(data_parallel_rank=world.data_parallel_rank, data_parallel_size=world.data_parallel_size)
             shards = count_shards(paths, **ranks, left_out=left_out)

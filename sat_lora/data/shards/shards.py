@@ -64,7 +64,7 @@ class Record:
             return BrokenSample(name, f"{name}: cannot be read: {printable(error)}")
         image = next((parts[suffix] for suffix in parts if suffix in SUFFIXES), None)
         problems = _problems_with_texts(fields, text, image is not None, ignored)
-        if problems:
+        if problems or not isinstance(fields, dict):
             return BrokenSample(name, f"{name}: {printable('; '.join(problems))}")
         prompt, answer = fields.get("prompt"), fields.get("answer")
         answer = text if answer is None else answer
@@ -289,8 +289,10 @@ def count_shards(
     left_out: members that no sample uses are added to it, by suffix; the same on every rank.
     DataError on every rank: all shards that cannot be read, or that there are no samples.
     """
-    shards, problems = expand_shards(paths), []
-    counts, unused = {}, {}
+    shards = expand_shards(paths)
+    problems: list[str] = []
+    counts: dict[str | Path, int] = {}
+    unused: dict[str | Path, Counter] = {}
     for path in shards[data_parallel_rank::data_parallel_size]:
         try:
             unused[path] = Counter()

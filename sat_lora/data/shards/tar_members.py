@@ -50,7 +50,9 @@ def read_members(file: BinaryIO) -> Iterator[Member]:
     ValueError: it is no tar file, is damaged or cut off; raised when the members before have been given.
     """
     total = os.fstat(file.fileno()).st_size
-    offset, common, own = 0, {}, {}
+    offset = 0
+    common: dict[bytes, bytes] = {}
+    own: dict[bytes, bytes] = {}
     while True:
         header = _read_at(file, offset, BLOCK)
         if offset == 0 and is_lfs_pointer(header):
@@ -192,22 +194,26 @@ class Links:
     """Where the links of a tar file lead; its members are looked up when the first one asks."""
 
     def __init__(self, file: BinaryIO):
-        self._file, self._members = file, None
+        self._file = file
+        self._members: dict[str, Member] | None = None
 
     def find(self, link: Member) -> Member | None:
         """The file that a link leads to in the end, in the same archive; None: there is none."""
         if self._members is None:
             self._members = {}
             try:
-                for member in read_members(self._file):
+                for other in read_members(self._file):
                     # A hard link has its target before it; the same name again replaces the first, as unpacking does.
-                    if member.target != normal_name(member.name):
-                        self._members[normal_name(member.name)] = member
+                    if other.target != normal_name(other.name):
+                        self._members[normal_name(other.name)] = other
             except ValueError:
                 pass  # what comes before the damage; whoever reads on from the link meets it
         member = link
         for _ in range(LINKS_FOLLOWED):
-            member = self._members.get(member.target)
-            if member is None or member.kind != "a link":
+            target = None if member.target is None else self._members.get(member.target)
+            if target is None:
+                return None
+            member = target
+            if member.kind != "a link":
                 break
-        return member if member is not None and member.kind == "a file" else None
+        return member if member.kind == "a file" else None

@@ -85,6 +85,8 @@ def _missing(seen: Sequence[Arrivals]) -> list[Finding]:
 def _order(seen: Sequence[Arrivals], sizes: dict[str, int], bucket_size: int) -> list[Finding]:
     """Different orders of what two have in common; one finding for all, with the first two that differ."""
     first = max(seen, key=lambda one: len(one.names), default=None)
+    if first is None:
+        return []
     others = [(one, place) for one in seen if (place := _first_difference(first, one)) is not None]
     if not others:
         return []
@@ -118,7 +120,8 @@ def buckets(names: Sequence[str], sizes: dict[str, int], bucket_size: int) -> li
     As DeepSpeed 0.19.8's `reduce_independent_p_g_buckets_and_remove_grads`: one that does not fit any more closes the
     bucket, one that is larger than a bucket has one to itself.
     """
-    found, filled = [[]], 0
+    found: list[list[str]] = [[]]
+    filled = 0
     for name in names:
         if found[-1] and filled + sizes.get(name, 0) > bucket_size:
             found.append([])
@@ -130,7 +133,8 @@ def buckets(names: Sequence[str], sizes: dict[str, int], bucket_size: int) -> li
 
 def _common(first: Arrivals, other: Arrivals) -> tuple[list[str], list[str]]:
     shared = set(first.names) & set(other.names)
-    return tuple([*dict.fromkeys(name for name in one.names if name in shared)] for one in (first, other))
+    mine, theirs = ([*dict.fromkeys(name for name in one.names if name in shared)] for one in (first, other))
+    return mine, theirs
 
 
 def _first_difference(first: Arrivals, other: Arrivals) -> int | None:

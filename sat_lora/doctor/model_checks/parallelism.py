@@ -51,7 +51,7 @@ def deltas_that_show(model: nn.Module, std: float = 0.02) -> Iterator[None]:
 
 def flag_findings(model: nn.Module) -> list[Finding]:
     """Adapters whose flags do not say how they are cut, and trainable parameters on which the two flags differ."""
-    findings = []
+    findings: list[Finding] = []
     if model_parallel_layout()[1] == 1:
         return findings
     known = {}

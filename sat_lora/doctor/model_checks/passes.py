@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
+from types import FrameType
 
 import torch
 from torch import nn
@@ -150,7 +151,7 @@ def _sums(tensors: list[torch.Tensor]) -> tuple[float, float]:
 
 
 def _inside_checkpointing() -> bool:
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_code.co_filename.endswith(_CHECKPOINTING):
             return True

@@ -37,18 +37,18 @@ def key_findings(content: dict, path: str | Path) -> list[Finding]:
     findings = []
     for place, key in unknown_keys(content):
         homes = [other for other, keys in places.items() if key in keys]
-        where = dict(file=str(path), option=OPTION)
         if homes:
             home = TOP if homes[0] == TOP else f'inside "{homes[0]}"'
             seen = f'"{key}" stands in {_called(place)}; DeepSpeed reads it {"at " * (homes[0] == TOP)}{home}'
-            findings.append(Finding(code="misplaced-key", seen=seen, fix=f'move "{key}" to {home}', **where))
+            fix = f'move "{key}" to {home}'
+            findings.append(Finding(code="misplaced-key", seen=seen, fix=fix, file=str(path), option=OPTION))
             continue
         near = difflib.get_close_matches(key, {one for keys in places.values() for one in keys}, 1, 0.6)
         seen = f'"{key}" in {_called(place)} is no key of DeepSpeed'
         if near:
             home = next(other for other, keys in places.items() if near[0] in keys)
             seen += f'; the nearest is "{near[0]}" of {_called(home)}'
-        findings.append(Finding(code="unknown-key", seen=seen, **where))
+        findings.append(Finding(code="unknown-key", seen=seen, file=str(path), option=OPTION))
     return findings
 
 

@@ -36,7 +36,9 @@ def data_findings(
     broken: dict[tuple[str, str], str] = {}
     samples = empty = cut = longest = 0
     counts: set[int] = set()
-    wrong_labels, sizes, unknown = Counter(), set(), set()
+    wrong_labels: Counter[str] = Counter()
+    sizes: set[tuple[int, ...]] = set()
+    unknown: set[int] = set()
     for batch in batches:
         broken |= {(path, sample): reason for path, reason, sample in broken_in([batch])}
         rows = [] if _is_padding_only(batch) else range(len(batch["input_ids"]))
@@ -61,12 +63,12 @@ def data_findings(
     for words, count in wrong_labels.items():
         seen = f"{count} of {samples} samples looked at have labels {words}"
         findings.append(Finding(code="wrong-labels", seen=seen))
-    if unknown:
+    if unknown and vocab_size is not None:
         ids = ", ".join(map(str, sorted(unknown)[:LISTED]))
         seen = f"token ids {ids} are in the samples, the base's vocabulary is from 0 to {vocab_size - 1}"
         findings.append(Finding(code="token-ids", seen=seen, option="--local_tokenizer"))
     others = sorted(sizes - {(CHANNELS, *image_size)}) if image_size is not None else []
-    if others:
+    if others and image_size is not None:
         got = " and ".join(_size_in_words(size) for size in others)
         seen = f"images come as {got}, the base takes {' x '.join(map(str, image_size))}"
         findings.append(Finding(code="image-size", seen=seen))
@@ -198,10 +200,11 @@ def _repeats_and_shares(drawn: dict[int, Drawn], of: str, allowed: float) -> tup
             owners.setdefault(value, set()).add(number)
     repeats = {n: (len(own) - len({*own}), len(own)) for n, own in values.items()}
     shares = {n: (sum(len(owners[value]) > 1 for value in own), len(own)) for n, own in values.items()}
-    return tuple(
-        {n: (count, whole) for n, (count, whole) in counts.items() if count > allowed * whole}
-        for counts in (repeats, shares)
-    )
+
+    def too_many(counts: dict[int, tuple[int, int]]) -> dict[int, tuple[int, int]]:
+        return {n: (count, whole) for n, (count, whole) in counts.items() if count > allowed * whole}
+
+    return too_many(repeats), too_many(shares)
 
 
 def _digests(batch: dict) -> list[str]:

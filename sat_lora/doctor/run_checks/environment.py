@@ -11,7 +11,8 @@ from sat_lora.doctor.run_checks.space import disk_findings, shared_memory_findin
 from sat_lora.findings.finding import Finding, joined
 from sat_lora.lora.config import LoraConfig
 from sat_lora.parallel.agreement import code_mark
-from sat_lora.parallel.distributed import World, gather_lists, ranks_on_this_machine
+from sat_lora.parallel.distributed import World, gather_lists
+from sat_lora.parallel.launch import ranks_on_this_machine
 from sat_lora.training.runs.run_folder import versions
 from sat_lora.training.runs.space import saved_sizes
 

@@ -41,7 +41,7 @@ VARYING = ("rows", "rows_of_part", "dropped", "columns_of_blocks")  # of which n
 
 
 @triton.jit
-def kept(seed, dropped, row, first_column, COLUMNS: tl.constexpr):
+def kept(seed, dropped, row, first_column, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]  # Triton reads its annotations
     """Whether dropout keeps (rows, COLUMNS) elements. Eight neighbours have 16 bits each of one draw."""
     group = first_column // 8 + tl.arange(0, COLUMNS // 8)[None, :]
     zero = row[:, None] * 0 + group * 0
@@ -51,7 +51,7 @@ def kept(seed, dropped, row, first_column, COLUMNS: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=VARYING)
-def product_kernel(
+def product_kernel(  # type: ignore[no-untyped-def]  # Triton reads its annotations
     out, left, right, seed, scale, dropped, rows, width, ranks, columns_of_blocks, distance,
     out_row, left_row, left_rank, left_slot, right_rank, right_column, right_slot,
     ADDS: tl.constexpr, DROPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANKS: tl.constexpr,
@@ -87,7 +87,7 @@ def product_kernel(
 
 
 @triton.jit(do_not_specialize=VARYING)
-def project_kernel(
+def project_kernel(  # type: ignore[no-untyped-def]  # Triton reads its annotations
     s, x, a, seed, dropped, rows, columns, ranks, x_row, x_column, a_rank, a_column,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANKS: tl.constexpr,
 ):  # fmt: skip
@@ -109,7 +109,7 @@ def project_kernel(
 
 
 @triton.jit(do_not_specialize=VARYING)
-def gradient_of_a_kernel(
+def gradient_of_a_kernel(  # type: ignore[no-untyped-def]  # Triton reads its annotations
     parts, ds, x, seed, scale, dropped, rows, columns, ranks, rows_of_part, ds_row, ds_rank, x_row, x_column,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANKS: tl.constexpr,
 ):  # fmt: skip
@@ -133,18 +133,22 @@ def gradient_of_a_kernel(
     tl.store(target, scale * total, inside)
 
 
-def add_slots(y, s, b, scale: float, layout: DeltaLayout, blocks: Blocks | None = None) -> None:
+def add_slots(
+    y: torch.Tensor, s: torch.Tensor, b: torch.Tensor, scale: float, layout: DeltaLayout, blocks: Blocks | None = None
+) -> None:
     """y_slot += scale S_slot B_slot^T, in place; y (tokens, out), S (tokens, slots * r), B (adapted rows, r)."""
     ranks = b.shape[1]
     for run in layout.runs:
         out, left, right = y[:, run.start :], s[:, run.slot * ranks :], b[run.row :].t()
-        shape = y.shape[0], run.width, run.count
+        shape = y.shape[0], run.width, run.slots
         distances = run.distance, ranks * s.stride(1), run.width * b.stride(0)
         _product(out, left, right, ranks, shape, distances, blocks or ADD[y.itemsize], scale=scale)
     torch.autograd.graph.increment_version(y)  # as torch's own in-place operations do
 
 
-def project(x, a, seed, dropped: int, blocks: Blocks | None = None) -> torch.Tensor:
+def project(
+    x: torch.Tensor, a: torch.Tensor, seed: torch.Tensor, dropped: int, blocks: Blocks | None = None
+) -> torch.Tensor:
     """S (tokens, slots * r) of x (tokens, in), with `dropped` of 2^16 elements zeroed, and A (slots * r, in)."""
     (rows, columns), ranks = x.shape, a.shape[0]
     blocks = blocks or PROJECT[x.itemsize]
@@ -159,7 +163,9 @@ def project(x, a, seed, dropped: int, blocks: Blocks | None = None) -> torch.Ten
     return s
 
 
-def spread(ds, a, seed, dropped: int, blocks: Blocks | None = None) -> torch.Tensor:
+def spread(
+    ds: torch.Tensor, a: torch.Tensor, seed: torch.Tensor, dropped: int, blocks: Blocks | None = None
+) -> torch.Tensor:
     """dS A (tokens, in), zero where `project` zeroes x."""
     ranks, columns = a.shape
     dx = ds.new_empty(ds.shape[0], columns)
@@ -168,7 +174,9 @@ def spread(ds, a, seed, dropped: int, blocks: Blocks | None = None) -> torch.Ten
     return dx
 
 
-def gradient_of_a(ds, x, seed, dropped: int, scale: float, blocks: Blocks | None = None) -> torch.Tensor:
+def gradient_of_a(
+    ds: torch.Tensor, x: torch.Tensor, seed: torch.Tensor, dropped: int, scale: float, blocks: Blocks | None = None
+) -> torch.Tensor:
     """scale dS^T x (slots * r, in), with x zeroed as `project` does; the same bits in every call."""
     (rows, columns), ranks = x.shape, ds.shape[1]
     blocks = blocks or GRADIENT[x.itemsize]
@@ -185,7 +193,19 @@ def gradient_of_a(ds, x, seed, dropped: int, scale: float, blocks: Blocks | None
     return parts.sum(0).to(x.dtype)
 
 
-def _product(out, left, right, ranks, shape, distances, blocks: Blocks, *, scale=1.0, seed=None, dropped=0) -> None:
+def _product(
+    out: torch.Tensor,
+    left: torch.Tensor,
+    right: torch.Tensor,
+    ranks: int,
+    shape: tuple[int, int, int],
+    distances: tuple[int, int, int],
+    blocks: Blocks,
+    *,
+    scale: float = 1.0,
+    seed: torch.Tensor | None = None,
+    dropped: int = 0,
+) -> None:
     """Without a seed the product is added to `out`; with one it is dropped from and written."""
     rows, width, slots = shape
     distance, left_slot, right_slot = distances
@@ -203,9 +223,10 @@ def _product(out, left, right, ranks, shape, distances, blocks: Blocks, *, scale
 
 def _chunk(ranks: int) -> int:
     """A power of two, which `tl.arange` wants, from 16 on, which `tl.dot` does."""
-    return min(MOST_RANKS, max(16, triton.next_power_of_2(ranks)))
+    power: int = triton.next_power_of_2(ranks)
+    return min(MOST_RANKS, max(16, power))
 
 
-def _device(tensor: torch.Tensor):
+def _device(tensor: torch.Tensor) -> contextlib.AbstractContextManager[object]:
     """Triton launches on the current device, whatever its tensors are on."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()

@@ -9,6 +9,8 @@ from collections.abc import Callable
 import torch
 
 Weight = Callable[[], torch.Tensor]
+Pair = tuple[torch.Tensor, torch.Tensor]
+"""A (r, in) and B (out, r)."""
 
 
 def initial_factors(
@@ -48,7 +50,7 @@ def initial_factors(
     return torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs])
 
 
-def _orthogonal(shape: tuple[int, int], rank: int, generator: torch.Generator):
+def _orthogonal(shape: tuple[int, int], rank: int, generator: torch.Generator) -> Pair:
     """B A = 0 with neither zero: the rows of an orthogonal matrix, every other one for A, the rest for B."""
     out_features, in_features = shape
     q, _ = torch.linalg.qr(torch.randn(rank, rank, generator=generator))
@@ -57,7 +59,7 @@ def _orthogonal(shape: tuple[int, int], rank: int, generator: torch.Generator):
     return a.T.contiguous(), b
 
 
-def _pissa(weight: torch.Tensor, rank: int, scale: float, steps: int | None, generator: torch.Generator):
+def _pissa(weight: torch.Tensor, rank: int, scale: float, steps: int | None, generator: torch.Generator) -> Pair:
     """s B A = the best approximation of W of that rank, split evenly (PiSSA, arXiv 2404.02948, 3)."""
     weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
     if steps is None:
@@ -72,7 +74,7 @@ def _pissa(weight: torch.Tensor, rank: int, scale: float, steps: int | None, gen
     return root[:, None] * vh, u * root
 
 
-def _olora(weight: torch.Tensor, rank: int):
+def _olora(weight: torch.Tensor, rank: int) -> Pair:
     """B and A: the first columns and rows of W = Q R (OLoRA, arXiv 2406.01775, 3)."""
     q, r = torch.linalg.qr(weight.to(torch.promote_types(weight.dtype, torch.float32)))
     return r[:rank].contiguous(), q[:, :rank].contiguous()

@@ -77,11 +77,11 @@ class Kind:
 class Column(Kind):
     name, layers, cut = "column", (ColumnParallelLinear,), "out"
 
-    def across_ranks(self, layer, per_channel):
+    def across_ranks(self, layer: nn.Module, per_channel: torch.Tensor) -> torch.Tensor:
         gathers = layer.gather_output and model_parallel_layout()[1] > 1
         return mpu.gather_from_model_parallel_region(per_channel) if gathers else per_channel
 
-    def add(self, layer, y, x, delta):
+    def add(self, layer: nn.Module, y: torch.Tensor, x: torch.Tensor, delta: Delta) -> torch.Tensor:
         if layer.gather_output and model_parallel_layout()[1] > 1:
             own_columns = y.new_zeros(*y.shape[:-1], delta.layout.width)
             delta = replace(delta, output_is_untouched=False)
@@ -92,7 +92,7 @@ class Column(Kind):
 class Row(Kind):
     name, layers, cut = "row", (RowParallelLinear,), "in"
 
-    def add(self, layer, y, x, delta):
+    def add(self, layer: nn.Module, y: torch.Tensor, x: torch.Tensor, delta: Delta) -> torch.Tensor:
         x = x if layer.input_is_parallel else mpu.scatter_to_model_parallel_region(x)  # its backward gathers
         return super().add(layer, y, x, delta)
 
@@ -106,13 +106,13 @@ class Convolution(Kind):
 
     name, layers, is_linear = "conv", (nn.Conv1d, nn.Conv2d, nn.Conv3d), False
 
-    def matrix(self, weight):
+    def matrix(self, weight: torch.Tensor) -> torch.Tensor:
         return weight.flatten(1)
 
-    def channel_dim(self, layer):
+    def channel_dim(self, layer: nn.Module) -> int:
         return -1 - len(layer.kernel_size)
 
-    def add(self, layer, y, x, delta):
+    def add(self, layer: nn.Module, y: torch.Tensor, x: torch.Tensor, delta: Delta) -> torch.Tensor:
         kernel, groups, ones = layer.weight.shape[1:], layer.groups, (1,) * len(layer.kernel_size)
         x = F.dropout(x, delta.dropout) if delta.dropout > 0 else x
         a = delta.a.to(y.dtype).view(-1, *kernel).repeat(groups, *(1 for _ in kernel))
@@ -124,10 +124,10 @@ class Convolution(Kind):
 class Embedding(Kind):
     name, layers, is_linear, looks_up = "embedding", (nn.Embedding,), False, True
 
-    def matrix(self, weight):
+    def matrix(self, weight: torch.Tensor) -> torch.Tensor:
         return weight.T
 
-    def add(self, layer, y, x, delta):
+    def add(self, layer: nn.Module, y: torch.Tensor, x: torch.Tensor, delta: Delta) -> torch.Tensor:
         s = F.embedding(x, delta.a.T, layer.padding_idx)
         return y + delta.scale * F.linear(s, delta.b).to(y.dtype)
 
@@ -137,7 +137,7 @@ class VocabEmbedding(Embedding):
 
     name, layers, cut = "vocab", (VocabParallelEmbedding,), "in"
 
-    def add(self, layer, y, x, delta):
+    def add(self, layer: nn.Module, y: torch.Tensor, x: torch.Tensor, delta: Delta) -> torch.Tensor:
         elsewhere = (x < layer.vocab_start_index) | (x >= layer.vocab_end_index)
         s = F.embedding((x - layer.vocab_start_index).masked_fill(elsewhere, 0), delta.a.T)
         s = mpu.reduce_from_model_parallel_region(s.masked_fill(elsewhere.unsqueeze(-1), 0))

@@ -20,6 +20,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 import torch
+from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
 from torch.nn.functional import linear  # torch's own: ZeRO-3 puts another one into `functional`
 
@@ -37,38 +38,38 @@ class SlotRun(NamedTuple):
     start: int  # first column of y
     width: int  # columns of each slot
     distance: int  # columns from the start of a slot to that of the next
-    count: int
+    slots: int  # how many
     row: int  # first row of B
-    slot: int  # number of the first slot
+    slot: int  # number of the first
 
     # Each of these makes its view in one call, since every call costs host time, and names an offset only where it is
     # another than the tensor's own.
 
     def columns(self, y: torch.Tensor) -> torch.Tensor:
-        """The slots' columns of y (tokens, out): a view (count, tokens, width)."""
+        """The slots' columns of y (tokens, out): a view (slots, tokens, width)."""
         per_token, per_column = y.stride()
         offset = y.storage_offset() + self.start * per_column if self.start else None
         strides = (self.distance * per_column, per_token, per_column)
-        return y.as_strided((self.count, y.shape[0], self.width), strides, offset)
+        return y.as_strided((self.slots, y.shape[0], self.width), strides, offset)
 
     def columns_transposed(self, y: torch.Tensor) -> torch.Tensor:
-        """The same as a view (count, width, tokens)."""
+        """The same as a view (slots, width, tokens)."""
         per_token, per_column = y.stride()
         offset = y.storage_offset() + self.start * per_column if self.start else None
         strides = (self.distance * per_column, per_column, per_token)
-        return y.as_strided((self.count, self.width, y.shape[0]), strides, offset)
+        return y.as_strided((self.slots, self.width, y.shape[0]), strides, offset)
 
     def rows_transposed(self, b: torch.Tensor) -> torch.Tensor:
-        """The slots' rows of B (adapted rows, r), which is contiguous: a view (count, r, width)."""
+        """The slots' rows of B (adapted rows, r), which is contiguous: a view (slots, r, width)."""
         rank, width = b.shape[1], self.width
         offset = b.storage_offset() + self.row * rank if self.row else None
-        return b.as_strided((self.count, rank, width), (width * rank, 1, rank), offset)
+        return b.as_strided((self.slots, rank, width), (width * rank, 1, rank), offset)
 
     def ranks(self, s: torch.Tensor, rank: int) -> torch.Tensor:
-        """The slots' columns of S (tokens, slots * r), which is contiguous: a view (count, tokens, r)."""
+        """The slots' columns of S (tokens, slots * r), which is contiguous: a view (slots, tokens, r)."""
         tokens, all_ranks = s.shape
         offset = s.storage_offset() + self.slot * rank if self.slot else None
-        return s.as_strided((self.count, tokens, rank), (rank, all_ranks, 1), offset)
+        return s.as_strided((self.slots, tokens, rank), (rank, all_ranks, 1), offset)
 
 
 @dataclass(frozen=True)
@@ -104,10 +105,13 @@ class DeltaLayout:
         row = 0
         for number, (start, stop) in enumerate(self.slots):
             last = runs[-1] if runs else None
-            goes_on = last is not None and last.width == stop - start
-            if goes_on and (last.count == 1 or start == last.start + last.count * last.distance):
-                distance = last.distance if last.count > 1 else start - last.start
-                runs[-1] = last._replace(distance=distance, count=last.count + 1)
+            if (
+                last is not None
+                and last.width == stop - start
+                and (last.slots == 1 or start == last.start + last.slots * last.distance)
+            ):
+                distance = last.distance if last.slots > 1 else start - last.start
+                runs[-1] = last._replace(distance=distance, slots=last.slots + 1)
             else:
                 runs.append(SlotRun(start, stop - start, stop - start, 1, row, number))
             row += stop - start
@@ -157,7 +161,9 @@ class RandomDropout:
 
         return delta_kernels.spread(ds, a, mask, self._dropped)
 
-    def gradient_of_a(self, ds, x: torch.Tensor, a: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
+    def gradient_of_a(
+        self, ds: torch.Tensor, x: torch.Tensor, a: torch.Tensor, mask: torch.Tensor, scale: float
+    ) -> torch.Tensor:
         """scale dS^T x, of what is left of x (tokens, in); A gives its shape alone."""
         if mask.dim():
             return torch.addmm(a, ds.t(), self._drop(x, mask), beta=0, alpha=scale)
@@ -214,22 +220,42 @@ def _add_slots(
     return (ranks, rows_transposed) if len(runs) == 1 else (s, b)
 
 
+_Constants = tuple[
+    torch.Tensor | None,  # the product that is taken over
+    torch.Tensor | None,  # else W and the two biases to make it with, see `product_of`
+    torch.Tensor | None,
+    torch.Tensor | None,
+    RandomDropout | None,
+    float,
+    DeltaLayout,
+]
+_Gradients = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, None]
+"""Of y, x, A, B and the constants."""
+
+
 class _AddDelta(torch.autograd.Function):
     """Written out in one piece: it runs for every adapted linear of every pass, and each call of a helper shows."""
 
     @staticmethod
-    def forward(ctx, y, x, a, b, constants):
+    def forward(
+        ctx: FunctionCtx,
+        y: torch.Tensor | None,
+        x: torch.Tensor,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        constants: _Constants,
+    ) -> torch.Tensor:
         # `constants` is one tuple, since every further tensor among the arguments costs host time. What is taken over
         # comes in it: an argument that is given back would be a view, which a model cannot change in place.
         product, weight, bias, added, dropout, scale, layout = constants
         dtype, shape = x.dtype, x.shape
         rows = x if len(shape) == 2 else x.reshape(-1, shape[-1])
-        if product is not None:
-            out = product
-        elif weight is not None:
-            out = product_of(x, weight, bias, added)
-        else:
+        if y is not None:
             out = y.clone(memory_format=torch.contiguous_format)
+        elif product is not None:
+            out = product
+        else:
+            out = product_of(x, weight, bias, added)
         a_cast, b_cast = a if a.dtype is dtype else a.to(dtype), b if b.dtype is dtype else b.to(dtype)
         if dropout is None:
             s, mask = linear(rows, a_cast), None
@@ -246,12 +272,12 @@ class _AddDelta(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx, dy):
+    def backward(ctx: FunctionCtx, dy: torch.Tensor) -> _Gradients:
         # `once_differentiable` costs microseconds, and matters only where backward itself is recorded.
         return _backward_once(ctx, dy) if torch.is_grad_enabled() else _backward(ctx, dy)
 
 
-def _backward(ctx, dy):
+def _backward(ctx: FunctionCtx, dy: torch.Tensor) -> _Gradients:
     x, s, a, b, mask, weight = ctx.saved_tensors
     need_y, need_x, need_a, _, _ = ctx.needs_input_grad
     scale, layout, dropout, shape = ctx.constants
@@ -262,15 +288,15 @@ def _backward(ctx, dy):
     ds, ds_transposed, db = _gradients_of_s_and_b(rows, s, b_cast, scale, layout, need_x or need_a)
     if db is not None and b_cast is not b:
         db = db.to(b.dtype)
-    if need_x and weight is not None:
+    if ds is not None and need_x and weight is not None:
         dx = ds.mm(a_cast) if dropout is None else dropout.gradient_of_x(ds, a_cast, mask)
         dx.addmm_(rows, weight, beta=scale)  # the large product adds the small one where it writes
         if layout.sums_ds:
             dx = _sum_over_ranks(dx)
-    if layout.sums_ds and (need_a or (need_x and weight is None)):
+    if ds is not None and layout.sums_ds and (need_a or weight is None):
         ds = _sum_over_ranks(ds.contiguous())
         ds_transposed = ds.t()
-    if need_x and weight is None:
+    if ds is not None and need_x and weight is None:
         dx = (ds.mm(a_cast) if dropout is None else dropout.gradient_of_x(ds, a_cast, mask)).mul_(scale)
     if need_a:
         if dropout is None:
@@ -279,7 +305,7 @@ def _backward(ctx, dy):
             da = dropout.gradient_of_a(ds, x, a_cast, mask, scale)
         if a_cast is not a:
             da = da.to(a.dtype)
-    if need_x and len(shape) != 2:
+    if dx is not None and len(shape) != 2:
         dx = dx.view(shape)
     return dy if need_y else None, dx, da, db, None
 
@@ -295,18 +321,20 @@ class _NoTokens(torch.autograd.Function):
     """The output of an adapted linear for no tokens, whose gradients of A and B are zero: no product is needed."""
 
     @staticmethod
-    def forward(ctx, x, a, b, width):
+    def forward(ctx: FunctionCtx, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, width: int) -> torch.Tensor:
         ctx.save_for_backward(x, a, b)
         return x.new_empty((*x.shape[:-1], width))
 
     @staticmethod
-    def backward(ctx, dy):
+    def backward(ctx: FunctionCtx, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         return *(
             torch.zeros_like(t) if need else None for t, need in zip(ctx.saved_tensors, ctx.needs_input_grad)
         ), None
 
 
-def _gradients_of_s_and_b(dy, s: torch.Tensor | None, b, scale: float, layout: DeltaLayout, need_s: bool):
+def _gradients_of_s_and_b(
+    dy: torch.Tensor, s: torch.Tensor | None, b: torch.Tensor, scale: float, layout: DeltaLayout, need_s: bool
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """dS (tokens, slots * r), not yet scaled, dS^T, and dB (adapted rows, r), from dy (tokens, out); None what is not
     needed.
 
@@ -364,7 +392,9 @@ def add_delta(
     return apply(None, x, a, b, (y.detach(), weight, None, None, dropout, scale, layout))
 
 
-def product_of(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, added: torch.Tensor | None):
+def product_of(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, added: torch.Tensor | None
+) -> torch.Tensor:
     """x W^T + bias, and `added` to what that is rounded to, as a linear of torch's or SAT's makes it; (..., out)."""
     y = F.linear(x, weight, bias)
     return y if added is None else y + added
@@ -398,7 +428,7 @@ def add_delta_in_place(
     b: torch.Tensor,
     dropout: RandomDropout | None,
     scale: float,
-    layout,
+    layout: DeltaLayout,
 ) -> None:
     """Adds the delta to y (..., out) itself, contiguous, where autograd does not record. One dtype for all four."""
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
@@ -423,7 +453,15 @@ def dropout_mask(x: torch.Tensor, probability: float) -> tuple[torch.Tensor, flo
     return keep.view(-1, x.shape[-1]), 1 - dropped / 2**16
 
 
-def add_delta_reference(y, x, a, b, dropout: RandomDropout | None, scale: float, layout: DeltaLayout) -> torch.Tensor:
+def add_delta_reference(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    dropout: RandomDropout | None,
+    scale: float,
+    layout: DeltaLayout,
+) -> torch.Tensor:
     """`add_delta` in plain autograd and SAT's communication functions: slow, and easy to read."""
     if dropout is not None:
         rows = x.detach().reshape(-1, x.shape[-1])

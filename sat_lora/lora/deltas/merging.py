@@ -44,9 +44,12 @@ class MergedWeights:
     """
 
     @torch.no_grad()
-    def __init__(self, mixin, model: BaseModel, *, keep_original: bool):
-        self._pairs = [(target.site.module, mixin.adapter_for(name)) for name, target in mixin.targets.items()]
-        self._strength = mixin.scale
+    def __init__(
+        self, pairs: list[tuple[nn.Module, nn.Module]], strength: float, model: BaseModel, *, keep_original: bool
+    ):
+        """pairs: each adapted layer with its adapter; strength: what multiplies every delta."""
+        self._pairs = pairs
+        self._strength = strength
         self._originals: list[torch.Tensor] = []
         refuse_shared(self._pairs, model)
         for write in (False, True):  # every one is computed before the first is changed

@@ -71,10 +71,10 @@ def draw_losses(records: Sequence[dict], path: str | Path, title: str = "") -> N
         step, best = min(valid, key=lambda point: point[1])
         style = dict(markersize=11, markerfacecolor="none", markeredgewidth=1.6)
         axes.plot(step, best, "o", color=VALIDATION, label=f"best: {best:.4g} at step {step}", **style)
-    losses = [loss for _, loss in train + valid]
-    if losses and min(losses) > 0 and max(losses) / min(losses) > LOG_RANGE:
+    all_losses = [loss for _, loss in train + valid]
+    if all_losses and min(all_losses) > 0 and max(all_losses) / min(all_losses) > LOG_RANGE:
         axes.set_yscale("log")
-    if losses:
+    if all_losses:
         axes.legend(frameon=False, fontsize=9)
     below.set(xlabel="optimizer step", ylim=(0, (max((rate for _, rate in rates), default=0) or 1.0) * 1.15))
     below.set_ylabel("learning\nrate", fontsize=9)

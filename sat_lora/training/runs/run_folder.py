@@ -9,9 +9,10 @@ import platform
 import shutil
 import sys
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from sat_lora.files.atomic import replace_text
 from sat_lora.files.foreign import parse_json, read_bytes
@@ -63,7 +64,7 @@ class RunFolder:
     def __init__(self, path: str | Path, *, is_writer: bool, lock: RunLock | None = None):
         self.path, self.is_writer, self.lock = Path(path), is_writer, lock
         self.adapters, self.checkpoints = (self.path / name for name in FOLDERS)
-        self.facts: dict[str, object] = {}
+        self.facts: dict[str, Any] = {}
         """What a resumed run has to share with this one: every checkpoint holds it."""
         self._settings: dict | None = None
         self.broken: dict[str, str] = {}
@@ -71,7 +72,9 @@ class RunFolder:
         self.records: list[dict] = []
         self.title = self.path.name
         self._is_open = self._was_removed = False
-        self._lines = self._events = self._progress = None
+        self._lines: AppendedFile | None = None
+        self._events: EventFile | None = None
+        self._progress: Progress | None = None
         self._failed: set[str] = set()
         if is_writer:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -244,7 +247,7 @@ class RunFolder:
             self._write_line({"step": step, "skipped": what})
         self.say(f"step {step} skipped: {what}")
 
-    def report_broken(self, broken: list[tuple[str, ...]], step: int = 0) -> None:
+    def report_broken(self, broken: Sequence[tuple[str, ...]], step: int = 0) -> None:
         """Name the path of each (path, reason, sample) once, however often it comes up; `broken` keeps the paths,
         `skipped` the samples. Without a third part the path is the sample.
 

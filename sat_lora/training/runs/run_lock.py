@@ -165,7 +165,7 @@ class RunLock:
         processes = tuple(gather_lists([Process.current()]))
         if _is_first() and self._descriptor is not None:
             with contextlib.suppress(OSError):  # it is held all the same
-                self._write(Holder.current(self.doing, processes))
+                _write(self._descriptor, Holder.current(self.doing, processes))
         _end_with_launcher()
 
     @property
@@ -196,7 +196,7 @@ class RunLock:
             self._make_folder()
             self._refuse_other_kinds()
             self._descriptor = self._open_exclusively()
-            self._write(Holder.current(self.doing))
+            _write(self._descriptor, Holder.current(self.doing))
         except OSError as error:
             place = printable(error.filename or self.folder)
             raise ConfigError(
@@ -317,12 +317,6 @@ class RunLock:
         except OSError:
             return
 
-    def _write(self, holder: Holder) -> None:
-        content = (json.dumps(asdict(holder)) + "\n").encode()
-        os.ftruncate(self._descriptor, 0)
-        os.pwrite(self._descriptor, content, 0)
-        os.fsync(self._descriptor)
-
     def _let_go(self) -> None:
         """The last rank to let go removes the file; an error here would hide the one that ended the run."""
         descriptor, self._descriptor = self._descriptor, None
@@ -343,6 +337,14 @@ def _is_first() -> bool:
     import torch
 
     return torch.distributed.get_rank() == 0
+
+
+def _write(descriptor: int, holder: Holder) -> None:
+    """Put the holder into the file of a lock, in place of what is there."""
+    content = (json.dumps(asdict(holder)) + "\n").encode()
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, content, 0)
+    os.fsync(descriptor)
 
 
 def _flock(descriptor: int, how: int) -> bool | None:

@@ -44,14 +44,14 @@ class Progress:
             # On a terminal that does not tell its size (0 x 0), tqdm by itself draws nothing.
             size = {"ncols": terminal_columns(), "nrows": 24}
             self._bar = tqdm(total=total_steps, initial=start_step, unit="step", mininterval=0.5, **size)
-            self._fit()
+            self._fit(self._bar)
 
     def advance(self, step: int, shown: dict[str, float | None]) -> None:
         """`step` steps are done. Figures stay until they are replaced; one that is None has no value at this step."""
         done, self.step = step - self.step, step
         self.shown.update(shown)
         if self._bar is not None:
-            self._fit()
+            self._fit(self._bar)
             self._bar.update(done)
             return
         now = time.monotonic()
@@ -59,21 +59,21 @@ class Progress:
             self._last_line = now
             self.say(f"step {step}/{self.total}, {self._time_left(now)} left, {', '.join(self._figures())}")
 
-    def _fit(self) -> None:
+    def _fit(self, bar: tqdm) -> None:
         """Make the line fit the terminal as wide as it is now."""
         width = terminal_columns()
-        self._bar.ncols = width
+        bar.ncols = width
         figures = self._figures()
         counted = f"{self.total}/{self.total}"
         if width < NARROW:
-            self._bar.bar_format = "{n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}"
+            bar.bar_format = "{n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}"
             taken = len(f"{counted} [00:00:00<00:00:00], ")
         else:
-            self._bar.bar_format = None
+            bar.bar_format = None
             taken = len(f"100%|{'#' * 10}| {counted} [00:00:00<00:00:00, 100.00step/s, ]")
         while figures and taken + len(", ".join(figures)) >= width:
             figures.pop()
-        self._bar.postfix = ", ".join(figures)
+        bar.postfix = ", ".join(figures)
 
     def _figures(self) -> list[str]:
         shown = {name: self.shown[name] for name in FORMATS if name in self.shown}

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeGuard
 
 from sat_lora.errors import ConfigError
 from sat_lora.files.foreign import JSON_LIMIT, parse_json, read_bytes
@@ -74,11 +75,12 @@ class Entry:
 
     def value_in(self, content: dict):
         """What a file whose sections are objects says; None where it says nothing."""
+        value: Any = content
         for key in self.path:
-            content = content.get(key)
-            if content is None:
+            value = value.get(key)
+            if value is None:
                 return None
-        return content
+        return value
 
     def problem(self, content: dict) -> str | None:
         """What is wrong with the value in a file whose sections are objects."""
@@ -90,7 +92,9 @@ class Entry:
         return f'{section}"{self.path[-1]}" is {_shown(value)}, wanted {self.wanted}{quoted}'
 
 
-def is_number(value, low: float = -math.inf, high: float = math.inf, *, above: float = -math.inf) -> bool:
+def is_number(
+    value: object, low: float = -math.inf, high: float = math.inf, *, above: float = -math.inf
+) -> TypeGuard[float]:
     """Whether it is a finite number, no boolean, from `low` to `high` and above `above`."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
         return False
@@ -102,7 +106,7 @@ def _is_no_number(value) -> bool:
     return isinstance(value, float) and not math.isfinite(value)
 
 
-def is_whole(value, low: int) -> bool:
+def is_whole(value: object, low: int) -> TypeGuard[float]:
     """Whether it is a whole number from `low` on; 4.0 is one."""
     return is_number(value, low, 2**63 - 1) and value == int(value)
 

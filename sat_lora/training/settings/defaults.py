@@ -1,6 +1,6 @@
 """What an option is when nobody sets it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import sat_lora
@@ -129,6 +129,7 @@ def version_of(base: str | Path) -> str | None:
     SAT's model_config.json says it as text_processor_version, Hugging Face's config.json as template_version, whose
     names mean other prompts.
     """
+    keys: tuple[tuple[str, str, Mapping[str, str]], ...]
     keys = (("model_config.json", "text_processor_version", {}), ("config.json", "template_version", VERSIONS))
     for file, key, versions in keys:
         try:

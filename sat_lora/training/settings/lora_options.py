@@ -104,13 +104,18 @@ def _pair(value_type: Callable) -> Callable[[str], tuple]:
 def field_docs(cls: type) -> dict[str, str]:
     """The text under each field of a class, which Python keeps in the source only; nothing where there is no source."""
     try:
-        body = ast.parse(inspect.getsource(cls)).body[0].body
+        definition = ast.parse(inspect.getsource(cls)).body[0]
     except OSError:
         return {}
+    body = definition.body if isinstance(definition, ast.ClassDef) else []
     return {
         field.target.id: inspect.cleandoc(text.value.value)
         for field, text in itertools.pairwise(body)
-        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
+        if isinstance(field, ast.AnnAssign)
+        and isinstance(field.target, ast.Name)
+        and isinstance(text, ast.Expr)
+        and isinstance(text.value, ast.Constant)
+        and isinstance(text.value.value, str)
     }
 
 

@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from sat_lora.cogvlm.inputs.prompts import PROMPTS
 from sat_lora.errors import ConfigError
@@ -273,11 +274,11 @@ def parse_options(
     return argparse.Namespace(**values, given=given)
 
 
-def _refuse_another_folder(parser: argparse.ArgumentParser, explicit: Mapping[str, object]) -> None:
+def _refuse_another_folder(parser: argparse.ArgumentParser, explicit: Mapping[str, Any]) -> None:
     """A run goes on where it is: end with an error where --save or --experiment-name name another folder."""
     given = [name for name in ("save", "experiment_name") if name in explicit]
     run, save, name = Path(os.path.abspath(explicit["resume"])), explicit.get("save"), explicit.get("experiment_name")
-    if len(given) == 2:
+    if save is not None and name is not None:
         fits = os.path.realpath(Path(save) / name) == os.path.realpath(run)
     elif name is not None:
         parts = Path(name).parts
@@ -354,9 +355,11 @@ def _wrong_settings(settings: dict) -> Iterator[str]:
 
 def _refusal(name: str, value, action: argparse.Action | None) -> str | None:
     """What was wanted, if `value` is nothing that the option gives; ArgumentTypeError says the same."""
+    convert = None if action is None else action.type
     if name == "split":
-        numbers = isinstance(value, list) and all(type(share) in (int, float) for share in value)
-        return None if numbers and action.type(",".join(map(repr, value))) else "one to three shares"
+        are_numbers = isinstance(value, list) and all(type(share) in (int, float) for share in value)
+        fits = are_numbers and callable(convert) and convert(",".join(map(repr, value)))
+        return None if fits else "one to three shares"
     if name in ("betas", "eps"):  # of a DeepSpeed file
         numbers = value if name == "betas" and isinstance(value, list) else [value]
         good = len(numbers) == len(DEFAULTS["betas"]) if name == "betas" else True
@@ -364,6 +367,8 @@ def _refusal(name: str, value, action: argparse.Action | None) -> str | None:
         return None if good else "two numbers below 1" if name == "betas" else "a number below 1"
     if isinstance(DEFAULTS[name], bool):
         return None if isinstance(value, bool) else "true or false"
+    if action is None:
+        return None
     if action.nargs == "+":
         texts = isinstance(value, list) and value and all(isinstance(text, str) and _is_path(text) for text in value)
         return None if texts else "a list of texts"
@@ -371,11 +376,11 @@ def _refusal(name: str, value, action: argparse.Action | None) -> str | None:
         choices = [*action.choices]
         is_one = any(type(value) is type(choice) and value == choice for choice in choices)
         return None if is_one else f"one of {', '.join(map(str, choices))}"
-    if action.type is None:
+    if not callable(convert):
         return None if isinstance(value, str) and _is_path(value) else "a text"
     if type(value) not in (int, float):
         return "a number"
-    action.type(repr(value))
+    convert(repr(value))
     return None
 
 

@@ -142,5 +142,5 @@ def validation_loss(
         broken += broken_in([batch])
         total += answer_loss_sum(engine, to_device(batch, world.device))
     engine.train()
-    total, tokens, failures = sum_over_data_parallel(total, tokens, len(broken), device=world.device)
-    return total / tokens if tokens else None, gather_lists(broken) if failures else []
+    loss_sum, all_tokens, failures = sum_over_data_parallel(total, tokens, len(broken), device=world.device)
+    return loss_sum / all_tokens if all_tokens else None, gather_lists(broken) if failures else []
