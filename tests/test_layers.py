@@ -1,6 +1,7 @@
 """The folders of the package: who may import whom, and how many modules live in one; and those of its tests."""
 
 import ast
+import importlib
 import re
 from collections.abc import Iterator
 from functools import cache
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import sat_lora
+from sat_lora._moved import MOVED
 from tests.support.paths import ROOT
 
 PACKAGE, TESTS = Path(sat_lora.__file__).parent, ROOT / "tests"
@@ -202,3 +204,14 @@ def test_folders_of_tests_are_those_of_the_package():
     packages = {path.parent.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("__init__.py")}
     assert {folder for folder in folders - packages if folder.split("/")[0] not in MIRROR_NOTHING} == set()
     assert {folder.split("/")[0] for folder in folders} >= MIRROR_NOTHING
+
+
+def test_names_of_before_lead_to_modules_of_today():
+    assert len(MOVED) > 140 and not {name.removeprefix("sat_lora.") for name in MOVED} & modules().keys()
+    assert {name.removeprefix("sat_lora.") for name in MOVED.values()} <= modules().keys()
+
+
+def test_a_name_of_before_is_the_same_module():
+    with pytest.deprecated_call(match="sat_lora.step_folders is sat_lora.files.step_folders now"):
+        old = importlib.import_module("sat_lora.step_folders")
+    assert old is importlib.import_module("sat_lora.files.step_folders")

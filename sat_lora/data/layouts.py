@@ -125,7 +125,7 @@ def _check_classes(folder: Path, images: Sequence[Path]) -> None:
         named += sum(match[1].casefold() == place.name.casefold() for match in matches)
         numbers = {int(match[2][:18]) for match in matches}
         # Names that are answers may be numbers; but hardly ones with zeros before them and without a gap.
-        is_counted = len(numbers) >= LISTED and max(numbers) - min(numbers) < 1.25 * len(stems)
+        is_counted = len(numbers) >= LISTED and max(numbers) - min(numbers) < len(numbers)
         numbered += len(stems) * (is_counted and any(re.match("0[0-9]{2}", match[2]) for match in matches))
     if 5 * max(named, numbered) >= 4 * len(images):
         first, second = ((place / stems[0]).relative_to(folder) for place, stems in [*classes.items()][:2])

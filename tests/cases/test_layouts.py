@@ -5,10 +5,12 @@ import os
 
 import pytest
 
+from sat_lora.data.layouts import check_layout
 from sat_lora.data.samples import read_items
 from sat_lora.errors import DataError
 from sat_lora.training.preflight import option_problems
 from sat_lora.training.settings.options import parse_options
+from tests.support.scripts import load_script
 from tests.support.tar_shards import png
 
 NAMES = [f"{number:03}" for number in range(8)]
@@ -220,3 +222,10 @@ def test_a_linked_folder_is_looked_at_where_it_lies(folder, tmp_path):
     folder("d/images", texts("d/labels"))
     (tmp_path / "linked").symlink_to("d/images")
     assert "labels/000.txt" in refusal(tmp_path / "linked")
+
+
+@pytest.mark.parametrize("split, samples", [("train", 8000), ("valid", 200), ("test", 500)])
+def test_the_demo_s_own_images_are_samples(split, samples, tmp_path):
+    """Each of its folders has most of the strings 000 to 999: numbers, but not those that count images."""
+    paths = [tmp_path / path for path, _ in load_script("make_captchas").plan(split, samples, 0)]
+    check_layout(tmp_path / split, paths)
