@@ -1,9 +1,16 @@
-# shellcheck shell=bash disable=SC2034,SC2054,SC2154  # `usage` comes from, `command` goes to the script that sources this
+# shellcheck shell=bash disable=SC2034,SC2054,SC2154  # `usage` comes from, `command` and `launcher` go to the script that sources this
 # To be sourced by the launch scripts: what every rank runs, whoever starts it.
 #
 # set_command BASE TRAIN_DATA [option ...]   fills the array `command`; with fewer arguments it prints `$usage`, status 2
 #   RUN        the run folder (runs/finetune); one that holds a checkpoint is gone on with, other results are refused
 #   TOKENIZER  its folder (BASE)
+# launcher: `deepspeed`, as it can be started where it lies
+
+launcher=(deepspeed)
+if [[ $(type -P deepspeed) == *" "* ]]; then
+    # The program names its interpreter in its first line, which ends at the first space of a path.
+    launcher=("$(dirname "$(type -P deepspeed)")/python" -m deepspeed.launcher.runner)
+fi
 
 set_command() {
     if (($# < 2)); then

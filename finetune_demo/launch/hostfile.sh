@@ -14,4 +14,4 @@ if [[ ! -r $hostfile ]]; then
     printf 'hostfile.sh: %s is no file that can be read\n%s\n' "$hostfile" "$usage" >&2
     exit 2
 fi
-exec deepspeed --hostfile "$hostfile" "${command[@]}"
+exec "${launcher[@]}" --hostfile "$hostfile" "${command[@]}"

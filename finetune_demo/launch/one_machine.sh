@@ -8,4 +8,4 @@ Environment: NUM_GPUS (8), RUN (runs/finetune), TOKENIZER (BASE)."
 source "$(dirname "$0")/command.sh"
 
 set_command "$@"
-exec deepspeed --num_gpus "${NUM_GPUS:-8}" "${command[@]}"
+exec "${launcher[@]}" --num_gpus "${NUM_GPUS:-8}" "${command[@]}"

@@ -32,7 +32,11 @@ def add(commands) -> None:
 
 def run(options: argparse.Namespace) -> None:
     refuse_existing(options.out)
-    refuse_missing(options.folder, base=options.base, option="")
+    wanted = {
+        "peft": "give the folder of a PEFT adapter, with adapter_config.json in it",
+        "lora2": "give the folder that SAT saved, with latest in it",
+    }
+    refuse_missing(options.folder, base=options.base, option="", wanted=wanted[options.origin])
     progress = bar("importing", "layers")
     if options.origin == "peft":
         from sat_lora.errors import ConfigError

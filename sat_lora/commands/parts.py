@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterable
 
 from sat_lora.errors import ConfigError
 from sat_lora.files.foreign import name_problem
-from sat_lora.files.paths import missing_adapter, missing_base
+from sat_lora.files.paths import ADAPTER_WANTED, missing_adapter, missing_base
 from sat_lora.printable import printable
 from sat_lora.terminal.progress import shown
 
@@ -37,11 +37,13 @@ def refuse_existing(out: str) -> None:
         raise ConfigError(f"--out: {printable(out)}: {problem}; give another folder")
 
 
-def refuse_missing(*adapters: str, base: str | None = None, option: str = "--adapter") -> None:
+def refuse_missing(
+    *adapters: str, base: str | None = None, option: str = "--adapter", wanted: str = ADAPTER_WANTED
+) -> None:
     """ConfigError with all folders that are not there, before anything slow is imported: those of adapters, which
-    `option` names ("": nothing does), and of a base.
+    `option` names ("": nothing does), and of a base. wanted: what to give instead of an adapter.
     """
-    named = [(option, missing_adapter(adapter)) for adapter in adapters]
+    named = [(option, missing_adapter(adapter, wanted)) for adapter in adapters]
     if base is not None:
         with contextlib.suppress(OSError):  # it may not be looked for, and whoever reads it says so
             named.append(("--base", missing_base(base)))

@@ -19,6 +19,7 @@ BASE_WANTED = (
     f"the base's folder: SAT's with {' and '.join(SAT_PARTS)}, or Hugging Face's with config.json and safetensors"
 )
 COMPRESSED_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tar.lz4")
+ADAPTER_WANTED = "give the folder of an adapter, such as runs/NAME/adapter"
 _ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
 _QUOTES = "\"'`“”„‘’«»"
 
@@ -49,9 +50,9 @@ def is_shard(path: str | Path) -> bool:
     return str(path).lower().endswith((".tar", *COMPRESSED_SUFFIXES)) or str(path).startswith("pipe:")
 
 
-def missing_adapter(folder: str) -> str | None:
+def missing_adapter(folder: str, wanted: str = ADAPTER_WANTED) -> str | None:
     """What is wrong with the folder of an adapter that is not there; None if something is there."""
-    return missing_path(folder, "give the folder of an adapter, such as runs/NAME/adapter")
+    return missing_path(folder, wanted)
 
 
 def missing_base(folder: str | Path) -> str | None:

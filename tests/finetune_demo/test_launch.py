@@ -48,6 +48,19 @@ def start(tmp_path):
     return run
 
 
+@pytest.mark.parametrize("script, first", [("one_machine.sh", []), ("hostfile.sh", ["hosts"])])
+def test_deepspeed_starts_in_a_path_with_a_space(start, tmp_path, script, first):
+    """`deepspeed` itself does not: pip writes its interpreter into its first line."""
+    programs = tmp_path / "my bin"
+    shutil.copytree(tmp_path / "bin", programs)
+    calls = tmp_path / "python_argv"
+    (programs / "python").write_text(f"#!/usr/bin/env bash\nprintf '%s\\0' \"$@\" > '{calls}'\n")
+    (programs / "python").chmod(0o755)
+    status, _, errors = start(script, *first, "base", "data", PATH=f"{programs}:{os.environ['PATH']}")
+    assert status == 0, errors
+    assert calls.read_text().split("\0")[:2] == ["-m", "deepspeed.launcher.runner"]
+
+
 JOB = {"SLURM_JOB_ID": "4711", "SLURM_JOB_NODELIST": "node[000-511]", "SLURM_NNODES": "512", "SLURM_GPUS_ON_NODE": "4"}
 SCRIPTS = {"one_machine.sh": ((), {}), "hostfile.sh": (("hosts",), {}), "slurm.sh": ((), JOB)}
 
