@@ -6,6 +6,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -34,10 +35,16 @@ EVALUATE = [command for command in ALL if command[0] == "python"]
 TOOL = [command for command in ALL if command[0] == "sat-lora"]
 
 
+def without_make(environ: Mapping[str, str]) -> dict[str, str]:
+    """An environment in which a make is not the child of another, which may have started these tests."""
+    return {name: value for name, value in environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+
+
 def recipe(target: str, venv: str = ".no-such-environment") -> list[list[str]]:
     """What `make target` would run where nothing is set up yet, with the environment's folder called .venv."""
+    command = ["make", "-n", target, f"VENV={venv}"]
     made = subprocess.run(
-        ["make", "-n", target, f"VENV={venv}"], cwd=ROOT, capture_output=True, text=True, check=True, timeout=20
+        command, cwd=ROOT, env=without_make(os.environ), capture_output=True, text=True, check=True, timeout=20
     )
     return [shlex.split(line.replace(venv, ".venv"), comments=True) for line in made.stdout.splitlines()]
 
@@ -220,7 +227,7 @@ def test_make_demo_prints_what_the_readme_shows(tmp_path):
     python.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
     python.chmod(0o755)
     (clone / ".venv" / ".installed").touch()
-    environ = {**environment(), "PYTHONPATH": str(clone)}
+    environ = {**without_make(environment()), "PYTHONPATH": str(clone)}
     made = subprocess.run(["make", "demo"], cwd=clone, capture_output=True, text=True, env=environ, timeout=1400)
     assert made.returncode == 0, made.stdout + made.stderr
     block = next(body for kind, body in FENCED.findall((ROOT / "README.md").read_text()) if "500 images" in body)
