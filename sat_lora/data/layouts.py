@@ -174,11 +174,16 @@ def _check_beside(folder: Path, images: Sequence[Path], given: Collection[str]) 
                 if not is_label and (not near or OUTPUTS.fullmatch(sibling.name)):
                     continue
                 inner = Path(*own.parts[1:])
-                for place in dict.fromkeys((sibling, sibling / inner, *(sibling / inner / one for one in subfolders))):
+                for place in dict.fromkeys(
+                    (sibling, sibling / inner, *(sibling / inner / name for name in subfolders))
+                ):
                     _check_texts_of(folder, place, stems, len(images), is_label)
-            lists = [*files, *(path for one in folders if LABEL_FOLDERS.fullmatch(one.name) for path in _files_of(one))]
+            lists = [
+                *files,
+                *(path for place in folders if LABEL_FOLDERS.fullmatch(place.name) for path in _files_of(place)),
+            ]
             lists = [path for path in lists if os.path.realpath(path) not in given]
-            _check_lists_beside(folder, images, lists, {one.name for one in folders})
+            _check_lists_beside(folder, images, lists, {place.name for place in folders})
 
 
 def _entries_of(parent: Path, own: str) -> tuple[list[Path], list[Path]]:

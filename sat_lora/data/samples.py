@@ -116,7 +116,7 @@ def read_items(
         if path.is_dir() or not path.exists():
             images = find_images([path], counts.unused, run_folder)
             if not names_are_answers:
-                check_layout(path, images, given=[Path(one) for one in paths])
+                check_layout(path, images, given=[Path(given) for given in paths])
             items += [Item(image, image.stem) for image in images]
             counts.labelled_by_name += len(images)
             if len(paths) > 1:

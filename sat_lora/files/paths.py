@@ -136,7 +136,7 @@ def nearest(path: Path) -> str:
 def _near_name(folder: str, name: str) -> str | None:
     """The name in a folder that is the same but for what is not seen, or else the one most like it."""
     names = _names_of(folder)
-    plain = {_plain(one): one for one in names}
+    plain = {_plain(entry): entry for entry in names}
     for meant in (name, unquote(name)):
         if near := plain.get(_plain(meant)):
             return near

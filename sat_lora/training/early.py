@@ -27,7 +27,7 @@ def raise_problems(settings: Sequence[str], data: Sequence[str]) -> None:
         return
     kind = ConfigError if settings else DataError
     several = f"{len(problems)} problems with the options:\n"
-    raise kind(problems[0] if len(problems) == 1 else several + "\n".join(f"- {one}" for one in problems))
+    raise kind(problems[0] if len(problems) == 1 else several + "\n".join(f"- {problem}" for problem in problems))
 
 
 def check_early(

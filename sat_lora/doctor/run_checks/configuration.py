@@ -78,14 +78,12 @@ def _called(place: str) -> str:
 @looks_for("batch-arithmetic")
 def _batch_findings(content: dict, options: Namespace, environ: Mapping[str, str]) -> list[Finding]:
     whole = content.get("train_batch_size")
-    if not isinstance(whole, int):
-        return []
     ranks = max(1, int(environ.get("WORLD_SIZE", 1)) // options.model_parallel_size)
+    if not isinstance(whole, int) or is_accumulation_left(options, content, ranks):
+        return []
     micro = content.get("train_micro_batch_size_per_gpu", options.batch_size)
     steps = content.get("gradient_accumulation_steps", options.gradient_accumulation_steps)
     if not isinstance(micro, int) or not isinstance(steps, int) or micro * steps * ranks == whole:
-        return []
-    if is_accumulation_left(content, ranks) and options.gradient_accumulation_steps * micro * ranks == whole:
         return []
     seen = (
         f'"train_batch_size" is {whole}, but {micro} samples x {steps} accumulation steps x {ranks} data-parallel '

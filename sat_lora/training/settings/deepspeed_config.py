@@ -19,6 +19,7 @@ from sat_lora.training.settings.deepspeed_file import (
     DeepSpeedFile,
     enabled,
     file_problems,
+    is_whole,
     open_deepspeed_file,
     read_deepspeed_file,
 )
@@ -162,7 +163,7 @@ def _divide_batch(options: Namespace, content: dict, environ: Mapping[str, str])
                 f"{ranks} data-parallel ranks x {steps} accumulation steps; set "
                 '"train_micro_batch_size_per_gpu" instead'
             )
-    elif not {"batch_size", "gradient_accumulation_steps"} & options.given and is_accumulation_left(content, ranks):
+    elif is_accumulation_left(options, content, ranks):
         options.gradient_accumulation_steps = steps = whole // (options.batch_size * ranks)
     product = options.batch_size * steps * ranks
     if product != whole:
@@ -173,14 +174,16 @@ def _divide_batch(options: Namespace, content: dict, environ: Mapping[str, str])
         )
 
 
-def is_accumulation_left(content: Mapping, ranks: int) -> bool:
+def is_accumulation_left(options: Namespace, content: Mapping, ranks: int) -> bool:
     """Whether a DeepSpeed file says how many samples a step has and how many a micro-batch, and the first is a multiple
-    of the second on that many data-parallel ranks; how many micro-batches a step has is not said.
+    of the second on that many data-parallel ranks; how many micro-batches a step has is said neither there nor by an
+    option.
     """
     whole, micro = content.get("train_batch_size"), content.get("train_micro_batch_size_per_gpu")
-    if whole is None or micro is None or "gradient_accumulation_steps" in content:
+    is_said = "gradient_accumulation_steps" in content or {"batch_size", "gradient_accumulation_steps"} & options.given
+    if is_said or not is_whole(whole, 1) or not is_whole(micro, 1):
         return False
-    return micro > 0 and whole % (micro * ranks) == 0
+    return whole % (micro * ranks) == 0
 
 
 def _refuse_data_type(options: Namespace, content: dict) -> None:

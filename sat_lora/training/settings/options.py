@@ -286,7 +286,7 @@ def _refuse_another_folder(parser: argparse.ArgumentParser, explicit: Mapping[st
     else:
         fits = save is None or any(os.path.realpath(folder) == os.path.realpath(save) for folder in run.parents)
     if not fits:
-        shown = " ".join(f"{option_names()[one]} {printable(explicit[one])}" for one in given)
+        shown = " ".join(f"{option_names()[name]} {printable(explicit[name])}" for name in given)
         parser.error(
             f"{shown}: --resume goes on in {printable(explicit['resume'])} itself; leave it out, or copy that folder "
             "and resume the copy"
