@@ -154,7 +154,7 @@ def load_adapter(
     with torch.no_grad():
         for site, adapter in adapters_of(model, name).items():
             with gathered(adapter.parameters(), write=True):
-                adapter.take(dict(zip(("A", "B", "magnitude"), saved.of_layer(site).values())))
+                adapter.load_tensors(dict(zip(("A", "B", "magnitude"), saved.of_layer(site).values())))
         for key, (parameter, sharding) in trained_of(model, name).items():
             with gathered([parameter], write=True):
                 parameter.copy_(sharding.shard(saved.tensors[key], *layout))

@@ -27,7 +27,7 @@ from sat_lora.lora.adapter import LoraAdapter
 from sat_lora.lora.apply import adapters_of
 from sat_lora.lora.deltas.merging import merged_weight
 from sat_lora.lora.mixin import lora_mixins
-from sat_lora.parallel.distributed import arrange, join
+from sat_lora.parallel.distributed import init_distributed, init_model_parallel
 from sat_lora.terminal.progress import Progress
 
 UNIT_ROUNDOFF = 2.0**-24  # of float32
@@ -74,7 +74,7 @@ def verify_merge(
     trust: of the base, see `map_weights`. any_base: see `load_adapter`. progress: goes through modules and names of
     weights under what is done with them. tell: is told what begins.
     """
-    arrange(join(alone=True))
+    init_model_parallel(init_distributed(alone=True))
     tell("1 of 3, base and adapter, in float32")
     model, config = _load(base, trust=trust, progress=partial(progress, what="loading the base"))
     load_adapter(model, adapter, any_base=any_base)

@@ -32,7 +32,7 @@ from sat_lora.findings.finding import as_json as to_json
 from sat_lora.lora.apply import add_lora
 from sat_lora.lora.optimizer_groups import set_learning_rate
 from sat_lora.memory.memory_report import estimated_findings, memory_report
-from sat_lora.parallel.distributed import agree, gather_lists, join, stop
+from sat_lora.parallel.distributed import agree, destroy, gather_lists, init_distributed
 from sat_lora.parallel.sharding import gathered
 from sat_lora.terminal.notice import is_first_rank
 from sat_lora.training.marks import marks_of_config
@@ -43,7 +43,7 @@ from sat_lora.training.settings.deepspeed_file import file_problems, is_of_key, 
 from sat_lora.training.settings.schedule import learning_rate_factor, total_steps, warmup_steps
 from sat_lora.training.steps.engine import adapter_optimizer, start_engine
 from sat_lora.training.steps.loss import answer_loss_sum, count_answer_tokens, sum_over_data_parallel
-from sat_lora.training.steps.nonfinite import held
+from sat_lora.training.steps.nonfinite import discard_step
 from sat_lora.training.steps.optimizer_state import create_moments
 from sat_lora.training.steps.step import train_step
 
@@ -63,7 +63,7 @@ def diagnose(
     tell: is given what is no finding, as text: times of the groups, memory.
     """
     looked_for(anew=True)
-    device = join(options.distributed_backend)
+    device = init_distributed(options.distributed_backend)
     _begin(1, "groups of ranks")
     broken = collective_findings()
     if broken:
@@ -81,7 +81,7 @@ def diagnose(
             return findings
         tell(collective_times())
         return [*findings, *_diagnose_model(options, setting, tell)]
-    except SatLoraError as error:  # `together` lets every rank have it
+    except SatLoraError as error:  # `run_on_all_ranks` lets every rank have it
         return [*findings, Finding(code="options", seen=str(error))]
 
 
@@ -93,7 +93,7 @@ def report(options: Namespace, make_data: Callable[[], None] | None = None, *, a
         print(to_json(findings) if as_json else "\n\n".join([*told, as_text(findings, len(looked_for()))]), flush=True)
     if any(finding.code == "collective" for finding in findings):
         os._exit(1)  # to leave a group that does not answer takes as long as to wait for it
-    stop()
+    destroy()
     return 1 if has_errors(findings) else 0
 
 
@@ -242,7 +242,7 @@ def _examine_engine(engine, kinds: dict[str, dict]) -> list[Finding]:
 
     def backward(loss: torch.Tensor) -> None:
         engine.backward(loss)
-        with held(engine):
+        with discard_step(engine):
             engine.step()
 
     def loss_of(model, batch: dict) -> torch.Tensor:

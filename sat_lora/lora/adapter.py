@@ -43,9 +43,15 @@ class LoraAdapter(nn.Module):
 
     def __init__(self, target: Target, config: LoraConfig, dtype: torch.dtype, device: torch.device):
         super().__init__()
-        self.target, self.name, self.rank, self.scale = target, target.site.name, target.rank, target.scale
-        self.slots, self.kind, self.dropout = target.slots, target.site.kind, config.lora_dropout
-        self.scheme, self.seed = config.init_lora_weights, zlib.crc32(self.name.encode()) ^ config.seed
+        self.target = target
+        self.name = target.site.name
+        self.rank = target.rank
+        self.scale = target.scale
+        self.slots = target.slots
+        self.kind = target.site.kind
+        self.dropout = config.lora_dropout
+        self.scheme = config.init_lora_weights
+        self.seed = zlib.crc32(self.name.encode()) ^ config.seed
         rows = [stop - start for start, stop in target.rows]
         blocks = tuple(rows) if self.slots else target.site.blocks
         cut_rows = Sharding(0, blocks) if self.kind.cut == "out" else REPLICATED
@@ -59,7 +65,8 @@ class LoraAdapter(nn.Module):
             "B": (sum(rows) // cut_out, self.rank),
         }
         if config.use_dora:
-            self.shardings["magnitude"], shapes["magnitude"] = cut_rows, (sum(rows) // cut_out,)
+            self.shardings["magnitude"] = cut_rows
+            shapes["magnitude"] = (sum(rows) // cut_out,)
         self.in_graph: dict[str, torch.Tensor] = {}
         """What the delta uses in place of the parameters of those names, see `gradient_order`."""
         for leaf, shape in shapes.items():
@@ -70,34 +77,38 @@ class LoraAdapter(nn.Module):
             self.register_buffer(f"origin_{leaf}", torch.empty_like(getattr(self, leaf), requires_grad=False))
 
     def trainable(self) -> Iterator[nn.Parameter]:
-        """Its parameters, without A where that is frozen (LoRA-FA)."""
+        """Yield the adapter's parameters, without A where that is frozen (LoRA-FA)."""
         yield from (p for leaf, p in self._parameters.items() if leaf != "A" or not self.freeze_a)
 
     @property
     def has_origin(self) -> bool:
+        """Whether the pair that A and B began as is subtracted (PiSSA, OLoRA)."""
         return "origin_A" in self._buffers
 
     @property
     def is_plain(self) -> bool:
         """Whether the delta is s B A x on a linear, each rank's part on its own columns, and nothing more."""
-        layer, (_, mp_size) = self.target.site.module, model_parallel_layout()
+        layer = self.target.site.module
+        _, mp_size = model_parallel_layout()
         joins_ranks = getattr(layer, "gather_output", False) or not getattr(layer, "input_is_parallel", True)
         is_pair = not self.has_origin and self.magnitude_or_none is None
         return self.kind.is_linear and is_pair and not (joins_ranks and mp_size > 1)
 
     @property
     def magnitude_or_none(self) -> nn.Parameter | None:
+        """The magnitude (adapted rows,) of DoRA; None without DoRA."""
         return self._parameters.get("magnitude")
 
     @torch.no_grad()
     def reset_parameters(self, layer: nn.Module) -> None:
-        """The initial values for `layer`, the adapted one; every rank has to call it.
+        """Give the parameters their initial values for `layer`, the adapted one; every rank has to call it.
 
         Values depend on the seed, the layer's name and, for some schemes and DoRA, its weight; not on the parallel
         layout nor on what else is adapted.
         """
         with gathered([layer.weight]), gathered(self.parameters(), write=True):
-            site, rank_and_size = self.target.site, model_parallel_layout()
+            site = self.target.site
+            rank_and_size = model_parallel_layout()
 
             def whole_rows(start: int, stop: int) -> torch.Tensor:
                 sharding = sharding_of(layer, "weight")
@@ -109,20 +120,23 @@ class LoraAdapter(nn.Module):
                 [(stop - start, site.in_features) for start, stop in self.target.rows],
                 rank=self.rank,
                 scale=self.scale,
-                looks_up=self.kind.looks_up,
+                is_embedding=self.kind.is_embedding,
                 seed=self.seed,
             )
             for leaf, whole in zip("AB", factors):
-                own = getattr(self, leaf)
-                own.copy_(self.shardings[leaf].shard(whole, *rank_and_size))
+                parameter = getattr(self, leaf)
+                parameter.copy_(self.shardings[leaf].shard(whole, *rank_and_size))
                 if self.has_origin:
-                    getattr(self, f"origin_{leaf}").copy_(own)
+                    getattr(self, f"origin_{leaf}").copy_(parameter)
             if self.magnitude_or_none is not None:
                 self.magnitude.copy_(self._row_norms(layer, None))
 
     @torch.no_grad()
-    def take(self, whole: dict[str, torch.Tensor]) -> None:
-        """Whole A, B and magnitude of a file; where an origin is subtracted, A and B hold both pairs (`factors`)."""
+    def load_tensors(self, whole: dict[str, torch.Tensor]) -> None:
+        """Copy whole A, B and magnitude, as a file has them by name, into this rank's parts of the parameters.
+
+        Where an origin is subtracted, A and B hold both pairs, as `factors` gives them.
+        """
         for leaf, tensor in whole.items():
             part = self.shardings[leaf].shard(tensor, *model_parallel_layout())
             if self.has_origin and leaf == "A":
@@ -137,24 +151,26 @@ class LoraAdapter(nn.Module):
 
     @property
     def factors_rank(self) -> int:
+        """The rank r or 2r of what `factors` returns."""
         return 2 * self.rank if self.has_origin else self.rank
 
     def factors(self, instead: Mapping[str, torch.Tensor] | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """(A, B) whose product is the delta: the pair itself, or of rank 2r where an origin is subtracted.
+        """Return (A (slots * r, in), B (adapted rows, r)), this rank's, whose product is the delta.
 
+        That is the pair itself, or a pair of rank 2r where an origin is subtracted.
         instead: what stands for the parameters A and B.
         """
         a, b = ((instead or {}).get(leaf, getattr(self, leaf)) for leaf in "AB")
         if not self.has_origin:
             return a, b
         slots = self.target.slots_count
-        pairs = [one.view(slots, self.rank, -1) for one in (a, self.origin_A)]
+        pairs = [factor.view(slots, self.rank, -1) for factor in (a, self.origin_A)]
         return torch.cat(pairs, 1).flatten(0, 1), torch.cat([b, -self.origin_B], 1)
 
     def forward(
         self, y: torch.Tensor, x: torch.Tensor, layer: nn.Module, scale: float = 1.0, output_is_untouched: bool = False
     ) -> torch.Tensor:
-        """y as `layer` gave it for x, with `scale` times the delta added.
+        """Return y, as `layer` gave it for x, with `scale` times the delta added; its shape and dtype are those of y.
 
         output_is_untouched: y is the layer's own, and no hook has seen it.
         """
@@ -174,9 +190,9 @@ class LoraAdapter(nn.Module):
             bias = None if bias is None else self.kind.across_ranks(layer, bias)
         return dora.rescale(y, gain, bias, self.kind.channel_dim(layer))
 
-    def merged_weight(self, layer: nn.Module, strength: float = 1.0) -> torch.Tensor:
-        """This rank's part of the weight with `strength` times the delta in it, see `merging.merged_weight`."""
-        delta = (*self.factors(), self.scale * strength)
+    def merged_weight(self, layer: nn.Module, scale: float = 1.0) -> torch.Tensor:
+        """Return this rank's part of the weight with `scale` times the delta in it, see `merging.merged_weight`."""
+        delta = (*self.factors(), self.scale * scale)
         return merged_weight(layer.weight, self.kind, self.layout, delta, self.magnitude_or_none)
 
     def _row_norms(self, layer: nn.Module, delta: tuple[torch.Tensor, torch.Tensor, float] | None) -> torch.Tensor:
@@ -184,5 +200,6 @@ class LoraAdapter(nn.Module):
         return dora.row_norms(matrix, self.layout, delta, sum_over_ranks=self.kind.cut == "in")
 
     def extra_repr(self) -> str:
+        """Return what `repr` of a model shows of the adapter: layer, rank, scale and slots."""
         slots = f", slots={self.slots}" if self.slots else ""
         return f"{self.name}, r={self.rank}, scale={self.scale:g}{slots}"

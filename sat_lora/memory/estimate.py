@@ -22,7 +22,7 @@ from sat_lora.lora.apply import add_lora
 from sat_lora.lora.config import LoraConfig
 from sat_lora.memory.components import Memory, memory_of
 from sat_lora.memory.live_memory import LiveBytes
-from sat_lora.parallel.distributed import stop
+from sat_lora.parallel.distributed import destroy
 from sat_lora.training.steps.zero3_linear import linear_of_zero3
 
 
@@ -81,7 +81,7 @@ def _pretended_ranks(model_parallel_size: int):
     try:
         yield
     finally:
-        stop()
+        destroy()
 
 
 def _give_fake_memory(model: CogVLMModel) -> None:

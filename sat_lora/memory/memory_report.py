@@ -15,7 +15,7 @@ from sat_lora.errors import ConfigError
 from sat_lora.findings.finding import Finding, joined
 from sat_lora.memory.components import Memory, device_memory, memory_findings, memory_of, memory_table
 from sat_lora.memory.live_memory import peak_of
-from sat_lora.parallel.distributed import gather_lists, together
+from sat_lora.parallel.distributed import gather_lists, run_on_all_ranks
 from sat_lora.parallel.launch import ranks_on_this_machine
 from sat_lora.training.prepare import Setting
 
@@ -80,6 +80,6 @@ def estimate_elsewhere(options: Namespace, ranks: int, device: str, layers: int 
 def _estimated(*args) -> Memory:
     """`estimate_elsewhere` of rank 0, on every rank. ConfigError on every rank."""
     first = torch.distributed.get_rank() == 0
-    own = together(lambda: [estimate_elsewhere(*args)] if first else [])
+    own = run_on_all_ranks(lambda: [estimate_elsewhere(*args)] if first else [])
     (memory,) = gather_lists(own)
     return memory

@@ -33,7 +33,9 @@ class World:
         return self.rank == 0
 
 
-def join(backend: str | None = None, marks: Mapping[str, str] | None = None, *, alone: bool = False) -> torch.device:
+def init_distributed(
+    backend: str | None = None, marks: Mapping[str, str] | None = None, *, alone: bool = False
+) -> torch.device:
     """Join the process group that `deepspeed` or `torchrun` describes in the environment, or be alone.
 
     NCCL on CUDA, unless `backend` says otherwise; gloo on the CPU whatever it says. On the CPU the ranks of a machine
@@ -100,7 +102,7 @@ def _share_cores(size: int) -> None:
         torch.set_num_threads(max(1, (len(os.sched_getaffinity(0)) - 1) // here))
 
 
-def arrange(device: torch.device, model_parallel_size: int = 1) -> World:
+def init_model_parallel(device: torch.device, model_parallel_size: int = 1) -> World:
     """Set up SAT's model-parallel and data-parallel groups among the processes that have joined."""
     if not mpu.model_parallel_is_initialized():
         mpu.initialize_model_parallel(model_parallel_size)
@@ -113,14 +115,14 @@ def arrange(device: torch.device, model_parallel_size: int = 1) -> World:
     )
 
 
-def stop() -> None:
+def destroy() -> None:
     """Leave the process group."""
     if torch.distributed.is_initialized():
         mpu.destroy_model_parallel()
         torch.distributed.destroy_process_group()
 
 
-def together(step: Callable[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+def run_on_all_ranks(step: Callable[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
     """Run `step` on every rank. If it fails with a user's mistake on any, it fails on all, with that message.
 
     A file or folder that cannot be used (an OSError that names one) is such a mistake.
