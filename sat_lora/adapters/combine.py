@@ -70,7 +70,7 @@ def combine_adapters(
 
 
 def _arithmetic(method: str, rank: int | None, density: float | None, majority_sign: str) -> Arithmetic:
-    """The arithmetic of a method, with the arguments that `check_arguments` has passed."""
+    """Return the arithmetic of a method, with the arguments that `check_arguments` has passed."""
     if method == "ties" and density is not None:
         return partial(ties, density=density, majority_sign=majority_sign)
     if method == "svd":
@@ -79,7 +79,7 @@ def _arithmetic(method: str, rank: int | None, density: float | None, majority_s
 
 
 def combine_sources(sources: list[Source], arithmetic: Arithmetic, progress: Progress[Holders] = iter) -> SavedAdapter:
-    """The combination of all layers. AdapterError: it is not finite, or too large to be read again."""
+    """Return the combination of all layers. AdapterError: it is not finite, or too large to be read again."""
     layers: dict[str, LayerEntry] = {}
     tensors: dict[str, torch.Tensor] = {}
     for name, holders in progress(by_layer(sources).items()):
@@ -104,13 +104,13 @@ def combine_sources(sources: list[Source], arithmetic: Arithmetic, progress: Pro
 
 
 def _overflows(adapter: SavedAdapter, name: str) -> bool:
-    """Whether |s| |B| |A|, which no entry of the delta exceeds, is beyond float32."""
+    """Return whether |s| |B| |A|, which no entry of the delta exceeds, is beyond float32."""
     a, b = (torch.linalg.vector_norm(tensor, dtype=torch.float64).item() for tensor in adapter.of_layer(name).values())
     return not abs(adapter.layers[name].scale) * a * b <= LARGEST_SCALE
 
 
 def _base(sources: list[Source]) -> BaseIdentity | None:
-    """The first that says which values the base has, or else says anything."""
+    """Return the first that says which values the base has, or else says anything."""
     known = sorted((s.saved.base for s in sources if s.saved.base), key=lambda base: base.values is None)
     return known[0] if known else None
 
@@ -118,11 +118,12 @@ def _base(sources: list[Source]) -> BaseIdentity | None:
 def combine_layer(
     name: str, holders: list[Source], arithmetic: Arithmetic
 ) -> tuple[LayerEntry, dict[str, torch.Tensor]]:
-    """(entry, tensors by key) of one layer, from the adapters that have it."""
+    """Return (entry, tensors by key) of one layer, from the adapters that have it."""
     scale = max(abs(source.strength(name)) for source in holders) or 1.0
     rows = {slot: rows for source in holders for slot, rows in source.rows(name).items()}
     order = sorted(rows, key=lambda slot: rows[slot])
-    slots, spans = tuple(slot for slot in order if slot != WHOLE), tuple(rows[slot] for slot in order)
+    slots = tuple(slot for slot in order if slot != WHOLE)
+    spans = tuple(rows[slot] for slot in order)
     dtype, triples = triples_by_slot(name, holders, scale)
     stacked = [factor.to(dtype) for factor in stack([arithmetic(triples[slot]) for slot in order])]
     entry = LayerEntry(holders[0].saved.layers[name].kind, len(stacked[0]) // len(order), scale, slots, spans)
@@ -130,7 +131,8 @@ def combine_layer(
 
 
 def triples_by_slot(name: str, holders: list[Source], scale: float) -> tuple[torch.dtype, dict[str, list[Triple]]]:
-    """The widest dtype in one layer, and for each slot the factors of the adapters that have it, in float32 or wider.
+    """Return the widest dtype in one layer, and for each slot the factors of the adapters that have it, in float32 or
+    wider.
 
     Their strengths are divided by `scale`.
     """
@@ -156,7 +158,7 @@ def stack(pairs: list[Pair]) -> Pair:
 
 
 def combined_config(configs: list[LoraConfig], layers: dict[str, LayerEntry]) -> LoraConfig:
-    """The first config with every layer's rank and scale; patterns for the layers that differ from the most."""
+    """Return the first config with every layer's rank and scale; patterns for the layers that differ from the most."""
     ranks = {name: entry.r for name, entry in layers.items()}
     alphas = {name: entry.scale * entry.r for name, entry in layers.items()}
     (r, _), (alpha, _) = (Counter(values.values()).most_common(1)[0] for values in (ranks, alphas))

@@ -14,7 +14,8 @@ from sat_lora.lora.base_identity import BaseIdentity
 from sat_lora.printable import printable
 from sat_lora.terminal.notice import warn
 
-METHODS, MAJORITY_SIGNS = ("cat", "linear", "svd", "ties"), ("total", "frequency")
+METHODS = ("cat", "linear", "svd", "ties")
+MAJORITY_SIGNS = ("total", "frequency")
 WHOLE = "whole"
 """Stands for the slot of a layer that has none."""
 
@@ -28,11 +29,11 @@ class Source:
     saved: SavedAdapter
 
     def strength(self, name: str) -> float:
-        """The factor before B A of that layer: the weight times the layer's scale."""
+        """Return the factor before B A of that layer: the weight times the layer's scale."""
         return self.weight * self.saved.layers[name].scale
 
     def rows(self, name: str) -> dict[str, tuple[int, int]]:
-        """The rows of each slot of that layer."""
+        """Return the rows of each slot of that layer."""
         entry = self.saved.layers[name]
         return dict(zip(entry.slots or (WHOLE,), entry.rows))
 
@@ -42,7 +43,7 @@ class Source:
         return dict(zip(self.rows(name), zip(*sides)))
 
     def in_features(self, name: str) -> int:
-        """The inputs of that layer by the first A that says it; 0, which fits no tensor, where none does."""
+        """Return the inputs of that layer by the first A that says it; 0, which fits no tensor, where none does."""
         found = (self.saved.tensors.get(key) for key in self.saved.keys(name, PAIR[0]))
         return next((a.shape[-1] for a in found if a is not None and a.dim() > 0), 0)
 
@@ -56,7 +57,7 @@ def check_arguments(
     density: float | None,
     majority_sign: str,
 ) -> None:
-    """ConfigError that lists every argument that is wrong."""
+    """Raise ConfigError that lists every argument that is wrong."""
     problems = []
     if isinstance(folders, (str, Path)) or len(folders) < 1:
         problems.append(f"folders has to be a list of at least one adapter folder, got {folders!r}")
@@ -88,12 +89,13 @@ def _is_finite(value: object) -> bool:
 def read_sources(
     folders: list[str | Path], weights: list[float], method: str, *, any_base: bool = False
 ) -> list[Source]:
-    """The adapters, each read once. AdapterError lists everything that keeps them from being combined.
+    """Return the adapters, each read once. Raises AdapterError lists everything that keeps them from being combined.
 
     any_base: they may be of different bases. A warning where an adapter, of an older version, knows too little of its
     own.
     """
-    sources, problems = [], []
+    sources = []
+    problems = []
     for folder, weight in zip(folders, weights):
         try:
             sources.append(Source(folder, weight, read_adapter(folder)))
@@ -116,7 +118,9 @@ def read_sources(
 
 
 def _other_base(sources: list[Source]) -> list[str]:
-    """Whether the last one was trained on another base than the first one before it that says enough, as a list."""
+    """Return whether the last one was trained on another base than the first one before it that says enough, as
+    a list.
+    """
     *before, last = ((source, source.saved.base or BaseIdentity(source.saved.base_fingerprint)) for source in sources)
     known = sorted(before, key=lambda pair: pair[1].values is None)
     if not known:
@@ -139,7 +143,7 @@ def by_layer(sources: list[Source]) -> dict[str, list[Source]]:
 
 
 def _own_problems(source: Source) -> list[str]:
-    """What keeps one adapter from being combined with any."""
+    """Return what keeps one adapter from being combined with any."""
     saved = source.saved
     expected = saved.expected({name: source.in_features(name) for name in saved.layers})
     cannot = {
@@ -156,7 +160,7 @@ def _own_problems(source: Source) -> list[str]:
 
 
 def _disagreements(name: str, holders: list[Source], method: str) -> list[str]:
-    """What keeps the adapters of one layer from being combined with each other."""
+    """Return what keeps the adapters of one layer from being combined with each other."""
     problems: list[str] = []
     first: dict[str, object] = {}
     entries = [source.saved.layers[name] for source in holders]

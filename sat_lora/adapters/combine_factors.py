@@ -19,13 +19,14 @@ def cat(triples: list[Triple]) -> Pair:
 
 
 def svd(triples: list[Triple], rank: int | None) -> Pair:
-    """The best B A of that rank for the sum of s B A, singular values split evenly; out x in is never formed.
+    """Return the best B A of that rank for the sum of s B A, singular values split evenly; out x in is never formed.
 
     With B = Q1 R1 and A^T = Q2 R2 of the stacked factors, B A = Q1 (R1 R2^T) Q2^T, and the SVD of the small core gives
     that of the product. No rank is larger than the core: pairs beyond it would be zero, and never train.
     """
     a, b = cat(triples)
-    (q1, r1), (q2, r2) = torch.linalg.qr(b), torch.linalg.qr(a.T)
+    q1, r1 = torch.linalg.qr(b)
+    q2, r2 = torch.linalg.qr(a.T)
     u, singular, vh = torch.linalg.svd(r1 @ r2.T, full_matrices=False)
     rank = min(rank or max(a.shape[0] for a, _, _ in triples), len(singular))
     root = singular[:rank].sqrt()
@@ -33,7 +34,7 @@ def svd(triples: list[Triple], rank: int | None) -> Pair:
 
 
 def linear(triples: list[Triple]) -> Pair:
-    """The sums of sqrt(s) A and of sqrt(s) B; all of one rank."""
+    """Return the sums of sqrt(s) A and of sqrt(s) B; all of one rank."""
     of_a, of_b = _sides(triples)
     return _weighted(*of_a).sum(0), _weighted(*of_b).sum(0)
 
@@ -56,14 +57,14 @@ def ties_sum(tensors: list[torch.Tensor], weights: list[float], density: float, 
 
 
 def trim(tensor: torch.Tensor, density: float) -> torch.Tensor:
-    """The int(density * n) entries of largest magnitude, zero elsewhere."""
+    """Return the int(density * n) entries of largest magnitude, zero elsewhere."""
     flat = tensor.flatten()
     kept = flat.abs().topk(int(density * flat.numel())).indices
     return torch.zeros_like(flat).index_copy(0, kept, flat[kept]).view_as(tensor)
 
 
 def _sides(triples: list[Triple]) -> tuple[Side, Side]:
-    """(every A, its sqrt|s| with the sign of s), (every B, sqrt|s|): a sign on both sides would cancel."""
+    """Return (every A, its sqrt|s| with the sign of s), (every B, sqrt|s|): a sign on both sides would cancel."""
     roots = [math.sqrt(abs(s)) for _, _, s in triples]
     signed = [math.copysign(root, s) for root, (_, _, s) in zip(roots, triples)]
     return ([a for a, _, _ in triples], signed), ([b for _, b, _ in triples], roots)

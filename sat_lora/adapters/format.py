@@ -36,11 +36,17 @@ from sat_lora.printable import printable
 from sat_lora.terminal.notice import warn
 
 FORMAT_VERSION = 2
-CONFIG_LIMIT, MOST_ENTRIES = 4 * MEBIBYTE, 50_000  # ten times and more what an adapter of all of CogVLM-17B has
-HOLES_FROM, HOLES_SHARE = 64 * MEBIBYTE, 16  # a file of at least so many bytes of which a sixteenth is on the disk
+# Ten times and more what an adapter of all of CogVLM-17B has.
+CONFIG_LIMIT = 4 * MEBIBYTE
+MOST_ENTRIES = 50_000
+# A file of at least so many bytes of which a sixteenth is on the disk.
+HOLES_FROM = 64 * MEBIBYTE
+HOLES_SHARE = 16
 _IMPORT = "it may be one of PEFT: `sat-lora import --from peft FOLDER --base BASE --out DIR` makes an adapter of it"
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-PAIR, MAGNITUDE = ("lora_A", "lora_B"), "lora_magnitude"
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+PAIR = ("lora_A", "lora_B")
+MAGNITUDE = "lora_magnitude"
 LARGEST_SCALE = torch.finfo(torch.float32).max
 TENSOR_DTYPES = tuple(getattr(torch, name) for name in DTYPES)
 
@@ -57,9 +63,12 @@ class LayerEntry:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "LayerEntry":
-        """From the JSON object of a file; ValueError, TypeError or LookupError if it is not one of a layer."""
-        kind, rank, scale = values["kind"], values["r"], values["scale"]
-        slots, rows = _strings(values["slots"]), tuple((start, stop) for start, stop in values["rows"])
+        """From the JSON object of a file; ValueError, raises TypeError or LookupError if it is not one of a layer."""
+        kind = values["kind"]
+        rank = values["r"]
+        scale = values["scale"]
+        slots = _strings(values["slots"])
+        rows = tuple((start, stop) for start, stop in values["rows"])
         if not isinstance(kind, str) or len(set(slots)) != len(slots):
             raise ValueError(f"kind {kind!r} with slots {slots}")
         if any(type(number) is not int for number in (rank, *sum(rows, ()))):
@@ -90,16 +99,16 @@ class SavedAdapter:
         return self.base.title if self.base else "a base that it does not name"
 
     def of_layer(self, name: str) -> dict[str, torch.Tensor]:
-        """The layer's stacked A (slots * r, in), B (rows of all slots, r) and, with DoRA, magnitude (rows,)."""
+        """Return the layer's stacked A (slots * r, in), B (rows of all slots, r) and, with DoRA, magnitude (rows,)."""
         leaves = (*PAIR, MAGNITUDE) if self.config.use_dora else PAIR
         return {leaf: torch.cat([self.tensors[key] for key in self.keys(name, leaf)]) for leaf in leaves}
 
     def keys(self, name: str, leaf: str) -> list[str]:
-        """The tensors' names, slot by slot."""
+        """Return the tensors' names, slot by slot."""
         return [f"{name}.{slot}.{leaf}" for slot in self.layers[name].slots] or [f"{name}.{leaf}"]
 
     def expected(self, in_features: dict[str, int]) -> dict[str, tuple[int, ...]]:
-        """The shapes that the tensors of those layers have to have, given the layers' `in`."""
+        """Return the shapes that the tensors of those layers have to have, given the layers' `in`."""
         shapes = {}
         for name, entry in ((name, self.layers[name]) for name in in_features):
             for number, (start, stop) in enumerate(entry.rows):
@@ -113,7 +122,7 @@ class SavedAdapter:
 def cut_slots(
     name: str, slots: tuple[str, ...], rows: list[int], stacked: dict[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """The stacked tensors of a layer (see `SavedAdapter.of_layer`) as the tensors of the file."""
+    """Return the stacked tensors of a layer (see `SavedAdapter.of_layer`) as the tensors of the file."""
     if not slots:
         return {f"{name}.{leaf}": tensor.contiguous() for leaf, tensor in stacked.items()}
     rank = stacked[PAIR[0]].shape[0] // len(slots)
@@ -125,7 +134,7 @@ def cut_slots(
 
 
 def plain_config(config: LoraConfig) -> LoraConfig:
-    """The config of the plain LoRA that stands for one of `config`: of twice the rank for PiSSA and OLoRA."""
+    """Return the config of the plain LoRA that stands for one of `config`: of twice the rank for PiSSA and OLoRA."""
     if not config.takes_from_base:
         return config
     factor = math.sqrt(2) if config.use_rslora else 2
@@ -140,7 +149,9 @@ def plain_config(config: LoraConfig) -> LoraConfig:
 
 
 def write_adapter(folder: str | Path, adapter: SavedAdapter) -> None:
-    """Write the folder; a reader sees the old one or the new one, never a torn one. OSError if it cannot be written."""
+    """Write the folder; a reader sees the old one or the new one, never a torn one. Raises OSError if it cannot be
+    written.
+    """
     config = {
         "peft_type": "LORA",
         **adapter.config.to_dict(),
@@ -161,7 +172,7 @@ def write_adapter(folder: str | Path, adapter: SavedAdapter) -> None:
 
 
 def read_adapter(folder: str | Path) -> SavedAdapter:
-    """What an adapter folder holds, tensors on the CPU. AdapterError names the file and the cause.
+    """Return what an adapter folder holds, tensors on the CPU. AdapterError names the file and the cause.
 
     folder: an adapter, a run's folder of them (its latest is read), or a pointer in that, `.../best`.
     """
@@ -180,7 +191,7 @@ def read_adapter(folder: str | Path) -> SavedAdapter:
 
 
 def base_of_adapter(folder: str | Path) -> BaseIdentity:
-    """The base that an adapter was trained on, by its config alone. AdapterError as `read_adapter`."""
+    """Return the base that an adapter was trained on, by its config alone. Raises AdapterError as `read_adapter`."""
     try:
         about = _read_config(follow(folder) / CONFIG)
     except OSError as error:
@@ -191,7 +202,7 @@ def base_of_adapter(folder: str | Path) -> BaseIdentity:
 def base_problem(
     saved: SavedAdapter, base: BaseIdentity, source: str | Path, folder: str | Path | None = None
 ) -> str | None:
-    """Why `base` is not the one that the adapter was trained on; None if it is, or if nothing says otherwise.
+    """Return why `base` is not the one that the adapter was trained on; None if it is, or if nothing says otherwise.
 
     source: the adapter's folder; folder: the base's, where it has one. A warning where the adapter, of an older
     version, knows too little.
@@ -217,7 +228,7 @@ def base_problem(
 
 
 def _read_config(path: Path) -> SavedAdapter:
-    """What an adapter_config.json says; no tensors."""
+    """Return what an adapter_config.json says; no tensors."""
     try:
         values = read_json(path, limit=CONFIG_LIMIT, parse_constant=_refuse_constant)
         if not isinstance(values, dict):
@@ -232,7 +243,8 @@ def _read_config(path: Path) -> SavedAdapter:
         if len(own["layers"]) > MOST_ENTRIES:
             raise ValueError(f"{len(own['layers'])} layers, no more than {MOST_ENTRIES} are read")
         layers = {name: _layer_entry(name, values) for name, values in own["layers"].items()}
-        fingerprint, trained = str(own["base_fingerprint"]), _strings(own["trained"])
+        fingerprint = str(own["base_fingerprint"])
+        trained = _strings(own["trained"])
         base = BaseIdentity.from_dict(fingerprint, own["base"]) if "base" in own else None
     except (OSError, ValueError, AttributeError, LookupError, TypeError, RecursionError) as error:
         problem = stand_in(path) or _brief(_cause(error))
@@ -248,7 +260,7 @@ def _read_config(path: Path) -> SavedAdapter:
 
 
 def _advice(folder: Path) -> str:
-    """What to do with a folder that is no adapter here, where it is something else that is known."""
+    """Return what to do with a folder that is no adapter here, where it is something else that is known."""
     try:
         if any((folder / "adapter" / name).exists() for name in ("latest", "best", CONFIG)):
             return f"; give {printable(folder / 'adapter')}, where the adapters of a run are"
@@ -291,7 +303,7 @@ def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _holes(path: Path) -> str | None:
-    """Whether most of a large file was never written, as a clause: tensors of it would be zeros of any size."""
+    """Return whether most of a large file was never written, as a clause: tensors of it would be zeros of any size."""
     about = path.stat()
     says_nothing = about.st_blocks == 0  # some network file systems
     if says_nothing or about.st_size < HOLES_FROM or about.st_blocks * 512 * HOLES_SHARE > about.st_size:
@@ -314,12 +326,12 @@ def _cause(error: Exception) -> str:
 
 
 def _brief(text: str) -> str:
-    """A damaged file may put anything of any length into a message."""
+    """Return a damaged file may put anything of any length into a message."""
     return text if len(text) <= 500 else text[:500] + " ..."
 
 
 def tensor_problems(tensors: dict[str, torch.Tensor], expected: dict[str, tuple[int, ...]]) -> list[str]:
-    """What keeps the tensors of a file from being the expected ones: names, shapes, dtypes, values."""
+    """Return what keeps the tensors of a file from being the expected ones: names, shapes, dtypes, values."""
     problems = form_problems(tensors, expected)
     problems += [
         f"{_brief(printable(key))}: holds values that are not finite"
@@ -332,11 +344,12 @@ def tensor_problems(tensors: dict[str, torch.Tensor], expected: dict[str, tuple[
 
 
 def form_problems(tensors: dict[str, torch.Tensor], expected: dict[str, tuple[int, ...]]) -> list[str]:
-    """The same without the values, of which none is read."""
+    """Return the same without the values, of which none is read."""
     problems = [f"missing {_brief(printable(key))}" for key in expected.keys() - tensors.keys()]
     problems += [f"unexpected {_brief(printable(key))}" for key in tensors.keys() - expected.keys()]
     for key in expected.keys() & tensors.keys():
-        tensor, name = tensors[key], _brief(printable(key))
+        tensor = tensors[key]
+        name = _brief(printable(key))
         if tuple(tensor.shape) != expected[key]:
             problems.append(f"{name}: shape {tuple(tensor.shape)}, the model wants {_brief(str(expected[key]))}")
         elif tensor.dtype not in TENSOR_DTYPES:

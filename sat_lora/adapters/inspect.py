@@ -21,7 +21,11 @@ from sat_lora.terminal.plot_text import families, plot_text
 from sat_lora.terminal.progress import Progress
 
 READ_IN_PASSING = 4 << 30  # bytes of a base whose weights are read without being asked for
-TOP, BOTTOM, PANEL, GAP = 0.75, 0.6, 0.8, 0.55  # inches of the picture
+# Inches of the picture.
+TOP = 0.75
+BOTTOM = 0.6
+PANEL = 0.8
+GAP = 0.55
 LABEL = 30  # characters of a layer's name below its mark
 LOG_RANGE = 50  # from this ratio of largest to smallest norm on, the axis is logarithmic
 Report = dict[str, Any]
@@ -29,7 +33,7 @@ Report = dict[str, Any]
 
 
 def inspect_adapter(folder: str | Path) -> Report:
-    """What the adapter of an adapter folder, or of a run folder, holds; made of what JSON can hold.
+    """Return what the adapter of an adapter folder, or of a run folder, holds; made of what JSON can hold.
 
     Keys: path, base_fingerprint, base {name, family, parameters, digest}, bytes, parameters, dtypes {dtype: tensors},
     r, lora_alpha, use_rslora, use_dora,
@@ -63,7 +67,7 @@ def inspect_adapter(folder: str | Path) -> Report:
 
 
 def _adapter_folder(folder: Path) -> Path:
-    """The folder that is meant: of an adapter, a run, or a pointer. AdapterError: nobody can say."""
+    """Return the folder that is meant: of an adapter, a run, or a pointer. AdapterError: nobody can say."""
     try:
         if not (folder / CONFIG).is_file() and (folder / "adapter").is_dir():
             folder = folder / "adapter"
@@ -73,7 +77,7 @@ def _adapter_folder(folder: Path) -> Path:
 
 
 def _refuse_disagreement(saved: SavedAdapter, folder: Path) -> None:
-    """AdapterError where the config says other tensors than there are; no value is read."""
+    """Raise AdapterError where the config says other tensors than there are; no value is read."""
     inputs = {name: Source(folder, 1.0, saved).in_features(name) for name in saved.layers}
     whole = {name: tuple(saved.tensors[name].shape) for name in saved.trained if name in saved.tensors}
     problems = sorted(form_problems(saved.tensors, saved.expected(inputs) | whole))
@@ -95,7 +99,9 @@ def _base_line(report: Report) -> str:
 
 
 def delta_norm(saved: SavedAdapter, name: str) -> float:
-    """The Frobenius norm of scale * B A over all slots of a layer, from r x r products: |B A|^2 = (B^T B, A A^T)."""
+    """Return the Frobenius norm of scale * B A over all slots of a layer, from r x r products: |B A|^2 = (B^T B, A
+    A^T).
+    """
     squares = 0.0
     for a, b in zip(*([saved.tensors[key].double() for key in saved.keys(name, leaf)] for leaf in PAIR)):
         squares += float(((b.T @ b) * (a @ a.T)).sum().clamp(min=0))  # nan stays nan
@@ -104,7 +110,7 @@ def delta_norm(saved: SavedAdapter, name: str) -> float:
 
 
 def describe_adapter(report: Report) -> str:
-    """The report of `inspect_adapter` as text: a table of the parts, and what looks wrong."""
+    """Return the report of `inspect_adapter` as text: a table of the parts, and what looks wrong."""
     lines = [
         f"adapter      {printable(report['path'])}",
         f"base         {_base_line(report)}",
@@ -147,7 +153,9 @@ def add_weight_norms(report: Report, base: str | Path, progress: Progress[Report
 
 
 def base_of_run(report: Report) -> Path | None:
-    """The base that the run of an adapter was trained on; None: it is not there, or too large to read in passing."""
+    """Return the base that the run of an adapter was trained on; None: it is not there, or too large to read in
+    passing.
+    """
     from sat_lora.cogvlm.checkpoints.load import weight_files
 
     for folder in Path(report["path"]).resolve().parents[:2]:  # RUN/adapter, or RUN/adapter/<step>
@@ -223,7 +231,7 @@ def draw_norms(report: Report, path: str | Path) -> None:
 
 
 def _by_layer(report: Report, part: str, relative: bool) -> dict[str, float]:
-    """Norms of a part's deltas by layer number, or by name; those of one number together."""
+    """Return norms of a part's deltas by layer number, or by name; those of one number together."""
     squares: dict[str, list[float]] = {}
     for layer in (layer for layer in report["layers"] if layer["part"] == part):
         label = layer["name"].rpartition(".")[2] if layer["layer"] is None else str(layer["layer"])
@@ -238,7 +246,8 @@ def _by_layer(report: Report, part: str, relative: bool) -> dict[str, float]:
 
 
 def _describe_layer(saved: SavedAdapter, name: str) -> Report:
-    entry, tensors = saved.layers[name], saved.of_layer(name)
+    entry = saved.layers[name]
+    tensors = saved.of_layer(name)
     norm = delta_norm(saved, name)
     divisor = entry.r**0.5 if saved.config.use_rslora else entry.r
     return {

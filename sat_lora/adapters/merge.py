@@ -90,7 +90,7 @@ def merge_adapter(
 
 
 def in_dtype(layout: Layout, dtype: torch.dtype | None) -> Layout:
-    """The layout with its weights in that dtype, and the rotary frequencies as they are."""
+    """Return the layout with its weights in that dtype, and the rotary frequencies as they are."""
     if dtype is None:
         return layout
     return {
@@ -119,7 +119,7 @@ def copy_beside(base: Path, out: Path, *, without: Collection[str] = ()) -> list
 
 
 def _stays_inside(link: Path) -> bool:
-    """Whether a link leads to something in its own folder, or in the `blobs` of a cache of Hugging Face."""
+    """Return whether a link leads to something in its own folder, or in the `blobs` of a cache of Hugging Face."""
     folder = link.parent.resolve()
     blobs = folder.parent.parent / "blobs"
     homes = [folder, blobs] if folder.parent.name == "snapshots" else [folder]
@@ -131,7 +131,9 @@ def _stays_inside(link: Path) -> bool:
 
 
 def missing_parts(folder: Path, base: str | Path, weights: BaseWeights) -> list[str]:
-    """What `from_pretrained` wants beside the weights and is not there, and which prompts the code does not make."""
+    """Return what `from_pretrained` wants beside the weights and is not there, and which prompts the code does not
+    make.
+    """
     remarks = []
     if weights.hugging_face_config is None and weights.config.get("text_processor_version") == "chat":
         remarks.append(
@@ -152,13 +154,15 @@ def missing_parts(folder: Path, base: str | Path, weights: BaseWeights) -> list[
 
 
 def merged_tensor(name: str, weights: BaseWeights, saved: SavedAdapter) -> torch.Tensor:
-    """A tensor of the base as it is with the adapter, in float32 or wider if that changes it."""
+    """Return a tensor of the base as it is with the adapter, in float32 or wider if that changes it."""
     layer = name.removesuffix(".weight")
     if name in saved.trained:
         return saved.tensors[name]
     if layer == name or layer not in saved.layers:
         return weights[name]
-    entry, weight, tensors = saved.layers[layer], weights[name], saved.of_layer(layer)
+    entry = saved.layers[layer]
+    weight = weights[name]
+    tensors = saved.of_layer(layer)
     kind = KINDS[entry.kind]
     layout = DeltaLayout(entry.rows, kind.matrix(weight).shape[0], entry.kind)
     delta = (tensors["lora_A"], tensors["lora_B"], entry.scale)
@@ -166,7 +170,7 @@ def merged_tensor(name: str, weights: BaseWeights, saved: SavedAdapter) -> torch
 
 
 def refuse_misfits(shapes: dict[str, tuple[int, ...]], saved: SavedAdapter, source: str | Path) -> None:
-    """AdapterError, with every way in which the adapter does not fit a base of these whole shapes."""
+    """Raise AdapterError, with every way in which the adapter does not fit a base of these whole shapes."""
     wanted = [*saved.trained, *(f"{name}.weight" for name in saved.layers)]
     problems = [f"no {printable(name)}" for name in wanted if name not in shapes]
     problems += [f"{printable(n)}: unknown kind {e.kind!r}" for n, e in saved.layers.items() if e.kind not in KINDS]

@@ -38,12 +38,12 @@ Copy = Callable[[torch.Tensor], torch.Tensor]
 
 
 def on_the_cpu(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy there, also of a tensor that is there already."""
+    """Return a copy there, also of a tensor that is there already."""
     return tensor.detach().to("cpu", copy=True)
 
 
 def whole_tensors(name: str, adapter: LoraAdapter, copy: Copy = on_the_cpu) -> dict[str, torch.Tensor]:
-    """The tensors of one adapter for the file, its layer called `name`, as copies. Every rank has to call it."""
+    """Return the tensors of one adapter for the file, its layer called `name`, as copies. Every rank has to call it."""
     with gathered(adapter.parameters()):
         local = dict(zip("AB", (factor.detach() for factor in adapter.factors())))
         if adapter.magnitude_or_none is not None:
@@ -58,7 +58,7 @@ def whole_tensors(name: str, adapter: LoraAdapter, copy: Copy = on_the_cpu) -> d
 
 
 def trained_of(model: nn.Module, name: str = "lora") -> dict[str, tuple[nn.Parameter, Sharding]]:
-    """The base parameters that LoraMixins called `name` train whole, with their cuts, by name."""
+    """Return the base parameters that LoraMixins called `name` train whole, with their cuts, by name."""
     return {
         whole_name(owner, key): (parameter, mixin.trained.shardings[key])
         for owner, mixin in mixins_called(model, name).items()
@@ -85,10 +85,10 @@ def save_adapter(model: nn.Module, folder: str | Path, *, name: str = "lora") ->
 def gather_adapter(
     model: nn.Module, folder: str | Path, *, name: str = "lora", copy: Copy = on_the_cpu
 ) -> SavedAdapter:
-    """The adapter called `name`, for `write_gathered`. Every rank has to call it.
+    """Return the adapter called `name`, for `write_gathered`. Every rank has to call it.
 
-    copy: makes a copy of a tensor, which the model goes on to change. AdapterError, on every rank: `folder` cannot hold
-    it.
+    copy: makes a copy of a tensor, which the model goes on to change. Raises AdapterError, on every rank: `folder`
+    cannot hold it.
     """
     mixins = list(mixins_called(model, name).values())
     if not mixins:
@@ -110,7 +110,8 @@ def gather_adapter(
     for key, (parameter, sharding) in trained_of(model, name).items():
         with gathered([parameter]):
             trained[key] = copy(over_model_parallel(parameter.detach(), sharding))
-    config, base = plain_config(mixins[0].config), identity_of_model(model)
+    config = plain_config(mixins[0].config)
+    base = identity_of_model(model)
     return SavedAdapter(config, base.fingerprint, layers, tuple(trained), {**tensors, **trained}, base)
 
 
@@ -161,7 +162,7 @@ def load_adapter(
 
 
 def _problems(saved: SavedAdapter, sites: dict[str, Site], parameters: dict[str, BaseParameter]) -> list[str]:
-    """What keeps a saved adapter from fitting the model's base."""
+    """Return what keeps a saved adapter from fitting the model's base."""
     problems = []
     if not saved.layers and not saved.trained:
         problems.append("the file adapts nothing")
@@ -182,7 +183,7 @@ def _problems(saved: SavedAdapter, sites: dict[str, Site], parameters: dict[str,
 
 
 def _differences(saved: SavedAdapter, present: dict[str, LoraAdapter], trained: set[str]) -> list[str]:
-    """Where a saved adapter is not what the model's mixins hold."""
+    """Return where a saved adapter is not what the model's mixins hold."""
     here = {n: (a.factors_rank, a.scale, a.slots) for n, a in present.items()}
     there = {n: (e.r, e.scale, e.slots) for n, e in saved.layers.items()}
     problems = [

@@ -78,7 +78,8 @@ def verify_merge(
     tell("1 of 3, base and adapter, in float32")
     model, config = _load(base, trust=trust, progress=partial(progress, what="loading the base"))
     load_adapter(model, adapter, any_base=any_base)
-    batch, mixins = sample_batch(config), lora_mixins(model).values()
+    batch = sample_batch(config)
+    mixins = lora_mixins(model).values()
     together = _logits(model, batch)
     for mixin in mixins:
         mixin.disable()
@@ -87,7 +88,8 @@ def verify_merge(
         mixin.enable()
         mixin.merge(keep_original=False)
     error = float32_error(config) * together.norm().item()
-    problems, in_weights = [], _logits(model, batch)
+    problems = []
+    in_weights = _logits(model, batch)
     if (in_weights - together).norm().item() > error:
         problems.append("the deltas in the weights give other logits than beside them")
     tell("2 of 3, the merged weights, each by each")
@@ -103,12 +105,13 @@ def verify_merge(
     loaded = _logits(_load(merged, progress=partial(progress, what="loading the merged model"))[0], batch)
     if (loaded - of_files).norm().item() > error:
         problems.append("the folder computes something else with its weights, by its config")
-    loss, effect = (loaded - together).norm().item(), (together - plain).norm().item()
+    loss = (loaded - together).norm().item()
+    effect = (together - plain).norm().item()
     return Verification(loss / effect if effect else float(loss > error), dtype, effect > error, tuple(problems))
 
 
 def coarsest_dtype(adapter: str | Path) -> torch.dtype:
-    """The dtype of an adapter's tensors; where they have several, the coarsest."""
+    """Return the dtype of an adapter's tensors; where they have several, the coarsest."""
     return max((tensor.dtype for tensor in read_adapter(adapter).tensors.values()), key=lambda d: torch.finfo(d).eps)
 
 
@@ -124,9 +127,11 @@ def take_weights(
     differ by (`_difference`), which may put them on two sides of the middle between two values.
     """
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    adapters, wrong = adapters_of(model), []
+    adapters = adapters_of(model)
+    wrong = []
     for name in progress(files.layout):
-        file, exact = files[name], tensors[name]
+        file = files[name]
+        exact = tensors[name]
         rounded = exact.to(file.dtype).float()
         allowed = (rounded - exact).abs()
         adapter = adapters.get(name.removesuffix(".weight"))
@@ -169,7 +174,7 @@ def float32_error(config: dict[str, Any]) -> float:
 
 
 def dtype_of(weights: BaseWeights) -> torch.dtype:
-    """The dtype of most of a model's weights."""
+    """Return the dtype of most of a model's weights."""
     sizes: dict[torch.dtype, int] = {}
     for shape, dtype in weights.layout.values():
         sizes[dtype] = sizes.get(dtype, 0) + torch.Size(shape).numel()
@@ -177,12 +182,15 @@ def dtype_of(weights: BaseWeights) -> torch.dtype:
 
 
 def sample_batch(config: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """One row for a model of these sizes: BOS, a seeded image, eight words."""
+    """Return one row for a model of these sizes: BOS, a seeded image, eight words."""
     generator = torch.Generator().manual_seed(0)
-    places, words = config["image_length"] + 2, 8
+    places = config["image_length"] + 2
+    words = 8
     ids = torch.randint(1, config["vocab_size"], (1, 1 + places + words), generator=generator)
     embed, vision, patches = (torch.zeros_like(ids) for _ in range(3))
-    embed[0, 1 : places + 1] = vision[0, 1:places] = patches[0, 2:places] = 1
+    embed[0, 1 : places + 1] = 1
+    vision[0, 1:places] = 1
+    patches[0, 2:places] = 1
     return {
         "input_ids": ids,
         "position_ids": position_ids_for(patches[0])[None],

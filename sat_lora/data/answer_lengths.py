@@ -42,7 +42,9 @@ def answer_lengths(dataset: ImageTextDataset) -> AnswerLengths:
     items = dataset.items
     long = [item for item in items if not _surely_fits(dataset, item)]
     every = max(1, -(-len(long) // LAID_OUT))
-    cut = longest = characters = 0
+    cut = 0
+    longest = 0
+    characters = 0
     seen = 0
     for item in long[::every]:
         characters += min(len(item.answer), CHARACTERS >> 8)
@@ -68,8 +70,13 @@ class CutAnswers:
     """
 
     def __init__(self, batches: Iterable[dict], say: Callable[[str], None], max_length: int, what: str = ""):
-        self._batches, self._say, self._max_length, self._what = batches, say, max_length, what
-        self.answers = self.cut = self.longest = 0
+        self._batches = batches
+        self._say = say
+        self._max_length = max_length
+        self._what = what
+        self.answers = 0
+        self.cut = 0
+        self.longest = 0
 
     def __iter__(self) -> Iterator[dict]:
         for batch in self._batches:
@@ -80,7 +87,8 @@ class CutAnswers:
                 continue
             is_first = self.cut == 0
             longest = int((batch["lengths"] + batch["left_out"])[cut].max())
-            self.cut, self.longest = self.cut + int(cut.sum()), max(self.longest, longest)
+            self.cut = self.cut + int(cut.sum())
+            self.longest = max(self.longest, longest)
             if is_first:
                 self._say(
                     f"{self._what}--max_length {self._max_length}: an answer does not fit and is cut, others may be; "

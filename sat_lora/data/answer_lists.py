@@ -102,7 +102,8 @@ def find_listing(path: Path, names: Names) -> Listing:
     except (OSError, ValueError):
         return best
     for texts in zip(*map(texts_of, chunks), strict=False):
-        in_cells, in_text = _by_cells(path, texts, names), _by_file_names(texts, names)
+        in_cells = _by_cells(path, texts, names)
+        in_text = _by_file_names(texts, names)
         listed, says_more = in_cells if in_cells[0] >= in_text[0] else in_text
         if listed > best.listed:
             best = Listing(listed, is_part, says_more)
@@ -133,7 +134,8 @@ def _read(path: Path, probes: Sequence[str]) -> tuple[list[bytes], bool]:
 
 def _by_file_names(texts: Sequence[str], names: Names) -> tuple[int, bool]:
     """(images that are named with their suffix, whether more than names stands there)."""
-    found, rest = set(), 0
+    found = set()
+    rest = 0
     for text in texts:
         for match in _NAME.finditer(text):
             name = names.file(f"{match[1] or ''}/{match[2]}")

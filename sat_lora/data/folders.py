@@ -75,7 +75,8 @@ def find_images(
         _go_through(folder, visited, pictures, linked, left_out, own)
     # After all that lies there itself, so that a picture is known by its own path where it has one.
     while linked:
-        batch, linked = sorted(linked), []
+        batch = sorted(linked)
+        linked = []
         for folder in batch:
             _go_through(folder, visited, pictures, linked, left_out, own)
     return [Path(path) for path in sorted(pictures, key=lambda path: path.split(os.sep))]
@@ -139,7 +140,8 @@ def _is_folder(entry: os.DirEntry) -> bool:
 
 
 def _lies_in_its_target(link: str) -> bool:
-    target, own = os.path.realpath(link), os.path.realpath(os.path.dirname(link))
+    target = os.path.realpath(link)
+    own = os.path.realpath(os.path.dirname(link))
     return os.path.commonpath([target, own]) == target
 
 

@@ -21,7 +21,8 @@ FILE_LIMIT = 1 << 40  # bytes: a file is read line by line
 LINE_LIMIT = 1 << 27  # characters of a line, which is in memory as a whole
 WHOLE_LIMIT = 1 << 28  # the same of an array
 SHOWN = 10  # problems of a file
-NAME_LIMIT, PATH_LIMIT = 255, 4000  # bytes and characters, as file systems have them
+NAME_LIMIT = 255  # bytes, as file systems have them
+PATH_LIMIT = 4000  # characters
 SPACE = " \t\n\r"  # what JSON calls so
 ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://|data:")
 WINDOWS_ROOT = re.compile(r"[A-Za-z]:[\\/]|\\\\")
@@ -87,7 +88,9 @@ def read_entries(path: str | Path, *, ignored: Collection[str] = (), images_from
     ignored: keys to pass over. images_from: folders, beside the file's own, that a relative path may lead to by `..`.
     DataError: it is no regular file, cannot be read, or every wrong line of it.
     """
-    path, entries, problems = Path(path), Entries(), _Problems()
+    path = Path(path)
+    entries = Entries()
+    problems = _Problems()
     roots = [os.path.abspath(folder) for folder in (path.parent, *images_from)]
     try:
         for number, value in _values(path, problems):
@@ -143,7 +146,8 @@ def read_object(content: bytes | str) -> object:
 def _values(path: Path, problems: _Problems) -> Iterator[tuple[int | str, object]]:
     """(line, value) of a file; a line that is no JSON goes to `problems`."""
     texts = (text for _, line in _lines(path) if (text := _unpadded(line)))
-    first, second = next(texts, ""), next(texts, "")
+    first = next(texts, "")
+    second = next(texts, "")
     texts.close()
     if first.startswith("[") or (not second.startswith("{") and _goes_on(first)):
         yield from _values_of_whole(path, problems)
@@ -238,8 +242,10 @@ class _Place:
     """A position in a text, and the number of its line."""
 
     def __init__(self, text: str):
-        self.text, self.position = text, 0
-        self._counted, self._line = 0, 1
+        self.text = text
+        self.position = 0
+        self._counted = 0
+        self._line = 1
 
     def line_at(self, position: int) -> int:
         if position < self._counted:
@@ -297,7 +303,8 @@ def _in_short(error: ValueError) -> str:
 
 def _what_is_wrong(error: json.JSONDecodeError) -> str:
     """The parser's words, the place, and the usual cause."""
-    at, before = error.doc[error.pos : error.pos + 1], error.doc[: error.pos].rstrip()
+    at = error.doc[error.pos : error.pos + 1]
+    before = error.doc[: error.pos].rstrip()
     begins = error.doc[error.pos : error.pos + 8].lstrip()
     cause = ""
     if "\0" in error.doc[error.pos : error.pos + 2]:

@@ -50,7 +50,8 @@ def check_file_kind(path: Path) -> None:
     """DataError where a data path that is no folder cannot be a file of JSON objects, judged by how it begins."""
     try:
         with open_file(path, FILE_LIMIT) as file:
-            head, size = file.read(HEAD), os.fstat(file.fileno()).st_size
+            head = file.read(HEAD)
+            size = os.fstat(file.fileno()).st_size
     except (OSError, ValueError) as error:
         raise DataError(f"{printable(path)}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
     begins = head.replace(b"\0", b"").lstrip(b"\xef\xbb\xbf\xfe\xff \t\r\n")[:1]
@@ -119,7 +120,8 @@ def _check_classes(folder: Path, images: Sequence[Path]) -> None:
         classes.setdefault(image.parent, []).append(image.stem)
     if len(classes) < 2 or folder in classes:
         return
-    named = numbered = 0
+    named = 0
+    numbered = 0
     for place, stems in classes.items():
         matches = [match for stem in stems if (match := NUMBERED.fullmatch(stem))]
         named += sum(match[1].casefold() == place.name.casefold() for match in matches)
@@ -134,7 +136,8 @@ def _check_classes(folder: Path, images: Sequence[Path]) -> None:
 
 def _check_masks(folder: Path, images: Sequence[Path]) -> None:
     """Of pictures that are the answers to other pictures."""
-    masks, others = {}, set()
+    masks = {}
+    others = set()
     for image in images:
         parts = image.relative_to(folder).parts[:-1]
         if any(map(MASK_FOLDERS.fullmatch, parts)):
@@ -188,7 +191,8 @@ def _check_beside(folder: Path, images: Sequence[Path], given: Collection[str]) 
 
 def _entries_of(parent: Path, own: str) -> tuple[list[Path], list[Path]]:
     """(folders, files of texts) in a folder that holds the images' own; those that look like answers come first."""
-    folders, files = [], []
+    folders = []
+    files = []
     try:
         with os.scandir(parent) as entries:
             for entry in itertools.islice(entries, NAMES_COMPARED):

@@ -110,7 +110,8 @@ def read_items(
     was read, and what lies in the folders and is no sample, is added to it. DataError: a path is missing, is plainly
     another layout, or every wrong line of a file.
     """
-    items, counts = [], DataCounts() if counts is None else counts
+    items = []
+    counts = DataCounts() if counts is None else counts
     before: set[str] = set()  # of folders their images, of files the files
     for path in map(Path, paths):
         if path.is_dir() or not path.exists():
@@ -183,9 +184,14 @@ class ImageTextDataset(Dataset):
     ):
         self.items = [item if isinstance(item, Item) else Item(Path(item), Path(item).stem) for item in items]
         self.tokenizer = tokenizer
-        self.version, self.prompt = version, prompt
-        self.image_size, self.image_length, self.max_length = image_size, image_length, max_length
-        self.with_answer, self.special_tokens, self.max_pixels = with_answer, special_tokens, max_pixels
+        self.version = version
+        self.prompt = prompt
+        self.image_size = image_size
+        self.image_length = image_length
+        self.max_length = max_length
+        self.with_answer = with_answer
+        self.special_tokens = special_tokens
+        self.max_pixels = max_pixels
 
     def __len__(self) -> int:
         return len(self.items)

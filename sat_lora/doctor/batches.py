@@ -5,7 +5,9 @@ import torch
 from sat_lora.cogvlm.inputs.text import IGNORED, position_ids_for
 from sat_lora.training.steps.loss import count_answer_tokens
 
-IMAGES, TEXT, MIXED = "images", "text alone", "images on some ranks"
+IMAGES = "images"
+TEXT = "text alone"
+MIXED = "images on some ranks"
 _SEQUENCES = ("input_ids", "position_ids", "labels", "image_embed_mask", "vision_expert_mask")
 
 

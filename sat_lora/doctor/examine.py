@@ -43,7 +43,8 @@ def examine(
             own += optimizer_findings(model, optimizer)
         if fresh:
             own += fresh_adapter_findings(model, loss_of, next(iter(batches.values())))
-        passes, parallel = [], []
+        passes = []
+        parallel = []
         with deltas_that_show(model):
             for kind, batch in batches.items():
                 model.zero_grad(set_to_none=True)

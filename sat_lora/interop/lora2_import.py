@@ -90,7 +90,7 @@ def import_from_lora2(
 
 
 def _base_shapes(states: list[dict]) -> dict[str, tuple[int, ...]]:
-    """The whole shapes of the base by its own names."""
+    """Return the whole shapes of the base by its own names."""
     shapes = {}
     for key, tensor in states[0].items():
         if torch.is_tensor(tensor) and not _FACTOR.fullmatch(key):
@@ -103,7 +103,7 @@ def _base_shapes(states: list[dict]) -> dict[str, tuple[int, ...]]:
 def _differences(
     states: list[dict], shapes: dict[str, tuple[int, ...]], base: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """The whole parameters that differ from the base's. AdapterError: the base has other names or shapes."""
+    """Return the whole parameters that differ from the base's. AdapterError: the base has other names or shapes."""
     if {name: tuple(tensor.shape) for name, tensor in base.items() if torch.is_tensor(tensor)} != shapes:
         raise AdapterError("--base: it has other names or shapes than the checkpoint; give the one it was trained on")
     found = {}
@@ -118,7 +118,7 @@ def _differences(
 def _layer(
     name: str, numbers: list[int], states: list[dict], shape: tuple[int, ...], alpha: float
 ) -> tuple[LayerEntry, dict[str, torch.Tensor]]:
-    """(entry, tensors) of one layer. ValueError: factors that do not fit."""
+    """Return (entry, tensors) of one layer. ValueError: factors that do not fit."""
     if numbers != list(range(3 if is_fused(name) else 1)):
         raise ValueError(f"factors {numbers}, wanted {3 if is_fused(name) else 1} from 0 on")
     kind = kind_named(name, shape[0])
@@ -140,7 +140,7 @@ def _layer(
 
 
 def _join(a: list[torch.Tensor], b: list[torch.Tensor], kind: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """One A (r, in) and B (rows, r) where the uncut factor is the same on every rank, else as `_stack`."""
+    """Return one A (r, in) and B (rows, r) where the uncut factor is the same on every rank, else as `_stack`."""
     whole = a if kind == "column" else b
     if any(not torch.equal(whole[0], other) for other in whole):
         return _stack(a, b, kind)

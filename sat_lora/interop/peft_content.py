@@ -37,7 +37,7 @@ _ENOUGH = 40  # problems; more are not looked for
 
 
 def read_peft_folder(folder: Path) -> tuple[Path, dict, dict[str, torch.Tensor]]:
-    """(the folder with the files, config, tensors by the names in the file).
+    """Return (the folder with the files, config, tensors by the names in the file).
 
     An adapter that is not called `default` is saved by PEFT in a folder of its name: with one of them below `folder`,
     that is meant. A pickled file is read without running anything in it. AdapterError names the file and the cause.
@@ -209,7 +209,7 @@ class PeftContent:
 
 
 def _is_marked(key: str) -> bool:
-    """Whether a name is one of the model in memory, with the adapter's name in it or around a wrapped layer."""
+    """Return whether a name is one of the model in memory, with the adapter's name in it or around a wrapped layer."""
     parts = key.split(".")
     if "modules_to_save" in parts or any(part in parts for part in _WRAPPED):
         return True
@@ -218,7 +218,9 @@ def _is_marked(key: str) -> bool:
 
 
 def _is_named(name: str, modules: object) -> bool:
-    """Whether `modules_to_save` names the module of that parameter, by PEFT's rule: as the end of a module's name."""
+    """Return whether `modules_to_save` names the module of that parameter, by PEFT's rule: as the end of a module's
+    name.
+    """
     parents = [name.rsplit(".", count)[0] for count in range(1, name.count(".") + 1)]
     wanted = [modules] if isinstance(modules, str) else modules if isinstance(modules, list) else []
     return any(parent == one or parent.endswith(f".{one}") for parent in parents for one in wanted)

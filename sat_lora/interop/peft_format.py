@@ -15,7 +15,9 @@ EMBEDDING_LEAVES = ("lora_embedding_A", "lora_embedding_B")
 
 
 def pattern_for(names: Iterable[str]) -> str:
-    """A regular expression that matches exactly these names; layers that differ by their number are one alternative."""
+    """Return a regular expression that matches exactly these names; layers that differ by their number are one
+    alternative.
+    """
     numbers: dict[str, list[str]] = defaultdict(list)
     for name in names:
         match = re.search(r"(?<=\.)\d+(?=\.)", name)
@@ -32,7 +34,9 @@ def pattern_for(names: Iterable[str]) -> str:
 
 
 def pattern_table(values: Mapping[str, float]) -> tuple[float, dict[str, float]]:
-    """(the most common value, {pattern: value} for the names with another one), as in rank_pattern, alpha_pattern."""
+    """Return (the most common value, {pattern: value} for the names with another one), as in rank_pattern,
+    alpha_pattern.
+    """
     common = Counter(values.values()).most_common(1)[0][0]
     others = defaultdict(list)
     for name, value in values.items():

@@ -30,7 +30,9 @@ from sat_lora.lora.deltas.layers import KINDS
 from sat_lora.printable import printable
 from sat_lora.terminal.progress import Progress
 
-PEFT_RANK, PEFT_ALPHA = 8, 8  # PEFT's defaults
+# PEFT's defaults.
+PEFT_RANK = 8
+PEFT_ALPHA = 8
 LARGEST_RANK = 2**31 - 1
 _UNDERSTOOD = {
     "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "lora_dropout", "modules_to_save",
@@ -50,10 +52,11 @@ def import_from_peft(
 
     base: model folder of the base, for the shapes to fit; of its weights a few values are read. A pair for q, k and v
     at once becomes one for each: blocks of B where it is block-diagonal, as `export_to_peft` writes it, else the same A
-    three times. AdapterError lists everything that does not fit or is not supported. progress: goes through the layers,
-    as tqdm does.
+    three times. Raises AdapterError lists everything that does not fit or is not supported. progress: goes through the
+    layers, as tqdm does.
     """
-    folder, out = Path(folder), Path(out)
+    folder = Path(folder)
+    out = Path(out)
     if out.exists():
         raise AdapterError(f"--out: {out} exists; give a new folder")
     folder, config, tensors = read_peft_folder(folder)
@@ -61,7 +64,8 @@ def import_from_peft(
     problems = _config_problems(config)
     content = PeftContent.of(tensors, config, state)
     problems += content.problems
-    groups, trained = dict(sorted(content.pairs.items())), content.trained
+    groups = dict(sorted(content.pairs.items()))
+    trained = content.trained
     layers: dict[str, LayerEntry] = {}
     own: dict[str, torch.Tensor] = {}
     for module, parts in progress(groups.items()):
@@ -100,7 +104,7 @@ def import_from_peft(
 
 
 def _config_problems(config: dict) -> list[str]:
-    """Fields that are not supported, and values that the others cannot have; each named."""
+    """Return fields that are not supported, and values that the others cannot have; each named."""
     found = {name: value for name, value in config.items() if name not in _UNDERSTOOD | _HARMLESS and value}
     found = {name: value for name, value in found.items() if (name, value) != ("bias", "none")}
     problems = [f"{printable(name)}={_shown(value)} is not supported" for name, value in sorted(found.items())]
@@ -158,7 +162,7 @@ def _shown(value: object) -> str:
 def _layer_problem(
     module: str, name: str | None, parts: dict, shapes: dict[str, tuple[int, ...]], config: dict
 ) -> str | None:
-    """What keeps a module from being imported, as a line. name: SAT's."""
+    """Return what keeps a module from being imported, as a line. name: SAT's."""
     shape = shapes.get(f"{name}.weight")
     if name is None or shape is None:
         return f"{module}: the base has no {name}.weight"
@@ -175,7 +179,8 @@ def _layer_problem(
     magnitude = parts.get(MAGNITUDE)
     if a.shape[1] != columns or b.shape != (out, len(a)) or (magnitude is not None and magnitude.numel() != out):
         return f"{module}: A {tuple(a.shape)} and B {tuple(b.shape)}, the base's weight is {(out, columns)}"
-    patterns, rank = config.get("rank_pattern") or {}, config.get("r", PEFT_RANK)
+    patterns = config.get("rank_pattern") or {}
+    rank = config.get("r", PEFT_RANK)
     try:
         said = _by_pattern(patterns, module, rank) if isinstance(patterns, dict) else rank
     except (re.error, OverflowError, RecursionError):  # named with the config
@@ -188,7 +193,7 @@ def _layer_problem(
 
 
 def _by_pattern(patterns: dict, module: str, otherwise):
-    """The value of the first pattern that fits a module, by PEFT's rule."""
+    """Return the value of the first pattern that fits a module, by PEFT's rule."""
     found = (value for key, value in patterns.items() if matches(rf"(.*\.)?({key})", module))
     return next(found, otherwise)
 
@@ -200,7 +205,7 @@ def _scale(config: dict, module: str, a: torch.Tensor) -> float:
 
 
 def _layer(name: str, parts: dict, weight_rows: int, scale: float) -> tuple[LayerEntry, dict[str, torch.Tensor]]:
-    """(entry, stacked tensors) of one layer."""
+    """Return (entry, stacked tensors) of one layer."""
     a, b = (parts[leaf].flatten(1) for leaf in "AB")
     kind = kind_named(name, weight_rows)
     if kind is None:
@@ -212,13 +217,17 @@ def _layer(name: str, parts: dict, weight_rows: int, scale: float) -> tuple[Laye
     spans = {slot: (number * size, (number + 1) * size) for number, slot in enumerate(SLOTS)}
     slots, blocks = _blocks(b, spans, all_slots=bool(magnitude))
     if blocks is None:
-        slots, blocks, a = SLOTS, b, a.repeat(len(SLOTS), 1)
+        slots = SLOTS
+        blocks = b
+        a = a.repeat(len(SLOTS), 1)
     entry = LayerEntry(kind, blocks.shape[1], scale, slots, tuple(spans[slot] for slot in slots))
     return entry, {PAIR[0]: a, PAIR[1]: blocks, **magnitude}
 
 
 def _blocks(b: torch.Tensor, spans: dict, all_slots: bool) -> tuple[tuple[str, ...], torch.Tensor | None]:
-    """(slots, their rows of B stacked) where B (out, slots * r) is block-diagonal over q, k, v or some of them."""
+    """Return (slots, their rows of B stacked) where B (out, slots * r) is block-diagonal over q, k, v or some
+    of them.
+    """
     for count in range(len(SLOTS), len(SLOTS) - 1 if all_slots else 0, -1):
         if b.shape[1] % count:
             continue

@@ -101,8 +101,13 @@ class LoraMixin(mixin.LoraMixin):
             layers_to_transform=layers,
         )
         super().__init__(None, config)
-        self.r, self.lora_alpha, self.lora_dropout, self.scaling = r, lora_alpha, lora_dropout, lora_alpha / r
-        self.layer_range, self.qlora, self.cross_attention = list(layers), qlora, cross_attention
+        self.r = r
+        self.lora_alpha = lora_alpha
+        self.lora_dropout = lora_dropout
+        self.scaling = lora_alpha / r
+        self.layer_range = list(layers)
+        self.qlora = qlora
+        self.cross_attention = cross_attention
         self._merged_away: tuple[dict[str, Target], nn.ModuleDict] | None = None
 
     def reinit(self, parent_model: BaseModel | None = None) -> None:
@@ -128,7 +133,8 @@ class LoraMixin(mixin.LoraMixin):
             raise ConfigError("merge_lora: there are no adapters; they are merged already, or reinit was never called")
         self.merge(keep_original=False)
         self._merged_away = (self.targets, self.adapters)
-        self.targets, self.adapters = {}, nn.ModuleDict()
+        self.targets = {}
+        self.adapters = nn.ModuleDict()
 
     def unmerge(self) -> None:
         self._bring_back()
@@ -136,7 +142,8 @@ class LoraMixin(mixin.LoraMixin):
 
     def _bring_back(self) -> None:
         if self._merged_away is not None:
-            (self.targets, self.adapters), self._merged_away = self._merged_away, None
+            self.targets, self.adapters = self._merged_away
+            self._merged_away = None
             for name, target in self.targets.items():
                 self.adapter_for(name).to(target.site.module.weight.device)
 
@@ -151,7 +158,8 @@ class LoraMixin(mixin.LoraMixin):
 
     def _targets_in(self, model: BaseModel) -> dict[str, Target]:
         """SAT's targets, by name, with r and the scale as they were given."""
-        layers, sites = model.transformer.layers, {id(site.module): site for site in find_sites(model).values()}
+        layers = model.transformer.layers
+        sites = {id(site.module): site for site in find_sites(model).values()}
         outside = sorted(number for number in self.layer_range if not 0 <= number < len(layers))
         if outside:
             raise ConfigError(f"layer_range: the model has layers 0 to {len(layers) - 1}, not {outside}")

@@ -183,9 +183,7 @@ class LoraConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "LoraConfig":
-        """Return the config of a dictionary such as the one in an adapter file. Raises ConfigError as the class
-        does.
-        """
+        """Return the config of a dictionary such as that of an adapter file. Raises ConfigError as the class does."""
         return cls(**values)
 
 

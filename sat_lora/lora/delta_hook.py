@@ -103,9 +103,7 @@ class DeltaHook:
         return y
 
     def _behind(self, layer: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor | None:
-        """Return the layer's output with the delta in it, or None if there is none to add: a forward hook of
-        torch's.
-        """
+        """Return the layer's output with the delta in it, None if there is none to add: a forward hook of torch's."""
         state = self._state
         adapter = self._adapter()
         if not state.scope_is_open or not state.enabled or state.merged is not None or adapter is None:

@@ -29,10 +29,10 @@ from sat_lora.training.steps.zero3_linear import linear_of_zero3
 def estimate(
     config: dict, lora: LoraConfig, engine: dict, *, data_parallel_size: int = 1, on_device: bool = True, **step
 ) -> Memory:
-    """Of a rank that trains. config: content of a model_config.json. engine: DeepSpeed's config. step: `fake_step`'s.
+    """Return the memory of a rank that trains, for a process without a process group of its own.
 
-    on_device: False for a run on a CPU. For a process without a process group of its own. ConfigError: the config or a
-    target does not fit.
+    config: content of a model_config.json. engine: DeepSpeed's config. on_device: False for a run on a CPU. step: what
+    `fake_step` takes. Raises ConfigError if the config or a target does not fit.
     """
     partitioned = engine.get("zero_optimization", {}).get("stage") == 3
     model, activations = fake_step(config, lora, partitioned=partitioned, **step)
@@ -52,7 +52,7 @@ def fake_step(
     vit_checkpoint_activations: bool = False,
     partitioned: bool = False,
 ) -> tuple[CogVLMModel, int]:
-    """(the model, a rank's part of it without memory; bytes of activations at their peak).
+    """Return (the model, a rank's part of it without memory; bytes of activations at their peak).
 
     The step is one of `batch_size` rows of `length` tokens, each with an image, and `labelled` of them to be learnt, by
     default all but the image's. partitioned: as under ZeRO-3.
@@ -85,7 +85,7 @@ def _pretended_ranks(model_parallel_size: int):
 
 
 def _give_fake_memory(model: CogVLMModel) -> None:
-    """On the device "meta" some operations that a step makes, autocast for one, refuse to run."""
+    """Give each parameter a fake tensor: on "meta" some operations of a step, such as autocast, refuse to run."""
     for module in model.modules():
         for leaf, parameter in module._parameters.items():
             if parameter is not None:
@@ -98,7 +98,7 @@ def _give_fake_memory(model: CogVLMModel) -> None:
 
 @contextmanager
 def _as_in_a_run(model: CogVLMModel, *, partitioned: bool):
-    """What a run would do otherwise than these tensors: recompute where there is no GPU, and ZeRO-3's own ways."""
+    """Run inside as a run would, not as these tensors: recompute without a GPU, and ZeRO-3's own ways."""
     with ExitStack() as stack:
         # Both want real random states, on CUDA DeepSpeed's function for the layers too; they keep the same tensors.
         layers = partial(checkpoint, use_reentrant=True, preserve_rng_state=False)
@@ -107,7 +107,8 @@ def _as_in_a_run(model: CogVLMModel, *, partitioned: bool):
         stack.enter_context(_replaced(recompute, "checkpoint_in_one_graph", rows))
         if partitioned:
             for parameter in model.parameters():
-                parameter.ds_id = parameter.ds_status = None  # adapters then take over no product with a weight
+                parameter.ds_id = None  # adapters then fuse no product with a weight
+                parameter.ds_status = None
             # Its linear keeps the input, whether the weight trains or not.
             stack.enter_context(_replaced(torch.nn.functional, "linear", linear_of_zero3))
         yield
@@ -124,9 +125,11 @@ def _replaced(module, name: str, value):
 
 
 def _peak_of_a_step(model: CogVLMModel, config: dict, rows: int, length: int, labelled: int | None) -> int:
-    """Bytes of a forward and a backward pass at their peak, parameters aside."""
-    patches, vit = config["image_length"], config["eva_args"]
-    vision, tokens = rows * (patches + 1), rows * length
+    """Return the bytes of a forward and a backward pass at their peak, parameters aside."""
+    patches = config["image_length"]
+    vit = config["eva_args"]
+    vision = rows * (patches + 1)
+    tokens = rows * length
     answers = rows * max(1, length - patches - 2) if labelled is None else rows * labelled
     ids = torch.zeros(rows, length, dtype=torch.int64)
     images = torch.zeros(rows, 3, *vit["image_size"])
@@ -146,6 +149,9 @@ def _peak_of_a_step(model: CogVLMModel, config: dict, rows: int, length: int, la
 
 
 def _loss(model: CogVLMModel, ids: torch.Tensor, seen: dict) -> torch.Tensor:
-    """As in training; `seen` is what CogVLMModel.forward finds out by looking at its batch, here without values."""
+    """Return the loss, a scalar, as in training.
+
+    seen: what CogVLMModel.forward finds out by looking at its batch, here without values.
+    """
     rope = model.mixins["rotary"].rotary_emb(ids, model.mixins["eva"].boi.dtype)
     return super(CogVLMModel, model).forward(ids, ids, None, **seen, rope=rope, attention_kind=CAUSAL)[0]

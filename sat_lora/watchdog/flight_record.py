@@ -76,7 +76,8 @@ class _PlainValues(pickle.Unpickler):
 def _collective(entry: dict, package: str | None) -> Collective:
     frames = [(f["filename"], f["line"], f["name"], "") for f in entry.get("frames", [])]
     places = places_of(frames, package)
-    place, operation = own_place(places), entry["profiling_name"]
+    place = own_place(places)
+    operation = entry["profiling_name"]
     if place is not None:
         place = replace(place, code=source_line(place.file, place.line))
     number = entry["collective_seq_id"]

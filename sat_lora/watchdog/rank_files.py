@@ -17,7 +17,8 @@ PHASES = tuple("start data forward backward reduce optimizer evaluate save load 
 # at before all of it: options, files and data.
 OUTSIDE_OF_STEPS = ("start", "load", "write", "test", "check")
 FOLDER = "watchdog"
-ALIVE, FATAL = "alive.json", ".fatal.txt"
+ALIVE = "alive.json"
+FATAL = ".fatal.txt"
 NCCL_DUMP = "nccl_trace_rank_"
 NONE = 0xFFFFFFFF  # no module or parameter yet
 
@@ -25,7 +26,8 @@ TIMES = struct.Struct("<dd")  # when the phase began, and the last sign of life 
 NUMBERS = struct.Struct("<5I")
 STEP, MICRO_BATCH, PHASE, MODULE, COUNT = range(5)  # of the numbers: the last module entered, how many arrivals
 ARRIVAL = struct.Struct("<Id")  # parameter, when
-NUMBERS_AT, ARRIVALS_AT = TIMES.size, 48
+NUMBERS_AT = TIMES.size
+ARRIVALS_AT = 48
 
 
 def folder_of(run: str | Path) -> Path:

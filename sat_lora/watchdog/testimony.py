@@ -19,7 +19,8 @@ from sat_lora.watchdog.flight_record import write_flight_record
 from sat_lora.watchdog.places import Place, own_place, places_of
 from sat_lora.watchdog.rank_files import file_of
 
-STACKS, STACKS_TEXT = ".stacks.json", ".stacks.txt"
+STACKS = ".stacks.json"
+STACKS_TEXT = ".stacks.txt"
 _WAITING = ("/torch/distributed/distributed_c10d.py", "/deepspeed/comm/torch.py", "/deepspeed/comm/comm.py")
 _BACKWARD = ("/torch/autograd/graph.py", "/torch/autograd/__init__.py")
 
@@ -76,7 +77,8 @@ def read_threads(folder: Path, rank: int, package: str | None) -> list[Thread]:
 
 def _threads() -> list[dict]:
     names = {thread.ident: thread.name for thread in threading.enumerate()}
-    own, main = threading.get_ident(), threading.main_thread().ident
+    own = threading.get_ident()
+    main = threading.main_thread().ident
     return [
         dict(name=names.get(ident, "?"), main=ident == main, frames=[_place(frame) for frame in _outwards(top)])
         for ident, top in sys._current_frames().items()
@@ -91,5 +93,6 @@ def _outwards(frame: FrameType | None):
 
 
 def _place(frame: FrameType) -> list:
-    file, line = frame.f_code.co_filename, frame.f_lineno
+    file = frame.f_code.co_filename
+    line = frame.f_lineno
     return [file, line, frame.f_code.co_name, linecache.getline(file, line).strip()]

@@ -37,7 +37,8 @@ class Verdict:
 
 def verdict(run: str | Path, logs: Sequence[str | Path] = ()) -> Verdict:
     """logs: files with what the ranks printed, for NCCL's lines. ConfigError: as `read_ranks`; a log is missing."""
-    ranks, timeouts = read_ranks(run), read_timeouts(logs)
+    ranks = read_ranks(run)
+    timeouts = read_timeouts(logs)
     for rule in (_failed, _gradients, _aborted, _gone, _left_behind, _stuck, _different_collectives, _hang):
         found = rule(ranks)
         if found is not None:
@@ -137,7 +138,8 @@ def _gradients(ranks: Sequence[Rank]) -> Finding | None:
     names = {one.number: [name for name, _ in one.state.arrivals] for one in within}
     for one in within:
         for other in within:
-            mine, theirs = names[one.number], names[other.number]
+            mine = names[one.number]
+            theirs = names[other.number]
             common = [name for name in mine if name in {*theirs}], [name for name in theirs if name in {*mine}]
             if common[0] != common[1]:
                 place = next(n for n, pair in enumerate(zip(*common)) if pair[0] != pair[1])
@@ -196,7 +198,8 @@ def _first_difference(ranks: Sequence[Rank]):
     for one in ranks:
         for other in ranks[: ranks.index(one)]:
             for key in sorted(made[one.number].keys() & made[other.number].keys()):
-                mine, theirs = made[one.number][key], made[other.number][key]
+                mine = made[one.number][key]
+                theirs = made[other.number][key]
                 if (mine.operation, mine.sizes) != (theirs.operation, theirs.sizes):
                     return one, other, key[1], key[0], mine.words, theirs.words
     return None

@@ -40,7 +40,8 @@ FIRST = 5  # times the least, while a phase has hardly been seen
 SEEN = 3  # durations before a phase is known
 IDLE_PAGES = 64  # that a process touches at most between two looks while it only waits
 GRACE = 5.0  # seconds for all ranks to say where they are
-ALARM, VERDICT = "alarm.json", "verdict.txt"
+ALARM = "alarm.json"
+VERDICT = "verdict.txt"
 
 
 class Watchdog:
@@ -51,7 +52,8 @@ class Watchdog:
     """
 
     def __init__(self, trace: Trace, least: float):
-        self.trace, self.least = trace, least
+        self.trace = trace
+        self.least = least
         self.tick = min(1.0, least / 4)
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="sat_lora watchdog", daemon=True)
@@ -93,18 +95,23 @@ class Watchdog:
         return max(self.least, FACTOR * max(durations))
 
     def _watch(self) -> None:
-        signs, since, looked = self.trace.signs, time.monotonic(), time.monotonic()
+        signs = self.trace.signs
+        since = time.monotonic()
+        looked = time.monotonic()
         touched = _pages_touched()
         while not self._done.wait(self.tick):
             now = time.monotonic()
             slept = now - looked > 5 * self.tick + 5  # the whole process was stopped, and its clock ran on
-            before, touched = touched, _pages_touched()
+            before = touched
+            touched = _pages_touched()
             # Whoever reads weights touches memory, whoever waits for others does not.
             works = self.trace.phase in OUTSIDE_OF_STEPS and touched - before > IDLE_PAGES
             if self.trace.signs != signs or slept or works:
-                signs, since = self.trace.signs, now
+                signs = self.trace.signs
+                since = now
                 self.trace.seen_alive()
-            looked, phase = now, self.trace.phase
+            looked = now
+            phase = self.trace.phase
             limit = self.limit(phase)
             if self._fallback is not None:
                 faulthandler.dump_traceback_later(limit + 10 * self.tick, file=self._fallback)
@@ -184,7 +191,8 @@ def watched_alone(least: float) -> Iterator[NoTrace]:
 
     A process alone has nobody to wait for: nothing watches it.
     """
-    rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    rank = torch.distributed.get_rank()
+    size = torch.distributed.get_world_size()
     named = [_temporary_folder()] if least and size > 1 and rank == 0 else []
     folder = next(iter(gather_lists(named)), None) if least and size > 1 else None
     if folder is None:

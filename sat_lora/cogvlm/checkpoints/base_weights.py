@@ -103,7 +103,8 @@ class BaseWeights(Mapping[str, torch.Tensor]):
         if name in self._computed or len(self._parts) == 1:
             part = self._computed.get(name)
             return elements(self._parts[0][name] if part is None else part, index)
-        parts, sharding = [part[name] for part in self._parts], self._sharding(name)
+        parts = [part[name] for part in self._parts]
+        sharding = self._sharding(name)
         if sharding.dim is None:
             return elements(parts[0], index)
         shape = self.shapes[name]

@@ -22,7 +22,9 @@ from sat_lora.files.foreign import stand_in
 from sat_lora.files.weight_files import Layout, make_safetensors_file
 from sat_lora.printable import printable
 
-INDEX, SINGLE, CONFIG = "model.safetensors.index.json", "model.safetensors", "config.json"
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
 REMOTE_CODE = ("configuration_cogvlm.py", "modeling_cogvlm.py", "visual.py", "util.py")
 """The files with the model's code, as `transformers` takes them from the folder."""
@@ -272,7 +274,8 @@ def refuse_inexpressible(config: dict, frequencies: torch.Tensor) -> None:
             if name in section and section[name] != wanted and name not in _SAME_VALUES:
                 problems.append(f"{prefix}{name} {section[name]!r} where the code has {wanted!r}")
     for section, prefix in ((config, ""), (vit, "eva_args.")):
-        heads, size = section["num_attention_heads"], section.get("hidden_size_per_attention_head")
+        heads = section["num_attention_heads"]
+        size = section.get("hidden_size_per_attention_head")
         if size is not None and size * heads != section["hidden_size"]:
             problems.append(f"{prefix}hidden_size_per_attention_head {size} where the code has hidden size / heads")
         few = section.get("num_multi_query_heads")
@@ -307,7 +310,8 @@ def make_hugging_face_weights(
     config: of SAT. own_config: the content of a config.json whose entries are kept. CheckpointError: a name has no
     counterpart, or see `refuse_inexpressible`.
     """
-    folder, filled = Path(folder), 0
+    folder = Path(folder)
+    filled = 0
     shards: list[Layout] = [{}]
     refuse_inexpressible(config, frequencies)
     stored = {name: one for name, one in layout.items() if not name.endswith(_COMPUTED)}

@@ -6,8 +6,10 @@ buffer `mixins.rotary.rotary_emb.inv_freq` is one where Hugging Face's layers ha
 
 import re
 
-_LAYER, _HF_LAYER = "transformer.layers.{i}", "model.layers.{i}"
-_VIT, _HF_VIT = "mixins.eva.vit_model", "model.vision"
+_LAYER = "transformer.layers.{i}"
+_HF_LAYER = "model.layers.{i}"
+_VIT = "mixins.eva.vit_model"
+_HF_VIT = "model.vision"
 _NAMES = {
     f"{_LAYER}.attention.query_key_value": f"{_HF_LAYER}.self_attn.language_expert_query_key_value",
     f"{_LAYER}.attention.dense": f"{_HF_LAYER}.self_attn.language_expert_dense",

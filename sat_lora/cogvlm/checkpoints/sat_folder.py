@@ -63,7 +63,8 @@ class SatFolder:
                 f"<latest>/mp_rank_00_model_states.pt; missing {', '.join(missing)}; found: {listing(folder)}"
                 + (_step_to_name(folder) if missing == ["latest"] else _nearby(folder))
             )
-        self.path, self._trust = folder, trust
+        self.path = folder
+        self._trust = trust
 
     def config(self) -> dict:
         """The content of model_config.json. CheckpointError: a size in it is none."""
@@ -104,9 +105,11 @@ class SatFolder:
 
     def check(self, state: dict[str, torch.Tensor]) -> None:
         """CheckpointError if the first file, which holds `state`, is one rank's and those of others are missing."""
-        content, files = self.config(), self.files()
+        content = self.config()
+        files = self.files()
         rows, columns = (_size(state, name, dim) for name, dim in (("mixins.lm.lm_head", 0), (_CUT_BY_COLUMNS, 1)))
-        vocabulary, hidden = content.get("vocab_size", 0), content.get("hidden_size")
+        vocabulary = content.get("vocab_size", 0)
+        hidden = content.get("hidden_size")
         ranks = vocabulary // rows if rows else 1
         is_said = content.get("model_parallel_size") == ranks
         is_part = rows * ranks == vocabulary and (is_said or columns * ranks == hidden)

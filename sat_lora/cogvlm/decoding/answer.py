@@ -16,7 +16,9 @@ class Answer:
     def __init__(self, eos: frozenset[int], stop: Sequence[str] = (), tokenizer=None):
         self.tokens: list[int] = []
         self.is_finished = False
-        self._eos, self._stop, self._tokenizer = eos, stop, tokenizer
+        self._eos = eos
+        self._stop = stop
+        self._tokenizer = tokenizer
         self._text = ""  # of what was returned
 
     def take(self, token: int) -> str:

@@ -31,8 +31,10 @@ class CapturedStep:
     """
 
     def __init__(self, step: Callable[[], torch.Tensor], *, capture: bool):
-        self._step, self._capture_wanted = step, capture
-        self._calls = self._captures = 0
+        self._step = step
+        self._capture_wanted = capture
+        self._calls = 0
+        self._captures = 0
         self._graph: torch.cuda.CUDAGraph | None = None
         self._output: torch.Tensor | None = None
         self._stream = torch.cuda.Stream() if capture else None
@@ -89,7 +91,8 @@ class CapturedStep:
                 cause = _first_cause(error)
                 warnings.warn(f"no CUDA graph: the step could not be captured, and runs eagerly: {cause}", stacklevel=2)
             return
-        self._graph, self._output = graph, output
+        self._graph = graph
+        self._output = output
 
 
 @contextmanager

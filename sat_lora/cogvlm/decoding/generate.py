@@ -105,7 +105,8 @@ class _HostCopy:
     """A tensor on its way to the host; only `tolist` waits for it, and for nothing that was queued after it."""
 
     def __init__(self, tensor: torch.Tensor):
-        self._copy, self._arrived = tensor, None
+        self._copy = tensor
+        self._arrived = None
         if tensor.is_cuda:
             self._copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
             self._copy.copy_(tensor, non_blocking=True)
@@ -136,7 +137,8 @@ class Decoder:
     """
 
     def __init__(self, model: CogVLMModel, batch: dict, max_new_tokens: int):
-        ids, positions = batch["input_ids"], batch["position_ids"]
+        ids = batch["input_ids"]
+        positions = batch["position_ids"]
         rows, length = ids.shape
         lengths = batch.get("lengths")
         if lengths is None:
@@ -144,7 +146,8 @@ class Decoder:
         lengths = lengths.to(ids.device)
         if lengths.shape != (rows,) or not bool(((lengths > 0) & (lengths <= length)).all()):
             raise DataError(f"lengths {lengths.tolist()} do not fit a batch of {rows} rows of {length} tokens")
-        self._model, self._batch = model, batch
+        self._model = model
+        self._batch = batch
         self.is_word = torch.arange(length, device=ids.device) < lengths[:, None]
         self.is_word &= batch["image_embed_mask"].to(ids.device) == 0
         capture = max_new_tokens >= WORTH_CAPTURING and can_be_captured(model, ids.device)

@@ -49,7 +49,8 @@ class TokenChooser:
     def __init__(self, sampling: Sampling, prompts: torch.Tensor, is_word: torch.Tensor, max_new_tokens: int):
         """prompts: (rows, seq) int64. is_word: (rows, seq) bool, False at padding and at the places of images."""
         self._step = 0
-        self._processors, self._draws = None, None
+        self._processors = None
+        self._draws = None
         if sampling == GREEDY:
             return
         self._processors = _processors(sampling)

@@ -131,9 +131,11 @@ def _check_scans(file: BinaryIO) -> None:
     file.seek(place)
     if content.count(b"\xff\xda") <= _SCANS:  # those of its thumbnails and further pictures among them
         return
-    scans = place = 0
+    scans = 0
+    place = 0
     while match := _MARKER.search(content, place):
-        kind, place = content[match.end() - 1], match.end()
+        kind = content[match.end() - 1]
+        place = match.end()
         if kind == 0xD9:  # the end of the first picture
             return
         scans += kind == 0xDA
@@ -279,7 +281,8 @@ def as_seen(image: Image.Image, *, grey_step: int = 1) -> Image.Image:
     On a white ground white letters are lost: where everything that can be seen is white, the ground is black.
     grey_step: the values that lie between two grey levels of a picture of fewer than 8 bits, see `_grey_step`.
     """
-    colours, levels = _colour_change(image), _levels(image)
+    colours = _colour_change(image)
+    levels = _levels(image)
     seen, has_ground = _on_ground(image, 255, colours, levels, grey_step)
     if has_ground and min(low for low, _ in seen.getextrema()) >= 250:
         seen, _ = _on_ground(image, 0, colours, levels, grey_step)
@@ -295,14 +298,16 @@ def _on_ground(image, ground: int, colours, levels, grey_step: int) -> tuple[Ima
     width, height = image.size
     rows = max(1, _BAND // max(1, width))
     seen = Image.new("RGB", image.size) if rows < height else None
-    lightest, darkest = 0, 255
+    lightest = 0
+    darkest = 255
     for top in range(0, height, rows):
         band = image if seen is None else image.crop((0, top, width, min(height, top + rows)))
         colour, alpha = _colour_and_alpha(band, levels, grey_step)
         colour = colours(colour) if colours else colour.convert("RGB")
         if alpha is not None:
             low, high = alpha.getextrema()
-            darkest, lightest = min(darkest, low), max(lightest, high)
+            darkest = min(darkest, low)
+            lightest = max(lightest, high)
             colour = Image.composite(colour, Image.new("RGB", colour.size, (ground,) * 3), alpha)
         if seen is None:
             seen = colour
@@ -362,7 +367,8 @@ def _levels(image: Image.Image) -> tuple[float, float] | None:
     high: float
     tags = getattr(image, "tag_v2", {})
     if image.mode.startswith("I;16") or (image.format in ("PNG", "PPM") and image.mode == "I"):
-        low, high = 0, 4095 if tags.get(258) == (12,) else 65535
+        low = 0
+        high = 4095 if tags.get(258) == (12,) else 65535
     else:
         low, high = _extrema(image)
         usual = [limit for limit in (1, 255, 65535) if limit > 1 or image.mode == "F"]
@@ -373,12 +379,14 @@ def _levels(image: Image.Image) -> tuple[float, float] | None:
 
 def _extrema(image: Image.Image) -> tuple[float, float]:
     rows = max(1, _BAND // max(1, image.width))
-    low, high = numpy.inf, -numpy.inf
+    low = numpy.inf
+    high = -numpy.inf
     for top in range(0, image.height, rows):
         values = numpy.asarray(image.crop((0, top, image.width, min(image.height, top + rows))))
         values = values[numpy.isfinite(values)]
         if values.size:
-            low, high = min(low, float(values.min())), max(high, float(values.max()))
+            low = min(low, float(values.min()))
+            high = max(high, float(values.max()))
     return (low, high) if low <= high else (0.0, 1.0)
 
 

@@ -143,7 +143,10 @@ def build_sample(
     spells one of the tokenizer's special tokens means it.
     DataError: a text cannot be encoded.
     """
-    ids, embed, vision, patches = [tokenizer.bos_token_id], [0], [0], [0]
+    ids = [tokenizer.bos_token_id]
+    embed = [0]
+    vision = [0]
+    patches = [0]
     for number, part in enumerate(_parts(prompt)):
         words, more = first_tokens(tokenizer, part, max_length, special_tokens, "prompt") if part else ([], 0)
         if number:
@@ -159,7 +162,8 @@ def build_sample(
         ids += words
         for mask in (embed, vision, patches):
             mask += [0] * len(words)
-    start, left_out = len(ids), 0
+    start = len(ids)
+    left_out = 0
     if answer is not None:
         if start + 2 > max_length:
             raise ConfigError(f"--max_length: {max_length} is too short, this prompt alone takes {start} tokens")

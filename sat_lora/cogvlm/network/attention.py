@@ -3,7 +3,9 @@
 import torch
 from torch.nn import functional as F
 
-CAUSAL, FULL, MASKED = "causal", "full", "masked"
+CAUSAL = "causal"
+FULL = "full"
+MASKED = "masked"
 
 
 def mask_kind(mask: torch.Tensor | int | None, query_length: int) -> str:

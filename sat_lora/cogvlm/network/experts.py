@@ -85,7 +85,8 @@ class ExpertMlp(BaseMixin):
     def mlp_forward(self, hidden_states, *, routing: TokenRouting | None, **kw_args):
         """(batch, seq, hidden) -> (batch, seq, hidden)."""
         layer = int(kw_args["layer_id"])
-        mlp, key = self.transformer.layers[layer].mlp, str(layer)
+        mlp = self.transformer.layers[layer].mlp
+        key = str(layer)
 
         def gated(gate, up, down):
             return lambda x: down(silu_mul(gate(x), up(x)))

@@ -37,7 +37,9 @@ class _Rotary(torch.autograd.Function):
     @staticmethod
     def forward(ctx, mixed, cos, sin, head_dim):
         batch, seq, width = mixed.shape
-        mixed, cos, sin = mixed.contiguous(), cos.contiguous(), sin.contiguous()
+        mixed = mixed.contiguous()
+        cos = cos.contiguous()
+        sin = sin.contiguous()
         shape = (batch, seq, width // 3 // head_dim, head_dim)
         parts = tuple(mixed.new_empty(shape).transpose(1, 2) for _ in range(3))
         _launch_rotary(mixed, parts, cos, sin, inverse=False)
@@ -58,7 +60,8 @@ class _Rotary(torch.autograd.Function):
 class _SiluMul(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate, up):
-        gate, up = gate.contiguous(), up.contiguous()
+        gate = gate.contiguous()
+        up = up.contiguous()
         product = torch.empty_like(gate)
         ctx.save_for_backward(gate, up)
         _launch_elementwise("silu_mul", product, gate, up)
@@ -68,7 +71,8 @@ class _SiluMul(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient):
         gate, up = ctx.saved_tensors
-        d_gate, d_up = torch.empty_like(gate), torch.empty_like(up)
+        d_gate = torch.empty_like(gate)
+        d_up = torch.empty_like(up)
         _launch_elementwise("silu_mul_backward", d_gate, d_up, gradient.contiguous(), gate, up)
         return d_gate, d_up
 

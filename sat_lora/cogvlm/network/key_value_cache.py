@@ -32,7 +32,9 @@ class KeyValueCache:
     ):
         """lengths: (rows,) int64 on the model's device, tokens of each prompt. max_length: of a row with its answer."""
         layers = model.transformer.layers
-        attention, rows, device = layers[0].attention, len(lengths), lengths.device
+        attention = layers[0].attention
+        rows = len(lengths)
+        device = lengths.device
         places = -(-max_length // ALIGNMENT) * ALIGNMENT
         head_dim = attention.hidden_size_per_attention_head
         shape = (len(layers), rows, attention.num_attention_heads_per_partition, places, head_dim)
@@ -40,7 +42,8 @@ class KeyValueCache:
         # Zeros, since a masked place gets the weight 0 and not every number times 0 is 0.
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros_like(self.keys)
-        self.holds_prompts, self.fixed_shapes = False, fixed_shapes
+        self.holds_prompts = False
+        self.fixed_shapes = fixed_shapes
         self._longest = 0  # tokens of the longest row, known without asking the device
         # A view, so that it follows `lengths`: where a step writes.
         self._write_places = self.lengths.view(rows, 1, 1, 1).expand(-1, shape[2], -1, head_dim)

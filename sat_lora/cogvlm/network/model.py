@@ -94,7 +94,9 @@ class CogVLMModel(BaseModel):
         those positions alone. Both masks and the labels may stay on the CPU: only there does no one wait for a GPU.
         """
         if cache is not None and cache.holds_prompts:
-            images = routing = places = None
+            images = None
+            routing = None
+            places = None
         else:
             nothing = torch.zeros(input_ids.shape)
             experts = nothing if vision_expert_mask is None else vision_expert_mask

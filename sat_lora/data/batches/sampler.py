@@ -38,9 +38,13 @@ class EpochSampler(Sampler):
     ):
         if num_samples < 1:
             raise DataError("there are no samples to train on")
-        self.num_samples, self.batch_size = num_samples, batch_size
-        self.rank, self.size = data_parallel_rank, data_parallel_size
-        self.seed, self.start_step, self.shuffle = seed, start_step, shuffle
+        self.num_samples = num_samples
+        self.batch_size = batch_size
+        self.rank = data_parallel_rank
+        self.size = data_parallel_size
+        self.seed = seed
+        self.start_step = start_step
+        self.shuffle = shuffle
         self._epoch: int | None = None
         self._order: Sequence[int] = ()
 
@@ -55,7 +59,8 @@ class EpochSampler(Sampler):
             return index
         if epoch != self._epoch:
             generator = numpy.random.default_rng([self.seed, epoch])
-            self._epoch, self._order = epoch, generator.permutation(self.num_samples)
+            self._epoch = epoch
+            self._order = generator.permutation(self.num_samples)
         return int(self._order[index])
 
     def __iter__(self) -> Iterator[list[int]]:

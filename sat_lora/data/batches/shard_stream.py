@@ -50,11 +50,20 @@ class ShardStream(IterableDataset):
         max_pixels: int = MAX_PIXELS,
         ignore_keys: Collection[str] = (),
     ):
-        self.shards, self.make_sample, self.image_size = list(shards), make_sample, image_size
-        self.batch_size, self.rank, self.workers = batch_size, data_parallel_rank, max(1, num_workers)
+        self.shards = list(shards)
+        self.make_sample = make_sample
+        self.image_size = image_size
+        self.batch_size = batch_size
+        self.rank = data_parallel_rank
+        self.workers = max(1, num_workers)
         self.readers = data_parallel_size * self.workers
-        self.seed, self.start_step, self.steps, self.shuffle = seed, start_step, steps, shuffle
-        self.shuffle_buffer, self.max_pixels, self.ignore_keys = shuffle_buffer, max_pixels, ignore_keys
+        self.seed = seed
+        self.start_step = start_step
+        self.steps = steps
+        self.shuffle = shuffle
+        self.shuffle_buffer = shuffle_buffer
+        self.max_pixels = max_pixels
+        self.ignore_keys = ignore_keys
         self.total = sum(shard.samples for shard in self.shards)
         if self.total < 1:
             raise DataError("there are no samples to train on")
@@ -109,10 +118,12 @@ class ShardStream(IterableDataset):
             order = numpy.random.default_rng([self.seed, epoch]).permutation(len(self.shards))
         start = 0
         for shard in (self.shards[number] for number in order):
-            first, last = max(0, begin - start), min(shard.samples, end - start)
+            first = max(0, begin - start)
+            last = min(shard.samples, end - start)
             start += shard.samples
             if first < last:
-                given, reason = first, f"{printable(shard.path)}: has fewer samples than when the run began"
+                given = first
+                reason = f"{printable(shard.path)}: has fewer samples than when the run began"
                 try:
                     for record in itertools.islice(find_records(shard.path), first, last):
                         given += 1

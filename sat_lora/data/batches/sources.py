@@ -36,7 +36,9 @@ class FileSource:
         left_out: Sequence[tuple[str, int]] = (),
     ):
         self.left_out = [*left_out]
-        self.dataset, self.options, self.world = make_dataset(items), options, world
+        self.dataset = make_dataset(items)
+        self.options = options
+        self.world = world
         self.samples = self.epoch_samples = len(items)
 
     def marks(self, option: str) -> dict[str, str]:
@@ -83,7 +85,8 @@ class FileSource:
 
     def validation(self) -> DataLoader:
         """One pass, every sample on one rank, as many batches on every rank; at most --eval-iters of them."""
-        options, batches = self.options, self._validation_indices()
+        options = self.options
+        batches = self._validation_indices()
         return make_loader(self.dataset, batches, num_workers=min(1, options.num_workers), seed=options.seed)
 
 
@@ -99,7 +102,10 @@ class ShardSource:
         left_out: Sequence[tuple[str, int]] = (),
     ):
         self.left_out = [*left_out]
-        self.shards, self.dataset, self.options, self.world = shards, make_dataset([]), options, world
+        self.shards = shards
+        self.dataset = make_dataset([])
+        self.options = options
+        self.world = world
         self.samples = sum(shard.samples for shard in shards)
         steps = self._stream(options.batch_size, options.num_workers).steps_per_epoch
         self.epoch_samples = steps * options.batch_size * world.data_parallel_size

@@ -53,7 +53,8 @@ def _first_of(names: list[str]) -> str:
 
 def _problem_with_samples(shards: list[str], max_pixels: int, ignore_keys: Collection[str]) -> str | None:
     records = itertools.chain.from_iterable(map(find_records, shards))
-    tried, first_error = 0, None
+    tried = 0
+    first_error = None
     for record in itertools.islice(records, SAMPLES_TRIED):
         tried += 1
         item = record.read(max_pixels, ignore_keys)

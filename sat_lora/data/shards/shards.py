@@ -66,7 +66,8 @@ class Record:
         problems = _problems_with_texts(fields, text, image is not None, ignored)
         if problems or not isinstance(fields, dict):
             return BrokenSample(name, f"{name}: {printable('; '.join(problems))}")
-        prompt, answer = fields.get("prompt"), fields.get("answer")
+        prompt = fields.get("prompt")
+        answer = fields.get("answer")
         answer = text if answer is None else answer
         if answer is None or (image is None and prompt is None):
             found = printable(" ".join(suffix for suffix, _, _ in self.members))
@@ -158,7 +159,10 @@ def _number(count: int) -> str:
 
 def _count_of(pattern: str) -> int:
     """How many names braces come to, none of which is made for it. ValueError: a range has thousands of digits."""
-    total, depth, start, place = 1, 0, 0, 0
+    total = 1
+    depth = 0
+    start = 0
+    place = 0
     while place < len(pattern):
         if pattern[place] == "\\":
             place += 1
@@ -176,7 +180,8 @@ def _count_of_group(group: str) -> int:
     if match := _RANGE.fullmatch(group):
         first, last, step = (int(number or 1) for number in match.groups())
         return abs(last - first) // max(1, abs(step)) + 1
-    parts, depth = [""], 0
+    parts = [""]
+    depth = 0
     for character in group:
         depth += (character == "{") - (character == "}")
         if character == "," and depth == 0:
@@ -248,7 +253,9 @@ def _sample_members(members: Iterator[Member], left_out: Counter) -> Iterator[tu
 
 def _record(shard: str, key: str, group: Iterator, links: Links, left_out: Counter) -> Record | None:
     """The sample of a key; None if its members are none of a text and a picture."""
-    places, problem, other_picture = [], None, None
+    places = []
+    problem = None
+    other_picture = None
     for _, suffix, member in group:
         if suffix not in SUFFIXES and suffix not in TEXT_SUFFIXES:
             left_out[f"{printable(suffix)} members"] += 1

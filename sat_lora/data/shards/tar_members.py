@@ -62,7 +62,8 @@ def read_members(file: BinaryIO) -> Iterator[Member]:
         if header == _END:
             return
         _check(header, offset)
-        kind, size = header[156:157], _number(header[124:136], offset)
+        kind = header[156:157]
+        size = _number(header[124:136], offset)
         first = offset + BLOCK
         if kind in (b"x", b"X", b"g", b"L", b"K"):
             if size > EXTENDED_LIMIT:
@@ -82,11 +83,13 @@ def read_members(file: BinaryIO) -> Iterator[Member]:
         own = {}
         if b"size" in fields:
             size = _decimal(fields[b"size"], offset)
-        name, words = _name(header, fields), _WITHOUT_DATA.get(kind, "a file")
+        name = _name(header, fields)
+        words = _WITHOUT_DATA.get(kind, "a file")
         if kind in (b"\0", b"0") and name.endswith("/"):
             words = "a folder"
         if kind == b"S":
-            first, words = _after_sparse_map(file, header, first, total), "a sparse file"
+            first = _after_sparse_map(file, header, first, total)
+            words = "a sparse file"
         elif any(key.startswith(b"GNU.sparse.") for key in fields):
             words = "a sparse file"
         if kind in _WITHOUT_DATA:
@@ -145,7 +148,8 @@ def _decimal(digits: bytes, offset: int) -> int:
 
 def _pax_records(content: bytes, offset: int) -> dict[bytes, bytes]:
     """Those of the records `LENGTH KEY=VALUE\\n` that matter here."""
-    fields, place = {}, 0
+    fields = {}
+    place = 0
     while place < len(content) and content[place]:
         match = _RECORDS.match(content, place)
         length = int(match[1]) if match else 0

@@ -73,7 +73,8 @@ def record_passes(model: nn.Module, loss_of: LossOf, batch: dict, kind: str, *, 
         recorder.note_switches()
         loss = loss_of(model, batch)
         record = recorder.record
-        record.loss, record.has_graph = float(loss.detach()), loss.requires_grad
+        record.loss = float(loss.detach())
+        record.has_graph = loss.requires_grad
         recorder.in_backward = True
         if loss.requires_grad:
             record.reached = reached_parameters(model, loss)
@@ -85,7 +86,9 @@ def record_passes(model: nn.Module, loss_of: LossOf, batch: dict, kind: str, *, 
 def reached_parameters(model: nn.Module, loss: torch.Tensor) -> set[str]:
     """The names of parameters that can be reached from the loss through the autograd graph."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    found, seen, waiting = set(), set(), [loss.grad_fn]
+    found = set()
+    seen = set()
+    waiting = [loss.grad_fn]
     while waiting:
         node = waiting.pop()
         if node is None or node in seen:
@@ -100,7 +103,9 @@ def reached_parameters(model: nn.Module, loss: torch.Tensor) -> set[str]:
 
 class _Recorder:
     def __init__(self, model: nn.Module, kind: str):
-        self.model, self.record, self.in_backward = model, Passes(kind), False
+        self.model = model
+        self.record = Passes(kind)
+        self.in_backward = False
 
     def attach(self) -> Iterator:
         for name, module in self.model.named_modules():

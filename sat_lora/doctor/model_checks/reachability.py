@@ -82,7 +82,8 @@ def _cause(name: str, users: dict[str, str], passes: Sequence[Passes]) -> tuple[
 
 def _outermost(record: Passes, module: str, holds: Callable[[Call], bool]) -> str:
     """The outermost module around `module` whose calls were all like that."""
-    best, name = module, module
+    best = module
+    name = module
     while name:
         name = name.rpartition(".")[0]
         if name in record.calls and all(holds(call) for call in record.calls[name]):

@@ -40,7 +40,8 @@ def trained_set_findings(model: nn.Module) -> list[Finding]:
 
 def _compare_with_config(model: nn.Module, name: str, config: LoraConfig) -> list[Finding]:
     """The adapters called `name` against the layers that `config` selects."""
-    adapters, sites = adapters_of(model, name), find_all_sites(model)
+    adapters = adapters_of(model, name)
+    sites = find_all_sites(model)
     chosen, _ = select(sites, find_all_parameters(model), config)
     findings = []
     for missing in [layer for layer in chosen if layer not in adapters][:1]:
@@ -56,7 +57,8 @@ def _compare_with_config(model: nn.Module, name: str, config: LoraConfig) -> lis
         weight = sites[layer].module.weight
         dtype = getattr(torch, config.adapter_dtype) if config.adapter_dtype else weight.dtype
         for leaf, parameter in adapter.named_parameters():
-            got, expected = (parameter.dtype, parameter.device), (dtype, weight.device)
+            got = (parameter.dtype, parameter.device)
+            expected = (dtype, weight.device)
             if got != expected:
                 seen = f"{leaf} is {got[0]} on {got[1]}, wanted {expected[0]} on {expected[1]}"
                 findings.append(Finding(code="dtype-or-device", seen=seen, parameter=f"{layer}, {leaf}", module=layer))
@@ -98,7 +100,8 @@ def compare_ranks(trained: Sequence[list[tuple]], grouped: Sequence[list[tuple]]
         orders = [[name for name, *_ in one] for one in (own, trained[0])]
         what = "the model's parameters"
         if orders[0] == orders[1]:
-            orders, what = [grouped[rank], grouped[0]], "the optimizer's groups"
+            orders = [grouped[rank], grouped[0]]
+            what = "the optimizer's groups"
         place = next((place for place, pair in enumerate(zip(*orders)) if pair[0] != pair[1]), None)
         if place is not None:
             mine, first = (one[place] if isinstance(one[place], str) else one[place][1] for one in orders)

@@ -106,13 +106,15 @@ def _groups() -> Iterator[tuple[str, dist.ProcessGroup]]:
 
 
 def _test(name: str, group: dist.ProcessGroup, store: dist.Store, timeout: float) -> GroupTest:
-    ranks, me = tuple(dist.get_process_group_ranks(group)), dist.get_rank()
+    ranks = tuple(dist.get_process_group_ranks(group))
+    me = dist.get_rank()
     test = GroupTest(name, ranks, dist.get_backend(group))
     absent = _meet(store, name, me, ranks, timeout)
     if absent:
         return dataclasses.replace(test, absent=absent)
     device = torch.device("cuda", torch.cuda.current_device()) if test.backend == "nccl" else torch.device("cpu")
-    place, size = ranks.index(me), len(ranks)
+    place = ranks.index(me)
+    size = len(ranks)
     try:
         times = []
         for _ in range(3):
@@ -158,7 +160,8 @@ def _compare(what: str, got: float, wanted: float) -> None:
 
 def _of_all_ranks(own: list[GroupTest], store: dist.Store, timeout: float) -> list[GroupTest]:
     """What all ranks have seen, by group; it goes through the store, since the groups may not work."""
-    me, ranks = dist.get_rank(), range(dist.get_world_size())
+    me = dist.get_rank()
+    ranks = range(dist.get_world_size())
     store.set(f"seen/{me}", json.dumps([dataclasses.asdict(one) for one in own]))
     lost = {rank for one in own for rank in one.absent}
     keys = {rank: f"seen/{rank}" for rank in ranks if rank not in lost}
@@ -191,7 +194,8 @@ def _wait_for_readers(store: dist.Store, me: int, ranks: Sequence[int], timeout:
 
 def _from_json(entry: dict) -> GroupTest:
     problems = tuple((rank, words) for rank, words in entry["problems"])
-    absent, ranks = tuple(entry["absent"]), tuple(entry["ranks"])
+    absent = tuple(entry["absent"])
+    ranks = tuple(entry["ranks"])
     return GroupTest(**{**entry, "problems": problems, "absent": absent, "ranks": ranks})
 
 

@@ -95,7 +95,8 @@ def _batch_findings(content: dict, options: Namespace, environ: Mapping[str, str
 @looks_for("precision")
 def precision_findings(options: Namespace, device: str) -> list[Finding]:
     """The run's precision against what the device has and what the checkpoint holds."""
-    findings, wanted = [], base_dtype(options)
+    findings = []
+    wanted = base_dtype(options)
     if device.startswith("cuda") and wanted is torch.bfloat16 and not torch.cuda.is_bf16_supported(False):
         seen = f"bf16 on {torch.cuda.get_device_name()}, which has no bfloat16 and emulates it"
         findings.append(Finding(code="precision", seen=seen, option="--bf16", fix="use --fp16"))

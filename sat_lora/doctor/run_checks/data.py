@@ -34,7 +34,10 @@ def data_findings(
     image_length, vocab_size, image_size (height, width): the base's; None is not looked at.
     """
     broken: dict[tuple[str, str], str] = {}
-    samples = empty = cut = longest = 0
+    samples = 0
+    empty = 0
+    cut = 0
+    longest = 0
     counts: set[int] = set()
     wrong_labels: Counter[str] = Counter()
     sizes: set[tuple[int, ...]] = set()
@@ -83,7 +86,8 @@ def data_findings(
         seen = f"a sample has {odd[0]} places for images, an image of {image_length} patches takes {image_length + 2}"
         findings.append(Finding(code="image-tokens", seen=seen))
     if broken:
-        share, reasons = len(broken) / max(samples, 1), [*dict.fromkeys(broken.values())]
+        share = len(broken) / max(samples, 1)
+        reasons = [*dict.fromkeys(broken.values())]
         first_path = next(iter(broken))[0]
         seen = f"{len(broken)} of {samples} samples looked at are broken ({share:.0%}): " + "; ".join(reasons[:LISTED])
         over = f"; that is more than --max-broken-share {max_broken_share:g}, the run would end" * (
@@ -129,7 +133,9 @@ def what_is_wrong_with_labels(batch: dict, row: int) -> str | None:
 
     The loss compares the output at each place with the label at the next one, so a label is the token itself.
     """
-    ids, labels, length = batch["input_ids"][row], batch["labels"][row], int(batch["lengths"][row])
+    ids = batch["input_ids"][row]
+    labels = batch["labels"][row]
+    length = int(batch["lengths"][row])
     learned = labels != IGNORED
     if learned[length:].any():
         return "on padding"
@@ -177,9 +183,11 @@ def drawing_findings(by_rank: Sequence[Drawn]) -> list[Finding]:
     """
     drawn = {one.data_parallel_rank: one for one in reversed(by_rank)}  # those of a model-parallel group are alike
     findings = []
-    (repeats, shares), words = _repeats_and_shares(drawn, "indices", 0.0), "indices of the sampler"
+    repeats, shares = _repeats_and_shares(drawn, "indices", 0.0)
+    words = "indices of the sampler"
     if not repeats and not shares:
-        (repeats, shares), words = _repeats_and_shares(drawn, "contents", MOST_ALIKE), "samples by text and image"
+        repeats, shares = _repeats_and_shares(drawn, "contents", MOST_ALIKE)
+        words = "samples by text and image"
     for one, (count, whole) in repeats.items():
         seen = f"{count} of the {whole} {words} that this rank reads in its first epoch came before"
         findings.append(Finding(code="repeated-samples", seen=seen, ranks=(drawn[one].rank,)))
@@ -211,7 +219,8 @@ def _digests(batch: dict) -> list[str]:
     """Of each row's tokens, labels and images."""
     if _is_padding_only(batch):
         return []
-    digests, used = [], 0
+    digests = []
+    used = 0
     ends = (batch["image_embed_mask"] - batch["vision_expert_mask"]).sum(1)  # an image ends with one such token
     for row, length in enumerate(batch["lengths"].tolist()):
         count = int(ends[row])

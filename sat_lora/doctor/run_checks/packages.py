@@ -137,7 +137,8 @@ def _frames(error: BaseException) -> Iterator[tuple[str, int, str]]:
     """(file, line, module) of its traceback, without the machinery of importing."""
     trace = error.__traceback__
     while trace is not None:
-        code, module = trace.tb_frame.f_code, trace.tb_frame.f_globals.get("__name__", "")
+        code = trace.tb_frame.f_code
+        module = trace.tb_frame.f_globals.get("__name__", "")
         if not module.startswith("importlib") and not code.co_filename.startswith("<") and module != __name__:
             yield code.co_filename, trace.tb_lineno, module
         trace = trace.tb_next
