@@ -55,9 +55,9 @@ def combine_adapters(
     of values ("total") or by number ("frequency"). any_base: the adapters may be of different bases with the same
     layers; the result names the first one's. progress: goes through the layers, as tqdm does.
 
-    Computed in float32, or float64 for float64 adapters, and rounded once to the adapters' dtype. A layer's scale is
-    its largest |w_i s_i|, so that cat keeps the bits of adapters where these are equal. ConfigError (arguments) and
-    AdapterError (folders) list everything that is wrong.
+    The sums are made in float32, or float64 for float64 adapters, and rounded once to the adapters' dtype. A layer's
+    scale is its largest |w_i s_i|, so that cat keeps the bits of adapters where these are equal. Raises ConfigError
+    (arguments) and AdapterError (folders), which list everything that is wrong.
     """
     check_arguments(folders, out, method, weights, rank, density, majority_sign)
     weights = [1.0] * len(folders) if weights is None else weights
@@ -70,7 +70,7 @@ def combine_adapters(
 
 
 def _arithmetic(method: str, rank: int | None, density: float | None, majority_sign: str) -> Arithmetic:
-    """Return the arithmetic of a method, with the arguments that `check_arguments` has passed."""
+    """Return the arithmetic of a method, which takes the arguments that `check_arguments` has passed."""
     if method == "ties" and density is not None:
         return partial(ties, density=density, majority_sign=majority_sign)
     if method == "svd":
@@ -79,15 +79,18 @@ def _arithmetic(method: str, rank: int | None, density: float | None, majority_s
 
 
 def combine_sources(sources: list[Source], arithmetic: Arithmetic, progress: Progress[Holders] = iter) -> SavedAdapter:
-    """Return the combination of all layers. AdapterError: it is not finite, or too large to be read again."""
+    """Return the combination of all layers as an adapter without a folder.
+
+    Raises AdapterError if it is not finite, or too large to be read again.
+    """
     layers: dict[str, LayerEntry] = {}
     tensors: dict[str, torch.Tensor] = {}
     for name, holders in progress(by_layer(sources).items()):
         try:
-            layers[name], own = combine_layer(name, holders, arithmetic)
+            layers[name], layer_tensors = combine_layer(name, holders, arithmetic)
         except torch.linalg.LinAlgError as error:  # values so large that their products overflow
             raise AdapterError(f"{name}: cannot be combined: {error}") from error
-        tensors |= own
+        tensors |= layer_tensors
     broken = [key for key, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
     refuse([f"{key}: the combination is not finite in {tensors[key].dtype}" for key in broken])
     too_strong = [name for name, entry in layers.items() if not abs(entry.scale * entry.r) <= LARGEST_SCALE]
@@ -110,16 +113,16 @@ def _overflows(adapter: SavedAdapter, name: str) -> bool:
 
 
 def _base(sources: list[Source]) -> BaseIdentity | None:
-    """Return the first that says which values the base has, or else says anything."""
-    known = sorted((s.saved.base for s in sources if s.saved.base), key=lambda base: base.values is None)
-    return known[0] if known else None
+    """Return the first base that says which values it has, or else says anything; None without any."""
+    bases = sorted((s.saved.base for s in sources if s.saved.base), key=lambda base: base.values is None)
+    return bases[0] if bases else None
 
 
 def combine_layer(
     name: str, holders: list[Source], arithmetic: Arithmetic
 ) -> tuple[LayerEntry, dict[str, torch.Tensor]]:
     """Return (entry, tensors by key) of one layer, from the adapters that have it."""
-    scale = max(abs(source.strength(name)) for source in holders) or 1.0
+    scale = max(abs(source.scale_of(name)) for source in holders) or 1.0
     rows = {slot: rows for source in holders for slot, rows in source.rows(name).items()}
     order = sorted(rows, key=lambda slot: rows[slot])
     slots = tuple(slot for slot in order if slot != WHOLE)
@@ -131,10 +134,9 @@ def combine_layer(
 
 
 def triples_by_slot(name: str, holders: list[Source], scale: float) -> tuple[torch.dtype, dict[str, list[Triple]]]:
-    """Return the widest dtype in one layer, and for each slot the factors of the adapters that have it, in float32 or
-    wider.
+    """Return (widest dtype of one layer's factors, {slot: the factors of the adapters that have it}).
 
-    Their strengths are divided by `scale`.
+    The factors are in float32 or wider, and their scales are divided by `scale`.
     """
     factors = [factor for source in holders for pair in source.pairs(name).values() for factor in pair]
     dtype = reduce(torch.promote_types, [factor.dtype for factor in factors])
@@ -142,12 +144,12 @@ def triples_by_slot(name: str, holders: list[Source], scale: float) -> tuple[tor
     triples: dict[str, list[Triple]] = {}
     for source in holders:
         for slot, (a, b) in source.pairs(name).items():
-            triples.setdefault(slot, []).append((a.to(wide), b.to(wide), source.strength(name) / scale))
+            triples.setdefault(slot, []).append((a.to(wide), b.to(wide), source.scale_of(name) / scale))
     return dtype, triples
 
 
 def stack(pairs: list[Pair]) -> Pair:
-    """A (slots * r, in) and B (rows of all slots, r) of the pairs of all slots.
+    """Return A (slots * r, in) and B (rows of all slots, r) of the pairs of all slots.
 
     r is the largest rank: a layer has one, and a slot that fewer adapters have is filled up with zeros.
     """
@@ -158,7 +160,7 @@ def stack(pairs: list[Pair]) -> Pair:
 
 
 def combined_config(configs: list[LoraConfig], layers: dict[str, LayerEntry]) -> LoraConfig:
-    """Return the first config with every layer's rank and scale; patterns for the layers that differ from the most."""
+    """Return the first config with every layer's rank and scale, by patterns where they are not the most common."""
     ranks = {name: entry.r for name, entry in layers.items()}
     alphas = {name: entry.scale * entry.r for name, entry in layers.items()}
     (r, _), (alpha, _) = (Counter(values.values()).most_common(1)[0] for values in (ranks, alphas))

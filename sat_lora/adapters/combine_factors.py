@@ -14,15 +14,16 @@ Side = tuple[list[torch.Tensor], list[float]]
 
 
 def cat(triples: list[Triple]) -> Pair:
-    """A (sum of ranks, in) and B (out, sum of ranks): B A is the sum of s B A."""
+    """Return A (sum of ranks, in) and B (out, sum of ranks): B A is the sum of s B A."""
     return torch.cat([s * a for a, _, s in triples]), torch.cat([b for _, b, _ in triples], dim=1)
 
 
 def svd(triples: list[Triple], rank: int | None) -> Pair:
-    """Return the best B A of that rank for the sum of s B A, singular values split evenly; out x in is never formed.
+    """Return the best B A of that rank for the sum of s B A, singular values split evenly.
 
     With B = Q1 R1 and A^T = Q2 R2 of the stacked factors, B A = Q1 (R1 R2^T) Q2^T, and the SVD of the small core gives
-    that of the product. No rank is larger than the core: pairs beyond it would be zero, and never train.
+    that of the product: out x in is never formed. No rank is larger than the core: pairs beyond it would be zero, and
+    never train.
     """
     a, b = cat(triples)
     q1, r1 = torch.linalg.qr(b)
@@ -34,19 +35,19 @@ def svd(triples: list[Triple], rank: int | None) -> Pair:
 
 
 def linear(triples: list[Triple]) -> Pair:
-    """Return the sums of sqrt(s) A and of sqrt(s) B; all of one rank."""
+    """Return the sum of sqrt(s) A and that of sqrt(s) B; all are of one rank."""
     of_a, of_b = _sides(triples)
     return _weighted(*of_a).sum(0), _weighted(*of_b).sum(0)
 
 
 def ties(triples: list[Triple], density: float, majority_sign: str) -> Pair:
-    """`linear` with `ties_sum` for the sums."""
+    """Return the pair of `linear`, with `ties_sum` for its sums."""
     of_a, of_b = _sides(triples)
     return ties_sum(*of_a, density, majority_sign), ties_sum(*of_b, density, majority_sign)
 
 
 def ties_sum(tensors: list[torch.Tensor], weights: list[float], density: float, majority_sign: str) -> torch.Tensor:
-    """Trim, elect a sign per entry, average what has that sign (arXiv 2306.01708, 4).
+    """Return the sum by TIES: trim, elect a sign per entry, average what has that sign (arXiv 2306.01708, 4).
 
     As in PEFT, weights enter after the election, and the average is over the number of adapters.
     """
@@ -57,7 +58,7 @@ def ties_sum(tensors: list[torch.Tensor], weights: list[float], density: float, 
 
 
 def trim(tensor: torch.Tensor, density: float) -> torch.Tensor:
-    """Return the int(density * n) entries of largest magnitude, zero elsewhere."""
+    """Return the tensor with its int(density * n) entries of largest magnitude, and zero elsewhere."""
     flat = tensor.flatten()
     kept = flat.abs().topk(int(density * flat.numel())).indices
     return torch.zeros_like(flat).index_copy(0, kept, flat[kept]).view_as(tensor)

@@ -63,7 +63,7 @@ class LayerEntry:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "LayerEntry":
-        """From the JSON object of a file; ValueError, raises TypeError or LookupError if it is not one of a layer."""
+        """Return the entry of a layer's JSON object. Raises ValueError, TypeError or LookupError if it is none."""
         kind = values["kind"]
         rank = values["r"]
         scale = values["scale"]
@@ -99,16 +99,18 @@ class SavedAdapter:
         return self.base.title if self.base else "a base that it does not name"
 
     def of_layer(self, name: str) -> dict[str, torch.Tensor]:
-        """Return the layer's stacked A (slots * r, in), B (rows of all slots, r) and, with DoRA, magnitude (rows,)."""
+        """Return a layer's tensors by leaf, slots stacked: A (slots * r, in), B (rows, r), magnitude (rows,) of
+        DoRA.
+        """
         leaves = (*PAIR, MAGNITUDE) if self.config.use_dora else PAIR
         return {leaf: torch.cat([self.tensors[key] for key in self.keys(name, leaf)]) for leaf in leaves}
 
     def keys(self, name: str, leaf: str) -> list[str]:
-        """Return the tensors' names, slot by slot."""
+        """Return the names of a layer's tensors of that leaf, slot by slot."""
         return [f"{name}.{slot}.{leaf}" for slot in self.layers[name].slots] or [f"{name}.{leaf}"]
 
     def expected(self, in_features: dict[str, int]) -> dict[str, tuple[int, ...]]:
-        """Return the shapes that the tensors of those layers have to have, given the layers' `in`."""
+        """Return the shapes, by key, that the tensors of those layers have to have, given the layers' `in`."""
         shapes = {}
         for name, entry in ((name, self.layers[name]) for name in in_features):
             for number, (start, stop) in enumerate(entry.rows):
@@ -122,7 +124,7 @@ class SavedAdapter:
 def cut_slots(
     name: str, slots: tuple[str, ...], rows: list[int], stacked: dict[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """Return the stacked tensors of a layer (see `SavedAdapter.of_layer`) as the tensors of the file."""
+    """Return the tensors of the file, by key, for the stacked ones of a layer (see `SavedAdapter.of_layer`)."""
     if not slots:
         return {f"{name}.{leaf}": tensor.contiguous() for leaf, tensor in stacked.items()}
     rank = stacked[PAIR[0]].shape[0] // len(slots)
@@ -149,8 +151,9 @@ def plain_config(config: LoraConfig) -> LoraConfig:
 
 
 def write_adapter(folder: str | Path, adapter: SavedAdapter) -> None:
-    """Write the folder; a reader sees the old one or the new one, never a torn one. Raises OSError if it cannot be
-    written.
+    """Write the folder; a reader sees the old one or the new one, never a torn one.
+
+    Raises OSError if it cannot be written.
     """
     config = {
         "peft_type": "LORA",
@@ -172,9 +175,10 @@ def write_adapter(folder: str | Path, adapter: SavedAdapter) -> None:
 
 
 def read_adapter(folder: str | Path) -> SavedAdapter:
-    """Return what an adapter folder holds, tensors on the CPU. AdapterError names the file and the cause.
+    """Return what an adapter folder holds, tensors on the CPU.
 
     folder: an adapter, a run's folder of them (its latest is read), or a pointer in that, `.../best`.
+    Raises AdapterError, which names the file and the cause.
     """
     try:
         folder = follow(folder)
@@ -183,15 +187,15 @@ def read_adapter(folder: str | Path) -> SavedAdapter:
     except OSError as error:
         raise AdapterError(f"{folder}: cannot be read: {error}") from error
     if missing:
-        found = "no such folder" if names is None else ", ".join(map(printable, names[:12])) or "nothing"
+        content = "no such folder" if names is None else ", ".join(map(printable, names[:12])) or "nothing"
         advice = _advice(folder)
-        raise AdapterError(f"{folder} is not an adapter folder: {', '.join(missing)} missing; found: {found}{advice}")
+        raise AdapterError(f"{folder} is not an adapter folder: {', '.join(missing)} missing; found: {content}{advice}")
     about = _read_config(folder / CONFIG)
     return dataclasses.replace(about, tensors=_read_tensors(folder / WEIGHTS))
 
 
 def base_of_adapter(folder: str | Path) -> BaseIdentity:
-    """Return the base that an adapter was trained on, by its config alone. Raises AdapterError as `read_adapter`."""
+    """Return the base that an adapter was trained on, by its config alone. Raises the errors of `read_adapter`."""
     try:
         about = _read_config(follow(folder) / CONFIG)
     except OSError as error:
@@ -202,13 +206,13 @@ def base_of_adapter(folder: str | Path) -> BaseIdentity:
 def base_problem(
     saved: SavedAdapter, base: BaseIdentity, source: str | Path, folder: str | Path | None = None
 ) -> str | None:
-    """Return why `base` is not the one that the adapter was trained on; None if it is, or if nothing says otherwise.
+    """Return why `base` is not the one that the adapter was trained on; None if it is, or nothing says otherwise.
 
     source: the adapter's folder; folder: the base's, where it has one. A warning where the adapter, of an older
     version, knows too little.
     """
-    known = saved.base or BaseIdentity(saved.base_fingerprint)
-    difference = dataclasses.replace(known, fingerprint=saved.base_fingerprint).difference(base)
+    trained_on = saved.base or BaseIdentity(saved.base_fingerprint)
+    difference = dataclasses.replace(trained_on, fingerprint=saved.base_fingerprint).difference(base)
     if difference is not None:
         subject = (
             f"the base model has {difference} than the one this adapter was trained on"
@@ -219,7 +223,7 @@ def base_problem(
             f"{subject}: it was {saved.base_title}, this is {base.title}; give its own base, or insist with --any-base "
             "(any_base=True)"
         )
-    if known.values is None and base.values is not None:
+    if trained_on.values is None and base.values is not None:
         warn(
             f"{source} was written by a version that kept names and shapes of its base alone: nobody can say whether "
             f"{base.title} is that base"
@@ -228,24 +232,24 @@ def base_problem(
 
 
 def _read_config(path: Path) -> SavedAdapter:
-    """Return what an adapter_config.json says; no tensors."""
+    """Return what an adapter_config.json says, as an adapter without tensors."""
     try:
         values = read_json(path, limit=CONFIG_LIMIT, parse_constant=_refuse_constant)
         if not isinstance(values, dict):
             raise ValueError(f"wanted an object, got {_brief(repr(values))}")
         if "sat_lora" not in values and "peft_type" in values:
             raise ValueError("no 'sat_lora' in it")
-        own = values.pop("sat_lora")
+        section = values.pop("sat_lora")
         values.pop("peft_type", None)
-        version = own["format_version"]
+        version = section["format_version"]
         if version != FORMAT_VERSION:
             raise AdapterError(f"{path}: format version {version!r}, this sat_lora reads {FORMAT_VERSION}")
-        if len(own["layers"]) > MOST_ENTRIES:
-            raise ValueError(f"{len(own['layers'])} layers, no more than {MOST_ENTRIES} are read")
-        layers = {name: _layer_entry(name, values) for name, values in own["layers"].items()}
-        fingerprint = str(own["base_fingerprint"])
-        trained = _strings(own["trained"])
-        base = BaseIdentity.from_dict(fingerprint, own["base"]) if "base" in own else None
+        if len(section["layers"]) > MOST_ENTRIES:
+            raise ValueError(f"{len(section['layers'])} layers, no more than {MOST_ENTRIES} are read")
+        layers = {name: _layer_entry(name, values) for name, values in section["layers"].items()}
+        fingerprint = str(section["base_fingerprint"])
+        trained = _strings(section["trained"])
+        base = BaseIdentity.from_dict(fingerprint, section["base"]) if "base" in section else None
     except (OSError, ValueError, AttributeError, LookupError, TypeError, RecursionError) as error:
         problem = stand_in(path) or _brief(_cause(error))
         advice = _advice(path.parent)
@@ -303,7 +307,7 @@ def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _holes(path: Path) -> str | None:
-    """Return whether most of a large file was never written, as a clause: tensors of it would be zeros of any size."""
+    """Return, as a clause, that most of a large file was never written (its tensors would be zeros); else None."""
     about = path.stat()
     says_nothing = about.st_blocks == 0  # some network file systems
     if says_nothing or about.st_size < HOLES_FROM or about.st_blocks * 512 * HOLES_SHARE > about.st_size:
@@ -326,7 +330,7 @@ def _cause(error: Exception) -> str:
 
 
 def _brief(text: str) -> str:
-    """Return a damaged file may put anything of any length into a message."""
+    """Return the text, shortened: a damaged file may put anything of any length into a message."""
     return text if len(text) <= 500 else text[:500] + " ..."
 
 

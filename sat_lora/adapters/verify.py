@@ -38,20 +38,22 @@ Item = TypeVar("Item")
 
 
 class NamedProgress(Protocol):
-    """Goes through a collection and shows how far that is, under what is done with it."""
+    """A function that goes through a collection and shows how far that is, under what is done with it."""
 
-    def __call__(self, items: Collection[Item], what: str) -> Iterable[Item]: ...
+    def __call__(self, items: Collection[Item], what: str) -> Iterable[Item]:
+        """Yield the items; `what` is done with each."""
+        ...
 
 
 @dataclass(frozen=True)
 class Verification:
     """What came out of comparing a merged folder with its base and adapter."""
 
-    lost: float
+    merge_error: float
     """|merged - (base + adapter)| / |(base + adapter) - base| over the logits: 0 where they agree, 1 where nothing
     was merged."""
     dtype: torch.dtype
-    """Of most of the merged weights."""
+    """The dtype of most of the merged weights."""
     is_measurable: bool
     """Whether the adapter changes the logits by more than float32 may err."""
     problems: tuple[str, ...]
@@ -69,8 +71,9 @@ def verify_merge(
     progress: NamedProgress = lambda items, what: items,
     tell: Callable[[str], None] = lambda line: None,
 ) -> Verification:
-    """Compare on the logits of one image and a few words, and weight by weight. Holds one model at a time, in float32.
+    """Return how a merged folder compares with its base and adapter, on logits and weight by weight.
 
+    The logits are those of one image and a few words. One model at a time is held, in float32.
     trust: of the base, see `map_weights`. any_base: see `load_adapter`. progress: goes through modules and names of
     weights under what is done with them. tell: is told what begins.
     """
@@ -80,22 +83,22 @@ def verify_merge(
     load_adapter(model, adapter, any_base=any_base)
     batch = sample_batch(config)
     mixins = lora_mixins(model).values()
-    together = _logits(model, batch)
+    beside = _logits(model, batch)
     for mixin in mixins:
         mixin.disable()
-    plain = _logits(model, batch)
+    of_base = _logits(model, batch)
     for mixin in mixins:
         mixin.enable()
         mixin.merge(keep_original=False)
-    error = float32_error(config) * together.norm().item()
+    error = float32_error(config) * beside.norm().item()
     problems = []
     in_weights = _logits(model, batch)
-    if (in_weights - together).norm().item() > error:
+    if (in_weights - beside).norm().item() > error:
         problems.append("the deltas in the weights give other logits than beside them")
     tell("2 of 3, the merged weights, each by each")
     files = BaseWeights(merged)
     dtype = dtype_of(files)
-    wrong = take_weights(model, files, coarsest_dtype(adapter), partial(progress, what="comparing weights"))
+    wrong = load_merged_weights(model, files, coarsest_dtype(adapter), partial(progress, what="comparing weights"))
     if wrong:
         some = ", ".join(wrong[:4]) + (f" and {len(wrong) - 4} more" if len(wrong) > 4 else "")
         problems.append(f"not base plus adapter, rounded once: {some}")
@@ -105,23 +108,23 @@ def verify_merge(
     loaded = _logits(_load(merged, progress=partial(progress, what="loading the merged model"))[0], batch)
     if (loaded - of_files).norm().item() > error:
         problems.append("the folder computes something else with its weights, by its config")
-    loss = (loaded - together).norm().item()
-    effect = (together - plain).norm().item()
+    loss = (loaded - beside).norm().item()
+    effect = (beside - of_base).norm().item()
     return Verification(loss / effect if effect else float(loss > error), dtype, effect > error, tuple(problems))
 
 
 def coarsest_dtype(adapter: str | Path) -> torch.dtype:
-    """Return the dtype of an adapter's tensors; where they have several, the coarsest."""
+    """Return the dtype of an adapter's tensors; the coarsest where they have several."""
     return max((tensor.dtype for tensor in read_adapter(adapter).tensors.values()), key=lambda d: torch.finfo(d).eps)
 
 
-def take_weights(
+def load_merged_weights(
     model: torch.nn.Module,
     files: BaseWeights,
     adapter_dtype: torch.dtype,
     progress: Progress[str] = iter,
 ) -> list[str]:
-    """Put the weights of the files into a float32 model that has the merged ones; the names of those that are wrong.
+    """Put the weights of the files into a float32 model that has the merged ones; return the names of wrong ones.
 
     Right is the value nearest to the model's in the dtype of the file, but for what two ways to compute the model's
     differ by (`_difference`), which may put them on two sides of the middle between two values.
@@ -145,7 +148,7 @@ def take_weights(
 
 
 def _difference(merged: torch.Tensor, adapter: LoraAdapter, adapter_eps: float) -> torch.Tensor:
-    """By how much two computations of a merged weight may differ, element by element.
+    """Return by how much two computations of a merged weight may differ, element by element: a tensor of its shape.
 
     Two float32 sums of r products and W: 2 (r + 2) u (|W| + |s| |B| |A|). DoRA's factor g is computed in the adapter's
     dtype, here in float32: four roundings of half an eps, in W A, in the norm, in the quotient and in what it is for.
@@ -161,7 +164,7 @@ def _difference(merged: torch.Tensor, adapter: LoraAdapter, adapter_eps: float) 
 
 
 def float32_error(config: dict[str, Any]) -> float:
-    """By how much the logits of a model of these sizes may err in float32, as a share of their norm.
+    """Return by how much the logits of a model of these sizes may err in float32, as a share of their norm.
 
     Each product of matrices sums n products, whose roundings add up to sqrt(n) u (Higham and Mary, SIAM J. Sci. Comput.
     41(5), 2019); a layer has six of them one after the other, and what one errs by is passed on undamped.
@@ -182,11 +185,11 @@ def dtype_of(weights: BaseWeights) -> torch.dtype:
 
 
 def sample_batch(config: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """Return one row for a model of these sizes: BOS, a seeded image, eight words."""
+    """Return a batch of one row for a model of these sizes: BOS, a seeded image, eight words."""
     generator = torch.Generator().manual_seed(0)
     places = config["image_length"] + 2
-    words = 8
-    ids = torch.randint(1, config["vocab_size"], (1, 1 + places + words), generator=generator)
+    text_tokens = 8
+    ids = torch.randint(1, config["vocab_size"], (1, 1 + places + text_tokens), generator=generator)
     embed, vision, patches = (torch.zeros_like(ids) for _ in range(3))
     embed[0, 1 : places + 1] = 1
     vision[0, 1:places] = 1

@@ -23,7 +23,7 @@ LARGEST = 2**31 - 1
 
 
 def missing_sizes(config: dict) -> list[str]:
-    """The sizes that a CogVLM cannot be built without."""
+    """Return the names of the sizes that a CogVLM cannot be built without."""
     vit = config.get("eva_args", {})
     of_vit = REQUIRED_OF_VIT - vit.keys() if isinstance(vit, dict) and "eva_args" in config else ()
     whole = [*sorted(REQUIRED - config.keys()), *sorted(REQUIRED_BY_SAT - config.keys())]
@@ -31,7 +31,7 @@ def missing_sizes(config: dict) -> list[str]:
 
 
 def size_problems(config: dict) -> list[str]:
-    """What is wrong with the sizes that are there, each as `name value, wanted ...`."""
+    """Return what is wrong with the sizes that are there, each as `name value, wanted ...`."""
     vit = config.get("eva_args", {})
     if not isinstance(vit, dict):
         return [*_problems(config, ""), f"eva_args is {_shown(vit)}, wanted an object"]
@@ -39,7 +39,7 @@ def size_problems(config: dict) -> list[str]:
 
 
 def head_problems(config: dict) -> list[str]:
-    """Where the heads do not divide the hidden size, of a config with both in it, which `size_problems` found right."""
+    """Return where the heads do not divide the hidden size; both sizes have to be there and right."""
     sections = {"": config, "eva_args.": config["eva_args"]}
     return [
         f"{prefix}hidden_size {sizes['hidden_size']} does not divide by {prefix}num_attention_heads "
@@ -50,8 +50,10 @@ def head_problems(config: dict) -> list[str]:
 
 
 def image_length_problem(config: dict) -> str | None:
-    """Where the text has not as many places for an image as it has patches, which then would take those of the next
-    image; of a config that `missing_sizes` and `size_problems` found right.
+    """Return how the text's places for an image are not as many as its patches; None if they are.
+
+    Patches without a place would take those of the next image. The config is one that `missing_sizes` and
+    `size_problems` found right.
     """
     size = config["eva_args"]["image_size"]
     patch = config["eva_args"]["patch_size"]

@@ -37,8 +37,9 @@ def read_pointer(pointer: Path) -> int | None:
 
 
 def follow(path: str | Path) -> Path:
-    """Return the folder of a step that `path` means: the latest for ROOT, that of the pointer for ROOT/best; else
-    `path`.
+    """Return the folder of a step that `path` means: ROOT/400 for ROOT, or for a pointer such as ROOT/best.
+
+    Any other path is returned as it is.
     """
     path = Path(path)
     pointer = path / LATEST if path.is_dir() else path

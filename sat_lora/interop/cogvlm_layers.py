@@ -21,7 +21,7 @@ def is_fused(name: str) -> bool:
 
 
 def kind_named(name: str, rows: int) -> str | None:
-    """Return the name of the layer's kind (see `lora.deltas.layers`), None for a layer without one.
+    """Return the name of the layer's kind (see `lora.deltas.layers`); None for a layer without one.
 
     rows: the first size of its weight.
     """

@@ -45,9 +45,9 @@ def export_to_peft(
     """Write OUT, a PEFT adapter folder whose delta on Hugging Face's CogVLM is that of the adapter.
 
     base: SAT folder of the base, needed where PEFT's file holds values that the adapter does not have: DoRA on some of
-    q, k, v, and a module of which only some parameters were trained. Raises AdapterError lists everything that PEFT
-    cannot hold; CheckpointError: base is no model folder. any_base: take one that it was not trained on. progress: goes
-    through the layers, as tqdm does.
+    q, k, v, and a module of which only some parameters were trained. any_base: take one that it was not trained on.
+    progress: goes through the layers, as tqdm does.
+    Raises one AdapterError that lists everything that PEFT cannot hold, and CheckpointError if base is no model folder.
     """
     out = Path(out)
     if out.exists():
@@ -117,7 +117,7 @@ def _parameters_of(module: str) -> list[str]:
 def _layer_tensors(
     name: str, entry: LayerEntry, stacked: dict, state: Mapping[str, torch.Tensor] | None
 ) -> dict[str, torch.Tensor]:
-    """PEFT's tensors of one layer by name."""
+    """Return PEFT's tensors of one layer by name."""
     a, b = (stacked[leaf] for leaf in PAIR)
     leaves = peft_format.LEAVES
     if entry.slots:
@@ -136,12 +136,12 @@ def _layer_tensors(
         magnitude = None if magnitude is None else magnitude.view(1, -1, 1, 1)
     elif entry.kind in ("embedding", "vocab"):
         leaves = peft_format.EMBEDDING_LEAVES
-    found = {**dict(zip(leaves, (a, b))), **({} if magnitude is None else {peft_format.MAGNITUDE: magnitude})}
-    return {f"{peft_format.PREFIX}{hf_name(name)}.{leaf}": tensor.contiguous() for leaf, tensor in found.items()}
+    leaf_tensors = {**dict(zip(leaves, (a, b))), **({} if magnitude is None else {peft_format.MAGNITUDE: magnitude})}
+    return {f"{peft_format.PREFIX}{hf_name(name)}.{leaf}": tensor.contiguous() for leaf, tensor in leaf_tensors.items()}
 
 
 def _block_diagonal(entry: LayerEntry, b: torch.Tensor) -> torch.Tensor:
-    """B (rows of all slots, r) as (out, slots * r), zero where no slot or another slot is."""
+    """Return B (rows of all slots, r) as (out, slots * r), zero where no slot or another slot is."""
     sizes = [stop - start for start, stop in entry.rows]
     whole = b.new_zeros(len(SLOTS) * sizes[0], len(entry.slots) * entry.r)
     for number, ((start, stop), part) in enumerate(zip(entry.rows, b.split(sizes))):

@@ -87,7 +87,10 @@ class LoraMixin(mixin.LoraMixin):
         qlora: bool = False,
         cross_attention: bool = True,
     ):
-        """layer_range: numbers of the adapted layers, all `layer_num` if None. Attached by `reinit`, as in SAT."""
+        """Keep the arguments; the mixin is attached by `reinit`, as in SAT.
+
+        layer_range: numbers of the adapted layers, all `layer_num` if None.
+        """
         layers = _layer_numbers(layer_num, layer_range)
         problems = [*_problems(r, layers, qlora)]
         if problems:
@@ -137,6 +140,7 @@ class LoraMixin(mixin.LoraMixin):
         self.adapters = nn.ModuleDict()
 
     def unmerge(self) -> None:
+        """Take the deltas out of the weights again, with the adapters that `merge_lora` has put away."""
         self._bring_back()
         super().unmerge()
 
@@ -157,7 +161,7 @@ class LoraMixin(mixin.LoraMixin):
             model.collect_hooks_()  # add_mixin did so before `reinit`, when this was not known
 
     def _targets_in(self, model: BaseModel) -> dict[str, Target]:
-        """SAT's targets, by name, with r and the scale as they were given."""
+        """Return SAT's targets, by name, with r and the scale as they were given."""
         layers = model.transformer.layers
         sites = {id(site.module): site for site in find_sites(model).values()}
         outside = sorted(number for number in self.layer_range if not 0 <= number < len(layers))

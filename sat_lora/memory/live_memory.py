@@ -12,9 +12,9 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):
-    """A context that counts, in `now` and `peak`, the bytes of the storages that operations return, until they are
-    freed.
+    """A context that counts, in `now` and `peak`, the bytes of the storages that operations return.
 
+    Each storage counts once, until it is freed.
     known: tensors that are not counted, nor are views of them. Works on fake tensors too; on "meta" none counts. Memory
     that a kernel takes and gives back within one operation is not seen; on CUDA ask `torch.cuda.max_memory_allocated`.
     """

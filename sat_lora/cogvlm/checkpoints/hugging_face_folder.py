@@ -77,7 +77,7 @@ _REQUIRED_OF_VIT = (*(name for name in _REQUIRED if name != "vocab_size"), "in_c
 
 
 class HuggingFaceFolder:
-    """A CogVLM checkpoint in safetensors. CheckpointError: it is incomplete, damaged, or of another model."""
+    """A CogVLM checkpoint in safetensors. Raises CheckpointError if it is incomplete, damaged, or of another model."""
 
     saved_ranks = 1
 
@@ -85,22 +85,22 @@ class HuggingFaceFolder:
         self.path = Path(folder)
 
     def config(self) -> dict:
-        """The sizes in config.json, as SAT's model_config.json has them."""
+        """Return the sizes in config.json, as SAT's model_config.json has them."""
         path = self.path / CONFIG
         content = read_object(path)
         vision = content.get("vision_config")
         vision = vision if isinstance(vision, dict) else {}
         problems = [f"no {name}" for name in _SIZES.values() if name not in content]
         problems += [f"no vision_config.{name}" for name in (*_VIT_SIZES.values(), "image_size") if name not in vision]
-        for section, name, wanted in ((content, "hidden_act", "silu"), (vision, "hidden_act", "gelu")):
-            if section.get(name, wanted) != wanted:
-                problems.append(f"{name} {section[name]!r} where CogVLM has {wanted!r}")
+        for section, name, value in ((content, "hidden_act", "silu"), (vision, "hidden_act", "gelu")):
+            if section.get(name, value) != value:
+                problems.append(f"{name} {section[name]!r} where CogVLM has {value!r}")
         if not problems:
             problems = [*_not_counts(content, _SIZES), *_not_counts(vision, {**_VIT_SIZES, "image_size": "image_size"})]
         problems += _other_networks(content)
         if problems:
             raise CheckpointError(f"{path} is not the config of a CogVLM: {'; '.join(problems)}")
-        vit = {name: vision[theirs] for name, theirs in _VIT_SIZES.items()}
+        vit = {name: vision[hf_key] for name, hf_key in _VIT_SIZES.items()}
         side = vision["image_size"]
         patches = (side // vision["patch_size"]) ** 2
         if vision["num_positions"] != patches + 1:
@@ -111,7 +111,7 @@ class HuggingFaceFolder:
         tokens = {name: content[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in content}
         config = {
             "model_class": "CogVLMModel",
-            **{name: content[theirs] for name, theirs in _SIZES.items()},
+            **{name: content[hf_key] for name, hf_key in _SIZES.items()},
             **_COMMON,
             "layernorm_order": "pre",
             "use_bias": False,
@@ -125,31 +125,31 @@ class HuggingFaceFolder:
         return config
 
     def check(self, state: dict[str, torch.Tensor]) -> None:
-        """Nothing: whether all files are there is seen where they are named."""
+        """Do nothing: whether all files are there is seen where they are named."""
 
     def own_config(self) -> dict:
-        """The content of config.json."""
+        """Return the content of config.json."""
         return read_object(self.path / CONFIG)
 
     def files(self) -> list[Path]:
-        """The safetensors files, as the index names them, or the one there is."""
+        """Return the safetensors files, as the index names them, or the only one."""
         if not (self.path / INDEX).is_file():
             return [self.path / SINGLE]
         return [self.path / name for name in sorted(set(self._places().values()))]
 
     def map(self, rank: int = 0) -> dict[str, torch.Tensor]:
-        """Every tensor, mapped, by its name in SAT; what has none there keeps its own."""
+        """Return every tensor, mapped, by its name in SAT; one that has none there keeps its own."""
         state = {sat_name(n) or n: tensor for n, tensor in self._tensors.items() if not n.endswith(_COMPUTED)}
         return state if self._frequencies is None else {**state, ROTARY: self._frequencies}
 
     def own_name(self, name: str) -> str | None:
-        """What a SAT parameter is called in the files; None for one that is computed."""
+        """Return what a SAT parameter is called in the files; None for one that is computed."""
         return _FREQUENCIES.format(0) if name == ROTARY and self._frequencies is not None else hf_name(name)
 
     @cached_property
     def _tensors(self) -> dict[str, torch.Tensor]:
         """Every tensor, mapped, by its own name."""
-        found: dict[str, torch.Tensor] = {}
+        all_tensors: dict[str, torch.Tensor] = {}
         for file in self.files():
             tensors = _map_tensors(file)
             if (self.path / INDEX).is_file():
@@ -158,8 +158,8 @@ class HuggingFaceFolder:
                     raise CheckpointError(
                         f"{file} lacks {_some(lost)}, which {self.path / INDEX} says are there; download again"
                     )
-            found |= tensors
-        return found
+            all_tensors |= tensors
+        return all_tensors
 
     @cached_property
     def _frequencies(self) -> torch.Tensor | None:
@@ -177,7 +177,7 @@ class HuggingFaceFolder:
         return next(iter(copies.values()), None)
 
     def _places(self) -> dict[str, str]:
-        """Parameter name to file name, from the index; each file has to be there."""
+        """Return file names by parameter name, from the index; each file has to be there."""
         index = self.path / INDEX
         places = read_object(index).get("weight_map")
         if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
@@ -199,7 +199,7 @@ class HuggingFaceFolder:
 
 
 def _other_networks(content: dict) -> Iterator[str]:
-    """What config.json asks for and CogVLM's code does not do."""
+    """Yield, as sentences, what config.json asks for and CogVLM's code does not do."""
     rope = content.get("rope_parameters")
     rope = rope if isinstance(rope, dict) else {}
     for name, value in (("rope_theta", content.get("rope_theta")), ("rope_theta", rope.get("rope_theta"))):
@@ -220,7 +220,7 @@ def _other_networks(content: dict) -> Iterator[str]:
 
 
 def has_base(frequencies: torch.Tensor, base: float) -> bool:
-    """Whether rotary frequencies (head_dim / 2,) are those of that base, within what their dtype rounds away."""
+    """Return whether rotary frequencies (head_dim / 2,) are those of that base, within their dtype's rounding."""
     exponents = torch.arange(frequencies.numel(), dtype=torch.float64) / max(1, frequencies.numel())
     tolerance = max(torch.finfo(frequencies.dtype).eps, 1e-5)  # some computed the powers in float32
     return torch.allclose(frequencies.double(), base**-exponents, rtol=tolerance, atol=1e-7)
@@ -241,11 +241,11 @@ def _map_tensors(file: Path) -> dict[str, torch.Tensor]:
 
 
 def _not_counts(section: dict, names: dict[str, str]) -> list[str]:
-    """The sizes in a section of config.json that are no whole numbers above 0; epsilons are looked at elsewhere."""
-    wrong = {theirs: section[theirs] for theirs in names.values() if not theirs.endswith("_eps")}
+    """Return problems for the sizes of a section that are no whole numbers above 0, epsilons aside."""
+    counts = {name: section[name] for name in names.values() if not name.endswith("_eps")}
     return [
         f"{name} is {str(value)[:60]!r}, wanted a whole number above 0"
-        for name, value in wrong.items()
+        for name, value in counts.items()
         if type(value) is not int or value < 1
     ]
 
@@ -255,7 +255,7 @@ def _some(names: list[str]) -> str:
 
 
 def refuse_inexpressible(config: dict, frequencies: torch.Tensor) -> None:
-    """CheckpointError, with every reason why a SAT model is no CogVLM of Hugging Face, whose code fixes much.
+    """Raise CheckpointError with every reason why a SAT model is no CogVLM of Hugging Face, whose code fixes much.
 
     config: of SAT. frequencies: its rotary buffer, (head_dim / 2,).
     """
@@ -270,9 +270,9 @@ def refuse_inexpressible(config: dict, frequencies: torch.Tensor) -> None:
         name = f"rotary base {base:g}" if base != ROTARY_BASE else "rotary frequencies of another base"
         problems.append(f"{name} where the code has {ROTARY_BASE:g}")
     for section, prefix, fixed in ((config, "", _FIXED), (vit, "eva_args.", _VIT_FIXED)):
-        for name, wanted in fixed.items():
-            if name in section and section[name] != wanted and name not in _SAME_VALUES:
-                problems.append(f"{prefix}{name} {section[name]!r} where the code has {wanted!r}")
+        for name, value in fixed.items():
+            if name in section and section[name] != value and name not in _SAME_VALUES:
+                problems.append(f"{prefix}{name} {section[name]!r} where the code has {value!r}")
     for section, prefix in ((config, ""), (vit, "eva_args.")):
         heads = section["num_attention_heads"]
         size = section.get("hidden_size_per_attention_head")
@@ -304,23 +304,23 @@ def make_hugging_face_weights(
     own_config: dict | None = None,
     shard_bytes: int = 5 * 10**9,
 ) -> dict[str, torch.Tensor]:
-    """A Hugging Face folder of files of about `shard_bytes` each: its tensors by SAT's names, to be written to.
+    """Make a Hugging Face folder; return its tensors by SAT's names, to be written to.
 
-    The rotary frequencies (head_dim / 2,), a single buffer in SAT, are written here, one copy a layer.
-    config: of SAT. own_config: the content of a config.json whose entries are kept. CheckpointError: a name has no
-    counterpart, or see `refuse_inexpressible`.
+    Its files are of about `shard_bytes` each. The rotary frequencies (head_dim / 2,), a single buffer in SAT, are
+    written here, one copy a layer. config: of SAT. own_config: the content of a config.json whose entries are kept.
+    Raises CheckpointError if a name has no counterpart, and as `refuse_inexpressible` does.
     """
     folder = Path(folder)
     filled = 0
     shards: list[Layout] = [{}]
     refuse_inexpressible(config, frequencies)
-    stored = {name: one for name, one in layout.items() if not name.endswith(_COMPUTED)}
-    own_names = {name: own for name in stored if (own := hf_name(name)) is not None}
-    foreign = [name for name in stored if name not in own_names]
+    stored = {name: entry for name, entry in layout.items() if not name.endswith(_COMPUTED)}
+    hf_names = {name: hf for name in stored if (hf := hf_name(name)) is not None}
+    foreign = [name for name in stored if name not in hf_names]
     if foreign:
         raise CheckpointError(f"{', '.join(foreign[:8])}: no such parameter in a CogVLM of Hugging Face")
     buffers = [_FREQUENCIES.format(layer) for layer in range(config["num_layers"])]
-    entries = {own_names[name]: one for name, one in stored.items()}
+    entries = {hf_names[name]: entry for name, entry in stored.items()}
     entries |= dict.fromkeys(buffers, (tuple(frequencies.shape), frequencies.dtype))
     for name, (shape, dtype) in entries.items():
         size = math.prod(shape) * dtype.itemsize
@@ -346,7 +346,7 @@ def make_hugging_face_weights(
         content["dtype"] = dtype
     write_json(folder / CONFIG, content)
     write_json(folder / GENERATION_CONFIG, {"_from_model_config": True, **_tokens(content)})
-    return {name: tensors[own_names[name]] for name in stored}
+    return {name: tensors[hf_names[name]] for name in stored}
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -355,10 +355,10 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def hugging_face_config(config: dict) -> dict:
-    """config.json for the sizes in SAT's model_config.json: the reverse of `HuggingFaceFolder.config`."""
+    """Return the config.json for the sizes in SAT's model_config.json: the reverse of `HuggingFaceFolder.config`."""
     vit = {"max_sequence_length": config["image_length"] + 1, "layernorm_epsilon": 1e-6, **config["eva_args"]}
     defaults = {"max_sequence_length": 2048, "layernorm_epsilon": 1e-5, **config}
-    vision = {theirs: vit[name] for name, theirs in _VIT_SIZES.items()}
+    vision = {hf_key: vit[name] for name, hf_key in _VIT_SIZES.items()}
     vision |= {"num_positions": config["image_length"] + 1, "image_size": vit["image_size"][0]}
     template = TEMPLATES.get(str(config.get("text_processor_version")))
     configuration, modeling = (Path(name).stem for name in REMOTE_CODE[:2])
@@ -369,7 +369,7 @@ def hugging_face_config(config: dict) -> dict:
             "AutoConfig": f"{configuration}.CogVLMConfig",
             "AutoModelForCausalLM": f"{modeling}.CogVLMForCausalLM",
         },
-        **{theirs: defaults[name] for name, theirs in _SIZES.items()},
+        **{hf_key: defaults[name] for name, hf_key in _SIZES.items()},
         "hidden_act": "silu",
         "rope_theta": ROTARY_BASE,
         "tie_word_embeddings": False,

@@ -44,7 +44,7 @@ _NAMES = {
 
 
 def _table(names: dict[str, str]) -> list[tuple[re.Pattern, str]]:
-    """Patterns for a module's name or that of one of its parameters, with what to write instead."""
+    """Return (pattern, replacement) for a module's name or that of one of its parameters."""
     return [
         (re.compile(re.escape(old).replace(r"\{i\}", r"(\d+)") + r"(\.weight|\.bias)?"), new.replace("{i}", r"\1"))
         for old, new in names.items()
@@ -64,10 +64,10 @@ def _translate(name: str, table: list[tuple[re.Pattern, str]]) -> str | None:
 
 
 def hf_name(name: str) -> str | None:
-    """The Hugging Face name of a SAT module or parameter of CogVLM; None where there is none."""
+    """Return the Hugging Face name of a SAT module or parameter of CogVLM; None where there is none."""
     return _translate(name, _TO_HF)
 
 
 def sat_name(name: str) -> str | None:
-    """The SAT name of a Hugging Face module or parameter of CogVLM; None where there is none."""
+    """Return the SAT name of a Hugging Face module or parameter of CogVLM; None where there is none."""
     return _translate(name, _TO_SAT)

@@ -30,13 +30,13 @@ SUFFIXES = frozenset(
     ".jpg .jpeg .jpe .jfif .png .apng .webp .gif .bmp .dib .tif .tiff .ppm .pgm .pbm .pnm .pfm .jp2 .j2k .jpf .jpx "
     ".j2c .avif .qoi .ico .pcx .sgi .tga".split()
 )
-"""Of files that FORMATS can read, in lower case."""
+"""The suffixes of files that FORMATS can read, in lower case."""
 
 UNREAD_SUFFIXES = frozenset(
     ".heic .heif .hif .svg .svgz .psd .psb .xcf .kra .ai .eps .ps .pdf .wmf .emf .djvu .jxl .jxr .exr .hdr .dcm .dng "
     ".cr2 .cr3 .nef .arw .raf .orf .rw2 .raw .fits .cur .icns .dds .xpm .xbm .mpeg .mp4 .mov .avi .webm .mkv".split()
 )
-"""Of pictures and films that nothing here reads."""
+"""The suffixes of pictures and films that nothing here reads."""
 
 CONVERT = "convert it to PNG or JPEG"
 DAMAGED = "it is a damaged {} picture: write or copy it again"
@@ -52,16 +52,16 @@ _TURNS = {
 
 
 def file_limit(max_pixels: int = MAX_PIXELS) -> int:
-    """How many bytes a picture file may have: room for so many pixels of four channels of 16 bits, not packed."""
+    """Return how many bytes a picture file may have: room for so many pixels of four unpacked channels of 16 bits."""
     return 8 * max_pixels + 16 * MEBIBYTE
 
 
 def read_picture(source: str | Path | bytes, *, max_pixels: int = MAX_PIXELS, name: str | None = None) -> Image.Image:
-    """The picture in a file, or in a file's content, as an RGB image that `as_seen` gives.
+    """Return the picture in a file, or in a file's content, as an RGB image that `as_seen` gives.
 
     name: what an error calls it; None is the path. Only regular files of at most `file_limit(max_pixels)` bytes are
     opened, and nothing is decoded of a picture whose header tells of more than `max_pixels`.
-    DataError: it cannot be read, whatever the reason.
+    Raises DataError if it cannot be read, whatever the reason.
     """
     content = None
     try:
@@ -104,8 +104,9 @@ _ZEROS = 512  # bytes at the end of a compressed picture that no encoder writes
 
 
 def _check_end(file: BinaryIO, kind: str) -> None:
-    """ValueError if a compressed picture ends in zeros and not as it should: a download that did not end has left
-    them, and decoders make a picture of it.
+    """Raise ValueError if a compressed picture ends in zeros and not as it should.
+
+    A download that did not end has left them, and decoders make a picture of it.
     """
     if kind not in _END_MARKS:
         return
@@ -124,7 +125,7 @@ def _check_end(file: BinaryIO, kind: str) -> None:
 
 
 def _check_scans(file: BinaryIO) -> None:
-    """ValueError if a JPEG goes over its pixels more often than any program writes it; 14 bytes are one such scan."""
+    """Raise ValueError if a JPEG goes over its pixels more often than any program writes it: 14 bytes are one scan."""
     place = file.tell()
     file.seek(0)
     content = file.read()
@@ -151,9 +152,7 @@ def _built_formats() -> tuple[str, ...]:
 
 
 def suffix_of(content: bytes) -> str:
-    """The suffix of SUFFIXES that fits the content of a picture file; .png where it is none that can be read, which
-    whoever reads it says.
-    """
+    """Return the suffix of SUFFIXES that fits the content of a picture file; .png where no decoder reads it."""
     try:
         with _limited_pillow(MAX_PIXELS), Image.open(io.BytesIO(content), formats=_built_formats()) as image:
             suffixes = {"JPEG": ".jpg", "MPO": ".jpg", "JPEG2000": ".jp2", "TIFF": ".tif"}
@@ -164,8 +163,9 @@ def suffix_of(content: bytes) -> str:
 
 @contextmanager
 def _limited_pillow(max_pixels: int) -> Iterator[None]:
-    """Pillow with that limit for pictures inside of pictures (icons), and without its warnings: of metadata, which no
-    viewer minds either, and of the limit.
+    """Let Pillow have that limit inside, for pictures inside of pictures (icons) too, and no warnings.
+
+    It warns of the limit, and of metadata, which no viewer minds either.
     """
     before = Image.MAX_IMAGE_PIXELS
     with warnings.catch_warnings():
@@ -183,7 +183,7 @@ _MARKS = (
     (0, b"\xff\x4f\xff\x51", "JPEG 2000"), (0, b"qoif", "QOI"), (0, b"\0\0\1\0", "ICO"), (0, b"\x01\xda", "SGI"),
     (0, b"\x0a\x05\x01", "PCX"),
 )  # fmt: skip
-"""(place, bytes, name) of formats that are read."""
+"""The marks (place, bytes, name) of formats that are read."""
 
 _OTHERS = (
     (0, b"\xff\x0a", "a JPEG XL picture"), (0, b"\0\0\0\x0cJXL ", "a JPEG XL picture"),
@@ -198,7 +198,7 @@ _OTHERS = (
     (0, b"\0\0\1\xba", "a film"), (0, b"\0\0\1\xb3", "a film"), (0, b"FLV\1", "a film"), (8, b"WAVE", "a sound"),
     (0, b"ID3", "a sound"), (0, b"\x93NUMPY", "a NumPy array"),
 )  # fmt: skip
-"""The same of what is not read."""
+"""The marks of what is not read."""
 
 _BRANDS = {
     "AVIF": b"avif avis avio", "HEIC": b"heic heix heim heis hevc hevx hevm hevs", "raw": b"crx ",
@@ -209,32 +209,35 @@ _HEIF = (b"mif1", b"mif2", b"msf1", b"miaf", b"heif")
 
 
 def _kind_by_mark(content: bytes) -> str | None:
-    """The format of _MARKS, or AVIF, that a file begins as; None if it is none."""
-    known = next((name for place, mark, name in _MARKS if content.startswith(mark, place)), None)
-    return known or ("AVIF" if _brand(content) == "AVIF" else None)
+    """Return the format of _MARKS, or AVIF, that a file begins as; None if it is none."""
+    kind = next((name for place, mark, name in _MARKS if content.startswith(mark, place)), None)
+    return kind or ("AVIF" if _brand(content) == "AVIF" else None)
 
 
 def _brand(content: bytes) -> str | None:
-    """Of _BRANDS, or HEIF where a file does not say which of both it is, or an unknown one; None if it has no brand."""
+    """Return the name in _BRANDS of a file of ISO's container; HEIF where it does not say which of both it is.
+
+    It is "unknown" for another brand, and None where there is no brand.
+    """
     if content[4:8] != b"ftyp":
         return None
     end = min(len(content), max(16, int.from_bytes(content[:4], "big")))
     brands = [content[8:12], *(content[place : place + 4] for place in range(16, min(end, 96), 4))]
     for brand in brands:
-        known = next((name for name, listed in _BRANDS.items() if len(brand) == 4 and brand in listed), None)
-        if known is not None:
-            return known
+        kind = next((name for name, listed in _BRANDS.items() if len(brand) == 4 and brand in listed), None)
+        if kind is not None:
+            return kind
     return "HEIF" if any(brand in _HEIF for brand in brands) else "unknown"
 
 
 def _kind_of_content(content: bytes) -> str:
-    """What a file that no decoder takes seems to be, by its first bytes, and what to do."""
+    """Return what a file that no decoder takes seems to be, by its first bytes, and what to do."""
     text = content.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if not content:
         return "an empty file; write or copy it again"
     if content.strip(b"\0") == b"":
         return "all zeros; write or copy it again"
-    for marks, words in (
+    for marks, kind_and_advice in (
         ((b"version https://git-lfs",), "a pointer of git lfs; fetch the file itself with `git lfs pull`"),
         ((b"<svg",), f"an SVG drawing; {CONVERT}"),
         ((b"<!doctype html", b"<html"), "a web page; fetch the picture itself"),
@@ -243,11 +246,12 @@ def _kind_of_content(content: bytes) -> str:
         ((b"ivborw0kggo", b"/9j/", b"r0lgod", b"uklgr"), "a picture as text (base64); write its bytes to a file"),
     ):
         if text.startswith(marks):
-            return words
+            return kind_and_advice
     if b"<svg" in text:
         return f"an SVG drawing; {CONVERT}"
-    if other := next((words for place, mark, words in _OTHERS if content.startswith(mark, place)), None):
-        return f"{other}; {CONVERT}"
+    unread = next((name for place, mark, name in _OTHERS if content.startswith(mark, place)), None)
+    if unread is not None:
+        return f"{unread}; {CONVERT}"
     if (brand := _brand(content)) is not None:
         by_brand = {
             "AVIF": DAMAGED[len("it is ") :].format("AVIF"),
@@ -268,40 +272,44 @@ def _kind_of_content(content: bytes) -> str:
         return "a picture behind bytes that do not belong to it; copy it again"
     if all(byte in b"\t\n\r" or 32 <= byte < 127 for byte in content):
         begin = printable(content.decode().strip().split("\n")[0][:60])
-        words = f"text that begins {begin!r}; fetch the picture itself" if begin else "white space; copy it again"
-        return f"of no format that is read, but {words}"
+        kind_and_advice = (
+            f"text that begins {begin!r}; fetch the picture itself" if begin else "white space; copy it again"
+        )
+        return f"of no format that is read, but {kind_and_advice}"
     return f"of no format that is read ({', '.join(FORMATS)}); {CONVERT}"
 
 
 def as_seen(image: Image.Image, *, grey_step: int = 1) -> Image.Image:
-    """The picture that people see, as an RGB image: turned as its EXIF data says, 16 and 32 bits brought to 8, colours
-    of another profile brought to sRGB, what is transparent white. The first frame of an animation. A plain RGB, grey
-    or palette picture gives what Pillow's `convert("RGB")` gives.
+    """Return the picture that people see, as an RGB image.
+
+    It is turned as its EXIF data says, 16 and 32 bits are brought to 8, colours of another profile to sRGB, and what is
+    transparent is white. Of an animation it is the first frame. A plain RGB, grey or palette picture gives what
+    Pillow's `convert("RGB")` gives.
 
     On a white ground white letters are lost: where everything that can be seen is white, the ground is black.
     grey_step: the values that lie between two grey levels of a picture of fewer than 8 bits, see `_grey_step`.
     """
     colours = _colour_change(image)
     levels = _levels(image)
-    seen, has_ground = _on_ground(image, 255, colours, levels, grey_step)
-    if has_ground and min(low for low, _ in seen.getextrema()) >= 250:
-        seen, _ = _on_ground(image, 0, colours, levels, grey_step)
+    picture, has_ground = _on_ground(image, 255, colours, levels, grey_step)
+    if has_ground and min(low for low, _ in picture.getextrema()) >= 250:
+        picture, _ = _on_ground(image, 0, colours, levels, grey_step)
     turn = _TURNS.get(_orientation(image))
-    return seen if turn is None else seen.transpose(turn)
+    return picture if turn is None else picture.transpose(turn)
 
 
 def _on_ground(image, ground: int, colours, levels, grey_step: int) -> tuple[Image.Image, bool]:
-    """(the picture in RGB before a grey ground, whether that shows anywhere and does not show everywhere).
+    """Return (the picture in RGB before a grey ground, whether that shows anywhere and does not show everywhere).
 
-    Band by band, so that a large picture is in memory twice and not five times.
+    It is made band by band, so that a large picture is in memory twice and not five times.
     """
     width, height = image.size
     rows = max(1, _BAND // max(1, width))
-    seen = Image.new("RGB", image.size) if rows < height else None
+    picture = Image.new("RGB", image.size) if rows < height else None
     lightest = 0
     darkest = 255
     for top in range(0, height, rows):
-        band = image if seen is None else image.crop((0, top, width, min(height, top + rows)))
+        band = image if picture is None else image.crop((0, top, width, min(height, top + rows)))
         colour, alpha = _colour_and_alpha(band, levels, grey_step)
         colour = colours(colour) if colours else colour.convert("RGB")
         if alpha is not None:
@@ -309,15 +317,15 @@ def _on_ground(image, ground: int, colours, levels, grey_step: int) -> tuple[Ima
             darkest = min(darkest, low)
             lightest = max(lightest, high)
             colour = Image.composite(colour, Image.new("RGB", colour.size, (ground,) * 3), alpha)
-        if seen is None:
-            seen = colour
+        if picture is None:
+            picture = colour
         else:
-            seen.paste(colour, (0, top))
-    return seen, darkest < 255 and lightest > 0
+            picture.paste(colour, (0, top))
+    return picture, darkest < 255 and lightest > 0
 
 
 def _colour_and_alpha(image: Image.Image, levels, grey_step: int) -> tuple[Image.Image, Image.Image | None]:
-    """(the colours without transparency, alpha: mode L, or None where nothing is transparent)."""
+    """Return (the colours without transparency, alpha: mode L, or None where nothing is transparent)."""
     transparent = image.info.get("transparency")
     if levels is not None:
         values = numpy.asarray(image)
@@ -347,8 +355,9 @@ def _mask(is_visible: numpy.ndarray) -> Image.Image:
 
 
 def _grey_step(image: Image.Image) -> int:
-    """What Pillow multiplies the values of a grey PNG with, but not the one that means transparent. It has to be asked
-    before the picture is loaded.
+    """Return what Pillow multiplies the values of a grey PNG with, but not the one that means transparent.
+
+    It has to be asked before the picture is loaded.
     """
     raw_mode = image.tile[0][3] if image.format == "PNG" and image.tile else None
     steps: dict[str | None, int] = {"L;2": 85, "L;4": 17}
@@ -356,7 +365,7 @@ def _grey_step(image: Image.Image) -> int:
 
 
 def _levels(image: Image.Image) -> tuple[float, float] | None:
-    """The values of black and white in a picture of more than 8 bits a grey value; None for any other.
+    """Return the values of black and white in a picture of more than 8 bits a grey value; None for any other.
 
     They are what the format says of 12 and 16 bits. 32 bits are used in many ways: the first of [0, 1] (floating point
     alone), [0, 255] and [0, 65535] that holds all values, else from the lowest to the highest.
@@ -404,7 +413,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _colour_change(image: Image.Image) -> Callable[[Image.Image], Image.Image] | None:
-    """What brings the picture's colours to sRGB; None where they are, or where nobody knows what they are."""
+    """Return what brings the picture's colours to sRGB; None if they are, or nobody knows what they are."""
     profile = image.info.get("icc_profile")
     mode = {"1": "L", "LA": "L", "La": "L", "CMYK": "CMYK", "LAB": "LAB"}.get(image.mode, "RGB")
     if image.mode.startswith(("I", "F")) or image.mode == "L":
@@ -423,8 +432,10 @@ def _colour_change(image: Image.Image) -> Callable[[Image.Image], Image.Image] |
 
 @lru_cache(maxsize=32)
 def _to_srgb(profile: bytes | None, mode: str) -> Callable[[Image.Image], Image.Image] | None:
-    """From an ICC profile (None: CIE L*a*b*); None where that changes no value by more than 2 of 255, and for a profile
-    that is damaged, or is of another kind of colours than the picture has: viewers pass over those as well.
+    """Return what brings colours of an ICC profile (None: CIE L*a*b*) to sRGB.
+
+    It is None where that changes no value by more than 2 of 255, and for a profile that is damaged, or is of another
+    kind of colours than the picture has: viewers pass over those as well.
     """
     try:
         from PIL import ImageCms
@@ -436,7 +447,9 @@ def _to_srgb(profile: bytes | None, mode: str) -> Callable[[Image.Image], Image.
             steps = numpy.arange(0, 256, 17 if mode == "L" else 51, dtype=numpy.uint8)
             colours = steps[:, None] if mode == "L" else numpy.stack(numpy.meshgrid(steps, steps, steps), -1)
             probe = Image.fromarray(colours.reshape(1, -1, 3) if mode == "RGB" else colours.reshape(1, -1))
-            before, after = (numpy.asarray(one, numpy.int16) for one in (probe.convert("RGB"), transform.apply(probe)))
+            before, after = (
+                numpy.asarray(colour, numpy.int16) for colour in (probe.convert("RGB"), transform.apply(probe))
+            )
             if abs(after - before).max() <= 2:
                 return None
     except Exception:  # of littlecms, where Pillow was built with it
@@ -445,7 +458,10 @@ def _to_srgb(profile: bytes | None, mode: str) -> Callable[[Image.Image], Image.
 
 
 def _gamma_change(gamma: object) -> Callable[[Image.Image], Image.Image] | None:
-    """By the gAMA chunk of a PNG: the exponent of the encoding, 1 / 2.2 for sRGB. libpng passes over 5 % as well."""
+    """Return what brings colours to sRGB by the gAMA chunk of a PNG; None if it changes less than 5 %, as in libpng.
+
+    gamma: the exponent of the encoding, 1 / 2.2 for sRGB.
+    """
     if not isinstance(gamma, float) or not 0.05 < gamma < 20 or abs(gamma * 2.2 - 1) < 0.05:
         return None
     table = [round(255 * (value / 255) ** (1 / (gamma * 2.2))) for value in range(256)]

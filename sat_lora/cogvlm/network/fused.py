@@ -18,7 +18,7 @@ BLOCK = 1024  # elements of one program
 
 
 def rotary(mixed: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, head_dim: int) -> tuple[torch.Tensor, ...]:
-    """q, k and v (batch, heads, seq, head_dim) of fused (batch, seq, 3 heads head_dim), with q and k turned.
+    """Return q, k and v (batch, heads, seq, head_dim) of fused (batch, seq, 3 heads head_dim), q and k turned.
 
     cos, sin: (batch, 1, seq, head_dim / 2), in the dtype of `mixed`.
     """
@@ -29,7 +29,7 @@ def rotary(mixed: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, head_dim: 
 
 
 def silu_mul(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """SiLU(gate) * up, both of one shape."""
+    """Return SiLU(gate) * up, both of one shape."""
     return _SiluMul.apply(gate, up) if _has_kernels(gate) else F.silu(gate) * up
 
 
@@ -106,7 +106,7 @@ def _has_kernels(tensor: torch.Tensor) -> bool:
 
 
 def _device(tensor: torch.Tensor):
-    """Triton launches on the current device, whatever its tensors are on."""
+    """Return a context in which Triton launches on the tensor's device: by itself it takes the current one."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
