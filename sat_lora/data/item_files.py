@@ -40,15 +40,15 @@ class Entry:
 
 @dataclass
 class Entries:
-    """What a file holds. passed_over: how many objects have a key that is not read, by its name."""
+    """The objects that a file holds. passed_over: how many of them have a key that is not read, by its name."""
 
-    found: list[Entry] = field(default_factory=list)
+    objects: list[Entry] = field(default_factory=list)
     passed_over: Counter[str] = field(default_factory=Counter)
 
 
 @dataclass
 class _Problems:
-    """Texts, each with the lines that have it, in the order in which they came up."""
+    """Problems as texts, each with the lines that have it, in the order in which they came up."""
 
     lines: dict[str, list[int | str]] = field(default_factory=dict)
 
@@ -56,7 +56,7 @@ class _Problems:
         self.lines.setdefault(printable(text), []).append(number)
 
     def raise_any(self, path: Path) -> None:
-        """DataError with all of them, in the name of the file, if there are any."""
+        """Raise DataError with all problems, in the name of the file, if there are any."""
         if not self.lines:
             return
         count = len({number for numbers in self.lines.values() for number in numbers})
@@ -70,23 +70,23 @@ class _Problems:
 
 def _described(text: str, numbers: list[int | str]) -> str:
     first, *others = numbers
-    said = f"{line_called(first)}{text}"
+    sentence = f"{line_called(first)}{text}"
     if others:
         listed = ", ".join(map(str, others[:5])) + (", ..." if len(others) > 5 else "")
-        said += f"; the same in {len(others)} more: {listed}"
-    return said
+        sentence += f"; the same in {len(others)} more: {listed}"
+    return sentence
 
 
 def line_called(line: int | str) -> str:
-    """How messages call an Entry's line."""
+    """Return what messages call an Entry's line."""
     return line if isinstance(line, str) else f"line {line}"
 
 
 def read_entries(path: str | Path, *, ignored: Collection[str] = (), images_from: Sequence[str | Path] = ()) -> Entries:
-    """The objects of a file, whatever its name; none if it holds nothing but white space.
+    """Return the objects of a file, whatever its name; none if it holds nothing but white space.
 
     ignored: keys to pass over. images_from: folders, beside the file's own, that a relative path may lead to by `..`.
-    DataError: it is no regular file, cannot be read, or every wrong line of it.
+    Raises DataError if it is no regular file or cannot be read, or with every wrong line of it.
     """
     path = Path(path)
     entries = Entries()
@@ -102,7 +102,7 @@ def read_entries(path: str | Path, *, ignored: Collection[str] = (), images_from
             if texts or not isinstance(value, dict):
                 problems.add(number, ": " + "; ".join(texts))
                 continue
-            entries.found.append(Entry(image, value.get("prompt"), value["answer"], number))
+            entries.objects.append(Entry(image, value.get("prompt"), value["answer"], number))
             entries.passed_over.update(key for key in value if key not in READ)
     except UnicodeError as error:
         raise DataError(f"{printable(path)}: cannot be read as text: {error}; save it as UTF-8") from error
@@ -113,7 +113,7 @@ def read_entries(path: str | Path, *, ignored: Collection[str] = (), images_from
 
 
 def object_problems(value: object, ignored: Collection[str], metadata: Collection[str] = METADATA) -> list[str]:
-    """What is wrong with the keys and types of one sample's JSON, apart from what its paths lead to."""
+    """Return what is wrong with the keys and types of one sample's JSON, but not with what its paths lead to."""
     if not isinstance(value, dict):
         return [f"wanted {WANTED}, got {kind_of_value(value)}: {json.dumps(value)[:80]}"]
     problems = key_problems(value, ignored, metadata)
@@ -133,7 +133,10 @@ def object_problems(value: object, ignored: Collection[str], metadata: Collectio
 
 
 def read_object(content: bytes | str) -> object:
-    """What the JSON of one sample says; ValueError, with what may help, if it is none or names a key twice."""
+    """Return what the JSON of one sample says.
+
+    Raises ValueError, with what may help, if it is no JSON or names a key twice.
+    """
     text = content.decode("utf-8-sig") if isinstance(content, bytes) else content
     try:
         return parse_json(text, object_pairs_hook=_unique_keys)
@@ -144,7 +147,7 @@ def read_object(content: bytes | str) -> object:
 
 
 def _values(path: Path, problems: _Problems) -> Iterator[tuple[int | str, object]]:
-    """(line, value) of a file; a line that is no JSON goes to `problems`."""
+    """Yield (line, value) of a file; a line that is no JSON goes to `problems`."""
     texts = (text for _, line in _lines(path) if (text := _unpadded(line)))
     first = next(texts, "")
     second = next(texts, "")
@@ -171,7 +174,7 @@ def _values(path: Path, problems: _Problems) -> Iterator[tuple[int | str, object
 
 
 def _unpadded(line: str) -> str:
-    """Without white space of any kind, byte-order marks of files that were joined, and the end mark of DOS files."""
+    """Return a line without white space, byte-order marks of joined files, and the end mark of DOS files."""
     return line.strip().strip("\ufeff\x1a").strip()
 
 
@@ -187,7 +190,7 @@ def _problem_with_line(line: str) -> str | None:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """(number, line); of one that is too long no more than LINE_LIMIT characters and one."""
+    """Yield (number, line); of a line that is too long, LINE_LIMIT characters and one."""
     with _opened(path) as file:
         number = 0
         while line := file.readline(LINE_LIMIT + 1):
@@ -198,7 +201,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def _opened(path: Path) -> TextIOWrapper:
-    """Bytes that are no UTF-8 become surrogates, so that the line that has them can be named."""
+    """Return the file as a text: bytes that are no UTF-8 become surrogates, so that their line can be named."""
     file = open_file(path, FILE_LIMIT)
     start = file.peek(4)[:4]
     encoding = json.detect_encoding(start) if any(start) else "utf-8"  # NUL bytes alone are what a crash leaves
@@ -207,7 +210,7 @@ def _opened(path: Path) -> TextIOWrapper:
 
 
 def _goes_on(text: str) -> bool:
-    """Whether an object begins in this line and ends in a later one."""
+    """Return whether an object begins in this line and ends in a later one."""
     try:
         parse_json(text)
     except json.JSONDecodeError as error:
@@ -218,7 +221,7 @@ def _goes_on(text: str) -> bool:
 
 
 def _values_of_whole(path: Path, problems: _Problems) -> Iterator[tuple[str, object]]:
-    """(line, value) of an array, or of objects over several lines, up to the first that is no JSON."""
+    """Yield (line, value) of an array, or of objects over several lines, up to the first that is no JSON."""
     with _opened(path) as file:
         text = file.read(WHOLE_LIMIT + 1)
     if len(text) > WHOLE_LIMIT:
@@ -302,7 +305,7 @@ def _in_short(error: ValueError) -> str:
 
 
 def _what_is_wrong(error: json.JSONDecodeError) -> str:
-    """The parser's words, the place, and the usual cause."""
+    """Return the parser's words, the place, and the usual cause, as one clause."""
     at = error.doc[error.pos : error.pos + 1]
     before = error.doc[: error.pos].rstrip()
     begins = error.doc[error.pos : error.pos + 8].lstrip()
@@ -339,7 +342,7 @@ def _what_is_wrong(error: json.JSONDecodeError) -> str:
 
 
 def _image_path(folder: Path, image: str, roots: list[str]) -> tuple[Path | None, str | None]:
-    """(path, None), or (None, what is wrong with it). Only a path with a backslash in it is looked for here."""
+    """Return (path, None), or (None, what is wrong with it); only a path with a backslash is looked for here."""
     if not image.strip():
         return None, '"image" is empty; leave it out, or give null, for a sample of text alone'
     if "\0" in image:
@@ -371,7 +374,7 @@ def _could_be_a_path(image: str) -> bool:
 
 
 def kind_of_value(value: object) -> str:
-    """What JSON calls a value's type, with the number itself."""
+    """Return what JSON calls a value's type, with the number itself."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, int | float):

@@ -21,7 +21,7 @@ SIZES_TRIED = 256  # samples whose files are asked for their size
 
 
 class FileSource:
-    """Batches of items.
+    """Batches of the items of files and folders.
 
     samples: how many there are. epoch_samples: as how many an epoch counts, for `total_steps`. make_dataset: the
     ImageTextDataset of a list of items. left_out: (reason, count) of what lies in the paths and is no sample.
@@ -39,24 +39,26 @@ class FileSource:
         self.dataset = make_dataset(items)
         self.options = options
         self.world = world
-        self.samples = self.epoch_samples = len(items)
+        self.samples = len(items)
+        self.epoch_samples = len(items)
 
     def marks(self, option: str) -> dict[str, str]:
-        """What all ranks have to have alike, see `agree`; option: the one that gave the paths."""
+        """Return what all ranks have to have alike, see `agree`. option: the one that gave the paths."""
         return marks_of_samples(option, self.samples, self.dataset.items)
 
     def description(self) -> dict:
-        """Tells these samples, in their order, from others, wherever they lie: their number and a digest of names,
-        prompts and answers.
+        """Return what tells these samples, in their order, from others, wherever they lie.
+
+        It is their number and a digest of names, prompts and answers, as JSON holds them.
         """
         return {"samples": self.samples, "digest": _digest(map(_entry, self.dataset.items))}
 
     def files(self) -> str:
-        """Tells the files of these samples from others of the same names: a digest of the sizes of some."""
+        """Return what tells the files of these samples from others of the same names: a digest of some sizes."""
         return sizes_mark(self.dataset.items)
 
     def training(self, start_step: int) -> DataLoader:
-        """Micro-batches of this rank without end, from `start_step` on."""
+        """Return a loader of this rank's micro-batches without end, from `start_step` on."""
         options = self.options
         sampler = EpochSampler(
             len(self.dataset),
@@ -70,7 +72,7 @@ class FileSource:
 
     @property
     def validation_batches(self) -> int:
-        """Of this rank, in one pass."""
+        """How many batches this rank has in one pass of validation."""
         return len(self._validation_indices())
 
     def _validation_indices(self) -> list[list[int]]:
@@ -84,7 +86,10 @@ class FileSource:
         )
 
     def validation(self) -> DataLoader:
-        """One pass, every sample on one rank, as many batches on every rank; at most --eval-iters of them."""
+        """Return a loader of one pass: every sample on one rank, as many batches on every rank.
+
+        There are at most --eval-iters of them.
+        """
         options = self.options
         batches = self._validation_indices()
         return make_loader(self.dataset, batches, num_workers=min(1, options.num_workers), seed=options.seed)
@@ -111,11 +116,14 @@ class ShardSource:
         self.epoch_samples = steps * options.batch_size * world.data_parallel_size
 
     def description(self) -> dict:
-        """As that of a FileSource, by the names of the shards and how many samples each holds."""
-        return {"samples": self.samples, "digest": _digest((Path(one.path).name, one.samples) for one in self.shards)}
+        """Return what FileSource does, of the names of the shards and how many samples each holds."""
+        return {
+            "samples": self.samples,
+            "digest": _digest((Path(shard.path).name, shard.samples) for shard in self.shards),
+        }
 
     def files(self) -> str:
-        """As that of a FileSource, of the shards themselves."""
+        """Return what FileSource does, of the shards themselves."""
         return sizes_mark([Item(Path(shard.path), "") for shard in self.shards])
 
     def _stream(self, batch_size: int, num_workers: int, **settings) -> ShardStream:
@@ -134,16 +142,18 @@ class ShardSource:
         )
 
     def marks(self, option: str) -> dict[str, str]:
-        """As those of a FileSource: the names of the shards and how many samples each holds."""
+        """Return what FileSource does, of the names of the shards and how many samples each holds."""
         shards = [(Path(shard.path).name, shard.samples) for shard in self.shards]
         return {f"the shards of {option}": mark([self.samples, *shards])}
 
     def training(self, start_step: int) -> DataLoader:
+        """Return a loader of this rank's micro-batches without end, from `start_step` on."""
         stream = self._stream(self.options.batch_size, self.options.num_workers, start_step=start_step)
         return make_stream_loader(stream, num_workers=self.options.num_workers, seed=self.options.seed)
 
     @property
     def validation_batches(self) -> int:
+        """How many batches this rank has in one pass of validation."""
         return self._steps_of(self._validation_stream())
 
     def _steps_of(self, stream: ShardStream) -> int:
@@ -156,17 +166,18 @@ class ShardSource:
         return stream
 
     def validation(self) -> DataLoader:
+        """Return a loader of one pass, in the order of the shards: as many batches on every rank."""
         workers = min(1, self.options.num_workers)
         return make_stream_loader(self._validation_stream(), num_workers=workers, seed=self.options.seed)
 
 
 def marks_of_sources(data: FileSource | ShardSource, valid: FileSource | ShardSource | None) -> dict[str, str]:
-    """What all ranks have to have alike of training and validation data, see `agree`."""
+    """Return what all ranks have to have alike of training and validation data, see `agree`."""
     return {**data.marks("--train-data"), **({} if valid is None else valid.marks("--valid-data"))}
 
 
 def _entry(item: Item) -> tuple:
-    """What tells an item from others, wherever its file lies."""
+    """Return what tells an item from others, wherever its file lies."""
     name = Path(item.image).name if isinstance(item.image, str | Path) else None
     return item.name or name, item.prompt, item.answer
 
@@ -181,9 +192,10 @@ def _digest(entries: Iterable[Sequence]) -> str:
 def open_sources(
     options: Namespace, world: World, make_dataset: Callable[[list], ImageTextDataset]
 ) -> tuple[FileSource | ShardSource, FileSource | ShardSource | None]:
-    """(training, validation or None) from their paths; of files, a share of the training data where --split says so.
+    """Return the sources of (training, validation), the latter None without any.
 
-    Every rank has to call it. DataError on every rank: shards that cannot be read, all of them.
+    Of files, validation may be a share of the training data, as --split says. Every rank has to call it.
+    Raises DataError, on every rank, with all shards that cannot be read.
     """
 
     def source(paths: list[str]) -> FileSource | ShardSource:
@@ -209,7 +221,7 @@ def open_sources(
 
 
 def marks_of_samples(option: str, samples: int, items: Sequence) -> dict[str, str]:
-    """How many samples a source has, and which: names, texts and the sizes of some files, not where they lie."""
+    """Return a mark of how many samples a source has, and which: names, texts and some sizes, not where they lie."""
     digest = hashlib.sha256()
     for item in items:
         image = getattr(item, "image", None)
@@ -220,7 +232,7 @@ def marks_of_samples(option: str, samples: int, items: Sequence) -> dict[str, st
 
 
 def sizes_mark(items: Sequence) -> str:
-    """A digest of how many bytes some images of the items have: other pictures under the same names are told by it."""
+    """Return a digest of how many bytes some images of the items have: it tells other pictures of the same names."""
     images = [getattr(item, "image", None) for item in items[:: max(1, len(items) // SIZES_TRIED)]]
     sizes = [_size(image) for image in images if isinstance(image, Path)]
     return hashlib.sha256(repr(sizes).encode()).hexdigest()
