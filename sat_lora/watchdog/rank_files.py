@@ -31,11 +31,12 @@ ARRIVALS_AT = 48
 
 
 def folder_of(run: str | Path) -> Path:
+    """Return the folder of a run in which its ranks keep their files."""
     return Path(run) / FOLDER
 
 
 def refuse_no_traces(run: str | Path) -> None:
-    """ConfigError if no rank has left files in a run's folder; nothing slow is imported before it is known."""
+    """Raise ConfigError if no rank has left files in a run's folder; nothing slow is imported to know that."""
     problem = missing_path(str(run), "give the folder of a run, such as runs/NAME")
     if problem:
         raise ConfigError(f"--run: {problem}")
@@ -52,12 +53,15 @@ def clear(run: str | Path) -> None:
 
 
 def file_of(folder: Path, rank: int, ending: str) -> Path:
-    """A rank's file of that kind in a run's watchdog folder."""
+    """Return a rank's file of that kind in a run's watchdog folder."""
     return folder / f"rank_{rank:05}{ending}"
 
 
 def process_started(pid: int) -> str | None:
-    """When it began, in ticks since boot: tells a process from a later one of the same number. None: there is none."""
+    """Return when a process began, in ticks since boot; None if there is none of that number.
+
+    It tells a process from a later one of the same number.
+    """
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except OSError:

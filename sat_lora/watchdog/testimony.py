@@ -27,6 +27,8 @@ _BACKWARD = ("/torch/autograd/graph.py", "/torch/autograd/__init__.py")
 
 @dataclass(frozen=True)
 class Thread:
+    """A thread of a rank, and where it was."""
+
     name: str
     is_main: bool
     frames: tuple[Place, ...]
@@ -55,7 +57,7 @@ class Thread:
 
 
 def testify(folder: Path, rank: int) -> None:
-    """Write this process's files; called by a thread that is none of the run's. OSError: they cannot be written."""
+    """Write this process's files; called by a thread that is none of the run's. Raises OSError if they cannot be."""
     with open(file_of(folder, rank, STACKS_TEXT), "w") as file:
         faulthandler.dump_traceback(file, all_threads=True)
     write_flight_record(folder, rank)
@@ -63,12 +65,14 @@ def testify(folder: Path, rank: int) -> None:
 
 
 def has_testified(folder: Path, rank: int) -> bool:
+    """Return whether a rank has written its files to the end."""
     return file_of(folder, rank, STACKS).is_file()
 
 
 def read_threads(folder: Path, rank: int, package: str | None) -> list[Thread]:
-    """Empty if the rank has not testified. package: as of `places_of`. ValueError, TypeError, LookupError: the file
-    says something else.
+    """Return the threads of a rank; none if it has not testified.
+
+    package: as of `places_of`. Raises ValueError, TypeError or LookupError if the file says something else.
     """
     path = file_of(folder, rank, STACKS)
     entries = read_json(path) if path.is_file() else []
@@ -77,12 +81,12 @@ def read_threads(folder: Path, rank: int, package: str | None) -> list[Thread]:
 
 def _threads() -> list[dict]:
     names = {thread.ident: thread.name for thread in threading.enumerate()}
-    own = threading.get_ident()
+    this_thread = threading.get_ident()
     main = threading.main_thread().ident
     return [
         dict(name=names.get(ident, "?"), main=ident == main, frames=[_place(frame) for frame in _outwards(top)])
         for ident, top in sys._current_frames().items()
-        if ident != own
+        if ident != this_thread
     ]
 
 
