@@ -26,12 +26,12 @@ def printable_lines(text: object) -> str:
     return "\n".join(map(printable, str(text).split("\n")))
 
 
-def shell_line(words: Iterable[object]) -> str:
-    """Return the words as a line for a shell.
+def shell_line(arguments: Iterable[object]) -> str:
+    """Return the arguments as a line for a shell.
 
     A name that a terminal would obey is written by escapes, which bash, zsh and ksh read as the name that it is.
     """
-    return " ".join(map(_shell_word, map(str, words)))
+    return " ".join(map(_shell_word, map(str, arguments)))
 
 
 def _shell_word(word: str) -> str:

@@ -50,8 +50,8 @@ class Verification:
     """What came out of comparing a merged folder with its base and adapter."""
 
     merge_error: float
-    """|merged - (base + adapter)| / |(base + adapter) - base| over the logits: 0 where they agree, 1 where nothing
-    was merged."""
+    """The share of the adapter's effect that is lost, |merged - (base + adapter)| / |(base + adapter) - base| over the
+    logits: 0 where they agree, 1 where nothing was merged."""
     dtype: torch.dtype
     """The dtype of most of the merged weights."""
     is_measurable: bool

@@ -38,7 +38,7 @@ class Item:
 
     @property
     def place(self) -> str | None:
-        """`file` and `line`, for messages."""
+        """The file and the line, for messages; None where they are not known."""
         return None if self.file is None or self.line is None else f"{self.file}, {line_called(self.line)}"
 
 

@@ -69,7 +69,10 @@ def prune(root: Path, *, newest: int, keep: int, also: Collection[int | None] = 
         if step not in named:
             _remove(root / str(step))
     for draft in root.glob(".*.tmp-*"):
-        shutil.rmtree(draft) if draft.is_dir() and not draft.is_symlink() else draft.unlink()
+        if draft.is_dir() and not draft.is_symlink():
+            shutil.rmtree(draft)
+        else:
+            draft.unlink()
 
 
 def _remove(folder: Path) -> None:

@@ -82,7 +82,7 @@ class Site:
 
     @property
     def slot_names(self) -> tuple[str, ...]:
-        """q, k, v where the output is their fusion (k, v in cross-attention), nothing elsewhere."""
+        """The slots q, k, v where the output is their fusion (k, v in cross-attention), none elsewhere."""
         is_attention = re.search(r"key_value\w*(\.\d+)?$", self.name)
         return {2: SLOTS[1:], 3: SLOTS}.get(len(self.blocks), ()) if is_attention else ()
 

@@ -30,7 +30,7 @@ class Stopped(Exception):
 
 
 class StopSignals:
-    """While entered, counts the signals that arrive instead of dying of them. For the main thread alone.
+    """A context, for the main thread alone, in which signals that arrive are counted instead of died of.
 
     SIGHUP stays ignored where `nohup` has said so.
     """

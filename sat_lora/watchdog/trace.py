@@ -51,18 +51,15 @@ _dumps: set[str] = set()
 
 
 class NoTrace:
-    """A trace that keeps nothing, for whoever has none."""
+    """Keeps nothing."""
 
     def at(self, phase: str, *, step: int | None = None, micro_batch: int | None = None) -> None:
-        """Note that a phase begins: see `Trace.at`."""
         pass
 
     def attach(self, model: nn.Module) -> None:
-        """Follow this model from now on: see `Trace.attach`."""
         pass
 
     def follow(self, engine) -> None:
-        """Tell DeepSpeed's reduction from the backward pass: see `Trace.follow`."""
         pass
 
 
@@ -70,10 +67,10 @@ NO_TRACE = NoTrace()
 
 
 class Trace(NoTrace):
-    """Where this rank is, in two files of RUN/watchdog.
+    """This rank's.
 
     model: its modules get hooks that note the last one entered, its trainable parameters hooks that note the arrival of
-    their gradients; an empty module until there is one (see `attach`). Raises OSError if the files cannot be made.
+    their gradients; an empty module until there is one (see `attach`). OSError: the files cannot be made.
     """
 
     def __init__(self, run: str | Path, model: nn.Module, *, rank: int, world_size: int):
@@ -145,16 +142,15 @@ class Trace(NoTrace):
 
     @property
     def phase(self) -> str:
-        """The phase that the rank is in, one of PHASES."""
         return PHASES[self._numbers[PHASE]]
 
     @property
     def signs(self) -> tuple[int, int, int]:
-        """What differs whenever there was a sign of life since: a phase, a module or a gradient."""
+        """Differs whenever there was a sign of life since: a phase, a module or a gradient."""
         return self._phases, self._numbers[MODULE], self._numbers[COUNT]
 
     def seen_alive(self) -> None:
-        """Note that the watchdog has seen a new sign of life."""
+        """The watchdog has seen a new sign."""
         struct.pack_into("<d", self._memory, 8, time.time())
 
     def follow(self, engine) -> None:
@@ -168,7 +164,7 @@ class Trace(NoTrace):
         engine.allreduce_gradients = traced
 
     def at(self, phase: str, *, step: int | None = None, micro_batch: int | None = None) -> None:
-        """Note that a phase begins. step: counted from 1. micro_batch: within the step, from 0."""
+        """A phase begins. step: counted from 1. micro_batch: within the step, from 0."""
         now, numbers = time.perf_counter(), self._numbers
         self.durations[self.phase].append(now - self._began)
         self._began = now
@@ -183,8 +179,8 @@ class Trace(NoTrace):
         TIMES.pack_into(self._memory, 0, time.time(), time.time())
 
     @contextmanager
-    def noting_the_end(self) -> Iterator[None]:
-        """Write down, when the block ends, how it does."""
+    def told(self) -> Iterator[None]:
+        """How the block ends is written down."""
         try:
             yield
         except BaseException as error:
@@ -202,7 +198,7 @@ class Trace(NoTrace):
             file_of(self.folder, self.rank, ".end.json").write_text(json.dumps(content), encoding="utf-8")
 
     def arrival(self, number: int) -> Callable[[object], None]:
-        """Return a hook of the parameter of that number: its gradient has come. As cheap as it gets."""
+        """A hook of the parameter of that number: its gradient has come. As cheap as it gets."""
         numbers, memory, most = self._numbers, self._memory, self._most
         put, size, now = ARRIVAL.pack_into, ARRIVAL.size, time.time
 
@@ -216,7 +212,7 @@ class Trace(NoTrace):
 
 
 def allocate(descriptor: int, size: int) -> None:
-    """Give the file `size` bytes of zeros that are on the disk. Raises OSError if it is full.
+    """Give the file `size` bytes of zeros that are on the disk. OSError: it is full.
 
     A mapped file that is merely long takes its place when it is written to, and a full disk is a bus error then.
     """

@@ -180,7 +180,7 @@ def watched(trace: NoTrace, least: float) -> Iterator[None]:
     if not isinstance(trace, Trace):
         yield
         return
-    with trace.noting_the_end(), Watchdog(trace, least):
+    with trace.told(), Watchdog(trace, least):
         yield
 
 

@@ -188,7 +188,7 @@ def test_a_rank_that_waits_does_not_sound_the_alarm_while_another_one_loads(tmp_
     assert not watchdog._others_work(10.0)
     loading.seen_alive()
     assert watchdog._others_work(10.0)
-    with loading.noting_the_end():
+    with loading.told():
         pass
     assert not watchdog._others_work(10.0)  # it has ended
 

@@ -47,7 +47,7 @@ def test_every_module_with_parameters_is_noted_when_it_is_entered_adapted_or_not
 def test_500_steps_with_threefold_jitter_raise_no_alarm(tmp_path):
     _, trace = trace_of_a_linear(tmp_path)
     chance = random.Random(0)
-    with trace.noting_the_end(), Watchdog(trace, 0.05):  # below it, at 12 ms per step, nothing would ever be wrong
+    with trace.told(), Watchdog(trace, 0.05):  # below it, at 12 ms per step, nothing would ever be wrong
         for step in range(1, 501):
             for phase in PHASES:
                 trace.at(phase, step=step)
@@ -83,7 +83,7 @@ def test_a_process_that_was_stopped_and_goes_on_is_not_ended(tmp_path):
     pid = os.fork()
     if pid == 0:
         _, trace = trace_of_a_linear(tmp_path)
-        with trace.noting_the_end(), Watchdog(trace, 0.2):
+        with trace.told(), Watchdog(trace, 0.2):
             trace.at("data")
             threading.Timer(0.0, lambda: os.kill(os.getpid(), signal.SIGSTOP)).start()
             for _ in range(20):

@@ -38,7 +38,7 @@ class RMSNorm(SatRMSNorm):
 
 
 class CogVLMModel(BaseModel):
-    """CogVLM: the language transformer with visual experts, EVA2-CLIP vision transformer and projector.
+    """CogVLM, of a language transformer with visual experts, EVA2-CLIP vision transformer and projector.
 
     `args` holds the fields of `model_config.json`; build one with `build_cogvlm`.
     """
