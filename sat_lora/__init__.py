@@ -14,10 +14,11 @@ __version__ = "0.1.0"
 _HOMES = {
     "LoraMixin": "lora.mixin",
     "add_lora": "lora.apply",
-    "freeze_base": "lora.mixin",
+    "freeze_base": "lora.trained_set",
     "LoraConfig": "lora.config",
     "load_adapter": "adapters.save_load",
     "save_adapter": "adapters.save_load",
+    "adapter_checkpoints": "interop.sat_trainer",
     "parameter_groups": "lora.optimizer_groups",
     "combine_adapters": "adapters.combine",
     "describe": "lora.summary",

@@ -1,8 +1,8 @@
 """The one door to SwissArmyTransformer (SAT): imports it quietly and hands on the names used here.
 
 SAT 0.4.12 logs at import, and DeepSpeed 0.19.8 warns that there is no accelerator on a CPU machine.
-A library that is imported should be silent, so both are muted for the import; afterwards SAT logs warnings
-and worse unless SAT_LOGLEVEL or LOGLEVEL says otherwise.
+A library that is imported should be silent, so both are muted for the import; afterwards SAT logs as it would
+without this package. Runs and commands of this package's own ask for less, by `quiet_sat`.
 """
 
 import logging
@@ -27,8 +27,12 @@ finally:
 # SAT calls torch's activation checkpointing without saying which kind; both sides mean the reentrant one.
 warnings.filterwarnings("ignore", message="torch.utils.checkpoint: the use_reentrant parameter")
 
-if "SAT_LOGLEVEL" not in os.environ and "LOGLEVEL" not in os.environ:
-    logging.getLogger("sat").setLevel(logging.WARNING)
+
+def quiet_sat() -> None:
+    """Let SAT log warnings and worse alone, unless SAT_LOGLEVEL or LOGLEVEL says otherwise."""
+    if "SAT_LOGLEVEL" not in os.environ and "LOGLEVEL" not in os.environ:
+        logging.getLogger("sat").setLevel(logging.WARNING)
+
 
 __all__ = [
     "HOOKS_DEFAULT",
@@ -43,5 +47,6 @@ __all__ = [
     "checkpoint",
     "mpu",
     "non_conflict",
+    "quiet_sat",
     "split_tensor_along_last_dim",
 ]

@@ -194,6 +194,11 @@ def read_adapter(folder: str | Path) -> SavedAdapter:
     return dataclasses.replace(about, tensors=_read_tensors(folder / WEIGHTS))
 
 
+def is_adapter_folder(folder: str | Path) -> bool:
+    """Return whether a folder holds an adapter's weights and config, whatever is in them."""
+    return all((Path(folder) / name).is_file() for name in (WEIGHTS, CONFIG))
+
+
 def base_of_adapter(folder: str | Path) -> BaseIdentity:
     """Return the base that an adapter was trained on, by its config alone. Raises the errors of `read_adapter`."""
     try:

@@ -72,6 +72,8 @@ class LoraAdapter(nn.Module):
         for leaf, shape in shapes.items():
             parameter = nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
             self.register_parameter(leaf, mark_sharded(parameter, self.shardings[leaf]))
+        if config.lr_ratio != 1:
+            self.B.lr_scale = config.lr_ratio  # what SAT's trainer multiplies the rate by
         self.freeze_a = config.freeze_a
         for leaf in ("A", "B") if config.takes_from_base else ():
             self.register_buffer(f"origin_{leaf}", torch.empty_like(getattr(self, leaf), requires_grad=False))

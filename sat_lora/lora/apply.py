@@ -8,8 +8,9 @@ from sat_lora._sat import BaseModel
 from sat_lora.errors import ConfigError
 from sat_lora.lora.adapter import LoraAdapter
 from sat_lora.lora.config import LoraConfig
-from sat_lora.lora.mixin import LoraMixin, freeze_base, lora_mixins
+from sat_lora.lora.mixin import LoraMixin, lora_mixins
 from sat_lora.lora.targets import BaseParameter, Plan, Site, find_parameters, find_sites, plan
+from sat_lora.lora.trained_set import freeze_base, keep_trained_set, refuse_engine
 
 
 def sat_models(model: nn.Module) -> dict[str, BaseModel]:
@@ -60,6 +61,7 @@ def add_lora(
     and 2 need; ZeRO-3 also gathers weights where they are used, and `start_engine` refuses it. The models of
     `sat_lora.cogvlm` skip nothing and need none of this. ConfigError with modules_to_save or bias.
     """
+    refuse_engine(model)
     config = config if config is not None else LoraConfig(**fields)
     planned = plan(find_all_sites(model), find_all_parameters(model), config)
     return place_mixins(model, config, planned, name, fixed_order=fixed_order)
@@ -83,4 +85,5 @@ def place_mixins(
             mixins.append(LoraMixin(inner, config, planned=Plan(targets, trained), fixed_order=fixed_order))
             inner.add_mixin(name, mixins[-1])
     freeze_base(model)
+    keep_trained_set(model)
     return mixins

@@ -17,6 +17,7 @@ from sat_lora.lora.delta_hook import DeltaHook, DeltaState
 from sat_lora.lora.deltas.merging import MergedWeights
 from sat_lora.lora.gradient_order import GradientOrder
 from sat_lora.lora.targets import Plan, Target, find_parameters, find_sites, plan
+from sat_lora.lora.trained_set import freeze_base, keep_trained_set, refuse_engine
 
 
 class LoraMixin(BaseMixin):
@@ -62,6 +63,7 @@ class LoraMixin(BaseMixin):
             )
 
     def _attach(self, model: BaseModel, planned: Plan) -> None:
+        refuse_engine(model)
         if self.fixed_order and planned.trained:
             raise ConfigError(
                 f"fixed_order: {', '.join([*planned.trained][:5])} would train whole, and the base's own layers use "
@@ -82,6 +84,7 @@ class LoraMixin(BaseMixin):
         weakref.finalize(self, self.trained.give_back).atexit = False
         self.reinit()
         freeze_base(model, self)
+        keep_trained_set(model)
         self.train(model.training)
 
     def reinit(self, parent_model: BaseModel | None = None) -> None:
@@ -250,13 +253,3 @@ def adapter_key(name: str) -> str:
 def lora_mixins(model: nn.Module) -> dict[str, LoraMixin]:
     """Return every LoraMixin in the model, by module name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, LoraMixin)}
-
-
-def freeze_base(model: nn.Module, *more: LoraMixin) -> None:
-    """Make every parameter untrainable except what LoRA mixins train (`more`: not yet on the model).
-
-    Decided by asking the mixins, never by names.
-    """
-    trainable = {id(p) for mixin in (*lora_mixins(model).values(), *more) for p in mixin.trainable()}
-    for parameter in model.parameters():
-        parameter.requires_grad_(id(parameter) in trainable)

@@ -7,7 +7,7 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
-from sat_lora._sat import mpu
+from sat_lora._sat import mpu, quiet_sat
 from sat_lora.errors import ConfigError, SatLoraError
 from sat_lora.files.foreign import os_problem
 from sat_lora.parallel.agreement import differences, disagreement, mark
@@ -47,6 +47,7 @@ def init_distributed(
     process in a job of several. Raises ConfigError if the environment is wrong or incomplete (see `find_place`), the
     port is taken, the other ranks do not come in time, or, on every rank, some marks differ.
     """
+    quiet_sat()
     environment = os.environ
     place = find_place({} if alone else environment)
     is_joined = torch.distributed.is_initialized()
