@@ -37,7 +37,7 @@ lint: $(READY)
 # Half an hour of a quiet machine: every layout, and every other long test. A busy one is waited for.
 test-matrix: export SAT_LORA_TEST_PATIENCE ?= 5
 test-matrix: $(READY)
-	"$(BIN)/python" -m pytest -m matrix; status=$$?; \
+	"$(BIN)/python" -m pytest -m matrix --numprocesses $(WORKERS) --dist loadfile -v -rf; status=$$?; \
 	"$(BIN)/python" -m tests.distributed.matrix && exit $$status
 
 docs: $(VENV)/.docs-installed  # the pages of docs/ into site/; a broken link is an error

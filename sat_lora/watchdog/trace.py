@@ -121,9 +121,10 @@ class Trace(NoTrace):
         self._began = time.perf_counter()
         self.at(PHASES[0])
         for number, module in enumerate(model.modules()):
-            # Those with parameters of their own, adapters aside, whose layers stand for them: every hook costs two
-            # microseconds, and what only holds modules is soon in one of them.
-            if any(True for _ in module.parameters(recurse=False)) and not isinstance(module, LoraAdapter):
+            # Those with a matrix of their own, adapters aside, whose layers stand for them: every hook costs two
+            # microseconds. What only holds modules is soon in one of them, and a norm is over before anyone waits.
+            own = module.parameters(recurse=False)
+            if any(parameter.dim() > 1 for parameter in own) and not isinstance(module, LoraAdapter):
                 self._follow_entries(module, number)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         for number, parameter in enumerate(trained):

@@ -28,7 +28,7 @@ PHASES = ("data", "reduce", "forward", "backward", "reduce", "optimizer", "save"
 
 @pytest.mark.usefixtures("single_process_group")
 @pytest.mark.parametrize("hooks_first", [False, True])
-def test_every_module_with_parameters_is_noted_when_it_is_entered_adapted_or_not(tmp_path, hooks_first):
+def test_every_module_with_a_matrix_is_noted_when_it_is_entered_adapted_or_not(tmp_path, hooks_first):
     model = tiny_model()
     if hooks_first:  # a mixin then adds its deltas in hooks, not in the layers' forward
         for module in model.modules():
