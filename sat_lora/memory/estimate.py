@@ -20,7 +20,7 @@ from sat_lora.cogvlm.network.model import CogVLMModel, build_cogvlm
 from sat_lora.cogvlm.network.routing import TokenRouting
 from sat_lora.lora.apply import add_lora
 from sat_lora.lora.config import LoraConfig
-from sat_lora.memory.components import Memory, memory_of
+from sat_lora.memory.components import Memory, gradients_stay, memory_of
 from sat_lora.memory.live_memory import LiveBytes
 from sat_lora.parallel.distributed import stop
 from sat_lora.training.steps.zero3_linear import linear_of_zero3
@@ -35,7 +35,8 @@ def estimate(
     target does not fit.
     """
     partitioned = engine.get("zero_optimization", {}).get("stage") == 3
-    model, activations = fake_step(config, lora, partitioned=partitioned, **step)
+    step |= dict(partitioned=partitioned, accumulated=gradients_stay(engine))
+    model, activations = fake_step(config, lora, **step)
     return memory_of(model, engine, data_parallel_size=data_parallel_size, activations=activations, on_device=on_device)
 
 
@@ -51,11 +52,13 @@ def fake_step(
     checkpoint_activations: bool = False,
     vit_checkpoint_activations: bool = False,
     partitioned: bool = False,
+    accumulated: bool = False,
 ) -> tuple[CogVLMModel, int]:
     """(the model, a rank's part of it without memory; bytes of activations at their peak).
 
     The step is one of `batch_size` rows of `length` tokens, each with an image, and `labelled` of them to be learnt, by
-    default all but the image's. partitioned: as under ZeRO-3.
+    default all but the image's. partitioned: as under ZeRO-3. accumulated: the gradients are added to those of a step
+    before, which are not counted.
     """
     with _pretended_ranks(model_parallel_size):
         model = build_cogvlm(
@@ -71,7 +74,10 @@ def fake_step(
             add_lora(model, lora)
             model.train()
             with _as_in_a_run(model, partitioned=partitioned):
-                return model, _peak_of_a_step(model, config, batch_size, length, labelled)
+                peak = _peak_of_a_step(model, config, batch_size, length, labelled)
+                if accumulated:
+                    peak = _peak_of_a_step(model, config, batch_size, length, labelled)
+                return model, peak
 
 
 @contextmanager
@@ -124,7 +130,7 @@ def _replaced(module, name: str, value):
 
 
 def _peak_of_a_step(model: CogVLMModel, config: dict, rows: int, length: int, labelled: int | None) -> int:
-    """Bytes of a forward and a backward pass at their peak, parameters aside."""
+    """Bytes of a forward and a backward pass at their peak, parameters and the gradients that they have aside."""
     patches, vit = config["image_length"], config["eva_args"]
     vision, tokens = rows * (patches + 1), rows * length
     answers = rows * max(1, length - patches - 2) if labelled is None else rows * labelled
@@ -134,7 +140,8 @@ def _peak_of_a_step(model: CogVLMModel, config: dict, rows: int, length: int, la
     def indices(count: int) -> torch.Tensor:
         return torch.empty(count, dtype=torch.int64)
 
-    with LiveBytes([*model.parameters(), *model.buffers()]) as live:
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    with LiveBytes([*model.parameters(), *model.buffers(), *gradients]) as live:
         seen = dict(
             images=images,
             image_places=indices(rows * (patches + 2)),
