@@ -62,8 +62,8 @@ def memory_of(
 ) -> Memory:
     """Of a rank's part of a model, whole over the data-parallel ranks; its parameters need no memory.
 
-    engine: DeepSpeed's config. activations: bytes of a micro-batch at their peak, of one that adds to gradients where
-    `gradients_stay`, else with those that have come by then. on_device: False on a CPU run: what is offloaded to the CPU counts as well.
+    engine: DeepSpeed's config. activations: bytes of a micro-batch at their peak, with the gradients that have come
+    by then, unless they are added to others. on_device: False on a CPU run: what is offloaded to the CPU counts too.
     """
     frozen, trained = ([p for p in model.parameters() if p.requires_grad is asked] for asked in (False, True))
     zero = engine.get("zero_optimization", {})
@@ -83,23 +83,16 @@ def memory_of(
     adam = 0 if offloaded[1] else count * (8 if on_device else 12) / shares["optimizer"]  # with the gradients
     gone = gradients + (bucket if stage < 3 else 0)  # by the time that Adam moves
     temporaries = max(adam - gone, 0) if stage else gradients
+    # There while activations are: gradients that are accumulated, and ZeRO-3's memory for them.
+    stays = stage == 3 or engine.get("gradient_accumulation_steps", 1) > 1
     return Memory(
         weights=whole + (0.0 if offloaded[0] else _bytes(frozen) / shares["parameters"]),
         adapters=count * size / shares["parameters"],
         gradients=gradients,
         optimizer=0.0 if offloaded[1] else count * (12 / shares["optimizer"] if stage else 8),
         buffers=bucket + gathered * frozen_size,
-        activations=max(activations - (0 if gradients_stay(engine) else gradients), temporaries),
+        activations=max(activations - (0 if stays else gradients), temporaries),
     )
-
-
-def gradients_stay(engine: dict) -> bool:
-    """Whether the memory for gradients is there while activations are: they are accumulated, or ZeRO-3 keeps it.
-
-    engine: DeepSpeed's config.
-    """
-    stage = engine.get("zero_optimization", {}).get("stage", 0)
-    return stage == 3 or engine.get("gradient_accumulation_steps", 1) > 1
 
 
 @looks_for("memory")

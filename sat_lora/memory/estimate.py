@@ -20,7 +20,7 @@ from sat_lora.cogvlm.network.model import CogVLMModel, build_cogvlm
 from sat_lora.cogvlm.network.routing import TokenRouting
 from sat_lora.lora.apply import add_lora
 from sat_lora.lora.config import LoraConfig
-from sat_lora.memory.components import Memory, gradients_stay, memory_of
+from sat_lora.memory.components import Memory, memory_of
 from sat_lora.memory.live_memory import LiveBytes
 from sat_lora.parallel.distributed import stop
 from sat_lora.training.steps.zero3_linear import linear_of_zero3
@@ -35,7 +35,9 @@ def estimate(
     target does not fit.
     """
     partitioned = engine.get("zero_optimization", {}).get("stage") == 3
-    step |= dict(partitioned=partitioned, accumulated=gradients_stay(engine))
+    # ZeRO-3 keeps what comes beside its own memory, until a bucket is full.
+    accumulated = not partitioned and engine.get("gradient_accumulation_steps", 1) > 1
+    step |= dict(partitioned=partitioned, accumulated=accumulated)
     model, activations = fake_step(config, lora, **step)
     return memory_of(model, engine, data_parallel_size=data_parallel_size, activations=activations, on_device=on_device)
 
