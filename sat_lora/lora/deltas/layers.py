@@ -16,17 +16,15 @@ from torch import nn
 from torch.nn import functional as F
 
 from sat_lora._sat import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding, mpu
+from sat_lora.lora.deltas.delta import Delta
 from sat_lora.lora.deltas.low_rank import DeltaLayout, RandomDropout, add_delta
 from sat_lora.parallel.sharding import model_parallel_layout
 
 
-@dataclass(frozen=True)
-class Delta:
-    """What is added to a layer's output: scale * B A x."""
+@dataclass(frozen=True, kw_only=True)
+class LayerDelta(Delta):
+    """The delta of all slots, of this rank, as a call of the layer adds it to its output: scale * B A x."""
 
-    a: torch.Tensor  # (slots * r, in), of this rank
-    b: torch.Tensor  # (adapted rows, r), of this rank
-    scale: float
     layout: DeltaLayout
     dropout: float = 0.0  # probability, 0 outside of training
     output_is_untouched: bool = False  # it is as the layer made it, no hook having seen it
@@ -55,7 +53,7 @@ class Kind:
         """A vector with one entry per local row of W, as long as the layer's output is wide."""
         return per_channel
 
-    def add(self, layer: nn.Module, y: torch.Tensor, x: torch.Tensor, delta: Delta) -> torch.Tensor:
+    def add(self, layer: nn.Module, y: torch.Tensor, x: torch.Tensor, delta: LayerDelta) -> torch.Tensor:
         """The layer's output y (..., out) for x (..., in), with the delta added."""
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(y.dtype)  # what autocast did to the layer's own x
@@ -81,7 +79,7 @@ class Column(Kind):
         gathers = layer.gather_output and model_parallel_layout()[1] > 1
         return mpu.gather_from_model_parallel_region(per_channel) if gathers else per_channel
 
-    def add(self, layer: nn.Module, y: torch.Tensor, x: torch.Tensor, delta: Delta) -> torch.Tensor:
+    def add(self, layer: nn.Module, y: torch.Tensor, x: torch.Tensor, delta: LayerDelta) -> torch.Tensor:
         if layer.gather_output and model_parallel_layout()[1] > 1:
             own_columns = y.new_zeros(*y.shape[:-1], delta.layout.width)
             delta = replace(delta, output_is_untouched=False)
@@ -92,7 +90,7 @@ class Column(Kind):
 class Row(Kind):
     name, layers, cut = "row", (RowParallelLinear,), "in"
 
-    def add(self, layer: nn.Module, y: torch.Tensor, x: torch.Tensor, delta: Delta) -> torch.Tensor:
+    def add(self, layer: nn.Module, y: torch.Tensor, x: torch.Tensor, delta: LayerDelta) -> torch.Tensor:
         x = x if layer.input_is_parallel else mpu.scatter_to_model_parallel_region(x)  # its backward gathers
         return super().add(layer, y, x, delta)
 
@@ -112,7 +110,7 @@ class Convolution(Kind):
     def channel_dim(self, layer: nn.Module) -> int:
         return -1 - len(layer.kernel_size)
 
-    def add(self, layer: nn.Module, y: torch.Tensor, x: torch.Tensor, delta: Delta) -> torch.Tensor:
+    def add(self, layer: nn.Module, y: torch.Tensor, x: torch.Tensor, delta: LayerDelta) -> torch.Tensor:
         kernel, groups, ones = layer.weight.shape[1:], layer.groups, (1,) * len(layer.kernel_size)
         x = F.dropout(x, delta.dropout) if delta.dropout > 0 else x
         a = delta.a.to(y.dtype).view(-1, *kernel).repeat(groups, *(1 for _ in kernel))
@@ -127,7 +125,7 @@ class Embedding(Kind):
     def matrix(self, weight: torch.Tensor) -> torch.Tensor:
         return weight.T
 
-    def add(self, layer: nn.Module, y: torch.Tensor, x: torch.Tensor, delta: Delta) -> torch.Tensor:
+    def add(self, layer: nn.Module, y: torch.Tensor, x: torch.Tensor, delta: LayerDelta) -> torch.Tensor:
         s = F.embedding(x, delta.a.T, layer.padding_idx)
         return y + delta.scale * F.linear(s, delta.b).to(y.dtype)
 
@@ -137,7 +135,7 @@ class VocabEmbedding(Embedding):
 
     name, layers, cut = "vocab", (VocabParallelEmbedding,), "in"
 
-    def add(self, layer: nn.Module, y: torch.Tensor, x: torch.Tensor, delta: Delta) -> torch.Tensor:
+    def add(self, layer: nn.Module, y: torch.Tensor, x: torch.Tensor, delta: LayerDelta) -> torch.Tensor:
         elsewhere = (x < layer.vocab_start_index) | (x >= layer.vocab_end_index)
         s = F.embedding((x - layer.vocab_start_index).masked_fill(elsewhere, 0), delta.a.T)
         s = mpu.reduce_from_model_parallel_region(s.masked_fill(elsewhere.unsqueeze(-1), 0))
