@@ -9,7 +9,7 @@ import torch
 from sat_lora.cogvlm.checkpoints.load import read_config
 from sat_lora.cogvlm.network.model import CogVLMModel
 from sat_lora.data.answer_lengths import CutAnswers
-from sat_lora.data.batches.sources import FileSource, ShardSource, marks_of_sources, open_sources
+from sat_lora.data.batches.sources import Source, marks_of_sources, open_sources
 from sat_lora.errors import ConfigError
 from sat_lora.files.step_folders import BEST, read_pointer, steps_in
 from sat_lora.lora.apply import add_lora
@@ -38,7 +38,7 @@ from sat_lora.watchdog.replay import LIMIT, steps_to_replay
 from sat_lora.watchdog.trace import NO_TRACE, NoTrace, Trace
 from sat_lora.watchdog.watchdog import watched, watched_alone
 
-Sources = tuple[FileSource | ShardSource, FileSource | ShardSource | None]
+Sources = tuple[Source, Source | None]
 
 
 def finetune(options: Namespace, make_data: Callable[[], None] | None = None) -> World:
@@ -153,9 +153,9 @@ def _train_and_evaluate(options: Namespace, setting: Setting, run: RunFolder, tr
     loader = data.training(state.step * options.gradient_accumulation_steps)
     valid = valid_data.validation() if valid_data else None
     streams = []
-    if isinstance(data, ShardSource):
+    if data.is_stream:
         streams.append(loader := CutAnswers(loader, run.say, options.max_length))
-    if valid is not None and isinstance(valid_data, ShardSource):
+    if valid is not None and valid_data is not None and valid_data.is_stream:
         streams.append(valid := CutAnswers(valid, run.say, options.max_length, "validation: "))
     with run:
         run.start(options.train_iters, state.step)
