@@ -19,6 +19,7 @@ from sat_lora.terminal.notice import logger, warn
 from sat_lora.training.evaluation import evaluate_adapter, evaluation_table, write_evaluation
 from sat_lora.training.loop import train
 from sat_lora.training.marks import marks_of_config, marks_of_options
+from sat_lora.training.metrics.registry import metrics_named
 from sat_lora.training.prepare import Setting, dataset_maker, load_base, model_seed, on_first_rank, prepare
 from sat_lora.training.resume import base_of_state, check_data, facts_of_run, notes, state_to_resume
 from sat_lora.training.run_summary import check_vocabulary, look_at, more_to_say, run_summary
@@ -165,7 +166,18 @@ def _train_and_evaluate(
     if valid is not None and valid_data is not None and valid_data.is_stream:
         streams.append(valid := CutAnswers(valid, run.say, options.max_length, "validation: "))
     with observers:
-        train(engine, loader, valid, options, run, world, state, dataset_size=data.samples, observers=observers)
+        train(
+            engine,
+            loader,
+            valid,
+            options,
+            run,
+            world,
+            state,
+            dataset_size=data.samples,
+            metrics=metrics_named(options.valid_metrics),
+            observers=observers,
+        )
         for stream in streams:
             stream.say_all()
         observers.on_phase("load")  # the last save's limit is not meant for what comes now

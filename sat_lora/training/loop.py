@@ -5,8 +5,10 @@ import math
 import signal
 import time
 from argparse import Namespace
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -14,6 +16,7 @@ from sat_lora.errors import TrainingError
 from sat_lora.lora.optimizer_groups import set_learning_rate
 from sat_lora.parallel.distributed import World, gather_lists, together
 from sat_lora.parallel.stop_signals import Stopped, StopSignals
+from sat_lora.training.metrics.answers import Metric
 from sat_lora.training.runs.run_folder import RunFolder
 from sat_lora.training.runs.step_progress import peak_memory_mib
 from sat_lora.training.saving import BackgroundWriter, finish_saving, start_saving
@@ -23,7 +26,7 @@ from sat_lora.training.steps.checkpoint import RunState
 from sat_lora.training.steps.loss import count_answer_tokens, sum_on_device
 from sat_lora.training.steps.nonfinite import held
 from sat_lora.training.steps.observers import NOBODY, Figures, Observers, StepReport, ValidationReport
-from sat_lora.training.steps.step import StepResult, train_step, validation_loss
+from sat_lora.training.steps.step import StepResult, train_step, validate
 
 
 def train(
@@ -36,6 +39,7 @@ def train(
     state: RunState,
     *,
     dataset_size: int,
+    metrics: Mapping[str, Metric] | None = None,
     observers: Observers = NOBODY,
 ) -> None:
     """From step `state.step` to `options.train_iters`; evaluates, saves and reports on the way and at the end.
@@ -44,7 +48,8 @@ def train(
 
     loader: micro-batches of this rank without end, from where `state` left off. valid: a pass over the validation
     batches of this rank, as many on every rank; None if there are none. dataset_size: training samples in an epoch.
-    observers: are told of all that happens but the end, which is for whoever has made them to tell.
+    metrics: what a validation measures beside the loss. observers: are told of all that happens but the end, which is
+    for whoever has made them to tell.
     DataError, on every rank at the same step: too many samples are broken.
     Stopped, on every rank: one of them received SIGTERM or SIGINT; the step was finished and everything saved.
     AdapterError or CheckpointError, on every rank: a save could not be written; at the next step or save, or the end.
@@ -53,7 +58,23 @@ def train(
     observers.on_start(options.train_iters, state.step)
     engine.train()
     with StopSignals() as signals, BackgroundWriter() as writer:
-        loop = _Loop(engine, iter(loader), valid, options, run, world, state, observers, signals, writer, dataset_size)
+        loop = _Loop(
+            engine=engine,
+            batches=iter(loader),
+            valid=valid,
+            options=options,
+            run=run,
+            world=world,
+            state=state,
+            known=BrokenSamples(dataset_size, options.max_broken_share),
+            metrics=metrics or {},
+            observers=observers,
+            signals=signals,
+            writer=writer,
+            warmup=warmup_steps(options.warmup, options.train_iters),
+            first_step=state.step,
+            saved=state.step or None,
+        )
         loop.validate_if_owed()
         for step in range(state.step, options.train_iters):
             loop.step(step)
@@ -61,32 +82,60 @@ def train(
         finish_saving(writer)
 
 
+class _Pace:
+    """How many samples are trained on in a second, validations and the beginnings of saves left out."""
+
+    def __init__(self) -> None:
+        self._samples, self._since = 0, time.perf_counter()
+
+    def add(self, samples: int) -> None:
+        self._samples += samples
+
+    def take(self) -> float:
+        """Samples per second since this was last asked for."""
+        now = time.perf_counter()
+        pace = self._samples / (now - self._since)
+        self._samples, self._since = 0, now
+        return pace
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens inside does not count."""
+        began = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - began
+
+
+@dataclass(kw_only=True)
 class _Loop:
     """What the steps of a run share. Every rank has one, and calls each method when the others do."""
 
-    def __init__(
-        self,
-        engine,
-        batches: Iterator[dict],
-        valid: Iterable[dict] | None,
-        options: Namespace,
-        run: RunFolder,
-        world: World,
-        state: RunState,
-        observers: Observers,
-        signals: StopSignals,
-        writer: BackgroundWriter,
-        dataset_size: int,
-    ):
-        self.engine, self.batches, self.valid, self.options, self.run = engine, batches, valid, options, run
-        self.world, self.state, self.observers, self.signals, self.writer = world, state, observers, signals, writer
-        self.known = BrokenSamples(dataset_size, options.max_broken_share)
-        self.warmup = warmup_steps(options.warmup, options.train_iters)
-        self.step_samples = options.batch_size * options.gradient_accumulation_steps * world.data_parallel_size
-        self.first_step = state.step
-        # The newest save, which holds the state that this step begins from or an earlier one.
-        self.saved = state.step or None
-        self.pace = _Pace()
+    engine: Any
+    batches: Iterator[dict]
+    valid: Iterable[dict] | None
+    options: Namespace
+    run: RunFolder
+    world: World
+    state: RunState
+    known: BrokenSamples
+    metrics: Mapping[str, Metric]
+    observers: Observers
+    signals: StopSignals
+    writer: BackgroundWriter
+    warmup: int
+    """Steps in which the rate rises."""
+    first_step: int
+    """Steps that were done before."""
+    saved: int | None
+    """The newest save, which holds the state that the next step begins from or an earlier one."""
+    pace: _Pace = field(default_factory=_Pace)
+
+    @property
+    def step_samples(self) -> int:
+        """Samples of a step, over all ranks."""
+        options = self.options
+        samples: int = options.batch_size * options.gradient_accumulation_steps * self.world.data_parallel_size
+        return samples
 
     def validate_if_owed(self) -> None:
         """The validation that a run which was stopped had no time for, and a save where it is the best."""
@@ -209,37 +258,15 @@ class _Loop:
         observers.on_phase("write")
         finish_saving(self.writer)  # its data workers are forked, which a thread at work may not outlive well
         observers.on_phase("evaluate")
-        loss, broken = validation_loss(self.engine, valid, self.world, observers)
-        observers.on_broken(broken, state.step)
+        measured = validate(self.engine, valid, self.world, self.metrics, observers)
+        observers.on_broken(measured.broken, state.step)
+        loss = measured.loss
         is_best = loss is not None and math.isfinite(loss) and (state.best_loss is None or loss < state.best_loss)
         if is_best:
             state.best_loss, state.best_step = loss, state.step
-        observers.on_validation(ValidationReport(step=state.step, loss=loss, is_best=is_best))
+        report = ValidationReport(step=state.step, loss=loss, metrics=measured.metrics, is_best=is_best)
+        observers.on_validation(report)
         return is_best
-
-
-class _Pace:
-    """How many samples are trained on in a second, validations and the beginnings of saves left out."""
-
-    def __init__(self) -> None:
-        self._samples, self._since = 0, time.perf_counter()
-
-    def add(self, samples: int) -> None:
-        self._samples += samples
-
-    def take(self) -> float:
-        """Samples per second since this was last asked for."""
-        now = time.perf_counter()
-        pace = self._samples / (now - self._since)
-        self._samples, self._since = 0, now
-        return pace
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """What happens inside does not count."""
-        began = time.perf_counter()
-        yield
-        self._since += time.perf_counter() - began
 
 
 def _answer_tokens(micro_batches: Sequence[dict], world: World) -> torch.Tensor:

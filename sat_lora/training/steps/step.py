@@ -1,4 +1,4 @@
-"""One training step and the validation loss."""
+"""One training step and one validation."""
 
 import signal
 from collections.abc import Iterable, Mapping, Sequence
@@ -8,6 +8,7 @@ import torch
 
 from sat_lora._sat import mpu
 from sat_lora.parallel.distributed import World, gather_lists
+from sat_lora.training.metrics.answers import AnswersOf, Metric
 from sat_lora.training.steps.broken_samples import broken_in
 from sat_lora.training.steps.loss import (
     answer_loss_sum,
@@ -126,21 +127,49 @@ def _describe(what: str, sources: list[Origin | None]) -> str:
     return f"the {what} is not finite, first in {words} on rank {rank}"
 
 
-@torch.no_grad()
-def validation_loss(
-    engine, batches: Iterable[dict], world: World, observers: Observers = NOBODY
-) -> tuple[float | None, list[tuple[str, str, str]]]:
-    """(loss, broken) over `batches` of all ranks, the same on each; every rank has the same number of them.
+@dataclass(frozen=True, kw_only=True)
+class Validation:
+    """What all ranks have measured together in a pass over the validation batches."""
 
-    loss: mean per answer token, None without any. broken: (path, reason, sample) of those that could not be read.
+    loss: float | None  # mean per answer token, None without any
+    metrics: dict[str, float]  # by name, without those that had nothing to measure
+    broken: list[tuple[str, str, str]]  # (path, reason, sample) of those that could not be read
+
+
+@torch.no_grad()
+def validate(
+    engine,
+    batches: Iterable[dict],
+    world: World,
+    metrics: Mapping[str, Metric] | None = None,
+    observers: Observers = NOBODY,
+) -> Validation:
+    """A pass over `batches` of all ranks, of which every rank has the same number; the same comes back on each.
+
+    metrics: what to measure beside the loss, the same on every rank; without any, logits are dropped as they come.
     """
     engine.eval()
+    metrics = metrics or {}
     total, tokens, broken = on_device(0.0, world.device), 0, []
+    ratios = torch.zeros(len(metrics), 2, dtype=torch.float64, device=world.device)
     for batch in batches:
         observers.on_phase("evaluate")
         tokens += count_answer_tokens(batch["labels"])
         broken += broken_in([batch])
-        total += answer_loss_sum(engine, to_device(batch, world.device))
+        on_logits = AnswersOf() if metrics else None
+        total += answer_loss_sum(engine, to_device(batch, world.device), on_logits)
+        if on_logits is not None:
+            answers = on_logits.answers(batch["labels"])
+            for sums, metric in zip(ratios, metrics.values()):
+                ratio = metric(answers)
+                sums += torch.stack([on_device(ratio.total, world.device), on_device(ratio.count, world.device)])
     engine.train()
-    loss_sum, all_tokens, failures = sum_over_data_parallel(total, tokens, len(broken), device=world.device)
-    return loss_sum / all_tokens if all_tokens else None, gather_lists(broken) if failures else []
+    loss_sum, all_tokens, failures, *sums = sum_over_data_parallel(
+        total, tokens, len(broken), *ratios.flatten(), device=world.device
+    )
+    measured = zip(metrics, sums[::2], sums[1::2])
+    return Validation(
+        loss=loss_sum / all_tokens if all_tokens else None,
+        metrics={name: part / count for name, part, count in measured if count},
+        broken=gather_lists(broken) if failures else [],
+    )
