@@ -80,11 +80,11 @@ class LoraAdapter(nn.Module):
 
     @property
     def is_plain(self) -> bool:
-        """Whether the delta is s B A x on a linear, each rank's part on its own columns, and nothing more."""
+        """Whether the delta is s B A x beside x W^T, each rank's part on its own columns, and nothing more."""
         layer, (_, mp_size) = self.target.site.module, model_parallel_layout()
         joins_ranks = getattr(layer, "gather_output", False) or not getattr(layer, "input_is_parallel", True)
         is_pair = not self.has_origin and self.magnitude_or_none is None
-        return self.kind.is_linear and is_pair and not (joins_ranks and mp_size > 1)
+        return self.kind.is_product and is_pair and not (joins_ranks and mp_size > 1)
 
     @property
     def magnitude_or_none(self) -> nn.Parameter | None:

@@ -31,13 +31,22 @@ class LayerDelta(Delta):
 
 
 class Kind:
-    """An nn.Linear, and the base of the others."""
+    """A kind of layer: its name and classes, and W with what it adds where that is not as here, where y is some product
+    of x (..., in) with W (out, in). `kinds` registers it.
+    """
 
-    name = "linear"
-    layers: tuple[type, ...] = (nn.Linear,)
+    name: str
+    """In adapter files."""
+    layers: tuple[type, ...]
+    """The classes of such layers; a subclass of one is of this kind as well, if it has none of its own."""
     cut: str | None = None
     """What model parallelism cuts in W: "out", "in" or nothing."""
     is_linear = True
+    """Whether "all-linear" means it."""
+    is_product = False
+    """Whether a layer of one of these very classes gives x W^T + bias and nothing else, and its delta may be added
+    without calling it.
+    """
     looks_up = False
     """Whether x holds whole numbers that pick columns of W."""
 
@@ -65,14 +74,18 @@ class Kind:
 
     def can_take_over(self, layer: nn.Module, x: torch.Tensor) -> bool:
         """Whether y is x W^T as it stands, W frozen and whole, so that one Function can have the gradient of both."""
-        if type(layer) not in self.layers or "weight" not in layer._parameters:
+        if not self.is_product or type(layer) not in self.layers or "weight" not in layer._parameters:
             return False  # a subclass, weight norm and the like may do anything else
         if hasattr(layer.weight, "ds_id") or layer.weight.dtype != x.dtype:  # ZeRO-3 gathers W for its own graph alone
             return False
         return not any(parameter.requires_grad for parameter in layer.parameters(recurse=False))
 
 
-class Column(Kind):
+class Linear(Kind):
+    name, layers, is_product = "linear", (nn.Linear,), True
+
+
+class Column(Linear):
     name, layers, cut = "column", (ColumnParallelLinear,), "out"
 
     def across_ranks(self, layer: nn.Module, per_channel: torch.Tensor) -> torch.Tensor:
@@ -87,7 +100,7 @@ class Column(Kind):
         return super().add(layer, y, x, delta)
 
 
-class Row(Kind):
+class Row(Linear):
     name, layers, cut = "row", (RowParallelLinear,), "in"
 
     def add(self, layer: nn.Module, y: torch.Tensor, x: torch.Tensor, delta: LayerDelta) -> torch.Tensor:
@@ -140,11 +153,3 @@ class VocabEmbedding(Embedding):
         s = F.embedding((x - layer.vocab_start_index).masked_fill(elsewhere, 0), delta.a.T)
         s = mpu.reduce_from_model_parallel_region(s.masked_fill(elsewhere.unsqueeze(-1), 0))
         return y + delta.scale * F.linear(s, delta.b).to(y.dtype)
-
-
-KINDS = {kind.name: kind for kind in (Column(), Row(), Kind(), Convolution(), Embedding(), VocabEmbedding())}
-
-
-def kind_of(layer: nn.Module) -> Kind | None:
-    """The kind of a layer, None for one that takes no delta."""
-    return next((kind for kind in KINDS.values() if isinstance(layer, kind.layers)), None)
