@@ -10,7 +10,7 @@ from torch import nn
 from sat_lora.lora.config import LoraConfig
 from sat_lora.lora.deltas import dora
 from sat_lora.lora.deltas.delta import Delta
-from sat_lora.lora.deltas.initialize import initial_factors
+from sat_lora.lora.deltas.initialize import initial_delta
 from sat_lora.lora.deltas.layers import LayerDelta
 from sat_lora.lora.deltas.low_rank import DeltaLayout
 from sat_lora.lora.deltas.merging import merged_weight
@@ -104,7 +104,7 @@ class LoraAdapter(nn.Module):
                 sharding = sharding_of(layer, "weight")
                 return self.kind.matrix(over_model_parallel(layer.weight.detach(), sharding))[start:stop]
 
-            factors = initial_factors(
+            initial = initial_delta(
                 self.scheme,
                 [partial(whole_rows, start, stop) for start, stop in self.target.rows],
                 [(stop - start, site.in_features) for start, stop in self.target.rows],
@@ -113,7 +113,7 @@ class LoraAdapter(nn.Module):
                 looks_up=self.kind.looks_up,
                 seed=self.seed,
             )
-            for leaf, whole in zip("AB", factors):
+            for leaf, whole in (("A", initial.a), ("B", initial.b)):
                 own = getattr(self, leaf)
                 own.copy_(self.shardings[leaf].shard(whole, *rank_and_size))
                 if self.has_origin:

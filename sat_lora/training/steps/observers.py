@@ -1,7 +1,7 @@
 """What watches a run: logs, the screen, a watchdog's trace, whatever else a project keeps of its runs.
 
 The loop tells what happens and knows nobody who listens. A new listener is a subclass of `Observer`, put into the
-`Observers` of the run.
+`Observers` of the run. Stop signals are no observer: the loop asks for them, so that all ranks agree on them in a step.
 """
 
 import contextlib
