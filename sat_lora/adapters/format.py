@@ -32,6 +32,7 @@ from sat_lora.files.foreign import MEBIBYTE, read_json, stand_in
 from sat_lora.files.step_folders import follow, steps_in
 from sat_lora.lora.base_identity import BaseIdentity
 from sat_lora.lora.config import DTYPES, LoraConfig
+from sat_lora.lora.deltas.delta import Delta
 from sat_lora.printable import printable
 from sat_lora.terminal.notice import warn
 
@@ -92,7 +93,19 @@ class SavedAdapter:
     def of_layer(self, name: str) -> dict[str, torch.Tensor]:
         """The layer's stacked A (slots * r, in), B (rows of all slots, r) and, with DoRA, magnitude (rows,)."""
         leaves = (*PAIR, MAGNITUDE) if self.config.use_dora else PAIR
-        return {leaf: torch.cat([self.tensors[key] for key in self.keys(name, leaf)]) for leaf in leaves}
+        return {leaf: self._stacked(name, leaf) for leaf in leaves}
+
+    def delta_of(self, name: str) -> Delta:
+        """The delta of all slots of that layer."""
+        a, b = (self._stacked(name, leaf) for leaf in PAIR)
+        return Delta(a, b, self.layers[name].scale)
+
+    def magnitude_of(self, name: str) -> torch.Tensor | None:
+        """DoRA's magnitude (rows of all slots,) of that layer; None without DoRA."""
+        return self._stacked(name, MAGNITUDE) if self.config.use_dora else None
+
+    def _stacked(self, name: str, leaf: str) -> torch.Tensor:
+        return torch.cat([self.tensors[key] for key in self.keys(name, leaf)])
 
     def keys(self, name: str, leaf: str) -> list[str]:
         """The tensors' names, slot by slot."""

@@ -22,7 +22,7 @@ from sat_lora.cogvlm.checkpoints.sat_folder import make_sat_weights
 from sat_lora.errors import AdapterError, CheckpointError, MergeError
 from sat_lora.files.atomic import replaced_folder
 from sat_lora.files.weight_files import Layout
-from sat_lora.lora.deltas.layers import KINDS
+from sat_lora.lora.deltas.kinds import KINDS
 from sat_lora.lora.deltas.low_rank import DeltaLayout
 from sat_lora.lora.deltas.merging import merged_weight
 from sat_lora.printable import printable
@@ -158,11 +158,10 @@ def merged_tensor(name: str, weights: BaseWeights, saved: SavedAdapter) -> torch
         return saved.tensors[name]
     if layer == name or layer not in saved.layers:
         return weights[name]
-    entry, weight, tensors = saved.layers[layer], weights[name], saved.of_layer(layer)
+    entry, weight = saved.layers[layer], weights[name]
     kind = KINDS[entry.kind]
     layout = DeltaLayout(entry.rows, kind.matrix(weight).shape[0], entry.kind)
-    delta = (tensors["lora_A"], tensors["lora_B"], entry.scale)
-    return merged_weight(weight, kind, layout, delta, tensors.get("lora_magnitude"))
+    return merged_weight(weight, kind, layout, saved.delta_of(layer), saved.magnitude_of(layer))
 
 
 def refuse_misfits(shapes: dict[str, tuple[int, ...]], saved: SavedAdapter, source: str | Path) -> None:

@@ -45,7 +45,8 @@ def on_the_cpu(tensor: torch.Tensor) -> torch.Tensor:
 def whole_tensors(name: str, adapter: LoraAdapter, copy: Copy = on_the_cpu) -> dict[str, torch.Tensor]:
     """The tensors of one adapter for the file, its layer called `name`, as copies. Every rank has to call it."""
     with gathered(adapter.parameters()):
-        local = dict(zip("AB", (factor.detach() for factor in adapter.factors())))
+        delta = adapter.delta()
+        local = {"A": delta.a.detach(), "B": delta.b.detach()}
         if adapter.magnitude_or_none is not None:
             local["magnitude"] = adapter.magnitude.detach()
         leaves = dict(zip("AB", PAIR), magnitude=MAGNITUDE)
@@ -104,7 +105,7 @@ def gather_adapter(
     layers: dict[str, LayerEntry] = {}
     for site, adapter in adapters_of(model, name).items():
         tensors |= whole_tensors(site, adapter, copy)
-        rank = adapter.factors_rank
+        rank = adapter.delta_rank
         layers[site] = LayerEntry(adapter.kind.name, rank, adapter.scale, adapter.slots, tuple(adapter.target.rows))
     trained = {}
     for key, (parameter, sharding) in trained_of(model, name).items():
@@ -183,7 +184,7 @@ def _problems(saved: SavedAdapter, sites: dict[str, Site], parameters: dict[str,
 
 def _differences(saved: SavedAdapter, present: dict[str, LoraAdapter], trained: set[str]) -> list[str]:
     """Where a saved adapter is not what the model's mixins hold."""
-    here = {n: (a.factors_rank, a.scale, a.slots) for n, a in present.items()}
+    here = {n: (a.delta_rank, a.scale, a.slots) for n, a in present.items()}
     there = {n: (e.r, e.scale, e.slots) for n, e in saved.layers.items()}
     problems = [
         f"{printable(name)}: (rank, scale, slots) {there.get(name)} in the file, {here.get(name)} by the model's "

@@ -25,6 +25,7 @@ from sat_lora.cogvlm.checkpoints.load import load_cogvlm
 from sat_lora.cogvlm.inputs.text import position_ids_for
 from sat_lora.lora.adapter import LoraAdapter
 from sat_lora.lora.apply import adapters_of
+from sat_lora.lora.deltas.delta import Delta
 from sat_lora.lora.deltas.merging import merged_weight
 from sat_lora.lora.mixin import lora_mixins
 from sat_lora.parallel.distributed import arrange, join
@@ -145,8 +146,8 @@ def _difference(merged: torch.Tensor, adapter: LoraAdapter, adapter_eps: float) 
     Two float32 sums of r products and W: 2 (r + 2) u (|W| + |s| |B| |A|). DoRA's factor g is computed in the adapter's
     dtype, here in float32: four roundings of half an eps, in W A, in the norm, in the quotient and in what it is for.
     """
-    a, b = adapter.factors()
-    products = (a.abs(), b.abs(), abs(adapter.scale))
+    delta = adapter.delta()
+    products = Delta(delta.a.abs(), delta.b.abs(), abs(delta.scale))
     size = merged_weight(torch.zeros_like(merged), adapter.kind, adapter.layout, products)
     size += size + merged.abs()  # |W| is at most |W + s B A| + |s| |B| |A|
     size *= 2 * (adapter.rank + 2) * UNIT_ROUNDOFF

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch.utils.data import Dataset
 
-from sat_lora.cogvlm.inputs.image import load_image
+from sat_lora.cogvlm.inputs.image import load_image, no_images
 from sat_lora.cogvlm.inputs.pictures import MAX_PIXELS
 from sat_lora.cogvlm.inputs.text import IGNORED, IMAGE_PLACE, Sample, build_sample, prompt_for, prompt_text
 from sat_lora.data.folders import find_images
@@ -266,7 +266,7 @@ def collate(samples: Sequence[Sample | BrokenSample], *, image_size: tuple[int, 
         "labels": stack("labels", IGNORED),
         "image_embed_mask": stack("image_embed_mask", 0),
         "vision_expert_mask": stack("vision_expert_mask", 0),
-        "images": torch.stack(images) if images else torch.zeros(0, 3, *image_size),
+        "images": torch.stack(images) if images else no_images(image_size),
         "lengths": torch.tensor([len(sample.input_ids) for sample in usable]),
         "left_out": torch.tensor([sample.left_out for sample in usable]),
         "broken": [(sample.path, sample.reason) for sample in broken],

@@ -26,7 +26,7 @@ from sat_lora.interop import peft_format
 from sat_lora.interop.cogvlm_layers import is_fused, kind_named
 from sat_lora.interop.peft_content import PeftContent, read_peft_folder
 from sat_lora.lora.config import SLOTS, LoraConfig
-from sat_lora.lora.deltas.layers import KINDS
+from sat_lora.lora.deltas.kinds import KINDS
 from sat_lora.printable import printable
 from sat_lora.terminal.progress import Progress
 

@@ -9,8 +9,9 @@ from torch import nn
 
 from sat_lora.lora.config import LoraConfig
 from sat_lora.lora.deltas import dora
-from sat_lora.lora.deltas.initialize import initial_factors
-from sat_lora.lora.deltas.layers import Delta
+from sat_lora.lora.deltas.delta import Delta
+from sat_lora.lora.deltas.initialize import initial_delta
+from sat_lora.lora.deltas.layers import LayerDelta
 from sat_lora.lora.deltas.low_rank import DeltaLayout
 from sat_lora.lora.deltas.merging import merged_weight
 from sat_lora.lora.targets import Target
@@ -79,11 +80,11 @@ class LoraAdapter(nn.Module):
 
     @property
     def is_plain(self) -> bool:
-        """Whether the delta is s B A x on a linear, each rank's part on its own columns, and nothing more."""
+        """Whether the delta is s B A x beside x W^T, each rank's part on its own columns, and nothing more."""
         layer, (_, mp_size) = self.target.site.module, model_parallel_layout()
         joins_ranks = getattr(layer, "gather_output", False) or not getattr(layer, "input_is_parallel", True)
         is_pair = not self.has_origin and self.magnitude_or_none is None
-        return self.kind.is_linear and is_pair and not (joins_ranks and mp_size > 1)
+        return self.kind.is_product and is_pair and not (joins_ranks and mp_size > 1)
 
     @property
     def magnitude_or_none(self) -> nn.Parameter | None:
@@ -103,7 +104,7 @@ class LoraAdapter(nn.Module):
                 sharding = sharding_of(layer, "weight")
                 return self.kind.matrix(over_model_parallel(layer.weight.detach(), sharding))[start:stop]
 
-            factors = initial_factors(
+            initial = initial_delta(
                 self.scheme,
                 [partial(whole_rows, start, stop) for start, stop in self.target.rows],
                 [(stop - start, site.in_features) for start, stop in self.target.rows],
@@ -112,7 +113,7 @@ class LoraAdapter(nn.Module):
                 looks_up=self.kind.looks_up,
                 seed=self.seed,
             )
-            for leaf, whole in zip("AB", factors):
+            for leaf, whole in (("A", initial.a), ("B", initial.b)):
                 own = getattr(self, leaf)
                 own.copy_(self.shardings[leaf].shard(whole, *rank_and_size))
                 if self.has_origin:
@@ -122,7 +123,7 @@ class LoraAdapter(nn.Module):
 
     @torch.no_grad()
     def take(self, whole: dict[str, torch.Tensor]) -> None:
-        """Whole A, B and magnitude of a file; where an origin is subtracted, A and B hold both pairs (`factors`)."""
+        """Whole A, B and magnitude of a file; where an origin is subtracted, A and B hold both pairs (`delta`)."""
         for leaf, tensor in whole.items():
             part = self.shardings[leaf].shard(tensor, *model_parallel_layout())
             if self.has_origin and leaf == "A":
@@ -136,15 +137,18 @@ class LoraAdapter(nn.Module):
                 getattr(self, leaf).copy_(part)
 
     @property
-    def factors_rank(self) -> int:
+    def delta_rank(self) -> int:
         return 2 * self.rank if self.has_origin else self.rank
 
-    def factors(self, instead: Mapping[str, torch.Tensor] | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """(A, B) whose product is the delta: the pair itself, or of rank 2r where an origin is subtracted.
-
-        instead: what stands for the parameters A and B.
+    def delta(self, scale: float = 1.0) -> Delta:
+        """This rank's part of `scale` times the delta of all slots: of the pair, or of rank 2r where an origin is
+        subtracted.
         """
-        a, b = ((instead or {}).get(leaf, getattr(self, leaf)) for leaf in "AB")
+        return Delta(*self._factors({}), self.scale * scale)
+
+    def _factors(self, instead: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """A and B of the delta. instead: what stands for the parameters of those names."""
+        a, b = (instead.get(leaf, getattr(self, leaf)) for leaf in "AB")
         if not self.has_origin:
             return a, b
         slots = self.target.slots_count
@@ -158,14 +162,18 @@ class LoraAdapter(nn.Module):
 
         output_is_untouched: y is the layer's own, and no hook has seen it.
         """
-        scale = self.scale * scale
-        a, b = self.factors(self.in_graph)
-        dropout = self.dropout if self.training else 0.0
-        y = self.kind.add(layer, y, x, Delta(a, b, scale, self.layout, dropout, output_is_untouched))
+        delta = LayerDelta(
+            *self._factors(self.in_graph),
+            self.scale * scale,
+            layout=self.layout,
+            dropout=self.dropout if self.training else 0.0,
+            output_is_untouched=output_is_untouched,
+        )
+        y = self.kind.add(layer, y, x, delta)
         if self.magnitude_or_none is None:
             return y
         gain = dora.spread(
-            dora.gain(self.in_graph.get("magnitude", self.magnitude), self._row_norms(layer, (a, b, scale))),
+            dora.gain(self.in_graph.get("magnitude", self.magnitude), self._row_norms(layer, delta)),
             self.layout,
         )
         bias = layer.bias
@@ -176,10 +184,9 @@ class LoraAdapter(nn.Module):
 
     def merged_weight(self, layer: nn.Module, strength: float = 1.0) -> torch.Tensor:
         """This rank's part of the weight with `strength` times the delta in it, see `merging.merged_weight`."""
-        delta = (*self.factors(), self.scale * strength)
-        return merged_weight(layer.weight, self.kind, self.layout, delta, self.magnitude_or_none)
+        return merged_weight(layer.weight, self.kind, self.layout, self.delta(strength), self.magnitude_or_none)
 
-    def _row_norms(self, layer: nn.Module, delta: tuple[torch.Tensor, torch.Tensor, float] | None) -> torch.Tensor:
+    def _row_norms(self, layer: nn.Module, delta: Delta | None) -> torch.Tensor:
         matrix = self.kind.matrix(layer.weight.detach())
         return dora.row_norms(matrix, self.layout, delta, sum_over_ranks=self.kind.cut == "in")
 

@@ -41,8 +41,8 @@ from sat_lora.training.runs.run_folder import write_json
 from sat_lora.training.settings.deepspeed_config import base_dtype
 from sat_lora.training.settings.options import settings_of_run
 from sat_lora.training.steps.loss import sum_over_data_parallel
+from sat_lora.training.steps.observers import NOBODY, Observers
 from sat_lora.training.steps.step import to_device
-from sat_lora.watchdog.trace import NO_TRACE, NoTrace
 
 
 def evaluate_adapter(
@@ -51,13 +51,13 @@ def evaluate_adapter(
     world: World,
     trained: tuple[CogVLMModel, dict] | None = None,
     *,
-    trace: NoTrace = NO_TRACE,
+    observers: Observers = NOBODY,
     any_base: bool = False,
 ) -> dict:
     """Answers every item of --test-data by greedy decoding, with and without the adapter; the ranks share the items.
 
     adapter: None answers with the base alone, and leaves "adapter" out of the result.
-    trace: is told of every batch.
+    observers: are told of every batch.
 
     options: from_pretrained, local_tokenizer, test_data, version, prompt, max_length, eval_batch_size, bf16, fp16,
     model_parallel_size and trust_checkpoint, as `parse_options` names them.
@@ -67,7 +67,7 @@ def evaluate_adapter(
     [0, 1]; unreadable items are left out of n, their paths are listed under "broken" and they are counted as
     "broken_samples". Both come from what lies on disk.
     """
-    trace.at("load")
+    observers.on_phase("load")
     if any(map(is_shard, options.test_data)):
         raise DataError(f"--test-data: {next(problems_with_shards(options.test_data, '--test-data'))}")
     found = DataCounts()
@@ -119,7 +119,7 @@ def evaluate_adapter(
         )
     starts = range(0, len(share), options.eval_batch_size)
     for start in shown(starts, "answering", "batches, each without and with the adapter") if world.is_main else starts:
-        trace.at("test")
+        observers.on_phase("test")
         indices = list(share[start : start + options.eval_batch_size])
         own_lengths = [(i, lengths[i]) for i in indices]
         questions = [dataset[i] if isinstance(length, int) else length for i, length in own_lengths]

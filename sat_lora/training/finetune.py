@@ -9,7 +9,7 @@ import torch
 from sat_lora.cogvlm.checkpoints.load import read_config
 from sat_lora.cogvlm.network.model import CogVLMModel
 from sat_lora.data.answer_lengths import CutAnswers
-from sat_lora.data.batches.sources import FileSource, ShardSource, marks_of_sources, open_sources
+from sat_lora.data.batches.sources import Source, marks_of_sources, open_sources
 from sat_lora.errors import ConfigError
 from sat_lora.files.step_folders import BEST, read_pointer, steps_in
 from sat_lora.lora.apply import add_lora
@@ -19,6 +19,7 @@ from sat_lora.terminal.notice import logger, warn
 from sat_lora.training.evaluation import evaluate_adapter, evaluation_table, write_evaluation
 from sat_lora.training.loop import train
 from sat_lora.training.marks import marks_of_config, marks_of_options
+from sat_lora.training.metrics.registry import metrics_named
 from sat_lora.training.prepare import Setting, dataset_maker, load_base, model_seed, on_first_rank, prepare
 from sat_lora.training.resume import base_of_state, check_data, facts_of_run, notes, state_to_resume
 from sat_lora.training.run_summary import check_vocabulary, look_at, more_to_say, run_summary
@@ -26,19 +27,21 @@ from sat_lora.training.runs.results import EVALUATION, results_problems
 from sat_lora.training.runs.run_folder import RunFolder
 from sat_lora.training.runs.run_lock import RunLock
 from sat_lora.training.runs.space import check_space, size_of
+from sat_lora.training.runs.traced import traced
 from sat_lora.training.same_base import base_of_run
 from sat_lora.training.settings.deepspeed_config import decisions
 from sat_lora.training.settings.schedule import rates, schedule_problems, total_steps
 from sat_lora.training.steps.checkpoint import RunState, load_checkpoint, newest_checkpoint, read_state
 from sat_lora.training.steps.engine import adapter_optimizer, start_engine
+from sat_lora.training.steps.observers import Observers
 from sat_lora.training.steps.optimizer_state import create_moments
 from sat_lora.training.steps.release import end_training, free_memory
 from sat_lora.watchdog.rank_files import clear
 from sat_lora.watchdog.replay import LIMIT, steps_to_replay
-from sat_lora.watchdog.trace import NO_TRACE, NoTrace, Trace
+from sat_lora.watchdog.trace import Trace
 from sat_lora.watchdog.watchdog import watched, watched_alone
 
-Sources = tuple[FileSource | ShardSource, FileSource | ShardSource | None]
+Sources = tuple[Source, Source | None]
 
 
 def finetune(options: Namespace, make_data: Callable[[], None] | None = None) -> World:
@@ -57,7 +60,7 @@ def finetune(options: Namespace, make_data: Callable[[], None] | None = None) ->
 def _finetune(options: Namespace, make_data: Callable[[], None] | None, lock: RunLock) -> World:
     limit = LIMIT if options.replay else options.watchdog_limit
     with watched_alone(limit) as trace:
-        trace.at("check")
+        Observers(traced(trace)).on_phase("check")
         setting, run, sources = _check(options, make_data, lock)
     world = setting.world
     # What is wrong with a start is known by now: only one that is right replaces what the watchdog has of another.
@@ -114,9 +117,12 @@ def _open_sources(options: Namespace, world: World, run: RunFolder) -> Sources:
     return data, valid_data
 
 
-def _train_and_evaluate(options: Namespace, setting: Setting, run: RunFolder, trace: NoTrace, sources: Sources) -> None:
+def _train_and_evaluate(
+    options: Namespace, setting: Setting, run: RunFolder, trace: Trace | None, sources: Sources
+) -> None:
     world, (data, valid_data) = setting.world, sources
-    trace.at("load")
+    observers = Observers([*traced(trace), *run.observers], run.say)
+    observers.on_phase("load")
     if run.lock is not None:
         run.lock.share()
     model: CogVLMModel | None
@@ -126,9 +132,11 @@ def _train_and_evaluate(options: Namespace, setting: Setting, run: RunFolder, tr
     optimizer = adapter_optimizer(
         model, lr=options.lr, weight_decay=options.weight_decay, betas=tuple(options.betas), eps=options.eps
     )
-    trace.attach(model)
+    if trace is not None:
+        trace.attach(model)
     engine = start_engine(model, optimizer, setting.engine, seed=model_seed(options))
-    trace.follow(engine)
+    if trace is not None:
+        trace.follow(engine)
     create_moments(engine)
     torch.manual_seed(options.seed + world.data_parallel_rank)  # dropout; the same on ranks that share a sample
     if options.replay:
@@ -153,21 +161,31 @@ def _train_and_evaluate(options: Namespace, setting: Setting, run: RunFolder, tr
     loader = data.training(state.step * options.gradient_accumulation_steps)
     valid = valid_data.validation() if valid_data else None
     streams = []
-    if isinstance(data, ShardSource):
+    if data.is_stream:
         streams.append(loader := CutAnswers(loader, run.say, options.max_length))
-    if valid is not None and isinstance(valid_data, ShardSource):
+    if valid is not None and valid_data is not None and valid_data.is_stream:
         streams.append(valid := CutAnswers(valid, run.say, options.max_length, "validation: "))
-    with run:
-        run.start(options.train_iters, state.step)
-        train(engine, loader, valid, options, run, world, state, dataset_size=data.samples, trace=trace)
+    with observers:
+        train(
+            engine,
+            loader,
+            valid,
+            options,
+            run,
+            world,
+            state,
+            dataset_size=data.samples,
+            metrics=metrics_named(options.valid_metrics),
+            observers=observers,
+        )
         for stream in streams:
             stream.say_all()
-        trace.at("load")  # the last save's limit is not meant for what comes now
+        observers.on_phase("load")  # the last save's limit is not meant for what comes now
     model = end_training(engine)
     del engine, optimizer
     free_memory()
     if options.test_data:
-        _evaluate(options, world, run, None if model is None else (model, config), trace)
+        _evaluate(options, world, run, None if model is None else (model, config), observers)
 
 
 def _say_what_trains(
@@ -219,22 +237,22 @@ def _begin(options: Namespace, run: RunFolder, state: RunState, **settings) -> N
         raise ConfigError(f"--save: {run.path}: cannot be written: {error}; {advice}") from error
 
 
-def _trace(options: Namespace, run: RunFolder, world: World) -> NoTrace:
-    """This rank's; what an earlier start has left goes. Every rank has to call it."""
+def _trace(options: Namespace, run: RunFolder, world: World) -> Trace | None:
+    """This rank's, None without a watchdog; what an earlier start has left goes. Every rank has to call it."""
     on_first_rank(lambda: clear(run.path))
     if options.watchdog_limit == 0:
-        return NO_TRACE
+        return None
     try:
         return Trace(run.path, torch.nn.Module(), rank=world.rank, world_size=world.size)
     except OSError as error:
         logger.warning("rank %d runs without the watchdog: its files cannot be made: %s", world.rank, error)
-        return NO_TRACE
+        return None
 
 
 def _evaluate(
-    options: Namespace, world: World, run: RunFolder, trained: tuple[CogVLMModel, dict] | None, trace: NoTrace
+    options: Namespace, world: World, run: RunFolder, trained: tuple[CogVLMModel, dict] | None, observers: Observers
 ) -> None:
     """With the model that has trained, where no rank has to gather it: there is never a second one in memory."""
-    result = together(evaluate_adapter, options, run.adapters, world, trained, trace=trace)
+    result = together(evaluate_adapter, options, run.adapters, world, trained, observers=observers)
     together(lambda: write_evaluation(run.path / EVALUATION, result, options, run.adapters) if world.is_main else None)
     run.say(evaluation_table(result))

@@ -4,18 +4,16 @@ import dataclasses
 import itertools
 import unicodedata
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from sat_lora.cogvlm.inputs.text import IGNORED, Sample
-from sat_lora.data.answer_lengths import AnswerLengths, answer_lengths
-from sat_lora.data.batches.sources import FileSource, ShardSource
+from sat_lora.data.answer_lengths import AnswerLengths
+from sat_lora.data.batches.sources import Source
 from sat_lora.data.folders import unreadable_folders, unreadable_notes
-from sat_lora.data.samples import Item
-from sat_lora.data.shards.shards import find_records
 from sat_lora.errors import ConfigError, SatLoraError
 from sat_lora.parallel.distributed import World
 from sat_lora.printable import printable
@@ -24,7 +22,6 @@ from sat_lora.training.settings.schedule import warmup_steps
 
 COLUMNS, LABEL = 80, 10  # of a line, and of the word before it
 COUNTED = 1000  # samples that are tokenised, whatever there are
-OF_SHARDS = 100  # of tar shards, whose images are read with the rest
 LONGEST = 64  # characters a token, at most: what lies beyond is cut off anyhow, and is not tokenised
 
 
@@ -47,11 +44,11 @@ class Texts:
     """A token id that the vocabulary has not."""
 
 
-def look_at(source: FileSource | ShardSource, vocabulary: int) -> Texts:
-    """Lay out the first COUNTED samples of a source; no image is read but those of tar shards."""
+def look_at(source: Source, vocabulary: int) -> Texts:
+    """Lay out the first COUNTED samples of a source, or fewer of a stream, of which alone images are read."""
     own_prompts = unusable = longest = cut = count = 0
     first = unknown = None
-    for item in first_items(source):
+    for item in source.first_items(COUNTED):
         count += 1
         own_prompts += item.prompt is not None
         answer = item.answer[: LONGEST * source.dataset.max_length]
@@ -66,23 +63,10 @@ def look_at(source: FileSource | ShardSource, vocabulary: int) -> Texts:
         outside = (sample.input_ids < 0) | (sample.input_ids >= vocabulary)
         if unknown is None and outside.any():
             unknown = int(sample.input_ids[outside][0])
-    lengths = answer_lengths(source.dataset) if isinstance(source, FileSource) else None
-    return Texts(count, own_prompts, unusable, longest, cut, lengths, first, unknown)
+    return Texts(count, own_prompts, unusable, longest, cut, source.answer_lengths(), first, unknown)
 
 
-def first_items(source: FileSource | ShardSource) -> Iterator[Item]:
-    """At most COUNTED of them, or OF_SHARDS; those of shards that cannot be read are passed over."""
-    if isinstance(source, FileSource):
-        yield from source.dataset.items[:COUNTED]
-        return
-    records = itertools.chain.from_iterable(find_records(shard.path) for shard in source.shards)
-    for record in itertools.islice(records, OF_SHARDS):
-        item = record.read(source.options.max_pixels, source.options.ignore_keys)
-        if isinstance(item, Item):
-            yield item
-
-
-def left_out(source: FileSource | ShardSource) -> dict[str, int]:
+def left_out(source: Source) -> dict[str, int]:
     """How much of what lies in the data paths is no sample of the source, by reason."""
     counts: dict[str, int] = {}
     for reason, count in source.left_out:
@@ -91,9 +75,7 @@ def left_out(source: FileSource | ShardSource) -> dict[str, int]:
     return counts
 
 
-def more_to_say(
-    options: Namespace, data: FileSource | ShardSource, valid: FileSource | ShardSource | None
-) -> list[str]:
+def more_to_say(options: Namespace, data: Source, valid: Source | None) -> list[str]:
     """What is wrong with the data and has no line in the summary: folders that cannot be read, by name, and answers of
     validation data that are cut.
     """
@@ -101,7 +83,9 @@ def more_to_say(
     for source, option in ((data, "--train-data"), (valid, "--valid-data")):
         if source is not None:
             notes += unreadable_notes(dict(source.left_out), option)
-    if isinstance(valid, FileSource) and (cut := answer_lengths(valid.dataset).sentence(options.max_length)):
+    lengths = None if valid is None else valid.answer_lengths()
+    cut = None if lengths is None else lengths.sentence(options.max_length)
+    if cut:
         notes.append(f"validation: {cut}")
     return notes
 
@@ -121,8 +105,8 @@ def run_summary(
     config: dict,
     texts: Texts,
     *,
-    data: FileSource | ShardSource,
-    valid: FileSource | ShardSource | None,
+    data: Source,
+    valid: Source | None,
     steps: int,
     start_step: int,
     fingerprint: str,
@@ -164,10 +148,10 @@ def _device(options: Namespace, world: World) -> str:
     return f"{device}, {precision}, {layout}, ZeRO {options.zero_stage}, {options.distributed_backend}"
 
 
-def _data(options: Namespace, data: FileSource | ShardSource) -> str:
+def _data(options: Namespace, data: Source) -> str:
     paths = [Path(path) for path in options.train_data]
-    if isinstance(data, ShardSource):
-        how = f"of {len(data.shards):,} tar shards"
+    if data.packing is not None:
+        how = f"of {data.packing}"
     elif is_demo_data(options.train_data, EMBEDDED_DEMO):
         how = "of the embedded demo: file names are the answers"
     else:
@@ -193,7 +177,7 @@ def _counts(counts: dict[str, int]) -> str:
     return shown
 
 
-def _valid(options: Namespace, valid: FileSource | ShardSource | None) -> str:
+def _valid(options: Namespace, valid: Source | None) -> str:
     split = ",".join(f"{share:g}" for share in options.split)
     if valid is None and sum(options.split[1:2]) > 0:
         return f"none: too few samples for --split {split}; give --valid-data"
@@ -230,7 +214,7 @@ def _is_embedded(options: Namespace) -> bool:
     return Path(options.from_pretrained) == EMBEDDED_DEMO / "tiny_cogvlm"
 
 
-def _steps(options: Namespace, world: World, data: FileSource | ShardSource, steps: int) -> str:
+def _steps(options: Namespace, world: World, data: Source, steps: int) -> str:
     """batch: of an optimizer step, samples x accumulation x data-parallel ranks."""
     batch = options.batch_size * options.gradient_accumulation_steps * world.data_parallel_size
     factors = [str(options.batch_size)]

@@ -21,6 +21,7 @@ from sat_lora.training.steps.checkpoint import (
     samples_per_step,
     save_checkpoint,
 )
+from sat_lora.training.steps.observers import NOBODY, Observers
 
 
 class BackgroundWriter:
@@ -70,12 +71,14 @@ def start_saving(
     world: World,
     state: RunState,
     writer: BackgroundWriter,
+    observers: Observers = NOBODY,
 ) -> None:
     """RUN/adapter/<step> and RUN/checkpoints/<step>, then their pointers. Every rank has to call it.
 
     It returns when rank 0 has copies in host memory, which its writer then writes. options.keep adapters are kept, the
-    best, and that of state.good_step, whose checkpoint is kept beside the new one. AdapterError or CheckpointError, on
-    every rank: the save before this one could not be written.
+    best, and that of state.good_step, whose checkpoint is kept beside the new one. observers: are told by the writer,
+    once it is on the disk. AdapterError or CheckpointError, on every rank: the save before this one could not be
+    written.
     """
     finish_saving(writer)
     writer.copies.clear()
@@ -86,7 +89,7 @@ def start_saving(
     checkpoint = gather_checkpoint(engine, state, world, samples, copy, run=facts)
     if world.is_main:
         writer.copies.wait()
-        writer.start(partial(write_save, run, adapter, checkpoint, options.keep))
+        writer.start(partial(write_save, run, adapter, checkpoint, options.keep, observers))
 
 
 def base_as_json(adapter: SavedAdapter) -> dict:
@@ -107,7 +110,13 @@ def _shape_alone(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to("meta")
 
 
-def write_save(run: RunFolder, adapter: SavedAdapter, checkpoint: GatheredCheckpoint, keep: int) -> None:
+def write_save(
+    run: RunFolder,
+    adapter: SavedAdapter,
+    checkpoint: GatheredCheckpoint,
+    keep: int,
+    observers: Observers = NOBODY,
+) -> None:
     """Write a save, on rank 0. AdapterError or CheckpointError: it could not be written.
 
     The checkpoint's own pointer makes it count: before it moves, the save before this one is there as it was, and
@@ -130,4 +139,4 @@ def write_save(run: RunFolder, adapter: SavedAdapter, checkpoint: GatheredCheckp
         prune(run.checkpoints, newest=step, keep=1, also={good})
     except OSError as error:
         raise AdapterError(f"{run.path}: its pointers could not be written, or what is old removed: {error}") from error
-    run.draw()
+    observers.on_save(step, run.adapters / str(step), run.checkpoints / str(step))

@@ -50,23 +50,7 @@ _dumps: set[str] = set()
 """Where traces of this process have let NCCL write."""
 
 
-class NoTrace:
-    """Keeps nothing."""
-
-    def at(self, phase: str, *, step: int | None = None, micro_batch: int | None = None) -> None:
-        pass
-
-    def attach(self, model: nn.Module) -> None:
-        pass
-
-    def follow(self, engine) -> None:
-        pass
-
-
-NO_TRACE = NoTrace()
-
-
-class Trace(NoTrace):
+class Trace:
     """This rank's.
 
     model: its modules get hooks that note the last one entered, its trainable parameters hooks that note the arrival of

@@ -23,6 +23,7 @@ from sat_lora.training.runs.run_folder import RunFolder
 from sat_lora.training.steps.broken_samples import BrokenSamples
 from tests.support.datasets import dataset
 from tests.support.picture_files import chunked_png, encoded
+from tests.support.run_logs import logs_of
 
 PIXELS = numpy.random.default_rng(0).integers(0, 256, (4, 6, 3), dtype=numpy.uint8).repeat(8, 0).repeat(8, 1)
 COLOUR = Image.fromarray(PIXELS)
@@ -427,10 +428,10 @@ def test_questions_about_one_missing_image_are_so_many_broken_samples(tmp_path, 
 def test_samples_are_counted_where_they_are_reported(tmp_path, capfd):
     """On the screen and by the doctor: three questions about one image are three."""
     broken = [("x.png", "x.png: torn", str(number)) for number in range(3)]
-    with RunFolder(tmp_path, is_writer=True) as folder:
-        folder.start(4)
-        folder.report_broken(broken, 1)
-        folder.report_broken(broken[:1], 2)  # once more, in a second pass over the validation data
+    with logs_of(RunFolder(tmp_path, is_writer=True)) as logs:
+        logs.on_start(4, 0)
+        logs.on_broken(broken, 1)
+        logs.on_broken(broken[:1], 2)  # once more, in a second pass over the validation data
     out, err = capfd.readouterr()
     assert err.count("skipped: x.png: torn") == 1 and "3 samples were skipped" in out
     lost = [BrokenSample(*entry) for entry in broken]

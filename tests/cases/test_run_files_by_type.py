@@ -13,11 +13,13 @@ from sat_lora.training import finetune
 from sat_lora.training.evaluation import evaluated, evaluation_file, try_to_write
 from sat_lora.training.preflight import option_problems
 from sat_lora.training.resume import check_data, facts_of_run, notes, settled_problems
-from sat_lora.training.runs.run_folder import RunFolder, read_records, write_json
+from sat_lora.training.runs.run_folder import RunFolder, write_json
+from sat_lora.training.runs.run_logs import read_records
 from sat_lora.training.settings.defaults import DEFAULTS
 from sat_lora.training.settings.options import parse_options, settings_of_run
 from sat_lora.training.steps.checkpoint import STATE, RunState, newest_checkpoint, read_state
 from sat_lora.training.steps.random_state import parsed, random_state
+from tests.support.run_logs import logs_of
 from tests.support.stored_state import stored_state
 
 # run.json
@@ -469,9 +471,10 @@ def test_a_log_of_anything_is_read_as_far_as_it_is_one(tmp_path):
     lines = [b'{"step": 1, "loss": 2}', b"[1]", b"{", b"3", b'{"step": "2"}', b'{"loss": 1}', b"\xff", b"[" * 10**5]
     path.write_bytes(b"\n".join(lines))
     assert read_records(path) == [{"step": 1, "loss": 2}, {"loss": 1, "step": 0}]
-    with RunFolder(tmp_path, is_writer=True) as run:
-        run.start(4, 2)
-        assert len(run.records) == 2
+    run = RunFolder(tmp_path, is_writer=True)
+    with logs_of(run) as logs:
+        logs.on_start(4, 2)
+        assert len(run.log.records) == 2
 
 
 def test_numbers_that_are_not_finite_are_null_in_every_file(tmp_path):

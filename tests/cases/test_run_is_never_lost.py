@@ -25,15 +25,17 @@ from sat_lora.lora.config import LoraConfig
 from sat_lora.parallel.distributed import arrange, join
 from sat_lora.training.runs import run_lock, space
 from sat_lora.training.runs.results import results_in, results_problems
-from sat_lora.training.runs.run_folder import RunFolder, read_records
+from sat_lora.training.runs.run_folder import RunFolder
 from sat_lora.training.runs.run_lock import LOCK, Holder, Process, RunLock
-from sat_lora.training.runs.run_logs import EventFile
+from sat_lora.training.runs.run_logs import read_records
+from sat_lora.training.runs.tensorboard import EventFile
 from sat_lora.training.saving import write_save
 from sat_lora.training.settings.options import parse_options
 from sat_lora.training.steps import checkpoint
 from sat_lora.training.steps.checkpoint import TENSORS, GatheredCheckpoint, newest_checkpoint, read_state
 from tests.support.demo_runs import options_for
 from tests.support.ranks import run_ranks
+from tests.support.run_logs import logs_of, validated
 from tests.support.scripts import run_script
 
 # A kill between any two writes
@@ -461,13 +463,15 @@ def test_a_folder_that_is_removed_under_a_run_is_begun_anew(single_process_group
 def test_a_folder_that_is_removed_under_a_run_gets_its_log_back(later, single_process_group, tmp_path):
     """What was logged before and after, whether or not a step follows the save that found it gone."""
     run_path = tmp_path / "run"
-    with locked(run_path) as lock, RunFolder(run_path, is_writer=True, lock=lock) as run:
-        run.start(3)
-        run.log_validation(1, 2.0)
-        shutil.rmtree(run_path)
-        run.check_is_ours()
-        for step in later:
-            run.log_validation(step, 1.0)
+    with locked(run_path) as lock:
+        run = RunFolder(run_path, is_writer=True, lock=lock)
+        with logs_of(run) as logs:
+            logs.on_start(3, 0)
+            logs.on_validation(validated(1, 2.0))
+            shutil.rmtree(run_path)
+            run.check_is_ours()
+            for step in later:
+                logs.on_validation(validated(step, 1.0))
     assert [record["step"] for record in read_records(run_path / "train.jsonl")] == [1, *later]
     assert any((run_path / "tensorboard").iterdir())
 

@@ -1,31 +1,82 @@
 """Where a run's batches come from: files that are read at will, or tar shards that are streamed."""
 
 import hashlib
+import itertools
 import json
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Protocol
 
 from torch.utils.data import DataLoader
 
+from sat_lora.data.answer_lengths import AnswerLengths, answer_lengths
 from sat_lora.data.batches.sampler import EpochSampler, eval_batches, make_loader, make_stream_loader
 from sat_lora.data.batches.shard_stream import ShardStream
 from sat_lora.data.samples import DataCounts, ImageTextDataset, Item, read_items, reading_options, split_items
-from sat_lora.data.shards.shards import Shard, count_shards
+from sat_lora.data.shards.shards import Shard, count_shards, find_records
 from sat_lora.files.paths import is_shard
 from sat_lora.parallel.agreement import mark
 from sat_lora.parallel.distributed import World
 
 SIZES_TRIED = 256  # samples whose files are asked for their size
+FIRST_OF_SHARDS = 100  # samples of tar shards that are looked at, since their images are read with the rest
+
+
+class Source(Protocol):
+    """Where the batches of a run come from, in whatever way its samples are kept.
+
+    Each method answers for this rank, and so that the answers of all ranks fit together.
+    """
+
+    samples: int
+    """How many there are, over all ranks."""
+    epoch_samples: int
+    """As how many samples an epoch counts, for `total_steps`."""
+    dataset: ImageTextDataset
+    """What makes a sample of an item."""
+    left_out: list[tuple[str, int]]
+    """(reason, count) of what lies in the paths and is no sample."""
+    is_stream: bool
+    """Whether nobody looks through the samples before their turn comes."""
+    packing: str | None
+    """What the samples are kept in, for people; None where the paths say it themselves."""
+
+    def marks(self, option: str) -> dict[str, str]:
+        """What all ranks have to have alike, see `agree`; option: the one that gave the paths."""
+
+    def description(self) -> dict:
+        """Tells these samples, in their order, from others, wherever they lie: {"samples": how many, "digest": ...}."""
+
+    def files(self) -> str:
+        """Tells the files of these samples from others of the same names: a digest of the sizes of some."""
+
+    def first_items(self, most: int) -> Iterator[Item]:
+        """The first items, at most so many; those that cannot be read are passed over."""
+
+    def answer_lengths(self) -> AnswerLengths | None:
+        """How many answers are cut; None of a stream."""
+
+    def training(self, start_step: int) -> Iterable[dict]:
+        """Micro-batches of this rank without end, from `start_step` on."""
+
+    @property
+    def validation_batches(self) -> int:
+        """How many batches of this rank are in one pass."""
+
+    def validation(self) -> Iterable[dict]:
+        """One pass, every sample on one rank, as many batches on every rank; at most --eval-iters of them."""
 
 
 class FileSource:
-    """Batches of items.
+    """A `Source` of items whose images are files, read at will.
 
-    samples: how many there are. epoch_samples: as how many an epoch counts, for `total_steps`. make_dataset: the
-    ImageTextDataset of a list of items. left_out: (reason, count) of what lies in the paths and is no sample.
+    make_dataset: gives the ImageTextDataset of a list of items.
     """
+
+    is_stream = False
+    packing: str | None = None
 
     def __init__(
         self,
@@ -40,21 +91,22 @@ class FileSource:
         self.samples = self.epoch_samples = len(items)
 
     def marks(self, option: str) -> dict[str, str]:
-        """What all ranks have to have alike, see `agree`; option: the one that gave the paths."""
         return marks_of_samples(option, self.samples, self.dataset.items)
 
     def description(self) -> dict:
-        """Tells these samples, in their order, from others, wherever they lie: their number and a digest of names,
-        prompts and answers.
-        """
+        """By names, prompts and answers."""
         return {"samples": self.samples, "digest": _digest(map(_entry, self.dataset.items))}
 
     def files(self) -> str:
-        """Tells the files of these samples from others of the same names: a digest of the sizes of some."""
         return sizes_mark(self.dataset.items)
 
+    def first_items(self, most: int) -> Iterator[Item]:
+        return iter(self.dataset.items[:most])
+
+    def answer_lengths(self) -> AnswerLengths | None:
+        return answer_lengths(self.dataset)
+
     def training(self, start_step: int) -> DataLoader:
-        """Micro-batches of this rank without end, from `start_step` on."""
         options = self.options
         sampler = EpochSampler(
             len(self.dataset),
@@ -68,7 +120,6 @@ class FileSource:
 
     @property
     def validation_batches(self) -> int:
-        """Of this rank, in one pass."""
         return len(self._validation_indices())
 
     def _validation_indices(self) -> list[list[int]]:
@@ -82,13 +133,14 @@ class FileSource:
         )
 
     def validation(self) -> DataLoader:
-        """One pass, every sample on one rank, as many batches on every rank; at most --eval-iters of them."""
         options, batches = self.options, self._validation_indices()
         return make_loader(self.dataset, batches, num_workers=min(1, options.num_workers), seed=options.seed)
 
 
 class ShardSource:
-    """Batches of tar shards; what FileSource says holds here too. An epoch's places without a sample count as one."""
+    """A `Source` of tar shards, which are streamed. An epoch's places without a sample count as one."""
+
+    is_stream = True
 
     def __init__(
         self,
@@ -100,17 +152,30 @@ class ShardSource:
     ):
         self.left_out = [*left_out]
         self.shards, self.dataset, self.options, self.world = shards, make_dataset([]), options, world
+        self.packing: str | None = f"{len(shards):,} tar shards"
         self.samples = sum(shard.samples for shard in shards)
         steps = self._stream(options.batch_size, options.num_workers).steps_per_epoch
         self.epoch_samples = steps * options.batch_size * world.data_parallel_size
 
     def description(self) -> dict:
-        """As that of a FileSource, by the names of the shards and how many samples each holds."""
-        return {"samples": self.samples, "digest": _digest((Path(one.path).name, one.samples) for one in self.shards)}
+        """By the names of the shards and how many samples each holds."""
+        entries = ((Path(shard.path).name, shard.samples) for shard in self.shards)
+        return {"samples": self.samples, "digest": _digest(entries)}
 
     def files(self) -> str:
-        """As that of a FileSource, of the shards themselves."""
+        """Of the shards themselves."""
         return sizes_mark([Item(Path(shard.path), "") for shard in self.shards])
+
+    def first_items(self, most: int) -> Iterator[Item]:
+        """At most FIRST_OF_SHARDS of them."""
+        records = itertools.chain.from_iterable(find_records(shard.path) for shard in self.shards)
+        for record in itertools.islice(records, min(most, FIRST_OF_SHARDS)):
+            item = record.read(self.options.max_pixels, self.options.ignore_keys)
+            if isinstance(item, Item):
+                yield item
+
+    def answer_lengths(self) -> AnswerLengths | None:
+        return None
 
     def _stream(self, batch_size: int, num_workers: int, **settings) -> ShardStream:
         return ShardStream(
@@ -128,7 +193,7 @@ class ShardSource:
         )
 
     def marks(self, option: str) -> dict[str, str]:
-        """As those of a FileSource: the names of the shards and how many samples each holds."""
+        """The names of the shards and how many samples each holds."""
         shards = [(Path(shard.path).name, shard.samples) for shard in self.shards]
         return {f"the shards of {option}": mark([self.samples, *shards])}
 
@@ -154,7 +219,7 @@ class ShardSource:
         return make_stream_loader(self._validation_stream(), num_workers=workers, seed=self.options.seed)
 
 
-def marks_of_sources(data: FileSource | ShardSource, valid: FileSource | ShardSource | None) -> dict[str, str]:
+def marks_of_sources(data: Source, valid: Source | None) -> dict[str, str]:
     """What all ranks have to have alike of training and validation data, see `agree`."""
     return {**data.marks("--train-data"), **({} if valid is None else valid.marks("--valid-data"))}
 
@@ -174,13 +239,13 @@ def _digest(entries: Iterable[Sequence]) -> str:
 
 def open_sources(
     options: Namespace, world: World, make_dataset: Callable[[list], ImageTextDataset]
-) -> tuple[FileSource | ShardSource, FileSource | ShardSource | None]:
+) -> tuple[Source, Source | None]:
     """(training, validation or None) from their paths; of files, a share of the training data where --split says so.
 
     Every rank has to call it. DataError on every rank: shards that cannot be read, all of them.
     """
 
-    def source(paths: list[str]) -> FileSource | ShardSource:
+    def source(paths: list[str]) -> Source:
         left_out: Counter[str] = Counter()
         if is_shard(paths[0]):
             ranks = dict(data_parallel_rank=world.data_parallel_rank, data_parallel_size=world.data_parallel_size)

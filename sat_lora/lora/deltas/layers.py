@@ -16,30 +16,37 @@ from torch import nn
 from torch.nn import functional as F
 
 from sat_lora._sat import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding, mpu
+from sat_lora.lora.deltas.delta import Delta
 from sat_lora.lora.deltas.low_rank import DeltaLayout, RandomDropout, add_delta
 from sat_lora.parallel.sharding import model_parallel_layout
 
 
-@dataclass(frozen=True)
-class Delta:
-    """What is added to a layer's output: scale * B A x."""
+@dataclass(frozen=True, kw_only=True)
+class LayerDelta(Delta):
+    """The delta of all slots, of this rank, as a call of the layer adds it to its output: scale * B A x."""
 
-    a: torch.Tensor  # (slots * r, in), of this rank
-    b: torch.Tensor  # (adapted rows, r), of this rank
-    scale: float
     layout: DeltaLayout
     dropout: float = 0.0  # probability, 0 outside of training
     output_is_untouched: bool = False  # it is as the layer made it, no hook having seen it
 
 
 class Kind:
-    """An nn.Linear, and the base of the others."""
+    """A kind of layer: its name and classes, and W with what it adds where that is not as here, where y is some product
+    of x (..., in) with W (out, in). `kinds` registers it.
+    """
 
-    name = "linear"
-    layers: tuple[type, ...] = (nn.Linear,)
+    name: str
+    """In adapter files."""
+    layers: tuple[type, ...]
+    """The classes of such layers; a subclass of one is of this kind as well, if it has none of its own."""
     cut: str | None = None
     """What model parallelism cuts in W: "out", "in" or nothing."""
     is_linear = True
+    """Whether "all-linear" means it."""
+    is_product = False
+    """Whether a layer of one of these very classes gives x W^T + bias and nothing else, and its delta may be added
+    without calling it.
+    """
     looks_up = False
     """Whether x holds whole numbers that pick columns of W."""
 
@@ -55,7 +62,7 @@ class Kind:
         """A vector with one entry per local row of W, as long as the layer's output is wide."""
         return per_channel
 
-    def add(self, layer: nn.Module, y: torch.Tensor, x: torch.Tensor, delta: Delta) -> torch.Tensor:
+    def add(self, layer: nn.Module, y: torch.Tensor, x: torch.Tensor, delta: LayerDelta) -> torch.Tensor:
         """The layer's output y (..., out) for x (..., in), with the delta added."""
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(y.dtype)  # what autocast did to the layer's own x
@@ -67,21 +74,25 @@ class Kind:
 
     def can_take_over(self, layer: nn.Module, x: torch.Tensor) -> bool:
         """Whether y is x W^T as it stands, W frozen and whole, so that one Function can have the gradient of both."""
-        if type(layer) not in self.layers or "weight" not in layer._parameters:
+        if not self.is_product or type(layer) not in self.layers or "weight" not in layer._parameters:
             return False  # a subclass, weight norm and the like may do anything else
         if hasattr(layer.weight, "ds_id") or layer.weight.dtype != x.dtype:  # ZeRO-3 gathers W for its own graph alone
             return False
         return not any(parameter.requires_grad for parameter in layer.parameters(recurse=False))
 
 
-class Column(Kind):
+class Linear(Kind):
+    name, layers, is_product = "linear", (nn.Linear,), True
+
+
+class Column(Linear):
     name, layers, cut = "column", (ColumnParallelLinear,), "out"
 
     def across_ranks(self, layer: nn.Module, per_channel: torch.Tensor) -> torch.Tensor:
         gathers = layer.gather_output and model_parallel_layout()[1] > 1
         return mpu.gather_from_model_parallel_region(per_channel) if gathers else per_channel
 
-    def add(self, layer: nn.Module, y: torch.Tensor, x: torch.Tensor, delta: Delta) -> torch.Tensor:
+    def add(self, layer: nn.Module, y: torch.Tensor, x: torch.Tensor, delta: LayerDelta) -> torch.Tensor:
         if layer.gather_output and model_parallel_layout()[1] > 1:
             own_columns = y.new_zeros(*y.shape[:-1], delta.layout.width)
             delta = replace(delta, output_is_untouched=False)
@@ -89,10 +100,10 @@ class Column(Kind):
         return super().add(layer, y, x, delta)
 
 
-class Row(Kind):
+class Row(Linear):
     name, layers, cut = "row", (RowParallelLinear,), "in"
 
-    def add(self, layer: nn.Module, y: torch.Tensor, x: torch.Tensor, delta: Delta) -> torch.Tensor:
+    def add(self, layer: nn.Module, y: torch.Tensor, x: torch.Tensor, delta: LayerDelta) -> torch.Tensor:
         x = x if layer.input_is_parallel else mpu.scatter_to_model_parallel_region(x)  # its backward gathers
         return super().add(layer, y, x, delta)
 
@@ -112,7 +123,7 @@ class Convolution(Kind):
     def channel_dim(self, layer: nn.Module) -> int:
         return -1 - len(layer.kernel_size)
 
-    def add(self, layer: nn.Module, y: torch.Tensor, x: torch.Tensor, delta: Delta) -> torch.Tensor:
+    def add(self, layer: nn.Module, y: torch.Tensor, x: torch.Tensor, delta: LayerDelta) -> torch.Tensor:
         kernel, groups, ones = layer.weight.shape[1:], layer.groups, (1,) * len(layer.kernel_size)
         x = F.dropout(x, delta.dropout) if delta.dropout > 0 else x
         a = delta.a.to(y.dtype).view(-1, *kernel).repeat(groups, *(1 for _ in kernel))
@@ -127,7 +138,7 @@ class Embedding(Kind):
     def matrix(self, weight: torch.Tensor) -> torch.Tensor:
         return weight.T
 
-    def add(self, layer: nn.Module, y: torch.Tensor, x: torch.Tensor, delta: Delta) -> torch.Tensor:
+    def add(self, layer: nn.Module, y: torch.Tensor, x: torch.Tensor, delta: LayerDelta) -> torch.Tensor:
         s = F.embedding(x, delta.a.T, layer.padding_idx)
         return y + delta.scale * F.linear(s, delta.b).to(y.dtype)
 
@@ -137,16 +148,8 @@ class VocabEmbedding(Embedding):
 
     name, layers, cut = "vocab", (VocabParallelEmbedding,), "in"
 
-    def add(self, layer: nn.Module, y: torch.Tensor, x: torch.Tensor, delta: Delta) -> torch.Tensor:
+    def add(self, layer: nn.Module, y: torch.Tensor, x: torch.Tensor, delta: LayerDelta) -> torch.Tensor:
         elsewhere = (x < layer.vocab_start_index) | (x >= layer.vocab_end_index)
         s = F.embedding((x - layer.vocab_start_index).masked_fill(elsewhere, 0), delta.a.T)
         s = mpu.reduce_from_model_parallel_region(s.masked_fill(elsewhere.unsqueeze(-1), 0))
         return y + delta.scale * F.linear(s, delta.b).to(y.dtype)
-
-
-KINDS = {kind.name: kind for kind in (Column(), Row(), Kind(), Convolution(), Embedding(), VocabEmbedding())}
-
-
-def kind_of(layer: nn.Module) -> Kind | None:
-    """The kind of a layer, None for one that takes no delta."""
-    return next((kind for kind in KINDS.values() if isinstance(layer, kind.layers)), None)

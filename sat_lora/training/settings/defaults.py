@@ -62,6 +62,7 @@ DEFAULTS = {
     "eval_interval": 200,
     "eval_iters": 0,
     "eval_batch_size": None,  # then --batch-size
+    "valid_metrics": [],
     "log_interval": 10,
     "doctor": False,
     "watchdog_limit": 120.0,

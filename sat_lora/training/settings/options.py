@@ -34,6 +34,7 @@ from sat_lora.terminal.option_types import (
     share,
     workers,
 )
+from sat_lora.training.metrics.registry import METRICS
 from sat_lora.training.settings.defaults import (
     DEFAULTS,
     EMBEDDED_DEMO,
@@ -156,6 +157,13 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
         "for validation and --test-data (default: --batch-size)",
         type=batch,
         metavar="N",
+    )
+    add(
+        saving,
+        "--valid-metrics",
+        "what a validation measures beside the loss",
+        nargs="+",
+        choices=list(METRICS),
     )
     add(saving, "--log-interval", "steps between the lines of train.jsonl", type=positive_int, metavar="N")
 
@@ -369,6 +377,9 @@ def _refusal(name: str, value, action: argparse.Action | None) -> str | None:
         return None if isinstance(value, bool) else "true or false"
     if action is None:
         return None
+    if action.nargs == "+" and action.choices is not None:
+        choices = [*action.choices]
+        return None if isinstance(value, list) and all(one in choices for one in value) else _some_of(choices)
     if action.nargs == "+":
         texts = isinstance(value, list) and value and all(isinstance(text, str) and _is_path(text) for text in value)
         return None if texts else "a list of texts"
@@ -382,6 +393,10 @@ def _refusal(name: str, value, action: argparse.Action | None) -> str | None:
         return "a number"
     convert(repr(value))
     return None
+
+
+def _some_of(choices: list) -> str:
+    return f"a list of {', '.join(map(str, choices))}"
 
 
 def _is_path(text: str) -> bool:
