@@ -16,8 +16,8 @@ from sat_lora.cogvlm.checkpoints.hugging_face_folder import (
     INDEX,
     REMOTE_CODE,
     ROTARY,
-    make_hugging_face_weights,
 )
+from sat_lora.cogvlm.checkpoints.hugging_face_writer import make_hugging_face_weights
 from sat_lora.cogvlm.checkpoints.sat_folder import make_sat_weights
 from sat_lora.errors import AdapterError, CheckpointError, MergeError
 from sat_lora.files.atomic import replaced_folder
