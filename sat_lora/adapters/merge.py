@@ -23,7 +23,7 @@ from sat_lora.errors import AdapterError, CheckpointError, MergeError
 from sat_lora.files.atomic import replaced_folder
 from sat_lora.files.weight_files import Layout
 from sat_lora.lora.deltas.layers import KINDS
-from sat_lora.lora.deltas.low_rank import DeltaLayout
+from sat_lora.lora.deltas.layout import DeltaLayout
 from sat_lora.lora.deltas.merging import merged_weight
 from sat_lora.printable import printable
 from sat_lora.terminal.progress import Progress

@@ -28,7 +28,7 @@ from sat_lora.interop import peft_format
 from sat_lora.interop.cogvlm_layers import has_bias, is_fused
 from sat_lora.lora.config import SLOTS
 from sat_lora.lora.deltas.dora import row_norms
-from sat_lora.lora.deltas.low_rank import DeltaLayout
+from sat_lora.lora.deltas.layout import DeltaLayout
 from sat_lora.terminal.progress import Progress
 
 IMAGE_CHANNELS = 3

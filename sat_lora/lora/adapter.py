@@ -11,7 +11,7 @@ from sat_lora.lora.config import LoraConfig
 from sat_lora.lora.deltas import dora
 from sat_lora.lora.deltas.initialize import initial_factors
 from sat_lora.lora.deltas.layers import Delta
-from sat_lora.lora.deltas.low_rank import DeltaLayout
+from sat_lora.lora.deltas.layout import DeltaLayout
 from sat_lora.lora.deltas.merging import merged_weight
 from sat_lora.lora.targets import Target
 from sat_lora.parallel.sharding import (

@@ -7,7 +7,7 @@ y' = g (y - bias + s B A x) + bias
 import torch
 
 from sat_lora._sat import mpu
-from sat_lora.lora.deltas.low_rank import DeltaLayout
+from sat_lora.lora.deltas.layout import DeltaLayout
 from sat_lora.parallel.sharding import model_parallel_layout
 
 

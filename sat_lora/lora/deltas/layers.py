@@ -16,7 +16,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from sat_lora._sat import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding, mpu
-from sat_lora.lora.deltas.low_rank import DeltaLayout, RandomDropout, add_delta
+from sat_lora.lora.deltas.layout import DeltaLayout
+from sat_lora.lora.deltas.low_rank import RandomDropout, add_delta
 from sat_lora.parallel.sharding import model_parallel_layout
 
 

@@ -7,7 +7,7 @@ from sat_lora._sat import HOOKS_DEFAULT, BaseModel, mpu
 from sat_lora.errors import MergeError
 from sat_lora.lora.deltas import dora
 from sat_lora.lora.deltas.layers import Kind
-from sat_lora.lora.deltas.low_rank import DeltaLayout
+from sat_lora.lora.deltas.layout import DeltaLayout
 from sat_lora.parallel.sharding import gathered, model_parallel_layout
 
 

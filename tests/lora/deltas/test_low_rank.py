@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from sat_lora.lora.deltas.low_rank import DeltaLayout, RandomDropout, add_delta, add_delta_reference, dropout_mask
+from sat_lora.lora.deltas.layout import DeltaLayout
+from sat_lora.lora.deltas.low_rank import RandomDropout, add_delta, add_delta_reference, dropout_mask
 
 LAYOUTS = {
     "whole": DeltaLayout(((0, 6),), 6),
