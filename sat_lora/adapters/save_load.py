@@ -38,7 +38,7 @@ Copy = Callable[[torch.Tensor], torch.Tensor]
 
 
 def on_the_cpu(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a copy there, also of a tensor that is there already."""
+    """Return a copy on the CPU, also of a tensor that is there already."""
     return tensor.detach().to("cpu", copy=True)
 
 
@@ -87,8 +87,8 @@ def gather_adapter(
 ) -> SavedAdapter:
     """Return the adapter called `name`, for `write_gathered`. Every rank has to call it.
 
-    copy: makes a copy of a tensor, which the model goes on to change. Raises AdapterError, on every rank: `folder`
-    cannot hold it.
+    copy: makes a copy of a tensor, which the model goes on to change. Raises AdapterError, on every rank, if
+    `folder` cannot hold it.
     """
     mixins = list(mixins_called(model, name).values())
     if not mixins:
