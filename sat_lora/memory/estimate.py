@@ -98,7 +98,7 @@ def _give_fake_memory(model: CogVLMModel) -> None:
 
 @contextmanager
 def _as_in_a_run(model: CogVLMModel, *, partitioned: bool):
-    """Run inside as a run would, not as these tensors: recompute without a GPU, and ZeRO-3's own ways."""
+    """Let things be inside as in a run, not as on these tensors: recomputation without a GPU, ZeRO-3's own ways."""
     with ExitStack() as stack:
         # Both want real random states, on CUDA DeepSpeed's function for the layers too; they keep the same tensors.
         layers = partial(checkpoint, use_reentrant=True, preserve_rng_state=False)
@@ -125,7 +125,7 @@ def _replaced(module, name: str, value):
 
 
 def _peak_of_a_step(model: CogVLMModel, config: dict, rows: int, length: int, labelled: int | None) -> int:
-    """Return the bytes of a forward and a backward pass at their peak, parameters aside."""
+    """Return the bytes of a forward and a backward pass at their peak, parameters and their gradients aside."""
     patches = config["image_length"]
     vit = config["eva_args"]
     vision = rows * (patches + 1)
