@@ -19,7 +19,7 @@ from benchmarks.bench_watchdog import config_for
 from benchmarks.interleaved import environment, measure
 from sat_lora import LoraConfig, add_lora
 from sat_lora.cogvlm import build_cogvlm
-from sat_lora.parallel.distributed import World, arrange, join, stop
+from sat_lora.parallel.distributed import World, destroy, init_distributed, init_model_parallel
 from sat_lora.training.steps.engine import adapter_optimizer, start_engine
 from sat_lora.training.steps.step import train_step
 
@@ -81,7 +81,7 @@ def main(arguments: list[str] | None = None) -> dict[int, dict]:
     parser.add_argument("--size", choices=("demo", "deep"), default="deep")
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    config, world = config_for(args.size), arrange(join())
+    config, world = config_for(args.size), init_model_parallel(init_distributed())
     batch = batch_of(config, 8, CPU, torch.float32)
     works = {}
     for stage in STAGES:
@@ -96,7 +96,7 @@ def main(arguments: list[str] | None = None) -> dict[int, dict]:
         cells = [parts[stage].get(name) for stage in STAGES]
         shown = [f"{cell[0]:,.0f}, {cell[1]:.1f}" if cell else "" for cell in cells]
         print(f"| {what} (`{name}`) | " + " | ".join(shown) + " |")
-    stop()
+    destroy()
     return parts
 
 

@@ -21,7 +21,7 @@ import torch
 from benchmarks.model_folders import config_of, state_of, write_hugging_face
 from benchmarks.report import table, write_json
 from sat_lora.cogvlm.checkpoints.load import load_cogvlm, save_weights, weight_files
-from sat_lora.parallel.distributed import arrange, join
+from sat_lora.parallel.distributed import init_distributed, init_model_parallel
 from sat_lora.training.steps.engine import set_up_deepspeed
 
 INTERVAL = 0.002  # seconds between samples
@@ -54,7 +54,7 @@ def peak_growth(work: Callable) -> tuple[object, int, float]:
 
 def load_on_a_rank(folder: str, model_parallel: int, zero: bool = False) -> dict:
     """Bytes of the rank's own weights, peak growth of its anonymous memory, seconds."""
-    arrange(join(), model_parallel)
+    init_model_parallel(init_distributed(), model_parallel)
     config = None
     if zero:
         set_up_deepspeed()

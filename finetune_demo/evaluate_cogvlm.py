@@ -145,7 +145,7 @@ def _evaluate(argv: list[str] | None) -> int:
     if is_first_rank() and not options.adapter:
         print(f"no --adapter: {printable(options.from_pretrained)} is evaluated alone", flush=True)
     announce(place)
-    from sat_lora.parallel.distributed import arrange, join, stop, together
+    from sat_lora.parallel.distributed import destroy, init_distributed, init_model_parallel, run_on_all_ranks
     from sat_lora.training.evaluation import (
         evaluate_adapter,
         evaluation_file,
@@ -157,8 +157,8 @@ def _evaluate(argv: list[str] | None) -> int:
     from sat_lora.training.runs.run_lock import RunLock
     from sat_lora.watchdog.watchdog import watched_alone
 
-    device = join(marks=marks_of_options(options))
-    world = arrange(device, options.model_parallel_size)
+    device = init_distributed(marks=marks_of_options(options))
+    world = init_model_parallel(device, options.model_parallel_size)
     options.bf16 = options.bf16 or (device.type == "cuda" and not options.fp16)
     out, run = evaluation_file(options)
     lock = contextlib.nullcontext()
@@ -166,14 +166,14 @@ def _evaluate(argv: list[str] | None) -> int:
         lock = RunLock(run, doing="evaluating", option="--run", instead="write elsewhere, with --out FILE")
     with lock, watched_alone(options.watchdog_limit) as trace:
         any_base = bool(options.any_base)
-        together(lambda: try_to_write(out) if world.is_main else None)
-        result = together(evaluate_adapter, options, options.adapter, world, trace=trace, any_base=any_base)
-        together(lambda: write_evaluation(out, result, options, options.adapter) if world.is_main else None)
+        run_on_all_ranks(lambda: try_to_write(out) if world.is_main else None)
+        result = run_on_all_ranks(evaluate_adapter, options, options.adapter, world, trace=trace, any_base=any_base)
+        run_on_all_ranks(lambda: write_evaluation(out, result, options, options.adapter) if world.is_main else None)
     if world.is_main:
         is_own = options.out or not options.adapter or out.name == "evaluation.json"
         why = "" if is_own else "; evaluation.json is another evaluation's"
         print(f"{evaluation_table(result)}\nwritten to {printable(out)}{why}", flush=True)
-    stop()
+    destroy()
     return 0
 
 

@@ -37,7 +37,7 @@ def _finetune(argv: list[str] | None) -> int:
         from sat_lora.doctor.diagnose import report
 
         return report(options, make_data=lambda: _make_demo_data(options))
-    from sat_lora.parallel.distributed import stop
+    from sat_lora.parallel.distributed import destroy
     from sat_lora.parallel.stop_signals import Stopped
     from sat_lora.training.finetune import finetune
 
@@ -49,7 +49,7 @@ def _finetune(argv: list[str] | None) -> int:
         return stopped.status
     if world.is_main and not options.replay:
         print(_what_next(options), flush=True)
-    stop()
+    destroy()
     return 0
 
 

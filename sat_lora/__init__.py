@@ -33,14 +33,14 @@ __all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str):
-    """Import a public name when it is first asked for: SAT takes seconds, and `sat-lora --help` needs none of it."""
+    """Return a public name, imported when it is first asked for: SAT takes seconds, and `--help` needs none of it."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
 
 
 def __dir__() -> list[str]:
-    """What completion offers."""
+    """Return what completion offers."""
     return sorted({*globals(), *__all__})
 
 

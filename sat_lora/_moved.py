@@ -94,7 +94,8 @@ class _Finder(MetaPathFinder, Loader):
         return ModuleSpec(fullname, self) if fullname in MOVED else None
 
     def exec_module(self, module: ModuleType) -> None:
-        old, new = module.__name__, MOVED[module.__name__]
+        old = module.__name__
+        new = MOVED[old]
         warnings.warn(f"{old} is {new} now", DeprecationWarning, stacklevel=2)
         sys.modules[old] = importlib.import_module(new)  # one module under both names, not a copy
 

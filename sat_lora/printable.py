@@ -6,8 +6,10 @@ from collections.abc import Iterable
 
 
 def printable(name: object) -> str:
-    """`name` as text of one line that a terminal only shows: control and format characters, line separators and lone
-    surrogates (bytes that are no UTF-8 among them) as Python would escape them.
+    """Return `name` as text of one line that a terminal only shows.
+
+    Control and format characters, line separators and lone surrogates (bytes that are no UTF-8 among them) are escaped
+    as Python would.
     """
     text = str(name)
     return (
@@ -18,15 +20,18 @@ def printable(name: object) -> str:
 
 
 def printable_lines(text: object) -> str:
-    """`text` as `printable` gives it, its line feeds kept: for a message at the edge, whose lines are our own."""
+    """Return `text` as `printable` gives it, its line feeds kept: for a message at the edge, whose lines are
+    our own.
+    """
     return "\n".join(map(printable, str(text).split("\n")))
 
 
-def shell_line(words: Iterable[object]) -> str:
-    """The words as a line for a shell; a name that a terminal would obey is written by escapes, which bash, zsh and
-    ksh read as the name that it is.
+def shell_line(arguments: Iterable[object]) -> str:
+    """Return the arguments as a line for a shell.
+
+    A name that a terminal would obey is written by escapes, which bash, zsh and ksh read as the name that it is.
     """
-    return " ".join(map(_shell_word, map(str, words)))
+    return " ".join(map(_shell_word, map(str, arguments)))
 
 
 def _shell_word(word: str) -> str:

@@ -87,11 +87,11 @@ def single_process_group():
     """A process group of one, with SAT's model-parallel groups in it. What it puts into the environment is taken out
     again: processes that tests start would take themselves for ranks of this group.
     """
-    from sat_lora.parallel.distributed import arrange, join
+    from sat_lora.parallel.distributed import init_distributed, init_model_parallel
 
     before = dict(os.environ)
     try:
-        return arrange(join())
+        return init_model_parallel(init_distributed())
     finally:
         for name in os.environ.keys() - before.keys():
             del os.environ[name]

@@ -56,9 +56,9 @@ def combine_adapters(
     of values ("total") or by number ("frequency"). any_base: the adapters may be of different bases with the same
     layers; the result names the first one's. progress: goes through the layers, as tqdm does.
 
-    Computed in float32, or float64 for float64 adapters, and rounded once to the adapters' dtype. A layer's scale is
-    its largest |w_i s_i|, so that cat keeps the bits of adapters where these are equal. ConfigError (arguments) and
-    AdapterError (folders) list everything that is wrong.
+    The sums are made in float32, or float64 for float64 adapters, and rounded once to the adapters' dtype. A layer's
+    scale is its largest |w_i s_i|, so that cat keeps the bits of adapters where these are equal. Raises ConfigError
+    (arguments) and AdapterError (folders), which list everything that is wrong.
     """
     check_arguments(folders, out, method, weights, rank, density, majority_sign)
     weights = [1.0] * len(folders) if weights is None else weights
@@ -71,7 +71,7 @@ def combine_adapters(
 
 
 def _arithmetic(method: str, rank: int | None, density: float | None, majority_sign: str) -> Arithmetic:
-    """The arithmetic of a method, with the arguments that `check_arguments` has passed."""
+    """Return the arithmetic of a method, which takes the arguments that `check_arguments` has passed."""
     if method == "ties" and density is not None:
         return partial(ties, density=density, majority_sign=majority_sign)
     if method == "svd":
@@ -80,15 +80,18 @@ def _arithmetic(method: str, rank: int | None, density: float | None, majority_s
 
 
 def combine_sources(sources: list[Source], arithmetic: Arithmetic, progress: Progress[Holders] = iter) -> SavedAdapter:
-    """The combination of all layers. AdapterError: it is not finite, or too large to be read again."""
+    """Return the combination of all layers as an adapter without a folder.
+
+    Raises AdapterError if it is not finite, or too large to be read again.
+    """
     layers: dict[str, LayerEntry] = {}
     tensors: dict[str, torch.Tensor] = {}
     for name, holders in progress(by_layer(sources).items()):
         try:
-            layers[name], own = combine_layer(name, holders, arithmetic)
+            layers[name], layer_tensors = combine_layer(name, holders, arithmetic)
         except torch.linalg.LinAlgError as error:  # values so large that their products overflow
             raise AdapterError(f"{name}: cannot be combined: {error}") from error
-        tensors |= own
+        tensors |= layer_tensors
     broken = [key for key, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
     refuse([f"{key}: the combination is not finite in {tensors[key].dtype}" for key in broken])
     too_strong = [name for name, entry in layers.items() if not abs(entry.scale * entry.r) <= LARGEST_SCALE]
@@ -105,26 +108,27 @@ def combine_sources(sources: list[Source], arithmetic: Arithmetic, progress: Pro
 
 
 def _overflows(adapter: SavedAdapter, name: str) -> bool:
-    """Whether |s| |B| |A|, which no entry of the delta exceeds, is beyond float32."""
+    """Return whether |s| |B| |A|, which no entry of the delta exceeds, is beyond float32."""
     delta = adapter.delta_of(name)
     a, b = (torch.linalg.vector_norm(factor, dtype=torch.float64).item() for factor in (delta.a, delta.b))
     return not abs(delta.scale) * a * b <= LARGEST_SCALE
 
 
 def _base(sources: list[Source]) -> BaseIdentity | None:
-    """The first that says which values the base has, or else says anything."""
-    known = sorted((s.saved.base for s in sources if s.saved.base), key=lambda base: base.values is None)
-    return known[0] if known else None
+    """Return the first base that says which values it has, or else says anything; None without any."""
+    bases = sorted((s.saved.base for s in sources if s.saved.base), key=lambda base: base.values is None)
+    return bases[0] if bases else None
 
 
 def combine_layer(
     name: str, holders: list[Source], arithmetic: Arithmetic
 ) -> tuple[LayerEntry, dict[str, torch.Tensor]]:
-    """(entry, tensors by key) of one layer, from the adapters that have it."""
-    scale = max(abs(source.strength(name)) for source in holders) or 1.0
+    """Return (entry, tensors by key) of one layer, from the adapters that have it."""
+    scale = max(abs(source.scale_of(name)) for source in holders) or 1.0
     rows = {slot: rows for source in holders for slot, rows in source.rows(name).items()}
     order = sorted(rows, key=lambda slot: rows[slot])
-    slots, spans = tuple(slot for slot in order if slot != WHOLE), tuple(rows[slot] for slot in order)
+    slots = tuple(slot for slot in order if slot != WHOLE)
+    spans = tuple(rows[slot] for slot in order)
     dtype, deltas = deltas_by_slot(name, holders, scale)
     stacked = stack([arithmetic(deltas[slot]) for slot in order]).to(dtype)
     entry = LayerEntry(holders[0].saved.layers[name].kind, stacked.rank, scale, slots, spans)
@@ -133,9 +137,9 @@ def combine_layer(
 
 
 def deltas_by_slot(name: str, holders: list[Source], scale: float) -> tuple[torch.dtype, dict[str, list[Delta]]]:
-    """The widest dtype in one layer, and for each slot the deltas of the adapters that have it, in float32 or wider.
+    """Return (widest dtype in one layer, {slot: the deltas of the adapters that have it}).
 
-    Their scales are divided by `scale`.
+    The deltas are in float32 or wider, and their scales are divided by `scale`.
     """
     by_source = [source.deltas(name) for source in holders]
     factors = [factor for deltas in by_source for delta in deltas.values() for factor in (delta.a, delta.b)]
@@ -149,7 +153,7 @@ def deltas_by_slot(name: str, holders: list[Source], scale: float) -> tuple[torc
 
 
 def stack(deltas: list[Delta]) -> Delta:
-    """The delta of all slots, of the delta of each, all of scale 1.
+    """Return the delta of all slots, of the delta of each, all of scale 1.
 
     r is the largest rank: a layer has one, and a slot that fewer adapters have is filled up with zeros.
     """
@@ -160,7 +164,7 @@ def stack(deltas: list[Delta]) -> Delta:
 
 
 def combined_config(configs: list[LoraConfig], layers: dict[str, LayerEntry]) -> LoraConfig:
-    """The first config with every layer's rank and scale; patterns for the layers that differ from the most."""
+    """Return the first config with every layer's rank and scale, by patterns where they are not the most common."""
     ranks = {name: entry.r for name, entry in layers.items()}
     alphas = {name: entry.scale * entry.r for name, entry in layers.items()}
     (r, _), (alpha, _) = (Counter(values.values()).most_common(1)[0] for values in (ranks, alphas))

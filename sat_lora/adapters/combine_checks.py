@@ -13,7 +13,8 @@ from sat_lora.lora.deltas.delta import Delta
 from sat_lora.printable import printable
 from sat_lora.terminal.notice import warn
 
-METHODS, MAJORITY_SIGNS = ("cat", "linear", "svd", "ties"), ("total", "frequency")
+METHODS = ("cat", "linear", "svd", "ties")
+MAJORITY_SIGNS = ("total", "frequency")
 WHOLE = "whole"
 """Stands for the slot of a layer that has none."""
 
@@ -26,25 +27,25 @@ class Source:
     weight: float
     saved: SavedAdapter
 
-    def strength(self, name: str) -> float:
-        """The factor before B A of that layer: the weight times the layer's scale."""
+    def scale_of(self, name: str) -> float:
+        """Return the factor before B A of that layer: the weight times the layer's scale."""
         return self.weight * self.saved.layers[name].scale
 
     def rows(self, name: str) -> dict[str, tuple[int, int]]:
-        """The rows of each slot of that layer."""
+        """Return the rows (start, stop) of each slot of that layer."""
         entry = self.saved.layers[name]
         return dict(zip(entry.slots or (WHOLE,), entry.rows))
 
     def deltas(self, name: str) -> dict[str, Delta]:
-        """The delta of each slot of that layer, of which `strength` is the scale."""
+        """Return the delta of each slot of that layer, of which `scale_of` is the scale."""
         sides = [[self.saved.tensors[key] for key in self.saved.keys(name, leaf)] for leaf in PAIR]
-        scale = self.strength(name)
+        scale = self.scale_of(name)
         return {slot: Delta(a, b, scale) for slot, a, b in zip(self.rows(name), *sides)}
 
     def in_features(self, name: str) -> int:
-        """The inputs of that layer by the first A that says it; 0, which fits no tensor, where none does."""
-        found = (self.saved.tensors.get(key) for key in self.saved.keys(name, PAIR[0]))
-        return next((a.shape[-1] for a in found if a is not None and a.dim() > 0), 0)
+        """Return the inputs of that layer by the first A that says it; 0, which fits no tensor, where none does."""
+        factors = (self.saved.tensors.get(key) for key in self.saved.keys(name, PAIR[0]))
+        return next((a.shape[-1] for a in factors if a is not None and a.dim() > 0), 0)
 
 
 def check_arguments(
@@ -56,24 +57,24 @@ def check_arguments(
     density: float | None,
     majority_sign: str,
 ) -> None:
-    """ConfigError that lists every argument that is wrong."""
+    """Raise one ConfigError that lists every argument that is wrong."""
     problems = []
     if isinstance(folders, (str, Path)) or len(folders) < 1:
         problems.append(f"folders has to be a list of at least one adapter folder, got {folders!r}")
     elif weights is not None and (len(weights) != len(folders) or not all(map(_is_finite, weights))):
         problems.append(f"weights has to be one finite number for each of {len(folders)} folders, got {weights!r}")
-    for name, value, known in (("method", method, METHODS), ("majority_sign", majority_sign, MAJORITY_SIGNS)):
-        if value not in known:
-            near = difflib.get_close_matches(str(value), known, n=1, cutoff=0)[0]
-            problems.append(f"there is no {name} {value!r}, did you mean {near!r}? known: {', '.join(known)}")
+    for name, value, choices in (("method", method, METHODS), ("majority_sign", majority_sign, MAJORITY_SIGNS)):
+        if value not in choices:
+            near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0)[0]
+            problems.append(f"there is no {name} {value!r}, did you mean {near!r}? known: {', '.join(choices)}")
     if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
         problems.append(f"rank has to be a whole number of at least 1, got {rank!r}")
     if density is not None and not (_is_finite(density) and 0 < density <= 1):
         problems.append(f"density has to be above 0 and at most 1, got {density!r}")
     if method == "ties" and density is None:
         problems.append("ties needs a density, the share of values that it keeps, for example 0.5")
-    given = {"rank": (rank, "svd"), "density": (density, "ties"), "majority_sign": (majority_sign, "ties")}
-    for name, (argument, owner) in given.items():
+    owners = {"rank": (rank, "svd"), "density": (density, "ties"), "majority_sign": (majority_sign, "ties")}
+    for name, (argument, owner) in owners.items():
         if argument not in (None, "total") and method in METHODS and method != owner:
             problems.append(f"{name} is for {owner}, {method} does not use it")
     if Path(out).exists():
@@ -88,12 +89,13 @@ def _is_finite(value: object) -> bool:
 def read_sources(
     folders: list[str | Path], weights: list[float], method: str, *, any_base: bool = False
 ) -> list[Source]:
-    """The adapters, each read once. AdapterError lists everything that keeps them from being combined.
+    """Return the adapters with their weights, each read once.
 
     any_base: they may be of different bases. A warning where an adapter, of an older version, knows too little of its
-    own.
+    own. Raises one AdapterError that lists everything that keeps them from being combined.
     """
-    sources, problems = [], []
+    sources = []
+    problems = []
     for folder, weight in zip(folders, weights):
         try:
             sources.append(Source(folder, weight, read_adapter(folder)))
@@ -116,12 +118,15 @@ def read_sources(
 
 
 def _other_base(sources: list[Source]) -> list[str]:
-    """Whether the last one was trained on another base than the first one before it that says enough, as a list."""
+    """Return the problem, in a list, that the last adapter is of another base than those before it; else no problem.
+
+    It is compared with the first one before it that says enough.
+    """
     *before, last = ((source, source.saved.base or BaseIdentity(source.saved.base_fingerprint)) for source in sources)
-    known = sorted(before, key=lambda pair: pair[1].values is None)
-    if not known:
+    telling = sorted(before, key=lambda pair: pair[1].values is None)
+    if not telling:
         return []
-    first, base = known[0]
+    first, base = telling[0]
     base = replace(base, fingerprint=first.saved.base_fingerprint)
     difference = base.difference(replace(last[1], fingerprint=last[0].saved.base_fingerprint))
     if difference is None:
@@ -133,21 +138,23 @@ def _other_base(sources: list[Source]) -> list[str]:
 
 
 def by_layer(sources: list[Source]) -> dict[str, list[Source]]:
-    """For every layer, the adapters that have it."""
+    """Return the adapters that have it for every layer, in the order of the layers' names."""
     names = sorted({name for source in sources for name in source.saved.layers})
     return {name: [source for source in sources if name in source.saved.layers] for name in names}
 
 
 def _own_problems(source: Source) -> list[str]:
-    """What keeps one adapter from being combined with any."""
+    """Return what keeps one adapter from being combined with any, in a list."""
     saved = source.saved
     expected = saved.expected({name: source.in_features(name) for name in saved.layers})
-    cannot = {
+    uncombinable = {
         "DoRA magnitudes cannot be combined": [key for key in expected if key.endswith(MAGNITUDE)],
         "whole tensors of the base (modules_to_save, bias) cannot be combined": saved.trained,
     }
     problems = [
-        f"{what}: {', '.join(sorted(keys)[:8])}{', ...' * (len(keys) > 8)}" for what, keys in cannot.items() if keys
+        f"{reason}: {', '.join(sorted(keys)[:8])}{', ...' * (len(keys) > 8)}"
+        for reason, keys in uncombinable.items()
+        if keys
     ]
     if not saved.layers:
         problems.append("adapts nothing")
@@ -156,29 +163,29 @@ def _own_problems(source: Source) -> list[str]:
 
 
 def _disagreements(name: str, holders: list[Source], method: str) -> list[str]:
-    """What keeps the adapters of one layer from being combined with each other."""
+    """Return what keeps the adapters of one layer from being combined with each other, in a list."""
     problems: list[str] = []
     first: dict[str, object] = {}
     entries = [source.saved.layers[name] for source in holders]
     for source, entry in zip(holders, entries):
         facts: dict[str, object] = {f"rows of {slot}": rows for slot, rows in source.rows(name).items()}
         facts |= {"kind": entry.kind, "number of inputs": source.in_features(name) or None}
-        for what, value in facts.items():
-            if value is not None and first.setdefault(what, value) != value:
-                problems.append(f"{what} {first[what]} in one adapter, {value} in another")
+        for fact, value in facts.items():
+            if value is not None and first.setdefault(fact, value) != value:
+                problems.append(f"{fact} {first[fact]} in one adapter, {value} in another")
     if len({bool(entry.slots) for entry in entries}) > 1:
         problems.append("cut into slots in one adapter and not in another")
     ranks = [entry.r for entry in entries]
     if method in ("linear", "ties") and len(set(ranks)) > 1:
         problems.append(f"{method} wants equal ranks, got {ranks}; svd and cat take any")
-    largest = max(abs(source.strength(name)) for source in holders)
+    largest = max(abs(source.scale_of(name)) for source in holders)
     if not largest <= LARGEST_SCALE:
         problems.append(f"weight times scale is not finite in float32, which ends at {LARGEST_SCALE:.3g}: {largest:g}")
     return problems
 
 
 def refuse(problems: list[str], error: type[Exception] = AdapterError) -> None:
-    """The error with the problems, if there are any."""
+    """Raise the error with the problems, if there are any."""
     if problems:
         more = f"; and {len(problems) - 20} more" if len(problems) > 20 else ""
         raise error(f"not combined: {'; '.join(problems[:20])}{more}")

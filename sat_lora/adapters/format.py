@@ -37,11 +37,17 @@ from sat_lora.printable import printable
 from sat_lora.terminal.notice import warn
 
 FORMAT_VERSION = 2
-CONFIG_LIMIT, MOST_ENTRIES = 4 * MEBIBYTE, 50_000  # ten times and more what an adapter of all of CogVLM-17B has
-HOLES_FROM, HOLES_SHARE = 64 * MEBIBYTE, 16  # a file of at least so many bytes of which a sixteenth is on the disk
+# Ten times and more what an adapter of all of CogVLM-17B has.
+CONFIG_LIMIT = 4 * MEBIBYTE
+MOST_ENTRIES = 50_000
+# A file of at least so many bytes of which a sixteenth is on the disk.
+HOLES_FROM = 64 * MEBIBYTE
+HOLES_SHARE = 16
 _IMPORT = "it may be one of PEFT: `sat-lora import --from peft FOLDER --base BASE --out DIR` makes an adapter of it"
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-PAIR, MAGNITUDE = ("lora_A", "lora_B"), "lora_magnitude"
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+PAIR = ("lora_A", "lora_B")
+MAGNITUDE = "lora_magnitude"
 LARGEST_SCALE = torch.finfo(torch.float32).max
 TENSOR_DTYPES = tuple(getattr(torch, name) for name in DTYPES)
 
@@ -58,9 +64,12 @@ class LayerEntry:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "LayerEntry":
-        """From the JSON object of a file; ValueError, TypeError or LookupError if it is not one of a layer."""
-        kind, rank, scale = values["kind"], values["r"], values["scale"]
-        slots, rows = _strings(values["slots"]), tuple((start, stop) for start, stop in values["rows"])
+        """Return the entry of a layer's JSON object. Raises ValueError, TypeError or LookupError if it is none."""
+        kind = values["kind"]
+        rank = values["r"]
+        scale = values["scale"]
+        slots = _strings(values["slots"])
+        rows = tuple((start, stop) for start, stop in values["rows"])
         if not isinstance(kind, str) or len(set(slots)) != len(slots):
             raise ValueError(f"kind {kind!r} with slots {slots}")
         if any(type(number) is not int for number in (rank, *sum(rows, ()))):
@@ -91,7 +100,9 @@ class SavedAdapter:
         return self.base.title if self.base else "a base that it does not name"
 
     def of_layer(self, name: str) -> dict[str, torch.Tensor]:
-        """The layer's stacked A (slots * r, in), B (rows of all slots, r) and, with DoRA, magnitude (rows,)."""
+        """Return a layer's tensors by leaf, slots stacked: A (slots * r, in), B (rows, r), magnitude (rows,) of
+        DoRA.
+        """
         leaves = (*PAIR, MAGNITUDE) if self.config.use_dora else PAIR
         return {leaf: self._stacked(name, leaf) for leaf in leaves}
 
@@ -108,11 +119,11 @@ class SavedAdapter:
         return torch.cat([self.tensors[key] for key in self.keys(name, leaf)])
 
     def keys(self, name: str, leaf: str) -> list[str]:
-        """The tensors' names, slot by slot."""
+        """Return the names of a layer's tensors of that leaf, slot by slot."""
         return [f"{name}.{slot}.{leaf}" for slot in self.layers[name].slots] or [f"{name}.{leaf}"]
 
     def expected(self, in_features: dict[str, int]) -> dict[str, tuple[int, ...]]:
-        """The shapes that the tensors of those layers have to have, given the layers' `in`."""
+        """Return the shapes, by key, that the tensors of those layers have to have, given the layers' `in`."""
         shapes = {}
         for name, entry in ((name, self.layers[name]) for name in in_features):
             for number, (start, stop) in enumerate(entry.rows):
@@ -126,7 +137,7 @@ class SavedAdapter:
 def cut_slots(
     name: str, slots: tuple[str, ...], rows: list[int], stacked: dict[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """The stacked tensors of a layer (see `SavedAdapter.of_layer`) as the tensors of the file."""
+    """Return the tensors of the file, by key, for the stacked ones of a layer (see `SavedAdapter.of_layer`)."""
     if not slots:
         return {f"{name}.{leaf}": tensor.contiguous() for leaf, tensor in stacked.items()}
     rank = stacked[PAIR[0]].shape[0] // len(slots)
@@ -138,7 +149,7 @@ def cut_slots(
 
 
 def plain_config(config: LoraConfig) -> LoraConfig:
-    """The config of the plain LoRA that stands for one of `config`: of twice the rank for PiSSA and OLoRA."""
+    """Return the config of the plain LoRA that stands for one of `config`: of twice the rank for PiSSA and OLoRA."""
     if not config.takes_from_base:
         return config
     factor = math.sqrt(2) if config.use_rslora else 2
@@ -153,7 +164,10 @@ def plain_config(config: LoraConfig) -> LoraConfig:
 
 
 def write_adapter(folder: str | Path, adapter: SavedAdapter) -> None:
-    """Write the folder; a reader sees the old one or the new one, never a torn one. OSError if it cannot be written."""
+    """Write the folder; a reader sees the old one or the new one, never a torn one.
+
+    Raises OSError if it cannot be written.
+    """
     config = {
         "peft_type": "LORA",
         **adapter.config.to_dict(),
@@ -174,9 +188,10 @@ def write_adapter(folder: str | Path, adapter: SavedAdapter) -> None:
 
 
 def read_adapter(folder: str | Path) -> SavedAdapter:
-    """What an adapter folder holds, tensors on the CPU. AdapterError names the file and the cause.
+    """Return what an adapter folder holds, tensors on the CPU.
 
     folder: an adapter, a run's folder of them (its latest is read), or a pointer in that, `.../best`.
+    Raises AdapterError, which names the file and the cause.
     """
     try:
         folder = follow(folder)
@@ -185,15 +200,15 @@ def read_adapter(folder: str | Path) -> SavedAdapter:
     except OSError as error:
         raise AdapterError(f"{folder}: cannot be read: {error}") from error
     if missing:
-        found = "no such folder" if names is None else ", ".join(map(printable, names[:12])) or "nothing"
+        content = "no such folder" if names is None else ", ".join(map(printable, names[:12])) or "nothing"
         advice = _advice(folder)
-        raise AdapterError(f"{folder} is not an adapter folder: {', '.join(missing)} missing; found: {found}{advice}")
+        raise AdapterError(f"{folder} is not an adapter folder: {', '.join(missing)} missing; found: {content}{advice}")
     about = _read_config(folder / CONFIG)
     return dataclasses.replace(about, tensors=_read_tensors(folder / WEIGHTS))
 
 
 def base_of_adapter(folder: str | Path) -> BaseIdentity:
-    """The base that an adapter was trained on, by its config alone. AdapterError as `read_adapter`."""
+    """Return the base that an adapter was trained on, by its config alone. Raises the errors of `read_adapter`."""
     try:
         about = _read_config(follow(folder) / CONFIG)
     except OSError as error:
@@ -204,13 +219,13 @@ def base_of_adapter(folder: str | Path) -> BaseIdentity:
 def base_problem(
     saved: SavedAdapter, base: BaseIdentity, source: str | Path, folder: str | Path | None = None
 ) -> str | None:
-    """Why `base` is not the one that the adapter was trained on; None if it is, or if nothing says otherwise.
+    """Return why `base` is not the one that the adapter was trained on; None if it is, or nothing says otherwise.
 
     source: the adapter's folder; folder: the base's, where it has one. A warning where the adapter, of an older
     version, knows too little.
     """
-    known = saved.base or BaseIdentity(saved.base_fingerprint)
-    difference = dataclasses.replace(known, fingerprint=saved.base_fingerprint).difference(base)
+    trained_on = saved.base or BaseIdentity(saved.base_fingerprint)
+    difference = dataclasses.replace(trained_on, fingerprint=saved.base_fingerprint).difference(base)
     if difference is not None:
         subject = (
             f"the base model has {difference} than the one this adapter was trained on"
@@ -221,7 +236,7 @@ def base_problem(
             f"{subject}: it was {saved.base_title}, this is {base.title}; give its own base, or insist with --any-base "
             "(any_base=True)"
         )
-    if known.values is None and base.values is not None:
+    if trained_on.values is None and base.values is not None:
         warn(
             f"{source} was written by a version that kept names and shapes of its base alone: nobody can say whether "
             f"{base.title} is that base"
@@ -230,23 +245,24 @@ def base_problem(
 
 
 def _read_config(path: Path) -> SavedAdapter:
-    """What an adapter_config.json says; no tensors."""
+    """Return what an adapter_config.json says, as an adapter without tensors."""
     try:
         values = read_json(path, limit=CONFIG_LIMIT, parse_constant=_refuse_constant)
         if not isinstance(values, dict):
             raise ValueError(f"wanted an object, got {_brief(repr(values))}")
         if "sat_lora" not in values and "peft_type" in values:
             raise ValueError("no 'sat_lora' in it")
-        own = values.pop("sat_lora")
+        section = values.pop("sat_lora")
         values.pop("peft_type", None)
-        version = own["format_version"]
+        version = section["format_version"]
         if version != FORMAT_VERSION:
             raise AdapterError(f"{path}: format version {version!r}, this sat_lora reads {FORMAT_VERSION}")
-        if len(own["layers"]) > MOST_ENTRIES:
-            raise ValueError(f"{len(own['layers'])} layers, no more than {MOST_ENTRIES} are read")
-        layers = {name: _layer_entry(name, values) for name, values in own["layers"].items()}
-        fingerprint, trained = str(own["base_fingerprint"]), _strings(own["trained"])
-        base = BaseIdentity.from_dict(fingerprint, own["base"]) if "base" in own else None
+        if len(section["layers"]) > MOST_ENTRIES:
+            raise ValueError(f"{len(section['layers'])} layers, no more than {MOST_ENTRIES} are read")
+        layers = {name: _layer_entry(name, values) for name, values in section["layers"].items()}
+        fingerprint = str(section["base_fingerprint"])
+        trained = _strings(section["trained"])
+        base = BaseIdentity.from_dict(fingerprint, section["base"]) if "base" in section else None
     except (OSError, ValueError, AttributeError, LookupError, TypeError, RecursionError) as error:
         problem = stand_in(path) or _brief(_cause(error))
         advice = _advice(path.parent)
@@ -261,7 +277,7 @@ def _read_config(path: Path) -> SavedAdapter:
 
 
 def _advice(folder: Path) -> str:
-    """What to do with a folder that is no adapter here, where it is something else that is known."""
+    """Return what to do with a folder that is no adapter here, where it is something else that is known."""
     try:
         if any((folder / "adapter" / name).exists() for name in ("latest", "best", CONFIG)):
             return f"; give {printable(folder / 'adapter')}, where the adapters of a run are"
@@ -304,7 +320,7 @@ def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _holes(path: Path) -> str | None:
-    """Whether most of a large file was never written, as a clause: tensors of it would be zeros of any size."""
+    """Return, as a clause, that most of a large file was never written (its tensors would be zeros); else None."""
     about = path.stat()
     says_nothing = about.st_blocks == 0  # some network file systems
     if says_nothing or about.st_size < HOLES_FROM or about.st_blocks * 512 * HOLES_SHARE > about.st_size:
@@ -327,12 +343,12 @@ def _cause(error: Exception) -> str:
 
 
 def _brief(text: str) -> str:
-    """A damaged file may put anything of any length into a message."""
+    """Return the text, shortened: a damaged file may put anything of any length into a message."""
     return text if len(text) <= 500 else text[:500] + " ..."
 
 
 def tensor_problems(tensors: dict[str, torch.Tensor], expected: dict[str, tuple[int, ...]]) -> list[str]:
-    """What keeps the tensors of a file from being the expected ones: names, shapes, dtypes, values."""
+    """Return what keeps the tensors of a file from being the expected ones: names, shapes, dtypes, values."""
     problems = form_problems(tensors, expected)
     problems += [
         f"{_brief(printable(key))}: holds values that are not finite"
@@ -345,11 +361,12 @@ def tensor_problems(tensors: dict[str, torch.Tensor], expected: dict[str, tuple[
 
 
 def form_problems(tensors: dict[str, torch.Tensor], expected: dict[str, tuple[int, ...]]) -> list[str]:
-    """The same without the values, of which none is read."""
+    """Return the same without the values, of which none is read."""
     problems = [f"missing {_brief(printable(key))}" for key in expected.keys() - tensors.keys()]
     problems += [f"unexpected {_brief(printable(key))}" for key in tensors.keys() - expected.keys()]
     for key in expected.keys() & tensors.keys():
-        tensor, name = tensors[key], _brief(printable(key))
+        tensor = tensors[key]
+        name = _brief(printable(key))
         if tuple(tensor.shape) != expected[key]:
             problems.append(f"{name}: shape {tuple(tensor.shape)}, the model wants {_brief(str(expected[key]))}")
         elif tensor.dtype not in TENSOR_DTYPES:

@@ -21,7 +21,11 @@ from sat_lora.terminal.plot_text import families, plot_text
 from sat_lora.terminal.progress import Progress
 
 READ_IN_PASSING = 4 << 30  # bytes of a base whose weights are read without being asked for
-TOP, BOTTOM, PANEL, GAP = 0.75, 0.6, 0.8, 0.55  # inches of the picture
+# Inches of the picture.
+TOP = 0.75
+BOTTOM = 0.6
+PANEL = 0.8
+GAP = 0.55
 LABEL = 30  # characters of a layer's name below its mark
 LOG_RANGE = 50  # from this ratio of largest to smallest norm on, the axis is logarithmic
 Report = dict[str, Any]
@@ -29,7 +33,7 @@ Report = dict[str, Any]
 
 
 def inspect_adapter(folder: str | Path) -> Report:
-    """What the adapter of an adapter folder, or of a run folder, holds; made of what JSON can hold.
+    """Return what the adapter of an adapter folder, or of a run folder, holds; made of what JSON can hold.
 
     Keys: path, base_fingerprint, base {name, family, parameters, digest}, bytes, parameters, dtypes {dtype: tensors},
     r, lora_alpha, use_rslora, use_dora,
@@ -63,7 +67,7 @@ def inspect_adapter(folder: str | Path) -> Report:
 
 
 def _adapter_folder(folder: Path) -> Path:
-    """The folder that is meant: of an adapter, a run, or a pointer. AdapterError: nobody can say."""
+    """Return the adapter's folder that a run, a pointer or itself means. Raises AdapterError if it is unreadable."""
     try:
         if not (folder / CONFIG).is_file() and (folder / "adapter").is_dir():
             folder = folder / "adapter"
@@ -73,7 +77,7 @@ def _adapter_folder(folder: Path) -> Path:
 
 
 def _refuse_disagreement(saved: SavedAdapter, folder: Path) -> None:
-    """AdapterError where the config says other tensors than there are; no value is read."""
+    """Raise AdapterError where the config says other tensors than there are; no value is read."""
     inputs = {name: Source(folder, 1.0, saved).in_features(name) for name in saved.layers}
     whole = {name: tuple(saved.tensors[name].shape) for name in saved.trained if name in saved.tensors}
     problems = sorted(form_problems(saved.tensors, saved.expected(inputs) | whole))
@@ -95,7 +99,10 @@ def _base_line(report: Report) -> str:
 
 
 def delta_norm(saved: SavedAdapter, name: str) -> float:
-    """The Frobenius norm of scale * B A over all slots of a layer, from r x r products: |B A|^2 = (B^T B, A A^T)."""
+    """Return the Frobenius norm of scale * B A over all slots of a layer; NaN where it is none.
+
+    It comes from r x r products: |B A|^2 = (B^T B, A A^T).
+    """
     squares = 0.0
     for a, b in zip(*([saved.tensors[key].double() for key in saved.keys(name, leaf)] for leaf in PAIR)):
         squares += float(((b.T @ b) * (a @ a.T)).sum().clamp(min=0))  # nan stays nan
@@ -104,7 +111,7 @@ def delta_norm(saved: SavedAdapter, name: str) -> float:
 
 
 def describe_adapter(report: Report) -> str:
-    """The report of `inspect_adapter` as text: a table of the parts, and what looks wrong."""
+    """Return the report of `inspect_adapter` as text: a table of the parts, and what looks wrong."""
     lines = [
         f"adapter      {printable(report['path'])}",
         f"base         {_base_line(report)}",
@@ -128,13 +135,14 @@ def describe_adapter(report: Report) -> str:
 
 
 def to_json(report: Report) -> str:
+    """Return the report as indented JSON."""
     return json.dumps(report, indent=2, allow_nan=False)
 
 
 def add_weight_norms(report: Report, base: str | Path, progress: Progress[Report] = iter) -> None:
     """Give each layer of a report `weight_norm`, the Frobenius norm of its weight in `base`.
 
-    One tensor at a time is read. AdapterError: the base lacks a layer; CheckpointError: it cannot be read.
+    One tensor at a time is read. Raises AdapterError if the base lacks a layer; CheckpointError if it cannot be read.
     """
     from sat_lora.cogvlm.checkpoints.base_weights import BaseWeights
 
@@ -147,7 +155,10 @@ def add_weight_norms(report: Report, base: str | Path, progress: Progress[Report
 
 
 def base_of_run(report: Report) -> Path | None:
-    """The base that the run of an adapter was trained on; None: it is not there, or too large to read in passing."""
+    """Return the base that the run of an adapter was trained on, if it is there and small enough to be read in passing.
+
+    Else it is None.
+    """
     from sat_lora.cogvlm.checkpoints.load import weight_files
 
     for folder in Path(report["path"]).resolve().parents[:2]:  # RUN/adapter, or RUN/adapter/<step>
@@ -162,7 +173,7 @@ def draw_norms(report: Report, path: str | Path) -> None:
     """Write how far each layer's delta moves its weight, a panel for each part, one scale for all, to `path` (a .png).
 
     In percent of the weight where `add_weight_norms` has been there, else as it is. What has no effect is marked red.
-    AdapterError: there is nothing to draw, or it cannot be written.
+    Raises AdapterError if there is nothing to draw, or it cannot be written.
     """
     # Figure and canvas by hand: pyplot would keep global state and might ask for a display.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -173,7 +184,7 @@ def draw_norms(report: Report, path: str | Path) -> None:
         raise AdapterError(f"--plot: {report['path']} adapts no layer, there is nothing to draw")
     relative = all("weight_norm" in layer for layer in report["layers"])
     values = {part: _by_layer(report, part, relative) for part in parts}
-    shown = [value for own in values.values() for value in own.values() if value]
+    shown = [value for norms in values.values() for value in norms.values() if value]
     height = TOP + BOTTOM + PANEL * len(parts) + GAP * (len(parts) - 1)
     figure = Figure(figsize=(9, height))
     FigureCanvasAgg(figure)
@@ -181,21 +192,21 @@ def draw_norms(report: Report, path: str | Path) -> None:
     panels = figure.subplots(len(parts), 1, squeeze=False, sharey=True)[:, 0]
     is_log = bool(shown) and max(shown) / min(shown) > LOG_RANGE
     low = min(shown) / 2 if is_log else 0.0
-    for axes, (part, own) in zip(panels, values.items()):
+    for axes, (part, norms) in zip(panels, values.items()):
         if is_log:
             axes.set_yscale("log")
         axes.set_axisbelow(True)
         axes.grid(axis="y", alpha=0.3)
-        places = range(len(own))
-        moved = [(place, value) for place, value in zip(places, own.values()) if value]
-        still = [place for place, value in zip(places, own.values()) if not value]
+        places = range(len(norms))
+        moved = [(place, value) for place, value in zip(places, norms.values()) if value]
+        still = [place for place, value in zip(places, norms.values()) if not value]
         if moved:
             axes.vlines([x for x, _ in moved], low, [y for _, y in moved], color="#9ecae1", linewidth=2)
             axes.plot(*zip(*moved), "o", color="#08519c", markersize=5)
         axes.plot(still, [low] * len(still), "x", color="#de2d26", markersize=8, markeredgewidth=2, clip_on=False)
-        step = -(-len(own) // 32)
-        axes.set_xticks(places[::step], [plot_text(label[-LABEL:]) for label in [*own][::step]], fontsize=8)
-        axes.set_xlim(-0.6, max(len(own), 8) - 0.4)
+        step = -(-len(norms) // 32)
+        axes.set_xticks(places[::step], [plot_text(label[-LABEL:]) for label in [*norms][::step]], fontsize=8)
+        axes.set_xlim(-0.6, max(len(norms), 8) - 0.4)
         zero = f", no effect in {len(still)} (red)" if still else ""
         axes.set_title(f"{part}{zero}", loc="left", fontsize=10)
         axes.tick_params(axis="y", labelsize=8)
@@ -203,8 +214,8 @@ def draw_norms(report: Report, path: str | Path) -> None:
             axes.yaxis.set_major_formatter("{x:g} %")
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylim(low, max(shown, default=1.0) * (2 if is_log else 1.15))
-    words = "change of the weight in % of its size" if relative else "size of the change of the weight"
-    figure.supylabel(words + (" (logarithmic)" if is_log else ""), fontsize=10, x=0.01)
+    label = "change of the weight in % of its size" if relative else "size of the change of the weight"
+    figure.supylabel(label + (" (logarithmic)" if is_log else ""), fontsize=10, x=0.01)
     figure.supxlabel("layer", fontsize=10, y=0.08 / height)
     formula = "|s·B·A| / |W|" if relative else "|s·B·A|"
     title = f"{printable(report['path'])}: {formula}, Frobenius norms"
@@ -223,7 +234,7 @@ def draw_norms(report: Report, path: str | Path) -> None:
 
 
 def _by_layer(report: Report, part: str, relative: bool) -> dict[str, float]:
-    """Norms of a part's deltas by layer number, or by name; those of one number together."""
+    """Return the norm of a part's deltas by layer number, or by name; those of one number together."""
     squares: dict[str, list[float]] = {}
     for layer in (layer for layer in report["layers"] if layer["part"] == part):
         label = layer["name"].rpartition(".")[2] if layer["layer"] is None else str(layer["layer"])
@@ -238,7 +249,8 @@ def _by_layer(report: Report, part: str, relative: bool) -> dict[str, float]:
 
 
 def _describe_layer(saved: SavedAdapter, name: str) -> Report:
-    entry, tensors = saved.layers[name], saved.of_layer(name)
+    entry = saved.layers[name]
+    tensors = saved.of_layer(name)
     norm = delta_norm(saved, name)
     divisor = entry.r**0.5 if saved.config.use_rslora else entry.r
     return {
@@ -261,13 +273,13 @@ def _describe_layer(saved: SavedAdapter, name: str) -> Report:
 def _sum_parts(layers: list[Report]) -> dict[str, Report]:
     parts = {}
     for part in sorted({layer["part"] for layer in layers}):
-        own = [layer for layer in layers if layer["part"] == part]
-        norms = [layer["delta_norm"] for layer in own]
+        members = [layer for layer in layers if layer["part"] == part]
+        norms = [layer["delta_norm"] for layer in members]
         parts[part] = {
-            "layers": len(own),
-            "parameters": sum(layer["parameters"] for layer in own),
-            "ranks": sorted({layer["r"] for layer in own}),
-            "alphas": sorted({layer["alpha"] for layer in own}),
+            "layers": len(members),
+            "parameters": sum(layer["parameters"] for layer in members),
+            "ranks": sorted({layer["r"] for layer in members}),
+            "alphas": sorted({layer["alpha"] for layer in members}),
             "delta_norm": None if None in norms else sum(norm**2 for norm in norms) ** 0.5,
         }
     return parts

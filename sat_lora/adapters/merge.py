@@ -16,14 +16,14 @@ from sat_lora.cogvlm.checkpoints.hugging_face_folder import (
     INDEX,
     REMOTE_CODE,
     ROTARY,
-    make_hugging_face_weights,
 )
+from sat_lora.cogvlm.checkpoints.hugging_face_writer import make_hugging_face_weights
 from sat_lora.cogvlm.checkpoints.sat_folder import make_sat_weights
 from sat_lora.errors import AdapterError, CheckpointError, MergeError
 from sat_lora.files.atomic import replaced_folder
 from sat_lora.files.weight_files import Layout
 from sat_lora.lora.deltas.kinds import KINDS
-from sat_lora.lora.deltas.low_rank import DeltaLayout
+from sat_lora.lora.deltas.layout import DeltaLayout
 from sat_lora.lora.deltas.merging import merged_weight
 from sat_lora.printable import printable
 from sat_lora.terminal.progress import Progress
@@ -46,14 +46,15 @@ def merge_adapter(
     any_base: bool = False,
     progress: Progress[str] = iter,
 ) -> list[str]:
-    """Write OUT, the base with scale * B A added to each adapted weight: in float32, kept in the base's dtype.
+    """Write OUT, the base with scale * B A added to each adapted weight; return remarks for whoever uses it.
 
-    Gives remarks: what lies beside the base and was left out, what OUT wants beside it. to: "sat", cut for
-    `model_parallel_size` ranks, or "hf", a Hugging Face folder of safetensors. The base may be either, and cut for any
-    number of ranks. dtype: of all of OUT's weights instead. progress: goes through the tensors' names, as tqdm does.
-    CheckpointError or AdapterError: a folder is wrong or cannot be written, or the adapter was trained on another base;
-    MergeError: a merged weight is not finite. OUT is not there then. trust: see `map_weights`. any_base: take a base
-    that the adapter was not trained on, if its layers are there.
+    The sums are made in float32, and kept in the base's dtype. Remarks say what lies beside the base and was left out,
+    and what OUT wants beside it. to: "sat", cut for `model_parallel_size` ranks, or "hf", a Hugging Face folder of
+    safetensors. The base may be either, and cut for any number of ranks. dtype: of all of OUT's weights instead.
+    progress: goes through the tensors' names, as tqdm does. trust: see `map_weights`. any_base: take a base that the
+    adapter was not trained on, if its layers are there. Raises CheckpointError or AdapterError if a folder is wrong or
+    cannot be written, or the adapter was trained on another base, and MergeError if a merged weight is not finite. OUT
+    is not there then.
     """
     out = Path(out)
     if out.exists():
@@ -90,17 +91,17 @@ def merge_adapter(
 
 
 def in_dtype(layout: Layout, dtype: torch.dtype | None) -> Layout:
-    """The layout with its weights in that dtype, and the rotary frequencies as they are."""
+    """Return the layout with its weights in that dtype, and the rotary frequencies as they are."""
     if dtype is None:
         return layout
     return {
-        name: (shape, own if name == ROTARY or not own.is_floating_point else dtype)
-        for name, (shape, own) in layout.items()
+        name: (shape, present if name == ROTARY or not present.is_floating_point else dtype)
+        for name, (shape, present) in layout.items()
     }
 
 
 def copy_beside(base: Path, out: Path, *, without: Collection[str] = ()) -> list[str]:
-    """Copy the tokenizer and whatever else lies beside the weights, and tell what is left out.
+    """Copy the tokenizer and whatever else lies beside the weights; return remarks on what is left out.
 
     No link is followed out of the base's folder: whoever made the folder would choose which of the reader's files the
     merged model is passed on with. The cache of Hugging Face is one folder in this, its files being links into `blobs`.
@@ -119,7 +120,7 @@ def copy_beside(base: Path, out: Path, *, without: Collection[str] = ()) -> list
 
 
 def _stays_inside(link: Path) -> bool:
-    """Whether a link leads to something in its own folder, or in the `blobs` of a cache of Hugging Face."""
+    """Return whether a link leads to something in its own folder, or in the `blobs` of a cache of Hugging Face."""
     folder = link.parent.resolve()
     blobs = folder.parent.parent / "blobs"
     homes = [folder, blobs] if folder.parent.name == "snapshots" else [folder]
@@ -131,7 +132,7 @@ def _stays_inside(link: Path) -> bool:
 
 
 def missing_parts(folder: Path, base: str | Path, weights: BaseWeights) -> list[str]:
-    """What `from_pretrained` wants beside the weights and is not there, and which prompts the code does not make."""
+    """Return remarks on what `from_pretrained` wants and is not there, and on prompts that the code does not make."""
     remarks = []
     if weights.hugging_face_config is None and weights.config.get("text_processor_version") == "chat":
         remarks.append(
@@ -152,22 +153,23 @@ def missing_parts(folder: Path, base: str | Path, weights: BaseWeights) -> list[
 
 
 def merged_tensor(name: str, weights: BaseWeights, saved: SavedAdapter) -> torch.Tensor:
-    """A tensor of the base as it is with the adapter, in float32 or wider if that changes it."""
+    """Return a tensor of the base with the adapter in it: in float32 or wider where that changes it, else as it is."""
     layer = name.removesuffix(".weight")
     if name in saved.trained:
         return saved.tensors[name]
     if layer == name or layer not in saved.layers:
         return weights[name]
-    entry, weight = saved.layers[layer], weights[name]
+    entry = saved.layers[layer]
+    weight = weights[name]
     kind = KINDS[entry.kind]
     layout = DeltaLayout(entry.rows, kind.matrix(weight).shape[0], entry.kind)
     return merged_weight(weight, kind, layout, saved.delta_of(layer), saved.magnitude_of(layer))
 
 
 def refuse_misfits(shapes: dict[str, tuple[int, ...]], saved: SavedAdapter, source: str | Path) -> None:
-    """AdapterError, with every way in which the adapter does not fit a base of these whole shapes."""
-    wanted = [*saved.trained, *(f"{name}.weight" for name in saved.layers)]
-    problems = [f"no {printable(name)}" for name in wanted if name not in shapes]
+    """Raise AdapterError with every way in which the adapter does not fit a base of these whole shapes."""
+    names = [*saved.trained, *(f"{name}.weight" for name in saved.layers)]
+    problems = [f"no {printable(name)}" for name in names if name not in shapes]
     problems += [f"{printable(n)}: unknown kind {e.kind!r}" for n, e in saved.layers.items() if e.kind not in KINDS]
     if not problems:
         matrices = {

@@ -38,12 +38,12 @@ Copy = Callable[[torch.Tensor], torch.Tensor]
 
 
 def on_the_cpu(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy there, also of a tensor that is there already."""
+    """Return a copy on the CPU, also of a tensor that is there already."""
     return tensor.detach().to("cpu", copy=True)
 
 
 def whole_tensors(name: str, adapter: LoraAdapter, copy: Copy = on_the_cpu) -> dict[str, torch.Tensor]:
-    """The tensors of one adapter for the file, its layer called `name`, as copies. Every rank has to call it."""
+    """Return the tensors of one adapter for the file, its layer called `name`, as copies. Every rank has to call it."""
     with gathered(adapter.parameters()):
         delta = adapter.delta()
         local = {"A": delta.a.detach(), "B": delta.b.detach()}
@@ -59,7 +59,7 @@ def whole_tensors(name: str, adapter: LoraAdapter, copy: Copy = on_the_cpu) -> d
 
 
 def trained_of(model: nn.Module, name: str = "lora") -> dict[str, tuple[nn.Parameter, Sharding]]:
-    """The base parameters that LoraMixins called `name` train whole, with their cuts, by name."""
+    """Return the base parameters that LoraMixins called `name` train whole, with their cuts, by name."""
     return {
         whole_name(owner, key): (parameter, mixin.trained.shardings[key])
         for owner, mixin in mixins_called(model, name).items()
@@ -86,10 +86,10 @@ def save_adapter(model: nn.Module, folder: str | Path, *, name: str = "lora") ->
 def gather_adapter(
     model: nn.Module, folder: str | Path, *, name: str = "lora", copy: Copy = on_the_cpu
 ) -> SavedAdapter:
-    """The adapter called `name`, for `write_gathered`. Every rank has to call it.
+    """Return the adapter called `name`, for `write_gathered`. Every rank has to call it.
 
-    copy: makes a copy of a tensor, which the model goes on to change. AdapterError, on every rank: `folder` cannot hold
-    it.
+    copy: makes a copy of a tensor, which the model goes on to change. Raises AdapterError, on every rank, if
+    `folder` cannot hold it.
     """
     mixins = list(mixins_called(model, name).values())
     if not mixins:
@@ -111,12 +111,13 @@ def gather_adapter(
     for key, (parameter, sharding) in trained_of(model, name).items():
         with gathered([parameter]):
             trained[key] = copy(over_model_parallel(parameter.detach(), sharding))
-    config, base = plain_config(mixins[0].config), identity_of_model(model)
+    config = plain_config(mixins[0].config)
+    base = identity_of_model(model)
     return SavedAdapter(config, base.fingerprint, layers, tuple(trained), {**tensors, **trained}, base)
 
 
 def write_gathered(folder: str | Path, saved: SavedAdapter) -> None:
-    """Write what `gather_adapter` gave on rank 0; it needs no other rank. AdapterError: it could not be written."""
+    """Write what `gather_adapter` gave on rank 0, which needs no other rank. Raises AdapterError if it cannot."""
     try:
         write_adapter(folder, saved)
     except OSError as error:
@@ -128,9 +129,9 @@ def load_adapter(
 ) -> None:
     """Put a saved adapter on the model, at any model-parallel size: new mixins called `name`, or into those there.
 
-    Ranks, scales and slots are those of the file; fixed_order: of new mixins, see `add_lora`. Strict: all problems are
-    listed in one AdapterError, and the model is left as it was. any_base: also on another base than it was trained on,
-    if its layers are there. Under ZeRO-3 or model parallelism every rank has to call it.
+    Ranks, scales and slots are those of the file; fixed_order: of new mixins, see `add_lora`. any_base: also on another
+    base than it was trained on, if its layers are there. Under ZeRO-3 or model parallelism every rank has to call it.
+    Raises one AdapterError that lists all problems, and leaves the model as it was.
     """
     base = identity_of_model(model)  # before anything can fail on one rank: all of them speak here
     saved = read_adapter(folder)
@@ -155,14 +156,14 @@ def load_adapter(
     with torch.no_grad():
         for site, adapter in adapters_of(model, name).items():
             with gathered(adapter.parameters(), write=True):
-                adapter.take(dict(zip(("A", "B", "magnitude"), saved.of_layer(site).values())))
+                adapter.load_tensors(dict(zip(("A", "B", "magnitude"), saved.of_layer(site).values())))
         for key, (parameter, sharding) in trained_of(model, name).items():
             with gathered([parameter], write=True):
                 parameter.copy_(sharding.shard(saved.tensors[key], *layout))
 
 
 def _problems(saved: SavedAdapter, sites: dict[str, Site], parameters: dict[str, BaseParameter]) -> list[str]:
-    """What keeps a saved adapter from fitting the model's base."""
+    """Return what keeps a saved adapter from fitting the model's base, in a sorted list."""
     problems = []
     if not saved.layers and not saved.trained:
         problems.append("the file adapts nothing")
@@ -176,21 +177,21 @@ def _problems(saved: SavedAdapter, sites: dict[str, Site], parameters: dict[str,
             problems.append(f"{name}: {entry.kind} rows {entry.rows}, the layer is {site.kind.name} with other rows")
     problems += [f"the model has no parameter {printable(name)}" for name in saved.trained if name not in parameters]
     expected = saved.expected({name: sites[name].in_features for name in saved.layers if name in sites})
-    for one in (parameters[name] for name in saved.trained if name in parameters):
-        expected[one.name] = whole_shape(one.module, one.leaf, one.tensor)
+    for place in (parameters[name] for name in saved.trained if name in parameters):
+        expected[place.name] = whole_shape(place.module, place.leaf, place.tensor)
     problems += tensor_problems(saved.tensors, expected)
     return sorted(problems)
 
 
 def _differences(saved: SavedAdapter, present: dict[str, LoraAdapter], trained: set[str]) -> list[str]:
-    """Where a saved adapter is not what the model's mixins hold."""
-    here = {n: (a.delta_rank, a.scale, a.slots) for n, a in present.items()}
-    there = {n: (e.r, e.scale, e.slots) for n, e in saved.layers.items()}
+    """Return where a saved adapter is not what the model's mixins hold, in a list."""
+    in_model = {n: (a.delta_rank, a.scale, a.slots) for n, a in present.items()}
+    in_file = {n: (e.r, e.scale, e.slots) for n, e in saved.layers.items()}
     problems = [
-        f"{printable(name)}: (rank, scale, slots) {there.get(name)} in the file, {here.get(name)} by the model's "
+        f"{printable(name)}: (rank, scale, slots) {in_file.get(name)} in the file, {in_model.get(name)} by the model's "
         "adapter"
-        for name in sorted(here.keys() | there.keys())
-        if here.get(name) != there.get(name)
+        for name in sorted(in_model.keys() | in_file.keys())
+        if in_model.get(name) != in_file.get(name)
     ]
     once = trained ^ set(saved.trained)
     problems += [f"{printable(name)} is trained whole in only one of file and model" for name in once]

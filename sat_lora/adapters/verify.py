@@ -28,7 +28,7 @@ from sat_lora.lora.apply import adapters_of
 from sat_lora.lora.deltas.delta import Delta
 from sat_lora.lora.deltas.merging import merged_weight
 from sat_lora.lora.mixin import lora_mixins
-from sat_lora.parallel.distributed import arrange, join
+from sat_lora.parallel.distributed import init_distributed, init_model_parallel
 from sat_lora.terminal.progress import Progress
 
 UNIT_ROUNDOFF = 2.0**-24  # of float32
@@ -39,20 +39,22 @@ Item = TypeVar("Item")
 
 
 class NamedProgress(Protocol):
-    """Goes through a collection and shows how far that is, under what is done with it."""
+    """A function that goes through a collection and shows how far that is, under what is done with it."""
 
-    def __call__(self, items: Collection[Item], what: str) -> Iterable[Item]: ...
+    def __call__(self, items: Collection[Item], what: str) -> Iterable[Item]:
+        """Yield the items; `what` is done with each."""
+        ...
 
 
 @dataclass(frozen=True)
 class Verification:
     """What came out of comparing a merged folder with its base and adapter."""
 
-    lost: float
-    """|merged - (base + adapter)| / |(base + adapter) - base| over the logits: 0 where they agree, 1 where nothing
-    was merged."""
+    merge_error: float
+    """The share of the adapter's effect that is lost, |merged - (base + adapter)| / |(base + adapter) - base| over the
+    logits: 0 where they agree, 1 where nothing was merged."""
     dtype: torch.dtype
-    """Of most of the merged weights."""
+    """The dtype of most of the merged weights."""
     is_measurable: bool
     """Whether the adapter changes the logits by more than float32 may err."""
     problems: tuple[str, ...]
@@ -70,31 +72,34 @@ def verify_merge(
     progress: NamedProgress = lambda items, what: items,
     tell: Callable[[str], None] = lambda line: None,
 ) -> Verification:
-    """Compare on the logits of one image and a few words, and weight by weight. Holds one model at a time, in float32.
+    """Return how a merged folder compares with its base and adapter, on logits and weight by weight.
 
+    The logits are those of one image and a few words. One model at a time is held, in float32.
     trust: of the base, see `map_weights`. any_base: see `load_adapter`. progress: goes through modules and names of
     weights under what is done with them. tell: is told what begins.
     """
-    arrange(join(alone=True))
+    init_model_parallel(init_distributed(alone=True))
     tell("1 of 3, base and adapter, in float32")
     model, config = _load(base, trust=trust, progress=partial(progress, what="loading the base"))
     load_adapter(model, adapter, any_base=any_base)
-    batch, mixins = sample_batch(config), lora_mixins(model).values()
-    together = _logits(model, batch)
+    batch = sample_batch(config)
+    mixins = lora_mixins(model).values()
+    beside = _logits(model, batch)
     for mixin in mixins:
         mixin.disable()
-    plain = _logits(model, batch)
+    of_base = _logits(model, batch)
     for mixin in mixins:
         mixin.enable()
         mixin.merge(keep_original=False)
-    error = float32_error(config) * together.norm().item()
-    problems, in_weights = [], _logits(model, batch)
-    if (in_weights - together).norm().item() > error:
+    error = float32_error(config) * beside.norm().item()
+    problems = []
+    in_weights = _logits(model, batch)
+    if (in_weights - beside).norm().item() > error:
         problems.append("the deltas in the weights give other logits than beside them")
     tell("2 of 3, the merged weights, each by each")
     files = BaseWeights(merged)
     dtype = dtype_of(files)
-    wrong = take_weights(model, files, coarsest_dtype(adapter), partial(progress, what="comparing weights"))
+    wrong = load_merged_weights(model, files, coarsest_dtype(adapter), partial(progress, what="comparing weights"))
     if wrong:
         some = ", ".join(wrong[:4]) + (f" and {len(wrong) - 4} more" if len(wrong) > 4 else "")
         problems.append(f"not base plus adapter, rounded once: {some}")
@@ -104,30 +109,33 @@ def verify_merge(
     loaded = _logits(_load(merged, progress=partial(progress, what="loading the merged model"))[0], batch)
     if (loaded - of_files).norm().item() > error:
         problems.append("the folder computes something else with its weights, by its config")
-    loss, effect = (loaded - together).norm().item(), (together - plain).norm().item()
+    loss = (loaded - beside).norm().item()
+    effect = (beside - of_base).norm().item()
     return Verification(loss / effect if effect else float(loss > error), dtype, effect > error, tuple(problems))
 
 
 def coarsest_dtype(adapter: str | Path) -> torch.dtype:
-    """The dtype of an adapter's tensors; where they have several, the coarsest."""
+    """Return the dtype of an adapter's tensors; the coarsest where they have several."""
     return max((tensor.dtype for tensor in read_adapter(adapter).tensors.values()), key=lambda d: torch.finfo(d).eps)
 
 
-def take_weights(
+def load_merged_weights(
     model: torch.nn.Module,
     files: BaseWeights,
     adapter_dtype: torch.dtype,
     progress: Progress[str] = iter,
 ) -> list[str]:
-    """Put the weights of the files into a float32 model that has the merged ones; the names of those that are wrong.
+    """Put the weights of the files into a float32 model that has the merged ones; return the names of wrong ones.
 
     Right is the value nearest to the model's in the dtype of the file, but for what two ways to compute the model's
     differ by (`_difference`), which may put them on two sides of the middle between two values.
     """
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    adapters, wrong = adapters_of(model), []
+    adapters = adapters_of(model)
+    wrong = []
     for name in progress(files.layout):
-        file, exact = files[name], tensors[name]
+        file = files[name]
+        exact = tensors[name]
         rounded = exact.to(file.dtype).float()
         allowed = (rounded - exact).abs()
         adapter = adapters.get(name.removesuffix(".weight"))
@@ -141,7 +149,7 @@ def take_weights(
 
 
 def _difference(merged: torch.Tensor, adapter: LoraAdapter, adapter_eps: float) -> torch.Tensor:
-    """By how much two computations of a merged weight may differ, element by element.
+    """Return by how much two computations of a merged weight may differ, element by element: a tensor of its shape.
 
     Two float32 sums of r products and W: 2 (r + 2) u (|W| + |s| |B| |A|). DoRA's factor g is computed in the adapter's
     dtype, here in float32: four roundings of half an eps, in W A, in the norm, in the quotient and in what it is for.
@@ -157,7 +165,7 @@ def _difference(merged: torch.Tensor, adapter: LoraAdapter, adapter_eps: float) 
 
 
 def float32_error(config: dict[str, Any]) -> float:
-    """By how much the logits of a model of these sizes may err in float32, as a share of their norm.
+    """Return by how much the logits of a model of these sizes may err in float32, as a share of their norm.
 
     Each product of matrices sums n products, whose roundings add up to sqrt(n) u (Higham and Mary, SIAM J. Sci. Comput.
     41(5), 2019); a layer has six of them one after the other, and what one errs by is passed on undamped.
@@ -170,7 +178,7 @@ def float32_error(config: dict[str, Any]) -> float:
 
 
 def dtype_of(weights: BaseWeights) -> torch.dtype:
-    """The dtype of most of a model's weights."""
+    """Return the dtype of most of a model's weights."""
     sizes: dict[torch.dtype, int] = {}
     for shape, dtype in weights.layout.values():
         sizes[dtype] = sizes.get(dtype, 0) + torch.Size(shape).numel()
@@ -178,12 +186,15 @@ def dtype_of(weights: BaseWeights) -> torch.dtype:
 
 
 def sample_batch(config: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """One row for a model of these sizes: BOS, a seeded image, eight words."""
+    """Return a batch of one row for a model of these sizes: BOS, a seeded image, eight words."""
     generator = torch.Generator().manual_seed(0)
-    places, words = config["image_length"] + 2, 8
-    ids = torch.randint(1, config["vocab_size"], (1, 1 + places + words), generator=generator)
+    places = config["image_length"] + 2
+    text_tokens = 8
+    ids = torch.randint(1, config["vocab_size"], (1, 1 + places + text_tokens), generator=generator)
     embed, vision, patches = (torch.zeros_like(ids) for _ in range(3))
-    embed[0, 1 : places + 1] = vision[0, 1:places] = patches[0, 2:places] = 1
+    embed[0, 1 : places + 1] = 1
+    vision[0, 1:places] = 1
+    patches[0, 2:places] = 1
     return {
         "input_ids": ids,
         "position_ids": position_ids_for(patches[0])[None],

@@ -18,11 +18,12 @@ COUNTS = {
 NOT_NEGATIVE = {"pre_len", "post_len", "num_multi_query_heads"}
 NUMBERS = {"layernorm_epsilon", "rotary_base", "hidden_dropout", "attention_dropout"}
 FLAGS = {"use_bias", "use_final_layernorm", "row_parallel_linear_final_bias"}
-MOST_LAYERS, LARGEST = 10_000, 2**31 - 1  # a model of more layers would be built for minutes before it could be refused
+MOST_LAYERS = 10_000  # a model of more would be built for minutes before it could be refused
+LARGEST = 2**31 - 1
 
 
 def missing_sizes(config: dict) -> list[str]:
-    """The sizes that a CogVLM cannot be built without."""
+    """Return the names of the sizes that a CogVLM cannot be built without."""
     vit = config.get("eva_args", {})
     of_vit = REQUIRED_OF_VIT - vit.keys() if isinstance(vit, dict) and "eva_args" in config else ()
     whole = [*sorted(REQUIRED - config.keys()), *sorted(REQUIRED_BY_SAT - config.keys())]
@@ -30,7 +31,7 @@ def missing_sizes(config: dict) -> list[str]:
 
 
 def size_problems(config: dict) -> list[str]:
-    """What is wrong with the sizes that are there, each as `name value, wanted ...`."""
+    """Return what is wrong with the sizes that are there, each as `name value, wanted ...`."""
     vit = config.get("eva_args", {})
     if not isinstance(vit, dict):
         return [*_problems(config, ""), f"eva_args is {_shown(vit)}, wanted an object"]
@@ -38,7 +39,7 @@ def size_problems(config: dict) -> list[str]:
 
 
 def head_problems(config: dict) -> list[str]:
-    """Where the heads do not divide the hidden size, of a config with both in it, which `size_problems` found right."""
+    """Return where the heads do not divide the hidden size; both sizes have to be there and right."""
     sections = {"": config, "eva_args.": config["eva_args"]}
     return [
         f"{prefix}hidden_size {sizes['hidden_size']} does not divide by {prefix}num_attention_heads "
@@ -49,10 +50,13 @@ def head_problems(config: dict) -> list[str]:
 
 
 def image_length_problem(config: dict) -> str | None:
-    """Where the text has not as many places for an image as it has patches, which then would take those of the next
-    image; of a config that `missing_sizes` and `size_problems` found right.
+    """Return how the text's places for an image are not as many as its patches; None if they are.
+
+    Patches without a place would take those of the next image. The config is one that `missing_sizes` and
+    `size_problems` found right.
     """
-    size, patch = config["eva_args"]["image_size"], config["eva_args"]["patch_size"]
+    size = config["eva_args"]["image_size"]
+    patch = config["eva_args"]["patch_size"]
     patches = (size[0] // patch) * (size[1] // patch)
     if config["image_length"] == patches:
         return None
@@ -63,7 +67,8 @@ def _problems(sizes: dict, prefix: str) -> Iterator[str]:
     for name, value in sizes.items():
         shown = f"{prefix}{name} is {_shown(value)}, wanted"
         if name in COUNTS | NOT_NEGATIVE:
-            least, most = int(name in COUNTS), MOST_LAYERS if name == "num_layers" else LARGEST
+            least = int(name in COUNTS)
+            most = MOST_LAYERS if name == "num_layers" else LARGEST
             if type(value) is not int or not least <= value <= most:
                 yield f"{shown} a whole number from {least} to {most}"
         elif name in NUMBERS:
@@ -76,7 +81,8 @@ def _problems(sizes: dict, prefix: str) -> Iterator[str]:
 
 
 def _image_problems(vit: dict) -> Iterator[str]:
-    size, patch = vit.get("image_size", [1, 1]), vit.get("patch_size", 1)
+    size = vit.get("image_size", [1, 1])
+    patch = vit.get("patch_size", 1)
     if not isinstance(size, list) or len(size) != 2 or any(type(n) is not int or not 0 < n <= LARGEST for n in size):
         yield f"eva_args.image_size is {_shown(size)}, wanted two whole numbers above 0"
     elif "image_size" in vit and type(patch) is int and patch > min(size):

@@ -91,7 +91,7 @@ def verify(options: argparse.Namespace) -> int:
         progress=lambda items, what: shown(items, what, "weights" if "comparing" in what else "modules"),
         tell=lambda line: print(f"verify: {line}", file=sys.stderr, flush=True),
     )
-    lost = f"merging lost {found.lost:.2%} of the adapter's effect on the logits"
+    lost = f"merging lost {found.merge_error:.2%} of the adapter's effect on the logits"
     if found.problems:
         print(f"WRONG: {lost}: {'; '.join(found.problems)}; do not use {printable(options.out)}")
         return 1

@@ -1,1 +1,1 @@
-"""From paths to samples: files of samples, folders of pictures, and what is named instead of being learnt."""
+"""Paths become samples: files of samples, folders of pictures, and what is named instead of being learnt."""

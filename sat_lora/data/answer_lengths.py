@@ -16,9 +16,10 @@ EXPANSION = 18  # tokens of a character outside ASCII at most, by the normal for
 
 @dataclass(frozen=True)
 class AnswerLengths:
-    """cut: samples whose answer is cut, of `looked_at`. longest: tokens of the longest of them, were it whole.
+    """How many answers of a dataset do not fit.
 
-    is_part: whether only some of those that could be too long were looked at, and no others.
+    cut: samples whose answer is cut, of `looked_at`. longest: tokens of the longest of them, were it whole. is_part:
+    whether only some of those that could be too long were looked at, and no others.
     """
 
     looked_at: int
@@ -27,7 +28,7 @@ class AnswerLengths:
     is_part: bool = False
 
     def sentence(self, max_length: int) -> str | None:
-        """None if no answer is cut."""
+        """Return how many answers are cut, and what would hold them; None if no answer is cut."""
         if not self.cut:
             return None
         share = f"{self.cut:,} of {self.looked_at:,}{' long' * self.is_part}"
@@ -35,20 +36,23 @@ class AnswerLengths:
 
 
 def answer_lengths(dataset: ImageTextDataset) -> AnswerLengths:
-    """Of all items of a dataset, or, where more than LAID_OUT of them are long, of so many, evenly spread.
+    """Return how many answers of a dataset do not fit.
 
-    No image is read. What cannot be laid out is left to the run, which names it.
+    All items are looked at, or, where more than LAID_OUT of them are long, so many, evenly spread. No image is read.
+    What cannot be laid out is left to the run, which names it.
     """
     items = dataset.items
     long = [item for item in items if not _surely_fits(dataset, item)]
     every = max(1, -(-len(long) // LAID_OUT))
-    cut = longest = characters = 0
-    seen = 0
+    cut = 0
+    longest = 0
+    characters = 0
+    looked_at = 0
     for item in long[::every]:
         characters += min(len(item.answer), CHARACTERS >> 8)
         if characters > CHARACTERS:
             break
-        seen += 1
+        looked_at += 1
         try:
             sample = dataset.lay_out(item)
         except SatLoraError:
@@ -56,20 +60,25 @@ def answer_lengths(dataset: ImageTextDataset) -> AnswerLengths:
         cut += sample.left_out > 0
         if sample.left_out:
             longest = max(longest, len(sample.input_ids) + sample.left_out)
-    is_part = seen < len(long)
-    return AnswerLengths(seen if is_part else len(items), cut, longest, is_part)
+    is_part = looked_at < len(long)
+    return AnswerLengths(looked_at if is_part else len(items), cut, longest, is_part)
 
 
 class CutAnswers:
-    """The batches of a stream, which nobody looks at before: the first of them in which an answer is cut is said, and
-    how many answers were cut is counted, as often as they come.
+    """The batches of a stream, which nobody looks at before, with a count of the answers that are cut.
 
-    Iterating it again, as every validation does, counts on.
+    The first batch in which an answer is cut is said. Answers count as often as they come: iterating it again, as every
+    validation does, counts on.
     """
 
-    def __init__(self, batches: Iterable[dict], say: Callable[[str], None], max_length: int, what: str = ""):
-        self._batches, self._say, self._max_length, self._what = batches, say, max_length, what
-        self.answers = self.cut = self.longest = 0
+    def __init__(self, batches: Iterable[dict], say: Callable[[str], None], max_length: int, prefix: str = ""):
+        self._batches = batches
+        self._say = say
+        self._max_length = max_length
+        self._prefix = prefix
+        self.answers = 0
+        self.cut = 0
+        self.longest = 0
 
     def __iter__(self) -> Iterator[dict]:
         for batch in self._batches:
@@ -80,30 +89,31 @@ class CutAnswers:
                 continue
             is_first = self.cut == 0
             longest = int((batch["lengths"] + batch["left_out"])[cut].max())
-            self.cut, self.longest = self.cut + int(cut.sum()), max(self.longest, longest)
+            self.cut = self.cut + int(cut.sum())
+            self.longest = max(self.longest, longest)
             if is_first:
                 self._say(
-                    f"{self._what}--max_length {self._max_length}: an answer does not fit and is cut, others may be; "
+                    f"{self._prefix}--max_length {self._max_length}: an answer does not fit and is cut, others may be; "
                     f"{longest} would hold it"
                 )
 
     def say_all(self) -> None:
-        """Say how many were cut on all ranks, which all have to call it; nothing, if none was."""
+        """Say how many were cut on all ranks, which all have to call it; nothing if none was."""
         counts = gather_lists([(self.answers, self.cut, self.longest)])
         answers, cut = (sum(column) for column in [*zip(*counts)][:2])
         if cut:
             longest = max(longest for _, _, longest in counts)
             self._say(
-                f"{self._what}--max_length {self._max_length} has cut {cut:,} of {answers:,} answers that came; "
+                f"{self._prefix}--max_length {self._max_length} has cut {cut:,} of {answers:,} answers that came; "
                 f"{longest} would hold them"
             )
 
 
 def _surely_fits(dataset: ImageTextDataset, item: Item) -> bool:
-    """By its characters alone, of which each gives few tokens."""
+    """Return whether an item fits by its characters alone, of which each gives few tokens."""
     places = dataset.image_length + 2 if item.image is not None else 0
-    asked = prompt_text(dataset.version, dataset.prompt if item.prompt is None else item.prompt)
-    return SPECIAL + places + _most_tokens(asked) + _most_tokens(item.answer) <= dataset.max_length
+    prompt = prompt_text(dataset.version, dataset.prompt if item.prompt is None else item.prompt)
+    return SPECIAL + places + _most_tokens(prompt) + _most_tokens(item.answer) <= dataset.max_length
 
 
 def _most_tokens(text: str) -> int:

@@ -38,7 +38,9 @@ _ANSWERS = re.compile(
 
 @dataclass(frozen=True)
 class Listing:
-    """listed: images that a file names, of all its names and its whole length. is_part: whether only some of it was
+    """What a file says of some images.
+
+    listed: images that a file names, of all its names and its whole length. is_part: whether only some of it was
     read. says_more: whether something else stands beside the names that is not them again.
     """
 
@@ -57,7 +59,7 @@ class Names:
         self.probes = [image.stem for image in images[:: max(1, len(images) // PROBES)]][:PROBES]
 
     def file(self, path: str) -> str | None:
-        """The image's name, of a path in a file; None if it is none of these images."""
+        """Return the name of the image that a path in a file names; None if it is none of these images."""
         folder, name = _split(path)
         if name in self.files:
             return None if folder in self.elsewhere else name
@@ -68,7 +70,7 @@ class Names:
         return name if name in self.files and folder not in self.elsewhere else None
 
     def stem(self, path: str) -> str | None:
-        """The image's stem, of a path in a file without or with its suffix."""
+        """Return the stem of the image that a path in a file names, with or without its suffix; None if it is none."""
         folder, name = _split(path)
         stem = self.stems.get(_plain(name))
         if stem is None and "." in name:
@@ -77,7 +79,7 @@ class Names:
 
 
 def _split(path: str) -> tuple[str, str]:
-    """(the name of its folder, its own)."""
+    """Return (the name of the path's folder, its own); the folder is "" where it names none."""
     if "/" not in path and "\\" not in path:
         return "", path
     folder, _, name = path.replace("\\", "/").rpartition("/")
@@ -85,24 +87,25 @@ def _split(path: str) -> tuple[str, str]:
 
 
 def _plain(stem: str) -> str:
-    """Without the zeros before a number, which Excel drops."""
+    """Return the stem without the zeros before a number, which Excel drops."""
     return (stem.lstrip("0") or "0") if stem.isdecimal() else stem
 
 
 def looks_like_answers(path: Path) -> bool:
-    """By its name alone."""
+    """Return whether a file is called as files of answers are."""
     return _ANSWERS.fullmatch(path.stem) is not None
 
 
 def find_listing(path: Path, names: Names) -> Listing:
-    """What a text file says of these images; nothing, if it cannot be read."""
+    """Return what a text file says of these images; it lists none if it cannot be read."""
     best = Listing(0, False, False)
     try:
         chunks, is_part = _read(path, names.probes)
     except (OSError, ValueError):
         return best
     for texts in zip(*map(texts_of, chunks), strict=False):
-        in_cells, in_text = _by_cells(path, texts, names), _by_file_names(texts, names)
+        in_cells = _by_cells(path, texts, names)
+        in_text = _by_file_names(texts, names)
         listed, says_more = in_cells if in_cells[0] >= in_text[0] else in_text
         if listed > best.listed:
             best = Listing(listed, is_part, says_more)
@@ -110,7 +113,10 @@ def find_listing(path: Path, names: Names) -> Listing:
 
 
 def _read(path: Path, probes: Sequence[str]) -> tuple[list[bytes], bool]:
-    """(the whole of a file, or its begin, its end and where it names some images, whether that is not the whole)."""
+    """Return (pieces of a file, whether they are not the whole of it).
+
+    The pieces are the whole, or its begin, its end and places where it names some images.
+    """
     with open_file(path, FILE_LIMIT) as file:
         size = os.fstat(file.fileno()).st_size
         content = file.read(SEARCHED)
@@ -122,8 +128,8 @@ def _read(path: Path, probes: Sequence[str]) -> tuple[list[bytes], bool]:
         end = "be" if content.startswith((b"\xfe\xff", b"\0")) else "le"
         encodings = ("utf-8", "gb18030", "cp1252") if width == 1 else (f"utf-{8 * width}-{end}",)
         spelled = {probe.encode(name, "ignore") for probe in probes for name in encodings} - {b""}
-        found = [content.find(probe, SAMPLE) for probe in spelled]
-        places = sorted({max(0, place - SAMPLE // 2) // width * width for place in found if place >= 0})
+        hits = [content.find(probe, SAMPLE) for probe in spelled]
+        places = sorted({max(0, hit - SAMPLE // 2) // width * width for hit in hits if hit >= 0})
         file.seek((size - SAMPLE) // width * width)
         parts = [*(content[place : place + SAMPLE] for place in places), file.read(SAMPLE)]
         if width == 1:  # whole lines, which begin with a whole character
@@ -132,19 +138,23 @@ def _read(path: Path, probes: Sequence[str]) -> tuple[list[bytes], bool]:
 
 
 def _by_file_names(texts: Sequence[str], names: Names) -> tuple[int, bool]:
-    """(images that are named with their suffix, whether more than names stands there)."""
-    found, rest = set(), 0
+    """Return (images that are named with their suffix, whether more than names stands there)."""
+    named = set()
+    lines_with_more = 0
     for text in texts:
         for match in _NAME.finditer(text):
             name = names.file(f"{match[1] or ''}/{match[2]}")
             if name is not None:
-                found.add(name)
-        rest += any(_NAME.sub("", line).strip(" \t,;|\"'/\\.:~-") for line in text.splitlines())
-    return len(found), rest > 0
+                named.add(name)
+        lines_with_more += any(_NAME.sub("", line).strip(" \t,;|\"'/\\.:~-") for line in text.splitlines())
+    return len(named), lines_with_more > 0
 
 
 def _by_cells(path: Path, texts: Sequence[str], names: Names) -> tuple[int, bool]:
-    """The same of names without their suffix, and of file names with spaces, in the columns of a table or in quotes."""
+    """Return (images that are named, whether more stands there), by names without suffix and names with spaces.
+
+    They stand in the columns of a table or in quotes.
+    """
     if path.suffix.lower() in _TABLES:
         return _in_columns(path, texts, names)
     tokens = {token.strip() for text in texts for match in _TOKEN.finditer(text) for token in match.groups() if token}
@@ -161,17 +171,17 @@ def _in_columns(path: Path, texts: Sequence[str], names: Names) -> tuple[int, bo
         stems = [names.stem(cell) for cell in row[:20]]
         for column, stem in enumerate(stems):
             if stem is not None:
-                others = stems[:column] + stems[column + 1 :]
-                columns.setdefault(column, {})[stem] = any(other != stem for other in others)
+                other_cells = stems[:column] + stems[column + 1 :]
+                columns.setdefault(column, {})[stem] = any(other != stem for other in other_cells)
     best = 0, False
-    for column, said in columns.items():
+    for column, says_more in columns.items():
         headers = [row[column] for row in rows[:3] if column < len(row)]  # a remark may stand before
-        is_number = all(map(str.isdecimal, said))
+        is_number = all(map(str.isdecimal, says_more))
         begins_at_once = names.stem(headers[0]) is not None if headers else False
         is_named = any(map(_NAMES_IMAGES.fullmatch, headers)) or looks_like_answers(path)
         has_suffix = any(map(names.file, headers[-1:]))
         if is_named or has_suffix or (begins_at_once and not is_number):
-            best = max(best, (len(said), any(said.values())))
+            best = max(best, (len(says_more), any(says_more.values())))
     return best
 
 

@@ -16,8 +16,8 @@ SYSTEM_FOLDERS = frozenset(
     "__macosx @eadir @tmp @sharebin #recycle $recycle.bin @recycle #snapshot ~snapshot @recently-snapshot lost+found "
     "recycler __pycache__".split()
 ) | {"system volume information"}
-"""Of operating systems and storage boxes, in lower case; hidden ones need no name here. They hold thumbnails, what was
-deleted, and what was there before."""
+"""Folders of operating systems and storage boxes, in lower case; hidden ones need no name here. They hold thumbnails,
+what was deleted, and what was there before."""
 
 RUN = "run.json"
 RUN_NAMES = frozenset(
@@ -49,21 +49,22 @@ _COPIES = (
 
 
 def find_images(
-    folders: Sequence[str | Path], left_out: Counter | None = None, own: str | Path | None = None
+    folders: Sequence[str | Path], left_out: Counter | None = None, run_folder: str | Path | None = None
 ) -> list[Path]:
-    """Every picture file in and below the folders, sorted; what is none goes into `left_out` (reason: how many).
+    """Return every picture file in and below the folders, sorted.
 
     A picture is a regular file, or a link to one, with a suffix of SUFFIXES in any case. None are: hidden files and
     folders, those of SYSTEM_FOLDERS, what a run of this program wrote, and copies that an editor or a system made of a
     picture beside them. Each folder is gone through once, however many links lead there; a link to a folder that it
-    lies in is not followed. own: the folder of the run that asks; what it has there already is not counted.
-    DataError: one of `folders` is missing or cannot be read.
+    lies in is not followed.
+    left_out: what is no picture is added to it (reason: how many). run_folder: of the run that asks; what it has there
+    already is not counted. Raises DataError if one of `folders` is missing or cannot be read.
     """
     left_out = Counter() if left_out is None else left_out
     pictures: set[str] = set()
     visited: set[tuple[int, int]] = set()
     linked: list[str] = []
-    own = None if own is None else os.path.realpath(own)
+    run = None if run_folder is None else os.path.realpath(run_folder)
     for folder in map(str, map(Path, folders)):
         if not os.path.isdir(folder):
             raise DataError(f"{printable(folder)}: no such folder; give a folder of images or a .jsonl file")
@@ -72,17 +73,18 @@ def find_images(
                 pass
         except OSError as error:
             raise DataError(f"{printable(folder)}: cannot be read: {error.strerror}; make it readable") from error
-        _go_through(folder, visited, pictures, linked, left_out, own)
+        _go_through(folder, visited, pictures, linked, left_out, run)
     # After all that lies there itself, so that a picture is known by its own path where it has one.
     while linked:
-        batch, linked = sorted(linked), []
+        batch = sorted(linked)
+        linked = []
         for folder in batch:
-            _go_through(folder, visited, pictures, linked, left_out, own)
+            _go_through(folder, visited, pictures, linked, left_out, run)
     return [Path(path) for path in sorted(pictures, key=lambda path: path.split(os.sep))]
 
 
 def _go_through(
-    top: str, visited: set, pictures: set[str], linked: list[str], left_out: Counter, own: str | None
+    top: str, visited: set, pictures: set[str], linked: list[str], left_out: Counter, run: str | None
 ) -> None:
     folders = [top]
     while folders:
@@ -98,11 +100,11 @@ def _go_through(
             left_out[f"{_UNREADABLE}{printable(folder)} cannot be read: {error.strerror}"] += 1
             continue
         names = {entry.name for entry in entries}
-        is_own = own is not None and os.path.realpath(folder) == own
-        of_run = RUN_NAMES if RUN in names or is_own else frozenset()
+        is_asking_run = run is not None and os.path.realpath(folder) == run
+        of_run = RUN_NAMES if RUN in names or is_asking_run else frozenset()
         for entry in entries:
             if entry.name in of_run:
-                if not is_own:
+                if not is_asking_run:
                     left_out["files and folders of a run"] += 1
             elif is_no_data(entry.name):
                 left_out["hidden, or of the system"] += 1
@@ -122,12 +124,12 @@ def _go_through(
 
 
 def is_no_data(name: str) -> bool:
-    """Whether a file or folder of that name belongs to an editor, a system or nobody, whatever it holds."""
+    """Return whether a file or folder of that name is an editor's, a system's or nobody's, whatever it holds."""
     return name.startswith((".", "~$")) or name.lower() in SYSTEM_FOLDERS
 
 
 def is_no_data_path(path: str) -> bool:
-    """`is_no_data` of any part of a member's path in an archive."""
+    """Return whether `is_no_data` holds for any part of a member's path in an archive."""
     return any(part not in (".", "..") and is_no_data(part) for part in PurePosixPath(path).parts)
 
 
@@ -139,8 +141,9 @@ def _is_folder(entry: os.DirEntry) -> bool:
 
 
 def _lies_in_its_target(link: str) -> bool:
-    target, own = os.path.realpath(link), os.path.realpath(os.path.dirname(link))
-    return os.path.commonpath([target, own]) == target
+    target = os.path.realpath(link)
+    parent = os.path.realpath(os.path.dirname(link))
+    return os.path.commonpath([target, parent]) == target
 
 
 def _reason_to_leave_out(entry: os.DirEntry, names: set[str]) -> str | None:
@@ -168,12 +171,12 @@ def _is_copy(stem: str, suffix: str, names: set[str]) -> bool:
 
 
 def unreadable_folders(left_out: Mapping[str, int]) -> list[str]:
-    """Of the reasons that `find_images` gives: folders whose pictures are missing, each with what it could not do."""
+    """Return, of the reasons that `find_images` gives, those of folders whose pictures are missing."""
     return [reason for reason in left_out if reason.startswith(_UNREADABLE)]
 
 
 def unreadable_notes(left_out: Mapping[str, int], option: str) -> list[str]:
-    """The folders that cannot be read, of an option's paths, SHOWN of them by name."""
+    """Return a line for each folder that cannot be read, of an option's paths; SHOWN of them by name."""
     folders = unreadable_folders(left_out)
     notes = [f"{option}: {reason}; its images are left out: make it readable, or take it away" for reason in folders]
     more = len(folders) - SHOWN
@@ -181,6 +184,6 @@ def unreadable_notes(left_out: Mapping[str, int], option: str) -> list[str]:
 
 
 def left_out_lines(left_out: Counter) -> Iterator[str]:
-    """The counts as text, the largest first."""
+    """Yield the counts as text, the largest first."""
     for reason, count in sorted(left_out.items(), key=lambda item: (-item[1], item[0])):
         yield f"{count} {reason}"

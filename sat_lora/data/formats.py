@@ -14,7 +14,9 @@ IMAGES = "a line for each image"
 
 @dataclass(frozen=True)
 class Format:
-    """whose: its name. marks: sets of keys, separated by white space, of which one is enough; `a[].b` is the key `b` in
+    """A format of data sets that is not read here.
+
+    whose: its name. marks: sets of keys, separated by white space, of which one is enough; `a[].b` is the key `b` in
     the first object of the list `a`, `*.b` that in the first object among the values. instead: what to write.
     """
 
@@ -69,11 +71,11 @@ FORMATS = (
 )  # fmt: skip
 
 
-MARKS = frozenset(key for known in FORMATS for marks in known.marks for key in marks.split())
+MARKS = frozenset(key for foreign in FORMATS for marks in foreign.marks for key in marks.split())
 
 
 def format_of(entry: Mapping) -> Format | None:
-    """The format that an object of a file has; None if it is none of FORMATS."""
+    """Return the format that an object of a file has; None if it is none of FORMATS."""
     keys = {*entry}
     for key, value in entry.items():
         if isinstance(value, dict):
@@ -133,8 +135,9 @@ SEPARATORS = {"\t": "tabs", ",": "commas", ";": "semicolons", "|": "bars"}
 
 
 def kind_of_file(head: bytes, suffix: str) -> str | None:
-    """What a file is that is no JSON, by its first HEAD bytes and its suffix: `is ...`, or `holds ...` where it may
-    have the answers to images. None if nobody knows.
+    """Return what a file is that is no JSON, by its first HEAD bytes and its suffix; None if nobody knows.
+
+    It is `is ...`, or `holds ...` where it may have the answers to images.
     """
     suffix = suffix.lower()
     begin = head[:64].lower()
@@ -163,23 +166,24 @@ def kind_of_file(head: bytes, suffix: str) -> str | None:
 
 
 def _lines(text: str) -> list[str]:
-    """The first ones that are not empty; without the last, which may be cut off, if there are others."""
+    """Return the first lines that are not empty; without the last, which may be cut off, if there are others."""
     lines = [line.strip(" ") for line in text.splitlines()[:20] if line.strip()]
     return lines[:-1] or lines
 
 
 def separator_of(text: str) -> str | None:
-    """What stands between the columns of a table, by its first lines; None if it is none."""
+    """Return the character between the columns of a table, by its first lines; None if it is no table."""
     lines = _lines(text)
     return next((mark for mark in SEPARATORS if lines and all(mark in line for line in lines)), None)
 
 
 def encoding_of(content: bytes) -> str:
+    """Return the encoding of a text, by its first bytes: of JSON's encodings, UTF-8 for NUL bytes alone."""
     return json.detect_encoding(content[:4]) if any(content[:4]) else "utf-8"
 
 
 def texts_of(content: bytes) -> list[str]:
-    """Part of a text file as text: one way to read it where its encoding is plain, else several that may be right.
+    """Return part of a text file as text: one way to read it if its encoding is plain, else several ways.
 
     UTF-16 and UTF-32 are known by their byte-order mark or their NUL bytes, as JSON's are; what is no UTF-8 is read as
     Windows writes it in Western Europe and in China.
@@ -196,14 +200,15 @@ def texts_of(content: bytes) -> list[str]:
 
 
 def named_format(path: Path, head: bytes) -> str | None:
-    """What a file that has the answers to images is, as `kind_of_file` says it; JSON by its first object, or, where
-    that goes on beyond HEAD bytes, by the keys up to there.
+    """Return what a file that has the answers to images is, as `kind_of_file` says it; None if nobody knows.
+
+    JSON is known by its first object, or, where that goes on beyond HEAD bytes, by the keys up to there.
     """
     text = texts_of(head)[0].lstrip("\ufeff \t\r\n")
     if not text.startswith(("{", "[")):
         return kind_of_file(head, path.suffix)
-    known = format_of(_first_object(text))
-    return None if known is None else f"is of {known.whose}"
+    foreign = format_of(_first_object(text))
+    return None if foreign is None else f"is of {foreign.whose}"
 
 
 def _first_object(text: str) -> Mapping:

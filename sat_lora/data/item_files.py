@@ -13,16 +13,17 @@ from io import TextIOWrapper
 from pathlib import Path
 
 from sat_lora.data.item_keys import METADATA, READ, WANTED, key_problems
+from sat_lora.data.json_texts import Place, elements, json_problem, short_problem, unique_keys
 from sat_lora.errors import DataError
-from sat_lora.files.foreign import open_file, parse_json, parse_json_at
+from sat_lora.files.foreign import open_file, parse_json
 from sat_lora.printable import printable
 
 FILE_LIMIT = 1 << 40  # bytes: a file is read line by line
 LINE_LIMIT = 1 << 27  # characters of a line, which is in memory as a whole
 WHOLE_LIMIT = 1 << 28  # the same of an array
 SHOWN = 10  # problems of a file
-NAME_LIMIT, PATH_LIMIT = 255, 4000  # bytes and characters, as file systems have them
-SPACE = " \t\n\r"  # what JSON calls so
+NAME_LIMIT = 255  # bytes, as file systems have them
+PATH_LIMIT = 4000  # characters
 ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://|data:")
 WINDOWS_ROOT = re.compile(r"[A-Za-z]:[\\/]|\\\\")
 
@@ -39,15 +40,15 @@ class Entry:
 
 @dataclass
 class Entries:
-    """What a file holds. passed_over: how many objects have a key that is not read, by its name."""
+    """The objects that a file holds. passed_over: how many of them have a key that is not read, by its name."""
 
-    found: list[Entry] = field(default_factory=list)
+    objects: list[Entry] = field(default_factory=list)
     passed_over: Counter[str] = field(default_factory=Counter)
 
 
 @dataclass
 class _Problems:
-    """Texts, each with the lines that have it, in the order in which they came up."""
+    """Problems as texts, each with the lines that have it, in the order in which they came up."""
 
     lines: dict[str, list[int | str]] = field(default_factory=dict)
 
@@ -55,7 +56,7 @@ class _Problems:
         self.lines.setdefault(printable(text), []).append(number)
 
     def raise_any(self, path: Path) -> None:
-        """DataError with all of them, in the name of the file, if there are any."""
+        """Raise DataError with all problems, in the name of the file, if there are any."""
         if not self.lines:
             return
         count = len({number for numbers in self.lines.values() for number in numbers})
@@ -69,25 +70,27 @@ class _Problems:
 
 def _described(text: str, numbers: list[int | str]) -> str:
     first, *others = numbers
-    said = f"{line_called(first)}{text}"
+    sentence = f"{line_called(first)}{text}"
     if others:
         listed = ", ".join(map(str, others[:5])) + (", ..." if len(others) > 5 else "")
-        said += f"; the same in {len(others)} more: {listed}"
-    return said
+        sentence += f"; the same in {len(others)} more: {listed}"
+    return sentence
 
 
 def line_called(line: int | str) -> str:
-    """How messages call an Entry's line."""
+    """Return what messages call an Entry's line."""
     return line if isinstance(line, str) else f"line {line}"
 
 
 def read_entries(path: str | Path, *, ignored: Collection[str] = (), images_from: Sequence[str | Path] = ()) -> Entries:
-    """The objects of a file, whatever its name; none if it holds nothing but white space.
+    """Return the objects of a file, whatever its name; none if it holds nothing but white space.
 
     ignored: keys to pass over. images_from: folders, beside the file's own, that a relative path may lead to by `..`.
-    DataError: it is no regular file, cannot be read, or every wrong line of it.
+    Raises DataError if it is no regular file or cannot be read, or with every wrong line of it.
     """
-    path, entries, problems = Path(path), Entries(), _Problems()
+    path = Path(path)
+    entries = Entries()
+    problems = _Problems()
     roots = [os.path.abspath(folder) for folder in (path.parent, *images_from)]
     try:
         for number, value in _values(path, problems):
@@ -99,7 +102,7 @@ def read_entries(path: str | Path, *, ignored: Collection[str] = (), images_from
             if texts or not isinstance(value, dict):
                 problems.add(number, ": " + "; ".join(texts))
                 continue
-            entries.found.append(Entry(image, value.get("prompt"), value["answer"], number))
+            entries.objects.append(Entry(image, value.get("prompt"), value["answer"], number))
             entries.passed_over.update(key for key in value if key not in READ)
     except UnicodeError as error:
         raise DataError(f"{printable(path)}: cannot be read as text: {error}; save it as UTF-8") from error
@@ -110,7 +113,7 @@ def read_entries(path: str | Path, *, ignored: Collection[str] = (), images_from
 
 
 def object_problems(value: object, ignored: Collection[str], metadata: Collection[str] = METADATA) -> list[str]:
-    """What is wrong with the keys and types of one sample's JSON, apart from what its paths lead to."""
+    """Return what is wrong with the keys and types of one sample's JSON, but not with what its paths lead to."""
     if not isinstance(value, dict):
         return [f"wanted {WANTED}, got {kind_of_value(value)}: {json.dumps(value)[:80]}"]
     problems = key_problems(value, ignored, metadata)
@@ -129,21 +132,11 @@ def object_problems(value: object, ignored: Collection[str], metadata: Collectio
     return problems
 
 
-def read_object(content: bytes | str) -> object:
-    """What the JSON of one sample says; ValueError, with what may help, if it is none or names a key twice."""
-    text = content.decode("utf-8-sig") if isinstance(content, bytes) else content
-    try:
-        return parse_json(text, object_pairs_hook=_unique_keys)
-    except json.JSONDecodeError as error:
-        raise ValueError(_what_is_wrong(error)) from None
-    except ValueError as error:
-        raise ValueError(_in_short(error)) from None
-
-
 def _values(path: Path, problems: _Problems) -> Iterator[tuple[int | str, object]]:
-    """(line, value) of a file; a line that is no JSON goes to `problems`."""
+    """Yield (line, value) of a file; a line that is no JSON goes to `problems`."""
     texts = (text for _, line in _lines(path) if (text := _unpadded(line)))
-    first, second = next(texts, ""), next(texts, "")
+    first = next(texts, "")
+    second = next(texts, "")
     texts.close()
     if first.startswith("[") or (not second.startswith("{") and _goes_on(first)):
         yield from _values_of_whole(path, problems)
@@ -155,11 +148,11 @@ def _values(path: Path, problems: _Problems) -> Iterator[tuple[int | str, object
         problem = _problem_with_line(line)
         if problem is None:
             try:
-                value = parse_json(text, object_pairs_hook=_unique_keys)
+                value = parse_json(text, object_pairs_hook=unique_keys)
             except json.JSONDecodeError as error:
-                problem = f" is not JSON: {_what_is_wrong(error)}"
+                problem = f" is not JSON: {json_problem(error)}"
             except ValueError as error:
-                problem = f": {_in_short(error)}"
+                problem = f": {short_problem(error)}"
         if problem is None:
             yield number, value
         else:
@@ -167,7 +160,7 @@ def _values(path: Path, problems: _Problems) -> Iterator[tuple[int | str, object
 
 
 def _unpadded(line: str) -> str:
-    """Without white space of any kind, byte-order marks of files that were joined, and the end mark of DOS files."""
+    """Return a line without white space, byte-order marks of joined files, and the end mark of DOS files."""
     return line.strip().strip("\ufeff\x1a").strip()
 
 
@@ -183,7 +176,7 @@ def _problem_with_line(line: str) -> str | None:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """(number, line); of one that is too long no more than LINE_LIMIT characters and one."""
+    """Yield (number, line); of a line that is too long, LINE_LIMIT characters and one."""
     with _opened(path) as file:
         number = 0
         while line := file.readline(LINE_LIMIT + 1):
@@ -194,7 +187,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def _opened(path: Path) -> TextIOWrapper:
-    """Bytes that are no UTF-8 become surrogates, so that the line that has them can be named."""
+    """Return the file as a text: bytes that are no UTF-8 become surrogates, so that their line can be named."""
     file = open_file(path, FILE_LIMIT)
     start = file.peek(4)[:4]
     encoding = json.detect_encoding(start) if any(start) else "utf-8"  # NUL bytes alone are what a crash leaves
@@ -203,7 +196,7 @@ def _opened(path: Path) -> TextIOWrapper:
 
 
 def _goes_on(text: str) -> bool:
-    """Whether an object begins in this line and ends in a later one."""
+    """Return whether an object begins in this line and ends in a later one."""
     try:
         parse_json(text)
     except json.JSONDecodeError as error:
@@ -214,7 +207,7 @@ def _goes_on(text: str) -> bool:
 
 
 def _values_of_whole(path: Path, problems: _Problems) -> Iterator[tuple[str, object]]:
-    """(line, value) of an array, or of objects over several lines, up to the first that is no JSON."""
+    """Yield (line, value) of an array, or of objects over several lines, up to the first that is no JSON."""
     with _opened(path) as file:
         text = file.read(WHOLE_LIMIT + 1)
     if len(text) > WHOLE_LIMIT:
@@ -223,116 +216,19 @@ def _values_of_whole(path: Path, problems: _Problems) -> Iterator[tuple[str, obj
     if problem := _problem_with_line(text):
         problems.add(1, problem)
         return
-    place = _Place(text)
+    place = Place(text)
     try:
-        for count, (number, value) in enumerate(_elements(place), 1):
+        for count, (number, value) in enumerate(elements(place), 1):
             yield f"object {count} (line {number})", value
     except json.JSONDecodeError as error:
         number = place.line_at(error.pos)
-        problems.add(number, f" is not JSON: {_what_is_wrong(error)}")
+        problems.add(number, f" is not JSON: {json_problem(error)}")
     except ValueError as error:
-        problems.add(place.line_at(place.position), f": {_in_short(error)}")
-
-
-class _Place:
-    """A position in a text, and the number of its line."""
-
-    def __init__(self, text: str):
-        self.text, self.position = text, 0
-        self._counted, self._line = 0, 1
-
-    def line_at(self, position: int) -> int:
-        if position < self._counted:
-            return 1 + self.text.count("\n", 0, position)
-        self._line += self.text.count("\n", self._counted, position)
-        self._counted = position
-        return self._line
-
-    def skip(self, characters: str) -> str:
-        """Go on to the first character that is none of these; '' at the end."""
-        while self.position < len(self.text) and self.text[self.position] in characters:
-            self.position += 1
-        return self.text[self.position : self.position + 1]
-
-
-def _elements(place: _Place) -> Iterator[tuple[int, object]]:
-    opened = place.skip(SPACE + "\ufeff") == "["
-    place.position += opened
-    first = True
-    while following := place.skip(SPACE + ("" if opened else "\ufeff\x1a")):
-        if opened and following == "]" and first:
-            break
-        number = place.line_at(place.position)
-        value, place.position = parse_json_at(place.text, place.position, object_pairs_hook=_unique_keys)
-        yield number, value
-        first = False
-        following = place.skip(SPACE)
-        if opened and following == "]":
-            break
-        if opened:
-            if following != ",":
-                raise json.JSONDecodeError("Expecting ',' delimiter", place.text, place.position)
-            place.position += 1
-    else:
-        if opened:
-            raise json.JSONDecodeError("Expecting value", place.text, place.position)
-        return
-    place.position += 1
-    if place.skip(SPACE + "\ufeff\x1a"):
-        raise json.JSONDecodeError("Extra data", place.text, place.position)
-
-
-def _unique_keys(pairs: list[tuple[str, object]]) -> dict:
-    content = dict(pairs)
-    if len(content) < len(pairs):
-        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise ValueError(f'the key "{twice[:60]}" comes twice in one object')
-    return content
-
-
-def _in_short(error: ValueError) -> str:
-    text = str(error)
-    return "a number has thousands of digits" if "integer string conversion" in text else text
-
-
-def _what_is_wrong(error: json.JSONDecodeError) -> str:
-    """The parser's words, the place, and the usual cause."""
-    at, before = error.doc[error.pos : error.pos + 1], error.doc[: error.pos].rstrip()
-    begins = error.doc[error.pos : error.pos + 8].lstrip()
-    cause = ""
-    if "\0" in error.doc[error.pos : error.pos + 2]:
-        cause = "NUL bytes: the file was cut off, or never written to its end"
-    elif at == "'":
-        cause = "Python's way to write it; json.dumps writes JSON"
-    elif re.match(r"None|True|False", begins):
-        cause = "Python's word; JSON says null, true and false"
-    elif at in ("\u201c", "\u201d", "\u201e", "\u2018", "\u2019"):
-        cause = 'typographic quotes; JSON has " alone'
-    elif begins.startswith(("//", "/*", "#")):
-        cause = "JSON has no comments"
-    elif error.msg == "Extra data" and not error.doc.lstrip(SPACE + "\ufeff").startswith(("{", "[")):
-        cause = "a sample begins with {"
-    elif (at in ("}", "]") and before.endswith(",")) or (error.msg in ("Extra data", "Expecting value") and at == ","):
-        cause = "a comma too many"
-    elif at.isspace() and at not in SPACE:
-        cause = f"U+{ord(at):04X} is no space of JSON"
-    elif error.msg == "Extra data":
-        cause = "one object per line"
-    elif error.msg.startswith("Invalid control character"):
-        cause = f"U+{ord(at or chr(0)):04X} as it is; inside a text it is written \\u{ord(at or chr(0)):04x}"
-    elif error.msg.startswith("Invalid \\escape"):
-        cause = "a backslash is written \\\\"
-    elif not error.doc[error.pos :].strip() or error.msg.startswith("Unterminated"):
-        cause = "it ends too early"
-    elif error.msg.startswith("Expecting ',' delimiter"):
-        cause = "a comma is missing, or the backslash before a quote inside a text"
-    elif error.pos == 0:
-        cause = "a sample begins with {"
-    return f"{error.msg.removesuffix(' at')} at column {error.colno}" + (f" ({cause})" if cause else "")
+        problems.add(place.line_at(place.position), f": {short_problem(error)}")
 
 
 def _image_path(folder: Path, image: str, roots: list[str]) -> tuple[Path | None, str | None]:
-    """(path, None), or (None, what is wrong with it). Only a path with a backslash in it is looked for here."""
+    """Return (path, None), or (None, what is wrong with it); only a path with a backslash is looked for here."""
     if not image.strip():
         return None, '"image" is empty; leave it out, or give null, for a sample of text alone'
     if "\0" in image:
@@ -364,7 +260,7 @@ def _could_be_a_path(image: str) -> bool:
 
 
 def kind_of_value(value: object) -> str:
-    """What JSON calls a value's type, with the number itself."""
+    """Return what JSON calls a value's type, with the number itself."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, int | float):

@@ -47,7 +47,7 @@ READ_INSTEAD = {other: name for name, others in OTHER_NAMES.items() for other in
 
 
 def key_problems(entry: dict, ignored: Collection[str], metadata: Collection[str] = METADATA) -> list[str]:
-    """What is wrong with the names of an object's keys, a sentence each.
+    """Return what is wrong with the names of an object's keys, a sentence each.
 
     ignored: names that the user has passed over as well. metadata: names that carry nothing to learn; where there is no
     image, those that speak of one are not among them: the sample would be learnt as text alone. Nor are those that hold
@@ -88,17 +88,17 @@ def _is_metadata(key: str, metadata: Collection[str]) -> bool:
 
 
 def _why_not_noted(key: str, entry: dict, metadata: Collection[str]) -> str:
-    """Why a key that usually carries nothing to learn is not passed over, as the end of a sentence."""
+    """Return why a key that usually carries nothing to learn is not passed over, as the end of a sentence."""
     if not _is_metadata(key, metadata):
         return ""
-    what = "prompt" if entry.get("prompt") is None and _holds_a_question(key, entry[key]) else "image"
-    return f" where there is no {what}: it seems to hold one"
+    missing = "prompt" if entry.get("prompt") is None and _holds_a_question(key, entry[key]) else "image"
+    return f" where there is no {missing}: it seems to hold one"
 
 
 def _speaks_of_an_image(key: str, value: object, depth: int = 0) -> bool:
     if isinstance(value, dict | list) and depth < NESTED:
-        pairs = value.items() if isinstance(value, dict) else ((key, held) for held in value[:SHOWN])
-        return any(_speaks_of_an_image(str(name), held, depth + 1) for name, held in pairs)
+        pairs = value.items() if isinstance(value, dict) else ((key, element) for element in value[:SHOWN])
+        return any(_speaks_of_an_image(str(name), content, depth + 1) for name, content in pairs)
     names_a_file = isinstance(value, str) and re.split(r"[?#]", value.strip().lower())[0].endswith(PICTURES)
     return value is not None and (names_a_file or "image" in key.casefold() or "img" in key.casefold())
 
@@ -112,11 +112,11 @@ def _holds_a_question(key: str, value: object) -> bool:
 
 
 def _layout_of(entry: dict, ignored: Collection[str]) -> str | None:
-    """That an object is of another format, as a clause; None if no format is known by its keys."""
-    known = format_of({key: value for key, value in entry.items() if key not in READ and key not in ignored})
-    if known is None:
+    """Return, as a clause, that an object is of another format; None if its keys tell of none."""
+    foreign = format_of({key: value for key, value in entry.items() if key not in READ and key not in ignored})
+    if foreign is None:
         return None
-    return f"such keys are those of {known.whose}, a layout that is not read here: write {known.instead}"
+    return f"such keys are those of {foreign.whose}, a layout that is not read here: write {foreign.instead}"
 
 
 def _instead(key: str, entry: dict) -> str:
@@ -128,7 +128,7 @@ def _instead(key: str, entry: dict) -> str:
     if name is not None and name not in entry:
         return f', did you mean "{name}"?'
     value = entry[key]
-    if len(entry) == 1 and isinstance(value, list) and any(isinstance(held, dict) for held in value):
+    if len(entry) == 1 and isinstance(value, list) and any(isinstance(element, dict) for element in value):
         return "; if its list holds the samples, give the list alone"
     return ""
 

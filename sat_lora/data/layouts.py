@@ -47,10 +47,11 @@ ENTRIES_BESIDE = 20_000
 
 
 def check_file_kind(path: Path) -> None:
-    """DataError where a data path that is no folder cannot be a file of JSON objects, judged by how it begins."""
+    """Raise DataError if a data path that is no folder cannot be a file of JSON objects, by how it begins."""
     try:
         with open_file(path, FILE_LIMIT) as file:
-            head, size = file.read(HEAD), os.fstat(file.fileno()).st_size
+            head = file.read(HEAD)
+            size = os.fstat(file.fileno()).st_size
     except (OSError, ValueError) as error:
         raise DataError(f"{printable(path)}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
     begins = head.replace(b"\0", b"").lstrip(b"\xef\xbb\xbf\xfe\xff \t\r\n")[:1]
@@ -70,8 +71,9 @@ def check_file_kind(path: Path) -> None:
 
 
 def check_layout(folder: Path, images: Sequence[Path], given: Collection[Path] = ()) -> None:
-    """DataError where texts in, below or beside a folder are the answers of its images, whose names would be learnt
-    instead. given: files that are data paths themselves; they are no such texts.
+    """Raise DataError if texts in, below or beside a folder are the answers of its images.
+
+    Their names would be learnt instead. given: files that are data paths themselves; they are no such texts.
     """
     if images:
         _check_inside(folder, images)
@@ -113,13 +115,17 @@ def _check_inside(folder: Path, images: Sequence[Path]) -> None:
 
 
 def _check_classes(folder: Path, images: Sequence[Path]) -> None:
-    """Of images whose answers are their folders, as `cat/cat_1.png` or `cat/0001.png` beside `dog/0001.png`."""
+    """Raise DataError if the answers of images are their folders, as of `cat/0001.png` beside `dog/0001.png`.
+
+    So are those of `cat/cat_1.png`.
+    """
     classes: dict[Path, list[str]] = {}
     for image in images:
         classes.setdefault(image.parent, []).append(image.stem)
     if len(classes) < 2 or folder in classes:
         return
-    named = numbered = 0
+    named = 0
+    numbered = 0
     for place, stems in classes.items():
         matches = [match for stem in stems if (match := NUMBERED.fullmatch(stem))]
         named += sum(match[1].casefold() == place.name.casefold() for match in matches)
@@ -133,8 +139,9 @@ def _check_classes(folder: Path, images: Sequence[Path]) -> None:
 
 
 def _check_masks(folder: Path, images: Sequence[Path]) -> None:
-    """Of pictures that are the answers to other pictures."""
-    masks, others = {}, set()
+    """Raise DataError if pictures are the answers to other pictures."""
+    masks = {}
+    others = set()
     for image in images:
         parts = image.relative_to(folder).parts[:-1]
         if any(map(MASK_FOLDERS.fullmatch, parts)):
@@ -148,12 +155,12 @@ def _check_masks(folder: Path, images: Sequence[Path]) -> None:
 
 
 def _is_closed_table(path: Path) -> bool:
-    """Whether nobody looks into a table that lies among images, which by its name may be of them."""
+    """Return whether a table that nobody looks into may, by its name, be of the images it lies among."""
     return path.suffix.lower() not in LISTS and looks_like_answers(path)
 
 
 def _stems_answered(stem: str) -> set[str]:
-    """Names of images, with or without suffix, that a text of that stem may belong to."""
+    """Return the names of images, with or without suffix, that a text of that stem may belong to."""
     bare = re.sub(r"^gt_|(_gt|[._](caption|label|annotation)s?|\.gt)$", "", stem, flags=re.IGNORECASE)
     return {stem, bare}
 
@@ -166,14 +173,14 @@ def _check_beside(folder: Path, images: Sequence[Path], given: Collection[str]) 
         for parent in list(base.parents)[: 2 if is_part else 1]:
             if parent == Path(parent.anchor):
                 break
-            own = base.relative_to(parent)
-            folders, files = _entries_of(parent, own.parts[0])
+            relative = base.relative_to(parent)
+            folders, files = _entries_of(parent, relative.parts[0])
             near = parent == base.parent
             for sibling in folders:
                 is_label = LABEL_FOLDERS.fullmatch(sibling.name) is not None
                 if not is_label and (not near or OUTPUTS.fullmatch(sibling.name)):
                     continue
-                inner = Path(*own.parts[1:])
+                inner = Path(*relative.parts[1:])
                 for place in dict.fromkeys(
                     (sibling, sibling / inner, *(sibling / inner / name for name in subfolders))
                 ):
@@ -186,13 +193,14 @@ def _check_beside(folder: Path, images: Sequence[Path], given: Collection[str]) 
             _check_lists_beside(folder, images, lists, {place.name for place in folders})
 
 
-def _entries_of(parent: Path, own: str) -> tuple[list[Path], list[Path]]:
-    """(folders, files of texts) in a folder that holds the images' own; those that look like answers come first."""
-    folders, files = [], []
+def _entries_of(parent: Path, without: str) -> tuple[list[Path], list[Path]]:
+    """Return (folders, files of texts) in a folder that holds the images' own; likely answers come first."""
+    folders = []
+    files = []
     try:
         with os.scandir(parent) as entries:
             for entry in itertools.islice(entries, NAMES_COMPARED):
-                if entry.name.startswith(".") or entry.name == own:
+                if entry.name.startswith(".") or entry.name == without:
                     continue
                 if entry.is_dir():
                     folders.append(Path(entry.path))
@@ -269,7 +277,7 @@ def _kind_of_text(path: Path) -> str | None:
 
 
 def _texts_in(folder: Path) -> Iterator[Path]:
-    """Files of texts in and below the folder, hidden ones, what links lead to and runs of this program aside."""
+    """Yield files of texts in and below the folder; not hidden ones, what links lead to and runs of this program."""
     for where, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         if "run.json" in files:
@@ -280,5 +288,5 @@ def _texts_in(folder: Path) -> Iterator[Path]:
 
 
 def missing_file_hint(path: Path | bytes | None) -> str:
-    """What the user of a path that leads nowhere may have meant, as the end of a sentence; "" if nothing is near."""
+    """Return what was most likely meant by a path that leads nowhere, as the end of a sentence; "" if unknown."""
     return nearest(path) if isinstance(path, Path) else ""

@@ -38,7 +38,7 @@ class Item:
 
     @property
     def place(self) -> str | None:
-        """`file` and `line`, for messages."""
+        """The file and the line, for messages; None where they are not known."""
         return None if self.file is None or self.line is None else f"{self.file}, {line_called(self.line)}"
 
 
@@ -50,9 +50,9 @@ class DataCounts:
     """Images of folders, whose file names are their answers."""
     labelled_by_text: int = 0
     text_only: int = 0
-    """Of those labelled by text; they have no image."""
+    """Samples labelled by text that have no image."""
     without_prompt: Counter[str] = field(default_factory=Counter)
-    """Of those labelled by text, by their file; they are asked --prompt."""
+    """Samples labelled by text, by their file, that are asked --prompt."""
     without_answer: int = 0
     """Their answer is empty: only the end is learnt."""
     passed_over: Counter[str] = field(default_factory=Counter)
@@ -63,20 +63,22 @@ class DataCounts:
     """What lies in folders and is no sample, by reason."""
 
     def left_out(self) -> list[tuple[str, int]]:
-        """(what, how many) of what is not used, and of what samples lack or have for nothing: for their user."""
+        """Return (what, how many) of what is not used, and of what samples lack or have for nothing: for their user."""
         counts = [("images (samples of text alone)", self.text_only), ("answers (empty ones)", self.without_answer)]
         counts.append(("samples twice (paths overlap)", self.again))
         lacking = self.without_prompt.total()
         if lacking < self.labelled_by_text:  # where all lack one, that is how the file is meant
             counts.append(("prompts (--prompt is asked)", lacking))
         counts += [(f'times "{printable(key)}" (not read)', count) for key, count in self.passed_over.items()]
-        return [*self.unused.most_common(), *((what, count) for what, count in counts if count)]
+        return [*self.unused.most_common(), *((reason, count) for reason, count in counts if count)]
 
     def add(self, path: Path, entries: Entries) -> None:
-        self.labelled_by_text += len(entries.found)
-        self.text_only += sum(entry.image is None for entry in entries.found)
-        self.without_answer += sum(not entry.answer.strip() for entry in entries.found)
-        if lacking := sum(entry.prompt is None for entry in entries.found):
+        """Count the entries of the file at `path`."""
+        self.labelled_by_text += len(entries.objects)
+        self.text_only += sum(entry.image is None for entry in entries.objects)
+        self.without_answer += sum(not entry.answer.strip() for entry in entries.objects)
+        lacking = sum(entry.prompt is None for entry in entries.objects)
+        if lacking:
             self.without_prompt[str(path)] += lacking
         self.passed_over += entries.passed_over
 
@@ -102,21 +104,22 @@ def read_items(
     run_folder: str | Path | None = None,
     counts: DataCounts | None = None,
 ) -> list[Item]:
-    """The items of data paths: in a folder an image file's stem is its answer; a file has one object per line.
+    """Return the items of data paths: in a folder an image file's stem is its answer; a file has one object per line.
 
     A line: {"image": path relative to the file, or absent for text only, "prompt": ..., "answer": ...}; without a
     prompt, --prompt is asked. An array of such objects is read as well. ignore_keys, images_from: see `read_entries`.
     names_are_answers: of a folder that looks like another layout too. run_folder: of the run that asks. counts: what
-    was read, and what lies in the folders and is no sample, is added to it. DataError: a path is missing, is plainly
-    another layout, or every wrong line of a file.
+    was read, and what lies in the folders and is no sample, is added to it.
+    Raises DataError if a path is missing or is plainly another layout, or with every wrong line of a file.
     """
-    items, counts = [], DataCounts() if counts is None else counts
+    items = []
+    counts = DataCounts() if counts is None else counts
     before: set[str] = set()  # of folders their images, of files the files
     for path in map(Path, paths):
         if path.is_dir() or not path.exists():
             images = find_images([path], counts.unused, run_folder)
             if not names_are_answers:
-                check_layout(path, images, given=[Path(given) for given in paths])
+                check_layout(path, images, given=[Path(data_path) for data_path in paths])
             items += [Item(image, image.stem) for image in images]
             counts.labelled_by_name += len(images)
             if len(paths) > 1:
@@ -126,23 +129,23 @@ def read_items(
             continue
         check_file_kind(path)
         entries = read_entries(path, ignored=ignore_keys, images_from=images_from)
-        items += [Item(e.image, e.answer, e.prompt, file=path, line=e.line) for e in entries.found]
+        items += [Item(e.image, e.answer, e.prompt, file=path, line=e.line) for e in entries.objects]
         counts.add(path, entries)
         place = os.path.abspath(path)
-        counts.again += len(entries.found) * (place in before)
+        counts.again += len(entries.objects) * (place in before)
         before.add(place)
     return items
 
 
 def reading_options(options: Namespace) -> dict:
-    """What `read_items` takes of a run's options; those of a run that an earlier version wrote have none of it."""
-    known = vars(options)
-    lists = {name: known.get(name) or [] for name in ("ignore_keys", "images_from")}
-    return {**lists, "names_are_answers": bool(known.get("names_are_answers")), "run_folder": known.get("run_folder")}
+    """Return what `read_items` takes of a run's options, as keywords; an earlier version's run has none of it."""
+    values = vars(options)
+    lists = {name: values.get(name) or [] for name in ("ignore_keys", "images_from")}
+    return {**lists, "names_are_answers": bool(values.get("names_are_answers")), "run_folder": values.get("run_folder")}
 
 
 def split_items(items: Sequence[Item], proportions: Sequence[float], seed: int) -> tuple[list[Item], ...]:
-    """(train, valid, test) in the given proportions, of a seeded shuffle; the same for the same seed.
+    """Return (train, valid, test) in the given proportions, of a shuffle that is the same for the same seed.
 
     proportions: one to three numbers of any sum. Every share above zero gets an item while there are any;
     train comes first.
@@ -158,7 +161,7 @@ def split_items(items: Sequence[Item], proportions: Sequence[float], seed: int) 
 
 
 class ImageTextDataset(Dataset):
-    """Samples of items, or of image paths whose stem is the answer.
+    """The samples of items, or of image paths whose stem is the answer.
 
     version, prompt: the base's prompt format and the query for items without their own (see `prompt_for`).
     image_size: (height, width) in pixels. image_length: patches per image. max_length: in tokens; longer answers
@@ -183,9 +186,14 @@ class ImageTextDataset(Dataset):
     ):
         self.items = [item if isinstance(item, Item) else Item(Path(item), Path(item).stem) for item in items]
         self.tokenizer = tokenizer
-        self.version, self.prompt = version, prompt
-        self.image_size, self.image_length, self.max_length = image_size, image_length, max_length
-        self.with_answer, self.special_tokens, self.max_pixels = with_answer, special_tokens, max_pixels
+        self.version = version
+        self.prompt = prompt
+        self.image_size = image_size
+        self.image_length = image_length
+        self.max_length = max_length
+        self.with_answer = with_answer
+        self.special_tokens = special_tokens
+        self.max_pixels = max_pixels
 
     def __len__(self) -> int:
         return len(self.items)
@@ -197,7 +205,7 @@ class ImageTextDataset(Dataset):
         return replace(sample, sample=str(index)) if isinstance(sample, BrokenSample) else sample
 
     def make_sample(self, item: Item, name: str | None = None) -> Sample | BrokenSample:
-        """The sample, or what is wrong with it: an exception would stop one rank and leave the others waiting."""
+        """Return the sample, or what is wrong with it: an exception would stop one rank, and the others would wait."""
         name = name or item.name
         try:
             image = None
@@ -214,13 +222,16 @@ class ImageTextDataset(Dataset):
             return BrokenSample(place, f"{place}: {printable(error)}")
 
     def lay_out(self, item: Item, image: torch.Tensor | None = None) -> Sample:
-        """The sample with the places of its image, and with `image`. DataError, ConfigError: it cannot be one."""
+        """Return the sample with the places of its image, and with `image`.
+
+        Raises DataError or ConfigError if it cannot be one.
+        """
         answer = item.answer if self.with_answer else None
         settings = (self.image_length, self.max_length, image, self.special_tokens)
         return build_sample(self.tokenizer, self._prompt(item), answer, *settings)
 
     def _prompt(self, item: Item) -> str | tuple[str, ...]:
-        """As `build_sample` takes it: where special tokens are text, the parts around the image."""
+        """Return the prompt as `build_sample` takes it: where special tokens are text, the parts around the image."""
         query = self.prompt if item.prompt is None else item.prompt
         if not self.special_tokens:
             text = prompt_text(self.version, query)
@@ -234,7 +245,7 @@ class ImageTextDataset(Dataset):
 
 
 def collate(samples: Sequence[Sample | BrokenSample], *, image_size: tuple[int, int]) -> dict:
-    """One batch, whatever the samples are: broken ones are left out; with nothing else there is nothing to learn.
+    """Return one batch, whatever the samples are: broken ones are left out.
 
     input_ids, position_ids, labels, image_embed_mask, vision_expert_mask: (batch, seq) int64, padded on the right
     to the longest. Padding has id 0, label -100 and the positions that follow. images: (images, 3, height, width)

@@ -5,12 +5,14 @@ import torch
 from sat_lora.cogvlm.inputs.text import IGNORED, position_ids_for
 from sat_lora.training.steps.loss import count_answer_tokens
 
-IMAGES, TEXT, MIXED = "images", "text alone", "images on some ranks"
+IMAGES = "images"
+TEXT = "text alone"
+MIXED = "images on some ranks"
 _SEQUENCES = ("input_ids", "position_ids", "labels", "image_embed_mask", "vision_expert_mask")
 
 
 def kinds_of(batch: dict, data_parallel_rank: int = 0) -> dict[str, dict]:
-    """{kind: batch} of a collated batch: as it is where it has images, its text alone, and one of the two by rank.
+    """Return {kind: batch} of a collated batch: with images, its text alone, and one of the two by rank.
 
     A batch without images is there as text alone.
     """
@@ -21,7 +23,7 @@ def kinds_of(batch: dict, data_parallel_rank: int = 0) -> dict[str, dict]:
 
 
 def text_alone(batch: dict) -> dict:
-    """The batch with the images' places taken out of its rows and without images, as `collate` gives it."""
+    """Return the batch with the images' places taken out of its rows and without images, as `collate` gives it."""
     rows = []
     for number in range(len(batch["input_ids"])):
         keep = batch["image_embed_mask"][number] == 0
@@ -37,6 +39,7 @@ def text_alone(batch: dict) -> dict:
 
 
 def has_labels(batch: dict) -> bool:
+    """Return whether some token of the batch is to be learnt."""
     return count_answer_tokens(batch["labels"]) > 0
 
 

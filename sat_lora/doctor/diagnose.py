@@ -32,7 +32,7 @@ from sat_lora.findings.finding import as_json as to_json
 from sat_lora.lora.apply import add_lora
 from sat_lora.lora.optimizer_groups import set_learning_rate
 from sat_lora.memory.memory_report import estimated_findings, memory_report
-from sat_lora.parallel.distributed import agree, gather_lists, join, stop
+from sat_lora.parallel.distributed import agree, destroy, gather_lists, init_distributed
 from sat_lora.parallel.sharding import gathered
 from sat_lora.terminal.notice import is_first_rank
 from sat_lora.training.marks import marks_of_config
@@ -43,7 +43,7 @@ from sat_lora.training.settings.deepspeed_file import file_problems, is_of_key, 
 from sat_lora.training.settings.schedule import learning_rate_factor, total_steps, warmup_steps
 from sat_lora.training.steps.engine import adapter_optimizer, start_engine
 from sat_lora.training.steps.loss import answer_loss_sum, count_answer_tokens, sum_over_data_parallel
-from sat_lora.training.steps.nonfinite import held
+from sat_lora.training.steps.nonfinite import discard_step
 from sat_lora.training.steps.optimizer_state import create_moments
 from sat_lora.training.steps.step import train_step
 
@@ -58,12 +58,12 @@ def diagnose(
     *,
     tell: Callable[[str], None] = lambda table: None,
 ) -> list[Finding]:
-    """The findings of all ranks, the same on every rank; each has to call it. `make_data` as in `finetune`.
+    """Return the findings of all ranks, the same on every rank; each has to call it.
 
-    tell: is given what is no finding, as text: times of the groups, memory.
+    make_data: as in `finetune`. tell: is given what is no finding, as text: times of the groups, memory.
     """
     looked_for(anew=True)
-    device = join(options.distributed_backend)
+    device = init_distributed(options.distributed_backend)
     _begin(1, "groups of ranks")
     broken = collective_findings()
     if broken:
@@ -72,28 +72,28 @@ def diagnose(
     on_first_rank(make_data)
     findings = [*configuration_findings(options, os.environ, device.type), *_option_findings(options, device.type)]
     findings = joined(gather_lists([findings]))
-    if any(one.code == "options" for one in findings):
+    if any(finding.code == "options" for finding in findings):
         return findings
     try:
         setting = prepare(options)
         findings += environment_findings(options, setting.world, setting.lora)
-        if any(one.code == "collective" for one in findings):
+        if any(finding.code == "collective" for finding in findings):
             return findings
         tell(collective_times())
         return [*findings, *_diagnose_model(options, setting, tell)]
-    except SatLoraError as error:  # `together` lets every rank have it
+    except SatLoraError as error:  # `run_on_all_ranks` lets every rank have it
         return [*findings, Finding(code="options", seen=str(error))]
 
 
 def report(options: Namespace, make_data: Callable[[], None] | None = None, *, as_json: bool = False) -> int:
-    """Print what `diagnose` finds, once; every rank has to call it. Gives the exit status: 1 for an error."""
-    told: list[str] = []
-    findings = diagnose(options, make_data, tell=told.append)
+    """Print what `diagnose` finds, once; return the exit status, 1 for an error. Every rank has to call it."""
+    texts: list[str] = []
+    findings = diagnose(options, make_data, tell=texts.append)
     if is_first_rank():
-        print(to_json(findings) if as_json else "\n\n".join([*told, as_text(findings, len(looked_for()))]), flush=True)
+        print(to_json(findings) if as_json else "\n\n".join([*texts, as_text(findings, len(looked_for()))]), flush=True)
     if any(finding.code == "collective" for finding in findings):
         os._exit(1)  # to leave a group that does not answer takes as long as to wait for it
-    stop()
+    destroy()
     return 1 if has_errors(findings) else 0
 
 
@@ -105,20 +105,20 @@ def _begin(number: int, part: str) -> None:
 
 @looks_for("options")
 def _option_findings(options: Namespace, device: str) -> Iterator[Finding]:
-    """What keeps the run from starting, but for the DeepSpeed file's keys, of which `configuration` says more."""
-    said = set()
+    """Yield what keeps the run from starting; of the DeepSpeed file's keys `configuration` says more."""
+    known_problems = set()
     if options.deepspeed_config is not None:
         try:
             content = read_deepspeed_file(options.deepspeed_config)
             keys = [key for _, key in unknown_keys(content)]
             problems, _ = file_problems(content, options.deepspeed_config)
-            said = {problem for problem in problems if any(is_of_key(problem, key) for key in keys)}
+            known_problems = {problem for problem in problems if any(is_of_key(problem, key) for key in keys)}
         except SatLoraError as error:
-            said = {str(error)}
+            known_problems = {str(error)}
     settings, data = option_problems(options, os.environ, device)
     for problem in (*settings, *data):
         option = re.match(r"--[\w-]+", problem)
-        if problem not in said:
+        if problem not in known_problems:
             yield Finding(code="options", seen=problem, option=option.group() if option else None)
 
 
@@ -135,10 +135,10 @@ def _diagnose_model(options: Namespace, setting: Setting, tell: Callable[[str], 
     _begin(4, "the data")
     data, valid = open_sources(options, world, dataset_maker(options, config))
     agree({**marks_of_sources(data, valid), **marks_of_config(config)})
-    own = model_config_findings(config, options.from_pretrained)
+    rank_findings = model_config_findings(config, options.from_pretrained)
     batches, failed = _read_batches(data, -(-SAMPLES // options.batch_size))
-    own += failed
-    own += data_findings(
+    rank_findings += failed
+    rank_findings += data_findings(
         batches,
         image_length=config["image_length"],
         max_length=options.max_length,
@@ -148,8 +148,8 @@ def _diagnose_model(options: Namespace, setting: Setting, tell: Callable[[str], 
     )
     trained = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
     size = next(p.element_size() for p in model.parameters() if p.requires_grad)
-    own += bucket_findings(setting.engine, trained, size)
-    findings = joined(gather_lists([own]))
+    rank_findings += bucket_findings(setting.engine, trained, size)
+    findings = joined(gather_lists([rank_findings]))
     if any(finding.code in NO_FORWARD for finding in findings):
         return findings
     steps = data.samples // (options.batch_size * world.data_parallel_size)  # whole ones of an epoch
@@ -157,7 +157,7 @@ def _diagnose_model(options: Namespace, setting: Setting, tell: Callable[[str], 
     findings += drawing_findings(gather_lists([drawn_samples(data.training(0), batches, steps, **place)]))
     if valid is not None:
         findings += batch_count_findings(gather_lists([valid.validation_batches]), "validation data")
-    batch = next((one for one in batches if has_labels(one)), None)
+    batch = next((candidate for candidate in batches if has_labels(candidate)), None)
     if any(gather_lists([batch is None])) or batch is None:
         return findings  # every rank stops here; what is wrong with the data has been said
     _begin(5, "forward and backward without an engine")
@@ -175,7 +175,7 @@ def _diagnose_model(options: Namespace, setting: Setting, tell: Callable[[str], 
     if has_errors(findings):
         return findings  # a step with an engine might hang
     _begin(6, "memory")
-    longest = max(batches, key=lambda one: one["input_ids"].numel())  # what does not fit fails there
+    longest = max(batches, key=lambda candidate: candidate["input_ids"].numel())  # what does not fit fails there
     table, too_much = memory_report(options, setting, model, lambda: _loss_of(model, longest).backward())
     tell(table)
     findings += too_much
@@ -184,15 +184,15 @@ def _diagnose_model(options: Namespace, setting: Setting, tell: Callable[[str], 
 
 @looks_for("loader-failed")
 def _read_batches(data, count: int) -> tuple[list[dict], list[Finding]]:
-    """(the first `count` batches of this rank, or those before the loader raised; what it raised)."""
+    """Return (the first `count` batches of this rank, or those before the loader raised; what it raised)."""
     batches = []
     try:
         for batch in itertools.islice(data.training(0), count):
             batches.append(batch)
     except Exception as error:  # of a dataset, in a process of its own or not
-        words = str(error).strip().splitlines() or [""]
+        lines = str(error).strip().splitlines() or [""]
         last = traceback.extract_tb(error.__traceback__)[-1]
-        place = f"{type(error).__name__}: {words[-1]} ({last.filename}:{last.lineno})"
+        place = f"{type(error).__name__}: {lines[-1]} ({last.filename}:{last.lineno})"
         return batches, [Finding(code="loader-failed", seen=f"after {len(batches)} batches: {place}")]
     return batches, []
 
@@ -200,7 +200,7 @@ def _read_batches(data, count: int) -> tuple[list[dict], list[Finding]]:
 def _take_steps(
     options: Namespace, setting: Setting, model, optimizer, kinds: dict[str, dict], samples: int, partitioned: bool
 ) -> list[Finding]:
-    """One real step per kind of batch, by the engine of the run."""
+    """Return what goes wrong in one real step per kind of batch, by the engine of the run."""
     _begin(7, "a real step for each kind of batch")
     world = setting.world
     steps = total_steps(
@@ -238,11 +238,11 @@ def _take_steps(
 
 
 def _examine_engine(engine, kinds: dict[str, dict]) -> list[Finding]:
-    """`examine` where the weights are there while a layer runs, and nowhere else: under ZeRO-3."""
+    """Return what `examine` finds where weights are there while a layer runs, and nowhere else: under ZeRO-3."""
 
     def backward(loss: torch.Tensor) -> None:
         engine.backward(loss)
-        with held(engine):
+        with discard_step(engine):
             engine.step()
 
     def loss_of(model, batch: dict) -> torch.Tensor:
@@ -258,9 +258,9 @@ def _loss_of(model, batch: dict) -> torch.Tensor:
 
 
 def _trainable_values(model) -> dict[str, torch.Tensor]:
-    found = {}
+    values = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             with gathered([parameter]):
-                found[name] = parameter.detach().to("cpu", copy=True)
-    return found
+                values[name] = parameter.detach().to("cpu", copy=True)
+    return values

@@ -28,7 +28,7 @@ def examine(
     fresh: bool = True,
     backward: Callable[[torch.Tensor], None] | None = None,
 ) -> list[Finding]:
-    """What is wrong with how `model` trains, on all ranks; every rank calls it and gets the same findings.
+    """Return what is wrong with how `model` trains, on all ranks; every rank calls it and gets the same findings.
 
     model: not wrapped by an engine yet, in training mode. batches: this rank's, by kind; every rank has the same kinds.
     loss_of: from model and batch to the loss. fresh: the adapters have not trained yet. bucket_size: DeepSpeed's
@@ -38,29 +38,30 @@ def examine(
     before = random_state()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     try:
-        own = trained_set_findings(model)
+        findings = trained_set_findings(model)
         if optimizer is not None:
-            own += optimizer_findings(model, optimizer)
+            findings += optimizer_findings(model, optimizer)
         if fresh:
-            own += fresh_adapter_findings(model, loss_of, next(iter(batches.values())))
-        passes, parallel = [], []
+            findings += fresh_adapter_findings(model, loss_of, next(iter(batches.values())))
+        passes = []
+        parallel = []
         with deltas_that_show(model):
             for kind, batch in batches.items():
                 model.zero_grad(set_to_none=True)
                 passes.append(record_passes(model, loss_of, batch, kind, backward=backward))
                 parallel += parallelism_findings(model, passes[-1:])
-            own += value_findings(model, loss_of, batches, passes, backward=backward)
-        own += reachability_findings(model, passes)
-        own += checkpointing_findings(model, passes)
+            findings += value_findings(model, loss_of, batches, passes, backward=backward)
+        findings += reachability_findings(model, passes)
+        findings += checkpointing_findings(model, passes)
     finally:
         for name, parameter in model.named_parameters():
             parameter.grad = gradients[name]
         set_random_state(before)
     shared = [*agreement_findings(model, optimizer), *gradient_findings(model, passes, bucket_size=bucket_size)]
-    return joined(_gathered([*own, *parallel, *shared]))
+    return joined(_gathered([*findings, *parallel, *shared]))
 
 
-def _gathered(own: list[Finding]) -> list[list[Finding]]:
+def _gathered(findings: list[Finding]) -> list[list[Finding]]:
     if not torch.distributed.is_initialized():
-        return [own]
-    return gather_lists([own])
+        return [findings]
+    return gather_lists([findings])

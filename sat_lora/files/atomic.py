@@ -9,12 +9,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
+_AT_FDCWD = -100  # linux/fcntl.h
+_RENAME_EXCHANGE = 2  # linux/fs.h
 
 
 @contextmanager
 def replaced_folder(target: str | Path) -> Iterator[Path]:
-    """Yields an empty temporary sibling to write into; it takes the place of `target` when the block ends well.
+    """Yield an empty temporary sibling to write into; it takes the place of `target` when the block ends well.
 
     Everything is fsynced first. Leftovers of writers that died are removed. A link is followed, so that it stays one.
     """
@@ -46,7 +47,7 @@ def replaced_folder(target: str | Path) -> Iterator[Path]:
 def replace_text(path: str | Path, text: str) -> None:
     """Write a sibling file, fsync it, then rename it into place: the same for a small text file.
 
-    OSError: it could not be written; the old one stays, and no draft is left.
+    Raises OSError if it could not be written; the old one stays, and no draft is left.
     """
     path = Path(path)
     draft = path.with_name(f".{path.name}.tmp-{os.getpid()}")

@@ -28,7 +28,7 @@ LFS_POINTER = (
 
 
 def name_problem(path: str | Path) -> str | None:
-    """Why weights that were written at `path` could not be read there again: safetensors takes UTF-8 alone."""
+    """Return why weights that were written at `path` could not be read there again: safetensors takes UTF-8 alone."""
     try:
         os.path.abspath(path).encode()
     except UnicodeEncodeError:
@@ -37,8 +37,9 @@ def name_problem(path: str | Path) -> str | None:
 
 
 def os_problem(error: OSError) -> str:
-    """An OSError that names a file or a folder as one line: what could not be used, why, and what to do if known."""
-    name, reason = printable(os.fsdecode(error.filename)), error.strerror or type(error).__name__
+    """Return an OSError that names a file or a folder as one line: what could not be used, why, and what to do."""
+    name = printable(os.fsdecode(error.filename))
+    reason = error.strerror or type(error).__name__
     advice: dict[int | None, str] = {
         errno.EACCES: "; give the user who runs this the right to it (ls -ld shows who has it)",
         errno.EPERM: "; give the user who runs this the right to it (ls -ld shows who has it)",
@@ -50,10 +51,10 @@ def os_problem(error: OSError) -> str:
 
 
 def open_file(path: str | Path, limit: int) -> BufferedReader:
-    """A regular file of at most `limit` bytes, opened for reading; what reads it stays within what it was opened with.
+    """Return a regular file of at most `limit` bytes, opened for reading; what reads it stays within that.
 
-    OSError if it is anything else (a pipe or a device is never waited for, nor opened), or cannot be read; ValueError
-    if it is larger.
+    Raises OSError if it is anything else (a pipe or a device is never waited for, nor opened), or cannot be read;
+    ValueError if it is larger.
     """
     _check_regular(os.stat(path))  # to open a device may do something
     file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
@@ -74,7 +75,7 @@ def _check_regular(status: os.stat_result) -> None:
 
 
 def read_bytes(path: str | Path, limit: int) -> bytes:
-    """The content of a regular file of at most `limit` bytes, with the errors of `open_file`."""
+    """Return the content of a regular file of at most `limit` bytes. Raises the errors of `open_file`."""
     with open_file(path, limit) as file:
         content = file.read(limit + 1)
     if len(content) > limit:  # it grew, or is one of those of /proc, which tell no size
@@ -83,19 +84,19 @@ def read_bytes(path: str | Path, limit: int) -> bytes:
 
 
 def kind_of(mode: int) -> str:
-    """What a mode of `os.stat` is of, in words."""
+    """Return what a mode of `os.stat` is the mode of, in words: "a file", "a pipe"."""
     kinds = {
         stat.S_ISREG: "a file", stat.S_ISDIR: "a folder", stat.S_ISFIFO: "a pipe", stat.S_ISSOCK: "a socket",
         stat.S_ISCHR: "a device", stat.S_ISBLK: "a device", stat.S_ISLNK: "a link",
     }  # fmt: skip
-    return next((words for is_kind, words in kinds.items() if is_kind(mode)), "something else")
+    return next((kind for is_kind, kind in kinds.items() if is_kind(mode)), "something else")
 
 
 def parse_json(text: str | bytes, *, parse_constant: ParseConstant = None, object_pairs_hook: PairsHook = None) -> Any:
-    """What `text` says as JSON; ValueError if it is none (bytes have to be UTF-8, a byte-order mark is passed over), or
-    is nested deeper than DEPTH_LIMIT.
+    """Return what `text` says as JSON; a byte-order mark is passed over.
 
     parse_constant, object_pairs_hook: as `json.loads` takes them.
+    Raises ValueError if it is none (bytes have to be UTF-8), or is nested deeper than DEPTH_LIMIT.
     """
     if isinstance(text, bytes):
         if is_lfs_pointer(text):
@@ -109,7 +110,10 @@ def parse_json(text: str | bytes, *, parse_constant: ParseConstant = None, objec
 
 
 def parse_json_at(text: str, start: int, *, object_pairs_hook: PairsHook = None) -> tuple[object, int]:
-    """(the JSON value that begins at `start`, where it ends); what `parse_json` says of errors and the hook holds."""
+    """Return (the JSON value that begins at `start`, where it ends).
+
+    object_pairs_hook: as `parse_json` takes it. Raises ValueError as that does.
+    """
     content: object
     with _depth_as_value_error():
         content, end = json.JSONDecoder(object_pairs_hook=object_pairs_hook).raw_decode(text, start)
@@ -127,19 +131,19 @@ def _depth_as_value_error() -> Iterator[None]:
 def _checked_depth(content: Content) -> Content:
     layer: list[object] = [content]
     for _ in range(DEPTH_LIMIT):
-        layer = [value for held in layer for value in _held_by(held)]
+        layer = [value for container in layer for value in _containers_in(container)]
         if not layer:
             return content
     raise ValueError(f"nested deeper than {DEPTH_LIMIT}")
 
 
-def _held_by(value: object) -> list[object]:
-    held = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return [one for one in held if isinstance(one, (dict, list))]
+def _containers_in(value: object) -> list[object]:
+    entries = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return [entry for entry in entries if isinstance(entry, (dict, list))]
 
 
 def read_json(path: str | Path, *, limit: int = JSON_LIMIT, parse_constant: ParseConstant = None) -> Any:
-    """What the JSON file at `path` says, by `read_bytes` and `parse_json`, and with their OSError and ValueError."""
+    """Return what the JSON file at `path` says. Raises OSError and ValueError as `read_bytes` and `parse_json` do."""
     return parse_json(read_bytes(path, limit), parse_constant=parse_constant)
 
 
@@ -158,16 +162,17 @@ _ARCHIVES = {
 
 
 def is_lfs_pointer(content: bytes) -> bool:
-    """Whether that is what git leaves in a file's place where git LFS did not bring it."""
+    """Return whether `content` is what git leaves in a file's place where git LFS did not bring it."""
     head = content[:200].lstrip(b"\xef\xbb\xbf \t\r\n")
     return head.startswith((b"version https://git-lfs", b"version https://hawser"))
 
 
 def stand_in(path: str | Path, *, archive: bool = False) -> str | None:
-    """What lies at `path` in place of the file that belongs there, and what to do, as a clause; None if all seems well.
+    """Return what lies at `path` in place of the file that belongs there, and what to do, as a clause.
 
-    It knows pointers of git LFS, answers of a server that were saved under the file's name, downloads that did not end,
-    and what is no regular file. archive: whether the file may be a zip archive, as torch's are.
+    It is None if all seems well. Known are pointers of git LFS, answers of a server that were saved under the file's
+    name, downloads that did not end, and what is no regular file. archive: whether the file may be a zip archive, as
+    torch's are.
     """
     path = Path(path)
     try:

@@ -7,9 +7,10 @@ ALIGNMENT = 64
 
 
 class HostCopies:
-    """Host memory that is kept from one use to the next; of a device with CUDA it is pinned, so copies run beside it.
+    """Copies of tensors in host memory that is kept from one use to the next; pinned where a device has CUDA.
 
-    A copy may be read after `wait`, and until `clear`, after which its memory serves the next ones.
+    Copies into pinned memory run beside the device. A copy may be read after `wait`, and until `clear`, after which its
+    memory serves the next ones.
     """
 
     def __init__(self) -> None:
@@ -17,7 +18,7 @@ class HostCopies:
         self._used: list[int] = []
 
     def copy(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A contiguous copy, of the same shape and dtype."""
+        """Return a contiguous copy in host memory, of the same shape and dtype; it is there after `wait`."""
         size = tensor.numel() * tensor.element_size()
         place = self._take(size).view(tensor.dtype).view(tensor.shape)
         place.copy_(tensor.detach(), non_blocking=True)
@@ -26,15 +27,16 @@ class HostCopies:
         return place
 
     def wait(self) -> None:
-        """Until every copy is there."""
+        """Wait until every copy is there."""
         if torch.cuda.is_available():
             torch.cuda.current_stream().synchronize()
 
     def clear(self) -> None:
+        """Let the memory of all copies serve the next ones."""
         self._used = [0] * len(self._chunks)
 
     def _take(self, size: int) -> torch.Tensor:
-        """`size` bytes of a chunk that has them, or of a new one."""
+        """Return `size` bytes of a chunk that has them, or of a new one: (size,) uint8."""
         number = next((n for n, used in enumerate(self._used) if used + size <= len(self._chunks[n])), None)
         if number is None:
             number = len(self._chunks)

@@ -25,8 +25,9 @@ _QUOTES = "\"'`“”„‘’«»"
 
 
 def missing_path(text: str, wanted: str) -> str | None:
-    """What is wrong with a path that leads to nothing, and what its user may have meant or `wanted` says; None where
-    something is there, or where it cannot be seen whether it is.
+    """Return what is wrong with a path that leads to nothing, and what its user may have meant or `wanted` says.
+
+    It is None where something is there, or where it cannot be seen whether it is.
     """
     if not text.strip():
         return f"got {text!r}, an empty name; a variable of the shell may not be set; {wanted}"
@@ -44,19 +45,20 @@ def missing_path(text: str, wanted: str) -> str | None:
 
 
 def is_shard(path: str | Path) -> bool:
-    """Whether a data path means tar shards: its name, after braces, ends in .tar, or as a compressed one does, which is
-    refused later with what to do; or it is a `pipe:` command.
+    """Return whether a data path means tar shards: its name, after braces, ends in .tar, or it is a `pipe:` command.
+
+    So does one that ends as a compressed one does, which is refused later with what to do.
     """
     return str(path).lower().endswith((".tar", *COMPRESSED_SUFFIXES)) or str(path).startswith("pipe:")
 
 
 def missing_adapter(folder: str, wanted: str = ADAPTER_WANTED) -> str | None:
-    """What is wrong with the folder of an adapter that is not there; None if something is there."""
+    """Return what is wrong with the folder of an adapter that is not there; None if something is there."""
     return missing_path(folder, wanted)
 
 
 def missing_base(folder: str | Path) -> str | None:
-    """What is wrong with the folder of a base that is not there, and what to do; None if something is there."""
+    """Return what is wrong with the folder of a base that is not there, and what to do; None if something is there."""
     folder = Path(folder)
     if folder.exists():
         return None
@@ -72,7 +74,7 @@ def missing_base(folder: str | Path) -> str | None:
 
 
 def names_in(folder: Path) -> list[str]:
-    """The names in a folder, sorted, of the first 10,000; none if it cannot be read."""
+    """Return the names in a folder, sorted, of the first 10,000; none if it cannot be read."""
     try:
         return sorted(itertools.islice((entry.name for entry in os.scandir(folder)), 10_000))
     except OSError:
@@ -80,7 +82,7 @@ def names_in(folder: Path) -> list[str]:
 
 
 def _written_as(text: str) -> str:
-    """What no name of a file is meant by, as the end of a sentence; "" for a name."""
+    """Return what no name of a file is meant by, as the end of a sentence; "" for a name."""
     address = _ADDRESS.match(text)
     if address:
         if address[1].lower() == "file":
@@ -106,35 +108,36 @@ def _written_as(text: str) -> str:
 
 
 def nearest(path: Path) -> str:
-    """The name beside a path's that was most likely meant, as the end of a sentence; "" if nothing is near."""
-    there = path
+    """Return the name beside a path's that was most likely meant, as the end of a sentence; "" if nothing is near."""
+    parent = path
     missing: list[str] = []
-    while not os.path.lexists(there) and there != there.parent:
-        missing.insert(0, there.name)
-        there = there.parent
+    while not os.path.lexists(parent) and parent != parent.parent:
+        missing.insert(0, parent.name)
+        parent = parent.parent
     if not missing:
         return ""
-    if not os.path.isdir(there):
-        return f"; {printable(there)} is no folder" if os.path.lexists(there) else ""
+    if not os.path.isdir(parent):
+        return f"; {printable(parent)} is no folder" if os.path.lexists(parent) else ""
     first, *rest = missing
-    near = _near_name(str(there), first)
+    near = _near_name(str(parent), first)
     if not rest:
-        kept = near is not None and _plain(near) in (_plain(first), _plain(unquote(first)))
-        return "" if near is None else f"; its folder has {near!r}" if kept else f"; did you mean {near!r}?"
-    none = f"; there is no folder {printable(there / first)}"
-    if near is None or not os.path.isdir(there / near):
+        is_same = near is not None and _plain(near) in (_plain(first), _plain(unquote(first)))
+        return "" if near is None else f"; its folder has {near!r}" if is_same else f"; did you mean {near!r}?"
+    none = f"; there is no folder {printable(parent / first)}"
+    if near is None or not os.path.isdir(parent / near):
         return none
     for name in rest:  # as far as its names lead on
-        there, near = there / near, None
-        near = _near_name(str(there), name)
+        parent = parent / near
+        near = None
+        near = _near_name(str(parent), name)
         if near is None:
             break
-    meant = there if near is None else there / near
+    meant = parent if near is None else parent / near
     return f"{none}, did you mean {str(meant)!r}?"
 
 
 def _near_name(folder: str, name: str) -> str | None:
-    """The name in a folder that is the same but for what is not seen, or else the one most like it."""
+    """Return the name in a folder that is the same but for what is not seen, or else the one most like it."""
     names = _names_of(folder)
     plain = {_plain(entry): entry for entry in names}
     for meant in (name, unquote(name)):

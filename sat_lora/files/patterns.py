@@ -21,11 +21,11 @@ _spent: dict[str, float] = {}
 
 
 class _TooSlow(BaseException):
-    """Out of the middle of a match: no `except Exception` on the way takes it."""
+    """A match is given up in its middle: a BaseException, so that no `except Exception` on the way takes it."""
 
 
 def pattern_problem(pattern: str) -> str | None:
-    """Why a text is no regular expression, as the end of a sentence; None if it is one."""
+    """Return why a text is no regular expression, as the end of a sentence; None if it is one."""
     if len(pattern) > LONGEST:
         return f"has {len(pattern)} characters, wanted {LONGEST} at most"
     try:
@@ -36,25 +36,25 @@ def pattern_problem(pattern: str) -> str | None:
 
 
 def shortened(pattern: object) -> str:
-    """A pattern as an error shows it."""
+    """Return a pattern as an error shows it, of bounded length."""
     text = printable(repr(pattern))
     return text if len(text) <= 100 else f"{text[:100]} ..."
 
 
 def matches(pattern: str, name: str) -> bool:
-    """Whether the whole of `name` matches; re.error for what is no pattern.
+    """Return whether the whole of `name` matches the pattern.
 
-    ConfigError: that cannot be told within LIMIT. In another thread than the main one, whose matching nothing
-    interrupts, it is waited for.
+    Raises re.error for what is no pattern, and ConfigError if it cannot be told within LIMIT. In another thread than
+    the main one, whose matching nothing interrupts, it is waited for.
     """
     if not _REPEATS.search(pattern):
         return re.fullmatch(pattern, name) is not None
     spent = _spent.get(pattern, 0.0)
     try:
-        with _interrupted_after(LIMIT - spent) as own:
+        with _interrupted_after(LIMIT - spent) as seconds:
             is_match = re.fullmatch(pattern, name) is not None
-        if own[0] > NOTED:
-            _spent[pattern] = spent + own[0]
+        if seconds[0] > NOTED:
+            _spent[pattern] = spent + seconds[0]
         return is_match
     except _TooSlow:
         _spent[pattern] = LIMIT
@@ -66,7 +66,7 @@ def matches(pattern: str, name: str) -> bool:
 
 @contextmanager
 def _interrupted_after(seconds: float) -> Iterator[list[float]]:
-    """Raises _TooSlow inside after so many seconds of the process's own time, and then tells how many it took."""
+    """Raise _TooSlow inside after so many seconds of the process's own time; the list then holds what it took."""
     if seconds <= 0:
         raise _TooSlow
     if threading.current_thread() is not threading.main_thread():

@@ -16,18 +16,19 @@ from pathlib import Path
 from sat_lora.files.atomic import replace_text
 from sat_lora.files.foreign import read_bytes
 
-LATEST, BEST = "latest", "best"
+LATEST = "latest"
+BEST = "best"
 POINTER_LIMIT = 64  # bytes
 _STEP = re.compile(r"0|[1-9][0-9]{0,17}")
 
 
 def steps_in(root: Path) -> list[int]:
-    """The steps that have a folder, in order; drafts of a writer that died are none."""
+    """Return the steps that have a folder, in order, without drafts of a writer that died."""
     return sorted(int(path.name) for path in root.glob("[0-9]*") if _STEP.fullmatch(path.name) and path.is_dir())
 
 
 def read_pointer(pointer: Path) -> int | None:
-    """The step that a pointer names; None if there is none, if it is no such text, or if it names nothing there."""
+    """Return the step that a pointer names; None if it is not there, is no such text, or names nothing there."""
     try:
         text = read_bytes(pointer, POINTER_LIMIT).decode("ascii").strip()
     except (OSError, ValueError):
@@ -36,7 +37,10 @@ def read_pointer(pointer: Path) -> int | None:
 
 
 def follow(path: str | Path) -> Path:
-    """The folder of a step that `path` means: ROOT its latest, ROOT/best that of the pointer; else `path`."""
+    """Return the folder of a step that `path` means: ROOT/400 for ROOT, or for a pointer such as ROOT/best.
+
+    Any other path is returned as it is.
+    """
     path = Path(path)
     pointer = path / LATEST if path.is_dir() else path
     step = read_pointer(pointer)
@@ -59,13 +63,16 @@ def prune(root: Path, *, newest: int, keep: int, also: Collection[int | None] = 
     """
     named = {read_pointer(root / pointer) for pointer in (LATEST, BEST)} | {*also}
     steps = steps_in(root)
-    own = [step for step in steps if step <= newest]
-    outdated = own[:-keep] if keep else []
-    for step in (*outdated, *steps[len(own) :]):
+    earlier = [step for step in steps if step <= newest]
+    outdated = earlier[:-keep] if keep else []
+    for step in (*outdated, *steps[len(earlier) :]):
         if step not in named:
             _remove(root / str(step))
     for draft in root.glob(".*.tmp-*"):
-        shutil.rmtree(draft) if draft.is_dir() and not draft.is_symlink() else draft.unlink()
+        if draft.is_dir() and not draft.is_symlink():
+            shutil.rmtree(draft)
+        else:
+            draft.unlink()
 
 
 def _remove(folder: Path) -> None:
@@ -79,18 +86,20 @@ def _remove(folder: Path) -> None:
 
 
 def set_back(root: Path, step: int, best: int | None) -> None:
-    """Let the pointers say what holds at `step`, which a run goes on from: `latest` its folder, or the newest before
-    it, `best` that of step `best`. Nothing is removed but a pointer, and none that names the only folders there are.
+    """Let the pointers say what holds at `step`, from which a run goes on.
+
+    `latest` names its folder, or the newest before it, and `best` that of step `best`. Nothing is removed but a
+    pointer, and none that names the only folders there are.
     """
     if not root.is_dir():
         return
-    own = [one for one in steps_in(root) if one <= step]
-    if own and read_pointer(root / LATEST) != own[-1]:
-        point_to(root, LATEST, own[-1])
+    earlier = [other for other in steps_in(root) if other <= step]
+    if earlier and read_pointer(root / LATEST) != earlier[-1]:
+        point_to(root, LATEST, earlier[-1])
     named = read_pointer(root / BEST)
-    if best in own and named != best:
+    if best in earlier and named != best:
         point_to(root, BEST, best)
-    elif best not in own and named is not None:
+    elif best not in earlier and named is not None:
         point_to(root, BEST, None)
 
 

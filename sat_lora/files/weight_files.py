@@ -30,7 +30,10 @@ SAFETENSORS_DTYPES = {
 
 
 def make_sat_file(path: str | Path, layout: Layout) -> dict[str, torch.Tensor]:
-    """A SAT checkpoint file, a state dict under `module`: its tensors, to be written to."""
+    """Return the tensors, to be written to, of a new SAT checkpoint file, a state dict under `module`.
+
+    Raises OSError if the disk is full.
+    """
     with torch.serialization.skip_data():  # which leaves their place in the file, and out of its checksums
         torch.save({"module": {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in layout.items()}}, path)
     _take_space(path)
@@ -40,7 +43,10 @@ def make_sat_file(path: str | Path, layout: Layout) -> dict[str, torch.Tensor]:
 
 
 def make_safetensors_file(path: str | Path, layout: Layout) -> dict[str, torch.Tensor]:
-    """A safetensors file: its tensors, to be written to. The widest dtypes come first, so that each is aligned."""
+    """Return the tensors, to be written to, of a new safetensors file. Raises OSError if the disk is full.
+
+    The widest dtypes come first, so that each tensor is aligned.
+    """
     names = sorted(layout, key=lambda name: (-layout[name][1].itemsize, name))
     header: dict[str, dict[str, object]] = {"__metadata__": {"format": "pt"}}
     places: dict[str, tuple[int, int]] = {}

@@ -2,11 +2,17 @@
 
 from dataclasses import dataclass
 
-ERROR, WARNING, NOTE = LEVELS = ("error", "warning", "note")
+ERROR = "error"
+WARNING = "warning"
+NOTE = "note"
+LEVELS = (ERROR, WARNING, NOTE)
+"""All levels, the worst first."""
 
 
 @dataclass(frozen=True)
 class Code:
+    """What a code of a finding means: its level, why it matters and what helps."""
+
     level: str
     why: str
     """Why it matters."""

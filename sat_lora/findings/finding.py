@@ -13,9 +13,9 @@ _looked_for: set[str] = set()
 
 
 def looks_for(*codes: str) -> Callable[[Callable], Callable]:
-    """Marks a check with the codes that it gives, so that those which were looked for can be counted.
+    """Return a decorator that marks a check with the codes that it gives, so that those looked for can be counted.
 
-    ValueError: a code that is not there.
+    Raises ValueError if there is no such code.
     """
     if not CODES.keys() >= {*codes}:
         raise ValueError(f"there are no codes {sorted({*codes} - CODES.keys())}")
@@ -33,7 +33,7 @@ def looks_for(*codes: str) -> Callable[[Callable], Callable]:
 
 
 def looked_for(*, anew: bool = False) -> set[str]:
-    """The codes that the checks of this process have looked for. anew: forget them afterwards."""
+    """Return the codes that the checks of this process have looked for. anew: forget them afterwards."""
     codes = set(_looked_for)
     if anew:
         _looked_for.clear()
@@ -44,7 +44,7 @@ def looked_for(*, anew: bool = False) -> set[str]:
 class Finding:
     """One thing that is wrong, or may be. What it means and what helps stands in `codes.CODES[code]`.
 
-    ValueError: a code that is not there.
+    Raises ValueError if there is no such code.
     """
 
     code: str
@@ -64,10 +64,12 @@ class Finding:
 
     @property
     def level(self) -> str:
+        """How bad it is, one of `codes.LEVELS`."""
         return CODES[self.code].level
 
     @property
     def where(self) -> str:
+        """The ranks, parameter, module, file and option that it is about, as one line; "" without any."""
         ranks = ", ".join(map(str, self.ranks))
         places = [f"rank{'s' if len(self.ranks) > 1 else ''} {ranks}" if self.ranks else ""]
         places += [f"{name} {value}" for name in ("parameter", "module", "file") if (value := getattr(self, name))]
@@ -75,40 +77,52 @@ class Finding:
 
 
 def joined(by_rank: Iterable[Sequence[Finding]]) -> list[Finding]:
-    """The findings of all ranks, in rank order; those that several ranks share come once, with the ranks of all.
+    """Return the findings of all ranks, worst first; those that several ranks share come once, with all their ranks.
 
     A finding that names no rank gets that of the sequence it comes in.
     """
-    together: dict[Finding, set[int]] = {}
+    ranks_of: dict[Finding, set[int]] = {}
     for rank, findings in enumerate(by_rank):
         for finding in findings:
-            same = dataclasses.replace(finding, ranks=())
-            together.setdefault(same, set()).update(finding.ranks or (rank,))
-    found = [dataclasses.replace(one, ranks=tuple(sorted(ranks))) for one, ranks in together.items()]
-    return sorted(found, key=lambda one: LEVELS.index(one.level))
+            without_ranks = dataclasses.replace(finding, ranks=())
+            ranks_of.setdefault(without_ranks, set()).update(finding.ranks or (rank,))
+    merged = [dataclasses.replace(finding, ranks=tuple(sorted(ranks))) for finding, ranks in ranks_of.items()]
+    return sorted(merged, key=_badness)
 
 
 def as_text(findings: Sequence[Finding], checks: int | None = None) -> str:
-    """All of them, worst first, and a last line that counts them. checks: how many there were, None if not known."""
-    blocks = [_block(finding) for finding in sorted(findings, key=lambda one: LEVELS.index(one.level))]
+    """Return all findings as paragraphs, worst first, and a last line that counts them.
+
+    checks: how many codes were looked for, None if that is not known.
+    """
+    blocks = [_block(finding) for finding in sorted(findings, key=_badness)]
     return "\n\n".join([*blocks, summary(findings, checks)])
 
 
 def summary(findings: Sequence[Finding], checks: int | None = None) -> str:
-    """In one line."""
-    counts = [(level, sum(one.level == level for one in findings)) for level in LEVELS]
-    words = [f"{count} {level}{'s' if count > 1 else ''}" for level, count in counts if count]
-    count = "" if checks is None else f", {checks} checks"
-    return f"doctor: {', '.join(words) or 'no problem found'}{count}"
+    """Return the line that counts the findings, by level. checks: as for `as_text`."""
+    counts = [(level, sum(finding.level == level for finding in findings)) for level in LEVELS]
+    levels = [f"{count} {level}{'s' if count > 1 else ''}" for level, count in counts if count]
+    all_checks = "" if checks is None else f", {checks} checks"
+    return f"doctor: {', '.join(levels) or 'no problem found'}{all_checks}"
 
 
 def as_json(findings: Sequence[Finding]) -> str:
-    entries = [{"level": one.level, **dataclasses.asdict(one), "why": CODES[one.code].why} for one in findings]
+    """Return the findings as a JSON array of objects: the fields of each, with its level and why it matters."""
+    entries = [
+        {"level": finding.level, **dataclasses.asdict(finding), "why": CODES[finding.code].why} for finding in findings
+    ]
     return json.dumps(entries, indent=2)
 
 
 def has_errors(findings: Iterable[Finding]) -> bool:
+    """Return whether one of the findings is an error."""
     return any(finding.level == ERROR for finding in findings)
+
+
+def _badness(finding: Finding) -> int:
+    """Return 0 for an error, more for what is less bad: sorts the worst to the front."""
+    return LEVELS.index(finding.level)
 
 
 def _block(finding: Finding) -> str:

@@ -16,12 +16,12 @@ _PARALLEL_VOCABULARY = 1000  # SAT's word embedding is a plain nn.Embedding belo
 
 
 def is_fused(name: str) -> bool:
-    """Whether the layer of that SAT name computes q, k and v at once."""
+    """Return whether the layer of that SAT name computes q, k and v at once."""
     return "query_key_value" in name
 
 
 def kind_named(name: str, rows: int) -> str | None:
-    """The name of the layer's kind (see `lora.deltas.layers`), None for a layer without one.
+    """Return the name of the layer's kind (see `lora.deltas.layers`); None for a layer without one.
 
     rows: the first size of its weight.
     """
@@ -30,13 +30,13 @@ def kind_named(name: str, rows: int) -> str | None:
 
 
 def has_bias(name: str) -> bool:
-    """Whether the module of that SAT name has a bias beside its weight."""
+    """Return whether the module of that SAT name has a bias beside its weight."""
     inside_vit = name.startswith("mixins.eva.vit_model.") and not name.endswith("embeddings")
     return inside_vit or name == "mixins.eva.linear_proj.norm1"
 
 
 def sharding_named(parameter: str, rows: int) -> Sharding:
-    """How SAT cuts the parameter of that name. rows: its first size, whole."""
+    """Return how SAT cuts the parameter of that name. rows: its first size, whole."""
     layer, _, leaf = parameter.rpartition(".")
     kind = kind_named(layer, rows)
     if kind == "column":

@@ -45,7 +45,7 @@ def import_from_lora2(
     lora_alpha: as in training; SAT's default is 1, r comes from the shapes. base: SAT folder of the base; parameters
     that differ from it were trained whole and are taken along, without it they are taken to be the base's.
     progress: goes through the layers, as tqdm does.
-    CheckpointError: no SAT folder; AdapterError: no lora2 in it, or factors or a base that do not fit.
+    Raises CheckpointError for no SAT folder; AdapterError for no lora2 in it, or factors or a base that do not fit.
     """
     out = Path(out)
     if out.exists():
@@ -66,8 +66,8 @@ def import_from_lora2(
     shapes = _base_shapes(states)
     for name, numbers in progress(sorted(factors.items())):
         try:
-            layers[name], own = _layer(name, sorted(numbers), states, shapes[f"{name}.weight"], lora_alpha)
-            tensors |= own
+            layers[name], layer_tensors = _layer(name, sorted(numbers), states, shapes[f"{name}.weight"], lora_alpha)
+            tensors |= layer_tensors
         except (KeyError, RuntimeError, ValueError) as error:
             problems.append(f"{name}: {error}")
     weights = None if base is None else BaseWeights(base)
@@ -91,7 +91,7 @@ def import_from_lora2(
 
 
 def _base_shapes(states: list[dict]) -> dict[str, tuple[int, ...]]:
-    """The whole shapes of the base by its own names."""
+    """Return the whole shapes of the base by its own names."""
     shapes = {}
     for key, tensor in states[0].items():
         if torch.is_tensor(tensor) and not _FACTOR.fullmatch(key):
@@ -104,22 +104,25 @@ def _base_shapes(states: list[dict]) -> dict[str, tuple[int, ...]]:
 def _differences(
     states: list[dict], shapes: dict[str, tuple[int, ...]], base: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """The whole parameters that differ from the base's. AdapterError: the base has other names or shapes."""
+    """Return the whole parameters that differ from the base's, by name.
+
+    Raises AdapterError if the base has other names or shapes.
+    """
     if {name: tuple(tensor.shape) for name, tensor in base.items() if torch.is_tensor(tensor)} != shapes:
         raise AdapterError("--base: it has other names or shapes than the checkpoint; give the one it was trained on")
-    found = {}
+    differing = {}
     for key in (key for key in states[0] if key.replace(".original.", ".") in shapes):
         name = key.replace(".original.", ".")
         whole = sharding_named(name, shapes[name][0] if shapes[name] else 0).unshard([state[key] for state in states])
         if not torch.equal(whole.to(base[name].dtype), base[name]):
-            found[name] = whole.clone(memory_format=torch.contiguous_format)
-    return found
+            differing[name] = whole.clone(memory_format=torch.contiguous_format)
+    return differing
 
 
 def _layer(
     name: str, numbers: list[int], states: list[dict], shape: tuple[int, ...], alpha: float
 ) -> tuple[LayerEntry, dict[str, torch.Tensor]]:
-    """(entry, tensors) of one layer. ValueError: factors that do not fit."""
+    """Return (entry, tensors by key) of one layer. Raises ValueError if its factors do not fit."""
     if numbers != list(range(3 if is_fused(name) else 1)):
         raise ValueError(f"factors {numbers}, wanted {3 if is_fused(name) else 1} from 0 on")
     kind = kind_named(name, shape[0])
@@ -141,7 +144,7 @@ def _layer(
 
 
 def _join(a: list[torch.Tensor], b: list[torch.Tensor], kind: str) -> Delta:
-    """One A (r, in) and B (rows, r) where the uncut factor is the same on every rank, else as `_stack`."""
+    """Return one A (r, in) and B (rows, r) if the uncut factor is the same on every rank, else as `_stack`."""
     whole = a if kind == "column" else b
     if any(not torch.equal(whole[0], other) for other in whole):
         return _stack(a, b, kind)
@@ -149,7 +152,7 @@ def _join(a: list[torch.Tensor], b: list[torch.Tensor], kind: str) -> Delta:
 
 
 def _stack(a: list[torch.Tensor], b: list[torch.Tensor], kind: str) -> Delta:
-    """A (n r, in) and B (rows, n r): each rank's own product in the part of the weight that it held."""
+    """Return A (n r, in) and B (rows, n r): each rank's own product in the part of the weight that it held."""
     if kind == "column":
         return Delta(torch.cat(a), torch.block_diag(*b))
     return Delta(torch.block_diag(*a), torch.cat(b, 1))

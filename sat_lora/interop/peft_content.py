@@ -37,10 +37,11 @@ _ENOUGH = 40  # problems; more are not looked for
 
 
 def read_peft_folder(folder: Path) -> tuple[Path, dict, dict[str, torch.Tensor]]:
-    """(the folder with the files, config, tensors by the names in the file).
+    """Return (the folder with the files, config, tensors by the names in the file).
 
     An adapter that is not called `default` is saved by PEFT in a folder of its name: with one of them below `folder`,
-    that is meant. A pickled file is read without running anything in it. AdapterError names the file and the cause.
+    that is meant. A pickled file is read without running anything in it.
+    Raises AdapterError, which names the file and the cause.
     """
     folder = _adapter_folder(folder)
     names = (WEIGHTS, PICKLED, PICKLED_WHOLE)
@@ -122,17 +123,20 @@ def _read_pickled(path: Path) -> dict[str, torch.Tensor]:
 
 @dataclasses.dataclass
 class PeftContent:
-    """The tensors of a PEFT file, sorted."""
+    """The tensors of a PEFT file, sorted by what they are."""
 
     pairs: dict[str, dict[str, torch.Tensor]]
-    """By Hugging Face's name of the module: "A", "B", and DoRA's magnitude."""
+    """The tensors "A", "B" and DoRA's magnitude, by Hugging Face's name of the module."""
     trained: dict[str, torch.Tensor]
-    """By SAT's name of the parameter."""
+    """What was trained whole, by SAT's name of the parameter."""
     problems: list[str]
 
     @classmethod
     def of(cls, tensors: Mapping[str, object], config: dict, base: Mapping[str, torch.Tensor]) -> "PeftContent":
-        """base: by SAT's names, to tell what was trained from what was saved along."""
+        """Return the content of `tensors`, with problems for those that have no place.
+
+        base: by SAT's names, to tell what was trained from what was saved along.
+        """
         content = cls({}, {}, [])
         adapters: dict[str | None, str] = {}
         with_adapter_names = any(_is_marked(key) for key in tensors)
@@ -156,7 +160,7 @@ class PeftContent:
     def _take(
         self, key: str, tensor: torch.Tensor, config: dict, base: Mapping[str, torch.Tensor], with_adapter_names: bool
     ) -> str | None:
-        """Put a tensor where it belongs; the adapter's name in its own name, if there is one."""
+        """Put a tensor where it belongs; return the adapter's name in its own name, None without one."""
         parts = _without_prefix(key).split(".")
         place = next((number for number, part in enumerate(parts) if part in _LEAVES), None)
         if place is not None:
@@ -209,7 +213,7 @@ class PeftContent:
 
 
 def _is_marked(key: str) -> bool:
-    """Whether a name is one of the model in memory, with the adapter's name in it or around a wrapped layer."""
+    """Return whether a key is one of the model in memory: with the adapter's name, or around a wrapped layer."""
     parts = key.split(".")
     if "modules_to_save" in parts or any(part in parts for part in _WRAPPED):
         return True
@@ -218,10 +222,10 @@ def _is_marked(key: str) -> bool:
 
 
 def _is_named(name: str, modules: object) -> bool:
-    """Whether `modules_to_save` names the module of that parameter, by PEFT's rule: as the end of a module's name."""
+    """Return whether `modules_to_save` names the module of that parameter: by PEFT's rule, as a name's end."""
     parents = [name.rsplit(".", count)[0] for count in range(1, name.count(".") + 1)]
-    wanted = [modules] if isinstance(modules, str) else modules if isinstance(modules, list) else []
-    return any(parent == one or parent.endswith(f".{one}") for parent in parents for one in wanted)
+    ends = [modules] if isinstance(modules, str) else modules if isinstance(modules, list) else []
+    return any(parent == end or parent.endswith(f".{end}") for parent in parents for end in ends)
 
 
 def _tensor_problem(tensor: object) -> str | None:
@@ -242,8 +246,8 @@ def _without_prefix(key: str) -> str:
 
 
 def _module_named(name: str) -> str | None:
-    """Hugging Face's name of a module; of a model without its head they begin one level lower."""
-    return next((one for one in (name, f"model.{name}") if sat_name(one) is not None), None)
+    """Return Hugging Face's name of a module; names of a model without its head begin one level lower."""
+    return next((module for module in (name, f"model.{name}") if sat_name(module) is not None), None)
 
 
 def _sat_name(name: str) -> str | None:

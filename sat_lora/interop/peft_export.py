@@ -28,7 +28,7 @@ from sat_lora.interop import peft_format
 from sat_lora.interop.cogvlm_layers import has_bias, is_fused
 from sat_lora.lora.config import SLOTS
 from sat_lora.lora.deltas.dora import row_norms
-from sat_lora.lora.deltas.low_rank import DeltaLayout
+from sat_lora.lora.deltas.layout import DeltaLayout
 from sat_lora.terminal.progress import Progress
 
 IMAGE_CHANNELS = 3
@@ -45,9 +45,9 @@ def export_to_peft(
     """Write OUT, a PEFT adapter folder whose delta on Hugging Face's CogVLM is that of the adapter.
 
     base: SAT folder of the base, needed where PEFT's file holds values that the adapter does not have: DoRA on some of
-    q, k, v, and a module of which only some parameters were trained. AdapterError lists everything that PEFT cannot
-    hold; CheckpointError: base is no model folder. any_base: take one that it was not trained on. progress: goes
-    through the layers, as tqdm does.
+    q, k, v, and a module of which only some parameters were trained. any_base: take one that it was not trained on.
+    progress: goes through the layers, as tqdm does.
+    Raises one AdapterError that lists everything that PEFT cannot hold, and CheckpointError if base is no model folder.
     """
     out = Path(out)
     if out.exists():
@@ -103,7 +103,7 @@ def _module_of(parameter: str) -> str | None:
 
 
 def _hf_name(name: str) -> str:
-    """The Hugging Face name of what has one, see `_problems`."""
+    """Return the Hugging Face name of what has one, see `_problems`."""
     foreign = hf_name(name)
     if foreign is None:
         raise AdapterError(f"{name}: Hugging Face's CogVLM has no such module or parameter")
@@ -117,7 +117,7 @@ def _parameters_of(module: str) -> list[str]:
 def _layer_tensors(
     name: str, entry: LayerEntry, stacked: dict, state: Mapping[str, torch.Tensor] | None
 ) -> dict[str, torch.Tensor]:
-    """PEFT's tensors of one layer by name."""
+    """Return PEFT's tensors of one layer by name."""
     a, b = (stacked[leaf] for leaf in PAIR)
     leaves = peft_format.LEAVES
     if entry.slots:
@@ -131,16 +131,17 @@ def _layer_tensors(
         magnitude = whole
     if entry.kind == "conv":
         side = math.isqrt(a.shape[1] // IMAGE_CHANNELS)
-        a, b = a.view(len(a), IMAGE_CHANNELS, side, side), b.view(*b.shape, 1, 1)
+        a = a.view(len(a), IMAGE_CHANNELS, side, side)
+        b = b.view(*b.shape, 1, 1)
         magnitude = None if magnitude is None else magnitude.view(1, -1, 1, 1)
     elif entry.kind in ("embedding", "vocab"):
         leaves = peft_format.EMBEDDING_LEAVES
-    found = {**dict(zip(leaves, (a, b))), **({} if magnitude is None else {peft_format.MAGNITUDE: magnitude})}
-    return {f"{peft_format.PREFIX}{hf_name(name)}.{leaf}": tensor.contiguous() for leaf, tensor in found.items()}
+    leaf_tensors = {**dict(zip(leaves, (a, b))), **({} if magnitude is None else {peft_format.MAGNITUDE: magnitude})}
+    return {f"{peft_format.PREFIX}{hf_name(name)}.{leaf}": tensor.contiguous() for leaf, tensor in leaf_tensors.items()}
 
 
 def _block_diagonal(entry: LayerEntry, b: torch.Tensor) -> torch.Tensor:
-    """B (rows of all slots, r) as (out, slots * r), zero where no slot or another slot is."""
+    """Return B (rows of all slots, r) as (out, slots * r), zero where no slot or another slot is."""
     sizes = [stop - start for start, stop in entry.rows]
     whole = b.new_zeros(len(SLOTS) * sizes[0], len(entry.slots) * entry.r)
     for number, ((start, stop), part) in enumerate(zip(entry.rows, b.split(sizes))):
@@ -149,12 +150,14 @@ def _block_diagonal(entry: LayerEntry, b: torch.Tensor) -> torch.Tensor:
 
 
 def _peft_config(saved: SavedAdapter, modules: list[str]) -> dict:
-    ranks, alphas = {}, {}
+    ranks = {}
+    alphas = {}
     for name, entry in saved.layers.items():
         module = _hf_name(name)
         ranks[module] = entry.r * (len(entry.slots) if is_fused(name) and entry.slots else 1)
         alphas[module] = _alpha(entry.scale, ranks[module], saved.config.use_rslora)
-    (r, rank_pattern), (alpha, alpha_pattern) = peft_format.pattern_table(ranks), peft_format.pattern_table(alphas)
+    r, rank_pattern = peft_format.pattern_table(ranks)
+    alpha, alpha_pattern = peft_format.pattern_table(alphas)
     return {
         "peft_type": "LORA",
         "base_model_name_or_path": None,
@@ -176,7 +179,7 @@ def _peft_config(saved: SavedAdapter, modules: list[str]) -> dict:
 
 
 def _alpha(scale: float, rank: int, use_rslora: bool) -> float:
-    """The alpha that gives this scale: the nearest one, a whole number where that does."""
+    """Return the alpha that gives this scale: the nearest one, a whole number where that does."""
     divisor = math.sqrt(rank) if use_rslora else rank
     alpha = scale * divisor
     return next((near for near in (float(round(alpha)), round(alpha, 12)) if near / divisor == scale), alpha)

@@ -15,28 +15,28 @@ EMBEDDING_LEAVES = ("lora_embedding_A", "lora_embedding_B")
 
 
 def pattern_for(names: Iterable[str]) -> str:
-    """A regular expression that matches exactly these names; layers that differ by their number are one alternative."""
+    """Return a regular expression that matches exactly these names; layers differing by number are one alternative."""
     numbers: dict[str, list[str]] = defaultdict(list)
     for name in names:
         match = re.search(r"(?<=\.)\d+(?=\.)", name)
         template = name if match is None else f"{name[: match.start()]}#{name[match.end() :]}"
         numbers[template].append(match[0] if match else "")
     templates: dict[tuple[str, ...], list[str]] = defaultdict(list)
-    for template, found in numbers.items():
-        templates[tuple(sorted(found, key=lambda number: (len(number), number)))].append(template)
+    for template, layer_numbers in numbers.items():
+        templates[tuple(sorted(layer_numbers, key=lambda number: (len(number), number)))].append(template)
     return "|".join(
-        re.escape(template).replace(r"\#", f"({'|'.join(found)})")
-        for found, alike in templates.items()
+        re.escape(template).replace(r"\#", f"({'|'.join(layer_numbers)})")
+        for layer_numbers, alike in templates.items()
         for template in alike
     )
 
 
 def pattern_table(values: Mapping[str, float]) -> tuple[float, dict[str, float]]:
-    """(the most common value, {pattern: value} for the names with another one), as in rank_pattern, alpha_pattern."""
+    """Return (the most common value, {pattern: value} for the names with another one), as in rank_pattern."""
     common = Counter(values.values()).most_common(1)[0][0]
-    others = defaultdict(list)
+    names_by_value = defaultdict(list)
     for name, value in values.items():
         if value != common:
-            others[value].append(name)
+            names_by_value[value].append(name)
     # PEFT matches the end of a name as well: hence the "^".
-    return common, {f"^({pattern_for(names)})": value for value, names in others.items()}
+    return common, {f"^({pattern_for(names)})": value for value, names in names_by_value.items()}

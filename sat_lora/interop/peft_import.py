@@ -30,7 +30,9 @@ from sat_lora.lora.deltas.kinds import KINDS
 from sat_lora.printable import printable
 from sat_lora.terminal.progress import Progress
 
-PEFT_RANK, PEFT_ALPHA = 8, 8  # PEFT's defaults
+# PEFT's defaults.
+PEFT_RANK = 8
+PEFT_ALPHA = 8
 LARGEST_RANK = 2**31 - 1
 _UNDERSTOOD = {
     "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "lora_dropout", "modules_to_save",
@@ -50,10 +52,11 @@ def import_from_peft(
 
     base: model folder of the base, for the shapes to fit; of its weights a few values are read. A pair for q, k and v
     at once becomes one for each: blocks of B where it is block-diagonal, as `export_to_peft` writes it, else the same A
-    three times. AdapterError lists everything that does not fit or is not supported. progress: goes through the layers,
-    as tqdm does.
+    three times. progress: goes through the layers, as tqdm does.
+    Raises one AdapterError that lists everything that does not fit or is not supported.
     """
-    folder, out = Path(folder), Path(out)
+    folder = Path(folder)
+    out = Path(out)
     if out.exists():
         raise AdapterError(f"--out: {out} exists; give a new folder")
     folder, config, tensors = read_peft_folder(folder)
@@ -61,9 +64,10 @@ def import_from_peft(
     problems = _config_problems(config)
     content = PeftContent.of(tensors, config, state)
     problems += content.problems
-    groups, trained = dict(sorted(content.pairs.items())), content.trained
+    groups = dict(sorted(content.pairs.items()))
+    trained = content.trained
     layers: dict[str, LayerEntry] = {}
-    own: dict[str, torch.Tensor] = {}
+    factors: dict[str, torch.Tensor] = {}
     for module, parts in progress(groups.items()):
         name = sat_name(module)
         problem = _layer_problem(module, name, parts, state.shapes, config)
@@ -73,7 +77,7 @@ def import_from_peft(
             weight_rows = state.shapes[f"{name}.weight"][0]
             layers[name], stacked = _layer(name, parts, weight_rows, _scale(config, module, parts["A"]))
             rows = [stop - start for start, stop in layers[name].rows]
-            own |= cut_slots(name, layers[name].slots, rows, stacked)
+            factors |= cut_slots(name, layers[name].slots, rows, stacked)
     for name, tensor in trained.items():
         if state.shapes.get(name) != tuple(tensor.shape):
             shape = state.shapes.get(name, "no such parameter")
@@ -92,7 +96,9 @@ def import_from_peft(
     )
     base_identity = state.identity
     own_config = combined_config([fields], layers)
-    saved = SavedAdapter(own_config, base_identity.fingerprint, layers, tuple(trained), own | trained, base_identity)
+    saved = SavedAdapter(
+        own_config, base_identity.fingerprint, layers, tuple(trained), factors | trained, base_identity
+    )
     try:
         write_adapter(out, saved)
     except OSError as error:
@@ -100,10 +106,10 @@ def import_from_peft(
 
 
 def _config_problems(config: dict) -> list[str]:
-    """Fields that are not supported, and values that the others cannot have; each named."""
-    found = {name: value for name, value in config.items() if name not in _UNDERSTOOD | _HARMLESS and value}
-    found = {name: value for name, value in found.items() if (name, value) != ("bias", "none")}
-    problems = [f"{printable(name)}={_shown(value)} is not supported" for name, value in sorted(found.items())]
+    """Return, each named, the fields that are not supported, and values that the others cannot have."""
+    foreign = {name: value for name, value in config.items() if name not in _UNDERSTOOD | _HARMLESS and value}
+    foreign = {name: value for name, value in foreign.items() if (name, value) != ("bias", "none")}
+    problems = [f"{printable(name)}={_shown(value)} is not supported" for name, value in sorted(foreign.items())]
     if str(config.get("init_lora_weights")).lower().startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
         problems.append(
             f"init_lora_weights={config['init_lora_weights']!r} changed the base; "
@@ -142,7 +148,7 @@ def _is_number(value: object) -> TypeGuard[int | float]:
 
 
 def _dropout(config: dict) -> float:
-    """Kept for whoever trains on; what it cannot be there, PEFT's null or 1.0, does not matter to the delta."""
+    """Return the dropout for whoever trains on; what cannot be there, PEFT's null or 1.0, becomes 0."""
     value = config.get("lora_dropout")
     return float(value) if _is_number(value) and 0 <= value < 1 else 0.0
 
@@ -158,7 +164,7 @@ def _shown(value: object) -> str:
 def _layer_problem(
     module: str, name: str | None, parts: dict, shapes: dict[str, tuple[int, ...]], config: dict
 ) -> str | None:
-    """What keeps a module from being imported, as a line. name: SAT's."""
+    """Return what keeps a module from being imported, as a line; None if nothing does. name: SAT's."""
     shape = shapes.get(f"{name}.weight")
     if name is None or shape is None:
         return f"{module}: the base has no {name}.weight"
@@ -175,32 +181,33 @@ def _layer_problem(
     magnitude = parts.get(MAGNITUDE)
     if a.shape[1] != columns or b.shape != (out, len(a)) or (magnitude is not None and magnitude.numel() != out):
         return f"{module}: A {tuple(a.shape)} and B {tuple(b.shape)}, the base's weight is {(out, columns)}"
-    patterns, rank = config.get("rank_pattern") or {}, config.get("r", PEFT_RANK)
+    patterns = config.get("rank_pattern") or {}
+    rank = config.get("r", PEFT_RANK)
     try:
-        said = _by_pattern(patterns, module, rank) if isinstance(patterns, dict) else rank
+        stated_rank = _by_pattern(patterns, module, rank) if isinstance(patterns, dict) else rank
     except (re.error, OverflowError, RecursionError):  # named with the config
         return None
     except ConfigError as error:
         return f"{module}: {error}"
-    if _is_rank(said) and said != len(a):
-        return f"{module}: its tensors have rank {len(a)}, r and rank_pattern say {said}"
+    if _is_rank(stated_rank) and stated_rank != len(a):
+        return f"{module}: its tensors have rank {len(a)}, r and rank_pattern say {stated_rank}"
     return None
 
 
 def _by_pattern(patterns: dict, module: str, otherwise):
-    """The value of the first pattern that fits a module, by PEFT's rule."""
-    found = (value for key, value in patterns.items() if matches(rf"(.*\.)?({key})", module))
-    return next(found, otherwise)
+    """Return the value of the first pattern that fits a module, by PEFT's rule; else `otherwise`."""
+    values = (value for key, value in patterns.items() if matches(rf"(.*\.)?({key})", module))
+    return next(values, otherwise)
 
 
 def _scale(config: dict, module: str, a: torch.Tensor) -> float:
-    """alpha / r of a module."""
+    """Return the scale of a module: alpha / r, or alpha / sqrt(r) with rsLoRA."""
     alpha = _by_pattern(config.get("alpha_pattern") or {}, module, config.get("lora_alpha", PEFT_ALPHA))
     return alpha / (math.sqrt(len(a)) if config.get("use_rslora") else len(a))
 
 
 def _layer(name: str, parts: dict, weight_rows: int, scale: float) -> tuple[LayerEntry, dict[str, torch.Tensor]]:
-    """(entry, stacked tensors) of one layer."""
+    """Return (entry, stacked tensors) of one layer."""
     a, b = (parts[leaf].flatten(1) for leaf in "AB")
     kind = kind_named(name, weight_rows)
     if kind is None:
@@ -212,22 +219,27 @@ def _layer(name: str, parts: dict, weight_rows: int, scale: float) -> tuple[Laye
     spans = {slot: (number * size, (number + 1) * size) for number, slot in enumerate(SLOTS)}
     slots, blocks = _blocks(b, spans, all_slots=bool(magnitude))
     if blocks is None:
-        slots, blocks, a = SLOTS, b, a.repeat(len(SLOTS), 1)
+        slots = SLOTS
+        blocks = b
+        a = a.repeat(len(SLOTS), 1)
     entry = LayerEntry(kind, blocks.shape[1], scale, slots, tuple(spans[slot] for slot in slots))
     return entry, {PAIR[0]: a, PAIR[1]: blocks, **magnitude}
 
 
 def _blocks(b: torch.Tensor, spans: dict, all_slots: bool) -> tuple[tuple[str, ...], torch.Tensor | None]:
-    """(slots, their rows of B stacked) where B (out, slots * r) is block-diagonal over q, k, v or some of them."""
+    """Return (slots, their rows of B stacked) where B (out, slots * r) is block-diagonal over q, k, v or some.
+
+    They are () and None where it is not.
+    """
     for count in range(len(SLOTS), len(SLOTS) - 1 if all_slots else 0, -1):
         if b.shape[1] % count:
             continue
         rank = b.shape[1] // count
         for slots in itertools.combinations(SLOTS, count):
             places = [(spans[slot], slice(n * rank, (n + 1) * rank)) for n, slot in enumerate(slots)]
-            rest = b.clone()
+            outside = b.clone()
             for (start, stop), columns in places:
-                rest[start:stop, columns] = 0
-            if not rest.any():
+                outside[start:stop, columns] = 0
+            if not outside.any():
                 return slots, torch.cat([b[start:stop, columns] for (start, stop), columns in places])
     return (), None

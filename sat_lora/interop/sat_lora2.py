@@ -87,7 +87,10 @@ class LoraMixin(mixin.LoraMixin):
         qlora: bool = False,
         cross_attention: bool = True,
     ):
-        """layer_range: numbers of the adapted layers, all `layer_num` if None. Attached by `reinit`, as in SAT."""
+        """Keep the arguments; the mixin is attached by `reinit`, as in SAT.
+
+        layer_range: numbers of the adapted layers, all `layer_num` if None.
+        """
         layers = _layer_numbers(layer_num, layer_range)
         problems = [*_problems(r, layers, qlora)]
         if problems:
@@ -101,8 +104,13 @@ class LoraMixin(mixin.LoraMixin):
             layers_to_transform=layers,
         )
         super().__init__(None, config)
-        self.r, self.lora_alpha, self.lora_dropout, self.scaling = r, lora_alpha, lora_dropout, lora_alpha / r
-        self.layer_range, self.qlora, self.cross_attention = list(layers), qlora, cross_attention
+        self.r = r
+        self.lora_alpha = lora_alpha
+        self.lora_dropout = lora_dropout
+        self.scaling = lora_alpha / r
+        self.layer_range = list(layers)
+        self.qlora = qlora
+        self.cross_attention = cross_attention
         self._merged_away: tuple[dict[str, Target], nn.ModuleDict] | None = None
 
     def reinit(self, parent_model: BaseModel | None = None) -> None:
@@ -122,21 +130,24 @@ class LoraMixin(mixin.LoraMixin):
     def merge_lora(self) -> None:
         """Write the deltas into the weights for good; the adapters leave the model's state. Every rank calls it.
 
-        MergeError as in `merge`. `unmerge` subtracts the deltas again, with rounding.
+        Raises MergeError as `merge` does. `unmerge` subtracts the deltas again, with rounding.
         """
         if not self.targets:
             raise ConfigError("merge_lora: there are no adapters; they are merged already, or reinit was never called")
         self.merge(keep_original=False)
         self._merged_away = (self.targets, self.adapters)
-        self.targets, self.adapters = {}, nn.ModuleDict()
+        self.targets = {}
+        self.adapters = nn.ModuleDict()
 
     def unmerge(self) -> None:
+        """Take the deltas out of the weights again, with the adapters that `merge_lora` has put away."""
         self._bring_back()
         super().unmerge()
 
     def _bring_back(self) -> None:
         if self._merged_away is not None:
-            (self.targets, self.adapters), self._merged_away = self._merged_away, None
+            self.targets, self.adapters = self._merged_away
+            self._merged_away = None
             for name, target in self.targets.items():
                 self.adapter_for(name).to(target.site.module.weight.device)
 
@@ -150,8 +161,9 @@ class LoraMixin(mixin.LoraMixin):
             model.collect_hooks_()  # add_mixin did so before `reinit`, when this was not known
 
     def _targets_in(self, model: BaseModel) -> dict[str, Target]:
-        """SAT's targets, by name, with r and the scale as they were given."""
-        layers, sites = model.transformer.layers, {id(site.module): site for site in find_sites(model).values()}
+        """Return SAT's targets, by name, with r and the scale as they were given."""
+        layers = model.transformer.layers
+        sites = {id(site.module): site for site in find_sites(model).values()}
         outside = sorted(number for number in self.layer_range if not 0 <= number < len(layers))
         if outside:
             raise ConfigError(f"layer_range: the model has layers 0 to {len(layers) - 1}, not {outside}")

@@ -12,7 +12,7 @@ from sat_lora.lora.deltas import dora
 from sat_lora.lora.deltas.delta import Delta
 from sat_lora.lora.deltas.initialize import initial_delta
 from sat_lora.lora.deltas.layers import LayerDelta
-from sat_lora.lora.deltas.low_rank import DeltaLayout
+from sat_lora.lora.deltas.layout import DeltaLayout
 from sat_lora.lora.deltas.merging import merged_weight
 from sat_lora.lora.targets import Target
 from sat_lora.parallel.sharding import (
@@ -44,9 +44,15 @@ class LoraAdapter(nn.Module):
 
     def __init__(self, target: Target, config: LoraConfig, dtype: torch.dtype, device: torch.device):
         super().__init__()
-        self.target, self.name, self.rank, self.scale = target, target.site.name, target.rank, target.scale
-        self.slots, self.kind, self.dropout = target.slots, target.site.kind, config.lora_dropout
-        self.scheme, self.seed = config.init_lora_weights, zlib.crc32(self.name.encode()) ^ config.seed
+        self.target = target
+        self.name = target.site.name
+        self.rank = target.rank
+        self.scale = target.scale
+        self.slots = target.slots
+        self.kind = target.site.kind
+        self.dropout = config.lora_dropout
+        self.scheme = config.init_lora_weights
+        self.seed = zlib.crc32(self.name.encode()) ^ config.seed
         rows = [stop - start for start, stop in target.rows]
         blocks = tuple(rows) if self.slots else target.site.blocks
         cut_rows = Sharding(0, blocks) if self.kind.cut == "out" else REPLICATED
@@ -60,7 +66,8 @@ class LoraAdapter(nn.Module):
             "B": (sum(rows) // cut_out, self.rank),
         }
         if config.use_dora:
-            self.shardings["magnitude"], shapes["magnitude"] = cut_rows, (sum(rows) // cut_out,)
+            self.shardings["magnitude"] = cut_rows
+            shapes["magnitude"] = (sum(rows) // cut_out,)
         self.in_graph: dict[str, torch.Tensor] = {}
         """What the delta uses in place of the parameters of those names, see `gradient_order`."""
         for leaf, shape in shapes.items():
@@ -71,34 +78,38 @@ class LoraAdapter(nn.Module):
             self.register_buffer(f"origin_{leaf}", torch.empty_like(getattr(self, leaf), requires_grad=False))
 
     def trainable(self) -> Iterator[nn.Parameter]:
-        """Its parameters, without A where that is frozen (LoRA-FA)."""
+        """Yield the adapter's parameters, without A where that is frozen (LoRA-FA)."""
         yield from (p for leaf, p in self._parameters.items() if leaf != "A" or not self.freeze_a)
 
     @property
     def has_origin(self) -> bool:
+        """Whether the pair that A and B began as is subtracted (PiSSA, OLoRA)."""
         return "origin_A" in self._buffers
 
     @property
     def is_plain(self) -> bool:
         """Whether the delta is s B A x beside x W^T, each rank's part on its own columns, and nothing more."""
-        layer, (_, mp_size) = self.target.site.module, model_parallel_layout()
+        layer = self.target.site.module
+        _, mp_size = model_parallel_layout()
         joins_ranks = getattr(layer, "gather_output", False) or not getattr(layer, "input_is_parallel", True)
         is_pair = not self.has_origin and self.magnitude_or_none is None
         return self.kind.is_product and is_pair and not (joins_ranks and mp_size > 1)
 
     @property
     def magnitude_or_none(self) -> nn.Parameter | None:
+        """The magnitude (adapted rows,) of DoRA; None without DoRA."""
         return self._parameters.get("magnitude")
 
     @torch.no_grad()
     def reset_parameters(self, layer: nn.Module) -> None:
-        """The initial values for `layer`, the adapted one; every rank has to call it.
+        """Give the parameters their initial values for `layer`, the adapted one; every rank has to call it.
 
         Values depend on the seed, the layer's name and, for some schemes and DoRA, its weight; not on the parallel
         layout nor on what else is adapted.
         """
         with gathered([layer.weight]), gathered(self.parameters(), write=True):
-            site, rank_and_size = self.target.site, model_parallel_layout()
+            site = self.target.site
+            rank_and_size = model_parallel_layout()
 
             def whole_rows(start: int, stop: int) -> torch.Tensor:
                 sharding = sharding_of(layer, "weight")
@@ -110,20 +121,23 @@ class LoraAdapter(nn.Module):
                 [(stop - start, site.in_features) for start, stop in self.target.rows],
                 rank=self.rank,
                 scale=self.scale,
-                looks_up=self.kind.looks_up,
+                is_embedding=self.kind.is_embedding,
                 seed=self.seed,
             )
             for leaf, whole in (("A", initial.a), ("B", initial.b)):
-                own = getattr(self, leaf)
-                own.copy_(self.shardings[leaf].shard(whole, *rank_and_size))
+                parameter = getattr(self, leaf)
+                parameter.copy_(self.shardings[leaf].shard(whole, *rank_and_size))
                 if self.has_origin:
-                    getattr(self, f"origin_{leaf}").copy_(own)
+                    getattr(self, f"origin_{leaf}").copy_(parameter)
             if self.magnitude_or_none is not None:
                 self.magnitude.copy_(self._row_norms(layer, None))
 
     @torch.no_grad()
-    def take(self, whole: dict[str, torch.Tensor]) -> None:
-        """Whole A, B and magnitude of a file; where an origin is subtracted, A and B hold both pairs (`delta`)."""
+    def load_tensors(self, whole: dict[str, torch.Tensor]) -> None:
+        """Copy whole A, B and magnitude, as a file has them by name, into this rank's parts of the parameters.
+
+        Where an origin is subtracted, A and B hold both pairs, as `delta` gives them.
+        """
         for leaf, tensor in whole.items():
             part = self.shardings[leaf].shard(tensor, *model_parallel_layout())
             if self.has_origin and leaf == "A":
@@ -138,27 +152,29 @@ class LoraAdapter(nn.Module):
 
     @property
     def delta_rank(self) -> int:
+        """The rank r or 2r of what `delta` returns."""
         return 2 * self.rank if self.has_origin else self.rank
 
     def delta(self, scale: float = 1.0) -> Delta:
-        """This rank's part of `scale` times the delta of all slots: of the pair, or of rank 2r where an origin is
-        subtracted.
+        """Return this rank's part of `scale` times the delta of all slots: A (slots * r, in), B (adapted rows, r).
+
+        That is the pair itself, or a pair of rank 2r where an origin is subtracted.
         """
         return Delta(*self._factors({}), self.scale * scale)
 
     def _factors(self, instead: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """A and B of the delta. instead: what stands for the parameters of those names."""
+        """Return A and B of the delta; `instead` has what stands for the parameters of those names."""
         a, b = (instead.get(leaf, getattr(self, leaf)) for leaf in "AB")
         if not self.has_origin:
             return a, b
         slots = self.target.slots_count
-        pairs = [one.view(slots, self.rank, -1) for one in (a, self.origin_A)]
+        pairs = [factor.view(slots, self.rank, -1) for factor in (a, self.origin_A)]
         return torch.cat(pairs, 1).flatten(0, 1), torch.cat([b, -self.origin_B], 1)
 
     def forward(
         self, y: torch.Tensor, x: torch.Tensor, layer: nn.Module, scale: float = 1.0, output_is_untouched: bool = False
     ) -> torch.Tensor:
-        """y as `layer` gave it for x, with `scale` times the delta added.
+        """Return y, as `layer` gave it for x, with `scale` times the delta added; its shape and dtype are those of y.
 
         output_is_untouched: y is the layer's own, and no hook has seen it.
         """
@@ -182,14 +198,15 @@ class LoraAdapter(nn.Module):
             bias = None if bias is None else self.kind.across_ranks(layer, bias)
         return dora.rescale(y, gain, bias, self.kind.channel_dim(layer))
 
-    def merged_weight(self, layer: nn.Module, strength: float = 1.0) -> torch.Tensor:
-        """This rank's part of the weight with `strength` times the delta in it, see `merging.merged_weight`."""
-        return merged_weight(layer.weight, self.kind, self.layout, self.delta(strength), self.magnitude_or_none)
+    def merged_weight(self, layer: nn.Module, scale: float = 1.0) -> torch.Tensor:
+        """Return this rank's part of the weight with `scale` times the delta in it, see `merging.merged_weight`."""
+        return merged_weight(layer.weight, self.kind, self.layout, self.delta(scale), self.magnitude_or_none)
 
     def _row_norms(self, layer: nn.Module, delta: Delta | None) -> torch.Tensor:
         matrix = self.kind.matrix(layer.weight.detach())
         return dora.row_norms(matrix, self.layout, delta, sum_over_ranks=self.kind.cut == "in")
 
     def extra_repr(self) -> str:
+        """Return what `repr` of a model shows of the adapter: layer, rank, scale and slots."""
         slots = f", slots={self.slots}" if self.slots else ""
         return f"{self.name}, r={self.rank}, scale={self.scale:g}{slots}"

@@ -13,22 +13,22 @@ from sat_lora.lora.targets import BaseParameter, Plan, Site, find_parameters, fi
 
 
 def sat_models(model: nn.Module) -> dict[str, BaseModel]:
-    """The model itself under "" (if it is a SAT model), and each SAT model inside it, by name."""
+    """Return the model itself under "" (if it is a SAT model), and each SAT model inside it, by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, BaseModel)}
 
 
 def find_all_sites(model: nn.Module) -> dict[str, Site]:
-    """Every adaptable layer of the model and of the SAT models inside it, by name."""
+    """Return every adaptable layer of the model and of the SAT models inside it, by name."""
     return {name: site for path, inner in sat_models(model).items() for name, site in find_sites(inner, path).items()}
 
 
 def find_all_parameters(model: nn.Module) -> dict[str, BaseParameter]:
-    """Every base parameter of the model and of the SAT models inside it, by name."""
+    """Return every base parameter of the model and of the SAT models inside it, by name."""
     return {n: p for path, inner in sat_models(model).items() for n, p in find_parameters(inner, path).items()}
 
 
 def whole_name(owner: str, name: str) -> str:
-    """The name from the outermost model of what a mixin, on the SAT model called `owner`, calls `name`.
+    """Return the name from the outermost model of what a mixin, on the SAT model called `owner`, calls `name`.
 
     `add_lora` gives whole names; a mixin made by hand for an inner SAT model knows only that one.
     """
@@ -36,13 +36,13 @@ def whole_name(owner: str, name: str) -> str:
 
 
 def mixins_called(model: nn.Module, name: str = "lora") -> dict[str, LoraMixin]:
-    """The LoraMixins of that name, by the name of the SAT model that each is on ("" for the outermost)."""
+    """Return the LoraMixins of that name, by the name of the SAT model that each is on ("" for the outermost)."""
     named = ((path.rpartition("mixins."), mixin) for path, mixin in lora_mixins(model).items())
     return {owner.rstrip("."): mixin for (owner, _, own_name), mixin in named if own_name == name}
 
 
 def adapters_of(model: nn.Module, name: str = "lora") -> dict[str, LoraAdapter]:
-    """The adapters of every LoraMixin called `name`, by the name of their layer from the outermost model."""
+    """Return the adapters of every LoraMixin called `name`, by the name of their layer from the outermost model."""
     return {
         whole_name(owner, site): mixin.adapter_for(site)
         for owner, mixin in mixins_called(model, name).items()
@@ -58,7 +58,7 @@ def add_lora(
     fixed_order: for a model that skips layers by what its batch holds, an expert without tokens or a vision transformer
     without images. Gradients then come in one order on every rank, with zeros where a layer did not run, which ZeRO 1
     and 2 need; ZeRO-3 also gathers weights where they are used, and `start_engine` refuses it. The models of
-    `sat_lora.cogvlm` skip nothing and need none of this. ConfigError with modules_to_save or bias.
+    `sat_lora.cogvlm` skip nothing and need none of this. Raises ConfigError with modules_to_save or bias.
     """
     config = config if config is not None else LoraConfig(**fields)
     planned = plan(find_all_sites(model), find_all_parameters(model), config)
@@ -68,10 +68,13 @@ def add_lora(
 def place_mixins(
     model: nn.Module, config: LoraConfig, planned: Plan, name: str, *, fixed_order: bool = False
 ) -> list[LoraMixin]:
-    """A LoraMixin called `name` on every SAT model in `model` that holds some of what is `planned`."""
-    taken = [f"{path}.mixins.{name}".lstrip(".") for path, inner in sat_models(model).items() if name in inner.mixins]
-    if taken:
-        raise ConfigError(f"the model has a mixin {' and '.join(taken)} already; delete it or choose another name")
+    """Put a LoraMixin called `name` on every SAT model in `model` that holds some of what is `planned`; return them.
+
+    Raises ConfigError, before any is made, if one of these models has a mixin of that name.
+    """
+    present = [f"{path}.mixins.{name}".lstrip(".") for path, inner in sat_models(model).items() if name in inner.mixins]
+    if present:
+        raise ConfigError(f"the model has a mixin {' and '.join(present)} already; delete it or choose another name")
     mixins = []
     for path, inner in sat_models(model).items():
         targets = {n: planned.targets[n] for n in find_sites(inner, path) if n in planned.targets}

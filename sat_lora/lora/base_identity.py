@@ -19,7 +19,8 @@ import torch
 from sat_lora.printable import printable
 
 VALUES = 16384  # of a base; of one tensor no fewer and no more than these:
-FEWEST, MOST = 8, 64
+FEWEST = 8
+MOST = 64
 RUN = 4  # neighbours that are taken together: of a file that is mapped, one page has them
 LARGEST_HALF = 65504.0
 HALF_STEP = 2.0**-24  # the smallest that float16 tells apart; a bfloat16 file may be a copy of a float16 one
@@ -33,16 +34,19 @@ class BaseIdentity:
     fingerprint: str
     """SHA-256 over names and whole shapes."""
     name: str | None = None
-    """Of its folder."""
+    """The name of its folder."""
     family: str | None = None
     parameters: int | None = None
     values: torch.Tensor | None = None
-    """float32, of the tensors in the order of their names."""
+    """What `identity_of` has taken of the tensors, in the order of their names: (n,) float32."""
     shapes: Mapping[str, tuple[int, ...]] | None = None
-    """Of a base that is at hand."""
+    """The whole shapes by name, of a base that is at hand."""
 
     def difference(self, other: "BaseIdentity") -> str | None:
-        """What the other base has that this one has not; None if it is the same, or nothing else can be known."""
+        """Return what the other base has that this one has not, as a clause for people.
+
+        It is None if the other is the same, or nothing else can be known.
+        """
         if self.fingerprint != other.fingerprint:
             return "other names or shapes"
         if self.values is None or other.values is None:
@@ -55,7 +59,7 @@ class BaseIdentity:
         shapes = other.shapes or self.shapes
         if shapes is None:
             return f"other values for {int(differs.sum())} of the {len(differs)} weights that were compared"
-        count = values_of_one(len(shapes))
+        count = values_per_tensor(len(shapes))
         lengths = {name: len(positions(shape, count)) for name, shape in sorted(shapes.items())}
         names = [name for name, part in zip(lengths, differs.split([*lengths.values()])) if part.any()]
         return f"other values in {len(names)} of {len(lengths)} tensors ({', '.join(map(printable, names[:2]))}, ...)"
@@ -74,13 +78,13 @@ class BaseIdentity:
         return hashlib.sha256(self.fingerprint.encode() + values).hexdigest()[:8]
 
     def to_dict(self) -> dict[str, str | int | None]:
-        """What JSON holds of it, beside the fingerprint."""
+        """Return what JSON holds of the identity, beside the fingerprint."""
         content = {"name": self.name, "family": self.family, "parameters": self.parameters}
         return content if self.values is None else {**content, "values": _encode(self.values)}
 
     @classmethod
     def from_dict(cls, fingerprint: str, content: object) -> "BaseIdentity":
-        """From what `to_dict` gave; ValueError or TypeError if it is none."""
+        """Return the identity of which `to_dict` gave `content`. Raises ValueError or TypeError for another object."""
         if not isinstance(content, dict):
             raise TypeError(f"base has to be an object, got {type(content).__name__}")
         for name, kind in (("name", str), ("family", str), ("parameters", int), ("values", str)):
@@ -102,32 +106,35 @@ def _decode(text: str) -> torch.Tensor:
 
 
 def fingerprint_of(shapes: Mapping[str, tuple[int, ...]]) -> str:
-    """The fingerprint of a base with these names and whole shapes."""
+    """Return the fingerprint of a base with these names and whole shapes."""
     lines = sorted(f"{name} {list(shape)}" for name, shape in shapes.items())
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def same_values(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """Where two float32 tensors may be the same weights in any of FORMATS: within one step of the coarser format."""
-    largest = torch.maximum(one.abs(), other.abs())
+def same_values(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Return where two float32 tensors of one shape may be the same weights in any of FORMATS, as bool of that shape.
+
+    They may be where they lie within one step of the coarser format.
+    """
+    largest = torch.maximum(left.abs(), right.abs())
     steps = torch.zeros_like(largest)
     for dtype, bits in FORMATS:
-        fits = (one.to(dtype).float() == one) | (other.to(dtype).float() == other)
+        fits = (left.to(dtype).float() == left) | (right.to(dtype).float() == right)
         step = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent - bits)
         steps = torch.where((steps == 0) & fits, step.clamp(min=HALF_STEP) if bits < 24 else step, steps)
-    overflown = (one.isinf() | other.isinf()) & (one.sign() == other.sign())
-    overflown &= (one.abs() >= LARGEST_HALF) & (other.abs() >= LARGEST_HALF)
-    return ((one - other).abs() <= steps) | (one == other) | overflown | (one.isnan() & other.isnan())
+    overflown = (left.isinf() | right.isinf()) & (left.sign() == right.sign())
+    overflown &= (left.abs() >= LARGEST_HALF) & (right.abs() >= LARGEST_HALF)
+    return ((left - right).abs() <= steps) | (left == right) | overflown | (left.isnan() & right.isnan())
 
 
-def values_of_one(tensors: int) -> int:
-    """How many values are taken of each tensor of a base of so many."""
+def values_per_tensor(tensors: int) -> int:
+    """Return how many values are taken of each tensor of a base of that many tensors."""
     return min(MOST, max(FEWEST, VALUES // max(1, tensors) // RUN * RUN))
 
 
 @functools.lru_cache(maxsize=512)
 def positions(shape: tuple[int, ...], count: int) -> torch.Tensor:
-    """(n,) int64, n <= count: which elements of a tensor of that shape are looked at; all of a small one."""
+    """Return which elements of a tensor of that shape are looked at, (n,) int64 with n <= count; all of a small one."""
     size = torch.Size(shape).numel()
     if size <= count:
         return torch.arange(size)
@@ -143,11 +150,11 @@ def identity_of(
     name: str | None = None,
     family: str | None = None,
 ) -> BaseIdentity:
-    """The identity of a base of these whole shapes.
+    """Return the identity of a base of these whole shapes.
 
     values_at: (name, positions) -> the values there, see `positions`.
     """
-    count = values_of_one(len(shapes))
+    count = values_per_tensor(len(shapes))
     parts = [values_at(key, positions(tuple(shapes[key]), count)).float() for key in sorted(shapes)]
     values = torch.cat(parts).cpu() + 0.0 if parts else torch.zeros(0)  # + 0.0: a zero has no sign
     size = sum(torch.Size(shape).numel() for shape in shapes.values())

@@ -21,7 +21,7 @@ INITS = ("kaiming", "gaussian", "orthogonal", "pissa", "pissa_niter_N", "olora")
 
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig:
-    """y = W x + (lora_alpha / r) B A x. Field names are PEFT's where PEFT has the field."""
+    """What is adapted, and how: y = W x + (lora_alpha / r) B A x. Field names are PEFT's where PEFT has the field."""
 
     r: int = 16
     """Rank of A (r x in) and B (out x r). Halved where the pair would cost more than the full matrix."""
@@ -64,14 +64,14 @@ class LoraConfig:
 
     def __new__(cls, /, **values: Any) -> "LoraConfig":
         """Refuse unknown fields, with the nearest names and together with what is wrong with the known ones."""
-        known = [f.name for f in fields(cls)]
+        field_names = [f.name for f in fields(cls)]
         problems = []
-        for name in sorted(values.keys() - set(known)):
-            near = difflib.get_close_matches(name, known, n=1)
+        for name in sorted(values.keys() - set(field_names)):
+            near = difflib.get_close_matches(name, field_names, n=1)
             problems.append(f"there is no field {name!r}" + (f", did you mean {near[0]!r}?" if near else ""))
         if problems:
             try:
-                cls(**{name: value for name, value in values.items() if name in known})
+                cls(**{name: value for name, value in values.items() if name in field_names})
             except ConfigError as error:
                 problems.append(str(error).removeprefix(_HEAD))
             raise ConfigError(_HEAD + "; ".join(problems))
@@ -144,7 +144,7 @@ class LoraConfig:
             yield f"layers_to_transform: {error}"
 
     def layers(self) -> dict[str | None, frozenset[int]] | None:
-        """Layer numbers by tower name; the key None stands for every tower. None where all layers are meant."""
+        """Return layer numbers by tower name; the key None stands for every tower, and None for all layers of all."""
         if self.layers_to_transform is None:
             return None
         if not isinstance(self.layers_to_transform, str):
@@ -154,7 +154,8 @@ class LoraConfig:
             match = re.fullmatch(r"\s*(?:([\w.-]+):)?(\d+)(?:-(\d+))?\s*", part)
             if not match:
                 raise ValueError(f"cannot read {part!r}; write for example language:0-15,vit:40-62")
-            first, last = int(match[2]), int(match[3] or match[2])
+            first = int(match[2])
+            last = int(match[3] or match[2])
             if last < first:
                 raise ValueError(f"{part.strip()!r} runs backwards")
             if last >= MOST_LAYERS:
@@ -163,11 +164,11 @@ class LoraConfig:
         return {tower: frozenset(numbers) for tower, numbers in chosen.items()}
 
     def rank_for(self, name: str) -> int:
-        """The rank asked for at the layer of that name, before the bound."""
+        """Return the rank asked for at the layer of that name, before the bound."""
         return _first_match(self.rank_pattern, name, self.r)
 
     def scale_for(self, name: str, rank: int) -> float:
-        """The factor before B A at the layer of that name, with the rank in effect."""
+        """Return the factor before B A at the layer of that name, with the rank in effect."""
         alpha = _first_match(self.alpha_pattern, name, self.lora_alpha)
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
@@ -177,11 +178,12 @@ class LoraConfig:
         return self.init_lora_weights.startswith(("pissa", "olora"))
 
     def to_dict(self) -> dict[str, Any]:
+        """Return the fields by name, as `from_dict` and an adapter file take them."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "LoraConfig":
-        """From a dictionary such as the one in an adapter file."""
+        """Return the config of a dictionary such as that of an adapter file. Raises ConfigError as the class does."""
         return cls(**values)
 
 
@@ -190,7 +192,7 @@ Setting = TypeVar("Setting")
 
 
 def _is_number(value: object) -> bool:
-    """Whether it is a number that a float holds."""
+    """Return whether the value is a number that a float holds."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
@@ -203,5 +205,5 @@ def _first_match(patterns: Mapping[str, Setting], name: str, default: Setting) -
 
 
 def ends_with(name: str, pattern: str) -> bool:
-    """Whether the dotted end of `name` matches the regular expression, as in rank_pattern and alpha_pattern."""
+    """Return whether the dotted end of `name` matches the regular expression, as in rank_pattern and alpha_pattern."""
     return matches(rf"(.*\.)?({pattern})", name)

@@ -29,7 +29,7 @@ from sat_lora.lora.deltas.merging import MergedWeights
 
 
 class DeltaState:
-    """What the hooks of one mixin share. No nn.Module, since setting an attribute on one takes microseconds."""
+    """What the hooks of one mixin share. It is no nn.Module, since setting an attribute on one takes microseconds."""
 
     __slots__ = ("enabled", "fixed_order", "merged", "scale", "scope_is_open")
 
@@ -43,10 +43,11 @@ class DeltaState:
 
 
 class DeltaHook:
-    """Of one layer. Holds layer and adapter weakly, so that a deleted mixin is freed."""
+    """Adds the delta of one layer. It holds layer and adapter weakly, so that a deleted mixin is freed."""
 
     def __init__(self, state: DeltaState, adapter: LoraAdapter):
-        self._state, self._adapter = state, weakref.ref(adapter)
+        self._state = state
+        self._adapter = weakref.ref(adapter)
         self._layer: Callable[[], nn.Module] = lambda: None
         """The layer, which is there whenever its forward runs; None before `attach`, and once it is freed."""
         self._dropout = RandomDropout(adapter.dropout) if adapter.dropout else None
@@ -59,7 +60,7 @@ class DeltaHook:
         """Called before each forward of the layer that this is the forward of: cheaper than a hook of torch's."""
 
     def attach(self, layer: nn.Module) -> Callable[[], None]:
-        """Add the delta to that layer's output from now on; what comes back takes it away again."""
+        """Add the delta to that layer's output from now on; return what takes it away again."""
         self._layer = weakref.ref(layer)
         if layer._forward_hooks or "forward" in layer.__dict__:
             remove: Callable[[], None] = layer.register_forward_hook(self._behind).remove
@@ -68,46 +69,57 @@ class DeltaHook:
         return partial(_take_away, self._layer, weakref.ref(self))
 
     def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """The layer's output with the delta in it, as `layer.forward`."""
+        """Return the layer's output (..., out) with the delta in it; called in place of the layer's `forward`."""
         if self.on_entry is not None:
             self.on_entry()
-        state, adapter, layer = self._state, self._adapter(), self._layer()
+        state = self._state
+        adapter = self._adapter()
+        layer = self._layer()
         if not state.scope_is_open or not state.enabled or state.merged is not None or adapter is None:
             return type(layer).forward(layer, *args, **kwargs)
         x = args[0] if args else next(iter(kwargs.values()))
         if not self._goes_directly(adapter, layer, x):
             return self._through_adapter(adapter, layer, x, type(layer).forward(layer, *args, **kwargs), True)
-        parameters, of_layer, layout = adapter._parameters, layer._parameters, adapter.layout
-        weight, bias, added = of_layer["weight"], of_layer["bias"], None
+        layer_parameters = layer._parameters
+        weight = layer_parameters["weight"]
+        bias = layer_parameters["bias"]
+        added_bias = None
         if self._may_add_bias and layer.final_bias:
-            bias, added = None, bias
+            added_bias = bias
+            bias = None
         dropout = self._dropout if adapter.training else None
-        a, b, scale = parameters["A"], parameters["B"], adapter.scale * state.scale
+        adapter_parameters = adapter._parameters
+        a = adapter_parameters["A"]
+        b = adapter_parameters["B"]
+        scale = adapter.scale * state.scale
+        layout = adapter.layout
         if torch.is_grad_enabled():
             if self._is_one_product:
-                return adapted_linear(x, weight, bias, added, a, b, dropout, scale, layout)
+                return adapted_linear(x, weight, bias, added_bias, a, b, dropout, scale, layout)
             product = type(layer).forward(layer, x.detach())
             return add_delta(product, x, a, b, dropout, scale, layout, weight)
-        y = product_of(x, weight, bias, added) if self._is_one_product else type(layer).forward(layer, x)
+        y = product_of(x, weight, bias, added_bias) if self._is_one_product else type(layer).forward(layer, x)
         add_delta_in_place(y, x, a, b, dropout, scale, layout)
         return y
 
     def _behind(self, layer: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor | None:
-        """As a forward hook: the output with the delta in it, or None where there is none to add."""
-        state, adapter = self._state, self._adapter()
+        """Return the layer's output with the delta in it, None if there is none to add: a forward hook of torch's."""
+        state = self._state
+        adapter = self._adapter()
         if not state.scope_is_open or not state.enabled or state.merged is not None or adapter is None:
             return None
         return self._through_adapter(adapter, layer, args[0], output, False)
 
     def _goes_directly(self, adapter: LoraAdapter, layer: nn.Module, x: torch.Tensor) -> bool:
-        """Whether the layer's output is a product with W, frozen and whole, and all that is needed has one dtype.
+        """Return whether the layer makes a product with W, frozen and whole, and all that is needed has one dtype.
 
-        Reads nn.Module's own dictionaries, since `layer.weight` takes a detour in Python.
+        It reads nn.Module's own dictionaries, since `layer.weight` takes a detour in Python.
         """
         if type(layer) not in self._layer_types:  # a subclass, or one that torch's parametrize has made
             return False
         dtype = x.dtype
-        weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
+        weight = layer._parameters.get("weight")
+        bias = layer._parameters.get("bias")
         return (
             weight is not None
             and not weight.requires_grad
@@ -132,10 +144,11 @@ class DeltaHook:
         return adapter(output, x, layer, state.scale, is_untouched)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "DeltaHook":
-        """A copied model's hook belongs to the copied layer and adapter."""
+        """Return the hook of a copied model, which belongs to the copied layer and adapter."""
         copied = copy.copy(self)
         memo[id(self)] = copied
-        adapter, layer = self._adapter(), self._layer()
+        adapter = self._adapter()
+        layer = self._layer()
         copied.on_entry = None
         copied._state = copy.deepcopy(self._state, memo)
         copied._adapter = self._adapter if adapter is None else weakref.ref(copy.deepcopy(adapter, memo))
@@ -144,9 +157,12 @@ class DeltaHook:
 
 
 def _take_away(layer: Callable[[], nn.Module | None], hook: Callable[[], DeltaHook | None]) -> None:
-    """Both are weak references, for this waits as long as the mixin lives. A forward set over ours stays: without an
-    adapter ours is the layer's own.
+    """Let the layer have the forward of its class again.
+
+    Both arguments are weak references, for this waits as long as the mixin lives. A forward that somebody has set over
+    the hook stays: without an adapter the hook is the layer's own forward.
     """
-    owner, own = layer(), hook()
-    if owner is not None and own is not None and owner.__dict__.get("forward") is own:
-        del owner.forward
+    live_layer = layer()
+    live_hook = hook()
+    if live_layer is not None and live_hook is not None and live_layer.__dict__.get("forward") is live_hook:
+        del live_layer.forward

@@ -36,7 +36,10 @@ class _PassBoth(torch.autograd.Function):
 
 
 def chained(carrier: torch.Tensor, adapters: Iterable[LoraAdapter], *, use: bool = True) -> torch.Tensor:
-    """`carrier` after the chain over the adapters' parameters; use: their deltas take what comes out of it."""
+    """Return `carrier`, in its shape, after the chain over the adapters' parameters.
+
+    use: whether the adapters' deltas take what comes out of the chain.
+    """
     for adapter in adapters:
         for leaf, parameter in adapter.named_parameters():
             if parameter.requires_grad:
@@ -50,7 +53,10 @@ class GradientOrder:
     """Chains the adapters of one SAT model's mixin, layer by layer; those outside of layers where the words enter."""
 
     def __init__(self, adapters: Iterable[LoraAdapter], inner: Callable[[], Iterable["GradientOrder"]]):
-        """inner: the orders of SAT models inside this one, which it may run or not when it makes its embeddings."""
+        """Sort the adapters by their layer.
+
+        inner: the orders of SAT models inside this one, which it may run or not when it makes its embeddings.
+        """
         self._by_layer: dict[int | None, list[LoraAdapter]] = {}
         for adapter in adapters:
             self._by_layer.setdefault(adapter.target.site.layer, []).append(adapter)
@@ -58,20 +64,22 @@ class GradientOrder:
         self._runs = 0
 
     def enter_layer(self, number: int, x: torch.Tensor) -> torch.Tensor:
-        """The layer's input, to be used in place of `x`."""
+        """Return the layer's input, to be used in place of `x`."""
         self._forget()
         if not torch.is_grad_enabled():
             return x
         return chained(x, self._by_layer.get(number, ()))
 
     def embed(self, make_embeddings: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """What `make_embeddings` gives, with a chain of what lies outside of layers, and of inner models left out."""
+        """Return what `make_embeddings` gives, with a chain of what lies outside of layers, and of inner models that
+        did not run.
+        """
         self._forget(everything=True)
         self._runs += 1
         if not torch.is_grad_enabled():
             return make_embeddings()
         runs = {order: order._runs for order in self._inner()}
-        device = next((a.A.device for one in self._by_layer.values() for a in one), None)
+        device = next((adapter.A.device for layer in self._by_layer.values() for adapter in layer), None)
         carrier = chained(torch.zeros((), device=device), self._by_layer.get(None, ()))
         embeddings = make_embeddings()
         for order, before in runs.items():

@@ -10,8 +10,8 @@ from sat_lora.parallel.sharding import Sharding, gathered, model_parallel_layout
 
 
 def base_tensors(model: nn.Module) -> dict[str, tuple[nn.Module, str, torch.Tensor]]:
-    """What a checkpoint of the base model holds, by name: (module, leaf, this rank's tensor). No LoraMixin's."""
-    found: dict[str, tuple[nn.Module, str, torch.Tensor]] = {}
+    """Return what a checkpoint of the base model holds, by name: (module, leaf, this rank's tensor); no LoraMixin's."""
+    tensors: dict[str, tuple[nn.Module, str, torch.Tensor]] = {}
 
     def visit(module: nn.Module, prefix: str) -> None:
         if isinstance(module, LoraMixin):
@@ -19,23 +19,23 @@ def base_tensors(model: nn.Module) -> dict[str, tuple[nn.Module, str, torch.Tens
         buffers = {k: b for k, b in module._buffers.items() if k not in module._non_persistent_buffers_set}
         for leaf, tensor in {**module._parameters, **buffers}.items():
             if tensor is not None:
-                found[prefix + leaf] = (module, leaf, tensor)
+                tensors[prefix + leaf] = (module, leaf, tensor)
         for child_name, child in module.named_children():
             visit(child, f"{prefix}{child_name}.")
 
     visit(model, "")
-    return found
+    return tensors
 
 
 def whole_shape(module: nn.Module, leaf: str, tensor: torch.Tensor) -> tuple[int, ...]:
-    """The shape of a parameter or buffer that model parallelism may have cut and ZeRO-3 partitioned."""
+    """Return the shape of a parameter or buffer that model parallelism may have cut and ZeRO-3 partitioned."""
     _, size = model_parallel_layout()
     return sharding_of(module, leaf).full_shape(getattr(tensor, "ds_shape", tensor.shape), size)
 
 
 @torch.no_grad()
 def identity_of_model(model: nn.Module) -> BaseIdentity:
-    """The identity of a live model's base. Every rank has to call it under ZeRO-3 or model parallelism.
+    """Return the identity of a live model's base. Every rank has to call it under ZeRO-3 or model parallelism.
 
     What LoRA mixins have trained or merged is taken as it was before.
     """
@@ -52,7 +52,8 @@ def identity_of_model(model: nn.Module) -> BaseIdentity:
 
     def values_at(name: str, index: torch.Tensor) -> torch.Tensor:
         module, leaf, tensor = tensors[name]
-        sharding, original = sharding_of(module, leaf), originals.get(id(tensor))
+        sharding = sharding_of(module, leaf)
+        original = originals.get(id(tensor))
         return _own_values(tensor, original, sharding, shapes[name], index, gives_whole=data_rank == 0)
 
     data_rank = torch.distributed.get_rank(partitioned[0].ds_process_group) if partitioned else 0
@@ -79,7 +80,7 @@ def _own_values(
     *,
     gives_whole: bool,
 ) -> torch.Tensor:
-    """The elements at `index` of the whole tensor, zero where another rank is the one to give them.
+    """Return the elements at `index` of the whole tensor, as float32, zero where another rank is the one to give them.
 
     gives_whole: whether this rank, of those that ZeRO-3 partitions over, gives what each of them has.
     """
@@ -87,27 +88,27 @@ def _own_values(
     flat, start = _flat_part(tensor, original, gives_whole=gives_whole)
     if size == 1 and gives_whole and not hasattr(tensor, "ds_id"):
         return flat[index.to(flat.device)].float().to(tensor.device)
-    mine = torch.ones(len(index), dtype=torch.bool)
+    is_local = torch.ones(len(index), dtype=torch.bool)
     local = index
     dim = sharding.dim
     if size > 1 and dim is None:
-        mine &= rank == 0
+        is_local &= rank == 0
     elif size > 1 and dim is not None:
         places = [*torch.unravel_index(index, shape)]
         owners, places[dim] = sharding.place(places[dim], shape[dim], size)
-        mine &= owners == rank
+        is_local &= owners == rank
         local = torch.zeros_like(index)
         for length, place in zip(getattr(tensor, "ds_shape", tensor.shape), places):
             local = local * length + place
-    mine &= (local >= start) & (local < start + len(flat))
-    if not mine.any():
+    is_local &= (local >= start) & (local < start + len(flat))
+    if not is_local.any():
         return torch.zeros(len(index), device=tensor.device)
-    chosen = (local - start).where(mine, 0).to(flat.device)
-    return flat[chosen].float().where(mine.to(flat.device), 0).to(tensor.device)
+    chosen = (local - start).where(is_local, 0).to(flat.device)
+    return flat[chosen].float().where(is_local.to(flat.device), 0).to(tensor.device)
 
 
 def _flat_part(tensor: torch.Tensor, original: torch.Tensor | None, *, gives_whole: bool) -> tuple[torch.Tensor, int]:
-    """(the elements of this rank's tensor that it gives, where they begin in it): under ZeRO-3 its partition."""
+    """Return (the elements of this rank's tensor that it gives, where they begin in it): under ZeRO-3 its partition."""
     whole = original
     if not hasattr(tensor, "ds_id"):
         whole = tensor if original is None else original

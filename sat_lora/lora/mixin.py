@@ -20,7 +20,7 @@ from sat_lora.lora.targets import Plan, Target, find_parameters, find_sites, pla
 
 
 class LoraMixin(BaseMixin):
-    """`model.add_mixin("lora", LoraMixin(model, r=16, lora_alpha=32))` on any SAT model.
+    """The adapters of one SAT model: `model.add_mixin("lora", LoraMixin(model, r=16, lora_alpha=32))`.
 
     Each adapted layer has a forward hook that adds its delta, but only while one of the SAT hooks below runs. Those
     run again when an activation checkpoint is recomputed, so gradients are right with checkpointing; and once the
@@ -43,8 +43,9 @@ class LoraMixin(BaseMixin):
         fixed_order: bool = False,
         **fields: Any,
     ):
-        """`fields` are those of LoraConfig, if no `config` is given; `planned`, if given, is taken as selected.
+        """Adapt the layers of `model` that the config selects; None leaves a mixin without adapters.
 
+        `fields` are those of LoraConfig, if no `config` is given; `planned`, if given, is taken as selected.
         fixed_order: for a model whose graph depends on the data, see `add_lora`.
         """
         super().__init__()
@@ -70,7 +71,8 @@ class LoraMixin(BaseMixin):
         self.targets = planned.targets
         for name, target in planned.targets.items():
             layer = target.site.module
-            weight, key = layer.weight, adapter_key(name)
+            weight = layer.weight
+            key = adapter_key(name)
             dtype = getattr(torch, self.config.adapter_dtype) if self.config.adapter_dtype else weight.dtype
             self.adapters[key] = self.adapter_class(target, self.config, dtype, weight.device)
             weakref.finalize(self, DeltaHook(self._state, self.adapters[key]).attach(layer))
@@ -83,7 +85,7 @@ class LoraMixin(BaseMixin):
         self.train(model.training)
 
     def reinit(self, parent_model: BaseModel | None = None) -> None:
-        """Back to the initial values, over the weights as they are, which count as the base from now on.
+        """Give the adapters their initial values, over the weights as they are, which count as the base from now on.
 
         SAT calls it for a mixin that a checkpoint does not hold; twice does no harm.
         """
@@ -93,12 +95,12 @@ class LoraMixin(BaseMixin):
         self.trained.remember()
 
     def adapter_for(self, name: str) -> LoraAdapter:
-        """The adapter of the layer with that name."""
+        """Return the adapter of the layer with that name."""
         adapter: LoraAdapter = self.adapters[adapter_key(name)]
         return adapter
 
     def trainable(self) -> Iterator[nn.Parameter]:
-        """What trains: of the adapters, and whole parameters of the base."""
+        """Yield the parameters that train: those of the adapters, and whole ones of the base."""
         yield from (p for adapter in self.adapters.values() for p in adapter.trainable())
         yield from self.trained.tensors.values()
 
@@ -136,20 +138,24 @@ class LoraMixin(BaseMixin):
         self.enabled = True
 
     def disable(self) -> AbstractContextManager["LoraMixin"]:
-        """The base as it was, until `enable` or the end of `with mixin.disable():`. ConfigError while merged."""
+        """Leave the base as it was, until `enable` or the end of `with mixin.disable():`.
+
+        Raises ConfigError while the deltas are merged.
+        """
         self.enabled = False
         return _enabled_afterwards(self)
 
     @property
     def merged(self) -> bool:
+        """Whether the deltas are written into the weights at present."""
         return self._state.merged is not None
 
     def merge(self, *, keep_original: bool = True) -> None:
         """Write the deltas into the weights, so that a forward pass costs what the base does. Every rank calls it.
 
-        Computed in float32 and rounded once to the weight's dtype, in the layer as it is, cut or not. keep_original:
-        the replaced weights wait on the CPU for a bit-exact `unmerge`. MergeError: a merged weight would not be finite,
-        or is used elsewhere too; nothing is changed then. ConfigError while disabled.
+        They are computed in float32 and rounded once to the weight's dtype, in the layer as it is, cut or not.
+        keep_original: the replaced weights wait on the CPU for a bit-exact `unmerge`. Raises MergeError, with nothing
+        changed, if a merged weight would not be finite or is used elsewhere too; ConfigError while disabled.
         """
         if not self.enabled:
             raise ConfigError("the mixin is disabled; enable() before merge()")
@@ -165,7 +171,7 @@ class LoraMixin(BaseMixin):
             self._state.merged = None
 
     def originals(self) -> list[tuple[torch.Tensor, torch.Tensor]] | None:
-        """(parameter of the base, what it was before) of all that has been trained or merged; None if that is gone."""
+        """Return (parameter of the base, what it was before) of all trained or merged ones; None if that is gone."""
         merged = self._state.merged
         replaced = [] if merged is None else merged.originals()
         return None if replaced is None else [*self.trained.originals(), *replaced]
@@ -174,9 +180,10 @@ class LoraMixin(BaseMixin):
 
     @non_conflict
     def _in_scope(self, *args: Any, old_impl: Callable[..., Any], **kw_args: Any) -> Any:
-        """What every hook below does: run what was there before, with the deltas switched on."""
+        """Run what was there before, with the deltas switched on, and return its result: what every hook below does."""
         state = self._state
-        before, state.scope_is_open = state.scope_is_open, True
+        before = state.scope_is_open
+        state.scope_is_open = True
         try:
             return old_impl(*args, **kw_args)
         finally:
@@ -186,6 +193,7 @@ class LoraMixin(BaseMixin):
 
     @non_conflict
     def word_embedding_forward(self, *args: Any, old_impl: Callable[..., Any], **kw_args: Any) -> Any:
+        """Return SAT's embeddings (batch, seq, hidden), with the deltas switched on while they are made."""
         if self._order is None:
             return self._in_scope(*args, old_impl=old_impl, **kw_args)
         return self._order.embed(lambda: self._in_scope(*args, old_impl=old_impl, **kw_args))
@@ -194,18 +202,19 @@ class LoraMixin(BaseMixin):
     def attention_forward(
         self, hidden_states: torch.Tensor, *args: Any, old_impl: Callable[..., Any], **kw_args: Any
     ) -> Any:
+        """Return a layer's attention (batch, seq, hidden), with the deltas switched on; a layer begins with it."""
         if self._order is not None:
             hidden_states = self._order.enter_layer(int(kw_args["layer_id"]), hidden_states)
         return self._in_scope(hidden_states, *args, old_impl=old_impl, **kw_args)
 
     def _inner_orders(self) -> list[GradientOrder]:
-        """Those of the mixins on SAT models inside this one's."""
+        """Return the gradient orders of the mixins on SAT models inside this one's."""
         inner = lora_mixins(self._model()).values()
         return [mixin._order for mixin in inner if mixin is not self and mixin._order is not None]
 
     @property
     def layer_forward(self) -> Callable[..., Any]:
-        """There only if another mixin has this hook too: with it SAT calls no layer as a module any more."""
+        """SAT's hook, there only if another mixin has it too: with it SAT calls no layer as a module any more."""
         if not self._wraps_layers:
             raise AttributeError("layer_forward")
         in_scope: Callable[..., Any] = self._in_scope
@@ -234,12 +243,12 @@ class _ModelReference:
 
 
 def adapter_key(name: str) -> str:
-    """A layer's name as a key of nn.ModuleDict, which does not take dots."""
+    """Return a layer's name as a key of nn.ModuleDict, which does not take dots."""
     return name.replace(".", "/")
 
 
 def lora_mixins(model: nn.Module) -> dict[str, LoraMixin]:
-    """Every LoraMixin in the model, by module name."""
+    """Return every LoraMixin in the model, by module name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, LoraMixin)}
 
 

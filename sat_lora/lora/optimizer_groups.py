@@ -10,7 +10,7 @@ RATIO = "lr_ratio"  # of a group; optimizers keep such an entry, in their checkp
 
 
 def parameter_groups(model: nn.Module, *, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
-    """The trainable parameters of `model`, for any torch optimizer and for DeepSpeed.
+    """Return the trainable parameters of `model`, for any torch optimizer and for DeepSpeed.
 
     B of every adapter learns at `lr` times the `lr_ratio` of its mixin's config, everything else at `lr`. That is one
     group where no ratio differs from 1, else one at `lr` and then one per ratio, none of them empty. Groups and

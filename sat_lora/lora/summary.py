@@ -13,7 +13,7 @@ WHOLE = "trained whole"
 
 
 class Row(TypedDict):
-    """A part of a model."""
+    """What is adapted and what trains of a part of a model."""
 
     part: str
     layers: int
@@ -24,7 +24,7 @@ class Row(TypedDict):
 
 
 def describe(model: nn.Module) -> list[Row]:
-    """One row per part of the model and one for the total."""
+    """Return one row per part of the model and one for the total."""
     _, size = model_parallel_layout()
     names = {path.rpartition(".")[2] for path in lora_mixins(model)}
     adapters: dict[str, list[LoraAdapter]] = {}
@@ -63,7 +63,7 @@ def _empty_row(part: str) -> Row:
 
 
 def describe_text(model: nn.Module) -> str:
-    """`describe` as a table."""
+    """Return `describe` as a table, in lines for a terminal."""
     lines = [f"{'part':<26}{'layers':>8}{'adapted':>9}{'rank':>8}{'trainable':>14}{'of base':>10}"]
     for row in describe(model):
         ranks = ",".join(map(str, row["ranks"])) or "-"

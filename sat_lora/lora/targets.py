@@ -42,12 +42,12 @@ FOREIGN = {
 
 
 def part_of(name: str) -> str:
-    """The preset that the layer of that name belongs to, for tables; "other" on models that have no such names."""
+    """Return the preset that the layer of that name belongs to, for tables; "other" where names follow none."""
     return next((part for part, regex in PRESETS.items() if part != "all-linear" and re.fullmatch(regex, name)), OTHER)
 
 
 def layer_of(name: str) -> int | None:
-    """The layer number in a name, if there is one."""
+    """Return the layer number in a name; None without one."""
     numbers = re.findall(r"\.([0-9]{1,9})(?=\.|$)", name)
     return int(numbers[-1]) if numbers else None
 
@@ -65,7 +65,7 @@ class Site:
 
     @property
     def part(self) -> str:
-        """See `part_of`."""
+        """The preset that the layer belongs to, see `part_of`."""
         return part_of(self.name)
 
     @property
@@ -78,20 +78,25 @@ class Site:
 
     @property
     def layer(self) -> int | None:
-        """See `layer_of`."""
+        """The layer number in the name, see `layer_of`; None without one."""
         return layer_of(self.name)
 
     @property
     def slot_names(self) -> tuple[str, ...]:
-        """q, k, v where the output is their fusion (k, v in cross-attention), nothing elsewhere."""
+        """The slots q, k, v where the output is their fusion (k, v in cross-attention), none elsewhere."""
         is_attention = re.search(r"key_value\w*(\.\d+)?$", self.name)
         return {2: SLOTS[1:], 3: SLOTS}.get(len(self.blocks), ()) if is_attention else ()
 
     def slot_rows(self, names: tuple[str, ...]) -> list[tuple[int, int]]:
-        """Rows of the whole W that belong to each named slot, in the order of W; all of them if there are no slots."""
+        """Return the rows (start, stop) of the whole W that belong to each named slot, in the order of W.
+
+        They are all rows if the site has no slots.
+        """
         if not self.slot_names:
             return [(0, self.out_features)]
-        unit, edge, rows = self.out_features // sum(self.blocks), 0, []
+        unit = self.out_features // sum(self.blocks)
+        edge = 0
+        rows = []
         for name, size in zip(self.slot_names, self.blocks):
             if name in names:
                 rows.append((edge, edge + unit * size))
@@ -129,6 +134,7 @@ class BaseParameter:
 
     @property
     def tensor(self) -> nn.Parameter:
+        """The parameter that is at this place at present."""
         return self.module._parameters[self.leaf]
 
 
@@ -141,7 +147,7 @@ class Plan:
 
 
 def own_modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """(name, module) of a SAT model without the SAT models inside it and without mixins that hold adapters."""
+    """Yield (name, module) of a SAT model without the SAT models inside it and without mixins that hold adapters."""
     for child_name, child in [("", model), *model.named_children()]:
         name = f"{prefix}.{child_name}".strip(".")
         if child is model:
@@ -151,9 +157,9 @@ def own_modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Mo
 
 
 def find_sites(model: nn.Module, prefix: str = "") -> dict[str, Site]:
-    """Every adaptable layer of one SAT model by name; a SAT model inside it (CogVLM's ViT) has its own mixin."""
+    """Return every adaptable layer of one SAT model by name; a SAT model inside it (CogVLM's ViT) has its own mixin."""
     _, size = model_parallel_layout()
-    found = {}
+    sites = {}
     for name, module in own_modules(model, prefix):
         kind = kind_of(module)
         if kind is not None:
@@ -161,12 +167,12 @@ def find_sites(model: nn.Module, prefix: str = "") -> dict[str, Site]:
             whole = torch.empty(sharding_of(module, "weight").full_shape(shape, size), device="meta")
             out_features, in_features = kind.matrix(whole).shape
             blocks = blocks_of(module) if kind.cut == "out" else (1,)
-            found[name] = Site(name, module, kind, in_features, out_features, blocks)
-    return found
+            sites[name] = Site(name, module, kind, in_features, out_features, blocks)
+    return sites
 
 
 def find_parameters(model: nn.Module, prefix: str = "") -> dict[str, BaseParameter]:
-    """Every parameter of one SAT model by name, with the same limits as `find_sites`."""
+    """Return every parameter of one SAT model by name, with the same limits as `find_sites`."""
     return {
         f"{name}.{leaf}".strip("."): BaseParameter(f"{name}.{leaf}".strip("."), module, leaf)
         for name, module in own_modules(model, prefix)
@@ -176,7 +182,10 @@ def find_parameters(model: nn.Module, prefix: str = "") -> dict[str, BaseParamet
 
 
 def plan(sites: dict[str, Site], parameters: dict[str, BaseParameter], config: LoraConfig) -> Plan:
-    """What `config` makes of these. ConfigError as in `select`; warns where a rank is lowered."""
+    """Return what `config` selects of sites and parameters, with the rank and slots of each layer.
+
+    Raises ConfigError as `select` does; warns where a rank is lowered.
+    """
     chosen, trained = select(sites, parameters, config)
     return Plan({name: aim(site, config) for name, site in chosen.items()}, trained)
 
@@ -184,9 +193,9 @@ def plan(sites: dict[str, Site], parameters: dict[str, BaseParameter], config: L
 def select(
     sites: dict[str, Site], parameters: dict[str, BaseParameter], config: LoraConfig
 ) -> tuple[dict[str, Site], dict[str, BaseParameter]]:
-    """What `config` adapts of the sites, and what it trains whole of the parameters.
+    """Return what `config` adapts of the sites, and what it trains whole of the parameters, both by name.
 
-    One ConfigError lists every pattern that matches nothing and every contradiction.
+    Raises one ConfigError that lists every pattern that matches nothing and every contradiction.
     """
     problems: list[str] = []
     trained = _trained_whole(parameters, config, problems)
@@ -207,9 +216,9 @@ def select(
         problems.append("nothing is left after exclude_modules, layers_to_transform and qkv_slots")
     for name in ("rank_pattern", "alpha_pattern"):
         for pattern in getattr(config, name):
-            if chosen and not any(ends_with(one, pattern) for one in chosen):
+            if chosen and not any(ends_with(layer_name, pattern) for layer_name in chosen):
                 problems.append(f"{name}: {pattern!r} matches no adapted layer; nearest: {_nearest(pattern, chosen)}")
-    lookups = sorted(name for name in chosen if sites[name].kind.looks_up)
+    lookups = sorted(name for name in chosen if sites[name].kind.is_embedding)
     for field_name in ("use_dora", "freeze_a"):
         if lookups and getattr(config, field_name):
             problems.append(f"{field_name} does not work on an embedding: {', '.join(lookups)}")
@@ -225,14 +234,14 @@ def select(
 
 
 def aim(site: Site, config: LoraConfig) -> Target:
-    """The target that `config` makes of a site; warns where it lowers the rank."""
+    """Return the target that `config` makes of a site; warns where it lowers the rank."""
     slots = tuple(slot for slot in site.slot_names if slot in config.qkv_slots)
     rows = min(stop - start for start, stop in site.slot_rows(slots))
-    asked = config.rank_for(site.name)
-    rank = bounded_rank(asked, site.in_features, rows)
-    if rank < asked:
+    wanted_rank = config.rank_for(site.name)
+    rank = bounded_rank(wanted_rank, site.in_features, rows)
+    if rank < wanted_rank:
         warnings.warn(
-            f"LoRA rank {asked} costs more than the full {rows} x {site.in_features} matrix; using {rank}",
+            f"LoRA rank {wanted_rank} costs more than the full {rows} x {site.in_features} matrix; using {rank}",
             stacklevel=5,
         )
     if config.init_lora_weights == "orthogonal" and rank % 2:
@@ -241,7 +250,7 @@ def aim(site: Site, config: LoraConfig) -> Target:
 
 
 def bounded_rank(rank: int, in_features: int, out_features: int) -> int:
-    """`rank`, halved until A and B together cost no more than the full matrix: r <= in out / (in + out + 1)."""
+    """Return `rank`, halved until A and B together cost no more than the full matrix: r <= in out / (in + out + 1)."""
     while rank > 1 and rank * (in_features + out_features + 1) > in_features * out_features:
         rank //= 2
     return rank
@@ -282,7 +291,7 @@ def _matching(
 def _trained_whole(
     parameters: dict[str, BaseParameter], config: LoraConfig, problems: list[str]
 ) -> dict[str, BaseParameter]:
-    """The parameters that modules_to_save names, or that lie in a module that it names."""
+    """Return the parameters that modules_to_save names, or that lie in a module that it names."""
     chosen: dict[str, BaseParameter] = {}
     for pattern in config.modules_to_save:
         hits = [name for name in parameters if re.fullmatch(rf"(.*\.)?{re.escape(pattern)}(\..+)?", name)]
@@ -296,8 +305,8 @@ def _trained_whole(
 def _nearest(pattern: str, names: Iterable[str]) -> str:
     suffixes = {re.sub(r"\.\d+$", "", name).rpartition(".")[2] for name in names}
     candidates = [*PRESETS, *sorted(suffixes), *names]
-    own = FOREIGN.get(pattern.rpartition(".")[2], pattern)
-    count = 4 if own == pattern else 2
-    near = difflib.get_close_matches(own, candidates, n=count, cutoff=0.3) or [*PRESETS][:3] + sorted(suffixes)[:3]
+    sat_name = FOREIGN.get(pattern.rpartition(".")[2], pattern)
+    count = 4 if sat_name == pattern else 2
+    near = difflib.get_close_matches(sat_name, candidates, n=count, cutoff=0.3) or [*PRESETS][:3] + sorted(suffixes)[:3]
     fused = "; q, k and v are one layer, of which qkv_slots takes parts"
-    return ", ".join(near) + (fused if own == "query_key_value" != pattern else "")
+    return ", ".join(near) + (fused if sat_name == "query_key_value" != pattern else "")

@@ -54,22 +54,24 @@ class Memory:
 
     @property
     def total(self) -> float:
+        """All of them together."""
         return sum(getattr(self, field.name) for field in fields(self))
 
 
 def memory_of(
     model: nn.Module, engine: dict, *, data_parallel_size: int, activations: float = 0.0, on_device: bool = True
 ) -> Memory:
-    """Of a rank's part of a model, whole over the data-parallel ranks; its parameters need no memory.
+    """Return the memory of a rank's part of a model, whole over the data-parallel ranks; its parameters need no memory.
 
     engine: DeepSpeed's config. activations: bytes of a micro-batch at their peak, with the gradients that have come
     by then, unless they are added to others. on_device: False on a CPU run: what is offloaded to the CPU counts too.
     """
-    frozen, trained = ([p for p in model.parameters() if p.requires_grad is asked] for asked in (False, True))
+    frozen, trained = ([p for p in model.parameters() if p.requires_grad is trains] for trains in (False, True))
     zero = engine.get("zero_optimization", {})
     stage = max(zero.get("stage", 0), 1 if _is_half(engine) else 0)
     widest = 2 if _is_half(engine) else 8
-    count, size = sum(map(_elements, trained)), min(widest, max((p.element_size() for p in trained), default=4))
+    count = sum(map(_elements, trained))
+    size = min(widest, max((p.element_size() for p in trained), default=4))
     frozen_size = max((p.element_size() for p in frozen), default=4)
     first = {"optimizer": 1, "gradients": 2, "parameters": 3}  # the stages that share it
     shares = {what: data_parallel_size if stage >= number else 1 for what, number in first.items()}
@@ -97,7 +99,10 @@ def memory_of(
 
 @looks_for("memory")
 def memory_findings(memory: Memory, available: float | None) -> list[Finding]:
-    """available: bytes that the device has for this rank; None where nobody knows."""
+    """Return a finding if a step takes more than the device has, else none.
+
+    available: bytes that the device has for this rank; None where nobody knows.
+    """
     if available is None or memory.total <= available:
         return []
     items = sorted(((getattr(memory, f.name), f.name) for f in fields(memory)), reverse=True)
@@ -107,13 +112,16 @@ def memory_findings(memory: Memory, available: float | None) -> list[Finding]:
 
 
 def memory_table(memories: Sequence[Memory], available: Sequence[float | None]) -> str:
-    """A line per rank, in GiB or, for small models, MiB; ranks that are alike share one."""
+    """Return a table with a line per rank, in GiB or, for small models, MiB; ranks that are alike share one."""
     names = [field.name for field in fields(Memory)]
     unit, scale = ("GiB", 1) if max(memory.total for memory in memories) >= 2**30 else ("MiB", 1024)
     rows: dict[tuple[str, ...], list[int]] = {}
-    for rank, (memory, has) in enumerate(zip(memories, available)):
+    for rank, (memory, size_of_device) in enumerate(zip(memories, available)):
         sizes = [*(getattr(memory, name) for name in names), memory.total]
-        cells = (*(_number(size * scale) for size in sizes), "?" if has is None else _number(has * scale))
+        cells = (
+            *(_number(size * scale) for size in sizes),
+            "?" if size_of_device is None else _number(size_of_device * scale),
+        )
         rows.setdefault(cells, []).append(rank)
     header = ("rank", *names, "in all", "device has")
     lines = [header, *((_ranks(ranks), *cells) for cells, ranks in rows.items())]
@@ -123,9 +131,9 @@ def memory_table(memories: Sequence[Memory], available: Sequence[float | None]) 
 
 
 def device_memory(device: torch.device, ranks_here: int) -> float | None:
-    """Bytes that a rank of `ranks_here` on this machine may have; None where the system does not say.
+    """Return the bytes that a rank of `ranks_here` on this machine may have; None where the system does not say.
 
-    On a CPU those that are free, and those that this process has already.
+    On a CPU they are those that are free, and those that this process has already.
     """
     if device.type == "cuda":
         return float(torch.cuda.get_device_properties(device).total_memory)
@@ -136,7 +144,7 @@ def device_memory(device: torch.device, ranks_here: int) -> float | None:
 
 
 def _gathered(parameters: Sequence[nn.Parameter], zero: dict, *, by_gloo: bool) -> int:
-    """Elements that ZeRO-3 holds whole: what it keeps between uses, and buffers in which the next large ones come."""
+    """Return how many elements ZeRO-3 holds whole: those kept between uses, and buffers for the next large ones."""
     counts = [_elements(parameter) for parameter in parameters]
     large = sum(count for count in counts if count > zero.get("stage3_param_persistence_threshold", SMALL))
     small = sum(counts) - large

@@ -22,17 +22,17 @@ from sat_lora.lora.apply import add_lora
 from sat_lora.lora.config import LoraConfig
 from sat_lora.memory.components import Memory, memory_of
 from sat_lora.memory.live_memory import LiveBytes
-from sat_lora.parallel.distributed import stop
+from sat_lora.parallel.distributed import destroy
 from sat_lora.training.steps.zero3_linear import linear_of_zero3
 
 
 def estimate(
     config: dict, lora: LoraConfig, engine: dict, *, data_parallel_size: int = 1, on_device: bool = True, **step
 ) -> Memory:
-    """Of a rank that trains. config: content of a model_config.json. engine: DeepSpeed's config. step: `fake_step`'s.
+    """Return the memory of a rank that trains, for a process without a process group of its own.
 
-    on_device: False for a run on a CPU. For a process without a process group of its own. ConfigError: the config or a
-    target does not fit.
+    config: content of a model_config.json. engine: DeepSpeed's config. on_device: False for a run on a CPU. step: what
+    `fake_step` takes. Raises ConfigError if the config or a target does not fit.
     """
     partitioned = engine.get("zero_optimization", {}).get("stage") == 3
     # ZeRO-3 keeps what comes beside its own memory, until a bucket is full.
@@ -56,7 +56,7 @@ def fake_step(
     partitioned: bool = False,
     accumulated: bool = False,
 ) -> tuple[CogVLMModel, int]:
-    """(the model, a rank's part of it without memory; bytes of activations at their peak).
+    """Return (the model, a rank's part of it without memory; bytes of activations at their peak).
 
     The step is one of `batch_size` rows of `length` tokens, each with an image, and `labelled` of them to be learnt, by
     default all but the image's. partitioned: as under ZeRO-3. accumulated: the gradients are added to those of a step
@@ -89,11 +89,11 @@ def _pretended_ranks(model_parallel_size: int):
     try:
         yield
     finally:
-        stop()
+        destroy()
 
 
 def _give_fake_memory(model: CogVLMModel) -> None:
-    """On the device "meta" some operations that a step makes, autocast for one, refuse to run."""
+    """Give each parameter a fake tensor: on "meta" some operations of a step, such as autocast, refuse to run."""
     for module in model.modules():
         for leaf, parameter in module._parameters.items():
             if parameter is not None:
@@ -106,7 +106,7 @@ def _give_fake_memory(model: CogVLMModel) -> None:
 
 @contextmanager
 def _as_in_a_run(model: CogVLMModel, *, partitioned: bool):
-    """What a run would do otherwise than these tensors: recompute where there is no GPU, and ZeRO-3's own ways."""
+    """Let things be inside as in a run, not as on these tensors: recomputation without a GPU, ZeRO-3's own ways."""
     with ExitStack() as stack:
         # Both want real random states, on CUDA DeepSpeed's function for the layers too; they keep the same tensors.
         layers = partial(checkpoint, use_reentrant=True, preserve_rng_state=False)
@@ -115,7 +115,8 @@ def _as_in_a_run(model: CogVLMModel, *, partitioned: bool):
         stack.enter_context(_replaced(recompute, "checkpoint_in_one_graph", rows))
         if partitioned:
             for parameter in model.parameters():
-                parameter.ds_id = parameter.ds_status = None  # adapters then take over no product with a weight
+                parameter.ds_id = None  # adapters then fuse no product with a weight
+                parameter.ds_status = None
             # Its linear keeps the input, whether the weight trains or not.
             stack.enter_context(_replaced(torch.nn.functional, "linear", linear_of_zero3))
         yield
@@ -132,9 +133,11 @@ def _replaced(module, name: str, value):
 
 
 def _peak_of_a_step(model: CogVLMModel, config: dict, rows: int, length: int, labelled: int | None) -> int:
-    """Bytes of a forward and a backward pass at their peak, parameters and the gradients that they have aside."""
-    patches, vit = config["image_length"], config["eva_args"]
-    vision, tokens = rows * (patches + 1), rows * length
+    """Return the bytes of a forward and a backward pass at their peak, beside parameters and their gradients."""
+    patches = config["image_length"]
+    vit = config["eva_args"]
+    vision = rows * (patches + 1)
+    tokens = rows * length
     answers = rows * max(1, length - patches - 2) if labelled is None else rows * labelled
     ids = torch.zeros(rows, length, dtype=torch.int64)
     images = torch.zeros(rows, 3, *vit["image_size"])
@@ -155,6 +158,9 @@ def _peak_of_a_step(model: CogVLMModel, config: dict, rows: int, length: int, la
 
 
 def _loss(model: CogVLMModel, ids: torch.Tensor, seen: dict) -> torch.Tensor:
-    """As in training; `seen` is what CogVLMModel.forward finds out by looking at its batch, here without values."""
+    """Return the loss, a scalar, as in training.
+
+    seen: what CogVLMModel.forward finds out by looking at its batch, here without values.
+    """
     rope = model.mixins["rotary"].rotary_emb(ids, model.mixins["eva"].boi.dtype)
     return super(CogVLMModel, model).forward(ids, ids, None, **seen, rope=rope, attention_kind=CAUSAL)[0]

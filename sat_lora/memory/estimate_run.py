@@ -17,13 +17,14 @@ from sat_lora.training.settings.lora_options import lora_config
 
 
 def estimate_run(options: Namespace, *, ranks: int, device: str = "cuda", layers: int | None = None) -> Memory:
-    """Of a rank among `ranks`. layers: of each transformer, at most. device: as for `deepspeed_config`.
+    """Return the memory of a rank among `ranks`.
 
-    ConfigError, CheckpointError: as a run has them.
+    layers: of each transformer, at most. device: as for `deepspeed_config`.
+    Raises ConfigError and CheckpointError as a run does.
     """
-    parts = options.model_parallel_size
-    if ranks < 1 or ranks % parts:
-        raise ConfigError(f"--gpus: got {ranks}, wanted a multiple of --model-parallel-size {parts}")
+    mp_size = options.model_parallel_size
+    if ranks < 1 or ranks % mp_size:
+        raise ConfigError(f"--gpus: got {ranks}, wanted a multiple of --model-parallel-size {mp_size}")
     environ = {"RANK": "1", "WORLD_SIZE": str(ranks)}  # rank 0 would warn
     engine = deepspeed_config(options, device=device, environ=environ)
     config = sizes_of(options.from_pretrained)
@@ -39,8 +40,8 @@ def estimate_run(options: Namespace, *, ranks: int, device: str = "cuda", layers
         dtype=base_dtype(options),
         batch_size=options.batch_size,
         length=options.max_length,
-        data_parallel_size=ranks // parts,
-        model_parallel_size=parts,
+        data_parallel_size=ranks // mp_size,
+        model_parallel_size=mp_size,
         checkpoint_activations=options.checkpoint_activations,
         vit_checkpoint_activations=options.vit_checkpoint_activations,
         on_device=device.startswith("cuda"),
@@ -48,7 +49,10 @@ def estimate_run(options: Namespace, *, ranks: int, device: str = "cuda", layers
 
 
 def sizes_of(path: str | Path) -> dict:
-    """The content of a model_config.json, or the sizes of the model in a folder. CheckpointError: it is neither."""
+    """Return the content of a model_config.json, or the sizes of the model in a folder.
+
+    Raises CheckpointError if it is neither.
+    """
     path = Path(path)
     if path.suffix != ".json":
         return read_config(path)
@@ -65,7 +69,7 @@ def sizes_of(path: str | Path) -> dict:
 
 
 def main() -> int:
-    """For `memory_report`: a request as JSON on standard input, the answer as the last line of standard output."""
+    """Answer `memory_report`: a request as JSON on standard input, the answer as the last line of standard output."""
     request = json.load(sys.stdin)
     options = Namespace(**request.pop("options"))
     options.given = frozenset(options.given)

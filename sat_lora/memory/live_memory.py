@@ -12,15 +12,17 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):
-    """While entered, counts the storages of what operations return, each once, until it is freed.
+    """A context that counts, in `now` and `peak`, the bytes of the storages that operations return.
 
+    Each storage counts once, until it is freed.
     known: tensors that are not counted, nor are views of them. Works on fake tensors too; on "meta" none counts. Memory
     that a kernel takes and gives back within one operation is not seen; on CUDA ask `torch.cuda.max_memory_allocated`.
     """
 
     def __init__(self, known: Iterable[torch.Tensor] = ()):
         super().__init__()
-        self.now = self.peak = 0
+        self.now = 0
+        self.peak = 0
         self._live: dict[int, int] = {}
         self._known = {tensor.untyped_storage()._cdata for tensor in known}
 
@@ -45,7 +47,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 def peak_of(work: Callable[[], object], model: torch.nn.Module, device: torch.device) -> int:
-    """The most bytes that tensors beyond the model's own take at once while `work` runs."""
+    """Return the most bytes that tensors beyond the model's own take at once while `work` runs."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)

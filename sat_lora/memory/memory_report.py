@@ -15,7 +15,7 @@ from sat_lora.errors import ConfigError
 from sat_lora.findings.finding import Finding, joined
 from sat_lora.memory.components import Memory, device_memory, memory_findings, memory_of, memory_table
 from sat_lora.memory.live_memory import peak_of
-from sat_lora.parallel.distributed import gather_lists, together
+from sat_lora.parallel.distributed import gather_lists, run_on_all_ranks
 from sat_lora.parallel.launch import ranks_on_this_machine
 from sat_lora.training.prepare import Setting
 
@@ -23,12 +23,13 @@ from sat_lora.training.prepare import Setting
 def memory_report(
     options: Namespace, setting: Setting, model: nn.Module, step: Callable[[], None]
 ) -> tuple[str, list[Finding]]:
-    """(table, findings) of all ranks; every rank has to call it.
+    """Return (table, findings) of all ranks; every rank has to call it.
 
     step: runs forward and backward on one micro-batch. Under ZeRO-3, whose gathers would be counted too, activations
     are estimated; with --shrink what is measured is extrapolated by what `estimate` gives for both sizes.
     """
-    device, ranks = setting.world.device, setting.world.size
+    device = setting.world.device
+    ranks = setting.world.size
     partitioned = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
     measured = 0 if partitioned else peak_of(step, model, device)
     model.zero_grad(set_to_none=True)
@@ -51,7 +52,10 @@ def memory_report(
 
 
 def estimated_findings(options: Namespace, setting: Setting) -> list[Finding]:
-    """On GPUs, before anything is loaded: whether a step fits by the estimate. Every rank has to call it."""
+    """Return a finding, before anything is loaded, if a step does not fit by the estimate; on GPUs alone.
+
+    Every rank has to call it.
+    """
     world = setting.world
     if world.device.type != "cuda" or options.shrink:
         return []
@@ -61,10 +65,13 @@ def estimated_findings(options: Namespace, setting: Setting) -> list[Finding]:
 
 
 def estimate_elsewhere(options: Namespace, ranks: int, device: str, layers: int | None = None) -> Memory:
-    """`estimate_run` in a process of its own: this one has a process group. ConfigError: what that process says."""
+    """Return `estimate_run` of a process of its own: this one has a process group.
+
+    Raises ConfigError with what that process says.
+    """
     content = {**vars(options), "given": sorted(options.given)}
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-m", "sat_lora.memory.estimate_run"],
         input=json.dumps(dict(options=content, ranks=ranks, device=device, layers=layers)),
         capture_output=True,
@@ -72,14 +79,14 @@ def estimate_elsewhere(options: Namespace, ranks: int, device: str, layers: int 
         env=environment,
         check=False,
     )
-    if done.returncode:
-        raise ConfigError(f"the memory could not be estimated: {done.stderr.strip().splitlines()[-1:]}")
-    return Memory(**json.loads(done.stdout.splitlines()[-1]))
+    if process.returncode:
+        raise ConfigError(f"the memory could not be estimated: {process.stderr.strip().splitlines()[-1:]}")
+    return Memory(**json.loads(process.stdout.splitlines()[-1]))
 
 
 def _estimated(*args) -> Memory:
-    """`estimate_elsewhere` of rank 0, on every rank. ConfigError on every rank."""
+    """Return `estimate_elsewhere` of rank 0 on every rank. Raises ConfigError on every rank."""
     first = torch.distributed.get_rank() == 0
-    own = together(lambda: [estimate_elsewhere(*args)] if first else [])
-    (memory,) = gather_lists(own)
+    estimates = run_on_all_ranks(lambda: [estimate_elsewhere(*args)] if first else [])
+    (memory,) = gather_lists(estimates)
     return memory

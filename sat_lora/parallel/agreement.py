@@ -18,20 +18,23 @@ SHOWN = 120  # characters of a value
 
 
 def mark(value: object) -> str:
-    """A value as text of bounded length that differs where the value does."""
+    """Return a value as text of bounded length that differs where the value does."""
     text = printable(json.dumps(value, sort_keys=True, default=str))
     if len(text) <= SHOWN:
         return text
     return f"{text[:SHOWN]}... (digest {hashlib.sha256(text.encode()).hexdigest()[:12]})"
 
 
-def differences(own: Mapping[str, str], first: Mapping[str, str]) -> dict[str, str]:
-    """What is not as on rank 0: by name, this rank's."""
-    return {name: own.get(name, "missing") for name in [*first, *own] if own.get(name) != first.get(name)}
+def differences(marks: Mapping[str, str], first: Mapping[str, str]) -> dict[str, str]:
+    """Return what is not as on rank 0: this rank's marks by name, "missing" where it has none."""
+    return {name: marks.get(name, "missing") for name in [*first, *marks] if marks.get(name) != first.get(name)}
 
 
 def disagreement(first: Mapping[str, str], by_rank: Mapping[int, Mapping[str, str]]) -> ConfigError:
-    """The error that every rank gets. first: the marks of rank 0; by_rank: the differences of the other ranks."""
+    """Return the error that every rank gets.
+
+    first: the marks of rank 0. by_rank: the differences of the other ranks.
+    """
     problems = []
     for name in dict.fromkeys(name for marks in by_rank.values() for name in marks):
         ranks: dict[str, list[int]] = {}
@@ -53,8 +56,9 @@ def _ranks(ranks: Sequence[int], most: int = 8) -> str:
 
 
 def code_mark(folder: str | Path | None = None) -> str:
-    """A short mark of this package's source, which differs where a checkout is older or edited."""
-    value, folder = 0, Path(folder or Path(sat_lora.__file__).parent)
+    """Return a short mark of this package's source, which differs where a checkout is older or edited."""
+    value = 0
+    folder = Path(folder or Path(sat_lora.__file__).parent)
     for path in sorted(folder.rglob("*.py")):
         value = zlib.crc32(path.relative_to(folder).as_posix().encode() + path.read_bytes(), value)
     return f"{value:08x}"

@@ -22,6 +22,8 @@ Entry = TypeVar("Entry")
 
 @dataclass(frozen=True)
 class World:
+    """This process among the ranks of a run."""
+
     rank: int
     size: int
     device: torch.device
@@ -30,18 +32,20 @@ class World:
 
     @property
     def is_main(self) -> bool:
+        """Whether this is rank 0, which writes and speaks."""
         return self.rank == 0
 
 
-def join(backend: str | None = None, marks: Mapping[str, str] | None = None, *, alone: bool = False) -> torch.device:
-    """Join the process group that `deepspeed` or `torchrun` describes in the environment, or be alone.
+def init_distributed(
+    backend: str | None = None, marks: Mapping[str, str] | None = None, *, alone: bool = False
+) -> torch.device:
+    """Join the process group that a launcher describes in the environment, or be alone; return the device.
 
     NCCL on CUDA, unless `backend` says otherwise; gloo on the CPU whatever it says. On the CPU the ranks of a machine
-    share its cores but one, which data workers need.
-    marks: what all ranks have to have alike, by name (see `agreement`), compared before they do anything together.
-    alone: whatever the environment says, for a command of one process in a job of several.
-    ConfigError: the environment is wrong or incomplete (see `find_place`), the port is taken, the other ranks do not
-    come in time, or, on every rank, some marks differ.
+    share its cores but one, which data workers need. marks: what all ranks have to have alike, by name (see
+    `agreement`), compared before they do anything together. alone: whatever the environment says, for a command of one
+    process in a job of several. Raises ConfigError if the environment is wrong or incomplete (see `find_place`), the
+    port is taken, the other ranks do not come in time, or, on every rank, some marks differ.
     """
     environment = os.environ
     place = find_place({} if alone else environment)
@@ -52,16 +56,19 @@ def join(backend: str | None = None, marks: Mapping[str, str] | None = None, *, 
         device = torch.device("cuda", place.local_rank)
         backend = backend or "nccl"
     else:
-        device, backend = torch.device("cpu"), "gloo"
+        device = torch.device("cpu")
+        backend = "gloo"
         _share_cores(place.size)
     if not is_joined:
         store = meet(place)
         if marks is not None and place.size > 1:
             compare(store, place, marks)
-        address, port = place.address or "127.0.0.1", place.port or store.underlying_store.port
+        address = place.address or "127.0.0.1"
+        port = place.port or store.underlying_store.port
         for name, value in (("RANK", place.rank), ("WORLD_SIZE", place.size), ("LOCAL_RANK", place.local_rank)):
             environment[name] = str(value)
-        environment["MASTER_ADDR"], environment["MASTER_PORT"] = address, str(port)
+        environment["MASTER_ADDR"] = address
+        environment["MASTER_PORT"] = str(port)
         group = torch.distributed.PrefixStore("group", store)
         torch.distributed.init_process_group(backend, store=group, rank=place.rank, world_size=place.size)
     return device
@@ -96,12 +103,12 @@ def _share_cores(size: int) -> None:
     Threads that outnumber the cores left to them spend most of a step waiting for each other.
     """
     if "OMP_NUM_THREADS" not in os.environ:
-        here = ranks_on_this_machine(size)
-        torch.set_num_threads(max(1, (len(os.sched_getaffinity(0)) - 1) // here))
+        local_ranks = ranks_on_this_machine(size)
+        torch.set_num_threads(max(1, (len(os.sched_getaffinity(0)) - 1) // local_ranks))
 
 
-def arrange(device: torch.device, model_parallel_size: int = 1) -> World:
-    """Set up SAT's model-parallel and data-parallel groups among the processes that have joined."""
+def init_model_parallel(device: torch.device, model_parallel_size: int = 1) -> World:
+    """Set up SAT's model-parallel and data-parallel groups; return the place of this process in them."""
     if not mpu.model_parallel_is_initialized():
         mpu.initialize_model_parallel(model_parallel_size)
     return World(
@@ -113,17 +120,17 @@ def arrange(device: torch.device, model_parallel_size: int = 1) -> World:
     )
 
 
-def stop() -> None:
-    """Leave the process group."""
+def destroy() -> None:
+    """Leave the process group, and SAT's groups within it; nothing happens without one."""
     if torch.distributed.is_initialized():
         mpu.destroy_model_parallel()
         torch.distributed.destroy_process_group()
 
 
-def together(step: Callable[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-    """Run `step` on every rank. If it fails with a user's mistake on any, it fails on all, with that message.
+def run_on_all_ranks(step: Callable[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+    """Run `step` on every rank and return its result; a user's mistake on any rank is raised on all.
 
-    A file or folder that cannot be used (an OSError that names one) is such a mistake.
+    A file or folder that cannot be used (an OSError that names one) is such a mistake, raised as a SatLoraError.
     """
     mistake: SatLoraError | None = None
     try:
@@ -143,17 +150,20 @@ def together(step: Callable[Arguments, Result], *args: Arguments.args, **kwargs:
 
 
 def agree(marks: Mapping[str, str]) -> None:
-    """ConfigError, the same on every rank, if `marks` (see `marks`) are not alike on all; every rank has to call it."""
+    """Raise ConfigError, the same on every rank, if `marks` are not alike on all; every rank has to call it.
+
+    marks: values by name, see `agreement`.
+    """
     digests = gather_lists([mark(marks)])
     if len(set(digests)) == 1:
         return
     first, *others = gather_lists([dict(marks)])
-    by_rank = {rank: differences(own, first) for rank, own in enumerate(others, 1)}
-    raise disagreement(first, {rank: own for rank, own in by_rank.items() if own})
+    by_rank = {rank: differences(other, first) for rank, other in enumerate(others, 1)}
+    raise disagreement(first, {rank: differing for rank, differing in by_rank.items() if differing})
 
 
-def gather_lists(own: list[Entry]) -> list[Entry]:
-    """The lists of all ranks, joined in rank order. Every rank has to call it."""
+def gather_lists(entries: list[Entry]) -> list[Entry]:
+    """Return the lists of all ranks, joined in rank order. Every rank has to call it."""
     lists: list[list[Entry]] = [[] for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather_object(lists, own)
-    return [entry for part in lists for entry in part]
+    torch.distributed.all_gather_object(lists, entries)
+    return [entry for of_rank in lists for entry in of_rank]

@@ -18,7 +18,9 @@ STARTERS = {
     "MV2_COMM_WORLD_SIZE": "mpirun_rsh",
     "JSM_NAMESPACE_SIZE": "jsrun",
 }
-BY_HAND_LIMIT, LAUNCHED_LIMIT = 120, 600  # seconds until a process gives up to wait for the others
+# Seconds until a process gives up to wait for the others.
+BY_HAND_LIMIT = 120
+LAUNCHED_LIMIT = 600
 ALONE = "for one process alone: env -u RANK -u WORLD_SIZE python ..."
 START_ALL = "start all processes of a machine with torchrun or deepspeed"
 Default = TypeVar("Default", int, None)
@@ -26,8 +28,9 @@ Default = TypeVar("Default", int, None)
 
 @dataclass(frozen=True)
 class Place:
-    """rank: from 0, below size. address, port: where rank 0 listens; None where the process is alone.
+    """The place of this process among the ranks.
 
+    rank: from 0, below size. address, port: where rank 0 listens; None where the process is alone.
     launcher: `deepspeed`, `torchrun`, or None for processes that were started one by one, or by a platform.
     """
 
@@ -55,25 +58,25 @@ class Place:
 
 
 def find_place(environ: Mapping[str, str] = os.environ) -> Place:
-    """The place that RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT give.
+    """Return the place that RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT give.
 
-    ConfigError: a value is wrong, some are missing where there are several processes, or there are several processes
-    and none knows its rank. Empty values count as missing.
+    Empty values count as missing. Raises ConfigError if a value is wrong, some are missing where there are several
+    processes, or there are several processes and none knows its rank.
     """
-    given = {name: text.strip() for name, text in environ.items() if text.strip()}
-    _refuse_to_be_alone_among_many(given)
-    size = _whole(given, "WORLD_SIZE", least=1, default=1)
-    rank = _whole(given, "RANK", least=0, default=0)
-    local_rank = _whole(given, "LOCAL_RANK", least=0, default=0)
-    port = _whole(given, "MASTER_PORT", least=0, default=None, most=65535)
+    variables = {name: text.strip() for name, text in environ.items() if text.strip()}
+    _refuse_to_be_alone_among_many(variables)
+    size = _whole(variables, "WORLD_SIZE", least=1, default=1)
+    rank = _whole(variables, "RANK", least=0, default=0)
+    local_rank = _whole(variables, "LOCAL_RANK", least=0, default=0)
+    port = _whole(variables, "MASTER_PORT", least=0, default=None, most=65535)
     for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
-        _whole(given, name, least=1, default=None)
+        _whole(variables, name, least=1, default=None)
     if rank >= size:
-        said = f"WORLD_SIZE is {size}" if "WORLD_SIZE" in given else "WORLD_SIZE is missing"
-        raise ConfigError(f"RANK is {rank} and {said} in the environment: ranks are 0 to WORLD_SIZE - 1; {ALONE}")
-    launcher = "torchrun" if "TORCHELASTIC_RUN_ID" in given else "deepspeed" if "CROSS_RANK" in given else None
+        world = f"WORLD_SIZE is {size}" if "WORLD_SIZE" in variables else "WORLD_SIZE is missing"
+        raise ConfigError(f"RANK is {rank} and {world} in the environment: ranks are 0 to WORLD_SIZE - 1; {ALONE}")
+    launcher = "torchrun" if "TORCHELASTIC_RUN_ID" in variables else "deepspeed" if "CROSS_RANK" in variables else None
     if size > 1:
-        missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in given]
+        missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in variables]
         if missing:
             raise ConfigError(
                 f"WORLD_SIZE is {size} in the environment and {', '.join(missing)} missing: as a platform sets it that "
@@ -81,19 +84,19 @@ def find_place(environ: Mapping[str, str] = os.environ) -> Place:
             )
         if port == 0:
             raise ConfigError("MASTER_PORT is 0 in the environment: ranks have to know the port; give 1024 to 65535")
-    address = given["MASTER_ADDR"] if size > 1 else None
-    return Place(rank, size, local_rank, address, port if size > 1 else None, launcher, "LOCAL_RANK" in given)
+    address = variables["MASTER_ADDR"] if size > 1 else None
+    return Place(rank, size, local_rank, address, port if size > 1 else None, launcher, "LOCAL_RANK" in variables)
 
 
 def ranks_on_this_machine(all_ranks: int, environ: Mapping[str, str] = os.environ) -> int:
-    """As the launcher says; all of them where it does not."""
+    """Return how many ranks run here, as the launcher says; `all_ranks` where it does not."""
     return int(environ.get("LOCAL_WORLD_SIZE") or environ.get("LOCAL_SIZE") or all_ranks)
 
 
 def announce(place: Place, environ: Mapping[str, str] = os.environ) -> None:
     """Say what the process will wait for, where no launcher is known to have started the others.
 
-    ConfigError: rank 0 is to listen at a port that another process has; known seconds before torch is imported.
+    Raises ConfigError if rank 0 is to listen at a port that another process has: seconds before torch is imported.
     """
     if place.size == 1:
         return
@@ -107,12 +110,12 @@ def announce(place: Place, environ: Mapping[str, str] = os.environ) -> None:
 
 
 def agent_listens(environ: Mapping[str, str] = os.environ) -> bool:
-    """Whether torchrun's agent keeps the store in which the ranks meet, and no rank does."""
+    """Return whether torchrun's agent keeps the store in which the ranks meet, and no rank does."""
     return environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def taken_port(place: Place, reason: object) -> ConfigError:
-    """The error of a rank 0 that cannot listen at its port."""
+    """Return the error of a rank 0 that cannot listen at its port."""
     return ConfigError(
         f"MASTER_PORT: rank 0 cannot listen at port {place.port}: {printable(reason)}; most likely another job has it. "
         f"Choose another: deepspeed --master_port {_another(place.port)} ..., torchrun --master_port "
@@ -124,11 +127,11 @@ def _another(port: int | None) -> int:
     return port + 1 if port is not None and port < 65535 else 29500
 
 
-def _refuse_to_be_alone_among_many(given: Mapping[str, str]) -> None:
-    if "RANK" in given:
+def _refuse_to_be_alone_among_many(variables: Mapping[str, str]) -> None:
+    if "RANK" in variables:
         return
     for name, starter in STARTERS.items():
-        text = given.get(name, "")
+        text = variables.get(name, "")
         tasks = int(text) if text.isdecimal() else 1
         if tasks > 1:
             raise ConfigError(
@@ -138,9 +141,9 @@ def _refuse_to_be_alone_among_many(given: Mapping[str, str]) -> None:
 
 
 def _whole(
-    given: Mapping[str, str], name: str, *, least: int, default: Default, most: int | None = None
+    variables: Mapping[str, str], name: str, *, least: int, default: Default, most: int | None = None
 ) -> int | Default:
-    text = given.get(name)
+    text = variables.get(name)
     if text is None:
         return default
     number = int(text) if text.isascii() and text.isdecimal() and len(text) < 10 else -1
@@ -150,25 +153,25 @@ def _whole(
     return number
 
 
-def relaunch(script: str | os.PathLike[str], *words: str, environ: Mapping[str, str] = os.environ) -> str | None:
-    """A line for any shell that starts a script with as many ranks, under the launcher that started this process.
+def relaunch(script: str | os.PathLike[str], *arguments: str, environ: Mapping[str, str] = os.environ) -> str | None:
+    """Return a shell line that starts a script with as many ranks, under the launcher that started this process.
 
-    None where no single line does: on several machines, or for ranks that were started one by one.
+    It is None where no single line does: on several machines, or for ranks that were started one by one.
     """
     place = find_place(environ)
-    here = ranks_on_this_machine(place.size, environ)
+    local_ranks = ranks_on_this_machine(place.size, environ)
     if place.size == 1:
         start = []
-    elif here != place.size or place.launcher is None:
+    elif local_ranks != place.size or place.launcher is None:
         return None
     elif place.launcher == "deepspeed":
         port = [] if place.port in (None, 29500) else ["--master_port", str(place.port)]
-        start = ["-m", "deepspeed.launcher.runner", "--num_gpus", str(here), *port]
+        start = ["-m", "deepspeed.launcher.runner", "--num_gpus", str(local_ranks), *port]
     else:
-        start = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(here), "--"]
-    return shell_line([sys.executable, *start, os.path.abspath(script), *words])
+        start = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(local_ranks), "--"]
+    return shell_line([sys.executable, *start, os.path.abspath(script), *arguments])
 
 
-def sat_lora_line(*words: str | os.PathLike[str]) -> str:
-    """A line for any shell that runs `sat-lora` with these words, by the interpreter that runs now."""
-    return shell_line([sys.executable, "-m", "sat_lora.cli", *map(str, words)])
+def sat_lora_line(*arguments: str | os.PathLike[str]) -> str:
+    """Return a line for any shell that runs `sat-lora` with these arguments, by the interpreter that runs now."""
+    return shell_line([sys.executable, "-m", "sat_lora.cli", *map(str, arguments)])

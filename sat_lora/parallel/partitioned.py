@@ -16,17 +16,21 @@ class Partitioning:
     """
 
     def __init__(self, config: dict[str, Any]):
-        """config: what `deepspeed.initialize` will get; the process groups have to exist."""
+        """Take the data-parallel group that is there, and the settings of DeepSpeed's own `zero.Init`.
+
+        config: what `deepspeed.initialize` will get; the process groups have to exist.
+        """
         import deepspeed
 
         group = mpu.get_data_parallel_group()
         self._init = deepspeed.zero.Init(config_dict_or_path=dict(config), data_parallel_group=group, mpu=mpu)
-        self._rank, self._size = torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
+        self._rank = torch.distributed.get_rank(group)
+        self._size = torch.distributed.get_world_size(group)
         if self._init.mem_efficient_linear:  # as `deepspeed.initialize` would, given parameters that are still whole
             self._init._enable_mem_efficient_linear()
 
     def rows(self, shape: torch.Size) -> range:
-        """The rows, along the first dimension, that hold some of this rank's partition."""
+        """Return the rows, along the first dimension, that hold some of this rank's partition."""
         row = shape[1:].numel()
         length = -(-shape.numel() // self._size)
         start, stop = (min(length * rank, shape.numel()) for rank in (self._rank, self._rank + 1))

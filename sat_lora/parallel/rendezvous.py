@@ -24,7 +24,10 @@ _meetings = 0  # of this process: a store that lives on has the keys of earlier 
 
 
 def meet(place: Place) -> PrefixStore:
-    """The store of all ranks, once they are all there. ConfigError: the port is taken, or some do not come in time."""
+    """Return the store of all ranks, once they are all there.
+
+    Raises ConfigError if the port is taken, or some ranks do not come in time.
+    """
     global _meetings
     _meetings += 1
     if place.size == 1:
@@ -46,15 +49,15 @@ def meet(place: Place) -> PrefixStore:
 
 
 def compare(store: Store, place: Place, marks: Mapping[str, str]) -> None:
-    """ConfigError, the same on every rank, if marks are not alike on all of them; every rank of `meet` calls it."""
+    """Raise ConfigError, the same on every rank, if marks are not alike on all; every rank of `meet` calls it."""
     deadline = _Deadline(place)
     if place.rank == 0:
         store.set("marks", json.dumps(marks))
     deadline.wait_until(lambda: store.check(["marks"]))
     first = json.loads(store.get("marks"))
-    own = differences(marks, first)
-    if own:
-        store.set(f"differences/{place.rank}", json.dumps(own))
+    differing = differences(marks, first)
+    if differing:
+        store.set(f"differences/{place.rank}", json.dumps(differing))
         store.add("differing", 1)
     store.add("compared", 1)
     deadline.wait_until(lambda: store.add("compared", 0) >= place.size)
@@ -73,7 +76,7 @@ def compare(store: Store, place: Place, marks: Mapping[str, str]) -> None:
 
 
 class _Deadline:
-    """Waits in Python, so that Ctrl-C is heard, says what it waits for, and gives up."""
+    """A time until which to wait: in Python, so that Ctrl-C is heard; it says what it waits for, and gives up."""
 
     def __init__(self, place: Place):
         self.place = place
@@ -82,6 +85,7 @@ class _Deadline:
         self.says_at = time.monotonic() + PATIENCE if place.has_local_rank else float("inf")
 
     def wait_until(self, condition: Callable[[], bool], missing: Callable[[], list[int]] = lambda: []) -> None:
+        """Wait until `condition` holds. Raises ConfigError, with the ranks that are `missing`, after the deadline."""
         pause = 0.002
         while not condition():
             now = time.monotonic()
@@ -109,14 +113,17 @@ def _attempt() -> str:
 
 
 def _store(place: Place, deadline: _Deadline) -> TCPStore:
-    """Rank 0 listens, unless torchrun's agent does; the others connect."""
+    """Return the store: rank 0 listens, unless torchrun's agent does, and the others connect.
+
+    Raises ConfigError if the port is taken, or nothing of ours answers there.
+    """
     listens = place.rank == 0 and not agent_listens()
     if not listens:
         _wait_for_listener(place, deadline)
-    left = timedelta(seconds=max(5.0, deadline.end - time.monotonic()))
+    remaining = timedelta(seconds=max(5.0, deadline.end - time.monotonic()))
     try:
         return TCPStore(
-            place.address, place.port, place.size, listens, left, wait_for_workers=False, multi_tenant=True
+            place.address, place.port, place.size, listens, remaining, wait_for_workers=False, multi_tenant=True
         )  # fmt: skip
     except (RuntimeError, ValueError) as error:  # DistNetworkError among them
         reason = str(error).splitlines()[0][:300]

@@ -14,7 +14,9 @@ Handler = Callable[[int, FrameType | None], Any] | int | None
 class Ending(Protocol):
     """An event of any kind: of threads, of processes."""
 
-    def is_set(self) -> bool: ...
+    def is_set(self) -> bool:
+        """Return whether the event has come."""
+        ...
 
 
 class Stopped(Exception):
@@ -28,7 +30,7 @@ class Stopped(Exception):
 
 
 class StopSignals:
-    """While entered, counts the signals that arrive instead of dying of them. For the main thread alone.
+    """A context, for the main thread alone, in which signals that arrive are counted instead of died of.
 
     SIGHUP stays ignored where `nohup` has said so.
     """
@@ -59,8 +61,7 @@ class StopSignals:
 
 
 def serve_until(ending: Ending) -> None:
-    """For a data worker: Ctrl-C, a lost terminal and launchers signal it too, but it is to serve until its rank has
-    saved.
+    """Let a data worker serve until its rank has saved: Ctrl-C, a lost terminal and launchers signal it too.
 
     ending: an event that is set when the rank's interpreter ends, which then sends SIGTERM to the workers it has left,
     and waits for them.
@@ -76,7 +77,7 @@ def serve_until(ending: Ending) -> None:
 
 
 def _leave_lost_terminal() -> None:
-    """Nothing that is printed may fail because the terminal is gone: what wrote there writes nowhere from now on."""
+    """Let what writes to a terminal that is gone write nowhere from now on: nothing that is printed may fail for it."""
     for descriptor in (1, 2):
         try:
             os.write(descriptor, b"")

@@ -23,7 +23,7 @@ class without_memory(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        given = dict(kwargs or {})
+        keywords = dict(kwargs or {})
         if function in _ALLOCATIONS:
-            given["device"] = "meta"
-        return function(*args, **given)
+            keywords["device"] = "meta"
+        return function(*args, **keywords)

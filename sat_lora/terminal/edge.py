@@ -22,7 +22,7 @@ _current: "CtrlC | None" = None
 
 
 def is_first_rank(environ: Mapping[str, str] = os.environ) -> bool:
-    """Whether this is rank 0, by the RANK that `deepspeed` and `torchrun` set; known before any process group.
+    """Return whether this is rank 0, by the RANK that `deepspeed` and `torchrun` set; known before any process group.
 
     A RANK that is no number is an error that somebody has to say.
     """
@@ -31,7 +31,7 @@ def is_first_rank(environ: Mapping[str, str] = os.environ) -> bool:
 
 
 def let_first_rank_speak(environ: Mapping[str, str] = os.environ) -> None:
-    """Before another rank than the first ends with a mistake that all have, and that one says.
+    """Wait, before another rank than the first ends with a mistake that all have, until that one has said it.
 
     Launchers end all ranks as soon as one has ended: here the first one's end, after it has spoken, ends this wait.
     """
@@ -43,15 +43,18 @@ def let_first_rank_speak(environ: Mapping[str, str] = os.environ) -> None:
 
 
 class CtrlC:
-    """While entered, Ctrl-C ends the process with INTERRUPTED and a line of `name` on rank 0.
+    """A context in which Ctrl-C ends the process with INTERRUPTED and a line of `name` on rank 0.
 
-    At first by a KeyboardInterrupt, so that locks and half-written folders go; at once while something is imported,
-    where libraries survive an exception badly, at a second Ctrl-C, and after GRACE seconds. What is entered within
-    another one, or outside of the main thread, does nothing.
+    At first it does so by a KeyboardInterrupt, so that locks and half-written folders go; at once while something is
+    imported, where libraries survive an exception badly, at a second Ctrl-C, and after GRACE seconds. What is entered
+    within another one, or outside of the main thread, does nothing.
     """
 
     def __init__(self, name: str):
-        self.name, self.pid, self.count, self.has_spoken = name, os.getpid(), 0, False
+        self.name = name
+        self.pid = os.getpid()
+        self.count = 0
+        self.has_spoken = False
         self._left = threading.Event()
         self._before: Callable[[int, FrameType | None], Any] | int | None = None
         self._pipe: tuple[int, int] | None = None
@@ -78,7 +81,7 @@ class CtrlC:
             os.write(self._pipe[1], b"\0")  # the thread ends, and closes both
 
     def say(self) -> None:
-        """The line, once."""
+        """Write the line about Ctrl-C on rank 0, once."""
         if self.has_spoken:
             return
         self.has_spoken = True
@@ -108,10 +111,10 @@ class CtrlC:
 
 
 def run_command(name: str, action: Callable[[], int | None], *, may_be_cut: bool = False) -> int:
-    """The status of `action()`: its own, INTERRUPTED after Ctrl-C, MISTAKE after a SatLoraError or an OSError that
-    names a file. Both of these are said as `name: error: ...`, by rank 0 alone where every rank has it.
+    """Return the status of `action()`: its own, INTERRUPTED after Ctrl-C, MISTAKE after a mistake of the user.
 
-    may_be_cut: whoever reads the output may have heard enough, as `head` does: 0.
+    Such a mistake is a SatLoraError, or an OSError that names a file. Both are said as `name: error: ...`, by rank 0
+    alone where every rank has it. may_be_cut: whoever reads the output may have heard enough, as `head` does: 0.
     """
     from sat_lora.errors import SatLoraError
     from sat_lora.files.foreign import os_problem
@@ -150,13 +153,14 @@ class LastingStream:
     """
 
     def __init__(self, stream):
-        self._stream, self.error = stream, None
+        self._stream = stream
+        self.error = None
 
     def __getattr__(self, name: str):
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        """How much was taken, which is all of it."""
+        """Write the text and return how many characters were taken, which is all of them."""
         try:
             return self._stream.write(text)
         except OSError as error:
@@ -164,6 +168,7 @@ class LastingStream:
             return len(text)
 
     def flush(self) -> None:
+        """Write what the stream still holds."""
         try:
             self._stream.flush()
         except OSError as error:
@@ -198,7 +203,7 @@ def make_streams_last() -> None:
 
 
 def _lost_output(name: str) -> str | None:
-    """What to say where stdout could not be written to, and somebody wanted to read it."""
+    """Return the sentence for a stdout that could not be written to, if somebody wanted to read it; else None."""
     error = getattr(sys.stdout, "error", None)
     if error is None or error.errno in (errno.EPIPE, errno.EIO):  # as `head` leaves, and a terminal that is closed
         return None
@@ -225,7 +230,8 @@ def run_script(name: str, main: Callable[[], int | None], *, prints_its_result: 
     if lost:
         print(lost, file=sys.stderr, flush=True)
         status = status or MISTAKE * prints_its_result
-    was_interrupted, ctrl_c.count = ctrl_c.count > 0, 1  # from now on there is nothing to unwind
+    was_interrupted = ctrl_c.count > 0
+    ctrl_c.count = 1  # from now on there is nothing to unwind
     if was_interrupted and status == INTERRUPTED:
         _end_now()  # everything is unwound; what the interpreter would wait for at its end may never come
     sys.exit(status)

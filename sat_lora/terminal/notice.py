@@ -11,6 +11,6 @@ logger = logging.getLogger("sat_lora")
 
 
 def warn(message: str, environ: Mapping[str, str] = os.environ) -> None:
-    """Log a warning on rank 0, its control characters escaped; silence on the others, which found the same."""
+    """Log a warning on rank 0, its control characters escaped; the others, which found the same, are silent."""
     if is_first_rank(environ):
         logger.warning("%s", printable_lines(message))

@@ -67,8 +67,9 @@ PLACES = ("DIR", "FILE", "PATH", "PNG", "NAME", "RUN_FOLDER", "FOLDER", "ADAPTER
 
 
 class OptionParser(argparse.ArgumentParser):
-    """Takes `--a-b` for `--a_b` and the other way round; rank 0 alone speaks, every rank ends with status 2.
+    """A parser of options that takes `--a-b` for `--a_b` and the other way round.
 
+    Rank 0 alone speaks, and every rank ends with status 2.
     takes_more: options that it does not know are left to another parser, instead of refused.
     """
 
@@ -83,7 +84,9 @@ class OptionParser(argparse.ArgumentParser):
         return {flag.replace("-", "_"): flag for flag in flags}
 
     def parse_known_args(self, args=None, namespace=None):
-        args, spellings = sys.argv[1:] if args is None else args, self.spellings
+        """Return (options, words that are left), as argparse does, for either spelling of each option."""
+        args = sys.argv[1:] if args is None else args
+        spellings = self.spellings
         options, unknown = super().parse_known_args([_declared(argument, spellings) for argument in args], namespace)
         if unknown and not self.takes_more:
             self.refuse_unknown(unknown)
@@ -95,15 +98,17 @@ class OptionParser(argparse.ArgumentParser):
         self.error(f"unknown: {printable(' '.join(unknown))}{self._hint(names)}")
 
     def _hint(self, names: Sequence[str]) -> str:
-        spellings, meant, advice = self.spellings, [], []
+        spellings = self.spellings
+        meant = []
+        advice = []
         for name in names:
             bare = name.lstrip("-").replace("-", "_").lower()
             elsewhere = [flag for flag, others in ELSEWHERE.items() if bare in others.split()]
-            known = [flag for flag in elsewhere if flag.replace("-", "_") in spellings]
+            flags = [flag for flag in elsewhere if flag.replace("-", "_") in spellings]
             if bare in _ABSENT:
                 advice.append(_ABSENT[bare])
             else:
-                meant += known[:1] or difflib.get_close_matches(name, spellings.values(), 1)
+                meant += flags[:1] or difflib.get_close_matches(name, spellings.values(), 1)
         hints = [f"did you mean {', '.join(dict.fromkeys(meant))}?"] if meant else []
         return "".join(f"; {hint}" for hint in [*hints, *dict.fromkeys(advice)] or ["--help lists the options"])
 
@@ -115,7 +120,7 @@ class OptionParser(argparse.ArgumentParser):
         return super()._get_value(action, arg_string)
 
     def _check_value(self, action, value):
-        """Python's own words differ from version to version, and propose nothing."""
+        """Refuse a value that is none of the choices: Python's own words differ by version, and propose nothing."""
         choices = action.choices
         if choices is None or value in choices:
             return
@@ -125,6 +130,7 @@ class OptionParser(argparse.ArgumentParser):
         raise argparse.ArgumentError(action, f"invalid choice: {value!r}, wanted one of {', '.join(texts)}{hint}")
 
     def error(self, message: str):
+        """End the process with MISTAKE and one line, which rank 0 alone prints."""
         if "are required: " in message:
             commands = [name for action in self._actions if action.dest == "command" for name in action.choices or ()]
             message += f"; one of {', '.join(commands)}" if commands else "; --help says what they are"

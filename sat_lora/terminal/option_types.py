@@ -8,7 +8,7 @@ from collections.abc import Callable
 from sat_lora.printable import printable
 
 LARGEST_RATE = 1e30
-"""Of a learning rate and whatever multiplies it: Adam's first step divides by 1 - beta, and float32 ends at 3.4e38."""
+"""The largest learning rate, and factor of one: Adam's first step divides by 1 - beta, float32 ends at 3.4e38."""
 _LOOK_ALIKES = str.maketrans("−–—‐‑，．٫×·％\u00a0\u202f", "-----,..xx%  ")
 _THOUSANDS = re.compile(r"[1-9]\d{0,2}(\.\d{3})+")
 _NUMBER = re.compile(r"\d*\.?\d+")
@@ -18,8 +18,9 @@ ROUNDING = 0.0015  # 0.333,0.333,0.333 are thirds
 def number(
     kind: type, wanted: str, accepts: Callable[[float], bool] = lambda value: True, most: float = math.inf
 ) -> Callable[[str], float]:
-    """An argparse type: a finite `kind`, `most` at most, that `accepts` takes; otherwise an error that says what was
-    `wanted`.
+    """Return an argparse type: a finite `kind`, `most` at most, that `accepts` takes.
+
+    Its error says that another text was got and what was `wanted`.
     """
 
     def parse(text: str):
@@ -43,7 +44,7 @@ def number(
 
 
 def _takes(kind: type, text: str | None, accepts: Callable[[float], bool]) -> bool:
-    """Whether `text` is a number that `accepts` takes."""
+    """Return whether `text` is a number that `accepts` takes."""
     if text is None:
         return False
     value = _whole(text) if kind is int else float(text)
@@ -51,7 +52,7 @@ def _takes(kind: type, text: str | None, accepts: Callable[[float], bool]) -> bo
 
 
 def _meant_number(text: str, *, whole: bool = False) -> str | None:
-    """The number that was most likely meant, in Python's writing; None if that cannot be told.
+    """Return the number that was most likely meant, in Python's writing; None if that cannot be told.
 
     It knows a comma for a decimal point, as many countries write, and one after the thousands; other minus signs and
     multiplication signs than the keyboard's; percent.
@@ -77,7 +78,7 @@ def _is_float(text: str) -> bool:
 
 
 def _whole(text: str) -> float:
-    """`1e3` as the whole number that it is; NaN for what is none, and for 1.000, which is 1000 in many countries."""
+    """Return `1e3` as the whole number that it is; NaN for what is none, and for 1.000, 1000 in many countries."""
     if _THOUSANDS.fullmatch(text):
         return math.nan
     try:
@@ -101,7 +102,7 @@ share = number(float, "a share from 0 to 1", lambda value: 0 <= value <= 1)
 
 
 def _meant_shares(text: str) -> str:
-    """What was most likely meant by a text that is no shares, as the end of a sentence; "" if that cannot be told."""
+    """Return what was most likely meant by a text that is no shares, as the end of a sentence; "" if unknown."""
     plain = text.translate(_LOOK_ALIKES).replace("%", "")
     decimals = re.findall(r"[01],\d+", plain)
     if decimals and not re.sub(r"[01],\d+", "", plain).strip(" ,;/:|-"):
@@ -112,7 +113,10 @@ def _meant_shares(text: str) -> str:
 
 
 def proportions(text: str) -> list[float]:
-    """Up to three shares of train, valid and test that sum to 1, separated by commas: `1.` or `0.9,0.1`."""
+    """Return up to three shares of train, valid and test that sum to 1, of a text such as `1.` or `0.9,0.1`.
+
+    Raises ArgumentTypeError, with what was most likely meant, for any other text.
+    """
     wanted = "one to three shares such as 0.9,0.1 (train,valid)"
     refused = f"got {printable(repr(text))}, wanted {wanted}"
     try:

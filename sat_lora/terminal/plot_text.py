@@ -12,7 +12,7 @@ FALLBACKS = (
 
 
 def plot_text(text: object) -> str:
-    """`text` for matplotlib: what it would read as a formula is escaped, and so is what no font of `families` has."""
+    """Return `text` for matplotlib: what it would read as a formula is escaped, and so is what no font has."""
     fonts = _fonts()
     return "".join(
         r"\$" if c == "$" else c if any(font.get_char_index(ord(c)) for font in fonts) else _escaped(c)
@@ -22,7 +22,7 @@ def plot_text(text: object) -> str:
 
 @functools.cache
 def families() -> list[str]:
-    """The names of the fonts that a text is set in: matplotlib's own, then those of FALLBACKS that are installed."""
+    """Return the names of the fonts that a text is set in: matplotlib's own, then installed ones of FALLBACKS."""
     from matplotlib import font_manager
 
     installed = {font.name for font in font_manager.fontManager.ttflist}

@@ -14,7 +14,7 @@ Progress = Callable[[Collection[Item]], Iterable[Item]]
 
 
 def shown(items: Collection[Item], what: str, unit: str) -> Iterator[Item]:
-    """Goes through `items` and shows on stderr how far that is, if it takes more than a second.
+    """Yield each of `items` and show on stderr how far that is, if it takes more than a second.
 
     In a log file there is a line every ten seconds, and a last one if there was any. A stderr that cannot be written to
     is passed over.
@@ -24,28 +24,29 @@ def shown(items: Collection[Item], what: str, unit: str) -> Iterator[Item]:
 
         yield from tqdm(items, desc=what, unit=f" {unit}", delay=1, ncols=terminal_columns())
         return
-    total, began = len(items), time.monotonic()
+    total = len(items)
+    began = time.monotonic()
     last_line = began
-    for done, item in enumerate(items):
+    for count, item in enumerate(items):
         now = time.monotonic()
         if now - last_line >= SECONDS_BETWEEN_LINES:
             last_line = now
-            left = (total - done) * (now - began) / max(1, done)
-            _say(f"{what}: {done} of {total} {unit}, {as_time(left) if done else '?'} left")
+            remaining = (total - count) * (now - began) / max(1, count)
+            _say(f"{what}: {count} of {total} {unit}, {as_time(remaining) if count else '?'} left")
         yield item
     if last_line > began:
         _say(f"{what}: {total} of {total} {unit}, {as_time(time.monotonic() - began)}")
 
 
 def as_time(seconds: float) -> str:
-    """As 03:07, or 1:03:07."""
+    """Return the seconds as text: 03:07, or 1:03:07."""
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes:02}:{rest:02}"
 
 
 def is_terminal(stream) -> bool:
-    """Whether a stream is one; False for one that is closed or not there."""
+    """Return whether a stream is a terminal; False for one that is closed or not there."""
     try:
         return stream.isatty()
     except (AttributeError, ValueError):
@@ -53,7 +54,7 @@ def is_terminal(stream) -> bool:
 
 
 def terminal_columns(default: int = 120) -> int:
-    """Of the terminal behind stderr; `default` where it does not tell its size, as in many containers."""
+    """Return the columns of the terminal behind stderr; `default` if it tells no size, as in many containers."""
     try:
         return os.get_terminal_size(sys.stderr.fileno()).columns or default
     except (AttributeError, OSError, ValueError):

@@ -14,7 +14,7 @@ from sat_lora.errors import ConfigError
 from sat_lora.files.step_folders import BEST, read_pointer, steps_in
 from sat_lora.lora.apply import add_lora
 from sat_lora.lora.summary import describe, describe_text
-from sat_lora.parallel.distributed import World, agree, join, together
+from sat_lora.parallel.distributed import World, agree, init_distributed, run_on_all_ranks
 from sat_lora.terminal.notice import logger, warn
 from sat_lora.training.evaluation import evaluate_adapter, evaluation_table, write_evaluation
 from sat_lora.training.loop import train
@@ -50,7 +50,7 @@ def finetune(options: Namespace, make_data: Callable[[], None] | None = None) ->
     The run folder is locked meanwhile, and one that holds results is refused. Raises a SatLoraError on every rank for a
     user's mistake, before the weights are read; TrainingError and Stopped from `train`.
     """
-    join(options.distributed_backend, marks_of_options(options))
+    init_distributed(options.distributed_backend, marks_of_options(options))
     doing, option = ("resuming", "--resume") if options.resume else ("training", "--save")
     instead = "go on with another run" if options.resume else "give another --save or --experiment-name"
     with RunLock(options.run_folder, doing=doing, option=option, instead=instead) as lock:
@@ -80,10 +80,10 @@ def _check(
     setting = prepare(options, make_data, problems=problems)
     world = setting.world
     run = RunFolder(options.run_folder, is_writer=world.is_main, lock=lock)
-    for line in together(decisions, options, world.device.type):
+    for line in run_on_all_ranks(decisions, options, world.device.type):
         run.say(line)
     freed = size_of(run.path) if options.overwrite else 0
-    together(lambda: check_space(options, setting.lora, freed=freed) if world.is_main else None)
+    run_on_all_ranks(lambda: check_space(options, setting.lora, freed=freed) if world.is_main else None)
     return setting, run, _open_sources(options, world, run)
 
 
@@ -92,7 +92,7 @@ def _open_sources(options: Namespace, world: World, run: RunFolder) -> Sources:
 
     Every rank has to call it.
     """
-    stored = together(state_to_resume, options.resume) if options.resume else None
+    stored = run_on_all_ranks(state_to_resume, options.resume) if options.resume else None
     config = read_config(options.from_pretrained)
     data, valid_data = open_sources(options, world, dataset_maker(options, config))
     agree({**marks_of_sources(data, valid_data), **marks_of_config(config)})
@@ -107,13 +107,13 @@ def _open_sources(options: Namespace, world: World, run: RunFolder) -> Sources:
     run.facts = facts_of_run(options, data.description(), None if valid_data is None else valid_data.description())
     run.facts["files"] = data.files()
     if stored is not None:
-        together(check_data, options, stored, run.facts["data"])
+        run_on_all_ranks(check_data, options, stored, run.facts["data"])
         for note in notes(options, stored, run.facts["valid_data"], run.facts["files"]):
             run.say(note)
     base = base_of_run(options, None if stored is None else base_of_state(stored))
     if not options.replay:
         start_step = 0 if stored is None else stored["step"]
-        together(_say_what_trains, options, run, world, config, data, valid_data, start_step, base.digest)
+        run_on_all_ranks(_say_what_trains, options, run, world, config, data, valid_data, start_step, base.digest)
     return data, valid_data
 
 
@@ -143,8 +143,8 @@ def _train_and_evaluate(
         first, options.train_iters = steps_to_replay(options.replay)
         state, valid_data, options.test_data = RunState(step=first - 1), None, None
     else:
-        state = together(_state, engine, options, run, world)
-    together(
+        state = run_on_all_ranks(_state, engine, options, run, world)
+    run_on_all_ranks(
         _begin,
         options,
         run,
@@ -253,6 +253,8 @@ def _evaluate(
     options: Namespace, world: World, run: RunFolder, trained: tuple[CogVLMModel, dict] | None, observers: Observers
 ) -> None:
     """With the model that has trained, where no rank has to gather it: there is never a second one in memory."""
-    result = together(evaluate_adapter, options, run.adapters, world, trained, observers=observers)
-    together(lambda: write_evaluation(run.path / EVALUATION, result, options, run.adapters) if world.is_main else None)
+    result = run_on_all_ranks(evaluate_adapter, options, run.adapters, world, trained, observers=observers)
+    run_on_all_ranks(
+        lambda: write_evaluation(run.path / EVALUATION, result, options, run.adapters) if world.is_main else None
+    )
     run.say(evaluation_table(result))

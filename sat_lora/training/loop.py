@@ -14,7 +14,7 @@ import torch
 
 from sat_lora.errors import TrainingError
 from sat_lora.lora.optimizer_groups import set_learning_rate
-from sat_lora.parallel.distributed import World, gather_lists, together
+from sat_lora.parallel.distributed import World, gather_lists, run_on_all_ranks
 from sat_lora.parallel.stop_signals import Stopped, StopSignals
 from sat_lora.training.metrics.answers import Metric
 from sat_lora.training.runs.run_folder import RunFolder
@@ -24,7 +24,7 @@ from sat_lora.training.settings.schedule import learning_rate_factor, warmup_ste
 from sat_lora.training.steps.broken_samples import BrokenSamples
 from sat_lora.training.steps.checkpoint import RunState
 from sat_lora.training.steps.loss import count_answer_tokens, sum_on_device
-from sat_lora.training.steps.nonfinite import held
+from sat_lora.training.steps.nonfinite import discard_step
 from sat_lora.training.steps.observers import NOBODY, Figures, Observers, StepReport, ValidationReport
 from sat_lora.training.steps.step import StepResult, train_step, validate
 
@@ -217,7 +217,7 @@ class _Loop:
         if self.state.skipped <= self.options.skip_nonfinite:
             return
         finish_saving(self.writer)
-        with held(self.engine):
+        with discard_step(self.engine):
             again = self._train_step(self._next_micro_batches())
         is_blown_up = again.nonfinite is not None
         raise TrainingError(_end_of(nonfinite, self.run, self.world, self.state, self.saved, is_blown_up))
@@ -294,7 +294,7 @@ def _end_of(nonfinite: str, run: RunFolder, world: World, state: RunState, saved
             f"{text}But that of step {saved} is blown up, and there is none before it: start again with a lower --lr "
             f"(--skip-nonfinite {state.skipped} would leave out one step more, and change nothing)"
         )
-    together(lambda: run.go_back_to(good_step) if world.is_main else None)
+    run_on_all_ranks(lambda: run.go_back_to(good_step) if world.is_main else None)
     return (
         f"{text}But that of step {saved} is blown up; adapter/latest and checkpoints/latest name step "
         f"{good_step} again, the last that was well. Go on from there with {go_on}"

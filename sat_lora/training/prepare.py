@@ -15,7 +15,7 @@ from sat_lora.errors import ConfigError
 from sat_lora.lora.apply import find_all_parameters, find_all_sites
 from sat_lora.lora.config import LoraConfig
 from sat_lora.lora.targets import select
-from sat_lora.parallel.distributed import World, agree, arrange, join, together
+from sat_lora.parallel.distributed import World, agree, init_distributed, init_model_parallel, run_on_all_ranks
 from sat_lora.terminal.progress import shown
 from sat_lora.training.marks import marks_of_engine, marks_of_options, marks_of_tokenizer
 from sat_lora.training.preflight import check_options
@@ -42,17 +42,17 @@ def prepare(
     problems: of the options, that this rank knows already. A SatLoraError comes on every rank; a ConfigError if what
     the ranks were started with differs, before anything whose collectives depend on it.
     """
-    device = join(options.distributed_backend, marks_of_options(options))
+    device = init_distributed(options.distributed_backend, marks_of_options(options))
     on_first_rank(make_data)
-    together(check_options, options, more=problems)
+    run_on_all_ranks(check_options, options, more=problems)
     engine = deepspeed_config(options, device=device.type)
     agree({
         **marks_of_options(options),  # once more: the DeepSpeed file has been written into them
         **marks_of_engine(engine),
         **marks_of_tokenizer(options.local_tokenizer),
     })  # fmt: skip
-    world = arrange(device, options.model_parallel_size)
-    return Setting(world, engine, together(_checked_lora, options))
+    world = init_model_parallel(device, options.model_parallel_size)
+    return Setting(world, engine, run_on_all_ranks(_checked_lora, options))
 
 
 def load_base(options: Namespace, setting: Setting, *, layers: int | None = None) -> tuple[CogVLMModel, dict]:
@@ -63,7 +63,7 @@ def load_base(options: Namespace, setting: Setting, *, layers: int | None = None
     partitioned = options.zero_stage == 3 and layers is None
     if partitioned:
         set_up_deepspeed()
-    return together(
+    return run_on_all_ranks(
         load_cogvlm,
         options.from_pretrained,
         dtype=base_dtype(options),
@@ -111,8 +111,8 @@ def dataset_maker(options: Namespace, config: dict) -> Callable[[list], ImageTex
 
 
 def on_first_rank(action: Callable[[], None] | None) -> None:
-    """Call `action` on rank 0; the others wait. Every rank has to call it, after `join`."""
-    together(action if action is not None and torch.distributed.get_rank() == 0 else lambda: None)
+    """Call `action` on rank 0; the others wait. Every rank has to call it, after `init_distributed`."""
+    run_on_all_ranks(action if action is not None and torch.distributed.get_rank() == 0 else lambda: None)
 
 
 def _checked_lora(options: Namespace) -> LoraConfig:

@@ -9,7 +9,7 @@ from sat_lora.adapters.format import base_of_adapter
 from sat_lora.cogvlm.checkpoints.base_weights import BaseWeights
 from sat_lora.errors import AdapterError, CheckpointError
 from sat_lora.lora.base_identity import BaseIdentity
-from sat_lora.parallel.distributed import gather_lists, together
+from sat_lora.parallel.distributed import gather_lists, run_on_all_ranks
 
 
 def base_of_run(options: Namespace, before: BaseIdentity | None = None) -> BaseIdentity:
@@ -18,10 +18,10 @@ def base_of_run(options: Namespace, before: BaseIdentity | None = None) -> BaseI
     CheckpointError, on every rank: a rank's files hold another base than rank 0's, or the base is not the one of the
     run to resume, and --any-base was not given. before: that base, as the checkpoint has it; None: as the adapter does.
     """
-    base = together(lambda: BaseWeights(options.from_pretrained, trust=options.trust_checkpoint).identity)
-    together(_refuse_other_than_first, base, options.from_pretrained)
+    base = run_on_all_ranks(lambda: BaseWeights(options.from_pretrained, trust=options.trust_checkpoint).identity)
+    run_on_all_ranks(_refuse_other_than_first, base, options.from_pretrained)
     if options.resume is not None and not options.any_base:
-        together(_refuse_other_than_before, base, before, options)
+        run_on_all_ranks(_refuse_other_than_before, base, before, options)
     return base
 
 

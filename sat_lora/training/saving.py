@@ -12,7 +12,7 @@ from sat_lora.adapters.save_load import gather_adapter, write_gathered
 from sat_lora.errors import AdapterError
 from sat_lora.files.host_copies import HostCopies
 from sat_lora.files.step_folders import BEST, LATEST, point_to, prune, read_pointer, steps_in
-from sat_lora.parallel.distributed import World, together
+from sat_lora.parallel.distributed import World, run_on_all_ranks
 from sat_lora.training.runs.run_folder import RunFolder
 from sat_lora.training.steps.checkpoint import (
     GatheredCheckpoint,
@@ -102,7 +102,7 @@ def finish_saving(writer: BackgroundWriter) -> None:
 
     AdapterError or CheckpointError, on every rank: it could not be written.
     """
-    together(writer.wait)
+    run_on_all_ranks(writer.wait)
 
 
 def _shape_alone(tensor: torch.Tensor) -> torch.Tensor:

@@ -23,6 +23,7 @@ class Rank:
 
     @property
     def number(self) -> int:
+        """The rank's number, from 0."""
         return self.state.rank
 
     @property
@@ -33,7 +34,7 @@ class Rank:
 
     @property
     def waits(self) -> bool:
-        """In a collective: by its stack, or because one that it has started on the GPU is not done."""
+        """Whether it is in a collective: by its stack, or because one that it has started on the GPU is not done."""
         if any(thread.waits_in_collective for thread in self.threads):
             return True
         return self.pending is not None and self.pending.is_done is False
@@ -48,7 +49,10 @@ class Rank:
 
 
 def read_ranks(run: str | Path) -> list[Rank]:
-    """ConfigError: the run has no watchdog files, or they cannot be read."""
+    """Return what each rank of a run has left, in order.
+
+    Raises ConfigError if the run has no watchdog files, or they cannot be read.
+    """
     folder = folder_of(run)
     try:
         ranks = [

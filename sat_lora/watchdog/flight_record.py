@@ -27,37 +27,38 @@ class Collective:
     number: int
     """Within the group, from 1."""
     operation: str
-    """As gloo:all_reduce."""
+    """What it does, such as gloo:all_reduce."""
     sizes: str
     is_done: bool | None
-    """None where the backend does not say: gloo."""
+    """Whether it is through, None where the backend does not say: gloo."""
     place: Place | None
 
     @property
     def words(self) -> str:
+        """The operation, its sizes and its place, as a clause."""
         where = f" in {self.place.words}" if self.place else ""
         return f"{self.operation} of {self.sizes}{where}"
 
 
 def write_flight_record(folder: Path, rank: int) -> None:
-    """The dump of this process; nothing where torch has no recorder. OSError: it cannot be written."""
+    """Write the dump of this process; nothing where torch has no recorder. Raises OSError if it cannot."""
     dump = getattr(torch._C._distributed_c10d, "_dump_fr_trace", None)
     if dump is not None:
         file_of(folder, rank, FLIGHT).write_bytes(dump())
 
 
 def read_collectives(folder: Path, rank: int, package: str | None) -> list[Collective]:
-    """In the order in which the rank made them; empty if it has left no dump.
+    """Return the collectives of a rank in the order in which it made them; none if it has left no dump.
 
-    package: as of `places_of`. ValueError: a file is no such dump.
+    package: as of `places_of`. Raises ValueError if a file is no such dump.
     """
     files = [file_of(folder, rank, FLIGHT), folder / f"{NCCL_DUMP}{rank}"]
     path = next((file for file in files if file.is_file()), None)
     if path is None:
         return []
     try:
-        found = _PlainValues(io.BytesIO(read_bytes(path, FLIGHT_LIMIT))).load()
-        return [_collective(entry, package) for entry in found.get("entries", [])]
+        dump = _PlainValues(io.BytesIO(read_bytes(path, FLIGHT_LIMIT))).load()
+        return [_collective(entry, package) for entry in dump.get("entries", [])]
     # Bytes that are no pickle end in whatever its commands come to.
     except (
         pickle.UnpicklingError, EOFError, AttributeError, LookupError, TypeError, ArithmeticError, RuntimeError,
@@ -67,7 +68,7 @@ def read_collectives(folder: Path, rank: int, package: str | None) -> list[Colle
 
 
 class _PlainValues(pickle.Unpickler):
-    """Reads numbers, texts, lists and dictionaries, and runs nothing."""
+    """A reader of pickles that takes numbers, texts, lists and dictionaries, and runs nothing."""
 
     def find_class(self, module: str, name: str):
         raise pickle.UnpicklingError(f"it holds {module}.{name}, which is no plain value")
@@ -76,7 +77,8 @@ class _PlainValues(pickle.Unpickler):
 def _collective(entry: dict, package: str | None) -> Collective:
     frames = [(f["filename"], f["line"], f["name"], "") for f in entry.get("frames", [])]
     places = places_of(frames, package)
-    place, operation = own_place(places), entry["profiling_name"]
+    place = own_place(places)
+    operation = entry["profiling_name"]
     if place is not None:
         place = replace(place, code=source_line(place.file, place.line))
     number = entry["collective_seq_id"]

@@ -16,6 +16,8 @@ _LINE = re.compile(
 
 @dataclass(frozen=True)
 class LoggedTimeout:
+    """A collective that NCCL's watchdog has given up."""
+
     rank: int
     number: int
     operation: str
@@ -24,6 +26,7 @@ class LoggedTimeout:
 
     @property
     def words(self) -> str:
+        """The rank, the seconds and the collective, as a sentence without its full stop."""
         return (
             f"NCCL: rank {self.rank} waited {self.seconds:.0f} s for collective {self.number}, {self.operation} of "
             f"{self.elements:,} elements"
@@ -31,8 +34,11 @@ class LoggedTimeout:
 
 
 def read_timeouts(logs: Iterable[str | Path]) -> list[LoggedTimeout]:
-    """One per rank and collective, in the order of the files. ConfigError: a file cannot be read."""
-    found: dict[LoggedTimeout, None] = {}
+    """Return the timeouts in the logs, one per rank and collective, in the order of the files.
+
+    Raises ConfigError if a file cannot be read.
+    """
+    timeouts: dict[LoggedTimeout, None] = {}
     for log in logs:
         try:
             text = Path(log).read_text(encoding="utf-8", errors="replace")
@@ -46,5 +52,5 @@ def read_timeouts(logs: Iterable[str | Path]) -> list[LoggedTimeout]:
                 elements=int(match["given"]),
                 seconds=int(match["milliseconds"]) / 1000,
             )
-            found[timeout] = None
-    return list(found)
+            timeouts[timeout] = None
+    return list(timeouts)

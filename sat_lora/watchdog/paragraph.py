@@ -10,68 +10,75 @@ from sat_lora.watchdog.nccl_log import LoggedTimeout
 from sat_lora.watchdog.places import Place
 
 
-def paragraph(found: Finding, ranks: Sequence[Rank], timeouts: Sequence[LoggedTimeout]) -> str:
-    guilty = [one for one in ranks if one.number in found.ranks]
-    sentences = [f"{_capital(found.seen)}."]
-    sentences += [f"Rank {one.number} stopped {_where(one)}." for one in guilty]
-    others: dict[str, list[int]] = {}
-    for one in ranks:
-        if one not in guilty:
-            others.setdefault(_doing(one), []).append(one.number)
-    sentences += [f"{_capital(_numbers(numbers))} {words}." for words, numbers in others.items()]
-    if guilty and guilty[0].state.phase == "backward" and found.code != "gradients-differ":
+def paragraph(finding: Finding, ranks: Sequence[Rank], timeouts: Sequence[LoggedTimeout]) -> str:
+    """Return the verdict as one paragraph: the finding, where each rank is, the likely cause and what to do.
+
+    timeouts: of the logs, told as well.
+    """
+    guilty = [rank for rank in ranks if rank.number in finding.ranks]
+    sentences = [f"{_capital(finding.seen)}."]
+    sentences += [f"Rank {rank.number} stopped {_where(rank)}." for rank in guilty]
+    numbers_by_state: dict[str, list[int]] = {}
+    for rank in ranks:
+        if rank not in guilty:
+            numbers_by_state.setdefault(_doing(rank), []).append(rank.number)
+    sentences += [f"{_capital(_numbers(numbers))} {state}." for state, numbers in numbers_by_state.items()]
+    if guilty and guilty[0].state.phase == "backward" and finding.code != "gradients-differ":
         sentences += _lacking(guilty[0], ranks)
-    sentences += [f"{one.words}." for one in timeouts]
-    code = CODES[found.code]
-    sentences.append(f"Likely cause: {code.why}. What to do: {found.fix or code.fix} (docs/doctor.md#{found.code}).")
+    sentences += [f"{timeout.words}." for timeout in timeouts]
+    code = CODES[finding.code]
+    sentences.append(
+        f"Likely cause: {code.why}. What to do: {finding.fix or code.fix} (docs/doctor.md#{finding.code})."
+    )
     return " ".join(sentences)
 
 
-def _where(one: Rank) -> str:
-    """Phase, step and time, with the last module and gradient."""
-    state = one.state
-    words = f"{_clock(state.last_sign)} {_moment(one)}"
+def _where(rank: Rank) -> str:
+    """Return the phase, step and time of a rank, with the last module and gradient, as a clause."""
+    state = rank.state
+    text = f"{_clock(state.last_sign)} {_moment(rank)}"
     if state.module and state.phase in ("forward", "backward", "evaluate"):
-        words += f"; the last module that it entered is {state.module}"
+        text += f"; the last module that it entered is {state.module}"
     if state.phase in ("backward", "reduce") and state.arrivals:
-        words += (
-            f"; {len(state.arrivals)} of {len(state.expected)} gradients had come, the last {state.arrivals[-1][0]}"
-        )
-    return words
+        text += f"; {len(state.arrivals)} of {len(state.expected)} gradients had come, the last {state.arrivals[-1][0]}"
+    return text
 
 
-def _moment(one: Rank) -> str:
-    return f"in phase {one.state.phase} of step {one.state.step}"
+def _moment(rank: Rank) -> str:
+    return f"in phase {rank.state.phase} of step {rank.state.step}"
 
 
-def last_seen(one: Rank) -> str:
-    return f"rank {one.number}: {_moment(one)}, last seen {_clock(one.state.last_sign)}"
+def last_seen(rank: Rank) -> str:
+    """Return a rank's number, phase and step, and the time of its last sign, as a clause."""
+    return f"rank {rank.number}: {_moment(rank)}, last seen {_clock(rank.state.last_sign)}"
 
 
-def _doing(one: Rank) -> str:
-    if one.state.error is not None:
-        return f"ended {_moment(one)} with {one.state.error}"
-    if not one.has_testified:
-        return f"was {_moment(one)} when last heard of"
-    if one.waits:
-        return f"waits {_moment(one)}, in {place_words(one.place)}"
-    return f"is {_moment(one)}, in {place_words(one.place)}"
+def _doing(rank: Rank) -> str:
+    if rank.state.error is not None:
+        return f"ended {_moment(rank)} with {rank.state.error}"
+    if not rank.has_testified:
+        return f"was {_moment(rank)} when last heard of"
+    if rank.waits:
+        return f"waits {_moment(rank)}, in {place_words(rank.place)}"
+    return f"is {_moment(rank)}, in {place_words(rank.place)}"
 
 
-def _lacking(one: Rank, ranks: Sequence[Rank]) -> list[str]:
-    """What others got in the same micro-batch, and this one did not."""
-    have = {name for name, _ in one.state.arrivals}
+def _lacking(rank: Rank, ranks: Sequence[Rank]) -> list[str]:
+    """Return, in a list, the sentence on what others got in the same micro-batch, and this one did not."""
+    arrived = {name for name, _ in rank.state.arrivals}
     for other in ranks:
-        same = (other.state.step, other.state.micro_batch) == (one.state.step, one.state.micro_batch)
-        lacking = [name for name, _ in other.state.arrivals if name not in have]
+        same = (other.state.step, other.state.micro_batch) == (rank.state.step, rank.state.micro_batch)
+        lacking = [name for name, _ in other.state.arrivals if name not in arrived]
         if same and lacking:
             return [
-                f"{len(lacking)} gradients came on rank {other.number} and not on rank {one.number}, first {lacking[0]}"
+                f"{len(lacking)} gradients came on rank {other.number} and not on rank {rank.number}, "
+                f"first {lacking[0]}"
             ]
     return []
 
 
 def place_words(place: Place | None) -> str:
+    """Return a place as a clause, also where there is none."""
     return place.words if place else "code without a Python stack"
 
 

@@ -31,14 +31,15 @@ class Place:
 
     @property
     def words(self) -> str:
+        """The function, file and line, with the code if it is known."""
         return f"{self.function} ({self.file}:{self.line})" + (f": {self.code}" if self.code else "")
 
 
 def places_of(frames: Iterable[Sequence], package: str | None) -> tuple[Place, ...]:
-    """The places of frames, each [file, line, function, code].
+    """Return the places of frames, each [file, line, function, code].
 
     package: `PACKAGE` of the process that they come from, perhaps on another machine; None: it has not kept that.
-    TypeError: a frame is none, or the package is no text.
+    Raises TypeError if a frame is none, or the package is no text.
     """
     if not isinstance(package, str | None):
         raise TypeError(f"package {package!r} is no text")
@@ -50,7 +51,7 @@ def places_of(frames: Iterable[Sequence], package: str | None) -> tuple[Place, .
 
 
 def source_line(file: str, line: int) -> str:
-    """That line of a program, stripped; nothing where the file is no Python file that can be read here."""
+    """Return that line of a program, stripped; "" where the file is no Python file that can be read here."""
     lines = _source_lines(file) if file.endswith(".py") else ()
     return lines[line - 1].strip() if 0 < line <= len(lines) else ""
 
@@ -64,7 +65,7 @@ def _source_lines(file: str) -> tuple[str, ...]:
 
 
 def own_place(places: Sequence[Place]) -> Place | None:
-    """The innermost of the places (innermost first) that is own, or the innermost where none is."""
+    """Return the innermost of the places (innermost first) that is own; the innermost if none is, None without any."""
     return next((place for place in places if place.is_own), places[0] if places else None)
 
 
@@ -76,6 +77,6 @@ def _is_own(file: str, package: str | None) -> bool:
 
 
 def _package_by_form(file: str) -> str | None:
-    """The innermost folder called sat_lora around the file, unless packages are installed below that one."""
+    """Return the innermost folder called sat_lora around the file; None if packages are installed below that one."""
     folder, name, below = file.rpartition("/sat_lora/")
     return f"{folder}/sat_lora" if name and _FOREIGN.search(f"/{below}") is None else None

@@ -17,7 +17,8 @@ PHASES = tuple("start data forward backward reduce optimizer evaluate save load 
 # at before all of it: options, files and data.
 OUTSIDE_OF_STEPS = ("start", "load", "write", "test", "check")
 FOLDER = "watchdog"
-ALIVE, FATAL = "alive.json", ".fatal.txt"
+ALIVE = "alive.json"
+FATAL = ".fatal.txt"
 NCCL_DUMP = "nccl_trace_rank_"
 NONE = 0xFFFFFFFF  # no module or parameter yet
 
@@ -25,15 +26,17 @@ TIMES = struct.Struct("<dd")  # when the phase began, and the last sign of life 
 NUMBERS = struct.Struct("<5I")
 STEP, MICRO_BATCH, PHASE, MODULE, COUNT = range(5)  # of the numbers: the last module entered, how many arrivals
 ARRIVAL = struct.Struct("<Id")  # parameter, when
-NUMBERS_AT, ARRIVALS_AT = TIMES.size, 48
+NUMBERS_AT = TIMES.size
+ARRIVALS_AT = 48
 
 
 def folder_of(run: str | Path) -> Path:
+    """Return the folder of a run in which its ranks keep their files."""
     return Path(run) / FOLDER
 
 
 def refuse_no_traces(run: str | Path) -> None:
-    """ConfigError if no rank has left files in a run's folder; nothing slow is imported before it is known."""
+    """Raise ConfigError if no rank has left files in a run's folder; nothing slow is imported to know that."""
     problem = missing_path(str(run), "give the folder of a run, such as runs/NAME")
     if problem:
         raise ConfigError(f"--run: {problem}")
@@ -50,12 +53,15 @@ def clear(run: str | Path) -> None:
 
 
 def file_of(folder: Path, rank: int, ending: str) -> Path:
-    """A rank's file of that kind in a run's watchdog folder."""
+    """Return a rank's file of that kind in a run's watchdog folder."""
     return folder / f"rank_{rank:05}{ending}"
 
 
 def process_started(pid: int) -> str | None:
-    """When it began, in ticks since boot: tells a process from a later one of the same number. None: there is none."""
+    """Return when a process began, in ticks since boot; None if there is none of that number.
+
+    It tells a process from a later one of the same number.
+    """
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except OSError:

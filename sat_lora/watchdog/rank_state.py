@@ -55,7 +55,7 @@ class RankState:
     pid: int
     host: str
     is_alive: bool | None
-    """None: on another machine, so who knows."""
+    """Whether the process lives, None if it is on another machine, so who knows."""
     argv: list[str]
     cwd: str
     package: str | None
@@ -81,15 +81,19 @@ class RankState:
     fatal: str | None
     """The signal that ended it, as faulthandler calls it: Aborted, Segmentation fault, Bus error."""
     fatal_places: tuple[Place, ...]
-    """Of its main thread then, as `error_places`."""
+    """The places of its main thread then, as `error_places`."""
 
     @property
     def last_sign(self) -> float:
+        """When the rank last gave a sign of life, in seconds since the epoch."""
         return max(self.phase_began, self.last_seen, *(when for _, when in self.arrivals[-1:]))
 
 
 def read_states(run: str | Path) -> list[RankState]:
-    """Of every rank that has left files, in order. OSError or ValueError: a file cannot be read."""
+    """Return the state of every rank that has left files, in order.
+
+    Raises OSError or ValueError if a file cannot be read.
+    """
     files = sorted(folder_of(run).glob("rank_*.state"))
     noted = folder_of(run) / ALIVE
     alive = _object(noted) if noted.is_file() else {}
@@ -98,11 +102,14 @@ def read_states(run: str | Path) -> list[RankState]:
 
 def note_who_lives(run: str | Path) -> None:
     """Keep which ranks live now: whoever reads the files later finds none alive."""
-    replace_text(folder_of(run) / ALIVE, json.dumps({str(one.rank): one.is_alive for one in read_states(run)}))
+    replace_text(folder_of(run) / ALIVE, json.dumps({str(state.rank): state.is_alive for state in read_states(run)}))
 
 
 def _object(path: Path, checks: Mapping[str, Callable[[object], bool]] = MappingProxyType({})) -> dict:
-    """The object in a JSON file; ValueError: it is none, or a value is nothing that a rank writes."""
+    """Return the object in a JSON file.
+
+    Raises ValueError if it is none, or a value is nothing that a rank writes.
+    """
     content = read_json(path)
     if not isinstance(content, dict):
         raise ValueError(f"{path.name}: wanted an object, got {str(content)[:60]!r}")
@@ -165,9 +172,9 @@ def _read_state(file: Path, alive: dict[str, bool | None]) -> RankState:
 
 
 def _read_fatal(file: Path) -> tuple[str | None, list[list]]:
-    """From what faulthandler writes when a signal ends a process: the name, and the main thread's frames.
+    """Return (name of the signal, frames of the main thread) of what faulthandler writes when a signal ends a process.
 
-    The main thread comes last, each thread with its innermost frame first.
+    The main thread comes last, each thread with its innermost frame first. They are None and empty without a file.
     """
     text = read_bytes(file, STATE_LIMIT).decode("utf-8", "replace") if file.is_file() else ""
     name = re.search(r"^Fatal Python error: (.+)$", text, re.MULTILINE)

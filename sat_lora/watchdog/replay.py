@@ -22,10 +22,11 @@ LIMIT = 20.0  # seconds, --watchdog-limit of the replay
 
 
 def replay(run: str | Path, options: Sequence[str] = ()) -> int:
-    """The status: 0 if the step runs through, 1 if it does not. ConfigError: it cannot be started.
+    """Run the steps at which a run stopped once more; return 0 if they run through, 1 if they do not.
 
     options: more of the script's, such as --shrink N: all ranks are on this machine's CPU, and a whole CogVLM may not
-    fit. Prints what the ranks print, and a last line that says what it means.
+    fit. What the ranks print is printed, and a last line that says what it means. Raises ConfigError if it cannot be
+    started.
     """
     states = [rank.state for rank in read_ranks(run)]
     script = _script(states[0].argv, states[0].cwd)
@@ -33,18 +34,20 @@ def replay(run: str | Path, options: Sequence[str] = ()) -> int:
     command, environment = gloo_ranks(ranks)
     folder = Path(tempfile.mkdtemp(prefix="sat_lora_replay_"))
     try:
-        own = ("--replay", str(Path(run).resolve()), "--save", str(folder), "--distributed-backend", "gloo")
+        settings = ("--replay", str(Path(run).resolve()), "--save", str(folder), "--distributed-backend", "gloo")
         environment["TORCH_DISTRIBUTED_DEBUG"] = "DETAIL"
-        done = subprocess.run([*command, str(script), *own, *options], env=environment, cwd=states[0].cwd, check=False)
+        process = subprocess.run(
+            [*command, str(script), *settings, *options], env=environment, cwd=states[0].cwd, check=False
+        )
         first, last = steps_to_replay(run)
-        what = f"step {first}" if first == last else f"steps {first} to {last}"
-        if done.returncode == 0:
+        steps = f"step {first}" if first == last else f"steps {first} to {last}"
+        if process.returncode == 0:
             print(
-                f"replay: {what} ran through on {ranks} gloo ranks with fresh adapters: neither the batches nor the "
+                f"replay: {steps} ran through on {ranks} gloo ranks with fresh adapters: neither the batches nor the "
                 "script make it hang. Look at the GPUs, the network and NCCL (NCCL_DEBUG=INFO)"
             )
             return 0
-        print(f"replay: {what} fails on {ranks} gloo ranks as well, so the cause is in the script or its data")
+        print(f"replay: {steps} fails on {ranks} gloo ranks as well, so the cause is in the script or its data")
         with contextlib.suppress(ConfigError):  # it ended before its first step, and has said why
             print(verdict(folder / "replay").text)
         return 1
@@ -53,13 +56,13 @@ def replay(run: str | Path, options: Sequence[str] = ()) -> int:
 
 
 def steps_to_replay(run: str | Path) -> tuple[int, int]:
-    """The first and the last step, from 1, at which a rank of the run was when it stopped."""
+    """Return the first and the last step, from 1, at which a rank of the run was when it stopped."""
     steps = [max(1, state.step) for state in read_states(run)]
     return min(steps), max(steps)
 
 
 def gloo_ranks(ranks: int) -> tuple[list[str], dict[str, str]]:
-    """(start of a command line, environment) that start a script on so many CPU ranks of this machine."""
+    """Return (start of a command line, environment) that start a script on so many CPU ranks of this machine."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
     return command, {"OMP_NUM_THREADS": "1", **os.environ, "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
 

@@ -19,13 +19,16 @@ from sat_lora.watchdog.flight_record import write_flight_record
 from sat_lora.watchdog.places import Place, own_place, places_of
 from sat_lora.watchdog.rank_files import file_of
 
-STACKS, STACKS_TEXT = ".stacks.json", ".stacks.txt"
+STACKS = ".stacks.json"
+STACKS_TEXT = ".stacks.txt"
 _WAITING = ("/torch/distributed/distributed_c10d.py", "/deepspeed/comm/torch.py", "/deepspeed/comm/comm.py")
 _BACKWARD = ("/torch/autograd/graph.py", "/torch/autograd/__init__.py")
 
 
 @dataclass(frozen=True)
 class Thread:
+    """A thread of a rank, and where it was."""
+
     name: str
     is_main: bool
     frames: tuple[Place, ...]
@@ -54,7 +57,7 @@ class Thread:
 
 
 def testify(folder: Path, rank: int) -> None:
-    """Write this process's files; called by a thread that is none of the run's. OSError: they cannot be written."""
+    """Write this process's files; called by a thread that is none of the run's. Raises OSError if they cannot be."""
     with open(file_of(folder, rank, STACKS_TEXT), "w") as file:
         faulthandler.dump_traceback(file, all_threads=True)
     write_flight_record(folder, rank)
@@ -62,12 +65,14 @@ def testify(folder: Path, rank: int) -> None:
 
 
 def has_testified(folder: Path, rank: int) -> bool:
+    """Return whether a rank has written its files to the end."""
     return file_of(folder, rank, STACKS).is_file()
 
 
 def read_threads(folder: Path, rank: int, package: str | None) -> list[Thread]:
-    """Empty if the rank has not testified. package: as of `places_of`. ValueError, TypeError, LookupError: the file
-    says something else.
+    """Return the threads of a rank; none if it has not testified.
+
+    package: as of `places_of`. Raises ValueError, TypeError or LookupError if the file says something else.
     """
     path = file_of(folder, rank, STACKS)
     entries = read_json(path) if path.is_file() else []
@@ -76,11 +81,12 @@ def read_threads(folder: Path, rank: int, package: str | None) -> list[Thread]:
 
 def _threads() -> list[dict]:
     names = {thread.ident: thread.name for thread in threading.enumerate()}
-    own, main = threading.get_ident(), threading.main_thread().ident
+    this_thread = threading.get_ident()
+    main = threading.main_thread().ident
     return [
         dict(name=names.get(ident, "?"), main=ident == main, frames=[_place(frame) for frame in _outwards(top)])
         for ident, top in sys._current_frames().items()
-        if ident != own
+        if ident != this_thread
     ]
 
 
@@ -91,5 +97,6 @@ def _outwards(frame: FrameType | None):
 
 
 def _place(frame: FrameType) -> list:
-    file, line = frame.f_code.co_filename, frame.f_lineno
+    file = frame.f_code.co_filename
+    line = frame.f_lineno
     return [file, line, frame.f_code.co_name, linecache.getline(file, line).strip()]

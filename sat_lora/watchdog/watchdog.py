@@ -40,18 +40,20 @@ FIRST = 5  # times the least, while a phase has hardly been seen
 SEEN = 3  # durations before a phase is known
 IDLE_PAGES = 64  # that a process touches at most between two looks while it only waits
 GRACE = 5.0  # seconds for all ranks to say where they are
-ALARM, VERDICT = "alarm.json", "verdict.txt"
+ALARM = "alarm.json"
+VERDICT = "verdict.txt"
 
 
 class Watchdog:
-    """Watches while entered.
+    """A context in which a thread watches the rank's trace.
 
     least: seconds without a sign of life below which nothing is ever wrong. A phase may take ten times the longest
     that it has taken in its last 50 turns, and five times `least` at first.
     """
 
     def __init__(self, trace: Trace, least: float):
-        self.trace, self.least = trace, least
+        self.trace = trace
+        self.least = least
         self.tick = min(1.0, least / 4)
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="sat_lora watchdog", daemon=True)
@@ -79,32 +81,37 @@ class Watchdog:
             self._fatal.close()
 
     def _opened(self, ending: str) -> TextIO | None:
-        """None: the disk is full, and the watchdog goes without this file."""
+        """Return the file to write to; None if the disk is full, and the watchdog goes without this file."""
         try:
             return open(file_of(self.trace.folder, self.trace.rank, ending), "w")
         except OSError:
             return None
 
     def limit(self, phase: str) -> float:
-        """Seconds that this phase may go without a sign of life."""
+        """Return the seconds that a phase may go without a sign of life."""
         durations = self.trace.durations[phase]
         if len(durations) < SEEN:
             return FIRST * self.least
         return max(self.least, FACTOR * max(durations))
 
     def _watch(self) -> None:
-        signs, since, looked = self.trace.signs, time.monotonic(), time.monotonic()
+        signs = self.trace.signs
+        since = time.monotonic()
+        looked = time.monotonic()
         touched = _pages_touched()
         while not self._done.wait(self.tick):
             now = time.monotonic()
             slept = now - looked > 5 * self.tick + 5  # the whole process was stopped, and its clock ran on
-            before, touched = touched, _pages_touched()
+            before = touched
+            touched = _pages_touched()
             # Whoever reads weights touches memory, whoever waits for others does not.
             works = self.trace.phase in OUTSIDE_OF_STEPS and touched - before > IDLE_PAGES
             if self.trace.signs != signs or slept or works:
-                signs, since = self.trace.signs, now
+                signs = self.trace.signs
+                since = now
                 self.trace.seen_alive()
-            looked, phase = now, self.trace.phase
+            looked = now
+            phase = self.trace.phase
             limit = self.limit(phase)
             if self._fallback is not None:
                 faulthandler.dump_traceback_later(limit + 10 * self.tick, file=self._fallback)
@@ -113,7 +120,7 @@ class Watchdog:
                 self._end(dict(rank=self.trace.rank, phase=phase, waited=now - since, limit=limit))
 
     def _others_work(self, limit: float) -> bool:
-        """Whether another rank has given a sign of life of late: it may load for longer than this one, which waits."""
+        """Return whether another rank has given a sign of life of late: it may load for longer than one that waits."""
         try:
             states = read_states(self.trace.folder.parent)
         except (OSError, ValueError):
@@ -122,7 +129,7 @@ class Watchdog:
         return any(state.last_sign > since for state in states if state.rank != self.trace.rank and not state.ended)
 
     def _end(self, alarm: dict) -> None:
-        """Does not come back."""
+        """Write down where this rank is and end the process; it does not come back."""
         try:
             speaks = _create(self.trace.folder / ALARM, json.dumps(alarm))
             testify(self.trace.folder, self.trace.rank)
@@ -162,14 +169,14 @@ class Watchdog:
 
 
 def _pages_touched() -> int:
-    """Pages of memory that this process has touched for the first time, so far."""
+    """Return how many pages of memory this process has touched for the first time, so far."""
     usage = resource.getrusage(resource.RUSAGE_SELF)
     return usage.ru_minflt + usage.ru_majflt
 
 
 @contextmanager
 def watched(trace: Trace | None, least: float) -> Iterator[None]:
-    """Inside, a watchdog watches and the trace is told how it ends; nothing happens without a trace."""
+    """Let a watchdog watch inside, and note in the trace how it ends; do nothing without a trace."""
     if trace is None:
         yield
         return
@@ -179,12 +186,13 @@ def watched(trace: Trace | None, least: float) -> Iterator[None]:
 
 @contextmanager
 def watched_alone(least: float) -> Iterator[Trace | None]:
-    """`watched` for ranks without a run folder, with the trace: its files lie in a folder of the machine's temporary
-    ones, which goes when the block ends and stays when the watchdog ends it. Every rank has to call it.
+    """Do as `watched` for ranks without a run folder, and give the trace. Every rank has to call it.
 
-    A process alone has nobody to wait for: nothing watches it, and there is no trace.
+    Its files lie in a folder of the machine's temporary ones, which goes when the block ends and stays when the
+    watchdog ends it. A process alone has nobody to wait for: nothing watches it, and there is no trace.
     """
-    rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    rank = torch.distributed.get_rank()
+    size = torch.distributed.get_world_size()
     named = [_temporary_folder()] if least and size > 1 and rank == 0 else []
     folder = next(iter(gather_lists(named)), None) if least and size > 1 else None
     if folder is None:
@@ -204,7 +212,7 @@ def watched_alone(least: float) -> Iterator[Trace | None]:
 
 
 def _temporary_folder() -> str | None:
-    """A new one, or None where nothing can be written."""
+    """Return a new folder for temporary files, or None where nothing can be written."""
     try:
         return tempfile.mkdtemp(prefix="sat_lora_")
     except OSError as error:
@@ -222,13 +230,13 @@ def _trace_in(folder: Path, rank: int, size: int) -> Trace | None:
 
 
 def when_alarmed(run: str | Path) -> float | None:
-    """When a rank was found without a sign of life, in seconds since the epoch; None: never."""
+    """Return when a rank was found without a sign of life, in seconds since the epoch; None if none was."""
     path = folder_of(run) / ALARM
     return path.stat().st_mtime if path.exists() else None
 
 
 def _create(path: Path, text: str) -> bool:
-    """Whether this process is the one that made the file."""
+    """Return whether this process is the one that made the file."""
     with contextlib.suppress(FileExistsError), open(path, "x", encoding="utf-8") as file:
         file.write(text)
         return True

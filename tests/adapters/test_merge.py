@@ -18,7 +18,7 @@ from sat_lora.cogvlm.inputs.text import load_tokenizer
 from sat_lora.cogvlm.network.model import build_cogvlm
 from sat_lora.lora.apply import adapters_of
 from sat_lora.lora.mixin import lora_mixins
-from sat_lora.parallel.distributed import arrange, join
+from sat_lora.parallel.distributed import init_distributed, init_model_parallel
 from tests.support.character_tokenizer import write_character_tokenizer
 from tests.support.memory import peak_of_anonymous_memory
 from tests.support.ranks import run_ranks
@@ -199,7 +199,7 @@ def test_memory_grows_by_little_more_than_one_tensor(tmp_path):
 
 
 def write_adapter_for(folder):
-    arrange(join())
+    init_model_parallel(init_distributed())
     model, _ = load_cogvlm(folder / "base", dtype=torch.bfloat16)
     add_lora(model, r=8)
     save_adapter(model, folder / "adapter")

@@ -20,7 +20,7 @@ from benchmarks.scaling.communication import (
 from benchmarks.scaling.report import SETTING, report
 from benchmarks.scaling.sizes import Sizes
 from sat_lora import LoraConfig, add_lora
-from sat_lora.parallel.distributed import arrange, join
+from sat_lora.parallel.distributed import init_distributed, init_model_parallel
 from sat_lora.training.steps.engine import adapter_optimizer, start_engine
 from tests.support.collectives import CountCollectives
 from tests.support.paths import ROOT
@@ -50,7 +50,7 @@ class Step(NamedTuple):
 
 def count_a_step(stage, parts, checkpointing, **zero):
     """The third step; ZeRO-3 compares the order of modules between ranks in the first two."""
-    world = arrange(join(), parts)
+    world = init_model_parallel(init_distributed(), parts)
     checkpoint = dict(checkpoint_activations=checkpointing, vit_checkpoint_activations=checkpointing)
     model = tiny_model(torch.bfloat16, model_parallel_size=parts, **checkpoint)
     add_lora(model, LoraConfig(r=RANK))

@@ -400,7 +400,7 @@ def answers(folder: str) -> list[Answer]:
     os.chdir(path)
     logging.getLogger("sat_lora").propagate = False
     with (
-        mock.patch.object(distributed, "stop", lambda: None),  # groups are there for the next command too
+        mock.patch.object(distributed, "destroy", lambda: None),  # groups are there for the next command too
         mock.patch.object(torch.cuda, "is_available", lambda: False),
     ):
         return [answer_to(mistake, path) for mistake in MISTAKES]

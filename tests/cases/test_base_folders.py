@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from sat_lora import CheckpointError, ConfigError
 from sat_lora.cogvlm.checkpoints.base_weights import BaseWeights
-from sat_lora.cogvlm.checkpoints.hugging_face_folder import ROTARY, make_hugging_face_weights
+from sat_lora.cogvlm.checkpoints.hugging_face_folder import ROTARY
+from sat_lora.cogvlm.checkpoints.hugging_face_writer import make_hugging_face_weights
 from sat_lora.cogvlm.checkpoints.load import check_files, load_cogvlm, open_folder, read_config, save_weights
 from sat_lora.cogvlm.inputs.text import load_tokenizer
 from sat_lora.cogvlm.sizes import image_length_problem

@@ -14,7 +14,8 @@ from sat_lora.adapters.combine import combine_adapters
 from sat_lora.adapters.format import read_adapter
 from sat_lora.adapters.merge import merge_adapter
 from sat_lora.cogvlm.checkpoints.base_weights import BaseWeights
-from sat_lora.cogvlm.checkpoints.hugging_face_folder import ROTARY, make_hugging_face_weights
+from sat_lora.cogvlm.checkpoints.hugging_face_folder import ROTARY
+from sat_lora.cogvlm.checkpoints.hugging_face_writer import make_hugging_face_weights
 from sat_lora.cogvlm.checkpoints.load import save_weights
 from sat_lora.lora.base_identity import MOST, fingerprint_of, identity_of, positions, same_values
 from sat_lora.lora.live_base import identity_of_model

@@ -51,14 +51,14 @@ def test_a_right_merge_is_verified_whatever_its_precision_costs(folders, dtype, 
     merge_adapter(base, adapter, out)
     found = verify_merge(base, adapter, out)
     assert found.problems == () and found.dtype == dtype
-    assert least <= found.lost <= most
+    assert least <= found.merge_error <= most
 
 
 def test_float32_keeps_what_bfloat16_rounds_away(folders):
     base, adapter, out = folders(std=NEXT_TO_NOTHING)
     merge_adapter(base, adapter, out, dtype=torch.float32)
     found = verify_merge(base, adapter, out)
-    assert found.problems == () and found.dtype == torch.float32 and found.lost < 0.05
+    assert found.problems == () and found.dtype == torch.float32 and found.merge_error < 0.05
     frequencies = "mixins.rotary.rotary_emb.inv_freq"
     tensors, before = map_weights(out / WEIGHTS), map_weights(base / WEIGHTS)
     assert {t.dtype for name, t in tensors.items() if name != frequencies} == {torch.float32}
@@ -72,7 +72,7 @@ def test_a_merge_that_does_nothing_is_wrong_however_little_there_was_to_do(folde
     base, adapter, out = folders(std=std)
     merge_adapter(base, adapter, out)
     found = verify_merge(base, adapter, out)
-    assert found.lost == pytest.approx(1)
+    assert found.merge_error == pytest.approx(1)
     assert "not base plus adapter, rounded once: " in found.problems[0]
 
 

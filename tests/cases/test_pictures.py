@@ -139,7 +139,7 @@ def test_white_letters_on_a_transparent_ground_stay_visible():
 
 def test_bands_of_a_large_picture_fit_together(monkeypatch):
     expected = read_picture(encoded(CUT_OUT, "PNG"))
-    monkeypatch.setattr("sat_lora.cogvlm.inputs.pictures._BAND", 5 * CUT_OUT.width)
+    monkeypatch.setattr("sat_lora.cogvlm.inputs.picture_view._BAND", 5 * CUT_OUT.width)
     assert_alike(encoded(CUT_OUT, "PNG"), expected)
 
 

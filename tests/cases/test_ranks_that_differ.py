@@ -9,7 +9,7 @@ from sat_lora.data.batches.sources import marks_of_samples
 from sat_lora.data.samples import Item
 from sat_lora.errors import ConfigError
 from sat_lora.parallel.agreement import SHOWN, differences, disagreement, mark
-from sat_lora.parallel.distributed import agree, join
+from sat_lora.parallel.distributed import agree, init_distributed
 from sat_lora.parallel.launch import find_place
 from sat_lora.training.marks import (
     marks_of_config,
@@ -128,10 +128,10 @@ def meet_and_differ(own, later):
     told = []
     rank = int(os.environ["RANK"])
     try:
-        join(marks=own[rank])
+        init_distributed(marks=own[rank])
     except ConfigError as error:
         told.append(str(error))
-        join()
+        init_distributed()
     try:
         agree(later[rank])
     except ConfigError as error:

@@ -22,7 +22,7 @@ from sat_lora.errors import AdapterError, ConfigError
 from sat_lora.files import atomic
 from sat_lora.files.step_folders import BEST, LATEST, read_pointer
 from sat_lora.lora.config import LoraConfig
-from sat_lora.parallel.distributed import arrange, join
+from sat_lora.parallel.distributed import init_distributed, init_model_parallel
 from sat_lora.training.runs import run_lock, space
 from sat_lora.training.runs.results import results_in, results_problems
 from sat_lora.training.runs.run_folder import RunFolder
@@ -491,7 +491,7 @@ def test_a_disk_without_room_for_one_save_is_found_before_the_base_loads(tmp_pat
 
 def share_slowly(folder):
     """On rank 0 the lock is given up for sharing late."""
-    arrange(join())
+    init_model_parallel(init_distributed())
     with locked(Path(folder)) as lock:
         share = lock._share
 

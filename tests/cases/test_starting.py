@@ -11,7 +11,7 @@ import pytest
 
 from sat_lora.errors import ConfigError, SatLoraError
 from sat_lora.parallel import rendezvous
-from sat_lora.parallel.distributed import together
+from sat_lora.parallel.distributed import run_on_all_ranks
 from sat_lora.parallel.launch import announce, find_place, ranks_on_this_machine, relaunch, sat_lora_line
 from sat_lora.terminal.edge import run_command
 from sat_lora.terminal.notice import is_first_rank
@@ -136,13 +136,13 @@ def refused(*args, **kwargs):
 
 def test_what_may_not_be_read_is_one_line_with_its_name(capsys, single_process_group):
     with pytest.raises(SatLoraError, match=r"/data/im\\x1b\[2Jages: Permission denied; give the user"):
-        together(refused)
+        run_on_all_ranks(refused)
     assert run_command("sat-lora x", refused) == 2
     assert capsys.readouterr().err.startswith(r"sat-lora x: error: /data/im\x1b[2Jages: Permission denied; ")
 
 
 def test_an_error_that_names_no_file_is_no_mistake_of_the_user(single_process_group):
-    for run in (together, lambda action: run_command("x", action)):
+    for run in (run_on_all_ranks, lambda action: run_command("x", action)):
         with pytest.raises(OSError, match="broken"):
             run(lambda: (_ for _ in ()).throw(OSError("the network is broken")))
 

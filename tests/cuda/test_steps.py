@@ -6,7 +6,7 @@ from torch.nn.functional import cross_entropy
 
 from sat_lora import LoraConfig, add_lora
 from sat_lora.cogvlm.inputs.text import IGNORED
-from sat_lora.parallel.distributed import arrange, join
+from sat_lora.parallel.distributed import init_distributed, init_model_parallel
 from sat_lora.training.steps.engine import start_engine
 from sat_lora.training.steps.loss import count_answer_tokens
 from sat_lora.training.steps.step import train_step
@@ -34,7 +34,7 @@ def optimizer_of(model) -> torch.optim.SGD:
 
 def losses_under_deepspeed(stage: int, dtype: torch.dtype, checkpointing: bool) -> list[float]:
     """The losses of STEPS steps of a run, on a GPU if this process sees one."""
-    world = arrange(join())
+    world = init_model_parallel(init_distributed())
     settings = dict(checkpoint_activations=checkpointing, vit_checkpoint_activations=checkpointing)
     model = adapted_model(dtype, **settings).to(world.device)
     engine = start_engine(model, optimizer_of(model), engine_config(stage, 2, bf16=dtype == torch.bfloat16))
@@ -51,7 +51,7 @@ def all_losses() -> tuple[str, dict]:
     cases = [(stage, torch.float32, False) for stage in STAGES]
     cases += [(2, torch.float32, True), (3, torch.float32, True), (2, torch.bfloat16, True)]
     losses = {case: losses_under_deepspeed(*case) for case in cases}
-    return arrange(join()).device.type, losses
+    return init_model_parallel(init_distributed()).device.type, losses
 
 
 def plain_losses() -> list[float]:

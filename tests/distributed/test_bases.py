@@ -11,7 +11,7 @@ from sat_lora.cogvlm.checkpoints.base_weights import BaseWeights
 from sat_lora.cogvlm.checkpoints.load import load_cogvlm, save_weights
 from sat_lora.errors import CheckpointError
 from sat_lora.lora.live_base import identity_of_model
-from sat_lora.parallel.distributed import arrange, join
+from sat_lora.parallel.distributed import init_distributed, init_model_parallel
 from sat_lora.training.same_base import base_of_run
 from sat_lora.training.steps.engine import adapter_optimizer, set_up_deepspeed, start_engine
 from tests.support.ranks import run_ranks
@@ -33,7 +33,7 @@ def folders(tmp_path_factory, single_process_group):
 
 def bases_of_a_rank(root, zero_stage, model_parallel, loads_in_parts=True):
     """(the live model's values against the file's, after a change of what trains; the error on unequal bases)."""
-    world = arrange(join(), model_parallel)
+    world = init_model_parallel(init_distributed(), model_parallel)
     config = engine_config(zero_stage, 2)
     loads_in_parts = loads_in_parts and zero_stage == 3
     if loads_in_parts:

@@ -7,7 +7,7 @@ import torch
 
 from sat_lora import LoraConfig, add_lora
 from sat_lora.data.samples import BrokenSample, collate
-from sat_lora.parallel.distributed import arrange, join
+from sat_lora.parallel.distributed import init_distributed, init_model_parallel
 from sat_lora.training.steps.engine import start_engine
 from tests.support.branching_cogvlm import branch_on_data
 from tests.support.ranks import run_ranks
@@ -38,7 +38,7 @@ def arrivals(checkpoint, stage, branching):
     """For each kind of batch, the names in the order in which gradients arrive on this rank."""
     if branching:
         branch_on_data()
-    world = arrange(join())
+    world = init_model_parallel(init_distributed())
     model = tiny_model(checkpoint_activations=checkpoint, vit_checkpoint_activations=checkpoint).train()
     add_lora(model, LoraConfig(r=4, target_modules=["all-linear", "patch-embedding"]), fixed_order=branching)
     order = []
@@ -78,7 +78,7 @@ def test_the_order_is_one_on_every_rank_for_every_kind_of_batch(checkpoint, stag
 
 def train_branching(stage, kind):
     branch_on_data()
-    world = arrange(join())
+    world = init_model_parallel(init_distributed())
     model = tiny_model().train()
     add_lora(model, LoraConfig(r=4, lora_alpha=8), fixed_order=True)
     fill_adapters(model, std=0.1)

@@ -11,7 +11,7 @@ from benchmarks.model_folders import config_of, state_of, write_hugging_face
 from sat_lora.cogvlm import build_cogvlm
 from sat_lora.cogvlm.checkpoints.load import load_cogvlm, save_weights, shardings_of, weight_files
 from sat_lora.errors import SatLoraError
-from sat_lora.parallel.distributed import arrange, join, together
+from sat_lora.parallel.distributed import init_distributed, init_model_parallel, run_on_all_ranks
 from sat_lora.parallel.sharding import model_parallel_layout
 from tests.support.ranks import run_ranks
 from tests.support.sat_files import FILE, cut_by_sat, write_step
@@ -33,7 +33,7 @@ def saved(tmp_path_factory, single_process_group):
 
 def load_each(home, model_parallel):
     """For each folder: the largest difference from the whole tensors, cut, and the logits."""
-    arrange(join(), model_parallel)
+    init_model_parallel(init_distributed(), model_parallel)
     whole, found = torch.load(home / "sat_1" / "3000" / FILE.format(0))["module"], {}
     for folder in sorted(home.iterdir()):
         model, _ = load_cogvlm(folder, model_parallel_size=model_parallel)
@@ -60,9 +60,9 @@ def test_whatever_it_was_saved_at_a_checkpoint_loads_at_any_size(saved, model_pa
 def error_of(home):
     """The error of loading what this rank sees: a folder of its own, as on two machines."""
     rank = int(os.environ["RANK"])
-    arrange(join(), 2)
+    init_model_parallel(init_distributed(), 2)
     try:
-        together(load_cogvlm, home / str(rank), model_parallel_size=2)
+        run_on_all_ranks(load_cogvlm, home / str(rank), model_parallel_size=2)
     except SatLoraError as error:
         return type(error).__name__, str(error)
 
@@ -97,7 +97,7 @@ ODD_HEADS = {"hidden_size": 65, "num_attention_heads": 5}
 
 
 def refusals():
-    arrange(join(), 2)
+    init_model_parallel(init_distributed(), 2)
     found = []
     for parts, change in ((2, {"vocab_size": 1023}), (2, ODD_HEADS), (3, {}), (1, {})):
         try:

@@ -8,7 +8,7 @@ import torch
 
 from sat_lora import add_lora
 from sat_lora.lora.apply import adapters_of
-from sat_lora.parallel.distributed import arrange, join
+from sat_lora.parallel.distributed import init_distributed, init_model_parallel
 from sat_lora.training.steps.engine import adapter_optimizer, start_engine
 from tests.support.ranks import run_ranks
 from tests.support.tiny import tiny_model
@@ -23,7 +23,7 @@ PRECISIONS = {
 def ten_steps(precision, stage):
     """(dtype of A, dtype of the base, losses)"""
     dtype, settings = PRECISIONS[precision]
-    world = arrange(join())
+    world = init_model_parallel(init_distributed())
     model = tiny_model(dtype).train()
     add_lora(model, r=4, adapter_dtype="float32")
     engine = start_engine(model, adapter_optimizer(model, lr=3e-3), {**engine_config(stage, 2), **settings})

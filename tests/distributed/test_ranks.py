@@ -6,13 +6,13 @@ import time
 import pytest
 import torch
 
-from sat_lora.parallel.distributed import join
+from sat_lora.parallel.distributed import init_distributed
 from tests.support.patience import patient
 from tests.support.ranks import run_ranks
 
 
 def add_ranks():
-    join()
+    init_distributed()
     total = torch.tensor(float(torch.distributed.get_rank()))
     torch.distributed.all_reduce(total)
     return total.item()
@@ -23,7 +23,7 @@ def test_ranks_reach_each_other_and_answer_in_order():
 
 
 def fail_on_rank_1(folder):
-    join()
+    init_distributed()
     (folder / os.environ["RANK"]).write_text(str(os.getpid()))
     if os.environ["RANK"] == "1":
         raise ValueError("planted")

@@ -5,7 +5,7 @@ import torch
 
 from sat_lora.adapters.save_load import whole_tensors
 from sat_lora.lora.apply import sat_models
-from sat_lora.parallel.distributed import arrange, join
+from sat_lora.parallel.distributed import init_distributed, init_model_parallel
 from tests.support.ranks import run_ranks
 from tests.support.sat_oracle import fill_ours, our_adapters, with_ours, with_sats
 from tests.support.sat_subjects import SUBJECTS, loss_of, relative_error, sums_of_sat
@@ -14,13 +14,13 @@ NAMES = ["plain", "chatglm2", "encoder-decoder"]
 
 
 def output_of_sats(name, model_parallel):
-    arrange(join(), model_parallel)
+    init_model_parallel(init_distributed(), model_parallel)
     return SUBJECTS[name].run(with_sats(SUBJECTS[name], 4, 6).eval()).detach().numpy()
 
 
 def what_ours_computes(name, model_parallel):
     """(output, the same with merged weights, whole gradients of A and B by name), in float64, as numpy arrays."""
-    arrange(join(), model_parallel)
+    init_model_parallel(init_distributed(), model_parallel)
     subject = SUBJECTS[name]
     model = with_ours(subject, 4, 6).eval()
     fill_ours(model)

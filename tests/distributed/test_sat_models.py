@@ -5,7 +5,7 @@ import torch
 
 from sat_lora.adapters.save_load import whole_tensors
 from sat_lora.lora.apply import adapters_of
-from sat_lora.parallel.distributed import arrange, join
+from sat_lora.parallel.distributed import init_distributed, init_model_parallel
 from tests.support.ranks import run_ranks
 from tests.support.sat_subjects import GEGLU_IN_TWO_BLOCKS, SUBJECTS, adapt, loss_of, relative_error, sums_of_sat
 from tests.support.tiny import fill_adapters
@@ -21,7 +21,7 @@ def output_and_gradients(name, model_parallel):
 
     A gradient takes the place of its parameter, so that it is gathered as the parameter would be for a file.
     """
-    arrange(join(), model_parallel)
+    init_model_parallel(init_distributed(), model_parallel)
     subject = MODELS[name]
     model = subject.build(model_parallel_size=model_parallel).train()
     adapt(model)

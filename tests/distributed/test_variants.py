@@ -7,7 +7,7 @@ from sat_lora import add_lora, load_adapter, save_adapter
 from sat_lora.adapters.format import WEIGHTS, read_adapter
 from sat_lora.lora.apply import adapters_of
 from sat_lora.lora.mixin import lora_mixins
-from sat_lora.parallel.distributed import arrange, join
+from sat_lora.parallel.distributed import init_distributed, init_model_parallel
 from sat_lora.parallel.sharding import over_model_parallel, sharding_of
 from sat_lora.training.steps.engine import start_engine
 from tests.support.ranks import run_ranks
@@ -50,7 +50,7 @@ def whole_gradients(model):
 
 def in_one_layout(variant, model_parallel, folder):
     """(logits, gradients, merged logits, merged weights), whole, in float64; FOLDER gets the beginning in float32."""
-    arrange(join(), model_parallel)
+    init_model_parallel(init_distributed(), model_parallel)
     save_adapter(adapted(VARIANTS[variant], torch.float32, model_parallel_size=model_parallel), folder)
     model = adapted(VARIANTS[variant], model_parallel_size=model_parallel)
     fill_adapters(model)
@@ -91,7 +91,7 @@ def stored(parameter):
 
 def three_steps(variant, stage, model_parallel, folder):
     """Plain SGD, then the adapter file and, merged in place under the engine, the logits."""
-    world = arrange(join(), model_parallel)
+    world = init_model_parallel(init_distributed(), model_parallel)
     model = adapted(VARIANTS[variant], torch.float32, model_parallel_size=model_parallel)
     fill_adapters(model, std=0.1)
     engine = start_engine(model.train(), sgd(model, 0.05), engine_config(stage, 2))
@@ -139,7 +139,7 @@ def loaded_logits(folder):
 
 
 def load_and_run(folder):
-    arrange(join())
+    init_model_parallel(init_distributed())
     model = tiny_model().eval()
     load_adapter(model, folder)
     with torch.no_grad():

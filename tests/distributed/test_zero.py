@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from sat_lora import add_lora
-from sat_lora.parallel.distributed import arrange, join
+from sat_lora.parallel.distributed import init_distributed, init_model_parallel
 from sat_lora.training.steps.engine import adapter_optimizer, start_engine
 from tests.support.ranks import run_ranks
 from tests.support.tiny import fill_adapters, tiny_model
@@ -24,7 +24,7 @@ from tests.support.training_runs import (
 
 def steps_with_every_batch_twice():
     """Twice the same micro-batch has the gradient of one."""
-    world = arrange(join())
+    world = init_model_parallel(init_distributed())
     model = tiny_model().train()
     add_lora(model, CONFIG)
     fill_adapters(model, std=0.1)
@@ -41,7 +41,7 @@ def test_accumulated_micro_batches_equal_one_large_batch(tmp_path):
 
 
 def twenty_adam_steps(stage, bf16):
-    world = arrange(join())
+    world = init_model_parallel(init_distributed())
     model = tiny_model(torch.bfloat16 if bf16 else torch.float32)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     add_lora(model, CONFIG)
@@ -65,7 +65,7 @@ def test_twenty_steps_of_mixed_ranks_complete_and_learn(stage, bf16):
 
 
 def step_with_rate_zero(stage, bf16):
-    world = arrange(join())
+    world = init_model_parallel(init_distributed())
     model = tiny_model(torch.bfloat16 if bf16 else torch.float32)
     add_lora(model, CONFIG)
     model.train()

@@ -4,7 +4,7 @@ import pytest
 
 from sat_lora import LoraConfig, add_lora
 from sat_lora.cogvlm.checkpoints.load import load_cogvlm, map_weights, save_weights, shardings_of
-from sat_lora.parallel.distributed import arrange, join
+from sat_lora.parallel.distributed import init_distributed, init_model_parallel
 from sat_lora.parallel.sharding import model_parallel_layout
 from sat_lora.training.steps.engine import adapter_optimizer, set_up_deepspeed, start_engine
 from tests.support.ranks import run_ranks
@@ -22,7 +22,7 @@ def folder(tmp_path_factory, single_process_group):
 
 
 def partitioned(folder, model_parallel, threshold=0):
-    world = arrange(join(), model_parallel)
+    world = init_model_parallel(init_distributed(), model_parallel)
     set_up_deepspeed()
     config = engine_config(3, 2)
     config["zero_optimization"]["stage3_param_persistence_threshold"] = threshold
@@ -58,7 +58,7 @@ def train(folder, model_parallel, partition, config=None, threshold=0):
     if partition:
         model, engine_settings, world = partitioned(folder, model_parallel, threshold)
     else:
-        world = arrange(join(), model_parallel)
+        world = init_model_parallel(init_distributed(), model_parallel)
         model, _ = load_cogvlm(folder, model_parallel_size=model_parallel)
         engine_settings = engine_config(3, 2)
     add_lora(model, config or LoraConfig(r=4, lora_alpha=8))

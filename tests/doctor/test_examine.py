@@ -10,7 +10,7 @@ from sat_lora import LoraConfig, add_lora
 from sat_lora.cogvlm.network import head
 from sat_lora.doctor.examine import examine
 from sat_lora.lora.apply import adapters_of
-from sat_lora.parallel.distributed import arrange, join
+from sat_lora.parallel.distributed import init_distributed, init_model_parallel
 from sat_lora.training.steps.loss import answer_loss_sum as loss_of
 from tests.support.branching_cogvlm import branch_on_data
 from tests.support.examined import batches_of, tiny, told
@@ -28,7 +28,7 @@ VIT = "mixins.eva.vit_model"
 
 
 def healthy(model_parallel, checkpoint, fields, bf16=False):
-    world = arrange(join(), model_parallel)
+    world = init_model_parallel(init_distributed(), model_parallel)
     dtype = torch.bfloat16 if bf16 else torch.float32
     model = tiny(
         world, LoraConfig(r=4, **fields), checkpoint=checkpoint, dtype=dtype, model_parallel_size=model_parallel
@@ -66,7 +66,7 @@ def test_a_healthy_model_gives_no_finding_and_is_left_as_it_was(ranks, model_par
 
 def branching():
     branch_on_data()
-    world = arrange(join())
+    world = init_model_parallel(init_distributed())
     return told(examine(tiny(world), batches_of(world), loss_of))
 
 
@@ -81,7 +81,7 @@ def test_the_published_branching_is_found_even_on_one_rank(ranks):
 
 
 def other_targets_on_one_rank():
-    world = arrange(join())
+    world = init_model_parallel(init_distributed())
     targets = ["language-mlp"] if world.rank else ["language-mlp", "vit-mlp"]
     return told(examine(tiny(world, LoraConfig(r=4, target_modules=targets)), batches_of(world), loss_of))
 
@@ -93,7 +93,7 @@ def test_different_trainable_sets_are_found():
 
 
 def other_order_on_one_rank():
-    world = arrange(join())
+    world = init_model_parallel(init_distributed())
     model = tiny_model().train()
     for name in ("one", "two") if world.rank == 0 else ("two", "one"):
         add_lora(model, LoraConfig(r=2, target_modules=["language-mlp"]), name=name)
@@ -107,7 +107,7 @@ def test_another_order_of_parameters_is_found():
 
 
 def detached(where):
-    world = arrange(join())
+    world = init_model_parallel(init_distributed())
     model = tiny(world)
     if where == "adapter":
         adapter = adapters_of(model)["transformer.layers.1.mlp.dense_4h_to_h"]
@@ -139,7 +139,7 @@ def test_what_the_loss_does_not_reach_is_found(where, module, parameter):
 
 def vit_in_evaluation_mode_under_sats_checkpointing():
     """SAT makes the embeddings ask for a gradient in training mode alone; our models' own checkpointing always does."""
-    world = arrange(join())
+    world = init_model_parallel(init_distributed())
     model = tiny(world)
     vit = model.get_mixin("eva").vit_model.eval()
     vit.transformer.checkpoint_activations = True
@@ -154,7 +154,7 @@ def test_checkpointing_without_an_input_that_asks_for_a_gradient_is_found():
 
 def head_in_chunks():
     """The regions of a step's chunks are recomputed from the last to the first."""
-    world = arrange(join())
+    world = init_model_parallel(init_distributed())
     head.CHUNK_ROWS = 3
     model = tiny(world, LoraConfig(r=4, target_modules=["all-linear", "lm-head"], lora_dropout=0.1), checkpoint=True)
     return told(examine(model, batches_of(world), loss_of))
@@ -169,7 +169,7 @@ def noise_of_pythons_own(module, args, output):
 
 
 def other_result_when_recomputed():
-    world = arrange(join())
+    world = init_model_parallel(init_distributed())
     model = tiny(world, checkpoint=True)
     model.get_submodule("transformer.layers.1.mlp").register_forward_hook(noise_of_pythons_own)
     return told(examine(model, batches_of(world), loss_of))
@@ -181,7 +181,7 @@ def test_a_recomputation_that_differs_is_found():
 
 
 def switched_off_after_forward():
-    world = arrange(join())
+    world = init_model_parallel(init_distributed())
     model = tiny(world, checkpoint=True)
 
     def loss_and_switch(model, batch):
@@ -200,7 +200,7 @@ def test_a_switch_between_forward_and_backward_is_found():
 
 
 def one_layer_in_two_regions():
-    arrange(join())
+    init_model_parallel(init_distributed())
     model = tiny_model().train()
     add_lora(model, LoraConfig(r=4, target_modules=["language-mlp"]))
     layer = model.transformer.layers[1].mlp.dense_h_to_4h
@@ -223,7 +223,7 @@ def test_a_gradient_that_arrives_twice_is_found():
 
 
 def nan_on_one_rank(where):
-    world = arrange(join())
+    world = init_model_parallel(init_distributed())
     model = tiny(world)
     batches = batches_of(world)
     if world.rank == 1 and where == "batch":
@@ -242,7 +242,7 @@ def test_a_nan_on_one_rank_is_found(where, module):
 
 
 def wrong_flag(on_whole):
-    world = arrange(join(), 2)
+    world = init_model_parallel(init_distributed(), 2)
     model = tiny(world, model_parallel_size=2)
     adapter = adapters_of(model)["transformer.layers.0.attention.dense"]
     if on_whole:
@@ -260,7 +260,7 @@ def test_a_wrong_sharding_flag_is_found(on_whole, leaf):
 
 
 def lora2_of_sat(name, model_parallel):
-    arrange(join(), model_parallel)
+    init_model_parallel(init_distributed(), model_parallel)
     subject = SUBJECTS[name]
     model = with_sats(subject, 4, 6).train()
     for parameter_name, parameter in model.named_parameters():

@@ -15,7 +15,7 @@ from sat_lora.doctor.model_checks.trained_set import trained_set_findings
 from sat_lora.doctor.run_checks.configuration import bucket_findings, precision_findings
 from sat_lora.doctor.run_checks.data import batch_count_findings, data_findings
 from sat_lora.lora.apply import adapters_of
-from sat_lora.parallel.distributed import arrange, join
+from sat_lora.parallel.distributed import init_distributed, init_model_parallel
 from sat_lora.training.settings.options import parse_options
 from sat_lora.training.steps.loss import answer_loss_sum as loss_of
 from tests.support.demo_runs import options_for
@@ -103,7 +103,7 @@ def test_an_optimizer_that_holds_something_else_than_trains_is_found(fault, sing
 
 def experts_in_another_order():
     """Rank 1 runs the language expert first, so that backward comes to the vision expert first."""
-    world = arrange(join())
+    world = init_model_parallel(init_distributed())
     model = tiny(world)
     if world.rank == 1:
 
@@ -126,7 +126,7 @@ def test_gradients_in_another_order_on_one_rank_are_found():
 
 
 def one_replica_changed():
-    world = arrange(join(), 2)
+    world = init_model_parallel(init_distributed(), 2)
     model = tiny(world, model_parallel_size=2)
     norm = model.get_submodule("transformer.layers.1.input_layernorm")
     if world.rank == 1:

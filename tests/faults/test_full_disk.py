@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from sat_lora import AdapterError, add_lora, load_adapter, save_adapter
-from sat_lora.parallel.distributed import arrange, join
+from sat_lora.parallel.distributed import init_distributed, init_model_parallel
 from tests.support.full_disks import largest_file
 from tests.support.ranks import run_ranks
 from tests.support.tiny import fill_adapters, tiny_model
@@ -29,7 +29,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def save_on_full_disks(folder: str, model_parallel: int) -> list[str]:
     """The messages of this rank, one per disk size, each below that of a whole file; the old adapter stays."""
-    arrange(join(), model_parallel)
+    init_model_parallel(init_distributed(), model_parallel)
     model = tiny_lora(model_parallel_size=model_parallel)
     fill_adapters(model, seed=1)
     target = Path(folder) / "adapter"

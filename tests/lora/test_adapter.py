@@ -131,14 +131,14 @@ def test_any_shape_rank_dtype_and_slots_are_the_formula(
     (y * weights).sum().backward()
 
     torch.manual_seed(8)
-    keep = dropout_mask(x, 0.5)[0].double() * 2 if dropout else 1.0
+    mask = dropout_mask(x, 0.5)[0].double() * 2 if dropout else 1.0
     a, b, wide = (t.detach().double().requires_grad_() for t in (adapter.A, adapter.B, x))
     parts, row = [], 0
     for start, stop in layer_blocks(layer):
         out = wide @ layer.weight[start:stop].double().T + layer.bias[start:stop].double()
         if (start, stop) in adapter.target.rows:
             number = adapter.target.rows.index((start, stop))
-            s = (wide * keep) @ a[number * adapter.rank : (number + 1) * adapter.rank].T
+            s = (wide * mask) @ a[number * adapter.rank : (number + 1) * adapter.rank].T
             out = out + adapter.scale * s @ b[row : row + stop - start].T
             row += stop - start
         parts.append(out)
@@ -269,7 +269,7 @@ def test_only_a_plain_product_is_taken_over(change):
 
 @pytest.mark.parametrize("layer_name", LINEAR)
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_a_product_taken_over_has_the_gradients_of_one_left_alone(layer_name, dropout):
+def test_a_fused_product_has_the_gradients_of_one_left_alone(layer_name, dropout):
     layer = build_layer(layer_name)
     adapter = adapter_for(layer, LoraConfig(r=4, lora_dropout=dropout), seed=5).train()
     results = []
@@ -279,7 +279,7 @@ def test_a_product_taken_over_has_the_gradients_of_one_left_alone(layer_name, dr
         y = layer(x)
         before = y.detach().clone()
         out = adapter(y, x, layer, output_is_untouched=is_untouched)
-        assert torch.equal(y, before) != is_untouched, "taken over, y is changed in place; left alone, it is not"
+        assert torch.equal(y, before) != is_untouched, "fused, y is changed in place; left alone, it is not"
         results.append([out, *torch.autograd.grad(out.pow(2).sum(), [x, adapter.A, adapter.B])])
-    for taken, alone in zip(*results):
-        torch.testing.assert_close(taken, alone, rtol=1e-12, atol=1e-12)
+    for fused, alone in zip(*results):
+        torch.testing.assert_close(fused, alone, rtol=1e-12, atol=1e-12)

@@ -10,7 +10,7 @@ import sat_lora
 from sat_lora import LoraConfig, LoraMixin, add_lora, parameter_groups
 from sat_lora.lora.apply import adapters_of
 from sat_lora.lora.optimizer_groups import set_learning_rate
-from sat_lora.parallel.distributed import arrange, join
+from sat_lora.parallel.distributed import init_distributed, init_model_parallel
 from sat_lora.training.steps.engine import adapter_optimizer, start_engine
 from tests.support.ranks import run_ranks
 from tests.support.tiny import fill_adapters, logits_of, tiny_model
@@ -115,7 +115,7 @@ def adapted_model(ratio, dtype=torch.float32):
 
 def sgd_steps_on_a_rank(stage):
     """What one plain SGD step takes from A and B, at the ratios 1 and 8."""
-    world, steps = arrange(join()), []
+    world, steps = init_model_parallel(init_distributed()), []
     for ratio in (1.0, 8.0):
         model = adapted_model(ratio)
         before = adapter_values(model)
@@ -138,7 +138,7 @@ def test_b_moves_ratio_times_as_far_and_a_as_before(stage):
 
 
 def adam_on_a_rank(stage, clip):
-    world = arrange(join())
+    world = init_model_parallel(init_distributed())
     model = adapted_model(8.0)
     engine = start_engine(model, adapter_optimizer(model, lr=1.0), engine_config(stage, 2, clip=clip))
     for step, rate in enumerate(RATES):
@@ -149,7 +149,7 @@ def adam_on_a_rank(stage, clip):
 
 def adam_alone(clip):
     """The same in one process on the joined batch, in plain PyTorch."""
-    arrange(join())
+    init_model_parallel(init_distributed())
     model = adapted_model(8.0)
     pairs = adapters_of(model).values()
     slow, fast = [a.A for a in pairs], [a.B for a in pairs]
@@ -176,7 +176,7 @@ def test_two_ranks_equal_plain_adamw_with_the_same_groups_rates_and_clipping(sta
 
 def bfloat16_steps(stage):
     """How far Adam's first step, of one rate per parameter, takes most values of A and of B."""
-    world = arrange(join())
+    world = init_model_parallel(init_distributed())
     model = adapted_model(8.0, torch.bfloat16)
     before = adapter_values(model)
     engine = start_engine(model, adapter_optimizer(model, lr=1.0), engine_config(stage, 2, bf16=True))

@@ -14,7 +14,7 @@ from sat_lora.cogvlm import build_cogvlm
 from sat_lora.memory.components import GLOO_THREADS, Memory, memory_findings, memory_table
 from sat_lora.memory.estimate import estimate, fake_step
 from sat_lora.memory.live_memory import LiveBytes, peak_of
-from sat_lora.parallel.distributed import arrange, join
+from sat_lora.parallel.distributed import init_distributed, init_model_parallel
 from sat_lora.training.steps.engine import adapter_optimizer, start_engine
 from sat_lora.training.steps.loss import answer_loss_sum
 from sat_lora.training.steps.optimizer_state import create_moments
@@ -82,7 +82,7 @@ def released(collective):
 
 
 def measured_activations(name, dtype, checkpoint, rows, parts):
-    arrange(join(), parts)
+    init_model_parallel(init_distributed(), parts)
     let_go_of_tensors()
     model, config = built(name, dtype, checkpoint, parts)
     batch = rows_of(config, rows)
@@ -119,7 +119,7 @@ def measured_peak(stage, dtype, checkpoint, parts, at_once=True):
     """
     libc = ctypes.CDLL("libc.so.6")
     libc.mallopt(-3, 65536)  # M_MMAP_THRESHOLD: what is freed goes back to the system at once
-    arrange(join(), parts)
+    init_model_parallel(init_distributed(), parts)
     if at_once:
         wait_for_gathers()
     return [taken_by_a_run(stage, dtype, checkpoint, parts, libc) for _ in range(2)][1]
@@ -199,7 +199,7 @@ GATHERED = 100_000_000  # bytes
 
 def memory_of_gathers(count):
     """Bytes that gloo takes for `count` gathers which wait for the other rank, beside their tensors."""
-    arrange(join())
+    init_model_parallel(init_distributed())
     outputs = [torch.zeros(GATHERED, dtype=torch.uint8) for _ in range(count)]
     own = torch.zeros(GATHERED // 2, dtype=torch.uint8)
     group, other = torch.distributed.group.WORLD, torch.distributed.new_group()

@@ -12,7 +12,7 @@ from sat_lora.cogvlm import build_cogvlm
 from sat_lora.memory import components as memory
 from sat_lora.memory.estimate import estimate
 from sat_lora.memory.live_memory import LiveBytes
-from sat_lora.parallel.distributed import arrange, join
+from sat_lora.parallel.distributed import init_distributed, init_model_parallel
 from sat_lora.parallel.partitioned import Partitioning
 from sat_lora.training.steps.engine import adapter_optimizer, set_up_deepspeed, start_engine
 from sat_lora.training.steps.loss import answer_loss_sum
@@ -41,7 +41,7 @@ def estimated_total(lora, stage, dtype, checkpoint, ranks, micro_batches, **limi
 
 def counted_peak(lora, stage, dtype, checkpoint, micro_batches, **limits):
     """Bytes of all tensors at their peak over two steps, the model's own included."""
-    arrange(join())
+    init_model_parallel(init_distributed())
     config, engine_settings = sizes("tiny"), engine_config(stage, dtype, micro_batches, **limits)
     switches = dict(checkpoint_activations=checkpoint, vit_checkpoint_activations=checkpoint)
     with LiveBytes() as live:

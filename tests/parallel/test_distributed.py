@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sat_lora.errors import ConfigError
-from sat_lora.parallel.distributed import ALLOCATOR, _let_memory_grow, join
+from sat_lora.parallel.distributed import ALLOCATOR, _let_memory_grow, init_distributed
 from tests.support.ranks import run_ranks
 
 
@@ -15,12 +15,12 @@ def test_a_task_of_srun_without_a_launcher_is_refused(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "16")
     with pytest.raises(ConfigError, match="srun has started 16 tasks and none knows its rank.*/slurm.sh does"):
-        join()
+        init_distributed()
 
 
 def join_under_slurm():
     os.environ["SLURM_STEP_NUM_TASKS"] = "2"
-    join()
+    init_distributed()
     torch.distributed.barrier()  # a rank that has gone is no neighbour to connect to
     return torch.distributed.get_world_size()
 

@@ -6,7 +6,8 @@ This imports triton, as `sat_lora.lora.deltas.delta_kernels` does, which asks fo
 import torch
 
 from sat_lora.lora.deltas import delta_kernels as kernels
-from sat_lora.lora.deltas.low_rank import DeltaLayout, RandomDropout, add_delta
+from sat_lora.lora.deltas.layout import DeltaLayout
+from sat_lora.lora.deltas.low_rank import RandomDropout, add_delta
 
 EPS32 = torch.finfo(torch.float32).eps
 ROWS, IN = 37, 83  # odd, and several tiles of `SMALL`
@@ -110,7 +111,7 @@ def check_masks(blocks, other_blocks, rows=640, columns=1001, device="cpu"):
 
 
 def check_autograd(dtype, device="cpu"):
-    """`add_delta` with every kernel, alone and with the product taken over, against its reference in float64."""
+    """`add_delta` with every kernel, alone and with the product fused, against its reference in float64."""
     for layout in layouts(8).values():
         x, weight = random(dtype, 21, 40), random(dtype, layout.width, 40, seed=1)
         a = random(dtype, 4 * len(layout.slots), 40, seed=2)
@@ -122,21 +123,21 @@ def check_autograd(dtype, device="cpu"):
         torch.manual_seed(SEED)
         _, mask, _ = dropout.project(*(tensor.detach() for tensor in tensors[:2]), 1.7)
         assert mask.shape == ()
-        keep = kernels.spread(tensors[0].new_ones(21, 1), tensors[0].new_ones(1, 40), mask, 2**14).double().detach()
+        kept = kernels.spread(tensors[0].new_ones(21, 1), tensors[0].new_ones(1, 40), mask, 2**14).double().detach()
         x, a, b = exact = [tensor.detach().double().requires_grad_() for tensor in tensors]
         y = x @ weight.double().T
-        s = (x * keep) @ a.T
+        s = (x * kept) @ a.T
         delta = torch.zeros_like(y)
         for columns, of_b, of_s in layout.pieces(4):
             delta[:, columns] = s[:, of_s] @ b[of_b].T * 1.7 / 0.75
         y = y + delta
         wanted = [y, *torch.autograd.grad(y, exact, grad.double())]
-        for takes_over in (False, True):
+        for fused in (False, True):
             torch.manual_seed(SEED)
             product = tensors[0] @ weight.T
             version = product._version
-            y = add_delta(product, *tensors, dropout, 1.7, layout, *([weight] if takes_over else []))
-            assert product._version == version + takes_over
+            y = add_delta(product, *tensors, dropout, 1.7, layout, *([weight] if fused else []))
+            assert product._version == version + fused
             got = [y, *torch.autograd.grad(y, tensors, grad)]
             for ours, exact_one in zip(got, wanted, strict=True):
                 assert ours.dtype == dtype and ours.shape == exact_one.shape
@@ -157,14 +158,14 @@ def check_far_rows(device, rows=150_000, columns=15_360):
     seed = seed_tensor(device=device)
     near, wide, far = x[last].double(), a.double(), s[last].double()
     spread = kernels.spread(s, a, seed, DROPPED)
-    keep = (spread[last] != 0).double()
-    assert abs(keep.mean() - (1 - DROPPED / 2**16)) < 0.01
-    assert_rounded_once(spread[last], far @ wide * keep, far.abs() @ wide.abs())
+    kept = (spread[last] != 0).double()
+    assert abs(kept.mean() - (1 - DROPPED / 2**16)) < 0.01
+    assert_rounded_once(spread[last], far @ wide * kept, far.abs() @ wide.abs())
     del spread
     projected = kernels.project(x, a, seed, DROPPED)
-    assert_rounded_once(projected[last], (near * keep) @ wide.T, (near * keep).abs() @ wide.abs().T)
+    assert_rounded_once(projected[last], (near * kept) @ wide.T, (near * kept).abs() @ wide.abs().T)
     gradient = kernels.gradient_of_a(s, x, seed, DROPPED, 1.0)
-    assert_rounded_once(gradient, far.T @ (near * keep), far.abs().T @ (near * keep).abs())
+    assert_rounded_once(gradient, far.T @ (near * kept), far.abs().T @ (near * kept).abs())
     kernels.add_slots(x, s, a.t().contiguous(), 1.0, DeltaLayout(((0, columns),), columns))
     assert_rounded_once(x[last], near + far @ wide, near.abs() + far.abs() @ wide.abs())
     assert (x[: rows - 20] == 1).all()

@@ -102,13 +102,13 @@ def check_loaded(folder: Path) -> None:
 
 
 def main() -> None:
-    from sat_lora.parallel.distributed import arrange, join
+    from sat_lora.parallel.distributed import init_distributed, init_model_parallel
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--times", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    arrange(join())
+    init_model_parallel(init_distributed())
     folder = Path(tempfile.mkdtemp())
     try:
         pristine = write_tiny_adapter(folder / "pristine")

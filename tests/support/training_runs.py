@@ -14,7 +14,7 @@ import torch
 from sat_lora import LoraConfig, add_lora, load_adapter, save_adapter
 from sat_lora.adapters.save_load import whole_tensors
 from sat_lora.lora.apply import adapters_of
-from sat_lora.parallel.distributed import World, arrange, join, together
+from sat_lora.parallel.distributed import World, init_distributed, init_model_parallel, run_on_all_ranks
 from sat_lora.parallel.sharding import gathered, model_parallel_layout, over_model_parallel
 from sat_lora.training.steps.checkpoint import RunState, gather_checkpoint, save_checkpoint
 from sat_lora.training.steps.engine import start_engine
@@ -80,7 +80,7 @@ def step_together(engine, batches: list[dict], world: World) -> float:
 def save_now(engine, folder: Path, state: RunState, world: World, samples: int, run: dict | None = None) -> None:
     """A checkpoint in `folder`, there on return; every rank has to call it."""
     gathered = gather_checkpoint(engine, state, world, samples, run=run)
-    together(lambda: save_checkpoint(folder, gathered) if world.is_main else None)
+    run_on_all_ranks(lambda: save_checkpoint(folder, gathered) if world.is_main else None)
 
 
 def adapter_values(model: torch.nn.Module) -> dict[str, numpy.ndarray]:
@@ -108,7 +108,7 @@ def train_in_layout(
     With `rank`, of data parallelism, and `replicas agree`: whether what model-parallel ranks hold whole is the same on
     all of them.
     """
-    world = arrange(join(), model_parallel)
+    world = init_model_parallel(init_distributed(), model_parallel)
     settings = dict(
         model_parallel_size=model_parallel, checkpoint_activations=checkpoint, vit_checkpoint_activations=checkpoint
     )
@@ -191,7 +191,7 @@ def _replicas_agree(model: torch.nn.Module) -> bool:
 
 def train_alone(data_parallel: int, dtype: torch.dtype, batch_for: BatchFor, folder: str) -> dict:
     """The same on the joined batch of `data_parallel` ranks, with float32 copies of bf16 parameters."""
-    arrange(join())
+    init_model_parallel(init_distributed())
     found: dict = {}
     for name, optimizer_of in OPTIMIZERS.items():
         model = tiny_model(dtype).train()

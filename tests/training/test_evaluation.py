@@ -11,7 +11,7 @@ from sat_lora import add_lora, load_adapter, save_adapter
 from sat_lora.cogvlm.checkpoints.load import load_cogvlm
 from sat_lora.cogvlm.inputs.image import load_image
 from sat_lora.cogvlm.inputs.text import build_sample, load_tokenizer, prompt_for
-from sat_lora.parallel.distributed import arrange, join
+from sat_lora.parallel.distributed import init_distributed, init_model_parallel
 from sat_lora.training.evaluation import evaluate_adapter, evaluation_table
 from tests.support.paths import TINY_BASE
 from tests.support.patience import patient
@@ -47,7 +47,7 @@ def read_plainly(model, tokenizer, path, query):
 
 def prepare(folder, captchas):
     """An adapter that changes what is read, and items whose answers are what base or adapter really say."""
-    arrange(join())
+    init_model_parallel(init_distributed())
     torch.set_num_threads(1)
     tokenizer, paths = load_tokenizer(TINY_BASE), sorted(Path(captchas, "test").rglob("*.png"))[:12]
     model, _ = load_cogvlm(TINY_BASE)
@@ -70,7 +70,7 @@ def prepare(folder, captchas):
 
 
 def evaluate(folder, batch_size, model_parallel=1, with_trained_model=False):
-    world = arrange(join(), model_parallel)
+    world = init_model_parallel(init_distributed(), model_parallel)
     torch.set_num_threads(1)
     options = Namespace(
         from_pretrained=TINY_BASE, local_tokenizer=TINY_BASE, test_data=[str(folder / "items.jsonl")], version="base",

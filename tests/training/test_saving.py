@@ -17,7 +17,7 @@ from sat_lora.errors import SatLoraError
 from sat_lora.files.host_copies import CHUNK, HostCopies
 from sat_lora.files.step_folders import read_pointer
 from sat_lora.lora.live_base import identity_of_model
-from sat_lora.parallel.distributed import arrange, join
+from sat_lora.parallel.distributed import init_distributed, init_model_parallel
 from sat_lora.parallel.stop_signals import Stopped
 from sat_lora.training import saving
 from sat_lora.training.loop import train
@@ -44,7 +44,7 @@ class Training:
     """A run of the loop on this rank; `end` is the error that ended it."""
 
     def __init__(self, folder, stage=2, model_parallel=1):
-        self.world, self.state = arrange(join(), model_parallel), RunState()
+        self.world, self.state = init_model_parallel(init_distributed(), model_parallel), RunState()
         model = tiny_model(model_parallel_size=model_parallel).train()
         add_lora(model, LoraConfig(r=4, modules_to_save=["boi"], use_dora=True, qkv_slots="qv"))
         self.engine = start_engine(model, adapter_optimizer(model, lr=1e-2), engine_config(stage, 2))

@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sat_lora import LoraConfig, add_lora
-from sat_lora.parallel.distributed import arrange, join
+from sat_lora.parallel.distributed import init_distributed, init_model_parallel
 from sat_lora.parallel.stop_signals import SIGNALS
 from sat_lora.training.steps.engine import adapter_optimizer, start_engine
 from sat_lora.training.steps.loss import count_answer_tokens, sum_on_device
@@ -72,7 +72,7 @@ class Waits(TorchDispatchMode):
 
 def waits_of_a_step(stage, bf16, accumulate):
     """How often we wait in a step, DeepSpeed does, and we do in a validation over three batches."""
-    world = arrange(join())
+    world = init_model_parallel(init_distributed())
     model = tiny_model(torch.bfloat16 if bf16 else torch.float32)
     add_lora(model, LoraConfig(r=4, lr_ratio=4))  # two groups of the optimizer
     config = engine_config(stage, 2, accumulate, 1.0, bf16)

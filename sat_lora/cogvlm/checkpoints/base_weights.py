@@ -18,9 +18,10 @@ from sat_lora.printable import printable
 
 
 class BaseWeights(Mapping[str, torch.Tensor]):
-    """Mapped; a tensor takes memory when it is asked for and has to be joined. CheckpointError: a part is missing.
+    """The whole tensors of a model folder by their SAT names, mapped.
 
-    trust: see `map_weights`.
+    A tensor takes memory when it is asked for and has to be joined. trust: see `map_weights`.
+    Raises CheckpointError if a part is missing.
     """
 
     def __init__(self, folder: str | Path, *, trust: bool = False):
@@ -46,24 +47,27 @@ class BaseWeights(Mapping[str, torch.Tensor]):
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The whole shape of each."""
+        """The whole shape of each tensor, by name."""
         return {name: shape for name, (shape, _) in self.layout.items()}
 
     @cached_property
     def layout(self) -> Layout:
-        """Names, whole shapes and dtypes."""
+        """The whole shape and the dtype of each tensor, by name."""
         ranks = len(self._parts)
-        known = {**self._parts[0], **self._computed}
+        tensors = {**self._parts[0], **self._computed}
         return {
             name: (
                 self._sharding(name).full_shape(tensor.shape, ranks) if ranks > 1 else tuple(tensor.shape),
                 tensor.dtype,
             )
-            for name, tensor in known.items()
+            for name, tensor in tensors.items()
         }
 
     def layouts_for(self, ranks: int) -> list[Layout]:
-        """What each of `ranks` model-parallel ranks holds. ConfigError: a size does not divide."""
+        """Return the shapes and dtypes that each of `ranks` model-parallel ranks holds.
+
+        Raises ConfigError if a size does not divide.
+        """
         if ranks == 1:
             return [self.layout]
         shapes = {
@@ -73,8 +77,8 @@ class BaseWeights(Mapping[str, torch.Tensor]):
         uneven = [name for name, shape in shapes.items() if shape is None]
         if uneven:
             raise ConfigError(f"--model-parallel-size: {ranks} does not divide {', '.join(uneven[:8])}")
-        own = {name: (shape, self.layout[name][1]) for name, shape in shapes.items() if shape is not None}
-        return [own] * ranks
+        layout = {name: (shape, self.layout[name][1]) for name, shape in shapes.items() if shape is not None}
+        return [layout] * ranks
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.layout)
@@ -89,7 +93,7 @@ class BaseWeights(Mapping[str, torch.Tensor]):
         return parts[0] if len(parts) == 1 else self._sharding(name).unshard(parts)
 
     def shard(self, name: str, whole: torch.Tensor, rank: int, ranks: int) -> torch.Tensor:
-        """The part of a whole tensor that `rank` of `ranks` holds."""
+        """Return the part of a whole tensor that `rank` of `ranks` holds."""
         return whole if ranks == 1 else self._sharding(name).shard(whole, rank, ranks)
 
     @cached_property
@@ -99,11 +103,12 @@ class BaseWeights(Mapping[str, torch.Tensor]):
         return identity_of(self.shapes, self._values_at, name=folder.name, family="CogVLM")
 
     def _values_at(self, name: str, index: torch.Tensor) -> torch.Tensor:
-        """The elements of a tensor at flat positions of the whole."""
+        """Return the elements of a tensor at flat positions of the whole: (n,)."""
         if name in self._computed or len(self._parts) == 1:
             part = self._computed.get(name)
             return elements(self._parts[0][name] if part is None else part, index)
-        parts, sharding = [part[name] for part in self._parts], self._sharding(name)
+        parts = [part[name] for part in self._parts]
+        sharding = self._sharding(name)
         if sharding.dim is None:
             return elements(parts[0], index)
         shape = self.shapes[name]
@@ -134,5 +139,5 @@ class BaseWeights(Mapping[str, torch.Tensor]):
 
 
 def elements(tensor: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Those at flat positions; no more of a mapped tensor is read."""
+    """Return the elements at flat positions, (n,); no more of a mapped tensor is read."""
     return tensor[torch.unravel_index(index, tensor.shape)] if tensor.dim() else tensor.reshape(1)[index]

@@ -1,12 +1,10 @@
 """A CogVLM folder as Hugging Face has it: safetensors files, sharded or one, and config.json.
 
 Its parameters and sizes are given in SAT's names, so that it loads like a SAT folder of model-parallel size 1. What the
-published code of that model has written into it, and reads from no config, is refused where it would be another, both
-ways: the rotary base above all.
+published code of that model has written into it, and reads from no config, is refused where it would be another: the
+rotary base above all. `hugging_face_writer` writes such a folder, and refuses the same.
 """
 
-import json
-import math
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -15,23 +13,22 @@ import torch
 
 from sat_lora.cogvlm.checkpoints.hugging_face_names import hf_name, sat_name
 from sat_lora.cogvlm.checkpoints.sat_folder import listing, read_object
-from sat_lora.cogvlm.inputs.prompts import TEMPLATES
 from sat_lora.cogvlm.sizes import size_problems
 from sat_lora.errors import CheckpointError
 from sat_lora.files.foreign import stand_in
-from sat_lora.files.weight_files import Layout, make_safetensors_file
 from sat_lora.printable import printable
 
-INDEX, SINGLE, CONFIG = "model.safetensors.index.json", "model.safetensors", "config.json"
-GENERATION_CONFIG = "generation_config.json"
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+CONFIG = "config.json"
 REMOTE_CODE = ("configuration_cogvlm.py", "modeling_cogvlm.py", "visual.py", "util.py")
 """The files with the model's code, as `transformers` takes them from the folder."""
 ROTARY_BASE = 10000.0  # of the published code, which reads it from nowhere
-_COMPUTED = "rotary_emb.inv_freq"
-_FREQUENCIES = "model.layers.{}.self_attn." + _COMPUTED  # a buffer of every layer; most versions save it
+COMPUTED = "rotary_emb.inv_freq"
+FREQUENCIES = "model.layers.{}.self_attn." + COMPUTED  # a buffer of every layer; most versions save it
 ROTARY = "mixins.rotary.rotary_emb.inv_freq"  # SAT's one buffer for all layers
 
-_SIZES = {  # here: in config.json
+SIZES = {  # here: in config.json
     "num_layers": "num_hidden_layers",
     "hidden_size": "hidden_size",
     "num_attention_heads": "num_attention_heads",
@@ -40,7 +37,7 @@ _SIZES = {  # here: in config.json
     "max_sequence_length": "max_position_embeddings",
     "layernorm_epsilon": "rms_norm_eps",
 }
-_VIT_SIZES = {  # here: in config.json's vision_config
+VIT_SIZES = {  # here: in config.json's vision_config
     "num_layers": "num_hidden_layers",
     "hidden_size": "hidden_size",
     "num_attention_heads": "num_heads",
@@ -51,7 +48,7 @@ _VIT_SIZES = {  # here: in config.json's vision_config
     "patch_size": "patch_size",
 }
 _COMMON = {"model_parallel_size": 1, "hidden_dropout": 0.0, "attention_dropout": 0.0}
-_VIT_FIXED = {
+VIT_FIXED = {
     "vocab_size": 1,
     "layernorm_order": "post",
     "use_final_layernorm": False,
@@ -60,22 +57,10 @@ _VIT_FIXED = {
     "pre_len": 1,
     "post_len": 0,
 }
-_FIXED = {
-    "layernorm_order": "pre",
-    "use_bias": False,
-    "use_qkv_bias": False,
-    "use_final_layernorm": True,
-    "is_gated_mlp": False,
-    "is_rotary_emb": False,
-    "num_experts": 1,
-}
-_SAME_VALUES = ("row_parallel_linear_final_bias",)  # where a bias is added that a single process adds once
-_REQUIRED = ("num_layers", "hidden_size", "num_attention_heads", "vocab_size", "inner_hidden_size")
-_REQUIRED_OF_VIT = (*(name for name in _REQUIRED if name != "vocab_size"), "in_channels", "patch_size")
 
 
 class HuggingFaceFolder:
-    """A CogVLM checkpoint in safetensors. CheckpointError: it is incomplete, damaged, or of another model."""
+    """A CogVLM checkpoint in safetensors. Raises CheckpointError if it is incomplete, damaged, or of another model."""
 
     saved_ranks = 1
 
@@ -83,22 +68,22 @@ class HuggingFaceFolder:
         self.path = Path(folder)
 
     def config(self) -> dict:
-        """The sizes in config.json, as SAT's model_config.json has them."""
+        """Return the sizes in config.json, as SAT's model_config.json has them."""
         path = self.path / CONFIG
         content = read_object(path)
         vision = content.get("vision_config")
         vision = vision if isinstance(vision, dict) else {}
-        problems = [f"no {name}" for name in _SIZES.values() if name not in content]
-        problems += [f"no vision_config.{name}" for name in (*_VIT_SIZES.values(), "image_size") if name not in vision]
-        for section, name, wanted in ((content, "hidden_act", "silu"), (vision, "hidden_act", "gelu")):
-            if section.get(name, wanted) != wanted:
-                problems.append(f"{name} {section[name]!r} where CogVLM has {wanted!r}")
+        problems = [f"no {name}" for name in SIZES.values() if name not in content]
+        problems += [f"no vision_config.{name}" for name in (*VIT_SIZES.values(), "image_size") if name not in vision]
+        for section, name, value in ((content, "hidden_act", "silu"), (vision, "hidden_act", "gelu")):
+            if section.get(name, value) != value:
+                problems.append(f"{name} {section[name]!r} where CogVLM has {value!r}")
         if not problems:
-            problems = [*_not_counts(content, _SIZES), *_not_counts(vision, {**_VIT_SIZES, "image_size": "image_size"})]
+            problems = [*_not_counts(content, SIZES), *_not_counts(vision, {**VIT_SIZES, "image_size": "image_size"})]
         problems += _other_networks(content)
         if problems:
             raise CheckpointError(f"{path} is not the config of a CogVLM: {'; '.join(problems)}")
-        vit = {name: vision[theirs] for name, theirs in _VIT_SIZES.items()}
+        vit = {name: vision[hf_key] for name, hf_key in VIT_SIZES.items()}
         side = vision["image_size"]
         patches = (side // vision["patch_size"]) ** 2
         if vision["num_positions"] != patches + 1:
@@ -109,12 +94,12 @@ class HuggingFaceFolder:
         tokens = {name: content[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in content}
         config = {
             "model_class": "CogVLMModel",
-            **{name: content[theirs] for name, theirs in _SIZES.items()},
+            **{name: content[hf_key] for name, hf_key in SIZES.items()},
             **_COMMON,
             "layernorm_order": "pre",
             "use_bias": False,
             "image_length": patches,
-            "eva_args": {**vit, **_COMMON, **_VIT_FIXED, "image_size": [side, side]},
+            "eva_args": {**vit, **_COMMON, **VIT_FIXED, "image_size": [side, side]},
             **tokens,
         }
         problems = size_problems(config)
@@ -123,31 +108,31 @@ class HuggingFaceFolder:
         return config
 
     def check(self, state: dict[str, torch.Tensor]) -> None:
-        """Nothing: whether all files are there is seen where they are named."""
+        """Do nothing: whether all files are there is seen where they are named."""
 
     def own_config(self) -> dict:
-        """The content of config.json."""
+        """Return the content of config.json."""
         return read_object(self.path / CONFIG)
 
     def files(self) -> list[Path]:
-        """The safetensors files, as the index names them, or the one there is."""
+        """Return the safetensors files, as the index names them, or the only one."""
         if not (self.path / INDEX).is_file():
             return [self.path / SINGLE]
         return [self.path / name for name in sorted(set(self._places().values()))]
 
     def map(self, rank: int = 0) -> dict[str, torch.Tensor]:
-        """Every tensor, mapped, by its name in SAT; what has none there keeps its own."""
-        state = {sat_name(n) or n: tensor for n, tensor in self._tensors.items() if not n.endswith(_COMPUTED)}
+        """Return every tensor, mapped, by its name in SAT; one that has none there keeps its own."""
+        state = {sat_name(n) or n: tensor for n, tensor in self._tensors.items() if not n.endswith(COMPUTED)}
         return state if self._frequencies is None else {**state, ROTARY: self._frequencies}
 
     def own_name(self, name: str) -> str | None:
-        """What a SAT parameter is called in the files; None for one that is computed."""
-        return _FREQUENCIES.format(0) if name == ROTARY and self._frequencies is not None else hf_name(name)
+        """Return what a SAT parameter is called in the files; None for one that is computed."""
+        return FREQUENCIES.format(0) if name == ROTARY and self._frequencies is not None else hf_name(name)
 
     @cached_property
     def _tensors(self) -> dict[str, torch.Tensor]:
         """Every tensor, mapped, by its own name."""
-        found: dict[str, torch.Tensor] = {}
+        all_tensors: dict[str, torch.Tensor] = {}
         for file in self.files():
             tensors = _map_tensors(file)
             if (self.path / INDEX).is_file():
@@ -156,8 +141,8 @@ class HuggingFaceFolder:
                     raise CheckpointError(
                         f"{file} lacks {_some(lost)}, which {self.path / INDEX} says are there; download again"
                     )
-            found |= tensors
-        return found
+            all_tensors |= tensors
+        return all_tensors
 
     @cached_property
     def _frequencies(self) -> torch.Tensor | None:
@@ -165,7 +150,7 @@ class HuggingFaceFolder:
 
         A copy of zeros counts as none: it was never filled, as a model that is saved from the device "meta" leaves it.
         """
-        copies = {name: t for name, t in self._tensors.items() if name.endswith(_COMPUTED) and t.any()}
+        copies = {name: t for name, t in self._tensors.items() if name.endswith(COMPUTED) and t.any()}
         for name, tensor in copies.items():
             if not has_base(tensor, ROTARY_BASE):
                 raise CheckpointError(
@@ -175,7 +160,7 @@ class HuggingFaceFolder:
         return next(iter(copies.values()), None)
 
     def _places(self) -> dict[str, str]:
-        """Parameter name to file name, from the index; each file has to be there."""
+        """Return file names by parameter name, from the index; each file has to be there."""
         index = self.path / INDEX
         places = read_object(index).get("weight_map")
         if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
@@ -197,7 +182,7 @@ class HuggingFaceFolder:
 
 
 def _other_networks(content: dict) -> Iterator[str]:
-    """What config.json asks for and CogVLM's code does not do."""
+    """Yield, as sentences, what config.json asks for and CogVLM's code does not do."""
     rope = content.get("rope_parameters")
     rope = rope if isinstance(rope, dict) else {}
     for name, value in (("rope_theta", content.get("rope_theta")), ("rope_theta", rope.get("rope_theta"))):
@@ -218,7 +203,7 @@ def _other_networks(content: dict) -> Iterator[str]:
 
 
 def has_base(frequencies: torch.Tensor, base: float) -> bool:
-    """Whether rotary frequencies (head_dim / 2,) are those of that base, within what their dtype rounds away."""
+    """Return whether rotary frequencies (head_dim / 2,) are those of that base, within their dtype's rounding."""
     exponents = torch.arange(frequencies.numel(), dtype=torch.float64) / max(1, frequencies.numel())
     tolerance = max(torch.finfo(frequencies.dtype).eps, 1e-5)  # some computed the powers in float32
     return torch.allclose(frequencies.double(), base**-exponents, rtol=tolerance, atol=1e-7)
@@ -239,143 +224,14 @@ def _map_tensors(file: Path) -> dict[str, torch.Tensor]:
 
 
 def _not_counts(section: dict, names: dict[str, str]) -> list[str]:
-    """The sizes in a section of config.json that are no whole numbers above 0; epsilons are looked at elsewhere."""
-    wrong = {theirs: section[theirs] for theirs in names.values() if not theirs.endswith("_eps")}
+    """Return problems for the sizes of a section that are no whole numbers above 0, epsilons aside."""
+    counts = {name: section[name] for name in names.values() if not name.endswith("_eps")}
     return [
         f"{name} is {str(value)[:60]!r}, wanted a whole number above 0"
-        for name, value in wrong.items()
+        for name, value in counts.items()
         if type(value) is not int or value < 1
     ]
 
 
 def _some(names: list[str]) -> str:
     return ", ".join(map(printable, names[:8])) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-
-
-def refuse_inexpressible(config: dict, frequencies: torch.Tensor) -> None:
-    """CheckpointError, with every reason why a SAT model is no CogVLM of Hugging Face, whose code fixes much.
-
-    config: of SAT. frequencies: its rotary buffer, (head_dim / 2,).
-    """
-    vit = config.get("eva_args", {})
-    sizes = {"image_length": config, **dict.fromkeys(_REQUIRED, config)}
-    problems = [f"no {name} in its config" for name, section in sizes.items() if name not in section]
-    problems += [f"no eva_args.{name} in its config" for name in (*_REQUIRED_OF_VIT, "image_size") if name not in vit]
-    if problems:
-        raise CheckpointError(f"no Hugging Face folder can be written: {'; '.join(problems)}")
-    base = config.get("rotary_base", ROTARY_BASE)
-    if base != ROTARY_BASE or not has_base(frequencies, ROTARY_BASE):
-        name = f"rotary base {base:g}" if base != ROTARY_BASE else "rotary frequencies of another base"
-        problems.append(f"{name} where the code has {ROTARY_BASE:g}")
-    for section, prefix, fixed in ((config, "", _FIXED), (vit, "eva_args.", _VIT_FIXED)):
-        for name, wanted in fixed.items():
-            if name in section and section[name] != wanted and name not in _SAME_VALUES:
-                problems.append(f"{prefix}{name} {section[name]!r} where the code has {wanted!r}")
-    for section, prefix in ((config, ""), (vit, "eva_args.")):
-        heads, size = section["num_attention_heads"], section.get("hidden_size_per_attention_head")
-        if size is not None and size * heads != section["hidden_size"]:
-            problems.append(f"{prefix}hidden_size_per_attention_head {size} where the code has hidden size / heads")
-        few = section.get("num_multi_query_heads")
-        if few not in (None, 0, heads):
-            problems.append(f"{prefix}num_multi_query_heads {few} where the code has one key for each of {heads} heads")
-    height, width = vit["image_size"]
-    patches = (height // vit["patch_size"]) ** 2
-    if height != width or config["image_length"] != patches:
-        problems.append(
-            f"images of {height} x {width} in {config['image_length']} patches of {vit['patch_size']} where the code "
-            "has squares cut whole"
-        )
-    if problems:
-        raise CheckpointError(
-            f"the code of Hugging Face's CogVLM cannot run this model: {'; '.join(problems)}; it stays a SAT folder "
-            "(leave out --to hf)"
-        )
-
-
-def make_hugging_face_weights(
-    folder: str | Path,
-    config: dict,
-    layout: Layout,
-    frequencies: torch.Tensor,
-    *,
-    own_config: dict | None = None,
-    shard_bytes: int = 5 * 10**9,
-) -> dict[str, torch.Tensor]:
-    """A Hugging Face folder of files of about `shard_bytes` each: its tensors by SAT's names, to be written to.
-
-    The rotary frequencies (head_dim / 2,), a single buffer in SAT, are written here, one copy a layer.
-    config: of SAT. own_config: the content of a config.json whose entries are kept. CheckpointError: a name has no
-    counterpart, or see `refuse_inexpressible`.
-    """
-    folder, filled = Path(folder), 0
-    shards: list[Layout] = [{}]
-    refuse_inexpressible(config, frequencies)
-    stored = {name: one for name, one in layout.items() if not name.endswith(_COMPUTED)}
-    own_names = {name: own for name in stored if (own := hf_name(name)) is not None}
-    foreign = [name for name in stored if name not in own_names]
-    if foreign:
-        raise CheckpointError(f"{', '.join(foreign[:8])}: no such parameter in a CogVLM of Hugging Face")
-    buffers = [_FREQUENCIES.format(layer) for layer in range(config["num_layers"])]
-    entries = {own_names[name]: one for name, one in stored.items()}
-    entries |= dict.fromkeys(buffers, (tuple(frequencies.shape), frequencies.dtype))
-    for name, (shape, dtype) in entries.items():
-        size = math.prod(shape) * dtype.itemsize
-        if shards[-1] and filled + size > shard_bytes:
-            shards.append({})
-            filled = 0
-        shards[-1][name] = (shape, dtype)
-        filled += size
-    names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
-    names = [SINGLE] if len(shards) == 1 else names
-    tensors = {
-        k: t for file, shard in zip(names, shards) for k, t in make_safetensors_file(folder / file, shard).items()
-    }
-    for name in buffers:
-        tensors[name].copy_(frequencies)
-    if len(shards) > 1:
-        places = {name: file for file, shard in zip(names, shards) for name in shard}
-        total = sum(math.prod(shape) * dtype.itemsize for shape, dtype in entries.values())
-        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
-    dtype = str(next(iter(stored.values()))[1]).removeprefix("torch.")
-    content = {**hugging_face_config(config), **(own_config or {}), "torch_dtype": dtype}
-    if "dtype" in content:  # as newer versions of transformers call it
-        content["dtype"] = dtype
-    write_json(folder / CONFIG, content)
-    write_json(folder / GENERATION_CONFIG, {"_from_model_config": True, **_tokens(content)})
-    return {name: tensors[own_names[name]] for name in stored}
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Write a json file of a folder that is being made, and which nobody reads yet."""
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def hugging_face_config(config: dict) -> dict:
-    """config.json for the sizes in SAT's model_config.json: the reverse of `HuggingFaceFolder.config`."""
-    vit = {"max_sequence_length": config["image_length"] + 1, "layernorm_epsilon": 1e-6, **config["eva_args"]}
-    defaults = {"max_sequence_length": 2048, "layernorm_epsilon": 1e-5, **config}
-    vision = {theirs: vit[name] for name, theirs in _VIT_SIZES.items()}
-    vision |= {"num_positions": config["image_length"] + 1, "image_size": vit["image_size"][0]}
-    template = TEMPLATES.get(str(config.get("text_processor_version")))
-    configuration, modeling = (Path(name).stem for name in REMOTE_CODE[:2])
-    return {
-        "architectures": ["CogVLMForCausalLM"],
-        "model_type": "cogvlm",
-        "auto_map": {
-            "AutoConfig": f"{configuration}.CogVLMConfig",
-            "AutoModelForCausalLM": f"{modeling}.CogVLMForCausalLM",
-        },
-        **{theirs: defaults[name] for name, theirs in _SIZES.items()},
-        "hidden_act": "silu",
-        "rope_theta": ROTARY_BASE,
-        "tie_word_embeddings": False,
-        "use_cache": True,
-        **({} if template is None else {"template_version": template}),
-        "vision_config": {**vision, "hidden_act": "gelu", "dropout_prob": 0.0},
-        **_tokens(config),
-    }
-
-
-def _tokens(config: dict) -> dict:
-    names = ("bos_token_id", "eos_token_id", "pad_token_id")
-    return {name: config[name] for name in names if config.get(name) is not None}

@@ -6,8 +6,10 @@ buffer `mixins.rotary.rotary_emb.inv_freq` is one where Hugging Face's layers ha
 
 import re
 
-_LAYER, _HF_LAYER = "transformer.layers.{i}", "model.layers.{i}"
-_VIT, _HF_VIT = "mixins.eva.vit_model", "model.vision"
+_LAYER = "transformer.layers.{i}"
+_HF_LAYER = "model.layers.{i}"
+_VIT = "mixins.eva.vit_model"
+_HF_VIT = "model.vision"
 _NAMES = {
     f"{_LAYER}.attention.query_key_value": f"{_HF_LAYER}.self_attn.language_expert_query_key_value",
     f"{_LAYER}.attention.dense": f"{_HF_LAYER}.self_attn.language_expert_dense",
@@ -42,7 +44,7 @@ _NAMES = {
 
 
 def _table(names: dict[str, str]) -> list[tuple[re.Pattern, str]]:
-    """Patterns for a module's name or that of one of its parameters, with what to write instead."""
+    """Return (pattern, replacement) for a module's name or that of one of its parameters."""
     return [
         (re.compile(re.escape(old).replace(r"\{i\}", r"(\d+)") + r"(\.weight|\.bias)?"), new.replace("{i}", r"\1"))
         for old, new in names.items()
@@ -62,10 +64,10 @@ def _translate(name: str, table: list[tuple[re.Pattern, str]]) -> str | None:
 
 
 def hf_name(name: str) -> str | None:
-    """The Hugging Face name of a SAT module or parameter of CogVLM; None where there is none."""
+    """Return the Hugging Face name of a SAT module or parameter of CogVLM; None where there is none."""
     return _translate(name, _TO_HF)
 
 
 def sat_name(name: str) -> str | None:
-    """The SAT name of a Hugging Face module or parameter of CogVLM; None where there is none."""
+    """Return the SAT name of a Hugging Face module or parameter of CogVLM; None where there is none."""
     return _translate(name, _TO_SAT)

@@ -39,7 +39,10 @@ __all__ = [
 
 
 def open_folder(folder: str | Path, *, trust: bool = False) -> SatFolder | HuggingFaceFolder:
-    """The model folder as what it is. CheckpointError: it is neither kind, or both. trust: see `map_weights`."""
+    """Return the model folder as what it is. trust: see `map_weights`.
+
+    Raises CheckpointError if it is neither kind, or both.
+    """
     folder = Path(folder)
     sat = [name for name in PARTS if (folder / name).is_file()]
     hugging_face = [name for name in (INDEX, SINGLE) if (folder / name).is_file()]
@@ -52,18 +55,19 @@ def open_folder(folder: str | Path, *, trust: bool = False) -> SatFolder | Huggi
 
 
 def read_config(folder: str | Path) -> dict:
-    """The sizes of the model in a folder, by the names of SAT's model_config.json."""
+    """Return the sizes of the model in a folder, by the names of SAT's model_config.json."""
     return open_folder(folder).config()
 
 
 def weight_files(folder: str | Path) -> list[Path]:
-    """The files with the weights: of SAT one per model-parallel rank, in rank order; of Hugging Face the shards."""
+    """Return the files with the weights: SAT's, one per rank and in rank order, or Hugging Face's shards."""
     return open_folder(folder).files()
 
 
 def check_files(folder: str | Path, *, trust: bool = False) -> None:
-    """CheckpointError when one of the files is missing, truncated, no checkpoint, or of a model with another number of
-    layers than the config says; reads nothing but their headers.
+    """Raise CheckpointError if a file of the folder cannot be a base; no more than the files' headers is read.
+
+    It is missing, truncated, no checkpoint, or of a model with another number of layers than the config says.
     """
     source = open_folder(folder, trust=trust)
     for rank in range(source.saved_ranks):
@@ -71,7 +75,7 @@ def check_files(folder: str | Path, *, trust: bool = False) -> None:
 
 
 def _refuse_what_is_no_base(source: SatFolder | HuggingFaceFolder, state: dict) -> None:
-    """CheckpointError if what one saved rank holds cannot be a base of the folder's config."""
+    """Raise CheckpointError if what one saved rank holds cannot be a base of the folder's config."""
     problems = weight_problems(state)
     if problems:
         shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
@@ -82,25 +86,25 @@ def _refuse_what_is_no_base(source: SatFolder | HuggingFaceFolder, state: dict) 
     if missing:
         lacking = f"{source.path}: the model config lacks {', '.join(missing)}"
         raise CheckpointError(f"{lacking}; it is not a CogVLM config, or not all of it is there; copy it again")
-    for prefix, wanted in (("", config), (f"{VIT}.", config.get("eva_args", {}))):
+    for prefix, sizes in (("", config), (f"{VIT}.", config.get("eva_args", {}))):
         numbers = [re.match(re.escape(prefix) + r"transformer\.layers\.(\d{1,9})\.", str(name)) for name in state]
         layers = 1 + max((int(number[1]) for number in numbers if number), default=-1)
-        if layers and wanted.get("num_layers", layers) != layers:
+        if layers and sizes.get("num_layers", layers) != layers:
             where = "eva_args." if prefix else ""
             raise CheckpointError(
-                f"{source.path}: its config says {where}num_layers {wanted['num_layers']}, its weights have {layers} "
+                f"{source.path}: its config says {where}num_layers {sizes['num_layers']}, its weights have {layers} "
                 "layers; config and weights do not belong together"
             )
 
 
 def shardings_of(model: nn.Module) -> dict[str, Sharding]:
-    """How each entry of `model.state_dict()` is cut over the model-parallel ranks."""
+    """Return how each entry of `model.state_dict()` is cut over the model-parallel ranks, by name."""
     modules = dict(model.named_modules())
-    found = {}
+    shardings = {}
     for name in model.state_dict():
         owner, _, leaf = name.rpartition(".")
-        found[name] = sharding_of(modules[owner], leaf) if owner in modules else REPLICATED
-    return found
+        shardings[name] = sharding_of(modules[owner], leaf) if owner in modules else REPLICATED
+    return shardings
 
 
 def load_cogvlm(
@@ -113,13 +117,13 @@ def load_cogvlm(
     progress: Progress[tuple[str, nn.Module]] = iter,
     **settings,
 ) -> tuple[CogVLMModel, dict]:
-    """A CogVLM with the weights of a SAT or Hugging Face folder, and its config. `settings` go to `build_cogvlm`.
+    """Return (a CogVLM with the weights of a SAT or Hugging Face folder, its config).
 
-    zero_config: DeepSpeed's, of stage 3; every parameter is then partitioned as it is loaded, and a rank reads no more
-    than its own partition. Ranks do not speak to each other here: an error on one is an error on it alone.
-    CheckpointError: files, names or shapes do not fit; nothing has been allocated then. ConfigError: `build_cogvlm`'s.
-    trust: see `map_weights`. layers: take at most so many of each transformer, the first ones; the config says so.
-    progress: goes through the modules, as tqdm does.
+    settings: those of `build_cogvlm`. zero_config: DeepSpeed's, of stage 3; every parameter is then partitioned as it
+    is loaded, and a rank reads no more than its own partition. trust: see `map_weights`. layers: take at most so many
+    of each transformer, the first ones; the config says so. progress: goes through the modules, as tqdm does. Ranks do
+    not speak to each other here: an error on one is an error on it alone. Raises CheckpointError if files, names or
+    shapes do not fit, before anything is allocated; ConfigError as `build_cogvlm`.
     """
     source = open_folder(folder, trust=trust)
     config = source.config()
@@ -148,7 +152,7 @@ def load_cogvlm(
 
 
 def shortened(config: dict, layers: int) -> dict:
-    """The config of a model with at most so many layers in each transformer."""
+    """Return the config of a model with at most so many layers in each transformer."""
     vit = config["eva_args"]
     return {
         **config,
@@ -160,7 +164,7 @@ def shortened(config: dict, layers: int) -> dict:
 def _loaded(
     shape: nn.Parameter, name: str, weights: "_OwnWeights", device, partitioning: Partitioning | None
 ) -> nn.Parameter:
-    """The parameter with memory and values, and the attributes that SAT gave it."""
+    """Return the parameter with memory and values, and the attributes that SAT gave it."""
     parameter = nn.Parameter(torch.empty_like(shape, device=device), requires_grad=shape.requires_grad)
     parameter.__dict__.update(shape.__dict__)
     if partitioning is None:
@@ -175,13 +179,18 @@ class _OwnWeights:
     """What this model-parallel rank takes from a folder; names and shapes are checked when it is made."""
 
     def __init__(self, model: CogVLMModel, source: SatFolder | HuggingFaceFolder, left_out: frozenset[str]):
-        """left_out: names that the files may have and the model has not."""
+        """Map the files that hold something of this rank's, and compare names and shapes.
+
+        left_out: names that the files may have and the model has not. Raises CheckpointError with everything that does
+        not fit.
+        """
         rank, size = model_parallel_layout()
         saved = source.saved_ranks
         self._layout = dict(saved=saved, rank=rank, size=size)
         self._shardings = shardings_of(model)
         self._states = {
-            other: source.map(other) for other in range(rank * saved // size, -(-(rank + 1) * saved // size))
+            saved_rank: source.map(saved_rank)
+            for saved_rank in range(rank * saved // size, -(-(rank + 1) * saved // size))
         }
         shapes = {
             name: self._shardings[name].saved_shape(tensor.shape, size, saved)
@@ -192,13 +201,15 @@ class _OwnWeights:
         problems = (
             [f"{len(uneven)} sizes do not divide by {saved}, the number of files: {uneven[0]}, ..."] if uneven else []
         )
-        for other, state in self._states.items():
-            where = f" in {source.files()[other].name}" if saved > 1 else ""
+        for saved_rank, state in self._states.items():
+            where = f" in {source.files()[saved_rank].name}" if saved > 1 else ""
             for name, shape in shapes.items():
                 problem = _misfit(state, name, shape)
                 if problem:
-                    own = source.own_name(name)
-                    problems.append(problem + where + (f" ({own} in the file)" if own != name else ""))
+                    name_in_file = source.own_name(name)
+                    problems.append(
+                        problem + where + (f" ({name_in_file} in the file)" if name_in_file != name else "")
+                    )
             problems += [f"unexpected {printable(name)}{where}" for name in state.keys() - shapes.keys() - left_out]
         if problems:
             shown = "\n  ".join(sorted(problems)[:20]) + ("\n  ..." if len(problems) > 20 else "")
@@ -208,13 +219,16 @@ class _OwnWeights:
 
     def copy(self, name: str, target: torch.Tensor, rows: range | None = None) -> None:
         """Copy what the files have under `name`, this rank's part, into `target`; rows: only these are needed."""
-        parts = {other: state[name] for other, state in self._states.items() if name in state}
+        parts = {saved_rank: state[name] for saved_rank, state in self._states.items() if name in state}
         if parts:
             self._shardings[name].fill(target, parts, **self._layout, rows=rows)
 
 
 def _misfit(state: dict, name: str, shape: tuple[int, ...] | None) -> str | None:
-    """What is wrong with one entry of a saved state dict; shape: None, which has been said already, fits all."""
+    """Return what is wrong with one entry of a saved state dict, None if nothing is.
+
+    shape: None, which has been said already, fits all.
+    """
     if name not in state:
         return f"missing {name}"
     if not isinstance(state[name], torch.Tensor):

@@ -41,9 +41,9 @@ TRUST = "if you trust whoever made it, --trust-checkpoint unpickles the whole fi
 
 
 class SatFolder:
-    """A SAT checkpoint, of any model-parallel size. CheckpointError: there is none, or it is incomplete.
+    """A SAT checkpoint, of any model-parallel size. trust: see `map_weights`.
 
-    trust: see `map_weights`.
+    Raises CheckpointError if there is none, or it is incomplete.
     """
 
     def __init__(self, folder: str | Path, *, trust: bool = False):
@@ -63,10 +63,11 @@ class SatFolder:
                 f"<latest>/mp_rank_00_model_states.pt; missing {', '.join(missing)}; found: {listing(folder)}"
                 + (_step_to_name(folder) if missing == ["latest"] else _nearby(folder))
             )
-        self.path, self._trust = folder, trust
+        self.path = folder
+        self._trust = trust
 
     def config(self) -> dict:
-        """The content of model_config.json. CheckpointError: a size in it is none."""
+        """Return the content of model_config.json. Raises CheckpointError if a size in it is none."""
         path = self.path / "model_config.json"
         content = read_object(path)
         problems = size_problems(content)
@@ -75,7 +76,7 @@ class SatFolder:
         return content
 
     def files(self) -> list[Path]:
-        """The files of the newest step, one per model-parallel rank, in rank order."""
+        """Return the files of the newest step, one per model-parallel rank, in rank order."""
         instead = stand_in(self.path / "latest")
         if instead is not None:
             raise CheckpointError(f"{self.path / 'latest'}: cannot be read: {instead}")
@@ -103,10 +104,12 @@ class SatFolder:
         return files
 
     def check(self, state: dict[str, torch.Tensor]) -> None:
-        """CheckpointError if the first file, which holds `state`, is one rank's and those of others are missing."""
-        content, files = self.config(), self.files()
+        """Raise CheckpointError if the first file, which holds `state`, is cut for more ranks than there are files."""
+        content = self.config()
+        files = self.files()
         rows, columns = (_size(state, name, dim) for name, dim in (("mixins.lm.lm_head", 0), (_CUT_BY_COLUMNS, 1)))
-        vocabulary, hidden = content.get("vocab_size", 0), content.get("hidden_size")
+        vocabulary = content.get("vocab_size", 0)
+        hidden = content.get("hidden_size")
         ranks = vocabulary // rows if rows else 1
         is_said = content.get("model_parallel_size") == ranks
         is_part = rows * ranks == vocabulary and (is_said or columns * ranks == hidden)
@@ -126,22 +129,22 @@ class SatFolder:
         return len(self.files())
 
     def map(self, rank: int) -> dict[str, torch.Tensor]:
-        """What one saved rank holds: SAT's names, mapped tensors."""
+        """Return what one saved rank holds: mapped tensors by SAT's names."""
         return map_weights(self.files()[rank], trust=self._trust)
 
     def own_name(self, name: str) -> str | None:
-        """What a parameter is called in the files."""
+        """Return what a parameter is called in the files: as it is called here."""
         return name
 
 
 def _size(state: dict, name: str, dim: int) -> int:
-    """Of a linear's weight; 0 where there is none."""
+    """Return the size of a linear's weight along `dim`; 0 where there is no such weight."""
     weight = state.get(f"{name}.weight")
     return weight.shape[dim] if isinstance(weight, torch.Tensor) and weight.dim() == 2 else 0
 
 
 def _step_to_name(folder: Path) -> str:
-    """What to write into `latest`, which is missing in there, where that can be seen."""
+    """Return what to write into the `latest` that is missing, as the end of a sentence, where that can be seen."""
     steps = [name for name in names_in(folder) if (folder / name / "mp_rank_00_model_states.pt").is_file()]
     if len(steps) != 1:
         return _nearby(folder)
@@ -149,7 +152,7 @@ def _step_to_name(folder: Path) -> str:
 
 
 def _unfinished(home: Path) -> str:
-    """What to do about weights in there that lie under another suffix."""
+    """Return what to do about weights in there that lie under another suffix, as the end of a sentence."""
     others = [name for name in names_in(home) if name.startswith("mp_rank_") and not name.endswith(".pt")]
     if not others:
         return ""
@@ -158,7 +161,7 @@ def _unfinished(home: Path) -> str:
 
 
 def _nearby(folder: Path) -> str:
-    """What to give instead of a folder that is no model's, where that can be seen."""
+    """Return what to give instead of a folder that is no model's, as the end of a sentence, where that can be seen."""
     above = [home for home in (folder.parent, folder.parent.parent) if all((home / name).is_file() for name in PARTS)]
     names = names_in(folder)
     below = [name for name in names if all((folder / name / part).is_file() for part in PARTS)]
@@ -176,13 +179,13 @@ def _nearby(folder: Path) -> str:
 
 
 def listing(folder: Path) -> str:
-    """Some names in a folder, for an error."""
+    """Return some names in a folder, for an error."""
     names = [printable(name) for name in names_in(folder)]
     return ", ".join(names[:12]) + (" ..." if len(names) > 12 else "") if names else "nothing"
 
 
 def read_object(path: Path) -> dict:
-    """A JSON file that has to hold an object."""
+    """Return the object of a JSON file. Raises CheckpointError if it cannot be read, or holds anything else."""
     try:
         content = read_json(path)
     except (OSError, ValueError) as error:
@@ -194,7 +197,7 @@ def read_object(path: Path) -> dict:
 
 
 def map_weights(file: Path, *, trust: bool = False) -> dict[str, torch.Tensor]:
-    """The state dict in one SAT checkpoint file, memory-mapped: nothing is read before it is used.
+    """Return the state dict in one SAT checkpoint file, memory-mapped: nothing is read before it is used.
 
     trust: unpickle whatever the file holds, which runs any code that its maker put there.
     """
@@ -228,7 +231,7 @@ def map_weights(file: Path, *, trust: bool = False) -> dict[str, torch.Tensor]:
 
 
 def weight_problems(state: dict) -> list[str]:
-    """What is in a state dict that is no weight of a base: other types, dtypes, and the pairs of SAT's own LoRA."""
+    """Return what of a state dict is no weight of a base: other types, dtypes, and pairs of SAT's own LoRA."""
     pairs = [name for name in state if LORA2.search(str(name))]
     if pairs:
         return [
@@ -254,9 +257,12 @@ def save_weights(folder: str | Path, config: dict, state: dict[str, torch.Tensor
 
 
 def make_sat_weights(folder: str | Path, config: dict, layouts: list[Layout]) -> list[dict[str, torch.Tensor]]:
-    """A SAT folder with one file per layout, that is per model-parallel rank: their tensors, to be written to."""
+    """Make a SAT folder with a file per layout, one for each model-parallel rank; return their tensors by name.
+
+    The tensors are to be written to.
+    """
     home = _make_folder(folder, config, len(layouts), "release")
-    return [make_sat_file(home / f"mp_rank_{rank:02d}_model_states.pt", one) for rank, one in enumerate(layouts)]
+    return [make_sat_file(home / f"mp_rank_{rank:02d}_model_states.pt", layout) for rank, layout in enumerate(layouts)]
 
 
 def _make_folder(folder: str | Path, config: dict, ranks: int, step: str) -> Path:

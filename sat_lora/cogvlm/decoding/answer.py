@@ -6,7 +6,7 @@ REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what a tokenizer makes of a charact
 
 
 class Answer:
-    """Takes the row's tokens one by one.
+    """The answer of one row, which takes its tokens one by one.
 
     tokens: those before the end, which is a token of `eos`, or the one with which a stop string begins. With a
     tokenizer, `take` and `finish` return text that is new; put together it is the text of all tokens, without special
@@ -16,11 +16,13 @@ class Answer:
     def __init__(self, eos: frozenset[int], stop: Sequence[str] = (), tokenizer=None):
         self.tokens: list[int] = []
         self.is_finished = False
-        self._eos, self._stop, self._tokenizer = eos, stop, tokenizer
+        self._eos = eos
+        self._stop = stop
+        self._tokenizer = tokenizer
         self._text = ""  # of what was returned
 
     def take(self, token: int) -> str:
-        """The text that is sure with this token; nothing after the end."""
+        """Take a token and return the text that is sure with it; nothing after the end."""
         if self.is_finished:
             return ""
         if token in self._eos:
@@ -38,7 +40,7 @@ class Answer:
         return self._return(text[:end])
 
     def finish(self) -> str:
-        """The rest of the text: no token comes any more."""
+        """Return the rest of the text, for no token comes any more."""
         if self.is_finished:
             return ""
         self.is_finished = True
@@ -49,7 +51,7 @@ class Answer:
         return self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def _sure_length(self, text: str) -> int:
-        """Characters of the text that no later token changes and that begin no stop string."""
+        """Return how many characters of the text no later token changes, and begin no stop string."""
         length = len(text.rstrip(REPLACEMENT))
         starts = (
             length - size

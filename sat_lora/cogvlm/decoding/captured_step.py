@@ -15,7 +15,7 @@ WARM_UPS = 2  # eager calls, on the capturing stream, in which libraries make th
 
 
 def can_be_captured(model: nn.Module, device: torch.device) -> bool:
-    """Whether a forward pass of the model is kernels alone.
+    """Return whether a forward pass of the model is kernels alone.
 
     ZeRO-3 gathers weights from Python between them, and model-parallel ranks would all have to agree to capture.
     """
@@ -24,21 +24,24 @@ def can_be_captured(model: nn.Module, device: torch.device) -> bool:
 
 
 class CapturedStep:
-    """Calls `step`, from the third time on by replaying its kernels; only eagerly where it cannot be captured.
+    """A step that is called, from the third time on by replaying its kernels; only eagerly where it cannot be captured.
 
     step: takes nothing, returns a tensor, and reads and writes no memory but tensors that stay where they are. Called
     twice in a row it has to do what it does once. The result is overwritten by the next call.
     """
 
     def __init__(self, step: Callable[[], torch.Tensor], *, capture: bool):
-        self._step, self._capture_wanted = step, capture
-        self._calls = self._captures = 0
+        self._step = step
+        self._capture_wanted = capture
+        self._calls = 0
+        self._captures = 0
         self._graph: torch.cuda.CUDAGraph | None = None
         self._output: torch.Tensor | None = None
         self._stream = torch.cuda.Stream() if capture else None
 
     @property
     def is_captured(self) -> bool:
+        """Whether the step is replayed from now on."""
         return self._graph is not None
 
     def __call__(self) -> torch.Tensor:
@@ -57,7 +60,8 @@ class CapturedStep:
     def _warm_up(self, stream: torch.cuda.Stream) -> torch.Tensor:
         """Run the step on the capturing stream, and give up on capture if it waits for the device.
 
-        Asked here, since a capture that fails leaves torch's allocator and random generator in the middle of it.
+        That is asked here, since a capture that fails leaves torch's allocator and random generator in the middle of
+        it.
         """
         stream.wait_stream(torch.cuda.current_stream())
         mode = torch.cuda.get_sync_debug_mode()
@@ -89,12 +93,13 @@ class CapturedStep:
                 cause = _first_cause(error)
                 warnings.warn(f"no CUDA graph: the step could not be captured, and runs eagerly: {cause}", stacklevel=2)
             return
-        self._graph, self._output = graph, output
+        self._graph = graph
+        self._output = output
 
 
 @contextmanager
 def _no_garbage_collection() -> Iterator[None]:
-    """A capture is spoilt by memory that is given back in the middle of it, such as that of an earlier graph."""
+    """Collect no garbage inside: a capture is spoilt by memory, as of an earlier graph, given back meanwhile."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -105,7 +110,7 @@ def _no_garbage_collection() -> Iterator[None]:
 
 
 def _first_cause(error: BaseException) -> BaseException:
-    """What was raised first: the end of a capture that has failed only says that it has."""
+    """Return the error that came first: the end of a capture that has failed only says that it has."""
     while error.__context__ is not None:
         error = error.__context__
     return error

@@ -25,12 +25,12 @@ def generate(
     stop: Sequence[str] = (),
     tokenizer=None,
 ) -> list[list[int]]:
-    """The tokens that the model puts after each prompt of a batch, without the EOS or stop string that ends them.
+    """Return the tokens that the model puts after each prompt of a batch, up to the EOS or stop string.
 
     batch: input_ids, position_ids, image_embed_mask, vision_expert_mask (batch, seq), images, and `lengths` (batch,)
     where rows are padded on the right, as `collate` gives them. A row's answer does not depend on the others.
     stop: strings that end an answer, found in its text as `tokenizer` decodes it; the token with which one begins is
-    left out. ConfigError: a setting is wrong; DataError: the lengths do not fit the batch.
+    left out. Raises ConfigError if a setting is wrong; DataError if the lengths do not fit the batch.
     All ranks of a model-parallel group have to call it with one batch. Where ZeRO-3 has partitioned the weights, all
     ranks have to call it, and make as many steps as each other: an EOS that only some of them see leaves these waiting.
     """
@@ -56,7 +56,7 @@ def stream(
     sampling: Sampling = GREEDY,
     stop: Sequence[str] = (),
 ) -> Iterator[list[str]]:
-    """The text of `generate`'s answers as it comes: the new piece of each row, "" where nothing is sure yet.
+    """Yield the text of `generate`'s answers as it comes: each row's new piece, "" where nothing is sure yet.
 
     No piece ends within a character of several bytes. The model is in evaluation mode until the iterator is used up or
     closed. Arguments and errors are those of `generate`, errors at the first piece.
@@ -81,7 +81,7 @@ def _new_answers(batch: dict, eos_token_id: int | Sequence[int], stop: Sequence[
 
 @torch.no_grad()
 def _steps(model: CogVLMModel, batch: dict, max_new_tokens: int, sampling: Sampling) -> Iterator[list[int]]:
-    """The next token of every row, `max_new_tokens` times, whatever the tokens are."""
+    """Yield the next token of every row, `max_new_tokens` times, whatever the tokens are."""
     if max_new_tokens < 0:
         raise ConfigError(f"max_new_tokens: got {max_new_tokens}, wanted at least 0")
     if max_new_tokens == 0:
@@ -105,7 +105,8 @@ class _HostCopy:
     """A tensor on its way to the host; only `tolist` waits for it, and for nothing that was queued after it."""
 
     def __init__(self, tensor: torch.Tensor):
-        self._copy, self._arrived = tensor, None
+        self._copy = tensor
+        self._arrived = None
         if tensor.is_cuda:
             self._copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
             self._copy.copy_(tensor, non_blocking=True)
@@ -120,7 +121,7 @@ class _HostCopy:
 
 @contextmanager
 def inference(model: CogVLMModel) -> Iterator[None]:
-    """The model in evaluation mode, and afterwards as it was."""
+    """Run inside with the model in evaluation mode; afterwards it is as it was."""
     was_training = model.training
     model.eval()
     try:
@@ -136,7 +137,8 @@ class Decoder:
     """
 
     def __init__(self, model: CogVLMModel, batch: dict, max_new_tokens: int):
-        ids, positions = batch["input_ids"], batch["position_ids"]
+        ids = batch["input_ids"]
+        positions = batch["position_ids"]
         rows, length = ids.shape
         lengths = batch.get("lengths")
         if lengths is None:
@@ -144,7 +146,8 @@ class Decoder:
         lengths = lengths.to(ids.device)
         if lengths.shape != (rows,) or not bool(((lengths > 0) & (lengths <= length)).all()):
             raise DataError(f"lengths {lengths.tolist()} do not fit a batch of {rows} rows of {length} tokens")
-        self._model, self._batch = model, batch
+        self._model = model
+        self._batch = batch
         self.is_word = torch.arange(length, device=ids.device) < lengths[:, None]
         self.is_word &= batch["image_embed_mask"].to(ids.device) == 0
         capture = max_new_tokens >= WORTH_CAPTURING and can_be_captured(model, ids.device)
@@ -155,14 +158,14 @@ class Decoder:
         self.captured_step = CapturedStep(self._forward, capture=capture)
 
     def read_prompts(self) -> torch.Tensor:
-        """Logits (batch, vocabulary) of the token after each prompt."""
+        """Return the logits (batch, vocabulary) of the token after each prompt."""
         vision = {key: self._batch[key] for key in ("images", "image_embed_mask", "vision_expert_mask")}
         logits = self._model(self._batch["input_ids"], self._batch["position_ids"], -1, cache=self.cache, **vision)[0]
         self.cache.holds_prompts = True
         return logits[:, -1]
 
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Logits (batch, vocabulary) of the token after `tokens` (batch,), the ones after those before."""
+        """Return the logits (batch, vocabulary) of the token after `tokens` (batch,), which come after those before."""
         self._tokens.copy_(tokens[:, None])
         self._positions += 1
         logits = self.captured_step()

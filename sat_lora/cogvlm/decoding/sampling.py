@@ -11,7 +11,7 @@ from sat_lora.parallel.sharding import model_parallel_layout
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How tokens are chosen. ConfigError: every setting that is wrong."""
+    """How tokens are chosen. Raises one ConfigError with every setting that is wrong."""
 
     temperature: float = 0.0
     """Divides the logits; 1 is the model's own distribution, and 0 takes the likeliest token."""
@@ -47,9 +47,13 @@ class TokenChooser:
     """Chooses the next token of every row, on the device and without waiting for it."""
 
     def __init__(self, sampling: Sampling, prompts: torch.Tensor, is_word: torch.Tensor, max_new_tokens: int):
-        """prompts: (rows, seq) int64. is_word: (rows, seq) bool, False at padding and at the places of images."""
+        """Draw all random numbers at once, and remember which tokens each prompt has.
+
+        prompts: (rows, seq) int64. is_word: (rows, seq) bool, False at padding and at the places of images.
+        """
         self._step = 0
-        self._processors, self._draws = None, None
+        self._processors = None
+        self._draws = None
         if sampling == GREEDY:
             return
         self._processors = _processors(sampling)
@@ -61,7 +65,7 @@ class TokenChooser:
             self._draws = _uniform_draws(sampling.seed, len(prompts), max_new_tokens).to(prompts.device)
 
     def __call__(self, logits: torch.Tensor) -> torch.Tensor:
-        """(rows, vocabulary) -> (rows,) int64; to be called once per step, in order."""
+        """Return the tokens (rows,) int64 for logits (rows, vocabulary); to be called once per step, in order."""
         if self._processors is None:
             return logits.argmax(-1)
         scores = self._processors(self._seen, logits.float())
@@ -98,7 +102,7 @@ def _processors(sampling: Sampling):
 
 
 def _uniform_draws(seed: int | None, rows: int, steps: int) -> torch.Tensor:
-    """(steps, rows) float64 in [0, 1), the same on ranks that share a sample and on every device.
+    """Return (steps, rows) float64 in [0, 1), the same on ranks that share a sample and on every device.
 
     Of 24 random bits, so that a draw times a sum of probabilities stays below the sum.
     """

@@ -1,1 +1,1 @@
-"""From prompts, answers and pictures to the tensors that CogVLM reads."""
+"""Prompts, answers and pictures become the tensors that CogVLM reads."""

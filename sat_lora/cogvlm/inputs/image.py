@@ -14,10 +14,11 @@ STD = torch.tensor((0.26862954, 0.26130258, 0.27577711)).view(3, 1, 1)
 
 
 def image_tensor(image: Image.Image, size: tuple[int, int]) -> torch.Tensor:
-    """(3, height, width): `as_seen`, bicubic resize to `size` (the aspect ratio is not kept), normalised.
+    """Return the image as (3, height, width) float32: `as_seen`, bicubic resize to `size`, normalised.
 
-    The published code has `convert("RGB")` in place of `as_seen`: it drops transparency, orientation and profiles, and
-    clips 16 bits. For a plain RGB or grey picture of 8 bits both are the same, bit for bit.
+    The aspect ratio is not kept. The published code has `convert("RGB")` in place of `as_seen`: it drops transparency,
+    orientation and profiles, and clips 16 bits. For a plain RGB or grey picture of 8 bits both are the same, bit for
+    bit.
     """
     return _normalised(as_seen(image), size)
 
@@ -25,10 +26,10 @@ def image_tensor(image: Image.Image, size: tuple[int, int]) -> torch.Tensor:
 def load_image(
     source: str | Path | bytes, size: tuple[int, int], name: str | None = None, *, max_pixels: int = MAX_PIXELS
 ) -> torch.Tensor:
-    """What `image_tensor` gives of a file, or of a file's content; a DataError, as `read_picture` has it, for anything
-    that keeps it from being read.
+    """Return what `image_tensor` gives of a file, or of a file's content.
 
-    name: what the error calls it; None is the path.
+    name: what the error calls it; None is the path. Raises DataError, as `read_picture` does, whatever keeps it from
+    being read.
     """
     return _normalised(read_picture(source, max_pixels=max_pixels, name=name), size)
 

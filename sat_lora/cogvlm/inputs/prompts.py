@@ -31,8 +31,9 @@ PROMPTS = {"base": _base, "chat": _chat, "vqa": _vqa, "chat_old": _chat_old}
 
 
 def prompt_text(version: str, query: str, history: tuple[tuple[str, str], ...] = ()) -> str:
-    """The prompt of a CogVLM `version` for a query and the (query, answer) turns before it, without its image, which
-    comes first.
+    """Return the prompt of a CogVLM `version` for a query and the (query, answer) turns before it.
+
+    It is without its image, which comes first. Raises ConfigError if there is no such version.
     """
     if version not in PROMPTS:
         raise ConfigError(f"--version: got {version!r}, wanted one of {', '.join(PROMPTS)}")
@@ -40,5 +41,5 @@ def prompt_text(version: str, query: str, history: tuple[tuple[str, str], ...] =
 
 
 def prompt_for(version: str, query: str, history: tuple[tuple[str, str], ...] = ()) -> str:
-    """`prompt_text` with IMAGE_PLACE in front, where the image's tokens go."""
+    """Return `prompt_text` with IMAGE_PLACE in front, where the image's tokens go."""
     return IMAGE_PLACE + prompt_text(version, query, history)

@@ -35,9 +35,10 @@ VERY_LONG = 10**30  # what transformers itself has for a tokenizer without a lim
 
 
 def load_tokenizer(path: str | Path):
-    """A `transformers` tokenizer from a local folder, or by a name that its cache holds.
+    """Return a `transformers` tokenizer from a local folder, or by a name that its cache holds.
 
-    Nothing is ever fetched, and no code that lies beside a tokenizer is run or offered. ConfigError: it does not load.
+    Nothing is ever fetched, and no code that lies beside a tokenizer is run or offered.
+    Raises ConfigError if it does not load.
     """
     from transformers import AutoTokenizer
 
@@ -63,7 +64,7 @@ def load_tokenizer(path: str | Path):
 
 
 def _refuse_files(folder: Path) -> None:
-    """ConfigError where a file of the tokenizer is something else, or asks for code of its own."""
+    """Raise ConfigError where a file of the tokenizer is something else, or asks for code of its own."""
     for name in TOKENIZER_FILES:
         if not os.path.lexists(folder / name):
             continue
@@ -95,7 +96,7 @@ def _is_known(tokenizer_class: object) -> bool:
 
 
 def _first_line(error: BaseException, folder: Path) -> str:
-    """What an error of `transformers` says, in short."""
+    """Return what an error of `transformers` says, in short."""
     if not any((folder / name).exists() for name in VOCABULARIES):
         names = sorted(entry.name for entry in folder.iterdir())[:8]
         return f"none of {', '.join(VOCABULARIES)} is there; found: {', '.join(map(printable, names)) or 'nothing'}"
@@ -118,12 +119,13 @@ class Sample:
 
 
 def shortest_length(tokenizer, prompt: str | Sequence[str], image_length: int, special_tokens: bool = False) -> int:
-    """Tokens that a sample with one token of answer takes: BOS, prompt, image, answer, EOS. Of `build_sample`'s
-    arguments.
+    """Return how many tokens a sample with one token of answer takes: BOS, prompt, image, answer, EOS.
+
+    The arguments are those of `build_sample`.
     """
     parts = _parts(prompt)
-    words = sum(len(text_tokens(tokenizer, part, special_tokens)) for part in parts)
-    return 1 + words + (len(parts) - 1) * (image_length + 2) + 1 + 1
+    text_length = sum(len(text_tokens(tokenizer, part, special_tokens)) for part in parts)
+    return 1 + text_length + (len(parts) - 1) * (image_length + 2) + 1 + 1
 
 
 def build_sample(
@@ -135,38 +137,43 @@ def build_sample(
     image: torch.Tensor | None = None,
     special_tokens: bool = False,
 ) -> Sample:
-    """BOS, prompt with its image, answer, EOS; without an answer, the prompt alone, ready for generation.
+    """Return the sample of BOS, prompt with its image, answer, EOS.
 
+    Without an answer it is the prompt alone, ready for generation.
     An answer that does not fit into `max_length` is cut and has no EOS, which would teach to stop there; a prompt that
     does not fit is an error.
     prompt: with IMAGE_PLACE wherever an image goes, or the texts around the images. special_tokens: whether a text that
     spells one of the tokenizer's special tokens means it.
-    DataError: a text cannot be encoded.
+    Raises DataError if a text cannot be encoded.
     """
-    ids, embed, vision, patches = [tokenizer.bos_token_id], [0], [0], [0]
+    ids = [tokenizer.bos_token_id]
+    embed = [0]
+    vision = [0]
+    patches = [0]
     for number, part in enumerate(_parts(prompt)):
-        words, more = first_tokens(tokenizer, part, max_length, special_tokens, "prompt") if part else ([], 0)
+        part_ids, more = first_tokens(tokenizer, part, max_length, special_tokens, "prompt") if part else ([], 0)
         if number:
             ids += [0] * (image_length + 2)
             embed += [1] * (image_length + 2)
             vision += [1] * (image_length + 1) + [0]
             patches += [0] + [1] * image_length + [0]
         if more and (answer is not None or len(part) > WHOLE):
-            taken = len(ids) + len(words) + more
-            raise ConfigError(f"--max_length: {max_length} is too short, this prompt alone takes {taken} tokens")
+            length = len(ids) + len(part_ids) + more
+            raise ConfigError(f"--max_length: {max_length} is too short, this prompt alone takes {length} tokens")
         if more:
-            words = text_tokens(tokenizer, part, special_tokens, "prompt")
-        ids += words
+            part_ids = text_tokens(tokenizer, part, special_tokens, "prompt")
+        ids += part_ids
         for mask in (embed, vision, patches):
-            mask += [0] * len(words)
-    start, left_out = len(ids), 0
+            mask += [0] * len(part_ids)
+    start = len(ids)
+    left_out = 0
     if answer is not None:
         if start + 2 > max_length:
             raise ConfigError(f"--max_length: {max_length} is too short, this prompt alone takes {start} tokens")
-        words, more = first_tokens(tokenizer, answer, max_length - start, special_tokens, "answer")
-        words.append(tokenizer.eos_token_id)
-        ids += words[: max_length - start]
-        left_out = start + len(words) + more - len(ids)
+        answer_ids, more = first_tokens(tokenizer, answer, max_length - start, special_tokens, "answer")
+        answer_ids.append(tokenizer.eos_token_id)
+        ids += answer_ids[: max_length - start]
+        left_out = start + len(answer_ids) + more - len(ids)
     embed, vision, patches = (torch.tensor(mask + [0] * (len(ids) - start)) for mask in (embed, vision, patches))
     input_ids = torch.tensor(ids)
     labels = input_ids.clone()
@@ -179,7 +186,7 @@ def _parts(prompt: str | Sequence[str]) -> Sequence[str]:
 
 
 def position_ids_for(patches: torch.Tensor) -> torch.Tensor:
-    """(seq,) positions: one more at every token, but all neighbouring patches of an image share one."""
+    """Return positions (seq,): one more at every token, but all neighbouring patches of an image share one."""
     before = patches.roll(1)
     before[0] = 0
     return torch.cumsum((patches == 0) | (before == 0), 0) - 1

@@ -13,11 +13,11 @@ MOST_PER_TOKEN = 512  # characters; the longest tokens that tokenizers have are 
 
 
 def text_tokens(tokenizer, text: str, special_tokens: bool = False, what: str = "text") -> list[int]:
-    """The ids of a text, without BOS and EOS.
+    """Return the ids of a text, without BOS and EOS.
 
     special_tokens: a text that spells one of the tokenizer's special tokens (`</s>`) is that token; else it is encoded
     as the letters it consists of. A text that spells none has the same ids either way.
-    DataError: the text cannot be encoded, called `what`.
+    Raises DataError, which calls the text `what`, if it cannot be encoded.
     """
     _check(text, what)
     ids = _encode(tokenizer, text, what)
@@ -32,7 +32,7 @@ def text_tokens(tokenizer, text: str, special_tokens: bool = False, what: str = 
 def first_tokens(
     tokenizer, text: str, count: int, special_tokens: bool = False, what: str = "text"
 ) -> tuple[list[int], int]:
-    """(the first `count` of `text_tokens`, how many more there are).
+    """Return (the first `count` of `text_tokens`, how many more there are).
 
     Of a text of more than WHOLE characters only a beginning is encoded: long enough that twice as long a one begins
     with the same tokens, and the number of the others is what their characters would give at the same rate.
@@ -62,10 +62,10 @@ def _check(text: str, what: str) -> None:
     except UnicodeEncodeError as error:
         code = ord(text[error.start])
         if 0xDC80 <= code <= 0xDCFF:
-            found = f"byte 0x{code & 0xFF:02X}, which is no UTF-8 (a file name in another encoding? rename the file)"
+            fault = f"byte 0x{code & 0xFF:02X}, which is no UTF-8 (a file name in another encoding? rename the file)"
         else:
-            found = f"half a character, U+{code:04X} (a text that was cut in the middle of one, such as an emoji)"
-        raise DataError(f"the {what} holds {found} at place {error.start + 1}") from None
+            fault = f"half a character, U+{code:04X} (a text that was cut in the middle of one, such as an emoji)"
+        raise DataError(f"the {what} holds {fault} at place {error.start + 1}") from None
 
 
 def _encode(tokenizer, text: str, what: str, **settings) -> list[int]:
@@ -76,15 +76,15 @@ def _encode(tokenizer, text: str, what: str, **settings) -> list[int]:
 
 
 def _spells_special(tokenizer, text: str, ids: list[int]) -> bool:
-    """Whether some id comes from a spelled special token. An unknown word has one of them by right."""
+    """Return whether some id comes from a spelled special token. An unknown word has one of them by right."""
     spellings, unknown = _special_tokens(tokenizer)
-    found = spellings.keys() & set(ids)
-    return any(number != unknown or spellings[number] in text for number in found)
+    numbers = spellings.keys() & set(ids)
+    return any(number != unknown or spellings[number] in text for number in numbers)
 
 
 @lru_cache(maxsize=8)
 def _special_tokens(tokenizer) -> tuple[dict[int, str], int | None]:
-    """({id: how it is written} of the special tokens, the id of unknown words)."""
+    """Return ({id: how it is written} of the special tokens, the id of unknown words)."""
     added = getattr(tokenizer, "added_tokens_decoder", {}) or {}
     spellings = {number: token.content for number, token in added.items() if token.special}
     spellings |= dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens))
@@ -92,7 +92,10 @@ def _special_tokens(tokenizer) -> tuple[dict[int, str], int | None]:
 
 
 def _in_pieces(tokenizer, text: str, what: str) -> list[int]:
-    """The ids of a text whose special tokens come back even from their letters: each is cut behind its first one."""
+    """Return the ids of a text whose special tokens come back even from their letters.
+
+    Each place where one is spelled is cut behind its first letter, and the pieces are encoded on their own.
+    """
     spellings, _ = _special_tokens(tokenizer)
     written = sorted((s for s in spellings.values() if s), key=len, reverse=True)
     cuts = {match.start() + 1 for match in re.finditer("|".join(map(re.escape, written)), text)}

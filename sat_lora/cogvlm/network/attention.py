@@ -3,11 +3,13 @@
 import torch
 from torch.nn import functional as F
 
-CAUSAL, FULL, MASKED = "causal", "full", "masked"
+CAUSAL = "causal"
+FULL = "full"
+MASKED = "masked"
 
 
 def mask_kind(mask: torch.Tensor | int | None, query_length: int) -> str:
-    """What SAT's `attention_mask` means: None is full, a negative number causal, a tensor is looked at once.
+    """Return what SAT's `attention_mask` means: None is full, a negative number causal, a tensor is looked at once.
 
     A tensor is (..., query, key) with 1 where a query may look. Asking it synchronises with the device, so this is
     done once per batch and never in a layer.
@@ -24,7 +26,7 @@ def mask_kind(mask: torch.Tensor | int | None, query_length: int) -> str:
 
 
 def attend(query, key, value, mask, kind: str, dropout_p: float = 0.0) -> torch.Tensor:
-    """(batch, heads, seq, head_dim) each; scores are scaled by head_dim^-0.5."""
+    """Return softmax attention (batch, heads, seq, head_dim) of three such tensors, scaled by head_dim^-0.5."""
     allowed = (mask > 0) if kind == MASKED else None
     return F.scaled_dot_product_attention(
         query, key, value, attn_mask=allowed, dropout_p=dropout_p, is_causal=kind == CAUSAL

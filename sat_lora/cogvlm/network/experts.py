@@ -46,7 +46,7 @@ class ExpertAttention(BaseMixin):
         routing: TokenRouting | None,
         **kw_args,
     ):
-        """(batch, seq, hidden) -> (batch, seq, hidden)."""
+        """Return the attention (batch, seq, hidden) of a layer's input (batch, seq, hidden); SAT's hook."""
         layer = str(int(kw_args["layer_id"]))
         attention = self.transformer.layers[int(layer)].attention
         mixed = route(routing, self.vision_query_key_value_list[layer], attention.query_key_value, hidden_states)
@@ -58,14 +58,14 @@ class ExpertAttention(BaseMixin):
         return attention.output_dropout(output) if self.training else output
 
     def attention_fn(self, query, key, value, mask, dropout=None, *, attention_kind, cache=None, **kw_args):
-        """SAT's hook: over the tokens of this pass, or over those that `cache` holds too."""
+        """Return the attention over the tokens of this pass, or over those that `cache` holds too; SAT's hook."""
         if cache is not None:
             return cache.attend(int(kw_args["layer_id"]), query, key, value)
         return attend(query, key, value, mask, attention_kind, dropout.p if dropout is not None else 0.0)
 
 
 class ExpertMlp(BaseMixin):
-    """down(SiLU(gate(x)) * up(x)), with language and vision weights; the language up and down are SAT's own."""
+    """The MLP with language and vision weights: down(SiLU(gate(x)) * up(x)); the language up and down are SAT's own."""
 
     def __init__(self, num_layers, hidden_size, inner_hidden_size, params_dtype, skip_init):
         super().__init__()
@@ -83,9 +83,10 @@ class ExpertMlp(BaseMixin):
         self.vision_dense_4h_to_h_list = _per_layer(num_layers, narrow)
 
     def mlp_forward(self, hidden_states, *, routing: TokenRouting | None, **kw_args):
-        """(batch, seq, hidden) -> (batch, seq, hidden)."""
+        """Return the MLP's output (batch, seq, hidden) for its input (batch, seq, hidden); SAT's hook."""
         layer = int(kw_args["layer_id"])
-        mlp, key = self.transformer.layers[layer].mlp, str(layer)
+        mlp = self.transformer.layers[layer].mlp
+        key = str(layer)
 
         def gated(gate, up, down):
             return lambda x: down(silu_mul(gate(x), up(x)))

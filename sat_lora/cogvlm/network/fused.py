@@ -18,7 +18,7 @@ BLOCK = 1024  # elements of one program
 
 
 def rotary(mixed: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, head_dim: int) -> tuple[torch.Tensor, ...]:
-    """q, k and v (batch, heads, seq, head_dim) of fused (batch, seq, 3 heads head_dim), with q and k turned.
+    """Return q, k and v (batch, heads, seq, head_dim) of fused (batch, seq, 3 heads head_dim), q and k turned.
 
     cos, sin: (batch, 1, seq, head_dim / 2), in the dtype of `mixed`.
     """
@@ -29,7 +29,7 @@ def rotary(mixed: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, head_dim: 
 
 
 def silu_mul(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """SiLU(gate) * up, both of one shape."""
+    """Return SiLU(gate) * up, both of one shape."""
     return _SiluMul.apply(gate, up) if _has_kernels(gate) else F.silu(gate) * up
 
 
@@ -37,7 +37,9 @@ class _Rotary(torch.autograd.Function):
     @staticmethod
     def forward(ctx, mixed, cos, sin, head_dim):
         batch, seq, width = mixed.shape
-        mixed, cos, sin = mixed.contiguous(), cos.contiguous(), sin.contiguous()
+        mixed = mixed.contiguous()
+        cos = cos.contiguous()
+        sin = sin.contiguous()
         shape = (batch, seq, width // 3 // head_dim, head_dim)
         parts = tuple(mixed.new_empty(shape).transpose(1, 2) for _ in range(3))
         _launch_rotary(mixed, parts, cos, sin, inverse=False)
@@ -58,7 +60,8 @@ class _Rotary(torch.autograd.Function):
 class _SiluMul(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate, up):
-        gate, up = gate.contiguous(), up.contiguous()
+        gate = gate.contiguous()
+        up = up.contiguous()
         product = torch.empty_like(gate)
         ctx.save_for_backward(gate, up)
         _launch_elementwise("silu_mul", product, gate, up)
@@ -68,7 +71,8 @@ class _SiluMul(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient):
         gate, up = ctx.saved_tensors
-        d_gate, d_up = torch.empty_like(gate), torch.empty_like(up)
+        d_gate = torch.empty_like(gate)
+        d_up = torch.empty_like(up)
         _launch_elementwise("silu_mul_backward", d_gate, d_up, gradient.contiguous(), gate, up)
         return d_gate, d_up
 
@@ -102,7 +106,7 @@ def _has_kernels(tensor: torch.Tensor) -> bool:
 
 
 def _device(tensor: torch.Tensor):
-    """Triton launches on the current device, whatever its tensors are on."""
+    """Return a context in which Triton launches on the tensor's device: by itself it takes the current one."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 

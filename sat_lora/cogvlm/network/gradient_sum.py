@@ -23,6 +23,6 @@ class _DivideGradient(torch.autograd.Function):
 
 
 def undo_gradient_sum(final_hidden: torch.Tensor) -> torch.Tensor:
-    """Identity on what a `final_forward` hook receives; its gradient is divided by the model-parallel size."""
+    """Return what a `final_forward` hook receives; its gradient is divided by the model-parallel size."""
     _, size = model_parallel_layout()
     return final_hidden if size == 1 else _DivideGradient.apply(final_hidden, size)

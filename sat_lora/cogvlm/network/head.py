@@ -33,7 +33,10 @@ class LabelledRows:
     def from_labels(
         cls, labels: torch.Tensor, device: torch.device | None = None, on_logits: OnLogits | None = None
     ) -> "LabelledRows":
-        """From (batch, seq) labels, IGNORED where there is none. device: of both tensors, by default the labels'."""
+        """Return the labelled positions of (batch, seq) labels, IGNORED where there is none.
+
+        device: of both tensors, by default the labels'.
+        """
         following = F.pad(labels[:, 1:], (0, 1), value=IGNORED).reshape(-1)
         rows = (following != IGNORED).nonzero()[:, 0]
         return cls(to_device(rows, device), to_device(following[rows], device), on_logits)
@@ -70,6 +73,7 @@ class LanguageModelHead(BaseMixin):
         cache: KeyValueCache | None = None,
         **kw_args,
     ):
+        """Return the logits, or the loss of `labelled`, as the class says; SAT's hook."""
         if cache is not None:
             hidden_states = cache.last_tokens(hidden_states)
         if labelled is None:
@@ -95,7 +99,10 @@ def loss_of_rows(
     chunks: int,
     on_logits: OnLogits | None = None,
 ) -> torch.Tensor:
-    """Sum of the cross-entropies of `head(rows)` (rows, vocabulary), in float32. rows: (rows, hidden), also none."""
+    """Return the sum of the cross-entropies of `head(rows)` (rows, vocabulary): a float32 scalar.
+
+    rows: (rows, hidden), also none. labels: (rows,). chunks: in how many parts the logits are made.
+    """
 
     def loss(part: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         logits = head(part)

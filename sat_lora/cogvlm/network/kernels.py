@@ -10,7 +10,7 @@ def rotary(
     q_batch, q_head, q_seq, k_batch, k_head, k_seq, v_batch, v_head, v_seq,
     INVERSE: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
-    """One token's q, k or v: from `mixed` to the heads, turned; with INVERSE back from the heads, turned back."""
+    """Turn one token's q, k or v on its way from `mixed` to the heads; with INVERSE back from there, turned back."""
     token = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     batch = token // seq
@@ -46,6 +46,7 @@ def rotary(
 
 @triton.jit
 def silu_mul(product, gate, up, size, BLOCK: tl.constexpr):
+    """Compute product = SiLU(gate) * up, each of `size` elements."""
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = place < size
     g = tl.load(gate + place, mask=inside, other=0.0).to(tl.float32)
@@ -55,6 +56,7 @@ def silu_mul(product, gate, up, size, BLOCK: tl.constexpr):
 
 @triton.jit
 def silu_mul_backward(d_gate, d_up, d_product, gate, up, size, BLOCK: tl.constexpr):
+    """Compute the gradients of gate and up from that of their product, each of `size` elements."""
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = place < size
     d = tl.load(d_product + place, mask=inside, other=0.0).to(tl.float32)

@@ -30,9 +30,14 @@ class KeyValueCache:
         *,
         fixed_shapes: bool = False,
     ):
-        """lengths: (rows,) int64 on the model's device, tokens of each prompt. max_length: of a row with its answer."""
+        """Take memory for all layers.
+
+        lengths: (rows,) int64 on the model's device, tokens of each prompt. max_length: of a row with its answer.
+        """
         layers = model.transformer.layers
-        attention, rows, device = layers[0].attention, len(lengths), lengths.device
+        attention = layers[0].attention
+        rows = len(lengths)
+        device = lengths.device
         places = -(-max_length // ALIGNMENT) * ALIGNMENT
         head_dim = attention.hidden_size_per_attention_head
         shape = (len(layers), rows, attention.num_attention_heads_per_partition, places, head_dim)
@@ -40,7 +45,8 @@ class KeyValueCache:
         # Zeros, since a masked place gets the weight 0 and not every number times 0 is 0.
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros_like(self.keys)
-        self.holds_prompts, self.fixed_shapes = False, fixed_shapes
+        self.holds_prompts = False
+        self.fixed_shapes = fixed_shapes
         self._longest = 0  # tokens of the longest row, known without asking the device
         # A view, so that it follows `lengths`: where a step writes.
         self._write_places = self.lengths.view(rows, 1, 1, 1).expand(-1, shape[2], -1, head_dim)
@@ -49,7 +55,7 @@ class KeyValueCache:
         self._mask = no_more.masked_fill_(is_prompt, 0.0).view(rows, 1, 1, places)  # added to the scores
 
     def attend(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """Attention (rows, heads, seq, head_dim) of the prompts, or of the next token of each row, which are kept."""
+        """Keep keys and values; return the attention (rows, heads, seq, head_dim) of the prompts or the next tokens."""
         if not self.holds_prompts:
             self._longest = key.shape[2]
             self.keys[layer, :, :, : self._longest] = key
@@ -61,7 +67,10 @@ class KeyValueCache:
         return F.scaled_dot_product_attention(query, keys, values, attn_mask=self._mask_in_use)
 
     def last_tokens(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(rows, seq, hidden) -> (rows, 1, hidden): each prompt's last token, or the step's only one."""
+        """Return the hidden states (rows, 1, hidden) of each prompt's last token, or of the step's only one.
+
+        hidden: (rows, seq, hidden).
+        """
         if self.holds_prompts:
             return hidden
         return hidden.gather(1, (self.lengths - 1).view(-1, 1, 1).expand(-1, 1, hidden.shape[-1]))
@@ -75,6 +84,6 @@ class KeyValueCache:
         self._layers_in_use = list(zip(*(tensor[..., :in_use, :].unbind() for tensor in (self.keys, self.values))))
 
     def advance(self) -> None:
-        """The step's token is one that was read."""
+        """Count the step's token as one that was read."""
         self.lengths += 1
         self._longest += 1

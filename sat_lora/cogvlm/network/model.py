@@ -26,18 +26,19 @@ VIT = "mixins.eva.vit_model"  # where the vision transformer, itself a SAT model
 
 
 class RMSNorm(SatRMSNorm):
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, as SAT's.
+    """The norm x / sqrt(mean(x^2) + eps) * weight over the last dimension, as SAT's.
 
     SAT 0.4.12 makes five passes in float32; torch's kernel makes one and equals it bit for bit in fp32, bf16 and fp16,
     and computes in float64 where x is float64. A subclass, since SAT takes weight decay off by asking for the class.
     """
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Return the normed hidden states, in their shape and dtype."""
         return F.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
 
 
 class CogVLMModel(BaseModel):
-    """Language transformer with visual experts, EVA2-CLIP vision transformer and projector.
+    """CogVLM, of a language transformer with visual experts, EVA2-CLIP vision transformer and projector.
 
     `args` holds the fields of `model_config.json`; build one with `build_cogvlm`.
     """
@@ -68,7 +69,7 @@ class CogVLMModel(BaseModel):
         )
 
     def position_embedding_forward(self, *args, **kw_args):
-        """None: positions enter by rotation, in the attention."""
+        """Return None: positions enter by rotation, in the attention."""
 
     def forward(
         self,
@@ -84,7 +85,7 @@ class CogVLMModel(BaseModel):
         cache: KeyValueCache | None = None,
         **kw_args,
     ) -> list:
-        """[logits (batch, seq, vocabulary), then SAT's dictionary of each layer].
+        """Return [logits (batch, seq, vocabulary), then SAT's dictionary of each layer].
 
         input_ids, position_ids, image_embed_mask, vision_expert_mask: (batch, seq). images: (images, 3, height, width)
         in the order in which their places appear in the batch. attention_mask: -1 is causal, None is full, or a tensor
@@ -96,7 +97,9 @@ class CogVLMModel(BaseModel):
         CPU: only there does no one wait for a GPU.
         """
         if cache is not None and cache.holds_prompts:
-            images = routing = places = None
+            images = None
+            routing = None
+            places = None
         else:
             nothing = torch.zeros(input_ids.shape)
             experts = nothing if vision_expert_mask is None else vision_expert_mask
@@ -121,7 +124,7 @@ class CogVLMModel(BaseModel):
         )
 
     def layer_forward(self, hidden_states, mask, *args, **kw_args):
-        """SAT's hook: the layer as it is, recomputed in backward where that is switched on and of use."""
+        """Return the layer's output, recomputed in backward where that is switched on and of use; SAT's hook."""
         number = int(kw_args["layer_id"])
         layer = partial(self.transformer.layers[number], **kw_args)
         return self.checkpointing.run(layer, number, self, hidden_states, mask)
@@ -138,23 +141,23 @@ class CogVLMModel(BaseModel):
         return images
 
 
-def parallel_problems(config: dict, parts: int, ranks: int) -> list[str]:
-    """Why a CogVLM of the sizes in `config` cannot be cut over `parts` of `ranks` processes; empty when it can."""
+def parallel_problems(config: dict, mp_size: int, ranks: int) -> list[str]:
+    """Return why a CogVLM of the sizes in `config` cannot be cut over `mp_size` of `ranks` processes, in a list."""
     problems = []
-    if parts < 1 or ranks % parts:
+    if mp_size < 1 or ranks % mp_size:
         problems.append(
-            f"{ranks} ranks do not divide into groups of {parts}; start a multiple of {parts} ranks or choose a "
+            f"{ranks} ranks do not divide into groups of {mp_size}; start a multiple of {mp_size} ranks or choose a "
             f"divisor of {ranks}"
             if ranks > 1
-            else f"one process is no group of {parts}; start a multiple of {parts} ranks, or leave it at 1"
+            else f"one process is no group of {mp_size}; start a multiple of {mp_size} ranks, or leave it at 1"
         )
     vit = config.get("eva_args", {})
     names = ("num_attention_heads", "hidden_size", "inner_hidden_size")
     sizes = {name: config.get(name) for name in (*names, "vocab_size")}
     sizes |= {f"eva_args.{name}": vit.get(name) for name in names}
-    uneven = [f"{name} {size}" for name, size in sizes.items() if isinstance(size, int) and parts and size % parts]
+    uneven = [f"{name} {size}" for name, size in sizes.items() if isinstance(size, int) and mp_size and size % mp_size]
     if uneven:
-        problems.append(f"{parts} does not divide the base's {', '.join(uneven)}; choose one that divides them all")
+        problems.append(f"{mp_size} does not divide the base's {', '.join(uneven)}; choose one that divides them all")
     return problems
 
 
@@ -169,12 +172,11 @@ def build_cogvlm(
     skip_init: bool = False,
     seed: int = 1234,
 ) -> CogVLMModel:
-    """A CogVLM of the sizes in `config` (the content of model_config.json), with random weights.
+    """Return a CogVLM of the sizes in `config` (the content of model_config.json), with random weights.
 
     SAT seeds the process with `seed` here, and sets up torch.distributed if nobody has. On the device "meta" the
-    parameters have shapes and no memory; only the rotary frequencies have values, on the CPU.
-    CheckpointError: `config` lacks sizes, or one is none; ConfigError: the model-parallel size does not divide them, or
-    the ranks.
+    parameters have shapes and no memory; only the rotary frequencies have values, on the CPU. Raises CheckpointError if
+    `config` lacks sizes, or one is none; ConfigError if the model-parallel size does not divide them, or the ranks.
     """
     missing = missing_sizes(config)
     if missing:
@@ -194,14 +196,14 @@ def build_cogvlm(
     return CogVLMModel(arguments, params_dtype=dtype).to(device=device, dtype=dtype)
 
 
-def _check_parallel(config: dict, parts: int) -> None:
+def _check_parallel(config: dict, mp_size: int) -> None:
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     if torch.distributed.is_initialized():
         ranks = torch.distributed.get_world_size()
-    problems = parallel_problems(config, parts, ranks)
-    if mpu.model_parallel_is_initialized() and model_parallel_layout()[1] != parts:
+    problems = parallel_problems(config, mp_size, ranks)
+    if mpu.model_parallel_is_initialized() and model_parallel_layout()[1] != mp_size:
         problems.append(
             f"the model-parallel groups of this process are of {model_parallel_layout()[1]}; give that size"
         )
     if problems:
-        raise ConfigError("\n".join(f"model_parallel_size {parts}: {problem}" for problem in problems))
+        raise ConfigError("\n".join(f"model_parallel_size {mp_size}: {problem}" for problem in problems))

@@ -22,11 +22,11 @@ _BEFORE_LAYERS = re.compile(r"mixins\.eva\.|transformer\.word_embeddings\.")
 _AFTER_LAYERS = re.compile(r"mixins\.lm\.|transformer\.final_layernorm\.")
 
 Layer = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""From hidden states and mask to hidden states."""
+"""What gives hidden states for hidden states and a mask."""
 
 
 class LayerCheckpointing:
-    """Runs the layers of a SAT model, in the place of SAT's own checkpointing, whose switch it takes over."""
+    """Activation checkpointing of a SAT model's layers, in the place of SAT's own, whose switch it takes over."""
 
     def __init__(self, model: BaseModel):
         self.active = model.transformer.checkpoint_activations
@@ -34,7 +34,7 @@ class LayerCheckpointing:
         model.transformer.checkpoint_activations = False
 
     def run(self, layer: Layer, number: int, model: BaseModel, hidden_states: torch.Tensor, mask: torch.Tensor):
-        """`layer(hidden_states, mask)`, recomputed in backward if a gradient flows through it."""
+        """Return `layer(hidden_states, mask)`, recomputed in backward if a gradient flows through it."""
         if not (self.active and torch.is_grad_enabled()):
             return layer(hidden_states, mask)
         if not hidden_states.requires_grad:
@@ -47,7 +47,7 @@ class LayerCheckpointing:
 
 
 def lowest_trained_layer(model: nn.Module) -> float:
-    """The number of the first layer that holds something trainable; infinity if none does.
+    """Return the number of the first layer that holds something trainable; infinity if none does.
 
     What comes before the layers trains through their input. What the names do not place, a mixin of somebody else's,
     may be used in any layer: that is 0.
@@ -64,7 +64,7 @@ def _layer_of(name: str) -> float:
 
 
 def recompute_rows(work: Callable[..., torch.Tensor], *args) -> torch.Tensor:
-    """`work(*args)`, recomputed in backward, as one of several parts of one tensor.
+    """Return `work(*args)`, recomputed in backward, as one of several parts of one tensor.
 
     Not reentrant: a parameter that several parts use gets one gradient, the sum, when ZeRO counts on one. To its end,
     since ZeRO-3's hooks gather and release in pairs.

@@ -20,12 +20,12 @@ class RotaryEmbedding(nn.Module):
         self.register_buffer("inv_freq", 1.0 / base**exponents)
 
     def forward(self, position_ids: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and sines for (batch, seq) position ids, each (batch, 1, seq, head_dim / 2) in `dtype`."""
+        """Return the cosines and sines for (batch, seq) positions, each (batch, 1, seq, head_dim / 2) in `dtype`."""
         angles = position_ids[:, None, :, None].to(self.inv_freq.dtype) * self.inv_freq
         return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turn (batch, heads, seq, head_dim) by the angles of its positions."""
+    """Return x (batch, heads, seq, head_dim) turned by the angles of its positions."""
     first, second = x.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)

@@ -23,7 +23,7 @@ class TokenRouting:
 
     @classmethod
     def from_mask(cls, vision_expert_mask: torch.Tensor, device: torch.device | None = None) -> "TokenRouting":
-        """From a (batch, seq) mask that is non-zero on the tokens of the vision expert.
+        """Return the routing of a (batch, seq) mask that is non-zero on the tokens of the vision expert.
 
         device: of the index tensors, by default the mask's. A mask on the CPU makes nobody wait for a GPU.
         """
@@ -34,16 +34,16 @@ class TokenRouting:
 
     @property
     def vision(self) -> torch.Tensor:
-        """(vision tokens,) int64, ascending; a view."""
+        """The places of the vision tokens, (vision tokens,) int64, ascending; a view."""
         return self.order[: self.vision_tokens]
 
     @property
     def language(self) -> torch.Tensor:
-        """(language tokens,) int64, ascending; a view."""
+        """The places of the language tokens, (language tokens,) int64, ascending; a view."""
         return self.order[self.vision_tokens :]
 
     def apply(self, vision: Linear, language: Linear, x: torch.Tensor) -> torch.Tensor:
-        """Send the tokens of (batch, seq, in) through their expert and put them back: (batch, seq, out).
+        """Send the tokens of x (batch, seq, in) through their expert; return them in their places: (batch, seq, out).
 
         The order of calls is fixed: vision first, then language. Each works on a range of rows of one tensor.
         """
@@ -56,19 +56,19 @@ class TokenRouting:
 
 
 def route(routing: TokenRouting | None, vision: Linear, language: Linear, x: torch.Tensor) -> torch.Tensor:
-    """`routing.apply`, or the language expert alone where there is no routing: a cached decoding step."""
+    """Return `routing.apply`, or the language expert's output if there is no routing: a cached decoding step."""
     return language(x) if routing is None else routing.apply(vision, language, x)
 
 
 def to_device(indices: torch.Tensor, device: torch.device | None) -> torch.Tensor:
-    """Indices on `device`, by default where they are; nobody waits for the copy of those that come from the CPU."""
+    """Return the indices on `device`, by default where they are; nobody waits for a copy that comes from the CPU."""
     if device is not None and device.type == "cuda" and indices.device.type == "cpu":
         indices = indices.pin_memory()
     return indices.to(device, non_blocking=True)
 
 
 class _Permute(torch.autograd.Function):
-    """Rows in another order. The gradient is a gather too; that of `index_select` adds into zeros with atomics."""
+    """The rows in another order. The gradient is a gather too; that of `index_select` adds into zeros with atomics."""
 
     @staticmethod
     def forward(ctx, rows, order, inverse):

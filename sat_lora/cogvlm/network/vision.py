@@ -18,23 +18,29 @@ from sat_lora.cogvlm.network.recompute import LayerCheckpointing
 
 
 class PositionEmbedding(BaseMixin):
-    """Learned, one per place; looked up through the module so that ZeRO-3 gathers it."""
+    """The learned embedding of each place, looked up through the module so that ZeRO-3 gathers it."""
 
     def position_embedding_forward(self, position_ids, **kw_args):
+        """Return the embeddings (1, places, hidden) of `position_ids`; SAT's hook."""
         return self.transformer.position_embeddings(position_ids)
 
 
 class DropClassToken(BaseMixin):
-    """The output is the patches alone: (images, patches, ViT hidden)."""
+    """The end of the vision transformer, which gives the patches alone: (images, patches, ViT hidden)."""
 
     def final_forward(self, hidden_states, **kw_args):
+        """Return the hidden states without those of the class token; SAT's hook."""
         return undo_gradient_sum(hidden_states)[:, self.transformer.property.pre_len :]
 
 
 class FullAttention(BaseMixin):
-    """Every patch sees every patch. As SAT's default, and on a batch of no images too, which SAT cannot reshape."""
+    """Attention in which every patch sees every patch, as SAT's default.
+
+    It works on a batch of no images too, which SAT cannot reshape.
+    """
 
     def attention_forward(self, hidden_states, mask, **kw_args):
+        """Return the attention (images, places, hidden) of a layer's input of that shape; SAT's hook."""
         attention = self.transformer.layers[int(kw_args["layer_id"])].attention
         mixed = attention.query_key_value(hidden_states)
         if len(mixed) == 0:
@@ -49,6 +55,7 @@ class FullAttention(BaseMixin):
         return attention.output_dropout(output) if self.training else output
 
     def attention_fn(self, query, key, value, mask, dropout=None, **kw_args):
+        """Return the attention (images, heads, places, head_dim) of all places to all; SAT's hook."""
         return attend(query, key, value, None, FULL, dropout.p if dropout is not None else 0.0)
 
 
@@ -67,13 +74,14 @@ class EVA2CLIPModel(BaseModel):
         self.add_mixin("xattn", FullAttention())
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Return the patches (images, patches, ViT hidden) of images (images, 3, height, width)."""
         grid = self.transformer.property
         ids = torch.zeros(len(images), grid.pre_len + grid.post_len, dtype=torch.long, device=images.device)
         places = torch.arange(grid.seq_len, device=images.device)[None]
         return super().forward(ids, places, None, image=images)[0]
 
     def layer_forward(self, hidden_states, mask, *args, **kw_args):
-        """SAT's hook: x = x + LN1(attention(x)); x = x + LN2(mlp(x)), the norm on the output of each branch."""
+        """Return x + LN2(mlp(x)) of x + LN1(attention(x)), the norm on the output of each branch; SAT's hook."""
         number = int(kw_args["layer_id"])
         layer = self.transformer.layers[number]
 
@@ -85,7 +93,7 @@ class EVA2CLIPModel(BaseModel):
 
 
 class Projector(nn.Module):
-    """ViT hidden to language hidden: W x; GELU(LayerNorm(.)); then a gated MLP."""
+    """The way from ViT hidden to language hidden: W x; GELU(LayerNorm(.)); then a gated MLP."""
 
     def __init__(self, vit_hidden_size: int, hidden_size: int, inner_hidden_size: int):
         super().__init__()
@@ -96,12 +104,13 @@ class Projector(nn.Module):
         self.dense_4h_to_h = nn.Linear(inner_hidden_size, hidden_size, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return (..., language hidden) of x (..., ViT hidden)."""
         x = F.gelu(self.norm1(self.linear_proj(x)))
         return self.dense_4h_to_h(silu_mul(self.gate_proj(x), self.dense_h_to_4h(x)))
 
 
 class ImageTokens(BaseMixin):
-    """Puts [begin of image, patches, end of image] into the word embeddings."""
+    """The mixin that puts [begin of image, patches, end of image] into the word embeddings."""
 
     def __init__(self, vit_args: Namespace, hidden_size, inner_hidden_size, params_dtype):
         super().__init__()
@@ -111,12 +120,12 @@ class ImageTokens(BaseMixin):
         self.eoi = nn.Parameter(torch.zeros(1, 1, hidden_size))
 
     def no_images(self) -> torch.Tensor:
-        """What a batch without images carries: (0, 3, height, width)."""
+        """Return what a batch without images carries: (0, 3, height, width)."""
         grid = self.vit_model.transformer.property
         return no_images(grid.image_size, self.boi.device)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """(images, 3, height, width) -> (images, patches + 2, hidden).
+        """Return the tokens (images, patches + 2, hidden) of images (images, 3, height, width).
 
         To be called as a module, so that ZeRO-3 gathers boi and eoi.
         """
@@ -125,14 +134,14 @@ class ImageTokens(BaseMixin):
         return torch.cat([next(ends), patches, next(ends)], dim=1)
 
     def word_embedding_forward(self, input_ids, *, images=None, image_places=None, **kw_args):
-        """Word embeddings with `image_places`, indices into the flattened (batch * seq) tokens, taken by the images.
+        """Return the word embeddings (batch, seq, hidden), with `image_places` taken by the images; SAT's hook.
 
-        A batch without images carries none and no place: the vision transformer runs on nothing, in every step of
-        every rank, and its gradients are zero.
-        `images` None, a cached decoding step, leaves the words alone.
+        image_places: indices into the flattened (batch * seq) tokens. A batch without images carries none and no place:
+        the vision transformer runs on nothing, in every step of every rank, and its gradients are zero. `images` None,
+        a cached decoding step, leaves the words alone.
         """
-        words = self.transformer.word_embeddings(input_ids)
+        embeddings = self.transformer.word_embeddings(input_ids)
         if images is None:
-            return words
-        tokens = self(images).flatten(0, 1)[: len(image_places)]
-        return words.flatten(0, 1).index_copy(0, image_places, tokens).view_as(words)
+            return embeddings
+        image_tokens = self(images).flatten(0, 1)[: len(image_places)]
+        return embeddings.flatten(0, 1).index_copy(0, image_places, image_tokens).view_as(embeddings)

@@ -1,1 +1,1 @@
-"""From samples to batches: which rank takes which of them at which step."""
+"""Samples become batches: which rank takes which of them at which step."""

@@ -38,14 +38,18 @@ class EpochSampler(Sampler):
     ):
         if num_samples < 1:
             raise DataError("there are no samples to train on")
-        self.num_samples, self.batch_size = num_samples, batch_size
-        self.rank, self.size = data_parallel_rank, data_parallel_size
-        self.seed, self.start_step, self.shuffle = seed, start_step, shuffle
+        self.num_samples = num_samples
+        self.batch_size = batch_size
+        self.rank = data_parallel_rank
+        self.size = data_parallel_size
+        self.seed = seed
+        self.start_step = start_step
+        self.shuffle = shuffle
         self._epoch: int | None = None
         self._order: Sequence[int] = ()
 
     def batch(self, step: int) -> list[int]:
-        """The indices of this rank at `step`."""
+        """Return the indices of this rank at `step`."""
         first = (step * self.size + self.rank) * self.batch_size
         return [self._sample_at(place) for place in range(first, first + self.batch_size)]
 
@@ -55,7 +59,8 @@ class EpochSampler(Sampler):
             return index
         if epoch != self._epoch:
             generator = numpy.random.default_rng([self.seed, epoch])
-            self._epoch, self._order = epoch, generator.permutation(self.num_samples)
+            self._epoch = epoch
+            self._order = generator.permutation(self.num_samples)
         return int(self._order[index])
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -68,15 +73,15 @@ class EpochSampler(Sampler):
 def eval_batches(
     num_samples: int, *, batch_size: int, data_parallel_rank: int, data_parallel_size: int, limit: int = 0
 ) -> list[list[int]]:
-    """This rank's index batches for one pass: every sample on exactly one rank, as many batches on every rank.
+    """Return this rank's index batches for one pass: every sample on exactly one rank, as many batches on every rank.
 
     An empty batch is padding, for which `collate` makes a batch without labels. limit: at most that many batches per
     rank, of samples spread evenly over the data; 0 is all.
     """
     capacity = limit * batch_size * data_parallel_size
-    taken = min(num_samples, capacity) if limit else num_samples
-    indices = [number * num_samples // taken for number in range(taken)]
-    batches = [indices[first : first + batch_size] for first in range(0, taken, batch_size)]
+    count = min(num_samples, capacity) if limit else num_samples
+    indices = [number * num_samples // count for number in range(count)]
+    batches = [indices[first : first + batch_size] for first in range(0, count, batch_size)]
     batches += [[]] * (-len(batches) % data_parallel_size)
     return batches[data_parallel_rank::data_parallel_size]
 
@@ -84,13 +89,16 @@ def eval_batches(
 def make_loader(
     dataset: ImageTextDataset, batches: EpochSampler | Sequence[list[int]], *, num_workers: int, seed: int
 ) -> DataLoader:
-    """A loader of collated batches, in the order of `batches`. It draws nothing from torch's global generator."""
+    """Return a loader of collated batches, in the order of `batches`.
+
+    It draws nothing from torch's global generator.
+    """
     fetching = dict(batch_sampler=batches, collate_fn=partial(collate, image_size=dataset.image_size))
     return _loader(dataset, num_workers, seed, **fetching)
 
 
 def make_stream_loader(stream: IterableDataset, *, num_workers: int, seed: int) -> DataLoader:
-    """A loader of the batches that `stream` gives, already collated, one from each worker in turn."""
+    """Return a loader of the batches that `stream` gives, already collated, one from each worker in turn."""
     return _loader(stream, num_workers, seed, batch_size=None, collate_fn=_as_it_is)
 
 

@@ -50,18 +50,27 @@ class ShardStream(IterableDataset):
         max_pixels: int = MAX_PIXELS,
         ignore_keys: Collection[str] = (),
     ):
-        self.shards, self.make_sample, self.image_size = list(shards), make_sample, image_size
-        self.batch_size, self.rank, self.workers = batch_size, data_parallel_rank, max(1, num_workers)
+        self.shards = list(shards)
+        self.make_sample = make_sample
+        self.image_size = image_size
+        self.batch_size = batch_size
+        self.rank = data_parallel_rank
+        self.workers = max(1, num_workers)
         self.readers = data_parallel_size * self.workers
-        self.seed, self.start_step, self.steps, self.shuffle = seed, start_step, steps, shuffle
-        self.shuffle_buffer, self.max_pixels, self.ignore_keys = shuffle_buffer, max_pixels, ignore_keys
+        self.seed = seed
+        self.start_step = start_step
+        self.steps = steps
+        self.shuffle = shuffle
+        self.shuffle_buffer = shuffle_buffer
+        self.max_pixels = max_pixels
+        self.ignore_keys = ignore_keys
         self.total = sum(shard.samples for shard in self.shards)
         if self.total < 1:
             raise DataError("there are no samples to train on")
 
     @property
     def batches_per_reader(self) -> int:
-        """In an epoch."""
+        """Batches of each reader in an epoch."""
         return -(-self.total // (self.readers * self.batch_size))
 
     @property
@@ -76,11 +85,13 @@ class ShardStream(IterableDataset):
             streams = [self._batches(self.start_step + turn) for turn in range(self.workers)]
             batches = (next(stream) for stream in itertools.cycle(streams))
             return batches if self.steps is None else itertools.islice(batches, self.steps)
-        own = self._batches(self.start_step + info.id)
-        return own if self.steps is None else itertools.islice(own, len(range(info.id, self.steps, self.workers)))
+        own_batches = self._batches(self.start_step + info.id)
+        if self.steps is None:
+            return own_batches
+        return itertools.islice(own_batches, len(range(info.id, self.steps, self.workers)))
 
     def _batches(self, step: int) -> Iterator[dict]:
-        """The batches of the reader whose turn `step` is, from there on."""
+        """Yield the batches of the reader whose turn `step` is, from there on."""
         first_epoch, place = divmod(step, self.steps_per_epoch)
         skipped, reader = divmod(place, self.workers)
         for epoch in itertools.count(first_epoch):
@@ -96,7 +107,7 @@ class ShardStream(IterableDataset):
         return self.make_sample(item) if isinstance(item, Item) else item
 
     def records(self, epoch: int, reader: int) -> Iterator[Record | BrokenSample]:
-        """What one of all readers goes through in an epoch. No image is read."""
+        """Yield what one of all readers goes through in an epoch; no image is read."""
         records = self._stretch(epoch, reader)
         if self.shuffle:
             return _shuffled(records, self.shuffle_buffer, numpy.random.default_rng([self.seed, epoch, reader]))
@@ -109,22 +120,24 @@ class ShardStream(IterableDataset):
             order = numpy.random.default_rng([self.seed, epoch]).permutation(len(self.shards))
         start = 0
         for shard in (self.shards[number] for number in order):
-            first, last = max(0, begin - start), min(shard.samples, end - start)
+            first = max(0, begin - start)
+            last = min(shard.samples, end - start)
             start += shard.samples
             if first < last:
-                given, reason = first, f"{printable(shard.path)}: has fewer samples than when the run began"
+                count = first
+                reason = f"{printable(shard.path)}: has fewer samples than when the run began"
                 try:
                     for record in itertools.islice(find_records(shard.path), first, last):
-                        given += 1
+                        count += 1
                         yield record
                 except DataError as error:
                     reason = str(error)
-                for number in range(given, last):
+                for number in range(count, last):
                     yield BrokenSample(shard.path, reason, str(number))
 
 
 def _shuffled(records: Iterator, size: int, generator: numpy.random.Generator) -> Iterator:
-    """All of `records`, each drawn from the `size` that come next."""
+    """Yield all of `records`, each drawn from the `size` that come next."""
     buffer = list(itertools.islice(records, size))
     while buffer:
         place = int(generator.integers(len(buffer)))

@@ -44,29 +44,32 @@ class Source(Protocol):
     """What the samples are kept in, for people; None where the paths say it themselves."""
 
     def marks(self, option: str) -> dict[str, str]:
-        """What all ranks have to have alike, see `agree`; option: the one that gave the paths."""
+        """Return what all ranks have to have alike, see `agree`. option: the one that gave the paths."""
 
     def description(self) -> dict:
-        """Tells these samples, in their order, from others, wherever they lie: {"samples": how many, "digest": ...}."""
+        """Return what tells these samples, in their order, from others: {"samples": how many, "digest": ...}."""
 
     def files(self) -> str:
-        """Tells the files of these samples from others of the same names: a digest of the sizes of some."""
+        """Return what tells the files of these samples from others of the same names: a digest of some sizes."""
 
     def first_items(self, most: int) -> Iterator[Item]:
-        """The first items, at most so many; those that cannot be read are passed over."""
+        """Yield the first items, at most so many; those that cannot be read are passed over."""
 
     def answer_lengths(self) -> AnswerLengths | None:
-        """How many answers are cut; None of a stream."""
+        """Return how many answers are cut; None of a stream."""
 
     def training(self, start_step: int) -> Iterable[dict]:
-        """Micro-batches of this rank without end, from `start_step` on."""
+        """Return a loader of this rank's micro-batches without end, from `start_step` on."""
 
     @property
     def validation_batches(self) -> int:
         """How many batches of this rank are in one pass."""
 
     def validation(self) -> Iterable[dict]:
-        """One pass, every sample on one rank, as many batches on every rank; at most --eval-iters of them."""
+        """Return a loader of one pass: every sample on one rank, as many batches on every rank.
+
+        There are at most --eval-iters of them.
+        """
 
 
 class FileSource:
@@ -87,14 +90,17 @@ class FileSource:
         left_out: Sequence[tuple[str, int]] = (),
     ):
         self.left_out = [*left_out]
-        self.dataset, self.options, self.world = make_dataset(items), options, world
-        self.samples = self.epoch_samples = len(items)
+        self.dataset = make_dataset(items)
+        self.options = options
+        self.world = world
+        self.samples = len(items)
+        self.epoch_samples = len(items)
 
     def marks(self, option: str) -> dict[str, str]:
         return marks_of_samples(option, self.samples, self.dataset.items)
 
     def description(self) -> dict:
-        """By names, prompts and answers."""
+        """Return the number of samples, and a digest of names, prompts and answers."""
         return {"samples": self.samples, "digest": _digest(map(_entry, self.dataset.items))}
 
     def files(self) -> str:
@@ -133,7 +139,8 @@ class FileSource:
         )
 
     def validation(self) -> DataLoader:
-        options, batches = self.options, self._validation_indices()
+        options = self.options
+        batches = self._validation_indices()
         return make_loader(self.dataset, batches, num_workers=min(1, options.num_workers), seed=options.seed)
 
 
@@ -151,23 +158,26 @@ class ShardSource:
         left_out: Sequence[tuple[str, int]] = (),
     ):
         self.left_out = [*left_out]
-        self.shards, self.dataset, self.options, self.world = shards, make_dataset([]), options, world
+        self.shards = shards
+        self.dataset = make_dataset([])
+        self.options = options
+        self.world = world
         self.packing: str | None = f"{len(shards):,} tar shards"
         self.samples = sum(shard.samples for shard in shards)
         steps = self._stream(options.batch_size, options.num_workers).steps_per_epoch
         self.epoch_samples = steps * options.batch_size * world.data_parallel_size
 
     def description(self) -> dict:
-        """By the names of the shards and how many samples each holds."""
+        """Return the number of samples, and a digest of the names of the shards and how many each holds."""
         entries = ((Path(shard.path).name, shard.samples) for shard in self.shards)
         return {"samples": self.samples, "digest": _digest(entries)}
 
     def files(self) -> str:
-        """Of the shards themselves."""
+        """Return a digest of the sizes of the shards themselves."""
         return sizes_mark([Item(Path(shard.path), "") for shard in self.shards])
 
     def first_items(self, most: int) -> Iterator[Item]:
-        """At most FIRST_OF_SHARDS of them."""
+        """Yield what FileSource does, at most FIRST_OF_SHARDS of them."""
         records = itertools.chain.from_iterable(find_records(shard.path) for shard in self.shards)
         for record in itertools.islice(records, min(most, FIRST_OF_SHARDS)):
             item = record.read(self.options.max_pixels, self.options.ignore_keys)
@@ -193,16 +203,18 @@ class ShardSource:
         )
 
     def marks(self, option: str) -> dict[str, str]:
-        """The names of the shards and how many samples each holds."""
+        """Return the names of the shards and how many samples each holds, as marks."""
         shards = [(Path(shard.path).name, shard.samples) for shard in self.shards]
         return {f"the shards of {option}": mark([self.samples, *shards])}
 
     def training(self, start_step: int) -> DataLoader:
+        """Return a loader of this rank's micro-batches without end, from `start_step` on."""
         stream = self._stream(self.options.batch_size, self.options.num_workers, start_step=start_step)
         return make_stream_loader(stream, num_workers=self.options.num_workers, seed=self.options.seed)
 
     @property
     def validation_batches(self) -> int:
+        """How many batches this rank has in one pass of validation."""
         return self._steps_of(self._validation_stream())
 
     def _steps_of(self, stream: ShardStream) -> int:
@@ -215,17 +227,18 @@ class ShardSource:
         return stream
 
     def validation(self) -> DataLoader:
+        """Return a loader of one pass, in the order of the shards: as many batches on every rank."""
         workers = min(1, self.options.num_workers)
         return make_stream_loader(self._validation_stream(), num_workers=workers, seed=self.options.seed)
 
 
 def marks_of_sources(data: Source, valid: Source | None) -> dict[str, str]:
-    """What all ranks have to have alike of training and validation data, see `agree`."""
+    """Return what all ranks have to have alike of training and validation data, see `agree`."""
     return {**data.marks("--train-data"), **({} if valid is None else valid.marks("--valid-data"))}
 
 
 def _entry(item: Item) -> tuple:
-    """What tells an item from others, wherever its file lies."""
+    """Return what tells an item from others, wherever its file lies."""
     name = Path(item.image).name if isinstance(item.image, str | Path) else None
     return item.name or name, item.prompt, item.answer
 
@@ -240,9 +253,10 @@ def _digest(entries: Iterable[Sequence]) -> str:
 def open_sources(
     options: Namespace, world: World, make_dataset: Callable[[list], ImageTextDataset]
 ) -> tuple[Source, Source | None]:
-    """(training, validation or None) from their paths; of files, a share of the training data where --split says so.
+    """Return the sources of (training, validation), the latter None without any, from their paths.
 
-    Every rank has to call it. DataError on every rank: shards that cannot be read, all of them.
+    Of files, validation may be a share of the training data, as --split says. Every rank has to call it.
+    Raises DataError, on every rank, with all shards that cannot be read.
     """
 
     def source(paths: list[str]) -> Source:
@@ -268,7 +282,7 @@ def open_sources(
 
 
 def marks_of_samples(option: str, samples: int, items: Sequence) -> dict[str, str]:
-    """How many samples a source has, and which: names, texts and the sizes of some files, not where they lie."""
+    """Return a mark of how many samples a source has, and which: names, texts and some sizes, not where they lie."""
     digest = hashlib.sha256()
     for item in items:
         image = getattr(item, "image", None)
@@ -279,7 +293,7 @@ def marks_of_samples(option: str, samples: int, items: Sequence) -> dict[str, st
 
 
 def sizes_mark(items: Sequence) -> str:
-    """A digest of how many bytes some images of the items have: other pictures under the same names are told by it."""
+    """Return a digest of how many bytes some images of the items have: it tells other pictures of the same names."""
     images = [getattr(item, "image", None) for item in items[:: max(1, len(items) // SIZES_TRIED)]]
     sizes = [_size(image) for image in images if isinstance(image, Path)]
     return hashlib.sha256(repr(sizes).encode()).hexdigest()

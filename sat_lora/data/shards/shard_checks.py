@@ -6,7 +6,8 @@ from collections.abc import Collection, Iterator
 
 from sat_lora.cogvlm.inputs.pictures import MAX_PIXELS, read_picture
 from sat_lora.data.samples import BrokenSample
-from sat_lora.data.shards.shards import expand_shards, find_records
+from sat_lora.data.shards.shard_names import expand_shards
+from sat_lora.data.shards.shards import find_records
 from sat_lora.errors import DataError
 from sat_lora.files.paths import COMPRESSED_SUFFIXES, is_shard
 from sat_lora.printable import printable
@@ -18,16 +19,16 @@ SAMPLES_TRIED = 300  # one usable sample among so many is enough to begin
 def problems_with_shards(
     paths: list[str], option: str, max_pixels: int = MAX_PIXELS, ignore_keys: Collection[str] = ()
 ) -> Iterator[str]:
-    """Of the paths of one option, as text: of the names and of the first samples. max_pixels, ignore_keys: see
-    `Record.read`.
+    """Yield what is wrong with the paths of one option, as text: with the names and the first samples.
 
-    Whole shards are read later, when all ranks together count their samples.
+    max_pixels, ignore_keys: see `Record.read`. Whole shards are read later, when all ranks together count their
+    samples.
     """
-    others = [path for path in paths if not is_shard(path)]
+    no_shards = [path for path in paths if not is_shard(path)]
     if option == "--test-data":
         yield f"{', '.join(paths)}: tar shards cannot be answered by generation; unpack them and give the folder"
-    elif others:
-        yield f"tar shards and {', '.join(others)}: give tar shards alone, or folders and .jsonl files alone"
+    elif no_shards:
+        yield f"tar shards and {', '.join(no_shards)}: give tar shards alone, or folders and .jsonl files alone"
     elif pipes := [path for path in paths if path.startswith("pipe:")]:
         yield f"{', '.join(pipes)}: the samples of a pipe cannot be counted; give .tar files on a mounted file system"
     else:
@@ -53,7 +54,8 @@ def _first_of(names: list[str]) -> str:
 
 def _problem_with_samples(shards: list[str], max_pixels: int, ignore_keys: Collection[str]) -> str | None:
     records = itertools.chain.from_iterable(map(find_records, shards))
-    tried, first_error = 0, None
+    tried = 0
+    first_error = None
     for record in itertools.islice(records, SAMPLES_TRIED):
         tried += 1
         item = record.read(max_pixels, ignore_keys)

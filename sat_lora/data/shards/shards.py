@@ -1,21 +1,21 @@
 """Tar shards as WebDataset lays them out: named, counted, and read sample by sample."""
 
 import itertools
-import re
 import sys
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from webdataset.shardlists import expand_urls
 from webdataset.tariterators import base_plus_ext
 
 from sat_lora.cogvlm.inputs.pictures import CONVERT, MAX_PIXELS, SUFFIXES, UNREAD_SUFFIXES, file_limit
 from sat_lora.data.folders import is_no_data_path
-from sat_lora.data.item_files import kind_of_value, object_problems, read_object
+from sat_lora.data.item_files import kind_of_value, object_problems
 from sat_lora.data.item_keys import METADATA_OF_SHARDS, key_problems
+from sat_lora.data.json_texts import read_object
 from sat_lora.data.samples import BrokenSample, Item
+from sat_lora.data.shards.shard_names import expand_shards
 from sat_lora.data.shards.tar_members import Links, Member, read_members, unpacking_program
 from sat_lora.errors import DataError
 from sat_lora.files.foreign import JSON_LIMIT, MEBIBYTE, open_file
@@ -25,8 +25,6 @@ from sat_lora.printable import printable
 TEXT_SUFFIXES = (".json", ".txt")
 FIRST_DOT = "a key ends at the first dot of a name, so rename members that have more than one"
 SORT = "write the shard sorted by name (tar --sort=name)"
-MOST_SHARDS = 1_000_000
-_RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)(?:\.\.(-?\d+))?")
 
 
 @dataclass(frozen=True)
@@ -50,10 +48,11 @@ class Record:
     problem: str | None = None
 
     def read(self, max_pixels: int = MAX_PIXELS, ignored: Collection[str] = ()) -> Item | BrokenSample:
-        """KEY.json {"prompt", "answer"} or KEY.txt, the answer, and the image; what is wrong instead, if anything.
+        """Return the item of the sample, or what is wrong with it.
 
-        No member is read that would be larger than a text, or a picture of `max_pixels`, may be. ignored: keys of the
-        json to pass over, beside those that are known to carry nothing to learn.
+        It has KEY.json {"prompt", "answer"} or KEY.txt, the answer, and the image. No member is read that would be
+        larger than a text, or a picture of `max_pixels`, may be. ignored: keys of the json to pass over, beside those
+        that are known to carry nothing to learn.
         """
         name = printable(f"{self.shard}/{self.key}")
         try:
@@ -66,21 +65,22 @@ class Record:
         problems = _problems_with_texts(fields, text, image is not None, ignored)
         if problems or not isinstance(fields, dict):
             return BrokenSample(name, f"{name}: {printable('; '.join(problems))}")
-        prompt, answer = fields.get("prompt"), fields.get("answer")
+        prompt = fields.get("prompt")
+        answer = fields.get("answer")
         answer = text if answer is None else answer
         if answer is None or (image is None and prompt is None):
-            found = printable(" ".join(suffix for suffix, _, _ in self.members))
+            suffixes = printable(" ".join(suffix for suffix, _, _ in self.members))
             wanted = 'an image and KEY.txt or KEY.json {"prompt": ..., "answer": ...}; without an image both texts'
             hint = ""
             if any(suffix.count(".") > 1 for suffix, _, _ in self.members):
                 hint = f"; {FIRST_DOT}"
             elif len(self.members) == 1:
                 hint = f"; members of one key, its folder included, have to follow each other: {SORT}"
-            return BrokenSample(name, f"{name}: wanted {wanted}; got {found}{hint}")
+            return BrokenSample(name, f"{name}: wanted {wanted}; got {suffixes}{hint}")
         return Item(image, answer, prompt, name)
 
     def _parts(self, max_pixels: int) -> dict[str, bytes]:
-        """The texts and the first image, by suffix. OSError, ValueError: one of them cannot be read."""
+        """Return the texts and the first image, by suffix. Raises OSError or ValueError if one cannot be read."""
         if self.problem is not None:
             raise ValueError(self.problem)
         image = next((suffix for suffix, _, _ in self.members if suffix in SUFFIXES), None)
@@ -97,7 +97,7 @@ class Record:
 
 
 def _text_of(suffix: str, content: bytes) -> str:
-    """ValueError: it is neither UTF-8, nor UTF-16 with its byte-order mark."""
+    """Return the text of a member. Raises ValueError if it is neither UTF-8, nor UTF-16 with its byte-order mark."""
     try:
         return content.decode("utf-16" if content.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig")
     except UnicodeDecodeError as error:
@@ -105,7 +105,7 @@ def _text_of(suffix: str, content: bytes) -> str:
 
 
 def _problems_with_texts(fields: object, text: str | None, has_image: bool, ignored: Collection[str]) -> list[str]:
-    """What is wrong with the JSON of a sample, and with the answer in its .txt beside it."""
+    """Return what is wrong with the JSON of a sample, and with the answer in its .txt beside it."""
     if not isinstance(fields, dict):
         return [f"its json: {problem}" for problem in object_problems(fields, ignored, METADATA_OF_SHARDS)]
     problems = key_problems(fields, ignored, METADATA_OF_SHARDS)
@@ -133,66 +133,13 @@ def _read_part(file, first: int, size: int) -> bytes:
     return content
 
 
-def expand_shards(paths: Sequence[str | Path]) -> list[str]:
-    """The shards of data paths, `{000..127}` and `{a,b}` expanded, each once.
-
-    DataError: unbalanced braces, or more than MOST_SHARDS of them.
-    """
-    found = []
-    for path in map(str, paths):
-        shown = printable(path[:200])
-        try:
-            count = _count_of(path)
-            if count > MOST_SHARDS:
-                raise DataError(f"{shown}: means {_number(count)} shards, more than {MOST_SHARDS:,}; mend the range")
-            found += expand_urls(path)
-        except (ValueError, RecursionError) as error:
-            problem = "braces within braces without end" if isinstance(error, RecursionError) else error
-            raise DataError(f"{shown}: {printable(problem)}; write shards as 'shards-{{000..127}}.tar'") from error
-    return list(dict.fromkeys(found))
-
-
-def _number(count: int) -> str:
-    return f"{count:,}" if count < 10**15 else "more than 10^15"
-
-
-def _count_of(pattern: str) -> int:
-    """How many names braces come to, none of which is made for it. ValueError: a range has thousands of digits."""
-    total, depth, start, place = 1, 0, 0, 0
-    while place < len(pattern):
-        if pattern[place] == "\\":
-            place += 1
-        elif pattern[place] == "{":
-            depth += 1
-            start = place + 1 if depth == 1 else start
-        elif pattern[place] == "}":
-            depth -= 1
-            total *= _count_of_group(pattern[start:place]) if depth == 0 else 1
-        place += 1
-    return total
-
-
-def _count_of_group(group: str) -> int:
-    if match := _RANGE.fullmatch(group):
-        first, last, step = (int(number or 1) for number in match.groups())
-        return abs(last - first) // max(1, abs(step)) + 1
-    parts, depth = [""], 0
-    for character in group:
-        depth += (character == "{") - (character == "}")
-        if character == "," and depth == 0:
-            parts.append("")
-        else:
-            parts[-1] += character
-    return sum(map(_count_of, parts))
-
-
 def find_records(shard: str, left_out: Counter | None = None) -> Iterator[Record]:
-    """The samples of a shard in its order: neighbours of one key. Only the headers are read.
+    """Yield the samples of a shard in its order: neighbours of one key. Only the headers are read.
 
     A link stands for the member that it leads to, as a folder with links is packed. What an editor or a system has left
-    (see `is_no_data`) is no member. left_out: members that no sample uses are added to it, by suffix.
-    DataError: the shard is missing, no tar file, or cut off, or the image and the text of a key lie apart; raised when
-    the samples before have been given.
+    (see `is_no_data`) is no member. left_out: members that no sample uses are added to it, by suffix. Raises DataError
+    if the shard is missing, no tar file, or cut off, or the image and the text of a key lie apart: when the samples
+    before have been given.
     """
     left_out = Counter() if left_out is None else left_out
     try:
@@ -218,7 +165,7 @@ def find_records(shard: str, left_out: Counter | None = None) -> Iterator[Record
 
 
 def _check_is_whole(record: Record, halves: dict[int, bool]) -> None:
-    """DataError if the members of a key lie apart: a text would be learnt without its image."""
+    """Raise DataError if the members of a key lie apart: a text would be learnt without its image."""
     suffixes = {suffix for suffix, _, _ in record.members}
     has_image = not suffixes.isdisjoint(SUFFIXES)
     if has_image != suffixes.isdisjoint(TEXT_SUFFIXES):
@@ -231,7 +178,7 @@ def _check_is_whole(record: Record, halves: dict[int, bool]) -> None:
 
 
 def _sample_members(members: Iterator[Member], left_out: Counter) -> Iterator[tuple[str, str, Member]]:
-    """(key, suffix, member) of those that may be part of a sample."""
+    """Yield (key, suffix, member) of the members that may be part of a sample."""
     for member in members:
         if member.kind == "a folder":
             continue
@@ -247,8 +194,10 @@ def _sample_members(members: Iterator[Member], left_out: Counter) -> Iterator[tu
 
 
 def _record(shard: str, key: str, group: Iterator, links: Links, left_out: Counter) -> Record | None:
-    """The sample of a key; None if its members are none of a text and a picture."""
-    places, problem, other_picture = [], None, None
+    """Return the sample of a key; None if its members are none of a text and a picture."""
+    places = []
+    problem = None
+    other_picture = None
     for _, suffix, member in group:
         if suffix not in SUFFIXES and suffix not in TEXT_SUFFIXES:
             left_out[f"{printable(suffix)} members"] += 1
@@ -284,10 +233,10 @@ def _is_meta(key: str) -> bool:
 def count_shards(
     paths: Sequence[str | Path], *, data_parallel_rank: int, data_parallel_size: int, left_out: Counter | None = None
 ) -> list[Shard]:
-    """The shards of data paths with their sizes; the ranks share the counting, so every rank has to call it.
+    """Return the shards of data paths with their sizes; the ranks share the counting, so every rank has to call it.
 
     left_out: members that no sample uses are added to it, by suffix; the same on every rank.
-    DataError on every rank: all shards that cannot be read, or that there are no samples.
+    Raises DataError, on every rank, with all shards that cannot be read, or if there are no samples.
     """
     shards = expand_shards(paths)
     problems: list[str] = []

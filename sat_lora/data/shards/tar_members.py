@@ -39,20 +39,20 @@ class Member:
 
 
 def unpacking_program(file: BinaryIO) -> str | None:
-    """What unpacks an open file that is compressed; None if it is not."""
+    """Return the program that unpacks an open file; None if it is not compressed."""
     begin = _read_at(file, 0, 6)
     return next((program for magic, program in _COMPRESSED.items() if begin.startswith(magic)), None)
 
 
 def read_members(file: BinaryIO) -> Iterator[Member]:
-    """The members of an open tar file, in their order, to the block of zeros that ends it.
+    """Yield the members of an open tar file, in their order, to the block of zeros that ends it.
 
-    ValueError: it is no tar file, is damaged or cut off; raised when the members before have been given.
+    Raises ValueError if it is no tar file, is damaged or cut off: when the members before have been given.
     """
     total = os.fstat(file.fileno()).st_size
     offset = 0
     common: dict[bytes, bytes] = {}
-    own: dict[bytes, bytes] = {}
+    of_next: dict[bytes, bytes] = {}
     while True:
         header = _read_at(file, offset, BLOCK)
         if offset == 0 and is_lfs_pointer(header):
@@ -62,7 +62,8 @@ def read_members(file: BinaryIO) -> Iterator[Member]:
         if header == _END:
             return
         _check(header, offset)
-        kind, size = header[156:157], _number(header[124:136], offset)
+        kind = header[156:157]
+        size = _number(header[124:136], offset)
         first = offset + BLOCK
         if kind in (b"x", b"X", b"g", b"L", b"K"):
             if size > EXTENDED_LIMIT:
@@ -73,28 +74,30 @@ def read_members(file: BinaryIO) -> Iterator[Member]:
             if kind == b"g":
                 common |= _pax_records(content, offset)
             elif kind in (b"x", b"X"):
-                own |= _pax_records(content, offset)
+                of_next |= _pax_records(content, offset)
             else:
-                own[b"path" if kind == b"L" else b"linkpath"] = content.split(b"\0", 1)[0]
+                of_next[b"path" if kind == b"L" else b"linkpath"] = content.split(b"\0", 1)[0]
             offset = first + _padded(size)
             continue
-        fields = common | own
-        own = {}
+        fields = common | of_next
+        of_next = {}
         if b"size" in fields:
             size = _decimal(fields[b"size"], offset)
-        name, words = _name(header, fields), _WITHOUT_DATA.get(kind, "a file")
+        name = _name(header, fields)
+        member_kind = _WITHOUT_DATA.get(kind, "a file")
         if kind in (b"\0", b"0") and name.endswith("/"):
-            words = "a folder"
+            member_kind = "a folder"
         if kind == b"S":
-            first, words = _after_sparse_map(file, header, first, total), "a sparse file"
+            first = _after_sparse_map(file, header, first, total)
+            member_kind = "a sparse file"
         elif any(key.startswith(b"GNU.sparse.") for key in fields):
-            words = "a sparse file"
+            member_kind = "a sparse file"
         if kind in _WITHOUT_DATA:
             size = 0
         if first + size > total:
             raise ValueError(f"the file ends {first + size - total} bytes too early, in the member at byte {offset}")
         target = _target(kind, name, fields.get(b"linkpath", _text(header[157:257])))
-        yield Member(name, words, first, size, target)
+        yield Member(name, member_kind, first, size, target)
         offset = first + _padded(size)
 
 
@@ -112,19 +115,22 @@ def _text(field: bytes) -> bytes:
 
 
 def _check(header: bytes, offset: int) -> None:
-    """ValueError unless the sum in the header is that of its bytes, taken as signed or unsigned, its own as spaces."""
-    others = header[:148] + b" " * 8 + header[156:]
-    unsigned = sum(others)
+    """Raise ValueError unless the sum in the header is that of its bytes, with spaces where it stands itself.
+
+    The bytes may be taken as signed or unsigned.
+    """
+    summed = header[:148] + b" " * 8 + header[156:]
+    unsigned = sum(summed)
     try:
         expected = int(header[148:156].strip(b" \0") or b"0", 8)
     except ValueError:
         expected = None
-    if expected != unsigned and expected != unsigned - 256 * sum(byte > 127 for byte in others):
+    if expected != unsigned and expected != unsigned - 256 * sum(byte > 127 for byte in summed):
         raise ValueError("it is no tar file" if offset == 0 else f"damaged at byte {offset}")
 
 
 def _number(field: bytes, offset: int) -> int:
-    """Octal digits, or base 256 where the first bit is set."""
+    """Return the number of a field: octal digits, or base 256 where the first bit is set."""
     if field[0] & 0x80:
         value = int.from_bytes(field, "big", signed=True) if field[0] == 0xFF else int.from_bytes(field[1:], "big")
     else:
@@ -144,8 +150,9 @@ def _decimal(digits: bytes, offset: int) -> int:
 
 
 def _pax_records(content: bytes, offset: int) -> dict[bytes, bytes]:
-    """Those of the records `LENGTH KEY=VALUE\\n` that matter here."""
-    fields, place = {}, 0
+    r"""Return those of the records `LENGTH KEY=VALUE\n` that matter here, by key."""
+    fields = {}
+    place = 0
     while place < len(content) and content[place]:
         match = _RECORDS.match(content, place)
         length = int(match[1]) if match else 0
@@ -169,7 +176,10 @@ def _name(header: bytes, fields: dict[bytes, bytes]) -> str:
 
 
 def _target(kind: bytes, name: str, target: bytes) -> str | None:
-    """Where in the archive a link leads: a hard link from its root, a symbolic one from its own folder."""
+    """Return where in the archive a link leads; None for another member.
+
+    A hard link leads from the archive's root, a symbolic one from its own folder.
+    """
     if kind not in (b"1", b"2"):
         return None
     path = target.decode("utf-8", "surrogateescape")
@@ -177,7 +187,7 @@ def _target(kind: bytes, name: str, target: bytes) -> str | None:
 
 
 def normal_name(name: str) -> str:
-    """A member's path without `.` and `..` where they lead nowhere: what links are looked up by."""
+    """Return a member's path without `.` and `..` where they lead nowhere: what links are looked up by."""
     return posixpath.normpath(name)
 
 
@@ -198,7 +208,7 @@ class Links:
         self._members: dict[str, Member] | None = None
 
     def find(self, link: Member) -> Member | None:
-        """The file that a link leads to in the end, in the same archive; None: there is none."""
+        """Return the file that a link leads to in the end, in the same archive; None if there is none."""
         if self._members is None:
             self._members = {}
             try:

@@ -11,13 +11,16 @@ from sat_lora.findings.finding import Finding, looks_for
 
 @looks_for("recompute-differs", "switched-between-passes")
 def checkpointing_findings(model: nn.Module, passes: Sequence[Passes]) -> list[Finding]:
-    """`recompute-differs` and `switched-between-passes`; a region without gradients is for `reachability`."""
-    findings = [finding for one in passes for finding in _switched(one)]
+    """Return `recompute-differs` or `switched-between-passes`, of the first batch with one.
+
+    A region without gradients is for `reachability`.
+    """
+    findings = [finding for record in passes for finding in _switched(record)]
     if findings:
         return findings[:1]  # what is recomputed differs for that reason
     dtypes = [parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()]
     tolerance = 4 * max((torch.finfo(dtype).eps for dtype in dtypes), default=0.0)
-    return [finding for one in passes for finding in _recomputed_otherwise(one, tolerance)][:1]
+    return [finding for record in passes for finding in _recomputed_otherwise(record, tolerance)][:1]
 
 
 def _switched(record: Passes) -> list[Finding]:
@@ -43,8 +46,10 @@ def _moments(record: Passes) -> list[str]:
 
 
 def _recomputed_otherwise(record: Passes, tolerance: float) -> list[Finding]:
-    """The first module that gave another output when it was recomputed; modules are in the order in which they end, so
-    that it is the innermost. Regions are recomputed from the last to the first, so outputs are paired by size.
+    """Return the finding on the first module that gave another output when it was recomputed.
+
+    Modules are in the order in which they end, so that it is the innermost. Regions are recomputed from the last to the
+    first, so outputs are paired by size.
     """
     for name, calls in record.calls.items():
         forward = [call for call in calls if call.checkpointed and not call.in_backward]
@@ -69,6 +74,6 @@ def _by_size(call: Call) -> tuple[bool, float]:
     return size != size, size  # NaN last
 
 
-def _same(one: Call, other: Call, tolerance: float) -> bool:
-    size = max(one.sums[1], other.sums[1])
-    return all(abs(a - b) <= tolerance * size or (a != a and b != b) for a, b in zip(one.sums, other.sums))
+def _same(call: Call, other: Call, tolerance: float) -> bool:
+    size = max(call.sums[1], other.sums[1])
+    return all(abs(a - b) <= tolerance * size or (a != a and b != b) for a, b in zip(call.sums, other.sums))

@@ -21,30 +21,31 @@ class Arrivals:
 
     @property
     def title(self) -> str:
+        """The rank and the kind of batch, for people."""
         return f"rank {self.rank} with {self.kind}"
 
 
 @looks_for("gradient-missing", "gradient-order", "gradient-twice")
 def gradient_findings(model: nn.Module, passes: Sequence[Passes], *, bucket_size: int = 500_000_000) -> list[Finding]:
-    """Missing gradients, other orders, and gradients that come twice. Every rank calls it and gets the same.
+    """Return missing gradients, other orders, and gradients that come twice.
 
-    bucket_size: DeepSpeed's `reduce_bucket_size`, in elements.
+    Every rank has to call it and gets the same. bucket_size: DeepSpeed's `reduce_bucket_size`, in elements.
     """
     import torch
 
     rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-    own = [Arrivals(rank, one.kind, tuple(one.arrivals)) for one in passes]
-    seen = gather_lists(own) if torch.distributed.is_initialized() else own
+    rank_arrivals = [Arrivals(rank, record.kind, tuple(record.arrivals)) for record in passes]
+    arrivals = gather_lists(rank_arrivals) if torch.distributed.is_initialized() else rank_arrivals
     sizes = {n: getattr(p, "ds_numel", p.numel()) for n, p in model.named_parameters() if p.requires_grad}
-    return [*_twice(seen), *_missing(seen), *_order(seen, sizes, bucket_size)]
+    return [*_twice(arrivals), *_missing(arrivals), *_order(arrivals, sizes, bucket_size)]
 
 
-def _twice(seen: Sequence[Arrivals]) -> list[Finding]:
-    found: dict[str, set[int]] = {}
-    for one in seen:
-        for name, count in Counter(one.names).items():
+def _twice(arrivals: Sequence[Arrivals]) -> list[Finding]:
+    ranks_by_name: dict[str, set[int]] = {}
+    for arrived in arrivals:
+        for name, count in Counter(arrived.names).items():
             if count > 1:
-                found.setdefault(name, set()).add(one.rank)
+                ranks_by_name.setdefault(name, set()).add(arrived.rank)
     return [
         Finding(
             code="gradient-twice",
@@ -53,28 +54,28 @@ def _twice(seen: Sequence[Arrivals]) -> list[Finding]:
             parameter=name,
             module=_owner(name),
         )
-        for name, ranks in found.items()
+        for name, ranks in ranks_by_name.items()
     ]
 
 
-def _missing(seen: Sequence[Arrivals]) -> list[Finding]:
-    """Gradients that come somewhere and elsewhere not; what comes nowhere is for `reachability`."""
-    everything = {name: None for one in seen for name in one.names}
+def _missing(arrivals: Sequence[Arrivals]) -> list[Finding]:
+    """Return findings on gradients that come somewhere and elsewhere not; what comes nowhere is for `reachability`."""
+    everything = {name: None for arrived in arrivals for name in arrived.names}
     lacking: dict[tuple[str, ...], list[Arrivals]] = {}
-    for one in seen:
-        absent = tuple(name for name in everything if name not in set(one.names))
+    for arrived in arrivals:
+        absent = tuple(name for name in everything if name not in set(arrived.names))
         if absent:
-            lacking.setdefault(absent, []).append(one)
+            lacking.setdefault(absent, []).append(arrived)
     findings = []
-    for absent, those in lacking.items():
-        have = next(one for one in seen if absent[0] in one.names)
-        titles = ", ".join(one.title for one in those)
+    for absent, lacking_ranks in lacking.items():
+        example = next(arrived for arrived in arrivals if absent[0] in arrived.names)
+        titles = ", ".join(arrived.title for arrived in lacking_ranks)
         findings.append(
             Finding(
                 code="gradient-missing",
-                seen=f"{titles}: {len(absent)} of {len(everything)} gradients do not come, {have.title} has them; "
+                seen=f"{titles}: {len(absent)} of {len(everything)} gradients do not come, {example.title} has them; "
                 f"the first {absent[0]}, the last {absent[-1]}",
-                ranks=tuple(sorted({one.rank for one in those})),
+                ranks=tuple(sorted({arrived.rank for arrived in lacking_ranks})),
                 parameter=absent[0],
                 module=_owner(absent[0]),
             )
@@ -82,17 +83,17 @@ def _missing(seen: Sequence[Arrivals]) -> list[Finding]:
     return findings
 
 
-def _order(seen: Sequence[Arrivals], sizes: dict[str, int], bucket_size: int) -> list[Finding]:
-    """Different orders of what two have in common; one finding for all, with the first two that differ."""
-    first = max(seen, key=lambda one: len(one.names), default=None)
+def _order(arrivals: Sequence[Arrivals], sizes: dict[str, int], bucket_size: int) -> list[Finding]:
+    """Return one finding on different orders of what two have in common, with the first two that differ."""
+    first = max(arrivals, key=lambda other: len(other.names), default=None)
     if first is None:
         return []
-    others = [(one, place) for one in seen if (place := _first_difference(first, one)) is not None]
-    if not others:
+    differing = [(other, place) for other in arrivals if (place := _first_difference(first, other)) is not None]
+    if not differing:
         return []
-    one, place = others[0]
-    mine, theirs = _common(first, one)
-    reduced = [buckets(names, sizes, bucket_size) for names in (mine, theirs)]
+    other, place = differing[0]
+    first_names, other_names = _common(first, other)
+    reduced = [buckets(names, sizes, bucket_size) for names in (first_names, other_names)]
     filled = [[sum(sizes.get(name, 0) for name in bucket) for bucket in side] for side in reduced]
     if filled[0] == filled[1]:
         effect = f"all of the {len(filled[0])} buckets of {bucket_size:,} elements or less are as large: a wrong sum"
@@ -105,41 +106,44 @@ def _order(seen: Sequence[Arrivals], sizes: dict[str, int], bucket_size: int) ->
     return [
         Finding(
             code="gradient-order",
-            seen=f"{one.title}: gradient {place + 1} is that of {theirs[place]}, {first.title} has {mine[place]} "
-            f"there; {effect}",
-            ranks=tuple(sorted({other.rank for other, _ in others} | {first.rank})),
-            parameter=theirs[place],
-            module=_owner(theirs[place]),
+            seen=f"{other.title}: gradient {place + 1} is that of {other_names[place]}, {first.title} has "
+            f"{first_names[place]} there; {effect}",
+            ranks=tuple(sorted({other.rank for other, _ in differing} | {first.rank})),
+            parameter=other_names[place],
+            module=_owner(other_names[place]),
         )
     ]
 
 
 def buckets(names: Sequence[str], sizes: dict[str, int], bucket_size: int) -> list[list[str]]:
-    """The buckets of at most `bucket_size` elements that ZeRO 1 and 2 fill with gradients arriving in this order.
+    """Return the buckets that ZeRO 1 and 2 fill with gradients arriving in this order, as names.
 
-    As DeepSpeed 0.19.8's `reduce_independent_p_g_buckets_and_remove_grads`: one that does not fit any more closes the
-    bucket, one that is larger than a bucket has one to itself.
+    They are of at most `bucket_size` elements, as of DeepSpeed 0.19.8's
+    `reduce_independent_p_g_buckets_and_remove_grads`: a gradient that does not fit any more closes the bucket, one that
+    is larger than a bucket has one to itself.
     """
-    found: list[list[str]] = [[]]
+    filled_buckets: list[list[str]] = [[]]
     filled = 0
     for name in names:
-        if found[-1] and filled + sizes.get(name, 0) > bucket_size:
-            found.append([])
+        if filled_buckets[-1] and filled + sizes.get(name, 0) > bucket_size:
+            filled_buckets.append([])
             filled = 0
-        found[-1].append(name)
+        filled_buckets[-1].append(name)
         filled += sizes.get(name, 0)
-    return [bucket for bucket in found if bucket]
+    return [bucket for bucket in filled_buckets if bucket]
 
 
 def _common(first: Arrivals, other: Arrivals) -> tuple[list[str], list[str]]:
     shared = set(first.names) & set(other.names)
-    mine, theirs = ([*dict.fromkeys(name for name in one.names if name in shared)] for one in (first, other))
-    return mine, theirs
+    first_names, other_names = (
+        [*dict.fromkeys(name for name in arrived.names if name in shared)] for arrived in (first, other)
+    )
+    return first_names, other_names
 
 
 def _first_difference(first: Arrivals, other: Arrivals) -> int | None:
-    mine, theirs = _common(first, other)
-    return next((place for place, pair in enumerate(zip(mine, theirs)) if pair[0] != pair[1]), None)
+    first_names, other_names = _common(first, other)
+    return next((place for place, pair in enumerate(zip(first_names, other_names)) if pair[0] != pair[1]), None)
 
 
 def _size_at(sizes: list[int], number: int) -> str:

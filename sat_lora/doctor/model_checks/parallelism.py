@@ -20,7 +20,10 @@ from sat_lora.parallel.sharding import model_parallel_layout
 
 @looks_for("replicas-differ", "sharding-flag", "parallel-rule")
 def parallelism_findings(model: nn.Module, passes: Sequence[Passes]) -> list[Finding]:
-    """Every model-parallel rank calls it, with gradients still in place, and gets the same."""
+    """Return what model-parallel ranks hold or compute otherwise than they should.
+
+    Every model-parallel rank has to call it, with gradients still in place, and gets the same.
+    """
     if model_parallel_layout()[1] == 1:
         return []
     return [*flag_findings(model), *_drifted(model), *_unequal_gradients(model), *_broken_rule(model, passes)]
@@ -28,7 +31,7 @@ def parallelism_findings(model: nn.Module, passes: Sequence[Passes]) -> list[Fin
 
 @contextmanager
 def deltas_that_show(model: nn.Module, std: float = 0.02) -> Iterator[None]:
-    """Inside, trainable parameters that are all zero have seeded values: a fresh B hides what its layer does wrong.
+    """Give trainable parameters that are all zero seeded values inside: a fresh B hides what its layer does wrong.
 
     Ranks draw the same where they hold a parameter whole. Afterwards they are zero again.
     """
@@ -50,20 +53,20 @@ def deltas_that_show(model: nn.Module, std: float = 0.02) -> Iterator[None]:
 
 
 def flag_findings(model: nn.Module) -> list[Finding]:
-    """Adapters whose flags do not say how they are cut, and trainable parameters on which the two flags differ."""
+    """Return findings on flags that do not say how an adapter is cut, or of which two differ."""
     findings: list[Finding] = []
     if model_parallel_layout()[1] == 1:
         return findings
-    known = {}
+    is_cut_by_name = {}
     for path, mixin in lora_mixins(model).items():
         for key, adapter in mixin.adapters.items():
             for leaf, _ in adapter.named_parameters():
-                known[f"{path}.adapters.{key}.{leaf}"] = adapter.shardings[leaf].dim is not None
+                is_cut_by_name[f"{path}.adapters.{key}.{leaf}"] = adapter.shardings[leaf].dim is not None
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         flags = {flag: bool(getattr(parameter, flag, False)) for flag in ("model_parallel", "tensor_model_parallel")}
-        is_cut = known.get(name, flags["model_parallel"])
+        is_cut = is_cut_by_name.get(name, flags["model_parallel"])
         wrong = [flag for flag, value in flags.items() if value != is_cut]
         if wrong:
             seen = f"it is {'cut over the ranks' if is_cut else 'whole on every rank'}, and {' and '.join(wrong)} "
@@ -73,51 +76,53 @@ def flag_findings(model: nn.Module) -> list[Finding]:
 
 
 def _drifted(model: nn.Module) -> list[Finding]:
-    """Parameters without the flag that are not bit for bit the same on all ranks of a group."""
+    """Return the finding on parameters without the flag that are not bit for bit the same on all ranks of a group."""
     whole = {
         n: [_mark(p)] for n, p in model.named_parameters() if not getattr(p, "model_parallel", False) and p.numel()
     }
-    found = [*_differences(whole)]
+    differences = [*_differences(whole)]
     return [
         Finding(
             code="replicas-differ",
-            seen="its values differ over the ranks" + (f"; {len(found)} parameters in all" if len(found) > 1 else ""),
+            seen="its values differ over the ranks"
+            + (f"; {len(differences)} parameters in all" if len(differences) > 1 else ""),
             ranks=ranks,
             parameter=name,
         )
-        for name, _, ranks in found[:1]
+        for name, _, ranks in differences[:1]
     ]
 
 
 def _unequal_gradients(model: nn.Module, tolerance: float = 1e-3) -> list[Finding]:
-    """Gradients of whole parameters that are not the same on all ranks: the next step lets them drift apart."""
+    """Return the finding on gradients of whole parameters that differ over the ranks: the next step parts them."""
     norms = {
         name: [float(parameter.grad.double().norm())]
         for name, parameter in model.named_parameters()
         if parameter.grad is not None and not getattr(parameter, "model_parallel", False)
     }
-    found = [*_differences(norms, tolerance)]
+    differences = [*_differences(norms, tolerance)]
     return [
         Finding(
             code="replicas-differ",
-            seen=f"the norms of its gradients differ, so its values will: {words}"
-            + (f"; {len(found)} parameters in all" if len(found) > 1 else ""),
+            seen=f"the norms of its gradients differ, so its values will: {norms_by_rank}"
+            + (f"; {len(differences)} parameters in all" if len(differences) > 1 else ""),
             ranks=ranks,
             parameter=name,
         )
-        for name, words, ranks in found[:1]
+        for name, norms_by_rank, ranks in differences[:1]
     ]
 
 
 def _broken_rule(model: nn.Module, passes: Sequence[Passes], tolerance: float = 1e-3) -> list[Finding]:
-    """Outputs that every rank should have whole and the same: of row-parallel layers, with what wraps them, and of
-    transformer layers. The first that differs, in the order of the forward pass.
+    """Return the finding on the first output, in the order of the forward pass, that ranks should have alike.
+
+    Such are those of row-parallel layers, with what wraps them, and of transformer layers.
     """
     modules = dict(model.named_modules())
     for record in passes:
         sums = {name: [*calls[0].sums] for name, calls in record.calls.items() if _gives_whole(name, modules)}
-        for name, words, ranks in _differences(sums, tolerance):
-            seen = f"every rank should have the same output; sums of magnitudes with {record.kind}: {words}"
+        for name, sums_by_rank, ranks in _differences(sums, tolerance):
+            seen = f"every rank should have the same output; sums of magnitudes with {record.kind}: {sums_by_rank}"
             return [Finding(code="parallel-rule", seen=seen, ranks=ranks, module=name)]
     return []
 
@@ -130,18 +135,18 @@ def _gives_whole(name: str, modules: dict[str, nn.Module]) -> bool:
 
 
 def _mark(parameter: torch.Tensor) -> float:
-    """A number that any changed bit changes, in all likelihood."""
+    """Return a number that any changed bit changes, in all likelihood."""
     data = parameter.detach().cpu().contiguous()
     return float(zlib.crc32(data.view(torch.uint8).numpy()))
 
 
 def _differences(values: dict[str, list[float]], tolerance: float = 0.0) -> Iterator[tuple[str, str, tuple[int, ...]]]:
-    """(name, words, world ranks) of what is there on all ranks of the model-parallel group and differs."""
+    """Yield (name, words, world ranks) of values that all ranks of the model-parallel group have and that differ."""
     group = mpu.get_model_parallel_group()
     everyone: list[dict[str, list[float]]] = [{}] * torch.distributed.get_world_size(group)
     torch.distributed.all_gather_object(everyone, values, group=group)
     ranks = torch.distributed.get_process_group_ranks(group)
-    for name in (name for name in values if all(name in one for one in everyone)):
-        rows = torch.tensor([one[name] for one in everyone], dtype=torch.float64)
+    for name in (name for name in values if all(name in rank_values for rank_values in everyone)):
+        rows = torch.tensor([rank_values[name] for rank_values in everyone], dtype=torch.float64)
         if float((rows - rows[0]).abs().max()) > tolerance * float(rows.abs().max()):
             yield name, ", ".join(f"rank {rank} {row[-1]:.6g}" for rank, row in zip(ranks, rows)), tuple(ranks)

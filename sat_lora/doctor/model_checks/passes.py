@@ -18,7 +18,7 @@ from sat_lora.lora.mixin import lora_mixins
 from sat_lora.training.steps.nonfinite import floating_tensors
 
 LossOf = Callable[[nn.Module, dict], torch.Tensor]
-"""From model and batch to the loss, a scalar."""
+"""What gives the loss, a scalar, of a model and a batch."""
 
 _CHECKPOINTING = ("torch/utils/checkpoint.py", "activation_checkpointing/checkpointing.py")
 
@@ -35,7 +35,7 @@ class Call:
     """Whether its output asks for a gradient."""
     checkpointed: bool
     sums: tuple[float, float]
-    """Of the output's values and of their magnitudes, in float64: equal for equal outputs."""
+    """The sums of the output's values and of their magnitudes, in float64: equal for equal outputs."""
 
 
 @dataclass
@@ -43,12 +43,12 @@ class Passes:
     """The record of one batch on this rank. Modules and parameters are named from the model down."""
 
     kind: str
-    """Of the batch."""
+    """The kind of the batch."""
     loss: float = float("nan")
     has_graph: bool = False
     """Whether the loss asks for a gradient at all."""
     calls: dict[str, list[Call]] = field(default_factory=dict)
-    """By module, the modules in the order of their first output."""
+    """The calls of each module, the modules in the order of their first output."""
     arrivals: list[str] = field(default_factory=list)
     """Trainable parameters, each time that a gradient came."""
     answered: set[str] = field(default_factory=set)
@@ -62,9 +62,10 @@ class Passes:
 
 
 def record_passes(model: nn.Module, loss_of: LossOf, batch: dict, kind: str, *, backward=None) -> Passes:
-    """Run `loss_of(model, batch)` and its backward. Gradients are left in place for the caller to look at and clear.
+    """Run `loss_of(model, batch)` and its backward; return the record.
 
-    backward: called with the loss, by default `loss.backward()`.
+    Gradients are left in place for the caller to look at and clear. backward: called with the loss, by default
+    `loss.backward()`.
     """
     recorder = _Recorder(model, kind)
     with ExitStack() as hooks:
@@ -73,7 +74,8 @@ def record_passes(model: nn.Module, loss_of: LossOf, batch: dict, kind: str, *, 
         recorder.note_switches()
         loss = loss_of(model, batch)
         record = recorder.record
-        record.loss, record.has_graph = float(loss.detach()), loss.requires_grad
+        record.loss = float(loss.detach())
+        record.has_graph = loss.requires_grad
         recorder.in_backward = True
         if loss.requires_grad:
             record.reached = reached_parameters(model, loss)
@@ -83,9 +85,11 @@ def record_passes(model: nn.Module, loss_of: LossOf, batch: dict, kind: str, *, 
 
 
 def reached_parameters(model: nn.Module, loss: torch.Tensor) -> set[str]:
-    """The names of parameters that can be reached from the loss through the autograd graph."""
+    """Return the names of parameters that can be reached from the loss through the autograd graph."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    found, seen, waiting = set(), set(), [loss.grad_fn]
+    reached = set()
+    seen = set()
+    waiting = [loss.grad_fn]
     while waiting:
         node = waiting.pop()
         if node is None or node in seen:
@@ -93,14 +97,16 @@ def reached_parameters(model: nn.Module, loss: torch.Tensor) -> set[str]:
         seen.add(node)
         leaf = getattr(node, "variable", None)
         if leaf is not None and id(leaf) in names:
-            found.add(names[id(leaf)])
+            reached.add(names[id(leaf)])
         waiting += [following for following, _ in node.next_functions]
-    return found
+    return reached
 
 
 class _Recorder:
     def __init__(self, model: nn.Module, kind: str):
-        self.model, self.record, self.in_backward = model, Passes(kind), False
+        self.model = model
+        self.record = Passes(kind)
+        self.in_backward = False
 
     def attach(self) -> Iterator:
         for name, module in self.model.named_modules():
@@ -128,7 +134,9 @@ class _Recorder:
         if self.in_backward and name not in self.record.calls:
             return  # what a checkpointed region runs is noted when it runs first
         calls = self.record.calls.setdefault(name, [])
-        if self.in_backward and not any(call.in_backward for one in self.record.calls.values() for call in one):
+        if self.in_backward and not any(
+            call.in_backward for calls_of_module in self.record.calls.values() for call in calls_of_module
+        ):
             self.note_switches()
         has_graph = any(tensor.requires_grad for tensor in tensors)
         calls.append(
@@ -146,7 +154,7 @@ class _Recorder:
 
 def _sums(tensors: list[torch.Tensor]) -> tuple[float, float]:
     with torch.no_grad():
-        sums = [(float(one.double().sum()), float(one.double().abs().sum())) for one in tensors]
+        sums = [(float(tensor.double().sum()), float(tensor.double().abs().sum())) for tensor in tensors]
     return sum(total for total, _ in sums), sum(size for _, size in sums)
 
 

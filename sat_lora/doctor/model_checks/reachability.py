@@ -12,12 +12,12 @@ from sat_lora.lora.mixin import lora_mixins
 
 @looks_for("unreachable", "checkpoint-without-grad")
 def reachability_findings(model: nn.Module, passes: Sequence[Passes]) -> list[Finding]:
-    """What none of the batches trains on this rank: `unreachable` or `checkpoint-without-grad`, by cause."""
+    """Return what none of the batches trains on this rank, `unreachable` or `checkpoint-without-grad`, by cause."""
     trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    silent = [name for name in trainable if not any(name in one.arrivals for one in passes)]
+    silent = [name for name in trainable if not any(name in record.arrivals for record in passes)]
     if not silent:
         return []
-    if not any(one.has_graph for one in passes):
+    if not any(record.has_graph for record in passes):
         return [
             Finding(
                 code="unreachable",
@@ -44,25 +44,25 @@ def reachability_findings(model: nn.Module, passes: Sequence[Passes]) -> list[Fi
 
 
 def users_of(model: nn.Module) -> dict[str, str]:
-    """The module whose call uses each parameter: for an adapter's the layer that it is on, else the owner."""
-    found = {name: name.rpartition(".")[0] for name, _ in model.named_parameters()}
+    """Return the module whose call uses each parameter: an adapter's layer, else the owner."""
+    users = {name: name.rpartition(".")[0] for name, _ in model.named_parameters()}
     names = {path.rpartition(".")[2] for path in lora_mixins(model)}
     for name in sorted(names):
         paths = {id(adapter): layer for layer, adapter in adapters_of(model, name).items()}
         for path, mixin in ((p, m) for p, m in lora_mixins(model).items() if m in mixins_called(model, name).values()):
             for key, adapter in mixin.adapters.items():
                 for leaf, _ in adapter.named_parameters():
-                    found[f"{path}.adapters.{key}.{leaf}"] = paths[id(adapter)]
-    return found
+                    users[f"{path}.adapters.{key}.{leaf}"] = paths[id(adapter)]
+    return users
 
 
 def _cause(name: str, users: dict[str, str], passes: Sequence[Passes]) -> tuple[str, str, str]:
-    """(code, module, what was seen)."""
+    """Return (code, module, what was seen) of a parameter that no gradient reaches."""
     module = users[name]
     # Parameters of a container that is never called itself, a ParameterList say, are used by the module around it.
-    while module and not any(module in one.calls for one in passes):
+    while module and not any(module in candidate.calls for candidate in passes):
         module = module.rpartition(".")[0]
-    record = next((one for one in passes if module in one.calls), None)
+    record = next((candidate for candidate in passes if module in candidate.calls), None)
     if record is None or not module:
         return "unreachable", users[name], f"{users[name]} runs with none of the batches"
     calls = record.calls[module]
@@ -81,8 +81,9 @@ def _cause(name: str, users: dict[str, str], passes: Sequence[Passes]) -> tuple[
 
 
 def _outermost(record: Passes, module: str, holds: Callable[[Call], bool]) -> str:
-    """The outermost module around `module` whose calls were all like that."""
-    best, name = module, module
+    """Return the outermost module around `module` whose calls were all like that."""
+    best = module
+    name = module
     while name:
         name = name.rpartition(".")[0]
         if name in record.calls and all(holds(call) for call in record.calls[name]):
@@ -98,7 +99,7 @@ def _next_answered(record: Passes, module: str) -> str:
 
 
 def _where_the_graph_ends(record: Passes) -> str | None:
-    """The first module to end after the last one whose output asked for a gradient."""
+    """Return the first module to end after the last one whose output asked for a gradient."""
     order = [name for name in record.calls if name]
     last = max((place for place, name in enumerate(order) if record.calls[name][0].has_graph), default=-1)
     return order[last + 1] if last + 1 < len(order) else None

@@ -19,18 +19,21 @@ from sat_lora.parallel.distributed import gather_lists
 
 @looks_for("trainable-set", "tower-not-adapted", "dtype-or-device")
 def trained_set_findings(model: nn.Module) -> list[Finding]:
-    """What the LoraMixins' configs ask for against what has requires_grad, its dtype and its device."""
+    """Return where requires_grad, dtype and device are not what the LoraMixins' configs ask for."""
     mixins = lora_mixins(model)
     if not mixins:
         return []
-    wanted = {id(parameter) for mixin in mixins.values() for parameter in mixin.trainable()}
+    trainable_ids = {id(parameter) for mixin in mixins.values() for parameter in mixin.trainable()}
     findings = []
-    for wrong, words in (
-        ([n for n, p in model.named_parameters() if p.requires_grad and id(p) not in wanted], "trains, unasked for"),
-        ([n for n, p in model.named_parameters() if not p.requires_grad and id(p) in wanted], "does not train"),
+    for wrong, state in (
+        (
+            [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in trainable_ids],
+            "trains, unasked for",
+        ),
+        ([n for n, p in model.named_parameters() if not p.requires_grad and id(p) in trainable_ids], "does not train"),
     ):
         if wrong:
-            seen = f"{wrong[0]} {words}" + (f", and {len(wrong) - 1} more" if len(wrong) > 1 else "")
+            seen = f"{wrong[0]} {state}" + (f", and {len(wrong) - 1} more" if len(wrong) > 1 else "")
             findings.append(Finding(code="trainable-set", seen=seen, parameter=wrong[0]))
     for name in sorted({path.rpartition(".")[2] for path in mixins}):
         config = next(mixin.config for path, mixin in mixins.items() if path.rpartition(".")[2] == name)
@@ -39,16 +42,17 @@ def trained_set_findings(model: nn.Module) -> list[Finding]:
 
 
 def _compare_with_config(model: nn.Module, name: str, config: LoraConfig) -> list[Finding]:
-    """The adapters called `name` against the layers that `config` selects."""
-    adapters, sites = adapters_of(model, name), find_all_sites(model)
+    """Return where the adapters called `name` are not on the layers that `config` selects."""
+    adapters = adapters_of(model, name)
+    sites = find_all_sites(model)
     chosen, _ = select(sites, find_all_parameters(model), config)
     findings = []
     for missing in [layer for layer in chosen if layer not in adapters][:1]:
         count = len([layer for layer in chosen if layer not in adapters])
         seen = f"the config asks for an adapter on {missing}, which has none" + (f"; {count} in all" * (count > 1))
         findings.append(Finding(code="trainable-set", seen=seen, module=missing))
-    asked = (config.target_modules,) if isinstance(config.target_modules, str) else config.target_modules
-    for tower in (one for one in asked if one in PRESETS and one != "all-linear"):
+    target_modules = (config.target_modules,) if isinstance(config.target_modules, str) else config.target_modules
+    for tower in (preset for preset in target_modules if preset in PRESETS and preset != "all-linear"):
         if not any(part_of(layer) == tower for layer in adapters):
             seen = f"{tower} was asked for, and no layer of it has an adapter"
             findings.append(Finding(code="tower-not-adapted", seen=seen, option="--target_modules"))
@@ -56,7 +60,8 @@ def _compare_with_config(model: nn.Module, name: str, config: LoraConfig) -> lis
         weight = sites[layer].module.weight
         dtype = getattr(torch, config.adapter_dtype) if config.adapter_dtype else weight.dtype
         for leaf, parameter in adapter.named_parameters():
-            got, expected = (parameter.dtype, parameter.device), (dtype, weight.device)
+            got = (parameter.dtype, parameter.device)
+            expected = (dtype, weight.device)
             if got != expected:
                 seen = f"{leaf} is {got[0]} on {got[1]}, wanted {expected[0]} on {expected[1]}"
                 findings.append(Finding(code="dtype-or-device", seen=seen, parameter=f"{layer}, {leaf}", module=layer))
@@ -66,9 +71,9 @@ def _compare_with_config(model: nn.Module, name: str, config: LoraConfig) -> lis
 
 @looks_for("trainable-differs", "parameter-order")
 def agreement_findings(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> list[Finding]:
-    """Whether all ranks train the same, in one order, and group it alike. Every rank calls it and gets the same.
+    """Return where ranks do not train the same, in one order, and group it alike.
 
-    optimizer: None takes the groups that `parameter_groups` makes.
+    Every rank has to call it and gets the same. optimizer: None takes the groups that `parameter_groups` makes.
     """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     groups = parameter_groups(model, lr=1.0) if optimizer is None else optimizer.param_groups
@@ -83,33 +88,40 @@ def agreement_findings(model: nn.Module, optimizer: torch.optim.Optimizer | None
 
 
 def compare_ranks(trained: Sequence[list[tuple]], grouped: Sequence[list[tuple]]) -> list[Finding]:
-    """Of each rank: (name, shape, dtype, sharded) of what trains, in order; (number of the group, name) in order."""
+    """Return where ranks differ in what trains, or in its order.
+
+    trained: of each rank, (name, shape, dtype, sharded) of what trains, in order. grouped: of each rank, (number of the
+    group, name) in order.
+    """
     findings = []
-    for rank, own in enumerate(trained):
-        if sorted(own) != sorted(trained[0]):
-            only = sorted({*own} - {*trained[0]}), sorted({*trained[0]} - {*own})
+    for rank, entries in enumerate(trained):
+        if sorted(entries) != sorted(trained[0]):
+            only = sorted({*entries} - {*trained[0]}), sorted({*trained[0]} - {*entries})
             some = (only[0] or only[1])[0]
             seen = (
-                f"rank {rank} trains {len(own)} parameters, rank 0 {len(trained[0])}; "
-                + "; ".join(f"only on rank {r}: {_words(those)}" for r, those in zip((rank, 0), only) if those)
+                f"rank {rank} trains {len(entries)} parameters, rank 0 {len(trained[0])}; "
+                + "; ".join(f"only on rank {r}: {_words(extra)}" for r, extra in zip((rank, 0), only) if extra)
             )  # fmt: skip
             findings.append(Finding(code="trainable-differs", seen=seen, ranks=(rank,), parameter=some[0]))
             continue
-        orders = [[name for name, *_ in one] for one in (own, trained[0])]
-        what = "the model's parameters"
+        orders = [[name for name, *_ in listed] for listed in (entries, trained[0])]
+        subject = "the model's parameters"
         if orders[0] == orders[1]:
-            orders, what = [grouped[rank], grouped[0]], "the optimizer's groups"
+            orders = [grouped[rank], grouped[0]]
+            subject = "the optimizer's groups"
         place = next((place for place, pair in enumerate(zip(*orders)) if pair[0] != pair[1]), None)
         if place is not None:
-            mine, first = (one[place] if isinstance(one[place], str) else one[place][1] for one in orders)
-            seen = f"{what}: place {place + 1} is {mine} on rank {rank} and {first} on rank 0"
-            findings.append(Finding(code="parameter-order", seen=seen, ranks=(rank,), parameter=mine))
+            own_name, first = (
+                listed[place] if isinstance(listed[place], str) else listed[place][1] for listed in orders
+            )
+            seen = f"{subject}: place {place + 1} is {own_name} on rank {rank} and {first} on rank 0"
+            findings.append(Finding(code="parameter-order", seen=seen, ranks=(rank,), parameter=own_name))
     return findings
 
 
 @looks_for("fresh-adapter")
 def fresh_adapter_findings(model: nn.Module, loss_of: LossOf, batch: dict) -> list[Finding]:
-    """Whether fresh adapters change the loss of a batch. For adapters that have not trained yet."""
+    """Return a finding if adapters that have not trained yet change the loss of a batch."""
     mixins = [mixin for mixin in lora_mixins(model).values() if mixin.enabled and not mixin.merged]
     if not mixins:
         return []
@@ -134,6 +146,6 @@ def fresh_adapter_findings(model: nn.Module, loss_of: LossOf, batch: dict) -> li
 
 
 def _words(entries: list[tuple]) -> str:
-    counted = [(name, len([*those])) for name, those in groupby(entries, key=lambda one: one[0])]
+    counted = [(name, len([*same])) for name, same in groupby(entries, key=lambda entry: entry[0])]
     first = entries[0]
     return f"{first[0]} {first[1]} {first[2]}" + (f" and {len(counted) - 1} more" if len(counted) > 1 else "")

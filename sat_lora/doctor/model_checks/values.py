@@ -20,13 +20,13 @@ def value_findings(
     *,
     backward: Callable[[torch.Tensor], None] | None = None,
 ) -> list[Finding]:
-    """Of the first kind of batch whose loss or gradients are not finite on some rank, what is wrong on this one.
+    """Return what is not finite on this rank, of the first kind of batch where some rank's loss or gradients are not.
 
     Every rank has to call it: all repeat the passes of that kind, for those that share a model or its weights.
     """
     for record in passes:
-        own = _what_is_bad(record)
-        if not any(gather_lists([own]) if torch.distributed.is_initialized() else [own]):
+        problem = _what_is_bad(record)
+        if not any(gather_lists([problem]) if torch.distributed.is_initialized() else [problem]):
             continue
 
         def repeat(batch=batches[record.kind]) -> None:
@@ -35,9 +35,9 @@ def value_findings(
                 (backward or torch.Tensor.backward)(loss)
 
         origin = first_nonfinite(model, repeat)
-        if own is None:
+        if problem is None:
             return []
-        seen = f"with {record.kind} the {own} is not finite"
+        seen = f"with {record.kind} the {problem} is not finite"
         if origin is None:
             return [Finding(code="not-finite", seen=f"{seen}, but everything was when it was repeated")]
         seen += f", first in {origin.words}"

@@ -36,16 +36,17 @@ class GroupTest:
     broadcast: float = 0.0
     absent: tuple[int, ...] = ()
     problems: tuple[tuple[int, str], ...] = ()
-    """(rank, what it saw)."""
+    """What each rank saw: (rank, problem)."""
 
     @property
     def title(self) -> str:
+        """The group's name, ranks and backend, for people."""
         return f"{self.name} of {_ranks_in_words(self.ranks)} ({self.backend})"
 
 
 @looks_for("collective")
 def collective_findings(timeout: float = TIMEOUT) -> list[Finding]:
-    """`collective`, for each group that lacks a rank, gives a wrong result, fails or is slow.
+    """Return `collective` for each group that lacks a rank, gives a wrong result, fails or is slow.
 
     Every rank has to call it, and those that do get the same. It ends within a few times `timeout`, in seconds: each
     group has that long to come together, and as long for each collective.
@@ -56,9 +57,9 @@ def collective_findings(timeout: float = TIMEOUT) -> list[Finding]:
             seen = f"{test.title}: {_ranks_in_words(test.absent)} did not come within {timeout:g} s"
             fix = "look at that rank's own output and at its machine: the process has ended, or hangs somewhere else"
             findings.append(Finding(code="collective", seen=seen, ranks=test.absent, fix=fix))
-        for words in dict.fromkeys(words for _, words in test.problems):
-            ranks = tuple(rank for rank, own in test.problems if own == words)
-            findings.append(Finding(code="collective", seen=f"{test.title}: {words}", ranks=ranks))
+        for problem in dict.fromkeys(problem for _, problem in test.problems):
+            ranks = tuple(rank for rank, text in test.problems if text == problem)
+            findings.append(Finding(code="collective", seen=f"{test.title}: {problem}", ranks=ranks))
         if test.all_reduce > SLOW:
             seen = f"{test.title}: an all-reduce of 4 bytes takes {test.all_reduce:.1f} s, after a first one"
             findings.append(Finding(code="collective", seen=seen, ranks=test.ranks))
@@ -66,7 +67,7 @@ def collective_findings(timeout: float = TIMEOUT) -> list[Finding]:
 
 
 def collective_times(timeout: float = TIMEOUT) -> str:
-    """A line per group with its times. Every rank has to call it."""
+    """Return a line per group with its times. Every rank has to call it."""
     lines = []
     for test in run_tests(timeout):
         failed = test.absent or test.problems
@@ -79,22 +80,22 @@ def collective_times(timeout: float = TIMEOUT) -> str:
 
 
 def run_tests(timeout: float = TIMEOUT) -> list[GroupTest]:
-    """Of every group of more than one rank, on all ranks; see `collective_findings`."""
+    """Return what came of every group of more than one rank, on all ranks; see `collective_findings`."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return []
     # The only way to it: torch 2.13 has no public name for the store of the rendezvous.
     store = dist.PrefixStore(f"sat_lora_doctor_{next(_calls)}", dist.distributed_c10d._get_default_store())
-    own: list[GroupTest] = []
+    tests: list[GroupTest] = []
     try:
         for name, group in _groups():
-            missing = {rank for one in own for rank in one.absent}
+            missing = {rank for test in tests for rank in test.absent}
             if not missing & {*dist.get_process_group_ranks(group)}:
-                own.append(_test(name, group, store, timeout))
-        return _of_all_ranks(own, store, timeout)
+                tests.append(_test(name, group, store, timeout))
+        return _of_all_ranks(tests, store, timeout)
     except dist.DistNetworkError as error:  # the store is a thread of rank 0
-        words = f"rank 0 does not answer any more: {error}".partition("\n")[0]
+        problem = f"rank 0 does not answer any more: {error}".partition("\n")[0]
         world = GroupTest("the world", tuple(range(dist.get_world_size())), dist.get_backend())
-        return [dataclasses.replace(world, problems=((dist.get_rank(), words),))]
+        return [dataclasses.replace(world, problems=((dist.get_rank(), problem),))]
 
 
 def _groups() -> Iterator[tuple[str, dist.ProcessGroup]]:
@@ -106,31 +107,33 @@ def _groups() -> Iterator[tuple[str, dist.ProcessGroup]]:
 
 
 def _test(name: str, group: dist.ProcessGroup, store: dist.Store, timeout: float) -> GroupTest:
-    ranks, me = tuple(dist.get_process_group_ranks(group)), dist.get_rank()
+    ranks = tuple(dist.get_process_group_ranks(group))
+    own_rank = dist.get_rank()
     test = GroupTest(name, ranks, dist.get_backend(group))
-    absent = _meet(store, name, me, ranks, timeout)
+    absent = _meet(store, name, own_rank, ranks, timeout)
     if absent:
         return dataclasses.replace(test, absent=absent)
     device = torch.device("cuda", torch.cuda.current_device()) if test.backend == "nccl" else torch.device("cpu")
-    place, size = ranks.index(me), len(ranks)
+    place = ranks.index(own_rank)
+    size = len(ranks)
     try:
         times = []
         for _ in range(3):
             value = torch.full((1,), place + 1.0, device=device)
             times.append(_time(lambda value=value: dist.all_reduce(value, group=group, async_op=True), timeout))
             _compare("all-reduce", float(value), size * (size + 1) / 2)
-        value = torch.full((1,), me + 1.0, device=device)
+        value = torch.full((1,), own_rank + 1.0, device=device)
         broadcast = _time(lambda: dist.broadcast(value, ranks[0], group=group, async_op=True), timeout)
         _compare("broadcast", float(value), ranks[0] + 1.0)
     except (RuntimeError, OSError) as error:  # torch's DistError and TimeoutError are among them
-        return dataclasses.replace(test, problems=((me, f"{error}".partition("\n")[0]),))
+        return dataclasses.replace(test, problems=((own_rank, f"{error}".partition("\n")[0]),))
     return dataclasses.replace(test, first=times[0], all_reduce=min(times[1:]), broadcast=broadcast)
 
 
-def _meet(store: dist.Store, name: str, me: int, ranks: Sequence[int], timeout: float) -> tuple[int, ...]:
-    """The ranks that do not come in time."""
+def _meet(store: dist.Store, name: str, own_rank: int, ranks: Sequence[int], timeout: float) -> tuple[int, ...]:
+    """Return the ranks that do not come in time."""
     keys = {rank: f"{name}/{rank}" for rank in ranks}
-    store.set(keys[me], "here")
+    store.set(keys[own_rank], "here")
     try:
         store.wait([*keys.values()], timedelta(seconds=timeout))
     except RuntimeError:
@@ -139,7 +142,7 @@ def _meet(store: dist.Store, name: str, me: int, ranks: Sequence[int], timeout: 
 
 
 def _time(start, timeout: float) -> float:
-    """Seconds until the collective that `start` begins is through. TimeoutError."""
+    """Return the seconds until the collective that `start` begins is through. Raises TimeoutError."""
     begun = time.perf_counter()
     work = start()
     # NCCL's work has no wait that ends at a time and leaves the process alive; asking works on every backend.
@@ -156,11 +159,12 @@ def _compare(what: str, got: float, wanted: float) -> None:
         raise RuntimeError(f"the {what} gives {got:g} in place of {wanted:g}")
 
 
-def _of_all_ranks(own: list[GroupTest], store: dist.Store, timeout: float) -> list[GroupTest]:
-    """What all ranks have seen, by group; it goes through the store, since the groups may not work."""
-    me, ranks = dist.get_rank(), range(dist.get_world_size())
-    store.set(f"seen/{me}", json.dumps([dataclasses.asdict(one) for one in own]))
-    lost = {rank for one in own for rank in one.absent}
+def _of_all_ranks(tests: list[GroupTest], store: dist.Store, timeout: float) -> list[GroupTest]:
+    """Return what all ranks have seen, by group; it goes through the store, for the groups may not work."""
+    own_rank = dist.get_rank()
+    ranks = range(dist.get_world_size())
+    store.set(f"seen/{own_rank}", json.dumps([dataclasses.asdict(test) for test in tests]))
+    lost = {rank for test in tests for rank in test.absent}
     keys = {rank: f"seen/{rank}" for rank in ranks if rank not in lost}
     silent: tuple[int, ...] = ()
     try:
@@ -171,36 +175,37 @@ def _of_all_ranks(own: list[GroupTest], store: dist.Store, timeout: float) -> li
     groups: dict[tuple, GroupTest] = {}
     for content in store.multi_get([key for rank, key in keys.items() if rank not in silent]):
         for entry in json.loads(content):
-            one = _from_json(entry)
-            key = (one.name, one.ranks)
-            groups[key] = _merged(groups[key], one) if key in groups else one
-    _wait_for_readers(store, me, [rank for rank in keys if rank not in silent], timeout)
+            test = _from_json(entry)
+            key = (test.name, test.ranks)
+            groups[key] = _merged(groups[key], test) if key in groups else test
+    _wait_for_readers(store, own_rank, [rank for rank in keys if rank not in silent], timeout)
     if silent and groups:
         first = next(iter(groups))
         groups[first] = dataclasses.replace(groups[first], absent=(*groups[first].absent, *silent))
     return [*groups.values()]
 
 
-def _wait_for_readers(store: dist.Store, me: int, ranks: Sequence[int], timeout: float) -> None:
-    """Rank 0 holds the store: it stays until the others have read."""
-    store.set(f"read/{me}", "")
-    if me == 0:
+def _wait_for_readers(store: dist.Store, own_rank: int, ranks: Sequence[int], timeout: float) -> None:
+    """Keep the store, which rank 0 holds, until the others have read."""
+    store.set(f"read/{own_rank}", "")
+    if own_rank == 0:
         with contextlib.suppress(dist.DistStoreError):  # one that has ended needs nothing any more
             store.wait([f"read/{rank}" for rank in ranks], timedelta(seconds=min(timeout, 5)))
 
 
 def _from_json(entry: dict) -> GroupTest:
-    problems = tuple((rank, words) for rank, words in entry["problems"])
-    absent, ranks = tuple(entry["absent"]), tuple(entry["ranks"])
+    problems = tuple((rank, problem) for rank, problem in entry["problems"])
+    absent = tuple(entry["absent"])
+    ranks = tuple(entry["ranks"])
     return GroupTest(**{**entry, "problems": problems, "absent": absent, "ranks": ranks})
 
 
-def _merged(one: GroupTest, other: GroupTest) -> GroupTest:
+def _merged(test: GroupTest, other: GroupTest) -> GroupTest:
     return dataclasses.replace(
-        one,
-        **{name: max(getattr(one, name), getattr(other, name)) for name in ("first", "all_reduce", "broadcast")},
-        absent=tuple(sorted({*one.absent, *other.absent})),
-        problems=(*one.problems, *other.problems),
+        test,
+        **{name: max(getattr(test, name), getattr(other, name)) for name in ("first", "all_reduce", "broadcast")},
+        absent=tuple(sorted({*test.absent, *other.absent})),
+        problems=(*test.problems, *other.problems),
     )
 
 

@@ -18,7 +18,10 @@ OPTION = "--deepspeed_config"
 
 
 def configuration_findings(options: Namespace, environ: Mapping[str, str], device: str) -> list[Finding]:
-    """Of the file that the options name, and of the precision. Changes nothing; reads headers of weight files."""
+    """Return what is wrong with the file that the options name, and with the precision.
+
+    It changes nothing, and reads headers of weight files.
+    """
     findings = []
     if options.deepspeed_config is not None:
         try:
@@ -32,34 +35,34 @@ def configuration_findings(options: Namespace, environ: Mapping[str, str], devic
 
 @looks_for("unknown-key", "misplaced-key")
 def key_findings(content: dict, path: str | Path) -> list[Finding]:
-    """Keys that DeepSpeed does not know where they stand, with the place where it would, or the nearest name."""
+    """Return keys that DeepSpeed does not know where they stand, with the place where it would, or a near name."""
     places = {TOP: TOP_LEVEL_KEYS, **section_keys()}
     findings = []
     for place, key in unknown_keys(content):
-        homes = [other for other, keys in places.items() if key in keys]
+        homes = [section for section, keys in places.items() if key in keys]
         if homes:
             home = TOP if homes[0] == TOP else f'inside "{homes[0]}"'
             seen = f'"{key}" stands in {_called(place)}; DeepSpeed reads it {"at " * (homes[0] == TOP)}{home}'
             fix = f'move "{key}" to {home}'
             findings.append(Finding(code="misplaced-key", seen=seen, fix=fix, file=str(path), option=OPTION))
             continue
-        near = difflib.get_close_matches(key, {one for keys in places.values() for one in keys}, 1, 0.6)
+        near = difflib.get_close_matches(key, {known_key for keys in places.values() for known_key in keys}, 1, 0.6)
         seen = f'"{key}" in {_called(place)} is no key of DeepSpeed'
         if near:
-            home = next(other for other, keys in places.items() if near[0] in keys)
+            home = next(section for section, keys in places.items() if near[0] in keys)
             seen += f'; the nearest is "{near[0]}" of {_called(home)}'
         findings.append(Finding(code="unknown-key", seen=seen, file=str(path), option=OPTION))
     return findings
 
 
 def unknown_keys(content: dict) -> list[tuple[str, str]]:
-    """(place, key) of each that DeepSpeed does not know there."""
+    """Return (place, key) of each key that DeepSpeed does not know there."""
     places = {TOP: TOP_LEVEL_KEYS, **section_keys()}
     return [(place, key) for place, key in _keys(content, places) if key not in places[place]]
 
 
 def _keys(content: dict, places: Mapping[str, frozenset[str]]) -> Iterator[tuple[str, str]]:
-    """(place, key) of the top level and of the sections whose keys are known, those in sections too."""
+    """Yield (place, key) of the top level and of the sections whose keys are known, those in sections too."""
 
     def walk(section: dict, place: str) -> Iterator[tuple[str, str]]:
         for key, value in section.items():
@@ -94,26 +97,30 @@ def _batch_findings(content: dict, options: Namespace, environ: Mapping[str, str
 
 @looks_for("precision")
 def precision_findings(options: Namespace, device: str) -> list[Finding]:
-    """The run's precision against what the device has and what the checkpoint holds."""
-    findings, wanted = [], base_dtype(options)
-    if device.startswith("cuda") and wanted is torch.bfloat16 and not torch.cuda.is_bf16_supported(False):
+    """Return where the run's precision does not fit what the device has, or what the checkpoint holds."""
+    findings = []
+    run_dtype = base_dtype(options)
+    if device.startswith("cuda") and run_dtype is torch.bfloat16 and not torch.cuda.is_bf16_supported(False):
         seen = f"bf16 on {torch.cuda.get_device_name()}, which has no bfloat16 and emulates it"
         findings.append(Finding(code="precision", seen=seen, option="--bf16", fix="use --fp16"))
     try:
         saved = checkpoint_dtype(options.from_pretrained, trust=options.trust_checkpoint)
     except SatLoraError:
         return findings  # `options` says it
-    if wanted is torch.float16 and saved in (torch.bfloat16, torch.float32):
+    if run_dtype is torch.float16 and saved in (torch.bfloat16, torch.float32):
         seen = f"the checkpoint holds {_name(saved)} and the run takes float16, which ends at 65,504"
         findings.append(Finding(code="precision", seen=seen, option="--fp16", fix="use --bf16 where the GPU has it"))
-    if device.startswith("cuda") and wanted is torch.float32 and saved != torch.float32:
+    if device.startswith("cuda") and run_dtype is torch.float32 and saved != torch.float32:
         seen = f"the checkpoint holds {_name(saved)} and the run takes float32: twice the memory, and no tensor cores"
         findings.append(Finding(code="precision", seen=seen, option="--bf16", fix="use --bf16"))
     return findings
 
 
 def checkpoint_dtype(folder: str | Path, *, trust: bool = False) -> torch.dtype | None:
-    """Of the first matrix in a model folder; None if there is none. CheckpointError: it cannot be read."""
+    """Return the dtype of the first matrix in a model folder; None if there is none.
+
+    Raises CheckpointError if it cannot be read.
+    """
     state = open_folder(folder, trust=trust).map(0)
     tensors = (value for value in state.values() if isinstance(value, torch.Tensor) and value.dim() > 1)
     return next((tensor.dtype for tensor in tensors), None)
@@ -121,7 +128,10 @@ def checkpoint_dtype(folder: str | Path, *, trust: bool = False) -> torch.dtype 
 
 @looks_for("bucket-size")
 def bucket_findings(engine: dict, trained: int, itemsize: int) -> list[Finding]:
-    """engine: DeepSpeed's config. trained: elements that train on this rank, of `itemsize` bytes."""
+    """Return a finding if DeepSpeed's buffers are much larger than what they are for.
+
+    engine: DeepSpeed's config. trained: elements that train on this rank, of `itemsize` bytes.
+    """
     zero = engine.get("zero_optimization", {})
     bucket = zero.get("reduce_bucket_size")
     if zero.get("stage", 0) not in (1, 2) or not isinstance(bucket, int) or bucket <= max(2 * trained, 1):

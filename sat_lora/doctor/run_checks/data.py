@@ -29,12 +29,15 @@ def data_findings(
     vocab_size: int | None = None,
     image_size: tuple[int, int] | None = None,
 ) -> list[Finding]:
-    """Of collated batches of this rank; goes through all of them.
+    """Return what is wrong with collated batches of this rank; all of them are gone through.
 
     image_length, vocab_size, image_size (height, width): the base's; None is not looked at.
     """
     broken: dict[tuple[str, str], str] = {}
-    samples = empty = cut = longest = 0
+    samples = 0
+    empty = 0
+    cut = 0
+    longest = 0
     counts: set[int] = set()
     wrong_labels: Counter[str] = Counter()
     sizes: set[tuple[int, ...]] = set()
@@ -60,17 +63,17 @@ def data_findings(
             counts.add(int(batch["image_embed_mask"][row].sum()))
             wrong_labels.update(filter(None, [what_is_wrong_with_labels(batch, row)]))
     findings = []
-    for words, count in wrong_labels.items():
-        seen = f"{count} of {samples} samples looked at have labels {words}"
+    for fault, count in wrong_labels.items():
+        seen = f"{count} of {samples} samples looked at have labels {fault}"
         findings.append(Finding(code="wrong-labels", seen=seen))
     if unknown and vocab_size is not None:
         ids = ", ".join(map(str, sorted(unknown)[:LISTED]))
         seen = f"token ids {ids} are in the samples, the base's vocabulary is from 0 to {vocab_size - 1}"
         findings.append(Finding(code="token-ids", seen=seen, option="--local_tokenizer"))
-    others = sorted(sizes - {(CHANNELS, *image_size)}) if image_size is not None else []
-    if others and image_size is not None:
-        got = " and ".join(_size_in_words(size) for size in others)
-        seen = f"images come as {got}, the base takes {' x '.join(map(str, image_size))}"
+    wrong_sizes = sorted(sizes - {(CHANNELS, *image_size)}) if image_size is not None else []
+    if wrong_sizes and image_size is not None:
+        sizes_in_words = " and ".join(_size_in_words(size) for size in wrong_sizes)
+        seen = f"images come as {sizes_in_words}, the base takes {' x '.join(map(str, image_size))}"
         findings.append(Finding(code="image-size", seen=seen))
     if empty:
         seen = f"{empty} of {samples} samples looked at have no label"
@@ -83,7 +86,8 @@ def data_findings(
         seen = f"a sample has {odd[0]} places for images, an image of {image_length} patches takes {image_length + 2}"
         findings.append(Finding(code="image-tokens", seen=seen))
     if broken:
-        share, reasons = len(broken) / max(samples, 1), [*dict.fromkeys(broken.values())]
+        share = len(broken) / max(samples, 1)
+        reasons = [*dict.fromkeys(broken.values())]
         first_path = next(iter(broken))[0]
         seen = f"{len(broken)} of {samples} samples looked at are broken ({share:.0%}): " + "; ".join(reasons[:LISTED])
         over = f"; that is more than --max-broken-share {max_broken_share:g}, the run would end" * (
@@ -94,14 +98,14 @@ def data_findings(
 
 
 def _size_in_words(shape: tuple[int, ...]) -> str:
-    """Of an image of that shape: channels, height and width."""
+    """Return the size of an image (channels, height, width), in words."""
     channels = f" in {shape[0]} channels" * (shape[0] != CHANNELS)
     return f"{' x '.join(map(str, shape[1:]))} pixels{channels}"
 
 
 @looks_for("image-tokens")
 def model_config_findings(config: dict, folder: str) -> list[Finding]:
-    """Whether the image size and the patch size of model_config.json make its image_length."""
+    """Return a finding if the image and patch sizes of model_config.json do not make its image_length."""
     vit = config.get("eva_args", {})
     if not vit.get("image_size") or not vit.get("patch_size"):
         return []
@@ -116,20 +120,22 @@ def model_config_findings(config: dict, folder: str) -> list[Finding]:
 
 @looks_for("unequal-batches")
 def batch_count_findings(counts: Sequence[int], what: str) -> list[Finding]:
-    """counts: batches of `what` by rank."""
+    """Return a finding if ranks have different numbers of batches. counts: by rank. what: they are batches of."""
     if len({*counts}) < 2:
         return []
     short = tuple(rank for rank, count in enumerate(counts) if count < max(counts))
-    words = ", ".join(f"rank {rank} {count}" for rank, count in itertools.islice(enumerate(counts), 8))
-    return [Finding(code="unequal-batches", seen=f"batches of {what}: {words}", ranks=short)]
+    listed = ", ".join(f"rank {rank} {count}" for rank, count in itertools.islice(enumerate(counts), 8))
+    return [Finding(code="unequal-batches", seen=f"batches of {what}: {listed}", ranks=short)]
 
 
 def what_is_wrong_with_labels(batch: dict, row: int) -> str | None:
-    """In words, where a label of the row is not the token at its own place; None: nothing.
+    """Return, in words, where a label of the row is not the token at its own place; None if all are.
 
     The loss compares the output at each place with the label at the next one, so a label is the token itself.
     """
-    ids, labels, length = batch["input_ids"][row], batch["labels"][row], int(batch["lengths"][row])
+    ids = batch["input_ids"][row]
+    labels = batch["labels"][row]
+    length = int(batch["lengths"][row])
     learned = labels != IGNORED
     if learned[length:].any():
         return "on padding"
@@ -137,11 +143,11 @@ def what_is_wrong_with_labels(batch: dict, row: int) -> str | None:
         return "on the places of an image"
     if bool((labels == ids)[learned].all()):
         return None
-    for step, words in ((-1, "shifted already by one; the loss shifts them again"), (1, "shifted by one backwards")):
+    for step, fault in ((-1, "shifted already by one; the loss shifts them again"), (1, "shifted by one backwards")):
         if bool((labels == ids.roll(step))[learned].all()):
-            return words
-    others = (other for other in range(len(batch["input_ids"])) if other != row)
-    if any(bool((labels == batch["input_ids"][other])[learned].all()) for other in others):
+            return fault
+    other_rows = (other for other in range(len(batch["input_ids"])) if other != row)
+    if any(bool((labels == batch["input_ids"][other])[learned].all()) for other in other_rows):
         return "of another row of their batch"
     return "that are not the tokens at their places"
 
@@ -153,13 +159,16 @@ class Drawn:
     rank: int
     data_parallel_rank: int
     indices: list[int] | None
-    """Of the sampler; None: it has none."""
+    """The indices of the sampler, None without one."""
     contents: list[str]
     """A digest of text and image of each sample looked at."""
 
 
 def drawn_samples(loader, batches: Sequence[dict], steps: int, *, rank: int, data_parallel_rank: int) -> Drawn:
-    """steps: whole batches that this rank has in an epoch. batches: the first of them, or more, collated."""
+    """Return what this rank reads of its first epoch.
+
+    steps: whole batches that this rank has in an epoch. batches: the first of them, or more, collated.
+    """
     sampler = getattr(loader, "batch_sampler", None)
     indices = None
     if sampler is not None:
@@ -171,35 +180,44 @@ def drawn_samples(loader, batches: Sequence[dict], steps: int, *, rank: int, dat
 
 @looks_for("repeated-samples", "shared-samples")
 def drawing_findings(by_rank: Sequence[Drawn]) -> list[Finding]:
-    """Of all ranks: samples that come twice on a rank, or on two, within their first epoch.
+    """Return findings on samples that come twice on a rank, or on two, within their first epoch.
 
     Whatever the sampler gives twice is a fault. Content may be there twice: it is one from a share of MOST_ALIKE on.
     """
-    drawn = {one.data_parallel_rank: one for one in reversed(by_rank)}  # those of a model-parallel group are alike
+    drawn = {
+        rank_drawn.data_parallel_rank: rank_drawn for rank_drawn in reversed(by_rank)
+    }  # those of a model-parallel group are alike
     findings = []
-    (repeats, shares), words = _repeats_and_shares(drawn, "indices", 0.0), "indices of the sampler"
+    repeats, shares = _repeats_and_shares(drawn, "indices", 0.0)
+    unit = "indices of the sampler"
     if not repeats and not shares:
-        (repeats, shares), words = _repeats_and_shares(drawn, "contents", MOST_ALIKE), "samples by text and image"
-    for one, (count, whole) in repeats.items():
-        seen = f"{count} of the {whole} {words} that this rank reads in its first epoch came before"
-        findings.append(Finding(code="repeated-samples", seen=seen, ranks=(drawn[one].rank,)))
+        repeats, shares = _repeats_and_shares(drawn, "contents", MOST_ALIKE)
+        unit = "samples by text and image"
+    for rank_drawn, (count, whole) in repeats.items():
+        seen = f"{count} of the {whole} {unit} that this rank reads in its first epoch came before"
+        findings.append(Finding(code="repeated-samples", seen=seen, ranks=(drawn[rank_drawn].rank,)))
     if shares:
         count, whole = map(sum, zip(*shares.values()))
-        seen = f"{count} of {whole} {words} of the first epoch are read by another rank too"
-        ranks = tuple(sorted(drawn[one].rank for one in shares))
+        seen = f"{count} of {whole} {unit} of the first epoch are read by another rank too"
+        ranks = tuple(sorted(drawn[rank_drawn].rank for rank_drawn in shares))
         findings.append(Finding(code="shared-samples", seen=seen, ranks=ranks))
     return findings
 
 
-def _repeats_and_shares(drawn: dict[int, Drawn], of: str, allowed: float) -> tuple[dict, dict]:
-    """({data-parallel rank: (how many came before, of how many)}, the same of those that another rank has too)."""
-    values = {number: getattr(one, of) or [] for number, one in drawn.items()}
+def _repeats_and_shares(drawn: dict[int, Drawn], field: str, allowed: float) -> tuple[dict, dict]:
+    """Return, by data-parallel rank, (how many came before, of how many), and the same of those another rank has.
+
+    Ranks with too few of them are left out.
+    """
+    values = {number: getattr(rank_drawn, field) or [] for number, rank_drawn in drawn.items()}
     owners: dict = {}
-    for number, own in values.items():
-        for value in own:
+    for number, rank_values in values.items():
+        for value in rank_values:
             owners.setdefault(value, set()).add(number)
-    repeats = {n: (len(own) - len({*own}), len(own)) for n, own in values.items()}
-    shares = {n: (sum(len(owners[value]) > 1 for value in own), len(own)) for n, own in values.items()}
+    repeats = {n: (len(rank_values) - len({*rank_values}), len(rank_values)) for n, rank_values in values.items()}
+    shares = {
+        n: (sum(len(owners[value]) > 1 for value in rank_values), len(rank_values)) for n, rank_values in values.items()
+    }
 
     def too_many(counts: dict[int, tuple[int, int]]) -> dict[int, tuple[int, int]]:
         return {n: (count, whole) for n, (count, whole) in counts.items() if count > allowed * whole}
@@ -208,10 +226,11 @@ def _repeats_and_shares(drawn: dict[int, Drawn], of: str, allowed: float) -> tup
 
 
 def _digests(batch: dict) -> list[str]:
-    """Of each row's tokens, labels and images."""
+    """Return a digest of each row's tokens, labels and images."""
     if _is_padding_only(batch):
         return []
-    digests, used = [], 0
+    digests = []
+    used = 0
     ends = (batch["image_embed_mask"] - batch["vision_expert_mask"]).sum(1)  # an image ends with one such token
     for row, length in enumerate(batch["lengths"].tolist()):
         count = int(ends[row])
@@ -225,5 +244,5 @@ def _digests(batch: dict) -> list[str]:
 
 
 def _is_padding_only(batch: dict) -> bool:
-    """What `collate` makes of broken samples alone."""
+    """Return whether a batch is what `collate` makes of broken samples alone."""
     return len(batch["input_ids"]) == 1 and not bool(torch.as_tensor(batch["input_ids"]).any())

@@ -18,30 +18,30 @@ from sat_lora.training.runs.space import saved_sizes
 
 
 def environment_findings(options: Namespace, world: World, lora: LoraConfig, timeout: float = TIMEOUT) -> list[Finding]:
-    """Of all ranks, the same on every rank; each has to call it, after `prepare`.
+    """Return what is wrong with the machines, the same on every rank; each has to call it, after `prepare`.
 
-    `collective` alone where a group does not work, since everything else would wait for it.
+    It is `collective` alone where a group does not work, since everything else would wait for it.
     timeout: seconds, see `collective_findings`.
     """
     broken = collective_findings(timeout)
     if broken:
         return broken
-    own = package_findings()
+    findings = package_findings()
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:
         # One worker more reads validation data, with its own batches.
         workers = options.num_workers + (options.num_workers > 0)
-        own += shared_memory_findings(workers, batch_bytes(options), ranks_on_this_machine(world.size))
+        findings += shared_memory_findings(workers, batch_bytes(options), ranks_on_this_machine(world.size))
     if world.is_main:
         adapter, trained = saved_sizes(options, lora)
         # --save-interval 0 saves once, at the end. Of each element master, mean and variance, in float32.
         saves = math.ceil((options.train_iters or 1) / options.save_interval) if options.save_interval else 1
-        own += disk_findings(options.run_folder, adapter, options.keep, checkpoint_bytes=12 * trained, saves=saves)
-    mine = {**versions(), "sat_lora's code": code_mark()}
-    return [*joined(gather_lists([own])), *compare_versions(gather_lists([mine]))]
+        findings += disk_findings(options.run_folder, adapter, options.keep, checkpoint_bytes=12 * trained, saves=saves)
+    rank_versions = {**versions(), "sat_lora's code": code_mark()}
+    return [*joined(gather_lists([findings])), *compare_versions(gather_lists([rank_versions]))]
 
 
 def batch_bytes(options: Namespace) -> int:
-    """Of the largest collated batch: an image per sample, and five numbers of 8 bytes per token."""
+    """Return the bytes of the largest collated batch: an image per sample, five numbers of 8 bytes per token."""
     height, width = read_config(options.from_pretrained)["eva_args"]["image_size"]
     size = max(options.batch_size, options.eval_batch_size or 0)
     return size * (3 * height * width * 4 + 5 * options.max_length * 8)

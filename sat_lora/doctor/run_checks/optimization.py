@@ -13,15 +13,18 @@ from sat_lora.training.settings.schedule import rates, schedule_problems
 
 @looks_for("optimizer-holds")
 def optimizer_findings(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Finding]:
-    """For the optimizer as it was made, before DeepSpeed puts copies in place of its parameters."""
-    held = Counter(id(parameter) for group in optimizer.param_groups for parameter in group["params"])
+    """Return what an optimizer lacks, holds twice or holds for nothing.
+
+    It is looked at as it was made, before DeepSpeed puts copies in place of its parameters.
+    """
+    uses = Counter(id(parameter) for group in optimizer.param_groups for parameter in group["params"])
     findings = []
-    for count, words in ((0, "the optimizer does not hold it"), (2, "the optimizer holds it more than once")):
-        wrong = [n for n, p in model.named_parameters() if p.requires_grad and min(held[id(p)], 2) == count]
+    for count, fault in ((0, "the optimizer does not hold it"), (2, "the optimizer holds it more than once")):
+        wrong = [n for n, p in model.named_parameters() if p.requires_grad and min(uses[id(p)], 2) == count]
         if wrong:
-            seen = words + (f"; {len(wrong)} in all" if len(wrong) > 1 else "")
+            seen = fault + (f"; {len(wrong)} in all" if len(wrong) > 1 else "")
             findings.append(Finding(code="optimizer-holds", seen=seen, parameter=wrong[0]))
-    frozen = [n for n, p in model.named_parameters() if not p.requires_grad and held[id(p)]]
+    frozen = [n for n, p in model.named_parameters() if not p.requires_grad and uses[id(p)]]
     if frozen:
         seen = f"the optimizer holds {len(frozen)} parameters that do not train, which takes memory"
         findings.append(Finding(code="optimizer-holds", seen=seen, parameter=frozen[0]))
@@ -30,7 +33,10 @@ def optimizer_findings(model: nn.Module, optimizer: torch.optim.Optimizer) -> li
 
 @looks_for("learning-rate")
 def learning_rate_findings(groups: list[dict], peak: float) -> list[Finding]:
-    """groups: an optimizer's `param_groups` after the first step of the schedule. peak: the rate that is asked for."""
+    """Return what is wrong with the rates of an optimizer.
+
+    groups: its `param_groups` after the first step of the schedule. peak: the rate that is asked for.
+    """
     findings = []
     zero = [number for number, group in enumerate(groups) if not group["lr"] > 0]
     if zero:
@@ -45,14 +51,17 @@ def learning_rate_findings(groups: list[dict], peak: float) -> list[Finding]:
 
 @looks_for("schedule")
 def schedule_findings(options: Namespace, steps: int) -> list[Finding]:
-    """Of the rates of all steps, as the run would set them."""
+    """Return what is wrong with the rates of all steps, as the run would set them."""
     problems = schedule_problems(rates(options, steps), options, steps)
     return [Finding(code="schedule", seen=problem, option=problem.split()[0]) for problem in problems]
 
 
 @looks_for("step-without-effect")
 def effect_findings(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> list[Finding]:
-    """Trainable parameters by name before and after a step whose gradients were all made of non-zero deltas."""
+    """Return a finding if a step has changed nothing.
+
+    before, after: trainable parameters by name; the step's gradients were all made of non-zero deltas.
+    """
     still = [name for name in before if torch.equal(before[name], after[name])]
     if not still or len(still) < len(before):
         return []

@@ -40,7 +40,7 @@ INSTALL = "pip install -c constraints.txt"
 
 @looks_for("versions", "missing-module")
 def package_findings(imports: Mapping[str, str] = IMPORTS, gpu: str | Path = "/dev/nvidia0") -> list[Finding]:
-    """`missing-module` and `versions` of this process. Imports what is not imported yet.
+    """Return `missing-module` and `versions` of this process; what is not imported yet is imported.
 
     imports: module by package. gpu: there if this machine has an NVIDIA GPU.
     """
@@ -48,7 +48,10 @@ def package_findings(imports: Mapping[str, str] = IMPORTS, gpu: str | Path = "/d
 
 
 def report_missing() -> bool:
-    """Print, once per machine, what cannot be imported; whether there is something. Call it before other imports."""
+    """Print, once per machine, what cannot be imported; return whether there is something.
+
+    Call it before other imports.
+    """
     findings = package_findings()
     if has_errors(findings) and os.environ.get("LOCAL_RANK", "0") == "0":
         print(as_text(findings), flush=True)
@@ -56,12 +59,12 @@ def report_missing() -> bool:
 
 
 def compare_versions(by_rank: Sequence[Mapping[str, str]]) -> list[Finding]:
-    """What differs between the ranks; by_rank: of each, version by package."""
+    """Return what differs between the ranks. by_rank: of each, version by package."""
     findings = []
-    for package in dict.fromkeys(package for one in by_rank for package in one):
+    for package in dict.fromkeys(package for rank_versions in by_rank for package in rank_versions):
         where: dict[str, list[int]] = {}
-        for rank, one in enumerate(by_rank):
-            where.setdefault(one.get(package, "not installed"), []).append(rank)
+        for rank, rank_versions in enumerate(by_rank):
+            where.setdefault(rank_versions.get(package, "not installed"), []).append(rank)
         if len(where) > 1:
             usual = max(where, key=lambda version: len(where[version]))
             odd = tuple(rank for version, ranks in where.items() if version != usual for rank in ranks)
@@ -79,7 +82,7 @@ def _listed(ranks: Sequence[int], most: int = 8) -> str:
 
 
 def _missing(imports: Mapping[str, str]) -> list[Finding]:
-    """One finding per cause, since one missing module fails every package that imports it."""
+    """Return one finding per cause, since one missing module fails every package that imports it."""
     causes: dict[str, list[tuple[str, BaseException, BaseException]]] = {}
     with _failed_imports() as failed:
         for package, module in imports.items():
@@ -92,30 +95,30 @@ def _missing(imports: Mapping[str, str]) -> list[Finding]:
             except Exception as error:  # a broken package may raise anything
                 cause = real_cause(error, failed)
                 causes.setdefault(f"{type(cause).__name__}: {cause}", []).append((package, error, cause))
-    return [_finding_of(words, those) for words, those in causes.items()]
+    return [_finding_of(cause_text, failures) for cause_text, failures in causes.items()]
 
 
 def real_cause(error: BaseException, failed: Sequence[tuple[str, ImportError]] = ()) -> BaseException:
-    """The failed import, or the library that could not be loaded, that `error` followed from.
+    """Return the failed import, or the library that could not be loaded, that `error` followed from.
 
-    The innermost of its causes and contexts, also those that `raise ... from None` hides. Without any, an error such
-    as a NameError may stem from an import that its module tried and went on without.
-    failed: (importing module, error) of all imports that failed on the way, in order.
+    It is the innermost of its causes and contexts, also those that `raise ... from None` hides. Without any, an error
+    such as a NameError may stem from an import that its module tried and went on without. failed: (importing module,
+    error) of all imports that failed on the way, in order.
     """
     chain = [error]
-    while (earlier := chain[-1].__cause__ or chain[-1].__context__) and all(earlier is not one for one in chain):
+    while (earlier := chain[-1].__cause__ or chain[-1].__context__) and all(earlier is not link for link in chain):
         chain.append(earlier)
-    of_import = [one for one in chain if isinstance(one, ImportError | OSError)]
+    of_import = [link for link in chain if isinstance(link, ImportError | OSError)]
     if of_import:
         return of_import[-1]
     frames = [*_frames(chain[-1])]
     module = frames[-1][2] if frames else ""
-    return next((one for importer, one in reversed(failed) if importer == module), chain[-1])
+    return next((link for importer, link in reversed(failed) if importer == module), chain[-1])
 
 
 @contextmanager
 def _failed_imports() -> Iterator[list[tuple[str, ImportError]]]:
-    """Gives the import statements that fail within, those too that their module survives."""
+    """Give a list to which import statements that fail inside are added, those too that their module survives."""
     failed: list[tuple[str, ImportError]] = []
     original = builtins.__import__
 
@@ -134,19 +137,20 @@ def _failed_imports() -> Iterator[list[tuple[str, ImportError]]]:
 
 
 def _frames(error: BaseException) -> Iterator[tuple[str, int, str]]:
-    """(file, line, module) of its traceback, without the machinery of importing."""
+    """Yield (file, line, module) of an error's traceback, without the machinery of importing."""
     trace = error.__traceback__
     while trace is not None:
-        code, module = trace.tb_frame.f_code, trace.tb_frame.f_globals.get("__name__", "")
+        code = trace.tb_frame.f_code
+        module = trace.tb_frame.f_globals.get("__name__", "")
         if not module.startswith("importlib") and not code.co_filename.startswith("<") and module != __name__:
             yield code.co_filename, trace.tb_lineno, module
         trace = trace.tb_next
 
 
-def _finding_of(words: str, those: list[tuple[str, BaseException, BaseException]]) -> Finding:
-    packages = [package for package, *_ in those]
-    _, error, cause = those[0]
-    seen = f"{', '.join(packages)} cannot be imported: {words}"
+def _finding_of(cause_text: str, failures: list[tuple[str, BaseException, BaseException]]) -> Finding:
+    packages = [package for package, *_ in failures]
+    _, error, cause = failures[0]
+    seen = f"{', '.join(packages)} cannot be imported: {cause_text}"
     places = [*_frames(cause)]
     if places:
         seen += f" (at {places[-1][0]}:{places[-1][1]})"
@@ -178,7 +182,7 @@ def _remedy(packages: list[str], cause: BaseException) -> str | None:
 
 
 def _outside_of_ranges(packages: Mapping[str, str]) -> Iterator[Finding]:
-    """Installed versions that sat_lora, or one of the packages, does not want."""
+    """Yield findings on installed versions that sat_lora, or one of the packages, does not want."""
     try:
         from packaging.utils import canonicalize_name
     except ImportError:
@@ -190,31 +194,31 @@ def _outside_of_ranges(packages: Mapping[str, str]) -> Iterator[Finding]:
         except importlib.metadata.PackageNotFoundError:
             continue
     for owner in ("sat_lora", *packages):
-        for wanted in _requirements(owner):
-            version = installed.get(canonicalize_name(wanted.name))
-            if version is not None and not wanted.specifier.contains(version, prereleases=True):
-                text = f"{wanted.name}{wanted.specifier}"
+        for requirement in _requirements(owner):
+            version = installed.get(canonicalize_name(requirement.name))
+            if version is not None and not requirement.specifier.contains(version, prereleases=True):
+                text = f"{requirement.name}{requirement.specifier}"
                 seen = f"{owner} wants {text}, and {version} is installed"
                 yield Finding(code="versions", seen=seen, fix=f"pip install '{text}'")
 
 
 def _requirements(package: str) -> list:
-    """Those that hold here, as `packaging` has them; none of a package without metadata."""
+    """Return a package's requirements that hold here, as `packaging` has them; none without metadata."""
     from packaging.requirements import InvalidRequirement, Requirement
 
-    found = []
+    requirements = []
     try:
         for line in importlib.metadata.requires(package) or ():
             requirement = Requirement(line)
             if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
-                found.append(requirement)
+                requirements.append(requirement)
     except (importlib.metadata.PackageNotFoundError, InvalidRequirement):
-        return found
-    return found
+        return requirements
+    return requirements
 
 
 def _without_gpu(gpu: Path) -> Iterator[Finding]:
-    """A GPU that torch's build cannot use: the run would take the CPU, and not say so."""
+    """Yield a finding on a GPU that torch's build cannot use: the run would take the CPU, and not say so."""
     torch = sys.modules.get("torch")
     if torch is None or not gpu.exists() or os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1"):
         return

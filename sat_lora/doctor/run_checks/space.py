@@ -14,25 +14,25 @@ PREFETCHED = 2  # batches that each worker of torch's DataLoader keeps ready
 def shared_memory_findings(
     num_workers: int, batch_bytes: int, ranks_here: int, path: str | Path = "/dev/shm"
 ) -> list[Finding]:
-    """Whether `path` has room for the batches that data workers hold ready.
+    """Return a finding if `path` has no room for the batches that data workers hold ready.
 
     num_workers: of one rank. batch_bytes: of a collated batch. ranks_here: ranks on this machine.
     """
     if num_workers == 0:
         return []
     needed = ranks_here * num_workers * PREFETCHED * batch_bytes
-    words = (
+    need = (
         f"{ranks_here} ranks x {num_workers} workers x {PREFETCHED} batches of {_size(batch_bytes)} take "
         f"{_size(needed)}"
     )
     try:
         whole, free = _whole_and_free(path)
     except OSError as error:
-        seen = f"{path} cannot be looked at ({error.strerror}); {words} there"
+        seen = f"{path} cannot be looked at ({error.strerror}); {need} there"
         return [Finding(code="shared-memory", seen=seen, file=str(path), option="--num-workers")]
     if needed <= free:
         return []
-    seen = f"{path} has {_size(free)} free of {_size(whole)}; {words}"
+    seen = f"{path} has {_size(free)} free of {_size(whole)}; {need}"
     fix = f"start the container with --shm-size {math.ceil(2 * needed / 2**30)}g, or use --num-workers 0"
     if whole >= 2 * needed:
         fix = f"remove what dead processes have left in {path}, or use --num-workers 0"
@@ -43,11 +43,11 @@ def shared_memory_findings(
 def disk_findings(
     folder: str | Path, bytes_per_save: int, keep: int, *, checkpoint_bytes: int = 0, saves: int = 1
 ) -> list[Finding]:
-    """Whether a run can write its adapters and its checkpoint below `folder`, which need not be there yet.
+    """Return a finding if a run cannot write its adapters and its checkpoint below `folder`.
 
-    bytes_per_save: of one adapter. keep: adapters that stay, 0 for all of the run's `saves`; beside them there are the
-    best one and the one that is being written. checkpoint_bytes: of one checkpoint, of which there are three while a
-    new one is written. What the folder holds already is replaced, and counts as free.
+    The folder need not be there yet. bytes_per_save: of one adapter. keep: adapters that stay, 0 for all of the run's
+    `saves`; beside them there are the best one and the one that is being written. checkpoint_bytes: of one checkpoint,
+    of which there are three while a new one is written. What the folder holds already is replaced, and counts as free.
     """
     place = Path(folder).absolute()
     while not place.exists() and place != place.parent:
@@ -62,8 +62,8 @@ def disk_findings(
     adapters = (keep or max(saves, 1)) + 2
     needed = adapters * bytes_per_save + 3 * checkpoint_bytes
     _, free = _whole_and_free(place)
-    there = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file() and not path.is_symlink())
-    if needed <= free + there:
+    replaced = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file() and not path.is_symlink())
+    if needed <= free + replaced:
         return []
     seen = (
         f"{place} has {_size(free)} free; {adapters} adapters of {_size(bytes_per_save)} and three checkpoints of "
@@ -73,7 +73,7 @@ def disk_findings(
 
 
 def _whole_and_free(path: str | Path) -> tuple[int, int]:
-    """Bytes of the file system, and those that this user may still take. OSError: there is no such path."""
+    """Return (bytes of the file system, those that this user may still take). Raises OSError without such a path."""
     stat = os.statvfs(path)
     return stat.f_blocks * stat.f_frsize, stat.f_bavail * stat.f_frsize
 

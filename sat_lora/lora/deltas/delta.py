@@ -7,7 +7,7 @@ import torch
 
 @dataclass(frozen=True)
 class Delta:
-    """s B A, which is added to a weight W (out, in), see `layers` for what W is.
+    """s B A, which is added to a weight W (out, in), see `kinds` for what W is.
 
     Of one pair, A is (r, in) and B (rows, r). The pairs of a layer's slots are one delta too: A (slots * r, in) and
     B (rows of all slots, r), and a `DeltaLayout` says which rows of W those are.
@@ -19,10 +19,10 @@ class Delta:
 
     @property
     def rank(self) -> int:
-        """r, the columns of B."""
+        """The rank r, the columns of B."""
         rank: int = self.b.shape[1]
         return rank
 
     def to(self, dtype: torch.dtype) -> "Delta":
-        """The same delta with A and B in that dtype."""
+        """Return the same delta with A and B in that dtype."""
         return Delta(self.a.to(dtype), self.b.to(dtype), self.scale)

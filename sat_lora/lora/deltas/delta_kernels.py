@@ -1,11 +1,11 @@
 """What a delta does to large tensors on a GPU, in Triton: each of them is read once and written once.
 
 add_slots       y_slot += scale S_slot B_slot^T, in place
-project         S = (x * keep) A^T
-spread          (dS A) * keep
-gradient_of_a   dA = scale dS^T (x * keep), in parts of the rows that are summed in a fixed order
+project         S = (x * mask) A^T
+spread          (dS A) * mask
+gradient_of_a   dA = scale dS^T (x * mask), in parts of the rows that are summed in a fixed order
 
-`keep` is nowhere in memory: each kernel draws it anew from the seed, row and column. Products are summed in float32 and
+`mask` is nowhere in memory: each kernel draws it anew from the seed, row and column. Products are summed in float32 and
 rounded once. Importing this imports triton, so it is imported where a kernel is launched.
 """
 
@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from sat_lora.lora.deltas.low_rank import DeltaLayout
+from sat_lora.lora.deltas.layout import DeltaLayout
 
 ROUNDS = tl.constexpr(7)  # of Philox 4x32: the fewest that pass BigCrush (Salmon et al., 2011, table 2)
 
@@ -42,12 +42,12 @@ VARYING = ("rows", "rows_of_part", "dropped", "columns_of_blocks")  # of which n
 
 @triton.jit
 def kept(seed, dropped, row, first_column, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]  # Triton reads its annotations
-    """Whether dropout keeps (rows, COLUMNS) elements. Eight neighbours have 16 bits each of one draw."""
+    """Return whether dropout keeps (rows, COLUMNS) elements. Eight neighbours have 16 bits each of one draw."""
     group = first_column // 8 + tl.arange(0, COLUMNS // 8)[None, :]
     zero = row[:, None] * 0 + group * 0
     w0, w1, w2, w3 = tl.philox(seed, row[:, None] + zero, group + zero, zero, zero, ROUNDS)
-    words = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
-    return tl.interleave(words & 0xFFFF, words >> 16).to(tl.int32) >= dropped
+    bits = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
+    return tl.interleave(bits & 0xFFFF, bits >> 16).to(tl.int32) >= dropped
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -57,7 +57,7 @@ def product_kernel(  # type: ignore[no-untyped-def]  # Triton reads its annotati
     ADDS: tl.constexpr, DROPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANKS: tl.constexpr,
     CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    """out (rows, width) = [out +] scale left (rows, ranks) right (ranks, width) [* keep], per slot."""
+    """Compute out (rows, width) = [out +] scale left (rows, ranks) right (ranks, width) [* mask], per slot."""
     block = tl.program_id(0) % columns_of_blocks
     blocks_of_slot = tl.cdiv(width, COLUMNS)
     slot = block // blocks_of_slot
@@ -91,6 +91,7 @@ def project_kernel(  # type: ignore[no-untyped-def]  # Triton reads its annotati
     s, x, a, seed, dropped, rows, columns, ranks, x_row, x_column, a_rank, a_column,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANKS: tl.constexpr,
 ):  # fmt: skip
+    """Compute s (rows, ranks) = (x (rows, columns) * mask) a (ranks, columns)^T."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     rank = tl.program_id(1) * RANKS + tl.arange(0, RANKS)
     far_row = row.to(tl.int64)[:, None]
@@ -113,6 +114,7 @@ def gradient_of_a_kernel(  # type: ignore[no-untyped-def]  # Triton reads its an
     parts, ds, x, seed, scale, dropped, rows, columns, ranks, rows_of_part, ds_row, ds_rank, x_row, x_column,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANKS: tl.constexpr,
 ):  # fmt: skip
+    """Compute parts (part, ranks, columns) = scale ds^T (x * mask) in float32, each over its own rows."""
     first_column = tl.program_id(0) * COLUMNS
     part = tl.program_id(1)
     column = first_column + tl.arange(0, COLUMNS)
@@ -136,10 +138,12 @@ def gradient_of_a_kernel(  # type: ignore[no-untyped-def]  # Triton reads its an
 def add_slots(
     y: torch.Tensor, s: torch.Tensor, b: torch.Tensor, scale: float, layout: DeltaLayout, blocks: Blocks | None = None
 ) -> None:
-    """y_slot += scale S_slot B_slot^T, in place; y (tokens, out), S (tokens, slots * r), B (adapted rows, r)."""
+    """Add scale S_slot B_slot^T to y_slot, in place; y (tokens, out), S (tokens, slots * r), B (adapted rows, r)."""
     ranks = b.shape[1]
     for run in layout.runs:
-        out, left, right = y[:, run.start :], s[:, run.slot * ranks :], b[run.row :].t()
+        out = y[:, run.start :]
+        left = s[:, run.slot * ranks :]
+        right = b[run.row :].t()
         shape = y.shape[0], run.width, run.slots
         distances = run.distance, ranks * s.stride(1), run.width * b.stride(0)
         _product(out, left, right, ranks, shape, distances, blocks or ADD[y.itemsize], scale=scale)
@@ -149,8 +153,9 @@ def add_slots(
 def project(
     x: torch.Tensor, a: torch.Tensor, seed: torch.Tensor, dropped: int, blocks: Blocks | None = None
 ) -> torch.Tensor:
-    """S (tokens, slots * r) of x (tokens, in), with `dropped` of 2^16 elements zeroed, and A (slots * r, in)."""
-    (rows, columns), ranks = x.shape, a.shape[0]
+    """Return S (tokens, slots * r) of x (tokens, in), with `dropped` of 2^16 elements zeroed, and A (slots * r, in)."""
+    rows, columns = x.shape
+    ranks = a.shape[0]
     blocks = blocks or PROJECT[x.itemsize]
     s = x.new_empty(rows, ranks)
     chunk = _chunk(ranks)
@@ -166,7 +171,7 @@ def project(
 def spread(
     ds: torch.Tensor, a: torch.Tensor, seed: torch.Tensor, dropped: int, blocks: Blocks | None = None
 ) -> torch.Tensor:
-    """dS A (tokens, in), zero where `project` zeroes x."""
+    """Return dS A (tokens, in), zero where `project` zeroes x."""
     ranks, columns = a.shape
     dx = ds.new_empty(ds.shape[0], columns)
     shape = ds.shape[0], columns, 1
@@ -177,11 +182,13 @@ def spread(
 def gradient_of_a(
     ds: torch.Tensor, x: torch.Tensor, seed: torch.Tensor, dropped: int, scale: float, blocks: Blocks | None = None
 ) -> torch.Tensor:
-    """scale dS^T x (slots * r, in), with x zeroed as `project` does; the same bits in every call."""
-    (rows, columns), ranks = x.shape, ds.shape[1]
+    """Return scale dS^T x (slots * r, in), with x zeroed as `project` does; the same bits in every call."""
+    rows, columns = x.shape
+    ranks = ds.shape[1]
     blocks = blocks or GRADIENT[x.itemsize]
     chunk = _chunk(ranks)
-    across, down = triton.cdiv(columns, blocks.columns), triton.cdiv(ranks, chunk)
+    across = triton.cdiv(columns, blocks.columns)
+    down = triton.cdiv(ranks, chunk)
     count = max(1, min(PROGRAMS // (across * down), triton.cdiv(rows, blocks.rows)))
     rows_of_part = triton.cdiv(triton.cdiv(rows, count), blocks.rows) * blocks.rows
     parts = x.new_empty(count, ranks, columns, dtype=torch.float32)
@@ -206,7 +213,10 @@ def _product(
     seed: torch.Tensor | None = None,
     dropped: int = 0,
 ) -> None:
-    """Without a seed the product is added to `out`; with one it is dropped from and written."""
+    """Add a product to `out` where there is no seed; with one, write the product with dropout to it.
+
+    shape: (rows, width, slots). distances: from one slot to the next, in out, left and right.
+    """
     rows, width, slots = shape
     distance, left_slot, right_slot = distances
     columns_of_blocks = triton.cdiv(width, blocks.columns) * slots
@@ -222,11 +232,11 @@ def _product(
 
 
 def _chunk(ranks: int) -> int:
-    """A power of two, which `tl.arange` wants, from 16 on, which `tl.dot` does."""
+    """Return a power of two, which `tl.arange` wants, from 16 on, which `tl.dot` does."""
     power: int = triton.next_power_of_2(ranks)
     return min(MOST_RANKS, max(16, power))
 
 
 def _device(tensor: torch.Tensor) -> contextlib.AbstractContextManager[object]:
-    """Triton launches on the current device, whatever its tensors are on."""
+    """Return a context in which Triton launches on the tensor's device: by itself it takes the current one."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()

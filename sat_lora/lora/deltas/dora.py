@@ -8,7 +8,7 @@ import torch
 
 from sat_lora._sat import mpu
 from sat_lora.lora.deltas.delta import Delta
-from sat_lora.lora.deltas.low_rank import DeltaLayout
+from sat_lora.lora.deltas.layout import DeltaLayout
 from sat_lora.parallel.sharding import model_parallel_layout
 
 
@@ -20,7 +20,7 @@ def row_norms(
     *,
     sum_over_ranks: bool = False,
 ) -> torch.Tensor:
-    """|(W + s B A)_i| for every adapted row: (adapted rows,) in float64, so that no cut shows in the rounded values.
+    """Return |(W + s B A)_i| for every adapted row: (adapted rows,) in float64, so that no cut shows in rounded values.
 
     matrix: W (out, in) of this rank; delta: of all slots, or None for |W_i|;
     sum_over_ranks: the columns of W are cut over the model-parallel ranks. The product B A is never formed:
@@ -34,7 +34,9 @@ def row_norms(
         w = matrix[rows]
         square = torch.linalg.vector_norm(w, dim=1, dtype=dtype).square()
         if delta is not None:
-            a, b, scale = delta.a[a_rows], delta.b[b_rows].to(dtype), delta.scale
+            a = delta.a[a_rows]
+            b = delta.b[b_rows].to(dtype)
+            scale = delta.scale
             cross = w @ a.to(w.dtype).T  # (rows, r)
             square += 2 * scale * (cross.to(dtype) * b).sum(1)
             a = a.to(dtype)
@@ -47,20 +49,23 @@ def row_norms(
 
 
 def gain(magnitude: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
-    """g = m / |.|, (adapted rows,); 1 for a row of zeros. Rounded norms make it exactly 1 on a fresh adapter."""
+    """Return g = m / |.|, (adapted rows,) in the dtype of m; 1 for a row of zeros.
+
+    Rounded norms make it exactly 1 on a fresh adapter.
+    """
     norms = norms.to(magnitude.dtype)
     return torch.where(norms > 0, magnitude / torch.where(norms > 0, norms, 1), torch.ones_like(norms))
 
 
 def spread(per_row: torch.Tensor, layout: DeltaLayout) -> torch.Tensor:
-    """A value per adapted row as a value per row, with 1 for the rows that are not adapted: (width,)."""
+    """Return (width,) values, one per row, of one value per adapted row, with 1 for the rows that are not adapted."""
     parts = {columns.start: per_row.new_ones(columns.stop - columns.start) for columns in layout.gaps()}
     parts |= {columns.start: per_row[rows] for columns, rows, _ in layout.pieces(0)}
     return torch.cat([parts[start] for start in sorted(parts)])
 
 
 def rescale(y: torch.Tensor, gain: torch.Tensor, bias: torch.Tensor | None, channel_dim: int) -> torch.Tensor:
-    """g (y - bias) + bias along `channel_dim` of y."""
+    """Return g (y - bias) + bias along `channel_dim` of y, in its shape and dtype."""
     shape = [1] * y.dim()
     shape[channel_dim] = -1
     gain = gain.to(y.dtype).view(shape)

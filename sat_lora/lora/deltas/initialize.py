@@ -20,19 +20,21 @@ def initial_delta(
     *,
     rank: int,
     scale: float,
-    looks_up: bool,
+    is_embedding: bool,
     seed: int,
 ) -> Delta:
-    """The delta of all slots of one layer, in float32 or the dtype of W if that is wider.
+    """Return the delta of all slots of one layer, in float32 or the dtype of W if that is wider.
 
-    weights, shapes: for each slot what gives its W, and W's (out, in). looks_up: the layer is an embedding; there A
+    weights, shapes: for each slot what gives its W, and W's (out, in). is_embedding: the layer is an embedding; there A
     begins with zeros and B is drawn (as in PEFT), since a row of A is trained only by the ids that occur.
     """
     generator = torch.Generator().manual_seed(seed)
-    in_features, outs = shapes[0][1], [out for out, _ in shapes]
+    in_features = shapes[0][1]
+    outs = [out for out, _ in shapes]
     if scheme in ("kaiming", "gaussian"):
-        a, b = torch.empty(len(outs) * rank, in_features), torch.zeros(sum(outs), rank)
-        if looks_up:
+        a = torch.empty(len(outs) * rank, in_features)
+        b = torch.zeros(sum(outs), rank)
+        if is_embedding:
             return Delta(a.zero_(), b.normal_(generator=generator), scale)
         if scheme == "gaussian":
             return Delta(a.normal_(std=1 / rank, generator=generator), b, scale)
@@ -51,7 +53,7 @@ def initial_delta(
 
 
 def _orthogonal(shape: tuple[int, int], rank: int, scale: float, generator: torch.Generator) -> Delta:
-    """B A = 0 with neither zero: the rows of an orthogonal matrix, every other one for A, the rest for B."""
+    """Return A and B with B A = 0 and neither zero: every other row of an orthogonal matrix for A, the rest for B."""
     out_features, in_features = shape
     q, _ = torch.linalg.qr(torch.randn(rank, rank, generator=generator))
     a = torch.randn(in_features, rank // 2, generator=generator) @ q[0::2] / 10
@@ -60,11 +62,13 @@ def _orthogonal(shape: tuple[int, int], rank: int, scale: float, generator: torc
 
 
 def _pissa(weight: torch.Tensor, rank: int, scale: float, steps: int | None, generator: torch.Generator) -> Delta:
-    """s B A = the best approximation of W of that rank, split evenly (PiSSA, arXiv 2404.02948, 3)."""
+    """Return s B A = the best approximation of W of that rank, split evenly (PiSSA, arXiv 2404.02948, 3)."""
     weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
     if steps is None:
         u, singular, vh = torch.linalg.svd(weight, full_matrices=False)
-        u, singular, vh = u[:, :rank], singular[:rank], vh[:rank]
+        u = u[:, :rank]
+        singular = singular[:rank]
+        vh = vh[:rank]
     else:
         with torch.random.fork_rng(devices=[]):  # svd_lowrank takes no generator
             torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
@@ -75,6 +79,6 @@ def _pissa(weight: torch.Tensor, rank: int, scale: float, steps: int | None, gen
 
 
 def _olora(weight: torch.Tensor, rank: int, scale: float) -> Delta:
-    """B and A: the first columns and rows of W = Q R (OLoRA, arXiv 2406.01775, 3)."""
+    """Return B and A, the first columns and rows of W = Q R (OLoRA, arXiv 2406.01775, 3): A of R, B of Q."""
     q, r = torch.linalg.qr(weight.to(torch.promote_types(weight.dtype, torch.float32)))
     return Delta(r[:rank].contiguous(), q[:, :rank].contiguous(), scale)

@@ -10,8 +10,9 @@ KINDS: dict[str, Kind] = {
 
 
 def kind_of(layer: nn.Module) -> Kind | None:
-    """The kind of a layer, None for one that takes no delta. The kind of the nearest class that it is made from counts:
-    a subclass may have one of its own.
+    """Return the kind of a layer, None for one that takes no delta.
+
+    The kind of the nearest class that it is made from counts: a subclass may have one of its own.
     """
     by_class = {owner: kind for kind in KINDS.values() for owner in kind.layers}
     return next((by_class[owner] for owner in type(layer).__mro__ if owner in by_class), None)

@@ -17,7 +17,8 @@ from torch.nn import functional as F
 
 from sat_lora._sat import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding, mpu
 from sat_lora.lora.deltas.delta import Delta
-from sat_lora.lora.deltas.low_rank import DeltaLayout, RandomDropout, add_delta
+from sat_lora.lora.deltas.layout import DeltaLayout
+from sat_lora.lora.deltas.low_rank import RandomDropout, add_delta
 from sat_lora.parallel.sharding import model_parallel_layout
 
 
@@ -31,8 +32,9 @@ class LayerDelta(Delta):
 
 
 class Kind:
-    """A kind of layer: its name and classes, and W with what it adds where that is not as here, where y is some product
-    of x (..., in) with W (out, in). `kinds` registers it.
+    """How a kind of layer takes a delta: its name and classes, and W with what it adds where that is not as here.
+
+    Here y is some product of x (..., in) with W (out, in). `kinds` registers it.
     """
 
     name: str
@@ -44,36 +46,37 @@ class Kind:
     is_linear = True
     """Whether "all-linear" means it."""
     is_product = False
-    """Whether a layer of one of these very classes gives x W^T + bias and nothing else, and its delta may be added
-    without calling it.
+    """Whether a layer of one of these very classes gives x W^T + bias and nothing else.
+
+    Its delta may then be added without calling it.
     """
-    looks_up = False
+    is_embedding = False
     """Whether x holds whole numbers that pick columns of W."""
 
     def matrix(self, weight: torch.Tensor) -> torch.Tensor:
-        """The weight as W (out, in); a view."""
+        """Return the weight as W (out, in); a view."""
         return weight
 
     def channel_dim(self, layer: nn.Module) -> int:
-        """The dimension of the output that has `out` entries."""
+        """Return the dimension of the output that has `out` entries."""
         return -1
 
     def across_ranks(self, layer: nn.Module, per_channel: torch.Tensor) -> torch.Tensor:
-        """A vector with one entry per local row of W, as long as the layer's output is wide."""
+        """Return a vector as long as the layer's output is wide, of one that has an entry per local row of W."""
         return per_channel
 
     def add(self, layer: nn.Module, y: torch.Tensor, x: torch.Tensor, delta: LayerDelta) -> torch.Tensor:
-        """The layer's output y (..., out) for x (..., in), with the delta added."""
+        """Return the layer's output y (..., out) for x (..., in), with the delta added."""
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(y.dtype)  # what autocast did to the layer's own x
-        takes_over = delta.output_is_untouched and y.is_contiguous() and self.can_take_over(layer, x)
+        fuses = delta.output_is_untouched and y.is_contiguous() and self.can_fuse(layer, x)
         dropout = RandomDropout(delta.dropout) if delta.dropout > 0 else None
         with torch.autocast(x.device.type, enabled=False):
-            weight = layer.weight if takes_over else None
+            weight = layer.weight if fuses else None
             return add_delta(y, x, delta.a, delta.b, dropout, delta.scale, delta.layout, weight)
 
-    def can_take_over(self, layer: nn.Module, x: torch.Tensor) -> bool:
-        """Whether y is x W^T as it stands, W frozen and whole, so that one Function can have the gradient of both."""
+    def can_fuse(self, layer: nn.Module, x: torch.Tensor) -> bool:
+        """Return whether y is x W^T as it stands, W frozen and whole: one Function then has the gradient of both."""
         if not self.is_product or type(layer) not in self.layers or "weight" not in layer._parameters:
             return False  # a subclass, weight norm and the like may do anything else
         if hasattr(layer.weight, "ds_id") or layer.weight.dtype != x.dtype:  # ZeRO-3 gathers W for its own graph alone
@@ -82,11 +85,19 @@ class Kind:
 
 
 class Linear(Kind):
-    name, layers, is_product = "linear", (nn.Linear,), True
+    """How an nn.Linear takes a delta."""
+
+    name = "linear"
+    layers: tuple[type, ...] = (nn.Linear,)
+    is_product = True
 
 
 class Column(Linear):
-    name, layers, cut = "column", (ColumnParallelLinear,), "out"
+    """How a column-parallel linear takes a delta: each rank makes that of its own columns of y, gathered where y is."""
+
+    name = "column"
+    layers = (ColumnParallelLinear,)
+    cut = "out"
 
     def across_ranks(self, layer: nn.Module, per_channel: torch.Tensor) -> torch.Tensor:
         gathers = layer.gather_output and model_parallel_layout()[1] > 1
@@ -101,7 +112,11 @@ class Column(Linear):
 
 
 class Row(Linear):
-    name, layers, cut = "row", (RowParallelLinear,), "in"
+    """How a row-parallel linear takes a delta: S is summed over the ranks, and each adds the whole delta."""
+
+    name = "row"
+    layers = (RowParallelLinear,)
+    cut = "in"
 
     def add(self, layer: nn.Module, y: torch.Tensor, x: torch.Tensor, delta: LayerDelta) -> torch.Tensor:
         x = x if layer.input_is_parallel else mpu.scatter_to_model_parallel_region(x)  # its backward gathers
@@ -109,13 +124,15 @@ class Row(Linear):
 
 
 class Convolution(Kind):
-    """A is a convolution like the layer's own with r output channels, B one of size 1.
+    """How a convolution takes a delta: A is one like the layer's own with r output channels, B one of size 1.
 
     With groups, each group runs the same A over its own channels and has its own rows of B, so that the delta of W is
     B A here too.
     """
 
-    name, layers, is_linear = "conv", (nn.Conv1d, nn.Conv2d, nn.Conv3d), False
+    name = "conv"
+    layers = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    is_linear = False
 
     def matrix(self, weight: torch.Tensor) -> torch.Tensor:
         return weight.flatten(1)
@@ -124,7 +141,9 @@ class Convolution(Kind):
         return -1 - len(layer.kernel_size)
 
     def add(self, layer: nn.Module, y: torch.Tensor, x: torch.Tensor, delta: LayerDelta) -> torch.Tensor:
-        kernel, groups, ones = layer.weight.shape[1:], layer.groups, (1,) * len(layer.kernel_size)
+        kernel = layer.weight.shape[1:]
+        groups = layer.groups
+        ones = (1,) * len(layer.kernel_size)
         x = F.dropout(x, delta.dropout) if delta.dropout > 0 else x
         a = delta.a.to(y.dtype).view(-1, *kernel).repeat(groups, *(1 for _ in kernel))
         s = layer._conv_forward(x, a, None)  # knows stride, padding mode and dilation
@@ -133,7 +152,12 @@ class Convolution(Kind):
 
 
 class Embedding(Kind):
-    name, layers, is_linear, looks_up = "embedding", (nn.Embedding,), False, True
+    """How an nn.Embedding takes a delta: the ids pick columns of A, which B makes as long as the layer's rows."""
+
+    name = "embedding"
+    layers = (nn.Embedding,)
+    is_linear = False
+    is_embedding = True
 
     def matrix(self, weight: torch.Tensor) -> torch.Tensor:
         return weight.T
@@ -144,9 +168,14 @@ class Embedding(Kind):
 
 
 class VocabEmbedding(Embedding):
-    """Each rank looks up the ids that it holds; an id that nobody holds gives zeros, as in the layer itself."""
+    """How a vocabulary-parallel embedding takes a delta: each rank looks up the ids that it holds.
 
-    name, layers, cut = "vocab", (VocabParallelEmbedding,), "in"
+    An id that nobody holds gives zeros, as in the layer itself.
+    """
+
+    name = "vocab"
+    layers = (VocabParallelEmbedding,)
+    cut = "in"
 
     def add(self, layer: nn.Module, y: torch.Tensor, x: torch.Tensor, delta: LayerDelta) -> torch.Tensor:
         elsewhere = (x < layer.vocab_start_index) | (x >= layer.vocab_end_index)

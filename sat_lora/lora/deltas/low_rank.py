@@ -3,9 +3,9 @@
 Shapes: y (tokens, out), x (tokens, in), A (slots * r, in), B (adapted rows of y, r), S = x A^T (tokens, slots * r).
 A linear such as fused q/k/v has several slots: slot i owns columns [i r, (i + 1) r) of S and a range of y's columns.
 
-    forward     S = (x * keep) A^T            y_slot += scale S_slot B_slot^T
+    forward     S = (x * mask) A^T            y_slot += scale S_slot B_slot^T
     backward    dS_slot = dy_slot B_slot      dB_slot = scale dy_slot^T S_slot
-                dA = scale dS^T (x * keep)    dx = scale (dS A) * keep        dy passes through unchanged
+                dA = scale dS^T (x * mask)    dx = scale (dS A) * mask        dy passes through unchanged
 
 That is two products forward, and four backward beside the frozen dy W, with the scale inside them. Slots of equal width
 that lie evenly spaced are one batched product.
@@ -14,10 +14,7 @@ Model parallelism: a column-parallel linear sums dS over the ranks (each sees it
 sums S (each sees its own part of x). Both are tokens x r: no other communication.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
-from typing import NamedTuple
 
 import torch
 from torch.autograd.function import FunctionCtx
@@ -25,6 +22,7 @@ from torch.nn import functional as F
 from torch.nn.functional import linear  # torch's own: ZeRO-3 puts another one into `functional`
 
 from sat_lora._sat import mpu
+from sat_lora.lora.deltas.layout import DeltaLayout
 
 # From how many elements on the kernels of `delta_kernels` are used: launching one takes the host longer than torch's
 # does, and cuBLAS is as fast where y is not large.
@@ -32,105 +30,9 @@ ADDITION_KERNEL_FROM = 2**25  # of y
 DROPOUT_KERNELS_FROM = 2**25  # of x
 
 
-class SlotRun(NamedTuple):
-    """Slots of equal width at equal distances, which one batched product serves."""
-
-    start: int  # first column of y
-    width: int  # columns of each slot
-    distance: int  # columns from the start of a slot to that of the next
-    slots: int  # how many
-    row: int  # first row of B
-    slot: int  # number of the first
-
-    # Each of these makes its view in one call, since every call costs host time, and names an offset only where it is
-    # another than the tensor's own.
-
-    def columns(self, y: torch.Tensor) -> torch.Tensor:
-        """The slots' columns of y (tokens, out): a view (slots, tokens, width)."""
-        per_token, per_column = y.stride()
-        offset = y.storage_offset() + self.start * per_column if self.start else None
-        strides = (self.distance * per_column, per_token, per_column)
-        return y.as_strided((self.slots, y.shape[0], self.width), strides, offset)
-
-    def columns_transposed(self, y: torch.Tensor) -> torch.Tensor:
-        """The same as a view (slots, width, tokens)."""
-        per_token, per_column = y.stride()
-        offset = y.storage_offset() + self.start * per_column if self.start else None
-        strides = (self.distance * per_column, per_column, per_token)
-        return y.as_strided((self.slots, self.width, y.shape[0]), strides, offset)
-
-    def rows_transposed(self, b: torch.Tensor) -> torch.Tensor:
-        """The slots' rows of B (adapted rows, r), which is contiguous: a view (slots, r, width)."""
-        rank, width = b.shape[1], self.width
-        offset = b.storage_offset() + self.row * rank if self.row else None
-        return b.as_strided((self.slots, rank, width), (width * rank, 1, rank), offset)
-
-    def ranks(self, s: torch.Tensor, rank: int) -> torch.Tensor:
-        """The slots' columns of S (tokens, slots * r), which is contiguous: a view (slots, tokens, r)."""
-        tokens, all_ranks = s.shape
-        offset = s.storage_offset() + self.slot * rank if self.slot else None
-        return s.as_strided((self.slots, tokens, rank), (rank, all_ranks, 1), offset)
-
-
-@dataclass(frozen=True)
-class DeltaLayout:
-    """Where a delta goes and what is summed over the model-parallel ranks; the same for every call of one linear."""
-
-    slots: tuple[tuple[int, int], ...]  # ranges of y's columns (of this rank), ascending
-    width: int  # y's columns, of this rank
-    kind: str = "linear"  # of `layers`: "column" and "row" sum over the model-parallel ranks
-    mp_size: int = 1  # model-parallel ranks
-
-    def pieces(self, rank: int) -> Iterator[tuple[slice, slice, slice]]:
-        """For each slot: its columns of y, its rows of B, its columns of S."""
-        row = 0
-        for number, (start, stop) in enumerate(self.slots):
-            yield slice(start, stop), slice(row, row + stop - start), slice(number * rank, (number + 1) * rank)
-            row += stop - start
-
-    def gaps(self) -> list[slice]:
-        """Ranges of columns that get no delta."""
-        edges = [0, *(edge for slot in self.slots for edge in slot), self.width]
-        return [slice(a, b) for a, b in zip(edges[::2], edges[1::2]) if a < b]
-
-    @cached_property
-    def is_whole(self) -> bool:
-        """Whether one slot has all columns."""
-        return self.slots == ((0, self.width),)
-
-    @cached_property
-    def runs(self) -> tuple[SlotRun, ...]:
-        """The slots in as few runs as their widths and distances allow."""
-        runs: list[SlotRun] = []
-        row = 0
-        for number, (start, stop) in enumerate(self.slots):
-            last = runs[-1] if runs else None
-            if (
-                last is not None
-                and last.width == stop - start
-                and (last.slots == 1 or start == last.start + last.slots * last.distance)
-            ):
-                distance = last.distance if last.slots > 1 else start - last.start
-                runs[-1] = last._replace(distance=distance, slots=last.slots + 1)
-            else:
-                runs.append(SlotRun(start, stop - start, stop - start, 1, row, number))
-            row += stop - start
-        return tuple(runs)
-
-    @cached_property
-    def sums_s(self) -> bool:
-        """Whether S is summed over the model-parallel ranks."""
-        return self.kind == "row" and self.mp_size > 1
-
-    @cached_property
-    def sums_ds(self) -> bool:
-        """Whether dS, and with it dx, is summed over the model-parallel ranks."""
-        return self.kind == "column" and self.mp_size > 1
-
-
 @dataclass(frozen=True)
 class RandomDropout:
-    """Each input of A is dropped with a probability, drawn from torch's generator of the device.
+    """Dropout of the inputs of A, each with a probability, drawn from torch's generator of the device.
 
     What is kept is told by a mask, which `project` draws: ones and zeros (tokens, in) in uint8 on a CPU; in bool on
     CUDA, where one kernel draws, multiplies and writes it; and for a large x there the seed alone, from which each of
@@ -140,7 +42,10 @@ class RandomDropout:
     probability: float
 
     def project(self, x: torch.Tensor, a: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor, float]:
-        """S of what is left of x (tokens, in), the mask, and the scale of the delta, which it may have changed."""
+        """Return S (tokens, slots * r) of what is left of x (tokens, in), the mask, and the scale of the delta.
+
+        The scale is the one given, or divided by the probability of keeping an input, where S has not been.
+        """
         if _has_kernels(x, DROPOUT_KERNELS_FROM):
             from sat_lora.lora.deltas import delta_kernels
 
@@ -150,11 +55,11 @@ class RandomDropout:
         if x.is_cuda:
             x, mask = torch.native_dropout(x, self.probability, True)
             return x.mm(a.t()), mask, scale
-        mask, share = dropout_mask(x, self.probability)
-        return (x * mask).mm(a.t()), mask, scale / share
+        mask, keep_prob = dropout_mask(x, self.probability)
+        return (x * mask).mm(a.t()), mask, scale / keep_prob
 
     def gradient_of_x(self, ds: torch.Tensor, a: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """dS A (tokens, in), dropped as x was."""
+        """Return dS A (tokens, in), dropped as x was."""
         if mask.dim():
             return self._drop(ds.mm(a), mask)
         from sat_lora.lora.deltas import delta_kernels
@@ -164,7 +69,7 @@ class RandomDropout:
     def gradient_of_a(
         self, ds: torch.Tensor, x: torch.Tensor, a: torch.Tensor, mask: torch.Tensor, scale: float
     ) -> torch.Tensor:
-        """scale dS^T x, of what is left of x (tokens, in); A gives its shape alone."""
+        """Return scale dS^T x (slots * r, in), of what is left of x (tokens, in); A gives its shape alone."""
         if mask.dim():
             return torch.addmm(a, ds.t(), self._drop(x, mask), beta=0, alpha=scale)
         from sat_lora.lora.deltas import delta_kernels
@@ -184,7 +89,7 @@ class RandomDropout:
 
 
 def _has_kernels(tensor: torch.Tensor, elements: int) -> bool:
-    """Whether `delta_kernels` take the tensor."""
+    """Return whether `delta_kernels` take the tensor."""
     return tensor.is_cuda and tensor.numel() >= elements and tensor.dtype is not torch.float64
 
 
@@ -196,7 +101,7 @@ def _sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
 def _add_slots(
     y: torch.Tensor, s: torch.Tensor, b: torch.Tensor, scale: float, layout: DeltaLayout
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """y_slot += scale S_slot B_slot^T, in place; y (tokens, out), contiguous.
+    """Add scale S_slot B_slot^T to y_slot, in place; y (tokens, out), contiguous.
 
     What comes back is S and B as `_gradients_of_s_and_b` takes them: where one batched product served all slots, the
     views S (slots, tokens, r) and B (slots, r, width) that it was made of, else the two as they are.
@@ -209,9 +114,12 @@ def _add_slots(
     if layout.is_whole:
         y.addmm_(s, b.t(), alpha=scale)
         return s, b
-    rank, runs = b.shape[1], layout.runs
+    rank = b.shape[1]
+    runs = layout.runs
     for run in runs:
-        columns, ranks, rows_transposed = run.columns(y), run.ranks(s, rank), run.rows_transposed(b)
+        columns = run.columns(y)
+        ranks = run.ranks(s, rank)
+        rows_transposed = run.rows_transposed(b)
         if y.is_cuda or y.itemsize > 2:
             columns.baddbmm_(ranks, rows_transposed, alpha=scale)
         else:  # on a CPU, oneDNN refuses a strided batch in half precision, and torch 2.13 warns of it
@@ -221,7 +129,7 @@ def _add_slots(
 
 
 _Constants = tuple[
-    torch.Tensor | None,  # the product that is taken over
+    torch.Tensor | None,  # the product to be fused
     torch.Tensor | None,  # else W and the two biases to make it with, see `product_of`
     torch.Tensor | None,
     torch.Tensor | None,
@@ -230,11 +138,14 @@ _Constants = tuple[
     DeltaLayout,
 ]
 _Gradients = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, None]
-"""Of y, x, A, B and the constants."""
+"""The gradients of y, x, A, B and the constants, None where one is not needed."""
 
 
 class _AddDelta(torch.autograd.Function):
-    """Written out in one piece: it runs for every adapted linear of every pass, and each call of a helper shows."""
+    """The autograd Function of one adapted linear.
+
+    It is written out in one piece: it runs for every adapted linear of every pass, and each call of a helper shows.
+    """
 
     @staticmethod
     def forward(
@@ -245,10 +156,11 @@ class _AddDelta(torch.autograd.Function):
         b: torch.Tensor,
         constants: _Constants,
     ) -> torch.Tensor:
-        # `constants` is one tuple, since every further tensor among the arguments costs host time. What is taken over
+        # `constants` is one tuple, since every further tensor among the arguments costs host time. What is fused
         # comes in it: an argument that is given back would be a view, which a model cannot change in place.
         product, weight, bias, added, dropout, scale, layout = constants
-        dtype, shape = x.dtype, x.shape
+        dtype = x.dtype
+        shape = x.shape
         rows = x if len(shape) == 2 else x.reshape(-1, shape[-1])
         if y is not None:
             out = y.clone(memory_format=torch.contiguous_format)
@@ -256,9 +168,11 @@ class _AddDelta(torch.autograd.Function):
             out = product
         else:
             out = product_of(x, weight, bias, added)
-        a_cast, b_cast = a if a.dtype is dtype else a.to(dtype), b if b.dtype is dtype else b.to(dtype)
+        a_cast = a if a.dtype is dtype else a.to(dtype)
+        b_cast = b if b.dtype is dtype else b.to(dtype)
         if dropout is None:
-            s, mask = linear(rows, a_cast), None
+            s = linear(rows, a_cast)
+            mask = None
         else:
             s, mask, scale = dropout.project(rows, a_cast, scale)
         if layout.sums_s:
@@ -283,8 +197,10 @@ def _backward(ctx: FunctionCtx, dy: torch.Tensor) -> _Gradients:
     scale, layout, dropout, shape = ctx.constants
     dtype = dy.dtype
     rows = dy if len(shape) == 2 else dy.reshape(-1, dy.shape[-1])
-    a_cast, b_cast = a if a.dtype is dtype else a.to(dtype), b if b.dtype is dtype else b.to(dtype)
-    dx = da = None
+    a_cast = a if a.dtype is dtype else a.to(dtype)
+    b_cast = b if b.dtype is dtype else b.to(dtype)
+    dx = None
+    da = None
     ds, ds_transposed, db = _gradients_of_s_and_b(rows, s, b_cast, scale, layout, need_x or need_a)
     if db is not None and b_cast is not b:
         db = db.to(b.dtype)
@@ -318,7 +234,7 @@ _apply_directly = super(torch.autograd.Function, _AddDelta).apply
 
 
 class _NoTokens(torch.autograd.Function):
-    """The output of an adapted linear for no tokens, whose gradients of A and B are zero: no product is needed."""
+    """The autograd Function of an adapted linear for no tokens: A and B get zeros, and nothing is multiplied."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, width: int) -> torch.Tensor:
@@ -335,9 +251,9 @@ class _NoTokens(torch.autograd.Function):
 def _gradients_of_s_and_b(
     dy: torch.Tensor, s: torch.Tensor | None, b: torch.Tensor, scale: float, layout: DeltaLayout, need_s: bool
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """dS (tokens, slots * r), not yet scaled, dS^T, and dB (adapted rows, r), from dy (tokens, out); None what is not
-    needed.
+    """Return dS (tokens, slots * r), not yet scaled, dS^T, and dB (adapted rows, r), from dy (tokens, out).
 
+    Each of them is None where it is not needed.
     s: None where dB is not needed. S and B as they are, or as `_add_slots` gives them back. In the products with beta
     0, B gives the shape alone.
     """
@@ -346,9 +262,11 @@ def _gradients_of_s_and_b(
         db = None if s is None else torch.addmm(b, dy.t(), s, beta=0, alpha=scale)
         return ds, None if ds is None else ds.t(), db
     rank = b.shape[1]
-    ds_parts, db_parts = [], []
+    ds_parts = []
+    db_parts = []
     for run in layout.runs:
-        columns, rows_transposed = run.columns_transposed(dy), b if b.dim() == 3 else run.rows_transposed(b)
+        columns = run.columns_transposed(dy)
+        rows_transposed = b if b.dim() == 3 else run.rows_transposed(b)
         if need_s:
             ds_parts.append(torch.bmm(rows_transposed, columns))  # (count, r, tokens): joined, it is dS^T as it lies
         if s is not None:
@@ -359,7 +277,7 @@ def _gradients_of_s_and_b(
 
 
 def _joined(parts: list[torch.Tensor]) -> torch.Tensor | None:
-    """(count, n, m) parts as one tensor (sum of count * n, m), a view of a single part; None without any."""
+    """Return (count, n, m) parts as one tensor (sum of count * n, m), a view of a single part; None without any."""
     if len(parts) == 1:
         count, rows, columns = parts[0].shape
         return parts[0].view(count * rows, columns)
@@ -376,14 +294,14 @@ def add_delta(
     layout: DeltaLayout,
     weight: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """y with the low-rank delta of x added.
+    """Return y (..., out) with the low-rank delta of x (..., in) added.
 
-    Without a weight y is left as it is and passes its gradient on. With one, y = x W^T is taken over: the delta goes
-    into y in place, what y came from gets no gradient, and that of x, dy W + dS A, is made in one buffer, which saves
-    autograd a pass over two more.
+    Without a weight y is left as it is and passes its gradient on. With one, y = x W^T is fused with the delta: that
+    goes into y in place, what y came from gets no gradient, and that of x, dy W + dS A, is made in one buffer, which
+    saves autograd a pass over two more.
 
-    y (..., out) and x (..., in) in one dtype, y contiguous where it is taken over; A and B may have another dtype and
-    are cast, x never is. dropout: works on x (tokens, in).
+    y and x have one dtype, and y is contiguous where it is fused; A and B may have another dtype and are cast, x never
+    is. dropout: works on x (tokens, in).
     """
     # Under functorch's transforms (vmap, grad) torch's own `apply` says that they cannot be used.
     apply = _AddDelta.apply if torch._C._are_functorch_transforms_active() else _apply_directly
@@ -395,7 +313,7 @@ def add_delta(
 def product_of(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, added: torch.Tensor | None
 ) -> torch.Tensor:
-    """x W^T + bias, and `added` to what that is rounded to, as a linear of torch's or SAT's makes it; (..., out)."""
+    """Return x W^T + bias, and `added` to what that is rounded to: (..., out), as the layer itself would."""
     y = F.linear(x, weight, bias)
     return y if added is None else y + added
 
@@ -411,9 +329,10 @@ def adapted_linear(
     scale: float,
     layout: DeltaLayout,
 ) -> torch.Tensor:
-    """`product_of` with the low-rank delta of x added, W and biases frozen: `add_delta` that makes the product as well.
+    """Return `product_of` (..., out) with the low-rank delta of x added, W and biases frozen.
 
-    Autograd hears of the one Function alone, and nothing of the layer's own is called.
+    It is `add_delta` that makes the product as well: autograd hears of the one Function alone, and nothing of the
+    layer's own is called.
     """
     if x.numel() == 0 and layout.mp_size == 1:  # ranks of model parallelism go on to meet where they always do
         return _NoTokens.apply(x, a, b, layout.width)
@@ -430,7 +349,7 @@ def add_delta_in_place(
     scale: float,
     layout: DeltaLayout,
 ) -> None:
-    """Adds the delta to y (..., out) itself, contiguous, where autograd does not record. One dtype for all four."""
+    """Add the delta to y (..., out) itself, contiguous, where autograd does not record. One dtype for all four."""
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     if dropout is None:
         s = linear(rows, a)
@@ -442,15 +361,16 @@ def add_delta_in_place(
 
 
 def dropout_mask(x: torch.Tensor, probability: float) -> tuple[torch.Tensor, float]:
-    """(keep (tokens, in) of ones and zeros in uint8, the share of ones that is drawn for).
+    """Return (mask (tokens, in) of ones and zeros in uint8, the probability of a one, that of keeping an input).
 
-    From 16 random bits each, which is a quarter of the time of `bernoulli_` on a CPU; the probability is rounded to
-    2^-16. Multiplying by uint8 takes a CPU a third of the time of multiplying by bool.
+    It comes from 16 random bits each, which is a quarter of the time of `bernoulli_` on a CPU; the probability is
+    rounded to 2^-16. Multiplying by uint8 takes a CPU a third of the time of multiplying by bool.
     """
-    count, dropped = x.numel(), round(probability * 2**16)
+    count = x.numel()
+    dropped = round(probability * 2**16)
     bits = torch.empty((count + 3) // 4, dtype=torch.int64, device=x.device).random_(-(2**63), None)
-    keep = (bits.view(torch.int16)[:count] >= dropped - 2**15).view(torch.uint8)
-    return keep.view(-1, x.shape[-1]), 1 - dropped / 2**16
+    mask = (bits.view(torch.int16)[:count] >= dropped - 2**15).view(torch.uint8)
+    return mask.view(-1, x.shape[-1]), 1 - dropped / 2**16
 
 
 def add_delta_reference(
@@ -462,7 +382,7 @@ def add_delta_reference(
     scale: float,
     layout: DeltaLayout,
 ) -> torch.Tensor:
-    """`add_delta` in plain autograd and SAT's communication functions: slow, and easy to read."""
+    """Return what `add_delta` does, by plain autograd and SAT's communication functions: slow, and easy to read."""
     if dropout is not None:
         rows = x.detach().reshape(-1, x.shape[-1])
         _, mask, scale = dropout.project(rows, a.detach().to(x.dtype), scale)

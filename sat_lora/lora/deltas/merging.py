@@ -8,7 +8,7 @@ from sat_lora.errors import MergeError
 from sat_lora.lora.deltas import dora
 from sat_lora.lora.deltas.delta import Delta
 from sat_lora.lora.deltas.layers import Kind
-from sat_lora.lora.deltas.low_rank import DeltaLayout
+from sat_lora.lora.deltas.layout import DeltaLayout
 from sat_lora.parallel.sharding import gathered, model_parallel_layout
 
 
@@ -20,7 +20,7 @@ def merged_weight(
     delta: Delta,
     magnitude: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """g (W + s B A) in the weight's shape, g = 1 without DoRA; in float32, or float64 for a float64 weight.
+    """Return g (W + s B A) in the weight's shape, g = 1 without DoRA; in float32, or float64 for a float64 weight.
 
     weight: whole, or this rank's part with its part of the delta of all slots and of magnitude (adapted rows,);
     `layout` says which rows of W are adapted.
@@ -46,17 +46,20 @@ class MergedWeights:
 
     @torch.no_grad()
     def __init__(
-        self, pairs: list[tuple[nn.Module, nn.Module]], strength: float, model: BaseModel, *, keep_original: bool
+        self, pairs: list[tuple[nn.Module, nn.Module]], scale: float, model: BaseModel, *, keep_original: bool
     ):
-        """pairs: each adapted layer with its adapter; strength: what multiplies every delta."""
+        """Write the deltas into the weights; all is computed, and a MergeError raised, before the first is changed.
+
+        pairs: each adapted layer with its adapter. scale: what multiplies every delta.
+        """
         self._pairs = pairs
-        self._strength = strength
+        self._scale = scale
         self._originals: list[torch.Tensor] = []
         refuse_shared(self._pairs, model)
         for write in (False, True):  # every one is computed before the first is changed
             for layer, adapter in self._pairs:
                 with gathered(adapter.parameters()), gathered([layer.weight], write=write):
-                    merged = adapter.merged_weight(layer, self._strength).to(layer.weight.dtype)
+                    merged = adapter.merged_weight(layer, self._scale).to(layer.weight.dtype)
                     if not write:
                         refuse_non_finite(f"{adapter.name}.weight", merged)
                         continue
@@ -65,23 +68,23 @@ class MergedWeights:
                     layer.weight.copy_(merged)
 
     def originals(self) -> list[tuple[nn.Parameter, torch.Tensor]] | None:
-        """(weight, what it was) of all; None where they were not kept."""
+        """Return (weight, what it was) of all layers; None where the originals were not kept."""
         weights = [layer.weight for layer, _ in self._pairs]
         return [*zip(weights, self._originals)] if self._originals or not weights else None
 
     @torch.no_grad()
     def undo(self) -> None:
-        """The originals bit for bit where they were kept, else the deltas subtracted."""
+        """Put the originals back, bit for bit, where they were kept; else subtract the deltas, which DoRA refuses."""
         for number, (layer, adapter) in enumerate(self._pairs):
             if not self._originals and adapter.magnitude_or_none is not None:
                 raise MergeError(f"{adapter.name}.weight: DoRA cannot be subtracted; merge with keep_original=True")
             with gathered(adapter.parameters()), gathered([layer.weight], write=True):
-                subtracted = None if self._originals else adapter.merged_weight(layer, -self._strength)
+                subtracted = None if self._originals else adapter.merged_weight(layer, -self._scale)
                 layer.weight.copy_(self._originals[number] if subtracted is None else subtracted)
 
 
 def refuse_non_finite(name: str, merged: torch.Tensor) -> None:
-    """MergeError, on every model-parallel rank, if any of them holds a value that is not finite."""
+    """Raise MergeError, on every model-parallel rank, if any of them holds a value that is not finite."""
     bad = (~torch.isfinite(merged)).sum()
     if model_parallel_layout()[1] > 1:
         torch.distributed.all_reduce(bad, group=mpu.get_model_parallel_group())
@@ -90,7 +93,7 @@ def refuse_non_finite(name: str, merged: torch.Tensor) -> None:
 
 
 def refuse_shared(pairs: list[tuple[nn.Module, nn.Module]], model: BaseModel) -> None:
-    """MergeError where a weight serves twice: a merged delta would also work where the hook does not."""
+    """Raise MergeError where a weight serves twice: a merged delta would also work where the hook does not."""
     head = model.hooks.get("final_forward")
     while hasattr(head, "keywords") and "old_impl" in head.keywords:
         head = head.keywords["old_impl"]

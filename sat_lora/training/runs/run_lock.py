@@ -24,7 +24,7 @@ from pathlib import Path
 
 from sat_lora.errors import AdapterError, ConfigError
 from sat_lora.files.foreign import MEBIBYTE, kind_of, parse_json
-from sat_lora.parallel.distributed import gather_lists, together
+from sat_lora.parallel.distributed import gather_lists, run_on_all_ranks
 from sat_lora.printable import printable
 from sat_lora.watchdog.rank_files import process_started
 
@@ -149,7 +149,7 @@ class RunLock:
 
     def __enter__(self) -> "RunLock":
         try:
-            together(lambda: self._take() if _is_first() else None)
+            run_on_all_ranks(lambda: self._take() if _is_first() else None)
         except BaseException:
             self._let_go()
             raise
@@ -160,8 +160,8 @@ class RunLock:
 
     def share(self) -> None:
         """Let every rank hold it, not the first alone."""
-        together(lambda: self._share() if _is_first() else None)  # it has the lock for itself alone until then
-        together(lambda: None if _is_first() else self._share())
+        run_on_all_ranks(lambda: self._share() if _is_first() else None)  # it has the lock for itself alone until then
+        run_on_all_ranks(lambda: None if _is_first() else self._share())
         processes = tuple(gather_lists([Process.current()]))
         if _is_first() and self._descriptor is not None:
             with contextlib.suppress(OSError):  # it is held all the same

@@ -52,7 +52,7 @@ def _gradients_to_step(engine) -> Iterator[torch.Tensor]:
 
 
 @contextmanager
-def held(engine) -> Iterator[None]:
+def discard_step(engine) -> Iterator[None]:
     """Inside, `engine.step()` throws the gradients away and moves neither parameters nor moments, at any ZeRO stage.
 
     DeepSpeed's optimizers all call `step` of the one they wrap, and copy back what it left. It may be nested.

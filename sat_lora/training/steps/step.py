@@ -17,7 +17,7 @@ from sat_lora.training.steps.loss import (
     sum_over_data_parallel,
     sum_over_ranks,
 )
-from sat_lora.training.steps.nonfinite import Origin, first_nonfinite, held, nonfinite_gradients
+from sat_lora.training.steps.nonfinite import Origin, discard_step, first_nonfinite, nonfinite_gradients
 from sat_lora.training.steps.observers import NOBODY, Observers
 from sat_lora.training.steps.random_state import random_state, set_random_state
 
@@ -82,7 +82,7 @@ def train_step(
     received, counted = rest[: len(signals)], rest[len(signals) :]
     nonfinite = None
     if bad_losses or bad_gradients:
-        with held(engine):
+        with discard_step(engine):
             engine.step()
             set_random_state(random_before)
             source = first_nonfinite(engine.module, lambda: _repeat(engine, micro_batches, world, weight))

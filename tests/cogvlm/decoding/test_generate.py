@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 from sat_lora import ConfigError, DataError
 from sat_lora.cogvlm.decoding.generate import Decoder, generate, inference
 from sat_lora.lora.mixin import lora_mixins
-from sat_lora.parallel.distributed import arrange, join
+from sat_lora.parallel.distributed import init_distributed, init_model_parallel
 from sat_lora.parallel.partitioned import Partitioning
 from sat_lora.training.steps.engine import set_up_deepspeed, start_engine
 from tests.support.decoding import NEVER, adapted_model, joined, prompts_of_many_kinds, without_cache
@@ -201,7 +201,7 @@ class SeenOperations(TorchDispatchMode):
 
 def decode_partitioned():
     """Tokens that this rank decodes with weights that ZeRO-3 has partitioned."""
-    world = arrange(join())
+    world = init_model_parallel(init_distributed())
     config = engine_config(3, 4)
     set_up_deepspeed()
     model, partitioning = adapted_model(), Partitioning(config)

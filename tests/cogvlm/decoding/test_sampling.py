@@ -130,9 +130,9 @@ def test_a_cut_without_a_temperature_is_refused(settings):
 
 def draw_in_layout(model_parallel):
     """Greedy and drawn tokens; on every rank, with and without a seed."""
-    from sat_lora.parallel.distributed import arrange, join
+    from sat_lora.parallel.distributed import init_distributed, init_model_parallel
 
-    arrange(join(), model_parallel)
+    init_model_parallel(init_distributed(), model_parallel)
     model, batch = tiny_model(model_parallel_size=model_parallel), joined(prompts_of_many_kinds())
     torch.manual_seed(torch.distributed.get_rank())
     limits = dict(max_new_tokens=10, eos_token_id=NEVER)

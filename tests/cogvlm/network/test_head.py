@@ -12,7 +12,7 @@ from sat_lora.cogvlm.inputs.text import IGNORED
 from sat_lora.cogvlm.network import head
 from sat_lora.cogvlm.network.head import LabelledRows, loss_of_rows
 from sat_lora.data.samples import BrokenSample, collate
-from sat_lora.parallel.distributed import arrange, join
+from sat_lora.parallel.distributed import init_distributed, init_model_parallel
 from sat_lora.training.steps.engine import start_engine
 from sat_lora.training.steps.loss import answer_loss_sum
 from sat_lora.training.steps.step import to_device, validate
@@ -176,7 +176,7 @@ def test_masks_and_labels_stay_on_the_host():
 def counted_calls(stage, model_parallel, monkey_chunk):
     """Ranks with other lengths and other numbers of labels: of rank 1 first a few, then none."""
     head.CHUNK_ROWS = monkey_chunk
-    world = arrange(join(), model_parallel)
+    world = init_model_parallel(init_distributed(), model_parallel)
     model = tiny_model(model_parallel_size=model_parallel).train()
     add_lora(model, ALL_LINEAR_AND_HEAD)
     fill_adapters(model, std=0.1)

@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from sat_lora.doctor.run_checks import collectives
-from sat_lora.parallel.distributed import arrange, join
+from sat_lora.parallel.distributed import init_distributed, init_model_parallel
 from tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.timeout(60)
 
 
 def rank_1_does_not_come():
-    world = arrange(join())
+    world = init_model_parallel(init_distributed())
     if world.rank == 1:
         time.sleep(4)
         return None
@@ -38,7 +38,7 @@ class Done:
 
 def faulty_all_reduce(fault):
     """What came of it, and the times, with a fault planted in the model-parallel group of ranks 0 and 1."""
-    world = arrange(join(), 2)
+    world = init_model_parallel(init_distributed(), 2)
     real, group = torch.distributed.all_reduce, collectives.mpu.get_model_parallel_group()
 
     def planted(value, group=None, async_op=False, own=group):
@@ -78,7 +78,7 @@ def test_a_group_that_does_not_work_is_named_on_every_rank(fault, told):
 
 
 def healthy_groups():
-    arrange(join(), 2)
+    init_model_parallel(init_distributed(), 2)
     return collectives.collective_findings(), collectives.collective_times()
 
 

@@ -16,7 +16,7 @@ from sat_lora.cogvlm.network.model import build_cogvlm
 from sat_lora.doctor.run_checks import environment
 from sat_lora.doctor.run_checks.space import disk_findings, shared_memory_findings
 from sat_lora.lora.summary import describe
-from sat_lora.parallel.distributed import arrange, join
+from sat_lora.parallel.distributed import init_distributed, init_model_parallel
 from sat_lora.training.prepare import prepare
 from sat_lora.training.settings.options import parse_options
 from tests.support.demo_runs import options_for
@@ -127,7 +127,7 @@ def test_a_folder_that_cannot_be_written_is_found(tmp_path):
 def sizes_told_and_saved(arguments, fields, folder):
     """What the doctor says of the files of a run, and what they take."""
     options = parse_options(arguments)
-    arrange(join(), options.model_parallel_size)
+    init_model_parallel(init_distributed(), options.model_parallel_size)
     config = LoraConfig(r=4, **fields)
     told = environment.saved_sizes(options, config)
     sizes = read_config(options.from_pretrained)

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from sat_lora.lora.deltas.low_rank import DeltaLayout, RandomDropout, add_delta, add_delta_reference, dropout_mask
+from sat_lora.lora.deltas.layout import DeltaLayout
+from sat_lora.lora.deltas.low_rank import RandomDropout, add_delta, add_delta_reference, dropout_mask
 
 LAYOUTS = {
     "whole": DeltaLayout(((0, 6),), 6),
@@ -25,15 +26,15 @@ def operands(layout, dtype=torch.float64, tokens=TOKENS, seed=0):
 class DropoutBy(RandomDropout):
     """Leaves what a mask (tokens, in) says."""
 
-    def __init__(self, keep):
-        self.__dict__["mask"] = keep.byte()
+    def __init__(self, mask):
+        self.__dict__["mask"] = mask.byte()
 
     def project(self, x, a, scale):
         return (x * self.mask).mm(a.t()), self.mask, scale
 
 
-def dropout_by(keep):
-    return None if keep is None else DropoutBy(keep)
+def dropout_by(mask):
+    return None if mask is None else DropoutBy(mask)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -45,18 +46,18 @@ def one_model_parallel_rank(single_process_group):
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 @pytest.mark.parametrize("dropout", [False, True])
 def test_gradcheck_in_float64(function, layout, dropout):
-    keep = torch.rand(TOKENS, IN) > 0.3 if dropout else None
-    assert torch.autograd.gradcheck(lambda *t: function(*t, dropout_by(keep), 1.7, layout), operands(layout))
+    mask = torch.rand(TOKENS, IN) > 0.3 if dropout else None
+    assert torch.autograd.gradcheck(lambda *t: function(*t, dropout_by(mask), 1.7, layout), operands(layout))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 @pytest.mark.parametrize("tokens", [0, 1, 7])
 def test_fused_equals_the_reference(layout, tokens):
-    keep = torch.rand(tokens, IN) > 0.3
+    mask = torch.rand(tokens, IN) > 0.3
     results = []
     for function in (add_delta, add_delta_reference):
         tensors = operands(layout, tokens=tokens)
-        out = function(*tensors, dropout_by(keep), 0.5, layout)
+        out = function(*tensors, dropout_by(mask), 0.5, layout)
         out.pow(2).sum().backward()
         results.append([out, *(t.grad for t in tensors)])
     for fused, plain in zip(*results):
@@ -109,13 +110,13 @@ def test_x_is_saved_and_no_copy_of_it():
 def test_the_mask_keeps_its_share_everywhere_and_repeats_with_the_seed(probability):
     x = torch.empty(400, 1001)
     torch.manual_seed(3)
-    keep, share = dropout_mask(x, probability)
+    mask, share = dropout_mask(x, probability)
     torch.manual_seed(3)
-    assert torch.equal(keep, dropout_mask(x, probability)[0])
-    assert keep.shape == x.shape and keep.dtype == torch.uint8 and set(keep.unique().tolist()) == {0, 1}
+    assert torch.equal(mask, dropout_mask(x, probability)[0])
+    assert mask.shape == x.shape and mask.dtype == torch.uint8 and set(mask.unique().tolist()) == {0, 1}
     assert share == pytest.approx(1 - probability, abs=2**-17)
     for dim, size in ((0, 400), (1, 1001)):
-        deviation = (keep.double().mean(dim) - share).abs().max()
+        deviation = (mask.double().mean(dim) - share).abs().max()
         assert deviation < 6 * (share * (1 - share) / size) ** 0.5
 
 
@@ -123,14 +124,14 @@ def test_the_mask_of_no_token_is_empty():
     assert dropout_mask(torch.empty(0, 7), 0.5)[0].shape == (0, 7)
 
 
-@pytest.mark.parametrize("take_over", [False, True])
-def test_a_model_may_change_the_output_in_place(take_over):
+@pytest.mark.parametrize("fuse", [False, True])
+def test_a_model_may_change_the_output_in_place(fuse):
     """`hidden += residual` behind an adapted linear."""
     _, x, a, b = operands(LAYOUTS["whole"])
     weight, layout = torch.randn(6, IN, dtype=torch.float64), LAYOUTS["whole"]
     results = []
     for function in (add_delta, add_delta_reference):
-        more = (weight,) if take_over and function is add_delta else ()
+        more = (weight,) if fuse and function is add_delta else ()
         out = function((x @ weight.T).view(1, TOKENS, 6), x.view(1, TOKENS, IN), a, b, None, 1.0, layout, *more)
         out += 1
         out *= 2
@@ -145,18 +146,18 @@ def test_a_model_may_change_the_output_in_place(take_over):
 def test_a_product_taken_over_has_the_gradients_of_product_and_delta(layout, dropout, tokens):
     """Against plain autograd over y = x W^T with the delta added; y's own graph gets nothing to do."""
     torch.manual_seed(1)
-    weight, keep = torch.randn(6, IN, dtype=torch.float64), (torch.rand(tokens, IN) > 0.3) if dropout else None
+    weight, mask = torch.randn(6, IN, dtype=torch.float64), (torch.rand(tokens, IN) > 0.3) if dropout else None
     results = []
-    for take_over in (True, False):
+    for fuse in (True, False):
         _, x, a, b = operands(layout, tokens=tokens)
         y, seen = x @ weight.T, []
         y.register_hook(seen.append)
-        if take_over:
-            out = add_delta(y, x, a, b, dropout_by(keep), 1.7, layout, weight)
+        if fuse:
+            out = add_delta(y, x, a, b, dropout_by(mask), 1.7, layout, weight)
         else:
-            out = add_delta_reference(y, x, a, b, dropout_by(keep), 1.7, layout)
+            out = add_delta_reference(y, x, a, b, dropout_by(mask), 1.7, layout)
         out.pow(2).sum().backward()
-        assert len(seen) == (0 if take_over else 1)
+        assert len(seen) == (0 if fuse else 1)
         results.append([out, *(t.grad for t in (x, a, b))])
     for fused, plain in zip(*results):
         torch.testing.assert_close(fused, plain, rtol=1e-12, atol=1e-12)

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from sat_lora import LoraConfig, add_lora
 from sat_lora.errors import CheckpointError
-from sat_lora.parallel.distributed import arrange, join
+from sat_lora.parallel.distributed import init_distributed, init_model_parallel
 from sat_lora.training.steps.checkpoint import STATE, TENSORS, RunState, load_checkpoint
 from sat_lora.training.steps.engine import adapter_optimizer, start_engine
 from sat_lora.training.steps.optimizer_state import create_moments, optimizer_tensors
@@ -48,7 +48,7 @@ def state_of(engine):
 
 def cut_everywhere(folder, model_parallel, stage, bf16, accumulate, cuts):
     """Differences between a run of STEPS steps and its continuations from the checkpoint after each of `cuts`."""
-    world = arrange(join(), model_parallel)
+    world = init_model_parallel(init_distributed(), model_parallel)
     whole, differences = fresh_engine(world, model_parallel, stage, bf16, accumulate), []
 
     def save(step):
@@ -98,14 +98,14 @@ def test_a_run_cut_anywhere_continues_bit_for_bit_in_every_layout(case, tmp_path
 
 
 def save_after_steps(folder, model_parallel, stage, bf16):
-    world = arrange(join(), model_parallel)
+    world = init_model_parallel(init_distributed(), model_parallel)
     engine = fresh_engine(world, model_parallel, stage, bf16)
     losses_from(engine, world, STEPS - 2, 1)
     save_now(engine, Path(folder), RunState(step=2), world, samples=4)
 
 
 def state_read_by(folder, model_parallel, stage, bf16):
-    world = arrange(join(), model_parallel)
+    world = init_model_parallel(init_distributed(), model_parallel)
     engine = fresh_engine(world, model_parallel, stage, bf16)
     before = torch.get_rng_state()
     load_checkpoint(engine, Path(folder), world)
@@ -123,7 +123,7 @@ def test_a_checkpoint_loads_in_every_other_layout(tmp_path):
 
 def refusals(folder):
     """Messages for a missing, a torn and an unfit checkpoint; and whether the model stayed as it was."""
-    world = arrange(join())
+    world = init_model_parallel(init_distributed())
     engine, messages = fresh_engine(world, 1, 2, False), []
     before = state_of(engine)
 
@@ -156,7 +156,7 @@ def test_what_cannot_be_read_is_named_and_changes_nothing(tmp_path):
 
 
 def save_once(folder):
-    world = arrange(join())
+    world = init_model_parallel(init_distributed())
     save_now(fresh_engine(world, 1, 0, False), Path(folder), RunState(step=2), world, samples=2)
 
 

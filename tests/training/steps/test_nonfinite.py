@@ -8,7 +8,7 @@ import torch
 
 from sat_lora import LoraConfig, add_lora
 from sat_lora.lora.apply import adapters_of
-from sat_lora.parallel.distributed import arrange, join
+from sat_lora.parallel.distributed import init_distributed, init_model_parallel
 from sat_lora.training.steps.engine import adapter_optimizer, start_engine
 from sat_lora.training.steps.loss import count_answer_tokens, sum_over_data_parallel
 from sat_lora.training.steps.nonfinite import nonfinite_gradients
@@ -25,7 +25,7 @@ class Run:
     """An engine with a watch; `step` takes one step, with a NaN planted on the last rank if `plant` names one."""
 
     def __init__(self, stage, model_parallel=1, accumulate=1, bf16=False, checkpoint=False, offload=False):
-        self.world, self.accumulate = arrange(join(), model_parallel), accumulate
+        self.world, self.accumulate = init_model_parallel(init_distributed(), model_parallel), accumulate
         model = tiny_model(
             torch.bfloat16 if bf16 else torch.float32,
             model_parallel_size=model_parallel,

@@ -13,7 +13,7 @@ from sat_lora.cogvlm.checkpoints.sat_folder import save_weights
 from sat_lora.cogvlm.network.model import build_cogvlm
 from sat_lora.lora.mixin import lora_mixins
 from sat_lora.memory.live_memory import LiveBytes
-from sat_lora.parallel.distributed import arrange, join
+from sat_lora.parallel.distributed import init_distributed, init_model_parallel
 from sat_lora.parallel.partitioned import Partitioning
 from sat_lora.training.steps.engine import adapter_optimizer, set_up_deepspeed, start_engine
 from sat_lora.training.steps.optimizer_state import create_moments
@@ -28,7 +28,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 def train_and_end(stage, dtype):
     """What lives after `end_training`: names of objects, bytes of tensors beyond the model; and how the model is."""
-    world = arrange(join())
+    world = init_model_parallel(init_distributed())
     config = engine_config(stage, 2, bf16=dtype == "bf16")
     with LiveBytes() as live:
         model = tiny_model(DTYPES[dtype]).train()
@@ -118,7 +118,7 @@ def peaks_of_run(stage, folder, captchas, *more):
     from sat_lora.training.settings import deepspeed_config
     from sat_lora.training.settings.options import parse_options
 
-    arrange(join())
+    init_model_parallel(init_distributed())
     base_bytes = wide_base(folder / "base")
     deepspeed_config.BUCKET = 100_000
     peaks, train, load = [], finetune.train, evaluation.load_cogvlm

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sat_lora import LoraConfig, add_lora
-from sat_lora.parallel.distributed import arrange, join
+from sat_lora.parallel.distributed import init_distributed, init_model_parallel
 from sat_lora.training.steps import engine as engine_module
 from sat_lora.training.steps.engine import adapter_optimizer, start_engine
 from sat_lora.training.steps.optimizer_state import create_moments, optimizer_tensors
@@ -15,7 +15,7 @@ from tests.support.training_runs import engine_config, mixed_batch, step_togethe
 
 def norms_and_state(stage, model_parallel, bf16, clip, own):
     """Norms of three steps, and masters and moments after them. own: by this package, else by DeepSpeed."""
-    world = arrange(join(), model_parallel)
+    world = init_model_parallel(init_distributed(), model_parallel)
     speed_up = engine_module.speed_up_norm
     if not own:
         engine_module.speed_up_norm = lambda optimizer: None
