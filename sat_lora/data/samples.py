@@ -2,7 +2,6 @@
 
 import os
 import random
-from argparse import Namespace
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
@@ -134,10 +133,10 @@ def read_items(
     return items
 
 
-def reading_options(options: Namespace) -> dict:
-    """What `read_items` takes of a run's options; those of a run that an earlier version wrote have none of it."""
-    known = vars(options)
-    lists = {name: known.get(name) or [] for name in ("ignore_keys", "images_from")}
+def reading_options(settings: object) -> dict:
+    """What `read_items` takes of an object that may have attributes of the names of its parameters."""
+    known = vars(settings)
+    lists = {name: list(known.get(name) or ()) for name in ("ignore_keys", "images_from")}
     return {**lists, "names_are_answers": bool(known.get("names_are_answers")), "run_folder": known.get("run_folder")}
 
 

@@ -3,7 +3,6 @@
 import itertools
 import math
 import time
-from argparse import Namespace
 from collections.abc import Iterable
 
 import torch
@@ -15,7 +14,7 @@ from sat_lora.parallel.stop_signals import Stopped, StopSignals
 from sat_lora.training.runs.run_folder import RunFolder
 from sat_lora.training.runs.step_progress import peak_memory_mib
 from sat_lora.training.saving import BackgroundWriter, finish_saving, start_saving
-from sat_lora.training.settings.schedule import learning_rate_factor, warmup_steps
+from sat_lora.training.settings.config import TrainConfig
 from sat_lora.training.steps.broken_samples import BrokenSamples
 from sat_lora.training.steps.checkpoint import RunState
 from sat_lora.training.steps.loss import count_answer_tokens, sum_on_device
@@ -28,7 +27,7 @@ def train(
     engine,
     loader: Iterable[dict],
     valid: Iterable[dict] | None,
-    options: Namespace,
+    options: TrainConfig,
     run: RunFolder,
     world: World,
     state: RunState,
@@ -36,7 +35,7 @@ def train(
     dataset_size: int,
     trace: NoTrace = NO_TRACE,
 ) -> None:
-    """From step `state.step` to `options.train_iters`; evaluates, saves and reports on the way and at the end.
+    """From step `state.step` to `options.schedule.steps`; evaluates, saves and reports on the way and at the end.
 
     Saves are written beside the steps that follow, one at a time; all are on the disk when it returns or is stopped.
 
@@ -46,12 +45,11 @@ def train(
     DataError, on every rank at the same step: too many samples are broken.
     Stopped, on every rank: one of them received SIGTERM or SIGINT; the step was finished and everything saved.
     AdapterError or CheckpointError, on every rank: a save could not be written; at the next step or save, or the end.
-    TrainingError, on every rank: more than options.skip_nonfinite steps were not finite; none of them moved anything.
+    TrainingError, on every rank: more than --skip-nonfinite steps were not finite; none of them moved anything.
     """
-    total, accumulate = options.train_iters, options.gradient_accumulation_steps
-    warmup = warmup_steps(options.warmup, total)
-    batches, known = iter(loader), BrokenSamples(dataset_size, options.max_broken_share)
-    step_samples = options.batch_size * accumulate * world.data_parallel_size
+    total, accumulate = options.schedule.steps, options.schedule.gradient_accumulation_steps
+    batches, known = iter(loader), BrokenSamples(dataset_size, options.data.max_broken_share)
+    step_samples = options.schedule.batch_size * accumulate * world.data_parallel_size
     samples, steps_before, clock = 0, state.step, time.perf_counter()
     saved = state.step or None  # the newest save, which holds the state that this step begins from or an earlier one
     engine.train()
@@ -61,9 +59,7 @@ def train(
             if _validate(engine, valid, run, world, state, writer, trace):
                 start_saving(engine, options, run, world, state, writer)
         for step in range(state.step, total):
-            rate = options.lr * learning_rate_factor(
-                step, total_steps=total, warmup_steps=warmup, style=options.lr_decay_style, floor=options.min_lr_ratio
-            )
+            rate = options.optimizer.lr * options.schedule.factor(step, total)
             set_learning_rate(engine.optimizer.param_groups, rate)
             trace.at("data", step=step + 1)
             micro_batches = list(itertools.islice(batches, accumulate))
@@ -75,7 +71,7 @@ def train(
                 micro_batches,
                 world,
                 tokens,
-                checks_gradients=not options.fp16,  # there DeepSpeed's loss scaling does
+                checks_gradients=not options.precision.fp16,  # there DeepSpeed's loss scaling does
                 signals=signals.counts,
                 counts=[len(broken), writer.has_failed],
                 trace=trace,
@@ -91,7 +87,7 @@ def train(
             known.check((state.step - steps_before) * step_samples)
             if result.nonfinite is not None:
                 state.skipped += 1
-                if state.skipped > options.skip_nonfinite:
+                if state.skipped > options.optimizer.skip_nonfinite:
                     finish_saving(writer)
                     following = list(itertools.islice(batches, accumulate))
                     with held(engine):
@@ -100,7 +96,7 @@ def train(
                             following,
                             world,
                             _answer_tokens(following, world),
-                            checks_gradients=not options.fp16,
+                            checks_gradients=not options.precision.fp16,
                             trace=trace,
                         )
                     is_blown_up = again.nonfinite is not None
@@ -112,7 +108,7 @@ def train(
                 run.say(f"step {state.step}: no loss, none of its samples can be used")
             samples += step_samples
             last = state.step == total
-            if last or state.step % options.log_interval == 0:
+            if last or state.step % options.saving.log_interval == 0:
                 norm = engine.get_global_grad_norm()
                 run.log_step(
                     state.step,
@@ -126,12 +122,12 @@ def train(
             else:
                 run.advance(state.step, loss=result.loss, lr=rate)
             paused = time.perf_counter()
-            validates = valid is not None and (last or _due(state.step, options.eval_interval))
+            validates = valid is not None and (last or _due(state.step, options.saving.eval_interval))
             state.owes_validation = validates and result.stop is not None  # who takes the machine may not wait for it
             is_best = False
             if valid is not None and validates and not state.owes_validation:
                 is_best = _validate(engine, valid, run, world, state, writer, trace)
-            if last or is_best or result.stop is not None or _due(state.step, options.save_interval):
+            if last or is_best or result.stop is not None or _due(state.step, options.saving.save_interval):
                 trace.at("write")
                 start_saving(engine, options, run, world, state, writer)
                 saved = state.step

@@ -13,11 +13,11 @@ from sat_lora.errors import ConfigError, TrainingError
 from sat_lora.training.runs import run_folder
 from sat_lora.training.runs.run_folder import RunFolder, read_records
 from sat_lora.training.runs.run_logs import AppendedFile
-from sat_lora.training.settings.options import parse_options
 from sat_lora.watchdog import trace
 from sat_lora.watchdog.rank_files import file_of, folder_of
 from sat_lora.watchdog.rank_state import read_states
 from sat_lora.watchdog.watchdog import watched
+from tests.support.configs import config_of, parse_options
 from tests.support.full_disks import largest_file
 from tests.support.run_logs import FIGURES, scalars
 from tests.support.traces import trace_of_a_linear
@@ -213,7 +213,7 @@ def test_a_run_without_room_for_the_watchdog_is_warned_and_trains(tmp_path, monk
     monkeypatch.setattr(trace.os, "posix_fallocate", full_disk)
     monkeypatch.setattr(finetune, "on_first_rank", lambda action: None)
     run, world = Namespace(path=tmp_path), Namespace(rank=1, size=2)
-    assert finetune._trace(Namespace(watchdog_limit=5.0), run, world) is NO_TRACE
+    assert finetune._trace(config_of(watchdog_limit=5.0), run, world) is NO_TRACE
     assert "rank 1 runs without the watchdog: its files cannot be made: [Errno 28]" in caplog.text
 
 

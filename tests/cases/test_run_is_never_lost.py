@@ -29,9 +29,9 @@ from sat_lora.training.runs.run_folder import RunFolder, read_records
 from sat_lora.training.runs.run_lock import LOCK, Holder, Process, RunLock
 from sat_lora.training.runs.run_logs import EventFile
 from sat_lora.training.saving import write_save
-from sat_lora.training.settings.options import parse_options
 from sat_lora.training.steps import checkpoint
 from sat_lora.training.steps.checkpoint import TENSORS, GatheredCheckpoint, newest_checkpoint, read_state
+from tests.support.configs import parse_options
 from tests.support.demo_runs import options_for
 from tests.support.ranks import run_ranks
 from tests.support.scripts import run_script

@@ -106,8 +106,8 @@ def test_launched_options_are_options(command, tmp_path, monkeypatch):
 
     monkeypatch.setattr(module, "settings_of_run", lambda folder: {"given": [], "from_pretrained": str(tmp_path)})
     options = module.parse_options(launched_options(command), environ={})
-    assert options.resume or options.train_data == ["my_images"]
-    assert options.deepspeed_config is None or (ROOT / options.deepspeed_config).is_file()
+    assert options.start.resume or options.data.train_data == ("my_images",)
+    assert options.parallel.deepspeed_config is None or (ROOT / options.parallel.deepspeed_config).is_file()
 
 
 @pytest.mark.parametrize("command", EVALUATE, ids=shlex.join)
@@ -115,18 +115,18 @@ def test_an_evaluation_takes_its_options(command):
     script = ROOT / command[1]
     assert script.is_file()
     options = load_script(script.stem).build_parser().parse_args(command[2:])
-    assert (options.run, options.test_data, options.no_effect) == ("runs/finetune", ["held_out"], [])
+    assert (options.run, options.data.test_data, options.no_effect) == ("runs/finetune", ["held_out"], [])
 
 
 @pytest.mark.parametrize("command", TOOL, ids=shlex.join)
 def test_sat_lora_takes_its_options(command):
     from sat_lora.cli import build_parser
-    from sat_lora.training.settings.options import parse_options
+    from tests.support.configs import parse_options
 
     options, more = build_parser().parse_known_args(command[1:])
     assert options.command == command[1]
     if command[1] == "estimate":
-        assert parse_options(more, environ={}).from_pretrained == "cogvlm-base-490"
+        assert parse_options(more, environ={}).model.from_pretrained == "cogvlm-base-490"
     else:
         assert more == []
 
@@ -149,12 +149,12 @@ def test_the_python_of_the_readme_runs(page, single_process_group):
 
 def test_the_schedule_of_contributing_is_an_option(monkeypatch):
     from sat_lora.training.settings import schedule
-    from sat_lora.training.settings.options import parse_options
+    from tests.support.configs import parse_options
 
     monkeypatch.setitem(schedule.DECAY_STYLES, "root", None)  # taken out again after the test
     (code,) = (body for kind, body in FENCED.findall((ROOT / "CONTRIBUTING.md").read_text()) if kind == "python")
     exec(code, {})
-    assert parse_options(["--lr-decay-style", "root"]).lr_decay_style == "root"
+    assert parse_options(["--lr-decay-style", "root"]).schedule.lr_decay_style == "root"
     factors = [schedule.learning_rate_factor(step, total_steps=8, warmup_steps=2, style="root") for step in (0, 2, 7)]
     assert factors == pytest.approx([0.5, 1, 1 - (5 / 6) ** 0.5])
 

@@ -7,8 +7,8 @@ import torch
 from benchmarks.model_folders import write_hugging_face
 from sat_lora.errors import ConfigError, DataError, SatLoraError
 from sat_lora.training.preflight import check_options
-from sat_lora.training.settings.defaults import DEFAULTS
-from sat_lora.training.settings.options import parse_options
+from sat_lora.training.settings.config import DEFAULTS
+from tests.support.configs import parse_options
 from tests.support.stored_state import stored_state
 from tests.support.tar_shards import write_numbered_shards
 from tests.support.tiny import CONFIG

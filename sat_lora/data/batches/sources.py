@@ -2,9 +2,9 @@
 
 import hashlib
 import json
-from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch.utils.data import DataLoader
@@ -20,6 +20,25 @@ from sat_lora.parallel.distributed import World
 SIZES_TRIED = 256  # samples whose files are asked for their size
 
 
+@dataclass(frozen=True, kw_only=True)
+class SourceSettings:
+    """What decides which batches come: paths, how they are read and divided, and how many samples a batch has."""
+
+    train_data: Sequence[str]
+    valid_data: Sequence[str] | None
+    split: Sequence[float]
+    seed: int
+    batch_size: int
+    eval_batch_size: int
+    eval_iters: int
+    num_workers: int
+    max_pixels: int
+    ignore_keys: Sequence[str] = ()
+    images_from: Sequence[str] = ()
+    names_are_answers: bool = False
+    run_folder: str | None = None
+
+
 class FileSource:
     """Batches of items.
 
@@ -31,7 +50,7 @@ class FileSource:
         self,
         items: list,
         make_dataset: Callable[[list], ImageTextDataset],
-        options: Namespace,
+        options: SourceSettings,
         world: World,
         left_out: Sequence[tuple[str, int]] = (),
     ):
@@ -94,7 +113,7 @@ class ShardSource:
         self,
         shards: list[Shard],
         make_dataset: Callable[[list], ImageTextDataset],
-        options: Namespace,
+        options: SourceSettings,
         world: World,
         left_out: Sequence[tuple[str, int]] = (),
     ):
@@ -173,14 +192,14 @@ def _digest(entries: Iterable[Sequence]) -> str:
 
 
 def open_sources(
-    options: Namespace, world: World, make_dataset: Callable[[list], ImageTextDataset]
+    options: SourceSettings, world: World, make_dataset: Callable[[list], ImageTextDataset]
 ) -> tuple[FileSource | ShardSource, FileSource | ShardSource | None]:
     """(training, validation or None) from their paths; of files, a share of the training data where --split says so.
 
     Every rank has to call it. DataError on every rank: shards that cannot be read, all of them.
     """
 
-    def source(paths: list[str]) -> FileSource | ShardSource:
+    def source(paths: Sequence[str]) -> FileSource | ShardSource:
         left_out: Counter[str] = Counter()
         if is_shard(paths[0]):
             ranks = dict(data_parallel_rank=world.data_parallel_rank, data_parallel_size=world.data_parallel_size)

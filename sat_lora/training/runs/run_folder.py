@@ -8,7 +8,6 @@ import os
 import platform
 import shutil
 import sys
-from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +22,7 @@ from sat_lora.training.runs.results import DATA, EVENTS, FOLDERS, LOG, PICTURE, 
 from sat_lora.training.runs.run_lock import RunLock
 from sat_lora.training.runs.run_logs import AppendedFile, EventFile
 from sat_lora.training.runs.step_progress import Progress
+from sat_lora.training.settings.config import TrainConfig
 
 PATHS = ("from_pretrained", "local_tokenizer", *DATA, "deepspeed_config", "save")
 LOG_LIMIT = 1 << 30  # bytes of a train.jsonl; a line of it has some 200
@@ -119,7 +119,7 @@ class RunFolder:
         self._was_removed = True  # the loop's own thread has the logs: it begins them anew
         self.say(f"{printable(self.path)} was removed while the run wrote to it; it goes on there from this save")
 
-    def write_settings(self, options: Namespace, *, world: dict, **more) -> None:
+    def write_settings(self, config: TrainConfig, *, world: dict, **more) -> None:
         """run.json: settings (every option and which were given), versions, the world's layout, and whatever else.
 
         world: for instance {"ranks": 8, "data_parallel_size": 4, "model_parallel_size": 2, "device": "cuda"}.
@@ -127,8 +127,8 @@ class RunFolder:
         """
         if not self.is_writer:
             return
-        self.title = f"{self.path.name}, of {Path(options.from_pretrained).name}"
-        settings = {**_absolute(vars(options)), "given": sorted(options.given)}
+        self.title = f"{self.path.name}, of {Path(config.model.base).name}"
+        settings = {**_absolute(config.flat()), "run_folder": config.run_folder, "given": sorted(config.given)}
         self._settings = {"settings": settings, "versions": versions(), "world": world, **more}
         write_json(self.path / RUN, self._settings)
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-from argparse import Namespace
 
 import pytest
 import torch
@@ -20,7 +19,7 @@ from sat_lora.doctor.run_checks.optimization import schedule_findings
 from sat_lora.findings.codes import CODES
 from sat_lora.findings.finding import looked_for
 from sat_lora.training.settings import schedule
-from sat_lora.training.settings.options import parse_options
+from tests.support.configs import config_of, parse_options
 from tests.support.demo_runs import options_for
 from tests.support.ranks import run_ranks
 
@@ -169,8 +168,8 @@ def test_the_ranks_of_one_model_parallel_group_may_share(dataset):
 
 
 def schedule_of(steps, **changes):
-    settings = dict(lr=1e-3, warmup=0.01, lr_decay_style="cosine", min_lr_ratio=0.0)
-    return [one.seen for one in schedule_findings(Namespace(**{**settings, **changes}), steps)]
+    config = config_of(**{"lr": 1e-3, **changes})
+    return [one.seen for one in schedule_findings(config.schedule, config.optimizer.lr, steps)]
 
 
 def test_a_rate_that_never_leaves_its_warm_up_is_found():

@@ -10,7 +10,7 @@ from PIL import Image
 from sat_lora.training.runs import step_progress as progress
 from sat_lora.training.runs.loss_plot import draw_losses, smoothed
 from sat_lora.training.runs.run_folder import RunFolder, read_records, write_json
-from sat_lora.training.settings.options import parse_options
+from tests.support.configs import parse_options
 from tests.support.ranks import run_ranks
 from tests.support.run_logs import FIGURES, scalars
 
