@@ -10,9 +10,8 @@ evaluation.json; what is of another adapter, base or test data than the evaluati
 import argparse
 import contextlib
 import sys
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from sat_lora.training.settings.config import TrainConfig
@@ -124,8 +123,7 @@ def read_settings(options: argparse.Namespace) -> "Evaluation":
     return Evaluation(config=config, adapter=adapter, run=options.run, out=options.out, any_base=bool(options.any_base))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Evaluation:
+class Evaluation(NamedTuple):
     """What is evaluated, and where the result goes; see the options."""
 
     config: "TrainConfig"

@@ -43,9 +43,7 @@ def page() -> str:
 
 def _finetune_tables(parser: argparse.ArgumentParser) -> Iterator[str]:
     """The lines of a table for each group of options."""
-    from sat_lora.training.settings.defaults import demo_defaults, embedded_base
-
-    demo = {**embedded_base(DEMO), **demo_defaults(DEMO)}
+    demo = _script("demo").demo_in(DEMO).values(None)
     for group in parser._action_groups:
         actions = [action for action in group._group_actions if action.dest != "help"]
         if actions:

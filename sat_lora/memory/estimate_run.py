@@ -23,6 +23,8 @@ def estimate_run(config: TrainConfig, *, ranks: int, device: str = "cuda", layer
     parts = config.parallel.model_parallel_size
     if ranks < 1 or ranks % parts:
         raise ConfigError(f"--gpus: got {ranks}, wanted a multiple of --model-parallel-size {parts}")
+    if config.problems:
+        raise ConfigError("; ".join(config.problems))
     settled = settle(config, device=device, environ={"WORLD_SIZE": str(ranks)})
     config = settled.config
     sizes = sizes_of(config.model.base)

@@ -41,8 +41,9 @@ Source = FileSource | ShardSource
 def finetune(config: TrainConfig, demo: Demo | None = None) -> Setting:
     """Check, load, train, evaluate; the setting comes back, with the number of steps.
 
-    The demo's data are made first, on rank 0 alone, where they are not there yet. The run folder is locked meanwhile, and one that holds results is refused. Raises a SatLoraError on every rank for a
-    user's mistake, before the weights are read; TrainingError and Stopped from `train`.
+    The demo's data are made first, on rank 0 alone, where they are not there yet. The run folder is locked meanwhile,
+    and one that holds results is refused. Raises a SatLoraError on every rank for a user's mistake, before
+    the weights are read; TrainingError and Stopped from `train`.
     """
     join(config.parallel.distributed_backend, marks_of_options(config))
     doing, option = ("resuming", "--resume") if config.start.resume else ("training", "--save")

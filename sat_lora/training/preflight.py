@@ -57,6 +57,7 @@ def option_problems(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     settings = [
         *_base_and_prompt_problems(config, environ),
+        *config.problems,
         *_engine_problems(config, environ, device),
         *_resume_problems(config, environ),
     ]

@@ -128,6 +128,8 @@ def on_first_rank(action: Callable[[], None] | None) -> None:
 
 def _check_targets(config: TrainConfig) -> None:
     """ConfigError: LoRA's targets are not there in a model with the names of the base and hardly any size."""
+    if config.problems:
+        raise ConfigError("; ".join(config.problems))
     sizes = read_config(config.model.base)
     parts = config.parallel.model_parallel_size
     small = dict(hidden_size=2 * parts, num_attention_heads=parts, inner_hidden_size=parts)

@@ -61,7 +61,7 @@ def settled_problems(config: TrainConfig, state: dict) -> Iterator[str]:
     stored = settings_of_run(config.run_folder)
     own = state["run"].get("settings")
     in_checkpoint = own if isinstance(own, dict) else {}
-    for name in SETTLED:
+    for name in SETTLED if not config.problems else ("seed",):  # nobody knows LoRA's values then
         now = config.value(name)
         in_file = stored.get(name, DEFAULTS[name])
         before = in_checkpoint.get(name, in_file)

@@ -3,10 +3,10 @@
 import shlex
 
 import pytest
-from sat_lora.training.settings.defaults import EMBEDDED_DEMO
 
 from sat_lora.cli import main as sat_lora
 from tests.support.configs import parse_options
+from tests.support.paths import TINY_BASE
 from tests.support.scripts import load_script
 
 COMMON = (
@@ -65,7 +65,7 @@ def test_so_are_the_other_options_of_fine_tuning(more, evaluate):
 def test_a_merged_model_is_evaluated_alone_and_said_so(evaluate, captchas, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("sat_lora.parallel.distributed.torch.distributed.destroy_process_group", lambda: None)
     monkeypatch.setattr("sat_lora.parallel.distributed.mpu.destroy_model_parallel", lambda: None)
-    base, out = EMBEDDED_DEMO / "tiny_cogvlm", tmp_path / "evaluation.json"
+    base, out = TINY_BASE, tmp_path / "evaluation.json"
     options = ["--from_pretrained", base, "--test-data", captchas / "valid", "--version", "base", "--max_length", 64]
     status = evaluate.main([*map(str, options), "--out", str(out), "--strict-eval", "--use_lora"])
     printed = capsys.readouterr().out
@@ -98,7 +98,7 @@ def test_a_run_without_test_data_is_asked_for_it_alone(evaluate, tmp_path, capsy
         (["--qlora"], "the base is not quantised here"),
         (["--use_qlora"], "the base is not quantised here"),
         (["--pre_seq_len", "8"], "there is no P-tuning here"),
-        (["--config", "my.yaml"], "--deepspeed_config takes DeepSpeed's json alone"),
+        (["--config_file", "my.yaml"], "did you mean --config?"),
         (["--num_gpus", "8"], "it is an option of the launcher: give it before the script"),
         (["--x\x1b[2J"], r"unknown: --x\x1b[2J; --help lists the options"),
     ],

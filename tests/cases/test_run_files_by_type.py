@@ -11,6 +11,7 @@ from sat_lora.data.batches.sources import FileSource
 from sat_lora.errors import CheckpointError, ConfigError, DataError
 from sat_lora.training import finetune
 from sat_lora.training.evaluation import evaluated, evaluation_file, try_to_write
+from sat_lora.training.preflight import option_problems
 from sat_lora.training.resume import check_data, facts_of_run, notes, settled_problems
 from sat_lora.training.runs.run_folder import RunFolder, read_records, write_json
 from sat_lora.training.settings.config import DEFAULTS
@@ -19,6 +20,7 @@ from sat_lora.training.settings.run_settings import settings_of_run
 from sat_lora.training.steps.checkpoint import STATE, RunState, newest_checkpoint, read_state
 from sat_lora.training.steps.random_state import parsed, random_state
 from tests.support.configs import config_of, parse_options
+from tests.support.paths import TINY_BASE
 from tests.support.stored_state import stored_state
 
 # run.json
@@ -359,8 +361,9 @@ def test_other_pictures_under_the_same_names_are_said(tmp_path):
 
 @pytest.mark.parametrize("value", [None, "4", [], {"a": 1}, True, -1, 0])
 def test_a_factor_of_a_wrong_type_is_a_problem_of_its_option(value):
-    with pytest.raises(ConfigError, match="lr_ratio"):
-        resolve({}, resumed_run={"lr_ratio": value, "given": []})
+    stored = {"from_pretrained": str(TINY_BASE), "train_data": ["x"], "version": "base", "max_length": 64}
+    config, _ = resolve({}, resumed_run={**stored, "lr_ratio": value, "given": []})
+    assert ["--lr_ratio" in problem for problem in option_problems(config, {}, "cpu")[0]] == [True]
 
 
 def test_options_of_one_start_do_not_come_back(capsys):

@@ -186,13 +186,8 @@ def test_a_run_is_started_again_under_its_own_launcher():
 
 
 def what_next(run, **settings):
-    settings = {
-        "train_iters": 4,
-        "from_pretrained": "base",
-        "save": str(run.parent),
-        "experiment_name": run.name,
-    } | settings
-    lines = load_script("finetune_cogvlm")._what_next(config_of(**own, **settings))
+    own = {"train_iters": 4, "from_pretrained": "base", "save": str(run.parent), "experiment_name": run.name}
+    lines = load_script("finetune_cogvlm")._what_next(config_of(**own | settings))
     return {line.split(maxsplit=1)[0]: line.split(maxsplit=1)[1] for line in lines.splitlines()}
 
 

@@ -20,14 +20,8 @@ NEEDED = 1 + 9 + 2 + len(DEFAULTS["prompt"]) + 1 + 1  # BOS, image, prompt, a to
 def check(base_folder, image_folder):
     def check(*argv, environ=None, device="cpu", **changes):
         given = ["--from_pretrained", str(base_folder), "--version", "base", "--train-data", str(image_folder), *argv]
-        options = parse_options(given, environ={})
-        for name, value in changes.items():
-            setattr(options, name, value)
-        before = dict(vars(options))
-        try:
-            check_options(options, environ or {}, device=device)
-        finally:
-            assert vars(options) == before
+        options = parse_options(given, environ={}).replaced(**changes)
+        check_options(options, environ or {}, device=device)
         return options
 
     return check

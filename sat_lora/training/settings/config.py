@@ -374,6 +374,9 @@ class TrainConfig:
     compatibility: Compatibility = field(default_factory=Compatibility)
     origins: Mapping[str, Origin] = field(default_factory=lambda: MappingProxyType({}), compare=False, repr=False)
     """Where each value comes from, by its name; what is not there is the default."""
+    problems: tuple[str, ...] = ()
+    """What is wrong with values that no LoraConfig can have, in place of which `lora` has the defaults: `check_options`
+    says it together with all else that is wrong."""
 
     @classmethod
     def of(cls, values: Mapping[str, Any], origins: Mapping[str, Origin] | None = None) -> "TrainConfig":

@@ -177,7 +177,7 @@ def _foreign(content: dict) -> str | None:
         return "is the run.json of a run; give its folder to --resume"
     own = {key for key in content if isinstance(key, str)} - KNOWN.keys() - set(SECTIONS)
     if own & {"zero_optimization", "train_micro_batch_size_per_gpu", "train_batch_size"} and own <= TOP_LEVEL_KEYS:
-        return "is a DeepSpeed file; give it to --deepspeed_config"
+        return "holds entries of DeepSpeed; write them as JSON, and give that file to --deepspeed_config"
     return None
 
 

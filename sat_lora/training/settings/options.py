@@ -93,9 +93,11 @@ def parse_options(
         parser.error(str(error))
     for warning in warnings:
         warn(warning, environ)
-    if prints:
+    if prints and not config.problems:
         parser._print_message(as_yaml(config, file=path), sys.stdout)
         raise SystemExit(0)
+    if prints:
+        parser.error("; ".join(config.problems))
     problem = name_problem(config.run_folder)
     if problem and not (config.start.doctor or config.start.replay):
         option = "resume" if config.start.resume else "save"

@@ -1,10 +1,11 @@
 """One config out of all that has a say in it."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from sat_lora.errors import ConfigError
-from sat_lora.training.settings.config import DEFAULTS, Origin, TrainConfig
+from sat_lora.training.settings.config import DEFAULTS, LORA_FIELDS, Origin, TrainConfig
 from sat_lora.training.settings.deepspeed_file import values_of_file
 from sat_lora.training.settings.lora_options import lora_problems
 
@@ -33,7 +34,7 @@ def resolve(
     resumed_run: as `settings_of_run` gives it, with the names of what was set by hand under `given`. deepspeed_json: as
     `read_deepspeed_file` gives it; entries that are wrong say nothing here, `file_problems` speaks of them.
     local_rank: as the launcher says.
-    ConfigError: two that exclude each other, or a LoraConfig that cannot be.
+    ConfigError: two exclude each other. What is wrong with LoRA's values is in `problems` of the config.
     """
     _refuse_pairs(given, file)
     stored = {name: value for name, value in resumed_run.items() if name != "given"}
@@ -63,10 +64,12 @@ def resolve(
     values["local_tokenizer"] = values.get("local_tokenizer") or values.get("from_pretrained")
     if values.get("replay"):
         values["experiment_name"] = "replay"
+    lora = {name: values.pop(name) for name in LORA_FIELDS if name in values}
+    config = TrainConfig.of(values, origins)
     try:
-        config = TrainConfig.of(values, origins)
+        config = config.replaced(**lora)
     except ConfigError as error:
-        raise ConfigError("; ".join(lora_problems(error))) from error
+        config = replace(config, problems=tuple(lora_problems(error)))
     return config, list(_warnings(config, deepspeed_json))
 
 

@@ -38,9 +38,8 @@ def merge(tmp_path):
             path = tmp_path / "ds.json"
             path.write_text(content if isinstance(content, str) else json.dumps(content))
             argv = ("--deepspeed_config", str(path), *argv)
-        options = parse_options(
-            ["--from_pretrained", "base", *argv], environ=environ if "RANK" in (environ or {}) else {}
-        )
+        place = environ if "RANK" in (environ or {}) else {}
+        options = parse_options(["--from_pretrained", "base", *argv], environ=place)
         settled = settle(options, device=device, environ=environ or {})
         for message in settled.warnings:
             warn(message, environ or {})
