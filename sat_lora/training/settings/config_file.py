@@ -2,19 +2,19 @@
 
 import difflib
 import json
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from sat_lora.errors import ConfigError
 from sat_lora.files.foreign import is_lfs_pointer, parse_json, read_bytes
+from sat_lora.files.yaml_text import parse_yaml, without_repeats
 from sat_lora.lora.config import LoraConfig
 from sat_lora.printable import printable
 from sat_lora.terminal.option_parser import advice_on, meant_options
 from sat_lora.training.settings.config import DEFAULTS, KNOWN, SECTIONS, Origin, TrainConfig
 from sat_lora.training.settings.deepspeed_file import TOP_LEVEL_KEYS
-from sat_lora.training.settings.fields import shown
+from sat_lora.training.settings.fields import Known, shown
 from sat_lora.training.settings.lora_options import lora_problems
 
 LIMIT = 1 << 18  # bytes of a file; all settings with their comments are 12,000
@@ -70,90 +70,11 @@ def _content(path: Path, where: str) -> Any:
         text = content.decode("utf-8-sig")
         if not text.strip():
             raise ValueError("it is empty")
-        return parse_json(text, object_pairs_hook=_once) if kind == "JSON" else _parse_yaml(text)
+        return parse_json(text, object_pairs_hook=without_repeats) if kind == "JSON" else parse_yaml(text)
     except UnicodeDecodeError as error:
         raise ConfigError(f"{where} cannot be read as {kind}: it is no text in UTF-8") from error
     except ValueError as error:
         raise ConfigError(f"{where} cannot be read as {kind}: {printable(error)}") from error
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict:
-    """The object of these pairs; ValueError for a key that comes twice, of which the last would be kept."""
-    content: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in content:
-            raise ValueError(f"{key!r} stands twice in one place; keep one of them")
-        content[key] = value
-    return content
-
-
-def _parse_yaml(text: str) -> Any:
-    """What the text says as YAML, in the types of YAML 1.2: `1e-4` is a number, `no` a text. ValueError: it is none.
-
-    Aliases are refused, by which a small file becomes a huge value, and so are tags, by which a file makes objects.
-    """
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        yaml_implicit_resolvers: dict = {}  # noqa: RUF012 as in its base
-
-        def compose_node(self, parent, index):
-            if self.check_event(yaml.AliasEvent):
-                raise ValueError(f"line {self.peek_event().start_mark.line + 1}: aliases (*name) are not read here")
-            event = self.peek_event()
-            tag = getattr(event, "tag", None)
-            if tag is not None:
-                raise ValueError(f"line {event.start_mark.line + 1}: tags are not read here, got {tag}")
-            return super().compose_node(parent, index)
-
-        def construct_mapping(self, node, deep=False):
-            return _once([(self._key(key), self.construct_object(value, deep=True)) for key, value in node.value])
-
-        def _key(self, node) -> str:
-            if not isinstance(node, yaml.ScalarNode):
-                raise ValueError(f"line {node.start_mark.line + 1}: a key is no name")
-            return node.value
-
-        def construct_yaml_map(self, node):
-            yield self.construct_mapping(node)
-
-    Loader.add_constructor("tag:yaml.org,2002:map", lambda loader, node: loader.construct_mapping(node))
-    for kind, pattern, first in (
-        ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
-        ("bool", r"true|True|TRUE|false|False|FALSE", [*"tTfF"]),
-        ("int", r"[-+]?[0-9]+", [*"-+0123456789"]),
-        ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", [*"-+.0123456789"]),
-        ("float", r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", [*"-+."]),
-    ):
-        Loader.add_implicit_resolver(f"tag:yaml.org,2002:{kind}", re.compile(f"^(?:{pattern})$"), first)
-    Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: _whole(node.value))
-    Loader.add_constructor("tag:yaml.org,2002:float", lambda loader, node: _decimal(node.value))
-    try:
-        content = yaml.load(text, Loader)
-        json.dumps(content)  # a RecursionError here too
-        return content
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
-    except yaml.YAMLError as error:
-        raise ValueError(_of_yaml(error)) from error
-
-
-def _whole(text: str) -> int | str:
-    """The number; a text where Python refuses to read so many digits."""
-    return int(text) if len(text) < 400 else text
-
-
-def _decimal(text: str) -> float:
-    return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
-
-
-def _of_yaml(error: Exception) -> str:
-    """What is wrong with a YAML file, and where, on one line."""
-    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
-    if mark is None or problem is None:
-        return " ".join(str(error).split())
-    hint = "; indent with spaces" if "'\\t'" in problem else ""
-    return f"line {mark.line + 1}, column {mark.column + 1}: {problem}{hint}"
 
 
 def _kind(content: Any) -> str:
@@ -199,7 +120,7 @@ def _values(content: dict, problems: list[str]) -> dict[str, Any]:
         try:
             values[name] = KNOWN[name].written(value)
         except ValueError as error:
-            problems.append(f"{place}{name}: got {shown(value)}, wanted {error}{_hint(KNOWN[name].default, value)}")
+            problems.append(f"{place}{name}: got {shown(value)}, wanted {error}{_hint(KNOWN[name], value)}")
     return values
 
 
@@ -252,10 +173,13 @@ def _meant(place: str, key: str) -> str:
     return f"; did you mean {section}{near[0]}?"
 
 
-def _hint(default: Any, value: Any) -> str:
+def _hint(known: Known, value: Any) -> str:
     """What is most likely wrong with a value, as the end of a sentence."""
-    is_scalar = isinstance(value, (bool, int, float)) and (default is None or isinstance(default, str))
-    return "; put it in quotes" if is_scalar else ""
+    is_text = known.choices is None and "type" not in known.option and not known.is_flag and not known.accepts
+    if is_text and isinstance(value, (bool, int, float)):
+        return "; put it in quotes"
+    near = difflib.get_close_matches(str(value), map(str, known.choices or ()), 1)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def as_yaml(config: TrainConfig, *, file: str | None = None) -> str:

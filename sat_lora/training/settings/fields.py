@@ -130,11 +130,16 @@ class Known:
         return value
 
     def _at_home(self, value: Any) -> Any:
+        """A path with the user's own folder in place of `~`; ValueError for one with a variable of the shell."""
         if self.option.get("metavar") not in PLACES:
             return value
         if isinstance(value, list):
             return [self._at_home(entry) for entry in value]
-        return os.path.expanduser(value) if isinstance(value, str) and re.match(r"~\w*(/|$)", value) else value
+        if not isinstance(value, str):
+            return value
+        if re.match(r"\$\w+(/|$)|\$\{\w+\}", value):
+            raise ValueError("a path; variables of the shell are not filled in here")
+        return os.path.expanduser(value) if re.match(r"~\w*(/|$)", value) else value
 
     def _fitting(self, value: Any) -> Any:
         """The value if it fits; ValueError or ArgumentTypeError where not."""

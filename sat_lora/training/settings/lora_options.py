@@ -4,9 +4,6 @@
 """
 
 import argparse
-import ast
-import inspect
-import itertools
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import fields
@@ -55,13 +52,13 @@ class LoraField(Known):
 
 def lora_fields(group: str) -> Iterator[LoraField]:
     """The fields of LoraConfig that are settings of their own: all but the seed."""
-    types, docs = get_type_hints(LoraConfig), field_docs(LoraConfig)
+    types, helps = get_type_hints(LoraConfig), {source.name: source.metadata["help"] for source in fields(LoraConfig)}
     for name in LORA_FIELDS:
         yield LoraField(
             name=name,
             section="lora",
             default=plain(getattr(LoraConfig(), name)),
-            help=first_sentence(docs.get(name, "")),
+            help=first_sentence(helps[name]),
             options=(f"--{name}", *PUBLISHED_NAMES.get(name, ())),
             group=group,
             option=_settings(name, types[name]),
@@ -130,24 +127,6 @@ def _pair(value_type: Callable) -> Callable[[str], tuple]:
         return pattern, value_type(value)
 
     return parse
-
-
-def field_docs(cls: type) -> dict[str, str]:
-    """The text under each field of a class, which Python keeps in the source only; nothing where there is no source."""
-    try:
-        definition = ast.parse(inspect.getsource(cls)).body[0]
-    except OSError:
-        return {}
-    body = definition.body if isinstance(definition, ast.ClassDef) else []
-    return {
-        field.target.id: inspect.cleandoc(text.value.value)
-        for field, text in itertools.pairwise(body)
-        if isinstance(field, ast.AnnAssign)
-        and isinstance(field.target, ast.Name)
-        and isinstance(text, ast.Expr)
-        and isinstance(text.value, ast.Constant)
-        and isinstance(text.value.value, str)
-    }
 
 
 def first_sentence(text: str) -> str:

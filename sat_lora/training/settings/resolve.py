@@ -91,7 +91,7 @@ def _refuse_pairs(given: Mapping[str, Any], file: Mapping[str, Any]) -> None:
         raise ConfigError("--any-data: a run that starts takes any data; it is for --resume")
     for source, prefix in ((given, "--{}"), (file, "--config: {}")):
         for name in ("save", "experiment_name"):
-            if not (source.get(name) or "x").strip():
+            if source.get(name) is not None and not source[name].strip():
                 shown = prefix.format(name.replace("_", "-") if source is given else name)
                 raise ConfigError(f"{shown}: got {source[name]!r}, wanted a name; is a variable of the shell empty?")
 
