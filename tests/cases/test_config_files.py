@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -14,7 +15,7 @@ from sat_lora.training.settings.resolve import resolve
 from sat_lora.training.settings.run_settings import settings_of_run
 from tests.support.configs import parse_options
 from tests.support.option_errors import failure
-from tests.support.paths import DEMO
+from tests.support.paths import DEMO, ROOT
 from tests.support.scripts import load_script
 
 
@@ -402,6 +403,13 @@ def test_an_evaluation_takes_the_file_too(files, capsys):
     (files / "mine.yaml").write_text("tset_data: x")
     assert evaluate.main(run) == 2
     assert "error: --config: " in (said := capsys.readouterr().err) and "did you mean data.test_data?" in said
+
+
+@pytest.mark.parametrize("page", ["docs/training.md", "docs/zh/training.md"])
+def test_the_example_of_the_docs_is_taken(page, read):
+    (example,) = re.findall(r"^```yaml\n(.*?)^```$", (ROOT / page).read_text(encoding="utf-8"), re.M | re.S)
+    expected = {"from_pretrained": "cogvlm-base-490", "train_data": ["my_images"], "epochs": 3.0, "batch_size": 4}
+    assert read(example) == expected | {"r": 32, "lora_alpha": 64}
 
 
 # Nothing slow before it
