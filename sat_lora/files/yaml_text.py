@@ -5,6 +5,8 @@ from typing import Any
 
 import yaml
 
+from sat_lora.files.foreign import without_repeats
+
 WHOLE_DIGITS = 400
 """Digits of a whole number; more stay a text, since Python refuses to read any number of them."""
 
@@ -21,16 +23,6 @@ def parse_yaml(text: str) -> Any:
         raise ValueError("it is nested too deeply") from None
     except yaml.YAMLError as error:
         raise ValueError(_said_by(error)) from error
-
-
-def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return the pairs as a dictionary. Raises ValueError for a key that comes twice, of which the last would count."""
-    content: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in content:
-            raise ValueError(f"{key!r} stands twice in one place; keep one of them")
-        content[key] = value
-    return content
 
 
 class _Loader(yaml.SafeLoader):

@@ -216,6 +216,13 @@ def test_what_is_no_file_is_never_waited_for(tmp_path):
         read_config_file(tmp_path / "no.yaml")
 
 
+def test_without_pyyaml_settings_may_be_json(read, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sat_lora.files.yaml_text", None)
+    with pytest.raises(ConfigError, match=r"install PyYAML, or write the same as JSON into a file called \.json"):
+        read("lr: 1")
+    assert read('{"lr": 1}', "mine.json") == {"lr": 1.0}
+
+
 def test_all_that_is_wrong_comes_in_one_message(read):
     with pytest.raises(ConfigError) as error:
         read("lr: x\nbatch_size: 0\nfoo: 1\noptimizer: 3\nr: 0\n" + "".join(f"bar{n}: 1\n" for n in range(99)))

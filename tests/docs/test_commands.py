@@ -115,7 +115,7 @@ def test_an_evaluation_takes_its_options(command):
     script = ROOT / command[1]
     assert script.is_file()
     options = load_script(script.stem).build_parser().parse_args(command[2:])
-    assert (options.run, options.data.test_data, options.no_effect) == ("runs/finetune", ["held_out"], [])
+    assert (options.run, options.test_data, options.no_effect) == ("runs/finetune", ["held_out"], [])
 
 
 @pytest.mark.parametrize("command", TOOL, ids=shlex.join)

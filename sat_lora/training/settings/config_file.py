@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sat_lora.errors import ConfigError
-from sat_lora.files.foreign import is_lfs_pointer, parse_json, read_bytes
-from sat_lora.files.yaml_text import parse_yaml, without_repeats
+from sat_lora.files.foreign import is_lfs_pointer, parse_json, read_bytes, without_repeats
 from sat_lora.lora.config import LoraConfig
 from sat_lora.printable import printable
 from sat_lora.terminal.option_parser import advice_on, meant_options
@@ -70,11 +69,20 @@ def _content(path: Path, where: str) -> Any:
         text = content.decode("utf-8-sig")
         if not text.strip():
             raise ValueError("it is empty")
-        return parse_json(text, object_pairs_hook=without_repeats) if kind == "JSON" else parse_yaml(text)
+        return parse_json(text, object_pairs_hook=without_repeats) if kind == "JSON" else _parse_yaml(text)
     except UnicodeDecodeError as error:
         raise ConfigError(f"{where} cannot be read as {kind}: it is no text in UTF-8") from error
     except ValueError as error:
         raise ConfigError(f"{where} cannot be read as {kind}: {printable(error)}") from error
+
+
+def _parse_yaml(text: str) -> Any:
+    """`parse_yaml` of the text; ValueError if there is no PyYAML, which nothing else needs this early."""
+    try:
+        from sat_lora.files.yaml_text import parse_yaml
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{error}; install PyYAML, or write the same as JSON into a file called .json") from error
+    return parse_yaml(text)
 
 
 def _kind(content: Any) -> str:

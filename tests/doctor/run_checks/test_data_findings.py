@@ -12,12 +12,12 @@ from sat_lora.data import samples as data
 from sat_lora.data.batches import sources
 from sat_lora.data.batches.sampler import EpochSampler, make_loader
 from sat_lora.data.samples import ImageTextDataset, Item, collate
-from sat_lora.doctor import diagnose as before_run
 from sat_lora.doctor.diagnose import diagnose
 from sat_lora.doctor.run_checks.data import data_findings, drawing_findings, drawn_samples
 from sat_lora.doctor.run_checks.optimization import schedule_findings
 from sat_lora.findings.codes import CODES
 from sat_lora.findings.finding import looked_for
+from sat_lora.training import prepare
 from sat_lora.training.settings import schedule
 from tests.support.configs import config_of, parse_options
 from tests.support.demo_runs import options_for
@@ -202,13 +202,13 @@ def images_of_two_sizes():
 
 
 def vocabulary_too_small():
-    load = before_run.load_base
+    load = prepare.load_base
 
     def loaded(*args, **kwargs):
         model, config = load(*args, **kwargs)
         return model, {**config, "vocab_size": 40}
 
-    before_run.load_base = loaded
+    prepare.load_base = loaded
 
 
 def one_rank_for_all():
