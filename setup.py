@@ -41,6 +41,7 @@ setup(
         "packaging",
         "pydantic>=2",
         "Pillow>=9.1",
+        "PyYAML>=6",
         "tqdm",
         "tensorboard",
         "matplotlib",

@@ -2,7 +2,6 @@
 
 import os
 import random
-from argparse import Namespace
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
@@ -137,11 +136,11 @@ def read_items(
     return items
 
 
-def reading_options(options: Namespace) -> dict:
-    """Return what `read_items` takes of a run's options, as keywords; an earlier version's run has none of it."""
-    values = vars(options)
-    lists = {name: values.get(name) or [] for name in ("ignore_keys", "images_from")}
-    return {**lists, "names_are_answers": bool(values.get("names_are_answers")), "run_folder": values.get("run_folder")}
+def reading_options(settings: object) -> dict:
+    """Return what `read_items` takes, as keywords, of an object that may have attributes of those names."""
+    known = vars(settings)
+    lists = {name: list(known.get(name) or ()) for name in ("ignore_keys", "images_from")}
+    return {**lists, "names_are_answers": bool(known.get("names_are_answers")), "run_folder": known.get("run_folder")}
 
 
 def split_items(items: Sequence[Item], proportions: Sequence[float], seed: int) -> tuple[list[Item], ...]:

@@ -120,6 +120,16 @@ def parse_json_at(text: str, start: int, *, object_pairs_hook: PairsHook = None)
     return _checked_depth(content), end
 
 
+def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the pairs as a dictionary. Raises ValueError for a key that comes twice, of which the last would count."""
+    content: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in content:
+            raise ValueError(f"{key!r} stands twice in one place; keep one of them")
+        content[key] = value
+    return content
+
+
 @contextmanager
 def _depth_as_value_error() -> Iterator[None]:
     try:

@@ -4,7 +4,6 @@ import itertools
 import math
 import signal
 import time
-from argparse import Namespace
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,7 +19,7 @@ from sat_lora.training.metrics.answers import Metric
 from sat_lora.training.runs.run_folder import RunFolder
 from sat_lora.training.runs.step_progress import peak_memory_mib
 from sat_lora.training.saving import BackgroundWriter, finish_saving, start_saving
-from sat_lora.training.settings.schedule import learning_rate_factor, warmup_steps
+from sat_lora.training.settings.config import TrainConfig
 from sat_lora.training.steps.broken_samples import BrokenSamples
 from sat_lora.training.steps.checkpoint import RunState
 from sat_lora.training.steps.loss import count_answer_tokens, sum_on_device
@@ -33,7 +32,7 @@ def train(
     engine,
     loader: Iterable[dict],
     valid: Iterable[dict] | None,
-    options: Namespace,
+    options: TrainConfig,
     run: RunFolder,
     world: World,
     state: RunState,
@@ -42,7 +41,7 @@ def train(
     metrics: Mapping[str, Metric] | None = None,
     observers: Observers = NOBODY,
 ) -> None:
-    """From step `state.step` to `options.train_iters`; evaluates, saves and reports on the way and at the end.
+    """From step `state.step` to `options.schedule.steps`; evaluates, saves and reports on the way and at the end.
 
     Saves are written beside the steps that follow, one at a time; all are on the disk when it returns or is stopped.
 
@@ -53,9 +52,9 @@ def train(
     DataError, on every rank at the same step: too many samples are broken.
     Stopped, on every rank: one of them received SIGTERM or SIGINT; the step was finished and everything saved.
     AdapterError or CheckpointError, on every rank: a save could not be written; at the next step or save, or the end.
-    TrainingError, on every rank: more than options.skip_nonfinite steps were not finite; none of them moved anything.
+    TrainingError, on every rank: more than --skip-nonfinite steps were not finite; none of them moved anything.
     """
-    observers.on_start(options.train_iters, state.step)
+    observers.on_start(options.schedule.steps, state.step)
     engine.train()
     with StopSignals() as signals, BackgroundWriter() as writer:
         loop = _Loop(
@@ -66,17 +65,16 @@ def train(
             run=run,
             world=world,
             state=state,
-            known=BrokenSamples(dataset_size, options.max_broken_share),
+            known=BrokenSamples(dataset_size, options.data.max_broken_share),
             metrics=metrics or {},
             observers=observers,
             signals=signals,
             writer=writer,
-            warmup=warmup_steps(options.warmup, options.train_iters),
             first_step=state.step,
             saved=state.step or None,
         )
         loop.validate_if_owed()
-        for step in range(state.step, options.train_iters):
+        for step in range(state.step, options.schedule.steps):
             loop.step(step)
         observers.on_phase("write")
         finish_saving(writer)
@@ -113,7 +111,7 @@ class _Loop:
     engine: Any
     batches: Iterator[dict]
     valid: Iterable[dict] | None
-    options: Namespace
+    options: TrainConfig
     run: RunFolder
     world: World
     state: RunState
@@ -122,8 +120,6 @@ class _Loop:
     observers: Observers
     signals: StopSignals
     writer: BackgroundWriter
-    warmup: int
-    """Steps in which the rate rises."""
     first_step: int
     """Steps that were done before."""
     saved: int | None
@@ -133,9 +129,8 @@ class _Loop:
     @property
     def step_samples(self) -> int:
         """Samples of a step, over all ranks."""
-        options = self.options
-        samples: int = options.batch_size * options.gradient_accumulation_steps * self.world.data_parallel_size
-        return samples
+        schedule = self.options.schedule
+        return schedule.batch_size * schedule.gradient_accumulation_steps * self.world.data_parallel_size
 
     def validate_if_owed(self) -> None:
         """The validation that a run which was stopped had no time for, and a save where it is the best."""
@@ -171,26 +166,20 @@ class _Loop:
 
     @property
     def _is_last(self) -> bool:
-        return self.state.step == self.options.train_iters
+        return self.state.step == self.options.schedule.steps
 
     def _is_due(self, interval: int) -> bool:
         return interval > 0 and self.state.step % interval == 0
 
     def _set_rate(self, number: int) -> float:
         """The learning rate of that step, which the optimizer has from now on."""
-        options = self.options
-        rate: float = options.lr * learning_rate_factor(
-            number,
-            total_steps=options.train_iters,
-            warmup_steps=self.warmup,
-            style=options.lr_decay_style,
-            floor=options.min_lr_ratio,
-        )
+        schedule = self.options.schedule
+        rate = self.options.optimizer.lr * schedule.factor(number, schedule.steps)
         set_learning_rate(self.engine.optimizer.param_groups, rate)
         return rate
 
     def _next_micro_batches(self) -> list[dict]:
-        return list(itertools.islice(self.batches, self.options.gradient_accumulation_steps))
+        return list(itertools.islice(self.batches, self.options.schedule.gradient_accumulation_steps))
 
     def _train_step(self, micro_batches: list[dict], **more) -> StepResult:
         return train_step(
@@ -198,7 +187,7 @@ class _Loop:
             micro_batches,
             self.world,
             _answer_tokens(micro_batches, self.world),
-            checks_gradients=not self.options.fp16,  # there DeepSpeed's loss scaling does
+            checks_gradients=not self.options.precision.fp16,  # there DeepSpeed's loss scaling does
             observers=self.observers,
             **more,
         )
@@ -214,7 +203,7 @@ class _Loop:
     def _skip(self, nonfinite: str) -> None:
         """Count a step that moved nothing. TrainingError: there were too many."""
         self.state.skipped += 1
-        if self.state.skipped <= self.options.skip_nonfinite:
+        if self.state.skipped <= self.options.optimizer.skip_nonfinite:
             return
         finish_saving(self.writer)
         with discard_step(self.engine):
@@ -224,7 +213,7 @@ class _Loop:
 
     def _report(self, result: StepResult, rate: float) -> StepReport:
         figures = None
-        if self._is_last or self._is_due(self.options.log_interval):
+        if self._is_last or self._is_due(self.options.saving.log_interval):
             norm = self.engine.get_global_grad_norm()
             figures = Figures(
                 grad_norm=None if norm is None or result.loss is None else float(norm),
@@ -235,13 +224,14 @@ class _Loop:
 
     def _validate_and_save(self, stop: signal.Signals | None) -> None:
         """What is due after a step. Stopped: some rank has received that signal."""
-        state, options = self.state, self.options
-        validates = self.valid is not None and (self._is_last or self._is_due(options.eval_interval))
+        state = self.state
+        saving = self.options.saving
+        validates = self.valid is not None and (self._is_last or self._is_due(saving.eval_interval))
         state.owes_validation = validates and stop is not None  # who takes the machine may not wait for it
         is_best = False
         if self.valid is not None and validates and not state.owes_validation:
             is_best = self._validate(self.valid)
-        if self._is_last or is_best or stop is not None or self._is_due(options.save_interval):
+        if self._is_last or is_best or stop is not None or self._is_due(saving.save_interval):
             self.observers.on_phase("write")
             self._start_saving()
             self.saved = state.step

@@ -1,7 +1,6 @@
 """What a run saves after a step: the adapter, and the checkpoint to resume from; written while the steps go on."""
 
 import threading
-from argparse import Namespace
 from collections.abc import Callable
 from functools import partial
 
@@ -14,6 +13,7 @@ from sat_lora.files.host_copies import HostCopies
 from sat_lora.files.step_folders import BEST, LATEST, point_to, prune, read_pointer, steps_in
 from sat_lora.parallel.distributed import World, run_on_all_ranks
 from sat_lora.training.runs.run_folder import RunFolder
+from sat_lora.training.settings.config import TrainConfig
 from sat_lora.training.steps.checkpoint import (
     GatheredCheckpoint,
     RunState,
@@ -66,7 +66,7 @@ class BackgroundWriter:
 
 def start_saving(
     engine,
-    options: Namespace,
+    options: TrainConfig,
     run: RunFolder,
     world: World,
     state: RunState,
@@ -75,7 +75,7 @@ def start_saving(
 ) -> None:
     """RUN/adapter/<step> and RUN/checkpoints/<step>, then their pointers. Every rank has to call it.
 
-    It returns when rank 0 has copies in host memory, which its writer then writes. options.keep adapters are kept, the
+    It returns when rank 0 has copies in host memory, which its writer then writes. --keep adapters are kept, the
     best, and that of state.good_step, whose checkpoint is kept beside the new one. observers: are told by the writer,
     once it is on the disk. AdapterError or CheckpointError, on every rank: the save before this one could not be
     written.
@@ -84,12 +84,12 @@ def start_saving(
     writer.copies.clear()
     copy = writer.copies.copy if world.is_main else _shape_alone
     adapter = gather_adapter(engine.module, run.adapters / str(state.step), copy=copy)
-    samples = samples_per_step(options, world.data_parallel_size)
+    samples = samples_per_step(options.schedule, world.data_parallel_size)
     facts = {**run.facts, "base": base_as_json(adapter)}
     checkpoint = gather_checkpoint(engine, state, world, samples, copy, run=facts)
     if world.is_main:
         writer.copies.wait()
-        writer.start(partial(write_save, run, adapter, checkpoint, options.keep, observers))
+        writer.start(partial(write_save, run, adapter, checkpoint, options.saving.keep, observers))
 
 
 def base_as_json(adapter: SavedAdapter) -> dict:

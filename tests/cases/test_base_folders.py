@@ -18,8 +18,8 @@ from sat_lora.cogvlm.inputs.text import load_tokenizer
 from sat_lora.cogvlm.sizes import image_length_problem
 from sat_lora.files.foreign import is_lfs_pointer
 from sat_lora.training.preflight import option_problems
-from sat_lora.training.settings.options import parse_options
 from tests.support.character_tokenizer import write_character_tokenizer
+from tests.support.configs import parse_options
 from tests.support.sat_files import FILE, cut_by_sat, write_step
 from tests.support.tiny import CONFIG, tiny_model
 

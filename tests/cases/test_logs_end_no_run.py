@@ -13,12 +13,12 @@ from sat_lora.errors import ConfigError, TrainingError
 from sat_lora.training.runs import loss_plot
 from sat_lora.training.runs.run_folder import RunFolder
 from sat_lora.training.runs.run_logs import AppendedFile, read_records
-from sat_lora.training.settings.options import parse_options
 from sat_lora.training.steps.observers import StepReport
 from sat_lora.watchdog import trace
 from sat_lora.watchdog.rank_files import file_of, folder_of
 from sat_lora.watchdog.rank_state import read_states
 from sat_lora.watchdog.watchdog import watched
+from tests.support.configs import config_of, parse_options
 from tests.support.full_disks import largest_file
 from tests.support.run_logs import logged, logs_of, scalars, validated
 from tests.support.traces import trace_of_a_linear
@@ -215,7 +215,7 @@ def test_a_run_without_room_for_the_watchdog_is_warned_and_trains(tmp_path, monk
     monkeypatch.setattr(trace.os, "posix_fallocate", full_disk)
     monkeypatch.setattr(finetune, "on_first_rank", lambda action: None)
     run, world = Namespace(path=tmp_path), Namespace(rank=1, size=2)
-    assert finetune._trace(Namespace(watchdog_limit=5.0), run, world) is None
+    assert finetune._trace(config_of(watchdog_limit=5.0), run, world) is None
     assert "rank 1 runs without the watchdog: its files cannot be made: [Errno 28]" in caplog.text
 
 

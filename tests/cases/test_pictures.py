@@ -21,6 +21,7 @@ from sat_lora.doctor.run_checks.data import data_findings
 from sat_lora.training.preflight import _problem_with_path
 from sat_lora.training.runs.run_folder import RunFolder
 from sat_lora.training.steps.broken_samples import BrokenSamples
+from tests.support.configs import config_of
 from tests.support.datasets import dataset
 from tests.support.picture_files import chunked_png, encoded
 from tests.support.run_logs import logs_of
@@ -352,7 +353,7 @@ def test_pictures_that_are_not_read_are_counted_with_what_to_do(tmp_path):
         write(tmp_path / name)
     _, left_out = found_in(tmp_path)
     assert left_out[".heic files (not read; convert to PNG or JPEG)"] == 2 and len(left_out) == 4
-    problem = _problem_with_path(tmp_path, Namespace(max_pixels=1 << 20))
+    problem = _problem_with_path(tmp_path, config_of(max_pixels=1 << 20))
     assert "has no images" in problem and "found 2 .heic files (not read; convert to PNG or JPEG), 1 .cr2 f" in problem
 
 

@@ -30,9 +30,9 @@ from sat_lora.training.runs.run_lock import LOCK, Holder, Process, RunLock
 from sat_lora.training.runs.run_logs import read_records
 from sat_lora.training.runs.tensorboard import EventFile
 from sat_lora.training.saving import write_save
-from sat_lora.training.settings.options import parse_options
 from sat_lora.training.steps import checkpoint
 from sat_lora.training.steps.checkpoint import TENSORS, GatheredCheckpoint, newest_checkpoint, read_state
+from tests.support.configs import parse_options
 from tests.support.demo_runs import options_for
 from tests.support.ranks import run_ranks
 from tests.support.run_logs import logs_of, validated
@@ -477,16 +477,16 @@ def test_a_folder_that_is_removed_under_a_run_gets_its_log_back(later, single_pr
 
 
 def test_a_disk_without_room_for_one_save_is_found_before_the_base_loads(tmp_path, monkeypatch):
-    monkeypatch.setattr(space, "saved_sizes", lambda options, lora: (2 << 20, 1 << 20))
+    monkeypatch.setattr(space, "saved_sizes", lambda config: (2 << 20, 1 << 20))
     options, free = options_of(tmp_path), [0]
     (tmp_path / "run").mkdir()
     monkeypatch.setattr(os, "statvfs", lambda path: os.statvfs_result((1, 1, 9, free[0], free[0], 0, 0, 0, 0, 255)))
     free[0] = (14 << 20) + space.BESIDE
-    space.check_space(options, LoraConfig())
+    space.check_space(options)
     free[0] -= 1
     with pytest.raises(ConfigError, match=r"14.2 MiB free, one save takes 14.2 MiB \(adapter 2.0 MiB, checkpoint 12.0"):
-        space.check_space(options, LoraConfig())
-    space.check_space(options, LoraConfig(), freed=1)
+        space.check_space(options)
+    space.check_space(options, freed=1)
 
 
 def share_slowly(folder):

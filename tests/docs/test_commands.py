@@ -106,8 +106,8 @@ def test_launched_options_are_options(command, tmp_path, monkeypatch):
 
     monkeypatch.setattr(module, "settings_of_run", lambda folder: {"given": [], "from_pretrained": str(tmp_path)})
     options = module.parse_options(launched_options(command), environ={})
-    assert options.resume or options.train_data == ["my_images"]
-    assert options.deepspeed_config is None or (ROOT / options.deepspeed_config).is_file()
+    assert options.start.resume or options.data.train_data == ("my_images",)
+    assert options.parallel.deepspeed_config is None or (ROOT / options.parallel.deepspeed_config).is_file()
 
 
 @pytest.mark.parametrize("command", EVALUATE, ids=shlex.join)
@@ -121,12 +121,12 @@ def test_an_evaluation_takes_its_options(command):
 @pytest.mark.parametrize("command", TOOL, ids=shlex.join)
 def test_sat_lora_takes_its_options(command):
     from sat_lora.cli import build_parser
-    from sat_lora.training.settings.options import parse_options
+    from tests.support.configs import parse_options
 
     options, more = build_parser().parse_known_args(command[1:])
     assert options.command == command[1]
     if command[1] == "estimate":
-        assert parse_options(more, environ={}).from_pretrained == "cogvlm-base-490"
+        assert parse_options(more, environ={}).model.from_pretrained == "cogvlm-base-490"
     else:
         assert more == []
 
@@ -164,7 +164,7 @@ def test_the_metric_of_contributing_is_an_option(monkeypatch):
 
     monkeypatch.setitem(METRICS, "certainty", None)  # taken out again after the test
     exec(example_of_contributing("METRICS"), {})
-    (metric,) = metrics_named(parse_options(["--valid-metrics", "certainty"]).valid_metrics).values()
+    (metric,) = metrics_named(parse_options(["--valid-metrics", "certainty"]).saving.valid_metrics).values()
     chances = torch.tensor([[0.25, 0.75], [0.5, 0.5]])
     ratio = metric(Answers(chances.log(), torch.tensor([1, 0]), torch.tensor([0, 0]), 1))
     assert (float(ratio.total), ratio.count) == (pytest.approx(1.25), 2)
@@ -183,11 +183,11 @@ def test_the_kind_of_layer_of_contributing_takes_a_delta(monkeypatch, single_pro
 
 def test_the_schedule_of_contributing_is_an_option(monkeypatch):
     from sat_lora.training.settings import schedule
-    from sat_lora.training.settings.options import parse_options
+    from tests.support.configs import parse_options
 
     monkeypatch.setitem(schedule.DECAY_STYLES, "root", None)  # taken out again after the test
     exec(example_of_contributing("DECAY_STYLES"), {})
-    assert parse_options(["--lr-decay-style", "root"]).lr_decay_style == "root"
+    assert parse_options(["--lr-decay-style", "root"]).schedule.lr_decay_style == "root"
     factors = [schedule.learning_rate_factor(step, total_steps=8, warmup_steps=2, style="root") for step in (0, 2, 7)]
     assert factors == pytest.approx([0.5, 1, 1 - (5 / 6) ** 0.5])
 

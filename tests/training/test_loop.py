@@ -1,13 +1,12 @@
 """What the loop tells its observers, and that nothing they do changes a run."""
 
-from argparse import Namespace
 from itertools import count
 from pathlib import Path
 
 import torch
 
 from sat_lora import LoraConfig, add_lora
-from sat_lora.parallel.distributed import arrange, join
+from sat_lora.parallel.distributed import init_distributed, init_model_parallel
 from sat_lora.training.loop import train
 from sat_lora.training.metrics.registry import metrics_named
 from sat_lora.training.runs.run_folder import RunFolder
@@ -15,6 +14,7 @@ from sat_lora.training.steps.checkpoint import RunState
 from sat_lora.training.steps.engine import adapter_optimizer, start_engine
 from sat_lora.training.steps.observers import EVENTS, Observer, Observers
 from sat_lora.training.steps.optimizer_state import create_moments
+from tests.support.configs import config_of
 from tests.support.ranks import run_ranks
 from tests.support.tiny import tiny_model
 from tests.support.training_runs import engine_config, mixed_batch
@@ -25,7 +25,7 @@ STEPS = 4
 def options():
     settings = dict(train_iters=STEPS, gradient_accumulation_steps=2, batch_size=2, warmup=0, lr=1e-2, min_lr_ratio=0)
     settings |= dict(lr_decay_style="constant", log_interval=2, eval_interval=3, save_interval=2, keep=0)
-    return Namespace(**settings, max_broken_share=1, skip_nonfinite=0, fp16=False)
+    return config_of(**settings, max_broken_share=1, skip_nonfinite=0)
 
 
 class Witness(Observer):
@@ -63,7 +63,7 @@ Broken = type("Broken", (Observer,), {"name": "broken", **dict.fromkeys(EVENTS, 
 
 
 def trained(folder, members, said):
-    world = arrange(join())
+    world = init_model_parallel(init_distributed())
     model = tiny_model().train()
     add_lora(model, LoraConfig(r=4))
     engine = start_engine(model, adapter_optimizer(model, lr=1e-2), engine_config(2, 2, 2))

@@ -3,9 +3,9 @@
 import hashlib
 import itertools
 import json
-from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -72,6 +72,25 @@ class Source(Protocol):
         """
 
 
+@dataclass(frozen=True, kw_only=True)
+class SourceSettings:
+    """What decides which batches come: paths, how they are read and divided, and how many samples a batch has."""
+
+    train_data: Sequence[str]
+    valid_data: Sequence[str] | None
+    split: Sequence[float]
+    seed: int
+    batch_size: int
+    eval_batch_size: int
+    eval_iters: int
+    num_workers: int
+    max_pixels: int
+    ignore_keys: Sequence[str] = ()
+    images_from: Sequence[str] = ()
+    names_are_answers: bool = False
+    run_folder: str | None = None
+
+
 class FileSource:
     """A `Source` of items whose images are files, read at will.
 
@@ -85,7 +104,7 @@ class FileSource:
         self,
         items: list,
         make_dataset: Callable[[list], ImageTextDataset],
-        options: Namespace,
+        options: SourceSettings,
         world: World,
         left_out: Sequence[tuple[str, int]] = (),
     ):
@@ -153,7 +172,7 @@ class ShardSource:
         self,
         shards: list[Shard],
         make_dataset: Callable[[list], ImageTextDataset],
-        options: Namespace,
+        options: SourceSettings,
         world: World,
         left_out: Sequence[tuple[str, int]] = (),
     ):
@@ -251,7 +270,7 @@ def _digest(entries: Iterable[Sequence]) -> str:
 
 
 def open_sources(
-    options: Namespace, world: World, make_dataset: Callable[[list], ImageTextDataset]
+    options: SourceSettings, world: World, make_dataset: Callable[[list], ImageTextDataset]
 ) -> tuple[Source, Source | None]:
     """Return the sources of (training, validation), the latter None without any, from their paths.
 
@@ -259,7 +278,7 @@ def open_sources(
     Raises DataError, on every rank, with all shards that cannot be read.
     """
 
-    def source(paths: list[str]) -> Source:
+    def source(paths: Sequence[str]) -> Source:
         left_out: Counter[str] = Counter()
         if is_shard(paths[0]):
             ranks = dict(data_parallel_rank=world.data_parallel_rank, data_parallel_size=world.data_parallel_size)

@@ -5,7 +5,6 @@ import json
 import math
 import os
 import platform
-from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from sat_lora.training.runs.run_lock import RunLock
 from sat_lora.training.runs.run_logs import RunLog
 from sat_lora.training.runs.screen import Screen
 from sat_lora.training.runs.tensorboard import TensorBoard, remove_events
+from sat_lora.training.settings.config import TrainConfig
 from sat_lora.training.steps.observers import Observer
 
 PATHS = ("from_pretrained", "local_tokenizer", *DATA, "deepspeed_config", "save")
@@ -113,7 +113,7 @@ class RunFolder:
         self.log.was_removed = self.events.was_removed = True  # the loop's own thread begins them anew
         self.say(f"{printable(self.path)} was removed while the run wrote to it; it goes on there from this save")
 
-    def write_settings(self, options: Namespace, *, world: dict, **more) -> None:
+    def write_settings(self, config: TrainConfig, *, world: dict, **more) -> None:
         """run.json: settings (every option and which were given), versions, the world's layout, and whatever else.
 
         world: for instance {"ranks": 8, "data_parallel_size": 4, "model_parallel_size": 2, "device": "cuda"}.
@@ -121,8 +121,8 @@ class RunFolder:
         """
         if not self.is_writer:
             return
-        self.picture.title = f"{self.path.name}, of {Path(options.from_pretrained).name}"
-        settings = {**_absolute(vars(options)), "given": sorted(options.given)}
+        self.picture.title = f"{self.path.name}, of {Path(config.model.base).name}"
+        settings = {**_absolute(config.flat()), "run_folder": config.run_folder, "given": sorted(config.given)}
         self._settings = {"settings": settings, "versions": versions(), "world": world, **more}
         write_json(self.path / RUN, self._settings)
 

@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from sat_lora.cogvlm.network import head
-from sat_lora.parallel.distributed import arrange, join
+from sat_lora.parallel.distributed import init_distributed, init_model_parallel
 from sat_lora.training.metrics.answers import Answers, Ratio
 from sat_lora.training.metrics.registry import METRICS, metrics_named
 from sat_lora.training.runs.run_folder import RunFolder
-from sat_lora.training.settings.options import parse_options
 from sat_lora.training.steps.observers import ValidationReport
 from sat_lora.training.steps.step import validate
+from tests.support.configs import parse_options
 from tests.support.ranks import run_ranks
 from tests.support.run_logs import logs_of, scalars
 from tests.support.tiny import logits_of, tiny_batch, tiny_model
@@ -64,7 +64,7 @@ def test_the_accuracies_are_those_of_all_logits_and_the_loss_stays_the_same(chun
 
 
 def measured_on_a_rank():
-    world, model = arrange(join()), tiny_model().eval()
+    world, model = init_model_parallel(init_distributed()), tiny_model().eval()
     measured = validate(model, batches_for(world.rank, model), world, metrics_named(METRICS))
     return measured.metrics, expected_of(
         model, [batch for rank in range(world.size) for batch in batches_for(rank, model)]
@@ -112,7 +112,7 @@ def test_a_metric_from_outside_is_an_option_and_is_measured_and_logged(
     options = parse_options(["--valid-metrics", "certainty"])
     model = tiny_model().eval()
     (batch, _) = batches_for(0, model)
-    measured = validate(model, [batch], single_process_group, metrics_named(options.valid_metrics))
+    measured = validate(model, [batch], single_process_group, metrics_named(options.saving.valid_metrics))
     chances = [
         logits_of(model, batch)[row, place].softmax(-1)[batch["labels"][row, place + 1]].item()
         for row, place in (batch["labels"][:, 1:] != -100).nonzero().tolist()
