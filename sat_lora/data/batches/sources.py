@@ -91,7 +91,7 @@ class SourceSettings:
     run_folder: str | None = None
 
 
-class FileSource:
+class FileSource(Source):
     """A `Source` of items whose images are files, read at will.
 
     make_dataset: gives the ImageTextDataset of a list of items.
@@ -163,7 +163,7 @@ class FileSource:
         return make_loader(self.dataset, batches, num_workers=min(1, options.num_workers), seed=options.seed)
 
 
-class ShardSource:
+class ShardSource(Source):
     """A `Source` of tar shards, which are streamed. An epoch's places without a sample count as one."""
 
     is_stream = True
