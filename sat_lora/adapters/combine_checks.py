@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from sat_lora.adapters.format import LARGEST_SCALE, MAGNITUDE, PAIR, SavedAdapter, read_adapter, tensor_problems
+from sat_lora.adapters.format import LARGEST_SCALE, MAGNITUDE, PAIR, SavedAdapter
+from sat_lora.adapters.read import read_adapter, tensor_problems
 from sat_lora.errors import AdapterError, ConfigError
 from sat_lora.lora.base_identity import BaseIdentity
 from sat_lora.printable import printable

@@ -8,7 +8,7 @@ import os
 import pytest
 import safetensors
 
-from sat_lora.adapters.format import read_adapter
+from sat_lora.adapters.read import read_adapter
 from sat_lora.lora.config import LoraConfig
 from sat_lora.training.settings.lora_options import lora_config
 from sat_lora.training.settings.options import parse_options
