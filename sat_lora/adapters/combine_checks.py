@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 from numbers import Real
 from pathlib import Path
 
-from sat_lora.adapters.format import LARGEST_SCALE, MAGNITUDE, PAIR, SavedAdapter, read_adapter, tensor_problems
+from sat_lora.adapters.format import LARGEST_SCALE, MAGNITUDE, PAIR, SavedAdapter
+from sat_lora.adapters.read import read_adapter, tensor_problems
 from sat_lora.errors import AdapterError, ConfigError
 from sat_lora.lora.base_identity import BaseIdentity
 from sat_lora.lora.deltas.delta import Delta

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from sat_lora.adapters.format import SavedAdapter, base_problem, read_adapter, tensor_problems
+from sat_lora.adapters.format import SavedAdapter
+from sat_lora.adapters.read import base_problem, read_adapter, tensor_problems
 from sat_lora.cogvlm.checkpoints.base_weights import BaseWeights
 from sat_lora.cogvlm.checkpoints.hugging_face_folder import (
     CONFIG,

@@ -6,18 +6,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from sat_lora.adapters.format import (
-    MAGNITUDE,
-    PAIR,
-    LayerEntry,
-    SavedAdapter,
-    base_problem,
-    cut_slots,
-    plain_config,
-    read_adapter,
-    tensor_problems,
-    write_adapter,
-)
+from sat_lora.adapters.format import MAGNITUDE, PAIR, LayerEntry, SavedAdapter, cut_slots, plain_config, write_adapter
+from sat_lora.adapters.read import base_problem, read_adapter, tensor_problems
 from sat_lora.errors import AdapterError
 from sat_lora.lora.adapter import LoraAdapter
 from sat_lora.lora.apply import (

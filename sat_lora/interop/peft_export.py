@@ -9,17 +9,8 @@ import torch
 from safetensors.torch import save
 
 from sat_lora.adapters.combine_checks import Source
-from sat_lora.adapters.format import (
-    CONFIG,
-    MAGNITUDE,
-    PAIR,
-    WEIGHTS,
-    LayerEntry,
-    SavedAdapter,
-    base_problem,
-    read_adapter,
-    tensor_problems,
-)
+from sat_lora.adapters.format import CONFIG, MAGNITUDE, PAIR, WEIGHTS, LayerEntry, SavedAdapter
+from sat_lora.adapters.read import base_problem, read_adapter, tensor_problems
 from sat_lora.cogvlm.checkpoints.base_weights import BaseWeights
 from sat_lora.cogvlm.checkpoints.hugging_face_names import hf_name
 from sat_lora.errors import AdapterError

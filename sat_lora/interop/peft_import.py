@@ -9,15 +9,7 @@ from typing import TypeGuard
 import torch
 
 from sat_lora.adapters.combine import combined_config
-from sat_lora.adapters.format import (
-    LARGEST_SCALE,
-    MAGNITUDE,
-    PAIR,
-    LayerEntry,
-    SavedAdapter,
-    cut_slots,
-    write_adapter,
-)
+from sat_lora.adapters.format import LARGEST_SCALE, MAGNITUDE, PAIR, LayerEntry, SavedAdapter, cut_slots, write_adapter
 from sat_lora.cogvlm.checkpoints.base_weights import BaseWeights
 from sat_lora.cogvlm.checkpoints.hugging_face_names import sat_name
 from sat_lora.errors import AdapterError, ConfigError

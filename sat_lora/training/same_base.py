@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from sat_lora.adapters.format import base_of_adapter
+from sat_lora.adapters.read import base_of_adapter
 from sat_lora.cogvlm.checkpoints.base_weights import BaseWeights
 from sat_lora.errors import AdapterError, CheckpointError
 from sat_lora.lora.base_identity import BaseIdentity

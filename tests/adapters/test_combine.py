@@ -8,7 +8,8 @@ from safetensors.torch import load_file
 
 from sat_lora import add_lora, combine_adapters, load_adapter
 from sat_lora.adapters.combine_factors import svd, ties_sum
-from sat_lora.adapters.format import LayerEntry, read_adapter
+from sat_lora.adapters.format import LayerEntry
+from sat_lora.adapters.read import read_adapter
 from sat_lora.lora.apply import adapters_of
 from sat_lora.lora.deltas.delta import Delta
 from sat_lora.lora.mixin import lora_mixins

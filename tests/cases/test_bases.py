@@ -10,8 +10,8 @@ import torch
 
 from sat_lora import AdapterError, CheckpointError, add_lora, load_adapter, save_adapter
 from sat_lora.adapters.combine import combine_adapters
-from sat_lora.adapters.format import read_adapter
 from sat_lora.adapters.merge import merge_adapter
+from sat_lora.adapters.read import read_adapter
 from sat_lora.cogvlm.checkpoints.base_weights import BaseWeights
 from sat_lora.cogvlm.checkpoints.hugging_face_folder import ROTARY
 from sat_lora.cogvlm.checkpoints.hugging_face_writer import make_hugging_face_weights

@@ -16,7 +16,8 @@ import safetensors
 import torch
 
 from sat_lora.adapters import format as adapter_format
-from sat_lora.adapters.format import SavedAdapter, read_adapter
+from sat_lora.adapters.format import SavedAdapter
+from sat_lora.adapters.read import read_adapter
 from sat_lora.commands.parts import refuse_existing
 from sat_lora.errors import AdapterError, ConfigError
 from sat_lora.files import atomic

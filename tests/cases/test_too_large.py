@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sat_lora import AdapterError, ConfigError, LoraConfig, combine_adapters
-from sat_lora.adapters.format import read_adapter
+from sat_lora.adapters.read import read_adapter
 from sat_lora.terminal.option_types import rate
 from sat_lora.training.settings.deepspeed_config import settle
 from tests.support.adapter_folders import write_tiny_adapter

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from sat_lora import AdapterError, CheckpointError, load_adapter
-from sat_lora.adapters.format import read_adapter
 from sat_lora.adapters.merge import merge_adapter
+from sat_lora.adapters.read import read_adapter
 from sat_lora.cli import main
 from sat_lora.cogvlm.checkpoints.load import load_cogvlm, save_weights
 from tests.support.adapter_folders import CONFIG, WEIGHTS, assert_refused

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from sat_lora.adapters.format import read_adapter
+from sat_lora.adapters.read import read_adapter
 from sat_lora.errors import AdapterError
 from sat_lora.files.step_folders import (
     BEST,

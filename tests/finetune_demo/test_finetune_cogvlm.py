@@ -8,7 +8,7 @@ import os
 import pytest
 import safetensors
 
-from sat_lora.adapters.format import read_adapter
+from sat_lora.adapters.read import read_adapter
 from sat_lora.lora.config import LoraConfig
 from tests.support.configs import parse_options
 from tests.support.demo_runs import launch, losses_of, options_for

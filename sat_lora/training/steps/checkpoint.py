@@ -17,7 +17,7 @@ import safetensors
 import torch
 from safetensors.torch import save_file
 
-from sat_lora.adapters.format import tensor_problems
+from sat_lora.adapters.read import tensor_problems
 from sat_lora.adapters.save_load import Copy, on_the_cpu
 from sat_lora.errors import CheckpointError
 from sat_lora.files.atomic import replaced_folder
