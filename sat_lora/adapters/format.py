@@ -93,12 +93,12 @@ class SavedAdapter:
         return {leaf: self._stacked(name, leaf) for leaf in leaves}
 
     def delta_of(self, name: str) -> Delta:
-        """The delta of all slots of that layer."""
+        """Return the delta of all slots of that layer."""
         a, b = (self._stacked(name, leaf) for leaf in PAIR)
         return Delta(a, b, self.layers[name].scale)
 
     def magnitude_of(self, name: str) -> torch.Tensor | None:
-        """DoRA's magnitude (rows of all slots,) of that layer; None without DoRA."""
+        """Return DoRA's magnitude (rows of all slots,) of that layer; None without DoRA."""
         return self._stacked(name, MAGNITUDE) if self.config.use_dora else None
 
     def _stacked(self, name: str, leaf: str) -> torch.Tensor:

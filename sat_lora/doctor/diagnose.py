@@ -120,18 +120,21 @@ def _option_findings(config: TrainConfig, device: str) -> Iterator[Finding]:
 
 
 def _diagnose_model(setting: Setting, tell: Callable[[str], None]) -> list[Finding]:
-    config, world = setting.config, setting.world
+    config = setting.config
+    world = setting.world
     too_much = estimated_findings(setting)
     if too_much:
         return too_much  # it would end in the middle
     _begin(3, "the base")
     base_of_run(config)
     run = build_run(setting, layers=config.start.shrink)
-    model, sizes = run.model, run.sizes
+    model = run.model
+    sizes = run.sizes
     model.train()
     _begin(4, "the data")
     sources = open_data(setting)
-    data, valid = sources.training, sources.validation
+    data = sources.training
+    valid = sources.validation
     rank_findings = model_config_findings(sizes, config.model.base)
     batches, failed = _read_batches(data, -(-SAMPLES // config.schedule.batch_size))
     rank_findings += failed
@@ -193,7 +196,10 @@ def _read_batches(data, count: int) -> tuple[list[dict], list[Finding]]:
 def _take_steps(run: Run, kinds: dict[str, dict], samples: int) -> list[Finding]:
     """Return what goes wrong in one real step per kind of batch, by the engine of the run."""
     _begin(7, "a real step for each kind of batch")
-    config, world, model, partitioned = run.setting.config, run.setting.world, run.model, run.is_partitioned
+    config = run.setting.config
+    world = run.setting.world
+    model = run.model
+    partitioned = run.is_partitioned
     steps = total_steps(
         train_iters=config.schedule.train_iters,
         epochs=config.schedule.epochs,

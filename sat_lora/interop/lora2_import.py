@@ -133,7 +133,8 @@ def _layer(
     deltas = [_join(a, b, kind) for a, b in by_rank]
     if len({len(delta.a) for delta in deltas}) > 1:  # a layer has one rank: no slot is joined more tightly than another
         deltas = [_stack(a, b, kind) for a, b in by_rank]
-    rows, joined_rank = [len(delta.b) for delta in deltas], len(deltas[0].a)
+    rows = [len(delta.b) for delta in deltas]
+    joined_rank = len(deltas[0].a)
     if sum(rows) != shape[0] or any(delta.a.shape != (joined_rank, shape[1]) for delta in deltas):
         raise ValueError(f"A {[tuple(delta.a.shape) for delta in deltas]}, B of {rows} rows, the weight is {shape}")
     slots = SLOTS if is_fused(name) else ()

@@ -31,7 +31,8 @@ def estimate_run(config: TrainConfig, *, ranks: int, device: str = "cuda", layer
     sizes = sizes_of(config.model.base)
     if layers is not None:
         sizes = shortened(sizes, layers)
-    length, shortest = config.model.max_length, sizes["image_length"] + 4
+    length = config.model.max_length
+    shortest = sizes["image_length"] + 4
     if length < shortest:
         raise ConfigError(f"--max_length: {length} is too short, an image and two tokens take {shortest}")
     return estimate(

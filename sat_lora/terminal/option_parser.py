@@ -67,14 +67,14 @@ PLACES = ("DIR", "FILE", "PATH", "PNG", "NAME", "RUN_FOLDER", "FOLDER", "ADAPTER
 
 
 def meant_options(name: str, spellings: Mapping[str, str]) -> list[str]:
-    """The options that other trainers call `name`, of those in `spellings`."""
+    """Return the options that other trainers call `name`, of those in `spellings`."""
     bare = name.lstrip("-").replace("-", "_").lower()
     elsewhere = [flag for flag, others in ELSEWHERE.items() if bare in others.split()]
     return [flag for flag in elsewhere if flag.replace("-", "_") in spellings]
 
 
 def advice_on(name: str) -> str | None:
-    """What to do instead of an option that exists elsewhere, and not here; None: nothing is known of it."""
+    """Return what to do instead of an option that exists elsewhere, and not here; None if nothing is known of it."""
     return _ABSENT.get(name.lstrip("-").replace("-", "_").lower())
 
 

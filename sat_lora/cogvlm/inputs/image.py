@@ -35,8 +35,9 @@ def load_image(
 
 
 def no_images(size: tuple[int, int], device: torch.device | None = None) -> torch.Tensor:
-    """The images of a batch of text alone: (0, 3, height, width) in float32, through which the vision tower runs all
-    the same, so that every rank takes the same steps whatever its samples are.
+    """Return the images of a batch of text alone: (0, 3, height, width) in float32.
+
+    The vision tower runs on them all the same, so that every rank takes the same steps whatever its samples are.
     """
     return torch.zeros(0, 3, *size, device=device)
 

@@ -50,7 +50,7 @@ def prompt_for(version: str, query: str, history: tuple[tuple[str, str], ...] = 
 
 
 def version_of(base: str | Path) -> str | None:
-    """The prompt format that the config of a base names; None: it names none, or cannot be read.
+    """Return the prompt format that the config of a base names; None if it names none, or cannot be read.
 
     SAT's model_config.json says it as text_processor_version, Hugging Face's config.json as template_version, whose
     names mean other prompts.

@@ -33,11 +33,11 @@ class Source(Protocol):
     samples: int
     """How many there are, over all ranks."""
     epoch_samples: int
-    """As how many samples an epoch counts, for `total_steps`."""
+    """The number of samples that an epoch counts as, for `total_steps`."""
     dataset: ImageTextDataset
     """What makes a sample of an item."""
     left_out: list[tuple[str, int]]
-    """(reason, count) of what lies in the paths and is no sample."""
+    """What lies in the paths and is no sample, as (reason, count)."""
     is_stream: bool
     """Whether nobody looks through the samples before their turn comes."""
     packing: str | None

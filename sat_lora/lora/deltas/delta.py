@@ -7,7 +7,7 @@ import torch
 
 @dataclass(frozen=True)
 class Delta:
-    """s B A, which is added to a weight W (out, in), see `kinds` for what W is.
+    """The matrix s B A that is added to a weight W (out, in), see `layers` for what W is.
 
     Of one pair, A is (r, in) and B (rows, r). The pairs of a layer's slots are one delta too: A (slots * r, in) and
     B (rows of all slots, r), and a `DeltaLayout` says which rows of W those are.

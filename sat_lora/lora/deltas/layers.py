@@ -38,7 +38,7 @@ class Kind:
     """
 
     name: str
-    """In adapter files."""
+    """The name in adapter files."""
     layers: tuple[type, ...]
     """The classes of such layers; a subclass of one is of this kind as well, if it has none of its own."""
     cut: str | None = None
