@@ -73,13 +73,14 @@ def documented_methods() -> dict[str, set[str]]:
             if isinstance(node, ast.ClassDef):
                 classes.setdefault(node.name, []).append(node)
 
-    def methods(name: str) -> set[str]:
-        documented = set()
-        for node in classes.get(name, ()):
+    def methods(name: str, below: frozenset[str] = frozenset()) -> set[str]:
+        documented: set[str] = set()
+        for node in classes.get(name, ()) if name not in below else ():
             documented |= {
                 child.name for child in node.body if isinstance(child, FUNCTIONS) and ast.get_docstring(child)
             }
-            documented = documented.union(*(methods(ast.unparse(base).rpartition(".")[2]) for base in node.bases))
+            bases = (ast.unparse(base).rpartition(".")[2] for base in node.bases)
+            documented = documented.union(*(methods(base, below | {name}) for base in bases))
         return documented
 
     return {name: methods(name) for name in classes}

@@ -20,7 +20,7 @@ INITS = ("kaiming", "gaussian", "orthogonal", "pissa", "pissa_niter_N", "olora")
 
 
 def _described(default: Any, help: str) -> Any:
-    """Return a field with this default, or what this class makes, and what is said of it wherever settings are shown."""
+    """Return a field with this default, or what this class makes, with what is said of it where settings are shown."""
     if isinstance(default, type):
         return field(default_factory=default, metadata={"help": help})
     return field(default=default, metadata={"help": help})
