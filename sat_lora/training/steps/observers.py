@@ -58,8 +58,8 @@ class Observer:
     that raises is said once and ends nothing, see `Observers`.
     """
 
-    name = "an observer"
-    """What is said to fail if a method raises."""
+    name = ""
+    """What is said to fail if a method raises; empty: the class, by its name."""
 
     def on_start(self, total_steps: int, start_step: int) -> None:
         """The loop begins, after `start_step` of `total_steps` steps."""
@@ -142,12 +142,13 @@ class Observers(Observer):
                 self._has_failed(member, error)
 
     def _has_failed(self, member: Observer, error: Exception) -> None:
-        if member.name in self._failed:
+        name = member.name or type(member).__name__
+        if name in self._failed:
             return
-        self._failed.add(member.name)
+        self._failed.add(name)
         reason = printable(error if isinstance(error, OSError) else f"{type(error).__name__}: {error}")
         with contextlib.suppress(Exception):  # the screen may be what fails
-            self._say(f"warning: {member.name} cannot be written: {reason}; the run goes on without it")
+            self._say(f"warning: {name} cannot be written: {reason}; the run goes on without it")
 
     def __enter__(self) -> "Observers":
         return self

@@ -65,6 +65,16 @@ def test_one_that_fails_is_named_once_and_the_others_are_told(error):
         said.clear()
 
 
+def test_one_without_a_name_is_called_by_its_class():
+    class Curves(Observer):
+        def on_step(self, report):
+            raise ConnectionError("refused")
+
+    said = []
+    Observers([Curves()], said.append).on_step(CONTENT["on_step"][0])
+    assert said == ["warning: Curves cannot be written: refused; the run goes on without it"]
+
+
 def test_a_screen_that_fails_too_ends_nothing():
     def gone(line):
         raise OSError(5, "gone")
