@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from sat_lora.files.atomic import replaced_folder
+from sat_lora.files import atomic
+from sat_lora.files.atomic import replace_text, replaced_folder
 
 
 def write(target, text):
@@ -25,6 +26,63 @@ def exchange(request, monkeypatch):
     if request.param == "two renames":
         monkeypatch.setattr(ctypes, "CDLL", lambda *args, **kwargs: object())
     return request.param
+
+
+@pytest.fixture
+def calls(tmp_path, monkeypatch):
+    """In their order, ("sync", path) for each fsync, and ("rename", path) for what appears, relative to tmp_path."""
+    calls = []
+    fsync = os.fsync
+
+    def note_sync(descriptor):
+        path = os.readlink(f"/proc/self/fd/{descriptor}")
+        calls.append(("sync", os.path.relpath(path, tmp_path)))
+        fsync(descriptor)
+
+    def noting(rename):
+        def note_rename(source, target):
+            calls.append(("rename", os.path.relpath(target, tmp_path)))
+            rename(source, target)
+
+        return note_rename
+
+    monkeypatch.setattr(os, "fsync", note_sync)
+    monkeypatch.setattr(os, "replace", noting(os.replace))
+    monkeypatch.setattr(type(tmp_path), "rename", noting(type(tmp_path).rename))
+    return calls
+
+
+def test_what_is_renamed_is_on_the_disk_before_and_its_name_afterwards(tmp_path, calls):
+    with replaced_folder(tmp_path / "x") as temporary:
+        (temporary / "deep").mkdir()
+        (temporary / "deep" / "a").write_text("1")
+    draft = temporary.name
+    *before, rename, after = calls
+    assert sorted(before) == [("sync", draft), ("sync", f"{draft}/deep"), ("sync", f"{draft}/deep/a")]
+    assert (rename, after) == (("rename", "x"), ("sync", "."))
+
+
+def test_what_takes_the_place_of_a_folder_is_on_the_disk_before(tmp_path, calls, monkeypatch):
+    write(tmp_path / "x", "1")
+    calls.clear()
+    exchange = atomic._exchange
+
+    def note_exchange(new, old):
+        calls.append(("exchange", old.name))
+        exchange(new, old)
+
+    monkeypatch.setattr(atomic, "_exchange", note_exchange)
+    write(tmp_path / "x", "2")
+    draft = f".x.tmp-{os.getpid()}"
+    *before, swap, after = calls
+    assert sorted(before) == [("sync", draft), ("sync", f"{draft}/a"), ("sync", f"{draft}/b")]
+    assert (swap, after) == (("exchange", "x"), ("sync", "."))
+
+
+def test_a_text_is_on_the_disk_before_it_is_renamed_and_its_name_afterwards(tmp_path, calls):
+    replace_text(tmp_path / "latest", "400\n")
+    assert calls == [("sync", f".latest.tmp-{os.getpid()}"), ("rename", "latest"), ("sync", ".")]
+    assert contents(tmp_path) == {"latest": "400\n"}
 
 
 def test_a_new_folder_appears_with_its_parents(tmp_path):
