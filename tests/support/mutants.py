@@ -15,6 +15,7 @@ red. cosmic-ray starts a process for each mutant, which spends five seconds on i
 
 import argparse
 import contextlib
+import ctypes
 import gc
 import importlib
 import os
@@ -32,7 +33,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import CodeType, FunctionType
 
-import coverage
 import pytest
 
 from tests.support.mutators import EXCLUDED, Mutation, mutated, mutations
@@ -47,6 +47,7 @@ SLOW = 2.0  # seconds; a test that takes longer is not run
 BUDGET = 6.0  # seconds of tests for a mutant that nothing has caught so far
 WAIT = 20.0  # seconds beyond what the tests took without the mutation: then it is taken for a hang
 MEMORY = 8 << 30  # bytes that a mutant may take beyond what the process has
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 CAUGHT, SURVIVED, TIMED_OUT, NOT_RUN = "caught", "survived", "timed out", "not run"
 
 
@@ -55,7 +56,7 @@ class Baseline:
     """What the tests do without a mutation."""
 
     seconds: dict[str, float] = field(default_factory=dict)
-    """By the tests' names."""
+    """By the tests' names, of the processor."""
     tests: dict[tuple[str, int], list[str]] = field(default_factory=dict)
     """By file and line: the tests that execute it."""
     failed: list[str] = field(default_factory=list)
@@ -97,8 +98,10 @@ class Mutants:
         gc.collect()
         gc.freeze()  # a mutant's own collections need not look at all that was imported
         self._items = {item.nodeid: item for item in session.items}
+        started = time.monotonic()
         baseline = self._baseline()
         self.failed = baseline.failed
+        print(f"\n{len(self._items)} tests in {time.monotonic() - started:.0f} s", flush=True)
         if not baseline.failed:
             self.mutants = list(_drawn(self.paths, self.per_file, self.seed))
             self._run(baseline)
@@ -118,16 +121,18 @@ class Mutants:
         return baseline
 
     def _measured(self) -> Baseline:
+        import coverage  # of the extra `mutants`
+
         baseline = Baseline()
         collector = coverage.Coverage(data_file=None, include=[str(ROOT / path) for path in self.paths])
         collector.start()
         for name, item in self._items.items():
             collector.switch_context(name)
-            started = time.perf_counter()
+            started = _processor_time()
             self.has_failed = False
             # After each test all fixtures end: what they execute counts for every test that asks for them.
             item.config.hook.pytest_runtest_protocol(item=item, nextitem=None)
-            baseline.seconds[name] = time.perf_counter() - started
+            baseline.seconds[name] = _processor_time() - started
             if self.has_failed:
                 baseline.failed.append(name)
         collector.stop()
@@ -147,7 +152,7 @@ class Mutants:
                 mutant = waiting.pop()
                 names = _tests_for(mutant, baseline, catchers.get(mutant.place, []))
                 if names:
-                    limit = patient(WAIT) + 5 * sum(baseline.seconds[name] for name in names)
+                    limit = patient(WAIT) + 10 * sum(baseline.seconds[name] for name in names)
                     worker = Worker(mutant, names, functions, limit, self)
                     running[worker.pid] = worker
             time.sleep(0.005)
@@ -225,12 +230,18 @@ class _last_words:
 
 
 def _become_worker(folder: str) -> None:
-    """A group of processes of its own, with files in `folder` and nothing to say."""
+    """A group of processes of its own, with files in `folder` and nothing to say, that ends with who started it."""
     os.setpgid(0, 0)
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     silence = os.open(os.devnull, os.O_RDWR)
     for descriptor in (0, 1, 2):
         os.dup2(silence, descriptor)
     os.environ["TMPDIR"] = os.environ["PYTEST_DEBUG_TEMPROOT"] = tempfile.tempdir = folder
+
+
+def _processor_time() -> float:
+    """Of this process and those that it has waited for: what else the machine does counts for nothing."""
+    return sum(os.times()[:4])
 
 
 def _address_space() -> int:

@@ -53,12 +53,12 @@ class _Scope:
     is_text: bool = False
 
 
-Site = tuple[Mutation, Callable[[], None]]
+Site = tuple[Callable[[], Mutation], Callable[[], None]]
 
 
 def mutations(source: str) -> list[Mutation]:
     """All mutations of a module, in the order of their places."""
-    return [mutation for mutation, _ in _sites(ast.parse(source))]
+    return [describe() for describe, _ in _sites(ast.parse(source))]
 
 
 def mutated(source: str, number: int) -> ast.Module:
@@ -70,7 +70,7 @@ def mutated(source: str, number: int) -> ast.Module:
 
 
 def _sites(tree: ast.Module) -> list[Site]:
-    """Each mutation with the function that makes it in `tree`; only one of these may be called."""
+    """For each mutation what describes it and what makes it in `tree`; only one may be made."""
     return list(_within(tree, _Scope()))
 
 
@@ -121,12 +121,18 @@ def _at(node: ast.AST, slot: _Slot, scope: _Scope) -> Iterator[Site]:
 
 
 def _site(kind: str, node: ast.AST, changed: ast.AST, slot: _Slot, scope: _Scope) -> Site:
-    before, after = ast.unparse(node), "pass" if kind == "statement" else ast.unparse(changed)
-    if isinstance(slot.parent, (ast.BinOp, ast.Compare, ast.keyword, ast.Subscript, ast.Slice)):  # shown in its place
-        before = ast.unparse(slot.parent).replace("\n", " ")
-        after = f"{before}, {ast.unparse(node)} -> {after}"
-    place = node.lineno, scope.statement, scope.function
-    return Mutation(kind, *place, before, after), lambda: slot.put(changed)
+    def describe() -> Mutation:
+        before, after = ast.unparse(node), "pass" if kind == "statement" else ast.unparse(changed)
+        if kind == "return":
+            after = "return None"
+        if isinstance(
+            slot.parent, (ast.BinOp, ast.Compare, ast.keyword, ast.Subscript, ast.Slice)
+        ):  # shown in its place
+            around = ast.unparse(slot.parent)
+            before, after = around, f"{around}, {before} -> {after}"
+        return Mutation(kind, node.lineno, scope.statement, scope.function or "", before, after)
+
+    return describe, lambda: slot.put(changed)
 
 
 def _is_report(node: ast.AST) -> bool:
