@@ -175,3 +175,43 @@ def test_where_linux_can_exchange_there_is_no_moment_without_a_folder(tmp_path, 
     monkeypatch.setattr(type(tmp_path), "rename", rename)
     write(tmp_path / "x", "2")
     assert contents(tmp_path / "x") == {"a": "2", "b": "2"}
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_a_text_that_cannot_be_renamed_leaves_the_old_one_and_no_draft(tmp_path, monkeypatch, error):
+    replace_text(tmp_path / "latest", "400\n")
+
+    def fail(*args):
+        raise error
+
+    for name in ("replace", "fsync"):
+        with monkeypatch.context() as patch, pytest.raises(type(error)):
+            patch.setattr(os, name, fail)
+            replace_text(tmp_path / "latest", "500\n")
+        assert contents(tmp_path) == {"latest": "400\n"}
+
+
+def test_where_no_draft_can_be_made_the_error_is_that(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        replace_text(tmp_path / "nowhere" / "latest", "500\n")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="renameat2 is a call of Linux")
+def test_an_exchange_that_is_not_allowed_is_an_error_and_moves_nothing(tmp_path, monkeypatch):
+    """A file system that has no exchange goes on with two renames; a folder that may not be moved does not."""
+    write(tmp_path / "x", "1")
+    monkeypatch.setattr(ctypes, "get_errno", lambda: 13)
+    monkeypatch.setattr(atomic, "_RENAME_EXCHANGE", 1 << 20)
+    monkeypatch.setattr(type(tmp_path), "rename", lambda *args: pytest.fail("it was moved"))
+    with pytest.raises(PermissionError, match="x"):
+        write(tmp_path / "x", "2")
+    assert contents(tmp_path / "x") == {"a": "1", "b": "1"}
+
+
+@pytest.mark.parametrize("number", [22, 38, 95])
+def test_where_the_file_system_has_no_exchange_two_renames_do(tmp_path, monkeypatch, number):
+    write(tmp_path / "x", "1")
+    monkeypatch.setattr(ctypes, "get_errno", lambda: number)
+    monkeypatch.setattr(atomic, "_RENAME_EXCHANGE", 1 << 20)
+    write(tmp_path / "x", "2")
+    assert contents(tmp_path / "x") == {"a": "2", "b": "2"} and os.listdir(tmp_path) == ["x"]

@@ -49,6 +49,7 @@ WAIT = 20.0  # seconds beyond what the tests took without the mutation: then it 
 MEMORY = 8 << 30  # bytes that a mutant may take beyond what the process has
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 CAUGHT, SURVIVED, TIMED_OUT, NOT_RUN = "caught", "survived", "timed out", "not run"
+NOTHING = "-"  # has caught a mutant
 
 
 @dataclass
@@ -83,6 +84,7 @@ class Mutants:
         self.paths, self.per_file, self.seed, self.workers = paths, per_file, seed, workers
         self.has_failed = False
         self.mutants: list[Mutant] = []
+        self.functions: Functions = {}
         self.failed: list[str] = []
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
@@ -112,10 +114,9 @@ class Mutants:
         with tempfile.TemporaryDirectory() as folder:
             pid = os.fork()
             if pid == 0:
-                with _last_words():
+                with _ending_here():
                     _become_worker(folder)
                     Path(folder, "baseline").write_bytes(pickle.dumps(self._measured()))
-                os._exit(0)
             os.waitpid(pid, 0)
             baseline: Baseline = pickle.loads(Path(folder, "baseline").read_bytes())
         return baseline
@@ -143,29 +144,40 @@ class Mutants:
         return baseline
 
     def _run(self, baseline: Baseline) -> None:
-        functions = _functions_of(self.paths)
+        self.functions = _functions_of(self.paths)
         catchers: dict[tuple[str, str], list[str]] = {}
-        waiting, running = [*reversed(self.mutants)], {}
+        waiting = [*reversed(self.mutants)]
+        running: list[Worker] = []
         done, started = 0, time.monotonic()
         while waiting or running:
             while waiting and len(running) < self.workers:
                 mutant = waiting.pop()
                 names = _tests_for(mutant, baseline, catchers.get(mutant.place, []))
                 if names:
-                    limit = patient(WAIT) + 10 * sum(baseline.seconds[name] for name in names)
-                    worker = Worker(mutant, names, functions, limit, self)
-                    running[worker.pid] = worker
+                    running.append(Worker(mutant, names, _limit(names, baseline), self))
             time.sleep(0.005)
-            for worker in [*running.values()]:
-                if not worker.has_ended():
+            for worker in [*running]:
+                result = worker.ended()
+                if result is None:
                     continue
-                del running[worker.pid]
+                running.remove(worker)
                 mutant, done = worker.mutant, done + 1
+                mutant.result, mutant.test = result
                 if mutant.test is not None:
                     known = catchers.setdefault(mutant.place, [])
                     catchers[mutant.place] = [mutant.test, *(name for name in known if name != mutant.test)]
                 if done % 100 == 0:
                     print(f"\n{done} of {len(self.mutants)} mutants in {time.monotonic() - started:.0f} s", flush=True)
+        self._control(baseline)
+
+    def _control(self, baseline: Baseline) -> None:
+        """The tests that have caught mutants pass in a fork without one: it was the mutants that they have caught."""
+        names = sorted({mutant.test for mutant in self.mutants if mutant.test is not None})
+        worker = Worker(None, names, _limit(names, baseline), self)
+        while (result := worker.ended()) is None:
+            time.sleep(0.01)
+        if result[0] != SURVIVED:
+            self.failed = [f"{result[0]}, in the way in which mutants are tested: {result[1]}"]
 
     def run_tests(self, names: Sequence[str]) -> str | None:
         """The name of the first test that fails."""
@@ -179,54 +191,51 @@ class Mutants:
 
 
 class Worker:
-    """A fork in which a mutant meets its tests."""
+    """A fork in which a mutant, or the program as it is, meets tests."""
 
-    def __init__(self, mutant: Mutant, names: Sequence[str], functions: "Functions", limit: float, plugin: Mutants):
-        self.mutant, self.folder = mutant, tempfile.mkdtemp(prefix="mutant-")
-        self._result = Path(self.folder, "caught by")
+    def __init__(self, mutant: Mutant | None, names: Sequence[str], limit: float, plugin: Mutants):
+        self.mutant, self._folder = mutant, tempfile.mkdtemp(prefix="mutant-")
+        self._result = Path(self._folder, "caught by")
         self._end = time.monotonic() + limit
         self.pid = os.fork()
         if self.pid == 0:
-            with _last_words():
-                _become_worker(self.folder)
+            with _ending_here():
+                _become_worker(self._folder)
                 resource.setrlimit(resource.RLIMIT_AS, (_address_space() + MEMORY,) * 2)
-                _exchange(mutant, functions)
+                if mutant is not None:
+                    _exchange(mutant, plugin.functions)
+                self._result.touch()
                 caught_by = plugin.run_tests(names)
-                self._result.write_text(caught_by or "")
-            os._exit(0)
+                self._result.write_text(caught_by or NOTHING)
 
-    def has_ended(self) -> bool:
-        """Whether it has; the mutant then has its result. One that takes too long is ended."""
-        pid, status = os.waitpid(self.pid, os.WNOHANG)
-        if pid == 0:
-            if time.monotonic() < self._end:
-                return False
-            self._kill()
-            os.waitpid(self.pid, 0)
-            self.mutant.result = TIMED_OUT
-        else:
-            self._kill()
-            caught_by = self._result.read_text() if status == 0 and self._result.exists() else None
-            self.mutant.test = caught_by or None
-            self.mutant.result = SURVIVED if caught_by == "" else CAUGHT  # also if it has ended the process
-        shutil.rmtree(self.folder, ignore_errors=True)
-        return True
-
-    def _kill(self) -> None:
-        """It, and what its tests have started."""
+    def ended(self) -> tuple[str, str | None] | None:
+        """(CAUGHT, SURVIVED or TIMED_OUT, the name of the test that has caught it); None while it runs. One that takes
+        too long is ended. RuntimeError: the mutant cannot be made.
+        """
+        pid, _ = os.waitpid(self.pid, os.WNOHANG)
+        if pid == 0 and time.monotonic() < self._end:
+            return None
         with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.pid, signal.SIGKILL)
+            os.killpg(self.pid, signal.SIGKILL)  # with it what its tests have started
+        if pid == 0:
+            os.waitpid(self.pid, 0)
+        text = self._result.read_text() if self._result.exists() else None
+        shutil.rmtree(self._folder, ignore_errors=True)
+        if pid == 0:
+            return TIMED_OUT, None
+        if text is None:
+            raise RuntimeError(f"{self.mutant} could not be made")
+        return (SURVIVED, None) if text == NOTHING else (CAUGHT, text or None)  # empty: it has ended the process
 
 
-class _last_words:
-    """A context that lets nothing out: the fork of a test run is to end here and to go on nowhere."""
+class _ending_here:
+    """A context for the fork of a test run, which goes on nowhere."""
 
     def __enter__(self) -> None:
         pass
 
-    def __exit__(self, kind, error, traceback) -> None:
-        if kind is not None:
-            os._exit(1)
+    def __exit__(self, *error: object) -> None:
+        os._exit(0 if error[0] is None else 1)
 
 
 def _become_worker(folder: str) -> None:
@@ -250,6 +259,11 @@ def _address_space() -> int:
 
 
 # The mutants and their tests
+
+
+def _limit(names: Sequence[str], baseline: Baseline) -> float:
+    """Seconds after which a worker with these tests is taken for one that hangs."""
+    return patient(WAIT) + 10 * sum(baseline.seconds[name] for name in names)
 
 
 def _drawn(paths: Sequence[str], per_file: int, seed: int) -> Iterator[Mutant]:
@@ -383,7 +397,7 @@ def main(arguments: Sequence[str]) -> int:
         if path.name not in LEFT_OUT
     )
     plugin = Mutants(paths, options.per_file, options.seed, options.workers)
-    pytest.main([*options.tests, *more, "-q", "-p", "no:cacheprovider", "-p", "no:xdist"], plugins=[plugin])
+    pytest.main([*options.tests, *more, "-q", "--tb=no", "-p", "no:cacheprovider", "-p", "no:xdist"], plugins=[plugin])
     if plugin.failed or not plugin.mutants:
         print("without a mutation:", *(plugin.failed or ["there is nothing to mutate"]), sep="\n  ")
         return 2
@@ -393,4 +407,6 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    status = main(sys.argv[1:])
+    sys.stdout.flush()
+    os._exit(status)  # libraries that look at their ends would report what is frozen
