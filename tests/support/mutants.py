@@ -97,6 +97,7 @@ class Mutants:
             return True
         for path in self.paths:
             importlib.import_module(path.removesuffix(".py").replace("/", "."))
+        self.functions = _functions_of(self.paths)
         gc.collect()
         gc.freeze()  # a mutant's own collections need not look at all that was imported
         self._items = {item.nodeid: item for item in session.items}
@@ -144,7 +145,6 @@ class Mutants:
         return baseline
 
     def _run(self, baseline: Baseline) -> None:
-        self.functions = _functions_of(self.paths)
         catchers: dict[tuple[str, str], list[str]] = {}
         waiting = [*reversed(self.mutants)]
         running: list[Worker] = []
@@ -308,7 +308,7 @@ Functions = dict[tuple[str, str], list[tuple[FunctionType, int]]]
 def _functions_of(paths: Sequence[str]) -> Functions:
     files = {str(ROOT / path): path for path in paths}
     functions: Functions = {}
-    for value in gc.get_objects():
+    for value in gc.get_objects():  # but for those that are frozen
         if type(value) is FunctionType and value.__code__.co_filename in files:
             code = value.__code__
             key = (files[code.co_filename], code.co_qualname)
