@@ -30,13 +30,16 @@ def exchange(request, monkeypatch):
 
 @pytest.fixture
 def calls(tmp_path, monkeypatch):
-    """In their order, ("sync", path) for each fsync, and ("rename", path) for what appears, relative to tmp_path."""
+    """In their order, ("sync", path) for each fsync, and ("rename", path) for what appears, relative to tmp_path. A
+    file that is synced has its content by then.
+    """
     calls = []
     fsync = os.fsync
 
     def note_sync(descriptor):
         path = os.readlink(f"/proc/self/fd/{descriptor}")
         calls.append(("sync", os.path.relpath(path, tmp_path)))
+        assert os.path.isdir(path) or os.path.getsize(path) > 0
         fsync(descriptor)
 
     def noting(rename):
@@ -53,9 +56,11 @@ def calls(tmp_path, monkeypatch):
 
 
 def test_what_is_renamed_is_on_the_disk_before_and_its_name_afterwards(tmp_path, calls):
+    open_files = len(os.listdir("/proc/self/fd"))
     with replaced_folder(tmp_path / "x") as temporary:
         (temporary / "deep").mkdir()
         (temporary / "deep" / "a").write_text("1")
+    assert len(os.listdir("/proc/self/fd")) == open_files
     draft = temporary.name
     *before, rename, after = calls
     assert sorted(before) == [("sync", draft), ("sync", f"{draft}/deep"), ("sync", f"{draft}/deep/a")]
@@ -137,9 +142,11 @@ def test_a_second_rename_that_fails_puts_the_old_folder_back(tmp_path, monkeypat
     write(tmp_path / "x", "1")
     monkeypatch.setattr(ctypes, "CDLL", lambda *args, **kwargs: object())
     rename = type(tmp_path).rename
+    beside = []
 
     def fails_for_the_new_one(self, target):
         if self.name == f".x.tmp-{os.getpid()}":
+            beside.extend(os.listdir(tmp_path))
             raise PermissionError(13, "Permission denied")
         return rename(self, target)
 
@@ -148,6 +155,8 @@ def test_a_second_rename_that_fails_puts_the_old_folder_back(tmp_path, monkeypat
         write(tmp_path / "x", "2")
     assert contents(tmp_path / "x") == {"a": "1", "b": "1"}
     assert os.listdir(tmp_path) == ["x"]
+    # Where the next writer finds the old one, if this one dies here.
+    assert sorted(beside) == [f".x.tmp-{os.getpid()}", f".x.tmp-old-{os.getpid()}"]
 
 
 def test_a_link_stays_a_link(tmp_path):
@@ -191,9 +200,13 @@ def test_a_text_that_cannot_be_renamed_leaves_the_old_one_and_no_draft(tmp_path,
         assert contents(tmp_path) == {"latest": "400\n"}
 
 
-def test_where_no_draft_can_be_made_the_error_is_that(tmp_path):
-    with pytest.raises(FileNotFoundError):
-        replace_text(tmp_path / "nowhere" / "latest", "500\n")
+def test_where_no_draft_can_be_made_the_error_is_that(tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as patch, pytest.raises(PermissionError):
+        patch.setattr("builtins.open", refuse)
+        replace_text(tmp_path / "latest", "500\n")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="renameat2 is a call of Linux")
@@ -208,10 +221,13 @@ def test_an_exchange_that_is_not_allowed_is_an_error_and_moves_nothing(tmp_path,
     assert contents(tmp_path / "x") == {"a": "1", "b": "1"}
 
 
-@pytest.mark.parametrize("number", [22, 38, 95])
+@pytest.mark.skipif(sys.platform != "linux", reason="renameat2 is a call of Linux")
+@pytest.mark.parametrize("number", [None, 38, 95])
 def test_where_the_file_system_has_no_exchange_two_renames_do(tmp_path, monkeypatch, number):
+    """None: the number that Linux gives for a wish that it does not know."""
     write(tmp_path / "x", "1")
-    monkeypatch.setattr(ctypes, "get_errno", lambda: number)
+    if number is not None:
+        monkeypatch.setattr(ctypes, "get_errno", lambda: number)
     monkeypatch.setattr(atomic, "_RENAME_EXCHANGE", 1 << 20)
     write(tmp_path / "x", "2")
     assert contents(tmp_path / "x") == {"a": "2", "b": "2"} and os.listdir(tmp_path) == ["x"]

@@ -13,8 +13,10 @@ from sat_lora.files.foreign import (
     LFS_POINTER,
     kind_of,
     name_problem,
+    open_file,
     os_problem,
     parse_json,
+    parse_json_at,
     read_bytes,
     read_json,
     stand_in,
@@ -48,6 +50,34 @@ def test_only_regular_files_are_read_and_nothing_is_waited_for(tmp_path):
     assert time.monotonic() - started < 1
 
 
+def test_what_is_no_file_is_not_opened(tmp_path, monkeypatch):
+    """To open a device may do something."""
+    os.mkfifo(tmp_path / "pipe")
+    monkeypatch.setattr(os, "open", lambda *args: pytest.fail("it was opened"))
+    for path in (tmp_path / "pipe", "/dev/null"):
+        with pytest.raises(OSError, match="no file"):
+            open_file(path, 10)
+
+
+def test_a_file_that_becomes_a_pipe_before_it_is_opened_is_not_waited_for(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    os.mkfifo(tmp_path / "pipe")
+    status = os.stat(tmp_path / "file")
+    monkeypatch.setattr(os, "stat", lambda path: status)
+    open_files = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(OSError, match="a pipe, no file") as error:
+        open_file(tmp_path / "pipe", 10)
+    assert len(os.listdir("/proc/self/fd")) == open_files and error.traceback
+
+
+def test_a_file_that_is_too_large_is_not_opened_for_a_reader(tmp_path):
+    (tmp_path / "file").write_bytes(bytes(3 << 20))
+    with pytest.raises(ValueError, match=r"^larger than 2 MiB$"):
+        open_file(tmp_path / "file", 2 << 20)
+    with open_file(tmp_path / "file", 3 << 20) as file:
+        assert len(file.read()) == 3 << 20
+
+
 def test_of_a_file_no_more_is_read_than_the_limit(tmp_path):
     (tmp_path / "ten").write_bytes(b"0123456789")
     assert read_bytes(tmp_path / "ten", 10) == b"0123456789"
@@ -66,6 +96,19 @@ def test_json_is_read_to_a_depth(opened, closed):
     for depth in (DEPTH_LIMIT + 1, 500, 100_000):
         with pytest.raises(ValueError, match="nested deeper"):
             parse_json(nested(depth))
+
+
+def test_json_within_a_text_is_read_to_its_end():
+    assert parse_json_at('x = {"a": [1]};', 4) == ({"a": [1]}, 14)
+    assert parse_json_at('{"a": 1, "a": 2}', 0, object_pairs_hook=list) == ([("a", 1), ("a", 2)], 16)
+    for text in ("[" * (DEPTH_LIMIT + 1) + "]" * (DEPTH_LIMIT + 1), "[" * 100_000):
+        with pytest.raises(ValueError, match="nested deeper"):
+            parse_json_at(text, 0)
+
+
+def test_a_pointer_of_git_lfs_is_no_json_and_says_what_to_do():
+    with pytest.raises(ValueError, match="git lfs pull"):
+        parse_json(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
 
 
 def test_json_with_a_byte_order_mark_is_json_and_other_encodings_are_not(tmp_path):
@@ -120,6 +163,8 @@ def test_an_error_of_the_system_is_one_line_with_what_to_do(error, words):
         (b"", "it is empty; if its download"),
         (b"<!DOCTYPE html><p>", "it is a web page"),
         (b" \n<HTML>", "it is a web page"),
+        (b"<head>", "it is a web page"),
+        (b"Forbidden\xff", "it holds a server's answer, 'Forbidden\ufffd'"),
         (b"Entry not found\nmore", "it holds a server's answer, 'Entry not found', and not the file"),
         (
             b"Access to model x is restricted" + b"." * 100,

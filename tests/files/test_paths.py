@@ -5,7 +5,7 @@ import os
 import pytest
 
 from sat_lora.files import paths
-from sat_lora.files.paths import missing_base, missing_path, names_in, nearest
+from sat_lora.files.paths import is_shard, missing_adapter, missing_base, missing_path, names_in, nearest
 
 LONG = "give the folder"
 
@@ -111,6 +111,21 @@ def test_a_base_that_is_not_there_is_a_name_of_a_hub_or_a_near_one(here):
 def test_names_are_sorted_and_of_what_cannot_be_read_there_are_none(here):
     assert names_in(here / "data") == ["train", "valid"]
     assert names_in(here / "elsewhere") == [] == names_in(here / "notes")
+
+
+@pytest.mark.parametrize("name", ["a/b.tar", "B.TAR", "x.tar.gz", "x.tgz", "x.tar.ZST", "pipe:cat x"])
+def test_a_path_of_tar_shards_is_known_by_its_end(name):
+    assert is_shard(name)
+
+
+@pytest.mark.parametrize("name", ["a.tar/b", "tar", "x.gz", "images", "x-pipe:"])
+def test_other_paths_are_no_shards(name):
+    assert not is_shard(name)
+
+
+def test_an_adapter_that_is_not_there_is_told_as_any_path(here):
+    assert missing_adapter("data") is None
+    assert missing_adapter("dat") == f"dat does not exist; did you mean 'data'?; {paths.ADAPTER_WANTED}"
 
 
 def test_of_a_home_the_path_is_given(here, monkeypatch):

@@ -100,6 +100,7 @@ class Mutants:
         self.functions = _functions_of(self.paths)
         gc.collect()
         gc.freeze()  # a mutant's own collections need not look at all that was imported
+        self._manager = session.config.pluginmanager
         self._items = {item.nodeid: item for item in session.items}
         started = time.monotonic()
         baseline = self._baseline()
@@ -116,7 +117,7 @@ class Mutants:
             pid = os.fork()
             if pid == 0:
                 with _ending_here():
-                    _become_worker(folder)
+                    self.become_worker(folder)
                     Path(folder, "baseline").write_bytes(pickle.dumps(self._measured()))
             os.waitpid(pid, 0)
             baseline: Baseline = pickle.loads(Path(folder, "baseline").read_bytes())
@@ -179,6 +180,16 @@ class Mutants:
         if result[0] != SURVIVED:
             self.failed = [f"{result[0]}, in the way in which mutants are tested: {result[1]}"]
 
+    def become_worker(self, folder: str) -> None:
+        """A group of processes of its own, with files in `folder` and nothing to say, that ends with who started it."""
+        os.setpgid(0, 0)
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        silence = os.open(os.devnull, os.O_RDWR)
+        for descriptor in (0, 1, 2):
+            os.dup2(silence, descriptor)
+        self._manager.unregister(name="terminalreporter")
+        os.environ["TMPDIR"] = os.environ["PYTEST_DEBUG_TEMPROOT"] = tempfile.tempdir = folder
+
     def run_tests(self, names: Sequence[str]) -> str | None:
         """The name of the first test that fails."""
         self.has_failed = False
@@ -200,7 +211,7 @@ class Worker:
         self.pid = os.fork()
         if self.pid == 0:
             with _ending_here():
-                _become_worker(self._folder)
+                plugin.become_worker(self._folder)
                 resource.setrlimit(resource.RLIMIT_AS, (_address_space() + MEMORY,) * 2)
                 if mutant is not None:
                     _exchange(mutant, plugin.functions)
@@ -236,16 +247,6 @@ class _ending_here:
 
     def __exit__(self, *error: object) -> None:
         os._exit(0 if error[0] is None else 1)
-
-
-def _become_worker(folder: str) -> None:
-    """A group of processes of its own, with files in `folder` and nothing to say, that ends with who started it."""
-    os.setpgid(0, 0)
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    silence = os.open(os.devnull, os.O_RDWR)
-    for descriptor in (0, 1, 2):
-        os.dup2(silence, descriptor)
-    os.environ["TMPDIR"] = os.environ["PYTEST_DEBUG_TEMPROOT"] = tempfile.tempdir = folder
 
 
 def _processor_time() -> float:
