@@ -40,11 +40,10 @@ test-matrix: $(READY)
 	"$(BIN)/python" -m pytest -m matrix; status=$$?; \
 	"$(BIN)/python" -m tests.distributed.matrix && exit $$status
 
-# Small changes of lora/ and files/, one at a time: do these tests notice? They start no ranks, for a rank would not have
-# the change. MUTANTS="--per-file 0 --files FILE": all changes of one file.
+# Small changes of lora/ and files/, one at a time: do these tests notice? MUTANTS="--per-file 0 --files FILE": all of a file.
 MUTANT_TESTS := tests/lora tests/files tests/parallel tests/adapters
 MUTANT_TESTS += $(addprefix tests/cases/test_,adapter_folders.py bases.py left_out.py patterns.py)
-MUTANT_TESTS += $(addprefix --ignore=tests/,$(addsuffix .py,adapters/test_merge lora/deltas/test_delta_kernels))
+MUTANT_TESTS += --ignore=tests/adapters/test_merge.py --ignore=tests/lora/deltas/test_delta_kernels.py
 MUTANTS ?=
 
 mutants: $(VENV)/.mutants-installed

@@ -32,9 +32,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import CodeType, FunctionType
+from typing import NoReturn
 
 import pytest
 
+from tests.support import ranks
 from tests.support.mutators import EXCLUDED, Mutation, mutated, mutations
 from tests.support.paths import ROOT
 from tests.support.patience import patient
@@ -97,6 +99,7 @@ class Mutants:
             return True
         for path in self.paths:
             importlib.import_module(path.removesuffix(".py").replace("/", "."))
+        ranks.process_context = _no_ranks
         self.functions = _functions_of(self.paths)
         gc.collect()
         gc.freeze()  # a mutant's own collections need not look at all that was imported
@@ -247,6 +250,10 @@ class _ending_here:
 
     def __exit__(self, *error: object) -> None:
         os._exit(0 if error[0] is None else 1)
+
+
+def _no_ranks() -> NoReturn:
+    pytest.skip("ranks are other processes, which do not have the mutation")
 
 
 def _processor_time() -> float:
