@@ -1,12 +1,15 @@
 """What `make mutants` changes: each change compiles, is another program, and fits the function it is put into."""
 
 import ast
+import os
 import random
 import textwrap
+import time
 
 import pytest
 
-from tests.support.mutants import CORE
+from tests.support import mutants
+from tests.support.mutants import CAUGHT, CORE, SURVIVED, TIMED_OUT, Baseline, Mutant, Mutants, Worker
 from tests.support.mutators import mutated, mutations
 from tests.support.paths import ROOT
 
@@ -77,3 +80,87 @@ def test_each_mutation_of_the_core_files_is_another_program_that_compiles(module
         tree = mutated(source, number)
         assert ast.dump(tree) != original
         compile(tree, module, "exec")
+
+
+MODULE = "sat_lora/files/step_folders.py"
+
+
+class Plugin(Mutants):
+    """Runs functions in place of collected tests."""
+
+    def __init__(self, **tests):
+        super().__init__([MODULE], 0, 1, 1)
+        self.tests = tests
+        self.functions = mutants._functions_of([MODULE])
+
+    def become_worker(self, folder):
+        os.setpgid(0, 0)
+
+    def run_tests(self, names):
+        return next((name for name in names if not self.tests[name]()), None)
+
+
+def result_of(plugin, mutant, *names, limit=20.0):
+    worker = Worker(mutant, names, limit, plugin)
+    while (result := worker.ended()) is None:
+        time.sleep(0.01)
+    assert not os.path.exists(worker._folder)
+    return result
+
+
+def mutant_of_steps_in():
+    """`steps_in` gives None."""
+    found = mutations((ROOT / MODULE).read_text())
+    (number,) = (n for n, mutation in enumerate(found) if (mutation.function, mutation.kind) == ("steps_in", "return"))
+    return Mutant(MODULE, number, found[number])
+
+
+def test_a_worker_has_the_mutation_and_nobody_else(tmp_path):
+    from sat_lora.files import step_folders
+
+    steps_in = step_folders.steps_in  # as others have imported it
+    plugin = Plugin(notices=lambda: steps_in(tmp_path) == [], sleeps=lambda: time.sleep(30), ends=lambda: os._exit(1))
+    plugin.tests["is blind"] = lambda: steps_in(tmp_path) is None
+    mutant = mutant_of_steps_in()
+    assert result_of(plugin, mutant, "is blind", "notices") == (CAUGHT, "notices")
+    assert result_of(plugin, mutant, "is blind") == (SURVIVED, None)
+    assert result_of(plugin, None, "notices") == (SURVIVED, None)
+    assert result_of(plugin, mutant, "ends") == (CAUGHT, None)
+    assert result_of(plugin, mutant, "sleeps", limit=0.1) == (TIMED_OUT, None)
+    assert steps_in(tmp_path) == []
+
+
+def test_a_mutation_that_cannot_be_made_is_not_taken_for_caught():
+    plugin = Plugin()
+    plugin.functions = {}
+    with pytest.raises(RuntimeError, match="could not be made"):
+        result_of(plugin, mutant_of_steps_in())
+
+
+def test_tests_run_in_the_order_of_what_they_promise(monkeypatch):
+    monkeypatch.setattr(mutants, "BUDGET", 3.0)
+    mutant = mutant_of_steps_in()
+    mirrored = "tests/files/test_step_folders.py::test"
+    seconds = {mirrored: 1.0, "quick": 0.1, "quicker": 0.05, "catcher": 1.5, "slow": 2.5, "elsewhere": 0.1, "last": 0.9}
+    baseline = Baseline(seconds, {(MODULE, mutant.mutation.line): [name for name in seconds if name != "elsewhere"]})
+    assert mutants._tests_for(mutant, baseline, ["catcher"]) == ["catcher", mirrored, "quicker", "quick"]
+    assert mutants._tests_for(mutant, Baseline(), []) == []
+
+
+def test_of_a_file_as_many_are_drawn_as_are_wanted_and_always_the_same():
+    drawn = [*mutants._drawn([MODULE], 5, 1)]
+    assert drawn == [*mutants._drawn([MODULE], 5, 1)] != [*mutants._drawn([MODULE], 5, 2)]
+    assert len(drawn) == 5 and [m.number for m in drawn] == sorted({m.number for m in drawn})
+    every = [*mutants._drawn([MODULE], 0, 1)]
+    assert [mutant.number for mutant in every] == [*range(len(every))] and {*map(str, drawn)} <= {*map(str, every)}
+
+
+def test_the_report_counts_what_was_caught_and_shows_what_was_not(capsys):
+    mutation = mutant_of_steps_in().mutation
+    results = (CAUGHT, CAUGHT, TIMED_OUT, SURVIVED, mutants.NOT_RUN)
+    share = mutants.report([Mutant(MODULE, number, mutation, result) for number, result in enumerate(results)])
+    text = capsys.readouterr().out
+    assert share == 60.0 and text.count(f"{MODULE}:{mutation.line} in steps_in, return") == 2
+    assert [line.split() for line in text.splitlines() if line.startswith("all")] == [
+        ["all", "5", "2", "1", "2", "60.0"]
+    ]

@@ -232,6 +232,7 @@ class Worker:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, signal.SIGKILL)  # with it what its tests have started
         if pid == 0:
+            os.kill(self.pid, signal.SIGKILL)  # if it has no group yet
             os.waitpid(self.pid, 0)
         text = self._result.read_text() if self._result.exists() else None
         shutil.rmtree(self._folder, ignore_errors=True)
