@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 
-.PHONY: demo types test test-matrix docs bench-gpu clean
+.PHONY: demo types test test-matrix mutants docs bench-gpu clean
 
 # The program `deepspeed` names its interpreter in its first line, which ends at the first space of a path.
 demo: $(READY)
@@ -20,7 +20,7 @@ test: $(READY)
 	"$(BIN)/python" -m pytest --numprocesses $(WORKERS) --dist loadfile
 
 # Tests of what changes break most, without those that start ranks or programs: to be done while somebody waits.
-FAST := tests/test_layers.py tests/lora tests/parallel tests/files tests/adapters tests/data tests/training/settings
+FAST := tests/test_layers.py tests/test_words.py tests/lora tests/parallel tests/files tests/adapters tests/data tests/training/settings
 FAST += tests/cogvlm/inputs tests/watchdog/test_verdict.py tests/docs/test_pages.py
 FAST += $(addprefix tests/cases/test_,formats.py keys.py layouts.py left_out.py patterns.py texts.py what_is_said.py)
 RANKS := adapters/test_merge lora/test_optimizer_groups lora/deltas/test_delta_kernels parallel/test_distributed
@@ -37,8 +37,21 @@ lint: $(READY)
 # Half an hour of a quiet machine: every layout, and every other long test. A busy one is waited for.
 test-matrix: export SAT_LORA_TEST_PATIENCE ?= 5
 test-matrix: $(READY)
-	"$(BIN)/python" -m pytest -m matrix; status=$$?; \
+	"$(BIN)/python" -m pytest -m matrix --numprocesses $(WORKERS) --dist loadfile -v -rf; status=$$?; \
 	"$(BIN)/python" -m tests.distributed.matrix && exit $$status
+
+# Small changes of lora/ and files/, one at a time: do these tests notice? MUTANTS="--per-file 0 --files FILE": all of a file.
+MUTANT_TESTS := tests/lora tests/files tests/parallel tests/adapters
+MUTANT_TESTS += $(addprefix tests/cases/test_,adapter_folders.py bases.py left_out.py patterns.py)
+MUTANT_TESTS += --ignore=tests/adapters/test_merge.py --ignore=tests/lora/deltas/test_delta_kernels.py
+MUTANTS ?=
+
+mutants: $(VENV)/.mutants-installed
+	"$(BIN)/python" -m tests.support.mutants --workers $(WORKERS) $(MUTANTS) $(MUTANT_TESTS)
+
+$(VENV)/.mutants-installed: $(READY)
+	"$(BIN)/python" -m pip install -q -c constraints.txt -e '.[mutants]'
+	touch $@
 
 docs: $(VENV)/.docs-installed  # the pages of docs/ into site/; a broken link is an error
 	NO_MKDOCS_2_WARNING=1 "$(BIN)/python" -m mkdocs build --strict

@@ -18,7 +18,8 @@ import torch
 from benchmarks.interleaved import environment
 from benchmarks.report import table, write_json
 from benchmarks.variants import Shape
-from sat_lora.lora.deltas.low_rank import DeltaLayout, RandomDropout
+from sat_lora.lora.deltas.layout import DeltaLayout
+from sat_lora.lora.deltas.low_rank import RandomDropout
 
 SHAPES = "4096x12288/3 4096x11008 1792x15360 1792x5376/3 15360x1792 11008x4096 4096x4096"
 TOKENS, RANK = 4904, 16

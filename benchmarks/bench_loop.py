@@ -22,6 +22,7 @@ from benchmarks.run_step import WATCHDOG_LIMIT, run_step
 from benchmarks.variants import randomise
 from sat_lora import LoraConfig, add_lora
 from sat_lora.training.runs.run_folder import RunFolder
+from sat_lora.training.steps.observers import Observers
 from sat_lora.training.steps.step import to_device
 from sat_lora.watchdog.watchdog import watched
 
@@ -63,11 +64,13 @@ def compare(config: dict, args: argparse.Namespace, device: torch.device) -> dic
     batch = batch_of(config, words, torch.device("cpu"), dtype, args.batch)
     on_device = to_device(batch, device)
     rounds = {"bare": rounds_of(training_step(model, on_device, trained), args.repeats, device, warmup=2)}
-    with tempfile.TemporaryDirectory() as folder, RunFolder(folder, is_writer=True) as run:
-        loop = run_step(model, batch, stage=args.zero_stage, trace_folder=Path(folder), log=run)
-        run.start(STEPS_AT_MOST)
-        with watched(loop.trace, WATCHDOG_LIMIT):
-            rounds["loop"] = rounds_of(loop.work, args.repeats, device, warmup=3)
+    with tempfile.TemporaryDirectory() as folder:
+        run = RunFolder(folder, is_writer=True)
+        loop = run_step(model, batch, stage=args.zero_stage, trace_folder=Path(folder), logs=run.observers)
+        with Observers(run.observers, run.say) as logs:
+            logs.on_start(STEPS_AT_MOST, 0)
+            with watched(loop.trace, WATCHDOG_LIMIT):
+                rounds["loop"] = rounds_of(loop.work, args.repeats, device, warmup=3)
     return {
         name: {"seconds": quartiles(own), "samples_per_second": args.batch / min(own)} for name, own in rounds.items()
     }

@@ -11,6 +11,10 @@ import argparse
 import contextlib
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from sat_lora.training.settings.config import TrainConfig
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -19,6 +23,7 @@ def build_parser() -> argparse.ArgumentParser:
     """
     from sat_lora.terminal.option_parser import OptionParser
     from sat_lora.terminal.option_types import batch, positive_int, seconds
+    from sat_lora.training.settings.options import add_config_options
     from sat_lora.training.settings.options import build_parser as finetune_parser
 
     parser = OptionParser(
@@ -57,6 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="end ranks that wait for each other without a sign of life for so long; 0: never (default: 120)",
     )
     add("--local_rank", type=int, help="set by the launcher")
+    add_config_options(parser)
     known = parser.spellings
     for action in finetune_parser()._actions:
         flags = [flag for flag in action.option_strings if flag.replace("-", "_") not in known]
@@ -73,22 +79,16 @@ class _NoEffect(argparse.Action):
         namespace.no_effect = [*namespace.no_effect, self.option_strings[0]]
 
 
-DEFAULTS = dict(
-    version="chat",
-    prompt="What is this?",
-    max_length=1288,
-    eval_batch_size=4,
-    model_parallel_size=1,
-    watchdog_limit=120.0,
-    trust_checkpoint=False,
-)
-
-
-def read_settings(options: argparse.Namespace) -> argparse.Namespace:
-    """The options, filled up from the run's settings and the defaults; ConfigError if something is still missing."""
+def read_settings(options: argparse.Namespace) -> "Evaluation":
+    """What the options ask for, filled up from a --config file, the run's settings and the defaults; ConfigError if
+    something is still missing.
+    """
+    from sat_lora.cogvlm.inputs.prompts import version_of
     from sat_lora.errors import ConfigError
-    from sat_lora.training.settings.defaults import version_of
-    from sat_lora.training.settings.options import settings_of_run
+    from sat_lora.training.settings.config import KNOWN
+    from sat_lora.training.settings.config_file import read_config_file
+    from sat_lora.training.settings.resolve import resolve
+    from sat_lora.training.settings.run_settings import settings_of_run
 
     stored = {}
     if options.run:
@@ -96,27 +96,41 @@ def read_settings(options: argparse.Namespace) -> argparse.Namespace:
             stored = settings_of_run(options.run)
         except ConfigError as error:
             raise ConfigError(f"--run: {error}") from error
-        stored["adapter"] = str(Path(options.run) / "adapter")
         if options.bf16 or options.fp16:
-            stored["bf16"] = stored["fp16"] = None
-    given = {name: value for name, value in vars(options).items() if value is not None}
-    known = set(vars(options))
-    merged = {
-        **dict.fromkeys(known),
-        **DEFAULTS,
-        **{k: v for k, v in stored.items() if k in known and v is not None},
-        **given,
-    }
-    if merged["from_pretrained"] and not (given.get("version") or stored.get("version")):
-        merged["version"] = version_of(merged["from_pretrained"]) or DEFAULTS["version"]
-    options = argparse.Namespace(**merged)
-    options.local_tokenizer = options.local_tokenizer or options.from_pretrained
-    missing = [f"--{name}" for name in ("from_pretrained", "test-data") if not getattr(options, name.replace("-", "_"))]
+            stored["bf16"] = stored["fp16"] = False
+        stored |= {"given": [], "train_iters": None, "epochs": None}
+    path = vars(options).get("config")
+    file = {} if path is None else read_config_file(path)
+    given = {name: value for name, value in vars(options).items() if value is not None and name in KNOWN}
+    base = {**stored, **file, **given}.get("from_pretrained")
+    says_version = "version" in given or "version" in file or stored.get("version")
+    config, _ = resolve(
+        given, file=file, resumed_run=stored, base_version=None if says_version or base is None else version_of(base)
+    )
+    adapter = options.adapter or (str(Path(options.run) / "adapter") if options.run else None)
+    missing = [
+        option
+        for option, value in (
+            ("--from_pretrained", config.model.from_pretrained),
+            ("--test-data", config.data.test_data),
+        )
+        if not value
+    ]
     if missing:
         source = f"{options.run} has none; give" if options.run else "give"
         other = "" if options.run else ", or --run RUN_FOLDER of a run that has them"
         raise ConfigError(f"{', '.join(missing)} missing: {source} them{other}")
-    return options
+    return Evaluation(config=config, adapter=adapter, run=options.run, out=options.out, any_base=bool(options.any_base))
+
+
+class Evaluation(NamedTuple):
+    """What is evaluated, and where the result goes; see the options."""
+
+    config: "TrainConfig"
+    adapter: str | None
+    run: str | None
+    out: str | None
+    any_base: bool
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -131,19 +145,25 @@ def _evaluate(argv: list[str] | None) -> int:
     from sat_lora.parallel.launch import announce, find_place
     from sat_lora.printable import printable
     from sat_lora.terminal.notice import is_first_rank
+    from sat_lora.training.settings.config_file import as_yaml
 
-    parser = build_parser()
-    options = parser.parse_args(argv)
+    options = build_parser().parse_args(argv)
     place = find_place()
+    evaluation = read_settings(options)
+    config = evaluation.config
+    if vars(options).get("print_config"):
+        if is_first_rank():
+            print(as_yaml(config, file=vars(options).get("config")), end="", flush=True)
+        return 0
+    parts = config.parallel.model_parallel_size
+    if place.size % parts:
+        raise ConfigError(f"--model-parallel-size: {parts} does not divide {place.size} ranks")
+    _check_early(evaluation, place)
     no_effect = list(dict.fromkeys(options.no_effect))
-    options = read_settings(options)
-    if place.size % options.model_parallel_size:
-        raise ConfigError(f"--model-parallel-size: {options.model_parallel_size} does not divide {place.size} ranks")
-    _check_early(options, place)
     if is_first_rank() and no_effect:
         print(f"no effect on an evaluation: {', '.join(no_effect)}", flush=True)
-    if is_first_rank() and not options.adapter:
-        print(f"no --adapter: {printable(options.from_pretrained)} is evaluated alone", flush=True)
+    if is_first_rank() and not evaluation.adapter:
+        print(f"no --adapter: {printable(config.model.base)} is evaluated alone", flush=True)
     announce(place)
     from sat_lora.parallel.distributed import destroy, init_distributed, init_model_parallel, run_on_all_ranks
     from sat_lora.training.evaluation import (
@@ -157,33 +177,33 @@ def _evaluate(argv: list[str] | None) -> int:
     from sat_lora.training.runs.run_lock import RunLock
     from sat_lora.watchdog.watchdog import watched_alone
 
-    device = init_distributed(marks=marks_of_options(options))
-    world = init_model_parallel(device, options.model_parallel_size)
-    options.bf16 = options.bf16 or (device.type == "cuda" and not options.fp16)
-    out, run = evaluation_file(options)
+    adapter = evaluation.adapter
+    device = init_distributed(marks=marks_of_options(config))
+    world = init_model_parallel(device, parts)
+    config = config.replaced(bf16=config.precision.bf16 or (device.type == "cuda" and not config.precision.fp16))
+    out, run = evaluation_file(config, adapter=adapter, run=evaluation.run, out=evaluation.out)
     lock = contextlib.nullcontext()
     if run is not None:
         lock = RunLock(run, doing="evaluating", option="--run", instead="write elsewhere, with --out FILE")
-    with lock, watched_alone(options.watchdog_limit) as trace:
-        any_base = bool(options.any_base)
+    with lock, watched_alone(config.checks.watchdog_limit) as trace:
         run_on_all_ranks(lambda: try_to_write(out) if world.is_main else None)
-        result = run_on_all_ranks(evaluate_adapter, options, options.adapter, world, trace=trace, any_base=any_base)
-        run_on_all_ranks(lambda: write_evaluation(out, result, options, options.adapter) if world.is_main else None)
+        result = run_on_all_ranks(evaluate_adapter, config, adapter, world, trace=trace, any_base=evaluation.any_base)
+        run_on_all_ranks(lambda: write_evaluation(out, result, config, adapter) if world.is_main else None)
     if world.is_main:
-        is_own = options.out or not options.adapter or out.name == "evaluation.json"
+        is_own = evaluation.out or not adapter or out.name == "evaluation.json"
         why = "" if is_own else "; evaluation.json is another evaluation's"
         print(f"{evaluation_table(result)}\nwritten to {printable(out)}{why}", flush=True)
     destroy()
     return 0
 
 
-def _check_early(options: argparse.Namespace, place) -> None:
+def _check_early(evaluation: Evaluation, place) -> None:
     """Before anything slow is imported: ConfigError or DataError, with what is not there."""
     from sat_lora.files.paths import missing_adapter
     from sat_lora.training.early import check_early
 
-    problem = missing_adapter(options.adapter) if options.adapter else None
-    check_early(options, place, writes=False, more=[f"--adapter: {problem}"] if problem else [])
+    problem = missing_adapter(evaluation.adapter) if evaluation.adapter else None
+    check_early(evaluation.config, place, writes=False, more=[f"--adapter: {problem}"] if problem else [])
 
 
 if __name__ == "__main__":

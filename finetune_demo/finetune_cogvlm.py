@@ -26,62 +26,62 @@ def _finetune(argv: list[str] | None) -> int:
     from sat_lora.training.early import check_early
     from sat_lora.training.settings.options import parse_options
 
-    options, place = parse_options(argv, demo_folder=HERE), find_place()
-    check_early(options, place, demo_data=HERE / "captchas", writes=not options.doctor)
+    demo = _demo()
+    config, place = parse_options(argv, demo=demo), find_place()
+    check_early(config, place, demo=demo, writes=not config.start.doctor)
     announce(place)
-    if options.doctor:
+    if config.start.doctor:
         from sat_lora.doctor.run_checks.packages import report_missing
 
         if report_missing():
             return 1
         from sat_lora.doctor.diagnose import report
 
-        return report(options, make_data=lambda: _make_demo_data(options))
+        return report(config, demo)
     from sat_lora.parallel.distributed import destroy
     from sat_lora.parallel.stop_signals import Stopped
     from sat_lora.training.finetune import finetune
 
     try:
-        world = finetune(options, make_data=lambda: _make_demo_data(options))
+        setting = finetune(config, demo)
     except Stopped as stopped:
         if is_first_rank():
-            print(f"{stopped}; resume with: {_resume_line(options)}", flush=True)
+            print(f"{stopped}; resume with: {_resume_line(config)}", flush=True)
         return stopped.status
-    if world.is_main and not options.replay:
-        print(_what_next(options), flush=True)
+    if setting.world.is_main and not config.start.replay:
+        print(_what_next(setting.config), flush=True)
     destroy()
     return 0
 
 
-def _make_demo_data(options) -> None:
-    """Render the captchas, if the demo's own folders are what the options name and they are not there yet."""
-    folder = HERE / "captchas"
-    named = [*(options.train_data or ()), *(options.valid_data or ()), *(options.test_data or ())]
-    if any(Path(path).parent == folder for path in named) and not folder.exists():
+def _demo():
+    """The demo, which lies beside this script."""
+    if str(HERE) not in sys.path:
         sys.path.insert(0, str(HERE))
-        from make_captchas import make_captchas
+    from demo import DEMO
 
-        make_captchas(folder)
+    return DEMO
 
 
-def _what_next(options) -> str:
+def _what_next(config) -> str:
     """What the run has made, and the lines that go on with it: each can be pasted into any shell."""
     from sat_lora.parallel.launch import relaunch, sat_lora_line
     from sat_lora.printable import printable
 
-    run, trust = Path(os.path.abspath(options.run_folder)), ["--trust-checkpoint"] * options.trust_checkpoint
+    run, trust = Path(os.path.abspath(config.run_folder)), _trust(config)
     best = _best_adapter(run)
     lines = [f"adapter     {printable(best or run / 'adapter')}"]
-    if options.test_data:
+    if config.data.test_data:
         lines.append(f"evaluation  {printable(run / 'evaluation.json')}")
         alone = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-        environ = os.environ if options.model_parallel_size > 1 else alone
+        environ = os.environ if config.parallel.model_parallel_size > 1 else alone
         chosen = ["--adapter", str(best)] if best else []
         line = relaunch(HERE / "evaluate_cogvlm.py", "--run", str(run), *chosen, *trust, environ=environ)
         lines += [f"evaluate    {line}"] if line else []
-    base, out = os.path.abspath(options.from_pretrained), _new_folder(run / "merged")
+    base, out = os.path.abspath(config.model.base), _new_folder(run / "merged")
     merge = sat_lora_line("merge", "--base", base, *trust, "--adapter", best or run / "adapter", "--out", out)
-    lines += [f"merge       {merge}", f"resume      {_resume_line(options, '--train-iters', 2 * options.train_iters)}"]
+    further = _resume_line(config, "--train-iters", 2 * config.schedule.steps)
+    lines += [f"merge       {merge}", f"resume      {further}"]
     return "\n".join(lines)
 
 
@@ -101,14 +101,18 @@ def _new_folder(path: Path) -> Path:
     return free
 
 
-def _resume_line(options, *more) -> str:
+def _resume_line(config, *more) -> str:
     from sat_lora.parallel.launch import relaunch
     from sat_lora.printable import shell_line
 
-    run, trust = os.path.abspath(options.run_folder), ["--trust-checkpoint"] * options.trust_checkpoint
-    words = ["--resume", run, *trust, *map(str, more)]
+    words = ["--resume", os.path.abspath(config.run_folder), *_trust(config), *map(str, more)]
     line = relaunch(__file__, *words)
     return line or f"the launcher and the ranks that the run had, and {shell_line(words)}"
+
+
+def _trust(config) -> list[str]:
+    """The option that lets the base be unpickled, where it was given."""
+    return ["--trust-checkpoint"] * config.start.trust_checkpoint
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ _MOVED_TO = {
         "doctor.evidence doctor.verdict doctor.paragraph doctor.places doctor.watchdog doctor.replay"
     ),
     "training.settings": (
-        "training.options training.defaults training.lora_options training.deepspeed_config "
+        "training.options training.defaults>config training.lora_options training.deepspeed_config "
         "training.deepspeed_file training.schedule"
     ),
     "training.steps": (

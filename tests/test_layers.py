@@ -37,6 +37,7 @@ LAYERS = [
     "data.shards",
     "data.batches",
     "watchdog",
+    "training.metrics",
     "training.settings",
     "training.steps",
     "training.runs",
@@ -99,6 +100,16 @@ def test_every_folder_has_its_layer():
 def test_imports_go_downwards(layer):
     bad = {module: upward(module) for module in modules() if module and layer_of(module) == layer}
     assert not {module: names for module, names in bad.items() if names}
+
+
+# Who watches a run listens to the loop, and the loop does not know who that is.
+DEAF = ["training.loop", "training.steps.step", "training.steps.observers"]
+
+
+@pytest.mark.parametrize("module", DEAF)
+def test_the_loop_does_not_know_who_watches_it(module):
+    watchers = {name for name in imported(modules()[module]) if name.partition(".")[0] in ("doctor", "watchdog")}
+    assert not watchers
 
 
 def test_relative_imports_hide_nothing():

@@ -19,7 +19,7 @@ import sat_lora
 from tests.support.paths import ROOT
 
 PACKAGE = ROOT / "sat_lora"
-INSTALLED_AS = {"PIL": "Pillow", "sat": "SwissArmyTransformer"}
+INSTALLED_AS = {"PIL": "Pillow", "sat": "SwissArmyTransformer", "yaml": "PyYAML"}
 
 
 @pytest.fixture(scope="module")

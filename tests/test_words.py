@@ -67,16 +67,21 @@ def decorators(node: Definition) -> set[str]:
 @cache
 def documented_methods() -> dict[str, set[str]]:
     """The methods with a docstring of each class and of those of the package that it is made of, by its name."""
-    classes = {
-        node.name: node for tree in trees().values() for _, node in definitions(tree) if isinstance(node, ast.ClassDef)
-    }
+    classes: dict[str, list[ast.ClassDef]] = {}
+    for tree in trees().values():
+        for _, node in definitions(tree):
+            if isinstance(node, ast.ClassDef):
+                classes.setdefault(node.name, []).append(node)
 
-    def methods(name: str) -> set[str]:
-        node = classes.get(name)
-        if node is None:
-            return set()
-        own = {child.name for child in node.body if isinstance(child, FUNCTIONS) and ast.get_docstring(child)}
-        return own.union(*(methods(ast.unparse(base).rpartition(".")[2]) for base in node.bases))
+    def methods(name: str, below: frozenset[str] = frozenset()) -> set[str]:
+        documented: set[str] = set()
+        for node in classes.get(name, ()) if name not in below else ():
+            documented |= {
+                child.name for child in node.body if isinstance(child, FUNCTIONS) and ast.get_docstring(child)
+            }
+            bases = (ast.unparse(base).rpartition(".")[2] for base in node.bases)
+            documented = documented.union(*(methods(base, below | {name}) for base in bases))
+        return documented
 
     return {name: methods(name) for name in classes}
 

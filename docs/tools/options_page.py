@@ -31,7 +31,13 @@ def page() -> str:
     lines = [HEAD, "## finetune_cogvlm.py", ""]
     lines += ["The third column is what the demo takes instead of the default, where that differs.", ""]
     lines += _finetune_tables(finetune_parser())
-    lines += ["## evaluate_cogvlm.py", "", *_table(_script("evaluate_cogvlm").build_parser()._actions), ""]
+    lines += [
+        *_sections(),
+        "## evaluate_cogvlm.py",
+        "",
+        *_table(_script("evaluate_cogvlm").build_parser()._actions),
+        "",
+    ]
     lines += ["## pack_shards.py", "", *_table(_script("pack_shards").build_parser()._actions), ""]
     for name, parser in _commands(sat_lora_parser()):
         lines += [f"## sat-lora {name}", "", f"{_sentence(parser.description or parser.format_usage)}", ""]
@@ -43,9 +49,7 @@ def page() -> str:
 
 def _finetune_tables(parser: argparse.ArgumentParser) -> Iterator[str]:
     """The lines of a table for each group of options."""
-    from sat_lora.training.settings.defaults import demo_defaults, embedded_base
-
-    demo = {**embedded_base(DEMO), **demo_defaults(DEMO)}
+    demo = _script("demo").demo_in(DEMO).values(None)
     for group in parser._action_groups:
         actions = [action for action in group._group_actions if action.dest != "help"]
         if actions:
@@ -56,6 +60,23 @@ def _finetune_tables(parser: argparse.ArgumentParser) -> Iterator[str]:
             for action in actions:
                 yield f"| {_names(action)} | {_text(action.help)} | {_demo_value(action, demo)} |"
             yield ""
+
+
+def _sections() -> Iterator[str]:
+    """The lines that tell what a --config file may hold."""
+    from sat_lora.training.settings.config import KNOWN, SECTIONS
+    from sat_lora.training.settings.config_file import UNPRINTED
+
+    yield from ("### In a file", "")
+    yield from (
+        "Under these names, by section or flat, settings stand in a `--config` file; `--print-config` writes one.",
+        "",
+    )
+    yield from ("| section | settings |", "|---|---|")
+    for section in (section for section in SECTIONS if section not in UNPRINTED):
+        names = ", ".join(f"`{name}`" for name, known in KNOWN.items() if known.section == section)
+        yield f"| `{section}` | {names} |"
+    yield ""
 
 
 def _table(actions: list[argparse.Action]) -> Iterator[str]:

@@ -24,14 +24,15 @@ import torch
 from torch.nn.functional import pad
 
 from sat_lora.adapters.combine_checks import WHOLE, Source, by_layer, check_arguments, read_sources, refuse
-from sat_lora.adapters.combine_factors import Pair, Triple, cat, linear, svd, ties
+from sat_lora.adapters.combine_factors import cat, linear, svd, ties
 from sat_lora.adapters.format import LARGEST_SCALE, PAIR, LayerEntry, SavedAdapter, cut_slots, write_adapter
 from sat_lora.errors import AdapterError, ConfigError
 from sat_lora.lora.base_identity import BaseIdentity
 from sat_lora.lora.config import SLOTS, LoraConfig
+from sat_lora.lora.deltas.delta import Delta
 from sat_lora.terminal.progress import Progress
 
-Arithmetic = Callable[[list[Triple]], Pair]
+Arithmetic = Callable[[list[Delta]], Delta]
 Holders = tuple[str, list[Source]]
 """The name of a layer, and the adapters that have it."""
 
@@ -108,8 +109,9 @@ def combine_sources(sources: list[Source], arithmetic: Arithmetic, progress: Pro
 
 def _overflows(adapter: SavedAdapter, name: str) -> bool:
     """Return whether |s| |B| |A|, which no entry of the delta exceeds, is beyond float32."""
-    a, b = (torch.linalg.vector_norm(tensor, dtype=torch.float64).item() for tensor in adapter.of_layer(name).values())
-    return not abs(adapter.layers[name].scale) * a * b <= LARGEST_SCALE
+    delta = adapter.delta_of(name)
+    a, b = (torch.linalg.vector_norm(factor, dtype=torch.float64).item() for factor in (delta.a, delta.b))
+    return not abs(delta.scale) * a * b <= LARGEST_SCALE
 
 
 def _base(sources: list[Source]) -> BaseIdentity | None:
@@ -127,36 +129,38 @@ def combine_layer(
     order = sorted(rows, key=lambda slot: rows[slot])
     slots = tuple(slot for slot in order if slot != WHOLE)
     spans = tuple(rows[slot] for slot in order)
-    dtype, triples = triples_by_slot(name, holders, scale)
-    stacked = [factor.to(dtype) for factor in stack([arithmetic(triples[slot]) for slot in order])]
-    entry = LayerEntry(holders[0].saved.layers[name].kind, len(stacked[0]) // len(order), scale, slots, spans)
-    return entry, cut_slots(name, slots, [stop - start for start, stop in spans], dict(zip(PAIR, stacked)))
+    dtype, deltas = deltas_by_slot(name, holders, scale)
+    stacked = stack([arithmetic(deltas[slot]) for slot in order]).to(dtype)
+    entry = LayerEntry(holders[0].saved.layers[name].kind, stacked.rank, scale, slots, spans)
+    tensors = dict(zip(PAIR, (stacked.a, stacked.b)))
+    return entry, cut_slots(name, slots, [stop - start for start, stop in spans], tensors)
 
 
-def triples_by_slot(name: str, holders: list[Source], scale: float) -> tuple[torch.dtype, dict[str, list[Triple]]]:
-    """Return (widest dtype of one layer's factors, {slot: the factors of the adapters that have it}).
+def deltas_by_slot(name: str, holders: list[Source], scale: float) -> tuple[torch.dtype, dict[str, list[Delta]]]:
+    """Return (widest dtype in one layer, {slot: the deltas of the adapters that have it}).
 
-    The factors are in float32 or wider, and their scales are divided by `scale`.
+    The deltas are in float32 or wider, and their scales are divided by `scale`.
     """
-    factors = [factor for source in holders for pair in source.pairs(name).values() for factor in pair]
+    by_source = [source.deltas(name) for source in holders]
+    factors = [factor for deltas in by_source for delta in deltas.values() for factor in (delta.a, delta.b)]
     dtype = reduce(torch.promote_types, [factor.dtype for factor in factors])
     wide = torch.promote_types(dtype, torch.float32)
-    triples: dict[str, list[Triple]] = {}
-    for source in holders:
-        for slot, (a, b) in source.pairs(name).items():
-            triples.setdefault(slot, []).append((a.to(wide), b.to(wide), source.scale_of(name) / scale))
-    return dtype, triples
+    by_slot: dict[str, list[Delta]] = {}
+    for deltas in by_source:
+        for slot, delta in deltas.items():
+            by_slot.setdefault(slot, []).append(replace(delta.to(wide), scale=delta.scale / scale))
+    return dtype, by_slot
 
 
-def stack(pairs: list[Pair]) -> Pair:
-    """Return A (slots * r, in) and B (rows of all slots, r) of the pairs of all slots.
+def stack(deltas: list[Delta]) -> Delta:
+    """Return the delta of all slots, of the delta of each, all of scale 1.
 
     r is the largest rank: a layer has one, and a slot that fewer adapters have is filled up with zeros.
     """
-    rank = max(len(a) for a, _ in pairs)
-    a = [pad(a, (0, 0, 0, rank - len(a))) for a, _ in pairs]
-    b = [pad(b, (0, rank - b.shape[1])) for _, b in pairs]
-    return torch.cat(a), torch.cat(b)
+    rank = max(delta.rank for delta in deltas)
+    a = [pad(delta.a, (0, 0, 0, rank - delta.rank)) for delta in deltas]
+    b = [pad(delta.b, (0, rank - delta.rank)) for delta in deltas]
+    return Delta(torch.cat(a), torch.cat(b))
 
 
 def combined_config(configs: list[LoraConfig], layers: dict[str, LayerEntry]) -> LoraConfig:

@@ -6,11 +6,11 @@ from dataclasses import dataclass, replace
 from numbers import Real
 from pathlib import Path
 
-import torch
-
-from sat_lora.adapters.format import LARGEST_SCALE, MAGNITUDE, PAIR, SavedAdapter, read_adapter, tensor_problems
+from sat_lora.adapters.format import LARGEST_SCALE, MAGNITUDE, PAIR, SavedAdapter
+from sat_lora.adapters.read import read_adapter, tensor_problems
 from sat_lora.errors import AdapterError, ConfigError
 from sat_lora.lora.base_identity import BaseIdentity
+from sat_lora.lora.deltas.delta import Delta
 from sat_lora.printable import printable
 from sat_lora.terminal.notice import warn
 
@@ -37,10 +37,11 @@ class Source:
         entry = self.saved.layers[name]
         return dict(zip(entry.slots or (WHOLE,), entry.rows))
 
-    def pairs(self, name: str) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        """Return A (r, in) and B (rows, r) of each slot of that layer."""
+    def deltas(self, name: str) -> dict[str, Delta]:
+        """Return the delta of each slot of that layer, of which `scale_of` is the scale."""
         sides = [[self.saved.tensors[key] for key in self.saved.keys(name, leaf)] for leaf in PAIR]
-        return dict(zip(self.rows(name), zip(*sides)))
+        scale = self.scale_of(name)
+        return {slot: Delta(a, b, scale) for slot, a, b in zip(self.rows(name), *sides)}
 
     def in_features(self, name: str) -> int:
         """Return the inputs of that layer by the first A that says it; 0, which fits no tensor, where none does."""

@@ -1,49 +1,52 @@
-"""The arithmetic of `combine`: pairs of factors in, one pair out. What the methods are is told there."""
+"""The arithmetic of `combine`: deltas in, one delta out. What the methods are is told there.
+
+The scale of what comes in has the adapter's weight in it and may be negative; that of what comes out is 1.
+"""
 
 import math
 from collections.abc import Iterable
 
 import torch
 
-Triple = tuple[torch.Tensor, torch.Tensor, float]
-"""A (r, in), B (out, r) and s for the delta s B A; s has the adapter's weight in it and may be negative."""
-Pair = tuple[torch.Tensor, torch.Tensor]
-"""A (r, in) and B (out, r) for the delta B A."""
+from sat_lora.lora.deltas.delta import Delta
+
 Side = tuple[list[torch.Tensor], list[float]]
 """Every A, or every B, and what each is multiplied by."""
 
 
-def cat(triples: list[Triple]) -> Pair:
+def cat(deltas: list[Delta]) -> Delta:
     """Return A (sum of ranks, in) and B (out, sum of ranks): B A is the sum of s B A."""
-    return torch.cat([s * a for a, _, s in triples]), torch.cat([b for _, b, _ in triples], dim=1)
+    a = [delta.scale * delta.a for delta in deltas]
+    b = [delta.b for delta in deltas]
+    return Delta(torch.cat(a), torch.cat(b, dim=1))
 
 
-def svd(triples: list[Triple], rank: int | None) -> Pair:
+def svd(deltas: list[Delta], rank: int | None) -> Delta:
     """Return the best B A of that rank for the sum of s B A, singular values split evenly.
 
     With B = Q1 R1 and A^T = Q2 R2 of the stacked factors, B A = Q1 (R1 R2^T) Q2^T, and the SVD of the small core gives
     that of the product: out x in is never formed. No rank is larger than the core: pairs beyond it would be zero, and
     never train.
     """
-    a, b = cat(triples)
-    q1, r1 = torch.linalg.qr(b)
-    q2, r2 = torch.linalg.qr(a.T)
+    exact = cat(deltas)
+    q1, r1 = torch.linalg.qr(exact.b)
+    q2, r2 = torch.linalg.qr(exact.a.T)
     u, singular, vh = torch.linalg.svd(r1 @ r2.T, full_matrices=False)
-    rank = min(rank or max(a.shape[0] for a, _, _ in triples), len(singular))
+    rank = min(rank or max(delta.rank for delta in deltas), len(singular))
     root = singular[:rank].sqrt()
-    return root[:, None] * (vh[:rank] @ q2.T), (q1 @ u[:, :rank]) * root
+    return Delta(root[:, None] * (vh[:rank] @ q2.T), (q1 @ u[:, :rank]) * root)
 
 
-def linear(triples: list[Triple]) -> Pair:
+def linear(deltas: list[Delta]) -> Delta:
     """Return the sum of sqrt(s) A and that of sqrt(s) B; all are of one rank."""
-    of_a, of_b = _sides(triples)
-    return _weighted(*of_a).sum(0), _weighted(*of_b).sum(0)
+    of_a, of_b = _sides(deltas)
+    return Delta(_weighted(*of_a).sum(0), _weighted(*of_b).sum(0))
 
 
-def ties(triples: list[Triple], density: float, majority_sign: str) -> Pair:
-    """Return the pair of `linear`, with `ties_sum` for its sums."""
-    of_a, of_b = _sides(triples)
-    return ties_sum(*of_a, density, majority_sign), ties_sum(*of_b, density, majority_sign)
+def ties(deltas: list[Delta], density: float, majority_sign: str) -> Delta:
+    """Return the delta of `linear`, with `ties_sum` for its sums."""
+    of_a, of_b = _sides(deltas)
+    return Delta(ties_sum(*of_a, density, majority_sign), ties_sum(*of_b, density, majority_sign))
 
 
 def ties_sum(tensors: list[torch.Tensor], weights: list[float], density: float, majority_sign: str) -> torch.Tensor:
@@ -64,11 +67,11 @@ def trim(tensor: torch.Tensor, density: float) -> torch.Tensor:
     return torch.zeros_like(flat).index_copy(0, kept, flat[kept]).view_as(tensor)
 
 
-def _sides(triples: list[Triple]) -> tuple[Side, Side]:
+def _sides(deltas: list[Delta]) -> tuple[Side, Side]:
     """Return (every A, its sqrt|s| with the sign of s), (every B, sqrt|s|): a sign on both sides would cancel."""
-    roots = [math.sqrt(abs(s)) for _, _, s in triples]
-    signed = [math.copysign(root, s) for root, (_, _, s) in zip(roots, triples)]
-    return ([a for a, _, _ in triples], signed), ([b for _, b, _ in triples], roots)
+    roots = [math.sqrt(abs(delta.scale)) for delta in deltas]
+    signed = [math.copysign(root, delta.scale) for root, delta in zip(roots, deltas)]
+    return ([delta.a for delta in deltas], signed), ([delta.b for delta in deltas], roots)
 
 
 def _weighted(tensors: Iterable[torch.Tensor], weights: list[float]) -> torch.Tensor:

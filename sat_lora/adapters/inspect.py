@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from sat_lora.adapters.combine_checks import Source
-from sat_lora.adapters.format import CONFIG, PAIR, WEIGHTS, SavedAdapter, form_problems, read_adapter
+from sat_lora.adapters.format import CONFIG, PAIR, WEIGHTS, SavedAdapter
+from sat_lora.adapters.read import form_problems, read_adapter
 from sat_lora.errors import AdapterError, SatLoraError
 from sat_lora.files.foreign import read_json
 from sat_lora.files.step_folders import follow

@@ -9,21 +9,22 @@ from pathlib import Path
 
 import torch
 
-from sat_lora.adapters.format import SavedAdapter, base_problem, read_adapter, tensor_problems
+from sat_lora.adapters.format import SavedAdapter
+from sat_lora.adapters.read import base_problem, read_adapter, tensor_problems
 from sat_lora.cogvlm.checkpoints.base_weights import BaseWeights
 from sat_lora.cogvlm.checkpoints.hugging_face_folder import (
     CONFIG,
     INDEX,
     REMOTE_CODE,
     ROTARY,
-    make_hugging_face_weights,
 )
+from sat_lora.cogvlm.checkpoints.hugging_face_writer import make_hugging_face_weights
 from sat_lora.cogvlm.checkpoints.sat_folder import make_sat_weights
 from sat_lora.errors import AdapterError, CheckpointError, MergeError
 from sat_lora.files.atomic import replaced_folder
 from sat_lora.files.weight_files import Layout
-from sat_lora.lora.deltas.layers import KINDS
-from sat_lora.lora.deltas.low_rank import DeltaLayout
+from sat_lora.lora.deltas.kinds import KINDS
+from sat_lora.lora.deltas.layout import DeltaLayout
 from sat_lora.lora.deltas.merging import merged_weight
 from sat_lora.printable import printable
 from sat_lora.terminal.progress import Progress
@@ -161,11 +162,9 @@ def merged_tensor(name: str, weights: BaseWeights, saved: SavedAdapter) -> torch
         return weights[name]
     entry = saved.layers[layer]
     weight = weights[name]
-    tensors = saved.of_layer(layer)
     kind = KINDS[entry.kind]
     layout = DeltaLayout(entry.rows, kind.matrix(weight).shape[0], entry.kind)
-    delta = (tensors["lora_A"], tensors["lora_B"], entry.scale)
-    return merged_weight(weight, kind, layout, delta, tensors.get("lora_magnitude"))
+    return merged_weight(weight, kind, layout, saved.delta_of(layer), saved.magnitude_of(layer))
 
 
 def refuse_misfits(shapes: dict[str, tuple[int, ...]], saved: SavedAdapter, source: str | Path) -> None:

@@ -6,18 +6,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from sat_lora.adapters.format import (
-    MAGNITUDE,
-    PAIR,
-    LayerEntry,
-    SavedAdapter,
-    base_problem,
-    cut_slots,
-    plain_config,
-    read_adapter,
-    tensor_problems,
-    write_adapter,
-)
+from sat_lora.adapters.format import MAGNITUDE, PAIR, LayerEntry, SavedAdapter, cut_slots, plain_config, write_adapter
+from sat_lora.adapters.read import base_problem, read_adapter, tensor_problems
 from sat_lora.errors import AdapterError
 from sat_lora.lora.adapter import LoraAdapter
 from sat_lora.lora.apply import (
@@ -38,14 +28,15 @@ Copy = Callable[[torch.Tensor], torch.Tensor]
 
 
 def on_the_cpu(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a copy there, also of a tensor that is there already."""
+    """Return a copy on the CPU, also of a tensor that is there already."""
     return tensor.detach().to("cpu", copy=True)
 
 
 def whole_tensors(name: str, adapter: LoraAdapter, copy: Copy = on_the_cpu) -> dict[str, torch.Tensor]:
     """Return the tensors of one adapter for the file, its layer called `name`, as copies. Every rank has to call it."""
     with gathered(adapter.parameters()):
-        local = dict(zip("AB", (factor.detach() for factor in adapter.factors())))
+        delta = adapter.delta()
+        local = {"A": delta.a.detach(), "B": delta.b.detach()}
         if adapter.magnitude_or_none is not None:
             local["magnitude"] = adapter.magnitude.detach()
         leaves = dict(zip("AB", PAIR), magnitude=MAGNITUDE)
@@ -87,8 +78,8 @@ def gather_adapter(
 ) -> SavedAdapter:
     """Return the adapter called `name`, for `write_gathered`. Every rank has to call it.
 
-    copy: makes a copy of a tensor, which the model goes on to change. Raises AdapterError, on every rank: `folder`
-    cannot hold it.
+    copy: makes a copy of a tensor, which the model goes on to change. Raises AdapterError, on every rank, if
+    `folder` cannot hold it.
     """
     mixins = list(mixins_called(model, name).values())
     if not mixins:
@@ -104,7 +95,7 @@ def gather_adapter(
     layers: dict[str, LayerEntry] = {}
     for site, adapter in adapters_of(model, name).items():
         tensors |= whole_tensors(site, adapter, copy)
-        rank = adapter.factors_rank
+        rank = adapter.delta_rank
         layers[site] = LayerEntry(adapter.kind.name, rank, adapter.scale, adapter.slots, tuple(adapter.target.rows))
     trained = {}
     for key, (parameter, sharding) in trained_of(model, name).items():
@@ -184,7 +175,7 @@ def _problems(saved: SavedAdapter, sites: dict[str, Site], parameters: dict[str,
 
 def _differences(saved: SavedAdapter, present: dict[str, LoraAdapter], trained: set[str]) -> list[str]:
     """Return where a saved adapter is not what the model's mixins hold, in a list."""
-    in_model = {n: (a.factors_rank, a.scale, a.slots) for n, a in present.items()}
+    in_model = {n: (a.delta_rank, a.scale, a.slots) for n, a in present.items()}
     in_file = {n: (e.r, e.scale, e.slots) for n, e in saved.layers.items()}
     problems = [
         f"{printable(name)}: (rank, scale, slots) {in_file.get(name)} in the file, {in_model.get(name)} by the model's "

@@ -18,13 +18,14 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
-from sat_lora.adapters.format import read_adapter
+from sat_lora.adapters.read import read_adapter
 from sat_lora.adapters.save_load import load_adapter
 from sat_lora.cogvlm.checkpoints.base_weights import BaseWeights
 from sat_lora.cogvlm.checkpoints.load import load_cogvlm
 from sat_lora.cogvlm.inputs.text import position_ids_for
 from sat_lora.lora.adapter import LoraAdapter
 from sat_lora.lora.apply import adapters_of
+from sat_lora.lora.deltas.delta import Delta
 from sat_lora.lora.deltas.merging import merged_weight
 from sat_lora.lora.mixin import lora_mixins
 from sat_lora.parallel.distributed import init_distributed, init_model_parallel
@@ -153,8 +154,8 @@ def _difference(merged: torch.Tensor, adapter: LoraAdapter, adapter_eps: float) 
     Two float32 sums of r products and W: 2 (r + 2) u (|W| + |s| |B| |A|). DoRA's factor g is computed in the adapter's
     dtype, here in float32: four roundings of half an eps, in W A, in the norm, in the quotient and in what it is for.
     """
-    a, b = adapter.factors()
-    products = (a.abs(), b.abs(), abs(adapter.scale))
+    delta = adapter.delta()
+    products = Delta(delta.a.abs(), delta.b.abs(), abs(delta.scale))
     size = merged_weight(torch.zeros_like(merged), adapter.kind, adapter.layout, products)
     size += size + merged.abs()  # |W| is at most |W + s B A| + |s| |B| |A|
     size *= 2 * (adapter.rank + 2) * UNIT_ROUNDOFF

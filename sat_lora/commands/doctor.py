@@ -4,7 +4,7 @@ import argparse
 import subprocess
 import sys
 
-from sat_lora.commands.parts import examples
+from sat_lora.commands.parts import demo_of_clone, examples
 from sat_lora.terminal.option_types import positive_int
 
 
@@ -72,12 +72,13 @@ def _before(options: argparse.Namespace) -> int:
     from sat_lora.training.settings.options import parse_options
 
     more = [*options.more, *(("--shrink", options.shrink) if options.shrink else ())]
-    settings = parse_options(["--doctor", *more], prog="sat-lora doctor")
+    demo = demo_of_clone()
+    config = parse_options(["--doctor", *more], prog="sat-lora doctor", demo=demo)
     place = find_place()
     if options.ranks > 1 and place.size > 1:
         raise ConfigError(f"--ranks {options.ranks}: {place.size} ranks run already (WORLD_SIZE); leave it out")
     if not options.json:  # which says all as findings
-        check_early(settings, place, writes=False)
+        check_early(config, place, writes=False)
     from sat_lora.doctor.run_checks.packages import report_missing
 
     if report_missing():
@@ -91,7 +92,7 @@ def _before(options: argparse.Namespace) -> int:
         return subprocess.run(command, env=environment, check=False).returncode
     from sat_lora.doctor.diagnose import report
 
-    return report(settings, as_json=options.json)
+    return report(config, demo, as_json=options.json)
 
 
 def _after(options: argparse.Namespace) -> int:

@@ -4,7 +4,7 @@ import argparse
 import json
 import sys
 
-from sat_lora.commands.parts import examples
+from sat_lora.commands.parts import demo_of_clone, examples
 from sat_lora.terminal.option_types import positive, positive_int
 
 
@@ -34,18 +34,19 @@ def run(options: argparse.Namespace) -> int:
     from dataclasses import asdict
 
     from sat_lora.training.early import base_problems, raise_problems
+    from sat_lora.training.settings.config import Origin
     from sat_lora.training.settings.options import parse_options
 
-    settings = parse_options(options.more, prog="sat-lora estimate", environ={})
-    raise_problems(base_problems(settings), [])
+    config = parse_options(options.more, prog="sat-lora estimate", environ={}, demo=demo_of_clone())
+    raise_problems(base_problems(config.model.base), [])
     from sat_lora.findings.codes import CODES
     from sat_lora.memory.components import memory_table
     from sat_lora.memory.estimate_run import estimate_run
 
-    if not settings.given & {"from_pretrained", "resume", "replay"}:
+    if config.origin("from_pretrained") is Origin.DEMO:
         _refuse_no_base(options)
-        print(f"no --from_pretrained: of the embedded tiny CogVLM, {settings.from_pretrained}", file=sys.stderr)
-    memory = estimate_run(settings, ranks=options.gpus, device=options.device)
+        print(f"no --from_pretrained: of the embedded tiny CogVLM, {config.model.base}", file=sys.stderr)
+    memory = estimate_run(config, ranks=options.gpus, device=options.device)
     available = None if options.device_memory is None else options.device_memory * 2**30
     fits = available is None or memory.total <= available
     if options.json:

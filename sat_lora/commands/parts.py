@@ -2,15 +2,21 @@
 
 import argparse
 import contextlib
+import importlib.util
 import os
 from collections.abc import Callable, Collection, Iterable
+from pathlib import Path
+from typing import Any
 
+import sat_lora
 from sat_lora.errors import ConfigError
 from sat_lora.files.foreign import name_problem
 from sat_lora.files.paths import ADAPTER_WANTED, missing_adapter, missing_base
 from sat_lora.printable import printable
 from sat_lora.terminal.progress import shown
 
+DEMO = Path(sat_lora.__file__).resolve().parents[1] / "finetune_demo" / "demo.py"
+"""Where a clone of sat_lora has its demo; installed without one there is none."""
 ANY_BASE = "take a base that the adapter was not trained on"
 
 
@@ -50,3 +56,13 @@ def refuse_missing(
     problems = [f"{name}: {problem}" if name else problem for name, problem in named if problem]
     if problems:
         raise ConfigError("; ".join(problems))
+
+
+def demo_of_clone() -> Any:
+    """The Demo that lies beside the package in a clone of sat_lora; None where it is installed without one."""
+    specification = importlib.util.spec_from_file_location("sat_lora_demo", DEMO) if DEMO.is_file() else None
+    if specification is None or specification.loader is None:
+        return None
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module.DEMO

@@ -13,8 +13,9 @@ from io import TextIOWrapper
 from pathlib import Path
 
 from sat_lora.data.item_keys import METADATA, READ, WANTED, key_problems
+from sat_lora.data.json_texts import Place, elements, json_problem, short_problem, unique_keys
 from sat_lora.errors import DataError
-from sat_lora.files.foreign import open_file, parse_json, parse_json_at
+from sat_lora.files.foreign import open_file, parse_json
 from sat_lora.printable import printable
 
 FILE_LIMIT = 1 << 40  # bytes: a file is read line by line
@@ -23,7 +24,6 @@ WHOLE_LIMIT = 1 << 28  # the same of an array
 SHOWN = 10  # problems of a file
 NAME_LIMIT = 255  # bytes, as file systems have them
 PATH_LIMIT = 4000  # characters
-SPACE = " \t\n\r"  # what JSON calls so
 ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://|data:")
 WINDOWS_ROOT = re.compile(r"[A-Za-z]:[\\/]|\\\\")
 
@@ -132,20 +132,6 @@ def object_problems(value: object, ignored: Collection[str], metadata: Collectio
     return problems
 
 
-def read_object(content: bytes | str) -> object:
-    """Return what the JSON of one sample says.
-
-    Raises ValueError, with what may help, if it is no JSON or names a key twice.
-    """
-    text = content.decode("utf-8-sig") if isinstance(content, bytes) else content
-    try:
-        return parse_json(text, object_pairs_hook=_unique_keys)
-    except json.JSONDecodeError as error:
-        raise ValueError(_what_is_wrong(error)) from None
-    except ValueError as error:
-        raise ValueError(_in_short(error)) from None
-
-
 def _values(path: Path, problems: _Problems) -> Iterator[tuple[int | str, object]]:
     """Yield (line, value) of a file; a line that is no JSON goes to `problems`."""
     texts = (text for _, line in _lines(path) if (text := _unpadded(line)))
@@ -162,11 +148,11 @@ def _values(path: Path, problems: _Problems) -> Iterator[tuple[int | str, object
         problem = _problem_with_line(line)
         if problem is None:
             try:
-                value = parse_json(text, object_pairs_hook=_unique_keys)
+                value = parse_json(text, object_pairs_hook=unique_keys)
             except json.JSONDecodeError as error:
-                problem = f" is not JSON: {_what_is_wrong(error)}"
+                problem = f" is not JSON: {json_problem(error)}"
             except ValueError as error:
-                problem = f": {_in_short(error)}"
+                problem = f": {short_problem(error)}"
         if problem is None:
             yield number, value
         else:
@@ -230,115 +216,15 @@ def _values_of_whole(path: Path, problems: _Problems) -> Iterator[tuple[str, obj
     if problem := _problem_with_line(text):
         problems.add(1, problem)
         return
-    place = _Place(text)
+    place = Place(text)
     try:
-        for count, (number, value) in enumerate(_elements(place), 1):
+        for count, (number, value) in enumerate(elements(place), 1):
             yield f"object {count} (line {number})", value
     except json.JSONDecodeError as error:
         number = place.line_at(error.pos)
-        problems.add(number, f" is not JSON: {_what_is_wrong(error)}")
+        problems.add(number, f" is not JSON: {json_problem(error)}")
     except ValueError as error:
-        problems.add(place.line_at(place.position), f": {_in_short(error)}")
-
-
-class _Place:
-    """A position in a text, and the number of its line."""
-
-    def __init__(self, text: str):
-        self.text = text
-        self.position = 0
-        self._counted = 0
-        self._line = 1
-
-    def line_at(self, position: int) -> int:
-        if position < self._counted:
-            return 1 + self.text.count("\n", 0, position)
-        self._line += self.text.count("\n", self._counted, position)
-        self._counted = position
-        return self._line
-
-    def skip(self, characters: str) -> str:
-        """Go on to the first character that is none of these; '' at the end."""
-        while self.position < len(self.text) and self.text[self.position] in characters:
-            self.position += 1
-        return self.text[self.position : self.position + 1]
-
-
-def _elements(place: _Place) -> Iterator[tuple[int, object]]:
-    opened = place.skip(SPACE + "\ufeff") == "["
-    place.position += opened
-    first = True
-    while following := place.skip(SPACE + ("" if opened else "\ufeff\x1a")):
-        if opened and following == "]" and first:
-            break
-        number = place.line_at(place.position)
-        value, place.position = parse_json_at(place.text, place.position, object_pairs_hook=_unique_keys)
-        yield number, value
-        first = False
-        following = place.skip(SPACE)
-        if opened and following == "]":
-            break
-        if opened:
-            if following != ",":
-                raise json.JSONDecodeError("Expecting ',' delimiter", place.text, place.position)
-            place.position += 1
-    else:
-        if opened:
-            raise json.JSONDecodeError("Expecting value", place.text, place.position)
-        return
-    place.position += 1
-    if place.skip(SPACE + "\ufeff\x1a"):
-        raise json.JSONDecodeError("Extra data", place.text, place.position)
-
-
-def _unique_keys(pairs: list[tuple[str, object]]) -> dict:
-    content = dict(pairs)
-    if len(content) < len(pairs):
-        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise ValueError(f'the key "{twice[:60]}" comes twice in one object')
-    return content
-
-
-def _in_short(error: ValueError) -> str:
-    text = str(error)
-    return "a number has thousands of digits" if "integer string conversion" in text else text
-
-
-def _what_is_wrong(error: json.JSONDecodeError) -> str:
-    """Return the parser's words, the place, and the usual cause, as one clause."""
-    at = error.doc[error.pos : error.pos + 1]
-    before = error.doc[: error.pos].rstrip()
-    begins = error.doc[error.pos : error.pos + 8].lstrip()
-    cause = ""
-    if "\0" in error.doc[error.pos : error.pos + 2]:
-        cause = "NUL bytes: the file was cut off, or never written to its end"
-    elif at == "'":
-        cause = "Python's way to write it; json.dumps writes JSON"
-    elif re.match(r"None|True|False", begins):
-        cause = "Python's word; JSON says null, true and false"
-    elif at in ("\u201c", "\u201d", "\u201e", "\u2018", "\u2019"):
-        cause = 'typographic quotes; JSON has " alone'
-    elif begins.startswith(("//", "/*", "#")):
-        cause = "JSON has no comments"
-    elif error.msg == "Extra data" and not error.doc.lstrip(SPACE + "\ufeff").startswith(("{", "[")):
-        cause = "a sample begins with {"
-    elif (at in ("}", "]") and before.endswith(",")) or (error.msg in ("Extra data", "Expecting value") and at == ","):
-        cause = "a comma too many"
-    elif at.isspace() and at not in SPACE:
-        cause = f"U+{ord(at):04X} is no space of JSON"
-    elif error.msg == "Extra data":
-        cause = "one object per line"
-    elif error.msg.startswith("Invalid control character"):
-        cause = f"U+{ord(at or chr(0)):04X} as it is; inside a text it is written \\u{ord(at or chr(0)):04x}"
-    elif error.msg.startswith("Invalid \\escape"):
-        cause = "a backslash is written \\\\"
-    elif not error.doc[error.pos :].strip() or error.msg.startswith("Unterminated"):
-        cause = "it ends too early"
-    elif error.msg.startswith("Expecting ',' delimiter"):
-        cause = "a comma is missing, or the backslash before a quote inside a text"
-    elif error.pos == 0:
-        cause = "a sample begins with {"
-    return f"{error.msg.removesuffix(' at')} at column {error.colno}" + (f" ({cause})" if cause else "")
+        problems.add(place.line_at(place.position), f": {short_problem(error)}")
 
 
 def _image_path(folder: Path, image: str, roots: list[str]) -> tuple[Path | None, str | None]:

@@ -2,7 +2,6 @@
 
 import os
 import random
-from argparse import Namespace
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,7 +10,7 @@ from pathlib import Path
 import torch
 from torch.utils.data import Dataset
 
-from sat_lora.cogvlm.inputs.image import load_image
+from sat_lora.cogvlm.inputs.image import load_image, no_images
 from sat_lora.cogvlm.inputs.pictures import MAX_PIXELS
 from sat_lora.cogvlm.inputs.text import IGNORED, IMAGE_PLACE, Sample, build_sample, prompt_for, prompt_text
 from sat_lora.data.folders import find_images
@@ -137,11 +136,11 @@ def read_items(
     return items
 
 
-def reading_options(options: Namespace) -> dict:
-    """Return what `read_items` takes of a run's options, as keywords; an earlier version's run has none of it."""
-    values = vars(options)
-    lists = {name: values.get(name) or [] for name in ("ignore_keys", "images_from")}
-    return {**lists, "names_are_answers": bool(values.get("names_are_answers")), "run_folder": values.get("run_folder")}
+def reading_options(settings: object) -> dict:
+    """Return what `read_items` takes, as keywords, of an object that may have attributes of those names."""
+    known = vars(settings)
+    lists = {name: list(known.get(name) or ()) for name in ("ignore_keys", "images_from")}
+    return {**lists, "names_are_answers": bool(known.get("names_are_answers")), "run_folder": known.get("run_folder")}
 
 
 def split_items(items: Sequence[Item], proportions: Sequence[float], seed: int) -> tuple[list[Item], ...]:
@@ -277,7 +276,7 @@ def collate(samples: Sequence[Sample | BrokenSample], *, image_size: tuple[int, 
         "labels": stack("labels", IGNORED),
         "image_embed_mask": stack("image_embed_mask", 0),
         "vision_expert_mask": stack("vision_expert_mask", 0),
-        "images": torch.stack(images) if images else torch.zeros(0, 3, *image_size),
+        "images": torch.stack(images) if images else no_images(image_size),
         "lengths": torch.tensor([len(sample.input_ids) for sample in usable]),
         "left_out": torch.tensor([sample.left_out for sample in usable]),
         "broken": [(sample.path, sample.reason) for sample in broken],

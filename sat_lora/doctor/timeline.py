@@ -18,7 +18,8 @@ def draw_timeline(states: Sequence[RankState], path: str | Path, now: float | No
 
     Across: seconds since the first one came. Upwards: the gradients, in their order on the rank that has the most.
     Marked red: those that came on some ranks and not on another, and the time since the last one, up to `now` (seconds
-    since the epoch), when the run was found to hang. ConfigError: no gradient has come yet, or it cannot be written.
+    since the epoch), when the run was found to hang.
+    Raises ConfigError if no gradient has come yet, or it cannot be written.
     """
     # Figure and canvas by hand: pyplot would keep global state and might ask for a display.
     from matplotlib.backends.backend_agg import FigureCanvasAgg

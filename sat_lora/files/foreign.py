@@ -51,7 +51,7 @@ def os_problem(error: OSError) -> str:
 
 
 def open_file(path: str | Path, limit: int) -> BufferedReader:
-    """Return a regular file of at most `limit` bytes, opened for reading.
+    """Return a regular file of at most `limit` bytes, opened for reading; what reads it stays within that.
 
     Raises OSError if it is anything else (a pipe or a device is never waited for, nor opened), or cannot be read;
     ValueError if it is larger.
@@ -110,11 +110,24 @@ def parse_json(text: str | bytes, *, parse_constant: ParseConstant = None, objec
 
 
 def parse_json_at(text: str, start: int, *, object_pairs_hook: PairsHook = None) -> tuple[object, int]:
-    """Return (the JSON value that begins at `start`, where it ends). Raises ValueError as `parse_json` does."""
+    """Return (the JSON value that begins at `start`, where it ends).
+
+    object_pairs_hook: as `parse_json` takes it. Raises ValueError as that does.
+    """
     content: object
     with _depth_as_value_error():
         content, end = json.JSONDecoder(object_pairs_hook=object_pairs_hook).raw_decode(text, start)
     return _checked_depth(content), end
+
+
+def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the pairs as a dictionary. Raises ValueError for a key that comes twice, of which the last would count."""
+    content: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in content:
+            raise ValueError(f"{key!r} stands twice in one place; keep one of them")
+        content[key] = value
+    return content
 
 
 @contextmanager

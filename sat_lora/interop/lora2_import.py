@@ -26,6 +26,7 @@ from sat_lora.interop.cogvlm_layers import is_fused, kind_named, sharding_named
 from sat_lora.interop.peft_format import pattern_for
 from sat_lora.lora.base_identity import fingerprint_of
 from sat_lora.lora.config import SLOTS, LoraConfig
+from sat_lora.lora.deltas.delta import Delta
 from sat_lora.terminal.progress import Progress
 
 _FACTOR = re.compile(r"(.+)\.matrix_([AB])\.(\d+)")
@@ -128,30 +129,31 @@ def _layer(
     if kind not in ("column", "row"):
         raise ValueError("not a parallel linear of CogVLM's attention")
     by_rank = [[[state[f"{name}.matrix_{leaf}.{n}"] for state in states] for leaf in "AB"] for n in numbers]
-    rank = len(by_rank[0][0][0])
-    pairs = [_join(a, b, kind) for a, b in by_rank]
-    if len({len(a) for a, _ in pairs}) > 1:  # a layer has one rank: no slot may be joined more tightly than another
-        pairs = [_stack(a, b, kind) for a, b in by_rank]
-    rows = [len(b) for _, b in pairs]
-    if sum(rows) != shape[0] or any(a.shape != (len(pairs[0][0]), shape[1]) for a, _ in pairs):
-        raise ValueError(f"A {[tuple(a.shape) for a, _ in pairs]}, B of {rows} rows, the weight is {shape}")
+    rank = len(states[0][f"{name}.matrix_A.0"])
+    deltas = [_join(a, b, kind) for a, b in by_rank]
+    if len({len(delta.a) for delta in deltas}) > 1:  # a layer has one rank: no slot is joined more tightly than another
+        deltas = [_stack(a, b, kind) for a, b in by_rank]
+    rows = [len(delta.b) for delta in deltas]
+    joined_rank = len(deltas[0].a)
+    if sum(rows) != shape[0] or any(delta.a.shape != (joined_rank, shape[1]) for delta in deltas):
+        raise ValueError(f"A {[tuple(delta.a.shape) for delta in deltas]}, B of {rows} rows, the weight is {shape}")
     slots = SLOTS if is_fused(name) else ()
     edges = [sum(rows[:number]) for number in range(len(rows) + 1)]
-    entry = LayerEntry(kind, len(pairs[0][0]), alpha / rank, slots, tuple(itertools.pairwise(edges)))
-    stacked = {leaf: torch.cat(side) for leaf, side in zip(PAIR, zip(*pairs))}
-    return entry, cut_slots(name, slots, rows, stacked)
+    entry = LayerEntry(kind, joined_rank, alpha / rank, slots, tuple(itertools.pairwise(edges)))
+    sides = [delta.a for delta in deltas], [delta.b for delta in deltas]
+    return entry, cut_slots(name, slots, rows, {leaf: torch.cat(side) for leaf, side in zip(PAIR, sides)})
 
 
-def _join(a: list[torch.Tensor], b: list[torch.Tensor], kind: str) -> tuple[torch.Tensor, torch.Tensor]:
+def _join(a: list[torch.Tensor], b: list[torch.Tensor], kind: str) -> Delta:
     """Return one A (r, in) and B (rows, r) if the uncut factor is the same on every rank, else as `_stack`."""
     whole = a if kind == "column" else b
     if any(not torch.equal(whole[0], other) for other in whole):
         return _stack(a, b, kind)
-    return (a[0], torch.cat(b)) if kind == "column" else (torch.cat(a, 1), b[0])
+    return Delta(a[0], torch.cat(b)) if kind == "column" else Delta(torch.cat(a, 1), b[0])
 
 
-def _stack(a: list[torch.Tensor], b: list[torch.Tensor], kind: str) -> tuple[torch.Tensor, torch.Tensor]:
+def _stack(a: list[torch.Tensor], b: list[torch.Tensor], kind: str) -> Delta:
     """Return A (n r, in) and B (rows, n r): each rank's own product in the part of the weight that it held."""
     if kind == "column":
-        return torch.cat(a), torch.block_diag(*b)
-    return torch.block_diag(*a), torch.cat(b, 1)
+        return Delta(torch.cat(a), torch.block_diag(*b))
+    return Delta(torch.block_diag(*a), torch.cat(b, 1))

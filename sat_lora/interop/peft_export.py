@@ -9,17 +9,8 @@ import torch
 from safetensors.torch import save
 
 from sat_lora.adapters.combine_checks import Source
-from sat_lora.adapters.format import (
-    CONFIG,
-    MAGNITUDE,
-    PAIR,
-    WEIGHTS,
-    LayerEntry,
-    SavedAdapter,
-    base_problem,
-    read_adapter,
-    tensor_problems,
-)
+from sat_lora.adapters.format import CONFIG, MAGNITUDE, PAIR, WEIGHTS, LayerEntry, SavedAdapter
+from sat_lora.adapters.read import base_problem, read_adapter, tensor_problems
 from sat_lora.cogvlm.checkpoints.base_weights import BaseWeights
 from sat_lora.cogvlm.checkpoints.hugging_face_names import hf_name
 from sat_lora.errors import AdapterError
@@ -28,7 +19,7 @@ from sat_lora.interop import peft_format
 from sat_lora.interop.cogvlm_layers import has_bias, is_fused
 from sat_lora.lora.config import SLOTS
 from sat_lora.lora.deltas.dora import row_norms
-from sat_lora.lora.deltas.low_rank import DeltaLayout
+from sat_lora.lora.deltas.layout import DeltaLayout
 from sat_lora.terminal.progress import Progress
 
 IMAGE_CHANNELS = 3

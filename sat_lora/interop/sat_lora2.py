@@ -130,7 +130,7 @@ class LoraMixin(mixin.LoraMixin):
     def merge_lora(self) -> None:
         """Write the deltas into the weights for good; the adapters leave the model's state. Every rank calls it.
 
-        MergeError as in `merge`. `unmerge` subtracts the deltas again, with rounding.
+        Raises MergeError as `merge` does. `unmerge` subtracts the deltas again, with rounding.
         """
         if not self.targets:
             raise ConfigError("merge_lora: there are no adapters; they are merged already, or reinit was never called")

@@ -16,7 +16,7 @@ from unittest import mock
 import torch
 from torch import nn
 
-from sat_lora.adapters.format import is_adapter_folder
+from sat_lora.adapters.read import is_adapter_folder
 from sat_lora.adapters.save_load import load_adapter, save_adapter
 from sat_lora.files.atomic import replace_text
 from sat_lora.files.step_folders import LATEST, follow, point_to

@@ -9,9 +9,10 @@ from torch import nn
 
 from sat_lora.lora.config import LoraConfig
 from sat_lora.lora.deltas import dora
-from sat_lora.lora.deltas.initialize import initial_factors
-from sat_lora.lora.deltas.layers import Delta
-from sat_lora.lora.deltas.low_rank import DeltaLayout
+from sat_lora.lora.deltas.delta import Delta
+from sat_lora.lora.deltas.initialize import initial_delta
+from sat_lora.lora.deltas.layers import LayerDelta
+from sat_lora.lora.deltas.layout import DeltaLayout
 from sat_lora.lora.deltas.merging import merged_weight
 from sat_lora.lora.targets import Target
 from sat_lora.parallel.sharding import (
@@ -89,12 +90,12 @@ class LoraAdapter(nn.Module):
 
     @property
     def is_plain(self) -> bool:
-        """Whether the delta is s B A x on a linear, each rank's part on its own columns, and nothing more."""
+        """Whether the delta is s B A x beside x W^T, each rank's part on its own columns, and nothing more."""
         layer = self.target.site.module
         _, mp_size = model_parallel_layout()
         joins_ranks = getattr(layer, "gather_output", False) or not getattr(layer, "input_is_parallel", True)
         is_pair = not self.has_origin and self.magnitude_or_none is None
-        return self.kind.is_linear and is_pair and not (joins_ranks and mp_size > 1)
+        return self.kind.is_product and is_pair and not (joins_ranks and mp_size > 1)
 
     @property
     def magnitude_or_none(self) -> nn.Parameter | None:
@@ -116,7 +117,7 @@ class LoraAdapter(nn.Module):
                 sharding = sharding_of(layer, "weight")
                 return self.kind.matrix(over_model_parallel(layer.weight.detach(), sharding))[start:stop]
 
-            factors = initial_factors(
+            initial = initial_delta(
                 self.scheme,
                 [partial(whole_rows, start, stop) for start, stop in self.target.rows],
                 [(stop - start, site.in_features) for start, stop in self.target.rows],
@@ -125,7 +126,7 @@ class LoraAdapter(nn.Module):
                 is_embedding=self.kind.is_embedding,
                 seed=self.seed,
             )
-            for leaf, whole in zip("AB", factors):
+            for leaf, whole in (("A", initial.a), ("B", initial.b)):
                 parameter = getattr(self, leaf)
                 parameter.copy_(self.shardings[leaf].shard(whole, *rank_and_size))
                 if self.has_origin:
@@ -137,7 +138,7 @@ class LoraAdapter(nn.Module):
     def load_tensors(self, whole: dict[str, torch.Tensor]) -> None:
         """Copy whole A, B and magnitude, as a file has them by name, into this rank's parts of the parameters.
 
-        Where an origin is subtracted, A and B hold both pairs, as `factors` gives them.
+        Where an origin is subtracted, A and B hold both pairs, as `delta` gives them.
         """
         for leaf, tensor in whole.items():
             part = self.shardings[leaf].shard(tensor, *model_parallel_layout())
@@ -152,17 +153,20 @@ class LoraAdapter(nn.Module):
                 getattr(self, leaf).copy_(part)
 
     @property
-    def factors_rank(self) -> int:
-        """The rank r or 2r of what `factors` returns."""
+    def delta_rank(self) -> int:
+        """The rank r or 2r of what `delta` returns."""
         return 2 * self.rank if self.has_origin else self.rank
 
-    def factors(self, instead: Mapping[str, torch.Tensor] | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return (A (slots * r, in), B (adapted rows, r)), this rank's, whose product is the delta.
+    def delta(self, scale: float = 1.0) -> Delta:
+        """Return this rank's part of `scale` times the delta of all slots: A (slots * r, in), B (adapted rows, r).
 
         That is the pair itself, or a pair of rank 2r where an origin is subtracted.
-        instead: what stands for the parameters A and B.
         """
-        a, b = ((instead or {}).get(leaf, getattr(self, leaf)) for leaf in "AB")
+        return Delta(*self._factors({}), self.scale * scale)
+
+    def _factors(self, instead: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return A and B of the delta; `instead` has what stands for the parameters of those names."""
+        a, b = (instead.get(leaf, getattr(self, leaf)) for leaf in "AB")
         if not self.has_origin:
             return a, b
         slots = self.target.slots_count
@@ -176,14 +180,18 @@ class LoraAdapter(nn.Module):
 
         output_is_untouched: y is the layer's own, and no hook has seen it.
         """
-        scale = self.scale * scale
-        a, b = self.factors(self.in_graph)
-        dropout = self.dropout if self.training else 0.0
-        y = self.kind.add(layer, y, x, Delta(a, b, scale, self.layout, dropout, output_is_untouched))
+        delta = LayerDelta(
+            *self._factors(self.in_graph),
+            self.scale * scale,
+            layout=self.layout,
+            dropout=self.dropout if self.training else 0.0,
+            output_is_untouched=output_is_untouched,
+        )
+        y = self.kind.add(layer, y, x, delta)
         if self.magnitude_or_none is None:
             return y
         gain = dora.spread(
-            dora.gain(self.in_graph.get("magnitude", self.magnitude), self._row_norms(layer, (a, b, scale))),
+            dora.gain(self.in_graph.get("magnitude", self.magnitude), self._row_norms(layer, delta)),
             self.layout,
         )
         bias = layer.bias
@@ -194,10 +202,9 @@ class LoraAdapter(nn.Module):
 
     def merged_weight(self, layer: nn.Module, scale: float = 1.0) -> torch.Tensor:
         """Return this rank's part of the weight with `scale` times the delta in it, see `merging.merged_weight`."""
-        delta = (*self.factors(), self.scale * scale)
-        return merged_weight(layer.weight, self.kind, self.layout, delta, self.magnitude_or_none)
+        return merged_weight(layer.weight, self.kind, self.layout, self.delta(scale), self.magnitude_or_none)
 
-    def _row_norms(self, layer: nn.Module, delta: tuple[torch.Tensor, torch.Tensor, float] | None) -> torch.Tensor:
+    def _row_norms(self, layer: nn.Module, delta: Delta | None) -> torch.Tensor:
         matrix = self.kind.matrix(layer.weight.detach())
         return dora.row_norms(matrix, self.layout, delta, sum_over_ranks=self.kind.cut == "in")
 

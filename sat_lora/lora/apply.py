@@ -59,7 +59,7 @@ def add_lora(
     fixed_order: for a model that skips layers by what its batch holds, an expert without tokens or a vision transformer
     without images. Gradients then come in one order on every rank, with zeros where a layer did not run, which ZeRO 1
     and 2 need; ZeRO-3 also gathers weights where they are used, and `start_engine` refuses it. The models of
-    `sat_lora.cogvlm` skip nothing and need none of this. ConfigError with modules_to_save or bias.
+    `sat_lora.cogvlm` skip nothing and need none of this. Raises ConfigError with modules_to_save or bias.
     """
     refuse_engine(model)
     config = config if config is not None else LoraConfig(**fields)

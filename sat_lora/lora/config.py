@@ -19,48 +19,80 @@ BIASES = ("none", "lora_only", "all")
 INITS = ("kaiming", "gaussian", "orthogonal", "pissa", "pissa_niter_N", "olora")
 
 
+def _described(default: Any, help: str) -> Any:
+    """Return a field with this default, or what this class makes, with what is said of it where settings are shown."""
+    if isinstance(default, type):
+        return field(default_factory=default, metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig:
     """What is adapted, and how: y = W x + (lora_alpha / r) B A x. Field names are PEFT's where PEFT has the field."""
 
-    r: int = 16
-    """Rank of A (r x in) and B (out x r). Halved where the pair would cost more than the full matrix."""
-    lora_alpha: float = 32.0
-    """The delta is scaled by lora_alpha / r."""
-    lora_dropout: float = 0.0
-    """Probability of dropping an input of A while training."""
-    use_rslora: bool = False
-    """Scale by lora_alpha / sqrt(r) instead (rsLoRA, arXiv 2312.03732)."""
-    use_dora: bool = False
-    """Train the length of each row of the weight apart from its direction (DoRA, arXiv 2402.09353)."""
-    init_lora_weights: str = "kaiming"
-    """How A and B begin: kaiming, gaussian (B zero), orthogonal (B A zero), pissa, pissa_niter_N (N steps of a
-    randomised SVD), olora (the part of the weight that A and B take is subtracted, so step 0 is the base)."""
-    freeze_a: bool = False
-    """Train B alone (LoRA-FA, arXiv 2308.03303): the inputs need not be kept for backward."""
-    target_modules: str | tuple[str, ...] = "all-linear"
-    """A preset (see sat_lora.lora.targets.PRESETS), a regular expression for the whole name, or a list of presets and
-    suffixes."""
-    exclude_modules: str | tuple[str, ...] = ()
-    """The same forms; taken away from what target_modules selects."""
-    layers_to_transform: str | tuple[int, ...] | None = None
-    """Layer numbers for every tower, or text such as "language:0-15,vit:40-62"; None is all layers."""
-    modules_to_save: tuple[str, ...] = ()
-    """Modules or parameters, by suffix, that are trained and saved whole, for example linear_proj, boi, eoi."""
-    bias: str = "none"
-    """Biases of the base that train as well: none, lora_only (those of adapted layers) or all."""
-    rank_pattern: dict[str, int] = field(default_factory=dict)
-    """Regular expression for the end of a name -> rank; the first that matches wins."""
-    alpha_pattern: dict[str, float] = field(default_factory=dict)
-    """Regular expression for the end of a name -> alpha; the first that matches wins."""
-    qkv_slots: str | tuple[str, ...] = SLOTS
-    """Which parts of a fused query/key/value linear get a factor pair, each its own: any of q, k, v."""
-    adapter_dtype: str | None = None
-    """"float32", "bfloat16", ...; None takes the dtype of the base weight."""
-    lr_ratio: float = 1.0
-    """Learning rate of B over that of A (LoRA+, arXiv 2402.12354), by `sat_lora.parameter_groups`."""
-    seed: int = 1234
-    """Seeds the initial A. The values depend on this and on the linear's name, not on the parallel layout."""
+    r: int = _described(
+        16,
+        "Rank of A (r x in) and B (out x r). Halved where the pair would cost more than the full matrix.",
+    )
+    lora_alpha: float = _described(32.0, "The delta is scaled by lora_alpha / r.")
+    lora_dropout: float = _described(0.0, "Probability of dropping an input of A while training.")
+    use_rslora: bool = _described(False, "Scale by lora_alpha / sqrt(r) instead (rsLoRA, arXiv 2312.03732).")
+    use_dora: bool = _described(
+        False,
+        "Train the length of each row of the weight apart from its direction (DoRA, arXiv 2402.09353).",
+    )
+    init_lora_weights: str = _described(
+        "kaiming",
+        "How A and B begin: kaiming, gaussian (B zero), orthogonal (B A zero), pissa, pissa_niter_N (N "
+        "steps of a randomised SVD), olora (the part of the weight that A and B take is subtracted, so "
+        "step 0 is the base).",
+    )
+    freeze_a: bool = _described(
+        False,
+        "Train B alone (LoRA-FA, arXiv 2308.03303): the inputs need not be kept for backward.",
+    )
+    target_modules: str | tuple[str, ...] = _described(
+        "all-linear",
+        "A preset (see sat_lora.lora.targets.PRESETS), a regular expression for the whole name, or a list "
+        "of presets and suffixes.",
+    )
+    exclude_modules: str | tuple[str, ...] = _described(
+        (),
+        "The same forms; taken away from what target_modules selects.",
+    )
+    layers_to_transform: str | tuple[int, ...] | None = _described(
+        None,
+        'Layer numbers for every tower, or text such as "language:0-15,vit:40-62"; None is all layers.',
+    )
+    modules_to_save: tuple[str, ...] = _described(
+        (),
+        "Modules or parameters, by suffix, that are trained and saved whole, for example linear_proj, boi, eoi.",
+    )
+    bias: str = _described(
+        "none",
+        "Biases of the base that train as well: none, lora_only (those of adapted layers) or all.",
+    )
+    rank_pattern: dict[str, int] = _described(
+        dict,
+        "Regular expression for the end of a name -> rank; the first that matches wins.",
+    )
+    alpha_pattern: dict[str, float] = _described(
+        dict,
+        "Regular expression for the end of a name -> alpha; the first that matches wins.",
+    )
+    qkv_slots: str | tuple[str, ...] = _described(
+        SLOTS,
+        "Which parts of a fused query/key/value linear get a factor pair, each its own: any of q, k, v.",
+    )
+    adapter_dtype: str | None = _described(None, '"float32", "bfloat16", ...; None takes the dtype of the base weight.')
+    lr_ratio: float = _described(
+        1.0,
+        "Learning rate of B over that of A (LoRA+, arXiv 2402.12354), by `sat_lora.parameter_groups`.",
+    )
+    seed: int = _described(
+        1234,
+        "Seeds the initial A. The values depend on this and on the linear's name, not on the parallel layout.",
+    )
 
     def __new__(cls, /, **values: Any) -> "LoraConfig":
         """Refuse unknown fields, with the nearest names and together with what is wrong with the known ones."""

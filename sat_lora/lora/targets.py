@@ -13,7 +13,8 @@ from sat_lora._sat import BaseModel
 from sat_lora.errors import ConfigError
 from sat_lora.files.patterns import matches
 from sat_lora.lora.config import SLOTS, LoraConfig, ends_with
-from sat_lora.lora.deltas.layers import Kind, kind_of
+from sat_lora.lora.deltas.kinds import kind_of
+from sat_lora.lora.deltas.layers import Kind
 from sat_lora.parallel.sharding import blocks_of, model_parallel_layout, sharding_of
 
 _LAYER = r"((en|de)coder\.)?transformer\.layers\.\d+\."

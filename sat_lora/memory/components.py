@@ -63,8 +63,8 @@ def memory_of(
 ) -> Memory:
     """Return the memory of a rank's part of a model, whole over the data-parallel ranks; its parameters need no memory.
 
-    engine: DeepSpeed's config. activations: bytes of a first micro-batch at their peak, with the gradients that have
-    come by then. on_device: False on a CPU run: what is offloaded to the CPU counts as well.
+    engine: DeepSpeed's config. activations: bytes of a micro-batch at their peak, with the gradients that have come
+    by then, unless they are added to others. on_device: False on a CPU run: what is offloaded to the CPU counts too.
     """
     frozen, trained = ([p for p in model.parameters() if p.requires_grad is trains] for trains in (False, True))
     zero = engine.get("zero_optimization", {})

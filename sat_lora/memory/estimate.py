@@ -35,7 +35,10 @@ def estimate(
     `fake_step` takes. Raises ConfigError if the config or a target does not fit.
     """
     partitioned = engine.get("zero_optimization", {}).get("stage") == 3
-    model, activations = fake_step(config, lora, partitioned=partitioned, **step)
+    # ZeRO-3 keeps what comes beside its own memory, until a bucket is full.
+    accumulated = not partitioned and engine.get("gradient_accumulation_steps", 1) > 1
+    step |= dict(partitioned=partitioned, accumulated=accumulated)
+    model, activations = fake_step(config, lora, **step)
     return memory_of(model, engine, data_parallel_size=data_parallel_size, activations=activations, on_device=on_device)
 
 
@@ -51,11 +54,13 @@ def fake_step(
     checkpoint_activations: bool = False,
     vit_checkpoint_activations: bool = False,
     partitioned: bool = False,
+    accumulated: bool = False,
 ) -> tuple[CogVLMModel, int]:
     """Return (the model, a rank's part of it without memory; bytes of activations at their peak).
 
     The step is one of `batch_size` rows of `length` tokens, each with an image, and `labelled` of them to be learnt, by
-    default all but the image's. partitioned: as under ZeRO-3.
+    default all but the image's. partitioned: as under ZeRO-3. accumulated: the gradients are added to those of a step
+    before, which are not counted.
     """
     with _pretended_ranks(model_parallel_size):
         model = build_cogvlm(
@@ -71,7 +76,10 @@ def fake_step(
             add_lora(model, lora)
             model.train()
             with _as_in_a_run(model, partitioned=partitioned):
-                return model, _peak_of_a_step(model, config, batch_size, length, labelled)
+                peak = _peak_of_a_step(model, config, batch_size, length, labelled)
+                if accumulated:
+                    peak = _peak_of_a_step(model, config, batch_size, length, labelled)
+                return model, peak
 
 
 @contextmanager
@@ -98,7 +106,7 @@ def _give_fake_memory(model: CogVLMModel) -> None:
 
 @contextmanager
 def _as_in_a_run(model: CogVLMModel, *, partitioned: bool):
-    """Run inside as a run would, not as these tensors: recompute without a GPU, and ZeRO-3's own ways."""
+    """Let things be inside as in a run, not as on these tensors: recomputation without a GPU, ZeRO-3's own ways."""
     with ExitStack() as stack:
         # Both want real random states, on CUDA DeepSpeed's function for the layers too; they keep the same tensors.
         layers = partial(checkpoint, use_reentrant=True, preserve_rng_state=False)
@@ -125,7 +133,7 @@ def _replaced(module, name: str, value):
 
 
 def _peak_of_a_step(model: CogVLMModel, config: dict, rows: int, length: int, labelled: int | None) -> int:
-    """Return the bytes of a forward and a backward pass at their peak, parameters aside."""
+    """Return the bytes of a forward and a backward pass at their peak, beside parameters and their gradients."""
     patches = config["image_length"]
     vit = config["eva_args"]
     vision = rows * (patches + 1)
@@ -137,7 +145,8 @@ def _peak_of_a_step(model: CogVLMModel, config: dict, rows: int, length: int, la
     def indices(count: int) -> torch.Tensor:
         return torch.empty(count, dtype=torch.int64)
 
-    with LiveBytes([*model.parameters(), *model.buffers()]) as live:
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    with LiveBytes([*model.parameters(), *model.buffers(), *gradients]) as live:
         seen = dict(
             images=images,
             image_places=indices(rows * (patches + 2)),

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import sys
-from argparse import Namespace
 from pathlib import Path
 
 from sat_lora.cogvlm.checkpoints.load import read_config, shortened
@@ -12,38 +11,41 @@ from sat_lora.errors import CheckpointError, ConfigError
 from sat_lora.files.foreign import read_json
 from sat_lora.memory.components import Memory
 from sat_lora.memory.estimate import estimate
-from sat_lora.training.settings.deepspeed_config import base_dtype, deepspeed_config
-from sat_lora.training.settings.lora_options import lora_config
+from sat_lora.training.settings.config import TrainConfig
+from sat_lora.training.settings.deepspeed_config import base_dtype, settle
 
 
-def estimate_run(options: Namespace, *, ranks: int, device: str = "cuda", layers: int | None = None) -> Memory:
-    """Return the memory of a rank among `ranks`.
+def estimate_run(config: TrainConfig, *, ranks: int, device: str = "cuda", layers: int | None = None) -> Memory:
+    """Return the memory of a rank among `ranks`. layers: of each transformer, at most. device: as for `settle`.
 
     layers: of each transformer, at most. device: as for `deepspeed_config`.
     Raises ConfigError and CheckpointError as a run does.
     """
-    mp_size = options.model_parallel_size
+    mp_size = config.parallel.model_parallel_size
     if ranks < 1 or ranks % mp_size:
         raise ConfigError(f"--gpus: got {ranks}, wanted a multiple of --model-parallel-size {mp_size}")
-    environ = {"RANK": "1", "WORLD_SIZE": str(ranks)}  # rank 0 would warn
-    engine = deepspeed_config(options, device=device, environ=environ)
-    config = sizes_of(options.from_pretrained)
+    if config.problems:
+        raise ConfigError("; ".join(config.problems))
+    settled = settle(config, device=device, environ={"WORLD_SIZE": str(ranks)})
+    config = settled.config
+    sizes = sizes_of(config.model.base)
     if layers is not None:
-        config = shortened(config, layers)
-    shortest = config["image_length"] + 4
-    if options.max_length < shortest:
-        raise ConfigError(f"--max_length: {options.max_length} is too short, an image and two tokens take {shortest}")
+        sizes = shortened(sizes, layers)
+    length = config.model.max_length
+    shortest = sizes["image_length"] + 4
+    if length < shortest:
+        raise ConfigError(f"--max_length: {length} is too short, an image and two tokens take {shortest}")
     return estimate(
-        config,
-        lora_config(options),
-        engine,
-        dtype=base_dtype(options),
-        batch_size=options.batch_size,
-        length=options.max_length,
+        sizes,
+        config.lora,
+        settled.engine,
+        dtype=base_dtype(config.precision),
+        batch_size=config.schedule.batch_size,
+        length=length,
         data_parallel_size=ranks // mp_size,
         model_parallel_size=mp_size,
-        checkpoint_activations=options.checkpoint_activations,
-        vit_checkpoint_activations=options.vit_checkpoint_activations,
+        checkpoint_activations=config.checkpointing.checkpoint_activations,
+        vit_checkpoint_activations=config.checkpointing.vit_checkpoint_activations,
         on_device=device.startswith("cuda"),
     )
 
@@ -71,9 +73,8 @@ def sizes_of(path: str | Path) -> dict:
 def main() -> int:
     """Answer `memory_report`: a request as JSON on standard input, the answer as the last line of standard output."""
     request = json.load(sys.stdin)
-    options = Namespace(**request.pop("options"))
-    options.given = frozenset(options.given)
-    print(json.dumps(dataclasses.asdict(estimate_run(options, **request))))
+    config = TrainConfig.of_flat(request.pop("settings"), request.pop("given"))
+    print(json.dumps(dataclasses.asdict(estimate_run(config, **request))))
     return 0
 
 

@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-from argparse import Namespace
 from collections.abc import Callable
 
 import torch
@@ -18,16 +17,16 @@ from sat_lora.memory.live_memory import peak_of
 from sat_lora.parallel.distributed import gather_lists, run_on_all_ranks
 from sat_lora.parallel.launch import ranks_on_this_machine
 from sat_lora.training.prepare import Setting
+from sat_lora.training.settings.config import TrainConfig
 
 
-def memory_report(
-    options: Namespace, setting: Setting, model: nn.Module, step: Callable[[], None]
-) -> tuple[str, list[Finding]]:
+def memory_report(setting: Setting, model: nn.Module, step: Callable[[], None]) -> tuple[str, list[Finding]]:
     """Return (table, findings) of all ranks; every rank has to call it.
 
     step: runs forward and backward on one micro-batch. Under ZeRO-3, whose gathers would be counted too, activations
     are estimated; with --shrink what is measured is extrapolated by what `estimate` gives for both sizes.
     """
+    config = setting.config
     device = setting.world.device
     ranks = setting.world.size
     partitioned = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
@@ -40,10 +39,10 @@ def memory_report(
         activations=measured,
         on_device=device.type == "cuda",
     )
-    if partitioned or options.shrink:
-        whole = _estimated(options, ranks, device.type)
+    if partitioned or config.start.shrink:
+        whole = _estimated(config, ranks, device.type)
         if not partitioned:
-            small = _estimated(options, ranks, device.type, options.shrink)
+            small = _estimated(config, ranks, device.type, config.start.shrink)
             whole = dataclasses.replace(whole, activations=whole.activations * memory.activations / small.activations)
         memory = whole
     available = device_memory(device, ranks_on_this_machine(ranks))
@@ -51,29 +50,30 @@ def memory_report(
     return table, joined(gather_lists([memory_findings(memory, available)]))
 
 
-def estimated_findings(options: Namespace, setting: Setting) -> list[Finding]:
+def estimated_findings(setting: Setting) -> list[Finding]:
     """Return a finding, before anything is loaded, if a step does not fit by the estimate; on GPUs alone.
 
     Every rank has to call it.
     """
+    config = setting.config
     world = setting.world
-    if world.device.type != "cuda" or options.shrink:
+    if world.device.type != "cuda" or config.start.shrink:
         return []
-    memory = _estimated(options, world.size, world.device.type)
+    memory = _estimated(config, world.size, world.device.type)
     available = device_memory(world.device, ranks_on_this_machine(world.size))
     return joined(gather_lists([memory_findings(memory, available)]))
 
 
-def estimate_elsewhere(options: Namespace, ranks: int, device: str, layers: int | None = None) -> Memory:
+def estimate_elsewhere(config: TrainConfig, ranks: int, device: str, layers: int | None = None) -> Memory:
     """Return `estimate_run` of a process of its own: this one has a process group.
 
     Raises ConfigError with what that process says.
     """
-    content = {**vars(options), "given": sorted(options.given)}
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    request = dict(settings=config.flat(), given=sorted(config.given), ranks=ranks, device=device, layers=layers)
     process = subprocess.run(
         [sys.executable, "-m", "sat_lora.memory.estimate_run"],
-        input=json.dumps(dict(options=content, ranks=ranks, device=device, layers=layers)),
+        input=json.dumps(request),
         capture_output=True,
         text=True,
         env=environment,

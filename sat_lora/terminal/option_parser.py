@@ -5,7 +5,7 @@ most likely meant. It needs nothing but Python's own library.
 import argparse
 import difflib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from sat_lora.printable import printable
 from sat_lora.terminal.edge import MISTAKE, let_first_rank_speak
@@ -32,6 +32,7 @@ ELSEWHERE = {
     "--gradient-accumulation-steps": "grad_accum accumulation accumulate_grad_batches gradient_accumulation",
     "--checkpoint-activations": "gradient_checkpointing activation_checkpointing recompute",
     "--max_length": "max_seq_length max_seq_len seq_length cutoff_len model_max_length max_len",
+    "--config": "config_file config_path yaml cfg",
     "--resume": "resume_from_checkpoint resume_from load continue",
     "--lr-decay-style": "lr_scheduler lr_scheduler_type scheduler schedule",
     "--warmup": "warmup_ratio warmup_steps warmup_iters num_warmup_steps",
@@ -54,7 +55,6 @@ ABSENT = {
         "the base is not quantised here; --bf16, --checkpoint-activations and --zero-stage 3 save memory"
     ),
     "use_ptuning ptuning pre_seq_len prefix_len": "there is no P-tuning here, only LoRA",
-    "config config_file yaml": "settings are options; --deepspeed_config takes DeepSpeed's json alone",
     "num_gpus num_nodes nproc_per_node nnodes hostfile master_port master_addr include": (
         "it is an option of the launcher: give it before the script (deepspeed --num_gpus 8 SCRIPT ...)"
     ),
@@ -64,6 +64,18 @@ _ABSENT = {name: advice for names, advice in ABSENT.items() for name in names.sp
 
 PLACES = ("DIR", "FILE", "PATH", "PNG", "NAME", "RUN_FOLDER", "FOLDER", "ADAPTER")
 """Placeholders in help of what lies on a disk."""
+
+
+def meant_options(name: str, spellings: Mapping[str, str]) -> list[str]:
+    """Return the options that other trainers call `name`, of those in `spellings`."""
+    bare = name.lstrip("-").replace("-", "_").lower()
+    elsewhere = [flag for flag, others in ELSEWHERE.items() if bare in others.split()]
+    return [flag for flag in elsewhere if flag.replace("-", "_") in spellings]
+
+
+def advice_on(name: str) -> str | None:
+    """Return what to do instead of an option that exists elsewhere, and not here; None if nothing is known of it."""
+    return _ABSENT.get(name.lstrip("-").replace("-", "_").lower())
 
 
 class OptionParser(argparse.ArgumentParser):
@@ -99,14 +111,13 @@ class OptionParser(argparse.ArgumentParser):
 
     def _hint(self, names: Sequence[str]) -> str:
         spellings = self.spellings
-        meant = []
-        advice = []
+        meant: list[str] = []
+        advice: list[str] = []
         for name in names:
-            bare = name.lstrip("-").replace("-", "_").lower()
-            elsewhere = [flag for flag, others in ELSEWHERE.items() if bare in others.split()]
-            flags = [flag for flag in elsewhere if flag.replace("-", "_") in spellings]
-            if bare in _ABSENT:
-                advice.append(_ABSENT[bare])
+            flags = meant_options(name, spellings)
+            absent = advice_on(name)
+            if absent is not None:
+                advice.append(absent)
             else:
                 meant += flags[:1] or difflib.get_close_matches(name, spellings.values(), 1)
         hints = [f"did you mean {', '.join(dict.fromkeys(meant))}?"] if meant else []

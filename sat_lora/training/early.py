@@ -5,9 +5,7 @@ folder that holds results. It needs nothing but Python's own library; `preflight
 import os
 import socket
 import sys
-from argparse import Namespace
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 from sat_lora.errors import ConfigError, DataError
 from sat_lora.files.paths import is_shard, missing_base, missing_path
@@ -15,9 +13,10 @@ from sat_lora.parallel.launch import Place
 from sat_lora.printable import printable_lines
 from sat_lora.terminal.edge import MISTAKE, let_first_rank_speak
 from sat_lora.training.runs.results import DATA, results_problems
+from sat_lora.training.settings.config import TrainConfig
+from sat_lora.training.settings.demo import Demo
 
 WANTED = "give a folder of images named LABEL.png, or a .jsonl file"
-DEMO_DATA = "finetune_demo/make_captchas.py writes the demo's data"
 
 
 def raise_problems(settings: Sequence[str], data: Sequence[str]) -> None:
@@ -31,10 +30,10 @@ def raise_problems(settings: Sequence[str], data: Sequence[str]) -> None:
 
 
 def check_early(
-    options: Namespace,
+    config: TrainConfig,
     place: Place,
     *,
-    demo_data: Path | None = None,
+    demo: Demo | None = None,
     writes: bool = True,
     more: Sequence[str] = (),
 ) -> None:
@@ -42,12 +41,12 @@ def check_early(
 
     Every rank calls it, before any waits for another. Those of the machine of rank 0 find the same and leave it to that
     one to speak. On another machine other files may be missing: its first rank says so itself, with its name.
-    demo_data: a folder that is made where it is not there. writes: whether a run begins in `options.run_folder`.
+    demo: whose data are made where they are not there. writes: whether a run begins in `config.run_folder`.
     more: problems that are known already.
     """
-    settings = results_problems(options) if writes else []
-    settings += [*base_problems(options), *more]
-    data = [*data_problems(options, demo_data)]
+    settings = results_problems(config) if writes else []
+    settings += [*base_problems(config.model.base), *more]
+    data = [*data_problems(config, demo)]
     try:
         raise_problems(settings, data)
     except (ConfigError, DataError) as error:
@@ -61,23 +60,27 @@ def check_early(
         raise SystemExit(MISTAKE) from error
 
 
-def base_problems(options: Namespace) -> list[str]:
+def base_problems(folder: str) -> list[str]:
     """That there is no base at --from_pretrained."""
     try:
-        problem = missing_base(options.from_pretrained)
+        problem = missing_base(folder)
     except OSError:  # it may not be looked for: `preflight` says so
         return []
     return [f"--from_pretrained: {problem}"] if problem else []
 
 
-def data_problems(options: Namespace, demo_data: Path | None = None) -> Iterator[str]:
+def data_problems(config: TrainConfig, demo: Demo | None = None) -> Iterator[str]:
     """Of each path of data that leads to nothing, the sentence that says so."""
-    given = getattr(options, "given", DATA)
     for name in DATA:
-        for path in getattr(options, name, None) or ():
-            is_made = demo_data is not None and Path(path).parent == demo_data and not demo_data.exists()
+        for path in getattr(config.data, name) or ():
+            is_made = demo is not None and demo.makes(path)
             if is_made or (is_shard(path) and (path.startswith("pipe:") or "{" in path)):
                 continue
             problem = missing_path(path, "mend the path or copy it" if is_shard(path) else WANTED)
             if problem:
-                yield f"--{name.replace('_', '-')}: {problem}{'' if name in given else f'; {DEMO_DATA}'}"
+                yield f"--{name.replace('_', '-')}: {problem}{data_hint(config, name, demo)}"
+
+
+def data_hint(config: TrainConfig, name: str, demo: Demo | None) -> str:
+    """How the demo's data are made, where nobody has named other data; as the end of a sentence."""
+    return f"; {demo.data_hint}" if demo is not None and name not in config.given else ""

@@ -4,14 +4,12 @@ import errno
 import itertools
 import os
 import tempfile
-from argparse import Namespace
 from functools import partial
 from pathlib import Path
 
 from sat_lora.adapters.save_load import load_adapter
 from sat_lora.cogvlm.checkpoints.load import load_cogvlm
 from sat_lora.cogvlm.decoding.generate import generate
-from sat_lora.cogvlm.inputs.pictures import MAX_PIXELS
 from sat_lora.cogvlm.inputs.text import Sample, load_tokenizer
 from sat_lora.cogvlm.inputs.tokens import first_tokens
 from sat_lora.cogvlm.network.model import CogVLMModel
@@ -38,74 +36,75 @@ from sat_lora.terminal.notice import warn
 from sat_lora.terminal.progress import shown
 from sat_lora.training.runs.results import EVALUATION, RUN
 from sat_lora.training.runs.run_folder import write_json
+from sat_lora.training.settings.config import TrainConfig
 from sat_lora.training.settings.deepspeed_config import base_dtype
-from sat_lora.training.settings.options import settings_of_run
+from sat_lora.training.settings.run_settings import settings_of_run
+from sat_lora.training.source_settings import source_settings
 from sat_lora.training.steps.loss import sum_over_data_parallel
+from sat_lora.training.steps.observers import NOBODY, Observers
 from sat_lora.training.steps.step import to_device
-from sat_lora.watchdog.trace import NO_TRACE, NoTrace
 
 
 def evaluate_adapter(
-    options: Namespace,
+    config: TrainConfig,
     adapter: str | Path | None,
     world: World,
     trained: tuple[CogVLMModel, dict] | None = None,
     *,
-    trace: NoTrace = NO_TRACE,
+    observers: Observers = NOBODY,
     any_base: bool = False,
 ) -> dict:
     """Answers every item of --test-data by greedy decoding, with and without the adapter; the ranks share the items.
 
     adapter: None answers with the base alone, and leaves "adapter" out of the result.
-    trace: is told of every batch.
+    observers: are told of every batch.
 
-    options: from_pretrained, local_tokenizer, test_data, version, prompt, max_length, eval_batch_size, bf16, fp16,
-    model_parallel_size and trust_checkpoint, as `parse_options` names them.
-    trained: a model that has trained this adapter on that base, and its config, to be used instead of loading another:
+    config: with --test-data, and `settled`.
+    trained: a model that has trained this adapter on that base, and its model_config.json, to be used instead of
+    loading another:
     disabled it is the base bit for bit, and the adapter on disk is read into it.
     Returns {"images": n, "base": {"exact_match": x, "exact_match_ignoring_case": y}, "adapter": {...}} with shares in
     [0, 1]; unreadable items are left out of n, their paths are listed under "broken" and they are counted as
     "broken_samples". Both come from what lies on disk.
     """
-    trace.at("load")
-    if any(map(is_shard, options.test_data)):
-        raise DataError(f"--test-data: {next(problems_with_shards(options.test_data, '--test-data'))}")
+    observers.on_phase("load")
+    paths = list(config.data.test_data or ())
+    if any(map(is_shard, paths)):
+        raise DataError(f"--test-data: {next(problems_with_shards(paths, '--test-data'))}")
     found = DataCounts()
     try:
-        items = read_items(options.test_data, **reading_options(options), counts=found)
+        items = read_items(paths, **reading_options(source_settings(config)), counts=found)
     except DataError as error:
         raise DataError(f"--test-data: {error}") from error
     if not items:
-        raise DataError(
-            f"--test-data: {', '.join(options.test_data)}: no images there; give folders of images LABEL.png"
-        )
+        raise DataError(f"--test-data: {', '.join(paths)}: no images there; give folders of images LABEL.png")
     for note in unreadable_notes(found.unused, "--test-data"):
         warn(note)
-    tokenizer = load_tokenizer(options.local_tokenizer)
-    model, config = trained or load_cogvlm(
-        options.from_pretrained,
-        dtype=base_dtype(options),
+    tokenizer = load_tokenizer(config.model.tokenizer)
+    model, sizes = trained or load_cogvlm(
+        config.model.base,
+        dtype=base_dtype(config.precision),
         device=world.device,
-        model_parallel_size=options.model_parallel_size,
-        trust=options.trust_checkpoint,
+        model_parallel_size=config.parallel.model_parallel_size,
+        trust=config.start.trust_checkpoint,
         progress=partial(shown, what="loading the base", unit="modules") if world.is_main else iter,
     )
-    problem = image_length_problem(config)
+    problem = image_length_problem(sizes)
     if problem:
-        raise CheckpointError(f"--from_pretrained: {options.from_pretrained}: {problem}; copy its config again")
+        raise CheckpointError(f"--from_pretrained: {config.model.base}: {problem}; copy its config again")
     if adapter is not None:
         load_adapter(model, adapter, any_base=any_base)
     dataset = ImageTextDataset(
         items,
         tokenizer,
-        version=options.version,
-        prompt=options.prompt,
-        image_size=tuple(config["eva_args"]["image_size"]),
-        image_length=config["image_length"],
-        max_length=options.max_length,
+        version=config.model.version,
+        prompt=config.data.prompt,
+        image_size=tuple(sizes["eva_args"]["image_size"]),
+        image_length=sizes["image_length"],
+        max_length=config.model.max_length,
         with_answer=False,
-        special_tokens=vars(options).get("special_tokens_in_text", False),
-        max_pixels=vars(options).get("max_pixels") or MAX_PIXELS,
+        special_tokens=config.data.special_tokens_in_text,
+        max_pixels=config.data.max_pixels,
     )
     share = range(world.data_parallel_rank, len(dataset), world.data_parallel_size)
     right = {side: [0, 0] for side in ("base", "adapter")[: 1 if adapter is None else 2]}
@@ -115,12 +114,13 @@ def evaluate_adapter(
     if cut := _cut_answers(dataset, lengths):
         warn(
             f"--test-data: {cut:,} of {len(lengths):,} answers have more tokens than --max_length "
-            f"{options.max_length}: what is generated is never like them"
+            f"{config.model.max_length}: what is generated is never like them"
         )
-    starts = range(0, len(share), options.eval_batch_size)
+    batch_size = config.saving.eval_batch_size or config.schedule.batch_size
+    starts = range(0, len(share), batch_size)
     for start in shown(starts, "answering", "batches, each without and with the adapter") if world.is_main else starts:
-        trace.at("test")
-        indices = list(share[start : start + options.eval_batch_size])
+        observers.on_phase("test")
+        indices = list(share[start : start + batch_size])
         own_lengths = [(i, lengths[i]) for i in indices]
         questions = [dataset[i] if isinstance(length, int) else length for i, length in own_lengths]
         samples = [(question, dataset.items[i].answer.strip()) for question, i in zip(questions, indices)]
@@ -142,7 +142,7 @@ def evaluate_adapter(
     answered, *sums = sum_over_data_parallel(images, *counts, device=world.device)
     broken = sorted(set(gather_lists(broken)))
     if not answered:
-        raise DataError(f"--test-data: none of {options.test_data} can be read; the first: {broken[0][1]}")
+        raise DataError(f"--test-data: none of {paths} can be read; the first: {broken[0][1]}")
     shares = iter(value / answered for value in sums)
     names = ("exact_match", "exact_match_ignoring_case")
     result = {"images": int(answered), **{side: {name: next(shares) for name in names} for side in right}}
@@ -182,11 +182,11 @@ def evaluation_table(result: dict) -> str:
     return "\n".join(lines)
 
 
-def evaluated(options: Namespace, adapter: str | Path | None) -> dict:
+def evaluated(config: TrainConfig, adapter: str | Path | None) -> dict:
     """What an evaluation is of, for its file: the folder of the adapter where there is one, the base, the questions."""
-    paths = {"base": options.from_pretrained, **({"adapter": follow(adapter)} if adapter else {})}
-    questions = {name: vars(options).get(name) for name in ("version", "prompt", "max_length")}
-    test_data = [os.path.abspath(path) for path in options.test_data]
+    paths: dict[str, str | Path] = {"base": config.model.base, **({"adapter": follow(adapter)} if adapter else {})}
+    questions = {name: config.value(name) for name in ("version", "prompt", "max_length")}
+    test_data = [os.path.abspath(path) for path in config.data.test_data or ()]
     return {name: os.path.realpath(path) for name, path in paths.items()} | {"test_data": test_data, **questions}
 
 
@@ -205,10 +205,10 @@ def try_to_write(file: Path) -> None:
         raise _not_written(file, error) from error
 
 
-def write_evaluation(file: Path, result: dict, options: Namespace, adapter: str | Path | None) -> None:
+def write_evaluation(file: Path, result: dict, config: TrainConfig, adapter: str | Path | None) -> None:
     """Write the result of `evaluate_adapter`, and under `of` what it is of. ConfigError: it could not be written."""
     try:
-        write_json(file, {**result, "of": evaluated(options, adapter)})
+        write_json(file, {**result, "of": evaluated(config, adapter)})
     except OSError as error:
         raise _not_written(file, error) from error
 
@@ -217,27 +217,30 @@ def _not_written(file: Path, error: OSError) -> ConfigError:
     return ConfigError(f"--out: {printable(file)}: cannot be written: {error.strerror}; give another file")
 
 
-def evaluation_file(options: Namespace) -> tuple[Path, Path | None]:
+def evaluation_file(
+    config: TrainConfig, *, adapter: str | None, run: str | None, out: str | None
+) -> tuple[Path, Path | None]:
     """(where an evaluation is written, the run folder whose own adapter and base it is of, or None).
 
-    options: run, adapter, from_pretrained, test_data and out, as `evaluate_cogvlm.py` names them. It is --out; or, in
+    adapter, run, out: as `evaluate_cogvlm.py` has them of its options. It is --out; or, in
     the folder of the run, of the adapter, or of this process where a base is evaluated alone, the first of
     evaluation.json, evaluation-2.json, ... that is free or is of the same: an evaluation of something else stays.
     evaluation.json of a run is for its own adapter and base.
     """
-    if options.out:
-        out = Path(options.out)
-        own = out.name == EVALUATION and (out.parent / RUN).is_file()
-        return out, out.parent if own else None
-    of = evaluated(options, options.adapter)
-    if not options.adapter:  # in the working directory, as nothing is written into a base
-        return _place_for(of, Path(f"evaluation-{Path(os.path.abspath(options.from_pretrained)).name}.json")), None
-    run = _run_of(Path(options.adapter))
-    if run is not None and _is_of(run, options):
-        file = run / EVALUATION
+    if out:
+        file = Path(out)
+        own = file.name == EVALUATION and (file.parent / RUN).is_file()
+        return file, file.parent if own else None
+    of, base = evaluated(config, adapter), config.model.base
+    if not adapter:  # in the working directory, as nothing is written into a base
+        return _place_for(of, Path(f"evaluation-{Path(os.path.abspath(base)).name}.json")), None
+    own_run = _run_of(Path(adapter))
+    is_named = run is None or (own_run is not None and os.path.realpath(run) == os.path.realpath(own_run))
+    if own_run is not None and is_named and _has_base(own_run, base):
+        file = own_run / EVALUATION
         is_old = os.path.lexists(file) and _content_of(file) is None  # of a version that did not say what it is of
-        return file if is_old else _place_for(of, file), run
-    folder = Path(options.run) if options.run else run or Path(options.adapter).parent
+        return file if is_old else _place_for(of, file), own_run
+    folder = Path(run) if run else own_run or Path(adapter).parent
     return _place_for(of, folder / EVALUATION, first=2 if (folder / RUN).is_file() else 1), None
 
 
@@ -257,15 +260,13 @@ def _run_of(adapter: Path) -> Path | None:
     return folder.parent if folder is not None and (folder.parent / RUN).is_file() else None
 
 
-def _is_of(run: Path, options: Namespace) -> bool:
-    """Whether an evaluation is of this run's base, and asked for by no other run's name."""
-    if options.run and os.path.realpath(options.run) != os.path.realpath(run):
-        return False
+def _has_base(run: Path, base: str) -> bool:
+    """Whether that is the base of the run."""
     try:
-        base = settings_of_run(run).get("from_pretrained")
+        own = settings_of_run(run).get("from_pretrained")
     except ConfigError:
         return False
-    return base is not None and os.path.realpath(base) == os.path.realpath(options.from_pretrained)
+    return own is not None and os.path.realpath(own) == os.path.realpath(base)
 
 
 def _is_evaluation(file: Path) -> bool:

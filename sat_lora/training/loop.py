@@ -1,10 +1,13 @@
-"""The training loop over a DeepSpeed engine."""
+"""The training loop over a DeepSpeed engine. Who watches it are `Observers`; it knows none of them."""
 
 import itertools
 import math
+import signal
 import time
-from argparse import Namespace
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -12,166 +15,251 @@ from sat_lora.errors import TrainingError
 from sat_lora.lora.optimizer_groups import set_learning_rate
 from sat_lora.parallel.distributed import World, gather_lists, run_on_all_ranks
 from sat_lora.parallel.stop_signals import Stopped, StopSignals
+from sat_lora.training.metrics.answers import Metric
 from sat_lora.training.runs.run_folder import RunFolder
 from sat_lora.training.runs.step_progress import peak_memory_mib
 from sat_lora.training.saving import BackgroundWriter, finish_saving, start_saving
-from sat_lora.training.settings.schedule import learning_rate_factor, warmup_steps
+from sat_lora.training.settings.config import TrainConfig
 from sat_lora.training.steps.broken_samples import BrokenSamples
 from sat_lora.training.steps.checkpoint import RunState
 from sat_lora.training.steps.loss import count_answer_tokens, sum_on_device
 from sat_lora.training.steps.nonfinite import discard_step
-from sat_lora.training.steps.step import train_step, validation_loss
-from sat_lora.watchdog.trace import NO_TRACE, NoTrace
+from sat_lora.training.steps.observers import NOBODY, Figures, Observers, StepReport, ValidationReport
+from sat_lora.training.steps.step import StepResult, train_step, validate
 
 
 def train(
     engine,
     loader: Iterable[dict],
     valid: Iterable[dict] | None,
-    options: Namespace,
+    options: TrainConfig,
     run: RunFolder,
     world: World,
     state: RunState,
     *,
     dataset_size: int,
-    trace: NoTrace = NO_TRACE,
+    metrics: Mapping[str, Metric] | None = None,
+    observers: Observers = NOBODY,
 ) -> None:
-    """From step `state.step` to `options.train_iters`; evaluates, saves and reports on the way and at the end.
+    """From step `state.step` to `options.schedule.steps`; evaluates, saves and reports on the way and at the end.
 
     Saves are written beside the steps that follow, one at a time; all are on the disk when it returns or is stopped.
 
     loader: micro-batches of this rank without end, from where `state` left off. valid: a pass over the validation
-    batches of this rank, as many on every rank; None if there are none.
-    dataset_size: training samples in an epoch. trace: is told of steps and phases.
+    batches of this rank, as many on every rank; None if there are none. dataset_size: training samples in an epoch.
+    metrics: what a validation measures beside the loss. observers: are told of all that happens but the end, which is
+    for whoever has made them to tell.
     DataError, on every rank at the same step: too many samples are broken.
     Stopped, on every rank: one of them received SIGTERM or SIGINT; the step was finished and everything saved.
     AdapterError or CheckpointError, on every rank: a save could not be written; at the next step or save, or the end.
-    TrainingError, on every rank: more than options.skip_nonfinite steps were not finite; none of them moved anything.
+    TrainingError, on every rank: more than --skip-nonfinite steps were not finite; none of them moved anything.
     """
-    total, accumulate = options.train_iters, options.gradient_accumulation_steps
-    warmup = warmup_steps(options.warmup, total)
-    batches, known = iter(loader), BrokenSamples(dataset_size, options.max_broken_share)
-    step_samples = options.batch_size * accumulate * world.data_parallel_size
-    samples, steps_before, clock = 0, state.step, time.perf_counter()
-    saved = state.step or None  # the newest save, which holds the state that this step begins from or an earlier one
+    observers.on_start(options.schedule.steps, state.step)
     engine.train()
     with StopSignals() as signals, BackgroundWriter() as writer:
-        if state.owes_validation and valid is not None:
-            state.owes_validation = False
-            if _validate(engine, valid, run, world, state, writer, trace):
-                start_saving(engine, options, run, world, state, writer)
-        for step in range(state.step, total):
-            rate = options.lr * learning_rate_factor(
-                step, total_steps=total, warmup_steps=warmup, style=options.lr_decay_style, floor=options.min_lr_ratio
-            )
-            set_learning_rate(engine.optimizer.param_groups, rate)
-            trace.at("data", step=step + 1)
-            micro_batches = list(itertools.islice(batches, accumulate))
-            trace.at("reduce")
-            broken = known.new_in(micro_batches)
-            tokens = _answer_tokens(micro_batches, world)
-            result = train_step(
-                engine,
-                micro_batches,
-                world,
-                tokens,
-                checks_gradients=not options.fp16,  # there DeepSpeed's loss scaling does
-                signals=signals.counts,
-                counts=[len(broken), writer.has_failed],
-                trace=trace,
-            )
-            state.step = step + 1
-            trace.at("save")
-            failures, failed_saves = result.counts
-            if failed_saves:
-                finish_saving(writer)
-            if failures:
-                known.add(broken := gather_lists(broken))
-                run.report_broken(broken, state.step)
-            known.check((state.step - steps_before) * step_samples)
-            if result.nonfinite is not None:
-                state.skipped += 1
-                if state.skipped > options.skip_nonfinite:
-                    finish_saving(writer)
-                    following = list(itertools.islice(batches, accumulate))
-                    with discard_step(engine):
-                        again = train_step(
-                            engine,
-                            following,
-                            world,
-                            _answer_tokens(following, world),
-                            checks_gradients=not options.fp16,
-                            trace=trace,
-                        )
-                    is_blown_up = again.nonfinite is not None
-                    raise TrainingError(_end_of(result.nonfinite, run, world, state, saved, is_blown_up))
-                run.log_skipped(state.step, result.nonfinite)
-            else:
-                state.good_step = saved
-            if result.loss is None:
-                run.say(f"step {state.step}: no loss, none of its samples can be used")
-            samples += step_samples
-            last = state.step == total
-            if last or state.step % options.log_interval == 0:
-                norm = engine.get_global_grad_norm()
-                run.log_step(
-                    state.step,
-                    loss=result.loss,
-                    lr=rate,
-                    grad_norm=None if norm is None or result.loss is None else float(norm),
-                    samples_per_second=samples / (time.perf_counter() - clock),
-                    peak_memory_mib=peak_memory_mib(),
-                )
-                samples, clock = 0, time.perf_counter()
-            else:
-                run.advance(state.step, loss=result.loss, lr=rate)
-            paused = time.perf_counter()
-            validates = valid is not None and (last or _due(state.step, options.eval_interval))
-            state.owes_validation = validates and result.stop is not None  # who takes the machine may not wait for it
-            is_best = False
-            if valid is not None and validates and not state.owes_validation:
-                is_best = _validate(engine, valid, run, world, state, writer, trace)
-            if last or is_best or result.stop is not None or _due(state.step, options.save_interval):
-                trace.at("write")
-                start_saving(engine, options, run, world, state, writer)
-                saved = state.step
-            if result.stop is not None:
-                finish_saving(writer)
-                raise Stopped(result.stop, state.step)
-            clock += time.perf_counter() - paused
-        trace.at("write")
+        loop = _Loop(
+            engine=engine,
+            batches=iter(loader),
+            valid=valid,
+            options=options,
+            run=run,
+            world=world,
+            state=state,
+            known=BrokenSamples(dataset_size, options.data.max_broken_share),
+            metrics=metrics or {},
+            observers=observers,
+            signals=signals,
+            writer=writer,
+            first_step=state.step,
+            saved=state.step or None,
+        )
+        loop.validate_if_owed()
+        for step in range(state.step, options.schedule.steps):
+            loop.step(step)
+        observers.on_phase("write")
         finish_saving(writer)
 
 
-def _validate(
-    engine,
-    valid: Iterable[dict],
-    run: RunFolder,
-    world: World,
-    state: RunState,
-    writer: BackgroundWriter,
-    trace: NoTrace,
-) -> bool:
-    """Log the validation loss, and what could not be read; whether it is the lowest so far.
+class _Pace:
+    """How many samples are trained on in a second, validations and the beginnings of saves left out."""
 
-    One that is not finite never is.
-    """
-    trace.at("write")
-    finish_saving(writer)  # the data workers of a validation are forked, which a thread at work may not outlive well
-    trace.at("evaluate")
-    loss, broken = validation_loss(engine, valid, world, trace)
-    run.report_broken(broken, state.step)
-    if loss is None:
-        run.say(f"step {state.step}: no validation loss, none of the validation samples has an answer")
-        return False
-    run.log_validation(state.step, loss)
-    is_best = math.isfinite(loss) and (state.best_loss is None or loss < state.best_loss)
-    if is_best:
-        state.best_loss, state.best_step = loss, state.step
-    return is_best
+    def __init__(self) -> None:
+        self._samples, self._since = 0, time.perf_counter()
+
+    def add(self, samples: int) -> None:
+        self._samples += samples
+
+    def take(self) -> float:
+        """Samples per second since this was last asked for."""
+        now = time.perf_counter()
+        pace = self._samples / (now - self._since)
+        self._samples, self._since = 0, now
+        return pace
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens inside does not count."""
+        began = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - began
 
 
-def _answer_tokens(micro_batches: list[dict], world: World) -> torch.Tensor:
+@dataclass(kw_only=True)
+class _Loop:
+    """What the steps of a run share. Every rank has one, and calls each method when the others do."""
+
+    engine: Any
+    batches: Iterator[dict]
+    valid: Iterable[dict] | None
+    options: TrainConfig
+    run: RunFolder
+    world: World
+    state: RunState
+    known: BrokenSamples
+    metrics: Mapping[str, Metric]
+    observers: Observers
+    signals: StopSignals
+    writer: BackgroundWriter
+    first_step: int
+    """Steps that were done before."""
+    saved: int | None
+    """The newest save, which holds the state that the next step begins from or an earlier one."""
+    pace: _Pace = field(default_factory=_Pace)
+
+    @property
+    def step_samples(self) -> int:
+        """Samples of a step, over all ranks."""
+        schedule = self.options.schedule
+        return schedule.batch_size * schedule.gradient_accumulation_steps * self.world.data_parallel_size
+
+    def validate_if_owed(self) -> None:
+        """The validation that a run which was stopped had no time for, and a save where it is the best."""
+        if self.state.owes_validation and self.valid is not None:
+            self.state.owes_validation = False
+            if self._validate(self.valid):
+                self._start_saving()
+
+    def step(self, number: int) -> None:
+        """Take step `number`, counted from 0, and do what is due after it."""
+        rate = self._set_rate(number)
+        self.observers.on_phase("data", step=number + 1)
+        micro_batches = self._next_micro_batches()
+        self.observers.on_phase("reduce")
+        broken = self.known.new_in(micro_batches)
+        result = self._train_step(
+            micro_batches, signals=self.signals.counts, counts=[len(broken), self.writer.has_failed]
+        )
+        self.state.step = number + 1
+        self.observers.on_phase("save")
+        failures, failed_saves = result.counts
+        if failed_saves:
+            finish_saving(self.writer)
+        self._check_broken(broken if failures else None)
+        if result.nonfinite is None:
+            self.state.good_step = self.saved
+        else:
+            self._skip(result.nonfinite)
+        self.pace.add(self.step_samples)
+        self.observers.on_step(self._report(result, rate))
+        with self.pace.paused():
+            self._validate_and_save(result.stop)
+
+    @property
+    def _is_last(self) -> bool:
+        return self.state.step == self.options.schedule.steps
+
+    def _is_due(self, interval: int) -> bool:
+        return interval > 0 and self.state.step % interval == 0
+
+    def _set_rate(self, number: int) -> float:
+        """The learning rate of that step, which the optimizer has from now on."""
+        schedule = self.options.schedule
+        rate = self.options.optimizer.lr * schedule.factor(number, schedule.steps)
+        set_learning_rate(self.engine.optimizer.param_groups, rate)
+        return rate
+
+    def _next_micro_batches(self) -> list[dict]:
+        return list(itertools.islice(self.batches, self.options.schedule.gradient_accumulation_steps))
+
+    def _train_step(self, micro_batches: list[dict], **more) -> StepResult:
+        return train_step(
+            self.engine,
+            micro_batches,
+            self.world,
+            _answer_tokens(micro_batches, self.world),
+            checks_gradients=not self.options.precision.fp16,  # there DeepSpeed's loss scaling does
+            observers=self.observers,
+            **more,
+        )
+
+    def _check_broken(self, own: list[tuple[str, str, str]] | None) -> None:
+        """DataError where too many samples are broken. own: what this rank has newly met; None: no rank has any."""
+        if own is not None:
+            broken = gather_lists(own)
+            self.known.add(broken)
+            self.observers.on_broken(broken, self.state.step)
+        self.known.check((self.state.step - self.first_step) * self.step_samples)
+
+    def _skip(self, nonfinite: str) -> None:
+        """Count a step that moved nothing. TrainingError: there were too many."""
+        self.state.skipped += 1
+        if self.state.skipped <= self.options.optimizer.skip_nonfinite:
+            return
+        finish_saving(self.writer)
+        with discard_step(self.engine):
+            again = self._train_step(self._next_micro_batches())
+        is_blown_up = again.nonfinite is not None
+        raise TrainingError(_end_of(nonfinite, self.run, self.world, self.state, self.saved, is_blown_up))
+
+    def _report(self, result: StepResult, rate: float) -> StepReport:
+        figures = None
+        if self._is_last or self._is_due(self.options.saving.log_interval):
+            norm = self.engine.get_global_grad_norm()
+            figures = Figures(
+                grad_norm=None if norm is None or result.loss is None else float(norm),
+                samples_per_second=self.pace.take(),
+                peak_memory_mib=peak_memory_mib(),
+            )
+        return StepReport(step=self.state.step, loss=result.loss, lr=rate, skipped=result.nonfinite, figures=figures)
+
+    def _validate_and_save(self, stop: signal.Signals | None) -> None:
+        """What is due after a step. Stopped: some rank has received that signal."""
+        state = self.state
+        saving = self.options.saving
+        validates = self.valid is not None and (self._is_last or self._is_due(saving.eval_interval))
+        state.owes_validation = validates and stop is not None  # who takes the machine may not wait for it
+        is_best = False
+        if self.valid is not None and validates and not state.owes_validation:
+            is_best = self._validate(self.valid)
+        if self._is_last or is_best or stop is not None or self._is_due(saving.save_interval):
+            self.observers.on_phase("write")
+            self._start_saving()
+            self.saved = state.step
+        if stop is not None:
+            finish_saving(self.writer)
+            raise Stopped(stop, state.step)
+
+    def _start_saving(self) -> None:
+        start_saving(self.engine, self.options, self.run, self.world, self.state, self.writer, self.observers)
+
+    def _validate(self, valid: Iterable[dict]) -> bool:
+        """Measure the validation loss; whether it is the lowest so far. One that is not finite never is."""
+        state, observers = self.state, self.observers
+        observers.on_phase("write")
+        finish_saving(self.writer)  # its data workers are forked, which a thread at work may not outlive well
+        observers.on_phase("evaluate")
+        measured = validate(self.engine, valid, self.world, self.metrics, observers)
+        observers.on_broken(measured.broken, state.step)
+        loss = measured.loss
+        is_best = loss is not None and math.isfinite(loss) and (state.best_loss is None or loss < state.best_loss)
+        if is_best:
+            state.best_loss, state.best_step = loss, state.step
+        report = ValidationReport(step=state.step, loss=loss, metrics=measured.metrics, is_best=is_best)
+        observers.on_validation(report)
+        return is_best
+
+
+def _answer_tokens(micro_batches: Sequence[dict], world: World) -> torch.Tensor:
     """Those of a step, over all ranks, on the device; every rank has to call it."""
     (tokens,) = sum_on_device(sum(count_answer_tokens(batch["labels"]) for batch in micro_batches), device=world.device)
     return tokens
@@ -201,7 +289,3 @@ def _end_of(nonfinite: str, run: RunFolder, world: World, state: RunState, saved
         f"{text}But that of step {saved} is blown up; adapter/latest and checkpoints/latest name step "
         f"{good_step} again, the last that was well. Go on from there with {go_on}"
     )
-
-
-def _due(step: int, interval: int) -> bool:
-    return interval > 0 and step % interval == 0

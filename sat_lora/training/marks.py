@@ -1,31 +1,30 @@
 """What a run is made of, as marks that all ranks compare: options, versions and code, DeepSpeed's config, the data."""
 
 import hashlib
-from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
 
 from sat_lora.files.paths import is_shard
 from sat_lora.parallel.agreement import code_mark, mark
 from sat_lora.training.runs.run_folder import versions
+from sat_lora.training.settings.config import TrainConfig
 from sat_lora.training.settings.options import option_names
 
 SAT_DEFAULTS = {"layernorm_epsilon": 1e-5, "rotary_base": 10000.0, "hidden_dropout": 0.0, "attention_dropout": 0.0}
 # A machine may mount these elsewhere, so what lies there is compared instead: samples, tokenizer, DeepSpeed's config
 # and, by its fingerprint, the base. The number of data workers decides which samples come only with tar shards.
 PATHS = frozenset({"from_pretrained", "local_tokenizer", "train_data", "valid_data", "test_data", "deepspeed_config"})
-OF_ONE_RANK = frozenset({"local_rank", "num_workers", "given"})
-MADE_OF_OTHERS = frozenset({"run_folder"})  # of --save, --experiment-name and --resume
+OF_ONE_RANK = frozenset({"local_rank", "num_workers"})
 
 
-def marks_of_options(options: Namespace) -> dict[str, str]:
+def marks_of_options(config: TrainConfig) -> dict[str, str]:
     """What two ranks have to have alike, by the name that a message gives it: options as text, versions and code."""
     names = option_names()
-    streams = any(map(is_shard, getattr(options, "train_data", None) or ()))
-    left_out = PATHS | MADE_OF_OTHERS | (OF_ONE_RANK - {"num_workers"} if streams else OF_ONE_RANK)
-    values = {name: value for name, value in vars(options).items() if name not in left_out}
+    streams = any(map(is_shard, config.data.train_data or ()))
+    left_out = PATHS | (OF_ONE_RANK - {"num_workers"} if streams else OF_ONE_RANK)
+    values = {name: value for name, value in config.flat().items() if name not in left_out}
     marks = {names.get(name, f"--{name}"): mark(value) for name, value in sorted(values.items())}
-    return marks | {f"which data of {names[name]}": mark(len(vars(options).get(name) or ())) for name in
+    return marks | {f"which data of {names[name]}": mark(len(config.value(name) or ())) for name in
                     ("train_data", "valid_data", "test_data")} | marks_of_code()  # fmt: skip
 
 

@@ -1,7 +1,6 @@
 """What can be known to be wrong before the model loads: all of it, in one error."""
 
 import os
-from argparse import Namespace
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -20,24 +19,26 @@ from sat_lora.errors import CheckpointError, ConfigError, DataError, SatLoraErro
 from sat_lora.files.foreign import os_problem
 from sat_lora.files.paths import is_shard, missing_path
 from sat_lora.printable import printable
-from sat_lora.training.early import DEMO_DATA, WANTED, raise_problems
+from sat_lora.training.early import WANTED, data_hint, raise_problems
 from sat_lora.training.resume import settled_problems, state_to_resume
-from sat_lora.training.settings.deepspeed_config import deepspeed_config
+from sat_lora.training.settings.config import DEFAULTS, TrainConfig
+from sat_lora.training.settings.deepspeed_config import settle
 from sat_lora.training.settings.deepspeed_file import file_problems, read_deepspeed_file
-from sat_lora.training.settings.defaults import DEFAULTS
-from sat_lora.training.settings.lora_options import lora_config, lora_problems
-from sat_lora.training.settings.options import settings_of_run
+from sat_lora.training.settings.demo import Demo
+from sat_lora.training.settings.run_settings import settings_of_run
+from sat_lora.training.source_settings import source_settings
 from sat_lora.training.steps.checkpoint import samples_per_step
 
 IMAGES_TRIED = 300  # one readable image among so many is enough to begin
 
 
 def check_options(
-    options: Namespace,
+    config: TrainConfig,
     environ: Mapping[str, str] = os.environ,
     *,
     device: str | None = None,
     more: Iterable[str] = (),
+    demo: Demo | None = None,
 ) -> None:
     """Raise one ConfigError, or DataError when only the data is wrong, with every problem found.
 
@@ -45,121 +46,115 @@ def check_options(
     weights; changes nothing.
     device: `cuda` or `cpu`; None asks torch. more: problems with settings that are known already.
     """
-    settings, data = option_problems(options, environ, device)
+    settings, data = option_problems(config, environ, device, demo)
     raise_problems([*more, *settings], data)
 
 
 def option_problems(
-    options: Namespace, environ: Mapping[str, str], device: str | None = None
+    config: TrainConfig, environ: Mapping[str, str], device: str | None = None, demo: Demo | None = None
 ) -> tuple[list[str], list[str]]:
     """(problems with the settings, problems with the data), each a sentence that names its option."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     settings = [
-        *_base_and_prompt_problems(options, environ),
-        *_lora_problems(options),
-        *_engine_problems(options, environ, device),
-        *_resume_problems(options, environ),
+        *_base_and_prompt_problems(config, environ),
+        *config.problems,
+        *_engine_problems(config, environ, device),
+        *_resume_problems(config, environ),
     ]
-    return settings, list(_data_problems(options))
+    return settings, list(_data_problems(config, demo))
 
 
-def _base_and_prompt_problems(options: Namespace, environ: Mapping[str, str]) -> Iterator[str]:
-    config = tokenizer = None
+def _base_and_prompt_problems(config: TrainConfig, environ: Mapping[str, str]) -> Iterator[str]:
+    sizes = tokenizer = None
     try:
-        config = read_config(options.from_pretrained)
-        check_files(options.from_pretrained, trust=options.trust_checkpoint)
+        sizes = read_config(config.model.base)
+        check_files(config.model.base, trust=config.start.trust_checkpoint)
     except SatLoraError as error:
         yield f"--from_pretrained: {error}"
     except OSError as error:
         yield f"--from_pretrained: {os_problem(error)}"
-    yield from _model_parallel_problems(options, config or {}, environ)
-    if config is not None and not missing_sizes(config) and not options.doctor:  # which has a finding of its own
-        problem = image_length_problem(config)
+    yield from _model_parallel_problems(config, sizes or {}, environ)
+    if sizes is not None and not missing_sizes(sizes) and not config.start.doctor:  # which has a finding of its own
+        problem = image_length_problem(sizes)
         if problem:
-            yield f"--from_pretrained: {options.from_pretrained}: {problem}; copy its config again"
-    if options.version not in PROMPTS:
-        got = f"got {options.version!r}"
-        if "version" not in options.given:
-            got = f"the config of {options.from_pretrained} names {options.version!r}"
+            yield f"--from_pretrained: {config.model.base}: {problem}; copy its config again"
+    if config.model.version not in PROMPTS:
+        got = f"got {config.model.version!r}"
+        if "version" not in config.given:
+            got = f"the config of {config.model.base} names {config.model.version!r}"
         yield f"--version: {printable(got)}, wanted one of {', '.join(PROMPTS)}"
     # Without an option of its own the tokenizer is the base's; one wrong folder then is one problem, not two.
-    if options.local_tokenizer != options.from_pretrained or config is not None:
+    if config.model.tokenizer != config.model.base or sizes is not None:
         try:
-            tokenizer = load_tokenizer(options.local_tokenizer)
+            tokenizer = load_tokenizer(config.model.tokenizer)
         except ConfigError as error:
             yield str(error)
-    if tokenizer is None or config is None:
+    if tokenizer is None or sizes is None:
         return
     try:
-        options.prompt.encode()
+        config.data.prompt.encode()
     except UnicodeEncodeError:
-        shown = printable(options.prompt)
+        shown = printable(config.data.prompt)
         yield f"--prompt: {shown} holds half a character, or bytes that are no UTF-8; write it anew"
         return
     missing = [name for name in ("bos_token_id", "eos_token_id") if getattr(tokenizer, name, None) is None]
     if missing:
-        yield f"--local_tokenizer: {options.local_tokenizer} has no {' and no '.join(missing)}; give the base's own"
-    yield from _vocabulary_problems(options, config, tokenizer)
-    image_length = config.get("image_length")
+        lacking = " and no ".join(missing)
+        yield f"--local_tokenizer: {config.model.tokenizer} has no {lacking}; give the base's own"
+    yield from _vocabulary_problems(config, sizes, tokenizer)
+    image_length = sizes.get("image_length")
     if not isinstance(image_length, int):
-        yield f"--from_pretrained: {options.from_pretrained}/model_config.json has no image_length; it is no CogVLM"
-    elif options.version in PROMPTS:
+        file = f"{config.model.base}/model_config.json"
+        yield f"--from_pretrained: {file} has no image_length; it is no CogVLM"
+    elif config.model.version in PROMPTS:
         try:
-            needed = _shortest(tokenizer, image_length, options)
+            needed = _shortest(tokenizer, image_length, config)
         except DataError as error:
             yield f"--prompt: {error}"
             return
-        if options.max_length < needed:
+        if config.model.max_length < needed:
             yield (
-                f"--max_length: {options.max_length} is too short: an image of {image_length} patches, the prompt "
-                f"{options.prompt!r} and one token of answer take {needed}; give {needed} plus the answers' length"
+                f"--max_length: {config.model.max_length} is too short: an image of {image_length} patches, the prompt "
+                f"{config.data.prompt!r} and one token of answer take {needed}; give {needed} plus the answers' length"
             )
 
 
-def _shortest(tokenizer, image_length: int, options: Namespace) -> int:
+def _shortest(tokenizer, image_length: int, config: TrainConfig) -> int:
     """Tokens of the shortest sample with an image that asks --prompt."""
-    special = options.special_tokens_in_text
-    prompt: str | tuple[str, str] = ("", prompt_text(options.version, options.prompt))
+    special = config.data.special_tokens_in_text
+    prompt: str | tuple[str, str] = ("", prompt_text(config.model.version, config.data.prompt))
     if special:
-        prompt = prompt_for(options.version, options.prompt)
+        prompt = prompt_for(config.model.version, config.data.prompt)
     return shortest_length(tokenizer, prompt, image_length, special)
 
 
-def _vocabulary_problems(options: Namespace, config: dict, tokenizer) -> Iterator[str]:
+def _vocabulary_problems(config: TrainConfig, sizes: dict, tokenizer) -> Iterator[str]:
     """Of the tokens that every sample has; `check_vocabulary` looks at the samples."""
-    size = config.get("vocab_size")
-    if not isinstance(size, int) or options.version not in PROMPTS:
+    size = sizes.get("vocab_size")
+    if not isinstance(size, int) or config.model.version not in PROMPTS:
         return
-    words = prompt_for(options.version, options.prompt).replace(IMAGE_PLACE, "")
+    words = prompt_for(config.model.version, config.data.prompt).replace(IMAGE_PLACE, "")
     ids = [*tokenizer.encode(words, add_special_tokens=False), tokenizer.bos_token_id, tokenizer.eos_token_id]
     outside = [number for number in ids if number is not None and not 0 <= number < size]
     if outside:
         yield (
-            f"--local_tokenizer: {options.local_tokenizer} makes token {max(outside)}, the base has a vocabulary of "
-            f"{size}, from 0 to {size - 1}; give the base's own tokenizer"
+            f"--local_tokenizer: {config.model.tokenizer} makes token {max(outside)}, the base has a vocabulary "
+            f"of {size}, from 0 to {size - 1}; give the base's own tokenizer"
         )
 
 
-def _model_parallel_problems(options: Namespace, config: dict, environ: Mapping[str, str]) -> Iterator[str]:
-    parts, ranks = options.model_parallel_size, int(environ.get("WORLD_SIZE", 1))
-    problems = parallel_problems(config, parts, ranks)
-    if options.doctor and ranks == 1 < parts:
+def _model_parallel_problems(config: TrainConfig, sizes: dict, environ: Mapping[str, str]) -> Iterator[str]:
+    parts, ranks = config.parallel.model_parallel_size, int(environ.get("WORLD_SIZE", 1))
+    problems = parallel_problems(sizes, parts, ranks)
+    if config.start.doctor and ranks == 1 < parts:
         problems[0] += f"; for the doctor alone: sat-lora doctor --ranks {parts}"
     yield from (f"--model-parallel-size: {problem}" for problem in problems)
 
 
-def _lora_problems(options: Namespace) -> Iterator[str]:
-    """Of the values alone; whether the targets are there is a question to the model."""
-    try:
-        lora_config(options)
-    except ConfigError as error:
-        yield from lora_problems(error)
-
-
-def _engine_problems(options: Namespace, environ: Mapping[str, str], device: str) -> Iterator[str]:
-    if {"bf16", "fp16"} <= options.given:
+def _engine_problems(config: TrainConfig, environ: Mapping[str, str], device: str) -> Iterator[str]:
+    if config.precision.bf16 and config.precision.fp16 and {"bf16", "fp16"} & config.given:
         yield "--bf16 and --fp16: both given; choose one (bf16 where the GPU has it)"
-    path = options.deepspeed_config
+    path = config.parallel.deepspeed_config
     if path is not None:
         try:
             content = read_deepspeed_file(path)
@@ -171,46 +166,42 @@ def _engine_problems(options: Namespace, environ: Mapping[str, str], device: str
             yield from errors
             return
         stage = content.get("zero_optimization", {}).get("stage")
-        if "zero_stage" in options.given and stage is not None and stage != options.zero_stage:
+        if "zero_stage" in config.given and stage is not None and stage != config.parallel.zero_stage:
             yield (
-                f"--zero-stage: got {options.zero_stage}, but --deepspeed_config {path} says stage {stage}; "
+                f"--zero-stage: got {config.parallel.zero_stage}, but --deepspeed_config {path} says stage {stage}; "
                 "leave out the option or change the file, whose other entries are meant for its stage"
             )
-    merged = Namespace(**vars(options))
     try:
-        # As a rank that does not speak: the merge that the run itself makes gives the warnings.
-        deepspeed_config(merged, device=device, environ={**environ, "RANK": "1"})
+        settled = settle(config, device=device, environ=environ).config
     except ConfigError as error:
         yield str(error)
         return
-    if merged.fp16 and not device.startswith("cuda"):
-        source = "--fp16" if "fp16" in options.given else f'--deepspeed_config: {path}: "fp16"'
+    if settled.precision.fp16 and not device.startswith("cuda"):
+        source = "--fp16" if "fp16" in config.given else f'--deepspeed_config: {path}: "fp16"'
         yield f"{source}: float16 trains on CUDA only and there is no CUDA device; use --bf16, or neither for fp32"
 
 
-def _resume_problems(options: Namespace, environ: Mapping[str, str]) -> Iterator[str]:
-    if options.resume is None:
+def _resume_problems(config: TrainConfig, environ: Mapping[str, str]) -> Iterator[str]:
+    if config.start.resume is None:
         return
     try:
-        state = state_to_resume(options.resume)
+        state = state_to_resume(config.start.resume)
     except CheckpointError as error:
         yield str(error)
         return
-    stored = settings_of_run(options.resume)
-    yield from settled_problems(options, state)
-    ranks = max(1, int(environ.get("WORLD_SIZE", 1)) // options.model_parallel_size)
-    if options.train_data and is_shard(options.train_data[0]):
-        yield from _stream_problems(options, stored, state["layout"][0], ranks)
+    stored = settings_of_run(config.start.resume)
+    yield from settled_problems(config, state)
+    ranks = max(1, int(environ.get("WORLD_SIZE", 1)) // config.parallel.model_parallel_size)
+    if config.data.train_data and is_shard(config.data.train_data[0]):
+        yield from _stream_problems(config, stored, state["layout"][0], ranks)
     else:
-        yield from _global_batch_problems(options, state["samples_per_step"], ranks)
+        yield from _global_batch_problems(config, state["samples_per_step"], ranks)
 
 
-def _stream_problems(options: Namespace, stored: dict, ranks_before: int, ranks: int) -> Iterator[str]:
+def _stream_problems(config: TrainConfig, stored: dict, ranks_before: int, ranks: int) -> Iterator[str]:
     """Which reader of tar shards has which samples depends on how many there are, and on the size of a batch."""
     before = {name: stored.get(name, DEFAULTS[name]) for name in ("batch_size", "num_workers")}
-    changed = [
-        f"--{n.replace('_', '-')} {getattr(options, n)}, was {v}" for n, v in before.items() if getattr(options, n) != v
-    ]
+    changed = [f"--{n.replace('_', '-')} {config.value(n)}, was {v}" for n, v in before.items() if config.value(n) != v]
     if ranks != ranks_before:
         changed.append(f"{ranks} data-parallel ranks, were {ranks_before}")
     if changed:
@@ -220,57 +211,57 @@ def _stream_problems(options: Namespace, stored: dict, ranks_before: int, ranks:
         )
 
 
-def _global_batch_problems(options: Namespace, samples: int, ranks: int) -> Iterator[str]:
+def _global_batch_problems(config: TrainConfig, samples: int, ranks: int) -> Iterator[str]:
     """The place in the data is a number of steps, so a step has to stay as many samples as before."""
-    now = samples_per_step(options, ranks)
+    schedule = config.schedule
+    now = samples_per_step(schedule, ranks)
     if now == samples:
         return
     if samples % ranks:
         fitting = f"start a number of data-parallel ranks that divides {samples}"
     else:
         share = samples // ranks
-        batch = max(size for size in range(1, options.batch_size + 1) if share % size == 0)
+        batch = max(size for size in range(1, config.schedule.batch_size + 1) if share % size == 0)
         fitting = f"give --batch-size {batch} --gradient-accumulation-steps {share // batch}"
     yield (
-        f"--resume: the run took {samples} samples a step, now it would be {now}: --batch-size {options.batch_size} x "
-        f"--gradient-accumulation-steps {options.gradient_accumulation_steps} x {ranks} data-parallel ranks; {fitting}"
+        f"--resume: the run took {samples} samples a step, now it would be {now}: --batch-size {schedule.batch_size} x "
+        f"--gradient-accumulation-steps {schedule.gradient_accumulation_steps} x {ranks} data-parallel ranks; {fitting}"
     )
 
 
-def _data_problems(options: Namespace) -> Iterator[str]:
-    if not options.train_data:
+def _data_problems(config: TrainConfig, demo: Demo | None) -> Iterator[str]:
+    if not config.data.train_data:
         yield "--train-data: nothing given; give folders of images named LABEL.png, .jsonl files or tar shards"
-    streamed = bool(options.train_data) and is_shard(options.train_data[0])
-    if streamed and not options.valid_data and "split" in options.given and sum(options.split[1:]) > 0:
+    streamed = is_shard((config.data.train_data or ("",))[0])
+    if streamed and not config.data.valid_data and "split" in config.given and sum(config.data.split[1:]) > 0:
         yield "--split: tar shards are streamed and cannot be split; give --valid-data, or leave --split out"
     for name in ("train_data", "valid_data", "test_data"):
         option = "--" + name.replace("_", "-")
-        paths = getattr(options, name) or []
+        paths = config.value(name) or []
         if any(map(is_shard, paths)):
             try:
-                problems = problems_with_shards(paths, option, options.max_pixels, options.ignore_keys)
+                problems = problems_with_shards(paths, option, config.data.max_pixels, config.data.ignore_keys)
                 yield from (f"{option}: {problem}" for problem in problems)
             except OSError as error:
                 yield f"{option}: {os_problem(error)}"
             continue
         for path in paths:
             try:
-                problem = _problem_with_path(Path(path), options)
+                problem = _problem_with_path(Path(path), config)
             except OSError as error:  # a folder that this user may not list, or not even look for
                 problem = os_problem(error)
             if problem:
-                hint = "" if name in options.given else f"; {DEMO_DATA}"
-                yield f"{option}: {problem}{hint}"
+                yield f"{option}: {problem}{data_hint(config, name, demo)}"
 
 
-def _problem_with_path(path: Path, options: Namespace) -> str | None:
+def _problem_with_path(path: Path, config: TrainConfig) -> str | None:
     problem = missing_path(str(path), WANTED)
     if problem:
         return problem
     path.stat()
     counts = DataCounts()
     try:
-        items = read_items([path], **reading_options(options), counts=counts)
+        items = read_items([path], **reading_options(source_settings(config)), counts=counts)
     except DataError as error:
         return str(error)
     except (OSError, ValueError) as error:
@@ -283,7 +274,7 @@ def _problem_with_path(path: Path, options: Namespace) -> str | None:
     first_error = None
     for image in images:
         try:
-            read_picture(image, max_pixels=options.max_pixels)
+            read_picture(image, max_pixels=config.data.max_pixels)
             return None
         except DataError as error:
             first_error = first_error or f"{error}{missing_file_hint(image)}"

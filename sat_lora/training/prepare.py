@@ -1,79 +1,89 @@
-"""Everything that a run has before its first step, made from its options: the doctor looks at the same."""
+"""Everything that a run has before its first step, made from its config: the doctor looks at the same."""
 
-from argparse import Namespace
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 
 from sat_lora.cogvlm.checkpoints.load import load_cogvlm, read_config
 from sat_lora.cogvlm.inputs.text import load_tokenizer
 from sat_lora.cogvlm.network.model import CogVLMModel, build_cogvlm
+from sat_lora.data.batches.sources import Source, marks_of_sources, open_sources
 from sat_lora.data.samples import ImageTextDataset
 from sat_lora.errors import ConfigError
-from sat_lora.lora.apply import find_all_parameters, find_all_sites
-from sat_lora.lora.config import LoraConfig
+from sat_lora.lora.apply import add_lora, find_all_parameters, find_all_sites
 from sat_lora.lora.targets import select
 from sat_lora.parallel.distributed import World, agree, init_distributed, init_model_parallel, run_on_all_ranks
+from sat_lora.terminal.notice import warn
 from sat_lora.terminal.progress import shown
-from sat_lora.training.marks import marks_of_engine, marks_of_options, marks_of_tokenizer
+from sat_lora.training.marks import marks_of_config, marks_of_engine, marks_of_options, marks_of_tokenizer
 from sat_lora.training.preflight import check_options
-from sat_lora.training.settings.deepspeed_config import base_dtype, deepspeed_config
-from sat_lora.training.settings.lora_options import lora_config, lora_problems
-from sat_lora.training.steps.engine import set_up_deepspeed
+from sat_lora.training.settings.config import TrainConfig
+from sat_lora.training.settings.deepspeed_config import base_dtype, settle
+from sat_lora.training.settings.demo import Demo
+from sat_lora.training.settings.lora_options import lora_problems
+from sat_lora.training.source_settings import source_settings
+from sat_lora.training.steps.checkpoint import RunState
+from sat_lora.training.steps.engine import adapter_optimizer, set_up_deepspeed, start_engine
+from sat_lora.training.steps.optimizer_state import create_moments
 
 
 @dataclass(frozen=True)
 class Setting:
     """What is known before the base is loaded."""
 
+    config: TrainConfig
+    """With what its DeepSpeed file, the machine and the number of ranks have decided."""
     world: World
     engine: dict
     """DeepSpeed's config."""
-    lora: LoraConfig
 
 
-def prepare(
-    options: Namespace, make_data: Callable[[], None] | None = None, *, problems: Iterable[str] = ()
-) -> Setting:
-    """Join the other ranks and check the options. `make_data` runs first, on rank 0 alone.
+def prepare(config: TrainConfig, demo: Demo | None = None, *, problems: Iterable[str] = ()) -> Setting:
+    """Join the other ranks and check the config. The demo's data are made first, on rank 0 alone.
 
-    problems: of the options, that this rank knows already. A SatLoraError comes on every rank; a ConfigError if what
+    problems: of the config, that this rank knows already. A SatLoraError comes on every rank; a ConfigError if what
     the ranks were started with differs, before anything whose collectives depend on it.
     """
-    device = init_distributed(options.distributed_backend, marks_of_options(options))
-    on_first_rank(make_data)
-    run_on_all_ranks(check_options, options, more=problems)
-    engine = deepspeed_config(options, device=device.type)
+    device = init_distributed(config.parallel.distributed_backend, marks_of_options(config))
+    on_first_rank(partial(demo.make_missing, config) if demo is not None else None)
+    run_on_all_ranks(check_options, config, more=problems, demo=demo)
+    settled = settle(config, device=device.type)
+    for warning in settled.warnings:
+        warn(warning)
     agree({
-        **marks_of_options(options),  # once more: the DeepSpeed file has been written into them
-        **marks_of_engine(engine),
-        **marks_of_tokenizer(options.local_tokenizer),
+        **marks_of_options(settled.config),  # once more, with what the DeepSpeed file has decided
+        **marks_of_engine(settled.engine),
+        **marks_of_tokenizer(config.model.tokenizer),
     })  # fmt: skip
-    world = init_model_parallel(device, options.model_parallel_size)
-    return Setting(world, engine, run_on_all_ranks(_checked_lora, options))
+    world = init_model_parallel(device, config.parallel.model_parallel_size)
+    run_on_all_ranks(_check_targets, settled.config)
+    return Setting(settled.config, world, settled.engine)
 
 
-def load_base(options: Namespace, setting: Setting, *, layers: int | None = None) -> tuple[CogVLMModel, dict]:
-    """The base with its weights, partitioned under ZeRO-3, and its config. CheckpointError on every rank.
+def load_base(
+    config: TrainConfig, world: World, *, zero_config: dict | None = None, layers: int | None = None
+) -> tuple[CogVLMModel, dict]:
+    """The base with its weights, and its model_config.json. CheckpointError on every rank.
 
-    layers: take the first so many of each transformer alone, whole on every rank.
+    zero_config: DeepSpeed's config, by which the weights are partitioned; None leaves them whole. layers: take the
+    first so many of each transformer alone.
     """
-    partitioned = options.zero_stage == 3 and layers is None
-    if partitioned:
+    if zero_config is not None:
         set_up_deepspeed()
     return run_on_all_ranks(
         load_cogvlm,
-        options.from_pretrained,
-        dtype=base_dtype(options),
-        device=setting.world.device,
-        model_parallel_size=options.model_parallel_size,
-        checkpoint_activations=options.checkpoint_activations,
-        vit_checkpoint_activations=options.vit_checkpoint_activations,
-        seed=model_seed(options),
-        trust=options.trust_checkpoint,
-        zero_config=setting.engine if partitioned else None,
+        config.model.base,
+        dtype=base_dtype(config.precision),
+        device=world.device,
+        model_parallel_size=config.parallel.model_parallel_size,
+        checkpoint_activations=config.checkpointing.checkpoint_activations,
+        vit_checkpoint_activations=config.checkpointing.vit_checkpoint_activations,
+        seed=model_seed(config.schedule.seed),
+        trust=config.start.trust_checkpoint,
+        zero_config=zero_config,
         layers=layers,
         progress=loading_progress(),
     )
@@ -86,25 +96,26 @@ def loading_progress() -> Callable[[Collection], Iterable]:
     return partial(shown, what="loading the base", unit="modules")
 
 
-def model_seed(options: Namespace) -> int:
-    return max(1, options.seed)  # SAT refuses 0
+def model_seed(seed: int) -> int:
+    """The seed for SAT, which refuses 0."""
+    return max(1, seed)
 
 
-def dataset_maker(options: Namespace, config: dict) -> Callable[[list], ImageTextDataset]:
-    """Makes the dataset of a list of items, for the base of that config."""
-    tokenizer = load_tokenizer(options.local_tokenizer)
+def dataset_maker(config: TrainConfig, sizes: dict) -> Callable[[list], ImageTextDataset]:
+    """Makes the dataset of a list of items. sizes: the base's model_config.json."""
+    tokenizer = load_tokenizer(config.model.tokenizer)
 
     def dataset(items: list) -> ImageTextDataset:
         return ImageTextDataset(
             items,
             tokenizer,
-            version=options.version,
-            prompt=options.prompt,
-            image_size=tuple(config["eva_args"]["image_size"]),
-            image_length=config["image_length"],
-            max_length=options.max_length,
-            special_tokens=options.special_tokens_in_text,
-            max_pixels=options.max_pixels,
+            version=config.model.version,
+            prompt=config.data.prompt,
+            image_size=tuple(sizes["eva_args"]["image_size"]),
+            image_length=sizes["image_length"],
+            max_length=config.model.max_length,
+            special_tokens=config.data.special_tokens_in_text,
+            max_pixels=config.data.max_pixels,
         )
 
     return dataset
@@ -115,16 +126,87 @@ def on_first_rank(action: Callable[[], None] | None) -> None:
     run_on_all_ranks(action if action is not None and torch.distributed.get_rank() == 0 else lambda: None)
 
 
-def _checked_lora(options: Namespace) -> LoraConfig:
-    """The LoraConfig of the options, tried on a model with the names of the base and hardly any size."""
-    config = lora_config(options)
-    sizes = read_config(options.from_pretrained)
-    parts = options.model_parallel_size
+def _check_targets(config: TrainConfig) -> None:
+    """ConfigError: LoRA's targets are not there in a model with the names of the base and hardly any size."""
+    if config.problems:
+        raise ConfigError("; ".join(config.problems))
+    sizes = read_config(config.model.base)
+    parts = config.parallel.model_parallel_size
     small = dict(hidden_size=2 * parts, num_attention_heads=parts, inner_hidden_size=parts)
     vit = {**sizes.get("eva_args", {}), **small, "image_size": [1, 1], "patch_size": 1}
     skeleton = build_cogvlm({**sizes, **small, "vocab_size": parts, "eva_args": vit}, model_parallel_size=parts)
     try:
-        select(find_all_sites(skeleton), find_all_parameters(skeleton), config)
+        select(find_all_sites(skeleton), find_all_parameters(skeleton), config.lora)
     except ConfigError as error:
         raise ConfigError("; ".join(lora_problems(error))) from error
-    return config
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sources:
+    """Where a run's batches come from."""
+
+    training: Source
+    validation: Source | None
+    sizes: dict
+    """The model_config.json of the base, for which the samples are laid out."""
+
+    @property
+    def marks(self) -> dict[str, str]:
+        """What all ranks have to have alike."""
+        return {**marks_of_sources(self.training, self.validation), **marks_of_config(self.sizes)}
+
+
+def open_data(setting: Setting) -> Sources:
+    """The training and validation data of a run. Every rank has to call it; DataError and ConfigError come on every
+    rank: shards that cannot be read, or other data than on rank 0.
+    """
+    sizes = read_config(setting.config.model.base)
+    make_dataset = dataset_maker(setting.config, sizes)
+    training, validation = open_sources(source_settings(setting.config), setting.world, make_dataset)
+    sources = Sources(training=training, validation=validation, sizes=sizes)
+    agree(sources.marks)
+    return sources
+
+
+@dataclass(kw_only=True)
+class Run:
+    """What trains, as `build_run` made it: for a run, for the doctor and for a replay alike."""
+
+    setting: Setting
+    model: CogVLMModel
+    sizes: dict
+    """The model_config.json of what was built: with --shrink, of fewer layers than the base has."""
+    optimizer: torch.optim.Optimizer
+    engine: Any = None
+    """DeepSpeed's; None until `start_engine`."""
+    state: RunState = field(default_factory=RunState)
+
+    @property
+    def is_partitioned(self) -> bool:
+        """Whether every rank holds a share of each weight alone, as under ZeRO-3."""
+        return any(hasattr(parameter, "ds_id") for parameter in self.model.parameters())
+
+    def start_engine(self, **changes: Any) -> None:
+        """Start DeepSpeed on the model, with the moments of Adam there. Every rank has to call it.
+
+        changes: entries of DeepSpeed's config in place of the run's.
+        """
+        config = {**self.setting.engine, **changes}
+        self.engine = start_engine(
+            self.model, self.optimizer, config, seed=model_seed(self.setting.config.schedule.seed)
+        )
+        create_moments(self.engine)
+
+
+def build_run(setting: Setting, *, layers: int | None = None) -> Run:
+    """The base with its adapters, and the optimizer of what trains. Every rank has to call it.
+
+    layers: the first so many of each transformer alone, whole on every rank. CheckpointError on every rank.
+    """
+    config = setting.config
+    zero_config = setting.engine if config.parallel.zero_stage == 3 and layers is None else None
+    model, sizes = load_base(config, setting.world, zero_config=zero_config, layers=layers)
+    add_lora(model, config.lora)
+    own = config.optimizer
+    optimizer = adapter_optimizer(model, lr=own.lr, weight_decay=own.weight_decay, betas=own.betas, eps=own.eps)
+    return Run(setting=setting, model=model, sizes=sizes, optimizer=optimizer)

@@ -11,7 +11,6 @@ base               {"fingerprint": ..., and name, family, parameters, values}, a
 """
 
 import json
-from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,9 +18,9 @@ from sat_lora.errors import CheckpointError, DataError
 from sat_lora.lora.base_identity import BaseIdentity
 from sat_lora.printable import printable
 from sat_lora.training.runs.run_folder import versions
-from sat_lora.training.settings.defaults import DEFAULTS
+from sat_lora.training.settings.config import DEFAULTS, NOT_RESUMED, TrainConfig
 from sat_lora.training.settings.lora_options import LORA_FIELDS
-from sat_lora.training.settings.options import NOT_RESUMED, settings_of_run
+from sat_lora.training.settings.run_settings import settings_of_run
 from sat_lora.training.steps.checkpoint import newest_checkpoint, read_state
 
 SETTLED = (*LORA_FIELDS, "seed")
@@ -29,11 +28,15 @@ SETTLED = (*LORA_FIELDS, "seed")
 TOLD_ELSEWHERE = {"train_iters", "epochs", "run_folder", "given", "local_tokenizer"}
 
 
-def facts_of_run(options: Namespace, data: dict, valid_data: dict | None) -> dict:
+def facts_of_run(config: TrainConfig, data: dict, valid_data: dict | None) -> dict:
     """What goes under `run` of every checkpoint; data and valid_data as `description` of their sources gives them."""
-    settings = {name: getattr(options, name) for name in SETTLED}
-    if valid_data is not None and options.eval_iters:  # a part of it alone
-        valid_data = {**valid_data, "eval_iters": options.eval_iters, "eval_batch_size": options.eval_batch_size}
+    settings = {name: config.value(name) for name in SETTLED}
+    if valid_data is not None and config.saving.eval_iters:  # a part of it alone
+        valid_data = {
+            **valid_data,
+            "eval_iters": config.saving.eval_iters,
+            "eval_batch_size": config.saving.eval_batch_size,
+        }
     return {"settings": settings, "data": data, "valid_data": valid_data, "versions": versions()}
 
 
@@ -53,13 +56,13 @@ def base_of_state(state: dict) -> BaseIdentity | None:
         raise CheckpointError(f"--resume: its newest checkpoint: base: {printable(error)}") from error
 
 
-def settled_problems(options: Namespace, state: dict) -> Iterator[str]:
+def settled_problems(config: TrainConfig, state: dict) -> Iterator[str]:
     """Options that are not what the checkpoint, or for one of an older version run.json, says the run had."""
-    stored = settings_of_run(options.resume)
+    stored = settings_of_run(config.run_folder)
     own = state["run"].get("settings")
     in_checkpoint = own if isinstance(own, dict) else {}
-    for name in SETTLED:
-        now = getattr(options, name)
+    for name in SETTLED if not config.problems else ("seed",):  # nobody knows LoRA's values then
+        now = config.value(name)
         in_file = stored.get(name, DEFAULTS[name])
         before = in_checkpoint.get(name, in_file)
         if _text(now) == _text(before):
@@ -71,10 +74,10 @@ def settled_problems(options: Namespace, state: dict) -> Iterator[str]:
         yield f"--{name}: got {got}, but {where} {printable(_text(before))}; {way}, or start a new run"
 
 
-def check_data(options: Namespace, state: dict, data: dict) -> None:
+def check_data(config: TrainConfig, state: dict, data: dict) -> None:
     """DataError: the training data is not what it was, and --any-data was not given."""
     before = state["run"].get("data")
-    if not isinstance(before, dict) or options.any_data or before.get("digest") == data["digest"]:
+    if not isinstance(before, dict) or config.start.any_data or before.get("digest") == data["digest"]:
         return
     count = f"{before.get('samples')} samples then, {data['samples']} now"
     if before.get("samples") == data["samples"]:
@@ -86,16 +89,16 @@ def check_data(options: Namespace, state: dict, data: dict) -> None:
     )
 
 
-def notes(options: Namespace, state: dict, valid_data: dict | None, files: str | None = None) -> Iterator[str]:
+def notes(config: TrainConfig, state: dict, valid_data: dict | None, files: str | None = None) -> Iterator[str]:
     """What there is to say before a run goes on: what differs from before, and is allowed to.
 
     valid_data, files: of this start, as `facts_of_run` and a source of training data give them.
     """
-    stored, run = settings_of_run(options.resume), state["run"]
+    stored, run = settings_of_run(config.run_folder), state["run"]
     changed = [
-        f"--{name.replace('_', '-')} {printable(_text(getattr(options, name)))} (was {printable(_text(stored[name]))})"
+        f"--{name.replace('_', '-')} {printable(_text(config.value(name)))} (was {printable(_text(stored[name]))})"
         for name in stored.keys() - {*SETTLED, *TOLD_ELSEWHERE, *NOT_RESUMED}
-        if name != "given" and _text(getattr(options, name)) != _text(stored[name])
+        if name != "given" and _text(config.value(name)) != _text(stored[name])
     ]
     if changed:
         yield f"resumed with other settings: {', '.join(sorted(changed))}"

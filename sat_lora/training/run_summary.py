@@ -3,28 +3,26 @@
 import dataclasses
 import itertools
 import unicodedata
-from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from sat_lora.cogvlm.inputs.prompts import version_of
 from sat_lora.cogvlm.inputs.text import IGNORED, Sample
-from sat_lora.data.answer_lengths import AnswerLengths, answer_lengths
-from sat_lora.data.batches.sources import FileSource, ShardSource
+from sat_lora.data.answer_lengths import AnswerLengths
+from sat_lora.data.batches.sources import Source
 from sat_lora.data.folders import unreadable_folders, unreadable_notes
-from sat_lora.data.samples import Item
-from sat_lora.data.shards.shards import find_records
 from sat_lora.errors import ConfigError, SatLoraError
 from sat_lora.parallel.distributed import World
 from sat_lora.printable import printable
-from sat_lora.training.settings.defaults import EMBEDDED_DEMO, is_demo_data, version_of
+from sat_lora.training.settings.config import TrainConfig
+from sat_lora.training.settings.demo import Demo
 from sat_lora.training.settings.schedule import warmup_steps
 
 COLUMNS, LABEL = 80, 10  # of a line, and of the word before it
 COUNTED = 1000  # samples that are tokenised, whatever there are
-OF_SHARDS = 100  # of tar shards, whose images are read with the rest
 LONGEST = 64  # characters a token, at most: what lies beyond is cut off anyhow, and is not tokenised
 
 
@@ -47,11 +45,11 @@ class Texts:
     """A token id that the vocabulary has not."""
 
 
-def look_at(source: FileSource | ShardSource, vocabulary: int) -> Texts:
-    """Lay out the first COUNTED samples of a source; no image is read but those of tar shards."""
+def look_at(source: Source, vocabulary: int) -> Texts:
+    """Lay out the first COUNTED samples of a source, or fewer of a stream, of which alone images are read."""
     own_prompts = unusable = longest = cut = count = 0
     first = unknown = None
-    for item in first_items(source):
+    for item in source.first_items(COUNTED):
         count += 1
         own_prompts += item.prompt is not None
         answer = item.answer[: LONGEST * source.dataset.max_length]
@@ -66,23 +64,10 @@ def look_at(source: FileSource | ShardSource, vocabulary: int) -> Texts:
         outside = (sample.input_ids < 0) | (sample.input_ids >= vocabulary)
         if unknown is None and outside.any():
             unknown = int(sample.input_ids[outside][0])
-    lengths = answer_lengths(source.dataset) if isinstance(source, FileSource) else None
-    return Texts(count, own_prompts, unusable, longest, cut, lengths, first, unknown)
+    return Texts(count, own_prompts, unusable, longest, cut, source.answer_lengths(), first, unknown)
 
 
-def first_items(source: FileSource | ShardSource) -> Iterator[Item]:
-    """At most COUNTED of them, or OF_SHARDS; those of shards that cannot be read are passed over."""
-    if isinstance(source, FileSource):
-        yield from source.dataset.items[:COUNTED]
-        return
-    records = itertools.chain.from_iterable(find_records(shard.path) for shard in source.shards)
-    for record in itertools.islice(records, OF_SHARDS):
-        item = record.read(source.options.max_pixels, source.options.ignore_keys)
-        if isinstance(item, Item):
-            yield item
-
-
-def left_out(source: FileSource | ShardSource) -> dict[str, int]:
+def left_out(source: Source) -> dict[str, int]:
     """How much of what lies in the data paths is no sample of the source, by reason."""
     counts: dict[str, int] = {}
     for reason, count in source.left_out:
@@ -91,9 +76,7 @@ def left_out(source: FileSource | ShardSource) -> dict[str, int]:
     return counts
 
 
-def more_to_say(
-    options: Namespace, data: FileSource | ShardSource, valid: FileSource | ShardSource | None
-) -> list[str]:
+def more_to_say(max_length: int, data: Source, valid: Source | None) -> list[str]:
     """What is wrong with the data and has no line in the summary: folders that cannot be read, by name, and answers of
     validation data that are cut.
     """
@@ -101,44 +84,47 @@ def more_to_say(
     for source, option in ((data, "--train-data"), (valid, "--valid-data")):
         if source is not None:
             notes += unreadable_notes(dict(source.left_out), option)
-    if isinstance(valid, FileSource) and (cut := answer_lengths(valid.dataset).sentence(options.max_length)):
+    lengths = None if valid is None else valid.answer_lengths()
+    cut = None if lengths is None else lengths.sentence(max_length)
+    if cut:
         notes.append(f"validation: {cut}")
     return notes
 
 
-def check_vocabulary(texts: Texts, options: Namespace, vocabulary: int) -> None:
+def check_vocabulary(texts: Texts, tokenizer: str | None, vocabulary: int) -> None:
     """ConfigError: the tokenizer gives token ids that the base has no embedding for."""
     if texts.unknown_id is not None:
         raise ConfigError(
-            f"--local_tokenizer: {options.local_tokenizer} makes token {texts.unknown_id} of the training data, the "
+            f"--local_tokenizer: {tokenizer} makes token {texts.unknown_id} of the training data, the "
             f"base has a vocabulary of {vocabulary}, from 0 to {vocabulary - 1}; give the base's own tokenizer"
         )
 
 
 def run_summary(
-    options: Namespace,
+    config: TrainConfig,
     world: World,
-    config: dict,
+    sizes: dict,
     texts: Texts,
     *,
-    data: FileSource | ShardSource,
-    valid: FileSource | ShardSource | None,
+    data: Source,
+    valid: Source | None,
     steps: int,
     start_step: int,
     fingerprint: str,
+    demo: Demo | None = None,
 ) -> str:
     """The lines; each has at most COLUMNS columns, but for one with the run's folder where that is longer."""
     lines = {
-        "base": _base(options, config, fingerprint),
-        "device": _device(options, world),
-        "data": _data(options, data),
+        "base": _base(config, sizes, fingerprint, demo),
+        "device": _device(config, world),
+        "data": _data(config, data, demo),
         "left out": _counts(left_out(data)),
-        "valid": _valid(options, valid),
-        "prompt": _prompt(options, texts),
-        "steps": _steps(options, world, data, steps),
-        "run": _run(options, steps, start_step),
+        "valid": _valid(config, valid),
+        "prompt": _prompt(config, texts, demo),
+        "steps": _steps(config, world, data, steps),
+        "run": _run(config, steps, start_step),
         "sample": _sample(texts, data.dataset.tokenizer),
-        "length": _length(options, texts, data.samples),
+        "length": _length(config, texts, data.samples),
     }
     return "\n".join(
         f"{label:<{LABEL}}{text if label == 'run' else fit(text, COLUMNS - LABEL)}"
@@ -147,28 +133,28 @@ def run_summary(
     )
 
 
-def _base(options: Namespace, config: dict, fingerprint: str) -> str:
-    family = config.get("model_class", "CogVLM")
+def _base(config: TrainConfig, sizes: dict, fingerprint: str, demo: Demo | None) -> str:
+    family = sizes.get("model_class", "CogVLM")
     family = str(family).removesuffix("Model")
-    ending = f": {fit(family, 20)}, {config.get('num_layers')} layers, fingerprint {fingerprint[:8]}"
-    name = "the embedded tiny base" if _is_embedded(options) else options.from_pretrained
+    ending = f": {fit(family, 20)}, {sizes.get('num_layers')} layers, fingerprint {fingerprint[:8]}"
+    name = "the embedded tiny base" if _is_embedded(config, demo) else config.model.base
     return fit(name, COLUMNS - LABEL - len(ending)) + ending
 
 
-def _device(options: Namespace, world: World) -> str:
+def _device(config: TrainConfig, world: World) -> str:
     device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else world.device.type
-    precision = "bf16" if options.bf16 else "fp16" if options.fp16 else "fp32"
+    precision = "bf16" if config.precision.bf16 else "fp16" if config.precision.fp16 else "fp32"
     layout = f"{world.size} rank{'s' if world.size > 1 else ''}"
     if world.size > 1:
-        layout += f" ({world.data_parallel_size} data-parallel x {options.model_parallel_size} model-parallel)"
-    return f"{device}, {precision}, {layout}, ZeRO {options.zero_stage}, {options.distributed_backend}"
+        layout += f" ({world.data_parallel_size} data-parallel x {config.parallel.model_parallel_size} model-parallel)"
+    return f"{device}, {precision}, {layout}, ZeRO {config.parallel.zero_stage}, {config.parallel.distributed_backend}"
 
 
-def _data(options: Namespace, data: FileSource | ShardSource) -> str:
-    paths = [Path(path) for path in options.train_data]
-    if isinstance(data, ShardSource):
-        how = f"of {len(data.shards):,} tar shards"
-    elif is_demo_data(options.train_data, EMBEDDED_DEMO):
+def _data(config: TrainConfig, data: Source, demo: Demo | None) -> str:
+    paths = [Path(path) for path in config.data.train_data or ()]
+    if data.packing is not None:
+        how = f"of {data.packing}"
+    elif demo is not None and demo.has(config.data.train_data or ()):
         how = "of the embedded demo: file names are the answers"
     else:
         suffixes = sorted({path.suffix for path in paths if path.is_file()})
@@ -193,57 +179,60 @@ def _counts(counts: dict[str, int]) -> str:
     return shown
 
 
-def _valid(options: Namespace, valid: FileSource | ShardSource | None) -> str:
-    split = ",".join(f"{share:g}" for share in options.split)
-    if valid is None and sum(options.split[1:2]) > 0:
+def _valid(config: TrainConfig, valid: Source | None) -> str:
+    split = ",".join(f"{share:g}" for share in config.data.split)
+    if valid is None and sum(config.data.split[1:2]) > 0:
         return f"none: too few samples for --split {split}; give --valid-data"
     if valid is None:
         return f"none: no --valid-data, and --split {split} leaves none (0.95,0.05 would)"
-    source = "of --valid-data" if options.valid_data else f"of --train-data, by --split {split}"
-    if options.valid_data and "split" in options.given and len(options.split) > 1:
+    source = "of --valid-data" if config.data.valid_data else f"of --train-data, by --split {split}"
+    if config.data.valid_data and "split" in config.given and len(config.data.split) > 1:
         source += "; --split is not used"
-    often = f"every {options.eval_interval} steps" if options.eval_interval else "at the end"
+    often = f"every {config.saving.eval_interval} steps" if config.saving.eval_interval else "at the end"
     return f"{valid.samples:,} samples {source}, {often}"
 
 
-def _prompt(options: Namespace, texts: Texts) -> str:
-    named = version_of(options.from_pretrained)
-    if "version" in options.given:
-        source = "given" if named in (None, options.version) else f"given; its config says {fit(named, 12)}"
-    elif named == options.version:
+def _prompt(config: TrainConfig, texts: Texts, demo: Demo | None) -> str:
+    named = version_of(config.model.base)
+    if "version" in config.given:
+        source = "given" if named in (None, config.model.version) else f"given; its config says {fit(named, 12)}"
+    elif named == config.model.version:
         source = "from its config"
     else:
-        source = "the demo's" if _is_embedded(options) else "the default"
-    version = f"version {options.version} ({source})"
+        source = "the demo's" if _is_embedded(config, demo) else "the default"
+    version = f"version {config.model.version} ({source})"
     if texts.items and texts.own_prompts == texts.items:
         return f"each sample's own; {version}"
     share = f"{texts.items - texts.own_prompts} of {texts.items} have none: " if texts.own_prompts else ""
-    kind = "--prompt" if "prompt" in options.given else "default of --prompt"
+    kind = "--prompt" if "prompt" in config.given else "default of --prompt"
     room = COLUMNS - LABEL - columns(f'{share}"" ({kind}); {version}')
-    if room < columns(options.prompt) and kind != "--prompt":
+    if room < columns(config.data.prompt) and kind != "--prompt":
         kind = "by default"
         room = COLUMNS - LABEL - columns(f'{share}"" ({kind}); {version}')
-    return f'{share}"{fit(options.prompt, max(12, room))}" ({kind}); {version}'
+    return f'{share}"{fit(config.data.prompt, max(12, room))}" ({kind}); {version}'
 
 
-def _is_embedded(options: Namespace) -> bool:
-    return Path(options.from_pretrained) == EMBEDDED_DEMO / "tiny_cogvlm"
+def _is_embedded(config: TrainConfig, demo: Demo | None) -> bool:
+    """Whether the base is the demo's."""
+    return demo is not None and demo.is_base(config.model.base)
 
 
-def _steps(options: Namespace, world: World, data: FileSource | ShardSource, steps: int) -> str:
+def _steps(config: TrainConfig, world: World, data: Source, steps: int) -> str:
     """batch: of an optimizer step, samples x accumulation x data-parallel ranks."""
-    batch = options.batch_size * options.gradient_accumulation_steps * world.data_parallel_size
-    factors = [str(options.batch_size)]
-    factors += [str(options.gradient_accumulation_steps)] if options.gradient_accumulation_steps > 1 else []
+    batch = config.schedule.batch_size * config.schedule.gradient_accumulation_steps * world.data_parallel_size
+    factors = [str(config.schedule.batch_size)]
+    factors += (
+        [str(config.schedule.gradient_accumulation_steps)] if config.schedule.gradient_accumulation_steps > 1 else []
+    )
     factors += [f"{world.data_parallel_size} ranks"] if world.data_parallel_size > 1 else []
     made_of = f" = {' x '.join(factors)}" if len(factors) > 1 else ""
     epochs = f"{steps * batch / max(1, data.epoch_samples):.3g}"
-    warmup = warmup_steps(options.warmup, steps)
-    return f"{steps:,} ({epochs} epochs), batch {batch}{made_of}, lr {options.lr:g}, warm-up {warmup:,}"
+    warmup = warmup_steps(config.schedule.warmup, steps)
+    return f"{steps:,} ({epochs} epochs), batch {batch}{made_of}, lr {config.optimizer.lr:g}, warm-up {warmup:,}"
 
 
-def _run(options: Namespace, steps: int, start_step: int) -> str:
-    folder = printable(options.run_folder)
+def _run(config: TrainConfig, steps: int, start_step: int) -> str:
+    folder = printable(config.run_folder)
     if start_step == 0:
         return folder
     if start_step >= steps:
@@ -269,8 +258,8 @@ def _decoded(tokenizer, ids: torch.Tensor) -> str:
     return tokenizer.decode(ids.tolist(), skip_special_tokens=True).strip(" ")
 
 
-def _length(options: Namespace, texts: Texts, samples: int) -> str:
-    cut = None if texts.lengths is None else texts.lengths.sentence(options.max_length)
+def _length(config: TrainConfig, texts: Texts, samples: int) -> str:
+    cut = None if texts.lengths is None else texts.lengths.sentence(config.model.max_length)
     if cut is not None:
         return cut
     looked_at = f"first {texts.items:,}" if samples > texts.items else f"{texts.items:,}"
@@ -278,7 +267,7 @@ def _length(options: Namespace, texts: Texts, samples: int) -> str:
         return f"{texts.cut} of the first {texts.items} answers are cut; {texts.longest} tokens would hold them"
     ending = f"; {texts.unusable} unusable" if texts.unusable else ""
     what = "of shards: the first answer that is cut will be said" if texts.lengths is None else "no answer is cut"
-    return f"{what}; longest of the {looked_at} samples {texts.longest} of {options.max_length} tokens{ending}"
+    return f"{what}; longest of the {looked_at} samples {texts.longest} of {config.model.max_length} tokens{ending}"
 
 
 def columns(text: str) -> int:

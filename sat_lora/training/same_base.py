@@ -1,27 +1,27 @@
 """The base of a run: the same on every rank, and on a resumed run the one that it was trained on."""
 
-from argparse import Namespace
 from pathlib import Path
 
 import torch
 
-from sat_lora.adapters.format import base_of_adapter
+from sat_lora.adapters.read import base_of_adapter
 from sat_lora.cogvlm.checkpoints.base_weights import BaseWeights
 from sat_lora.errors import AdapterError, CheckpointError
 from sat_lora.lora.base_identity import BaseIdentity
 from sat_lora.parallel.distributed import gather_lists, run_on_all_ranks
+from sat_lora.training.settings.config import TrainConfig
 
 
-def base_of_run(options: Namespace, before: BaseIdentity | None = None) -> BaseIdentity:
+def base_of_run(config: TrainConfig, before: BaseIdentity | None = None) -> BaseIdentity:
     """Which base --from_pretrained is. Every rank has to call it; each reads some values of each tensor of its files.
 
     CheckpointError, on every rank: a rank's files hold another base than rank 0's, or the base is not the one of the
     run to resume, and --any-base was not given. before: that base, as the checkpoint has it; None: as the adapter does.
     """
-    base = run_on_all_ranks(lambda: BaseWeights(options.from_pretrained, trust=options.trust_checkpoint).identity)
-    run_on_all_ranks(_refuse_other_than_first, base, options.from_pretrained)
-    if options.resume is not None and not options.any_base:
-        run_on_all_ranks(_refuse_other_than_before, base, before, options)
+    base = run_on_all_ranks(lambda: BaseWeights(config.model.base, trust=config.start.trust_checkpoint).identity)
+    run_on_all_ranks(_refuse_other_than_first, base, config.model.base)
+    if config.start.resume is not None and not config.start.any_base:
+        run_on_all_ranks(_refuse_other_than_before, base, before, config)
     return base
 
 
@@ -40,15 +40,15 @@ def _refuse_other_than_first(base: BaseIdentity, folder: str) -> None:
         )
 
 
-def _refuse_other_than_before(base: BaseIdentity, before: BaseIdentity | None, options: Namespace) -> None:
+def _refuse_other_than_before(base: BaseIdentity, before: BaseIdentity | None, config: TrainConfig) -> None:
     if before is None:
         try:
-            before = base_of_adapter(Path(options.run_folder) / "adapter")
+            before = base_of_adapter(Path(config.run_folder) / "adapter")
         except (AdapterError, OSError):  # no adapter was left; what the checkpoint needs is checked where it is read
             return
     difference = before.difference(base)
     if difference is not None:
         raise CheckpointError(
-            f"--resume: {options.from_pretrained} has {difference} than the base of this run: it was {before.title}, "
-            f"this is {base.title}; give its own base, or insist with --any-base"
+            f"--resume: {config.model.base} has {difference} than the base of this run: it was "
+            f"{before.title}, this is {base.title}; give its own base, or insist with --any-base"
         )

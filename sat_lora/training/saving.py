@@ -1,7 +1,6 @@
 """What a run saves after a step: the adapter, and the checkpoint to resume from; written while the steps go on."""
 
 import threading
-from argparse import Namespace
 from collections.abc import Callable
 from functools import partial
 
@@ -14,6 +13,7 @@ from sat_lora.files.host_copies import HostCopies
 from sat_lora.files.step_folders import BEST, LATEST, point_to, prune, read_pointer, steps_in
 from sat_lora.parallel.distributed import World, run_on_all_ranks
 from sat_lora.training.runs.run_folder import RunFolder
+from sat_lora.training.settings.config import TrainConfig
 from sat_lora.training.steps.checkpoint import (
     GatheredCheckpoint,
     RunState,
@@ -21,6 +21,7 @@ from sat_lora.training.steps.checkpoint import (
     samples_per_step,
     save_checkpoint,
 )
+from sat_lora.training.steps.observers import NOBODY, Observers
 
 
 class BackgroundWriter:
@@ -65,28 +66,30 @@ class BackgroundWriter:
 
 def start_saving(
     engine,
-    options: Namespace,
+    options: TrainConfig,
     run: RunFolder,
     world: World,
     state: RunState,
     writer: BackgroundWriter,
+    observers: Observers = NOBODY,
 ) -> None:
     """RUN/adapter/<step> and RUN/checkpoints/<step>, then their pointers. Every rank has to call it.
 
-    It returns when rank 0 has copies in host memory, which its writer then writes. options.keep adapters are kept, the
-    best, and that of state.good_step, whose checkpoint is kept beside the new one. AdapterError or CheckpointError, on
-    every rank: the save before this one could not be written.
+    It returns when rank 0 has copies in host memory, which its writer then writes. --keep adapters are kept, the
+    best, and that of state.good_step, whose checkpoint is kept beside the new one. observers: are told by the writer,
+    once it is on the disk. AdapterError or CheckpointError, on every rank: the save before this one could not be
+    written.
     """
     finish_saving(writer)
     writer.copies.clear()
     copy = writer.copies.copy if world.is_main else _shape_alone
     adapter = gather_adapter(engine.module, run.adapters / str(state.step), copy=copy)
-    samples = samples_per_step(options, world.data_parallel_size)
+    samples = samples_per_step(options.schedule, world.data_parallel_size)
     facts = {**run.facts, "base": base_as_json(adapter)}
     checkpoint = gather_checkpoint(engine, state, world, samples, copy, run=facts)
     if world.is_main:
         writer.copies.wait()
-        writer.start(partial(write_save, run, adapter, checkpoint, options.keep))
+        writer.start(partial(write_save, run, adapter, checkpoint, options.saving.keep, observers))
 
 
 def base_as_json(adapter: SavedAdapter) -> dict:
@@ -107,7 +110,13 @@ def _shape_alone(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to("meta")
 
 
-def write_save(run: RunFolder, adapter: SavedAdapter, checkpoint: GatheredCheckpoint, keep: int) -> None:
+def write_save(
+    run: RunFolder,
+    adapter: SavedAdapter,
+    checkpoint: GatheredCheckpoint,
+    keep: int,
+    observers: Observers = NOBODY,
+) -> None:
     """Write a save, on rank 0. AdapterError or CheckpointError: it could not be written.
 
     The checkpoint's own pointer makes it count: before it moves, the save before this one is there as it was, and
@@ -130,4 +139,4 @@ def write_save(run: RunFolder, adapter: SavedAdapter, checkpoint: GatheredCheckp
         prune(run.checkpoints, newest=step, keep=1, also={good})
     except OSError as error:
         raise AdapterError(f"{run.path}: its pointers could not be written, or what is old removed: {error}") from error
-    run.draw()
+    observers.on_save(step, run.adapters / str(step), run.checkpoints / str(step))

@@ -50,23 +50,7 @@ _dumps: set[str] = set()
 """Where traces of this process have let NCCL write."""
 
 
-class NoTrace:
-    """Keeps nothing."""
-
-    def at(self, phase: str, *, step: int | None = None, micro_batch: int | None = None) -> None:
-        pass
-
-    def attach(self, model: nn.Module) -> None:
-        pass
-
-    def follow(self, engine) -> None:
-        pass
-
-
-NO_TRACE = NoTrace()
-
-
-class Trace(NoTrace):
+class Trace:
     """This rank's.
 
     model: its modules get hooks that note the last one entered, its trainable parameters hooks that note the arrival of
@@ -121,9 +105,10 @@ class Trace(NoTrace):
         self._began = time.perf_counter()
         self.at(PHASES[0])
         for number, module in enumerate(model.modules()):
-            # Those with parameters of their own, adapters aside, whose layers stand for them: every hook costs two
-            # microseconds, and what only holds modules is soon in one of them.
-            if any(True for _ in module.parameters(recurse=False)) and not isinstance(module, LoraAdapter):
+            # Those with a matrix of their own, adapters aside, whose layers stand for them: every hook costs two
+            # microseconds. What only holds modules is soon in one of them, and a norm is over before anyone waits.
+            own = module.parameters(recurse=False)
+            if any(parameter.dim() > 1 for parameter in own) and not isinstance(module, LoraAdapter):
                 self._follow_entries(module, number)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         for number, parameter in enumerate(trained):

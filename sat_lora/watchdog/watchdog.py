@@ -32,7 +32,7 @@ from sat_lora.terminal.notice import logger
 from sat_lora.watchdog.rank_files import FATAL, OUTSIDE_OF_STEPS, file_of, folder_of
 from sat_lora.watchdog.rank_state import note_who_lives, read_states
 from sat_lora.watchdog.testimony import has_testified, testify
-from sat_lora.watchdog.trace import NO_TRACE, NoTrace, Trace
+from sat_lora.watchdog.trace import Trace
 
 STATUS = 3  # of a process that the watchdog has ended
 FACTOR = 10  # of the longest that a phase has taken of late
@@ -175,9 +175,9 @@ def _pages_touched() -> int:
 
 
 @contextmanager
-def watched(trace: NoTrace, least: float) -> Iterator[None]:
-    """Let a watchdog watch inside, and note in the trace how it ends; do nothing for a trace that keeps nothing."""
-    if not isinstance(trace, Trace):
+def watched(trace: Trace | None, least: float) -> Iterator[None]:
+    """Let a watchdog watch inside, and note in the trace how it ends; do nothing without a trace."""
+    if trace is None:
         yield
         return
     with trace.told(), Watchdog(trace, least):
@@ -185,18 +185,18 @@ def watched(trace: NoTrace, least: float) -> Iterator[None]:
 
 
 @contextmanager
-def watched_alone(least: float) -> Iterator[NoTrace]:
+def watched_alone(least: float) -> Iterator[Trace | None]:
     """Do as `watched` for ranks without a run folder, and give the trace. Every rank has to call it.
 
     Its files lie in a folder of the machine's temporary ones, which goes when the block ends and stays when the
-    watchdog ends it. A process alone has nobody to wait for: nothing watches it.
+    watchdog ends it. A process alone has nobody to wait for: nothing watches it, and there is no trace.
     """
     rank = torch.distributed.get_rank()
     size = torch.distributed.get_world_size()
     named = [_temporary_folder()] if least and size > 1 and rank == 0 else []
     folder = next(iter(gather_lists(named)), None) if least and size > 1 else None
     if folder is None:
-        yield NO_TRACE
+        yield None
         return
     trace = _trace_in(Path(folder), rank, size)
     is_well = False
@@ -220,13 +220,13 @@ def _temporary_folder() -> str | None:
         return None
 
 
-def _trace_in(folder: Path, rank: int, size: int) -> NoTrace:
+def _trace_in(folder: Path, rank: int, size: int) -> Trace | None:
     try:
         folder.mkdir(mode=0o700, exist_ok=True)  # on another machine
         return Trace(folder, nn.Module(), rank=rank, world_size=size)
     except OSError as error:
         logger.warning("rank %d is not watched: its files cannot be made in %s: %s", rank, folder, error)
-        return NO_TRACE
+        return None
 
 
 def when_alarmed(run: str | Path) -> float | None:

@@ -8,8 +8,10 @@ from safetensors.torch import load_file
 
 from sat_lora import add_lora, combine_adapters, load_adapter
 from sat_lora.adapters.combine_factors import svd, ties_sum
-from sat_lora.adapters.format import LayerEntry, read_adapter
+from sat_lora.adapters.format import LayerEntry
+from sat_lora.adapters.read import read_adapter
 from sat_lora.lora.apply import adapters_of
+from sat_lora.lora.deltas.delta import Delta
 from sat_lora.lora.mixin import lora_mixins
 from sat_lora.lora.targets import bounded_rank
 from tests.support.combining import (
@@ -215,9 +217,9 @@ def test_svd_is_the_best_approximation_of_the_sum(make, tmp_path):
 def test_svd_never_forms_the_whole_matrix():
     """The out x in matrix of these factors would take 640 GB."""
     generator = torch.Generator().manual_seed(0)
-    triples = [(torch.randn(2, 400_000, generator=generator), torch.randn(400_000, 2, generator=generator), 1.0)] * 2
-    a, b = svd(triples, 2)
-    torch.testing.assert_close(b[:5] @ a[:, :5], (2 * triples[0][1][:5] @ triples[0][0][:, :5]), rtol=1e-3, atol=1e-4)
+    delta = Delta(torch.randn(2, 400_000, generator=generator), torch.randn(400_000, 2, generator=generator))
+    total = svd([delta, delta], 2)
+    torch.testing.assert_close(total.b[:5] @ total.a[:, :5], 2 * delta.b[:5] @ delta.a[:, :5], rtol=1e-3, atol=1e-4)
 
 
 def test_svd_has_no_rank_that_would_be_zero(make, tmp_path):

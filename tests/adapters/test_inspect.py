@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 
 from sat_lora import LoraConfig, add_lora, save_adapter
-from sat_lora.adapters.format import read_adapter, write_adapter
+from sat_lora.adapters.format import write_adapter
+from sat_lora.adapters.read import read_adapter
 from sat_lora.cli import main
 from tests.support.combining import deltas_of
 from tests.support.tiny import fill_adapters, tiny_model

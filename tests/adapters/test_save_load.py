@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from sat_lora import AdapterError, ConfigError, LoraConfig, LoraMixin, add_lora, describe, load_adapter, save_adapter
-from sat_lora.adapters.format import read_adapter
+from sat_lora.adapters.read import read_adapter
 from sat_lora.lora.apply import adapters_of
 from sat_lora.lora.mixin import lora_mixins
 from tests.support.tiny import fill_adapters, logits_of, tiny_batch, tiny_model

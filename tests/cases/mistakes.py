@@ -126,7 +126,9 @@ MISTAKES = [
     train(4, "an option of another trainer", f"{MINE} --learning-rate 1e-4"),
     train(4, "an option for what is not there", f"{MINE} --qlora"),
     train(5, "a slip in an option", "--train_dat images"),
-    train(5, "settings in YAML", f"{MINE} --config my.yaml"),
+    train(5, "DeepSpeed's entries as settings", f"{MINE} --config my.yaml"),
+    train(5, "a slip in a file of settings", f"{MINE} --config slip.yaml"),
+    train(5, "a file of settings that is no YAML", f"{MINE} --config tab.yaml"),
     train(6, "a rate that is no number", f"{MINE} --lr abc"),
     train(6, "a comma in a number", f"{MINE} --lr 0,0001"),
     train(6, "commas in shares", f"{MINE} --split 0,8 0,1"),
@@ -203,7 +205,7 @@ MISTAKES = [
         f"{MINE} {SHORT} --train-iters 50 --log-interval 1 --experiment-name stopped",
         status=130,
         says="stopped by SIGINT",
-        given=ctrl_c_in("sat_lora.training.runs.run_folder.RunFolder.log_step"),
+        given=ctrl_c_in("sat_lora.training.runs.run_logs.RunLog.on_step"),
         saves="runs/stopped",
     ),
     train(
@@ -301,6 +303,8 @@ def set_up(folder: Path) -> None:
     (folder / "llava.json").write_text(json.dumps([{"id": "1", **TEXT_OF_LLAVA}]))
     (folder / "sharegpt.jsonl").write_text(json.dumps({"conversations": TEXT_OF_LLAVA["conversations"]}) + "\n")
     (folder / "my.yaml").write_text("train_batch_size: 8\nzero_optimization:\n  stage: 2\n")
+    (folder / "slip.yaml").write_text("schedule:\n  batchsize: 8\n  warmup: 3%\n")
+    (folder / "tab.yaml").write_text("optimizer:\n\tlr: 1e-4\n")
     (folder / "shards.tar").write_bytes(bytes(1024))
     for name in ("base", "other-base"):
         shutil.copytree(DEMO / "tiny_cogvlm", folder / name)

@@ -11,14 +11,15 @@ from safetensors.torch import load_file, save_file
 
 from sat_lora import CheckpointError, ConfigError
 from sat_lora.cogvlm.checkpoints.base_weights import BaseWeights
-from sat_lora.cogvlm.checkpoints.hugging_face_folder import ROTARY, make_hugging_face_weights
+from sat_lora.cogvlm.checkpoints.hugging_face_folder import ROTARY
+from sat_lora.cogvlm.checkpoints.hugging_face_writer import make_hugging_face_weights
 from sat_lora.cogvlm.checkpoints.load import check_files, load_cogvlm, open_folder, read_config, save_weights
 from sat_lora.cogvlm.inputs.text import load_tokenizer
 from sat_lora.cogvlm.sizes import image_length_problem
 from sat_lora.files.foreign import is_lfs_pointer
 from sat_lora.training.preflight import option_problems
-from sat_lora.training.settings.options import parse_options
 from tests.support.character_tokenizer import write_character_tokenizer
+from tests.support.configs import parse_options
 from tests.support.sat_files import FILE, cut_by_sat, write_step
 from tests.support.tiny import CONFIG, tiny_model
 

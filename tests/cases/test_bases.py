@@ -3,7 +3,6 @@
 import json
 import logging
 import shutil
-from argparse import Namespace
 from dataclasses import replace
 
 import pytest
@@ -11,14 +10,16 @@ import torch
 
 from sat_lora import AdapterError, CheckpointError, add_lora, load_adapter, save_adapter
 from sat_lora.adapters.combine import combine_adapters
-from sat_lora.adapters.format import read_adapter
 from sat_lora.adapters.merge import merge_adapter
+from sat_lora.adapters.read import read_adapter
 from sat_lora.cogvlm.checkpoints.base_weights import BaseWeights
-from sat_lora.cogvlm.checkpoints.hugging_face_folder import ROTARY, make_hugging_face_weights
+from sat_lora.cogvlm.checkpoints.hugging_face_folder import ROTARY
+from sat_lora.cogvlm.checkpoints.hugging_face_writer import make_hugging_face_weights
 from sat_lora.cogvlm.checkpoints.load import save_weights
 from sat_lora.lora.base_identity import MOST, fingerprint_of, identity_of, positions, same_values
 from sat_lora.lora.live_base import identity_of_model
 from sat_lora.training.same_base import base_of_run
+from tests.support.configs import config_of
 from tests.support.sat_files import cut_by_sat, write_step
 from tests.support.tiny import CONFIG, fill_adapters, tiny_model
 
@@ -263,16 +264,10 @@ def test_the_name_of_a_base_is_only_shown(adapter):
 def test_a_run_is_not_resumed_on_another_base_unless_one_insists(folders, adapter, tmp_path, single_process_group):
     shutil.copytree(adapter, tmp_path / "run" / "adapter" / "20")
     (tmp_path / "run" / "adapter" / "latest").write_text("20\n")
-    options = Namespace(
-        from_pretrained=str(folders / "other"), resume=str(tmp_path / "run"), run_folder=str(tmp_path / "run"),
-        trust_checkpoint=False, any_base=False,
-    )  # fmt: skip
+    options = config_of(from_pretrained=str(folders / "other"), resume=str(tmp_path / "run"))
     with pytest.raises(CheckpointError, match="--resume: .*other has other values in .* than the base of this run"):
         base_of_run(options)
-    options.any_base = True
-    assert base_of_run(options).name == "other"
-    options.any_base, options.from_pretrained = False, str(folders / "hf")
-    assert base_of_run(options).name == "hf"
+    assert base_of_run(options.replaced(any_base=True)).name == "other"
+    assert base_of_run(options.replaced(from_pretrained=str(folders / "hf"))).name == "hf"
     shutil.rmtree(tmp_path / "run" / "adapter")
-    options.from_pretrained = str(folders / "other")
     base_of_run(options)

@@ -8,9 +8,9 @@ import re
 import pytest
 
 from sat_lora.errors import ConfigError
-from sat_lora.training.settings.deepspeed_config import BUCKET, NEVER, decisions, deepspeed_config
+from sat_lora.training.settings.deepspeed_config import BUCKET, NEVER, decisions, settle
 from sat_lora.training.settings.deepspeed_file import read_deepspeed_file
-from sat_lora.training.settings.options import parse_options
+from tests.support.configs import parse_options
 
 AUTO = "auto"
 OF_A_TRAINER = {  # every entry that trainers of Hugging Face fill in themselves
@@ -55,7 +55,8 @@ def take(tmp_path):
             content = json.dumps(content)
         path.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass"))
         options = parse_options(["--from_pretrained", "base", "--deepspeed_config", str(path), *argv], environ={})
-        return deepspeed_config(options, device=device, environ=environ or {}), options
+        settled = settle(options, device=device, environ=environ or {})
+        return settled.engine, settled.config
 
     return take
 
@@ -67,7 +68,7 @@ def refusal(take, content) -> str:
 
 
 def without(options) -> dict:
-    return {name: value for name, value in vars(options).items() if name not in ("deepspeed_config", "given")}
+    return {name: value for name, value in options.flat().items() if name != "deepspeed_config"}
 
 
 @pytest.mark.parametrize("nothing", [AUTO, "Auto", None])
@@ -84,7 +85,7 @@ def test_what_is_left_to_the_trainer_is_as_if_it_were_absent(take, nothing, devi
     absent, same = take({"scheduler": {}, **own}, device=device)
     config["zero_optimization"].pop("offload_optimizer")
     assert config == absent and without(options) == without(same)
-    assert options.bf16 is device.startswith("cuda") and not options.fp16
+    assert options.precision.bf16 is device.startswith("cuda") and not options.precision.fp16
     assert config["zero_optimization"] == {"stage": 2, "reduce_bucket_size": BUCKET}
 
 
@@ -101,7 +102,7 @@ def test_what_is_left_to_the_trainer_is_as_if_it_were_absent(take, nothing, devi
 )
 def test_sections_that_say_nothing_decide_nothing(take, content):
     options = take(content)[1]
-    assert without(options) == without(take({})[1]) and options.bf16
+    assert without(options) == without(take({})[1]) and options.precision.bf16
 
 
 @pytest.mark.parametrize(
@@ -119,7 +120,7 @@ def test_sections_that_say_nothing_decide_nothing(take, content):
 )
 def test_booleans_in_quotes_are_booleans(take, bf16, fp16, expected):
     config, options = take({"bf16": {"enabled": bf16}, "fp16": {"enabled": fp16}})
-    assert (options.bf16, options.fp16) == expected
+    assert (options.precision.bf16, options.precision.fp16) == expected
     assert (config["bf16"]["enabled"], config["fp16"]["enabled"]) == expected
 
 
@@ -332,11 +333,12 @@ AS_FP16 = {"enabled": AUTO, "auto_cast": False, "loss_scale": 0, "initial_scale_
 )
 def test_files_as_trainers_write_them_are_taken(take, content, stage, precision):
     _, options = take(content)
-    assert (options.zero_stage, options.bf16, options.fp16) == (stage, precision == "bf16", precision == "fp16")
+    assert options.parallel.zero_stage == stage
+    assert (options.precision.bf16, options.precision.fp16) == (precision == "bf16", precision == "fp16")
 
 
 def test_a_byte_order_mark_is_passed_over(take):
-    assert take('\ufeff{"gradient_clipping": 0.25}')[1].clip_grad == 0.25
+    assert take('\ufeff{"gradient_clipping": 0.25}')[1].optimizer.clip_grad == 0.25
 
 
 @pytest.mark.parametrize(("make", "what"), [(os.mkfifo, "a pipe"), (os.mkdir, "a folder")])
@@ -344,7 +346,7 @@ def test_what_is_no_file_is_not_waited_for(tmp_path, make, what):
     make(tmp_path / "ds.json")
     options = parse_options(["--from_pretrained", "b", "--deepspeed_config", str(tmp_path / "ds.json")], environ={})
     with pytest.raises(ConfigError, match=f"cannot be read: {what}, no file; give DeepSpeed's json"):
-        deepspeed_config(options, device="cpu", environ={})
+        settle(options, device="cpu", environ={})
 
 
 def test_what_was_decided_is_told(take):

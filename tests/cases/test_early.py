@@ -8,7 +8,6 @@ import re
 import socket
 import subprocess
 import sys
-from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -20,7 +19,8 @@ from sat_lora.parallel.launch import Place
 from sat_lora.terminal.option_parser import OptionParser
 from sat_lora.terminal.option_types import count, fraction, positive_int, proportions, rate
 from sat_lora.training.early import check_early
-from sat_lora.training.settings.options import parse_options
+from sat_lora.training.settings.config import Origin
+from tests.support.configs import config_of, demo, parse_options
 from tests.support.paths import ROOT
 
 ALONE = Place(0, 1, 0, None, None, None, False)
@@ -93,17 +93,17 @@ def test_all_that_is_known_early_is_one_error(here):
     with pytest.raises(ConfigError, match="3 problems"):
         check_early(options, ALONE, writes=False)
     with pytest.raises(DataError, match="--train-data: imges does not exist"):
-        check_early(Namespace(from_pretrained="images", train_data=["imges"]), ALONE, writes=False)
+        check_early(config_of(from_pretrained="images", train_data=["imges"]), ALONE, writes=False)
 
 
 def test_what_is_made_or_found_out_later_is_no_problem_yet(here):
     options = parse_options(["--train-data", "s-{0..3}.tar", "pipe:cat a.tar", "images"], environ={})
     check_early(options, ALONE)
-    options.train_data = ["demo/captchas/train"]
-    check_early(options, ALONE, demo_data=Path("demo/captchas"))
+    options = options.replaced(train_data=["demo/captchas/train"])
+    check_early(options, ALONE, demo=demo.demo_in("demo"))
     Path("demo/captchas").mkdir(parents=True)
     with pytest.raises(DataError, match="make_captchas.py writes the demo's data"):
-        check_early(Namespace(**{**vars(options), "given": frozenset()}), ALONE, demo_data=Path("demo/captchas"))
+        check_early(options.replaced(Origin.DEMO, train_data=["demo/captchas/train"]), ALONE, demo=demo.demo_in("demo"))
 
 
 @pytest.mark.parametrize("rank, local_rank, speaks", [(1, 1, None), (8, 0, "rank 8 on "), (9, 1, "")])

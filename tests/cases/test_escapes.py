@@ -11,6 +11,7 @@ from sat_lora.errors import AdapterError, DataError
 from sat_lora.printable import shell_line
 from sat_lora.terminal.notice import warn
 from sat_lora.training.runs.run_folder import RunFolder
+from tests.support.run_logs import logs_of
 
 NAMES = {
     "a title of the terminal": "a\x1b]0;owned\x07b.png",
@@ -47,7 +48,7 @@ def test_lines_of_a_list_stay_as_they_are():
 
 def test_a_broken_sample_is_named_on_one_line(tmp_path, capsys):
     run = RunFolder(tmp_path, is_writer=True)
-    run.report_broken([("b\nx", "b\nerror: forged\x1b[31m: cannot be read")])
+    logs_of(run).on_broken([("b\nx", "b\nerror: forged\x1b[31m: cannot be read")], 0)
     assert capsys.readouterr().out == "skipped: b\\nerror: forged\\x1b[31m: cannot be read\n"
 
 

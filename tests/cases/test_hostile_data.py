@@ -17,7 +17,7 @@ from sat_lora.data.shards.shard_checks import problems_with_shards
 from sat_lora.data.shards.shards import count_shards, find_records
 from sat_lora.data.shards.tar_members import read_members
 from sat_lora.files.paths import is_shard
-from sat_lora.training.settings.defaults import DEFAULTS
+from sat_lora.training.settings.config import DEFAULTS
 from tests.cases.mutated_pictures import count_outcomes
 from tests.support.datasets import dataset
 from tests.support.picture_files import chunked_png, encoded

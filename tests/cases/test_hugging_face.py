@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from sat_lora import CheckpointError, add_lora, save_adapter
 from sat_lora.adapters.merge import merge_adapter
-from sat_lora.cogvlm.checkpoints.hugging_face_folder import hugging_face_config, make_hugging_face_weights
+from sat_lora.cogvlm.checkpoints.hugging_face_writer import hugging_face_config, make_hugging_face_weights
 from sat_lora.cogvlm.checkpoints.load import check_files, load_cogvlm, read_config, save_weights, weight_files
 from sat_lora.cogvlm.network.model import build_cogvlm
 from tests.support.character_tokenizer import write_character_tokenizer

@@ -8,7 +8,7 @@ from sat_lora.data.samples import BrokenSample, DataCounts, read_items
 from sat_lora.data.shards.shards import find_records
 from sat_lora.errors import DataError
 from sat_lora.training.preflight import option_problems
-from sat_lora.training.settings.options import parse_options
+from tests.support.configs import parse_options
 from tests.support.picture_files import write_images
 from tests.support.tar_shards import png, write_shard
 

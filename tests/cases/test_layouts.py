@@ -9,7 +9,7 @@ from sat_lora.data.layouts import check_layout
 from sat_lora.data.samples import read_items
 from sat_lora.errors import DataError
 from sat_lora.training.preflight import option_problems
-from sat_lora.training.settings.options import parse_options
+from tests.support.configs import parse_options
 from tests.support.scripts import load_script
 from tests.support.tar_shards import png
 

@@ -51,14 +51,12 @@ def test_a_subfolder_that_cannot_be_read_is_named(tmp_path, locked, tokenizer, e
     counts = DataCounts()
     items = read_items([tmp_path], counts=counts)
     data = source_of(items, tokenizer, counts.left_out())
-    (note,) = more_to_say(Namespace(max_length=40), data, None)
+    (note,) = more_to_say(40, data, None)
     shown = f"{tmp_path}/{where}".replace("\x1b", r"\x1b")
     assert note.startswith(f"--train-data: folder {shown} cannot be read: {error.strerror}; its images are left out")
     assert left_out(data) == {"folders that cannot be read": 1}
     assert summary_lines(data)["left out"] == "1 folders that cannot be read"
-    assert more_to_say(Namespace(max_length=40), source_of(items, tokenizer), data)[0].startswith(
-        "--valid-data: folder"
-    )
+    assert more_to_say(40, source_of(items, tokenizer), data)[0].startswith("--valid-data: folder")
 
 
 def test_of_very_many_folders_ten_are_named(tmp_path, locked):
@@ -102,10 +100,8 @@ def test_another_runs_files_are_counted(tmp_path):
 def test_cut_answers_of_validation_data_are_said(tokenizer):
     items = [Item(None, "x" * length, "q") for length in (3, 3, 60, 90)]
     data, valid = source_of(numbered(2), tokenizer), source_of(items, tokenizer)
-    assert more_to_say(Namespace(max_length=40), data, valid) == [
-        "validation: 2 of 4 answers are cut by --max_length 40; 93 would hold them"
-    ]
-    assert more_to_say(Namespace(max_length=40), data, source_of(items[:2], tokenizer)) == []
+    assert more_to_say(40, data, valid) == ["validation: 2 of 4 answers are cut by --max_length 40; 93 would hold them"]
+    assert more_to_say(40, data, source_of(items[:2], tokenizer)) == []
 
 
 def test_answers_of_test_data_that_are_too_long_to_be_generated_are_counted(tokenizer):

@@ -10,16 +10,17 @@ import sys
 import pytest
 
 from sat_lora.errors import ConfigError, TrainingError
-from sat_lora.training.runs import run_folder
-from sat_lora.training.runs.run_folder import RunFolder, read_records
-from sat_lora.training.runs.run_logs import AppendedFile
-from sat_lora.training.settings.options import parse_options
+from sat_lora.training.runs import loss_plot
+from sat_lora.training.runs.run_folder import RunFolder
+from sat_lora.training.runs.run_logs import AppendedFile, read_records
+from sat_lora.training.steps.observers import StepReport
 from sat_lora.watchdog import trace
 from sat_lora.watchdog.rank_files import file_of, folder_of
 from sat_lora.watchdog.rank_state import read_states
 from sat_lora.watchdog.watchdog import watched
+from tests.support.configs import config_of, parse_options
 from tests.support.full_disks import largest_file
-from tests.support.run_logs import FIGURES, scalars
+from tests.support.run_logs import logged, logs_of, scalars, validated
 from tests.support.traces import trace_of_a_linear
 
 
@@ -28,14 +29,15 @@ def full_disk(*args, **kwargs):
 
 
 def train(path, steps=3, start=0):
-    with RunFolder(path, is_writer=True) as run:
-        run.start(start + steps, start)
+    run = RunFolder(path, is_writer=True)
+    with logs_of(run) as logs:
+        logs.on_start(start + steps, start)
         for step in range(start + 1, start + steps + 1):
-            run.log_step(step, loss=1.0 / step, **FIGURES)
-            run.log_validation(step, 1.0)
-            run.log_skipped(step, "loss is not finite")
-            run.report_broken([(f"{step}.png", "torn")], step)
-        run.draw()  # and once more where it ends
+            logs.on_step(logged(step, loss=1.0 / step))
+            logs.on_validation(validated(step, 1.0))
+            logs.on_step(StepReport(step=step, loss=1.0, lr=1e-3, skipped="loss is not finite"))
+            logs.on_broken([(f"{step}.png", "torn")], step)
+        logs.on_save(step, path, path)  # the picture is drawn, and once more where it ends
     return run
 
 
@@ -72,7 +74,7 @@ def test_what_lies_in_the_place_of_a_log_is_named_once(name, kind, tmp_path, cap
     run = train(tmp_path)
     said = "".join(capfd.readouterr())
     assert said.count(f"warning: {name} cannot be written: ") == 1 and "Traceback" not in said
-    assert len(run.records) == 12
+    assert len(run.log.records) == 12
     for other in {"loss.png", "train.jsonl"} - {name}:
         assert (tmp_path / other).stat().st_size > 100
     assert [path.name for path in tmp_path.glob(".*")] == []
@@ -90,7 +92,7 @@ def test_lines_of_other_kinds_in_a_resumed_log_are_passed_over(tmp_path):
     lines = ["[1]", "7", '{"step": "x"}', "{" * 5000, '{"step": 1, "valid_loss": "low"}', '{"step": 2, "broken": [1]}']
     (tmp_path / "train.jsonl").write_text("\n".join([*lines, '{"step": 1, "loss": 1.5}', '{"step": 9}', '{"st']))
     run = train(tmp_path, start=4)
-    assert {"step": 1, "loss": 1.5} in run.records and {"step": 9} not in run.records
+    assert {"step": 1, "loss": 1.5} in run.log.records and {"step": 9} not in run.log.records
     assert all(isinstance(record["step"], int) for record in read_records(tmp_path / "train.jsonl"))
 
 
@@ -99,7 +101,7 @@ def test_a_picture_that_cannot_be_drawn_ends_nothing(error, tmp_path, capfd, mon
     def draw(*args):
         raise error
 
-    monkeypatch.setattr(run_folder, "draw_losses", draw)
+    monkeypatch.setattr(loss_plot, "draw_losses", draw)
     train(tmp_path)
     assert "".join(capfd.readouterr()).count("warning: loss.png") == 1
 
@@ -107,24 +109,25 @@ def test_a_picture_that_cannot_be_drawn_ends_nothing(error, tmp_path, capfd, mon
 @pytest.mark.parametrize("broken", ["loss.png", "screen"])
 def test_the_error_that_ended_a_run_is_the_one_that_comes(broken, tmp_path, monkeypatch):
     if broken == "loss.png":
-        monkeypatch.setattr(run_folder, "draw_losses", full_disk)
-    with pytest.raises(TrainingError, match="the real one"), RunFolder(tmp_path, is_writer=True) as run:
-        run.start(4)
-        run.log_step(1, loss=1.0, **FIGURES)
+        monkeypatch.setattr(loss_plot, "draw_losses", full_disk)
+    run = RunFolder(tmp_path, is_writer=True)
+    with pytest.raises(TrainingError, match="the real one"), logs_of(run) as logs:
+        logs.on_start(4, 0)
+        logs.on_step(logged(1, loss=1.0))
         if broken == "screen":
             monkeypatch.setattr(sys, "stdout", None)
-            monkeypatch.setattr(run._progress, "close", full_disk)
+            monkeypatch.setattr(run.screen._progress, "close", full_disk)
         raise TrainingError("the real one")
 
 
 def test_lines_that_found_no_room_are_written_when_there_is_some(tmp_path):
-    with RunFolder(tmp_path, is_writer=True) as run:
-        run.start(4)
-        run.log_step(1, loss=1.0, **FIGURES)
+    with logs_of(RunFolder(tmp_path, is_writer=True)) as logs:
+        logs.on_start(4, 0)
+        logs.on_step(logged(1, loss=1.0))
         sizes = [path.stat().st_size for path in (tmp_path / "train.jsonl", *(tmp_path / "tensorboard").iterdir())]
         with largest_file(min(sizes)):
-            run.log_step(2, loss=0.5, **FIGURES)
-        run.log_step(3, loss=0.25, **FIGURES)
+            logs.on_step(logged(2, loss=0.5))
+        logs.on_step(logged(3, loss=0.25))
     assert [record["step"] for record in read_records(tmp_path / "train.jsonl")] == [1, 2, 3]
     assert scalars(tmp_path)["train/loss"] == [(1, 1.0), (2, 0.5), (3, 0.25)]
 
@@ -208,12 +211,11 @@ def test_a_run_without_room_for_the_watchdog_is_warned_and_trains(tmp_path, monk
     from argparse import Namespace
 
     from sat_lora.training import finetune
-    from sat_lora.watchdog.trace import NO_TRACE
 
     monkeypatch.setattr(trace.os, "posix_fallocate", full_disk)
     monkeypatch.setattr(finetune, "on_first_rank", lambda action: None)
     run, world = Namespace(path=tmp_path), Namespace(rank=1, size=2)
-    assert finetune._trace(Namespace(watchdog_limit=5.0), run, world) is NO_TRACE
+    assert finetune._trace(config_of(watchdog_limit=5.0), run, world) is None
     assert "rank 1 runs without the watchdog: its files cannot be made: [Errno 28]" in caplog.text
 
 
@@ -226,8 +228,8 @@ def test_what_the_watchdog_cannot_write_hides_no_error(ending, tmp_path):
 
 
 def test_a_record_is_one_line_of_json_whatever_is_in_it(tmp_path):
-    with RunFolder(tmp_path, is_writer=True) as run:
-        run.start(1)
-        run.report_broken([("a\nb\u2028\ud800.png", "\x1b[31mred\n")], 1)
+    with logs_of(RunFolder(tmp_path, is_writer=True)) as logs:
+        logs.on_start(1, 0)
+        logs.on_broken([("a\nb\u2028\ud800.png", "\x1b[31mred\n")], 1)
     (line,) = (tmp_path / "train.jsonl").read_bytes().splitlines()
     assert json.loads(line)["broken"] == "a\nb\u2028\ud800.png"

@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from sat_lora import AdapterError
-from sat_lora.adapters.format import read_adapter
+from sat_lora.adapters.read import read_adapter
 from tests.support.adapter_folders import write_tiny_adapter
 
 pytestmark = pytest.mark.usefixtures("single_process_group")

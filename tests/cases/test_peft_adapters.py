@@ -10,7 +10,7 @@ from peft import LoraConfig as PeftConfig
 from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 
-from sat_lora.adapters.format import read_adapter
+from sat_lora.adapters.read import read_adapter
 from sat_lora.cogvlm.checkpoints.load import save_weights
 from sat_lora.errors import AdapterError
 from sat_lora.interop.peft_import import import_from_peft

@@ -21,8 +21,10 @@ from sat_lora.doctor.run_checks.data import data_findings
 from sat_lora.training.preflight import _problem_with_path
 from sat_lora.training.runs.run_folder import RunFolder
 from sat_lora.training.steps.broken_samples import BrokenSamples
+from tests.support.configs import config_of
 from tests.support.datasets import dataset
 from tests.support.picture_files import chunked_png, encoded
+from tests.support.run_logs import logs_of
 
 PIXELS = numpy.random.default_rng(0).integers(0, 256, (4, 6, 3), dtype=numpy.uint8).repeat(8, 0).repeat(8, 1)
 COLOUR = Image.fromarray(PIXELS)
@@ -138,7 +140,7 @@ def test_white_letters_on_a_transparent_ground_stay_visible():
 
 def test_bands_of_a_large_picture_fit_together(monkeypatch):
     expected = read_picture(encoded(CUT_OUT, "PNG"))
-    monkeypatch.setattr("sat_lora.cogvlm.inputs.pictures._BAND", 5 * CUT_OUT.width)
+    monkeypatch.setattr("sat_lora.cogvlm.inputs.picture_view._BAND", 5 * CUT_OUT.width)
     assert_alike(encoded(CUT_OUT, "PNG"), expected)
 
 
@@ -351,7 +353,7 @@ def test_pictures_that_are_not_read_are_counted_with_what_to_do(tmp_path):
         write(tmp_path / name)
     _, left_out = found_in(tmp_path)
     assert left_out[".heic files (not read; convert to PNG or JPEG)"] == 2 and len(left_out) == 4
-    problem = _problem_with_path(tmp_path, Namespace(max_pixels=1 << 20))
+    problem = _problem_with_path(tmp_path, config_of(max_pixels=1 << 20))
     assert "has no images" in problem and "found 2 .heic files (not read; convert to PNG or JPEG), 1 .cr2 f" in problem
 
 
@@ -427,10 +429,10 @@ def test_questions_about_one_missing_image_are_so_many_broken_samples(tmp_path, 
 def test_samples_are_counted_where_they_are_reported(tmp_path, capfd):
     """On the screen and by the doctor: three questions about one image are three."""
     broken = [("x.png", "x.png: torn", str(number)) for number in range(3)]
-    with RunFolder(tmp_path, is_writer=True) as folder:
-        folder.start(4)
-        folder.report_broken(broken, 1)
-        folder.report_broken(broken[:1], 2)  # once more, in a second pass over the validation data
+    with logs_of(RunFolder(tmp_path, is_writer=True)) as logs:
+        logs.on_start(4, 0)
+        logs.on_broken(broken, 1)
+        logs.on_broken(broken[:1], 2)  # once more, in a second pass over the validation data
     out, err = capfd.readouterr()
     assert err.count("skipped: x.png: torn") == 1 and "3 samples were skipped" in out
     lost = [BrokenSample(*entry) for entry in broken]

@@ -13,7 +13,9 @@ from sat_lora.lora.targets import layer_of
 from sat_lora.terminal.progress import as_time, shown
 from sat_lora.training.runs import step_progress as progress
 from sat_lora.training.runs.loss_plot import draw_losses
-from sat_lora.training.runs.run_folder import RunFolder, lowest
+from sat_lora.training.runs.run_folder import RunFolder
+from sat_lora.training.runs.run_logs import lowest
+from tests.support.run_logs import logs_of, validated
 
 
 @pytest.fixture
@@ -176,14 +178,15 @@ def test_a_terminal_that_becomes_narrower_gets_narrower_lines(capfd, monkeypatch
     ],
 )
 def test_a_validation_says_the_best_so_far(losses, ending, tmp_path, capfd):
-    with RunFolder(tmp_path, is_writer=True) as run:
-        run.start(9)
+    run = RunFolder(tmp_path, is_writer=True)
+    with logs_of(run) as logs:
+        logs.on_start(9, 0)
         for step, loss in enumerate(losses, 1):
-            run.log_validation(step, loss)
+            logs.on_validation(validated(step, loss))
     lines = [line for line in capfd.readouterr().err.splitlines() if "validation" in line]
     assert lines[-1] == f"step {len(losses)}: {ending}"
     finite = [(loss, step) for step, loss in enumerate(losses, 1) if loss == loss]
-    assert lowest(run.records) == min(finite)[::-1]
+    assert lowest(run.log.records) == min(finite)[::-1]
 
 
 def test_a_log_file_gets_lines_of_a_long_command_and_none_of_a_short_one(capfd, monkeypatch):

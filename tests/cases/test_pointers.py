@@ -10,7 +10,7 @@ from sat_lora.data.shards.shard_checks import problems_with_shards
 from sat_lora.errors import SatLoraError
 from sat_lora.files.foreign import LFS_POINTER, read_json
 from sat_lora.training.settings.deepspeed_file import open_deepspeed_file
-from sat_lora.training.settings.options import settings_of_run
+from sat_lora.training.settings.run_settings import settings_of_run
 from sat_lora.training.steps.checkpoint import read_state
 from tests.support.paths import TINY_BASE
 

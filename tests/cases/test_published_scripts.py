@@ -5,8 +5,8 @@ import shlex
 import pytest
 
 from sat_lora.cli import main as sat_lora
-from sat_lora.training.settings.defaults import EMBEDDED_DEMO
-from sat_lora.training.settings.options import parse_options
+from tests.support.configs import parse_options
+from tests.support.paths import TINY_BASE
 from tests.support.scripts import load_script
 
 COMMON = (
@@ -36,18 +36,20 @@ def evaluate():
 
 @pytest.mark.parametrize("script", PUBLISHED)
 def test_the_published_options_of_an_evaluation_are_taken_unchanged(script, evaluate):
-    options = evaluate.read_settings(evaluate.build_parser().parse_args(shlex.split(PUBLISHED[script])))
-    assert options.test_data == ["./archive_split/test"]
-    assert options.local_tokenizer == "lmsys/vicuna-7b-v1.5"
-    assert (options.eval_batch_size, options.model_parallel_size) == (1, 1)
-    assert options.adapter is None  # the published evaluation is of a merged model
-    assert "--strict-eval" in options.no_effect and "--train-iters" in options.no_effect
-    assert not {"--max_length", "--version", "--test-data", "--eval-batch-size"} & {*options.no_effect}
+    given = evaluate.build_parser().parse_args(shlex.split(PUBLISHED[script]))
+    evaluation = evaluate.read_settings(given)
+    options = evaluation.config
+    assert options.data.test_data == ("./archive_split/test",)
+    assert options.model.local_tokenizer == "lmsys/vicuna-7b-v1.5"
+    assert (options.saving.eval_batch_size, options.parallel.model_parallel_size) == (1, 1)
+    assert evaluation.adapter is None  # the published evaluation is of a merged model
+    assert "--strict-eval" in given.no_effect and "--train-iters" in given.no_effect
+    assert not {"--max_length", "--version", "--test-data", "--eval-batch-size"} & {*given.no_effect}
     expected = ("./checkpoints/merged_lora", 1288, "base", True)
     if script == "evaluate_cogagent.sh":
         expected = ("./checkpoints/ft_cogagent_model", 400, "chat", False)
-    names_lora = "--use_lora" in options.no_effect
-    assert (options.from_pretrained, options.max_length, options.version, names_lora) == expected
+    names_lora = "--use_lora" in given.no_effect
+    assert (options.model.from_pretrained, options.model.max_length, options.model.version, names_lora) == expected
 
 
 @pytest.mark.parametrize(
@@ -63,7 +65,7 @@ def test_so_are_the_other_options_of_fine_tuning(more, evaluate):
 def test_a_merged_model_is_evaluated_alone_and_said_so(evaluate, captchas, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("sat_lora.parallel.distributed.torch.distributed.destroy_process_group", lambda: None)
     monkeypatch.setattr("sat_lora.parallel.distributed.mpu.destroy_model_parallel", lambda: None)
-    base, out = EMBEDDED_DEMO / "tiny_cogvlm", tmp_path / "evaluation.json"
+    base, out = TINY_BASE, tmp_path / "evaluation.json"
     options = ["--from_pretrained", base, "--test-data", captchas / "valid", "--version", "base", "--max_length", 64]
     status = evaluate.main([*map(str, options), "--out", str(out), "--strict-eval", "--use_lora"])
     printed = capsys.readouterr().out
@@ -96,7 +98,7 @@ def test_a_run_without_test_data_is_asked_for_it_alone(evaluate, tmp_path, capsy
         (["--qlora"], "the base is not quantised here"),
         (["--use_qlora"], "the base is not quantised here"),
         (["--pre_seq_len", "8"], "there is no P-tuning here"),
-        (["--config", "my.yaml"], "--deepspeed_config takes DeepSpeed's json alone"),
+        (["--config_file", "my.yaml"], "did you mean --config?"),
         (["--num_gpus", "8"], "it is an option of the launcher: give it before the script"),
         (["--x\x1b[2J"], r"unknown: --x\x1b[2J; --help lists the options"),
     ],
@@ -134,7 +136,7 @@ def test_whole_numbers_may_be_written_as_people_write_them(capsys):
                 parse_options(["--train-iters", text], environ={})
             assert f"got {text!r}, wanted a whole number above 0" in capsys.readouterr().err
         else:
-            assert parse_options(["--train-iters", text], environ={}).train_iters == steps
+            assert parse_options(["--train-iters", text], environ={}).schedule.train_iters == steps
 
 
 @pytest.mark.parametrize(
@@ -182,7 +184,7 @@ def test_an_empty_name_is_not_the_folder_one_is_in(argv, capsys):
     assert stop.value.code == 2 and printed.count("\n") == 1
     option = argv[0].rstrip("=")
     assert f"error: argument {option}: got '', an empty name; a variable of the shell may not be set" in printed
-    assert parse_options(["--prompt", ""], environ={}).prompt == ""
+    assert parse_options(["--prompt", ""], environ={}).data.prompt == ""
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from sat_lora.training.marks import (
     marks_of_options,
     marks_of_tokenizer,
 )
-from sat_lora.training.settings.options import parse_options
+from tests.support.configs import parse_options
 from tests.support.paths import TINY_BASE
 from tests.support.ranks import run_ranks
 

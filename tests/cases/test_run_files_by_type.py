@@ -13,11 +13,16 @@ from sat_lora.training import finetune
 from sat_lora.training.evaluation import evaluated, evaluation_file, try_to_write
 from sat_lora.training.preflight import option_problems
 from sat_lora.training.resume import check_data, facts_of_run, notes, settled_problems
-from sat_lora.training.runs.run_folder import RunFolder, read_records, write_json
-from sat_lora.training.settings.defaults import DEFAULTS
-from sat_lora.training.settings.options import parse_options, settings_of_run
+from sat_lora.training.runs.run_folder import RunFolder, write_json
+from sat_lora.training.runs.run_logs import read_records
+from sat_lora.training.settings.config import DEFAULTS
+from sat_lora.training.settings.resolve import resolve
+from sat_lora.training.settings.run_settings import settings_of_run
 from sat_lora.training.steps.checkpoint import STATE, RunState, newest_checkpoint, read_state
 from sat_lora.training.steps.random_state import parsed, random_state
+from tests.support.configs import config_of, parse_options
+from tests.support.paths import TINY_BASE
+from tests.support.run_logs import logs_of
 from tests.support.stored_state import stored_state
 
 # run.json
@@ -301,7 +306,7 @@ def test_the_best_loss_holds_where_its_adapter_and_its_data_do(
     monkeypatch.setattr(finetune, "load_checkpoint", lambda *args, **more: loaded)
     run = RunFolder(tmp_path, is_writer=True)
     run.facts = {"valid_data": {"samples": 1}}
-    state = finetune._state(None, Namespace(resume=str(tmp_path), train_iters=4), run, None)
+    state = finetune._state(None, config_of(resume=str(tmp_path), train_iters=4), run, None)
     assert (state.best_loss, state.best_step) == expected
     assert "already at step 4 of 4; to go on, give a --train-iters above 4" in capsys.readouterr().out
 
@@ -358,9 +363,9 @@ def test_other_pictures_under_the_same_names_are_said(tmp_path):
 
 @pytest.mark.parametrize("value", [None, "4", [], {"a": 1}, True, -1, 0])
 def test_a_factor_of_a_wrong_type_is_a_problem_of_its_option(value):
-    options = parse_options([], environ={})
-    options.lr_ratio = value
-    assert ["--lr_ratio" in problem for problem in option_problems(options, {}, "cpu")[0]] == [True]
+    stored = {"from_pretrained": str(TINY_BASE), "train_data": ["x"], "version": "base", "max_length": 64}
+    config, _ = resolve({}, resumed_run={**stored, "lr_ratio": value, "given": []})
+    assert ["--lr_ratio" in problem for problem in option_problems(config, {}, "cpu")[0]] == [True]
 
 
 def test_options_of_one_start_do_not_come_back(capsys):
@@ -371,7 +376,7 @@ def test_options_of_one_start_do_not_come_back(capsys):
 
 
 def test_every_default_is_a_value_that_a_run_json_may_have(tmp_path):
-    settings_of_run(run_with(tmp_path, {"settings": DEFAULTS}))
+    settings_of_run(run_with(tmp_path, {"settings": dict(DEFAULTS)}))
 
 
 # Where evaluations go
@@ -390,59 +395,67 @@ def runs(tmp_path):
 
 
 def of(runs, adapter, base="base", run=None, out=None):
-    paths = dict(adapter=str(runs / adapter), from_pretrained=str(runs / base), run=run and str(runs / run), out=out)
-    return Namespace(**paths, test_data=["x"])
+    config = config_of(from_pretrained=str(runs / base), test_data=["x"])
+    return Namespace(config=config, adapter=str(runs / adapter), run=run and str(runs / run), out=out)
+
+
+def place_of(evaluation):
+    """Where the evaluation is written, and the run that it is of."""
+    return evaluation_file(evaluation.config, adapter=evaluation.adapter, run=evaluation.run, out=evaluation.out)
 
 
 def test_a_runs_own_evaluation_is_that_of_its_adapter_on_its_base(runs):
     for adapter in ("a/adapter", "a/adapter/4", "a/adapter/latest", "b/../a/adapter/"):
         for run in (None, "a"):
-            assert evaluation_file(of(runs, adapter, run=run)) == (runs / "a" / "evaluation.json", runs / "a")
+            assert place_of(of(runs, adapter, run=run)) == (runs / "a" / "evaluation.json", runs / "a")
 
 
 def test_any_other_evaluation_goes_where_nothing_is_lost(runs):
     other_base = of(runs, "a/adapter", base="other")
-    assert evaluation_file(other_base) == (runs / "a" / "evaluation-2.json", None)
+    assert place_of(other_base) == (runs / "a" / "evaluation-2.json", None)
     foreign = of(runs, "b/adapter", run="a")
-    write_json(runs / "a" / "evaluation-2.json", {"images": 2, "of": evaluated(foreign, foreign.adapter)})
-    assert evaluation_file(other_base) == (runs / "a" / "evaluation-3.json", None)
-    assert evaluation_file(foreign) == (runs / "a" / "evaluation-2.json", None)  # the same once more
+    write_json(runs / "a" / "evaluation-2.json", {"images": 2, "of": evaluated(foreign.config, foreign.adapter)})
+    assert place_of(other_base) == (runs / "a" / "evaluation-3.json", None)
+    assert place_of(foreign) == (runs / "a" / "evaluation-2.json", None)  # the same once more
     loose = of(runs, "c/adapter")
     (runs / "c" / "adapter").mkdir(parents=True)
-    assert evaluation_file(loose) == (runs / "c" / "evaluation.json", None)
+    assert place_of(loose) == (runs / "c" / "evaluation.json", None)
     (runs / "c" / "evaluation.json").write_text("mine, and no json")
-    assert evaluation_file(loose) == (runs / "c" / "evaluation-2.json", None)
+    assert place_of(loose) == (runs / "c" / "evaluation-2.json", None)
 
 
 def test_another_evaluation_of_a_run_leaves_the_first_one(runs):
     first = of(runs, "a/adapter", run="a")
-    write_json(runs / "a" / "evaluation.json", {"images": 1, "of": evaluated(first, first.adapter)})
-    assert evaluation_file(first) == (runs / "a" / "evaluation.json", runs / "a")  # the same once more
+    write_json(runs / "a" / "evaluation.json", {"images": 1, "of": evaluated(first.config, first.adapter)})
+    assert place_of(first) == (runs / "a" / "evaluation.json", runs / "a")  # the same once more
     (runs / "a" / "adapter" / "9").mkdir()
     others = [
-        Namespace(**{**vars(first), "test_data": ["y"]}),
-        Namespace(**vars(first), prompt="What else?"),
+        Namespace(**{**vars(first), "config": first.config.replaced(test_data=["y"])}),
+        Namespace(**{**vars(first), "config": first.config.replaced(prompt="What else?")}),
         Namespace(**{**vars(first), "adapter": str(runs / "a" / "adapter" / "9")}),
     ]
     for number, other in enumerate(others, 2):
-        place, run = evaluation_file(other)
+        place, run = place_of(other)
         assert (place, run) == (runs / "a" / f"evaluation-{number}.json", runs / "a")
-        write_json(place, {"images": 1, "of": evaluated(other, other.adapter)})
-        assert evaluation_file(other) == (place, run)
+        write_json(place, {"images": 1, "of": evaluated(other.config, other.adapter)})
+        assert place_of(other) == (place, run)
 
 
 def test_bases_of_one_name_that_are_evaluated_alone_do_not_share_a_file(runs, monkeypatch):
     monkeypatch.chdir(runs)
-    one, other = (Namespace(**{**vars(of(runs, "a")), "adapter": None, "from_pretrained": f"{x}/merged"}) for x in "ab")
-    write_json("evaluation-merged.json", {"images": 1, "of": evaluated(one, None)})
-    assert str(evaluation_file(one)[0]) == "evaluation-merged.json"
-    assert str(evaluation_file(other)[0]) == "evaluation-merged-2.json"
+    one, other = (
+        Namespace(config=config_of(from_pretrained=f"{x}/merged", test_data=["x"]), adapter=None, run=None, out=None)
+        for x in "ab"
+    )
+    write_json("evaluation-merged.json", {"images": 1, "of": evaluated(one.config, None)})
+    assert str(place_of(one)[0]) == "evaluation-merged.json"
+    assert str(place_of(other)[0]) == "evaluation-merged-2.json"
 
 
 def test_a_given_file_is_taken_and_tried_first(runs):
-    assert evaluation_file(of(runs, "b/adapter", run="a", out="x.json"))[1] is None
+    assert place_of(of(runs, "b/adapter", run="a", out="x.json"))[1] is None
     own = str(runs / "a" / "evaluation.json")
-    assert evaluation_file(of(runs, "b/adapter", out=own))[1] == runs / "a"
+    assert place_of(of(runs, "b/adapter", out=own))[1] == runs / "a"
     for out in (runs / "nowhere" / "x.json", runs / "a", runs / "a" / "run.json" / "x"):
         with pytest.raises(ConfigError, match=f"--out: {out}: cannot be written"):
             try_to_write(out)
@@ -469,9 +482,10 @@ def test_a_log_of_anything_is_read_as_far_as_it_is_one(tmp_path):
     lines = [b'{"step": 1, "loss": 2}', b"[1]", b"{", b"3", b'{"step": "2"}', b'{"loss": 1}', b"\xff", b"[" * 10**5]
     path.write_bytes(b"\n".join(lines))
     assert read_records(path) == [{"step": 1, "loss": 2}, {"loss": 1, "step": 0}]
-    with RunFolder(tmp_path, is_writer=True) as run:
-        run.start(4, 2)
-        assert len(run.records) == 2
+    run = RunFolder(tmp_path, is_writer=True)
+    with logs_of(run) as logs:
+        logs.on_start(4, 2)
+        assert len(run.log.records) == 2
 
 
 def test_numbers_that_are_not_finite_are_null_in_every_file(tmp_path):

@@ -16,7 +16,8 @@ import safetensors
 import torch
 
 from sat_lora.adapters import format as adapter_format
-from sat_lora.adapters.format import SavedAdapter, read_adapter
+from sat_lora.adapters.format import SavedAdapter
+from sat_lora.adapters.read import read_adapter
 from sat_lora.commands.parts import refuse_existing
 from sat_lora.errors import AdapterError, ConfigError
 from sat_lora.files import atomic
@@ -25,15 +26,17 @@ from sat_lora.lora.config import LoraConfig
 from sat_lora.parallel.distributed import init_distributed, init_model_parallel
 from sat_lora.training.runs import run_lock, space
 from sat_lora.training.runs.results import results_in, results_problems
-from sat_lora.training.runs.run_folder import RunFolder, read_records
+from sat_lora.training.runs.run_folder import RunFolder
 from sat_lora.training.runs.run_lock import LOCK, Holder, Process, RunLock
-from sat_lora.training.runs.run_logs import EventFile
+from sat_lora.training.runs.run_logs import read_records
+from sat_lora.training.runs.tensorboard import EventFile
 from sat_lora.training.saving import write_save
-from sat_lora.training.settings.options import parse_options
 from sat_lora.training.steps import checkpoint
 from sat_lora.training.steps.checkpoint import TENSORS, GatheredCheckpoint, newest_checkpoint, read_state
+from tests.support.configs import parse_options
 from tests.support.demo_runs import options_for
 from tests.support.ranks import run_ranks
+from tests.support.run_logs import logs_of, validated
 from tests.support.scripts import run_script
 
 # A kill between any two writes
@@ -461,28 +464,30 @@ def test_a_folder_that_is_removed_under_a_run_is_begun_anew(single_process_group
 def test_a_folder_that_is_removed_under_a_run_gets_its_log_back(later, single_process_group, tmp_path):
     """What was logged before and after, whether or not a step follows the save that found it gone."""
     run_path = tmp_path / "run"
-    with locked(run_path) as lock, RunFolder(run_path, is_writer=True, lock=lock) as run:
-        run.start(3)
-        run.log_validation(1, 2.0)
-        shutil.rmtree(run_path)
-        run.check_is_ours()
-        for step in later:
-            run.log_validation(step, 1.0)
+    with locked(run_path) as lock:
+        run = RunFolder(run_path, is_writer=True, lock=lock)
+        with logs_of(run) as logs:
+            logs.on_start(3, 0)
+            logs.on_validation(validated(1, 2.0))
+            shutil.rmtree(run_path)
+            run.check_is_ours()
+            for step in later:
+                logs.on_validation(validated(step, 1.0))
     assert [record["step"] for record in read_records(run_path / "train.jsonl")] == [1, *later]
     assert any((run_path / "tensorboard").iterdir())
 
 
 def test_a_disk_without_room_for_one_save_is_found_before_the_base_loads(tmp_path, monkeypatch):
-    monkeypatch.setattr(space, "saved_sizes", lambda options, lora: (2 << 20, 1 << 20))
+    monkeypatch.setattr(space, "saved_sizes", lambda config: (2 << 20, 1 << 20))
     options, free = options_of(tmp_path), [0]
     (tmp_path / "run").mkdir()
     monkeypatch.setattr(os, "statvfs", lambda path: os.statvfs_result((1, 1, 9, free[0], free[0], 0, 0, 0, 0, 255)))
     free[0] = (14 << 20) + space.BESIDE
-    space.check_space(options, LoraConfig())
+    space.check_space(options)
     free[0] -= 1
     with pytest.raises(ConfigError, match=r"14.2 MiB free, one save takes 14.2 MiB \(adapter 2.0 MiB, checkpoint 12.0"):
-        space.check_space(options, LoraConfig())
-    space.check_space(options, LoraConfig(), freed=1)
+        space.check_space(options)
+    space.check_space(options, freed=1)
 
 
 def share_slowly(folder):

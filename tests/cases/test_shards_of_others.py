@@ -6,7 +6,8 @@ import pytest
 
 from sat_lora.data.samples import BrokenSample
 from sat_lora.data.shards.shard_checks import problems_with_shards
-from sat_lora.data.shards.shards import MOST_SHARDS, count_shards, expand_shards, find_records
+from sat_lora.data.shards.shard_names import MOST_SHARDS, expand_shards
+from sat_lora.data.shards.shards import count_shards, find_records
 from sat_lora.errors import DataError
 from tests.support.tar_shards import png, write_shard
 

@@ -5,7 +5,6 @@ import shlex
 import socket
 import subprocess
 import sys
-from argparse import Namespace
 
 import pytest
 
@@ -15,7 +14,7 @@ from sat_lora.parallel.distributed import run_on_all_ranks
 from sat_lora.parallel.launch import announce, find_place, ranks_on_this_machine, relaunch, sat_lora_line
 from sat_lora.terminal.edge import run_command
 from sat_lora.terminal.notice import is_first_rank
-from sat_lora.training.settings.options import parse_options
+from tests.support.configs import config_of, parse_options
 from tests.support.paths import ROOT
 from tests.support.scripts import load_script
 
@@ -187,8 +186,8 @@ def test_a_run_is_started_again_under_its_own_launcher():
 
 
 def what_next(run, **settings):
-    options = dict(test_data=None, model_parallel_size=1, trust_checkpoint=False, train_iters=4, from_pretrained="base")
-    lines = load_script("finetune_cogvlm")._what_next(Namespace(run_folder=str(run), **{**options, **settings}))
+    own = {"train_iters": 4, "from_pretrained": "base", "save": str(run.parent), "experiment_name": run.name}
+    lines = load_script("finetune_cogvlm")._what_next(config_of(**own | settings))
     return {line.split(maxsplit=1)[0]: line.split(maxsplit=1)[1] for line in lines.splitlines()}
 
 
@@ -267,6 +266,9 @@ def test_a_run_remembers_where_its_files_are(tmp_path, monkeypatch):
     RunFolder("run", is_writer=True).write_settings(options, world={})
     monkeypatch.chdir("/")
     resumed = parse_options(["--resume", str(tmp_path / "run")], environ={})
-    assert resumed.train_data == [str(tmp_path / "my images"), "gone.jsonl"]  # what is not there stays as it was given
-    assert resumed.valid_data == [str(tmp_path / "s-{0..3}.tar"), "pipe:cat a.tar"]
-    assert resumed.local_tokenizer == "lmsys/vicuna"
+    assert resumed.data.train_data == (
+        str(tmp_path / "my images"),
+        "gone.jsonl",
+    )  # not there: as given
+    assert resumed.data.valid_data == (str(tmp_path / "s-{0..3}.tar"), "pipe:cat a.tar")
+    assert resumed.model.local_tokenizer == "lmsys/vicuna"

@@ -7,11 +7,11 @@ import torch
 
 from sat_lora.data.samples import BrokenSample, collate
 from sat_lora.training.runs import loss_plot
-from sat_lora.training.runs.run_folder import RunFolder, read_records
+from sat_lora.training.runs.run_folder import RunFolder
+from sat_lora.training.runs.run_logs import read_records
 from sat_lora.training.runs.step_progress import Progress
 from sat_lora.training.steps.step import train_step
-
-FIGURES = dict(lr=1e-3, samples_per_second=5.0, peak_memory_mib=100.0)
+from tests.support.run_logs import logged, logs_of
 
 
 class Engine:
@@ -47,13 +47,14 @@ def test_a_mean_of_no_answer_is_none(batches, loss, single_process_group):
 
 def test_no_log_and_no_picture_has_a_loss_of_it(tmp_path, monkeypatch, capsys):
     drawn = []
-    monkeypatch.setattr("sat_lora.training.runs.run_folder.draw_losses", lambda records, *_: drawn.extend(records))
-    with RunFolder(tmp_path, is_writer=True) as run:
-        run.start(3)
+    monkeypatch.setattr("sat_lora.training.runs.loss_plot.draw_losses", lambda records, *_: drawn.extend(records))
+    run = RunFolder(tmp_path, is_writer=True)
+    with logs_of(run) as logs:
+        logs.on_start(3, 0)
         scalars = []
-        monkeypatch.setattr(run._events, "add_scalars", lambda step, values: scalars.append(values))
+        monkeypatch.setattr(run.events._events, "add_scalars", lambda step, values: scalars.append(values))
         for step, loss in enumerate([2.0, None, 1.0], 1):
-            run.log_step(step, loss=loss, grad_norm=None, **FIGURES)
+            logs.on_step(logged(step, loss=loss, grad_norm=None))
     assert [record["loss"] for record in read_records(tmp_path / "train.jsonl")] == [2.0, None, 1.0]
     assert [sorted(values) for values in scalars][1] == [
         "train/lr",
@@ -77,8 +78,8 @@ def test_the_screen_says_that_there_is_none(monkeypatch, capsys, is_terminal):
 
 
 def test_a_line_without_a_loss_is_json(tmp_path):
-    with RunFolder(tmp_path, is_writer=True) as run:
-        run.start(1)
-        run.log_step(1, loss=None, grad_norm=0.5, **FIGURES)
+    with logs_of(RunFolder(tmp_path, is_writer=True)) as logs:
+        logs.on_start(1, 0)
+        logs.on_step(logged(1, loss=None))
     (line,) = (tmp_path / "train.jsonl").read_text().splitlines()
     assert json.loads(line, parse_constant=pytest.fail)["loss"] is None

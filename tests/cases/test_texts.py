@@ -12,7 +12,7 @@ from sat_lora.data.samples import BrokenSample, ImageTextDataset, Item, read_ite
 from sat_lora.errors import DataError
 from sat_lora.training.evaluation import length_of_answer
 from sat_lora.training.preflight import option_problems
-from sat_lora.training.settings.options import parse_options
+from tests.support.configs import parse_options
 from tests.support.picture_files import write_images
 from tests.support.sentence_pieces import TEXT, sentence_piece_tokenizer
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from sat_lora import AdapterError, ConfigError, LoraConfig, combine_adapters
-from sat_lora.adapters.format import read_adapter
+from sat_lora.adapters.read import read_adapter
 from sat_lora.terminal.option_types import rate
-from sat_lora.training.settings.deepspeed_config import deepspeed_config
-from sat_lora.training.settings.options import parse_options
+from sat_lora.training.settings.deepspeed_config import settle
 from tests.support.adapter_folders import write_tiny_adapter
+from tests.support.configs import parse_options
 
 pytestmark = pytest.mark.usefixtures("single_process_group")
 
@@ -69,4 +69,4 @@ def test_patterns_are_bounded_as_well():
 def test_factors_that_leave_float32_together_are_named_together(given, shown):
     options = parse_options(["--from_pretrained", "base", *given], environ={})
     with pytest.raises(ConfigError, match=f"^{shown}: a step of that size leaves float32; 1e[+]30 at most"):
-        deepspeed_config(options, device="cpu", environ={})
+        settle(options, device="cpu", environ={})

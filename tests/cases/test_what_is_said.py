@@ -1,19 +1,18 @@
 """What a run says before its first step: the right things, in ten lines that fit a terminal, whatever people bring."""
 
 import json
-from argparse import Namespace
 
 import pytest
 
-from sat_lora.cogvlm.inputs.prompts import PROMPTS
+from sat_lora.cogvlm.inputs.prompts import PROMPTS, version_of
 from sat_lora.cogvlm.inputs.text import IGNORED
 from sat_lora.data.samples import Item
 from sat_lora.errors import ConfigError
 from sat_lora.training.run_summary import COUNTED, check_vocabulary, columns, fit, look_at
-from sat_lora.training.settings.defaults import EMBEDDED_DEMO, version_of
-from sat_lora.training.settings.options import parse_options
 from sat_lora.training.settings.schedule import schedule_problems, warmup_steps
+from tests.support.configs import config_of, parse_options
 from tests.support.datasets import numbered, source_of
+from tests.support.paths import DEMO
 from tests.support.run_summaries import summary_lines
 
 
@@ -115,7 +114,7 @@ def test_validation_data_beats_the_split_and_says_so(tokenizer):
 def test_token_ids_that_the_base_has_not_are_an_error_before_the_first_step(tokenizer):
     texts = look_at(source_of(numbered(3), tokenizer), 60)
     with pytest.raises(ConfigError, match=r"--local_tokenizer: here makes token \d+ .*vocabulary of 60, from 0 to 59"):
-        check_vocabulary(texts, Namespace(local_tokenizer="here"), 60)
+        check_vocabulary(texts, "here", 60)
 
 
 def test_what_is_shown_is_what_is_learned(tokenizer):
@@ -154,29 +153,31 @@ def test_a_split_that_does_not_sum_to_one_is_an_error_with_advice(split, advice,
 
 @pytest.mark.parametrize("split", ["1.", "1", "0.9,0.1", "0.95,.05", "0.333,0.333,0.333", "0.7,0.2,0.1", "1,0,0"])
 def test_a_split_that_sums_to_one_is_taken(split):
-    assert sum(parse_options(["--split", split]).split) == pytest.approx(1, abs=2e-3)
+    assert sum(parse_options(["--split", split]).data.split) == pytest.approx(1, abs=2e-3)
 
 
 def test_nothing_of_the_demo_is_in_a_run_on_other_data(tmp_path):
     options = parse_options(["--train-data", str(tmp_path)])
-    assert (options.prompt, options.train_iters, options.lr, options.warmup) == ("What is this?", None, 1e-4, 0.01)
-    assert (options.experiment_name, options.batch_size, options.min_lr_ratio) == ("finetune", 4, 0.0)
-    assert (options.version, options.max_length) == ("base", 64)  # they go with the embedded base
+    schedule = options.schedule
+    assert (options.data.prompt, options.optimizer.lr) == ("What is this?", 1e-4)
+    assert (schedule.train_iters, schedule.warmup, schedule.min_lr_ratio) == (None, 0.01, 0.0)
+    assert (options.saving.experiment_name, schedule.batch_size) == ("finetune", 4)
+    assert (options.model.version, options.model.max_length) == ("base", 64)  # they go with the embedded base
     real = parse_options(["--from_pretrained", "cogvlm", "--train-data", str(tmp_path)])
-    assert (real.prompt, real.version, real.max_length) == ("What is this?", "chat", 1288)
+    assert (real.data.prompt, real.model.version, real.model.max_length) == ("What is this?", "chat", 1288)
 
 
 @pytest.mark.parametrize("steps", [1, 3, 20, 700, 1400])
 def test_the_demos_warm_up_fits_any_number_of_steps(steps):
     options = parse_options(["--train-iters", str(steps)])
-    assert warmup_steps(options.warmup, steps) == max(1, -(-steps * 30 // 700))
-    assert schedule_problems([options.lr], options, steps) == []
+    assert warmup_steps(options.schedule.warmup, steps) == max(1, -(-steps * 30 // 700))
+    assert schedule_problems(options.schedule, options.optimizer.lr, steps) == []
 
 
 def test_the_demos_own_folders_are_its_data_by_any_name():
-    folder = EMBEDDED_DEMO / "captchas"
-    assert parse_options(["--train-data", str(folder / ".." / "captchas" / "train")]).prompt == "CAPTCHA:"
-    assert parse_options(["--train-data", str(folder / "train"), "elsewhere"]).prompt == "What is this?"
+    folder = DEMO / "captchas"
+    assert parse_options(["--train-data", str(folder / ".." / "captchas" / "train")]).data.prompt == "CAPTCHA:"
+    assert parse_options(["--train-data", str(folder / "train"), "elsewhere"]).data.prompt == "What is this?"
 
 
 @pytest.mark.parametrize(
@@ -195,8 +196,8 @@ def test_the_demos_own_folders_are_its_data_by_any_name():
 )
 def test_the_prompt_version_is_that_of_the_base(file, content, version, tmp_path):
     (tmp_path / file).write_text(json.dumps(content))
-    assert parse_options(["--from_pretrained", str(tmp_path)]).version == version
-    assert parse_options(["--from_pretrained", str(tmp_path), "--version", "chat_old"]).version == "chat_old"
+    assert parse_options(["--from_pretrained", str(tmp_path)]).model.version == version
+    assert parse_options(["--from_pretrained", str(tmp_path), "--version", "chat_old"]).model.version == "chat_old"
 
 
 def test_a_config_that_cannot_be_read_names_no_version(tmp_path):
@@ -208,5 +209,5 @@ def test_a_config_that_cannot_be_read_names_no_version(tmp_path):
 def test_no_split_is_advised_where_the_samples_are_too_few(split):
     from sat_lora.training.run_summary import _valid
 
-    said = _valid(Namespace(split=split, valid_data=None), None)
+    said = _valid(config_of(split=split), None)
     assert said.startswith("none: too few samples for --split") and len(said) <= 70

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sat_lora import combine_adapters
-from sat_lora.adapters.format import read_adapter
+from sat_lora.adapters.read import read_adapter
 from sat_lora.cli import main
 from tests.support.combining import adapter_maker, assert_same, deltas_of, summed
 

@@ -9,7 +9,8 @@ from PIL import Image
 
 from sat_lora.data.samples import BrokenSample, Item
 from sat_lora.data.shards.shard_checks import problems_with_shards
-from sat_lora.data.shards.shards import count_shards, expand_shards, find_records
+from sat_lora.data.shards.shard_names import expand_shards
+from sat_lora.data.shards.shards import count_shards, find_records
 from sat_lora.errors import DataError
 from tests.support.tar_shards import png, write_shard
 

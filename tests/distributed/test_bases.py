@@ -1,7 +1,6 @@
 """The base of ranks that share it: known whole from their parts, and found out where one rank has another."""
 
 import shutil
-from argparse import Namespace
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ from sat_lora.lora.live_base import identity_of_model
 from sat_lora.parallel.distributed import init_distributed, init_model_parallel
 from sat_lora.training.same_base import base_of_run
 from sat_lora.training.steps.engine import adapter_optimizer, set_up_deepspeed, start_engine
+from tests.support.configs import config_of
 from tests.support.ranks import run_ranks
 from tests.support.tiny import CONFIG, tiny_model
 from tests.support.training_runs import engine_config
@@ -47,9 +47,9 @@ def bases_of_a_rank(root, zero_stage, model_parallel, loads_in_parts=True):
         for tensor in mixin.trained.tensors.values():
             getattr(tensor, "ds_tensor", tensor).add_(1)
     live, file = identity_of_model(engine.module), BaseWeights(f"{root}/0").identity
-    options = Namespace(from_pretrained=f"{root}/same", trust_checkpoint=False, resume=None, any_base=False)
+    options = config_of(from_pretrained=f"{root}/same")
     base_of_run(options)
-    options.from_pretrained = f"{root}/{world.rank}"
+    options = options.replaced(from_pretrained=f"{root}/{world.rank}")
     try:
         base_of_run(options)
         error = None

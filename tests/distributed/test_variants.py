@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from sat_lora import add_lora, load_adapter, save_adapter
-from sat_lora.adapters.format import WEIGHTS, read_adapter
+from sat_lora.adapters.format import WEIGHTS
+from sat_lora.adapters.read import read_adapter
 from sat_lora.lora.apply import adapters_of
 from sat_lora.lora.mixin import lora_mixins
 from sat_lora.parallel.distributed import init_distributed, init_model_parallel

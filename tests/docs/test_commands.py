@@ -106,8 +106,8 @@ def test_launched_options_are_options(command, tmp_path, monkeypatch):
 
     monkeypatch.setattr(module, "settings_of_run", lambda folder: {"given": [], "from_pretrained": str(tmp_path)})
     options = module.parse_options(launched_options(command), environ={})
-    assert options.resume or options.train_data == ["my_images"]
-    assert options.deepspeed_config is None or (ROOT / options.deepspeed_config).is_file()
+    assert options.start.resume or options.data.train_data == ("my_images",)
+    assert options.parallel.deepspeed_config is None or (ROOT / options.parallel.deepspeed_config).is_file()
 
 
 @pytest.mark.parametrize("command", EVALUATE, ids=shlex.join)
@@ -121,12 +121,12 @@ def test_an_evaluation_takes_its_options(command):
 @pytest.mark.parametrize("command", TOOL, ids=shlex.join)
 def test_sat_lora_takes_its_options(command):
     from sat_lora.cli import build_parser
-    from sat_lora.training.settings.options import parse_options
+    from tests.support.configs import parse_options
 
     options, more = build_parser().parse_known_args(command[1:])
     assert options.command == command[1]
     if command[1] == "estimate":
-        assert parse_options(more, environ={}).from_pretrained == "cogvlm-base-490"
+        assert parse_options(more, environ={}).model.from_pretrained == "cogvlm-base-490"
     else:
         assert more == []
 
@@ -147,14 +147,47 @@ def test_the_python_of_the_readme_runs(page, single_process_group):
     assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
 
 
-def test_the_schedule_of_contributing_is_an_option(monkeypatch):
-    from sat_lora.training.settings import schedule
+def example_of_contributing(name):
+    """The block of Python in CONTRIBUTING.md that has that word."""
+    (code,) = (
+        body
+        for kind, body in FENCED.findall((ROOT / "CONTRIBUTING.md").read_text())
+        if kind == "python" and name in body
+    )
+    return code
+
+
+def test_the_metric_of_contributing_is_an_option(monkeypatch):
+    from sat_lora.training.metrics.answers import Answers
+    from sat_lora.training.metrics.registry import METRICS, metrics_named
     from sat_lora.training.settings.options import parse_options
 
+    monkeypatch.setitem(METRICS, "certainty", None)  # taken out again after the test
+    exec(example_of_contributing("METRICS"), {})
+    (metric,) = metrics_named(parse_options(["--valid-metrics", "certainty"]).saving.valid_metrics).values()
+    chances = torch.tensor([[0.25, 0.75], [0.5, 0.5]])
+    ratio = metric(Answers(chances.log(), torch.tensor([1, 0]), torch.tensor([0, 0]), 1))
+    assert (float(ratio.total), ratio.count) == (pytest.approx(1.25), 2)
+
+
+def test_the_kind_of_layer_of_contributing_takes_a_delta(monkeypatch, single_process_group):
+    from sat_lora.lora.deltas.kinds import KINDS
+    from sat_lora.lora.targets import find_sites
+
+    monkeypatch.setitem(KINDS, "transposed", None)  # taken out again after the test
+    names: dict = {}
+    exec(example_of_contributing("KINDS"), names)
+    site = find_sites(torch.nn.Sequential(names["Conv1D"](10, 6)))["0"]
+    assert (site.kind.name, site.in_features, site.out_features) == ("transposed", 6, 10)
+
+
+def test_the_schedule_of_contributing_is_an_option(monkeypatch):
+    from sat_lora.training.settings import schedule
+    from tests.support.configs import parse_options
+
     monkeypatch.setitem(schedule.DECAY_STYLES, "root", None)  # taken out again after the test
-    (code,) = (body for kind, body in FENCED.findall((ROOT / "CONTRIBUTING.md").read_text()) if kind == "python")
-    exec(code, {})
-    assert parse_options(["--lr-decay-style", "root"]).lr_decay_style == "root"
+    exec(example_of_contributing("DECAY_STYLES"), {})
+    assert parse_options(["--lr-decay-style", "root"]).schedule.lr_decay_style == "root"
     factors = [schedule.learning_rate_factor(step, total_steps=8, warmup_steps=2, style="root") for step in (0, 2, 7)]
     assert factors == pytest.approx([0.5, 1, 1 - (5 / 6) ** 0.5])
 

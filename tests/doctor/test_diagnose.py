@@ -11,8 +11,8 @@ from sat_lora.cogvlm.network import experts
 from sat_lora.doctor import diagnose as before_run
 from sat_lora.doctor.diagnose import diagnose
 from sat_lora.findings.finding import as_text
-from sat_lora.training.settings.options import parse_options
 from tests.support.branching_cogvlm import branch_on_data
+from tests.support.configs import parse_options
 from tests.support.demo_runs import options_for
 from tests.support.paths import TINY_BASE
 from tests.support.picture_files import write_images

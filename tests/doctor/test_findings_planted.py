@@ -1,7 +1,6 @@
 """Faults that no other test here plants: each is found, at its place and on its ranks."""
 
 import json
-from argparse import Namespace
 
 import pytest
 import torch
@@ -16,8 +15,8 @@ from sat_lora.doctor.run_checks.configuration import bucket_findings, precision_
 from sat_lora.doctor.run_checks.data import batch_count_findings, data_findings
 from sat_lora.lora.apply import adapters_of
 from sat_lora.parallel.distributed import init_distributed, init_model_parallel
-from sat_lora.training.settings.options import parse_options
 from sat_lora.training.steps.loss import answer_loss_sum as loss_of
+from tests.support.configs import config_of, parse_options
 from tests.support.demo_runs import options_for
 from tests.support.examined import batches_of, tiny, told
 from tests.support.paths import TINY_BASE
@@ -156,7 +155,7 @@ def test_a_key_that_deepspeed_does_not_know_is_found(captchas, tmp_path):
 
 
 def test_float16_of_a_checkpoint_with_another_range_is_found():
-    options = Namespace(bf16=False, fp16=True, from_pretrained=str(TINY_BASE), trust_checkpoint=False)
+    options = config_of(fp16=True, from_pretrained=str(TINY_BASE))
     (finding,) = precision_findings(options, "cpu")
     assert (finding.code, finding.option) == ("precision", "--fp16")
     assert "and the run takes float16, which ends at 65,504" in finding.seen

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from sat_lora import AdapterError, CheckpointError, load_adapter
-from sat_lora.adapters.format import read_adapter
 from sat_lora.adapters.merge import merge_adapter
+from sat_lora.adapters.read import read_adapter
 from sat_lora.cli import main
 from sat_lora.cogvlm.checkpoints.load import load_cogvlm, save_weights
-from sat_lora.training.settings.options import parse_options
 from tests.support.adapter_folders import CONFIG, WEIGHTS, assert_refused
+from tests.support.configs import parse_options
 from tests.support.tiny import CONFIG as SIZES
 from tests.support.tiny import tiny_model
 
@@ -111,5 +111,5 @@ def test_a_trusted_file_that_is_damaged_is_still_a_checkpoint_error(trapped_base
 
 
 def test_trust_is_an_option_and_never_the_default():
-    assert parse_options([]).trust_checkpoint is False
-    assert parse_options(["--trust-checkpoint"]).trust_checkpoint is True
+    assert parse_options([]).start.trust_checkpoint is False
+    assert parse_options(["--trust-checkpoint"]).start.trust_checkpoint is True

@@ -1,10 +1,11 @@
 """Folders of steps and the pointers to them."""
 
 import os
+import shutil
 
 import pytest
 
-from sat_lora.adapters.format import read_adapter
+from sat_lora.adapters.read import read_adapter
 from sat_lora.errors import AdapterError
 from sat_lora.files.step_folders import (
     BEST,
@@ -117,6 +118,38 @@ def test_all_that_is_a_runs_own_is_removed_and_nothing_else(root):
     remove_all(root)
     assert os.listdir(root) == ["notes.txt"]
     (root / "notes.txt").unlink()
+    remove_all(root)
+    assert not root.exists()
+
+
+def test_a_best_step_of_later_on_is_named_no_more(root):
+    set_back(root, 6, 8)
+    assert not (root / BEST).exists() and read_pointer(root / LATEST) == 6
+
+
+def test_a_pointer_that_says_what_holds_is_not_written_anew(root):
+    before = (root / BEST).stat().st_ino, (root / LATEST).stat().st_ino
+    set_back(root, 10, 4)
+    assert ((root / BEST).stat().st_ino, (root / LATEST).stat().st_ino) == before
+
+
+def test_a_folder_has_another_name_before_anything_in_it_goes(root, monkeypatch):
+    removed = []
+    rmtree = shutil.rmtree
+
+    def note(folder, *args, **kwargs):
+        removed.append(folder.name)
+        rmtree(folder, *args, **kwargs)
+
+    monkeypatch.setattr(shutil, "rmtree", note)
+    prune(root, newest=10, keep=2)
+    assert removed == [f".{step}.tmp-gone-{os.getpid()}" for step in (2, 6)]
+
+
+def test_the_first_steps_are_removed_with_the_others(tmp_path):
+    root = tmp_path / "root"
+    for step in (0, 1, 2):
+        (root / str(step)).mkdir(parents=True)
     remove_all(root)
     assert not root.exists()
 

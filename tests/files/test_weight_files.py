@@ -39,6 +39,19 @@ def test_what_is_written_is_read_by_the_library_whose_format_it_is(maker, tmp_pa
         assert found[name].dtype == value.dtype and torch.equal(found[name], value), name
 
 
+def test_a_file_has_its_place_on_the_disk_before_it_is_filled(maker, tmp_path):
+    make, _ = maker
+    tensors = make(tmp_path / "file", {"x": ((1 << 20,), torch.float32)})
+    assert os.stat(tmp_path / "file").st_blocks * 512 >= tensors["x"].nbytes
+
+
+def test_a_file_says_that_it_is_torchs(tmp_path):
+    """transformers reads no safetensors file without that."""
+    make_safetensors_file(tmp_path / "file", {"x": ((1,), torch.float32)})
+    with safetensors.safe_open(tmp_path / "file", "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+
+
 def anonymous_mib() -> int:
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) for line in status if line.startswith("RssAnon")) // 1024

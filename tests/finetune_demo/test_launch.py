@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sat_lora.training.settings.options import parse_options
+from tests.support.configs import parse_options
 from tests.support.paths import DEMO
 
 LAUNCH = DEMO / "launch"
@@ -95,10 +95,11 @@ def test_all_pass_the_same_options_and_those_that_are_added(start):
     assert commands[0] == commands[1] == commands[2]
     assert tuple(commands[0][-len(added) :]) == added
     options = parse_options(commands[0])
-    assert (options.from_pretrained, options.train_data, options.local_tokenizer) == ("my base", ["my data"], "my base")
-    assert (options.r, options.prompt, options.save_interval) == (32, "two words", 50)
+    assert (options.model.from_pretrained, options.model.local_tokenizer) == ("my base", "my base")
+    assert options.data.train_data == ("my data",)
+    assert (options.lora.r, options.data.prompt, options.saving.save_interval) == (32, "two words", 50)
     assert options.run_folder == "shared/a run"
-    assert Path(options.deepspeed_config).is_file()
+    assert Path(options.parallel.deepspeed_config).is_file()
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

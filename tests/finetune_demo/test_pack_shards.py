@@ -7,7 +7,8 @@ import shutil
 import pytest
 
 from sat_lora.data.samples import read_items
-from sat_lora.data.shards.shards import expand_shards, find_records
+from sat_lora.data.shards.shard_names import expand_shards
+from sat_lora.data.shards.shards import find_records
 from tests.support.demo_runs import launch, losses_of, options_for
 from tests.support.picture_files import write_images
 from tests.support.scripts import load_script

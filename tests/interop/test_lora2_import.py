@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from sat_lora.adapters.format import read_adapter
 from sat_lora.adapters.merge import merge_adapter
+from sat_lora.adapters.read import read_adapter
 from sat_lora.cli import main
 from sat_lora.cogvlm.checkpoints.load import map_weights, save_weights, shardings_of, weight_files
 from tests.support.sat_oracle import COGVLM, sats_layers, with_sats

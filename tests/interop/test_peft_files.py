@@ -11,7 +11,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from sat_lora import LoraConfig, add_lora, load_adapter, save_adapter
-from sat_lora.adapters.format import read_adapter
+from sat_lora.adapters.read import read_adapter
 from sat_lora.cli import main
 from sat_lora.cogvlm.checkpoints.load import save_weights
 from sat_lora.errors import AdapterError

@@ -107,10 +107,10 @@ def test_what_is_saved_is_the_plain_pair_that_peft_converts_to(scheme, variant):
         for parameter in ours.parameters():
             parameter += torch.randn_like(parameter)
     copy_to_peft(ours, theirs)
-    a, b = ours.factors()
+    delta = ours.delta()
     now = peft_parameters(theirs)
-    torch.testing.assert_close(a, torch.cat([now["A"], start["A"]]), **SAME)
-    torch.testing.assert_close(b, torch.cat([now["B"], -start["B"]], 1), **SAME)
+    torch.testing.assert_close(delta.a, torch.cat([now["A"], start["A"]]), **SAME)
+    torch.testing.assert_close(delta.b, torch.cat([now["B"], -start["B"]], 1), **SAME)
     plain = plain_config(LoraConfig(r=4, lora_alpha=6, **fields))
     assert (plain.r, plain.init_lora_weights) == (8, "kaiming")
     assert plain.scale_for("layer", 8) == pytest.approx(ours.scale)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sat_lora import AdapterError, ConfigError, LoraMixin, add_lora, describe, load_adapter, save_adapter
-from sat_lora.adapters.format import read_adapter
+from sat_lora.adapters.read import read_adapter
 from sat_lora.lora.apply import adapters_of, find_all_parameters, find_all_sites
 from tests.support.tiny import fill_adapters, logits_of, tiny_batch, tiny_model
 

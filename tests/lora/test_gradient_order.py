@@ -93,6 +93,17 @@ def test_the_output_is_the_same_and_evaluation_needs_no_chain():
     assert not any(adapter.in_graph for adapter in adapters_of(ordered).values())
 
 
+def test_an_evaluation_lets_go_of_the_graph_of_the_step_before_it():
+    """What lies outside of layers too: it would be computed with the tensors of that step, and keep their memory."""
+    model = adapted_model(fixed_order=True)
+    arrivals(model, BATCHES["mixed"])
+    outside = [adapter for adapter in adapters_of(model).values() if adapter.target.site.layer is None]
+    assert outside and all(adapter.in_graph for adapter in outside)
+    with torch.no_grad():
+        logits_of(model.eval(), BATCHES["mixed"])
+    assert not any(adapter.in_graph for adapter in adapters_of(model).values())
+
+
 def test_a_file_is_written_from_the_parameters_and_loads_with_the_order(tmp_path):
     ordered = adapted_model(fixed_order=True)
     arrivals(ordered, BATCHES["mixed"])

@@ -106,7 +106,7 @@ def test_a_run_without_a_base_is_not_taken_for_the_demo(arguments, capsys):
 
 def test_without_any_option_the_demo_is_named(capsys, monkeypatch):
     def stop(settings, **_):
-        raise ConfigError(f"came to {settings.from_pretrained}")
+        raise ConfigError(f"came to {settings.model.base}")
 
     monkeypatch.setattr("sat_lora.memory.estimate_run.estimate_run", stop)
     assert main(["estimate"]) == 2

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from sat_lora import LoraConfig, add_lora, save_adapter
-from sat_lora.adapters.format import PAIR, read_adapter
+from sat_lora.adapters.format import PAIR
+from sat_lora.adapters.read import read_adapter
 from tests.support.tiny import fill_adapters, tiny_model
 
 SMALL = {"target_modules": ["language-attention", "vit-mlp"], "r": 4, "lora_alpha": 16}

@@ -6,7 +6,8 @@ This imports triton, as `sat_lora.lora.deltas.delta_kernels` does, which asks fo
 import torch
 
 from sat_lora.lora.deltas import delta_kernels as kernels
-from sat_lora.lora.deltas.low_rank import DeltaLayout, RandomDropout, add_delta
+from sat_lora.lora.deltas.layout import DeltaLayout
+from sat_lora.lora.deltas.low_rank import RandomDropout, add_delta
 
 EPS32 = torch.finfo(torch.float32).eps
 ROWS, IN = 37, 83  # odd, and several tiles of `SMALL`

@@ -17,7 +17,8 @@ from pathlib import Path
 
 import torch
 
-from sat_lora.adapters.format import SavedAdapter, read_adapter, write_adapter
+from sat_lora.adapters.format import SavedAdapter, write_adapter
+from sat_lora.adapters.read import read_adapter
 from sat_lora.lora.config import LoraConfig
 from tests.support.ranks import process_context
 

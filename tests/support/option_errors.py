@@ -2,7 +2,7 @@
 
 import pytest
 
-from sat_lora.training.settings.options import parse_options
+from tests.support.configs import parse_options
 
 
 def failure(capsys, argv, **settings) -> str:

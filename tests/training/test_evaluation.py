@@ -1,7 +1,6 @@
 """The shares that evaluation reports, against answers read by plain recomputation without a cache."""
 
 import json
-from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ from sat_lora.cogvlm.inputs.image import load_image
 from sat_lora.cogvlm.inputs.text import build_sample, load_tokenizer, prompt_for
 from sat_lora.parallel.distributed import init_distributed, init_model_parallel
 from sat_lora.training.evaluation import evaluate_adapter, evaluation_table
+from tests.support.configs import config_of
 from tests.support.paths import TINY_BASE
 from tests.support.patience import patient
 from tests.support.ranks import run_ranks
@@ -72,10 +72,9 @@ def prepare(folder, captchas):
 def evaluate(folder, batch_size, model_parallel=1, with_trained_model=False):
     world = init_model_parallel(init_distributed(), model_parallel)
     torch.set_num_threads(1)
-    options = Namespace(
-        from_pretrained=TINY_BASE, local_tokenizer=TINY_BASE, test_data=[str(folder / "items.jsonl")], version="base",
-        prompt="CAPTCHA:", max_length=64, eval_batch_size=batch_size, bf16=False, fp16=False,
-        model_parallel_size=model_parallel, trust_checkpoint=False,
+    options = config_of(
+        from_pretrained=str(TINY_BASE), test_data=[str(folder / "items.jsonl")], version="base", prompt="CAPTCHA:",
+        max_length=64, eval_batch_size=batch_size, model_parallel_size=model_parallel,
     )  # fmt: skip
     if not with_trained_model:
         return evaluate_adapter(options, folder / "adapter", world)

@@ -7,8 +7,8 @@ import torch
 from benchmarks.model_folders import write_hugging_face
 from sat_lora.errors import ConfigError, DataError, SatLoraError
 from sat_lora.training.preflight import check_options
-from sat_lora.training.settings.defaults import DEFAULTS
-from sat_lora.training.settings.options import parse_options
+from sat_lora.training.settings.config import DEFAULTS
+from tests.support.configs import parse_options
 from tests.support.stored_state import stored_state
 from tests.support.tar_shards import write_numbered_shards
 from tests.support.tiny import CONFIG
@@ -20,14 +20,8 @@ NEEDED = 1 + 9 + 2 + len(DEFAULTS["prompt"]) + 1 + 1  # BOS, image, prompt, a to
 def check(base_folder, image_folder):
     def check(*argv, environ=None, device="cpu", **changes):
         given = ["--from_pretrained", str(base_folder), "--version", "base", "--train-data", str(image_folder), *argv]
-        options = parse_options(given, environ={})
-        for name, value in changes.items():
-            setattr(options, name, value)
-        before = dict(vars(options))
-        try:
-            check_options(options, environ or {}, device=device)
-        finally:
-            assert vars(options) == before
+        options = parse_options(given, environ={}).replaced(**changes)
+        check_options(options, environ or {}, device=device)
         return options
 
     return check

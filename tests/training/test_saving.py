@@ -5,7 +5,6 @@ import os
 import re
 import signal
 import time
-from argparse import Namespace
 from itertools import count, pairwise
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from sat_lora.training.saving import BackgroundWriter
 from sat_lora.training.steps.checkpoint import STATE, RunState, load_checkpoint
 from sat_lora.training.steps.engine import adapter_optimizer, start_engine
 from sat_lora.training.steps.optimizer_state import create_moments
+from tests.support.configs import config_of
 from tests.support.ranks import run_ranks
 from tests.support.tiny import tiny_model
 from tests.support.training_runs import engine_config, mixed_batch, save_now
@@ -37,7 +37,7 @@ def options(**changes):
     settings = dict(train_iters=STEPS, gradient_accumulation_steps=1, batch_size=2, warmup=0, lr=1e-2, min_lr_ratio=0)
     settings |= dict(lr_decay_style="constant", log_interval=1, eval_interval=0, save_interval=SAVED_AT, keep=0)
     settings |= dict(max_broken_share=1, skip_nonfinite=0, fp16=False)
-    return Namespace(**settings | changes)
+    return config_of(**settings | changes)
 
 
 class Training:

@@ -16,7 +16,7 @@ from sat_lora.parallel.stop_signals import SIGNALS
 from sat_lora.training.steps.engine import adapter_optimizer, start_engine
 from sat_lora.training.steps.loss import count_answer_tokens, sum_on_device
 from sat_lora.training.steps.optimizer_state import create_moments
-from sat_lora.training.steps.step import train_step, validation_loss
+from sat_lora.training.steps.step import train_step, validate
 from tests.support.ranks import run_ranks
 from tests.support.tiny import tiny_model
 from tests.support.training_runs import engine_config, mixed_batch
@@ -90,7 +90,7 @@ def waits_of_a_step(stage, bf16, accumulate):
     waits.counts.clear()
     batches = [mixed_batch(0, number) for number in range(3)]
     with waits:
-        validation_loss(engine, batches, world)
+        validate(engine, batches, world)
     return *counts[-1], waits.counts["ours"] - len(batches)  # whose answers are counted before they go to the device
 
 

@@ -1,9 +1,9 @@
 """Runs that are slow, uneven or stopped for a while, and well: the watchdog says nothing."""
 
+import faulthandler
 import os
 import random
 import signal
-import threading
 import time
 
 import pytest
@@ -28,7 +28,7 @@ PHASES = ("data", "reduce", "forward", "backward", "reduce", "optimizer", "save"
 
 @pytest.mark.usefixtures("single_process_group")
 @pytest.mark.parametrize("hooks_first", [False, True])
-def test_every_module_with_parameters_is_noted_when_it_is_entered_adapted_or_not(tmp_path, hooks_first):
+def test_every_module_with_a_matrix_is_noted_when_it_is_entered_adapted_or_not(tmp_path, hooks_first):
     model = tiny_model()
     if hooks_first:  # a mixin then adds its deltas in hooks, not in the layers' forward
         for module in model.modules():
@@ -78,6 +78,52 @@ def test_the_limit_is_that_of_the_phase_and_follows_the_run(tmp_path):
     assert watchdog.limit("save") == 2.0  # what was slow at first is forgotten
 
 
+class Clock:
+    """Monotonic time as a watchdog finds it at its looks: `seconds` each after the one before."""
+
+    def __init__(self, seconds):
+        self.now, self.seconds = 1000.0, iter(seconds)
+
+    def monotonic(self):
+        return self.now
+
+    def wait(self, tick):
+        """In place of `Event.wait`: whether the watchdog shall end."""
+        passed = next(self.seconds, None)
+        self.now += passed or 0.0
+        return passed is None
+
+
+@pytest.mark.parametrize(
+    "seconds, expected",
+    [
+        ([0.25] * 18, None),  # not longer than a phase may take: 5 x least
+        ([0.25] * 24, 5.25),  # a hang
+        ([0.25] * 18 + [6000.0] + [0.25] * 18, None),  # stopped, as by a debugger, and continued
+        ([0.25] * 18 + [6000.0] + [0.25] * 24, 5.25),  # and then it hangs
+        ([0.25] * 18 + [6.0], 10.5),  # a busy machine lets a look come late, and the clock counts
+    ],
+    ids=["in time", "hang", "stopped and continued", "stopped, continued and hanging", "late"],
+)
+def test_the_time_for_which_a_process_was_stopped_does_not_count(tmp_path, monkeypatch, seconds, expected):
+    _, trace = trace_of_a_linear(tmp_path)
+    watcher = Watchdog(trace, 1.0)
+    clock, alarms = Clock(seconds), []
+
+    def end(alarm):
+        alarms.append(alarm["waited"])
+        clock.seconds = iter(())
+
+    monkeypatch.setattr("sat_lora.watchdog.watchdog.time.monotonic", clock.monotonic)
+    monkeypatch.setattr(watcher, "_done", clock)
+    monkeypatch.setattr(watcher, "_end", end)
+    trace.at("forward", step=1)
+    watcher._watch()
+    faulthandler.cancel_dump_traceback_later()
+    assert alarms == ([] if expected is None else [expected])
+
+
+@pytest.mark.matrix
 def test_a_process_that_was_stopped_and_goes_on_is_not_ended(tmp_path):
     """As by a debugger, or a scheduler that suspends jobs. In a fork, which can be stopped."""
     pid = os.fork()
@@ -85,10 +131,10 @@ def test_a_process_that_was_stopped_and_goes_on_is_not_ended(tmp_path):
         _, trace = trace_of_a_linear(tmp_path)
         with trace.told(), Watchdog(trace, 0.2):
             trace.at("data")
-            threading.Timer(0.0, lambda: os.kill(os.getpid(), signal.SIGSTOP)).start()
-            for _ in range(20):
-                time.sleep(0.05)
-                trace.at("data")
+            time.sleep(0.3)  # so that the watchdog has seen the last sign of life when all stops
+            os.kill(os.getpid(), signal.SIGSTOP)
+            time.sleep(0.3)
+            trace.at("data")
         os._exit(0)
     os.waitpid(pid, os.WUNTRACED)
     time.sleep(6)

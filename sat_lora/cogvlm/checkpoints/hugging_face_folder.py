@@ -1,12 +1,10 @@
 """A CogVLM folder as Hugging Face has it: safetensors files, sharded or one, and config.json.
 
 Its parameters and sizes are given in SAT's names, so that it loads like a SAT folder of model-parallel size 1. What the
-published code of that model has written into it, and reads from no config, is refused where it would be another, both
-ways: the rotary base above all.
+published code of that model has written into it, and reads from no config, is refused where it would be another: the
+rotary base above all. `hugging_face_writer` writes such a folder, and refuses the same.
 """
 
-import json
-import math
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -15,25 +13,22 @@ import torch
 
 from sat_lora.cogvlm.checkpoints.hugging_face_names import hf_name, sat_name
 from sat_lora.cogvlm.checkpoints.sat_folder import listing, read_object
-from sat_lora.cogvlm.inputs.prompts import TEMPLATES
 from sat_lora.cogvlm.sizes import size_problems
 from sat_lora.errors import CheckpointError
 from sat_lora.files.foreign import stand_in
-from sat_lora.files.weight_files import Layout, make_safetensors_file
 from sat_lora.printable import printable
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 CONFIG = "config.json"
-GENERATION_CONFIG = "generation_config.json"
 REMOTE_CODE = ("configuration_cogvlm.py", "modeling_cogvlm.py", "visual.py", "util.py")
 """The files with the model's code, as `transformers` takes them from the folder."""
 ROTARY_BASE = 10000.0  # of the published code, which reads it from nowhere
-_COMPUTED = "rotary_emb.inv_freq"
-_FREQUENCIES = "model.layers.{}.self_attn." + _COMPUTED  # a buffer of every layer; most versions save it
+COMPUTED = "rotary_emb.inv_freq"
+FREQUENCIES = "model.layers.{}.self_attn." + COMPUTED  # a buffer of every layer; most versions save it
 ROTARY = "mixins.rotary.rotary_emb.inv_freq"  # SAT's one buffer for all layers
 
-_SIZES = {  # here: in config.json
+SIZES = {  # here: in config.json
     "num_layers": "num_hidden_layers",
     "hidden_size": "hidden_size",
     "num_attention_heads": "num_attention_heads",
@@ -42,7 +37,7 @@ _SIZES = {  # here: in config.json
     "max_sequence_length": "max_position_embeddings",
     "layernorm_epsilon": "rms_norm_eps",
 }
-_VIT_SIZES = {  # here: in config.json's vision_config
+VIT_SIZES = {  # here: in config.json's vision_config
     "num_layers": "num_hidden_layers",
     "hidden_size": "hidden_size",
     "num_attention_heads": "num_heads",
@@ -53,7 +48,7 @@ _VIT_SIZES = {  # here: in config.json's vision_config
     "patch_size": "patch_size",
 }
 _COMMON = {"model_parallel_size": 1, "hidden_dropout": 0.0, "attention_dropout": 0.0}
-_VIT_FIXED = {
+VIT_FIXED = {
     "vocab_size": 1,
     "layernorm_order": "post",
     "use_final_layernorm": False,
@@ -62,18 +57,6 @@ _VIT_FIXED = {
     "pre_len": 1,
     "post_len": 0,
 }
-_FIXED = {
-    "layernorm_order": "pre",
-    "use_bias": False,
-    "use_qkv_bias": False,
-    "use_final_layernorm": True,
-    "is_gated_mlp": False,
-    "is_rotary_emb": False,
-    "num_experts": 1,
-}
-_SAME_VALUES = ("row_parallel_linear_final_bias",)  # where a bias is added that a single process adds once
-_REQUIRED = ("num_layers", "hidden_size", "num_attention_heads", "vocab_size", "inner_hidden_size")
-_REQUIRED_OF_VIT = (*(name for name in _REQUIRED if name != "vocab_size"), "in_channels", "patch_size")
 
 
 class HuggingFaceFolder:
@@ -90,17 +73,17 @@ class HuggingFaceFolder:
         content = read_object(path)
         vision = content.get("vision_config")
         vision = vision if isinstance(vision, dict) else {}
-        problems = [f"no {name}" for name in _SIZES.values() if name not in content]
-        problems += [f"no vision_config.{name}" for name in (*_VIT_SIZES.values(), "image_size") if name not in vision]
+        problems = [f"no {name}" for name in SIZES.values() if name not in content]
+        problems += [f"no vision_config.{name}" for name in (*VIT_SIZES.values(), "image_size") if name not in vision]
         for section, name, value in ((content, "hidden_act", "silu"), (vision, "hidden_act", "gelu")):
             if section.get(name, value) != value:
                 problems.append(f"{name} {section[name]!r} where CogVLM has {value!r}")
         if not problems:
-            problems = [*_not_counts(content, _SIZES), *_not_counts(vision, {**_VIT_SIZES, "image_size": "image_size"})]
+            problems = [*_not_counts(content, SIZES), *_not_counts(vision, {**VIT_SIZES, "image_size": "image_size"})]
         problems += _other_networks(content)
         if problems:
             raise CheckpointError(f"{path} is not the config of a CogVLM: {'; '.join(problems)}")
-        vit = {name: vision[hf_key] for name, hf_key in _VIT_SIZES.items()}
+        vit = {name: vision[hf_key] for name, hf_key in VIT_SIZES.items()}
         side = vision["image_size"]
         patches = (side // vision["patch_size"]) ** 2
         if vision["num_positions"] != patches + 1:
@@ -111,12 +94,12 @@ class HuggingFaceFolder:
         tokens = {name: content[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in content}
         config = {
             "model_class": "CogVLMModel",
-            **{name: content[hf_key] for name, hf_key in _SIZES.items()},
+            **{name: content[hf_key] for name, hf_key in SIZES.items()},
             **_COMMON,
             "layernorm_order": "pre",
             "use_bias": False,
             "image_length": patches,
-            "eva_args": {**vit, **_COMMON, **_VIT_FIXED, "image_size": [side, side]},
+            "eva_args": {**vit, **_COMMON, **VIT_FIXED, "image_size": [side, side]},
             **tokens,
         }
         problems = size_problems(config)
@@ -139,12 +122,12 @@ class HuggingFaceFolder:
 
     def map(self, rank: int = 0) -> dict[str, torch.Tensor]:
         """Return every tensor, mapped, by its name in SAT; one that has none there keeps its own."""
-        state = {sat_name(n) or n: tensor for n, tensor in self._tensors.items() if not n.endswith(_COMPUTED)}
+        state = {sat_name(n) or n: tensor for n, tensor in self._tensors.items() if not n.endswith(COMPUTED)}
         return state if self._frequencies is None else {**state, ROTARY: self._frequencies}
 
     def own_name(self, name: str) -> str | None:
         """Return what a SAT parameter is called in the files; None for one that is computed."""
-        return _FREQUENCIES.format(0) if name == ROTARY and self._frequencies is not None else hf_name(name)
+        return FREQUENCIES.format(0) if name == ROTARY and self._frequencies is not None else hf_name(name)
 
     @cached_property
     def _tensors(self) -> dict[str, torch.Tensor]:
@@ -167,7 +150,7 @@ class HuggingFaceFolder:
 
         A copy of zeros counts as none: it was never filled, as a model that is saved from the device "meta" leaves it.
         """
-        copies = {name: t for name, t in self._tensors.items() if name.endswith(_COMPUTED) and t.any()}
+        copies = {name: t for name, t in self._tensors.items() if name.endswith(COMPUTED) and t.any()}
         for name, tensor in copies.items():
             if not has_base(tensor, ROTARY_BASE):
                 raise CheckpointError(
@@ -252,134 +235,3 @@ def _not_counts(section: dict, names: dict[str, str]) -> list[str]:
 
 def _some(names: list[str]) -> str:
     return ", ".join(map(printable, names[:8])) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-
-
-def refuse_inexpressible(config: dict, frequencies: torch.Tensor) -> None:
-    """Raise CheckpointError with every reason why a SAT model is no CogVLM of Hugging Face, whose code fixes much.
-
-    config: of SAT. frequencies: its rotary buffer, (head_dim / 2,).
-    """
-    vit = config.get("eva_args", {})
-    sizes = {"image_length": config, **dict.fromkeys(_REQUIRED, config)}
-    problems = [f"no {name} in its config" for name, section in sizes.items() if name not in section]
-    problems += [f"no eva_args.{name} in its config" for name in (*_REQUIRED_OF_VIT, "image_size") if name not in vit]
-    if problems:
-        raise CheckpointError(f"no Hugging Face folder can be written: {'; '.join(problems)}")
-    base = config.get("rotary_base", ROTARY_BASE)
-    if base != ROTARY_BASE or not has_base(frequencies, ROTARY_BASE):
-        name = f"rotary base {base:g}" if base != ROTARY_BASE else "rotary frequencies of another base"
-        problems.append(f"{name} where the code has {ROTARY_BASE:g}")
-    for section, prefix, fixed in ((config, "", _FIXED), (vit, "eva_args.", _VIT_FIXED)):
-        for name, value in fixed.items():
-            if name in section and section[name] != value and name not in _SAME_VALUES:
-                problems.append(f"{prefix}{name} {section[name]!r} where the code has {value!r}")
-    for section, prefix in ((config, ""), (vit, "eva_args.")):
-        heads = section["num_attention_heads"]
-        size = section.get("hidden_size_per_attention_head")
-        if size is not None and size * heads != section["hidden_size"]:
-            problems.append(f"{prefix}hidden_size_per_attention_head {size} where the code has hidden size / heads")
-        few = section.get("num_multi_query_heads")
-        if few not in (None, 0, heads):
-            problems.append(f"{prefix}num_multi_query_heads {few} where the code has one key for each of {heads} heads")
-    height, width = vit["image_size"]
-    patches = (height // vit["patch_size"]) ** 2
-    if height != width or config["image_length"] != patches:
-        problems.append(
-            f"images of {height} x {width} in {config['image_length']} patches of {vit['patch_size']} where the code "
-            "has squares cut whole"
-        )
-    if problems:
-        raise CheckpointError(
-            f"the code of Hugging Face's CogVLM cannot run this model: {'; '.join(problems)}; it stays a SAT folder "
-            "(leave out --to hf)"
-        )
-
-
-def make_hugging_face_weights(
-    folder: str | Path,
-    config: dict,
-    layout: Layout,
-    frequencies: torch.Tensor,
-    *,
-    own_config: dict | None = None,
-    shard_bytes: int = 5 * 10**9,
-) -> dict[str, torch.Tensor]:
-    """Make a Hugging Face folder; return its tensors by SAT's names, to be written to.
-
-    Its files are of about `shard_bytes` each. The rotary frequencies (head_dim / 2,), a single buffer in SAT, are
-    written here, one copy a layer. config: of SAT. own_config: the content of a config.json whose entries are kept.
-    Raises CheckpointError if a name has no counterpart, and as `refuse_inexpressible` does.
-    """
-    folder = Path(folder)
-    filled = 0
-    shards: list[Layout] = [{}]
-    refuse_inexpressible(config, frequencies)
-    stored = {name: entry for name, entry in layout.items() if not name.endswith(_COMPUTED)}
-    hf_names = {name: hf for name in stored if (hf := hf_name(name)) is not None}
-    foreign = [name for name in stored if name not in hf_names]
-    if foreign:
-        raise CheckpointError(f"{', '.join(foreign[:8])}: no such parameter in a CogVLM of Hugging Face")
-    buffers = [_FREQUENCIES.format(layer) for layer in range(config["num_layers"])]
-    entries = {hf_names[name]: entry for name, entry in stored.items()}
-    entries |= dict.fromkeys(buffers, (tuple(frequencies.shape), frequencies.dtype))
-    for name, (shape, dtype) in entries.items():
-        size = math.prod(shape) * dtype.itemsize
-        if shards[-1] and filled + size > shard_bytes:
-            shards.append({})
-            filled = 0
-        shards[-1][name] = (shape, dtype)
-        filled += size
-    names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
-    names = [SINGLE] if len(shards) == 1 else names
-    tensors = {
-        k: t for file, shard in zip(names, shards) for k, t in make_safetensors_file(folder / file, shard).items()
-    }
-    for name in buffers:
-        tensors[name].copy_(frequencies)
-    if len(shards) > 1:
-        places = {name: file for file, shard in zip(names, shards) for name in shard}
-        total = sum(math.prod(shape) * dtype.itemsize for shape, dtype in entries.values())
-        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
-    dtype = str(next(iter(stored.values()))[1]).removeprefix("torch.")
-    content = {**hugging_face_config(config), **(own_config or {}), "torch_dtype": dtype}
-    if "dtype" in content:  # as newer versions of transformers call it
-        content["dtype"] = dtype
-    write_json(folder / CONFIG, content)
-    write_json(folder / GENERATION_CONFIG, {"_from_model_config": True, **_tokens(content)})
-    return {name: tensors[hf_names[name]] for name in stored}
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Write a json file of a folder that is being made, and which nobody reads yet."""
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def hugging_face_config(config: dict) -> dict:
-    """Return the config.json for the sizes in SAT's model_config.json: the reverse of `HuggingFaceFolder.config`."""
-    vit = {"max_sequence_length": config["image_length"] + 1, "layernorm_epsilon": 1e-6, **config["eva_args"]}
-    defaults = {"max_sequence_length": 2048, "layernorm_epsilon": 1e-5, **config}
-    vision = {hf_key: vit[name] for name, hf_key in _VIT_SIZES.items()}
-    vision |= {"num_positions": config["image_length"] + 1, "image_size": vit["image_size"][0]}
-    template = TEMPLATES.get(str(config.get("text_processor_version")))
-    configuration, modeling = (Path(name).stem for name in REMOTE_CODE[:2])
-    return {
-        "architectures": ["CogVLMForCausalLM"],
-        "model_type": "cogvlm",
-        "auto_map": {
-            "AutoConfig": f"{configuration}.CogVLMConfig",
-            "AutoModelForCausalLM": f"{modeling}.CogVLMForCausalLM",
-        },
-        **{hf_key: defaults[name] for name, hf_key in _SIZES.items()},
-        "hidden_act": "silu",
-        "rope_theta": ROTARY_BASE,
-        "tie_word_embeddings": False,
-        "use_cache": True,
-        **({} if template is None else {"template_version": template}),
-        "vision_config": {**vision, "hidden_act": "gelu", "dropout_prob": 0.0},
-        **_tokens(config),
-    }
-
-
-def _tokens(config: dict) -> dict:
-    names = ("bos_token_id", "eos_token_id", "pad_token_id")
-    return {name: config[name] for name in names if config.get(name) is not None}

@@ -11,7 +11,7 @@ from sat_lora.parallel.sharding import model_parallel_layout
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How tokens are chosen. ConfigError: every setting that is wrong."""
+    """How tokens are chosen. Raises one ConfigError with every setting that is wrong."""
 
     temperature: float = 0.0
     """Divides the logits; 1 is the model's own distribution, and 0 takes the likeliest token."""

@@ -34,6 +34,14 @@ def load_image(
     return _normalised(read_picture(source, max_pixels=max_pixels, name=name), size)
 
 
+def no_images(size: tuple[int, int], device: torch.device | None = None) -> torch.Tensor:
+    """Return the images of a batch of text alone: (0, 3, height, width) in float32.
+
+    The vision tower runs on them all the same, so that every rank takes the same steps whatever its samples are.
+    """
+    return torch.zeros(0, 3, *size, device=device)
+
+
 def _normalised(image: Image.Image, size: tuple[int, int]) -> torch.Tensor:
     image = image.resize((size[1], size[0]), Image.Resampling.BICUBIC)
     pixels = torch.from_numpy(numpy.asarray(image, dtype=numpy.float32) / 255.0).permute(2, 0, 1)

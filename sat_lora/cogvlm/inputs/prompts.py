@@ -1,6 +1,10 @@
 """The prompt formats of the published CogVLM. Imports nothing heavy: the command line names them in its help."""
 
+from collections.abc import Mapping
+from pathlib import Path
+
 from sat_lora.errors import ConfigError
+from sat_lora.files.foreign import read_json
 
 IMAGE_PLACE = "<EOI>"
 TEMPLATES = {"base": "base", "vqa": "vqa", "chat_old": "chat", "chat": "base"}
@@ -43,3 +47,21 @@ def prompt_text(version: str, query: str, history: tuple[tuple[str, str], ...] =
 def prompt_for(version: str, query: str, history: tuple[tuple[str, str], ...] = ()) -> str:
     """Return `prompt_text` with IMAGE_PLACE in front, where the image's tokens go."""
     return IMAGE_PLACE + prompt_text(version, query, history)
+
+
+def version_of(base: str | Path) -> str | None:
+    """Return the prompt format that the config of a base names; None if it names none, or cannot be read.
+
+    SAT's model_config.json says it as text_processor_version, Hugging Face's config.json as template_version, whose
+    names mean other prompts.
+    """
+    keys: tuple[tuple[str, str, Mapping[str, str]], ...]
+    keys = (("model_config.json", "text_processor_version", {}), ("config.json", "template_version", VERSIONS))
+    for file, key, versions in keys:
+        try:
+            version = read_json(Path(base) / file).get(key)
+        except (OSError, ValueError, AttributeError):
+            continue
+        if version is not None:
+            return versions.get(str(version), str(version))
+    return None

@@ -15,6 +15,10 @@ from sat_lora.cogvlm.network.routing import to_device
 
 CHUNK_ROWS = 1024
 PARTITIONED_CHUNKS = 8
+OnLogits = Callable[[torch.Tensor, torch.Tensor], None]
+"""Is given logits (rows, vocabulary) and labels (rows,) of the labelled positions, in their order, some at a time; once
+each where autograd does not record, which alone it is for.
+"""
 
 
 @dataclass(frozen=True)
@@ -23,16 +27,19 @@ class LabelledRows:
 
     rows: torch.Tensor  # (labelled,) int64, into the flattened (batch * seq) positions
     labels: torch.Tensor  # (labelled,) int64, what follows there
+    on_logits: OnLogits | None = None
 
     @classmethod
-    def from_labels(cls, labels: torch.Tensor, device: torch.device | None = None) -> "LabelledRows":
+    def from_labels(
+        cls, labels: torch.Tensor, device: torch.device | None = None, on_logits: OnLogits | None = None
+    ) -> "LabelledRows":
         """Return the labelled positions of (batch, seq) labels, IGNORED where there is none.
 
         device: of both tensors, by default the labels'.
         """
         following = F.pad(labels[:, 1:], (0, 1), value=IGNORED).reshape(-1)
         rows = (following != IGNORED).nonzero()[:, 0]
-        return cls(to_device(rows, device), to_device(following[rows], device))
+        return cls(to_device(rows, device), to_device(following[rows], device), on_logits)
 
 
 class LanguageModelHead(BaseMixin):
@@ -75,7 +82,9 @@ class LanguageModelHead(BaseMixin):
         hook = self.transformer.hooks["final_forward"]
         rows = hidden_states.flatten(0, 1).index_select(0, labelled.rows)
         chunks = self._chunks(len(rows))
-        return loss_of_rows(lambda part: hook(part[None], **kw_args)[0], rows, labelled.labels, chunks)
+        return loss_of_rows(
+            lambda part: hook(part[None], **kw_args)[0], rows, labelled.labels, chunks, labelled.on_logits
+        )
 
     def _chunks(self, rows: int) -> int:
         if hasattr(self.lm_head.weight, "ds_id"):
@@ -84,7 +93,11 @@ class LanguageModelHead(BaseMixin):
 
 
 def loss_of_rows(
-    head: Callable[[torch.Tensor], torch.Tensor], rows: torch.Tensor, labels: torch.Tensor, chunks: int
+    head: Callable[[torch.Tensor], torch.Tensor],
+    rows: torch.Tensor,
+    labels: torch.Tensor,
+    chunks: int,
+    on_logits: OnLogits | None = None,
 ) -> torch.Tensor:
     """Return the sum of the cross-entropies of `head(rows)` (rows, vocabulary): a float32 scalar.
 
@@ -92,7 +105,10 @@ def loss_of_rows(
     """
 
     def loss(part: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(head(part).float(), labels, reduction="sum")
+        logits = head(part)
+        if on_logits is not None:
+            on_logits(logits, labels)
+        return F.cross_entropy(logits.float(), labels, reduction="sum")
 
     if chunks == 1:
         return loss(rows, labels)

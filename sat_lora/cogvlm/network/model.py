@@ -12,7 +12,7 @@ from sat_lora._sat import BaseModel, mpu
 from sat_lora._sat import RMSNorm as SatRMSNorm
 from sat_lora.cogvlm.network.attention import MASKED, mask_kind
 from sat_lora.cogvlm.network.experts import ExpertAttention, ExpertMlp
-from sat_lora.cogvlm.network.head import LabelledRows, LanguageModelHead
+from sat_lora.cogvlm.network.head import LabelledRows, LanguageModelHead, OnLogits
 from sat_lora.cogvlm.network.key_value_cache import KeyValueCache
 from sat_lora.cogvlm.network.recompute import LayerCheckpointing
 from sat_lora.cogvlm.network.routing import TokenRouting, to_device
@@ -81,6 +81,7 @@ class CogVLMModel(BaseModel):
         image_embed_mask: torch.Tensor | None = None,
         vision_expert_mask: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
+        on_logits: OnLogits | None = None,
         cache: KeyValueCache | None = None,
         **kw_args,
     ) -> list:
@@ -92,7 +93,8 @@ class CogVLMModel(BaseModel):
         logits (batch, 1, vocabulary); once it holds the prompts, the tokens are the next one of each row, all language.
         labels: (batch, seq), IGNORED where a token is not to be learnt; with them a scalar takes the logits' place, the
         sum of the cross-entropies of the labelled tokens given those before them, in float32. The head then runs on
-        those positions alone. Both masks and the labels may stay on the CPU: only there does no one wait for a GPU.
+        those positions alone, and on_logits is given what it makes of them. Both masks and the labels may stay on the
+        CPU: only there does no one wait for a GPU.
         """
         if cache is not None and cache.holds_prompts:
             images = None
@@ -116,7 +118,7 @@ class CogVLMModel(BaseModel):
             routing=routing,
             rope=rotary(position_ids, self.mixins["eva"].boi.dtype),
             attention_kind=kind,
-            labelled=None if labels is None else LabelledRows.from_labels(labels, input_ids.device),
+            labelled=None if labels is None else LabelledRows.from_labels(labels, input_ids.device, on_logits),
             cache=cache,
             **kw_args,
         )

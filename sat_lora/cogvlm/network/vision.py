@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from sat_lora._sat import BaseMixin, BaseModel, ImagePatchEmbeddingMixin, ViTProperty
+from sat_lora.cogvlm.inputs.image import no_images
 from sat_lora.cogvlm.network.attention import FULL, attend
 from sat_lora.cogvlm.network.fused import silu_mul
 from sat_lora.cogvlm.network.gradient_sum import undo_gradient_sum
@@ -121,7 +122,7 @@ class ImageTokens(BaseMixin):
     def no_images(self) -> torch.Tensor:
         """Return what a batch without images carries: (0, 3, height, width)."""
         grid = self.vit_model.transformer.property
-        return torch.zeros(0, 3, *grid.image_size, device=self.boi.device)
+        return no_images(grid.image_size, self.boi.device)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Return the tokens (images, patches + 2, hidden) of images (images, 3, height, width).

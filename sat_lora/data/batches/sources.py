@@ -1,37 +1,110 @@
 """Where a run's batches come from: files that are read at will, or tar shards that are streamed."""
 
 import hashlib
+import itertools
 import json
-from argparse import Namespace
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from torch.utils.data import DataLoader
 
+from sat_lora.data.answer_lengths import AnswerLengths, answer_lengths
 from sat_lora.data.batches.sampler import EpochSampler, eval_batches, make_loader, make_stream_loader
 from sat_lora.data.batches.shard_stream import ShardStream
 from sat_lora.data.samples import DataCounts, ImageTextDataset, Item, read_items, reading_options, split_items
-from sat_lora.data.shards.shards import Shard, count_shards
+from sat_lora.data.shards.shards import Shard, count_shards, find_records
 from sat_lora.files.paths import is_shard
 from sat_lora.parallel.agreement import mark
 from sat_lora.parallel.distributed import World
 
 SIZES_TRIED = 256  # samples whose files are asked for their size
+FIRST_OF_SHARDS = 100  # samples of tar shards that are looked at, since their images are read with the rest
 
 
-class FileSource:
-    """Batches of the items of files and folders.
+class Source(Protocol):
+    """Where the batches of a run come from, in whatever way its samples are kept.
 
-    samples: how many there are. epoch_samples: as how many an epoch counts, for `total_steps`. make_dataset: the
-    ImageTextDataset of a list of items. left_out: (reason, count) of what lies in the paths and is no sample.
+    Each method answers for this rank, and so that the answers of all ranks fit together.
     """
+
+    samples: int
+    """How many there are, over all ranks."""
+    epoch_samples: int
+    """The number of samples that an epoch counts as, for `total_steps`."""
+    dataset: ImageTextDataset
+    """What makes a sample of an item."""
+    left_out: list[tuple[str, int]]
+    """What lies in the paths and is no sample, as (reason, count)."""
+    is_stream: bool
+    """Whether nobody looks through the samples before their turn comes."""
+    packing: str | None
+    """What the samples are kept in, for people; None where the paths say it themselves."""
+
+    def marks(self, option: str) -> dict[str, str]:
+        """Return what all ranks have to have alike, see `agree`. option: the one that gave the paths."""
+
+    def description(self) -> dict:
+        """Return what tells these samples, in their order, from others: {"samples": how many, "digest": ...}."""
+
+    def files(self) -> str:
+        """Return what tells the files of these samples from others of the same names: a digest of some sizes."""
+
+    def first_items(self, most: int) -> Iterator[Item]:
+        """Yield the first items, at most so many; those that cannot be read are passed over."""
+
+    def answer_lengths(self) -> AnswerLengths | None:
+        """Return how many answers are cut; None of a stream."""
+
+    def training(self, start_step: int) -> Iterable[dict]:
+        """Return a loader of this rank's micro-batches without end, from `start_step` on."""
+
+    @property
+    def validation_batches(self) -> int:
+        """How many batches of this rank are in one pass."""
+
+    def validation(self) -> Iterable[dict]:
+        """Return a loader of one pass: every sample on one rank, as many batches on every rank.
+
+        There are at most --eval-iters of them.
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceSettings:
+    """What decides which batches come: paths, how they are read and divided, and how many samples a batch has."""
+
+    train_data: Sequence[str]
+    valid_data: Sequence[str] | None
+    split: Sequence[float]
+    seed: int
+    batch_size: int
+    eval_batch_size: int
+    eval_iters: int
+    num_workers: int
+    max_pixels: int
+    ignore_keys: Sequence[str] = ()
+    images_from: Sequence[str] = ()
+    names_are_answers: bool = False
+    run_folder: str | None = None
+
+
+class FileSource(Source):
+    """A `Source` of items whose images are files, read at will.
+
+    make_dataset: gives the ImageTextDataset of a list of items.
+    """
+
+    is_stream = False
+    packing: str | None = None
 
     def __init__(
         self,
         items: list,
         make_dataset: Callable[[list], ImageTextDataset],
-        options: Namespace,
+        options: SourceSettings,
         world: World,
         left_out: Sequence[tuple[str, int]] = (),
     ):
@@ -43,22 +116,22 @@ class FileSource:
         self.epoch_samples = len(items)
 
     def marks(self, option: str) -> dict[str, str]:
-        """Return what all ranks have to have alike, see `agree`. option: the one that gave the paths."""
         return marks_of_samples(option, self.samples, self.dataset.items)
 
     def description(self) -> dict:
-        """Return what tells these samples, in their order, from others, wherever they lie.
-
-        It is their number and a digest of names, prompts and answers, as JSON holds them.
-        """
+        """Return the number of samples, and a digest of names, prompts and answers."""
         return {"samples": self.samples, "digest": _digest(map(_entry, self.dataset.items))}
 
     def files(self) -> str:
-        """Return what tells the files of these samples from others of the same names: a digest of some sizes."""
         return sizes_mark(self.dataset.items)
 
+    def first_items(self, most: int) -> Iterator[Item]:
+        return iter(self.dataset.items[:most])
+
+    def answer_lengths(self) -> AnswerLengths | None:
+        return answer_lengths(self.dataset)
+
     def training(self, start_step: int) -> DataLoader:
-        """Return a loader of this rank's micro-batches without end, from `start_step` on."""
         options = self.options
         sampler = EpochSampler(
             len(self.dataset),
@@ -72,7 +145,6 @@ class FileSource:
 
     @property
     def validation_batches(self) -> int:
-        """How many batches this rank has in one pass of validation."""
         return len(self._validation_indices())
 
     def _validation_indices(self) -> list[list[int]]:
@@ -86,23 +158,21 @@ class FileSource:
         )
 
     def validation(self) -> DataLoader:
-        """Return a loader of one pass: every sample on one rank, as many batches on every rank.
-
-        There are at most --eval-iters of them.
-        """
         options = self.options
         batches = self._validation_indices()
         return make_loader(self.dataset, batches, num_workers=min(1, options.num_workers), seed=options.seed)
 
 
-class ShardSource:
-    """Batches of tar shards; what FileSource says holds here too. An epoch's places without a sample count as one."""
+class ShardSource(Source):
+    """A `Source` of tar shards, which are streamed. An epoch's places without a sample count as one."""
+
+    is_stream = True
 
     def __init__(
         self,
         shards: list[Shard],
         make_dataset: Callable[[list], ImageTextDataset],
-        options: Namespace,
+        options: SourceSettings,
         world: World,
         left_out: Sequence[tuple[str, int]] = (),
     ):
@@ -111,20 +181,30 @@ class ShardSource:
         self.dataset = make_dataset([])
         self.options = options
         self.world = world
+        self.packing: str | None = f"{len(shards):,} tar shards"
         self.samples = sum(shard.samples for shard in shards)
         steps = self._stream(options.batch_size, options.num_workers).steps_per_epoch
         self.epoch_samples = steps * options.batch_size * world.data_parallel_size
 
     def description(self) -> dict:
-        """Return what FileSource does, of the names of the shards and how many samples each holds."""
-        return {
-            "samples": self.samples,
-            "digest": _digest((Path(shard.path).name, shard.samples) for shard in self.shards),
-        }
+        """Return the number of samples, and a digest of the names of the shards and how many each holds."""
+        entries = ((Path(shard.path).name, shard.samples) for shard in self.shards)
+        return {"samples": self.samples, "digest": _digest(entries)}
 
     def files(self) -> str:
-        """Return what FileSource does, of the shards themselves."""
+        """Return a digest of the sizes of the shards themselves."""
         return sizes_mark([Item(Path(shard.path), "") for shard in self.shards])
+
+    def first_items(self, most: int) -> Iterator[Item]:
+        """Yield what FileSource does, at most FIRST_OF_SHARDS of them."""
+        records = itertools.chain.from_iterable(find_records(shard.path) for shard in self.shards)
+        for record in itertools.islice(records, min(most, FIRST_OF_SHARDS)):
+            item = record.read(self.options.max_pixels, self.options.ignore_keys)
+            if isinstance(item, Item):
+                yield item
+
+    def answer_lengths(self) -> AnswerLengths | None:
+        return None
 
     def _stream(self, batch_size: int, num_workers: int, **settings) -> ShardStream:
         return ShardStream(
@@ -142,7 +222,7 @@ class ShardSource:
         )
 
     def marks(self, option: str) -> dict[str, str]:
-        """Return what FileSource does, of the names of the shards and how many samples each holds."""
+        """Return the names of the shards and how many samples each holds, as marks."""
         shards = [(Path(shard.path).name, shard.samples) for shard in self.shards]
         return {f"the shards of {option}": mark([self.samples, *shards])}
 
@@ -171,7 +251,7 @@ class ShardSource:
         return make_stream_loader(self._validation_stream(), num_workers=workers, seed=self.options.seed)
 
 
-def marks_of_sources(data: FileSource | ShardSource, valid: FileSource | ShardSource | None) -> dict[str, str]:
+def marks_of_sources(data: Source, valid: Source | None) -> dict[str, str]:
     """Return what all ranks have to have alike of training and validation data, see `agree`."""
     return {**data.marks("--train-data"), **({} if valid is None else valid.marks("--valid-data"))}
 
@@ -190,15 +270,15 @@ def _digest(entries: Iterable[Sequence]) -> str:
 
 
 def open_sources(
-    options: Namespace, world: World, make_dataset: Callable[[list], ImageTextDataset]
-) -> tuple[FileSource | ShardSource, FileSource | ShardSource | None]:
-    """Return the sources of (training, validation), the latter None without any.
+    options: SourceSettings, world: World, make_dataset: Callable[[list], ImageTextDataset]
+) -> tuple[Source, Source | None]:
+    """Return the sources of (training, validation), the latter None without any, from their paths.
 
     Of files, validation may be a share of the training data, as --split says. Every rank has to call it.
     Raises DataError, on every rank, with all shards that cannot be read.
     """
 
-    def source(paths: list[str]) -> FileSource | ShardSource:
+    def source(paths: Sequence[str]) -> Source:
         left_out: Counter[str] = Counter()
         if is_shard(paths[0]):
             ranks = dict(data_parallel_rank=world.data_parallel_rank, data_parallel_size=world.data_parallel_size)

@@ -6,7 +6,8 @@ from collections.abc import Collection, Iterator
 
 from sat_lora.cogvlm.inputs.pictures import MAX_PIXELS, read_picture
 from sat_lora.data.samples import BrokenSample
-from sat_lora.data.shards.shards import expand_shards, find_records
+from sat_lora.data.shards.shard_names import expand_shards
+from sat_lora.data.shards.shards import find_records
 from sat_lora.errors import DataError
 from sat_lora.files.paths import COMPRESSED_SUFFIXES, is_shard
 from sat_lora.printable import printable

@@ -1,21 +1,21 @@
 """Tar shards as WebDataset lays them out: named, counted, and read sample by sample."""
 
 import itertools
-import re
 import sys
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from webdataset.shardlists import expand_urls
 from webdataset.tariterators import base_plus_ext
 
 from sat_lora.cogvlm.inputs.pictures import CONVERT, MAX_PIXELS, SUFFIXES, UNREAD_SUFFIXES, file_limit
 from sat_lora.data.folders import is_no_data_path
-from sat_lora.data.item_files import kind_of_value, object_problems, read_object
+from sat_lora.data.item_files import kind_of_value, object_problems
 from sat_lora.data.item_keys import METADATA_OF_SHARDS, key_problems
+from sat_lora.data.json_texts import read_object
 from sat_lora.data.samples import BrokenSample, Item
+from sat_lora.data.shards.shard_names import expand_shards
 from sat_lora.data.shards.tar_members import Links, Member, read_members, unpacking_program
 from sat_lora.errors import DataError
 from sat_lora.files.foreign import JSON_LIMIT, MEBIBYTE, open_file
@@ -25,8 +25,6 @@ from sat_lora.printable import printable
 TEXT_SUFFIXES = (".json", ".txt")
 FIRST_DOT = "a key ends at the first dot of a name, so rename members that have more than one"
 SORT = "write the shard sorted by name (tar --sort=name)"
-MOST_SHARDS = 1_000_000
-_RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)(?:\.\.(-?\d+))?")
 
 
 @dataclass(frozen=True)
@@ -133,66 +131,6 @@ def _read_part(file, first: int, size: int) -> bytes:
     if len(content) < size:
         raise OSError(f"the shard ends {size - len(content)} bytes too early")
     return content
-
-
-def expand_shards(paths: Sequence[str | Path]) -> list[str]:
-    """Return the shards of data paths, `{000..127}` and `{a,b}` expanded, each once.
-
-    Raises DataError for unbalanced braces, or if they are more than MOST_SHARDS.
-    """
-    shards = []
-    for path in map(str, paths):
-        shown = printable(path[:200])
-        try:
-            count = _count_of(path)
-            if count > MOST_SHARDS:
-                raise DataError(f"{shown}: means {_number(count)} shards, more than {MOST_SHARDS:,}; mend the range")
-            shards += expand_urls(path)
-        except (ValueError, RecursionError) as error:
-            problem = "braces within braces without end" if isinstance(error, RecursionError) else error
-            raise DataError(f"{shown}: {printable(problem)}; write shards as 'shards-{{000..127}}.tar'") from error
-    return list(dict.fromkeys(shards))
-
-
-def _number(count: int) -> str:
-    return f"{count:,}" if count < 10**15 else "more than 10^15"
-
-
-def _count_of(pattern: str) -> int:
-    """Return how many names braces come to; none of them is made for it.
-
-    Raises ValueError if a range has thousands of digits.
-    """
-    total = 1
-    depth = 0
-    start = 0
-    place = 0
-    while place < len(pattern):
-        if pattern[place] == "\\":
-            place += 1
-        elif pattern[place] == "{":
-            depth += 1
-            start = place + 1 if depth == 1 else start
-        elif pattern[place] == "}":
-            depth -= 1
-            total *= _count_of_group(pattern[start:place]) if depth == 0 else 1
-        place += 1
-    return total
-
-
-def _count_of_group(group: str) -> int:
-    if match := _RANGE.fullmatch(group):
-        first, last, step = (int(number or 1) for number in match.groups())
-        return abs(last - first) // max(1, abs(step)) + 1
-    parts = [""]
-    depth = 0
-    for character in group:
-        depth += (character == "{") - (character == "}")
-        if character == "," and depth == 0:
-            parts.append("")
-        else:
-            parts[-1] += character
-    return sum(map(_count_of, parts))
 
 
 def find_records(shard: str, left_out: Counter | None = None) -> Iterator[Record]:

@@ -1,7 +1,7 @@
 """What DeepSpeed would ignore, or take otherwise than it is meant, in a --deepspeed_config file."""
 
+import contextlib
 import difflib
-from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -10,27 +10,30 @@ import torch
 from sat_lora.cogvlm.checkpoints.load import open_folder
 from sat_lora.errors import ConfigError, SatLoraError
 from sat_lora.findings.finding import Finding, looks_for
-from sat_lora.training.settings.deepspeed_config import base_dtype, is_accumulation_left
+from sat_lora.training.settings.config import TrainConfig
+from sat_lora.training.settings.deepspeed_config import base_dtype, is_accumulation_left, settle
 from sat_lora.training.settings.deepspeed_file import TOP_LEVEL_KEYS, read_deepspeed_file, section_keys
 
 TOP = "the top level"
 OPTION = "--deepspeed_config"
 
 
-def configuration_findings(options: Namespace, environ: Mapping[str, str], device: str) -> list[Finding]:
+def configuration_findings(config: TrainConfig, environ: Mapping[str, str], device: str) -> list[Finding]:
     """Return what is wrong with the file that the options name, and with the precision.
 
     It changes nothing, and reads headers of weight files.
     """
     findings = []
-    if options.deepspeed_config is not None:
+    if config.parallel.deepspeed_config is not None:
         try:
-            content = read_deepspeed_file(options.deepspeed_config)
+            content = read_deepspeed_file(config.parallel.deepspeed_config)
         except ConfigError as error:
-            return [Finding(code="options", seen=str(error), file=options.deepspeed_config, option=OPTION)]
-        findings += key_findings(content, options.deepspeed_config)
-        findings += _batch_findings(content, options, environ)
-    return findings + precision_findings(options, device)
+            return [Finding(code="options", seen=str(error), file=config.parallel.deepspeed_config, option=OPTION)]
+        findings += key_findings(content, config.parallel.deepspeed_config)
+        findings += _batch_findings(content, config, environ)
+    with contextlib.suppress(ConfigError):  # `options` says it
+        config = settle(config, device=device, environ=environ).config
+    return findings + precision_findings(config, device)
 
 
 @looks_for("unknown-key", "misplaced-key")
@@ -79,32 +82,32 @@ def _called(place: str) -> str:
 
 
 @looks_for("batch-arithmetic")
-def _batch_findings(content: dict, options: Namespace, environ: Mapping[str, str]) -> list[Finding]:
+def _batch_findings(content: dict, config: TrainConfig, environ: Mapping[str, str]) -> list[Finding]:
     whole = content.get("train_batch_size")
-    ranks = max(1, int(environ.get("WORLD_SIZE", 1)) // options.model_parallel_size)
-    if not isinstance(whole, int) or is_accumulation_left(options, content, ranks):
+    ranks = max(1, int(environ.get("WORLD_SIZE", 1)) // config.parallel.model_parallel_size)
+    if not isinstance(whole, int) or is_accumulation_left(config, content, ranks):
         return []
-    micro = content.get("train_micro_batch_size_per_gpu", options.batch_size)
-    steps = content.get("gradient_accumulation_steps", options.gradient_accumulation_steps)
+    micro = content.get("train_micro_batch_size_per_gpu", config.schedule.batch_size)
+    steps = content.get("gradient_accumulation_steps", config.schedule.gradient_accumulation_steps)
     if not isinstance(micro, int) or not isinstance(steps, int) or micro * steps * ranks == whole:
         return []
     seen = (
         f'"train_batch_size" is {whole}, but {micro} samples x {steps} accumulation steps x {ranks} data-parallel '
         f"ranks make {micro * steps * ranks}"
     )
-    return [Finding(code="batch-arithmetic", seen=seen, file=str(options.deepspeed_config), option=OPTION)]
+    return [Finding(code="batch-arithmetic", seen=seen, file=str(config.parallel.deepspeed_config), option=OPTION)]
 
 
 @looks_for("precision")
-def precision_findings(options: Namespace, device: str) -> list[Finding]:
+def precision_findings(config: TrainConfig, device: str) -> list[Finding]:
     """Return where the run's precision does not fit what the device has, or what the checkpoint holds."""
     findings = []
-    run_dtype = base_dtype(options)
+    run_dtype = base_dtype(config.precision)
     if device.startswith("cuda") and run_dtype is torch.bfloat16 and not torch.cuda.is_bf16_supported(False):
         seen = f"bf16 on {torch.cuda.get_device_name()}, which has no bfloat16 and emulates it"
         findings.append(Finding(code="precision", seen=seen, option="--bf16", fix="use --fp16"))
     try:
-        saved = checkpoint_dtype(options.from_pretrained, trust=options.trust_checkpoint)
+        saved = checkpoint_dtype(config.model.base, trust=config.start.trust_checkpoint)
     except SatLoraError:
         return findings  # `options` says it
     if run_dtype is torch.float16 and saved in (torch.bfloat16, torch.float32):

@@ -1,14 +1,14 @@
 """The optimizer: it holds what trains, each once; its rate is one at which LoRA learns; a step has an effect."""
 
-from argparse import Namespace
 from collections import Counter
 
 import torch
 from torch import nn
 
 from sat_lora.findings.finding import Finding, looks_for
-from sat_lora.training.settings.deepspeed_config import LOWEST_USEFUL_RATE
-from sat_lora.training.settings.schedule import rates, schedule_problems
+from sat_lora.training.settings.config import Schedule
+from sat_lora.training.settings.resolve import LOWEST_USEFUL_RATE
+from sat_lora.training.settings.schedule import schedule_problems
 
 
 @looks_for("optimizer-holds")
@@ -50,9 +50,9 @@ def learning_rate_findings(groups: list[dict], peak: float) -> list[Finding]:
 
 
 @looks_for("schedule")
-def schedule_findings(options: Namespace, steps: int) -> list[Finding]:
-    """Return what is wrong with the rates of all steps, as the run would set them."""
-    problems = schedule_problems(rates(options, steps), options, steps)
+def schedule_findings(schedule: Schedule, peak: float, steps: int) -> list[Finding]:
+    """Return what is wrong with the rates of all steps, as the run would set them. peak: the highest of them."""
+    problems = schedule_problems(schedule, peak, steps)
     return [Finding(code="schedule", seen=problem, option=problem.split()[0]) for problem in problems]
 
 

@@ -30,6 +30,7 @@ IMPORTS = {
     "packaging": "packaging.version",
     "pydantic": "pydantic",
     "Pillow": "PIL.Image",
+    "PyYAML": "yaml",
     "tqdm": "tqdm",
     "tensorboard": "torch.utils.tensorboard",
     "matplotlib": "matplotlib",

@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from sat_lora.lora.deltas.low_rank import DeltaLayout
+from sat_lora.lora.deltas.layout import DeltaLayout
 
 ROUNDS = tl.constexpr(7)  # of Philox 4x32: the fewest that pass BigCrush (Salmon et al., 2011, table 2)
 

@@ -7,7 +7,8 @@ y' = g (y - bias + s B A x) + bias
 import torch
 
 from sat_lora._sat import mpu
-from sat_lora.lora.deltas.low_rank import DeltaLayout
+from sat_lora.lora.deltas.delta import Delta
+from sat_lora.lora.deltas.layout import DeltaLayout
 from sat_lora.parallel.sharding import model_parallel_layout
 
 
@@ -15,27 +16,27 @@ from sat_lora.parallel.sharding import model_parallel_layout
 def row_norms(
     matrix: torch.Tensor,
     layout: DeltaLayout,
-    delta: tuple[torch.Tensor, torch.Tensor, float] | None = None,
+    delta: Delta | None = None,
     *,
     sum_over_ranks: bool = False,
 ) -> torch.Tensor:
     """Return |(W + s B A)_i| for every adapted row: (adapted rows,) in float64, so that no cut shows in rounded values.
 
-    matrix: W (out, in) of this rank; delta: A (slots * r, in), B (adapted rows, r) and s, or None for |W_i|;
+    matrix: W (out, in) of this rank; delta: of all slots, or None for |W_i|;
     sum_over_ranks: the columns of W are cut over the model-parallel ranks. The product B A is never formed:
 
         |W + s B A|^2 = |W|^2 + 2 s (W A^T, B) + s^2 (B A A^T, B)     (., .) row by row
     """
     dtype = torch.float64
-    rank = delta[1].shape[1] if delta is not None else 0
+    rank = delta.rank if delta is not None else 0
     squares = []
     for rows, b_rows, a_rows in layout.pieces(rank):
         w = matrix[rows]
         square = torch.linalg.vector_norm(w, dim=1, dtype=dtype).square()
         if delta is not None:
-            a = delta[0][a_rows]
-            b = delta[1][b_rows].to(dtype)
-            scale = delta[2]
+            a = delta.a[a_rows]
+            b = delta.b[b_rows].to(dtype)
+            scale = delta.scale
             cross = w @ a.to(w.dtype).T  # (rows, r)
             square += 2 * scale * (cross.to(dtype) * b).sum(1)
             a = a.to(dtype)

@@ -16,30 +16,40 @@ from torch import nn
 from torch.nn import functional as F
 
 from sat_lora._sat import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding, mpu
-from sat_lora.lora.deltas.low_rank import DeltaLayout, RandomDropout, add_delta
+from sat_lora.lora.deltas.delta import Delta
+from sat_lora.lora.deltas.layout import DeltaLayout
+from sat_lora.lora.deltas.low_rank import RandomDropout, add_delta
 from sat_lora.parallel.sharding import model_parallel_layout
 
 
-@dataclass(frozen=True)
-class Delta:
-    """What is added to a layer's output: scale * B A x."""
+@dataclass(frozen=True, kw_only=True)
+class LayerDelta(Delta):
+    """The delta of all slots, of this rank, as a call of the layer adds it to its output: scale * B A x."""
 
-    a: torch.Tensor  # (slots * r, in), of this rank
-    b: torch.Tensor  # (adapted rows, r), of this rank
-    scale: float
     layout: DeltaLayout
     dropout: float = 0.0  # probability, 0 outside of training
     output_is_untouched: bool = False  # it is as the layer made it, no hook having seen it
 
 
 class Kind:
-    """How an nn.Linear takes a delta, and the base of the other kinds."""
+    """How a kind of layer takes a delta: its name and classes, and W with what it adds where that is not as here.
 
-    name = "linear"
-    layers: tuple[type, ...] = (nn.Linear,)
+    Here y is some product of x (..., in) with W (out, in). `kinds` registers it.
+    """
+
+    name: str
+    """The name in adapter files."""
+    layers: tuple[type, ...]
+    """The classes of such layers; a subclass of one is of this kind as well, if it has none of its own."""
     cut: str | None = None
     """What model parallelism cuts in W: "out", "in" or nothing."""
     is_linear = True
+    """Whether "all-linear" means it."""
+    is_product = False
+    """Whether a layer of one of these very classes gives x W^T + bias and nothing else.
+
+    Its delta may then be added without calling it.
+    """
     is_embedding = False
     """Whether x holds whole numbers that pick columns of W."""
 
@@ -55,7 +65,7 @@ class Kind:
         """Return a vector as long as the layer's output is wide, of one that has an entry per local row of W."""
         return per_channel
 
-    def add(self, layer: nn.Module, y: torch.Tensor, x: torch.Tensor, delta: Delta) -> torch.Tensor:
+    def add(self, layer: nn.Module, y: torch.Tensor, x: torch.Tensor, delta: LayerDelta) -> torch.Tensor:
         """Return the layer's output y (..., out) for x (..., in), with the delta added."""
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(y.dtype)  # what autocast did to the layer's own x
@@ -67,14 +77,22 @@ class Kind:
 
     def can_fuse(self, layer: nn.Module, x: torch.Tensor) -> bool:
         """Return whether y is x W^T as it stands, W frozen and whole: one Function then has the gradient of both."""
-        if type(layer) not in self.layers or "weight" not in layer._parameters:
+        if not self.is_product or type(layer) not in self.layers or "weight" not in layer._parameters:
             return False  # a subclass, weight norm and the like may do anything else
         if hasattr(layer.weight, "ds_id") or layer.weight.dtype != x.dtype:  # ZeRO-3 gathers W for its own graph alone
             return False
         return not any(parameter.requires_grad for parameter in layer.parameters(recurse=False))
 
 
-class Column(Kind):
+class Linear(Kind):
+    """How an nn.Linear takes a delta."""
+
+    name = "linear"
+    layers: tuple[type, ...] = (nn.Linear,)
+    is_product = True
+
+
+class Column(Linear):
     """How a column-parallel linear takes a delta: each rank makes that of its own columns of y, gathered where y is."""
 
     name = "column"
@@ -85,7 +103,7 @@ class Column(Kind):
         gathers = layer.gather_output and model_parallel_layout()[1] > 1
         return mpu.gather_from_model_parallel_region(per_channel) if gathers else per_channel
 
-    def add(self, layer: nn.Module, y: torch.Tensor, x: torch.Tensor, delta: Delta) -> torch.Tensor:
+    def add(self, layer: nn.Module, y: torch.Tensor, x: torch.Tensor, delta: LayerDelta) -> torch.Tensor:
         if layer.gather_output and model_parallel_layout()[1] > 1:
             own_columns = y.new_zeros(*y.shape[:-1], delta.layout.width)
             delta = replace(delta, output_is_untouched=False)
@@ -93,14 +111,14 @@ class Column(Kind):
         return super().add(layer, y, x, delta)
 
 
-class Row(Kind):
+class Row(Linear):
     """How a row-parallel linear takes a delta: S is summed over the ranks, and each adds the whole delta."""
 
     name = "row"
     layers = (RowParallelLinear,)
     cut = "in"
 
-    def add(self, layer: nn.Module, y: torch.Tensor, x: torch.Tensor, delta: Delta) -> torch.Tensor:
+    def add(self, layer: nn.Module, y: torch.Tensor, x: torch.Tensor, delta: LayerDelta) -> torch.Tensor:
         x = x if layer.input_is_parallel else mpu.scatter_to_model_parallel_region(x)  # its backward gathers
         return super().add(layer, y, x, delta)
 
@@ -122,7 +140,7 @@ class Convolution(Kind):
     def channel_dim(self, layer: nn.Module) -> int:
         return -1 - len(layer.kernel_size)
 
-    def add(self, layer: nn.Module, y: torch.Tensor, x: torch.Tensor, delta: Delta) -> torch.Tensor:
+    def add(self, layer: nn.Module, y: torch.Tensor, x: torch.Tensor, delta: LayerDelta) -> torch.Tensor:
         kernel = layer.weight.shape[1:]
         groups = layer.groups
         ones = (1,) * len(layer.kernel_size)
@@ -144,7 +162,7 @@ class Embedding(Kind):
     def matrix(self, weight: torch.Tensor) -> torch.Tensor:
         return weight.T
 
-    def add(self, layer: nn.Module, y: torch.Tensor, x: torch.Tensor, delta: Delta) -> torch.Tensor:
+    def add(self, layer: nn.Module, y: torch.Tensor, x: torch.Tensor, delta: LayerDelta) -> torch.Tensor:
         s = F.embedding(x, delta.a.T, layer.padding_idx)
         return y + delta.scale * F.linear(s, delta.b).to(y.dtype)
 
@@ -159,16 +177,8 @@ class VocabEmbedding(Embedding):
     layers = (VocabParallelEmbedding,)
     cut = "in"
 
-    def add(self, layer: nn.Module, y: torch.Tensor, x: torch.Tensor, delta: Delta) -> torch.Tensor:
+    def add(self, layer: nn.Module, y: torch.Tensor, x: torch.Tensor, delta: LayerDelta) -> torch.Tensor:
         elsewhere = (x < layer.vocab_start_index) | (x >= layer.vocab_end_index)
         s = F.embedding((x - layer.vocab_start_index).masked_fill(elsewhere, 0), delta.a.T)
         s = mpu.reduce_from_model_parallel_region(s.masked_fill(elsewhere.unsqueeze(-1), 0))
         return y + delta.scale * F.linear(s, delta.b).to(y.dtype)
-
-
-KINDS = {kind.name: kind for kind in (Column(), Row(), Kind(), Convolution(), Embedding(), VocabEmbedding())}
-
-
-def kind_of(layer: nn.Module) -> Kind | None:
-    """Return the kind of a layer, None for one that takes no delta."""
-    return next((kind for kind in KINDS.values() if isinstance(layer, kind.layers)), None)

@@ -6,8 +6,9 @@ from torch import nn
 from sat_lora._sat import HOOKS_DEFAULT, BaseModel, mpu
 from sat_lora.errors import MergeError
 from sat_lora.lora.deltas import dora
+from sat_lora.lora.deltas.delta import Delta
 from sat_lora.lora.deltas.layers import Kind
-from sat_lora.lora.deltas.low_rank import DeltaLayout
+from sat_lora.lora.deltas.layout import DeltaLayout
 from sat_lora.parallel.sharding import gathered, model_parallel_layout
 
 
@@ -16,24 +17,22 @@ def merged_weight(
     weight: torch.Tensor,
     kind: Kind,
     layout: DeltaLayout,
-    delta: tuple[torch.Tensor, torch.Tensor, float],
+    delta: Delta,
     magnitude: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return g (W + s B A) in the weight's shape, g = 1 without DoRA; in float32, or float64 for a float64 weight.
 
-    weight: whole, or this rank's part with its part of A (slots * r, in), B (adapted rows, r) and magnitude (adapted
-    rows,); `layout` says which rows of W are adapted.
+    weight: whole, or this rank's part with its part of the delta of all slots and of magnitude (adapted rows,);
+    `layout` says which rows of W are adapted.
     """
     merged = weight.detach().to(torch.promote_types(weight.dtype, torch.float32), copy=True)
     matrix = kind.matrix(merged)
-    a = delta[0].to(merged.dtype)
-    b = delta[1].to(merged.dtype)
-    scale = delta[2]
+    wide = delta.to(merged.dtype)
     if magnitude is not None:
         # The norms are those of the forward pass, from the weight and the pair as they are stored.
         norms = dora.row_norms(kind.matrix(weight.detach()), layout, delta, sum_over_ranks=kind.cut == "in")
-    for rows, b_rows, a_rows in layout.pieces(b.shape[1]):
-        matrix[rows].addmm_(b[b_rows], a[a_rows], alpha=scale)
+    for rows, b_rows, a_rows in layout.pieces(wide.rank):
+        matrix[rows].addmm_(wide.b[b_rows], wide.a[a_rows], alpha=wide.scale)
     if magnitude is not None:
         matrix *= dora.spread(dora.gain(magnitude, norms), layout)[:, None]
     return merged

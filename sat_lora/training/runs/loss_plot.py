@@ -3,11 +3,12 @@
 import contextlib
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from sat_lora.printable import printable
 from sat_lora.terminal.plot_text import families, plot_text
+from sat_lora.training.steps.observers import Observer
 
 WINDOW = 25  # points that a smoothed one is made of, at most
 SHARE = 15  # and no more than this part of all: the line has to lie on the data
@@ -103,3 +104,26 @@ def _short(title: str) -> str:
     if len(title) > TITLE:
         title = f"{title[: TITLE // 2]}...{title[-TITLE // 2 + 3 :]}"
     return plot_text(title)
+
+
+class LossPicture(Observer):
+    """Draws `path` of the records so far with every save, by the thread that writes it, and at the end.
+
+    title: of the picture, which may be set later.
+    """
+
+    def __init__(self, path: str | Path, records: Callable[[], Sequence[dict]], title: str):
+        self.path, self.title = Path(path), title
+        self.name = self.path.name
+        self._records = records
+
+    def on_save(self, step: int, adapter: Path, checkpoint: Path) -> None:
+        self._draw()
+
+    def on_end(self, error: BaseException | None) -> None:
+        self._draw()
+
+    def _draw(self) -> None:
+        records = list(self._records())  # the loop may add to them meanwhile
+        if records:
+            draw_losses(records, self.path, self.title)

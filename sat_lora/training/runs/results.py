@@ -4,13 +4,13 @@ own library, so that a start is refused before anything slow is imported.
 
 import itertools
 import os
-from argparse import Namespace
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from sat_lora.files.foreign import read_json
 from sat_lora.files.step_folders import LATEST, read_pointer, steps_in
 from sat_lora.printable import printable
+from sat_lora.training.settings.config import TrainConfig
 
 RUN, LOG, EVALUATION = "run.json", "train.jsonl", "evaluation.json"
 DATA = ("train_data", "valid_data", "test_data")
@@ -57,21 +57,21 @@ def evaluations_in(folder: Path) -> list[Path]:
     return [folder / EVALUATION] * os.path.lexists(folder / EVALUATION) + [*folder.glob("evaluation-[0-9]*.json")]
 
 
-def results_problems(options: Namespace, *, say: Callable[[str], None] = lambda line: None) -> list[str]:
+def results_problems(config: TrainConfig, *, say: Callable[[str], None] = lambda line: None) -> list[str]:
     """Why a run may not start in its folder: because that holds the results of another. The demo's own are replaced,
     and named to `say`.
     """
-    folder = Path(options.run_folder)
-    if options.resume or options.replay:
+    folder = Path(config.run_folder)
+    if config.start.resume or config.start.replay:
         return []
     try:
         results = results_in(folder)
     except OSError as error:
         return [f"--save: {printable(folder)} cannot be looked at: {error.strerror}"]
-    if not results or options.overwrite:
+    if not results or config.start.overwrite:
         return []
-    if not options.given & {"from_pretrained", *DATA}:
-        own = {name: getattr(options, name) for name in ("from_pretrained", *DATA)}
+    if not config.given & {"from_pretrained", *DATA}:
+        own = {name: config.value(name) for name in ("from_pretrained", *DATA)}
         if is_run_of(folder, own):
             say(f"{printable(folder)}: replaces the demo's run there: {printable(', '.join(results))}")
             return []

@@ -1,14 +1,20 @@
-"""Files that a run appends to and can do without: a full disk costs lines, never the run."""
+"""train.jsonl, and files like it that a run appends to and can do without: a full disk costs lines, never the run."""
 
+import contextlib
 import errno
-import itertools
+import json
+import math
 import os
-import socket
-import struct
-import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-_numbers = itertools.count()
+from sat_lora.files.atomic import replace_text
+from sat_lora.files.foreign import parse_json, read_bytes
+from sat_lora.training.runs.loss_plot import points
+from sat_lora.training.steps.observers import Observer, StepReport, ValidationReport
+
+LOG_LIMIT = 1 << 30  # bytes of a train.jsonl; a line of it has some 200
 
 
 class AppendedFile:
@@ -42,40 +48,117 @@ class AppendedFile:
             os.close(self._descriptor)
 
 
-class EventFile:
-    """TensorBoard's file of one start of a run. OSError: it cannot be made.
+class RunLog(Observer):
+    """A line of JSON in `path` for each step that is logged or skipped, each validation, and each broken path.
 
-    Written here and now: the writer of torch.utils.tensorboard has a thread of its own, which dies of a full disk.
-    purge_from: what earlier files say of this step and later ones is forgotten; None: nothing.
+    was_removed: the file has gone with the folder of the run, which was begun anew; the next line brings all back.
     """
 
-    def __init__(self, folder: str | Path, purge_from: int | None = None):
-        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.name = self.path.name
+        self.records: list[dict[str, Any]] = []
+        """Every line, those of before a resumed run's start among them."""
+        self.broken: dict[str, str] = {}
+        """The reason by the path of what cannot be used."""
+        self.was_removed = False
+        self._lines: AppendedFile | None = None
 
-        self._event = Event
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        # TensorBoard reads the files in the order of their names.
-        name = f"{int(time.time()):010}.{socket.gethostname()}.{os.getpid()}.{next(_numbers):06}"
-        self._file = AppendedFile(folder / f"events.out.tfevents.{name}")
-        self._add(step=purge_from or 0, file_version="brain.Event:2")
-        if purge_from is not None:
-            self._add(step=purge_from, session_log=SessionLog(status=SessionLog.START))
+    def on_start(self, total_steps: int, start_step: int) -> None:
+        """Open the file; what it says beyond `start_step` is dropped.
 
-    def add_scalars(self, step: int, scalars: dict[str, float]) -> None:
-        """Add a value per tag. OSError: there is no room; it waits for the next call."""
-        from tensorboard.compat.proto.summary_pb2 import Summary
+        OSError, ValueError: what is there cannot be read, and is left as it is, or nothing can be written.
+        """
+        records = []
+        if start_step and self.path.exists():
+            records = [record for record in read_records(self.path) if record["step"] <= start_step]
+        self.records = records
+        broken = (record for record in records if isinstance(record.get("broken"), str))
+        self.broken = {record["broken"]: str(record.get("reason")) for record in broken}
+        self._write_anew()
 
-        values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()]
-        self._add(step=step, summary=Summary(value=values))
+    def on_broken(self, broken: Sequence[tuple[str, ...]], step: int) -> None:
+        """A line for each path that has none yet, however many samples are of it."""
+        new: dict[str, str] = {}
+        for path, reason, *_ in broken:
+            if path not in self.broken:
+                new.setdefault(path, reason)
+        self.broken |= new
+        self._write([{"step": step, "broken": path, "reason": reason} for path, reason in new.items()])
 
-    def close(self) -> None:
-        self._file.close()
+    def on_step(self, report: StepReport) -> None:
+        records: list[dict[str, Any]] = []
+        if report.skipped is not None:
+            records.append({"step": report.step, "skipped": report.skipped})
+        if report.figures is not None:
+            lacking = {"loss": None} if report.loss is None else {}
+            records.append({"step": report.step} | lacking | _finite(figures_of(report)))
+        self._write(records)
 
-    def _add(self, **content) -> None:
-        from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
+    def on_validation(self, report: ValidationReport) -> None:
+        if report.loss is not None:
+            figures = {"valid_loss": report.loss} | {f"valid_{name}": x for name, x in report.metrics.items()}
+            self._write([{"step": report.step} | _finite(figures)])
 
-        data = self._event(wall_time=time.time(), **content).SerializeToString()
-        length = struct.pack("<Q", len(data))
-        checks = [struct.pack("<I", masked_crc32c(part)) for part in (length, data)]
-        self._file.append(length + checks[0] + data + checks[1])
+    def on_end(self, error: BaseException | None) -> None:
+        if self.was_removed:
+            self._reopen()
+        lines, self._lines = self._lines, None
+        if lines is not None:
+            lines.close()
+
+    def _write(self, records: list[dict[str, Any]]) -> None:
+        """Add lines, all in one piece. OSError: there is no room; they wait for the next."""
+        if not records:
+            return
+        if self.was_removed:
+            self._reopen()
+        self.records += records
+        if self._lines is not None:
+            self._lines.append("".join(json.dumps(record) + "\n" for record in records).encode())
+
+    def _reopen(self) -> None:
+        self.was_removed = False
+        if self._lines is not None:
+            with contextlib.suppress(OSError):
+                self._lines.close()
+        self._lines = None
+        self._write_anew()
+
+    def _write_anew(self) -> None:
+        """The file with all records, open for more. OSError: it cannot be written."""
+        replace_text(self.path, "".join(json.dumps(record) + "\n" for record in self.records))
+        self._lines = AppendedFile(self.path)
+
+
+def figures_of(report: StepReport) -> dict[str, float]:
+    """The numbers of a step that is logged, in the order of its line; without those that it does not have."""
+    measured = {} if report.figures is None else vars(report.figures)
+    figures = {"loss": report.loss, "lr": report.lr, **measured}
+    return {name: float(value) for name, value in figures.items() if value is not None}
+
+
+def _finite(figures: dict[str, float]) -> dict[str, float | None]:
+    """The figures with None for those that are not finite, since JSON has no NaN or infinity."""
+    return {name: float(value) if math.isfinite(value) else None for name, value in figures.items()}
+
+
+def lowest(records: Sequence[dict]) -> tuple[int, float] | None:
+    """(step, loss) of the lowest validation loss among records; None without any."""
+    losses = [(loss, step) for step, loss in points(records, "valid_loss")]
+    return min(losses)[::-1] if losses else None
+
+
+def read_records(path: str | Path) -> list[dict]:
+    """The records of a train.jsonl; none if there is no such file. A line that a crash cut short is left out.
+
+    OSError, ValueError: it cannot be read.
+    """
+    path = Path(path)
+    records = []
+    for line in read_bytes(path, LOG_LIMIT).split(b"\n") if path.exists() else ():
+        with contextlib.suppress(ValueError):
+            record = parse_json(line)
+            if isinstance(record, dict) and type(record.setdefault("step", 0)) is int:
+                records.append(record)
+    return records

@@ -2,7 +2,6 @@
 
 import math
 import os
-from argparse import Namespace
 from pathlib import Path
 
 import torch
@@ -12,31 +11,31 @@ from sat_lora.cogvlm.network.model import build_cogvlm
 from sat_lora.errors import ConfigError
 from sat_lora.files.foreign import MEBIBYTE
 from sat_lora.lora.apply import find_all_parameters, find_all_sites
-from sat_lora.lora.config import LoraConfig
 from sat_lora.lora.targets import plan
 from sat_lora.parallel.sharding import model_parallel_layout, sharding_of
 from sat_lora.printable import printable
+from sat_lora.training.settings.config import TrainConfig
 from sat_lora.training.settings.deepspeed_config import base_dtype
 
 BESIDE = MEBIBYTE // 4  # the JSON files of a save, and those of the run
 OPTIMIZER = 12  # bytes of each element that trains: master, mean and variance, in float32
 
 
-def check_space(options: Namespace, lora: LoraConfig, *, freed: int = 0) -> None:
+def check_space(config: TrainConfig, *, freed: int = 0) -> None:
     """ConfigError: the disk of the run folder, which is there, has no room for one adapter and one checkpoint.
 
     freed: bytes that come free before the first save.
     """
-    adapter, trained = saved_sizes(options, lora)
+    adapter, trained = saved_sizes(config)
     needed = adapter + OPTIMIZER * trained + BESIDE
     try:
-        disk = os.statvfs(options.run_folder)
+        disk = os.statvfs(config.run_folder)
     except OSError:
         return
     free = disk.f_bavail * disk.f_frsize + freed
     if needed > free:
         raise ConfigError(
-            f"--save: {printable(options.run_folder)}: the disk has {_mebibytes(free)} free, one save takes "
+            f"--save: {printable(config.run_folder)}: the disk has {_mebibytes(free)} free, one save takes "
             f"{_mebibytes(needed)} (adapter {_mebibytes(adapter)}, checkpoint {_mebibytes(OPTIMIZER * trained)}); free "
             "some, or name a folder on another disk"
         )
@@ -51,11 +50,11 @@ def _mebibytes(count: int) -> str:
     return f"{count / MEBIBYTE:.1f} MiB"
 
 
-def saved_sizes(options: Namespace, lora: LoraConfig) -> tuple[int, int]:
+def saved_sizes(config: TrainConfig) -> tuple[int, int]:
     """(bytes of an adapter's tensors in its file, elements that train), of the whole model, however it is cut."""
     _, parts = model_parallel_layout()
-    config = read_config(options.from_pretrained)
-    model = build_cogvlm(config, device="meta", model_parallel_size=parts, seed=max(1, options.seed))
+    lora, sizes = config.lora, read_config(config.model.base)
+    model = build_cogvlm(sizes, device="meta", model_parallel_size=parts, seed=max(1, config.schedule.seed))
     chosen = plan(find_all_sites(model), find_all_parameters(model), lora)
     stored = trained = whole = 0
     for target in chosen.targets.values():
@@ -66,6 +65,6 @@ def saved_sizes(options: Namespace, lora: LoraConfig) -> tuple[int, int]:
         trained += (0 if lora.freeze_a else down) + up + magnitude
     for one in chosen.trained.values():
         whole += math.prod(sharding_of(one.module, one.leaf).full_shape(one.tensor.shape, parts))
-    base = base_dtype(options)
+    base = base_dtype(config.precision)
     dtype = getattr(torch, lora.adapter_dtype) if lora.adapter_dtype else base
     return stored * dtype.itemsize + whole * base.itemsize, trained + whole

@@ -10,7 +10,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -224,6 +224,17 @@ def open_deepspeed_file(path: str | Path) -> DeepSpeedFile:
         raise ConfigError(f"{where} holds a {type(content).__name__}, wanted a JSON object")
     auto: list[str] = []
     return DeepSpeedFile(_plain(content, "", auto), tuple(auto))
+
+
+def values_of_file(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a run that plain content of a DeepSpeed file decides, by name; what is wrong decides nothing."""
+    values = {}
+    for entry in ENTRIES:
+        if _is_reached(entry.path, dict(content)):
+            value = entry.value_in(dict(content))
+            if value is not None and entry.accepts(value):
+                values[entry.option] = entry.kind(value)
+    return values
 
 
 def _without_repeats(pairs: list[tuple[str, object]]) -> dict:

@@ -1,22 +1,19 @@
-"""The LoRA options of the command line, made from LoraConfig: one per field, with its name, type, default and words.
+"""The LoRA section of a run's settings, made from LoraConfig: an option per field, with its name, type and default.
 
 `seed` is left out, because it is the run's own --seed.
 """
 
 import argparse
-import ast
-import inspect
-import itertools
 import re
-from argparse import Namespace
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from types import UnionType
-from typing import Union, get_args, get_origin, get_type_hints
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from sat_lora.errors import ConfigError
 from sat_lora.lora.config import LoraConfig
 from sat_lora.terminal.option_types import count, number
+from sat_lora.training.settings.fields import Known, plain
 
 LORA_FIELDS = tuple(field.name for field in fields(LoraConfig) if field.name != "seed")
 ABOUT = (
@@ -29,25 +26,56 @@ NUMBERS = {int: number(int, "a whole number"), float: number(float, "a number")}
 NAMES = tuple[str, ...]
 
 
-def lora_defaults() -> dict:
-    """LoraConfig's defaults as run.json has them: lists for tuples."""
-    values = {name: getattr(LoraConfig(), name) for name in LORA_FIELDS}
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+class LoraField(Known):
+    """A field of LoraConfig, which knows itself what fits it."""
+
+    def checked(self, value: Any) -> Any:
+        """The value: LoraConfig looks at all of its fields together."""
+        return value
+
+    def written(self, value: Any) -> Any:
+        """The value, from a file that people write: a text may stand for a number, or for true and false."""
+        if self.is_flag and isinstance(value, str):
+            return self._meant(value)
+        if isinstance(self.default, int | float) and isinstance(value, str):
+            return super()._meant(value)
+        if isinstance(value, dict):
+            return {pattern: self._number(entry) for pattern, entry in value.items()}
+        is_names = self.name in ("target_modules", "exclude_modules") and isinstance(value, str)
+        return names_or_pattern([value]) if is_names and value != self.default else value
+
+    def _number(self, value: Any) -> Any:
+        """The number that a text of `rank_pattern` or `alpha_pattern` is."""
+        kind = {"rank_pattern": int, "alpha_pattern": float}.get(self.name)
+        return NUMBERS[kind](value) if kind is not None and isinstance(value, str) else value
 
 
-def lora_options() -> Iterator[tuple[list[str], str, dict]]:
-    """Every LoRA option: its names, its help, and the other settings that `add_argument` takes."""
-    types, words = get_type_hints(LoraConfig), field_docs(LoraConfig)
+def lora_fields(group: str) -> Iterator[LoraField]:
+    """The fields of LoraConfig that are settings of their own: all but the seed."""
+    types, helps = get_type_hints(LoraConfig), {source.name: source.metadata["help"] for source in fields(LoraConfig)}
     for name in LORA_FIELDS:
-        names = [f"--{name}", *PUBLISHED_NAMES.get(name, ())]
-        yield names, first_sentence(words.get(name, "")), {"dest": name, **_settings(name, types[name])}
-    layers = dict(dest="layers_to_transform", nargs="+", type=count, metavar="N")
-    yield ["--layer_range"], "--layers_to_transform as a list of numbers", layers
+        yield LoraField(
+            name=name,
+            section="lora",
+            default=plain(getattr(LoraConfig(), name)),
+            help=first_sentence(helps[name]),
+            options=(f"--{name}", *PUBLISHED_NAMES.get(name, ())),
+            group=group,
+            option=_settings(name, types[name]),
+        )
 
 
-def lora_config(options: Namespace) -> LoraConfig:
-    """The LoraConfig that the options describe; ConfigError if a value is wrong."""
-    return LoraConfig(**{name: getattr(options, name) for name in LORA_FIELDS}, seed=options.seed)
+def add_layer_range(group: argparse._ArgumentGroup) -> None:
+    """Add the published option for --layers_to_transform, as a list of numbers."""
+    group.add_argument(
+        "--layer_range",
+        dest="layers_to_transform",
+        nargs="+",
+        type=count,
+        metavar="N",
+        default=argparse.SUPPRESS,
+        help="--layers_to_transform as a list of numbers",
+    )
 
 
 def lora_problems(error: ConfigError) -> list[str]:
@@ -99,24 +127,6 @@ def _pair(value_type: Callable) -> Callable[[str], tuple]:
         return pattern, value_type(value)
 
     return parse
-
-
-def field_docs(cls: type) -> dict[str, str]:
-    """The text under each field of a class, which Python keeps in the source only; nothing where there is no source."""
-    try:
-        definition = ast.parse(inspect.getsource(cls)).body[0]
-    except OSError:
-        return {}
-    body = definition.body if isinstance(definition, ast.ClassDef) else []
-    return {
-        field.target.id: inspect.cleandoc(text.value.value)
-        for field, text in itertools.pairwise(body)
-        if isinstance(field, ast.AnnAssign)
-        and isinstance(field.target, ast.Name)
-        and isinstance(text, ast.Expr)
-        and isinstance(text.value, ast.Constant)
-        and isinstance(text.value.value, str)
-    }
 
 
 def first_sentence(text: str) -> str:

@@ -1,8 +1,10 @@
 """How many steps a run takes, and the learning rate at each of them."""
 
 import math
-from argparse import Namespace
-from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sat_lora.training.settings.config import Schedule
 
 LOOKED_AT = 1000  # steps of a schedule, spread over all of them
 NOTHING = 1e-3  # of the peak rate: what such a step moves, no later one notices
@@ -58,25 +60,28 @@ def total_steps(
     return max(1, math.ceil((1.0 if epochs is None else epochs) * samples / per_step - 1e-9))
 
 
-def rates(options: Namespace, steps: int) -> list[float]:
-    """The learning rates of a run of `steps` steps, in order: of each, or of LOOKED_AT spread over them."""
+def rates(schedule: "Schedule", peak: float, steps: int) -> list[float]:
+    """The learning rates of a run of `steps` steps, in order: of each, or of LOOKED_AT spread over them.
+
+    peak: the highest rate.
+    """
     count = min(steps, LOOKED_AT)
-    settings = dict(total_steps=steps, warmup_steps=warmup_steps(options.warmup, steps), floor=options.min_lr_ratio)
     places = [number * (steps - 1) // max(1, count - 1) for number in range(count)]
-    return [options.lr * learning_rate_factor(step, style=options.lr_decay_style, **settings) for step in places]
+    return [peak * schedule.factor(step, steps) for step in places]
 
 
-def schedule_problems(rates: Sequence[float], options: Namespace, steps: int) -> list[str]:
+def schedule_problems(schedule: "Schedule", peak: float, steps: int) -> list[str]:
     """What is wrong with the learning rates of a run, as `rates` gives them; each names its option."""
-    if steps > 1 and warmup_steps(options.warmup, steps) >= steps:
+    of_steps = rates(schedule, peak, steps)
+    if steps > 1 and warmup_steps(schedule.warmup, steps) >= steps:
         return [
-            f"--warmup {options.warmup:g}: all {steps} steps are warm-up, the rate only rises and comes to "
-            f"{rates[-1]:.3g} with the last one; give fewer, or a share such as 0.01"
+            f"--warmup {schedule.warmup:g}: all {steps} steps are warm-up, the rate only rises and comes to "
+            f"{of_steps[-1]:.3g} with the last one; give fewer, or a share such as 0.01"
         ]
-    idle = sum(not rate > NOTHING * options.lr for rate in rates) / len(rates)
+    idle = sum(not rate > NOTHING * peak for rate in of_steps) / len(of_steps)
     if idle > MOST:
         return [
-            f"--lr {options.lr:g}: in {idle:.0%} of the {steps} steps the rate is nothing beside it, at the end "
-            f"{rates[-1]:.3g}; look at --warmup, --lr-decay-style and --min-lr-ratio"
+            f"--lr {peak:g}: in {idle:.0%} of the {steps} steps the rate is nothing beside it, at the end "
+            f"{of_steps[-1]:.3g}; look at --warmup, --lr-decay-style and --min-lr-ratio"
         ]
     return []

@@ -10,7 +10,6 @@ FOLDER/latest                         the step that is whole
 import dataclasses
 import json
 import math
-from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -18,7 +17,7 @@ import safetensors
 import torch
 from safetensors.torch import save_file
 
-from sat_lora.adapters.format import tensor_problems
+from sat_lora.adapters.read import tensor_problems
 from sat_lora.adapters.save_load import Copy, on_the_cpu
 from sat_lora.errors import CheckpointError
 from sat_lora.files.atomic import replaced_folder
@@ -26,6 +25,7 @@ from sat_lora.files.foreign import MEBIBYTE, read_json, stand_in
 from sat_lora.files.step_folders import LATEST, point_to, read_pointer, steps_in
 from sat_lora.parallel.distributed import World, gather_lists
 from sat_lora.printable import printable
+from sat_lora.training.settings.config import Schedule
 from sat_lora.training.steps.optimizer_state import (
     optimizer_shapes,
     optimizer_tensors,
@@ -52,8 +52,9 @@ class RunState:
     owes_validation: bool = False  # it was due after the last step, but the run was told to stop
 
 
-def samples_per_step(options: Namespace, data_parallel_size: int) -> int:
-    return options.batch_size * options.gradient_accumulation_steps * data_parallel_size
+def samples_per_step(schedule: Schedule, data_parallel_size: int) -> int:
+    """How many samples an optimizer step takes, over all ranks."""
+    return schedule.batch_size * schedule.gradient_accumulation_steps * data_parallel_size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +99,7 @@ def gather_checkpoint(
 def load_checkpoint(engine, folder: Path, world: World) -> RunState:
     """Continue from the newest checkpoint in `folder`. Every rank has to call it.
 
-    In another layout the random states are not there for every rank: those that `options.seed` gave stay in use, and
+    In another layout the random states are not there for every rank: those that --seed gave stay in use, and
     dropout differs from that of the run before.
     CheckpointError: there is none, it cannot be read, or it does not fit the model; then the model is left as it was.
     """

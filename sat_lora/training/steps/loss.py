@@ -4,16 +4,20 @@ import torch
 
 from sat_lora._sat import mpu
 from sat_lora.cogvlm.inputs.text import IGNORED
+from sat_lora.cogvlm.network.head import OnLogits
 
 MODEL_INPUTS = ("input_ids", "position_ids", "images", "image_embed_mask", "vision_expert_mask", "labels")
 
 
-def answer_loss_sum(model, batch: dict) -> torch.Tensor:
+def answer_loss_sum(model, batch: dict, on_logits: OnLogits | None = None) -> torch.Tensor:
     """Sum over the answer tokens of a batch of the cross-entropy, a scalar in float32.
 
-    model: a CogVLM, or an engine around one, on the device of the batch. The head runs on the answers alone.
+    model: a CogVLM, or an engine around one, on the device of the batch. The head runs on the answers alone; without
+    gradients, on_logits is given what it makes of them.
     """
     inputs = {key: batch[key] for key in MODEL_INPUTS}
+    if on_logits is not None:
+        inputs["on_logits"] = on_logits
     return model(inputs.pop("input_ids"), inputs.pop("position_ids"), -1, **inputs)[0]
 
 

@@ -1,4 +1,4 @@
-"""One training step and the validation loss."""
+"""One training step and one validation."""
 
 import signal
 from collections.abc import Iterable, Mapping, Sequence
@@ -8,6 +8,7 @@ import torch
 
 from sat_lora._sat import mpu
 from sat_lora.parallel.distributed import World, gather_lists
+from sat_lora.training.metrics.answers import AnswersOf, Metric
 from sat_lora.training.steps.broken_samples import broken_in
 from sat_lora.training.steps.loss import (
     answer_loss_sum,
@@ -17,8 +18,8 @@ from sat_lora.training.steps.loss import (
     sum_over_ranks,
 )
 from sat_lora.training.steps.nonfinite import Origin, discard_step, first_nonfinite, nonfinite_gradients
+from sat_lora.training.steps.observers import NOBODY, Observers
 from sat_lora.training.steps.random_state import random_state, set_random_state
-from sat_lora.watchdog.trace import NO_TRACE, NoTrace
 
 ON_THE_HOST = ("image_embed_mask", "vision_expert_mask", "labels")
 """What only says where something is: read on a GPU, each would make the host wait for all that it has still to do."""
@@ -49,7 +50,7 @@ def train_step(
     checks_gradients: bool = True,
     signals: Mapping[signal.Signals, int] | None = None,
     counts: Sequence[float] = (),
-    trace: NoTrace = NO_TRACE,
+    observers: Observers = NOBODY,
 ) -> StepResult:
     """One optimizer step, unless the loss or a gradient is not finite on any rank: then none moves.
 
@@ -57,8 +58,8 @@ def train_step(
     them. Each micro-batch's loss is a sum divided by it. DeepSpeed then averages over micro-batches and data-parallel
     ranks, so it is multiplied by both: the gradient is that of the joined batch, however the tokens are spread.
     checks_gradients: False looks at the loss alone (fp16, where DeepSpeed skips gradients that overflow). signals: how
-    many of each this rank has received. counts: other numbers of this rank that all have to know the sums of. trace:
-    is told of the phases.
+    many of each this rank has received. counts: other numbers of this rank that all have to know the sums of.
+    observers: are told of the phases.
     The host waits for the device once, for the loss, and for all that ranks have to agree on with it.
     """
     answers = on_device(tokens, world.device)
@@ -66,8 +67,8 @@ def train_step(
     weight = (len(micro_batches) * world.data_parallel_size / tokens).float()
     signals = signals or {}
     random_before = random_state()
-    total = _accumulate(engine, micro_batches, world, weight, trace)
-    trace.at("reduce")
+    total = _accumulate(engine, micro_batches, world, weight, observers)
+    observers.on_phase("reduce")
     shares_loss = mpu.get_model_parallel_rank() == 0  # ranks that share a sample have the same loss
     own = [
         total if shares_loss else 0.0,
@@ -87,7 +88,7 @@ def train_step(
             source = first_nonfinite(engine.module, lambda: _repeat(engine, micro_batches, world, weight))
         nonfinite = _describe("loss" if bad_losses else "gradient", gather_lists([source]))
     else:
-        trace.at("optimizer")
+        observers.on_phase("optimizer")
         engine.step()
     stop = next((number for number, count in zip(signals, received) if count), None)
     # A loss of nothing would look like a perfect one.
@@ -96,17 +97,17 @@ def train_step(
 
 
 def _accumulate(
-    engine, micro_batches: list[dict], world: World, weight: torch.Tensor, trace: NoTrace = NO_TRACE
+    engine, micro_batches: list[dict], world: World, weight: torch.Tensor, observers: Observers = NOBODY
 ) -> torch.Tensor:
     """All passes of a step, up to the `engine.step()` that moves the optimizer; the sum of their losses."""
     total = torch.zeros((), device=world.device)
     for number, batch in enumerate(micro_batches):
         if number:
             engine.step()  # between micro-batches it only counts them
-        trace.at("forward", micro_batch=number)
+        observers.on_phase("forward", micro_batch=number)
         batch = to_device(batch, world.device)
         loss = answer_loss_sum(engine, batch)
-        trace.at("backward")
+        observers.on_phase("backward")
         engine.backward(loss * weight)
         total += loss.detach()
     return total
@@ -126,21 +127,49 @@ def _describe(what: str, sources: list[Origin | None]) -> str:
     return f"the {what} is not finite, first in {words} on rank {rank}"
 
 
-@torch.no_grad()
-def validation_loss(
-    engine, batches: Iterable[dict], world: World, trace: NoTrace = NO_TRACE
-) -> tuple[float | None, list[tuple[str, str, str]]]:
-    """(loss, broken) over `batches` of all ranks, the same on each; every rank has the same number of them.
+@dataclass(frozen=True, kw_only=True)
+class Validation:
+    """What all ranks have measured together in a pass over the validation batches."""
 
-    loss: mean per answer token, None without any. broken: (path, reason, sample) of those that could not be read.
+    loss: float | None  # mean per answer token, None without any
+    metrics: dict[str, float]  # by name, without those that had nothing to measure
+    broken: list[tuple[str, str, str]]  # (path, reason, sample) of those that could not be read
+
+
+@torch.no_grad()
+def validate(
+    engine,
+    batches: Iterable[dict],
+    world: World,
+    metrics: Mapping[str, Metric] | None = None,
+    observers: Observers = NOBODY,
+) -> Validation:
+    """A pass over `batches` of all ranks, of which every rank has the same number; the same comes back on each.
+
+    metrics: what to measure beside the loss, the same on every rank; without any, logits are dropped as they come.
     """
     engine.eval()
+    metrics = metrics or {}
     total, tokens, broken = on_device(0.0, world.device), 0, []
+    ratios = torch.zeros(len(metrics), 2, dtype=torch.float64, device=world.device)
     for batch in batches:
-        trace.at("evaluate")
+        observers.on_phase("evaluate")
         tokens += count_answer_tokens(batch["labels"])
         broken += broken_in([batch])
-        total += answer_loss_sum(engine, to_device(batch, world.device))
+        on_logits = AnswersOf() if metrics else None
+        total += answer_loss_sum(engine, to_device(batch, world.device), on_logits)
+        if on_logits is not None:
+            answers = on_logits.answers(batch["labels"])
+            for sums, metric in zip(ratios, metrics.values()):
+                ratio = metric(answers)
+                sums += torch.stack([on_device(ratio.total, world.device), on_device(ratio.count, world.device)])
     engine.train()
-    loss_sum, all_tokens, failures = sum_over_data_parallel(total, tokens, len(broken), device=world.device)
-    return loss_sum / all_tokens if all_tokens else None, gather_lists(broken) if failures else []
+    loss_sum, all_tokens, failures, *sums = sum_over_data_parallel(
+        total, tokens, len(broken), *ratios.flatten(), device=world.device
+    )
+    measured = zip(metrics, sums[::2], sums[1::2])
+    return Validation(
+        loss=loss_sum / all_tokens if all_tokens else None,
+        metrics={name: part / count for name, part, count in measured if count},
+        broken=gather_lists(broken) if failures else [],
+    )

@@ -9,7 +9,10 @@ import torch
 from PIL import Image
 
 from sat_lora import DataError
-from sat_lora.cogvlm.inputs.image import image_tensor, load_image
+from sat_lora.cogvlm.inputs.image import image_tensor, load_image, no_images
+from sat_lora.cogvlm.network import vision
+from sat_lora.data import samples
+from tests.support.tiny import tiny_model
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -141,3 +144,18 @@ def test_no_damage_gives_another_exception(tmp_path, kind):
             except DataError:
                 outcomes.add("broken")
     assert "broken" in outcomes and outcomes <= {"broken", (3, 14, 14)}
+
+
+def test_data_and_model_carry_the_same_where_there_is_no_image(single_process_group, monkeypatch):
+    """Both ask `no_images` for it."""
+    model, made = tiny_model(), []
+
+    def noted(size, device=None):
+        made.append(tuple(size))
+        return no_images(size, device)
+
+    monkeypatch.setattr(samples, "no_images", noted)
+    monkeypatch.setattr(vision, "no_images", noted)
+    of_model, of_data = model.mixins["eva"].no_images(), samples.collate([], image_size=(21, 21))["images"]
+    assert torch.equal(of_model, of_data) and of_data.shape == (0, 3, 21, 21) and of_data.dtype == torch.float32
+    assert made == [(21, 21)] * 2

@@ -15,7 +15,7 @@ from sat_lora.data.samples import BrokenSample, collate
 from sat_lora.parallel.distributed import init_distributed, init_model_parallel
 from sat_lora.training.steps.engine import start_engine
 from sat_lora.training.steps.loss import answer_loss_sum
-from sat_lora.training.steps.step import to_device, validation_loss
+from sat_lora.training.steps.step import to_device, validate
 from tests.support.ranks import run_ranks
 from tests.support.reference_cogvlm import reference_logits
 from tests.support.tiny import CONFIG, fill_adapters, logits_of, tiny_batch, tiny_model
@@ -188,7 +188,7 @@ def counted_calls(stage, model_parallel, monkey_chunk):
     none = collate([BrokenSample("a.png", "torn")], image_size=(21, 21))
     for other in (few, none):
         losses.append(step_together(engine, [other if rank else scattered_labels(tiny_batch())], world))
-        losses.append(validation_loss(engine, [other if rank else tiny_batch()], world)[0])
+        losses.append(validate(engine, [other if rank else tiny_batch()], world).loss)
     return losses, len(calls)
 
 

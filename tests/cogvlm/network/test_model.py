@@ -117,14 +117,15 @@ def test_half_precision_is_close_to_float64(dtype):
 def test_every_batch_gives_every_parameter_a_gradient_in_one_order():
     """ZeRO fills buckets in the order in which gradients arrive; a branch on the data would change it."""
     orders = []
-    for rows in ((True, True), (True, False), (False, False)):
+    batches = [tiny_batch(rows) for rows in ((True, True), (True, False), (False, False))]
+    for batch in (*batches, {**batches[-1], "images": None}):
         model, order = tiny_model().train(), []
         for name, parameter in model.named_parameters():
             parameter.register_post_accumulate_grad_hook(lambda _, n=name, o=order: o.append(n))
-        logits_of(model, tiny_batch(rows)).sum().backward()
+        logits_of(model, batch).sum().backward()
         assert set(order) == {n for n, _ in model.named_parameters()} and len(set(order)) == len(order)
         orders.append(order)
-    assert orders[0] == orders[1] == orders[2]
+    assert orders[0] == orders[1] == orders[2] == orders[3]
 
 
 def test_a_text_batch_without_images_equals_one_with_a_blank_image():

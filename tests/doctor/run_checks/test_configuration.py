@@ -5,8 +5,8 @@ import json
 import pytest
 
 from sat_lora.doctor.run_checks.configuration import configuration_findings
-from sat_lora.training.settings.deepspeed_config import deepspeed_config
-from sat_lora.training.settings.options import parse_options
+from sat_lora.training.settings.deepspeed_config import settle
+from tests.support.configs import parse_options
 
 
 @pytest.mark.parametrize(
@@ -31,5 +31,6 @@ def test_a_global_batch_size_is_a_finding_where_a_run_does_not_use_it(content, m
     environ = {"WORLD_SIZE": str(ranks)}
     codes = [finding.code for finding in configuration_findings(options, environ, "cpu")]
     assert ("batch-arithmetic" not in codes) == holds
-    deepspeed_config(options, device="cpu", environ=environ)
-    assert (options.batch_size * options.gradient_accumulation_steps * ranks == content["train_batch_size"]) == holds
+    schedule = settle(options, device="cpu", environ=environ).config.schedule
+    product = schedule.batch_size * schedule.gradient_accumulation_steps * ranks
+    assert (product == content["train_batch_size"]) == holds

@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-from argparse import Namespace
 
 import pytest
 import torch
@@ -13,14 +12,14 @@ from sat_lora.data import samples as data
 from sat_lora.data.batches import sources
 from sat_lora.data.batches.sampler import EpochSampler, make_loader
 from sat_lora.data.samples import ImageTextDataset, Item, collate
-from sat_lora.doctor import diagnose as before_run
 from sat_lora.doctor.diagnose import diagnose
 from sat_lora.doctor.run_checks.data import data_findings, drawing_findings, drawn_samples
 from sat_lora.doctor.run_checks.optimization import schedule_findings
 from sat_lora.findings.codes import CODES
 from sat_lora.findings.finding import looked_for
+from sat_lora.training import prepare
 from sat_lora.training.settings import schedule
-from sat_lora.training.settings.options import parse_options
+from tests.support.configs import config_of, parse_options
 from tests.support.demo_runs import options_for
 from tests.support.ranks import run_ranks
 
@@ -169,8 +168,8 @@ def test_the_ranks_of_one_model_parallel_group_may_share(dataset):
 
 
 def schedule_of(steps, **changes):
-    settings = dict(lr=1e-3, warmup=0.01, lr_decay_style="cosine", min_lr_ratio=0.0)
-    return [one.seen for one in schedule_findings(Namespace(**{**settings, **changes}), steps)]
+    config = config_of(**{"lr": 1e-3, **changes})
+    return [one.seen for one in schedule_findings(config.schedule, config.optimizer.lr, steps)]
 
 
 def test_a_rate_that_never_leaves_its_warm_up_is_found():
@@ -203,13 +202,13 @@ def images_of_two_sizes():
 
 
 def vocabulary_too_small():
-    load = before_run.load_base
+    load = prepare.load_base
 
     def loaded(*args, **kwargs):
         model, config = load(*args, **kwargs)
         return model, {**config, "vocab_size": 40}
 
-    before_run.load_base = loaded
+    prepare.load_base = loaded
 
 
 def one_rank_for_all():

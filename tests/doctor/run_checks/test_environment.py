@@ -5,6 +5,7 @@ import os
 import subprocess
 import tempfile
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,7 +19,7 @@ from sat_lora.doctor.run_checks.space import disk_findings, shared_memory_findin
 from sat_lora.lora.summary import describe
 from sat_lora.parallel.distributed import init_distributed, init_model_parallel
 from sat_lora.training.prepare import prepare
-from sat_lora.training.settings.options import parse_options
+from tests.support.configs import parse_options
 from tests.support.demo_runs import options_for
 from tests.support.ranks import run_ranks
 
@@ -33,7 +34,7 @@ def environment_with_other_versions(arguments):
         stated = environment.versions
         environment.versions = lambda: {**stated(), "torch": "2.5.0"}
         environment.code_mark = lambda: "0"
-    return environment.environment_findings(options, setting.world, setting.lora)
+    return environment.environment_findings(setting.config, setting.world)
 
 
 def test_ranks_with_other_versions_are_named(captchas, tmp_path):
@@ -127,11 +128,11 @@ def test_a_folder_that_cannot_be_written_is_found(tmp_path):
 def sizes_told_and_saved(arguments, fields, folder):
     """What the doctor says of the files of a run, and what they take."""
     options = parse_options(arguments)
-    init_model_parallel(init_distributed(), options.model_parallel_size)
+    init_model_parallel(init_distributed(), options.parallel.model_parallel_size)
     config = LoraConfig(r=4, **fields)
-    told = environment.saved_sizes(options, config)
-    sizes = read_config(options.from_pretrained)
-    model = build_cogvlm(sizes, model_parallel_size=options.model_parallel_size)
+    told = environment.saved_sizes(replace(options, lora=config))
+    sizes = read_config(options.model.from_pretrained)
+    model = build_cogvlm(sizes, model_parallel_size=options.parallel.model_parallel_size)
     add_lora(model, config)
     save_adapter(model, folder)
     (file,) = [path for path in Path(folder).iterdir() if path.suffix == ".safetensors"]
@@ -155,5 +156,5 @@ def test_the_sizes_of_saves_are_those_of_the_files(parts, fields, captchas, tmp_
 
 def test_the_batches_that_workers_hold_are_those_of_the_options(captchas, tmp_path):
     options = parse_options(options_for(captchas, tmp_path, "--batch-size", "3", "--max_length", "40"))
-    height, width = read_config(options.from_pretrained)["eva_args"]["image_size"]
+    height, width = read_config(options.model.from_pretrained)["eva_args"]["image_size"]
     assert environment.batch_bytes(options) == 3 * (math.prod((3, height, width, 4)) + 5 * 40 * 8)

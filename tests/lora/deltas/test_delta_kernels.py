@@ -94,7 +94,8 @@ def delta_with_dropout():
     """Whether the kernels have been imported after a delta with everything that they are for."""
     import torch
 
-    from sat_lora.lora.deltas.low_rank import DeltaLayout, RandomDropout, add_delta
+    from sat_lora.lora.deltas.layout import DeltaLayout
+    from sat_lora.lora.deltas.low_rank import RandomDropout, add_delta
 
     x, a, b = (torch.randn(shape, requires_grad=True) for shape in ((5, 4), (2, 4), (6, 2)))
     weight, layout = torch.randn(6, 4), DeltaLayout(((0, 6),), 6)

@@ -9,18 +9,19 @@ from PIL import Image
 
 from sat_lora.training.runs import step_progress as progress
 from sat_lora.training.runs.loss_plot import draw_losses, smoothed
-from sat_lora.training.runs.run_folder import RunFolder, read_records, write_json
-from sat_lora.training.settings.options import parse_options
+from sat_lora.training.runs.run_folder import RunFolder, write_json
+from sat_lora.training.runs.run_logs import read_records
+from tests.support.configs import parse_options
 from tests.support.ranks import run_ranks
-from tests.support.run_logs import FIGURES, scalars
+from tests.support.run_logs import FIGURES, logged, logs_of, scalars, validated
 
 
 def run(path, steps, start=0, total=4):
-    with RunFolder(path, is_writer=True) as folder:
-        folder.start(total, start)
+    with logs_of(RunFolder(path, is_writer=True)) as logs:
+        logs.on_start(total, start)
         for step in steps:
-            folder.log_step(step, loss=5.0 / step, **FIGURES)
-        folder.log_validation(steps[-1], 1.25)
+            logs.on_step(logged(step, loss=5.0 / step))
+        logs.on_validation(validated(steps[-1], 1.25))
     return read_records(path / "train.jsonl")
 
 
@@ -38,12 +39,12 @@ def test_a_run_leaves_records_events_and_a_picture(tmp_path):
 
 
 def test_records_are_on_disk_as_soon_as_they_are_logged(tmp_path):
-    folder = RunFolder(tmp_path, is_writer=True)
-    folder.start(4)
-    folder.log_step(1, loss=1.0, **FIGURES)
+    logs = logs_of(RunFolder(tmp_path, is_writer=True))
+    logs.on_start(4, 0)
+    logs.on_step(logged(1, loss=1.0))
     assert len(read_records(tmp_path / "train.jsonl")) == 1
-    folder.close()
-    folder.close()
+    logs.on_end(None)
+    logs.on_end(None)
 
 
 def test_a_resumed_run_drops_what_came_after_its_start(tmp_path):
@@ -62,13 +63,15 @@ def test_a_new_run_in_an_old_folder_starts_its_logs_over(tmp_path):
 
 
 def test_others_than_the_writer_do_nothing(tmp_path, capfd):
-    with RunFolder(tmp_path / "run", is_writer=False) as folder:
-        folder.write_settings(parse_options([]), world={})
-        folder.start(4)
-        folder.log_step(1, loss=1.0, **FIGURES)
-        folder.log_validation(1, 1.0)
-        folder.report_broken([("x.png", "torn")])
-        folder.draw()
+    folder = RunFolder(tmp_path / "run", is_writer=False)
+    folder.write_settings(parse_options([]), world={})
+    folder.say("a line")
+    with logs_of(folder) as logs:
+        logs.on_start(4, 0)
+        logs.on_step(logged(1, loss=1.0))
+        logs.on_validation(validated(1, 1.0))
+        logs.on_broken([("x.png", "torn")], 1)
+        logs.on_save(1, tmp_path, tmp_path)
     assert not (tmp_path / "run").exists()
     assert capfd.readouterr() == ("", "")
 
@@ -80,8 +83,8 @@ def test_run_json_brings_a_resumed_run_its_settings(tmp_path):
     assert content["world"] == {"ranks": 2}
     assert {"python", "torch", "deepspeed", "SwissArmyTransformer", "sat_lora"} <= content["versions"].keys()
     resumed = parse_options(["--resume", str(tmp_path)])
-    differing = {name for name in vars(options) if getattr(options, name) != getattr(resumed, name)}
-    assert differing <= {"resume", "run_folder", "given", "experiment_name"}
+    differing = {name for name, value in options.flat().items() if value != resumed.value(name)}
+    assert differing <= {"resume", "experiment_name"}
     assert resumed.given == {"lr", "target_modules", "resume"}
 
 
@@ -93,11 +96,12 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path):
 
 
 def test_a_broken_image_is_named_once_and_counted(tmp_path, capfd):
-    with RunFolder(tmp_path, is_writer=True) as folder:
-        folder.start(4)
+    folder = RunFolder(tmp_path, is_writer=True)
+    with logs_of(folder) as logs:
+        logs.on_start(4, 0)
         for step in (1, 2):
-            folder.report_broken([("x.png", "x.png: torn"), ("y.png", "y.png: empty")], step)
-        assert len(folder.broken) == 2
+            logs.on_broken([("x.png", "x.png: torn"), ("y.png", "y.png: empty")], step)
+        assert len(folder.log.broken) == 2
     out, err = capfd.readouterr()
     assert err.count("skipped: x.png: torn") == 1
     assert "2 samples were skipped" in out
@@ -105,10 +109,10 @@ def test_a_broken_image_is_named_once_and_counted(tmp_path, capfd):
 
 
 def test_a_loss_that_is_no_number_is_null_and_left_out_of_the_picture(tmp_path):
-    with RunFolder(tmp_path, is_writer=True) as folder:
-        folder.start(4)
-        folder.log_step(1, loss=float("nan"), **FIGURES)
-        folder.log_step(2, loss=1.0, **FIGURES)
+    with logs_of(RunFolder(tmp_path, is_writer=True)) as logs:
+        logs.on_start(4, 0)
+        logs.on_step(logged(1, loss=float("nan")))
+        logs.on_step(logged(2, loss=1.0))
     assert read_records(tmp_path / "train.jsonl")[0]["loss"] is None
     assert (tmp_path / "loss.png").stat().st_size > 1000
 

@@ -4,8 +4,9 @@ import logging
 import pytest
 
 from sat_lora.errors import ConfigError
-from sat_lora.training.settings.deepspeed_config import BUCKET, decisions, deepspeed_config
-from sat_lora.training.settings.options import parse_options
+from sat_lora.terminal.notice import warn
+from sat_lora.training.settings.deepspeed_config import BUCKET, decisions, settle
+from tests.support.configs import parse_options
 
 # The file that CogVLM's launch script names (finetune_demo/test_config_bf16.json).
 PUBLISHED = {
@@ -37,8 +38,12 @@ def merge(tmp_path):
             path = tmp_path / "ds.json"
             path.write_text(content if isinstance(content, str) else json.dumps(content))
             argv = ("--deepspeed_config", str(path), *argv)
-        options = parse_options(["--from_pretrained", "base", *argv], environ={})
-        return deepspeed_config(options, device=device, environ=environ or {}), options
+        place = environ if "RANK" in (environ or {}) else {}
+        options = parse_options(["--from_pretrained", "base", *argv], environ=place)
+        settled = settle(options, device=device, environ=environ or {})
+        for message in settled.warnings:
+            warn(message, environ or {})
+        return settled.engine, settled.config
 
     return merge
 
@@ -50,15 +55,17 @@ def test_without_a_file_the_options_decide(merge):
     assert config["gradient_clipping"] == 0.5
     assert config["zero_allow_untested_optimizer"] is True and config["zero_force_ds_cpu_optimizer"] is False
     assert config["steps_per_print"] > 10**9 and config["wall_clock_breakdown"] is False
-    assert options.eval_batch_size == 3
+    assert options.saving.eval_batch_size == 3
 
 
-def test_the_published_file_is_taken_and_written_back(merge, caplog):
+def test_the_published_file_is_taken(merge, caplog):
     config, options = merge(PUBLISHED)
     assert config["zero_optimization"] == PUBLISHED["zero_optimization"]
     assert config["activation_checkpointing"] == PUBLISHED["activation_checkpointing"]
-    assert (options.batch_size, options.clip_grad, options.zero_stage) == (32, 0.1, 2)
-    assert (options.lr, options.betas, options.weight_decay, options.bf16) == (1e-5, [0.9, 0.95], 0.05, True)
+    assert (options.schedule.batch_size, options.optimizer.clip_grad, options.parallel.zero_stage) == (32, 0.1, 2)
+    optimizer = options.optimizer
+    assert (optimizer.lr, optimizer.betas, optimizer.weight_decay) == (1e-5, (0.9, 0.95), 0.05)
+    assert options.precision.bf16
     assert not config.keys() & {"optimizer", "scheduler", "offload_optimizer"}
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert '"offload_optimizer" at the top level does nothing; DeepSpeed reads it inside' in caplog.text
@@ -76,7 +83,7 @@ def test_deepspeed_accepts_the_merged_config(merge):
 def test_a_given_option_beats_the_file(merge):
     given = "--lr 5e-4 --batch-size 2 --clip-grad 2 --weight-decay 0 --gradient-accumulation-steps 4".split()
     config, options = merge(PUBLISHED, *given)
-    assert (options.lr, options.weight_decay, options.betas) == (5e-4, 0.0, [0.9, 0.95])
+    assert (options.optimizer.lr, options.optimizer.weight_decay, options.optimizer.betas) == (5e-4, 0.0, (0.9, 0.95))
     assert config["train_micro_batch_size_per_gpu"] == 2
     assert config["gradient_accumulation_steps"] == 4
     assert config["gradient_clipping"] == 2.0
@@ -84,7 +91,8 @@ def test_a_given_option_beats_the_file(merge):
 
 def test_merging_twice_changes_nothing(merge):
     config, options = merge(PUBLISHED)
-    assert deepspeed_config(options, device="cpu", environ={"RANK": "1"}) == config
+    again = settle(options, device="cpu", environ={})
+    assert (again.engine, again.config) == (config, options)
 
 
 @pytest.mark.parametrize(
@@ -102,7 +110,7 @@ def test_merging_twice_changes_nothing(merge):
 )
 def test_precision_is_the_flags_or_the_files_or_the_devices(merge, content, argv, device, bf16, fp16):
     config, options = merge(content, *argv, device=device)
-    assert (options.bf16, options.fp16) == (bf16, fp16)
+    assert (options.precision.bf16, options.precision.fp16) == (bf16, fp16)
     assert (config["bf16"]["enabled"], config["fp16"]["enabled"]) == (bf16, fp16)
 
 
@@ -115,7 +123,7 @@ def test_entries_that_say_auto_are_left_to_the_options(merge):
 def test_a_global_batch_size_is_divided_over_the_ranks(merge):
     content = {"train_batch_size": 48, "gradient_accumulation_steps": 2}
     config, options = merge(content, environ={"WORLD_SIZE": "4"})
-    assert options.batch_size == 6 and "train_batch_size" not in config
+    assert options.schedule.batch_size == 6 and "train_batch_size" not in config
     with pytest.raises(ConfigError, match='"train_batch_size" 48 does not divide by 5 data-parallel ranks x 2'):
         merge(content, environ={"WORLD_SIZE": "5"})
 
@@ -124,11 +132,11 @@ def test_what_a_file_leaves_out_beside_a_global_batch_size_is_the_accumulation(m
     """As DeepSpeed has it; an option of either factor says that it is meant otherwise."""
     content = {"train_batch_size": 32, "train_micro_batch_size_per_gpu": 4}
     config, options = merge(content, environ={"WORLD_SIZE": "2"})
-    assert (options.batch_size, options.gradient_accumulation_steps) == (4, 4)
+    assert (options.schedule.batch_size, options.schedule.gradient_accumulation_steps) == (4, 4)
     assert config["gradient_accumulation_steps"] == 4 and "not used" not in caplog.text
     assert "accumulation steps 4 (of train_batch_size 32)" in " ".join(decisions(options, "cpu"))
-    assert merge(content, "--gradient-accumulation-steps", "2")[1].gradient_accumulation_steps == 2
-    assert merge(content | {"train_batch_size": 30})[1].gradient_accumulation_steps == 1
+    assert merge(content, "--gradient-accumulation-steps", "2")[1].schedule.gradient_accumulation_steps == 2
+    assert merge(content | {"train_batch_size": 30})[1].schedule.gradient_accumulation_steps == 1
     assert '"train_batch_size" 30 is not used' in caplog.text
 
 
@@ -149,14 +157,15 @@ def test_a_learning_rate_that_learns_nothing_is_warned_about(merge, caplog):
 
 
 def test_only_the_first_rank_warns(merge, caplog):
-    merge(PUBLISHED, "--lr", "1e-8", environ={"RANK": "3"})
+    rank = {"RANK": "3", "WORLD_SIZE": "4", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
+    merge(PUBLISHED, "--lr", "1e-8", environ=rank)
     assert caplog.records == []
 
 
 def test_nccl_without_a_gpu_becomes_gloo(merge, caplog):
-    assert merge(None, "--distributed-backend", "nccl")[1].distributed_backend == "gloo"
+    assert merge(None, "--distributed-backend", "nccl")[1].parallel.distributed_backend == "gloo"
     assert "nccl needs GPUs and there is none; gloo is used" in caplog.text
-    assert merge(None, device="cuda")[1].distributed_backend == "nccl"
+    assert merge(None, device="cuda")[1].parallel.distributed_backend == "nccl"
 
 
 @pytest.mark.parametrize(

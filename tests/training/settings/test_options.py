@@ -3,9 +3,10 @@ import shlex
 
 import pytest
 
-from sat_lora.training.settings.defaults import DEFAULTS
-from sat_lora.training.settings.options import build_parser, parse_options
+from sat_lora.training.settings.config import DEFAULTS
+from sat_lora.training.settings.options import build_parser
 from sat_lora.training.settings.schedule import warmup_steps
+from tests.support.configs import demo, parse_options
 from tests.support.option_errors import failure
 
 # The options of CogVLM's published finetune_cogvlm_lora.sh, in its order and spelling.
@@ -22,60 +23,70 @@ PUBLISHED = shlex.split(
 
 def test_published_launch_options_are_taken_unchanged():
     options = parse_options(PUBLISHED)
-    assert options.from_pretrained == "cogvlm-base-490"
-    assert (options.train_iters, options.epochs) == (800, None)
-    assert options.train_data == ["./archive_split/train"]
-    assert options.valid_data == ["./archive_split/valid"]
-    assert options.split == [1.0]
-    assert (options.warmup, options.r) == (0.02, 10)
-    assert options.checkpoint_activations and options.vit_checkpoint_activations
+    assert options.model.from_pretrained == "cogvlm-base-490"
+    assert (options.schedule.train_iters, options.schedule.epochs) == (800, None)
+    assert options.data.train_data == ("./archive_split/train",)
+    assert options.data.valid_data == ("./archive_split/valid",)
+    assert options.data.split == (1.0,)
+    assert (options.schedule.warmup, options.lora.r) == (0.02, 10)
+    assert options.checkpointing.checkpoint_activations and options.checkpointing.vit_checkpoint_activations
     assert options.run_folder == "checkpoints/finetune-cogvlm-base-490"
     assert "lr" not in options.given and "train_iters" in options.given
 
 
 def test_every_option_takes_hyphens_and_underscores():
     for argument in ("--train-iters", "--train_iters"):
-        assert parse_options([argument, "5"]).train_iters == 5
+        assert parse_options([argument, "5"]).schedule.train_iters == 5
     for argument in ("--lora_rank=4", "--lora-rank=4"):
-        assert parse_options([argument]).r == 4
-    assert parse_options(["--local-rank=3"]).local_rank == 3
+        assert parse_options([argument]).lora.r == 4
+    assert parse_options(["--local-rank=3"]).start.local_rank == 3
 
 
 def test_without_the_checkout_it_is_said_where_the_demo_lies(capsys, tmp_path):
-    said = failure(capsys, [], demo_folder=tmp_path / "site-packages" / "finetune_demo")
+    said = failure(capsys, [], demo=demo.demo_in(tmp_path / "site-packages" / "finetune_demo"))
     assert "--from_pretrained: missing, and the demo is not installed" in said
     assert "finetune_demo/ of a clone of sat_lora; give the base's folder" in said
-    assert parse_options(["--from_pretrained", "base"], demo_folder=tmp_path / "no").from_pretrained == "base"
+    assert failure(capsys, [], demo=None) == said
+    assert parse_options(["--from_pretrained", "base"], demo=None).model.from_pretrained == "base"
 
 
 def test_values_keep_their_hyphens():
-    assert parse_options(["--experiment_name=a-b_c"]).experiment_name == "a-b_c"
+    assert parse_options(["--experiment_name=a-b_c"]).saving.experiment_name == "a-b_c"
 
 
 def test_no_option_at_all_is_the_embedded_demo(tmp_path):
-    options = parse_options([], demo_folder=tmp_path)
-    assert options.from_pretrained == options.local_tokenizer == str(tmp_path / "tiny_cogvlm")
-    assert options.train_data == [str(tmp_path / "captchas" / "train")]
-    assert (options.run_folder, options.batch_size, options.train_iters) == ("runs/demo", 32, 700)
-    assert (options.lr, warmup_steps(options.warmup, 700), options.r, options.lora_alpha) == (3e-3, 30, 16, 32)
-    assert options.prompt == "CAPTCHA:"
+    options = parse_options([], demo=demo.demo_in(tmp_path))
+    assert options.model.from_pretrained == options.model.local_tokenizer == str(tmp_path / "tiny_cogvlm")
+    assert options.data.train_data == (str(tmp_path / "captchas" / "train"),)
+    assert (options.run_folder, options.schedule.batch_size, options.schedule.train_iters) == ("runs/demo", 32, 700)
+    assert (
+        options.optimizer.lr,
+        warmup_steps(options.schedule.warmup, 700),
+        options.lora.r,
+        options.lora.lora_alpha,
+    ) == (3e-3, 30, 16, 32)
+    assert options.data.prompt == "CAPTCHA:"
     assert options.given == frozenset()
 
 
 def test_own_training_data_is_not_validated_on_the_demos_captchas(tmp_path):
-    options = parse_options(["--train-data", "mine"], demo_folder=tmp_path)
-    assert (options.train_data, options.valid_data, options.test_data) == (["mine"], None, None)
+    options = parse_options(["--train-data", "mine"], demo=demo.demo_in(tmp_path))
+    assert (options.data.train_data, options.data.valid_data, options.data.test_data) == (("mine",), None, None)
 
 
 def test_a_real_base_gets_the_general_defaults():
     options = parse_options(["--from_pretrained", "cogvlm"])
-    assert (options.lr, options.batch_size, options.train_iters) == (1e-4, DEFAULTS["batch_size"], None)
+    assert (options.optimizer.lr, options.schedule.batch_size, options.schedule.train_iters) == (
+        1e-4,
+        DEFAULTS["batch_size"],
+        None,
+    )
     assert options.run_folder == "runs/finetune"
 
 
 def test_epochs_replace_the_demos_steps(tmp_path):
-    options = parse_options(["--epochs", "0.5"], demo_folder=tmp_path)
-    assert (options.epochs, options.train_iters) == (0.5, None)
+    options = parse_options(["--epochs", "0.5"], demo=demo.demo_in(tmp_path))
+    assert (options.schedule.epochs, options.schedule.train_iters) == (0.5, None)
 
 
 def test_epochs_and_train_iters_together_are_refused(capsys):
@@ -138,8 +149,8 @@ def test_resume_takes_over_the_settings_of_the_run(tmp_path):
     settings = {"lr": 7e-4, "r": 8, "train_iters": 50, "from_pretrained": "base", "given": ["r"]}
     (tmp_path / "run.json").write_text(json.dumps({"settings": settings}))
     options = parse_options(["--resume", str(tmp_path), "--epochs", "2"])
-    assert (options.lr, options.r, options.from_pretrained) == (7e-4, 8, "base")
-    assert (options.epochs, options.train_iters) == (2, None)
+    assert (options.optimizer.lr, options.lora.r, options.model.from_pretrained) == (7e-4, 8, "base")
+    assert (options.schedule.epochs, options.schedule.train_iters) == (2, None)
     assert options.given == {"r", "resume", "epochs"}
     assert options.run_folder == str(tmp_path)
 
@@ -150,11 +161,11 @@ def test_resume_of_something_else_is_refused(capsys, tmp_path):
 
 
 def test_local_rank_comes_from_the_launcher():
-    assert parse_options([], environ={"LOCAL_RANK": "5"}).local_rank == 5
+    assert parse_options([], environ={"LOCAL_RANK": "5"}).start.local_rank == 5
 
 
 def test_a_shrunk_model_cannot_be_trained(capsys):
     with pytest.raises(SystemExit) as stop:
         parse_options(["--shrink", "2"])
     assert stop.value.code == 2 and "--shrink 2: training takes the whole model" in capsys.readouterr().err
-    assert parse_options(["--shrink", "2", "--doctor"]).shrink == 2
+    assert parse_options(["--shrink", "2", "--doctor"]).start.shrink == 2

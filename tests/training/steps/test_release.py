@@ -116,7 +116,7 @@ def peaks_of_run(stage, folder, captchas, *more):
     """(bytes of the base, peak of the training steps, peak after them), in bytes of tensors of a run's process."""
     from sat_lora.training import evaluation, finetune
     from sat_lora.training.settings import deepspeed_config
-    from sat_lora.training.settings.options import parse_options
+    from tests.support.configs import parse_options
 
     init_model_parallel(init_distributed())
     base_bytes = wide_base(folder / "base")

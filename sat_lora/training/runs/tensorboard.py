@@ -1,0 +1,108 @@
+"""TensorBoard's files of a run."""
+
+import contextlib
+import itertools
+import os
+import shutil
+import socket
+import struct
+import time
+from pathlib import Path
+
+from sat_lora.training.runs.run_logs import AppendedFile, figures_of
+from sat_lora.training.steps.observers import Observer, StepReport, ValidationReport
+
+_numbers = itertools.count()
+
+
+class EventFile:
+    """TensorBoard's file of one start of a run. OSError: it cannot be made.
+
+    Written here and now: the writer of torch.utils.tensorboard has a thread of its own, which dies of a full disk.
+    purge_from: what earlier files say of this step and later ones is forgotten; None: nothing.
+    """
+
+    def __init__(self, folder: str | Path, purge_from: int | None = None):
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+
+        self._event = Event
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        # TensorBoard reads the files in the order of their names.
+        name = f"{int(time.time()):010}.{socket.gethostname()}.{os.getpid()}.{next(_numbers):06}"
+        self._file = AppendedFile(folder / f"events.out.tfevents.{name}")
+        self._add(step=purge_from or 0, file_version="brain.Event:2")
+        if purge_from is not None:
+            self._add(step=purge_from, session_log=SessionLog(status=SessionLog.START))
+
+    def add_scalars(self, step: int, scalars: dict[str, float]) -> None:
+        """Add a value per tag. OSError: there is no room; it waits for the next call."""
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()]
+        self._add(step=step, summary=Summary(value=values))
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _add(self, **content) -> None:
+        from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
+
+        data = self._event(wall_time=time.time(), **content).SerializeToString()
+        length = struct.pack("<Q", len(data))
+        checks = [struct.pack("<I", masked_crc32c(part)) for part in (length, data)]
+        self._file.append(length + checks[0] + data + checks[1])
+
+
+class TensorBoard(Observer):
+    """The scalars under train/ and valid/ in `folder`.
+
+    was_removed: the folder has gone with that of the run, which was begun anew; what comes next goes into a new file.
+    """
+
+    name = "tensorboard"
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        self.was_removed = False
+        self._events: EventFile | None = None
+
+    def on_start(self, total_steps: int, start_step: int) -> None:
+        """Open a file. What others say of steps after the one that a run goes on from is not of this run."""
+        if start_step == 0:
+            remove_events(self.folder)
+        self._events = EventFile(self.folder, start_step + 1 if start_step else None)
+
+    def on_step(self, report: StepReport) -> None:
+        if report.figures is not None:
+            self._add(report.step, "train", figures_of(report))
+
+    def on_validation(self, report: ValidationReport) -> None:
+        if report.loss is not None:
+            self._add(report.step, "valid", {"loss": report.loss, **report.metrics})
+
+    def on_end(self, error: BaseException | None) -> None:
+        self._reopen_if_removed()
+        events, self._events = self._events, None
+        if events is not None:
+            events.close()
+
+    def _add(self, step: int, group: str, figures: dict[str, float]) -> None:
+        self._reopen_if_removed()
+        if self._events is not None:
+            self._events.add_scalars(step, {f"{group}/{name}": float(value) for name, value in figures.items()})
+
+    def _reopen_if_removed(self) -> None:
+        if self.was_removed:
+            self.was_removed = False
+            if self._events is not None:
+                with contextlib.suppress(OSError):
+                    self._events.close()
+            self._events = None
+            self._events = EventFile(self.folder)
+
+
+def remove_events(folder: Path) -> None:
+    """Remove the files of an earlier run; what is no folder stays, for a pipe would be waited for."""
+    if folder.is_dir():
+        shutil.rmtree(folder)

@@ -1,0 +1,21 @@
+"""The watchdog's trace as an observer of the loop."""
+
+from sat_lora.training.steps.observers import Observer
+from sat_lora.watchdog.trace import Trace
+
+
+class Traced(Observer):
+    """Writes each phase down where a watchdog, and whoever looks at a run that was killed, finds it."""
+
+    name = "the watchdog's trace"
+
+    def __init__(self, trace: Trace):
+        self._trace = trace
+
+    def on_phase(self, phase: str, *, step: int | None = None, micro_batch: int | None = None) -> None:
+        self._trace.at(phase, step=step, micro_batch=micro_batch)
+
+
+def traced(trace: Trace | None) -> tuple[Observer, ...]:
+    """The observer of a trace; none where nothing is traced."""
+    return () if trace is None else (Traced(trace),)

@@ -1,0 +1,473 @@
+"""`TrainConfig`: every setting of a run, as frozen values in sections.
+
+The fields are the one source of the command line, of a --config file, of run.json, of docs/options.md, and of what is
+refused. None stands for what is found out later, as the comment beside it says.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from enum import Enum
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from sat_lora.cogvlm.inputs.prompts import PROMPTS
+from sat_lora.errors import ConfigError
+from sat_lora.lora.config import LoraConfig
+from sat_lora.terminal.option_types import (
+    accumulation,
+    batch,
+    count,
+    fraction,
+    not_negative,
+    positive,
+    positive_int,
+    proportions,
+    rate,
+    seconds,
+    share,
+    workers,
+)
+from sat_lora.training.metrics.registry import METRICS
+from sat_lora.training.settings.fields import Known, fields_of, flag, frozen, plain, setting
+from sat_lora.training.settings.lora_options import ABOUT, LORA_FIELDS, lora_fields
+from sat_lora.training.settings.schedule import DECAY_STYLES, learning_rate_factor, warmup_steps
+
+Paths = tuple[str, ...]
+BASIC = "what people set"
+GROUPS = {
+    BASIC: "the options that most runs need",
+    "model": None,
+    "LoRA": ABOUT,
+    "data": None,
+    "schedule": "--lr and the number of steps matter most",
+    "parallelism and memory": "out of memory: checkpoint activations, then ZeRO 3",
+    "saving and evaluating": None,
+    "checking": "why a backward hangs, or why nothing learns",
+    "accepted for compatibility": "of published scripts, without effect",
+}
+"""The headings of --help in their order, and what stands below them."""
+
+
+class Origin(Enum):
+    """Where a value comes from, in the order of who beats whom."""
+
+    OPTION = "given as an option"
+    FILE = "from the --config file"
+    RUN = "from the run to go on with"
+    DEEPSPEED = "from the DeepSpeed file"
+    RUN_DEFAULT = "as the run to go on with had it"
+    BASE = "from the base's config"
+    DEMO = "the demo's"
+    DEFAULT = "default"
+
+
+BY_HAND = frozenset({Origin.OPTION, Origin.FILE, Origin.RUN})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """The base, and how it reads a sample."""
+
+    from_pretrained: str | None = setting(
+        None, "SAT folder of the base (default: the embedded tiny one)", "--from_pretrained", group=BASIC, metavar="DIR"
+    )
+    local_tokenizer: str | None = setting(  # then the --from_pretrained folder
+        None, "tokenizer folder (default: the --from_pretrained folder)", "--local_tokenizer", metavar="DIR"
+    )
+    version: str = setting(  # unless the base's config names another, see `version_of`
+        "chat", "prompt format of the base, if its config names none", "--version", choices=lambda: PROMPTS
+    )
+    max_length: int = setting(
+        1288, "longest sequence in tokens, the image's included", "--max_length", type=positive_int, metavar="N"
+    )
+
+    @property
+    def base(self) -> str:
+        """The folder of the base. ConfigError: none is named."""
+        if self.from_pretrained is None:
+            raise ConfigError("--from_pretrained: missing; give the base's folder")
+        return self.from_pretrained
+
+    @property
+    def tokenizer(self) -> str:
+        """The folder of the tokenizer, or its name; the base's where none is named."""
+        return self.local_tokenizer or self.base
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Where the samples are, and which of them count."""
+
+    train_data: Paths | None = setting(
+        None,
+        "folders of images LABEL.png, .jsonl files or .tar shards",
+        "--train-data",
+        group=BASIC,
+        nargs="+",
+        metavar="PATH",
+    )
+    valid_data: Paths | None = setting(  # then a part of --train-data, by --split
+        None, "the same, for the validation loss", "--valid-data", group=BASIC, nargs="+", metavar="PATH"
+    )
+    test_data: Paths | None = setting(  # then nothing is generated after training
+        None, "folders or .jsonl, answered after training", "--test-data", group=BASIC, nargs="+", metavar="PATH"
+    )
+    prompt: str = setting("What is this?", "the query of every image that comes without one of its own", "--prompt")
+    split: tuple[float, ...] = setting(
+        (1.0,), "train,valid,test shares, of sum 1; without --valid-data", "--split", type=proportions, metavar="A,B,C"
+    )
+    special_tokens_in_text: bool = flag(
+        False, "a text that spells a special token, such as </s>, means it", "--special-tokens-in-text"
+    )
+    ignore_keys: Paths = setting((), "keys of .jsonl lines to pass over", "--ignore-keys", nargs="+", metavar="KEY")
+    images_from: Paths = setting(
+        (), "folders that .jsonl lines may lead to by ..", "--images-from", nargs="+", metavar="DIR"
+    )
+    names_are_answers: bool = flag(False, "of folders, whatever texts lie in or beside them", "--names-are-answers")
+    max_broken_share: float = setting(
+        0.05, "the run stops when more of the samples are broken", "--max-broken-share", type=share, metavar="X"
+    )
+    max_pixels: int = setting(  # where Pillow warns of a decompression bomb
+        89_478_485, "a larger picture is a broken sample, not read", "--max-pixels", type=positive_int, metavar="N"
+    )
+    num_workers: int = setting(2, "processes that read images, per rank", "--num-workers", type=workers, metavar="N")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimizer:
+    """What a step does with its gradients."""
+
+    lr: float = setting(1e-4, "peak learning rate; LoRA wants 1e-4 or more", "--lr", group=BASIC, type=rate)
+    clip_grad: float = setting(
+        1.0, "largest gradient norm; 0: not clipped", "--clip-grad", type=not_negative, metavar="X"
+    )
+    weight_decay: float = setting(0.0, "AdamW's weight decay", "--weight-decay", type=not_negative, metavar="X")
+    skip_nonfinite: int = setting(
+        0, "steps with a NaN or infinity to leave out", "--skip-nonfinite", type=count, metavar="N"
+    )
+    betas: tuple[float, float] = setting(
+        (0.9, 0.95),
+        "AdamW's decay rates of its moments",
+        accepts=lambda value: isinstance(value, list) and len(value) == 2 and all(map(_is_below_one, value)),
+        wanted="two numbers below 1",
+    )
+    eps: float = setting(
+        1e-8, "what AdamW adds to a root", accepts=lambda value: _is_below_one(value), wanted="a number below 1"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """How many steps there are, of how many samples, and the rate at each."""
+
+    train_iters: int | None = setting(  # then --epochs; if that is None too, one epoch
+        None, "optimizer steps (default: one epoch)", "--train-iters", group=BASIC, type=positive_int, metavar="N"
+    )
+    epochs: float | None = setting(
+        None, "passes over the data, instead of --train-iters", "--epochs", group=BASIC, type=positive, metavar="N"
+    )
+    batch_size: int = setting(4, "samples a GPU takes at once", "--batch-size", group=BASIC, type=batch, metavar="N")
+    warmup: float = setting(
+        0.01, "steps of warm-up; below 1: their share of all steps", "--warmup", type=not_negative, metavar="N"
+    )
+    lr_decay_style: str = setting(
+        "cosine", "how the learning rate falls after it", "--lr-decay-style", choices=lambda: DECAY_STYLES
+    )
+    min_lr_ratio: float = setting(
+        0.0, "the rate falls to this share of --lr", "--min-lr-ratio", type=fraction, metavar="X"
+    )
+    gradient_accumulation_steps: int = setting(
+        1, "batches per optimizer step", "--gradient-accumulation-steps", type=accumulation, metavar="N"
+    )
+    seed: int = setting(1234, "of the adapters, the data order and dropout", "--seed", type=count, metavar="N")
+
+    def factor(self, step: int, steps: int) -> float:
+        """What the peak rate is multiplied with at `step` of `steps`; the first is 0."""
+        return learning_rate_factor(
+            step,
+            total_steps=steps,
+            warmup_steps=warmup_steps(self.warmup, steps),
+            style=self.lr_decay_style,
+            floor=self.min_lr_ratio,
+        )
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the run, once its data are known. ConfigError: they are not."""
+        if self.train_iters is None:
+            raise ConfigError("--train-iters: not known before the data are; give it")
+        return self.train_iters
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parallel:
+    """How the ranks share model, gradients and optimizer."""
+
+    zero_stage: int = setting(
+        2, "DeepSpeed ZeRO stage; 3 shards the base too", "--zero-stage", type=int, choices=lambda: range(4)
+    )
+    deepspeed_config: str | None = setting(
+        None, "DeepSpeed json; an option given here beats it", "--deepspeed_config", metavar="FILE"
+    )
+    model_parallel_size: int = setting(
+        1, "ranks that share one copy of the model", "--model-parallel-size", type=positive_int, metavar="N"
+    )
+    distributed_backend: str | None = setting(
+        None,
+        "default: nccl on CUDA, gloo on CPU",
+        "--distributed-backend",
+        resumed=False,
+        choices=lambda: ("nccl", "gloo"),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Precision:
+    """With neither, bfloat16 on CUDA and float32 on a CPU."""
+
+    bf16: bool = flag(False, "bfloat16 (default on CUDA)", "--bf16", left_to_device=True)
+    fp16: bool = flag(False, "float16 with loss scaling, for GPUs without bfloat16", "--fp16", left_to_device=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpointing:
+    """Which layers are computed again in backward, instead of being kept."""
+
+    checkpoint_activations: bool = flag(False, "recompute the language layers in backward", "--checkpoint-activations")
+    vit_checkpoint_activations: bool = flag(
+        False, "recompute the ViT layers in backward", "--vit_checkpoint_activations"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Saving:
+    """Where a run leaves what, and how often it saves, validates and logs."""
+
+    experiment_name: str = setting(
+        "finetune", "name of the run; its folder is SAVE/NAME", "--experiment-name", group=BASIC, metavar="NAME"
+    )
+    save: str | None = setting(None, "folder of the runs (default: runs)", "--save", metavar="DIR")
+    save_interval: int = setting(
+        200, "steps between saved adapters; 0: at the end only", "--save-interval", type=count, metavar="N"
+    )
+    keep: int = setting(3, "newest adapters to keep, the best aside; 0: all", "--keep", type=count, metavar="K")
+    eval_interval: int = setting(
+        200, "steps between validation losses; 0: at the end only", "--eval-interval", type=count, metavar="N"
+    )
+    eval_iters: int = setting(0, "validation batches per rank; 0: all", "--eval-iters", type=count, metavar="N")
+    eval_batch_size: int | None = setting(  # then --batch-size
+        None,
+        "for validation and --test-data (default: --batch-size)",
+        "--eval-batch-size",
+        type=batch,
+        metavar="N",
+    )
+    valid_metrics: tuple[str, ...] = setting(
+        (), "what a validation measures beside the loss", "--valid-metrics", nargs="+", choices=lambda: METRICS
+    )
+    log_interval: int = setting(
+        10, "steps between the lines of train.jsonl", "--log-interval", type=positive_int, metavar="N"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checks:
+    """What watches over a run."""
+
+    watchdog_limit: float = setting(
+        120.0,
+        "end a run that gives no sign of life for so long, and for ten times the longest that its phase has taken; "
+        "0: never",
+        "--watchdog-limit",
+        type=seconds,
+        metavar="SECONDS",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """What belongs to one start of a run: no file says it, and a run that goes on has forgotten it."""
+
+    resume: str | None = setting(
+        None,
+        "run folder to go on with, under its own settings",
+        "--resume",
+        group=BASIC,
+        resumed=False,
+        metavar="RUN_FOLDER",
+    )
+    overwrite: bool = flag(
+        False,
+        "start in a run folder that holds results: they are removed",
+        "--overwrite",
+        group="saving and evaluating",
+        resumed=False,
+    )
+    any_data: bool = flag(
+        False,
+        "for --resume: go on though the training data is not what it was",
+        "--any-data",
+        group="saving and evaluating",
+        resumed=False,
+    )
+    trust_checkpoint: bool = flag(
+        False,
+        "unpickle all of --from_pretrained: runs any code in it",
+        "--trust-checkpoint",
+        group="model",
+        resumed=False,
+    )
+    any_base: bool = flag(
+        False,
+        "with --resume: go on with a base that the run was not trained on",
+        "--any-base",
+        group="model",
+        resumed=False,
+    )
+    local_rank: int = setting(
+        0, "set by the launcher", "--local_rank", group="parallelism and memory", resumed=False, type=int, metavar="N"
+    )
+    doctor: bool = flag(
+        False, "check everything with one step per kind of batch, write nothing, and end", "--doctor", resumed=False
+    )
+    shrink: int | None = setting(  # then the doctor builds the whole model
+        None,
+        "for --doctor and --replay: the first N layers of each transformer alone",
+        "--shrink",
+        resumed=False,
+        type=positive_int,
+        metavar="N",
+    )
+    replay: str | None = setting(
+        None,
+        "run the last step of a run again: for sat-lora doctor --replay",
+        "--replay",
+        resumed=False,
+        metavar="RUN_FOLDER",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compatibility:
+    """Options of published scripts, without effect."""
+
+    mode: str = setting("finetune", "no effect: this always fine-tunes", "--mode", choices=lambda: ("finetune",))
+    use_lora: bool = flag(True, "no effect: LoRA is always on", "--use_lora")
+    resume_dataloader: bool = flag(True, "no effect: --resume always goes on at the next sample", "--resume-dataloader")
+    skip_init: bool = flag(True, "no effect: base weights are loaded, never drawn first", "--skip-init")
+    ignore_pad_token_for_loss: bool = flag(True, "no effect: padding never counts", "--ignore_pad_token_for_loss")
+    deepspeed: bool = flag(True, "no effect: the engine is always DeepSpeed", "--deepspeed")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Every setting of a run. Nothing changes it: `replaced` gives another one."""
+
+    model: Model = field(default_factory=Model)
+    data: Data = field(default_factory=Data)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    schedule: Schedule = field(default_factory=Schedule)
+    parallel: Parallel = field(default_factory=Parallel)
+    precision: Precision = field(default_factory=Precision)
+    checkpointing: Checkpointing = field(default_factory=Checkpointing)
+    saving: Saving = field(default_factory=Saving)
+    checks: Checks = field(default_factory=Checks)
+    start: Start = field(default_factory=Start)
+    compatibility: Compatibility = field(default_factory=Compatibility)
+    origins: Mapping[str, Origin] = field(default_factory=lambda: MappingProxyType({}), compare=False, repr=False)
+    """Where each value comes from, by its name; what is not there is the default."""
+    problems: tuple[str, ...] = ()
+    """What is wrong with values that no LoraConfig can have, in place of which `lora` has the defaults: `check_options`
+    says it together with all else that is wrong."""
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any], origins: Mapping[str, Origin] | None = None) -> "TrainConfig":
+        """The config with these values by their names, of the types that JSON has; the rest are defaults.
+
+        ConfigError: a LoraConfig cannot be made of them. The LoRA section's seed is the run's.
+        """
+        return cls(origins=MappingProxyType(dict(origins or {}))).replaced(**values)
+
+    @classmethod
+    def of_flat(cls, values: Mapping[str, Any], given: Iterable[str] = ()) -> "TrainConfig":
+        """The config that `flat` gave; given: the names of what was set by hand."""
+        known = {name: value for name, value in values.items() if name in KNOWN}
+        return cls.of(known, dict.fromkeys(given, Origin.OPTION))
+
+    def replaced(self, origin: Origin | None = None, **values: Any) -> "TrainConfig":
+        """This config with other values, by their names; lists are taken for tuples.
+
+        origin: where they come from, to be noted; None leaves what is noted. ConfigError: as of `of`.
+        """
+        sections: dict[str, dict[str, Any]] = {}
+        for name, value in values.items():
+            sections.setdefault(KNOWN[name].section, {})[name] = frozen(value)
+        if "seed" in values:
+            sections.setdefault("lora", {})["seed"] = values["seed"]
+        changed: dict[str, Any] = {name: replace(getattr(self, name), **own) for name, own in sections.items()}
+        if origin is not None:
+            changed["origins"] = MappingProxyType({**self.origins, **dict.fromkeys(values, origin)})
+        return replace(self, **changed)
+
+    def flat(self) -> dict[str, Any]:
+        """Every value by its name, as JSON has them: lists for tuples."""
+        return {name: plain(getattr(getattr(self, known.section), name)) for name, known in KNOWN.items()}
+
+    def value(self, name: str) -> Any:
+        """The value of that name, as JSON has it."""
+        return plain(getattr(getattr(self, KNOWN[name].section), name))
+
+    def origin(self, name: str) -> Origin:
+        """Where the value of that name comes from."""
+        return self.origins.get(name, Origin.DEFAULT)
+
+    @property
+    def given(self) -> frozenset[str]:
+        """The names of what was set by hand: as an option, in a file, or so in the run to go on with."""
+        return frozenset(name for name, origin in self.origins.items() if origin in BY_HAND)
+
+    @property
+    def run_folder(self) -> str:
+        """Where the run leaves everything: SAVE/NAME, or the folder of the run to go on with."""
+        return self.start.resume or str(Path(self.saving.save or "runs") / self.saving.experiment_name)
+
+
+def _is_below_one(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value < 1
+
+
+def _known() -> dict[str, Known]:
+    """Every field of every section by its name, in the order of the sections."""
+    headings = {
+        Model: "model",
+        Data: "data",
+        Optimizer: "schedule",
+        Schedule: "schedule",
+        Parallel: "parallelism and memory",
+        Precision: "parallelism and memory",
+        Checkpointing: "parallelism and memory",
+        Saving: "saving and evaluating",
+        Checks: "checking",
+        Start: "checking",
+        Compatibility: "accepted for compatibility",
+    }
+    known: list[Known] = []
+    for section in fields(TrainConfig):
+        factory: Any = section.default_factory
+        if factory is LoraConfig:
+            known += lora_fields("LoRA")
+        elif factory in headings:
+            known += fields_of(section.name, headings[factory], factory)
+    return {one.name: one for one in known}
+
+
+KNOWN: Mapping[str, Known] = MappingProxyType(_known())
+"""Every setting by its name."""
+SECTIONS = tuple(dict.fromkeys(known.section for known in KNOWN.values()))
+DEFAULTS: Mapping[str, Any] = MappingProxyType({name: known.default for name, known in KNOWN.items()})
+"""The settings for a real CogVLM, as JSON has them."""
+NOT_RESUMED = frozenset(name for name, known in KNOWN.items() if not known.resumed)
+"""They belong to one start of a run."""
+__all__ = ["DEFAULTS", "KNOWN", "LORA_FIELDS", "NOT_RESUMED", "Origin", "TrainConfig"]

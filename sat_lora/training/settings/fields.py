@@ -1,0 +1,211 @@
+"""A field of a section of `TrainConfig`: what it says of itself in its metadata, as an option, and what fits it."""
+
+import argparse
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import MISSING, Field, dataclass, field, fields
+from typing import Any
+
+from sat_lora.printable import printable
+from sat_lora.terminal.option_parser import PLACES
+
+YES, NO = ("true", "yes", "on"), ("false", "no", "off")
+SHOWN = 60  # characters of a value in a message
+
+
+def setting(
+    default: Any,
+    help: str,
+    *names: str,
+    group: str | None = None,
+    resumed: bool = True,
+    left_to_device: bool = False,
+    accepts: Callable[[Any], bool] | None = None,
+    wanted: str = "",
+    **option: Any,
+) -> Any:
+    """A field of a section.
+
+    names: the spellings of its option; none where a file alone can set it. group: the heading of the option in --help
+    where that is not the section's. resumed: whether a run that goes on takes it over. left_to_device: whether the
+    machine decides it where nobody has said it. accepts, wanted: which values fit, where no option says so. option:
+    what `add_argument` takes; `choices` may be a function that gives them.
+    """
+    about = dict(help=help, options=names, group=group, resumed=resumed, left_to_device=left_to_device)
+    return field(default=default, metadata={**about, "accepts": accepts, "wanted": wanted, "option": option})
+
+
+def flag(default: bool, help: str, *names: str, **more: Any) -> Any:
+    """A field that is true or false, whose option has no value."""
+    return setting(default, help, *names, action="store_true", **more)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Known:
+    """A field of a section, as everything that reads or shows settings sees it."""
+
+    name: str
+    section: str
+    default: Any
+    """As JSON has it: a list where the section has a tuple."""
+    help: str
+    options: tuple[str, ...]
+    group: str
+    resumed: bool = True
+    left_to_device: bool = False
+    accepts: Callable[[Any], bool] | None = None
+    wanted: str = ""
+    option: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, section: str, group: str, source: Field) -> "Known":
+        """The field `source` of the section of that name; `group` is the section's heading in --help."""
+        default = source.default_factory() if source.default_factory is not MISSING else source.default
+        about = {**source.metadata, "group": source.metadata["group"] or group}
+        return cls(name=source.name, section=section, default=plain(default), **about)
+
+    @property
+    def is_flag(self) -> bool:
+        """Whether it is true or false."""
+        return isinstance(self.default, bool)
+
+    @property
+    def choices(self) -> list | None:
+        """The values that it may have; None where they cannot be listed."""
+        choices = self.option.get("choices")
+        return list(choices()) if callable(choices) else None if choices is None else list(choices)
+
+    def add_to(self, group: argparse._ArgumentGroup) -> None:
+        """Add its option to a group of a parser; without a default, so that what is not given is not there."""
+        if not self.options:
+            return
+        settings = {name: value for name, value in self.option.items() if name != "choices"}
+        if self.choices is not None:
+            settings["choices"] = self.choices
+        text = self.help + self._default_text()
+        settings.setdefault("dest", self.name)
+        group.add_argument(*self.options, default=argparse.SUPPRESS, help=text.replace("%", "%%"), **settings)
+
+    def _default_text(self) -> str:
+        shown = " ".join(map(str, self.default)) if isinstance(self.default, list | dict) else self.default
+        is_said = self.is_flag or shown in (None, "") or self.section == "compatibility"
+        return "" if is_said else f" (default: {shown})"
+
+    def checked(self, value: Any) -> Any:
+        """The value, from a file that programs write; ValueError says what was wanted where it does not fit."""
+        if json.dumps(value, default=repr) == json.dumps(self.default):  # as text, since True == 1 == 1.0
+            return value
+        try:
+            return self._fitting(value)
+        except argparse.ArgumentTypeError as error:
+            raise ValueError(str(error).rpartition("wanted ")[2]) from None
+
+    def written(self, value: Any) -> Any:
+        """The value, from a file that people write; ValueError says what was wanted where it does not fit.
+
+        A text may stand for a number or for true and false, and a single text for a list of them; `~/` at the
+        beginning of a path is the user's own folder.
+        """
+        try:
+            return self._at_home(self.checked(self._meant(value)))
+        except argparse.ArgumentTypeError as error:
+            raise ValueError(str(error).rpartition("wanted ")[2]) from None
+
+    def _meant(self, value: Any) -> Any:
+        """What a person means by a value: what YAML takes for a text is a number where a number is wanted."""
+        convert = self.option.get("type")
+        if self.accepts is not None:
+            return [_number(entry) for entry in value] if isinstance(value, list) else _number(value)
+        if self.is_flag and isinstance(value, str):
+            text = value.strip().lower()
+            return text in YES if text in YES + NO else value
+        if self.option.get("nargs") == "+":
+            return [value] if isinstance(value, str) else value
+        if isinstance(self.default, list) and convert is not None and type(value) in (str, int, float):
+            return convert(str(value))
+        if convert is not None and isinstance(value, str):
+            return convert(value)
+        return value
+
+    def _at_home(self, value: Any) -> Any:
+        """A path with the user's own folder in place of `~`; ValueError for one with a variable of the shell."""
+        if self.option.get("metavar") not in PLACES:
+            return value
+        if isinstance(value, list):
+            return [self._at_home(entry) for entry in value]
+        if not isinstance(value, str):
+            return value
+        if re.match(r"\$\w+(/|$)|\$\{\w+\}", value):
+            raise ValueError("a path; variables of the shell are not filled in here")
+        return os.path.expanduser(value) if re.match(r"~\w*(/|$)", value) else value
+
+    def _fitting(self, value: Any) -> Any:
+        """The value if it fits; ValueError or ArgumentTypeError where not."""
+        convert = self.option.get("type")
+        if self.accepts is not None:
+            if self.accepts(value):
+                return value
+            raise ValueError(self.wanted)
+        if self.is_flag:
+            return _expect(isinstance(value, bool), value, "true or false")
+        if self.option.get("nargs") == "+":
+            wanted = "texts" if self.choices is None else ", ".join(map(str, self.choices))
+            is_fitting = _is_text if self.choices is None else self.choices.__contains__
+            are_fitting = isinstance(value, list) and bool(value) and all(map(is_fitting, value))
+            return _expect(are_fitting, value, f"a list of {wanted}")
+        if isinstance(self.default, list) and convert is not None:  # shares
+            are_numbers = isinstance(value, list) and all(type(share) in (int, float) for share in value)
+            return _expect(are_numbers and convert(",".join(map(repr, value))), value, "one to three shares")
+        if self.choices is not None:
+            fits = any(type(value) is type(choice) and value == choice for choice in self.choices)
+            return _expect(fits, value, f"one of {', '.join(map(str, self.choices))}")
+        if convert is None:
+            return _expect(_is_text(value), value, "a text")
+        _expect(type(value) in (int, float), value, "a number")
+        return convert(repr(value))
+
+
+def _expect(fits: Any, value: Any, wanted: str) -> Any:
+    """The value; ValueError with what was wanted if it does not fit."""
+    if not fits:
+        raise ValueError(wanted)
+    return value
+
+
+def _is_text(value: Any) -> bool:
+    """Whether it is a text that the system takes as the name of a file."""
+    return isinstance(value, str) and "\0" not in value
+
+
+def _number(value: Any) -> Any:
+    """The number that a text is; anything else as it is."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON has it: a list for a tuple."""
+    return list(value) if isinstance(value, tuple) else value
+
+
+def frozen(value: Any) -> Any:
+    """A value of JSON as a section has it: a tuple for a list."""
+    return tuple(value) if isinstance(value, list) else value
+
+
+def shown(value: Any) -> str:
+    """A value in a message, on one line and cut where it is long."""
+    if isinstance(value, (list, dict)) and len(value) > SHOWN:
+        return f"{'a list' if isinstance(value, list) else 'a mapping'} of {len(value)}"
+    text = printable(repr(value))
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+
+
+def fields_of(section: str, group: str, cls: type) -> Iterator[Known]:
+    """The fields of a section's class."""
+    for source in fields(cls):
+        yield Known.of(section, group, source)

@@ -1,0 +1,109 @@
+"""One config out of all that has a say in it."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from sat_lora.errors import ConfigError
+from sat_lora.training.settings.config import DEFAULTS, LORA_FIELDS, Origin, TrainConfig
+from sat_lora.training.settings.deepspeed_file import values_of_file
+from sat_lora.training.settings.lora_options import lora_problems
+
+LOWEST_USEFUL_RATE = 1e-5
+EXCLUSIVE = (("train_iters", "epochs"), ("bf16", "fp16"))
+"""Of two such settings the one from the better source counts, and the other is as if nobody had said it."""
+NOTHING: Mapping[str, Any] = {}
+
+
+def resolve(
+    given: Mapping[str, Any],
+    *,
+    file: Mapping[str, Any] = NOTHING,
+    resumed_run: Mapping[str, Any] = NOTHING,
+    deepspeed_json: Mapping[str, Any] = NOTHING,
+    demo: Mapping[str, Any] = NOTHING,
+    base_version: str | None = None,
+    local_rank: int = 0,
+) -> tuple[TrainConfig, list[str]]:
+    """(the config, warnings). It reads no file, prints nothing and changes nothing.
+
+    Each value comes from the first that has one: `given` (the options of the command line), `file` (a --config file),
+    what was set by hand in the run to go on with, `deepspeed_json`, the rest of that run, `base_version` (the prompt
+    format that the base's config names), `demo`, the defaults.
+
+    resumed_run: as `settings_of_run` gives it, with the names of what was set by hand under `given`. deepspeed_json: as
+    `read_deepspeed_file` gives it; entries that are wrong say nothing here, `file_problems` speaks of them.
+    local_rank: as the launcher says.
+    ConfigError: two exclude each other. What is wrong with LoRA's values is in `problems` of the config.
+    """
+    _refuse_pairs(given, file)
+    stored = {name: value for name, value in resumed_run.items() if name != "given"}
+    if stored.get("train_iters") is not None:
+        stored.pop("epochs", None)  # a run has written down what they came to
+    by_hand = {name: value for name, value in stored.items() if name in resumed_run.get("given", ())}
+    rest = {name: value for name, value in stored.items() if name not in by_hand}
+    sources: list[tuple[Origin, Mapping[str, Any]]] = [
+        (Origin.DEMO, demo),
+        (Origin.BASE, {} if base_version is None else {"version": base_version}),
+        (Origin.RUN_DEFAULT, rest),
+        (Origin.DEEPSPEED, values_of_file(deepspeed_json)),
+        (Origin.RUN, by_hand),
+        (Origin.FILE, file),
+        (Origin.OPTION, given),
+    ]
+    values: dict[str, Any] = {"local_rank": local_rank}
+    origins: dict[str, Origin] = {}
+    for origin, own in sources:
+        for one, other in EXCLUSIVE:
+            for name, beaten in ((one, other), (other, one)):
+                if own.get(name) and not own.get(beaten):
+                    values[beaten] = DEFAULTS[beaten]
+                    origins.pop(beaten, None)
+        values |= own
+        origins |= dict.fromkeys(own, origin)
+    values["local_tokenizer"] = values.get("local_tokenizer") or values.get("from_pretrained")
+    if values.get("replay"):
+        values["experiment_name"] = "replay"
+    lora = {name: values.pop(name) for name in LORA_FIELDS if name in values}
+    config = TrainConfig.of(values, origins)
+    try:
+        config = config.replaced(**lora)
+    except ConfigError as error:
+        config = replace(config, problems=tuple(lora_problems(error)))
+    return config, list(_warnings(config, deepspeed_json))
+
+
+def _refuse_pairs(given: Mapping[str, Any], file: Mapping[str, Any]) -> None:
+    """ConfigError: what was set by hand contradicts itself."""
+    for source, start in ((given, ("--train-iters", "--epochs")), (file, ("--config: train_iters", "epochs"))):
+        if source.get("train_iters") is not None and source.get("epochs") is not None:
+            raise ConfigError(
+                f"{start[0]} {source['train_iters']} and {start[1]} {source['epochs']:g}: both say how long to train; "
+                "give one of them"
+            )
+    if "shrink" in given and not given.keys() & {"doctor", "replay"}:
+        raise ConfigError(
+            f"--shrink {given['shrink']}: training takes the whole model; it is for --doctor and --replay"
+        )
+    if {"overwrite", "resume"} <= given.keys():
+        raise ConfigError("--overwrite and --resume: the one removes what the other goes on with; give one of them")
+    if "any_data" in given and "resume" not in given:
+        raise ConfigError("--any-data: a run that starts takes any data; it is for --resume")
+    for source, prefix in ((given, "--{}"), (file, "--config: {}")):
+        for name in ("save", "experiment_name"):
+            if source.get(name) is not None and not source[name].strip():
+                shown = prefix.format(name.replace("_", "-") if source is given else name)
+                raise ConfigError(f"{shown}: got {source[name]!r}, wanted a name; is a variable of the shell empty?")
+
+
+def _warnings(config: TrainConfig, deepspeed_json: Mapping[str, Any]) -> list[str]:
+    """What is allowed, and probably not meant."""
+    warnings = []
+    rate = config.optimizer.lr
+    if rate < LOWEST_USEFUL_RATE:
+        warnings.append(
+            f"--lr: {rate:g} is very low, LoRA learns next to nothing below {LOWEST_USEFUL_RATE:g}; try 1e-4"
+        )
+    if "scheduler" in deepspeed_json:
+        warnings.append('--deepspeed_config: "scheduler" is not used; --lr-decay-style, --warmup, --min-lr-ratio are')
+    return warnings

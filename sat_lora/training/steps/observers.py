@@ -1,0 +1,163 @@
+"""What watches a run: logs, the screen, a watchdog's trace, whatever else a project keeps of its runs.
+
+The loop tells what happens and knows nobody who listens. A new listener is a subclass of `Observer`, put into the
+`Observers` of the run. Stop signals are no observer: the loop asks for them, so that all ranks agree on them in a step.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from sat_lora.printable import printable
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figures:
+    """What is measured of the steps since the last figures, at every --log-interval-th step and at the last."""
+
+    grad_norm: float | None
+    """Before clipping; None where DeepSpeed does not tell it (ZeRO 0 in fp32), and where there was no loss."""
+    samples_per_second: float
+    peak_memory_mib: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepReport:
+    """A step that is done."""
+
+    step: int
+    """Counted from 1."""
+    loss: float | None
+    """Mean per answer token over all ranks and micro-batches; None where none of the samples could be used."""
+    lr: float
+    skipped: str | None = None
+    """What was not finite in a step that moved nothing."""
+    figures: Figures | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationReport:
+    """A pass over the validation data."""
+
+    step: int
+    loss: float | None
+    """Mean per answer token; None where none of the samples has an answer."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """What was asked for beside the loss, see `training.metrics`."""
+    is_best: bool = False
+    """Whether no validation of this run had a lower loss."""
+
+
+class Observer:
+    """Is told what happens in a run, on each rank of its own; a subclass has the methods that it needs.
+
+    None may call a collective, or change what it is given: the loop does not wait for observers to agree. A method
+    that raises is said once and ends nothing, see `Observers`.
+    """
+
+    name = ""
+    """What is said to fail if a method raises; empty: the class, by its name."""
+
+    def on_start(self, total_steps: int, start_step: int) -> None:
+        """The loop begins, after `start_step` of `total_steps` steps."""
+
+    def on_phase(self, phase: str, *, step: int | None = None, micro_batch: int | None = None) -> None:
+        """A phase begins, of the step counted from 1, and of its micro-batch counted from 0; None: as before.
+
+        Several times a step: whatever is done here has to take microseconds.
+        """
+
+    def on_broken(self, broken: Sequence[tuple[str, ...]], step: int) -> None:
+        """Samples that cannot be used were met, over all ranks: (path, reason, sample) of each; see `collate`."""
+
+    def on_step(self, report: StepReport) -> None:
+        """A step is done."""
+
+    def on_validation(self, report: ValidationReport) -> None:
+        """A validation is done."""
+
+    def on_save(self, step: int, adapter: Path, checkpoint: Path) -> None:
+        """A save is on the disk, in these folders. Called on rank 0 alone, by the thread that has written it, while the
+        steps go on.
+        """
+
+    def on_end(self, error: BaseException | None) -> None:
+        """The run ends, by that error if there is one."""
+
+
+EVENTS = tuple(name for name in vars(Observer) if name.startswith("on_"))
+
+
+class Observers(Observer):
+    """Observers in a row: each event comes to all of them, in the order in which they are given.
+
+    One that raises is named once, by `say`, and the others and the run go on; it is told of later events again. As a
+    context, it tells how the block has ended. say: shows a line.
+    """
+
+    def __init__(self, observers: Iterable[Observer] = (), say: Callable[[str], None] = lambda line: None):
+        self._say = say
+        self._failed: set[str] = set()
+        members = tuple(observers)
+        # Who has no method of its own for an event is not called: events of each step are to cost next to nothing.
+        self._members = {
+            event: [member for member in members if getattr(type(member), event) is not getattr(Observer, event)]
+            for event in EVENTS
+        }
+        self._on_phase = [(member, member.on_phase) for member in self._members["on_phase"]]
+
+    def on_start(self, total_steps: int, start_step: int) -> None:
+        self._tell("on_start", total_steps, start_step)
+
+    def on_phase(self, phase: str, *, step: int | None = None, micro_batch: int | None = None) -> None:
+        for member, on_phase in self._on_phase:
+            try:
+                on_phase(phase, step=step, micro_batch=micro_batch)
+            except Exception as error:
+                self._has_failed(member, error)
+
+    def on_broken(self, broken: Sequence[tuple[str, ...]], step: int) -> None:
+        self._tell("on_broken", broken, step)
+
+    def on_step(self, report: StepReport) -> None:
+        self._tell("on_step", report)
+
+    def on_validation(self, report: ValidationReport) -> None:
+        self._tell("on_validation", report)
+
+    def on_save(self, step: int, adapter: Path, checkpoint: Path) -> None:
+        self._tell("on_save", step, adapter, checkpoint)
+
+    def on_end(self, error: BaseException | None) -> None:
+        self._tell("on_end", error)
+
+    def _tell(self, event: str, *content: Any) -> None:
+        for member in self._members[event]:
+            try:
+                getattr(member, event)(*content)
+            except Exception as error:  # of a full disk, a terminal that has gone, a service that does not answer
+                self._has_failed(member, error)
+
+    def _has_failed(self, member: Observer, error: Exception) -> None:
+        name = member.name or type(member).__name__
+        if name in self._failed:
+            return
+        self._failed.add(name)
+        reason = printable(error if isinstance(error, OSError) else f"{type(error).__name__}: {error}")
+        with contextlib.suppress(Exception):  # the screen may be what fails
+            self._say(f"warning: {name} cannot be written: {reason}; the run goes on without it")
+
+    def __enter__(self) -> "Observers":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.on_end(error)
+
+
+NOBODY = Observers()
+"""No observers at all."""
