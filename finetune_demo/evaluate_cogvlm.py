@@ -155,6 +155,8 @@ def _evaluate(argv: list[str] | None) -> int:
     )
     from sat_lora.training.marks import marks_of_options
     from sat_lora.training.runs.run_lock import RunLock
+    from sat_lora.training.runs.traced import traced
+    from sat_lora.training.steps.observers import Observers
     from sat_lora.watchdog.watchdog import watched_alone
 
     device = join(marks=marks_of_options(options))
@@ -165,9 +167,9 @@ def _evaluate(argv: list[str] | None) -> int:
     if run is not None:
         lock = RunLock(run, doing="evaluating", option="--run", instead="write elsewhere, with --out FILE")
     with lock, watched_alone(options.watchdog_limit) as trace:
-        any_base = bool(options.any_base)
+        any_base, observers = bool(options.any_base), Observers(traced(trace))
         together(lambda: try_to_write(out) if world.is_main else None)
-        result = together(evaluate_adapter, options, options.adapter, world, trace=trace, any_base=any_base)
+        result = together(evaluate_adapter, options, options.adapter, world, observers=observers, any_base=any_base)
         together(lambda: write_evaluation(out, result, options, options.adapter) if world.is_main else None)
     if world.is_main:
         is_own = options.out or not options.adapter or out.name == "evaluation.json"
