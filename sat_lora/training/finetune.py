@@ -251,6 +251,7 @@ def _evaluate(
     config: TrainConfig, world: World, run: RunFolder, trained: tuple[CogVLMModel, dict] | None, trace: NoTrace
 ) -> None:
     """With the model that has trained, where no rank has to gather it: there is never a second one in memory."""
-    result = together(evaluate_adapter, config, run.adapters, world, trained, trace=trace)
+    folder = config.run_folder
+    result = together(evaluate_adapter, config, run.adapters, world, trained, trace=trace, run_folder=folder)
     together(lambda: write_evaluation(run.path / EVALUATION, result, config, run.adapters) if world.is_main else None)
     run.say(evaluation_table(result))

@@ -25,7 +25,7 @@ def resolve(
     base_version: str | None = None,
     local_rank: int = 0,
 ) -> tuple[TrainConfig, list[str]]:
-    """(the config, warnings). It reads no file, prints nothing and changes nothing.
+    """Return (the config, warnings). It reads no file, prints nothing and changes nothing.
 
     Each value comes from the first that has one: `given` (the options of the command line), `file` (a --config file),
     what was set by hand in the run to go on with, `deepspeed_json`, the rest of that run, `base_version` (the prompt
@@ -97,7 +97,7 @@ def _refuse_pairs(given: Mapping[str, Any], file: Mapping[str, Any]) -> None:
 
 
 def _warnings(config: TrainConfig, deepspeed_json: Mapping[str, Any]) -> list[str]:
-    """What is allowed, and probably not meant."""
+    """Return what is allowed, and probably not meant."""
     warnings = []
     rate = config.optimizer.lr
     if rate < LOWEST_USEFUL_RATE:
