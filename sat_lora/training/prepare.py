@@ -208,6 +208,11 @@ def build_run(setting: Setting, *, layers: int | None = None) -> Run:
     zero_config = setting.engine if config.parallel.zero_stage == 3 and layers is None else None
     model, sizes = load_base(config, setting.world, zero_config=zero_config, layers=layers)
     add_lora(model, config.lora)
-    own = config.optimizer
-    optimizer = adapter_optimizer(model, lr=own.lr, weight_decay=own.weight_decay, betas=own.betas, eps=own.eps)
+    optimizer = adapter_optimizer(
+        model,
+        lr=config.optimizer.lr,
+        weight_decay=config.optimizer.weight_decay,
+        betas=config.optimizer.betas,
+        eps=config.optimizer.eps,
+    )
     return Run(setting=setting, model=model, sizes=sizes, optimizer=optimizer)
