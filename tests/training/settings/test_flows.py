@@ -34,6 +34,7 @@ def imports_of(file: Path) -> dict[Path, set[str]]:
     return taken
 
 
+@cache
 def paths_from(start: Path) -> dict[Path, tuple[Path, ...]]:
     """The shortest way by imports from a file to each that it reaches."""
     paths, waiting = {start: (start,)}, [start]
@@ -45,12 +46,22 @@ def paths_from(start: Path) -> dict[Path, tuple[Path, ...]]:
     return paths
 
 
-def is_read_in(file: Path, name: str) -> bool:
-    """Whether the setting is taken out of its section there: `config.optimizer.lr`, or of a section of its own."""
-    section = KNOWN[name].section
-    places = (node for node in ast.walk(code_of(file)) if isinstance(node, ast.Attribute) and node.attr == name)
-    owners = (place.value for place in places)
-    return any(section in (getattr(owner, "attr", None), getattr(owner, "id", None)) for owner in owners)
+@cache
+def read_in(file: Path) -> set[tuple[str, str]]:
+    """(owner, name) of what is taken out of something there, as `config.optimizer.lr` and `optimizer.lr` are."""
+    places = [node for node in ast.walk(code_of(file)) if isinstance(node, ast.Attribute)]
+    return {(getattr(place.value, "attr", getattr(place.value, "id", "")), place.attr) for place in places}
+
+
+@cache
+def parameters_in(file: Path) -> dict[str, set[str]]:
+    """The names of the parameters of each function of a file, and of all functions of each class."""
+    parameters = {}
+    for node in code_of(file).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            functions = [part for part in ast.walk(node) if isinstance(part, ast.FunctionDef)]
+            parameters[node.name] = {one.arg for f in functions for one in (*f.args.args, *f.args.kwonlyargs)}
+    return parameters
 
 
 def handed_on(file: Path, name: str, seen: frozenset[Path] = frozenset()) -> Iterator[Path]:
@@ -58,19 +69,16 @@ def handed_on(file: Path, name: str, seen: frozenset[Path] = frozenset()) -> Ite
     for other, taken in imports_of(file).items():
         if other in seen or other in MADE_IN:
             continue
-        for node in ast.walk(code_of(other)):
-            if not isinstance(node, ast.FunctionDef | ast.ClassDef) or node.name not in taken:
-                continue
-            functions = [part for part in ast.walk(node) if isinstance(part, ast.FunctionDef)]
-            if any(name in {one.arg for one in (*f.args.args, *f.args.kwonlyargs)} for f in functions):
-                yield other
-                yield from handed_on(other, name, seen | {file, other})
+        if any(name in parameters_in(other).get(definition, ()) for definition in taken):
+            yield other
+            yield from handed_on(other, name, seen | {file, other})
 
 
 def ways(name: str) -> dict[Path, set[Path]]:
     """For each file that reads a setting, all files on the setting's way there and on from there."""
     to = paths_from(SCRIPT)
-    readers = [file for file in to if file not in MADE_IN and is_read_in(file, name)]
+    section = KNOWN[name].section
+    readers = [file for file in to if file not in MADE_IN and (section, name) in read_in(file)]
     return {reader: {*MADE_IN, *to[reader], *handed_on(reader, name)} for reader in readers}
 
 
