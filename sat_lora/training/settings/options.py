@@ -57,13 +57,22 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
 def add_config_options(group: Any) -> None:
     """Add --config and --print-config to a parser or to a group of one."""
     text = "settings as YAML or JSON; an option given here beats it"
-    group.add_argument("--config", metavar="FILE", default=argparse.SUPPRESS, help=text)
+    group.add_argument("--config", action=_Once, metavar="FILE", default=argparse.SUPPRESS, help=text)
     group.add_argument(
         "--print-config",
         action="store_true",
         default=argparse.SUPPRESS,
         help="write all settings as such a file, with where each comes from, and end",
     )
+
+
+class _Once(argparse.Action):
+    """Takes a value, and a second one for a mistake."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        if hasattr(namespace, self.dest):
+            parser.error(f"{option_string}: given twice; put the settings of both into one file")
+        setattr(namespace, self.dest, values)
 
 
 @functools.cache
