@@ -403,4 +403,4 @@ def test_an_adapter_shows_its_name_rank_and_slots():
     layer.site_name = "query_key_value"
     adapter = adapter_for(layer, LoraConfig(r=1, lora_alpha=3, qkv_slots="qv"))
     assert repr(adapter) == "LoraAdapter(query_key_value, r=1, scale=3, slots=('q', 'v'))"
-    assert repr(adapter_for(build_layer("linear"), LoraConfig(r=4))) == "LoraAdapter(layer, r=4, scale=4)"
+    assert repr(adapter_for(build_layer("linear"), LoraConfig(r=4))) == "LoraAdapter(layer, r=4, scale=8)"

@@ -219,7 +219,7 @@ def test_a_bias_that_each_rank_adds_a_part_of_gets_the_gradient_of_all(monkeypat
     assert has_part_of_gradient(own(module, leaf)) is expected
     trained = TrainedBase({leaf: own(module, leaf)})
     monkeypatch.setattr(base_parameters, "model_parallel_layout", lambda: (0, 3))
-    parameter = getattr(module, leaf)
+    parameter = getattr(module, leaf).requires_grad_()
     parameter.sum().backward()
     assert (parameter.grad == (3 if expected else 1)).all()
     parameter.grad = None
