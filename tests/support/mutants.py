@@ -414,7 +414,12 @@ def main(arguments: Sequence[str]) -> int:
         print("without a mutation:", *(plugin.failed or ["there is nothing to mutate"]), sep="\n  ")
         return 2
     share = report(plugin.mutants)
-    print(f"{time.monotonic() - started:.0f} s; seed {options.seed}, at most {options.per_file} mutants of a file")
+    drawn = (
+        f"at most {options.per_file} of a file, drawn by seed {options.seed}"
+        if options.per_file
+        else "all of each file"
+    )
+    print(f"{time.monotonic() - started:.0f} s, {_processor_time():.0f} s of the processor; {drawn}")
     return 0 if share >= options.least else 1
 
 
