@@ -141,9 +141,23 @@ def test_tests_run_in_the_order_of_what_they_promise(monkeypatch):
     monkeypatch.setattr(mutants, "BUDGET", 3.0)
     mutant = mutant_of_steps_in()
     mirrored = "tests/files/test_step_folders.py::test"
-    seconds = {mirrored: 1.0, "quick": 0.1, "quicker": 0.05, "catcher": 1.5, "slow": 2.5, "elsewhere": 0.1, "last": 0.9}
-    baseline = Baseline(seconds, {(MODULE, mutant.mutation.line): [name for name in seconds if name != "elsewhere"]})
-    assert mutants._tests_for(mutant, baseline, ["catcher"]) == ["catcher", mirrored, "quicker", "quick"]
+    seconds = {
+        mirrored: 0.9,
+        "a[1]": 0.1,
+        "a[2]": 0.1,
+        "a[3]": 0.1,
+        "b": 0.2,
+        "catcher": 1.0,
+        "slow": 2.5,
+        "c": 0.1,
+        "d": 0.9,
+    }
+    baseline = Baseline(seconds, {(MODULE, mutant.mutation.line): [name for name in seconds if name != "c"]})
+    first, second, third, fourth, *others = mutants._tests_for(mutant, baseline, ["catcher"])
+    assert (first, second, third[0], fourth) == ("catcher", mirrored, "a", "b") and others == []
+    monkeypatch.setattr(mutants, "BUDGET", 9.0)
+    chosen = mutants._tests_for(mutant, baseline, [])
+    assert chosen[0] == mirrored and {*chosen[3:5]} == {"d", "catcher"} and {name[0] for name in chosen[5:]} == {"a"}
     assert mutants._tests_for(mutant, Baseline(), []) == []
 
 

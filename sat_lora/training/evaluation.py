@@ -53,16 +53,16 @@ def evaluate_adapter(
     *,
     observers: Observers = NOBODY,
     any_base: bool = False,
+    run_folder: str | None = None,
 ) -> dict:
     """Answers every item of --test-data by greedy decoding, with and without the adapter; the ranks share the items.
 
     adapter: None answers with the base alone, and leaves "adapter" out of the result.
-    observers: are told of every batch.
+    observers: are told of every batch. run_folder: of the run that asks, if one does.
 
     config: with --test-data, and `settled`.
     trained: a model that has trained this adapter on that base, and its model_config.json, to be used instead of
-    loading another:
-    disabled it is the base bit for bit, and the adapter on disk is read into it.
+    loading another: disabled it is the base bit for bit, and the adapter on disk is read into it.
     Returns {"images": n, "base": {"exact_match": x, "exact_match_ignoring_case": y}, "adapter": {...}} with shares in
     [0, 1]; unreadable items are left out of n, their paths are listed under "broken" and they are counted as
     "broken_samples". Both come from what lies on disk.
@@ -72,8 +72,9 @@ def evaluate_adapter(
     if any(map(is_shard, paths)):
         raise DataError(f"--test-data: {next(problems_with_shards(paths, '--test-data'))}")
     found = DataCounts()
+    reading = {**reading_options(source_settings(config)), "run_folder": run_folder}
     try:
-        items = read_items(paths, **reading_options(source_settings(config)), counts=found)
+        items = read_items(paths, **reading, counts=found)
     except DataError as error:
         raise DataError(f"--test-data: {error}") from error
     if not items:
@@ -222,8 +223,8 @@ def evaluation_file(
 ) -> tuple[Path, Path | None]:
     """(where an evaluation is written, the run folder whose own adapter and base it is of, or None).
 
-    adapter, run, out: as `evaluate_cogvlm.py` has them of its options. It is --out; or, in
-    the folder of the run, of the adapter, or of this process where a base is evaluated alone, the first of
+    adapter, run, out: as `evaluate_cogvlm.py` has them of its options. It is --out; or, in the folder of the run, of
+    the adapter, or of this process where a base is evaluated alone, the first of
     evaluation.json, evaluation-2.json, ... that is free or is of the same: an evaluation of something else stays.
     evaluation.json of a run is for its own adapter and base.
     """

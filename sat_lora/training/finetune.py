@@ -275,7 +275,10 @@ def _evaluate(
     config: TrainConfig, world: World, run: RunFolder, trained: tuple[CogVLMModel, dict] | None, observers: Observers
 ) -> None:
     """Evaluate with the model that has trained, if no rank has to gather it: never is a second one in memory."""
-    result = run_on_all_ranks(evaluate_adapter, config, run.adapters, world, trained, observers=observers)
+    folder = config.run_folder
+    result = run_on_all_ranks(
+        evaluate_adapter, config, run.adapters, world, trained, observers=observers, run_folder=folder
+    )
     run_on_all_ranks(
         lambda: write_evaluation(run.path / EVALUATION, result, config, run.adapters) if world.is_main else None
     )

@@ -66,7 +66,7 @@ def prepare(config: TrainConfig, demo: Demo | None = None, *, problems: Iterable
 def load_base(
     config: TrainConfig, world: World, *, zero_config: dict | None = None, layers: int | None = None
 ) -> tuple[CogVLMModel, dict]:
-    """The base with its weights, and its model_config.json. CheckpointError on every rank.
+    """Return the base with its weights, and its model_config.json. CheckpointError on every rank.
 
     zero_config: DeepSpeed's config, by which the weights are partitioned; None leaves them whole. layers: take the
     first so many of each transformer alone.
@@ -90,14 +90,14 @@ def load_base(
 
 
 def loading_progress() -> Callable[[Collection], Iterable]:
-    """What shows on rank 0 how far the base is loaded, if that takes a while."""
+    """Return what shows on rank 0 how far the base is loaded, if that takes a while."""
     if torch.distributed.get_rank() > 0:
         return iter
     return partial(shown, what="loading the base", unit="modules")
 
 
 def model_seed(seed: int) -> int:
-    """The seed for SAT, which refuses 0."""
+    """Return the seed for SAT, which refuses 0."""
     return max(1, seed)
 
 
@@ -157,8 +157,9 @@ class Sources:
 
 
 def open_data(setting: Setting) -> Sources:
-    """The training and validation data of a run. Every rank has to call it; DataError and ConfigError come on every
-    rank: shards that cannot be read, or other data than on rank 0.
+    """Return the training and validation data of a run. Every rank has to call it.
+
+    DataError and ConfigError come on every rank: shards that cannot be read, or other data than on rank 0.
     """
     sizes = read_config(setting.config.model.base)
     make_dataset = dataset_maker(setting.config, sizes)
@@ -199,7 +200,7 @@ class Run:
 
 
 def build_run(setting: Setting, *, layers: int | None = None) -> Run:
-    """The base with its adapters, and the optimizer of what trains. Every rank has to call it.
+    """Return the base with its adapters, and the optimizer of what trains. Every rank has to call it.
 
     layers: the first so many of each transformer alone, whole on every rank. CheckpointError on every rank.
     """
@@ -207,6 +208,11 @@ def build_run(setting: Setting, *, layers: int | None = None) -> Run:
     zero_config = setting.engine if config.parallel.zero_stage == 3 and layers is None else None
     model, sizes = load_base(config, setting.world, zero_config=zero_config, layers=layers)
     add_lora(model, config.lora)
-    own = config.optimizer
-    optimizer = adapter_optimizer(model, lr=own.lr, weight_decay=own.weight_decay, betas=own.betas, eps=own.eps)
+    optimizer = adapter_optimizer(
+        model,
+        lr=config.optimizer.lr,
+        weight_decay=config.optimizer.weight_decay,
+        betas=config.optimizer.betas,
+        eps=config.optimizer.eps,
+    )
     return Run(setting=setting, model=model, sizes=sizes, optimizer=optimizer)

@@ -5,7 +5,7 @@ from sat_lora.training.settings.config import TrainConfig
 
 
 def source_settings(config: TrainConfig) -> SourceSettings:
-    """The settings that decide which batches a run has."""
+    """Return the settings that decide which batches a run has."""
     data, schedule, saving = config.data, config.schedule, config.saving
     return SourceSettings(
         train_data=data.train_data or (),

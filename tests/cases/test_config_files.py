@@ -236,6 +236,7 @@ def test_a_mistake_in_a_file_ends_with_status_2_and_one_message_on_rank_0(tmp_pa
     said = failure(capsys, ["--config", str(tmp_path / "mine.yaml")])
     assert "error: --config: " in said and "lr: got 'x', wanted a number above 0" in said and said.count("\n") == 1
     assert "got '', an empty name" in failure(capsys, ["--config", ""])
+    assert "--config: given twice; put the settings" in failure(capsys, ["--config", "a.yaml", "--config", "b.yaml"])
     monkeypatch.setenv("RANK", "1")
     assert failure(capsys, ["--config", str(tmp_path / "mine.yaml")]) == ""
 
@@ -311,6 +312,14 @@ def test_resolving_changes_nothing_and_says_the_same_again(capsys):
         first.optimizer.lr = 3.0
     with pytest.raises(TypeError):
         first.origins["lr"] = Origin.DEFAULT
+
+
+def test_what_no_lora_can_have_is_said_with_all_else_that_is_wrong(files):
+    (files / "mine.yaml").write_text(f"seed: {10**30}")
+    argv = ["--from_pretrained", "b", "--config", str(files / "mine.yaml"), "--lora_dropout", "2"]
+    config = parse_options(argv, environ={})
+    assert [problem.split()[0] for problem in config.problems] == ["--lora_dropout", "--seed"]
+    assert config.schedule.seed == 10**30
 
 
 # What --print-config writes

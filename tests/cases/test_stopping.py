@@ -219,10 +219,10 @@ def check_that_sleeps():
 
 
 def summary_that_sleeps():
-    from sat_lora.training import finetune
+    from sat_lora.training import prepare
 
     if faulty_runs.is_culprit():
-        finetune.open_sources = lambda *args, **kwargs: time.sleep(600)
+        prepare.open_sources = lambda *args, **kwargs: time.sleep(600)
 
 
 def evaluation_that_sleeps():

@@ -8,7 +8,9 @@ from torch.func import functional_call
 
 from sat_lora import LoraConfig
 from sat_lora._sat import ColumnParallelLinear
+from sat_lora.lora import adapter as adapter_module
 from sat_lora.lora.deltas.low_rank import dropout_mask
+from sat_lora.parallel.sharding import sharding_of
 from tests.support.single_layer import LAYERS, LINEAR, LOOKUP, adapter_for, build_layer, inputs_for
 
 pytestmark = pytest.mark.usefixtures("single_process_group")
@@ -283,3 +285,122 @@ def test_a_fused_product_has_the_gradients_of_one_left_alone(layer_name, dropout
         results.append([out, *torch.autograd.grad(out.pow(2).sum(), [x, adapter.A, adapter.B])])
     for fused, alone in zip(*results):
         torch.testing.assert_close(fused, alone, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("layer_name", ["linear", "column", "row", "vocab", "conv2d"])
+def test_parameters_are_cut_as_the_weight_is(monkeypatch, layer_name, size, use_dora):
+    """As if this process were the last of so many model-parallel ranks; the weight is whole here."""
+    if layer_name == "vocab" and use_dora:
+        return  # refused, see test_targets
+    layer, config = build_layer(layer_name), LoraConfig(r=4, lora_alpha=6, use_dora=use_dora)
+    whole = adapter_for(layer, config)
+    monkeypatch.setattr(adapter_module, "model_parallel_layout", lambda: (size - 1, size))
+    monkeypatch.setattr(adapter_module.LoraAdapter, "_row_norms", lambda *args: torch.zeros(1))
+    part = adapter_for(layer, config)
+    cut = sharding_of(layer, "weight").dim
+    out, width = whole.target.site.out_features, whole.target.site.in_features
+    shapes = {
+        "A": (4, width // size if layer_name in ("row", "vocab") else width),
+        "B": (out // size if layer_name == "column" else out, 4),
+    }
+    assert {leaf: tuple(getattr(part, leaf).shape) for leaf in "AB"} == shapes
+    if use_dora:
+        assert part.magnitude.shape == shapes["B"][:1]
+        assert (part.shardings["magnitude"].dim == 0) == (layer_name == "column")
+    assert part.layout.width == shapes["B"][0] and part.layout.slots == ((0, shapes["B"][0]),)
+    assert (part.layout.kind, part.layout.mp_size) == (part.kind.name, size)
+    for leaf in "AB":
+        expected = whole.shardings[leaf].shard(getattr(whole, leaf), size - 1, size)
+        assert torch.equal(getattr(part, leaf), expected)
+        is_cut = whole.shardings[leaf].dim is not None
+        assert is_cut == (cut is not None and leaf == ("B" if layer_name == "column" else "A"))
+        assert getattr(getattr(part, leaf), "model_parallel", False) == is_cut
+
+
+def test_the_rows_of_slots_are_cut_within_each(monkeypatch):
+    layer = slotted_layer(blocks=(2, 1, 1), unit=4)
+    layer.site_name = "query_key_value"
+    whole = adapter_for(layer, LoraConfig(r=1, qkv_slots="qv"), seed=5)
+    monkeypatch.setattr(adapter_module, "model_parallel_layout", lambda: (1, 2))
+    part = adapter_for(layer, LoraConfig(r=1, qkv_slots="qv"))
+    assert whole.layout.slots == ((0, 8), (12, 16)) and part.layout.slots == ((0, 4), (6, 8))
+    assert part.A.shape == (2, 6) and part.B.shape == (6, 1)
+    part.load_tensors({"A": whole.A.detach(), "B": whole.B.detach()})
+    assert torch.equal(part.A, whole.A) and torch.equal(part.B, torch.cat([whole.B[4:8], whole.B[10:12]]))
+
+
+@pytest.mark.parametrize("scheme", ["pissa", "olora"])
+def test_an_origin_is_a_copy_that_does_not_train_and_is_subtracted(scheme):
+    layer = build_layer("linear")
+    adapter = adapter_for(layer, LoraConfig(r=4, lora_alpha=6, init_lora_weights=scheme))
+    x = inputs_for(layer)
+    assert adapter.has_origin and adapter.delta_rank == 8 and not adapter.is_plain
+    assert torch.equal(adapter.origin_A, adapter.A) and torch.equal(adapter.origin_B, adapter.B)
+    assert not adapter.origin_A.requires_grad and not adapter.origin_B.requires_grad
+    assert {*adapter.state_dict()} == {"A", "B", "origin_A", "origin_B"}
+    torch.testing.assert_close(adapter(layer(x), x, layer), layer(x), rtol=1e-12, atol=1e-12)
+    with torch.no_grad():
+        adapter.A.add_(0.5)
+        adapter.B.mul_(2)
+    delta = adapter.scale * (adapter.B @ adapter.A - adapter.origin_B @ adapter.origin_A)
+    torch.testing.assert_close(adapter(layer(x), x, layer), layer(x) + x @ delta.T, rtol=1e-10, atol=1e-10)
+
+
+def test_both_pairs_of_a_file_are_taken_apart():
+    """Slot by slot in A: the pair of q, the origin of q, then those of v."""
+    layer = slotted_layer()
+    layer.site_name = "query_key_value"
+    fields = dict(r=1, init_lora_weights="olora", qkv_slots="qv")
+    adapter, other = adapter_for(layer, LoraConfig(**fields), seed=5), adapter_for(layer, LoraConfig(**fields))
+    with torch.no_grad():
+        adapter.origin_A.mul_(3)
+        adapter.origin_B.mul_(-2)
+    a, b = (tensor.detach() for tensor in adapter._factors({}))
+    assert torch.equal(a, torch.cat([adapter.A[:1], adapter.origin_A[:1], adapter.A[1:], adapter.origin_A[1:]]))
+    assert torch.equal(b, torch.cat([adapter.B, -adapter.origin_B], 1))
+    other.load_tensors({"A": a, "B": b})
+    for leaf in ("A", "B", "origin_A", "origin_B"):
+        assert torch.equal(getattr(other, leaf), getattr(adapter, leaf)), leaf
+    in_place = {"A": torch.zeros_like(a[:2]), "B": torch.ones_like(adapter.B)}
+    a, b = other._factors(in_place)
+    assert not a[[0, 2]].any() and torch.equal(a[[1, 3]], adapter.origin_A)
+    assert (b[:, 0] == 1).all() and torch.equal(b[:, 1:], -adapter.origin_B)
+
+
+def test_without_an_origin_the_pair_is_the_delta():
+    adapter = adapter_for(build_layer("linear"), LoraConfig(r=4), seed=5)
+    assert not adapter.has_origin and adapter.delta_rank == 4
+    assert adapter._factors({}) == (adapter.A, adapter.B) and adapter.magnitude_or_none is None
+    assert adapter._factors({"A": adapter.B}) == (adapter.B, adapter.B)
+
+
+@pytest.mark.parametrize(
+    "layer_name, fields, on_one_rank, on_two",
+    [
+        ("linear", {}, True, True),
+        ("column", {}, True, True),
+        ("column, gathered", {}, True, False),
+        ("row", {}, True, True),
+        ("row, input whole", {}, True, False),
+        ("conv2d", {}, False, False),
+        ("linear", {"use_dora": True}, False, False),
+        ("linear", {"init_lora_weights": "olora"}, False, False),
+    ],
+)
+def test_a_plain_delta_is_one_that_each_rank_adds_to_its_own_columns(
+    monkeypatch, layer_name, fields, on_one_rank, on_two
+):
+    adapter = adapter_for(build_layer(layer_name), LoraConfig(r=4, **fields))
+    assert adapter.is_plain is on_one_rank
+    monkeypatch.setattr(adapter_module, "model_parallel_layout", lambda: (1, 2))
+    assert adapter.is_plain is on_two
+
+
+def test_an_adapter_shows_its_name_rank_and_slots():
+    layer = slotted_layer()
+    layer.site_name = "query_key_value"
+    adapter = adapter_for(layer, LoraConfig(r=1, lora_alpha=3, qkv_slots="qv"))
+    assert repr(adapter) == "LoraAdapter(query_key_value, r=1, scale=3, slots=('q', 'v'))"
+    assert repr(adapter_for(build_layer("linear"), LoraConfig(r=4))) == "LoraAdapter(layer, r=4, scale=8)"

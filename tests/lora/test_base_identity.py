@@ -119,9 +119,17 @@ def test_what_is_of_another_kind_is_named(content, words):
         BaseIdentity.from_dict("f", content)
 
 
-@pytest.mark.parametrize("values", ["", "!", base64.b64encode(b"12345").decode(), "AAAA\nAAA="])
-def test_what_is_no_float32_numbers_is_refused(values):
-    with pytest.raises(ValueError):
+@pytest.mark.parametrize(
+    "values, words",
+    [
+        ("", "base.values: 0 bytes are no float32 numbers"),
+        (base64.b64encode(b"12345").decode(), "base.values: 5 bytes are no float32 numbers"),
+        ("!", "(?i)base64"),
+        ("AAAA\nAA==", "(?i)base64"),
+    ],
+)
+def test_what_is_no_float32_numbers_is_refused(values, words):
+    with pytest.raises(ValueError, match=words):
         BaseIdentity.from_dict("f", {"values": values})
 
 

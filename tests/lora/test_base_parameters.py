@@ -4,8 +4,12 @@ import pytest
 import torch
 
 from sat_lora import AdapterError, ConfigError, LoraMixin, add_lora, describe, load_adapter, save_adapter
+from sat_lora._sat import ColumnParallelLinear, RowParallelLinear
 from sat_lora.adapters.read import read_adapter
+from sat_lora.lora import base_parameters
 from sat_lora.lora.apply import adapters_of, find_all_parameters, find_all_sites
+from sat_lora.lora.base_parameters import TrainedBase, has_part_of_gradient
+from sat_lora.lora.targets import BaseParameter
 from tests.support.tiny import fill_adapters, logits_of, tiny_batch, tiny_model
 
 pytestmark = pytest.mark.usefixtures("single_process_group")
@@ -147,3 +151,89 @@ def test_reinit_takes_the_present_base_for_the_original():
     with mixin.disable():
         assert (boi == 3).all()
     assert (boi == 4).all()
+
+
+def own(module, leaf="weight"):
+    return BaseParameter(leaf, module, leaf)
+
+
+def trained_base(value=1.0):
+    """One weight of ones, and what holds it."""
+    linear = torch.nn.Linear(2, 2, bias=False).requires_grad_(False)
+    torch.nn.init.constant_(linear.weight, value)
+    trained = TrainedBase({"weight": own(linear)})
+    trained.remember()
+    return linear.weight, trained
+
+
+def test_originals_are_told_while_the_trained_values_are_in_place():
+    weight, trained = trained_base()
+    with torch.no_grad():
+        weight.fill_(2)
+    ((parameter, original),) = trained.originals()
+    assert parameter is weight and (original == 1).all() and not original.requires_grad
+    trained.swap()
+    assert (weight == 1).all() and [*trained.originals()] == []
+    trained.swap()
+    assert (weight == 2).all() and len([*trained.originals()]) == 1
+    trained.swap()
+    trained.remember()  # the base as it is now
+    assert [(original == 1).all() for _, original in trained.originals()] == [True]
+
+
+@pytest.mark.parametrize("is_disabled", [False, True])
+def test_a_base_is_given_back_once(is_disabled):
+    weight, trained = trained_base()
+    with torch.no_grad():
+        weight.fill_(2)
+    if is_disabled:
+        trained.swap()
+    trained.give_back()
+    assert (weight == 1).all() and not weight.requires_grad
+
+
+def test_what_zero_3_has_partitioned_is_not_exchanged():
+    weight, trained = trained_base()
+    weight.ds_id, weight.ds_tensor = 0, torch.full((2,), 5.0)
+    trained.remember()
+    assert [original.tolist() for _, original in trained.originals()] == [[5.0, 5.0]]
+    with pytest.raises(ConfigError, match="^weight is partitioned by ZeRO-3"):
+        trained.swap()
+    trained.give_back()
+    assert (weight == 1).all() and not weight.requires_grad
+
+
+@pytest.mark.parametrize(
+    "make, leaf, expected",
+    [
+        (lambda: RowParallelLinear(4, 4, final_bias=False), "bias", True),
+        (lambda: RowParallelLinear(4, 4, final_bias=False), "weight", False),
+        (lambda: RowParallelLinear(4, 4, final_bias=True), "bias", False),
+        (lambda: ColumnParallelLinear(4, 4), "bias", False),
+        (lambda: torch.nn.Linear(4, 4), "bias", False),
+    ],
+)
+def test_a_bias_that_each_rank_adds_a_part_of_gets_the_gradient_of_all(monkeypatch, make, leaf, expected):
+    """As if there were three model-parallel ranks."""
+    module = make().requires_grad_(False)
+    assert has_part_of_gradient(own(module, leaf)) is expected
+    trained = TrainedBase({leaf: own(module, leaf)})
+    monkeypatch.setattr(base_parameters, "model_parallel_layout", lambda: (0, 3))
+    parameter = getattr(module, leaf).requires_grad_()
+    parameter.sum().backward()
+    assert (parameter.grad == (3 if expected else 1)).all()
+    parameter.grad = None
+    trained.remember()
+    trained.give_back()
+    parameter.requires_grad_()
+    parameter.sum().backward()
+    assert (parameter.grad == 1).all()
+
+
+def test_what_is_cut_says_so_to_deepspeed():
+    module = ColumnParallelLinear(4, 4)
+    TrainedBase({leaf: own(module, leaf) for leaf in ("weight", "bias")})
+    assert module.weight.tensor_model_parallel and module.bias.tensor_model_parallel
+    plain = torch.nn.Linear(4, 4)
+    TrainedBase({"weight": own(plain)})
+    assert not hasattr(plain.weight, "tensor_model_parallel")

@@ -8,6 +8,7 @@ import pickle
 import pytest
 
 from sat_lora import ConfigError, LoraConfig
+from sat_lora.lora.config import MOST_LAYERS
 
 QKV = "transformer.layers.3.attention.query_key_value"
 VIT_DENSE = "mixins.eva.vit_model.transformer.layers.11.attention.dense"
@@ -155,3 +156,19 @@ def test_a_config_survives_copying_and_pickling():
     config = LoraConfig(r=4, rank_pattern={"dense": 2})
     assert copy.deepcopy(config) == config == pickle.loads(pickle.dumps(config))
     assert dataclasses.replace(config, r=8).r == 8
+
+
+@pytest.mark.parametrize("seed, is_right", [(-1, False), (0, True), (2**63 - 1, True), (2**63, False), (True, False)])
+def test_a_seed_is_one_of_torchs(seed, is_right):
+    if is_right:
+        assert LoraConfig(seed=seed).seed == seed
+    else:
+        with pytest.raises(ConfigError, match=f"seed has to be a whole number from 0 to 2.*got {seed!r}"):
+            LoraConfig(seed=seed)
+
+
+def test_layers_have_a_last_number():
+    assert LoraConfig(layers_to_transform=f"{MOST_LAYERS - 1}").layers() == {None: frozenset({MOST_LAYERS - 1})}
+    for text in (f"{MOST_LAYERS}", f"3-{MOST_LAYERS}"):
+        with pytest.raises(ConfigError, match=f"'{text}' is beyond {MOST_LAYERS} layers"):
+            LoraConfig(layers_to_transform=text)

@@ -104,6 +104,28 @@ def test_an_evaluation_lets_go_of_the_graph_of_the_step_before_it():
     assert not any(adapter.in_graph for adapter in adapters_of(model).values())
 
 
+def test_a_layer_lets_go_of_the_graph_of_those_before_it():
+    """Else every layer's chain would keep its memory until the next step."""
+    model = adapted_model(fixed_order=True)
+    logits_of(model, BATCHES["mixed"])
+    with_graph = {
+        (adapter.target.site.tower, adapter.target.site.layer)
+        for adapter in adapters_of(model).values()
+        if adapter.in_graph and adapter.target.site.layer is not None
+    }
+    assert {number for _, number in with_graph} == {1} and len(with_graph) == 2  # the last of each tower
+
+
+def test_what_does_not_run_is_chained_and_leaves_nothing_behind(monkeypatch):
+    """The vision transformer without images: zeros for its parameters, and no delta of a later step uses them."""
+    branch_on_data(monkeypatch.setattr)
+    model = adapted_model(fixed_order=True)
+    arrivals(model, BATCHES["text-only"])
+    vit = [adapter for adapter in adapters_of(model).values() if adapter.target.site.tower == "vit"]
+    assert vit and not any(adapter.in_graph for adapter in vit)
+    assert all(adapter.B.grad is not None and not adapter.B.grad.any() for adapter in vit)
+
+
 def test_a_file_is_written_from_the_parameters_and_loads_with_the_order(tmp_path):
     ordered = adapted_model(fixed_order=True)
     arrivals(ordered, BATCHES["mixed"])

@@ -186,3 +186,23 @@ def test_without_the_originals_nothing_is_known_but_names_and_shapes(single_proc
     assert identity.fingerprint == fingerprint_of(
         {name: tuple(t.shape) for name, (*_, t) in base_tensors(model).items()}
     )
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_the_values_are_summed_over_the_ranks_that_hold_parts(monkeypatch, single_process_group, size):
+    model = tiny_model()
+    expected = identity_of_model(model)
+    monkeypatch.setattr(live_base, "model_parallel_layout", lambda: (0, size))
+    sums = []
+
+    def all_reduce(tensor, group):
+        sums.append(group)
+        tensor.mul_(3)
+
+    monkeypatch.setattr(live_base.mpu, "get_model_parallel_group", lambda: "ranks")
+    monkeypatch.setattr(live_base, "_own_values", lambda *args, **kwargs: torch.ones(len(args[4])))
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    identity = identity_of_model(model)
+    assert sums == ["ranks"] * (size - 1)
+    assert (identity.values == (3 if size > 1 else 1)).all()
+    assert (identity.fingerprint == expected.fingerprint) == (size == 1)  # of whole shapes

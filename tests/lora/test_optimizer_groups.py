@@ -126,6 +126,21 @@ def sgd_steps_on_a_rank(stage):
     return steps
 
 
+def test_a_rate_is_set_times_the_ratio_of_each_group():
+    groups = [{"lr_ratio": 16.0}, {"lr_ratio": 1.0}, {"lr": 5.0}]
+    set_learning_rate(groups, 0.5)
+    assert [group["lr"] for group in groups] == [8.0, 0.5, 0.5]
+
+
+def test_groups_come_with_the_rate_first_and_none_is_empty():
+    model = tiny_model()
+    add_lora(model, LoraConfig(r=4, lr_ratio=2.0, freeze_a=True))
+    (fast,) = parameter_groups(model, lr=1e-3)
+    assert (fast["lr"], fast["lr_ratio"], fast["weight_decay"]) == (2e-3, 2.0, 0.0)
+    model.mixins["lm"].lm_head.weight.requires_grad_(True)
+    assert [group["lr_ratio"] for group in parameter_groups(model, lr=1e-3)] == [1.0, 2.0]
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_b_moves_ratio_times_as_far_and_a_as_before(stage):
     (plain, fast), (_, other) = run_ranks(sgd_steps_on_a_rank, 2, stage)

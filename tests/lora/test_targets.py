@@ -3,11 +3,14 @@
 import dataclasses
 
 import pytest
+import torch
 
-from sat_lora import ConfigError, LoraConfig
+from sat_lora import ConfigError, LoraConfig, add_lora
+from sat_lora._sat import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from sat_lora.cogvlm.network.model import VIT
+from sat_lora.lora import targets
 from sat_lora.lora.apply import find_all_sites
-from sat_lora.lora.targets import PRESETS, aim, select
+from sat_lora.lora.targets import PRESETS, aim, bounded_rank, find_sites, own_modules, select
 from tests.support.tiny import tiny_model
 
 
@@ -182,3 +185,46 @@ def test_an_orthogonal_beginning_wants_an_even_rank_after_the_bound(model, sites
     small = dataclasses.replace(sites[name], in_features=12, out_features=12)
     with pytest.raises(ConfigError, match=f"even rank; {name} is left with 3"), pytest.warns(UserWarning):
         aim(small, LoraConfig(r=6, init_lora_weights="orthogonal"))
+
+
+def test_layers_inside_of_other_sat_models_and_mixins_are_not_a_models_own():
+    model = tiny_model()
+    before = {name for name, _ in own_modules(model)}
+    assert "mixins.eva" in before and not any("vit_model" in name for name in before) and "" in before
+    assert {f"vit.{name}".strip(".") for name, _ in own_modules(model.mixins["eva"].vit_model)} == {
+        name for name, _ in own_modules(model.mixins["eva"].vit_model, "vit")
+    }
+    add_lora(model, r=2)
+    assert {name for name, _ in own_modules(model)} == before
+
+
+def test_the_shape_of_a_partitioned_weight_is_its_whole_one():
+    layer = torch.nn.Linear(3, 5)
+    layer.weight.ds_shape, layer.weight.data = layer.weight.shape, torch.empty(0)
+    site = find_sites(layer)[""]
+    assert (site.in_features, site.out_features, site.blocks) == (3, 5, (1,))
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_the_shape_of_a_cut_weight_is_its_whole_one(monkeypatch, size):
+    monkeypatch.setattr(targets, "model_parallel_layout", lambda: (0, size))
+    shapes = [
+        (site.in_features, site.out_features)
+        for layer in (
+            ColumnParallelLinear(4, 6, stride=3),
+            RowParallelLinear(4, 6),
+            VocabParallelEmbedding(4, 6),
+            torch.nn.Linear(4, 6),
+        )
+        for site in find_sites(layer).values()
+    ]
+    assert shapes == [(4, 6 * size), (4 * size, 6), (4 * size, 6), (4, 6)]
+    assert find_sites(ColumnParallelLinear(4, 6, stride=3))[""].blocks == (1, 1, 1)
+
+
+@pytest.mark.parametrize(
+    "rank, width, height, expected",
+    [(8, 6, 6, 2), (1, 1, 1, 1), (4, 12, 10, 4), (8, 12, 10, 4), (5, 12, 10, 5), (6, 12, 10, 3)],
+)
+def test_a_rank_is_halved_until_the_pair_is_no_larger_than_the_matrix(rank, width, height, expected):
+    assert bounded_rank(rank, width, height) == expected

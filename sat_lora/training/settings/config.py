@@ -183,7 +183,7 @@ class Schedule:
     seed: int = setting(1234, "of the adapters, the data order and dropout", "--seed", type=count, metavar="N")
 
     def factor(self, step: int, steps: int) -> float:
-        """What the peak rate is multiplied with at `step` of `steps`; the first is 0."""
+        """Return what the peak rate is multiplied with at `step` of `steps`; the first is 0."""
         return learning_rate_factor(
             step,
             total_steps=steps,
@@ -384,7 +384,7 @@ class TrainConfig:
 
     @classmethod
     def of(cls, values: Mapping[str, Any], origins: Mapping[str, Origin] | None = None) -> "TrainConfig":
-        """The config with these values by their names, of the types that JSON has; the rest are defaults.
+        """Return the config with these values by their names, of the types that JSON has; the rest are defaults.
 
         ConfigError: a LoraConfig cannot be made of them. The LoRA section's seed is the run's.
         """
@@ -392,7 +392,7 @@ class TrainConfig:
 
     @classmethod
     def of_flat(cls, values: Mapping[str, Any], given: Iterable[str] = ()) -> "TrainConfig":
-        """The config that `flat` gave; given: the names of what was set by hand."""
+        """Return the config that `flat` gave; given: the names of what was set by hand."""
         known = {name: value for name, value in values.items() if name in KNOWN}
         return cls.of(known, dict.fromkeys(given, Origin.OPTION))
 
@@ -412,11 +412,11 @@ class TrainConfig:
         return replace(self, **changed)
 
     def flat(self) -> dict[str, Any]:
-        """Every value by its name, as JSON has them: lists for tuples."""
+        """Return every value by its name, as JSON has them: lists for tuples."""
         return {name: plain(getattr(getattr(self, known.section), name)) for name, known in KNOWN.items()}
 
     def value(self, name: str) -> Any:
-        """The value of that name, as JSON has it."""
+        """Return the value of that name, as JSON has it."""
         return plain(getattr(getattr(self, KNOWN[name].section), name))
 
     def origin(self, name: str) -> Origin:
@@ -439,7 +439,7 @@ def _is_below_one(value: Any) -> bool:
 
 
 def _known() -> dict[str, Known]:
-    """Every field of every section by its name, in the order of the sections."""
+    """Return every field of every section by its name, in the order of the sections."""
     headings = {
         Model: "model",
         Data: "data",

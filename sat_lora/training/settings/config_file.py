@@ -26,7 +26,7 @@ MOST = 12  # problems that are listed
 
 
 def read_config_file(path: str | Path) -> dict[str, Any]:
-    """The settings of a --config file by their names, of the types that JSON has; null is left out.
+    """Return the settings of a --config file by their names, of the types that JSON has; null is left out.
 
     ConfigError, with all that is wrong: it is no such file, or has keys or values that no setting has.
     """
@@ -52,7 +52,7 @@ def read_config_file(path: str | Path) -> dict[str, Any]:
 
 
 def _content(path: Path, where: str) -> Any:
-    """What the file says; ConfigError: it cannot be read as what its name says it is."""
+    """Return what the file says; ConfigError: it cannot be read as what its name says it is."""
     try:
         content = read_bytes(path, LIMIT)
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -92,7 +92,7 @@ def _kind(content: Any) -> str:
 
 
 def _what_it_is(content: Any) -> str:
-    """What to do with a file that holds no settings."""
+    """Return what to do with a file that holds no settings."""
     if isinstance(content, str) and "=" in content:
         return "write `name: value` on each line"
     if isinstance(content, str) and ":" in content:
@@ -111,7 +111,7 @@ def _foreign(content: dict) -> str | None:
 
 
 def _values(content: dict, problems: list[str]) -> dict[str, Any]:
-    """The settings of the content by their names; what is wrong is added to `problems`."""
+    """Return the settings of the content by their names; what is wrong is added to `problems`."""
     values: dict[str, Any] = {}
     places: dict[str, str] = {}
     for place, key, value in _entries(content, problems):
@@ -133,7 +133,7 @@ def _values(content: dict, problems: list[str]) -> dict[str, Any]:
 
 
 def _entries(content: dict, problems: list[str]) -> Iterator[tuple[str, str, Any]]:
-    """(the section with a dot, or nothing; key; value) of every setting."""
+    """Yield (the section with a dot, or nothing; key; value) of every setting."""
     for key, value in content.items():
         if key not in SECTIONS:
             yield "", key, value
@@ -149,7 +149,7 @@ def _bare(key: str) -> str:
 
 
 def _problem_with_key(place: str, key: str, name: str) -> str | None:
-    """Why a key is no setting where it stands, and what was most likely meant."""
+    """Return why a key is no setting where it stands, and what was most likely meant."""
     known = KNOWN.get(name)
     if known is None:
         return f"there is no setting {place}{printable(key)}{_meant(place, key)}"
@@ -161,7 +161,7 @@ def _problem_with_key(place: str, key: str, name: str) -> str | None:
 
 
 def _meant(place: str, key: str) -> str:
-    """What was most likely meant by the name of a setting that there is not, as the end of a sentence."""
+    """Return what was most likely meant by the name of a setting that there is not, as the end of a sentence."""
     spellings = {option.replace("-", "_"): option for known in KNOWN.values() for option in known.options}
     elsewhere = meant_options(key, spellings)
     advice = advice_on(key)
@@ -182,7 +182,7 @@ def _meant(place: str, key: str) -> str:
 
 
 def _hint(known: Known, value: Any) -> str:
-    """What is most likely wrong with a value, as the end of a sentence."""
+    """Return what is most likely wrong with a value, as the end of a sentence."""
     is_text = known.choices is None and "type" not in known.option and not known.is_flag and not known.accepts
     if is_text and isinstance(value, (bool, int, float)):
         return "; put it in quotes"
@@ -191,7 +191,7 @@ def _hint(known: Known, value: Any) -> str:
 
 
 def as_yaml(config: TrainConfig, *, file: str | None = None) -> str:
-    """The config as a --config file, from which the same one comes: above each setting its help and its origin."""
+    """Return the config as a --config file that gives it again; above each setting stand its help and its origin."""
     lines = ["# Settings of a run: give this file to --config. An option given beats what stands here."]
     sources = {Origin.FILE: f"from {printable(file)}"} if file is not None else {}
     for section in (section for section in SECTIONS if section not in UNPRINTED):
@@ -213,7 +213,7 @@ def as_yaml(config: TrainConfig, *, file: str | None = None) -> str:
 
 
 def _scalar(value: Any) -> str:
-    """A value as YAML on one line, which YAML 1.1 and 1.2 read alike."""
+    """Return a value as YAML on one line, which YAML 1.1 and 1.2 read alike."""
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{_quoted(key)}: {_scalar(own)}" for key, own in value.items()) + "}"
     if isinstance(value, list):
@@ -227,7 +227,7 @@ def _scalar(value: Any) -> str:
 
 
 def _quoted(text: str) -> str:
-    """A text in double quotes, what no terminal shows written as its number."""
+    """Return a text in double quotes, what no terminal shows written as its number."""
     escaped = (
         c if c.isprintable() and c not in '"\\' else f"\\{c}" if c in '"\\' else f"\\U{ord(c):08x}" for c in text
     )

@@ -39,7 +39,7 @@ class Settled:
 
 
 def settle(config: TrainConfig, *, device: str, environ: Mapping[str, str] = os.environ) -> Settled:
-    """The config with what its DeepSpeed file, the machine and the number of ranks decide, and DeepSpeed's own config.
+    """Return the config with what its DeepSpeed file, the machine and the number of ranks decide, and DeepSpeed's own.
 
     Decided here: bf16 and fp16, eval_batch_size and distributed_backend where they were left open, and the factor that
     a file leaves out beside the product `train_batch_size`. `decisions` tells what came from where. The optimizer and
@@ -62,7 +62,7 @@ def settle(config: TrainConfig, *, device: str, environ: Mapping[str, str] = os.
 
 
 def _engine(config: TrainConfig, content: dict) -> dict:
-    """The config for `deepspeed.initialize`: what the file says beyond what is in `config`, and that."""
+    """Return the config for `deepspeed.initialize`: what the file says beyond what is in `config`, and that."""
     removed = {"optimizer", "scheduler", "checkpoint", "train_batch_size", "bfloat16", *OFFLOADS, *UNSUPPORTED}
     kept = {name: value for name, value in content.items() if name not in removed}
     bf16 = content.get("bf16", content.get("bfloat16", {}))
@@ -86,7 +86,7 @@ def _engine(config: TrainConfig, content: dict) -> dict:
 
 
 def decisions(config: TrainConfig, device: str) -> list[str]:
-    """What the --deepspeed_config file decided, what it left open and what options took from it, in a few lines.
+    """Return what the --deepspeed_config file decided, what it left open and what options took from it, in a few lines.
 
     config: as `settle` gave it. Nothing without a file. ConfigError: the file cannot be read any more.
     """
@@ -143,7 +143,7 @@ def _text(value) -> str:
 
 
 def _checked_file(path: str | None) -> tuple[dict, list[str]]:
-    """(the plain content of the DeepSpeed file, warnings); ConfigError: something is wrong with it."""
+    """Return (the plain content of the DeepSpeed file, warnings); ConfigError: something is wrong with it."""
     if path is None:
         return {}, []
     content = read_deepspeed_file(path)
@@ -156,8 +156,9 @@ def _checked_file(path: str | None) -> tuple[dict, list[str]]:
 def _with_divided_batch(
     config: TrainConfig, content: dict, environ: Mapping[str, str]
 ) -> tuple[TrainConfig, list[str]]:
-    """(the config, warnings) with the factor that a file leaves out beside the product `train_batch_size`: the batch
-    size, or, as DeepSpeed has it, the accumulation where both are the file's.
+    """Return (the config, warnings) with the factor that a file leaves out beside the product `train_batch_size`.
+
+    That is the batch size, or, as DeepSpeed has it, the accumulation where both are the file's.
     """
     if "train_batch_size" not in content:
         return config, []
@@ -185,9 +186,10 @@ def _with_divided_batch(
 
 
 def is_accumulation_left(config: TrainConfig, content: Mapping, ranks: int) -> bool:
-    """Whether a DeepSpeed file says how many samples a step has and how many a micro-batch, and the first is a multiple
-    of the second on that many data-parallel ranks; how many micro-batches a step has is said neither there nor by an
-    option.
+    """Return whether a DeepSpeed file leaves open how many micro-batches a step has, and what it says decides it.
+
+    It then says how many samples a step has and how many a micro-batch, and the first is a multiple of the second on
+    that many data-parallel ranks; an option says none of it.
     """
     whole, micro = content.get("train_batch_size"), content.get("train_micro_batch_size_per_gpu")
     is_said = "gradient_accumulation_steps" in content or {"batch_size", "gradient_accumulation_steps"} & config.given
@@ -219,7 +221,7 @@ def _refuse_rates(config: TrainConfig) -> None:
 
 
 def precision_of(config: TrainConfig, content: dict, device: str) -> tuple[bool, bool]:
-    """(bf16, fp16): the flag given; else what the file says of each; else bf16 on CUDA and fp32 on CPU.
+    """Return (bf16, fp16): the flag given; else what the file says of each; else bf16 on CUDA and fp32 on CPU.
 
     content: of a file, made plain. A section without `enabled`, or with "auto", says nothing, and fp16 that is
     disabled says nothing of bf16.
@@ -233,12 +235,12 @@ def precision_of(config: TrainConfig, content: dict, device: str) -> tuple[bool,
 
 
 def base_dtype(precision: Precision) -> torch.dtype:
-    """The dtype of the base."""
+    """Return the dtype of the base."""
     return torch.bfloat16 if precision.bf16 else torch.float16 if precision.fp16 else torch.float32
 
 
 def _with_backend(config: TrainConfig, device: str) -> tuple[TrainConfig, list[str]]:
-    """(the config, warnings) with the backend of the process group."""
+    """Return (the config, warnings) with the backend of the process group."""
     on_gpu, backend = device.startswith("cuda"), config.parallel.distributed_backend
     warnings = []
     if backend == "nccl" and not on_gpu:

@@ -29,23 +29,23 @@ class Demo:
         return self.data_folder.parent.is_dir()
 
     def has(self, paths: Sequence[str | Path]) -> bool:
-        """Whether all of these paths are of its data."""
+        """Return whether all of these paths are of its data."""
         folder = self.data_folder.resolve()
         return all(Path(path).resolve().is_relative_to(folder) for path in paths)
 
     def is_base(self, folder: str | Path) -> bool:
-        """Whether that is its base."""
+        """Return whether that is its base."""
         return Path(folder) == Path(self.base["from_pretrained"])
 
     def values(self, train_data: Sequence[str | Path] | None) -> dict[str, Any]:
-        """What replaces the defaults where no base is named; train_data: what is named, None if nothing is."""
+        """Return what replaces the defaults where no base is named; train_data: what is named, None if nothing is."""
         own = {**self.own} if self.has(train_data or ()) else {}
         if train_data is not None:  # its held-out data says nothing about other data
             own |= {"valid_data": None, "test_data": None}
         return {**self.base, **own}
 
     def makes(self, path: str | Path) -> bool:
-        """Whether a path of data is one that `make_data` will write."""
+        """Return whether a path of data is one that `make_data` will write."""
         return Path(path).parent == self.data_folder and not self.data_folder.exists()
 
     def make_missing(self, config: TrainConfig) -> None:

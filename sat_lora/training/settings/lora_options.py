@@ -30,11 +30,11 @@ class LoraField(Known):
     """A field of LoraConfig, which knows itself what fits it."""
 
     def checked(self, value: Any) -> Any:
-        """The value: LoraConfig looks at all of its fields together."""
+        """Return the value: LoraConfig looks at all of its fields together."""
         return value
 
     def written(self, value: Any) -> Any:
-        """The value, from a file that people write: a text may stand for a number, or for true and false."""
+        """Return the value, from a file that people write: a text may stand for a number, or for true and false."""
         if self.is_flag and isinstance(value, str):
             return self._meant(value)
         if isinstance(self.default, int | float) and isinstance(value, str):
@@ -45,13 +45,13 @@ class LoraField(Known):
         return names_or_pattern([value]) if is_names and value != self.default else value
 
     def _number(self, value: Any) -> Any:
-        """The number that a text of `rank_pattern` or `alpha_pattern` is."""
+        """Return the number that a text of `rank_pattern` or `alpha_pattern` is."""
         kind = {"rank_pattern": int, "alpha_pattern": float}.get(self.name)
         return NUMBERS[kind](value) if kind is not None and isinstance(value, str) else value
 
 
 def lora_fields(group: str) -> Iterator[LoraField]:
-    """The fields of LoraConfig that are settings of their own: all but the seed."""
+    """Yield the fields of LoraConfig that are settings of their own: all but the seed."""
     types, helps = get_type_hints(LoraConfig), {source.name: source.metadata["help"] for source in fields(LoraConfig)}
     for name in LORA_FIELDS:
         yield LoraField(
@@ -79,14 +79,14 @@ def add_layer_range(group: argparse._ArgumentGroup) -> None:
 
 
 def lora_problems(error: ConfigError) -> list[str]:
-    """A ConfigError about a LoraConfig as one text per problem, in which its fields are called by their options."""
+    """Return a ConfigError about a LoraConfig as one text per problem, its fields under the names of their options."""
     field = rf"(?=(?:{'|'.join(LORA_FIELDS)}|seed)\b)"
     text = re.sub(r"^(LoraConfig|LoRA targets)[^:]*: ", "", str(error))
     return [re.sub(f"^{field}", "--", problem) for problem in re.split(f"; {field}", text)]
 
 
 def _settings(name: str, kind) -> dict:
-    """The settings of `add_argument` for a field of that type."""
+    """Return the settings of `add_argument` for a field of that type."""
     forms = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
     if kind is bool:
         return dict(action="store_true")
@@ -108,7 +108,7 @@ def names_or_pattern(words: list[str]) -> str | list[str]:
 
 
 def _several(combine: Callable[[list], object], metavar: str, **settings) -> dict:
-    """The settings of an option of one or more words, whose value is what `combine` makes of them."""
+    """Return the settings of an option of one or more words, whose value is what `combine` makes of them."""
 
     class Combined(argparse.Action):
         def __call__(self, parser, namespace, values, option_string=None):
@@ -118,7 +118,7 @@ def _several(combine: Callable[[list], object], metavar: str, **settings) -> dic
 
 
 def _pair(value_type: Callable) -> Callable[[str], tuple]:
-    """An argparse type for PATTERN=VALUE. The last = divides, so that a pattern may hold `(?=...)`."""
+    """Return an argparse type for PATTERN=VALUE. The last = divides, so that a pattern may hold `(?=...)`."""
 
     def parse(text: str) -> tuple:
         pattern, divider, value = text.rpartition("=")

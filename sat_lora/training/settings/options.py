@@ -38,7 +38,7 @@ EXAMPLES = """examples:
 
 
 def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
-    """The parser. It holds no defaults: its namespace has the given options, `parse_options` adds the rest."""
+    """Return the parser. It holds no defaults: its namespace has the given options, `parse_options` adds the rest."""
     parser = OptionParser(
         prog=prog,
         usage="%(prog)s [options]",
@@ -57,7 +57,7 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
 def add_config_options(group: Any) -> None:
     """Add --config and --print-config to a parser or to a group of one."""
     text = "settings as YAML or JSON; an option given here beats it"
-    group.add_argument("--config", metavar="FILE", default=argparse.SUPPRESS, help=text)
+    group.add_argument("--config", action=_Once, metavar="FILE", default=argparse.SUPPRESS, help=text)
     group.add_argument(
         "--print-config",
         action="store_true",
@@ -66,9 +66,18 @@ def add_config_options(group: Any) -> None:
     )
 
 
+class _Once(argparse.Action):
+    """Takes a value, and a second one for a mistake."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        if hasattr(namespace, self.dest):
+            parser.error(f"{option_string}: given twice; put the settings of both into one file")
+        setattr(namespace, self.dest, values)
+
+
 @functools.cache
 def option_names() -> dict[str, str]:
-    """The first spelling of every option, by the name of its value."""
+    """Return the first spelling of every option, by the name of its value."""
     return {action.dest: action.option_strings[0] for action in build_parser()._actions if action.option_strings}
 
 
@@ -79,7 +88,7 @@ def parse_options(
     environ: Mapping[str, str] = os.environ,
     prog: str | None = None,
 ) -> TrainConfig:
-    """The config that a command line asks for, with what its files and the run that it goes on with say.
+    """Return the config that a command line asks for, with what its files and the run that it goes on with say.
 
     demo: what runs where no base is named; without it a base has to be. A mistake ends the process with status 2 and
     one line on rank 0, in the name of `prog`; --print-config ends it with status 0.
@@ -112,7 +121,7 @@ def _resolved(
     demo: Demo | None,
     environ: Mapping[str, str],
 ) -> tuple[TrainConfig, list[str]]:
-    """What `resolve` makes of the options, after reading all that they name; ConfigError: a mistake in any of it."""
+    """Return what `resolve` makes of the options, after reading all that they name; ConfigError: a mistake in it."""
     resolve(given)  # options that contradict each other are a mistake whatever the files say
     file = {} if path is None else read_config_file(path)
     try:
@@ -156,7 +165,7 @@ def _resolved(
 
 
 def _deepspeed_json(path: str | None) -> dict:
-    """The content of a DeepSpeed file; nothing where it cannot be read, which is said with all that is wrong."""
+    """Return the content of a DeepSpeed file; nothing where it cannot be read, which is said with all that is wrong."""
     with contextlib.suppress(ConfigError):
         return {} if path is None else read_deepspeed_file(path)
     return {}

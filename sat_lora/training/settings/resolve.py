@@ -25,7 +25,7 @@ def resolve(
     base_version: str | None = None,
     local_rank: int = 0,
 ) -> tuple[TrainConfig, list[str]]:
-    """(the config, warnings). It reads no file, prints nothing and changes nothing.
+    """Return (the config, warnings). It reads no file, prints nothing and changes nothing.
 
     Each value comes from the first that has one: `given` (the options of the command line), `file` (a --config file),
     what was set by hand in the run to go on with, `deepspeed_json`, the rest of that run, `base_version` (the prompt
@@ -64,13 +64,19 @@ def resolve(
     values["local_tokenizer"] = values.get("local_tokenizer") or values.get("from_pretrained")
     if values.get("replay"):
         values["experiment_name"] = "replay"
-    lora = {name: values.pop(name) for name in LORA_FIELDS if name in values}
-    config = TrainConfig.of(values, origins)
+    config = _config_of(values, origins)
+    return config, _warnings(config, deepspeed_json)
+
+
+def _config_of(values: dict[str, Any], origins: Mapping[str, Origin]) -> TrainConfig:
+    """Return the config with these values; what no LoraConfig can have is left out of it, and said in `problems`."""
+    lora = {name: values[name] for name in (*LORA_FIELDS, "seed") if name in values}
+    config = TrainConfig.of({name: value for name, value in values.items() if name not in lora}, origins)
     try:
-        config = config.replaced(**lora)
+        return config.replaced(**lora)
     except ConfigError as error:
-        config = replace(config, problems=tuple(lora_problems(error)))
-    return config, list(_warnings(config, deepspeed_json))
+        schedule = replace(config.schedule, seed=values.get("seed", config.schedule.seed))
+        return replace(config, schedule=schedule, problems=tuple(lora_problems(error)))
 
 
 def _refuse_pairs(given: Mapping[str, Any], file: Mapping[str, Any]) -> None:
@@ -97,7 +103,7 @@ def _refuse_pairs(given: Mapping[str, Any], file: Mapping[str, Any]) -> None:
 
 
 def _warnings(config: TrainConfig, deepspeed_json: Mapping[str, Any]) -> list[str]:
-    """What is allowed, and probably not meant."""
+    """Return what is allowed, and probably not meant."""
     warnings = []
     rate = config.optimizer.lr
     if rate < LOWEST_USEFUL_RATE:

@@ -10,7 +10,7 @@ from sat_lora.training.settings.fields import shown
 
 
 def settings_of_run(folder: str | Path) -> dict:
-    """The settings in FOLDER/run.json that a resumed run takes over, by name, and `given`: what was set by hand.
+    """Return the settings in FOLDER/run.json that a resumed run takes over, by name, and `given`: what was set by hand.
 
     ConfigError: the folder is none of a run, or a setting is of a type or value that no option has; all such in one.
     The fields of LoraConfig are for that to check.
@@ -41,7 +41,7 @@ def settings_of_run(folder: str | Path) -> dict:
 
 
 def _what_it_is(folder: Path) -> str:
-    """What to give instead of a folder that is none of a run."""
+    """Return what to give instead of a folder that is none of a run."""
     wanted = "give a run folder like runs/NAME"
     if (folder / "run.json").exists():
         return "mend that file, or start a new run"

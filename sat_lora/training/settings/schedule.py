@@ -18,7 +18,7 @@ DECAY_STYLES = {
 
 
 def learning_rate_factor(step: int, *, total_steps: int, warmup_steps: int, style: str, floor: float = 0.0) -> float:
-    """What the peak learning rate is multiplied with at `step` (the first is 0); in (0, 1].
+    """Return what the peak learning rate is multiplied with at `step` (the first is 0); in (0, 1].
 
     With W = warmup_steps, N = total_steps:
 
@@ -61,7 +61,7 @@ def total_steps(
 
 
 def rates(schedule: "Schedule", peak: float, steps: int) -> list[float]:
-    """The learning rates of a run of `steps` steps, in order: of each, or of LOOKED_AT spread over them.
+    """Return the learning rates of a run of `steps` steps, in order: of each, or of LOOKED_AT spread over them.
 
     peak: the highest rate.
     """
@@ -71,7 +71,7 @@ def rates(schedule: "Schedule", peak: float, steps: int) -> list[float]:
 
 
 def schedule_problems(schedule: "Schedule", peak: float, steps: int) -> list[str]:
-    """What is wrong with the learning rates of a run, as `rates` gives them; each names its option."""
+    """Return what is wrong with the learning rates of a run, as `rates` gives them; each names its option."""
     of_steps = rates(schedule, peak, steps)
     if steps > 1 and warmup_steps(schedule.warmup, steps) >= steps:
         return [

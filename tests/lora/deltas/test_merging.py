@@ -8,6 +8,7 @@ import torch
 
 from sat_lora import ConfigError, LoraMixin, MergeError, add_lora
 from sat_lora.lora.apply import adapters_of
+from sat_lora.lora.deltas import merging
 from sat_lora.lora.mixin import lora_mixins
 from tests.support.sat_subjects import SUBJECTS
 from tests.support.tiny import fill_adapters, logits_of, tiny_batch, tiny_model
@@ -257,3 +258,35 @@ def test_a_copied_model_has_adapters_of_its_own():
     for mixin in lora_mixins(twin).values():
         mixin.merge()
     torch.testing.assert_close(logits_of(twin, batch), logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_what_is_not_finite_is_counted_over_the_ranks(monkeypatch, size):
+    """As if another rank had three such values."""
+    monkeypatch.setattr(merging, "model_parallel_layout", lambda: (0, size))
+    monkeypatch.setattr(merging.mpu, "get_model_parallel_group", lambda: "ranks")
+    monkeypatch.setattr(
+        torch.distributed, "all_reduce", lambda tensor, group: tensor.add_(3 if group == "ranks" else 0)
+    )
+    whole = torch.ones(2, 2)
+    if size == 1:
+        assert merging.refuse_non_finite("a.weight", whole) is None
+    else:
+        with pytest.raises(MergeError, match="^a.weight: 3 merged values are not finite in torch.float32"):
+            merging.refuse_non_finite("a.weight", whole)
+    whole[0] = float("inf")
+    with pytest.raises(MergeError, match=f"^a.weight: {2 + 3 * (size - 1)} merged values are not finite"):
+        merging.refuse_non_finite("a.weight", whole)
+
+
+def test_a_weight_that_serves_twice_is_not_merged():
+    model = tiny_model()
+    layers = model.transformer.layers
+    layers[1].attention.dense.weight = layers[0].attention.dense.weight
+    mixins = add_lora(model, r=4, target_modules=["attention.dense"])
+    names = [f"transformer.layers.{number}.attention.dense" for number in range(2)]
+    with pytest.raises(
+        MergeError, match=f"{names[0]}.weight is shared by {names[0]} and {names[1]}; it cannot be merged"
+    ):
+        mixins[0].merge()
+    assert not mixins[0].merged
