@@ -5,8 +5,10 @@ from sat_lora.training.settings.config import TrainConfig
 
 
 def source_settings(config: TrainConfig) -> SourceSettings:
-    """The settings that decide which batches a run has."""
-    data, schedule, saving = config.data, config.schedule, config.saving
+    """Return the settings that decide which batches a run has."""
+    data = config.data
+    schedule = config.schedule
+    saving = config.saving
     return SourceSettings(
         train_data=data.train_data or (),
         valid_data=data.valid_data,

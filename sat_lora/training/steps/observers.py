@@ -108,7 +108,7 @@ class Observers(Observer):
         self._say = say
         self._failed: set[str] = set()
         members = tuple(observers)
-        # A member without a method of its own for an event is not called: each step's events have to cost next to nothing.
+        # A member without a method of its own for an event is not called: a step's events have to cost next to nothing.
         self._members = {
             event: [member for member in members if getattr(type(member), event) is not getattr(Observer, event)]
             for event in EVENTS

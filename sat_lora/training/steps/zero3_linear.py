@@ -17,8 +17,8 @@ def round_once() -> None:
 
 
 def linear_of_zero3(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """Return the linear of x (..., in) by ZeRO-3's function, given x as (tokens, in) where there is a bias:
-    (..., out).
+    """Return the linear (..., out) of x (..., in) by ZeRO-3's function, which gets x as (tokens, in) if it is to add a
+    bias.
     """
     from deepspeed.runtime.zero.linear import zero3_linear_wrap
 
