@@ -183,7 +183,7 @@ class Schedule:
     seed: int = setting(1234, "of the adapters, the data order and dropout", "--seed", type=count, metavar="N")
 
     def factor(self, step: int, steps: int) -> float:
-        """What the peak rate is multiplied with at `step` of `steps`; the first is 0."""
+        """Return the factor in (0, 1] of the peak rate at `step` of `steps`, counted from 0."""
         return learning_rate_factor(
             step,
             total_steps=steps,
