@@ -1,4 +1,4 @@
-"""Cleanly printed strings of digits: what the demo's base model learns to read before it ever sees a captcha."""
+"""Cleanly printed strings of digits, which the demo's base model learns to read before it ever sees a captcha."""
 
 import random
 from functools import cache
@@ -20,13 +20,14 @@ INK = (0.0, 0.35)
 
 @cache
 def fonts(size: int) -> list[ImageFont.FreeTypeFont]:
-    """Fonts that come with the Python packages, so that the images are the same on every machine."""
+    """Return fonts that come with the Python packages, so that the images are the same on every machine."""
     dejavu = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
     files = [DEFAULT_FONTS[0], dejavu / "DejaVuSans.ttf", dejavu / "DejaVuSansMono.ttf"]
     return [ImageFont.load_default(size)] + [ImageFont.truetype(str(file), size) for file in files]
 
 
 def _draw_digit(digit: str, font: ImageFont.FreeTypeFont, rng: random.Random) -> Image.Image:
+    """Return the grey mask of a digit, turned a little, 255 where the ink is."""
     left, top, right, bottom = font.getbbox(digit)
     glyph = Image.new("L", (int(right - left) + 4, int(bottom - top) + 4), 0)
     place = (2 - left, 2 - top)
@@ -35,7 +36,7 @@ def _draw_digit(digit: str, font: ImageFont.FreeTypeFont, rng: random.Random) ->
 
 
 def draw_string(text: str, size: int, rng: random.Random) -> Image.Image:
-    """A (size, size) grey mask of a string, 255 where the ink is.
+    """Return the (size, size) grey mask of a string, 255 where the ink is.
 
     Digit k stands in the middle of the k-th third, give or take a few percent. That regularity matters: from digits
     placed at random the model does not find out within a few thousand steps where to look.
@@ -56,7 +57,7 @@ def draw_string(text: str, size: int, rng: random.Random) -> Image.Image:
 def clean_strings(
     count: int, size: int, seed: int, lengths: tuple[int, ...] = (PLACES,)
 ) -> tuple[torch.Tensor, list[str]]:
-    """Masks (count, size, size) uint8 and their strings, each of a length drawn from `lengths`."""
+    """Return masks (count, size, size) uint8 and their strings, each of a length drawn from `lengths`."""
     rng = random.Random(seed)
     texts = ["".join(rng.choices(DIGITS, k=rng.choice(lengths))) for _ in range(count)]
     masks = numpy.stack([numpy.asarray(draw_string(text, size, rng)) for text in texts])
@@ -64,10 +65,13 @@ def clean_strings(
 
 
 def colour(masks: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
-    """Dark ink on light paper, normalised as `image_tensor` does: (batch, size, size) -> (batch, 3, size, size)."""
+    """Return masks (batch, size, size) as dark ink on light paper, normalised as `image_tensor` does: float32
+    (batch, 3, size, size).
+    """
 
     def draw(low: float, high: float) -> torch.Tensor:
         return low + (high - low) * torch.rand(len(masks), 3, 1, 1, generator=generator)
 
-    paper, ink = draw(*PAPER), draw(*INK)
+    paper = draw(*PAPER)
+    ink = draw(*INK)
     return (paper + masks[:, None] / 255 * (ink - paper) - MEAN) / STD

@@ -10,7 +10,7 @@ SPLITS = ("train", "valid", "test")
 
 
 def demo_in(folder: str | Path) -> Demo:
-    """The demo whose base is FOLDER/tiny_cogvlm and whose images are in FOLDER/captchas/{train,valid,test}."""
+    """Return the demo whose base is FOLDER/tiny_cogvlm and whose images are in FOLDER/captchas/{train,valid,test}."""
     captchas = Path(folder) / "captchas"
     return Demo(
         base={
@@ -39,6 +39,7 @@ def demo_in(folder: str | Path) -> Demo:
 
 
 def _make_captchas(folder: Path) -> None:
+    """Write the captchas into the folder."""
     sys.path.insert(0, str(HERE))
     from make_captchas import make_captchas
 

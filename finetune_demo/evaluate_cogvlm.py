@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser. CogVLM's published evaluation scripts run with their options unchanged: what says nothing to an
-    evaluation is taken under `no_effect`, a list of names.
+    """Return the parser. CogVLM's published evaluation scripts run with their options unchanged: options that mean
+    nothing to an evaluation are taken under `no_effect`, a list of names.
     """
     from sat_lora.terminal.option_parser import OptionParser
     from sat_lora.terminal.option_types import batch, positive_int, seconds
@@ -73,15 +73,16 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 class _NoEffect(argparse.Action):
-    """Notes that the option was given."""
+    """An action that notes the name of the option."""
 
     def __call__(self, parser, namespace, values, option_string=None):
         namespace.no_effect = [*namespace.no_effect, self.option_strings[0]]
 
 
 def read_settings(options: argparse.Namespace) -> "Evaluation":
-    """What the options ask for, filled up from a --config file, the run's settings and the defaults; ConfigError if
-    something is still missing.
+    """Return what the options ask for, filled up from a --config file, the run's settings and the defaults.
+
+    Raises ConfigError where something is still missing, or a file or run cannot be read.
     """
     from sat_lora.cogvlm.inputs.prompts import version_of
     from sat_lora.errors import ConfigError
@@ -97,7 +98,7 @@ def read_settings(options: argparse.Namespace) -> "Evaluation":
         except ConfigError as error:
             raise ConfigError(f"--run: {error}") from error
         if options.bf16 or options.fp16:
-            stored["bf16"] = stored["fp16"] = False
+            stored |= {"bf16": False, "fp16": False}
         stored |= {"given": [], "train_iters": None, "epochs": None}
     path = vars(options).get("config")
     file = {} if path is None else read_config_file(path)
@@ -124,7 +125,7 @@ def read_settings(options: argparse.Namespace) -> "Evaluation":
 
 
 class Evaluation(NamedTuple):
-    """What is evaluated, and where the result goes; see the options."""
+    """The config and adapter of an evaluation, and where the result goes; see the options."""
 
     config: "TrainConfig"
     adapter: str | None
@@ -134,13 +135,14 @@ class Evaluation(NamedTuple):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The exit status: 0, 2 for a mistake, 130 for Ctrl-C."""
+    """Evaluate, and return the exit status: 0, 2 for a mistake, 130 for Ctrl-C."""
     from sat_lora.terminal.edge import run_command
 
     return run_command("evaluate_cogvlm.py", lambda: _evaluate(argv))
 
 
 def _evaluate(argv: list[str] | None) -> int:
+    """Evaluate as the options say, and return the exit status. Raises a SatLoraError for a user's mistake."""
     from sat_lora.errors import ConfigError
     from sat_lora.parallel.launch import announce, find_place
     from sat_lora.printable import printable
@@ -155,9 +157,9 @@ def _evaluate(argv: list[str] | None) -> int:
         if is_first_rank():
             print(as_yaml(config, file=vars(options).get("config")), end="", flush=True)
         return 0
-    parts = config.parallel.model_parallel_size
-    if place.size % parts:
-        raise ConfigError(f"--model-parallel-size: {parts} does not divide {place.size} ranks")
+    mp_size = config.parallel.model_parallel_size
+    if place.size % mp_size:
+        raise ConfigError(f"--model-parallel-size: {mp_size} does not divide {place.size} ranks")
     _check_early(evaluation, place)
     no_effect = list(dict.fromkeys(options.no_effect))
     if is_first_rank() and no_effect:
@@ -181,7 +183,7 @@ def _evaluate(argv: list[str] | None) -> int:
 
     adapter = evaluation.adapter
     device = init_distributed(marks=marks_of_options(config))
-    world = init_model_parallel(device, parts)
+    world = init_model_parallel(device, mp_size)
     config = config.replaced(bf16=config.precision.bf16 or (device.type == "cuda" and not config.precision.fp16))
     out, run = evaluation_file(config, adapter=adapter, run=evaluation.run, out=evaluation.out)
     lock = contextlib.nullcontext()
@@ -202,7 +204,7 @@ def _evaluate(argv: list[str] | None) -> int:
 
 
 def _check_early(evaluation: Evaluation, place) -> None:
-    """Before anything slow is imported: ConfigError or DataError, with what is not there."""
+    """Raise ConfigError or DataError, before anything slow is imported, with all that is not there."""
     from sat_lora.files.paths import missing_adapter
     from sat_lora.training.early import check_early
 

@@ -6,6 +6,7 @@
 `torchrun` and plain `python` start it just as well. `--help` lists the options.
 """
 
+import itertools
 import os
 import sys
 from pathlib import Path
@@ -14,20 +15,27 @@ HERE = Path(__file__).resolve().parent
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The exit status: 0, 1 for a finding of the doctor, 2 for a mistake, 3 from the watchdog, 128 + N for signal N."""
+    """Run as the options say, and return the exit status: 0, 1 for a finding of the doctor, 2 for a mistake, 3 from the
+    watchdog, 128 + N for signal N.
+    """
     from sat_lora.terminal.edge import run_command
 
     return run_command("finetune_cogvlm.py", lambda: _finetune(argv))
 
 
 def _finetune(argv: list[str] | None) -> int:
+    """Train, or let the doctor look, as the options say, and return the exit status.
+
+    Raises a SatLoraError for a user's mistake.
+    """
     from sat_lora.parallel.launch import announce, find_place
     from sat_lora.terminal.notice import is_first_rank
     from sat_lora.training.early import check_early
     from sat_lora.training.settings.options import parse_options
 
     demo = _demo()
-    config, place = parse_options(argv, demo=demo), find_place()
+    config = parse_options(argv, demo=demo)
+    place = find_place()
     check_early(config, place, demo=demo, writes=not config.start.doctor)
     announce(place)
     if config.start.doctor:
@@ -55,7 +63,7 @@ def _finetune(argv: list[str] | None) -> int:
 
 
 def _demo():
-    """The demo, which lies beside this script."""
+    """Return the demo, which lies beside this script."""
     if str(HERE) not in sys.path:
         sys.path.insert(0, str(HERE))
     from demo import DEMO
@@ -64,11 +72,12 @@ def _demo():
 
 
 def _what_next(config) -> str:
-    """What the run has made, and the lines that go on with it: each can be pasted into any shell."""
+    """Return what the run has made, and the lines that go on with it: each can be pasted into any shell."""
     from sat_lora.parallel.launch import relaunch, sat_lora_line
     from sat_lora.printable import printable
 
-    run, trust = Path(os.path.abspath(config.run_folder)), _trust(config)
+    run = Path(os.path.abspath(config.run_folder))
+    trust = _trust(config)
     best = _best_adapter(run)
     lines = [f"adapter     {printable(best or run / 'adapter')}"]
     if config.data.test_data:
@@ -78,7 +87,8 @@ def _what_next(config) -> str:
         chosen = ["--adapter", str(best)] if best else []
         line = relaunch(HERE / "evaluate_cogvlm.py", "--run", str(run), *chosen, *trust, environ=environ)
         lines += [f"evaluate    {line}"] if line else []
-    base, out = os.path.abspath(config.model.base), _new_folder(run / "merged")
+    base = os.path.abspath(config.model.base)
+    out = _new_folder(run / "merged")
     merge = sat_lora_line("merge", "--base", base, *trust, "--adapter", best or run / "adapter", "--out", out)
     further = _resume_line(config, "--train-iters", 2 * config.schedule.steps)
     lines += [f"merge       {merge}", f"resume      {further}"]
@@ -86,32 +96,31 @@ def _what_next(config) -> str:
 
 
 def _best_adapter(run: Path) -> Path | None:
-    """The adapter of the lowest validation loss, if it is not the latest."""
+    """Return the adapter of the lowest validation loss; None where that is the latest, or there was no validation."""
     from sat_lora.files.step_folders import BEST, LATEST, read_pointer
 
     best, latest = (read_pointer(run / "adapter" / name) for name in (BEST, LATEST))
-    return None if best in (None, latest) else run / "adapter" / BEST  # None: there was no validation
+    return None if best in (None, latest) else run / "adapter" / BEST
 
 
 def _new_folder(path: Path) -> Path:
-    """The path, or with the first number behind it that is not there yet."""
-    number, free = 2, path
-    while free.exists():
-        number, free = number + 1, path.with_name(f"{path.name}-{number}")
-    return free
+    """Return the path, or the first of PATH-2, PATH-3, ... that does not exist where it does."""
+    numbered = (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))
+    return next(free for free in itertools.chain([path], numbered) if not free.exists())
 
 
 def _resume_line(config, *more) -> str:
+    """Return the line that goes on with the run, as it was launched. more: further options."""
     from sat_lora.parallel.launch import relaunch
     from sat_lora.printable import shell_line
 
-    words = ["--resume", os.path.abspath(config.run_folder), *_trust(config), *map(str, more)]
-    line = relaunch(__file__, *words)
-    return line or f"the launcher and the ranks that the run had, and {shell_line(words)}"
+    options = ["--resume", os.path.abspath(config.run_folder), *_trust(config), *map(str, more)]
+    line = relaunch(__file__, *options)
+    return line or f"the launcher and the ranks that the run had, and {shell_line(options)}"
 
 
 def _trust(config) -> list[str]:
-    """The option that lets the base be unpickled, where it was given."""
+    """Return the option that lets the base be unpickled, in a list that is empty where it was not given."""
     return ["--trust-checkpoint"] * config.start.trust_checkpoint
 
 

@@ -35,11 +35,13 @@ class Captcha(captcha.image.ImageCaptcha):
 
 
 class SeededDraws:
-    """The functions of the module `secrets` that captcha 0.7 draws with, from a seeded generator."""
+    """A stand-in for the module `secrets`, with the functions that captcha 0.7 draws with, from a seeded generator."""
 
     def __init__(self, seed: str):
         rng = random.Random(seed)
-        self.choice, self.randbits, self.randbelow = rng.choice, rng.getrandbits, rng.randrange
+        self.choice = rng.choice
+        self.randbits = rng.getrandbits
+        self.randbelow = rng.randrange
 
 
 @contextmanager
@@ -54,24 +56,25 @@ def seeded_draws(seed: str) -> Iterator[None]:
 
 
 def draw_captcha(text: str, seed: str) -> Image.Image:
-    """The (112, 112) RGB captcha of a string; the same for the same seed."""
+    """Return the (112, 112) RGB captcha of a string; the same for the same seed."""
     with seeded_draws(seed):
         return Captcha().generate_image(text).convert("RGB")
 
 
 def split_strings(seed: int) -> dict[str, list[str]]:
-    """All strings of three digits, shuffled and dealt to the three sets."""
+    """Return the strings of the three sets by their names: all strings of three digits, shuffled and dealt."""
     strings = [f"{number:03d}" for number in range(1000)]
     random.Random(f"{seed} strings").shuffle(strings)
-    found, start = {}, 0
+    strings_by_set = {}
+    start = 0
     for name, count in STRINGS.items():
-        found[name] = strings[start : start + count]
+        strings_by_set[name] = strings[start : start + count]
         start += count
-    return found
+    return strings_by_set
 
 
 def plan(name: str, count: int, seed: int) -> list[tuple[str, str]]:
-    """Path below OUT and seed of each image of one set: all its strings once in 000, once more in 001, and so on.
+    """Return (path below OUT, seed) of each image of one set: all its strings once in 000, once more in 001, and so on.
 
     An image's seed comes from its path, so neither the other images nor the number of workers change it.
     """
@@ -81,6 +84,7 @@ def plan(name: str, count: int, seed: int) -> list[tuple[str, str]]:
 
 
 def _write(job: tuple[Path, str]) -> None:
+    """Write the captcha of a (file, seed)."""
     file, seed = job
     draw_captcha(file.stem, seed).save(file, compress_level=1)  # speed, not size
 
@@ -94,7 +98,10 @@ def make_captchas(
     seed: int = 0,
     workers: int | None = None,
 ) -> Path:
-    """Write that many images of each set, unless `out` exists. A folder that exists is complete."""
+    """Write that many images of each set, unless `out` exists, and return `out`. A folder that exists is complete.
+
+    workers: processes; None takes one per core.
+    """
     out = Path(out)
     if out.exists():
         print(f"captchas: already at {out}")
@@ -117,13 +124,14 @@ def make_captchas(
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The exit status: 0, 2 for a mistake, 130 for Ctrl-C."""
+    """Write the captchas, and return the exit status: 0, 2 for a mistake, 130 for Ctrl-C."""
     from sat_lora.terminal.edge import run_command
 
     return run_command("make_captchas.py", lambda: _make(argv))
 
 
 def _make(argv: list[str] | None) -> None:
+    """Write the captchas that the options ask for."""
     from sat_lora.terminal.option_parser import OptionParser
     from sat_lora.terminal.option_types import count, number, positive_int
 

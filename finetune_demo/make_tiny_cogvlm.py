@@ -26,7 +26,8 @@ from sat_lora.cogvlm.inputs.text import build_sample, load_tokenizer, prompt_for
 
 DEFAULT_OUT = Path(__file__).resolve().parent / "tiny_cogvlm"
 QUERY = "CAPTCHA:"
-SIZE, PATCH = 42, 7
+SIZE = 42
+PATCH = 7
 GRID = SIZE // PATCH
 
 COMMON = {"model_parallel_size": 1, "num_attention_heads": 4, "hidden_size": 128, "inner_hidden_size": 256}
@@ -78,17 +79,18 @@ GAINS = {  # weights whose standard deviation is not 1 / sqrt(inputs) but this m
 
 
 def grid_embedding(side: int, hidden: int) -> torch.Tensor:
-    """Sines and cosines of the row, then of the column: (side * side, hidden)."""
+    """Return sines and cosines of the row, then of the column, of each place: float32 (side * side, hidden)."""
     frequencies = 4 * math.pi / side * torch.arange(1, hidden // 4 + 1) / (hidden // 4)
     angles = (torch.arange(side) - (side - 1) / 2)[:, None] * frequencies
     line = torch.cat([angles.sin(), angles.cos()], dim=1)  # (side, hidden / 2)
-    rows, columns = line[:, None].expand(-1, side, -1), line[None].expand(side, -1, -1)
+    rows = line[:, None].expand(-1, side, -1)
+    columns = line[None].expand(side, -1, -1)
     return torch.cat([rows, columns], dim=-1).flatten(0, 1)
 
 
 @torch.no_grad()
 def initialise(model: CogVLMModel, answer_tokens: list[int]) -> None:
-    """Initial values from which so small a model learns within minutes; from the usual ones it stays at chance.
+    """Give the model values from which so small a one learns within minutes; from the usual ones it stays at chance.
 
     `answer_tokens`: the ids that occur in answers.
     """
@@ -110,8 +112,9 @@ def initialise(model: CogVLMModel, answer_tokens: list[int]) -> None:
             nn.init.constant_(parameter, 0.3 if name.startswith(VIT) else 1.0)
     # Most of the vocabulary is never an answer. Having to learn that first spoils hundreds of steps for the rest, so
     # one hidden dimension is the same for all words, and by it the other tokens begin improbable.
-    words, head = model.transformer.word_embeddings.weight, model.mixins["lm"].lm_head.weight
-    words[:, 0] = 3.0
+    embeddings = model.transformer.word_embeddings.weight
+    head = model.mixins["lm"].lm_head.weight
+    embeddings[:, 0] = 3.0
     head[:, 0] = -2.0
     head[answer_tokens, 0] = 0.0
     patches = model.mixins["eva"].vit_model.mixins["patch_embedding"].proj
@@ -122,24 +125,29 @@ def initialise(model: CogVLMModel, answer_tokens: list[int]) -> None:
 
 
 class Reader:
-    """Asks the model for the string on an image. All questions are alike, so a batch is one sample repeated."""
+    """A model that is asked for the string on an image. All questions are alike, so a batch is one sample repeated."""
 
     def __init__(self, model: CogVLMModel, tokenizer):
-        self.model, self.tokenizer = model, tokenizer
+        self.model = model
+        self.tokenizer = tokenizer
         self.prompt = build_sample(
             tokenizer, prompt_for("base", QUERY), None, model.image_length, CONFIG["max_sequence_length"]
         )
 
     def encode(self, texts: list[str]) -> torch.Tensor:
-        """Digits, end of sequence, padding: (texts, PLACES + 1)."""
-        end, pad = [self.tokenizer.eos_token_id], [self.tokenizer.pad_token_id]
+        """Return texts as digits, end of sequence and padding: int64 (texts, PLACES + 1)."""
+        end = [self.tokenizer.eos_token_id]
+        pad = [self.tokenizer.pad_token_id]
         rows = [self.tokenizer.encode(text, add_special_tokens=False) + end for text in texts]
         return torch.tensor([row + pad * (PLACES + 1 - len(row)) for row in rows])
 
     def logits(self, images: torch.Tensor, answers: torch.Tensor) -> torch.Tensor:
-        """Of what follows the prompt and each of the (batch, n) answer tokens: (batch, n + 1, vocabulary)."""
+        """Return the logits of what follows the prompt and each of the (batch, n) answer tokens:
+        (batch, n + 1, vocabulary).
+        """
         count, length = answers.shape
-        prompt, start = self.prompt, len(self.prompt.input_ids)
+        prompt = self.prompt
+        start = len(prompt.input_ids)
         positions = prompt.position_ids[-1] + 1 + torch.arange(length)
 
         def repeat(first: torch.Tensor, then: torch.Tensor) -> torch.Tensor:
@@ -157,7 +165,10 @@ class Reader:
 
     @torch.no_grad()
     def read(self, images: torch.Tensor, batch: int = 250) -> list[str]:
-        """The likeliest token after the other, each from the whole sequence: (count, 3, height, width) to strings."""
+        """Return the strings on images (count, 3, height, width), the likeliest token after the other.
+
+        Each is computed from the whole sequence. batch: images at once.
+        """
         self.model.eval()
         texts = []
         for part in images.split(batch):
@@ -171,18 +182,18 @@ class Reader:
         return texts
 
     def exact_match(self, images: torch.Tensor, texts: list[str]) -> float:
-        """Share of the images read without a mistake."""
+        """Return the share of the images that are read without a mistake."""
         return sum(map(str.__eq__, self.read(images), texts)) / len(texts)
 
 
 def captcha_images(seed: int = 0) -> tuple[torch.Tensor, list[str]]:
-    """The captchas of the test set as tensors, and their strings."""
+    """Return the captchas of the test set as a tensor (images, 3, SIZE, SIZE), and their strings."""
     jobs = [(Path(path).stem, key) for path, key in plan("test", IMAGES["test"], seed)]
     return torch.stack([image_tensor(draw_captcha(*job), (SIZE, SIZE)) for job in jobs]), [text for text, _ in jobs]
 
 
 def train(reader: Reader, *, steps: int, images: int, batch: int, learning_rate: float, seed: int) -> None:
-    """AdamW on clean strings, most of them of full length; the colours are new in every step."""
+    """Train with AdamW on clean strings, most of them of full length; the colours are new in every step."""
     model = reader.model.train()
     masks, texts = clean_strings(images, SIZE, seed, lengths=(PLACES,) * 6 + tuple(range(1, PLACES)))
     answers = reader.encode(texts)
@@ -196,7 +207,8 @@ def train(reader: Reader, *, steps: int, images: int, batch: int, learning_rate:
     )
     check, check_texts = clean_strings(200, SIZE, seed + 1)
     check_images = colour(check, torch.Generator().manual_seed(seed))
-    started, smooth = time.monotonic(), float("nan")
+    started = time.monotonic()
+    smooth = float("nan")
     for step in trange(1, steps + 1, desc="base", unit=" steps", disable=None):
         chosen = torch.randint(len(masks), (batch,))
         targets = answers[chosen]
@@ -243,6 +255,7 @@ def make_tiny_cogvlm(out: Path, *, seed: int, threads: int, **settings) -> None:
 
 
 def main() -> None:
+    """Make the base that the options ask for."""
     parser = argparse.ArgumentParser(
         description="Train the demo's base model.",
         epilog="example: python finetune_demo/make_tiny_cogvlm.py --out tiny",

@@ -19,12 +19,12 @@ def pack_shards(
     overwrite: bool = False,
     **reading: Sequence[str] | bool,
 ) -> tuple[str, int]:
-    """Write the items of `data`, in their order; returns (what --train-data takes, samples). reading: of `read_items`.
+    """Write the items of `data`, in their order, and return (what --train-data takes, how many samples).
 
     A sample is KEY.json {"prompt", "answer"} and the image's file as it is, with its own suffix, or with that of its
-    format where it has none that is known. DataError: an image is missing, or is no file, or there is nothing to pack.
-    ConfigError: `out` holds shards, which stay unless `overwrite` replaces all of them. What is in `out` is as it was
-    until all shards are written.
+    format where it has none that is known. What is in `out` is as it was until all shards are written. reading: further
+    arguments of `read_items`. Raises DataError where an image is missing, or is no file, or there is nothing to pack;
+    ConfigError where `out` holds shards, which stay unless `overwrite` replaces all of them.
     """
     from sat_lora.data.samples import read_items
     from sat_lora.errors import DataError
@@ -48,6 +48,7 @@ def pack_shards(
 
 
 def _write(items: Sequence, folder: Path, samples_per_shard: int) -> None:
+    """Write the items as shards into the folder. Raises DataError where an image cannot be read."""
     from webdataset import ShardWriter  # seconds of imports, that a wrong option does without
 
     from sat_lora.cogvlm.inputs.pictures import SUFFIXES, suffix_of
@@ -65,7 +66,9 @@ def _write(items: Sequence, folder: Path, samples_per_shard: int) -> None:
 
 
 def _is_unicode(text: str) -> bool:
-    """Half a character is none: it is packed as it was escaped, and left to who reads it."""
+    """Return whether UTF-8 can write a text. Half a character it cannot: that is packed as it was escaped, and left to
+    whoever reads it.
+    """
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -74,6 +77,7 @@ def _is_unicode(text: str) -> bool:
 
 
 def _content(image: Path) -> bytes:
+    """Return the bytes of an image's file. Raises DataError where it cannot be read."""
     from sat_lora.cogvlm.inputs.pictures import file_limit
     from sat_lora.errors import DataError
     from sat_lora.files.foreign import read_bytes
@@ -87,14 +91,14 @@ def _content(image: Path) -> bytes:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The exit status: 0, 2 for a mistake, 130 for Ctrl-C."""
+    """Pack, and return the exit status: 0, 2 for a mistake, 130 for Ctrl-C."""
     from sat_lora.terminal.edge import run_command
 
     return run_command("pack_shards.py", lambda: _pack(argv))
 
 
 def build_parser():
-    """The OptionParser of this script."""
+    """Return the OptionParser of this script."""
     from sat_lora.terminal.option_parser import OptionParser
     from sat_lora.terminal.option_types import positive_int
 
@@ -115,6 +119,7 @@ def build_parser():
 
 
 def _pack(argv: list[str] | None) -> int:
+    """Pack as the options say, and return the exit status. Raises a SatLoraError for a user's mistake."""
     from sat_lora.printable import shell_line
 
     options = build_parser().parse_args(argv)
@@ -127,8 +132,8 @@ def _pack(argv: list[str] | None) -> int:
 
 
 def _check_early(options: argparse.Namespace) -> None:
-    """DataError: data is not there; ConfigError: shards are, and are not to be replaced. Both before anything slow is
-    imported.
+    """Raise, before anything slow is imported, DataError where data is not there, and ConfigError where shards are
+    there that may not be replaced.
     """
     from sat_lora.errors import DataError
     from sat_lora.files.paths import missing_path
@@ -141,7 +146,7 @@ def _check_early(options: argparse.Namespace) -> None:
 
 
 def _shards_in(out: Path, overwrite: bool) -> list[Path]:
-    """The shards that are in `out` already, in order. ConfigError: there are some, and nothing may replace them."""
+    """Return the shards that are in `out` already, in order. Raises ConfigError where nothing may replace them."""
     from sat_lora.errors import ConfigError
     from sat_lora.printable import printable
 

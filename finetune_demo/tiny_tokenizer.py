@@ -12,18 +12,24 @@ CHARACTERS = ("\t", "\n", *map(chr, range(ord(" "), ord("~") + 1)))
 
 
 def build_tokenizer() -> Tokenizer:
-    """Splits a text into known words, else characters. Nothing is lost: decoding joins the tokens as they are."""
+    """Return a tokenizer that splits a text into known words, else characters. Nothing is lost: decoding joins the
+    tokens as they are.
+    """
     vocabulary = {token: number for number, token in enumerate((*SPECIAL, *WORDS, *CHARACTERS))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.add_special_tokens(list(SPECIAL))
-    words = "|".join(re.escape(word) for word in WORDS)
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(rf"{words}|[\s\S]"), behavior="isolated")
+    known_words = "|".join(re.escape(word) for word in WORDS)
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(rf"{known_words}|[\s\S]"), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
     return tokenizer
 
 
 def write_tokenizer(folder: str | Path, max_length: int) -> None:
-    """`tokenizer.json` and the `tokenizer_config.json` by which transformers' AutoTokenizer finds its way offline."""
+    """Write `tokenizer.json`, and the `tokenizer_config.json` by which transformers' AutoTokenizer finds its way
+    offline.
+
+    max_length: the longest sequence, in tokens.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     build_tokenizer().save(str(folder / "tokenizer.json"))

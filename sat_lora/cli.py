@@ -2,7 +2,7 @@
 
 
 def build_parser():
-    """The OptionParser of all sub-commands."""
+    """Return the OptionParser of all sub-commands."""
     from sat_lora.commands import combine, doctor, estimate, export_adapter, import_adapter, inspect_adapter, merge
     from sat_lora.terminal.option_parser import OptionParser
 
@@ -14,13 +14,17 @@ def build_parser():
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The exit status: 0, 1 for a bad result, 2 for a mistake of the user, 130 for Ctrl-C."""
+    """Run a command and return the exit status: 0, 1 for a bad result, 2 for a mistake of the user, 130 for Ctrl-C.
+
+    argv: its arguments; None takes those of the process.
+    """
     from sat_lora.terminal.edge import run_command
 
     return run_command("sat-lora", lambda: _run(argv))
 
 
 def _run(argv: list[str] | None) -> int:
+    """Run the command that the arguments name, and return its exit status."""
     from sat_lora.terminal.edge import run_command
 
     parser = build_parser()
@@ -31,7 +35,7 @@ def _run(argv: list[str] | None) -> int:
 
 
 def script() -> None:
-    """What the installed `sat-lora` calls: it does not come back."""
+    """Run as the installed `sat-lora`, and end the process with the exit status."""
     from sat_lora.terminal.edge import run_script
 
     run_script("sat-lora", main, prints_its_result=True)

@@ -7,6 +7,7 @@ from sat_lora.printable import printable
 
 
 def add(commands) -> None:
+    """Add the command and its options to the sub-parsers of `sat-lora`."""
     combine = commands.add_parser(
         "combine",
         help="make one adapter of several",
@@ -36,6 +37,7 @@ def add(commands) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
+    """Write the combined adapter. Raises a SatLoraError for a user's mistake."""
     refuse_existing(options.out)
     from sat_lora.adapters.combine import combine_adapters
 

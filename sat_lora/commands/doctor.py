@@ -9,6 +9,7 @@ from sat_lora.terminal.option_types import positive_int
 
 
 def add(commands) -> None:
+    """Add the command and its options to the sub-parsers of `sat-lora`."""
     doctor = commands.add_parser(
         "doctor",
         help="find why a backward hangs, or why nothing learns",
@@ -47,6 +48,10 @@ def add(commands) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    """Print findings before a run or after it; return 0 without any that matters, else 1, or the status of other ranks.
+
+    Raises a SatLoraError for a user's mistake.
+    """
     from sat_lora.errors import ConfigError
     from sat_lora.watchdog.rank_files import refuse_no_traces
 
@@ -66,6 +71,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _before(options: argparse.Namespace) -> int:
+    """Look at a run that has not begun, on as many ranks as are asked for, and return the exit status."""
     from sat_lora.errors import ConfigError
     from sat_lora.parallel.launch import find_place
     from sat_lora.training.early import check_early
@@ -96,6 +102,7 @@ def _before(options: argparse.Namespace) -> int:
 
 
 def _after(options: argparse.Namespace) -> int:
+    """Look at what a run has left, print the verdict, and return 1 where it is a finding, else 0."""
     from sat_lora.doctor.timeline import draw_timeline
     from sat_lora.findings.finding import as_json
     from sat_lora.printable import printable, printable_lines
@@ -103,19 +110,20 @@ def _after(options: argparse.Namespace) -> int:
     from sat_lora.watchdog.verdict import verdict
     from sat_lora.watchdog.watchdog import when_alarmed
 
-    found = verdict(options.run, options.log)
+    result = verdict(options.run, options.log)
     if options.json:
-        print(as_json([found.finding] if found.finding else []))
+        print(as_json([result.finding] if result.finding else []))
     else:
-        intro = f"{found.finding.level}: {found.finding.code}\n" if found.finding else ""
-        print(intro + printable_lines(found.text), flush=True)
+        intro = f"{result.finding.level}: {result.finding.code}\n" if result.finding else ""
+        print(intro + printable_lines(result.text), flush=True)
     if options.plot:
         draw_timeline(read_states(options.run), options.plot, when_alarmed(options.run))
         print(f"gradients in {printable(options.plot)}", file=sys.stderr)
-    return 0 if found.finding is None else 1
+    return 0 if result.finding is None else 1
 
 
 def _replay(options: argparse.Namespace) -> int:
+    """Run the last step of a run again, and return the exit status."""
     from sat_lora.watchdog.replay import replay
 
     return replay(options.run, ["--shrink", options.shrink] if options.shrink else [])

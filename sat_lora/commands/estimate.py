@@ -9,6 +9,7 @@ from sat_lora.terminal.option_types import positive, positive_int
 
 
 def add(commands) -> None:
+    """Add the command and its options to the sub-parsers of `sat-lora`."""
     command = commands.add_parser(
         "estimate",
         help="tell how much memory a run would take, for any size, on any machine",
@@ -31,6 +32,9 @@ def add(commands) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    """Print the memory of a run; return 0, or 1 where a device has too little. Raises a SatLoraError for a user's
+    mistake.
+    """
     from dataclasses import asdict
 
     from sat_lora.training.early import base_problems, raise_problems
@@ -59,7 +63,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _refuse_no_base(options: argparse.Namespace) -> None:
-    """ConfigError where options speak of a run, and none of the base that it would train."""
+    """Raise ConfigError where options speak of a run, and none names the base that it would train."""
     from sat_lora.errors import ConfigError
 
     given = list(options.more)

@@ -7,6 +7,7 @@ from sat_lora.printable import printable
 
 
 def add(commands) -> None:
+    """Add the command and its options to the sub-parsers of `sat-lora`."""
     export = commands.add_parser(
         "export",
         help="make a PEFT adapter for Hugging Face's CogVLM",
@@ -28,6 +29,7 @@ def add(commands) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
+    """Write the PEFT adapter. Raises a SatLoraError for a user's mistake."""
     refuse_existing(options.out)
     refuse_missing(options.adapter, base=options.base)
     from sat_lora.interop.peft_export import export_to_peft

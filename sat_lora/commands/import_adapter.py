@@ -8,6 +8,7 @@ from sat_lora.terminal.option_types import number
 
 
 def add(commands) -> None:
+    """Add the command and its options to the sub-parsers of `sat-lora`."""
     take = commands.add_parser(
         "import",
         help="make an adapter of a PEFT adapter or of a checkpoint of SAT's lora2",
@@ -31,6 +32,7 @@ def add(commands) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
+    """Write the adapter. Raises a SatLoraError for a user's mistake."""
     refuse_existing(options.out)
     wanted = {
         "peft": "give the folder of a PEFT adapter, with adapter_config.json in it",

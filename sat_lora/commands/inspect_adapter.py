@@ -7,6 +7,7 @@ from sat_lora.commands.parts import bar, examples, refuse_missing
 
 
 def add(commands) -> None:
+    """Add the command and its options to the sub-parsers of `sat-lora`."""
     inspect = commands.add_parser(
         "inspect",
         help="show ranks, sizes and delta norms of an adapter",
@@ -22,6 +23,9 @@ def add(commands) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
+    """Print what is known of the adapter, and draw its norms where that is asked for. Raises a SatLoraError for a
+    user's mistake.
+    """
     from sat_lora.errors import ConfigError
 
     if options.base and not options.plot:
@@ -36,7 +40,9 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _plot(report: dict, options: argparse.Namespace) -> str:
-    """Draw, and say what was drawn; the weights' norms are no part of what is printed of the report."""
+    """Draw the norms, and return a line that says what was drawn. The report is left as it is, without the weights'
+    norms.
+    """
     from sat_lora.adapters.inspect import add_weight_norms, base_of_run, draw_norms
     from sat_lora.printable import printable
 

@@ -8,6 +8,7 @@ from sat_lora.commands.parts import ANY_BASE, bar, examples, refuse_existing, re
 
 
 def add(commands) -> None:
+    """Add the command and its options to the sub-parsers of `sat-lora`."""
     merge = commands.add_parser(
         "merge",
         help="fold an adapter into a base checkpoint",
@@ -42,6 +43,10 @@ def add(commands) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    """Write the merged model, and verify it where that is asked for; return 0, or 1 where it is wrong.
+
+    Raises a SatLoraError for a user's mistake.
+    """
     from sat_lora.errors import ConfigError
     from sat_lora.printable import printable, shell_line
 
@@ -77,12 +82,12 @@ def run(options: argparse.Namespace) -> int:
 
 
 def verify(options: argparse.Namespace) -> int:
-    """Print what merging lost, and the verdict; 1 if it is wrong."""
+    """Print what merging lost, and the verdict; return 0, or 1 where the merged model is wrong."""
     from sat_lora.adapters.verify import verify_merge
     from sat_lora.printable import printable
     from sat_lora.terminal.progress import shown
 
-    found = verify_merge(
+    verification = verify_merge(
         options.base,
         options.adapter,
         options.out,
@@ -91,19 +96,19 @@ def verify(options: argparse.Namespace) -> int:
         progress=lambda items, what: shown(items, what, "weights" if "comparing" in what else "modules"),
         tell=lambda line: print(f"verify: {line}", file=sys.stderr, flush=True),
     )
-    lost = f"merging lost {found.merge_error:.2%} of the adapter's effect on the logits"
-    if found.problems:
-        print(f"WRONG: {lost}: {'; '.join(found.problems)}; do not use {printable(options.out)}")
+    lost = f"merging lost {verification.merge_error:.2%} of the adapter's effect on the logits"
+    if verification.problems:
+        print(f"WRONG: {lost}: {'; '.join(verification.problems)}; do not use {printable(options.out)}")
         return 1
-    if not found.is_measurable:
+    if not verification.is_measurable:
         print("verified: the weights are base plus adapter; what the adapter does to the logits is beyond float32")
         return 0
-    dtype = str(found.dtype).removeprefix("torch.")
+    dtype = str(verification.dtype).removeprefix("torch.")
     advice = "" if dtype == "float32" else "; --dtype float32 keeps it, and so does the adapter beside its base"
     print(f"verified: {lost}, which {dtype} rounds away{advice}")
     return 0
 
 
 def size_text(size: int) -> str:
-    """Bytes as people read them."""
+    """Return a number of bytes as people read it."""
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"

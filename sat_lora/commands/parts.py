@@ -1,4 +1,4 @@
-"""What several commands share: examples in their help, and a progress bar."""
+"""The parts that several commands share: examples in their help, a progress bar, and refusals before anything slow."""
 
 import argparse
 import contextlib
@@ -16,12 +16,12 @@ from sat_lora.printable import printable
 from sat_lora.terminal.progress import shown
 
 DEMO = Path(sat_lora.__file__).resolve().parents[1] / "finetune_demo" / "demo.py"
-"""Where a clone of sat_lora has its demo; installed without one there is none."""
+"""The demo's module in a clone of sat_lora; installed without a clone there is none."""
 ANY_BASE = "take a base that the adapter was not trained on"
 
 
 def examples(*lines: str) -> dict:
-    """Arguments of `add_parser` that put these lines, as they are, at the end of its help."""
+    """Return arguments of `add_parser` that put these lines, as they are, at the end of its help."""
     return dict(
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="\n  ".join([f"example{'s' if len(lines) > 1 else ''}:", *lines]),
@@ -29,13 +29,13 @@ def examples(*lines: str) -> dict:
 
 
 def bar(what: str, unit: str) -> Callable[[Collection], Iterable]:
-    """A `progress`: goes through a collection and shows on stderr how far it is, see `shown`."""
+    """Return a function that goes through a collection and shows on stderr how far it is, see `shown`."""
     return lambda items: shown(items, what, unit)
 
 
 def refuse_existing(out: str) -> None:
-    """ConfigError before anything slow is imported, if something lies at `--out`, since commands write new folders, or
-    if what they write could not be read there.
+    """Raise ConfigError, before anything slow is imported, where something lies at `--out`, since commands write new
+    folders, or where what they write could not be read.
     """
     if os.path.lexists(out):
         raise ConfigError(f"--out: {printable(out)} exists; give a new folder")
@@ -46,8 +46,10 @@ def refuse_existing(out: str) -> None:
 def refuse_missing(
     *adapters: str, base: str | None = None, option: str = "--adapter", wanted: str = ADAPTER_WANTED
 ) -> None:
-    """ConfigError with all folders that are not there, before anything slow is imported: those of adapters, which
-    `option` names ("": nothing does), and of a base. wanted: what to give instead of an adapter.
+    """Raise ConfigError, before anything slow is imported, with all folders of adapters and of a base that are not
+    there.
+
+    option: the one that names the adapters; empty where none does. wanted: what to give instead of an adapter.
     """
     named = [(option, missing_adapter(adapter, wanted)) for adapter in adapters]
     if base is not None:
@@ -59,7 +61,7 @@ def refuse_missing(
 
 
 def demo_of_clone() -> Any:
-    """The Demo that lies beside the package in a clone of sat_lora; None where it is installed without one."""
+    """Return the Demo that lies beside the package in a clone of sat_lora; None where it is installed without one."""
     specification = importlib.util.spec_from_file_location("sat_lora_demo", DEMO) if DEMO.is_file() else None
     if specification is None or specification.loader is None:
         return None

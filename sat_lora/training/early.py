@@ -1,5 +1,5 @@
-"""What can be known to be wrong before anything slow is imported: folders and files that are not there, and a run
-folder that holds results. It needs nothing but Python's own library; `preflight` finds the rest.
+"""Mistakes that are known before anything slow is imported: folders and files that are not there, and a run folder
+that holds results. The module needs nothing but Python's own library; `preflight` finds the rest.
 """
 
 import os
@@ -20,7 +20,7 @@ WANTED = "give a folder of images named LABEL.png, or a .jsonl file"
 
 
 def raise_problems(settings: Sequence[str], data: Sequence[str]) -> None:
-    """One ConfigError, or DataError when only the data is wrong, with all problems; nothing where there are none."""
+    """Raise one ConfigError, or DataError where only the data is wrong, with all problems; nothing without any."""
     problems = [*settings, *data]
     if not problems:
         return
@@ -37,12 +37,12 @@ def check_early(
     writes: bool = True,
     more: Sequence[str] = (),
 ) -> None:
-    """ConfigError or DataError with all that is known to be wrong this early.
+    """Raise ConfigError or DataError with all that is known to be wrong this early.
 
-    Every rank calls it, before any waits for another. Those of the machine of rank 0 find the same and leave it to that
-    one to speak. On another machine other files may be missing: its first rank says so itself, with its name.
-    demo: whose data are made where they are not there. writes: whether a run begins in `config.run_folder`.
-    more: problems that are known already.
+    Every rank calls it, before any waits for another. The ranks on the machine of rank 0 find the same and leave it to
+    rank 0 to speak. On another machine other files may be missing: its first rank says so itself, with its name, and
+    its ranks end with SystemExit. demo: the Demo whose data are made where they are not there. writes: whether a run
+    begins in `config.run_folder`. more: problems that are known already.
     """
     settings = results_problems(config) if writes else []
     settings += [*base_problems(config.model.base), *more]
@@ -61,7 +61,7 @@ def check_early(
 
 
 def base_problems(folder: str) -> list[str]:
-    """That there is no base at --from_pretrained."""
+    """Return the sentence that there is no base at --from_pretrained, in a list; an empty list where there is one."""
     try:
         problem = missing_base(folder)
     except OSError:  # it may not be looked for: `preflight` says so
@@ -70,7 +70,7 @@ def base_problems(folder: str) -> list[str]:
 
 
 def data_problems(config: TrainConfig, demo: Demo | None = None) -> Iterator[str]:
-    """Of each path of data that leads to nothing, the sentence that says so."""
+    """Yield a sentence for each path of data that leads to nothing."""
     for name in DATA:
         for path in getattr(config.data, name) or ():
             is_made = demo is not None and demo.makes(path)
@@ -82,5 +82,5 @@ def data_problems(config: TrainConfig, demo: Demo | None = None) -> Iterator[str
 
 
 def data_hint(config: TrainConfig, name: str, demo: Demo | None) -> str:
-    """How the demo's data are made, where nobody has named other data; as the end of a sentence."""
+    """Return how the demo's data are made, as the end of a sentence; an empty text where other data were named."""
     return f"; {demo.data_hint}" if demo is not None and name not in config.given else ""

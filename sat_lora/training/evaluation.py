@@ -55,31 +55,32 @@ def evaluate_adapter(
     any_base: bool = False,
     run_folder: str | None = None,
 ) -> dict:
-    """Answers every item of --test-data by greedy decoding, with and without the adapter; the ranks share the items.
+    """Answer every item of --test-data by greedy decoding, with and without the adapter, and return the shares of right
+    answers. The ranks share the items; every rank has to call it.
 
-    adapter: None answers with the base alone, and leaves "adapter" out of the result.
-    observers: are told of every batch. run_folder: of the run that asks, if one does.
-
-    config: with --test-data, and `settled`.
-    trained: a model that has trained this adapter on that base, and its model_config.json, to be used instead of
-    loading another: disabled it is the base bit for bit, and the adapter on disk is read into it.
+    config: with --test-data, and settled, see `settle`. adapter: its folder; None answers with the base alone, and
+    leaves "adapter" out of the result. trained: a model that has trained this adapter on that base, and its
+    model_config.json, to be used instead of loading another: disabled it is the base bit for bit, and the adapter on
+    disk is read into it. observers: are told of every batch. any_base: takes an adapter of another base, too.
+    run_folder: of the run that asks, if one does.
     Returns {"images": n, "base": {"exact_match": x, "exact_match_ignoring_case": y}, "adapter": {...}} with shares in
     [0, 1]; unreadable items are left out of n, their paths are listed under "broken" and they are counted as
-    "broken_samples". Both come from what lies on disk.
+    "broken_samples". Base and adapter come from what lies on disk. Raises DataError where no item can be read,
+    CheckpointError or AdapterError where base or adapter cannot be used.
     """
     observers.on_phase("load")
     paths = list(config.data.test_data or ())
     if any(map(is_shard, paths)):
         raise DataError(f"--test-data: {next(problems_with_shards(paths, '--test-data'))}")
-    found = DataCounts()
+    data_counts = DataCounts()
     reading = {**reading_options(source_settings(config)), "run_folder": run_folder}
     try:
-        items = read_items(paths, **reading, counts=found)
+        items = read_items(paths, **reading, counts=data_counts)
     except DataError as error:
         raise DataError(f"--test-data: {error}") from error
     if not items:
         raise DataError(f"--test-data: {', '.join(paths)}: no images there; give folders of images LABEL.png")
-    for note in unreadable_notes(found.unused, "--test-data"):
+    for note in unreadable_notes(data_counts.unused, "--test-data"):
         warn(note)
     tokenizer = load_tokenizer(config.model.tokenizer)
     model, sizes = trained or load_cogvlm(
@@ -109,7 +110,8 @@ def evaluate_adapter(
     )
     share = range(world.data_parallel_rank, len(dataset), world.data_parallel_size)
     right = {side: [0, 0] for side in ("base", "adapter")[: 1 if adapter is None else 2]}
-    images, broken = 0, []
+    images = 0
+    broken: list[tuple[str, str, str | None]] = []
     lengths = [length_of_answer(dataset, item) for item in dataset.items]
     longest = max((length for length in lengths if isinstance(length, int)), default=0) + 1
     if cut := _cut_answers(dataset, lengths):
@@ -153,7 +155,7 @@ def evaluate_adapter(
 
 
 def _cut_answers(dataset: ImageTextDataset, lengths: list[int | BrokenSample]) -> int:
-    """How many answers have more tokens than --max_length."""
+    """Return how many answers have more tokens than --max_length."""
     full = (item for item, length in zip(dataset.items, lengths, strict=True) if length == dataset.max_length)
     answers = (item.answer for item in full)
     settings = (dataset.max_length, dataset.special_tokens, "answer")
@@ -161,7 +163,7 @@ def _cut_answers(dataset: ImageTextDataset, lengths: list[int | BrokenSample]) -
 
 
 def length_of_answer(dataset: ImageTextDataset, item: Item) -> int | BrokenSample:
-    """Tokens of an answer, at most --max_length of them; what is wrong with one that cannot be encoded."""
+    """Return how many tokens an answer has, at most --max_length; what is wrong with one that cannot be encoded."""
     try:
         tokens, _ = first_tokens(dataset.tokenizer, item.answer, dataset.max_length, dataset.special_tokens, "answer")
     except DataError as error:
@@ -171,7 +173,7 @@ def length_of_answer(dataset: ImageTextDataset, item: Item) -> int | BrokenSampl
 
 
 def evaluation_table(result: dict) -> str:
-    """The result of `evaluate_adapter` as text."""
+    """Return the result of `evaluate_adapter` as a table of text."""
     lines = [f"{result['images']} images{'':<18}exact match   ignoring case"]
     titles = {"base": "base", "adapter": "base + adapter"}
     for side, title in ((side, title) for side, title in titles.items() if side in result):
@@ -184,7 +186,9 @@ def evaluation_table(result: dict) -> str:
 
 
 def evaluated(config: TrainConfig, adapter: str | Path | None) -> dict:
-    """What an evaluation is of, for its file: the folder of the adapter where there is one, the base, the questions."""
+    """Return what an evaluation is of, as its file has it: absolute paths of the base, the adapter if there is one, and
+    the test data, and the settings of the questions.
+    """
     paths: dict[str, str | Path] = {"base": config.model.base, **({"adapter": follow(adapter)} if adapter else {})}
     questions = {name: config.value(name) for name in ("version", "prompt", "max_length")}
     test_data = [os.path.abspath(path) for path in config.data.test_data or ()]
@@ -192,7 +196,7 @@ def evaluated(config: TrainConfig, adapter: str | Path | None) -> dict:
 
 
 def try_to_write(file: Path) -> None:
-    """ConfigError, known before anything is evaluated: there is no file to be made, or one is there that is none of an
+    """Raise ConfigError, before anything is evaluated, where the file cannot be made, or one is there that holds no
     evaluation.
     """
     try:
@@ -207,7 +211,7 @@ def try_to_write(file: Path) -> None:
 
 
 def write_evaluation(file: Path, result: dict, config: TrainConfig, adapter: str | Path | None) -> None:
-    """Write the result of `evaluate_adapter`, and under `of` what it is of. ConfigError: it could not be written."""
+    """Write the result of `evaluate_adapter`, and under `of` what it is of. Raises ConfigError where that fails."""
     try:
         write_json(file, {**result, "of": evaluated(config, adapter)})
     except OSError as error:
@@ -215,24 +219,26 @@ def write_evaluation(file: Path, result: dict, config: TrainConfig, adapter: str
 
 
 def _not_written(file: Path, error: OSError) -> ConfigError:
+    """Return the error to raise where the file of an evaluation cannot be written."""
     return ConfigError(f"--out: {printable(file)}: cannot be written: {error.strerror}; give another file")
 
 
 def evaluation_file(
     config: TrainConfig, *, adapter: str | None, run: str | None, out: str | None
 ) -> tuple[Path, Path | None]:
-    """(where an evaluation is written, the run folder whose own adapter and base it is of, or None).
+    """Return (the file of an evaluation, the run folder whose own adapter and base it is of, or None).
 
-    adapter, run, out: as `evaluate_cogvlm.py` has them of its options. It is --out; or, in the folder of the run, of
-    the adapter, or of this process where a base is evaluated alone, the first of
-    evaluation.json, evaluation-2.json, ... that is free or is of the same: an evaluation of something else stays.
-    evaluation.json of a run is for its own adapter and base.
+    adapter, run, out: the values of these options of `evaluate_cogvlm.py`. The file is --out; or, in the folder of the
+    run, of the adapter, or of this process where a base is evaluated alone, the first of evaluation.json,
+    evaluation-2.json, ... that is free or is of the same: an evaluation of something else stays. evaluation.json of a
+    run is for its own adapter and base.
     """
     if out:
         file = Path(out)
         own = file.name == EVALUATION and (file.parent / RUN).is_file()
         return file, file.parent if own else None
-    of, base = evaluated(config, adapter), config.model.base
+    of = evaluated(config, adapter)
+    base = config.model.base
     if not adapter:  # in the working directory, as nothing is written into a base
         return _place_for(of, Path(f"evaluation-{Path(os.path.abspath(base)).name}.json")), None
     own_run = _run_of(Path(adapter))
@@ -246,7 +252,7 @@ def evaluation_file(
 
 
 def _place_for(of: dict, file: Path, first: int = 1) -> Path:
-    """The first of NAME.json, NAME-2.json, ... from number `first` on that is free or is of the same."""
+    """Return the first of NAME.json, NAME-2.json, ... from number `first` on that is free or is of the same."""
     places = (
         file if number == 1 else file.with_name(f"{file.stem}-{number}{file.suffix}")
         for number in itertools.count(first)
@@ -255,14 +261,14 @@ def _place_for(of: dict, file: Path, first: int = 1) -> Path:
 
 
 def _run_of(adapter: Path) -> Path | None:
-    """The run folder whose `adapter/`, pointer or step in that an adapter is."""
+    """Return the run folder of an adapter that is its `adapter/`, or a pointer or step in that; None for another."""
     path = Path(os.path.realpath(adapter))
-    folder = next((one for one in (path, path.parent) if one.name == "adapter"), None)
+    folder = next((place for place in (path, path.parent) if place.name == "adapter"), None)
     return folder.parent if folder is not None and (folder.parent / RUN).is_file() else None
 
 
 def _has_base(run: Path, base: str) -> bool:
-    """Whether that is the base of the run."""
+    """Return whether `base` is the base of the run, by its run.json."""
     try:
         own = settings_of_run(run).get("from_pretrained")
     except ConfigError:
@@ -271,7 +277,7 @@ def _has_base(run: Path, base: str) -> bool:
 
 
 def _is_evaluation(file: Path) -> bool:
-    """Whether a file holds what `evaluate_adapter` gave, or nothing."""
+    """Return whether a file holds what `evaluate_adapter` gave, or nothing."""
     try:
         return file.stat().st_size == 0 or "images" in read_json(file)
     except (OSError, ValueError, TypeError):
@@ -279,7 +285,7 @@ def _is_evaluation(file: Path) -> bool:
 
 
 def _content_of(file: Path) -> dict | None:
-    """What an evaluation there is of, as far as it says so."""
+    """Return what the evaluation in a file is of; None where the file does not say so, or cannot be read."""
     try:
         content = read_json(file)
     except (OSError, ValueError):

@@ -40,11 +40,11 @@ from sat_lora.watchdog.watchdog import watched, watched_alone
 
 
 def finetune(config: TrainConfig, demo: Demo | None = None) -> Setting:
-    """Check, load, train, evaluate; return the setting, with the number of steps.
+    """Check, load, train and evaluate; return the setting, with the number of steps. Every rank has to call it.
 
     The demo's data are made first, on rank 0 alone, where they are not there yet. The run folder is locked meanwhile,
     and one that holds results is refused. Raises a SatLoraError on every rank for a user's mistake, before
-    the weights are read; TrainingError and Stopped from `train`.
+    the weights are read, and the errors of `train`.
     """
     init_distributed(config.parallel.distributed_backend, marks_of_options(config))
     doing, option = ("resuming", "--resume") if config.start.resume else ("training", "--save")
@@ -54,6 +54,7 @@ def finetune(config: TrainConfig, demo: Demo | None = None) -> Setting:
 
 
 def _finetune(config: TrainConfig, demo: Demo | None, lock: RunLock) -> Setting:
+    """Do what `finetune` says, with the run folder locked and a watchdog beside it."""
     limit = LIMIT if config.start.replay else config.checks.watchdog_limit
     with watched_alone(limit) as trace:
         Observers(traced(trace)).on_phase("check")
@@ -84,11 +85,13 @@ def _check(config: TrainConfig, demo: Demo | None, lock: RunLock) -> tuple[Setti
 
 
 def _with_data(setting: Setting, run: RunFolder, demo: Demo | None) -> tuple[Setting, Sources]:
-    """Return (the setting with the number of steps, the data). They and the base are checked, and what trains is said.
+    """Return (the setting with the number of steps, the data), after data and base were checked and what trains was
+    said.
 
     Every rank has to call it.
     """
-    config, world = setting.config, setting.world
+    config = setting.config
+    world = setting.world
     stored = run_on_all_ranks(state_to_resume, config.start.resume) if config.start.resume else None
     data = open_data(setting)
     steps = total_steps(
@@ -116,6 +119,7 @@ def _with_data(setting: Setting, run: RunFolder, demo: Demo | None) -> tuple[Set
 
 
 def _train_and_evaluate(setting: Setting, run: RunFolder, trace: Trace | None, data: Sources) -> None:
+    """Load the base, take all steps, and evaluate where there are test data. Every rank has to call it."""
     config = setting.config
     world = setting.world
     validation = data.validation
@@ -198,7 +202,9 @@ def _train(
 def _say_what_trains(
     setting: Setting, run: RunFolder, data: Sources, start_step: int, base: str, demo: Demo | None
 ) -> None:
-    """Say on rank 0 what will be trained, on what. ConfigError: the tokenizer's tokens are not the base's."""
+    """Say on rank 0 what will be trained, on what. Raises ConfigError where the tokenizer's tokens are not
+    the base's.
+    """
     config = setting.config
     world = setting.world
     vocabulary = data.sizes["vocab_size"]
@@ -227,7 +233,10 @@ def _say_what_trains(
 
 
 def _state(engine, config: TrainConfig, run: RunFolder, world: World) -> RunState:
-    """Return where the run begins: at nothing, or at the checkpoint, whose values the engine then has."""
+    """Return how far the run is at its start: at step 0, or at the checkpoint, whose values the engine then has.
+
+    Every rank has to call it. Raises CheckpointError where the checkpoint cannot be used.
+    """
     if not config.start.resume:
         return RunState()
     state = load_checkpoint(engine, run.checkpoints, world)
@@ -247,7 +256,9 @@ def _state(engine, config: TrainConfig, run: RunFolder, world: World) -> RunStat
 
 
 def _begin(config: TrainConfig, run: RunFolder, state: RunState, **settings) -> None:
-    """Make the run folder this run's. ConfigError: nothing can be written."""
+    """Make the run folder this run's. Raises ConfigError where nothing can be written. settings: of
+    `write_settings`.
+    """
     try:
         if config.start.resume:
             run.set_back(state.step, state.best_step)
@@ -260,7 +271,9 @@ def _begin(config: TrainConfig, run: RunFolder, state: RunState, **settings) -> 
 
 
 def _trace(config: TrainConfig, run: RunFolder, world: World) -> Trace | None:
-    """Return this rank's trace, None without a watchdog; what an earlier start has left goes. Every rank calls it."""
+    """Return this rank's trace, None without a watchdog; files of an earlier start are removed. Every rank has to call
+    it.
+    """
     on_first_rank(lambda: clear(run.path))
     if config.checks.watchdog_limit == 0:
         return None
@@ -274,7 +287,11 @@ def _trace(config: TrainConfig, run: RunFolder, world: World) -> Trace | None:
 def _evaluate(
     config: TrainConfig, world: World, run: RunFolder, trained: tuple[CogVLMModel, dict] | None, observers: Observers
 ) -> None:
-    """Evaluate with the model that has trained, if no rank has to gather it: never is a second one in memory."""
+    """Evaluate the adapter, write the result and show it. Every rank has to call it.
+
+    trained: the model that has trained, with its model_config.json; None where no rank has it whole, and it is loaded
+    anew. There is never a second one in memory.
+    """
     folder = config.run_folder
     result = run_on_all_ranks(
         evaluate_adapter, config, run.adapters, world, trained, observers=observers, run_folder=folder

@@ -1,4 +1,4 @@
-"""The training loop over a DeepSpeed engine. Who watches it are `Observers`; it knows none of them."""
+"""The training loop over a DeepSpeed engine. It is watched by `Observers`, of which it knows none."""
 
 import itertools
 import math
@@ -41,7 +41,8 @@ def train(
     metrics: Mapping[str, Metric] | None = None,
     observers: Observers = NOBODY,
 ) -> None:
-    """From step `state.step` to `options.schedule.steps`; evaluates, saves and reports on the way and at the end.
+    """Train from step `state.step` to `options.schedule.steps`; evaluate, save and report on the way and at the end.
+    Every rank has to call it; `state` is changed as steps are done.
 
     Saves are written beside the steps that follow, one at a time; all are on the disk when it returns or is stopped.
 
@@ -49,10 +50,10 @@ def train(
     batches of this rank, as many on every rank; None if there are none. dataset_size: training samples in an epoch.
     metrics: what a validation measures beside the loss. observers: are told of all that happens but the end, which is
     for whoever has made them to tell.
-    DataError, on every rank at the same step: too many samples are broken.
-    Stopped, on every rank: one of them received SIGTERM or SIGINT; the step was finished and everything saved.
-    AdapterError or CheckpointError, on every rank: a save could not be written; at the next step or save, or the end.
-    TrainingError, on every rank: more than --skip-nonfinite steps were not finite; none of them moved anything.
+    Raises on every rank, at the same step: DataError where too many samples are broken; Stopped where a rank received
+    SIGTERM or SIGINT, the step was finished and everything saved; AdapterError or CheckpointError where a save could
+    not be written, at the next step or save, or at the end; TrainingError where more than --skip-nonfinite steps were
+    not finite, of which none moved anything.
     """
     observers.on_start(options.schedule.steps, state.step)
     engine.train()
@@ -81,24 +82,27 @@ def train(
 
 
 class _Pace:
-    """How many samples are trained on in a second, validations and the beginnings of saves left out."""
+    """A measure of the samples that are trained on in a second, validations and the beginnings of saves left out."""
 
     def __init__(self) -> None:
-        self._samples, self._since = 0, time.perf_counter()
+        self._samples = 0
+        self._since = time.perf_counter()
 
     def add(self, samples: int) -> None:
+        """Count samples, of all ranks."""
         self._samples += samples
 
     def take(self) -> float:
-        """Samples per second since this was last asked for."""
+        """Return the samples per second since the last call."""
         now = time.perf_counter()
         pace = self._samples / (now - self._since)
-        self._samples, self._since = 0, now
+        self._samples = 0
+        self._since = now
         return pace
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """What happens inside does not count."""
+        """Leave the time inside the block out."""
         began = time.perf_counter()
         yield
         self._since += time.perf_counter() - began
@@ -121,26 +125,28 @@ class _Loop:
     signals: StopSignals
     writer: BackgroundWriter
     first_step: int
-    """Steps that were done before."""
+    """Steps that were done before this start."""
     saved: int | None
-    """The newest save, which holds the state that the next step begins from or an earlier one."""
+    """The step of the newest save, which holds the state that the next step begins from or an earlier one; None before
+    the first.
+    """
     pace: _Pace = field(default_factory=_Pace)
 
     @property
     def step_samples(self) -> int:
-        """Samples of a step, over all ranks."""
+        """The samples of a step, over all ranks."""
         schedule = self.options.schedule
         return schedule.batch_size * schedule.gradient_accumulation_steps * self.world.data_parallel_size
 
     def validate_if_owed(self) -> None:
-        """The validation that a run which was stopped had no time for, and a save where it is the best."""
+        """Validate where the run was stopped without time for it, and save where the loss is the lowest."""
         if self.state.owes_validation and self.valid is not None:
             self.state.owes_validation = False
             if self._validate(self.valid):
                 self._start_saving()
 
     def step(self, number: int) -> None:
-        """Take step `number`, counted from 0, and do what is due after it."""
+        """Take step `number`, counted from 0, and do what is due after it. Raises the errors of `train`."""
         rate = self._set_rate(number)
         self.observers.on_phase("data", step=number + 1)
         micro_batches = self._next_micro_batches()
@@ -169,19 +175,22 @@ class _Loop:
         return self.state.step == self.options.schedule.steps
 
     def _is_due(self, interval: int) -> bool:
+        """Return whether the steps done are a multiple of the interval; an interval of 0 is never due."""
         return interval > 0 and self.state.step % interval == 0
 
     def _set_rate(self, number: int) -> float:
-        """The learning rate of that step, which the optimizer has from now on."""
+        """Give the optimizer the learning rate of step `number`, and return it."""
         schedule = self.options.schedule
         rate = self.options.optimizer.lr * schedule.factor(number, schedule.steps)
         set_learning_rate(self.engine.optimizer.param_groups, rate)
         return rate
 
     def _next_micro_batches(self) -> list[dict]:
+        """Return this rank's micro-batches of the next step."""
         return list(itertools.islice(self.batches, self.options.schedule.gradient_accumulation_steps))
 
     def _train_step(self, micro_batches: list[dict], **more) -> StepResult:
+        """Return the result of a step on these micro-batches. more: further arguments of `train_step`."""
         return train_step(
             self.engine,
             micro_batches,
@@ -193,7 +202,9 @@ class _Loop:
         )
 
     def _check_broken(self, own: list[tuple[str, str, str]] | None) -> None:
-        """DataError where too many samples are broken. own: what this rank has newly met; None: no rank has any."""
+        """Raise DataError where too many samples are broken. own: samples that this rank has newly met; None: no rank
+        has met any.
+        """
         if own is not None:
             broken = gather_lists(own)
             self.known.add(broken)
@@ -201,7 +212,7 @@ class _Loop:
         self.known.check((self.state.step - self.first_step) * self.step_samples)
 
     def _skip(self, nonfinite: str) -> None:
-        """Count a step that moved nothing. TrainingError: there were too many."""
+        """Count a step that moved nothing. Raises TrainingError where there were too many."""
         self.state.skipped += 1
         if self.state.skipped <= self.options.optimizer.skip_nonfinite:
             return
@@ -212,6 +223,7 @@ class _Loop:
         raise TrainingError(_end_of(nonfinite, self.run, self.world, self.state, self.saved, is_blown_up))
 
     def _report(self, result: StepResult, rate: float) -> StepReport:
+        """Return the report of a step, with figures where it is logged."""
         figures = None
         if self._is_last or self._is_due(self.options.saving.log_interval):
             norm = self.engine.get_global_grad_norm()
@@ -223,7 +235,7 @@ class _Loop:
         return StepReport(step=self.state.step, loss=result.loss, lr=rate, skipped=result.nonfinite, figures=figures)
 
     def _validate_and_save(self, stop: signal.Signals | None) -> None:
-        """What is due after a step. Stopped: some rank has received that signal."""
+        """Validate and save where that is due after a step. Raises Stopped where some rank has received a signal."""
         state = self.state
         saving = self.options.saving
         validates = self.valid is not None and (self._is_last or self._is_due(saving.eval_interval))
@@ -240,11 +252,13 @@ class _Loop:
             raise Stopped(stop, state.step)
 
     def _start_saving(self) -> None:
+        """Begin a save, see `start_saving`."""
         start_saving(self.engine, self.options, self.run, self.world, self.state, self.writer, self.observers)
 
     def _validate(self, valid: Iterable[dict]) -> bool:
-        """Measure the validation loss; whether it is the lowest so far. One that is not finite never is."""
-        state, observers = self.state, self.observers
+        """Measure the validation loss, and return whether it is the lowest so far. One that is not finite never is."""
+        state = self.state
+        observers = self.observers
         observers.on_phase("write")
         finish_saving(self.writer)  # its data workers are forked, which a thread at work may not outlive well
         observers.on_phase("evaluate")
@@ -253,23 +267,24 @@ class _Loop:
         loss = measured.loss
         is_best = loss is not None and math.isfinite(loss) and (state.best_loss is None or loss < state.best_loss)
         if is_best:
-            state.best_loss, state.best_step = loss, state.step
+            state.best_loss = loss
+            state.best_step = state.step
         report = ValidationReport(step=state.step, loss=loss, metrics=measured.metrics, is_best=is_best)
         observers.on_validation(report)
         return is_best
 
 
 def _answer_tokens(micro_batches: Sequence[dict], world: World) -> torch.Tensor:
-    """Those of a step, over all ranks, on the device; every rank has to call it."""
+    """Return how many answer tokens a step has over all ranks, float64 on the device. Every rank has to call it."""
     (tokens,) = sum_on_device(sum(count_answer_tokens(batch["labels"]) for batch in micro_batches), device=world.device)
     return tokens
 
 
 def _end_of(nonfinite: str, run: RunFolder, world: World, state: RunState, saved: int | None, is_blown_up: bool) -> str:
-    """What is said at the end of a run whose steps are not finite. Every rank has to call it.
+    """Return the message at the end of a run whose steps are not finite. Every rank has to call it.
 
-    saved: the newest save. is_blown_up: whether the next batch fails as well. Where no step since that save was finite,
-    it is then blown up too, and the pointers go back to the one before it.
+    saved: the step of the newest save. is_blown_up: whether the next batch fails as well. Where no step since that save
+    was finite, the save is then blown up too, and the pointers go back to the one before it.
     """
     text = f"step {state.step}: {nonfinite}; nothing was changed by this step"
     if saved is None:

@@ -1,4 +1,4 @@
-"""What a run is made of, as marks that all ranks compare: options, versions and code, DeepSpeed's config, the data."""
+"""Marks of all that a run is made of, which ranks compare: options, versions and code, DeepSpeed's config, the data."""
 
 import hashlib
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ OF_ONE_RANK = frozenset({"local_rank", "num_workers"})
 
 
 def marks_of_options(config: TrainConfig) -> dict[str, str]:
-    """What two ranks have to have alike, by the name that a message gives it: options as text, versions and code."""
+    """Return the marks of options, versions and code that all ranks have to share, by their names in messages."""
     names = option_names()
     streams = any(map(is_shard, config.data.train_data or ()))
     left_out = PATHS | (OF_ONE_RANK - {"num_workers"} if streams else OF_ONE_RANK)
@@ -29,19 +29,21 @@ def marks_of_options(config: TrainConfig) -> dict[str, str]:
 
 
 def marks_of_code() -> dict[str, str]:
-    """The versions that a run's numbers depend on, and a mark of this package's source."""
+    """Return the versions that a run's numbers depend on, and a mark of this package's source, by their names in
+    messages.
+    """
     return {f"the version of {name}": version for name, version in versions().items()} | {
         "the code of sat_lora": code_mark()
     }
 
 
 def marks_of_engine(config: Mapping) -> dict[str, str]:
-    """Each section of the config that DeepSpeed gets."""
+    """Return a mark of each section of the config that DeepSpeed gets, by its name in messages."""
     return {f'"{name}" of --deepspeed_config': mark(value) for name, value in config.items()}
 
 
 def marks_of_config(config: Mapping) -> dict[str, str]:
-    """What a base computes with, beside its weights and their shapes, which its fingerprint covers.
+    """Return marks of the numbers that a base computes with beside its weights, which its fingerprint covers.
 
     config: the content of its model_config.json.
     """
@@ -54,7 +56,7 @@ def marks_of_config(config: Mapping) -> dict[str, str]:
 
 
 def marks_of_tokenizer(folder: str | Path) -> dict[str, str]:
-    """A digest of the files of a tokenizer's folder; nothing for a name."""
+    """Return a digest of the files of a tokenizer's folder by its name in messages; nothing for a tokenizer's name."""
     digest = hashlib.sha256()
     folder = Path(folder)
     files = sorted(p for p in folder.glob("*") if p.name.startswith(("token", "vocab", "merges", "special", "added")))

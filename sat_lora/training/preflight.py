@@ -1,4 +1,4 @@
-"""What can be known to be wrong before the model loads: all of it, in one error."""
+"""Mistakes that are known before the model loads: all of them, in one error."""
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -42,8 +42,8 @@ def check_options(
 ) -> None:
     """Raise one ConfigError, or DataError when only the data is wrong, with every problem found.
 
-    Every rank finds the same. Reads configs, the tokenizer, the headers of weight files and some images, but no
-    weights; changes nothing.
+    Every rank finds the same. It reads configs, the tokenizer, the headers of weight files and some images, but no
+    weights, and changes nothing.
     device: `cuda` or `cpu`; None asks torch. more: problems with settings that are known already.
     """
     settings, data = option_problems(config, environ, device, demo)
@@ -53,7 +53,7 @@ def check_options(
 def option_problems(
     config: TrainConfig, environ: Mapping[str, str], device: str | None = None, demo: Demo | None = None
 ) -> tuple[list[str], list[str]]:
-    """(problems with the settings, problems with the data), each a sentence that names its option."""
+    """Return (problems with the settings, problems with the data), each a sentence that names its option."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     settings = [
         *_base_and_prompt_problems(config, environ),
@@ -65,6 +65,7 @@ def option_problems(
 
 
 def _base_and_prompt_problems(config: TrainConfig, environ: Mapping[str, str]) -> Iterator[str]:
+    """Yield what is wrong with the base, the tokenizer and the prompt, or does not fit together."""
     sizes = tokenizer = None
     try:
         sizes = read_config(config.model.base)
@@ -120,7 +121,9 @@ def _base_and_prompt_problems(config: TrainConfig, environ: Mapping[str, str]) -
 
 
 def _shortest(tokenizer, image_length: int, config: TrainConfig) -> int:
-    """Tokens of the shortest sample with an image that asks --prompt."""
+    """Return how many tokens the shortest sample has with an image and --prompt. Raises DataError where the prompt
+    cannot be encoded.
+    """
     special = config.data.special_tokens_in_text
     prompt: str | tuple[str, str] = ("", prompt_text(config.model.version, config.data.prompt))
     if special:
@@ -129,12 +132,12 @@ def _shortest(tokenizer, image_length: int, config: TrainConfig) -> int:
 
 
 def _vocabulary_problems(config: TrainConfig, sizes: dict, tokenizer) -> Iterator[str]:
-    """Of the tokens that every sample has; `check_vocabulary` looks at the samples."""
+    """Yield the problem that a token of every sample is none of the base's; `check_vocabulary` looks at the samples."""
     size = sizes.get("vocab_size")
     if not isinstance(size, int) or config.model.version not in PROMPTS:
         return
-    words = prompt_for(config.model.version, config.data.prompt).replace(IMAGE_PLACE, "")
-    ids = [*tokenizer.encode(words, add_special_tokens=False), tokenizer.bos_token_id, tokenizer.eos_token_id]
+    text = prompt_for(config.model.version, config.data.prompt).replace(IMAGE_PLACE, "")
+    ids = [*tokenizer.encode(text, add_special_tokens=False), tokenizer.bos_token_id, tokenizer.eos_token_id]
     outside = [number for number in ids if number is not None and not 0 <= number < size]
     if outside:
         yield (
@@ -144,14 +147,17 @@ def _vocabulary_problems(config: TrainConfig, sizes: dict, tokenizer) -> Iterato
 
 
 def _model_parallel_problems(config: TrainConfig, sizes: dict, environ: Mapping[str, str]) -> Iterator[str]:
-    parts, ranks = config.parallel.model_parallel_size, int(environ.get("WORLD_SIZE", 1))
-    problems = parallel_problems(sizes, parts, ranks)
-    if config.start.doctor and ranks == 1 < parts:
-        problems[0] += f"; for the doctor alone: sat-lora doctor --ranks {parts}"
+    """Yield what is wrong with the number of model-parallel ranks, for this base and this number of ranks."""
+    mp_size = config.parallel.model_parallel_size
+    ranks = int(environ.get("WORLD_SIZE", 1))
+    problems = parallel_problems(sizes, mp_size, ranks)
+    if config.start.doctor and ranks == 1 < mp_size:
+        problems[0] += f"; for the doctor alone: sat-lora doctor --ranks {mp_size}"
     yield from (f"--model-parallel-size: {problem}" for problem in problems)
 
 
 def _engine_problems(config: TrainConfig, environ: Mapping[str, str], device: str) -> Iterator[str]:
+    """Yield what is wrong with the precision and the DeepSpeed file, or does not fit together."""
     if config.precision.bf16 and config.precision.fp16 and {"bf16", "fp16"} & config.given:
         yield "--bf16 and --fp16: both given; choose one (bf16 where the GPU has it)"
     path = config.parallel.deepspeed_config
@@ -182,6 +188,7 @@ def _engine_problems(config: TrainConfig, environ: Mapping[str, str], device: st
 
 
 def _resume_problems(config: TrainConfig, environ: Mapping[str, str]) -> Iterator[str]:
+    """Yield why the run of --resume cannot go on with this config and this number of ranks."""
     if config.start.resume is None:
         return
     try:
@@ -199,7 +206,10 @@ def _resume_problems(config: TrainConfig, environ: Mapping[str, str]) -> Iterato
 
 
 def _stream_problems(config: TrainConfig, stored: dict, ranks_before: int, ranks: int) -> Iterator[str]:
-    """Which reader of tar shards has which samples depends on how many there are, and on the size of a batch."""
+    """Yield the problem that a run on tar shards would go on with other readers.
+
+    Which reader has which samples depends on how many readers there are, and on the size of a batch.
+    """
     before = {name: stored.get(name, DEFAULTS[name]) for name in ("batch_size", "num_workers")}
     changed = [f"--{n.replace('_', '-')} {config.value(n)}, was {v}" for n, v in before.items() if config.value(n) != v]
     if ranks != ranks_before:
@@ -212,7 +222,9 @@ def _stream_problems(config: TrainConfig, stored: dict, ranks_before: int, ranks
 
 
 def _global_batch_problems(config: TrainConfig, samples: int, ranks: int) -> Iterator[str]:
-    """The place in the data is a number of steps, so a step has to stay as many samples as before."""
+    """Yield the problem that a step would take another number of samples: the place in the data is a number
+    of steps.
+    """
     schedule = config.schedule
     now = samples_per_step(schedule, ranks)
     if now == samples:
@@ -230,6 +242,7 @@ def _global_batch_problems(config: TrainConfig, samples: int, ranks: int) -> Ite
 
 
 def _data_problems(config: TrainConfig, demo: Demo | None) -> Iterator[str]:
+    """Yield what is wrong with the paths of data and what lies there."""
     if not config.data.train_data:
         yield "--train-data: nothing given; give folders of images named LABEL.png, .jsonl files or tar shards"
     streamed = is_shard((config.data.train_data or ("",))[0])
@@ -255,6 +268,10 @@ def _data_problems(config: TrainConfig, demo: Demo | None) -> Iterator[str]:
 
 
 def _problem_with_path(path: Path, config: TrainConfig) -> str | None:
+    """Return what is wrong with a folder or file of data; None where some of its samples can be read.
+
+    Raises OSError where it may not be looked at.
+    """
     problem = missing_path(str(path), WANTED)
     if problem:
         return problem
@@ -268,8 +285,8 @@ def _problem_with_path(path: Path, config: TrainConfig) -> str | None:
         return f"{path} cannot be read: {error}"
     if not items:
         wanted = f"images ({', '.join(FORMATS)}) in or below it" if path.is_dir() else "lines in it"
-        found = ", ".join(left_out_lines(counts.unused)) or "nothing"
-        return f"{path} has no {wanted}; found {found}; give a folder or file that has some"
+        others = ", ".join(left_out_lines(counts.unused)) or "nothing"
+        return f"{path} has no {wanted}; found {others}; give a folder or file that has some"
     images = [item.image for item in items if item.image is not None][:IMAGES_TRIED]
     first_error = None
     for image in images:

@@ -32,20 +32,22 @@ from sat_lora.training.steps.optimizer_state import create_moments
 
 @dataclass(frozen=True)
 class Setting:
-    """What is known before the base is loaded."""
+    """A run's config, ranks and DeepSpeed config, known before the base is loaded."""
 
     config: TrainConfig
-    """With what its DeepSpeed file, the machine and the number of ranks have decided."""
+    """The config with what its DeepSpeed file, the machine and the number of ranks have decided."""
     world: World
     engine: dict
     """DeepSpeed's config."""
 
 
 def prepare(config: TrainConfig, demo: Demo | None = None, *, problems: Iterable[str] = ()) -> Setting:
-    """Join the other ranks and check the config. The demo's data are made first, on rank 0 alone.
+    """Join the other ranks, check the config, and return the setting. Every rank has to call it; the demo's data are
+    made first, on rank 0 alone.
 
-    problems: of the config, that this rank knows already. A SatLoraError comes on every rank; a ConfigError if what
-    the ranks were started with differs, before anything whose collectives depend on it.
+    problems: those of the config that this rank knows already. Raises a SatLoraError on every rank for a user's
+    mistake; it is a ConfigError where ranks were started with different values, before any collective depends on
+    them.
     """
     device = init_distributed(config.parallel.distributed_backend, marks_of_options(config))
     on_first_rank(partial(demo.make_missing, config) if demo is not None else None)
@@ -66,10 +68,11 @@ def prepare(config: TrainConfig, demo: Demo | None = None, *, problems: Iterable
 def load_base(
     config: TrainConfig, world: World, *, zero_config: dict | None = None, layers: int | None = None
 ) -> tuple[CogVLMModel, dict]:
-    """Return the base with its weights, and its model_config.json. CheckpointError on every rank.
+    """Return (the base with its weights, its model_config.json). Every rank has to call it.
 
-    zero_config: DeepSpeed's config, by which the weights are partitioned; None leaves them whole. layers: take the
-    first so many of each transformer alone.
+    zero_config: DeepSpeed's config, by which the weights are partitioned; None leaves them whole. layers: how many of
+    the first layers of each transformer are loaded; None: all. Raises CheckpointError on every rank where the base
+    cannot be loaded.
     """
     if zero_config is not None:
         set_up_deepspeed()
@@ -90,7 +93,7 @@ def load_base(
 
 
 def loading_progress() -> Callable[[Collection], Iterable]:
-    """Return what shows on rank 0 how far the base is loaded, if that takes a while."""
+    """Return a function that goes through a collection and, on rank 0, shows how far the base is loaded."""
     if torch.distributed.get_rank() > 0:
         return iter
     return partial(shown, what="loading the base", unit="modules")
@@ -102,7 +105,7 @@ def model_seed(seed: int) -> int:
 
 
 def dataset_maker(config: TrainConfig, sizes: dict) -> Callable[[list], ImageTextDataset]:
-    """Makes the dataset of a list of items. sizes: the base's model_config.json."""
+    """Return a function that makes the dataset of a list of items. sizes: the base's model_config.json."""
     tokenizer = load_tokenizer(config.model.tokenizer)
 
     def dataset(items: list) -> ImageTextDataset:
@@ -127,14 +130,14 @@ def on_first_rank(action: Callable[[], None] | None) -> None:
 
 
 def _check_targets(config: TrainConfig) -> None:
-    """ConfigError: LoRA's targets are not there in a model with the names of the base and hardly any size."""
+    """Raise ConfigError where LoRA's targets are missing in a model with the names of the base and hardly any size."""
     if config.problems:
         raise ConfigError("; ".join(config.problems))
     sizes = read_config(config.model.base)
-    parts = config.parallel.model_parallel_size
-    small = dict(hidden_size=2 * parts, num_attention_heads=parts, inner_hidden_size=parts)
+    mp_size = config.parallel.model_parallel_size
+    small = dict(hidden_size=2 * mp_size, num_attention_heads=mp_size, inner_hidden_size=mp_size)
     vit = {**sizes.get("eva_args", {}), **small, "image_size": [1, 1], "patch_size": 1}
-    skeleton = build_cogvlm({**sizes, **small, "vocab_size": parts, "eva_args": vit}, model_parallel_size=parts)
+    skeleton = build_cogvlm({**sizes, **small, "vocab_size": mp_size, "eva_args": vit}, model_parallel_size=mp_size)
     try:
         select(find_all_sites(skeleton), find_all_parameters(skeleton), config.lora)
     except ConfigError as error:
@@ -143,7 +146,7 @@ def _check_targets(config: TrainConfig) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Sources:
-    """Where a run's batches come from."""
+    """The sources of a run's batches."""
 
     training: Source
     validation: Source | None
@@ -152,14 +155,14 @@ class Sources:
 
     @property
     def marks(self) -> dict[str, str]:
-        """What all ranks have to have alike."""
+        """Marks of the data, and of the base's numbers, that all ranks have to share, by their names in messages."""
         return {**marks_of_sources(self.training, self.validation), **marks_of_config(self.sizes)}
 
 
 def open_data(setting: Setting) -> Sources:
     """Return the training and validation data of a run. Every rank has to call it.
 
-    DataError and ConfigError come on every rank: shards that cannot be read, or other data than on rank 0.
+    Raises DataError on every rank where shards cannot be read, ConfigError where a rank has other data than rank 0.
     """
     sizes = read_config(setting.config.model.base)
     make_dataset = dataset_maker(setting.config, sizes)
@@ -171,20 +174,23 @@ def open_data(setting: Setting) -> Sources:
 
 @dataclass(kw_only=True)
 class Run:
-    """What trains, as `build_run` made it: for a run, for the doctor and for a replay alike."""
+    """A model that trains, with its optimizer and engine, as `build_run` makes it for a run, the doctor and
+    a replay.
+    """
 
     setting: Setting
     model: CogVLMModel
     sizes: dict
-    """The model_config.json of what was built: with --shrink, of fewer layers than the base has."""
+    """The model_config.json of the model; with --shrink it names fewer layers than the base has."""
     optimizer: torch.optim.Optimizer
     engine: Any = None
-    """DeepSpeed's; None until `start_engine`."""
+    """DeepSpeed's engine; None until `start_engine`."""
     state: RunState = field(default_factory=RunState)
+    """How far the run is."""
 
     @property
     def is_partitioned(self) -> bool:
-        """Whether every rank holds a share of each weight alone, as under ZeRO-3."""
+        """Whether every rank holds no more than a share of each weight, as under ZeRO-3."""
         return any(hasattr(parameter, "ds_id") for parameter in self.model.parameters())
 
     def start_engine(self, **changes: Any) -> None:
@@ -202,7 +208,8 @@ class Run:
 def build_run(setting: Setting, *, layers: int | None = None) -> Run:
     """Return the base with its adapters, and the optimizer of what trains. Every rank has to call it.
 
-    layers: the first so many of each transformer alone, whole on every rank. CheckpointError on every rank.
+    layers: how many of the first layers of each transformer are taken, whole on every rank; None: all. Raises
+    CheckpointError on every rank where the base cannot be loaded.
     """
     config = setting.config
     zero_config = setting.engine if config.parallel.zero_stage == 3 and layers is None else None

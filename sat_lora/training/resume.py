@@ -1,4 +1,4 @@
-"""What a resumed run has to share with the run that it goes on from, as the checkpoint itself says it.
+"""The settings, data and base that a resumed run has to share with the run that it goes on from, by its checkpoint.
 
 Under `run` of a checkpoint's state.json:
 
@@ -25,11 +25,12 @@ from sat_lora.training.steps.checkpoint import newest_checkpoint, read_state
 
 SETTLED = (*LORA_FIELDS, "seed")
 """Options that a run keeps for good."""
+# Settings of which `notes` says nothing.
 TOLD_ELSEWHERE = {"train_iters", "epochs", "run_folder", "given", "local_tokenizer"}
 
 
 def facts_of_run(config: TrainConfig, data: dict, valid_data: dict | None) -> dict:
-    """What goes under `run` of every checkpoint; data and valid_data as `description` of their sources gives them."""
+    """Return what goes under `run` of every checkpoint. data, valid_data: the `description` of their sources."""
     settings = {name: config.value(name) for name in SETTLED}
     if valid_data is not None and config.saving.eval_iters:  # a part of it alone
         valid_data = {
@@ -41,12 +42,17 @@ def facts_of_run(config: TrainConfig, data: dict, valid_data: dict | None) -> di
 
 
 def state_to_resume(folder: str | Path) -> dict:
-    """state.json of the checkpoint that a run folder is gone on from; CheckpointError if there is none."""
+    """Return the state.json of a run folder's newest checkpoint. Raises CheckpointError where there is none that can be
+    used.
+    """
     return read_state(newest_checkpoint(Path(folder) / "checkpoints"))
 
 
 def base_of_state(state: dict) -> BaseIdentity | None:
-    """The base that the checkpoint's run was on; None if it does not say, as those of older versions."""
+    """Return the base that the checkpoint's run was on; None where it does not say, as in older versions.
+
+    Raises CheckpointError where it says what cannot be.
+    """
     content = state["run"].get("base")
     if not isinstance(content, dict) or not isinstance(content.get("fingerprint"), str):
         return None
@@ -57,7 +63,10 @@ def base_of_state(state: dict) -> BaseIdentity | None:
 
 
 def settled_problems(config: TrainConfig, state: dict) -> Iterator[str]:
-    """Options that are not what the checkpoint, or for one of an older version run.json, says the run had."""
+    """Yield a sentence for each option of SETTLED that is not what the checkpoint says that the run had.
+
+    A checkpoint of an older version does not say it: run.json does.
+    """
     stored = settings_of_run(config.run_folder)
     own = state["run"].get("settings")
     in_checkpoint = own if isinstance(own, dict) else {}
@@ -75,7 +84,7 @@ def settled_problems(config: TrainConfig, state: dict) -> Iterator[str]:
 
 
 def check_data(config: TrainConfig, state: dict, data: dict) -> None:
-    """DataError: the training data is not what it was, and --any-data was not given."""
+    """Raise DataError where the training data is not what it was, and --any-data was not given."""
     before = state["run"].get("data")
     if not isinstance(before, dict) or config.start.any_data or before.get("digest") == data["digest"]:
         return
@@ -90,11 +99,12 @@ def check_data(config: TrainConfig, state: dict, data: dict) -> None:
 
 
 def notes(config: TrainConfig, state: dict, valid_data: dict | None, files: str | None = None) -> Iterator[str]:
-    """What there is to say before a run goes on: what differs from before, and is allowed to.
+    """Yield sentences on what differs from before, and may differ, when a run goes on.
 
-    valid_data, files: of this start, as `facts_of_run` and a source of training data give them.
+    valid_data, files: those of this start, as `facts_of_run` and a source of training data give them.
     """
-    stored, run = settings_of_run(config.run_folder), state["run"]
+    stored = settings_of_run(config.run_folder)
+    run = state["run"]
     changed = [
         f"--{name.replace('_', '-')} {printable(_text(config.value(name)))} (was {printable(_text(stored[name]))})"
         for name in stored.keys() - {*SETTLED, *TOLD_ELSEWHERE, *NOT_RESUMED}
@@ -123,5 +133,5 @@ def notes(config: TrainConfig, state: dict, valid_data: dict | None, files: str 
 
 
 def _text(value) -> str:
-    """A value as JSON, so that lists and tuples are alike, and the order of patterns is not."""
+    """Return a value as JSON, in which lists and tuples are alike, but patterns in another order are not."""
     return json.dumps(value)

@@ -21,32 +21,39 @@ from sat_lora.training.settings.config import TrainConfig
 from sat_lora.training.settings.demo import Demo
 from sat_lora.training.settings.schedule import warmup_steps
 
-COLUMNS, LABEL = 80, 10  # of a line, and of the word before it
+COLUMNS = 80  # columns of a line
+LABEL = 10  # columns of the word at its beginning
 COUNTED = 1000  # samples that are tokenised, whatever there are
 LONGEST = 64  # characters a token, at most: what lies beyond is cut off anyhow, and is not tokenised
 
 
 @dataclass(frozen=True)
 class Texts:
-    """What the first samples of a run come to as tokens."""
+    """The first samples of a run as tokens: how many, how long, and what is wrong with them."""
 
     items: int
+    """Items that were looked at."""
     own_prompts: int
     """Items with a prompt of their own."""
     unusable: int
+    """Items that cannot be laid out."""
     longest: int
-    """Tokens, the cut ones counted."""
+    """Tokens of the longest sample, the cut ones counted."""
     cut: int
     """Answers that are cut."""
     lengths: AnswerLengths | None
-    """Of all samples; None of tar shards, which nobody looks through before."""
+    """The lengths of all answers; None with tar shards, which nobody looks through before."""
     first: Sample | None
+    """The first sample that can be laid out."""
     unknown_id: int | None
-    """A token id that the vocabulary has not."""
+    """A token id that the vocabulary lacks."""
 
 
 def look_at(source: Source, vocabulary: int) -> Texts:
-    """Lay out the first COUNTED samples of a source, or fewer of a stream, of which alone images are read."""
+    """Return what the first COUNTED samples of a source are as tokens, or fewer of a stream.
+
+    Images are read from streams alone. vocabulary: how many token ids the base has.
+    """
     own_prompts = unusable = longest = cut = count = 0
     first = unknown = None
     for item in source.first_items(COUNTED):
@@ -68,7 +75,7 @@ def look_at(source: Source, vocabulary: int) -> Texts:
 
 
 def left_out(source: Source) -> dict[str, int]:
-    """How much of what lies in the data paths is no sample of the source, by reason."""
+    """Return how many files and entries in the data paths are no samples of the source, by reason."""
     counts: dict[str, int] = {}
     for reason, count in source.left_out:
         short = "folders that cannot be read" if unreadable_folders({reason: count}) else reason
@@ -77,8 +84,8 @@ def left_out(source: Source) -> dict[str, int]:
 
 
 def more_to_say(max_length: int, data: Source, valid: Source | None) -> list[str]:
-    """What is wrong with the data and has no line in the summary: folders that cannot be read, by name, and answers of
-    validation data that are cut.
+    """Return sentences on what is wrong with the data and has no line in the summary: folders that cannot be read, by
+    name, and answers of validation data that are cut.
     """
     notes = []
     for source, option in ((data, "--train-data"), (valid, "--valid-data")):
@@ -92,7 +99,7 @@ def more_to_say(max_length: int, data: Source, valid: Source | None) -> list[str
 
 
 def check_vocabulary(texts: Texts, tokenizer: str | None, vocabulary: int) -> None:
-    """ConfigError: the tokenizer gives token ids that the base has no embedding for."""
+    """Raise ConfigError where the tokenizer gives token ids that the base has no embedding for."""
     if texts.unknown_id is not None:
         raise ConfigError(
             f"--local_tokenizer: {tokenizer} makes token {texts.unknown_id} of the training data, the "
@@ -113,7 +120,10 @@ def run_summary(
     fingerprint: str,
     demo: Demo | None = None,
 ) -> str:
-    """The lines; each has at most COLUMNS columns, but for one with the run's folder where that is longer."""
+    """Return the lines; each has at most COLUMNS columns, but for the run's folder where that is longer.
+
+    sizes: the base's model_config.json. fingerprint: the base's.
+    """
     lines = {
         "base": _base(config, sizes, fingerprint, demo),
         "device": _device(config, world),
@@ -134,6 +144,7 @@ def run_summary(
 
 
 def _base(config: TrainConfig, sizes: dict, fingerprint: str, demo: Demo | None) -> str:
+    """Return the line on the base: its folder, family, layers and fingerprint."""
     family = sizes.get("model_class", "CogVLM")
     family = str(family).removesuffix("Model")
     ending = f": {fit(family, 20)}, {sizes.get('num_layers')} layers, fingerprint {fingerprint[:8]}"
@@ -142,6 +153,7 @@ def _base(config: TrainConfig, sizes: dict, fingerprint: str, demo: Demo | None)
 
 
 def _device(config: TrainConfig, world: World) -> str:
+    """Return the line on device, precision and ranks."""
     device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else world.device.type
     precision = "bf16" if config.precision.bf16 else "fp16" if config.precision.fp16 else "fp32"
     layout = f"{world.size} rank{'s' if world.size > 1 else ''}"
@@ -151,6 +163,7 @@ def _device(config: TrainConfig, world: World) -> str:
 
 
 def _data(config: TrainConfig, data: Source, demo: Demo | None) -> str:
+    """Return the line on the training data: how many samples, and where their answers come from."""
     paths = [Path(path) for path in config.data.train_data or ()]
     if data.packing is not None:
         how = f"of {data.packing}"
@@ -168,8 +181,10 @@ def _data(config: TrainConfig, data: Source, demo: Demo | None) -> str:
 
 
 def _counts(counts: dict[str, int]) -> str:
-    """As many reasons as a line has room for, the commonest first."""
-    shown, parts = "", [f"{count:,} {reason}" for reason, count in sorted(counts.items(), key=lambda one: -one[1])]
+    """Return as many reasons as a line has room for, the commonest first."""
+    shown = ""
+    commonest_first = sorted(counts.items(), key=lambda entry: -entry[1])
+    parts = [f"{count:,} {reason}" for reason, count in commonest_first]
     for number, part in enumerate(parts, 1):
         rest = len(parts) - number
         longer = f"{shown}, {part}" if shown else part
@@ -180,6 +195,7 @@ def _counts(counts: dict[str, int]) -> str:
 
 
 def _valid(config: TrainConfig, valid: Source | None) -> str:
+    """Return the line on the validation data, or on why there are none."""
     split = ",".join(f"{share:g}" for share in config.data.split)
     if valid is None and sum(config.data.split[1:2]) > 0:
         return f"none: too few samples for --split {split}; give --valid-data"
@@ -193,6 +209,7 @@ def _valid(config: TrainConfig, valid: Source | None) -> str:
 
 
 def _prompt(config: TrainConfig, texts: Texts, demo: Demo | None) -> str:
+    """Return the line on the prompts and the version of the template, and where each comes from."""
     named = version_of(config.model.base)
     if "version" in config.given:
         source = "given" if named in (None, config.model.version) else f"given; its config says {fit(named, 12)}"
@@ -213,12 +230,12 @@ def _prompt(config: TrainConfig, texts: Texts, demo: Demo | None) -> str:
 
 
 def _is_embedded(config: TrainConfig, demo: Demo | None) -> bool:
-    """Whether the base is the demo's."""
+    """Return whether the base is the demo's."""
     return demo is not None and demo.is_base(config.model.base)
 
 
 def _steps(config: TrainConfig, world: World, data: Source, steps: int) -> str:
-    """batch: of an optimizer step, samples x accumulation x data-parallel ranks."""
+    """Return the line on steps, epochs and the batch: samples x accumulation x data-parallel ranks."""
     batch = config.schedule.batch_size * config.schedule.gradient_accumulation_steps * world.data_parallel_size
     factors = [str(config.schedule.batch_size)]
     factors += (
@@ -232,6 +249,7 @@ def _steps(config: TrainConfig, world: World, data: Source, steps: int) -> str:
 
 
 def _run(config: TrainConfig, steps: int, start_step: int) -> str:
+    """Return the line on the run's folder, and on the step that it goes on from."""
     folder = printable(config.run_folder)
     if start_step == 0:
         return folder
@@ -241,6 +259,7 @@ def _run(config: TrainConfig, steps: int, start_step: int) -> str:
 
 
 def _sample(texts: Texts, tokenizer) -> str:
+    """Return the line that shows a sample: what the model is asked, and the answer to learn."""
     if texts.first is None:
         return "none that can be shown"
     sample = texts.first
@@ -255,10 +274,12 @@ def _sample(texts: Texts, tokenizer) -> str:
 
 
 def _decoded(tokenizer, ids: torch.Tensor) -> str:
+    """Return the text of token ids (tokens,), without special tokens."""
     return tokenizer.decode(ids.tolist(), skip_special_tokens=True).strip(" ")
 
 
 def _length(config: TrainConfig, texts: Texts, samples: int) -> str:
+    """Return the line on how long samples are, and how many answers are cut."""
     cut = None if texts.lengths is None else texts.lengths.sentence(config.model.max_length)
     if cut is not None:
         return cut
@@ -271,13 +292,13 @@ def _length(config: TrainConfig, texts: Texts, samples: int) -> str:
 
 
 def columns(text: str) -> int:
-    """How many columns of a terminal a text takes."""
+    """Return how many columns of a terminal a text takes."""
     wide = sum(unicodedata.east_asian_width(character) in "WF" for character in text)
     return len(text) + wide - sum(unicodedata.combining(character) > 0 for character in text)
 
 
 def fit(text: object, room: int) -> str:
-    """`text` as `printable` gives it, with its middle left out where it takes more than `room` columns."""
+    """Return `text` as `printable` gives it, with its middle left out where it takes more than `room` columns."""
     text = str(text)
     if len(text) > 8 * room:  # the rest is not looked at
         text = text[: 4 * room] + text[-4 * room :]
@@ -289,5 +310,6 @@ def fit(text: object, room: int) -> str:
 
 
 def _prefix(text: str, room: int) -> str:
+    """Return the longest beginning of a text that takes at most `room` columns."""
     taken: Sequence[str] = list(itertools.accumulate(text))
     return next((part for part in reversed(taken) if columns(part) <= room), "")

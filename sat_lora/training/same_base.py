@@ -13,10 +13,11 @@ from sat_lora.training.settings.config import TrainConfig
 
 
 def base_of_run(config: TrainConfig, before: BaseIdentity | None = None) -> BaseIdentity:
-    """Which base --from_pretrained is. Every rank has to call it; each reads some values of each tensor of its files.
+    """Return which base --from_pretrained is. Every rank has to call it; each reads some values of every tensor.
 
-    CheckpointError, on every rank: a rank's files hold another base than rank 0's, or the base is not the one of the
-    run to resume, and --any-base was not given. before: that base, as the checkpoint has it; None: as the adapter does.
+    before: the base of the run to resume, as the checkpoint has it; None: as its adapter has it. Raises
+    CheckpointError on every rank where a rank's files hold another base than rank 0's, or the base is not the one of
+    the run to resume, and --any-base was not given.
     """
     base = run_on_all_ranks(lambda: BaseWeights(config.model.base, trust=config.start.trust_checkpoint).identity)
     run_on_all_ranks(_refuse_other_than_first, base, config.model.base)
@@ -26,6 +27,7 @@ def base_of_run(config: TrainConfig, before: BaseIdentity | None = None) -> Base
 
 
 def _refuse_other_than_first(base: BaseIdentity, folder: str) -> None:
+    """Raise CheckpointError where a rank has another base than rank 0. Every rank has to call it."""
     if len(set(gather_lists([base.digest]))) == 1:
         return
     first = [base]
@@ -41,6 +43,7 @@ def _refuse_other_than_first(base: BaseIdentity, folder: str) -> None:
 
 
 def _refuse_other_than_before(base: BaseIdentity, before: BaseIdentity | None, config: TrainConfig) -> None:
+    """Raise CheckpointError where the base is not the one before; nothing where nobody knows that one."""
     if before is None:
         try:
             before = base_of_adapter(Path(config.run_folder) / "adapter")

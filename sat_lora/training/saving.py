@@ -1,4 +1,4 @@
-"""What a run saves after a step: the adapter, and the checkpoint to resume from; written while the steps go on."""
+"""The saves of a run after a step: the adapter, and the checkpoint to resume from, written while the steps go on."""
 
 import threading
 from collections.abc import Callable
@@ -38,19 +38,22 @@ class BackgroundWriter:
         return self._error is not None
 
     def start(self, job: Callable[[], None]) -> None:
-        """Let the thread do it. Only after `wait`."""
+        """Let the thread do a job. The one before it has to have been waited for."""
         self._thread = threading.Thread(target=self._run, args=(job,), name="sat_lora writer")
         self._thread.start()
 
     def wait(self) -> None:
-        """Until the job is done; raises what it raised, once."""
+        """Wait until the job is done. Raises the error that it ended with, once."""
         if self._thread is not None:
             self._thread.join()
-        self._thread, error, self._error = None, self._error, None
+        self._thread = None
+        error = self._error
+        self._error = None
         if error is not None:
             raise error
 
     def _run(self, job: Callable[[], None]) -> None:
+        """Do the job in the thread, and keep the error that it ends with."""
         try:
             job()
         except BaseException as error:  # `wait` raises it
@@ -73,12 +76,12 @@ def start_saving(
     writer: BackgroundWriter,
     observers: Observers = NOBODY,
 ) -> None:
-    """RUN/adapter/<step> and RUN/checkpoints/<step>, then their pointers. Every rank has to call it.
+    """Begin to write RUN/adapter/<step> and RUN/checkpoints/<step>, then their pointers. Every rank has to call it.
 
     It returns when rank 0 has copies in host memory, which its writer then writes. --keep adapters are kept, the
     best, and that of state.good_step, whose checkpoint is kept beside the new one. observers: are told by the writer,
-    once it is on the disk. AdapterError or CheckpointError, on every rank: the save before this one could not be
-    written.
+    once the save is on the disk. Raises AdapterError or CheckpointError, on every rank, where the save before this one
+    could not be written.
     """
     finish_saving(writer)
     writer.copies.clear()
@@ -93,20 +96,20 @@ def start_saving(
 
 
 def base_as_json(adapter: SavedAdapter) -> dict:
-    """The base that an adapter was trained on, as a checkpoint's `run` has it: what `base_of_state` reads."""
+    """Return the base that an adapter was trained on, as a checkpoint's `run` has it and `base_of_state` reads it."""
     return {"fingerprint": adapter.base_fingerprint, **(adapter.base.to_dict() if adapter.base else {})}
 
 
 def finish_saving(writer: BackgroundWriter) -> None:
     """Wait until the last save is on the disk. Every rank has to call it.
 
-    AdapterError or CheckpointError, on every rank: it could not be written.
+    Raises AdapterError or CheckpointError, on every rank, where it could not be written.
     """
     run_on_all_ranks(writer.wait)
 
 
 def _shape_alone(tensor: torch.Tensor) -> torch.Tensor:
-    """For ranks that write nothing."""
+    """Return a tensor of the same shape without values, as the copy of a rank that writes nothing."""
     return tensor.to("meta")
 
 
@@ -117,14 +120,16 @@ def write_save(
     keep: int,
     observers: Observers = NOBODY,
 ) -> None:
-    """Write a save, on rank 0. AdapterError or CheckpointError: it could not be written.
+    """Write a save, on rank 0. Raises AdapterError or CheckpointError where it could not be written.
 
-    The checkpoint's own pointer makes it count: before it moves, the save before this one is there as it was, and
-    afterwards a resumed run moves those of the adapters if this one could not. What is old goes at the very end. So
-    there is an adapter to load and, once a save has ended, a checkpoint to go on from, whenever this dies.
+    The checkpoint's own pointer makes a save count: before it moves, the save before this one is there as it was, and
+    afterwards a resumed run moves the pointers of the adapters if this run could not. Old saves go at the very end. So
+    there is an adapter to load and, once a save has ended, a checkpoint to go on from, whenever the process dies.
     """
     run.check_is_ours()
-    step, best, good = checkpoint.step, checkpoint.content["best_step"], checkpoint.content["good_step"]
+    step = checkpoint.step
+    best = checkpoint.content["best_step"]
+    good = checkpoint.content["good_step"]
     write_gathered(run.adapters / str(step), adapter)
     try:
         if read_pointer(run.adapters / LATEST) is None:

@@ -6,7 +6,9 @@ from sat_lora.training.settings.config import TrainConfig
 
 def source_settings(config: TrainConfig) -> SourceSettings:
     """Return the settings that decide which batches a run has."""
-    data, schedule, saving = config.data, config.schedule, config.saving
+    data = config.data
+    schedule = config.schedule
+    saving = config.saving
     return SourceSettings(
         train_data=data.train_data or (),
         valid_data=data.valid_data,

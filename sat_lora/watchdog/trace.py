@@ -1,4 +1,4 @@
-"""Where a rank is, kept as it goes in two small files of its own: what a killed or hanging process leaves behind.
+"""The place where a rank is, kept as it goes in two small files of its own: a killed or hanging process leaves them.
 
 The mapping is shared, so that the kernel keeps what was written whatever becomes of the process. Ranks do not speak to
 each other for it. `rank_state` reads it.
@@ -47,18 +47,21 @@ REMEMBERED = 50  # durations of a phase, of which the longest counts: a slow fir
 
 
 _dumps: set[str] = set()
-"""Where traces of this process have let NCCL write."""
+"""The places where traces of this process have let NCCL write."""
 
 
 class Trace:
-    """This rank's.
+    """The trace of this rank: its phase, the last module entered, and the gradients that have arrived.
 
-    model: its modules get hooks that note the last one entered, its trainable parameters hooks that note the arrival of
-    their gradients; an empty module until there is one (see `attach`). OSError: the files cannot be made.
+    run: the run's folder. model: its modules get hooks that note the last one entered, its trainable parameters hooks
+    that note the arrival of their gradients; an empty module until there is a model (see `attach`). Raises OSError
+    where the files cannot be made.
     """
 
     def __init__(self, run: str | Path, model: nn.Module, *, rank: int, world_size: int):
-        self.folder, self.rank, self.world_size = folder_of(run), rank, world_size
+        self.folder = folder_of(run)
+        self.rank = rank
+        self.world_size = world_size
         self.folder.mkdir(parents=True, exist_ok=True)
         dump = str(self.folder.resolve() / NCCL_DUMP)
         for variable in ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"):  # its new and its old name
@@ -68,8 +71,12 @@ class Trace:
         self.attach(model)
 
     def attach(self, model: nn.Module) -> None:
-        """Follow this model from now on, in files made anew: it was not there yet when the rank began."""
-        rank, world_size = self.rank, self.world_size
+        """Follow this model from now on, in files made anew: it was not there yet when the rank began.
+
+        Raises OSError where the files cannot be made.
+        """
+        rank = self.rank
+        world_size = self.world_size
         # A new file: the watchdog's thread may be writing into the mapping of the old one.
         file_of(self.folder, rank, ".state").unlink(missing_ok=True)
         modules = [name for name, _ in model.named_modules()]
@@ -127,19 +134,20 @@ class Trace:
 
     @property
     def phase(self) -> str:
+        """The present phase, one of PHASES."""
         return PHASES[self._numbers[PHASE]]
 
     @property
     def signs(self) -> tuple[int, int, int]:
-        """Differs whenever there was a sign of life since: a phase, a module or a gradient."""
+        """The phases begun, the last module and the gradients so far: they differ whenever there was a sign of life."""
         return self._phases, self._numbers[MODULE], self._numbers[COUNT]
 
     def seen_alive(self) -> None:
-        """The watchdog has seen a new sign."""
+        """Write down that the watchdog has seen a new sign of life."""
         struct.pack_into("<d", self._memory, 8, time.time())
 
     def follow(self, engine) -> None:
-        """Tell DeepSpeed's reduction after a backward pass from the pass itself."""
+        """Note DeepSpeed's reduction after a backward pass as a phase of its own. engine: the one of this model."""
         reduce = engine.allreduce_gradients
 
         def traced(*args, **kwargs):
@@ -149,8 +157,11 @@ class Trace:
         engine.allreduce_gradients = traced
 
     def at(self, phase: str, *, step: int | None = None, micro_batch: int | None = None) -> None:
-        """A phase begins. step: counted from 1. micro_batch: within the step, from 0."""
-        now, numbers = time.perf_counter(), self._numbers
+        """Write down that a phase begins. step: counted from 1. micro_batch: within the step, from 0. None:
+        as before.
+        """
+        now = time.perf_counter()
+        numbers = self._numbers
         self.durations[self.phase].append(now - self._began)
         self._began = now
         self._phases += 1
@@ -165,7 +176,7 @@ class Trace:
 
     @contextmanager
     def told(self) -> Iterator[None]:
-        """How the block ends is written down."""
+        """Write down how the block ends, and let its error go on."""
         try:
             yield
         except BaseException as error:
@@ -174,6 +185,7 @@ class Trace:
         self._write_end(None, None)
 
     def _write_end(self, text: str | None, error: BaseException | None) -> None:
+        """Write down the error that the rank ends with, and its stack; both are None for a good end."""
         import traceback
 
         frames = [] if error is None else traceback.extract_tb(error.__traceback__)
@@ -183,9 +195,14 @@ class Trace:
             file_of(self.folder, self.rank, ".end.json").write_text(json.dumps(content), encoding="utf-8")
 
     def arrival(self, number: int) -> Callable[[object], None]:
-        """A hook of the parameter of that number: its gradient has come. As cheap as it gets."""
-        numbers, memory, most = self._numbers, self._memory, self._most
-        put, size, now = ARRIVAL.pack_into, ARRIVAL.size, time.time
+        """Return a hook that notes the gradient of the parameter of that number, as cheaply as may be."""
+        # Names of its own: each is looked up for every gradient of every pass.
+        numbers = self._numbers
+        memory = self._memory
+        most = self._most
+        put = ARRIVAL.pack_into
+        size = ARRIVAL.size
+        now = time.time
 
         def arrived(parameter: object) -> None:
             count = numbers[COUNT]
@@ -197,7 +214,7 @@ class Trace:
 
 
 def allocate(descriptor: int, size: int) -> None:
-    """Give the file `size` bytes of zeros that are on the disk. OSError: it is full.
+    """Give the file `size` bytes of zeros that are on the disk. Raises OSError where it is full.
 
     A mapped file that is merely long takes its place when it is written to, and a full disk is a bus error then.
     """

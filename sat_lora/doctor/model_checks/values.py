@@ -40,7 +40,7 @@ def value_findings(
         seen = f"with {record.kind} the {problem} is not finite"
         if origin is None:
             return [Finding(code="not-finite", seen=f"{seen}, but everything was when it was repeated")]
-        seen += f", first in {origin.words}"
+        seen += f", first in {origin.place}"
         return [Finding(code="not-finite", seen=seen, module=origin.module, parameter=origin.parameter)]
     return []
 

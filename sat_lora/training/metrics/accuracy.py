@@ -6,12 +6,14 @@ from sat_lora.training.metrics.answers import Answers, Ratio
 
 
 def token_accuracy(answers: Answers) -> Ratio:
-    """The share of answer tokens that are the likeliest."""
+    """Return the share of answer tokens that are the likeliest."""
     return Ratio(_is_right(answers).sum(), len(answers.labels))
 
 
 def answer_accuracy(answers: Answers) -> Ratio:
-    """The share of answers all of whose tokens are the likeliest: what greedy decoding would say word for word."""
+    """Return the share of answers all of whose tokens are the likeliest: those that greedy decoding would say word for
+    word.
+    """
     is_right = _is_right(answers)
     tokens, right = (torch.zeros(answers.batch_size, device=is_right.device) for _ in range(2))
     tokens.index_add_(0, answers.samples, torch.ones_like(is_right, dtype=tokens.dtype))
@@ -21,4 +23,5 @@ def answer_accuracy(answers: Answers) -> Ratio:
 
 
 def _is_right(answers: Answers) -> torch.Tensor:
+    """Return for each answer token whether it is the likeliest: bool (tokens,)."""
     return answers.logits.argmax(-1) == answers.labels

@@ -11,11 +11,13 @@ METRICS: "dict[str, str | Metric]" = {
     "token_accuracy": "sat_lora.training.metrics.accuracy:token_accuracy",
     "answer_accuracy": "sat_lora.training.metrics.accuracy:answer_accuracy",
 }
-"""A function, or its place as MODULE:NAME: so the names are known before anything slow is imported."""
+"""Metrics by name: a function, or its place as MODULE:NAME, so that names are known before anything slow is
+imported.
+"""
 
 
 def metrics_named(names: Iterable[str]) -> "dict[str, Metric]":
-    """The functions of those names, imported where they have to be."""
+    """Return the functions of those names by name, imported where they have to be. Raises KeyError for another name."""
     metrics = {name: METRICS[name] for name in names}
     return {
         name: pkgutil.resolve_name(metric) if isinstance(metric, str) else metric for name, metric in metrics.items()

@@ -13,15 +13,21 @@ from sat_lora.training.steps.observers import Observer
 WINDOW = 25  # points that a smoothed one is made of, at most
 SHARE = 15  # and no more than this part of all: the line has to lie on the data
 LOG_RANGE = 20  # from this ratio of largest to smallest loss on, the axis is logarithmic
-LARGEST, LAST_STEP = 1e100, 2**53  # of what is drawn; a log that was edited may hold anything
+# The largest value and step that are drawn: a log that was edited may hold anything.
+LARGEST = 1e100
+LAST_STEP = 2**53
 TITLE = 90  # characters that a title has room for
-TRAINING, SMOOTHED, VALIDATION, RATE = "#9ecae1", "#08519c", "#d94801", "#525252"
+TRAINING = "#9ecae1"
+SMOOTHED = "#08519c"
+VALIDATION = "#d94801"
+RATE = "#525252"
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
-    """For each value the mean of those around it, as many before as after: of logarithms where all are above zero.
+    """Return for each value the mean of those around it, as many before as after: of logarithms where all are positive.
 
-    A mean in logarithms lies among the values on a logarithmic axis too; one over the past lies above falling ones.
+    The mean reaches WINDOW values at most, fewer near both ends; a short list comes back as it is. A mean in logarithms
+    lies among the values on a logarithmic axis too; one over the past lies above falling ones.
     """
     half = min(WINDOW, len(values) // SHARE) // 2
     if half == 0:
@@ -39,15 +45,15 @@ def smoothed(values: Sequence[float]) -> list[float]:
 
 
 def points(records: Sequence[dict], key: str) -> list[tuple[int, float]]:
-    """The (step, value) of the records that have a finite number under `key`."""
-    found = [(record["step"], record.get(key)) for record in records if 0 <= record["step"] <= LAST_STEP]
-    return [(step, value) for step, value in found if isinstance(value, int | float) and abs(value) < LARGEST]
+    """Return the (step, value) of the records that have a finite number under `key`, in their order."""
+    values = [(record["step"], record.get(key)) for record in records if 0 <= record["step"] <= LAST_STEP]
+    return [(step, value) for step, value in values if isinstance(value, int | float) and abs(value) < LARGEST]
 
 
 def draw_losses(records: Sequence[dict], path: str | Path, title: str = "") -> None:
     """Write the picture of train.jsonl's records to `path` (a .png); a loss that was not finite is left out.
 
-    title: the run and its base. OSError: it cannot be written.
+    title: the run and its base. Raises OSError where the file cannot be written; an older picture is then still there.
     """
     # Figure and canvas by hand: pyplot would keep global state and might ask for a display.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -99,7 +105,7 @@ def draw_losses(records: Sequence[dict], path: str | Path, title: str = "") -> N
 
 
 def _short(title: str) -> str:
-    """As `plot_text` has it, its middle left out where it is long."""
+    """Return the title as `plot_text` shows it, its middle left out where it is longer than TITLE characters."""
     title = printable(title)
     if len(title) > TITLE:
         title = f"{title[: TITLE // 2]}...{title[-TITLE // 2 + 3 :]}"
@@ -107,13 +113,15 @@ def _short(title: str) -> str:
 
 
 class LossPicture(Observer):
-    """Draws `path` of the records so far with every save, by the thread that writes it, and at the end.
+    """An observer that draws the records so far into the file `path` with every save, in the thread that writes the
+    save, and at the end.
 
-    title: of the picture, which may be set later.
+    records: returns the records of train.jsonl so far. title: stands above the picture; it may be set later.
     """
 
     def __init__(self, path: str | Path, records: Callable[[], Sequence[dict]], title: str):
-        self.path, self.title = Path(path), title
+        self.path = Path(path)
+        self.title = title
         self.name = self.path.name
         self._records = records
 
@@ -124,6 +132,7 @@ class LossPicture(Observer):
         self._draw()
 
     def _draw(self) -> None:
+        """Draw the picture anew, unless there is no record yet."""
         records = list(self._records())  # the loop may add to them meanwhile
         if records:
             draw_losses(records, self.path, self.title)

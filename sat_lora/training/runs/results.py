@@ -12,18 +12,22 @@ from sat_lora.files.step_folders import LATEST, read_pointer, steps_in
 from sat_lora.printable import printable
 from sat_lora.training.settings.config import TrainConfig
 
-RUN, LOG, EVALUATION = "run.json", "train.jsonl", "evaluation.json"
+RUN = "run.json"
+LOG = "train.jsonl"
+EVALUATION = "evaluation.json"
 DATA = ("train_data", "valid_data", "test_data")
 FOLDERS = ("adapter", "checkpoints")
-PICTURE, EVENTS = "loss.png", "tensorboard"
+PICTURE = "loss.png"
+EVENTS = "tensorboard"
 EVENTS_BEGIN = 84  # bytes of a TensorBoard file to which no value was added, at most; one value takes 48
 
 
 def results_in(folder: str | Path) -> list[str]:
-    """What a run, or anyone, has left in a run folder and would not get back: names, with the steps of adapters and
-    checkpoints.
+    """Return the names of what a run, or anyone, has left in a run folder and would not get back, with the steps of
+    adapters and checkpoints.
 
-    run.json and the logs of a run that has saved nothing and logged no step are none.
+    The run.json and the logs of a run that has saved nothing and logged no step are no results. Raises OSError where
+    the folder cannot be looked at.
     """
     folder = Path(folder)
     results = []
@@ -47,19 +51,19 @@ def results_in(folder: str | Path) -> list[str]:
 
 
 def _has_events(path: Path) -> bool:
-    """Whether it is a file that holds more than how a TensorBoard file of a run begins."""
+    """Return whether a path is a file that holds more than the beginning of a TensorBoard file."""
     is_ours = path.name.startswith("events.out.tfevents.")
     return path.is_file() and path.stat().st_size > (EVENTS_BEGIN if is_ours else 0)
 
 
 def evaluations_in(folder: Path) -> list[Path]:
-    """The files of its evaluations."""
+    """Return the files of evaluations in a run folder."""
     return [folder / EVALUATION] * os.path.lexists(folder / EVALUATION) + [*folder.glob("evaluation-[0-9]*.json")]
 
 
 def results_problems(config: TrainConfig, *, say: Callable[[str], None] = lambda line: None) -> list[str]:
-    """Why a run may not start in its folder: because that holds the results of another. The demo's own are replaced,
-    and named to `say`.
+    """Return why a run may not start in its folder, as sentences: it holds the results of another run. There is none
+    where the run may start; results of the demo's own are to be replaced then, and named to `say`.
     """
     folder = Path(config.run_folder)
     if config.start.resume or config.start.replay:
@@ -86,7 +90,7 @@ def results_problems(config: TrainConfig, *, say: Callable[[str], None] = lambda
 
 
 def is_run_of(folder: str | Path, settings: Mapping[str, object]) -> bool:
-    """Whether the run.json there says that its run had all of these settings."""
+    """Return whether the run.json in the folder says that its run had all of these settings."""
     try:
         stored = read_json(Path(folder) / RUN)
     except (OSError, ValueError):

@@ -25,11 +25,14 @@ PACKAGES = ("sat_lora", "torch", "deepspeed", "SwissArmyTransformer", "transform
 
 
 def write_json(path: str | Path, content) -> None:
-    """Write `content` as JSON to `path`, by `replace_text`; numbers that are not finite, which it has not, as null."""
+    """Write `content` as JSON to `path`, by `replace_text`; numbers that are not finite become null, as JSON lacks
+    them.
+    """
     replace_text(path, json.dumps(_finite(content), indent=2, allow_nan=False) + "\n")
 
 
 def _finite(content):
+    """Return the content with None for numbers that are not finite, and lists for tuples."""
     if isinstance(content, dict):
         return {name: _finite(value) for name, value in content.items()}
     if isinstance(content, list | tuple):
@@ -38,24 +41,27 @@ def _finite(content):
 
 
 def versions() -> dict[str, str]:
-    """The versions that a run's numbers depend on."""
-    found = {"python": platform.python_version()}
+    """Return the versions that a run's numbers depend on, by the name of the package."""
+    versions_by_name = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
-            found[name] = importlib.metadata.version(name)
+            versions_by_name[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+            versions_by_name[name] = "not installed"
+    return versions_by_name
 
 
 class RunFolder:
     """The folder of a run: run.json, its adapters and checkpoints, and the logs, which are observers of the loop.
 
-    With `is_writer` False nothing is written or shown. Only rank 0 should be the writer.
+    With `is_writer` False nothing is written or shown. Only rank 0 should be the writer. lock: the one held on the
+    folder; None where nobody locks it.
     """
 
     def __init__(self, path: str | Path, *, is_writer: bool, lock: RunLock | None = None):
-        self.path, self.is_writer, self.lock = Path(path), is_writer, lock
+        self.path = Path(path)
+        self.is_writer = is_writer
+        self.lock = lock
         self.adapters, self.checkpoints = (self.path / name for name in FOLDERS)
         self.facts: dict[str, Any] = {}
         """What a resumed run has to share with this one: every checkpoint holds it."""
@@ -69,7 +75,7 @@ class RunFolder:
 
     @property
     def observers(self) -> tuple[Observer, ...]:
-        """What keeps and shows the run as it goes, in the order in which each is to be told."""
+        """The observers that keep and show the run, in the order in which they hear of it; none without a writer."""
         return (self.log, self.events, self.picture, self.screen) if self.is_writer else ()
 
     def say(self, text: str) -> None:
@@ -78,7 +84,7 @@ class RunFolder:
             self.screen.say(text)
 
     def remove_results(self) -> None:
-        """Remove what an earlier run has left; what is not a run's own stays."""
+        """Remove the results of an earlier run; what is not a run's own stays. Raises OSError where that fails."""
         if not self.is_writer:
             return
         for folder in (self.adapters, self.checkpoints):
@@ -104,20 +110,26 @@ class RunFolder:
                 point_to(folder, LATEST, step)
 
     def check_is_ours(self) -> None:
-        """Before a save. AdapterError: another process writes here. A folder that was removed is begun anew."""
+        """Make sure, before a save, that no other process writes here; a folder that was removed is begun anew.
+
+        Raises AdapterError where another process has taken the folder.
+        """
         if self.lock is None or self.lock.is_ours:
             return
         self.lock.check()
         if self._settings is not None:
             write_json(self.path / RUN, self._settings)
-        self.log.was_removed = self.events.was_removed = True  # the loop's own thread begins them anew
+        # The loop's own thread begins them anew.
+        self.log.was_removed = True
+        self.events.was_removed = True
         self.say(f"{printable(self.path)} was removed while the run wrote to it; it goes on there from this save")
 
     def write_settings(self, config: TrainConfig, *, world: dict, **more) -> None:
-        """run.json: settings (every option and which were given), versions, the world's layout, and whatever else.
+        """Write run.json: settings (every option and which were given), versions, the world's layout, and whatever
+        else.
 
         world: for instance {"ranks": 8, "data_parallel_size": 4, "model_parallel_size": 2, "device": "cuda"}.
-        OSError: it cannot be written, and the run could not be resumed.
+        Raises OSError where it cannot be written, and the run could not be resumed.
         """
         if not self.is_writer:
             return
@@ -128,7 +140,7 @@ class RunFolder:
 
 
 def _absolute(settings: dict) -> dict:
-    """The settings with absolute paths, where something lies there: a run may be gone on with from any folder."""
+    """Return the settings with absolute paths where something lies at them, so that a run can go on from any folder."""
 
     def absolute(value):
         if isinstance(value, list):

@@ -39,7 +39,7 @@ _descriptors: set[int] = set()
 
 
 def _let_go_in_a_child() -> None:
-    """Data workers are forked and write nothing: they do not hold the lock for a rank that has died."""
+    """Close the locks in a forked child: data workers write nothing and must not hold them for a rank that has died."""
     for descriptor in _descriptors:
         with contextlib.suppress(OSError):
             os.close(descriptor)
@@ -51,7 +51,7 @@ os.register_at_fork(after_in_child=_let_go_in_a_child)
 
 @dataclass(frozen=True)
 class Process:
-    """A process on some host; `started` tells it from a later one of the same number."""
+    """A process on some host; its start time in `started` tells it from a later process of the same number."""
 
     host: str
     pid: int
@@ -59,37 +59,42 @@ class Process:
 
     @property
     def is_here(self) -> bool:
-        """Whether it runs, or ran, on this host."""
+        """Whether the process runs, or ran, on this host."""
         return self.host == socket.gethostname()
 
     @property
     def lives(self) -> bool:
-        """For one of this host."""
+        """Whether the process still runs; it can be asked only of a process of this host."""
         return self.pid > 0 and self.started is not None and process_started(self.pid) == self.started
 
     @classmethod
     def current(cls) -> "Process":
-        """This process."""
+        """Return this process."""
         return cls(socket.gethostname(), os.getpid(), process_started(os.getpid()))
 
 
 @dataclass(frozen=True)
 class Holder:
-    """Who has written the text of a lock."""
+    """Who has written the text of a lock, and the ranks that hold it."""
 
     doing: str
+    """What the lock is held for, a word such as "training"."""
     began: str
+    """When that began, in local time."""
     process: Process
+    """The process that took the lock."""
     launcher: Process | None
-    """That of torchrun or DeepSpeed, where one has started it."""
+    """The process of torchrun or DeepSpeed that has started `process`; None without one."""
     ranks: tuple[Process, ...]
+    """All ranks of the run; empty until they share the lock."""
     job: tuple[str, str] | None
-    """Slurm's number of the job, and how often it was requeued."""
+    """Slurm's number of the job, and how often it was requeued; None without Slurm."""
 
     @classmethod
     def current(cls, doing: str, ranks: tuple[Process, ...] = ()) -> "Holder":
-        """This process as a holder, from now on; doing: a word such as "training"."""
-        began, parent = time.strftime("%Y-%m-%d %H:%M:%S"), os.getppid()
+        """Return this process as a holder from now on. doing: what for, a word such as "training"."""
+        began = time.strftime("%Y-%m-%d %H:%M:%S")
+        parent = os.getppid()
         launcher = Process(socket.gethostname(), parent, process_started(parent)) if _is_launched() else None
         job = os.environ.get("SLURM_JOB_ID")
         requeued = (job, os.environ.get("SLURM_RESTART_COUNT", "0")) if job else None
@@ -97,14 +102,14 @@ class Holder:
 
     @classmethod
     def read(cls, text: bytes) -> "Holder | None":
-        """From the text of a lock; None if that is no such text."""
+        """Return the holder that the text of a lock names; None where it is no such text."""
         try:
             content = parse_json(text)
             process, launcher = (content[name] and Process(**content[name]) for name in ("process", "launcher"))
             ranks = tuple(Process(**values) for values in content["ranks"])
             job = None if content["job"] is None else tuple(map(str, content["job"]))
-            known = (process, *ranks, *(() if launcher is None else (launcher,)))
-            types = {(type(one.pid), type(one.host), isinstance(one.started, str | None)) for one in known}
+            named = (process, *ranks, *(() if launcher is None else (launcher,)))
+            types = {(type(entry.pid), type(entry.host), isinstance(entry.started, str | None)) for entry in named}
             if types != {(int, str, True)} or (job is not None and len(job) != 2):
                 return None
             return cls(str(content["doing"]), str(content["began"]), process, launcher, ranks, job)
@@ -113,17 +118,17 @@ class Holder:
 
     @property
     def processes(self) -> tuple[Process, ...]:
-        """The one that took the lock and its ranks, each once."""
+        """The process that took the lock and all ranks, each once."""
         return tuple(dict.fromkeys((self.process, *self.ranks)))
 
     @property
     def alive(self) -> list[Process]:
-        """Those of this host that live."""
+        """The processes of this host that still run."""
         return [process for process in self.processes if process.is_here and process.lives]
 
     @property
     def is_requeued_as_this(self) -> bool:
-        """Whether this process is of the same Slurm job, which was requeued since: it runs once at a time."""
+        """Whether this process is of the holder's Slurm job, requeued since: Slurm runs a job once at a time."""
         now = Holder.current("").job
         return self.job is not None and now is not None and self.job[0] == now[0] and self.job != now
 
@@ -132,18 +137,22 @@ class Holder:
 
 
 class RunLock:
-    """Held while entered, on every rank; entering and `share` are for every rank to do together.
+    """A context in which the lock of a run folder is held. Every rank has to enter it, and to call `share`.
 
-    folder: of the run; it is made if it is not there, and goes again if it is left empty. doing: what for, in a word.
-    option: which names the folder. instead: what else to do where it cannot be had. ConfigError on every rank: another
-    process holds it, or nothing can be written.
+    folder: the run's; it is made if it is not there, and removed again if it is left empty. doing: what the lock is
+    held for, in a word. option: the option that names the folder. instead: what else the user can do where the lock
+    cannot be had. Entering raises ConfigError on every rank where another process holds the lock, or nothing can be
+    written.
     """
 
     def __init__(self, folder: str | Path, *, doing: str, option: str, instead: str = "take another folder"):
-        self.folder, self.path, self.doing, self.option = Path(folder), Path(folder) / LOCK, doing, option
+        self.folder = Path(folder)
+        self.path = self.folder / LOCK
+        self.doing = doing
+        self.option = option
         self.instead = instead
         self.note: str | None = None
-        """What was said of a lock that was taken over, on rank 0."""
+        """What was said of a lock that was taken over; None where there was none, and on every rank but 0."""
         self._descriptor: int | None = None
         self._made: list[Path] = []
 
@@ -159,7 +168,9 @@ class RunLock:
         self._let_go()
 
     def share(self) -> None:
-        """Let every rank hold it, not the first alone."""
+        """Let every rank hold the lock, not the first alone. Raises ConfigError where another process took it
+        meanwhile.
+        """
         run_on_all_ranks(lambda: self._share() if _is_first() else None)  # it has the lock for itself alone until then
         run_on_all_ranks(lambda: None if _is_first() else self._share())
         processes = tuple(gather_lists([Process.current()]))
@@ -178,9 +189,10 @@ class RunLock:
         return False
 
     def check(self) -> None:
-        """Before something is written, on rank 0. AdapterError: the folder has been taken by another process.
+        """Make sure, on rank 0 before it writes, that the folder is still this run's.
 
-        Where the folder has been removed it is made again, and the lock with it: what was trained is not lost.
+        Where the folder has been removed it is made again, and the lock with it: what was trained is not lost. Raises
+        AdapterError where another process has taken the folder.
         """
         if self._descriptor is None or self.is_ours:
             return
@@ -191,7 +203,7 @@ class RunLock:
             raise AdapterError(f"{self.folder} was removed while it was written to; {error}") from error
 
     def _take(self) -> None:
-        """The lock for this process alone. ConfigError: it cannot be had."""
+        """Take the lock for this process alone. Raises ConfigError where it cannot be had."""
         try:
             self._make_folder()
             self._refuse_other_kinds()
@@ -205,6 +217,7 @@ class RunLock:
             ) from error
 
     def _make_folder(self) -> None:
+        """Make the folder and those above it that are missing, and remember which. Raises OSError where that fails."""
         missing = [self.folder]
         while not os.path.lexists(missing[-1].parent):
             missing.append(missing[-1].parent)
@@ -217,7 +230,7 @@ class RunLock:
                     raise NotADirectoryError(errno.ENOTDIR, "is no folder", str(folder)) from None
 
     def _refuse_other_kinds(self) -> None:
-        """What a run writes has to be a folder or a file, as it is meant to be."""
+        """Raise ConfigError where something in the folder has the name of what a run writes, and is of another kind."""
         wanted = dict.fromkeys(("adapter", "checkpoints", "watchdog"), stat.S_ISDIR)
         wanted |= dict.fromkeys(("run.json", "train.jsonl", "evaluation.json", LOCK), stat.S_ISREG)
         wrong = []
@@ -232,7 +245,9 @@ class RunLock:
             raise ConfigError(f"{self.option}: {'; '.join(wrong)}; move it away, or {self.instead}")
 
     def _open_exclusively(self) -> int:
-        """The file, held by this process alone; whoever removed it meanwhile is waited for."""
+        """Return the descriptor of the lock's file, held by this process alone; where it was removed meanwhile, it is
+        opened anew. Raises ConfigError where another process goes on holding it, OSError where it cannot be opened.
+        """
         end = None
         while True:
             descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
@@ -262,13 +277,14 @@ class RunLock:
             time.sleep(0.1)
 
     def _is_at(self, descriptor: int) -> bool:
+        """Return whether the file at the lock's place is the one that is open here."""
         try:
             return os.path.samestat(os.stat(self.path), os.fstat(descriptor))
         except FileNotFoundError:
             return False
 
     def _patience(self, holder: Holder | None) -> tuple[float, str | None]:
-        """(seconds for a lock that is held to come free, what to say of that)."""
+        """Return (seconds to wait for a lock that is held to come free, what to say of that or None)."""
         if holder is None or not all(process.is_here for process in holder.processes):
             return 0.5, None
         if not holder.alive:
@@ -281,7 +297,10 @@ class RunLock:
         return 0.0, None
 
     def _check_stale(self, holder: Holder | None, *, has_flock: bool) -> None:
-        """ConfigError: the text of a lock that nobody is seen to hold may be of a process that lives."""
+        """Take over the lock of a run that has ended, and say so.
+
+        Raises ConfigError where its text may be of a process that still runs, though nobody is seen to hold it.
+        """
         if holder is None:
             return
         away = [process for process in holder.processes if not process.is_here]
@@ -291,6 +310,7 @@ class RunLock:
         print(self.note, flush=True)
 
     def _in_use(self, holder: Holder | None) -> str:
+        """Return the message that the folder is in use, by whom as far as that is known, and what to do."""
         head = f"{self.option}: {printable(self.folder)} is in use"
         if holder is None:
             return f"{head} by another process; wait for its end, or {self.instead}"
@@ -307,7 +327,11 @@ class RunLock:
         return f"{head} ({holder}): {lives}; wait for its end or end it{end}, or {self.instead}"
 
     def _share(self) -> None:
-        """Each rank by itself; where the folder is another machine's own, there is no file and nothing to hold."""
+        """Hold the lock on this rank beside others; where the folder is another machine's own, there is no file to
+        hold.
+
+        Raises ConfigError where another process has taken it.
+        """
         try:
             if self._descriptor is None:
                 self._descriptor = os.open(self.path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -318,8 +342,12 @@ class RunLock:
             return
 
     def _let_go(self) -> None:
-        """The last rank to let go removes the file; an error here would hide the one that ended the run."""
-        descriptor, self._descriptor = self._descriptor, None
+        """Let go of the lock, and remove its file on the last rank to do so, and the folder if it is empty.
+
+        It raises nothing: an error here would hide the one that ended the run.
+        """
+        descriptor = self._descriptor
+        self._descriptor = None
         if descriptor is not None:
             with contextlib.suppress(OSError):
                 if self._is_at(descriptor) and _flock(descriptor, fcntl.LOCK_EX) is not False:
@@ -334,13 +362,14 @@ class RunLock:
 
 
 def _is_first() -> bool:
+    """Return whether this process is rank 0."""
     import torch
 
     return torch.distributed.get_rank() == 0
 
 
 def _write(descriptor: int, holder: Holder) -> None:
-    """Put the holder into the file of a lock, in place of what is there."""
+    """Write the holder into the file of a lock, in place of what is there. Raises OSError where that fails."""
     content = (json.dumps(asdict(holder)) + "\n").encode()
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, content, 0)
@@ -348,7 +377,7 @@ def _write(descriptor: int, holder: Holder) -> None:
 
 
 def _flock(descriptor: int, how: int) -> bool | None:
-    """Whether the kernel gave it at once; None where the file system knows no such locks."""
+    """Return whether the kernel gave the lock at once; None where the file system knows no such locks."""
     try:
         fcntl.flock(descriptor, how | fcntl.LOCK_NB)
     except OSError as error:
@@ -361,12 +390,12 @@ def _flock(descriptor: int, how: int) -> bool | None:
 
 
 def _numbers(processes: list[Process]) -> str:
-    """Their numbers, as `kill` takes them."""
+    """Return the numbers of processes, as `kill` takes them."""
     return " ".join(str(process.pid) for process in processes)
 
 
 def _is_launched() -> bool:
-    """Whether the parent of this process is torchrun or DeepSpeed's launcher."""
+    """Return whether the parent of this process is torchrun or DeepSpeed's launcher."""
     return "TORCHELASTIC_RUN_ID" in os.environ or "CROSS_RANK" in os.environ
 
 

@@ -18,9 +18,9 @@ LOG_LIMIT = 1 << 30  # bytes of a train.jsonl; a line of it has some 200
 
 
 class AppendedFile:
-    """A file that grows by whole records, opened for appending. OSError: it cannot be opened.
+    """A file that grows by whole records, opened for appending. Raises OSError where it cannot be opened.
 
-    A record that finds no room is kept and written before the next one; of none is there ever a part in the file.
+    A record that finds no room is kept and written before the next one; the file never holds a part of a record.
     """
 
     def __init__(self, path: str | Path):
@@ -30,7 +30,7 @@ class AppendedFile:
         self._waiting = b""
 
     def append(self, record: bytes) -> None:
-        """Write what waits, and `record`. OSError: there is no room; both wait."""
+        """Write the records that wait, and this one. Raises OSError where there is no room; then all of them wait."""
         self._waiting += record
         written = os.write(self._descriptor, self._waiting)
         if written < len(self._waiting):
@@ -40,7 +40,7 @@ class AppendedFile:
         self._waiting = b""
 
     def close(self) -> None:
-        """Try once more to write what waits, then close. OSError: it is lost."""
+        """Try once more to write the records that wait, then close. Raises OSError where they are lost."""
         try:
             if self._waiting:
                 self.append(b"")
@@ -49,25 +49,26 @@ class AppendedFile:
 
 
 class RunLog(Observer):
-    """A line of JSON in `path` for each step that is logged or skipped, each validation, and each broken path.
+    """An observer that writes a line of JSON to `path` for each step that is logged or skipped, each validation, and
+    each broken path.
 
-    was_removed: the file has gone with the folder of the run, which was begun anew; the next line brings all back.
+    was_removed: whether the file has gone with the run's folder, which was begun anew; the next line brings all back.
     """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self.name = self.path.name
         self.records: list[dict[str, Any]] = []
-        """Every line, those of before a resumed run's start among them."""
+        """Every line as an object, those from before a resumed run's start among them."""
         self.broken: dict[str, str] = {}
-        """The reason by the path of what cannot be used."""
+        """The reason why samples cannot be used, by their path."""
         self.was_removed = False
         self._lines: AppendedFile | None = None
 
     def on_start(self, total_steps: int, start_step: int) -> None:
-        """Open the file; what it says beyond `start_step` is dropped.
+        """Open the file; its lines beyond `start_step` are dropped.
 
-        OSError, ValueError: what is there cannot be read, and is left as it is, or nothing can be written.
+        Raises OSError or ValueError where the file cannot be read, and is left as it is, or nothing can be written.
         """
         records = []
         if start_step and self.path.exists():
@@ -78,7 +79,7 @@ class RunLog(Observer):
         self._write_anew()
 
     def on_broken(self, broken: Sequence[tuple[str, ...]], step: int) -> None:
-        """A line for each path that has none yet, however many samples are of it."""
+        """Write a line for each path that has none yet, however many samples are of it."""
         new: dict[str, str] = {}
         for path, reason, *_ in broken:
             if path not in self.broken:
@@ -103,12 +104,13 @@ class RunLog(Observer):
     def on_end(self, error: BaseException | None) -> None:
         if self.was_removed:
             self._reopen()
-        lines, self._lines = self._lines, None
+        lines = self._lines
+        self._lines = None
         if lines is not None:
             lines.close()
 
     def _write(self, records: list[dict[str, Any]]) -> None:
-        """Add lines, all in one piece. OSError: there is no room; they wait for the next."""
+        """Add lines, all in one piece. Raises OSError where there is no room; they wait for the next ones."""
         if not records:
             return
         if self.was_removed:
@@ -118,6 +120,7 @@ class RunLog(Observer):
             self._lines.append("".join(json.dumps(record) + "\n" for record in records).encode())
 
     def _reopen(self) -> None:
+        """Write the file anew in the folder that was begun anew. Raises OSError where it cannot be written."""
         self.was_removed = False
         if self._lines is not None:
             with contextlib.suppress(OSError):
@@ -126,33 +129,34 @@ class RunLog(Observer):
         self._write_anew()
 
     def _write_anew(self) -> None:
-        """The file with all records, open for more. OSError: it cannot be written."""
+        """Write the file with all records, and open it for more. Raises OSError where it cannot be written."""
         replace_text(self.path, "".join(json.dumps(record) + "\n" for record in self.records))
         self._lines = AppendedFile(self.path)
 
 
 def figures_of(report: StepReport) -> dict[str, float]:
-    """The numbers of a step that is logged, in the order of its line; without those that it does not have."""
+    """Return the numbers of a step that is logged, by name in the order of its line, without those that it lacks."""
     measured = {} if report.figures is None else vars(report.figures)
     figures = {"loss": report.loss, "lr": report.lr, **measured}
     return {name: float(value) for name, value in figures.items() if value is not None}
 
 
 def _finite(figures: dict[str, float]) -> dict[str, float | None]:
-    """The figures with None for those that are not finite, since JSON has no NaN or infinity."""
+    """Return the figures with None for those that are not finite, since JSON has no NaN or infinity."""
     return {name: float(value) if math.isfinite(value) else None for name, value in figures.items()}
 
 
 def lowest(records: Sequence[dict]) -> tuple[int, float] | None:
-    """(step, loss) of the lowest validation loss among records; None without any."""
+    """Return the (step, loss) of the lowest validation loss in records, the first of equal ones; None without any."""
     losses = [(loss, step) for step, loss in points(records, "valid_loss")]
     return min(losses)[::-1] if losses else None
 
 
 def read_records(path: str | Path) -> list[dict]:
-    """The records of a train.jsonl; none if there is no such file. A line that a crash cut short is left out.
+    """Return the records of a train.jsonl; an empty list without such a file. A line that a crash cut short is left
+    out.
 
-    OSError, ValueError: it cannot be read.
+    Raises OSError or ValueError where the file cannot be read.
     """
     path = Path(path)
     records = []

@@ -9,12 +9,12 @@ from sat_lora.training.runs.run_logs import RunLog, lowest
 from sat_lora.training.runs.step_progress import Progress
 from sat_lora.training.steps.observers import Observer, StepReport, ValidationReport
 
-GONE = (OSError, ValueError)  # nobody reads any more, or a full disk
+GONE = (OSError, ValueError)  # what writing raises when nobody reads any more, or the disk is full
 
 
 class Screen(Observer):
-    """Shows how far a run is and what happens on the way. It knows from `log` what happened before a resumed run, so
-    it comes after that among the observers.
+    """An observer that shows how far a run is and what happens on the way. It reads from `log` what happened before a
+    resumed run, so it stands after the log among the observers.
     """
 
     name = "the screen"
@@ -23,11 +23,11 @@ class Screen(Observer):
         self._log = log
         self._progress: Progress | None = None
         self._best: tuple[int, float] | None = None
-        """(step, loss) of the lowest validation loss."""
+        """The (step, loss) of the lowest validation loss so far; None before the first."""
         self._named: set[str] = set()
-        """Broken paths that were said."""
+        """Paths of broken samples whose reason was said."""
         self._skipped: set[tuple[str, ...]] = set()
-        """Broken samples."""
+        """Broken samples that were met, as (path, sample)."""
 
     def say(self, text: str) -> None:
         """Print lines, above the progress bar if there is one, with what a terminal would obey escaped."""
@@ -65,7 +65,9 @@ class Screen(Observer):
                 self._progress.advance(report.step, shown)
 
     def on_validation(self, report: ValidationReport) -> None:
-        step, loss, before = report.step, report.loss, self._best
+        step = report.step
+        loss = report.loss
+        before = self._best
         if loss is None:
             self.say(f"step {step}: no validation loss, none of the validation samples has an answer")
             return
@@ -78,7 +80,7 @@ class Screen(Observer):
         self.say(f"step {step}: validation loss {loss:.4f}{metrics}, {best}")
 
     def on_end(self, error: BaseException | None) -> None:
-        """Say how many samples were skipped."""
+        """Take the bar off the screen, and say how many samples were skipped, if any were."""
         if self._progress is not None:
             with contextlib.suppress(*GONE):
                 self._progress.close()

@@ -22,9 +22,9 @@ OPTIMIZER = 12  # bytes of each element that trains: master, mean and variance, 
 
 
 def check_space(config: TrainConfig, *, freed: int = 0) -> None:
-    """ConfigError: the disk of the run folder, which is there, has no room for one adapter and one checkpoint.
+    """Raise ConfigError where the disk of the run folder has no room for one adapter and one checkpoint.
 
-    freed: bytes that come free before the first save.
+    The folder has to be there. freed: bytes that come free before the first save.
     """
     adapter, trained = saved_sizes(config)
     needed = adapter + OPTIMIZER * trained + BESIDE
@@ -42,29 +42,33 @@ def check_space(config: TrainConfig, *, freed: int = 0) -> None:
 
 
 def size_of(folder: str | Path) -> int:
-    """Bytes of all files in and below a folder."""
+    """Return the bytes of all files in and below a folder."""
     return sum(path.lstat().st_size for path in Path(folder).rglob("*") if path.is_file() and not path.is_symlink())
 
 
 def _mebibytes(count: int) -> str:
+    """Return a number of bytes as text in MiB."""
     return f"{count / MEBIBYTE:.1f} MiB"
 
 
 def saved_sizes(config: TrainConfig) -> tuple[int, int]:
-    """(bytes of an adapter's tensors in its file, elements that train), of the whole model, however it is cut."""
-    _, parts = model_parallel_layout()
-    lora, sizes = config.lora, read_config(config.model.base)
-    model = build_cogvlm(sizes, device="meta", model_parallel_size=parts, seed=max(1, config.schedule.seed))
+    """Return (bytes of an adapter's tensors in its file, elements that train) of the model, however it is cut."""
+    _, mp_size = model_parallel_layout()
+    lora = config.lora
+    sizes = read_config(config.model.base)
+    model = build_cogvlm(sizes, device="meta", model_parallel_size=mp_size, seed=max(1, config.schedule.seed))
     chosen = plan(find_all_sites(model), find_all_parameters(model), lora)
     stored = trained = whole = 0
     for target in chosen.targets.values():
         rows = sum(stop - start for start, stop in target.rows)
-        down, up = target.slots_count * target.rank * target.site.in_features, target.rank * rows
+        a_size = target.slots_count * target.rank * target.site.in_features
+        b_size = target.rank * rows
         magnitude = rows if lora.use_dora else 0
-        stored += (down + up) * (2 if lora.takes_from_base else 1) + magnitude
-        trained += (0 if lora.freeze_a else down) + up + magnitude
-    for one in chosen.trained.values():
-        whole += math.prod(sharding_of(one.module, one.leaf).full_shape(one.tensor.shape, parts))
+        stored += (a_size + b_size) * (2 if lora.takes_from_base else 1) + magnitude
+        trained += (0 if lora.freeze_a else a_size) + b_size + magnitude
+    for parameter in chosen.trained.values():
+        sharding = sharding_of(parameter.module, parameter.leaf)
+        whole += math.prod(sharding.full_shape(parameter.tensor.shape, mp_size))
     base = base_dtype(config.precision)
     dtype = getattr(torch, lora.adapter_dtype) if lora.adapter_dtype else base
     return stored * dtype.itemsize + whole * base.itemsize, trained + whole

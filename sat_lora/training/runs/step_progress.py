@@ -19,7 +19,7 @@ FORMATS = {
 
 
 def peak_memory_mib() -> float:
-    """The most memory this process has used, in MiB: on CUDA what torch allocated there, else resident memory."""
+    """Return the most memory in MiB that this process has used: on CUDA what torch allocated, else resident memory."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -30,15 +30,18 @@ NARROW = 100  # columns, below which a bar would leave no room for figures
 
 
 class Progress:
-    """Steps done of `total_steps`, on standard error; with figures, samples per second and time left.
+    """A display, on standard error, of the steps done of `total_steps`, with figures, samples per second and time left.
 
     A line on a terminal is never longer than the terminal is wide: of the figures, as many are shown as have room.
     """
 
     def __init__(self, total_steps: int, start_step: int = 0):
-        self.total, self.start, self.step = total_steps, start_step, start_step
+        self.total = total_steps
+        self.start = start_step
+        self.step = start_step
         self.shown: dict[str, float | None] = {}
-        self._began, self._last_line = time.monotonic(), float("-inf")
+        self._began = time.monotonic()
+        self._last_line = float("-inf")
         self._bar = None
         if is_terminal(sys.stderr):
             # On a terminal that does not tell its size (0 x 0), tqdm by itself draws nothing.
@@ -47,8 +50,13 @@ class Progress:
             self._fit(self._bar)
 
     def advance(self, step: int, shown: dict[str, float | None]) -> None:
-        """`step` steps are done. Figures stay until they are replaced; one that is None has no value at this step."""
-        done, self.step = step - self.step, step
+        """Show that `step` steps are done.
+
+        shown: figures by their names in FORMATS. They stay until they are replaced; one that is None has no value at
+        this step.
+        """
+        done = step - self.step
+        self.step = step
         self.shown.update(shown)
         if self._bar is not None:
             self._fit(self._bar)
@@ -76,22 +84,25 @@ class Progress:
         bar.postfix = ", ".join(figures)
 
     def _figures(self) -> list[str]:
+        """Return the figures as text, in the order of FORMATS."""
         shown = {name: self.shown[name] for name in FORMATS if name in self.shown}
         return [f"no {name}" if value is None else FORMATS[name].format(value) for name, value in shown.items()]
 
     def _time_left(self, now: float) -> str:
+        """Return the time that the remaining steps take, as text; "?" before the first step."""
         if self.step == self.start:
             return "?"
         per_step = (now - self._began) / (self.step - self.start)
         return tqdm.format_interval(max(0, self.total - self.step) * per_step)
 
     def say(self, text: str) -> None:
-        """A line of its own, above the bar if there is one."""
+        """Print a line of its own, above the bar if there is one."""
         if self._bar is not None:
             self._bar.write(text, file=sys.stderr)
         else:
             print(text, file=sys.stderr, flush=True)
 
     def close(self) -> None:
+        """Leave the bar, if there is one, as it is."""
         if self._bar is not None:
             self._bar.close()

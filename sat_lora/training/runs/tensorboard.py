@@ -16,10 +16,11 @@ _numbers = itertools.count()
 
 
 class EventFile:
-    """TensorBoard's file of one start of a run. OSError: it cannot be made.
+    """TensorBoard's file of one start of a run. Raises OSError where it cannot be made.
 
-    Written here and now: the writer of torch.utils.tensorboard has a thread of its own, which dies of a full disk.
-    purge_from: what earlier files say of this step and later ones is forgotten; None: nothing.
+    Values are written at once: the writer of torch.utils.tensorboard has a thread of its own, which dies of a full
+    disk. purge_from: the first step of which TensorBoard forgets the values in earlier files; None where it forgets
+    nothing.
     """
 
     def __init__(self, folder: str | Path, purge_from: int | None = None):
@@ -36,16 +37,18 @@ class EventFile:
             self._add(step=purge_from, session_log=SessionLog(status=SessionLog.START))
 
     def add_scalars(self, step: int, scalars: dict[str, float]) -> None:
-        """Add a value per tag. OSError: there is no room; it waits for the next call."""
+        """Add a value per tag. Raises OSError where there is no room; the values wait for the next call."""
         from tensorboard.compat.proto.summary_pb2 import Summary
 
         values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()]
         self._add(step=step, summary=Summary(value=values))
 
     def close(self) -> None:
+        """Write what waits, and close the file. Raises OSError where there is no room, and it is lost."""
         self._file.close()
 
     def _add(self, **content) -> None:
+        """Append an event with this content and the present time. Raises OSError where there is no room."""
         from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
 
         data = self._event(wall_time=time.time(), **content).SerializeToString()
@@ -55,9 +58,9 @@ class EventFile:
 
 
 class TensorBoard(Observer):
-    """The scalars under train/ and valid/ in `folder`.
+    """An observer that writes scalars under train/ and valid/ into files in `folder`.
 
-    was_removed: the folder has gone with that of the run, which was begun anew; what comes next goes into a new file.
+    was_removed: whether the folder has gone with the run's, which was begun anew; later values go into a new file.
     """
 
     name = "tensorboard"
@@ -68,7 +71,10 @@ class TensorBoard(Observer):
         self._events: EventFile | None = None
 
     def on_start(self, total_steps: int, start_step: int) -> None:
-        """Open a file. What others say of steps after the one that a run goes on from is not of this run."""
+        """Open a file, from which on TensorBoard forgets what earlier files hold of steps after `start_step`.
+
+        Raises OSError where the file cannot be made.
+        """
         if start_step == 0:
             remove_events(self.folder)
         self._events = EventFile(self.folder, start_step + 1 if start_step else None)
@@ -83,16 +89,19 @@ class TensorBoard(Observer):
 
     def on_end(self, error: BaseException | None) -> None:
         self._reopen_if_removed()
-        events, self._events = self._events, None
+        events = self._events
+        self._events = None
         if events is not None:
             events.close()
 
     def _add(self, step: int, group: str, figures: dict[str, float]) -> None:
+        """Add figures by their names under GROUP/. Raises OSError where there is no room."""
         self._reopen_if_removed()
         if self._events is not None:
             self._events.add_scalars(step, {f"{group}/{name}": float(value) for name, value in figures.items()})
 
     def _reopen_if_removed(self) -> None:
+        """Open a new file where the old one has gone with the run's folder. Raises OSError where it cannot be made."""
         if self.was_removed:
             self.was_removed = False
             if self._events is not None:
@@ -103,6 +112,6 @@ class TensorBoard(Observer):
 
 
 def remove_events(folder: Path) -> None:
-    """Remove the files of an earlier run; what is no folder stays, for a pipe would be waited for."""
+    """Remove the folder of an earlier run's files; what is no folder stays. Raises OSError where that fails."""
     if folder.is_dir():
         shutil.rmtree(folder)

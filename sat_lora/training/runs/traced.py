@@ -5,7 +5,7 @@ from sat_lora.watchdog.trace import Trace
 
 
 class Traced(Observer):
-    """Writes each phase down where a watchdog, and whoever looks at a run that was killed, finds it."""
+    """An observer that writes each phase down where a watchdog, and whoever looks at a killed run, finds it."""
 
     name = "the watchdog's trace"
 
@@ -17,5 +17,5 @@ class Traced(Observer):
 
 
 def traced(trace: Trace | None) -> tuple[Observer, ...]:
-    """The observer of a trace; none where nothing is traced."""
+    """Return the observer of a trace, as a tuple that is empty where nothing is traced."""
     return () if trace is None else (Traced(trace),)

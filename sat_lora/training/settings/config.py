@@ -1,7 +1,7 @@
 """`TrainConfig`: every setting of a run, as frozen values in sections.
 
 The fields are the one source of the command line, of a --config file, of run.json, of docs/options.md, and of what is
-refused. None stands for what is found out later, as the comment beside it says.
+refused. None stands for a value that is decided later, as the comment beside it says.
 """
 
 from collections.abc import Iterable, Mapping
@@ -50,7 +50,7 @@ GROUPS = {
 
 
 class Origin(Enum):
-    """Where a value comes from, in the order of who beats whom."""
+    """A source of values, in the order in which one beats the next."""
 
     OPTION = "given as an option"
     FILE = "from the --config file"
@@ -84,7 +84,7 @@ class Model:
 
     @property
     def base(self) -> str:
-        """The folder of the base. ConfigError: none is named."""
+        """The folder of the base. Raises ConfigError where none is named."""
         if self.from_pretrained is None:
             raise ConfigError("--from_pretrained: missing; give the base's folder")
         return self.from_pretrained
@@ -97,7 +97,7 @@ class Model:
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """Where the samples are, and which of them count."""
+    """The places of the samples, and which of them count."""
 
     train_data: Paths | None = setting(
         None,
@@ -136,7 +136,7 @@ class Data:
 
 @dataclass(frozen=True, kw_only=True)
 class Optimizer:
-    """What a step does with its gradients."""
+    """The settings of a step of AdamW."""
 
     lr: float = setting(1e-4, "peak learning rate; LoRA wants 1e-4 or more", "--lr", group=BASIC, type=rate)
     clip_grad: float = setting(
@@ -159,7 +159,7 @@ class Optimizer:
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """How many steps there are, of how many samples, and the rate at each."""
+    """The number of steps, their samples, and the learning rate at each."""
 
     train_iters: int | None = setting(  # then --epochs; if that is None too, one epoch
         None, "optimizer steps (default: one epoch)", "--train-iters", group=BASIC, type=positive_int, metavar="N"
@@ -183,7 +183,7 @@ class Schedule:
     seed: int = setting(1234, "of the adapters, the data order and dropout", "--seed", type=count, metavar="N")
 
     def factor(self, step: int, steps: int) -> float:
-        """Return what the peak rate is multiplied with at `step` of `steps`; the first is 0."""
+        """Return the factor in (0, 1] of the peak rate at `step` of `steps`, counted from 0."""
         return learning_rate_factor(
             step,
             total_steps=steps,
@@ -202,7 +202,7 @@ class Schedule:
 
 @dataclass(frozen=True, kw_only=True)
 class Parallel:
-    """How the ranks share model, gradients and optimizer."""
+    """The way in which ranks share model, gradients and optimizer."""
 
     zero_stage: int = setting(
         2, "DeepSpeed ZeRO stage; 3 shards the base too", "--zero-stage", type=int, choices=lambda: range(4)
@@ -224,7 +224,7 @@ class Parallel:
 
 @dataclass(frozen=True, kw_only=True)
 class Precision:
-    """With neither, bfloat16 on CUDA and float32 on a CPU."""
+    """The dtype of the base. With neither flag it is bfloat16 on CUDA and float32 on a CPU."""
 
     bf16: bool = flag(False, "bfloat16 (default on CUDA)", "--bf16", left_to_device=True)
     fp16: bool = flag(False, "float16 with loss scaling, for GPUs without bfloat16", "--fp16", left_to_device=True)
@@ -232,7 +232,7 @@ class Precision:
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpointing:
-    """Which layers are computed again in backward, instead of being kept."""
+    """The choice of layers that are computed again in backward, instead of being kept."""
 
     checkpoint_activations: bool = flag(False, "recompute the language layers in backward", "--checkpoint-activations")
     vit_checkpoint_activations: bool = flag(
@@ -242,7 +242,7 @@ class Checkpointing:
 
 @dataclass(frozen=True, kw_only=True)
 class Saving:
-    """Where a run leaves what, and how often it saves, validates and logs."""
+    """The place of a run's results, and how often it saves, validates and logs."""
 
     experiment_name: str = setting(
         "finetune", "name of the run; its folder is SAVE/NAME", "--experiment-name", group=BASIC, metavar="NAME"
@@ -273,7 +273,7 @@ class Saving:
 
 @dataclass(frozen=True, kw_only=True)
 class Checks:
-    """What watches over a run."""
+    """The checks that watch over a run."""
 
     watchdog_limit: float = setting(
         120.0,
@@ -287,7 +287,7 @@ class Checks:
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """What belongs to one start of a run: no file says it, and a run that goes on has forgotten it."""
+    """The settings of one start of a run: no file says them, and a run that goes on has forgotten them."""
 
     resume: str | None = setting(
         None,
@@ -377,29 +377,30 @@ class TrainConfig:
     start: Start = field(default_factory=Start)
     compatibility: Compatibility = field(default_factory=Compatibility)
     origins: Mapping[str, Origin] = field(default_factory=lambda: MappingProxyType({}), compare=False, repr=False)
-    """Where each value comes from, by its name; what is not there is the default."""
+    """The origin of each value by its name; a value without one is the default."""
     problems: tuple[str, ...] = ()
-    """What is wrong with values that no LoraConfig can have, in place of which `lora` has the defaults: `check_options`
-    says it together with all else that is wrong."""
+    """Sentences on values that no LoraConfig can have, in place of which `lora` has the defaults: `check_options` says
+    them together with all else that is wrong.
+    """
 
     @classmethod
     def of(cls, values: Mapping[str, Any], origins: Mapping[str, Origin] | None = None) -> "TrainConfig":
         """Return the config with these values by their names, of the types that JSON has; the rest are defaults.
 
-        ConfigError: a LoraConfig cannot be made of them. The LoRA section's seed is the run's.
+        The LoRA section's seed is the run's. Raises ConfigError where no LoraConfig can be made of the values.
         """
         return cls(origins=MappingProxyType(dict(origins or {}))).replaced(**values)
 
     @classmethod
     def of_flat(cls, values: Mapping[str, Any], given: Iterable[str] = ()) -> "TrainConfig":
-        """Return the config that `flat` gave; given: the names of what was set by hand."""
+        """Return the config of the values that `flat` gave. given: the names of those that were set by hand."""
         known = {name: value for name, value in values.items() if name in KNOWN}
         return cls.of(known, dict.fromkeys(given, Origin.OPTION))
 
     def replaced(self, origin: Origin | None = None, **values: Any) -> "TrainConfig":
-        """This config with other values, by their names; lists are taken for tuples.
+        """Return this config with other values, by their names; lists are taken for tuples.
 
-        origin: where they come from, to be noted; None leaves what is noted. ConfigError: as of `of`.
+        origin: where the values come from, to be noted; None leaves what is noted. Raises ConfigError as `of` does.
         """
         sections: dict[str, dict[str, Any]] = {}
         for name, value in values.items():
@@ -412,7 +413,7 @@ class TrainConfig:
         return replace(self, **changed)
 
     def flat(self) -> dict[str, Any]:
-        """Return every value by its name, as JSON has them: lists for tuples."""
+        """Return every value by its name, as JSON has it: lists for tuples."""
         return {name: plain(getattr(getattr(self, known.section), name)) for name, known in KNOWN.items()}
 
     def value(self, name: str) -> Any:
@@ -420,17 +421,17 @@ class TrainConfig:
         return plain(getattr(getattr(self, KNOWN[name].section), name))
 
     def origin(self, name: str) -> Origin:
-        """Where the value of that name comes from."""
+        """Return where the value of that name comes from."""
         return self.origins.get(name, Origin.DEFAULT)
 
     @property
     def given(self) -> frozenset[str]:
-        """The names of what was set by hand: as an option, in a file, or so in the run to go on with."""
+        """The names of the values that were set by hand: as an option, in a file, or so in the run to go on with."""
         return frozenset(name for name, origin in self.origins.items() if origin in BY_HAND)
 
     @property
     def run_folder(self) -> str:
-        """Where the run leaves everything: SAVE/NAME, or the folder of the run to go on with."""
+        """The folder that holds all of the run: SAVE/NAME, or that of the run to go on with."""
         return self.start.resume or str(Path(self.saving.save or "runs") / self.saving.experiment_name)
 
 
@@ -453,14 +454,14 @@ def _known() -> dict[str, Known]:
         Start: "checking",
         Compatibility: "accepted for compatibility",
     }
-    known: list[Known] = []
+    settings: list[Known] = []
     for section in fields(TrainConfig):
         factory: Any = section.default_factory
         if factory is LoraConfig:
-            known += lora_fields("LoRA")
+            settings += lora_fields("LoRA")
         elif factory in headings:
-            known += fields_of(section.name, headings[factory], factory)
-    return {one.name: one for one in known}
+            settings += fields_of(section.name, headings[factory], factory)
+    return {known.name: known for known in settings}
 
 
 KNOWN: Mapping[str, Known] = MappingProxyType(_known())
@@ -469,5 +470,5 @@ SECTIONS = tuple(dict.fromkeys(known.section for known in KNOWN.values()))
 DEFAULTS: Mapping[str, Any] = MappingProxyType({name: known.default for name, known in KNOWN.items()})
 """The settings for a real CogVLM, as JSON has them."""
 NOT_RESUMED = frozenset(name for name, known in KNOWN.items() if not known.resumed)
-"""They belong to one start of a run."""
+"""The names of the settings that belong to one start of a run."""
 __all__ = ["DEFAULTS", "KNOWN", "LORA_FIELDS", "NOT_RESUMED", "Origin", "TrainConfig"]

@@ -19,7 +19,7 @@ from sat_lora.training.settings.lora_options import lora_problems
 LIMIT = 1 << 18  # bytes of a file; all settings with their comments are 12,000
 OF_A_START = "start"
 UNPRINTED = (OF_A_START, "compatibility")
-"""Sections that --print-config leaves out: of one start, and without effect."""
+"""Sections that --print-config leaves out: settings of one start, and those without effect."""
 ALIASES = {option.lstrip("-").replace("-", "_"): known.name for known in KNOWN.values() for option in known.options}
 """The name of a setting by every spelling of its option."""
 MOST = 12  # problems that are listed
@@ -28,7 +28,7 @@ MOST = 12  # problems that are listed
 def read_config_file(path: str | Path) -> dict[str, Any]:
     """Return the settings of a --config file by their names, of the types that JSON has; null is left out.
 
-    ConfigError, with all that is wrong: it is no such file, or has keys or values that no setting has.
+    Raises ConfigError, with all that is wrong, where it is no such file, or has keys or values that no setting has.
     """
     where = f"--config: {printable(path)}"
     content = _content(Path(path), where)
@@ -52,7 +52,9 @@ def read_config_file(path: str | Path) -> dict[str, Any]:
 
 
 def _content(path: Path, where: str) -> Any:
-    """Return what the file says; ConfigError: it cannot be read as what its name says it is."""
+    """Return the content of a file. Raises ConfigError where it cannot be read as JSON or YAML, as its name
+    says it is.
+    """
     try:
         content = read_bytes(path, LIMIT)
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -77,7 +79,7 @@ def _content(path: Path, where: str) -> Any:
 
 
 def _parse_yaml(text: str) -> Any:
-    """`parse_yaml` of the text; ValueError if there is no PyYAML, which nothing else needs this early."""
+    """Return `parse_yaml` of the text. Raises ValueError without PyYAML, which nothing else needs this early."""
     try:
         from sat_lora.files.yaml_text import parse_yaml
     except ModuleNotFoundError as error:
@@ -86,6 +88,7 @@ def _parse_yaml(text: str) -> Any:
 
 
 def _kind(content: Any) -> str:
+    """Return what messages call content that is no mapping."""
     if content is None:
         return "nothing"
     return {list: "a list", str: "a text", bool: "a boolean"}.get(type(content), "a number")
@@ -101,7 +104,7 @@ def _what_it_is(content: Any) -> str:
 
 
 def _foreign(content: dict) -> str | None:
-    """That a file is of another kind, and where such a one goes; None: it may be one of settings."""
+    """Return that a file is of another kind, and where it goes; None where it may be a file of settings."""
     if isinstance(content.get("settings"), dict) and "versions" in content:
         return "is the run.json of a run; give its folder to --resume"
     own = {key for key in content if isinstance(key, str)} - KNOWN.keys() - set(SECTIONS)
@@ -133,7 +136,7 @@ def _values(content: dict, problems: list[str]) -> dict[str, Any]:
 
 
 def _entries(content: dict, problems: list[str]) -> Iterator[tuple[str, str, Any]]:
-    """Yield (the section with a dot, or nothing; key; value) of every setting."""
+    """Yield (the section with a dot, or nothing; key; value) of every setting; what is wrong is added to `problems`."""
     for key, value in content.items():
         if key not in SECTIONS:
             yield "", key, value
@@ -145,11 +148,12 @@ def _entries(content: dict, problems: list[str]) -> Iterator[tuple[str, str, Any
 
 
 def _bare(key: str) -> str:
+    """Return a key as settings are spelled: without dashes before it, and with _ for each other."""
     return key.strip().lstrip("-").replace("-", "_")
 
 
 def _problem_with_key(place: str, key: str, name: str) -> str | None:
-    """Return why a key is no setting where it stands, and what was most likely meant."""
+    """Return why a key is no setting where it stands, and what was most likely meant; None where it is one."""
     known = KNOWN.get(name)
     if known is None:
         return f"there is no setting {place}{printable(key)}{_meant(place, key)}"
@@ -161,7 +165,7 @@ def _problem_with_key(place: str, key: str, name: str) -> str | None:
 
 
 def _meant(place: str, key: str) -> str:
-    """Return what was most likely meant by the name of a setting that there is not, as the end of a sentence."""
+    """Return what was most likely meant by the name of a setting that does not exist, as the end of a sentence."""
     spellings = {option.replace("-", "_"): option for known in KNOWN.values() for option in known.options}
     elsewhere = meant_options(key, spellings)
     advice = advice_on(key)
@@ -182,7 +186,7 @@ def _meant(place: str, key: str) -> str:
 
 
 def _hint(known: Known, value: Any) -> str:
-    """Return what is most likely wrong with a value, as the end of a sentence."""
+    """Return what is most likely wrong with a value, as the end of a sentence; empty where nothing is known."""
     is_text = known.choices is None and "type" not in known.option and not known.is_flag and not known.accepts
     if is_text and isinstance(value, (bool, int, float)):
         return "; put it in quotes"
@@ -191,7 +195,10 @@ def _hint(known: Known, value: Any) -> str:
 
 
 def as_yaml(config: TrainConfig, *, file: str | None = None) -> str:
-    """Return the config as a --config file that gives it again; above each setting stand its help and its origin."""
+    """Return the config as the text of a --config file, with its help and its origin above each setting.
+
+    The same config comes from reading it. file: the --config file that the config is of, to be named as an origin.
+    """
     lines = ["# Settings of a run: give this file to --config. An option given beats what stands here."]
     sources = {Origin.FILE: f"from {printable(file)}"} if file is not None else {}
     for section in (section for section in SECTIONS if section not in UNPRINTED):
@@ -227,7 +234,7 @@ def _scalar(value: Any) -> str:
 
 
 def _quoted(text: str) -> str:
-    """Return a text in double quotes, what no terminal shows written as its number."""
+    """Return a text in double quotes, with characters that no terminal shows written as their numbers."""
     escaped = (
         c if c.isprintable() and c not in '"\\' else f"\\{c}" if c in '"\\' else f"\\U{ord(c):08x}" for c in text
     )

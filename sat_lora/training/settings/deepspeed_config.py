@@ -30,7 +30,7 @@ NEVER = 2**31  # steps_per_print: the run folder and the progress bar report ins
 
 @dataclass(frozen=True, kw_only=True)
 class Settled:
-    """A config in which nothing is open any more, and what goes with it."""
+    """A config in which nothing is open any more, DeepSpeed's own config, and the warnings on the way to them."""
 
     config: TrainConfig
     engine: dict
@@ -44,8 +44,9 @@ def settle(config: TrainConfig, *, device: str, environ: Mapping[str, str] = os.
     Decided here: bf16 and fp16, eval_batch_size and distributed_backend where they were left open, and the factor that
     a file leaves out beside the product `train_batch_size`. `decisions` tells what came from where. The optimizer and
     the schedule are this package's own, so those two sections of the file are read and left out.
-    device: `cuda` or `cpu` (an index behind it is ignored). environ: WORLD_SIZE of it. ConfigError: the file is missing
-    or wrong, or a rate leaves float32. To settle a config twice changes nothing.
+    device: `cuda` or `cpu` (an index behind it is ignored). environ: the variables of the process, of which WORLD_SIZE
+    is read. Raises ConfigError where the file is missing or wrong, or a rate leaves float32. To settle a config twice
+    changes nothing.
     """
     content, warnings = _checked_file(config.parallel.deepspeed_config)
     taken = {name: value for name, value in values_of_file(content).items() if name not in config.given}
@@ -62,7 +63,7 @@ def settle(config: TrainConfig, *, device: str, environ: Mapping[str, str] = os.
 
 
 def _engine(config: TrainConfig, content: dict) -> dict:
-    """Return the config for `deepspeed.initialize`: what the file says beyond what is in `config`, and that."""
+    """Return the config for `deepspeed.initialize`: the values of `config`, and what the file says beyond them."""
     removed = {"optimizer", "scheduler", "checkpoint", "train_batch_size", "bfloat16", *OFFLOADS, *UNSUPPORTED}
     kept = {name: value for name, value in content.items() if name not in removed}
     bf16 = content.get("bf16", content.get("bfloat16", {}))
@@ -86,14 +87,16 @@ def _engine(config: TrainConfig, content: dict) -> dict:
 
 
 def decisions(config: TrainConfig, device: str) -> list[str]:
-    """Return what the --deepspeed_config file decided, what it left open and what options took from it, in a few lines.
+    """Return a few lines on what the --deepspeed_config file decided, what it left open and where options beat it.
 
-    config: as `settle` gave it. Nothing without a file. ConfigError: the file cannot be read any more.
+    config: as `settle` gave it. There are no lines without a file. Raises ConfigError where the file cannot be read any
+    more.
     """
     if config.parallel.deepspeed_config is None:
         return []
     file = open_deepspeed_file(config.parallel.deepspeed_config)
-    taken, beaten = [], []
+    taken = []
+    beaten = []
     for entry in ENTRIES:
         value = entry.value_in(file.content)
         if value is None:
@@ -120,6 +123,7 @@ def decisions(config: TrainConfig, device: str) -> list[str]:
 
 
 def _precision_decision(config: TrainConfig, file: DeepSpeedFile, device: str) -> str:
+    """Return the line on the precision, and on what has decided it."""
     name = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[base_dtype(config.precision)]
     given = sorted(config.given & {"bf16", "fp16"})
     said = [key for key in ("bf16", "bfloat16", "fp16") if "enabled" in file.content.get(key, {})]
@@ -135,15 +139,19 @@ def _precision_decision(config: TrainConfig, file: DeepSpeedFile, device: str) -
 
 
 def _some(names: list[str]) -> str:
+    """Return the first eight names as text, and how many there are beside them."""
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
 def _text(value) -> str:
+    """Return a number, or the numbers of a list, as short text."""
     return " ".join(map(_text, value)) if isinstance(value, list) else f"{value:g}"
 
 
 def _checked_file(path: str | None) -> tuple[dict, list[str]]:
-    """Return (the plain content of the DeepSpeed file, warnings); ConfigError: something is wrong with it."""
+    """Return (the plain content of the DeepSpeed file, warnings). Raises ConfigError where something is
+    wrong with it.
+    """
     if path is None:
         return {}, []
     content = read_deepspeed_file(path)
@@ -156,14 +164,16 @@ def _checked_file(path: str | None) -> tuple[dict, list[str]]:
 def _with_divided_batch(
     config: TrainConfig, content: dict, environ: Mapping[str, str]
 ) -> tuple[TrainConfig, list[str]]:
-    """Return (the config, warnings) with the factor that a file leaves out beside the product `train_batch_size`.
+    """Return (the config, warnings) with the factor that a file leaves out beside the product `train_batch_size`: the
+    batch size, or, as DeepSpeed has it, the accumulation where both are the file's.
 
-    That is the batch size, or, as DeepSpeed has it, the accumulation where both are the file's.
+    Raises ConfigError where the product does not divide.
     """
     if "train_batch_size" not in content:
         return config, []
     ranks = max(1, int(environ.get("WORLD_SIZE", 1)) // config.parallel.model_parallel_size)
-    steps, whole = config.schedule.gradient_accumulation_steps, int(content["train_batch_size"])
+    steps = config.schedule.gradient_accumulation_steps
+    whole = int(content["train_batch_size"])
     if "train_micro_batch_size_per_gpu" not in content and "batch_size" not in config.given:
         batch_size, rest = divmod(whole, steps * ranks)
         if rest or not batch_size:
@@ -186,12 +196,13 @@ def _with_divided_batch(
 
 
 def is_accumulation_left(config: TrainConfig, content: Mapping, ranks: int) -> bool:
-    """Return whether a DeepSpeed file leaves open how many micro-batches a step has, and what it says decides it.
+    """Return whether the number of micro-batches in a step follows from a DeepSpeed file that does not name it.
 
-    It then says how many samples a step has and how many a micro-batch, and the first is a multiple of the second on
-    that many data-parallel ranks; an option says none of it.
+    The file then names the samples of a step and those of a micro-batch, the first is a multiple of the second on
+    `ranks` data-parallel ranks, and no option names the number either.
     """
-    whole, micro = content.get("train_batch_size"), content.get("train_micro_batch_size_per_gpu")
+    whole = content.get("train_batch_size")
+    micro = content.get("train_micro_batch_size_per_gpu")
     is_said = "gradient_accumulation_steps" in content or {"batch_size", "gradient_accumulation_steps"} & config.given
     if is_said or not is_whole(whole, 1) or not is_whole(micro, 1):
         return False
@@ -199,7 +210,7 @@ def is_accumulation_left(config: TrainConfig, content: Mapping, ranks: int) -> b
 
 
 def _refuse_data_type(config: TrainConfig, content: dict) -> None:
-    """ConfigError for gradients summed in a dtype for which DeepSpeed has no optimizer that is used here."""
+    """Raise ConfigError for gradients summed in a dtype for which DeepSpeed has no optimizer that is used here."""
     wanted = content.get("data_types", {}).get("grad_accum_dtype")
     own = "bf16" if config.precision.bf16 else "fp16" if config.precision.fp16 else "fp32"
     stage = config.parallel.zero_stage
@@ -212,7 +223,7 @@ def _refuse_data_type(config: TrainConfig, content: dict) -> None:
 
 
 def _refuse_rates(config: TrainConfig) -> None:
-    """ConfigError where the largest factor of an optimizer's step is more than float32 bears."""
+    """Raise ConfigError where the largest factor of an optimizer's step is more than float32 bears."""
     optimizer = config.optimizer
     factors = {"--lr": optimizer.lr, "--lr_ratio": config.lora.lr_ratio, "--weight-decay": optimizer.weight_decay}
     if math.prod(max(1.0, value) for value in factors.values()) > LARGEST_RATE:
@@ -223,7 +234,7 @@ def _refuse_rates(config: TrainConfig) -> None:
 def precision_of(config: TrainConfig, content: dict, device: str) -> tuple[bool, bool]:
     """Return (bf16, fp16): the flag given; else what the file says of each; else bf16 on CUDA and fp32 on CPU.
 
-    content: of a file, made plain. A section without `enabled`, or with "auto", says nothing, and fp16 that is
+    content: a file's, made plain. A section without `enabled`, or with "auto", says nothing, and fp16 that is
     disabled says nothing of bf16.
     """
     if config.given & {"bf16", "fp16"}:
@@ -241,7 +252,8 @@ def base_dtype(precision: Precision) -> torch.dtype:
 
 def _with_backend(config: TrainConfig, device: str) -> tuple[TrainConfig, list[str]]:
     """Return (the config, warnings) with the backend of the process group."""
-    on_gpu, backend = device.startswith("cuda"), config.parallel.distributed_backend
+    on_gpu = device.startswith("cuda")
+    backend = config.parallel.distributed_backend
     warnings = []
     if backend == "nccl" and not on_gpu:
         warnings.append("--distributed-backend: nccl needs GPUs and there is none; gloo is used")

@@ -57,9 +57,10 @@ SWITCHES = frozenset(
     memory_breakdown prescale_gradients wall_clock_breakdown zero_allow_untested_optimizer zero_force_ds_cpu_optimizer
     """.split()
 )
-LARGEST_POWER = 126  # of two, in float32: a loss is multiplied by it
+LARGEST_POWER = 126  # the largest power of two by which float32 bears to multiply a loss
 DATA_TYPES = ("fp32", "fp16", "bf16")
-_YES, _NO = ("1", "yes", "on", "y", "t"), ("0", "no", "off", "n", "f")
+_YES = ("1", "yes", "on", "y", "t")
+_NO = ("0", "no", "off", "n", "f")
 
 
 @dataclass(frozen=True)
@@ -67,14 +68,19 @@ class Entry:
     """An entry of the file that decides an option."""
 
     option: str
+    """The name of the setting."""
     path: tuple[str, ...]
+    """The keys that lead to the entry."""
     label: str
+    """What a line about the decision calls it."""
     wanted: str
+    """What fits, for messages."""
     accepts: Callable[[object], bool]
     kind: Callable = float
+    """Makes the setting's value of the entry's."""
 
     def value_in(self, content: dict):
-        """What a file whose sections are objects says; None where it says nothing."""
+        """Return the entry's value in a file whose sections are objects; None where it has none."""
         value: Any = content
         for key in self.path:
             value = value.get(key)
@@ -83,7 +89,7 @@ class Entry:
         return value
 
     def problem(self, content: dict) -> str | None:
-        """What is wrong with the value in a file whose sections are objects."""
+        """Return what is wrong with the entry's value in a file whose sections are objects; None where nothing is."""
         value = self.value_in(content)
         if value is None or _is_no_number(value) or self.accepts(value):
             return None
@@ -95,19 +101,19 @@ class Entry:
 def is_number(
     value: object, low: float = -math.inf, high: float = math.inf, *, above: float = -math.inf
 ) -> TypeGuard[float]:
-    """Whether it is a finite number, no boolean, from `low` to `high` and above `above`."""
+    """Return whether a value is a finite number, no boolean, from `low` to `high` and above `above`."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
         return False
     return low <= value <= high and value > above
 
 
 def _is_no_number(value) -> bool:
-    """Whether it is NaN or an infinity, of which `_numbers_that_are_none` speaks."""
+    """Return whether a value is NaN or an infinity, of which `_numbers_that_are_none` speaks."""
     return isinstance(value, float) and not math.isfinite(value)
 
 
 def is_whole(value: object, low: int) -> TypeGuard[float]:
-    """Whether it is a whole number from `low` on; 4.0 is one."""
+    """Return whether a value is a whole number from `low` on; 4.0 is one."""
     return is_number(value, low, 2**63 - 1) and value == int(value)
 
 
@@ -178,7 +184,7 @@ SCALARS: dict[str, tuple[str, Callable[[object], bool]]] = {
     ),
     **{name: ("true or false", lambda v: isinstance(v, bool)) for name in SWITCHES if name != "enabled"},
 }
-# Of the optimizer, beside those in ENTRIES, with the values that change nothing.
+# Entries of the optimizer beside those in ENTRIES, with the values that change nothing.
 HARMLESS_OF_OPTIMIZER = {
     "adam_w_mode": (True,),
     "amsgrad": (False,),
@@ -193,21 +199,23 @@ HARMLESS_OF_OPTIMIZER = {
 
 @dataclass(frozen=True)
 class DeepSpeedFile:
-    """What a DeepSpeed json says, and what it leaves to the trainer."""
+    """The content of a DeepSpeed json, and the names of what it leaves to the trainer."""
 
     content: dict
-    """Without entries of "auto" and null; what stands for true or false in an `enabled` is a boolean."""
+    """The content without entries of "auto" and null; what stands for true or false in an `enabled` is a boolean."""
     auto: tuple[str, ...]
     """The dotted names of the entries that say "auto"."""
 
 
 def read_deepspeed_file(path: str | Path) -> dict:
-    """The content of a DeepSpeed json, made plain. ConfigError: missing, not JSON, not an object."""
+    """Return the content of a DeepSpeed json, made plain. Raises ConfigError as `open_deepspeed_file` does."""
     return open_deepspeed_file(path).content
 
 
 def open_deepspeed_file(path: str | Path) -> DeepSpeedFile:
-    """What the json says. ConfigError: missing, not JSON (with line and column), not an object."""
+    """Return what the json says, made plain. Raises ConfigError where it is missing, is not JSON (with line and
+    column), or is not an object.
+    """
     path = Path(path)
     where = f"--deepspeed_config: {printable(path)}"
     try:
@@ -227,7 +235,9 @@ def open_deepspeed_file(path: str | Path) -> DeepSpeedFile:
 
 
 def values_of_file(content: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a run that plain content of a DeepSpeed file decides, by name; what is wrong decides nothing."""
+    """Return the settings of a run that plain content of a DeepSpeed file decides, by name; a wrong value decides
+    nothing.
+    """
     values = {}
     for entry in ENTRIES:
         if _is_reached(entry.path, dict(content)):
@@ -238,7 +248,9 @@ def values_of_file(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _without_repeats(pairs: list[tuple[str, object]]) -> dict:
-    """The object of these pairs; ValueError for a key that comes twice, of which JSON would keep the last."""
+    """Return the object of these pairs. Raises ValueError for a key that comes twice, of which JSON would keep the
+    last.
+    """
     content = dict(pairs)
     if len(content) < len(pairs):
         keys = [key for key, _ in pairs]
@@ -248,7 +260,7 @@ def _without_repeats(pairs: list[tuple[str, object]]) -> dict:
 
 
 def _why_no_json(path: Path, text: bytes, error: Exception) -> str:
-    """The error, and what the file probably is."""
+    """Return why a file cannot be read as JSON, and what it probably is or what to mend."""
     if text.startswith((b"\xff\xfe", b"\xfe\xff")):
         return "it is UTF-16; save it as UTF-8"
     if not text.strip():
@@ -260,7 +272,8 @@ def _why_no_json(path: Path, text: bytes, error: Exception) -> str:
             f"of an accelerate config give the json that its deepspeed_config_file names ({error})"
         )
     if isinstance(error, json.JSONDecodeError):
-        before, after = error.doc[: error.pos].rstrip(), error.doc[error.pos :].lstrip()
+        before = error.doc[: error.pos].rstrip()
+        after = error.doc[error.pos :].lstrip()
         if after.startswith(("//", "/*", "#")):
             return f"{error}; JSON has no comments, remove it"
         if before.endswith(",") and after[:1] in ("}", "]"):
@@ -271,7 +284,7 @@ def _why_no_json(path: Path, text: bytes, error: Exception) -> str:
 
 
 def _plain(content: dict, place: str, auto: list[str]) -> dict:
-    """The section without what is left to the trainer, whose dotted names are added to `auto`."""
+    """Return the section without entries that are left to the trainer, whose dotted names are added to `auto`."""
     plain = {}
     for key, value in content.items():
         name = f"{place}{key}"
@@ -291,13 +304,15 @@ def _is_auto(value) -> bool:
 
 
 def _is_never(value) -> bool:
-    """Whether it is the infinity of steps that accelerate writes: nothing is printed then, as is the case here."""
+    """Return whether a value is the infinity of steps that accelerate writes: nothing is printed then, as is the case
+    here.
+    """
     text = value.strip().lower() if isinstance(value, str) else value
     return text in ("inf", "infinity", math.inf)
 
 
 def _switch(key: str, value):
-    """A value that stands for true or false as the boolean that it is; no text of DeepSpeed's is "true"."""
+    """Return the boolean that a value stands for, and another value as it is; no text of DeepSpeed's is "true"."""
     text = value.strip().lower() if isinstance(value, str) else None
     if text in ("true", "false"):
         return text == "true"
@@ -307,7 +322,7 @@ def _switch(key: str, value):
 
 
 def file_problems(content: dict, path: str | Path) -> tuple[list[str], list[str]]:
-    """(errors, warnings) about the plain content of a DeepSpeed file, each a sentence that names the entry."""
+    """Return (errors, warnings) about the plain content of a DeepSpeed file, each a sentence that names the entry."""
     where = f"--deepspeed_config: {printable(path)}"
     warnings = [
         f'{where}: "{key}" at the top level does nothing; DeepSpeed reads it inside "zero_optimization"'
@@ -326,7 +341,7 @@ def file_problems(content: dict, path: str | Path) -> tuple[list[str], list[str]
 
 
 def is_of_key(problem: str, key: str) -> bool:
-    """Whether one of `file_problems` says no more than that DeepSpeed does not know a key where it stands."""
+    """Return whether one of `file_problems` says no more than that DeepSpeed does not know a key where it stands."""
     return (
         f': "{printable(key)}" is no entry of ' in problem
         or f'"params" has "{printable(key)}", which ' in problem
@@ -335,6 +350,7 @@ def is_of_key(problem: str, key: str) -> bool:
 
 
 def _problems_at_the_top(content: dict) -> Iterator[str]:
+    """Yield what is wrong with entries of the top level, each as a sentence that names it."""
     for key in sorted(content.keys() - set(OFFLOADS)):
         value = content[key]
         if key in UNSUPPORTED:
@@ -353,14 +369,14 @@ def _problems_at_the_top(content: dict) -> Iterator[str]:
 
 
 def _is_on(value) -> bool:
-    """Whether an entry asks for something: no empty or disabled section, no `false`, no size of 0 or 1."""
+    """Return whether an entry asks for something: no empty or disabled section, no `false`, no size of 0 or 1."""
     if isinstance(value, dict):
         return value.get("enabled", bool(value)) is not False
     return value is True or value not in (0, 1, "", [])
 
 
 def _advice(key: str) -> str:
-    """What to do about a key that DeepSpeed does not know at the top level."""
+    """Return what to do about a key that DeepSpeed does not know at the top level."""
     homes = [place for place, keys in section_keys().items() if key in keys]
     if homes:
         return f'DeepSpeed reads it inside "{homes[0]}"; move it there'
@@ -369,7 +385,9 @@ def _advice(key: str) -> str:
 
 
 def _numbers_that_are_none(content, place: str = "") -> Iterator[str]:
-    """NaN and the infinities, which Python's JSON takes, wherever they stand."""
+    """Yield a sentence for each NaN and infinity, which Python's JSON takes, wherever it stands. place: the dotted name
+    of the content.
+    """
     items = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
     for key, value in items:
         name = f"{place}.{key}" if place else str(key)
@@ -379,7 +397,7 @@ def _numbers_that_are_none(content, place: str = "") -> Iterator[str]:
 
 
 def _without_numbers_that_are_none(content):
-    """The content without them, of which enough has been said."""
+    """Return the content without NaN and infinities, of which enough has been said."""
     if isinstance(content, dict):
         return {
             key: _without_numbers_that_are_none(value)
@@ -390,6 +408,7 @@ def _without_numbers_that_are_none(content):
 
 
 def _problems_in_sections(content: dict) -> list[str]:
+    """Return what is wrong inside the sections of a file, each as a sentence that names the entry."""
     problems = [*_optimizer_problems(content.get("optimizer", {})), *_schedule_problems(content.get("scheduler", {}))]
     inner = [entry for entry in ENTRIES if len(entry.path) > 1 and _is_reached(entry.path, content)]
     said = {entry.path: problem for entry in inner if (problem := entry.problem(content))}
@@ -419,7 +438,7 @@ def _problems_in_sections(content: dict) -> list[str]:
 
 
 def _is_reached(path: tuple[str, ...], content: dict) -> bool:
-    """Whether all that an entry lies in are objects, or are not there."""
+    """Return whether all sections that an entry lies in are objects, or are not there."""
     for key in path[:-1]:
         content = content.get(key, {})
         if not isinstance(content, dict):
@@ -428,7 +447,9 @@ def _is_reached(path: tuple[str, ...], content: dict) -> bool:
 
 
 def _optimizer_problems(section: dict) -> Iterator[str]:
-    kind, settings = section.get("type", "AdamW"), section.get("params", {})
+    """Yield what is wrong with the section "optimizer", of which AdamW takes what it has."""
+    kind = section.get("type", "AdamW")
+    settings = section.get("params", {})
     if str(kind).lower() not in ("adam", "adamw"):
         yield f'"optimizer": type is {_shown(kind)}, wanted "AdamW" or "Adam"; AdamW is what trains here'
     if not isinstance(settings, dict):
@@ -445,8 +466,9 @@ def _optimizer_problems(section: dict) -> Iterator[str]:
 
 
 def _schedule_problems(section: dict) -> Iterator[str]:
-    """The section is not used, but whoever wrote it meant something."""
-    kind, settings = section.get("type", ""), section.get("params", {})
+    """Yield what is wrong with the section "scheduler": it is not used, but whoever wrote it meant something."""
+    kind = section.get("type", "")
+    settings = section.get("params", {})
     if not isinstance(kind, str):
         yield f'"scheduler": "type" is {_shown(kind)}, wanted a name in quotes such as "WarmupDecayLR"'
     if not isinstance(settings, dict):
@@ -454,12 +476,14 @@ def _schedule_problems(section: dict) -> Iterator[str]:
 
 
 def enabled(content: dict, section: str) -> bool:
-    """Whether a section is there and says `"enabled": true`."""
+    """Return whether a section is there and says `"enabled": true`."""
     return content.get(section, {}).get("enabled") is True
 
 
 def _section_models() -> dict:
-    """The sections that ZeRO and precision need: DeepSpeed's own model of each, and a function that lists problems."""
+    """Return by section, of those for ZeRO and precision, (DeepSpeed's own model of it, a function that lists
+    problems).
+    """
     from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
     from pydantic import ValidationError
@@ -479,21 +503,25 @@ def _section_models() -> dict:
         return model, check
 
     bf16 = check_with(DeepSpeedBF16Config)
-    fp16, zero = check_with(DeepSpeedFP16Config), check_with(DeepSpeedZeroConfig)
+    fp16 = check_with(DeepSpeedFP16Config)
+    zero = check_with(DeepSpeedZeroConfig)
     return {"zero_optimization": zero, "bf16": bf16, "bfloat16": bf16, "fp16": fp16}
 
 
 def _complaints(error) -> list[str]:
-    """What pydantic says, field by field; the text of another error."""
+    """Return what pydantic says, field by field; of another error its text."""
     fields = error.errors() if hasattr(error, "errors") else ()
     return [f"{'.'.join(map(str, field['loc']))}: {field['msg']}" for field in fields] or [printable(error)]
 
 
 def _wrong_kinds(model, section: dict) -> Iterator[tuple[str, str]]:
-    """(key, problem) of values that pydantic would turn into another kind: true for a number, a number in quotes."""
+    """Yield (key, problem) of values that pydantic would turn into another kind: true for a number, a
+    number in quotes.
+    """
     fields = {key: field for name, field in model.model_fields.items() for key in (name, field.alias) if key}
     for key in section.keys() & fields.keys():
-        kind, value = fields[key].annotation, section[key]
+        kind = fields[key].annotation
+        value = section[key]
         if kind in (int, float) and isinstance(value, bool | str):
             yield key, f'"{key}" is {_shown(value)}, wanted a number, without quotes'
         elif kind in (int, float) and is_number(value) and not abs(value) < 2**63:
@@ -503,10 +531,11 @@ def _wrong_kinds(model, section: dict) -> Iterator[tuple[str, str]]:
 
 
 def _refused_by_deepspeed(content: dict) -> list[str]:
-    """What DeepSpeed says to each of the entries that nothing above looks into."""
+    """Return what DeepSpeed says against entries that nothing above looks into, each as a sentence that names it."""
     from deepspeed.runtime.config import DeepSpeedConfig
 
-    problems, looked_at = [], {entry.path[0] for entry in ENTRIES} | SCALARS.keys() | UNSUPPORTED | set(OFFLOADS)
+    problems = []
+    looked_at = {entry.path[0] for entry in ENTRIES} | SCALARS.keys() | UNSUPPORTED | set(OFFLOADS)
     for key in sorted(content.keys() - looked_at - {"bf16", "bfloat16", "fp16", "scheduler"}):
         try:
             DeepSpeedConfig({"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, key: content[key]})
@@ -516,12 +545,13 @@ def _refused_by_deepspeed(content: dict) -> list[str]:
 
 
 def _shown(value) -> str:
+    """Return a value as text for a message, cut where it is long."""
     text = printable(repr(value))
     return text if len(text) <= 100 else text[:100] + " ..."
 
 
 def section_keys() -> dict[str, frozenset[str]]:
-    """The keys that DeepSpeed reads inside its sections, by section; sections in sections as "outer.inner"."""
+    """Return the keys that DeepSpeed reads inside its sections, by section; sections in sections as "outer.inner"."""
     from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
     from deepspeed.runtime.zero.offload_config import (
@@ -536,23 +566,21 @@ def section_keys() -> dict[str, frozenset[str]]:
         "bf16": DeepSpeedBF16Config,
         "fp16": DeepSpeedFP16Config,
     }
-    found = {
-        section: frozenset(name for field, one in model.model_fields.items() for name in (field, one.alias) if name)
+    keys = {
+        section: frozenset(key for name, field in model.model_fields.items() for key in (name, field.alias) if key)
         for section, model in models.items()
     }
-    found["bfloat16"] = found["bf16"]
-    found["optimizer"], found["scheduler"] = (
-        frozenset({"type", "params", "legacy_fusion"}),
-        frozenset({"type", "params"}),
-    )
-    found["optimizer.params"] = frozenset("lr betas eps weight_decay bias_correction torch_adam adam_w_mode".split())
-    found["scheduler.params"] = frozenset(
+    keys["bfloat16"] = keys["bf16"]
+    keys["optimizer"] = frozenset({"type", "params", "legacy_fusion"})
+    keys["scheduler"] = frozenset({"type", "params"})
+    keys["optimizer.params"] = frozenset("lr betas eps weight_decay bias_correction torch_adam adam_w_mode".split())
+    keys["scheduler.params"] = frozenset(
         "warmup_min_lr warmup_max_lr warmup_num_steps warmup_type total_num_steps last_batch_iteration".split()
     )
-    found["activation_checkpointing"] = frozenset(
+    keys["activation_checkpointing"] = frozenset(
         """
         partition_activations number_checkpoints contiguous_memory_optimization synchronize_checkpoint_boundary
         cpu_checkpointing profile
         """.split()
     )
-    return found
+    return keys

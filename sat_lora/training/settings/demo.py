@@ -1,4 +1,4 @@
-"""What a script offers to those who name no base: settings, and the data that go with them."""
+"""The demo of a script, for those who name no base: settings, and the data that go with them."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,30 +15,33 @@ class Demo:
     base: Mapping[str, Any]
     """Settings in place of the defaults where no base is named, `from_pretrained` among them."""
     own: Mapping[str, Any] = field(default_factory=dict)
-    """More of them where no other data is named either."""
+    """Further settings where no other data is named either."""
     data_folder: Path
     """The folder in which all of its data lie."""
     make_data: Callable[[], object] = lambda: None
-    """Writes the data there."""
+    """A function that writes the data there."""
     data_hint: str = ""
-    """How a person makes the data, as the end of a sentence."""
+    """The way in which a person makes the data, as the end of a sentence."""
 
     @property
     def is_here(self) -> bool:
-        """Whether its folder is there: sat_lora may be installed without it."""
+        """Whether the demo's folder is there: sat_lora may be installed without it."""
         return self.data_folder.parent.is_dir()
 
     def has(self, paths: Sequence[str | Path]) -> bool:
-        """Return whether all of these paths are of its data."""
+        """Return whether all of these paths are of the demo's data."""
         folder = self.data_folder.resolve()
         return all(Path(path).resolve().is_relative_to(folder) for path in paths)
 
     def is_base(self, folder: str | Path) -> bool:
-        """Return whether that is its base."""
+        """Return whether a folder is the demo's base."""
         return Path(folder) == Path(self.base["from_pretrained"])
 
     def values(self, train_data: Sequence[str | Path] | None) -> dict[str, Any]:
-        """Return what replaces the defaults where no base is named; train_data: what is named, None if nothing is."""
+        """Return the settings that replace the defaults where no base is named, by name.
+
+        train_data: the training data that are named; None if none are.
+        """
         own = {**self.own} if self.has(train_data or ()) else {}
         if train_data is not None:  # its held-out data says nothing about other data
             own |= {"valid_data": None, "test_data": None}

@@ -11,7 +11,8 @@ from typing import Any
 from sat_lora.printable import printable
 from sat_lora.terminal.option_parser import PLACES
 
-YES, NO = ("true", "yes", "on"), ("false", "no", "off")
+YES = ("true", "yes", "on")
+NO = ("false", "no", "off")
 SHOWN = 60  # characters of a value in a message
 
 
@@ -26,7 +27,7 @@ def setting(
     wanted: str = "",
     **option: Any,
 ) -> Any:
-    """Return a field of a section.
+    """Return a field of a section, for its dataclass.
 
     names: the spellings of its option; none where a file alone can set it. group: the heading of the option in --help
     where that is not the section's. resumed: whether a run that goes on takes it over. left_to_device: whether the
@@ -38,7 +39,7 @@ def setting(
 
 
 def flag(default: bool, help: str, *names: str, **more: Any) -> Any:
-    """Return a field that is true or false, whose option has no value."""
+    """Return a field that is true or false, whose option has no value. more: arguments of `setting`."""
     return setting(default, help, *names, action="store_true", **more)
 
 
@@ -48,16 +49,20 @@ class Known:
 
     name: str
     section: str
+    """The name of the section."""
     default: Any
-    """As JSON has it: a list where the section has a tuple."""
+    """The default as JSON has it: a list where the section has a tuple."""
     help: str
     options: tuple[str, ...]
+    """The spellings of its option; empty where a file alone can set it."""
     group: str
+    """The heading of the option in --help."""
     resumed: bool = True
     left_to_device: bool = False
     accepts: Callable[[Any], bool] | None = None
     wanted: str = ""
     option: Mapping[str, Any]
+    """What `add_argument` takes; see `setting` for this and the rest."""
 
     @classmethod
     def of(cls, section: str, group: str, source: Field) -> "Known":
@@ -68,7 +73,7 @@ class Known:
 
     @property
     def is_flag(self) -> bool:
-        """Whether it is true or false."""
+        """Whether the values are true and false."""
         return isinstance(self.default, bool)
 
     @property
@@ -89,12 +94,13 @@ class Known:
         group.add_argument(*self.options, default=argparse.SUPPRESS, help=text.replace("%", "%%"), **settings)
 
     def _default_text(self) -> str:
+        """Return the end of the help that names the default; empty where the help itself says it."""
         shown = " ".join(map(str, self.default)) if isinstance(self.default, list | dict) else self.default
         is_said = self.is_flag or shown in (None, "") or self.section == "compatibility"
         return "" if is_said else f" (default: {shown})"
 
     def checked(self, value: Any) -> Any:
-        """Return the value, from a file that programs write; ValueError says what was wanted where it does not fit."""
+        """Return a value from a file that programs write, if it fits. Raises ValueError, which says what was wanted."""
         if json.dumps(value, default=repr) == json.dumps(self.default):  # as text, since True == 1 == 1.0
             return value
         try:
@@ -103,7 +109,8 @@ class Known:
             raise ValueError(str(error).rpartition("wanted ")[2]) from None
 
     def written(self, value: Any) -> Any:
-        """Return the value, from a file that people write; ValueError says what was wanted where it does not fit.
+        """Return what a value from a file that people write means. Raises ValueError, which says what was wanted, where
+        it does not fit.
 
         A text may stand for a number or for true and false, and a single text for a list of them; `~/` at the
         beginning of a path is the user's own folder.
@@ -130,7 +137,10 @@ class Known:
         return value
 
     def _at_home(self, value: Any) -> Any:
-        """Return a path with the user's own folder in place of `~`; ValueError for one with a variable of the shell."""
+        """Return a path with the user's own folder in place of `~`, and what is no path as it is.
+
+        Raises ValueError for a path with a variable of the shell.
+        """
         if self.option.get("metavar") not in PLACES:
             return value
         if isinstance(value, list):
@@ -142,7 +152,7 @@ class Known:
         return os.path.expanduser(value) if re.match(r"~\w*(/|$)", value) else value
 
     def _fitting(self, value: Any) -> Any:
-        """Return the value if it fits; ValueError or ArgumentTypeError where not."""
+        """Return the value if it fits. Raises ValueError or ArgumentTypeError where it does not."""
         convert = self.option.get("type")
         if self.accepts is not None:
             if self.accepts(value):
@@ -168,14 +178,14 @@ class Known:
 
 
 def _expect(fits: Any, value: Any, wanted: str) -> Any:
-    """Return the value; ValueError with what was wanted if it does not fit."""
+    """Return the value if it fits. Raises ValueError with what was wanted where it does not."""
     if not fits:
         raise ValueError(wanted)
     return value
 
 
 def _is_text(value: Any) -> bool:
-    """Return whether it is a text that the system takes as the name of a file."""
+    """Return whether a value is a text that the system takes as the name of a file."""
     return isinstance(value, str) and "\0" not in value
 
 
@@ -198,7 +208,7 @@ def frozen(value: Any) -> Any:
 
 
 def shown(value: Any) -> str:
-    """Return a value in a message, on one line and cut where it is long."""
+    """Return a value as text for a message, on one line and cut where it is long."""
     if isinstance(value, (list, dict)) and len(value) > SHOWN:
         return f"{'a list' if isinstance(value, list) else 'a mapping'} of {len(value)}"
     text = printable(repr(value))
@@ -206,6 +216,6 @@ def shown(value: Any) -> str:
 
 
 def fields_of(section: str, group: str, cls: type) -> Iterator[Known]:
-    """Yield the fields of a section's class."""
+    """Yield the fields of a section's class. section: its name. group: its heading in --help."""
     for source in fields(cls):
         yield Known.of(section, group, source)

@@ -30,11 +30,14 @@ class LoraField(Known):
     """A field of LoraConfig, which knows itself what fits it."""
 
     def checked(self, value: Any) -> Any:
-        """Return the value: LoraConfig looks at all of its fields together."""
+        """Return the value as it is: LoraConfig looks at all of its fields together."""
         return value
 
     def written(self, value: Any) -> Any:
-        """Return the value, from a file that people write: a text may stand for a number, or for true and false."""
+        """Return what a value means in a file that people write: a text may stand for a number, or for true and false.
+
+        Raises ValueError or ArgumentTypeError for a text that is no number where one is wanted.
+        """
         if self.is_flag and isinstance(value, str):
             return self._meant(value)
         if isinstance(self.default, int | float) and isinstance(value, str):
@@ -45,14 +48,18 @@ class LoraField(Known):
         return names_or_pattern([value]) if is_names and value != self.default else value
 
     def _number(self, value: Any) -> Any:
-        """Return the number that a text of `rank_pattern` or `alpha_pattern` is."""
+        """Return the number that a text of `rank_pattern` or `alpha_pattern` is; another value as it is."""
         kind = {"rank_pattern": int, "alpha_pattern": float}.get(self.name)
         return NUMBERS[kind](value) if kind is not None and isinstance(value, str) else value
 
 
 def lora_fields(group: str) -> Iterator[LoraField]:
-    """Yield the fields of LoraConfig that are settings of their own: all but the seed."""
-    types, helps = get_type_hints(LoraConfig), {source.name: source.metadata["help"] for source in fields(LoraConfig)}
+    """Yield the fields of LoraConfig that are settings of their own: all but the seed.
+
+    group: the heading of their options in --help.
+    """
+    types = get_type_hints(LoraConfig)
+    helps = {source.name: source.metadata["help"] for source in fields(LoraConfig)}
     for name in LORA_FIELDS:
         yield LoraField(
             name=name,
@@ -79,14 +86,16 @@ def add_layer_range(group: argparse._ArgumentGroup) -> None:
 
 
 def lora_problems(error: ConfigError) -> list[str]:
-    """Return a ConfigError about a LoraConfig as one text per problem, its fields under the names of their options."""
+    """Return one text per problem of a ConfigError about a LoraConfig, in which its fields are called by their
+    options.
+    """
     field = rf"(?=(?:{'|'.join(LORA_FIELDS)}|seed)\b)"
     text = re.sub(r"^(LoraConfig|LoRA targets)[^:]*: ", "", str(error))
     return [re.sub(f"^{field}", "--", problem) for problem in re.split(f"; {field}", text)]
 
 
 def _settings(name: str, kind) -> dict:
-    """Return the settings of `add_argument` for a field of that type."""
+    """Return the arguments of `add_argument` for a field of that type."""
     forms = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
     if kind is bool:
         return dict(action="store_true")
@@ -101,14 +110,14 @@ def _settings(name: str, kind) -> dict:
     return dict(metavar="TEXT")
 
 
-def names_or_pattern(words: list[str]) -> str | list[str]:
-    """Words as LoraConfig takes them: a regular expression as text, presets and suffixes as a list."""
-    alone = len(words) == 1 and not re.fullmatch(r"[\w.-]+", words[0])
-    return words[0] if alone else words
+def names_or_pattern(texts: list[str]) -> str | list[str]:
+    """Return texts as LoraConfig takes them: a regular expression as a text, presets and suffixes as a list."""
+    is_pattern = len(texts) == 1 and not re.fullmatch(r"[\w.-]+", texts[0])
+    return texts[0] if is_pattern else texts
 
 
 def _several(combine: Callable[[list], object], metavar: str, **settings) -> dict:
-    """Return the settings of an option of one or more words, whose value is what `combine` makes of them."""
+    """Return the arguments of `add_argument` for an option of several words, whose value `combine` makes of them."""
 
     class Combined(argparse.Action):
         def __call__(self, parser, namespace, values, option_string=None):
@@ -130,7 +139,9 @@ def _pair(value_type: Callable) -> Callable[[str], tuple]:
 
 
 def first_sentence(text: str) -> str:
-    """Up to the first full stop that ends a sentence, as a line of help: without the stop, no capital at the start."""
+    """Return a text up to the first full stop that ends a sentence, as a line of help: without the stop, and with a
+    small letter at the start.
+    """
     sentence = re.split(r"\.(?:\s|$)", " ".join(text.split()))[0]
     acronym = re.match(r"\w+[A-Z]", sentence)
     return sentence if acronym else sentence[:1].lower() + sentence[1:]

@@ -1,7 +1,7 @@
 """The command line: CogVLM's published launch options unchanged, and those of LoRA and the loop.
 
-`resolve` says what beats what. Here all is read that has a say: options, a --config file, run.json, a DeepSpeed file
-and the config of the base.
+`resolve` says what beats what. This module reads all that has a say: options, a --config file, run.json, a DeepSpeed
+file and the config of the base.
 """
 
 import argparse
@@ -38,7 +38,10 @@ EXAMPLES = """examples:
 
 
 def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
-    """Return the parser. It holds no defaults: its namespace has the given options, `parse_options` adds the rest."""
+    """Return the parser. It holds no defaults: its namespace has the given options, `parse_options` adds the rest.
+
+    prog: the name of the program; None takes that of the process.
+    """
     parser = OptionParser(
         prog=prog,
         usage="%(prog)s [options]",
@@ -77,7 +80,7 @@ class _Once(argparse.Action):
 
 @functools.cache
 def option_names() -> dict[str, str]:
-    """Return the first spelling of every option, by the name of its value."""
+    """Return the first spelling of every option, by the name of its setting."""
     return {action.dest: action.option_strings[0] for action in build_parser()._actions if action.option_strings}
 
 
@@ -95,7 +98,8 @@ def parse_options(
     """
     parser = build_parser(prog)
     given = vars(parser.parse_args(argv))
-    prints, path = given.pop("print_config", False), given.pop("config", None)
+    prints = given.pop("print_config", False)
+    path = given.pop("config", None)
     try:
         config, warnings = _resolved(parser, given, path, demo, environ)
     except ConfigError as error:
@@ -121,7 +125,10 @@ def _resolved(
     demo: Demo | None,
     environ: Mapping[str, str],
 ) -> tuple[TrainConfig, list[str]]:
-    """Return what `resolve` makes of the options, after reading all that they name; ConfigError: a mistake in it."""
+    """Return (the config, warnings) that `resolve` makes of the options, after reading all files that they name.
+
+    path: of the --config file. Raises ConfigError for a mistake in any of it.
+    """
     resolve(given)  # options that contradict each other are a mistake whatever the files say
     file = {} if path is None else read_config_file(path)
     try:
@@ -165,16 +172,20 @@ def _resolved(
 
 
 def _deepspeed_json(path: str | None) -> dict:
-    """Return the content of a DeepSpeed file; nothing where it cannot be read, which is said with all that is wrong."""
+    """Return the content of a DeepSpeed file; an empty one where it cannot be read, which `check_options` says."""
     with contextlib.suppress(ConfigError):
         return {} if path is None else read_deepspeed_file(path)
     return {}
 
 
 def _refuse_another_folder(given: Mapping[str, Any]) -> None:
-    """A run goes on where it is: ConfigError where --save or --experiment-name name another folder."""
+    """Raise ConfigError where --save or --experiment-name name another folder than --resume: a run goes on
+    where it is.
+    """
     names = [name for name in ("save", "experiment_name") if name in given]
-    run, save, name = Path(os.path.abspath(given["resume"])), given.get("save"), given.get("experiment_name")
+    run = Path(os.path.abspath(given["resume"]))
+    save = given.get("save")
+    name = given.get("experiment_name")
     if save is not None and name is not None:
         fits = os.path.realpath(Path(save) / name) == os.path.realpath(run)
     elif name is not None:

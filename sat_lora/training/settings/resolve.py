@@ -1,4 +1,4 @@
-"""One config out of all that has a say in it."""
+"""The config of a run, out of all sources that have a say in it."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -11,7 +11,7 @@ from sat_lora.training.settings.lora_options import lora_problems
 
 LOWEST_USEFUL_RATE = 1e-5
 EXCLUSIVE = (("train_iters", "epochs"), ("bf16", "fp16"))
-"""Of two such settings the one from the better source counts, and the other is as if nobody had said it."""
+"""Pairs of settings of which the one from the better source counts, and the other is as if nobody had said it."""
 NOTHING: Mapping[str, Any] = {}
 
 
@@ -34,7 +34,8 @@ def resolve(
     resumed_run: as `settings_of_run` gives it, with the names of what was set by hand under `given`. deepspeed_json: as
     `read_deepspeed_file` gives it; entries that are wrong say nothing here, `file_problems` speaks of them.
     local_rank: as the launcher says.
-    ConfigError: two exclude each other. What is wrong with LoRA's values is in `problems` of the config.
+    Raises ConfigError where two settings exclude each other. What is wrong with LoRA's values is in `problems` of the
+    config.
     """
     _refuse_pairs(given, file)
     stored = {name: value for name, value in resumed_run.items() if name != "given"}
@@ -54,8 +55,8 @@ def resolve(
     values: dict[str, Any] = {"local_rank": local_rank}
     origins: dict[str, Origin] = {}
     for origin, own in sources:
-        for one, other in EXCLUSIVE:
-            for name, beaten in ((one, other), (other, one)):
+        for pair in EXCLUSIVE:
+            for name, beaten in (pair, pair[::-1]):
                 if own.get(name) and not own.get(beaten):
                     values[beaten] = DEFAULTS[beaten]
                     origins.pop(beaten, None)
@@ -80,7 +81,7 @@ def _config_of(values: dict[str, Any], origins: Mapping[str, Origin]) -> TrainCo
 
 
 def _refuse_pairs(given: Mapping[str, Any], file: Mapping[str, Any]) -> None:
-    """ConfigError: what was set by hand contradicts itself."""
+    """Raise ConfigError where settings that were set by hand contradict each other."""
     for source, start in ((given, ("--train-iters", "--epochs")), (file, ("--config: train_iters", "epochs"))):
         if source.get("train_iters") is not None and source.get("epochs") is not None:
             raise ConfigError(
@@ -103,7 +104,7 @@ def _refuse_pairs(given: Mapping[str, Any], file: Mapping[str, Any]) -> None:
 
 
 def _warnings(config: TrainConfig, deepspeed_json: Mapping[str, Any]) -> list[str]:
-    """Return what is allowed, and probably not meant."""
+    """Return sentences on settings that are allowed, and probably not meant."""
     warnings = []
     rate = config.optimizer.lr
     if rate < LOWEST_USEFUL_RATE:

@@ -10,10 +10,11 @@ from sat_lora.training.settings.fields import shown
 
 
 def settings_of_run(folder: str | Path) -> dict:
-    """Return the settings in FOLDER/run.json that a resumed run takes over, by name, and `given`: what was set by hand.
+    """Return the settings in FOLDER/run.json that a resumed run takes over, by name, and under `given` the names of
+    those that were set by hand.
 
-    ConfigError: the folder is none of a run, or a setting is of a type or value that no option has; all such in one.
-    The fields of LoraConfig are for that to check.
+    The fields of LoraConfig are for that to check. Raises ConfigError where the folder is none of a run, or settings
+    are of types or values that no option has; all of them in one message.
     """
     folder = Path(folder)
     try:
@@ -27,7 +28,8 @@ def settings_of_run(folder: str | Path) -> dict:
         ) from error
     settings = content["settings"]
     given = settings.get("given", [])
-    known, problems = {}, []
+    known = {}
+    problems = []
     for name in [name for name in settings if name in DEFAULTS and name not in NOT_RESUMED]:
         try:
             known[name] = KNOWN[name].checked(settings[name])

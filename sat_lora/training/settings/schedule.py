@@ -1,4 +1,4 @@
-"""How many steps a run takes, and the learning rate at each of them."""
+"""The number of steps that a run takes, and the learning rate at each of them."""
 
 import math
 from typing import TYPE_CHECKING
@@ -7,8 +7,8 @@ if TYPE_CHECKING:
     from sat_lora.training.settings.config import Schedule
 
 LOOKED_AT = 1000  # steps of a schedule, spread over all of them
-NOTHING = 1e-3  # of the peak rate: what such a step moves, no later one notices
-MOST = 0.25  # of all steps may go so
+NOTHING = 1e-3  # share of the peak rate: what a step below it moves, no later one notices
+MOST = 0.25  # share of the steps that may be below it
 
 DECAY_STYLES = {
     "cosine": lambda progress: 0.5 * (1 + math.cos(math.pi * progress)),
@@ -18,7 +18,7 @@ DECAY_STYLES = {
 
 
 def learning_rate_factor(step: int, *, total_steps: int, warmup_steps: int, style: str, floor: float = 0.0) -> float:
-    """Return what the peak learning rate is multiplied with at `step` (the first is 0); in (0, 1].
+    """Return the factor in (0, 1] of the peak learning rate at `step`, counted from 0.
 
     With W = warmup_steps, N = total_steps:
 
@@ -27,7 +27,7 @@ def learning_rate_factor(step: int, *, total_steps: int, warmup_steps: int, styl
 
     decay(p) is (1 + cos(pi p)) / 2 for `cosine`, 1 - p for `linear`, 1 for `constant`. The first step after warm-up
     has the peak, the last step is just above `floor`; a step past the last one keeps the last one's factor.
-    ValueError for an unknown style.
+    Raises ValueError for an unknown style.
     """
     if style not in DECAY_STYLES:
         raise ValueError(f"--lr-decay-style: got {style!r}, wanted one of {', '.join(DECAY_STYLES)}")
@@ -39,7 +39,9 @@ def learning_rate_factor(step: int, *, total_steps: int, warmup_steps: int, styl
 
 
 def warmup_steps(warmup: float, total_steps: int) -> int:
-    """--warmup in steps: below 1 a share of `total_steps` (rounded up), else steps; never above `total_steps`."""
+    """Return --warmup in steps: below 1 it is a share of `total_steps` (rounded up), else steps; at most
+    `total_steps`.
+    """
     steps = math.ceil(warmup * total_steps - 1e-9) if warmup < 1 else round(warmup)
     return min(steps, total_steps)
 
@@ -53,7 +55,9 @@ def total_steps(
     gradient_accumulation_steps: int,
     data_parallel_size: int,
 ) -> int:
-    """Optimizer steps of a run: `train_iters`, else `epochs` (one if None) over `samples`, rounded up, at least 1."""
+    """Return the optimizer steps of a run: `train_iters`, else `epochs` (one if None) over `samples`, rounded up, at
+    least 1.
+    """
     if train_iters is not None:
         return train_iters
     per_step = batch_size * gradient_accumulation_steps * data_parallel_size
@@ -71,7 +75,9 @@ def rates(schedule: "Schedule", peak: float, steps: int) -> list[float]:
 
 
 def schedule_problems(schedule: "Schedule", peak: float, steps: int) -> list[str]:
-    """Return what is wrong with the learning rates of a run, as `rates` gives them; each names its option."""
+    """Return what is wrong with the learning rates of a run, as sentences that name an option. peak: the
+    highest rate.
+    """
     of_steps = rates(schedule, peak, steps)
     if steps > 1 and warmup_steps(schedule.warmup, steps) >= steps:
         return [

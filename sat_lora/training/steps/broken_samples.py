@@ -12,8 +12,8 @@ SHOWN = 20
 
 
 def broken_in(batches: list[dict]) -> list[tuple[str, str, str]]:
-    """The (path, reason, sample) of what collated batches had to leave out; of a batch that tells samples of one path
-    not apart, the path is the sample.
+    """Return the (path, reason, sample) of each sample that collated batches had to leave out. Where a batch does not
+    tell samples of one path apart, the sample is the path.
     """
     entries = []
     for batch in batches:
@@ -24,22 +24,26 @@ def broken_in(batches: list[dict]) -> list[tuple[str, str, str]]:
 
 @dataclass
 class BrokenSamples:
-    """What was found broken so far: the same on every rank, where each is given what all of them found."""
+    """The samples found broken so far. They are the same on every rank, if each adds what all ranks have found.
+
+    dataset_size: samples of the data set. max_share: the share of them that may be broken.
+    """
 
     dataset_size: int
     max_share: float
     reasons: dict[tuple[str, str], str] = field(default_factory=dict)
-    """By (path, sample): of one image that cannot be read, every question about it is a broken sample."""
+    """Reasons by (path, sample): every question about an image that cannot be read is a broken sample."""
 
     def new_in(self, batches: list[dict]) -> list[tuple[str, str, str]]:
-        """The (path, reason, sample) of collated batches that are not known yet."""
+        """Return the (path, reason, sample) of collated batches that are not known yet."""
         return [entry for entry in broken_in(batches) if (entry[0], entry[2]) not in self.reasons]
 
     def add(self, broken: list[tuple[str, str, str]]) -> None:
+        """Remember broken samples, each as (path, reason, sample)."""
         self.reasons |= {(path, sample): reason for path, reason, sample in broken}
 
     def check(self, seen: int) -> None:
-        """DataError, with the list, when more than `max_share` is broken; `seen` samples were drawn up to now.
+        """Raise DataError, with the list, where more than `max_share` is broken of the `seen` samples drawn up to now.
 
         Within the first epoch the samples seen are a draw without replacement from the data set: their broken share
         has to exceed the allowed one by three standard deviations of such a draw. At its end that margin is zero.

@@ -34,10 +34,12 @@ from sat_lora.training.steps.optimizer_state import (
 )
 from sat_lora.training.steps.random_state import apply_states, parsed, random_state
 
-TENSORS, STATE = "optimizer.safetensors", "state.json"
+TENSORS = "optimizer.safetensors"
+STATE = "state.json"
 STATE_LIMIT = 512 * MEBIBYTE  # the random states take some 30 KB per rank
-MOST = 2**53  # of counts: what JSON's numbers hold everywhere
-LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # of DeepSpeed's DynamicLossScaler
+MOST = 2**53  # the largest count: what JSON's numbers hold everywhere
+# What DeepSpeed's DynamicLossScaler goes on from.
+LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -53,7 +55,7 @@ class RunState:
 
 
 def samples_per_step(schedule: Schedule, data_parallel_size: int) -> int:
-    """How many samples an optimizer step takes, over all ranks."""
+    """Return how many samples an optimizer step takes, over all ranks."""
     return schedule.batch_size * schedule.gradient_accumulation_steps * data_parallel_size
 
 
@@ -62,8 +64,11 @@ class GatheredCheckpoint:
     """What `save_checkpoint` writes: copies, so that the run can go on meanwhile."""
 
     step: int
+    """Steps done."""
     tensors: dict[str, torch.Tensor]
+    """The content of optimizer.safetensors, in float32; empty on every rank but 0."""
     content: dict
+    """The content of state.json."""
 
 
 def gather_checkpoint(
@@ -75,9 +80,9 @@ def gather_checkpoint(
     *,
     run: Mapping[str, object] | None = None,
 ) -> GatheredCheckpoint:
-    """The checkpoint of this moment, complete on rank 0. Every rank has to call it.
+    """Return the checkpoint of this moment, complete on rank 0. Every rank has to call it.
 
-    samples: of one step, over all ranks. copy: makes a copy of a tensor, which the optimizer goes on to change.
+    samples: how many a step takes, over all ranks. copy: copies a tensor, which the optimizer goes on to change.
     run: what a resumed run has to share with this one, as JSON's types.
     """
     tensors = {}
@@ -97,11 +102,13 @@ def gather_checkpoint(
 
 
 def load_checkpoint(engine, folder: Path, world: World) -> RunState:
-    """Continue from the newest checkpoint in `folder`. Every rank has to call it.
+    """Let the engine continue from the newest checkpoint in `folder`; return how far its run was. Every rank has to
+    call it.
 
     In another layout the random states are not there for every rank: those that --seed gave stay in use, and
     dropout differs from that of the run before.
-    CheckpointError: there is none, it cannot be read, or it does not fit the model; then the model is left as it was.
+    Raises CheckpointError where there is no checkpoint, or it cannot be read or does not fit the model, which is left
+    as it was then.
     """
     folder = newest_checkpoint(folder)
     content = read_state(folder)
@@ -131,7 +138,7 @@ def load_checkpoint(engine, folder: Path, world: World) -> RunState:
 
 
 def newest_checkpoint(folder: Path) -> Path:
-    """The folder of the newest whole checkpoint; CheckpointError if there is none."""
+    """Return the folder of the newest whole checkpoint. Raises CheckpointError where there is none."""
     step = read_pointer(folder / LATEST)
     if step is None:
         there = ", ".join(map(str, steps_in(folder)))
@@ -144,9 +151,10 @@ def newest_checkpoint(folder: Path) -> Path:
 
 
 def read_state(folder: Path) -> dict:
-    """state.json of one checkpoint, every value of the type it should have, those that older versions lack None.
+    """Return the state.json of one checkpoint, every value of the type it should have; what older versions lack is None
+    or empty.
 
-    CheckpointError: it cannot be read, or says what cannot be; all of it in one message.
+    Raises CheckpointError where it cannot be read, or says what cannot be; all of it in one message.
     """
     path = folder / STATE
     try:
@@ -163,6 +171,7 @@ def read_state(folder: Path) -> dict:
 
 
 def _problems_with_state(content, step: int) -> Iterator[str]:
+    """Yield what is wrong with the content of a state.json of that step, each as a clause that names the entry."""
     if not isinstance(content, dict):
         yield f"wanted an object, got {_shown(content)}"
         return
@@ -207,11 +216,13 @@ def _is_layout(value) -> bool:
 
 
 def _are_objects(value, layout) -> bool:
+    """Return whether a value is a list of objects, one for each rank of the layout if that is one."""
     is_list = isinstance(value, list) and all(isinstance(state, dict) for state in value)
     return is_list and (not _is_layout(layout) or len(value) == layout[0] * layout[1])
 
 
 def _shown(value) -> str:
+    """Return a JSON value as text for a message, cut where it is long."""
     text = printable(json.dumps(value))
     return text if len(text) <= 60 else text[:60] + "..."
 
@@ -219,7 +230,7 @@ def _shown(value) -> str:
 def save_checkpoint(folder: Path, checkpoint: GatheredCheckpoint) -> None:
     """Write FOLDER/<step> from what rank 0 gathered, and let `latest` name it; it needs no other rank.
 
-    CheckpointError: it could not be written.
+    Raises CheckpointError where it could not be written.
     """
     step = checkpoint.step
     try:
@@ -232,9 +243,11 @@ def save_checkpoint(folder: Path, checkpoint: GatheredCheckpoint) -> None:
 
 
 def _layout(world: World) -> list[int]:
+    """Return [data-parallel ranks, model-parallel ranks]."""
     return [world.data_parallel_size, world.size // world.data_parallel_size]
 
 
 def _loss_scale(engine) -> dict:
+    """Return the state of fp16's loss scale by LOSS_SCALE's names; empty without one."""
     scaler = getattr(engine.optimizer, "loss_scaler", None)
     return {name: getattr(scaler, name) for name in LOSS_SCALE if hasattr(scaler, name)}

@@ -14,7 +14,7 @@ from sat_lora.training.steps.zero_norm import speed_up_norm
 
 
 def adapter_optimizer(model: BaseModel, *, lr: float, weight_decay: float = 0.0, betas=(0.9, 0.999), eps: float = 1e-8):
-    """AdamW over the trainable parameters, B at its own rate; the groups are the same on every rank."""
+    """Return AdamW over the trainable parameters, B at its own rate; the groups are the same on every rank."""
     return torch.optim.AdamW(parameter_groups(model, lr=lr, weight_decay=weight_decay), lr=lr, betas=betas, eps=eps)
 
 
@@ -33,11 +33,12 @@ def set_up_deepspeed() -> None:
 
 
 def start_engine(model: BaseModel, optimizer: torch.optim.Optimizer, config: dict, *, seed: int = 1234):
-    """`deepspeed.initialize` with SAT's model parallelism; the process groups have to exist.
+    """Return the DeepSpeed engine of a model and its optimizer, with SAT's model parallelism. The process groups have
+    to exist.
 
-    The engine's `config` is the one given but for ZeRO stage 0 in half precision, see `without_unfused_optimizer`, and
-    for what makes the host wait for the device, see `without_waits`.
-    ConfigError: ZeRO-3 on a model whose graph depends on the data.
+    seed: of the random states of model-parallel ranks on CUDA. The engine's `config` is the one given but for ZeRO
+    stage 0 in half precision, see `without_unfused_optimizer`, and for what makes the host wait for the device, see
+    `without_waits`. Raises ConfigError for ZeRO-3 on a model whose graph depends on the data.
     """
     import deepspeed
 
@@ -58,6 +59,7 @@ def start_engine(model: BaseModel, optimizer: torch.optim.Optimizer, config: dic
 
 
 def _refuse_branches(model: BaseModel) -> None:
+    """Raise ConfigError where the model may skip layers by what its batch holds."""
     for name, mixin in lora_mixins(model).items():
         if mixin.fixed_order:
             raise ConfigError(
@@ -68,7 +70,7 @@ def _refuse_branches(model: BaseModel) -> None:
 
 
 def without_unfused_optimizer(config: dict) -> dict:
-    """`config`, with ZeRO stage 1 in place of 0 where it asks for bf16 or fp16.
+    """Return `config` with ZeRO stage 1 in place of 0 where it asks for bf16 or fp16.
 
     DeepSpeed 0.19.8 wraps the optimizer of that combination in its FP16_UnfusedOptimizer. That one takes an Adam step
     of zeros when it is made, so that the first real step is a quarter too short, and under model parallelism its
@@ -80,7 +82,7 @@ def without_unfused_optimizer(config: dict) -> dict:
 
 
 def without_waits(config: dict) -> dict:
-    """`config`, without two waits for the device in DeepSpeed 0.19.8's steps, unless it asks for them itself.
+    """Return `config` without two waits for the device in DeepSpeed 0.19.8's steps, unless it asks for them itself.
 
     Its throughput timer, of which nothing is shown here, waits before each forward pass and after each step. In bf16
     it looks for gradients that are not finite, one by one, which `train_step` has done when it comes to that.

@@ -10,7 +10,7 @@ MODEL_INPUTS = ("input_ids", "position_ids", "images", "image_embed_mask", "visi
 
 
 def answer_loss_sum(model, batch: dict, on_logits: OnLogits | None = None) -> torch.Tensor:
-    """Sum over the answer tokens of a batch of the cross-entropy, a scalar in float32.
+    """Return the cross-entropy summed over the answer tokens of a batch, a scalar in float32.
 
     model: a CogVLM, or an engine around one, on the device of the batch. The head runs on the answers alone; without
     gradients, on_logits is given what it makes of them.
@@ -22,24 +22,26 @@ def answer_loss_sum(model, batch: dict, on_logits: OnLogits | None = None) -> to
 
 
 def count_answer_tokens(labels: torch.Tensor) -> int:
-    """Labels that take part in the loss."""
+    """Return how many of the labels (batch, seq) take part in the loss."""
     return int((labels[:, 1:] != IGNORED).sum())
 
 
 def sum_over_data_parallel(*values: torch.Tensor | float, device: torch.device) -> list[float]:
-    """Each value summed over the data-parallel ranks."""
+    """Return each value summed over the data-parallel ranks, as numbers; the host waits for the device."""
     return sum_on_device(*values, device=device).tolist()
 
 
 def sum_on_device(*values: float, device: torch.device) -> torch.Tensor:
-    """The same as a float64 tensor (values,) on the device: the host does not wait for it."""
+    """Return each value summed over the data-parallel ranks, float64 (values,) on the device: the host does
+    not wait.
+    """
     sums = torch.stack([on_device(value, device) for value in values])
     torch.distributed.all_reduce(sums, group=mpu.get_data_parallel_group())
     return sums
 
 
 def sum_over_ranks(*values: torch.Tensor | float, device: torch.device) -> torch.Tensor:
-    """Each value summed over all ranks, those that share a sample included: float64 (values,) on the device.
+    """Return each value summed over all ranks, those that share a sample included: float64 (values,) on the device.
 
     The host waits neither for values that are tensors nor for the sums.
     """
@@ -49,7 +51,10 @@ def sum_over_ranks(*values: torch.Tensor | float, device: torch.device) -> torch
 
 
 def on_device(value: torch.Tensor | float, device: torch.device) -> torch.Tensor:
-    """A scalar in float64. A number is written there by a kernel: a copy from the host would wait for the device."""
+    """Return a value as a float64 scalar on the device.
+
+    A number is written there by a kernel: a copy from the host would wait for the device.
+    """
     if isinstance(value, torch.Tensor):
         return value.to(device, torch.float64)
     return torch.full((), value, dtype=torch.float64, device=device)

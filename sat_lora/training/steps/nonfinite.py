@@ -15,34 +15,42 @@ from sat_lora.training.steps.optimizer_state import stepped_tensors
 class Origin(NamedTuple):
     """Where on a rank a value that is not finite began."""
 
-    order: int  # how far into the passes
-    words: str
+    order: int
+    """How far into the passes it was; the least is the first."""
+    place: str
+    """The place as a clause for messages."""
     module: str | None = None
+    """The module's name; None for the batch."""
     parameter: str | None = None
+    """The parameter's name, where its gradient is the value."""
 
 
 def nonfinite_gradients(engine) -> torch.Tensor:
-    """1.0 if this rank's share of the step's gradients holds a NaN or infinity, else 0.0: a scalar on their device.
+    """Return 1.0 if this rank's share of the step's gradients holds a NaN or infinity, else 0.0: a float32 scalar on
+    the engine's device.
 
     Call it after the last backward pass and before `engine.step()`. It looks at the very tensors that step will take,
     and neither waits for the device nor changes them. They are sums over micro-batches and data-parallel ranks, which
     a value that is not finite survives, so whichever rank made it, the owners of that share see it.
     """
-    found = torch.zeros((), dtype=torch.bool, device=engine.device)
+    is_bad = torch.zeros((), dtype=torch.bool, device=engine.device)
     by_kind: dict[tuple, list[torch.Tensor]] = {}
     for gradient in filter(torch.Tensor.numel, _gradients_to_step(engine)):
         by_kind.setdefault((gradient.device, gradient.dtype), []).append(gradient)
     for (device, _), alike in by_kind.items():
-        if device != found.device:
+        if device != is_bad.device:
             torch.cuda.synchronize()  # offloaded to the host, by copies that nothing on the host has waited for
         # The largest magnitude of each: exact in every dtype, where another norm might overflow; NaN if there is one.
         largest = torch.stack(torch._foreach_norm(alike, float("inf")))
-        found |= (~largest.isfinite().all()).to(found.device)
-    return found.float()
+        is_bad |= (~largest.isfinite().all()).to(is_bad.device)
+    return is_bad.float()
 
 
 def _gradients_to_step(engine) -> Iterator[torch.Tensor]:
-    """DeepSpeed 0.19.8 keeps them in `averaged_gradients` by group; at stage 0, and offloaded, beside what it steps."""
+    """Yield the gradients that the next step will take.
+
+    DeepSpeed 0.19.8 keeps them in `averaged_gradients` by group; at stage 0, and offloaded, beside what it steps.
+    """
     averaged = getattr(engine.optimizer, "averaged_gradients", {})
     groups = [group for group in averaged.values() if group is not None]
     if groups:
@@ -53,7 +61,8 @@ def _gradients_to_step(engine) -> Iterator[torch.Tensor]:
 
 @contextmanager
 def discard_step(engine) -> Iterator[None]:
-    """Inside, `engine.step()` throws the gradients away and moves neither parameters nor moments, at any ZeRO stage.
+    """Let `engine.step()` throw the gradients away, inside the block, and move neither parameters nor moments, at any
+    ZeRO stage.
 
     DeepSpeed's optimizers all call `step` of the one they wrap, and copy back what it left. It may be nested.
     """
@@ -68,11 +77,11 @@ def discard_step(engine) -> Iterator[None]:
 
 
 def first_nonfinite(model: nn.Module, repeat: Callable[[], None]) -> Origin | None:
-    """Where on this rank a value that is not finite is first made, or None.
+    """Return where on this rank a value that is not finite is first made; None where all values are finite.
 
     repeat: runs the step's forward and backward passes again. A module makes such a value if all it was given is
-    finite; where none can be told, it is the first place where one is seen. The first of several ranks is the one that
-    is least far: they all run the same passes.
+    finite; where no module can be named, it is the first place where such a value is seen. Of several ranks the first
+    is the one of the least order: they all run the same passes.
     """
     search = _Search(model)
     hooks = [
@@ -95,7 +104,9 @@ def first_nonfinite(model: nn.Module, repeat: Callable[[], None]) -> Origin | No
 
 
 class _Search:
-    """What hooks saw first: `made` by a module out of finite values, and `seen` at all."""
+    """The hooks of `first_nonfinite`, and what they saw first: `made` by a module out of finite values,
+    `seen` at all.
+    """
 
     def __init__(self, model: nn.Module):
         self.kinds = {name: type(module).__name__ for name, module in model.named_modules()}
@@ -105,13 +116,15 @@ class _Search:
         self._bad_above: set[str] = set()  # modules whose output has a gradient that is not finite
 
     def before_forward(self, model, args, kwargs) -> None:
+        """Look at what the model is given."""
         if not self._look((args, kwargs)):
             self._note("the batch itself", True)
 
     def after_forward(self, name: str, module, args, kwargs, output) -> None:
+        """Look at what a module gives, and later at the gradients of that and of what it was given."""
         if not self._look(output):
-            words = f"the output of {self._called(name)} in the forward pass"
-            self._note(words, _all_finite((args, kwargs)), module=name)
+            place = f"the output of {self._called(name)} in the forward pass"
+            self._note(place, _all_finite((args, kwargs)), module=name)
         for tensor in floating_tensors(output):
             if tensor.requires_grad:
                 tensor.register_hook(partial(self._output_gradient, name))
@@ -120,10 +133,11 @@ class _Search:
                 tensor.register_hook(partial(self._input_gradient, name))
 
     def parameter_gradient(self, parameter: str, gradient: torch.Tensor) -> None:
+        """Look at the gradient of the parameter of that name."""
         if not self._look(gradient):
             owner = parameter.rpartition(".")[0]
-            words = f"the gradient of {parameter} in the backward pass"
-            self._note(words, owner not in self._bad_above, module=owner, parameter=parameter)
+            place = f"the gradient of {parameter} in the backward pass"
+            self._note(place, owner not in self._bad_above, module=owner, parameter=parameter)
 
     def _output_gradient(self, name: str, gradient: torch.Tensor) -> None:
         if not self._look(gradient):
@@ -132,33 +146,36 @@ class _Search:
 
     def _input_gradient(self, name: str, gradient: torch.Tensor) -> None:
         if not self._look(gradient):
-            words = f"the gradient at the input of {self._called(name)} in the backward pass"
-            self._note(words, name not in self._bad_above, module=name)
+            place = f"the gradient at the input of {self._called(name)} in the backward pass"
+            self._note(place, name not in self._bad_above, module=name)
 
     def _look(self, nest) -> bool:
+        """Return whether all is finite, and count the look."""
         self._looks += 1
         return _all_finite(nest)
 
-    def _note(self, words: str, made_here: bool, **place: str) -> None:
-        found = Origin(self._looks, words, **place)
-        self.seen = self.seen or found
+    def _note(self, place: str, made_here: bool, **names: str) -> None:
+        """Keep a place where a value is not finite, if it is the first. names: the module's and the parameter's."""
+        origin = Origin(self._looks, place, **names)
+        self.seen = self.seen or origin
         if made_here:
-            self.made = self.made or found
+            self.made = self.made or origin
 
     def _called(self, name: str) -> str:
+        """Return how messages call the module of that name."""
         return f"{name} ({self.kinds[name]})" if name else f"the whole model ({self.kinds[name]})"
 
 
 def floating_tensors(nest) -> Iterator[torch.Tensor]:
-    """The floating-point tensors in nested tuples, lists and dicts."""
+    """Yield the floating-point tensors in nested tuples, lists and dicts."""
     if isinstance(nest, torch.Tensor):
         if nest.is_floating_point():
             yield nest
     elif isinstance(nest, dict):
         yield from floating_tensors(list(nest.values()))
     elif isinstance(nest, list | tuple):
-        for one in nest:
-            yield from floating_tensors(one)
+        for part in nest:
+            yield from floating_tensors(part)
 
 
 def _all_finite(nest) -> bool:

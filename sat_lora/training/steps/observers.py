@@ -19,9 +19,11 @@ class Figures:
     """What is measured of the steps since the last figures, at every --log-interval-th step and at the last."""
 
     grad_norm: float | None
-    """Before clipping; None where DeepSpeed does not tell it (ZeRO 0 in fp32), and where there was no loss."""
+    """The norm before clipping; None where DeepSpeed does not tell it (ZeRO 0 in fp32), and where there was no loss."""
     samples_per_second: float
+    """The samples of all ranks."""
     peak_memory_mib: float
+    """The most memory of this rank, see `peak_memory_mib`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,13 +31,15 @@ class StepReport:
     """A step that is done."""
 
     step: int
-    """Counted from 1."""
+    """The number of the step, counted from 1."""
     loss: float | None
-    """Mean per answer token over all ranks and micro-batches; None where none of the samples could be used."""
+    """The mean per answer token over all ranks and micro-batches; None where none of the samples could be used."""
     lr: float
+    """The learning rate of the step."""
     skipped: str | None = None
-    """What was not finite in a step that moved nothing."""
+    """What was not finite in a step that moved nothing; None where it moved."""
     figures: Figures | None = None
+    """What was measured; None at a step that is not logged."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,66 +47,68 @@ class ValidationReport:
     """A pass over the validation data."""
 
     step: int
+    """Steps done before it."""
     loss: float | None
-    """Mean per answer token; None where none of the samples has an answer."""
+    """The mean per answer token; None where none of the samples has an answer."""
     metrics: Mapping[str, float] = field(default_factory=dict)
-    """What was asked for beside the loss, see `training.metrics`."""
+    """Metrics by name, those that were asked for beside the loss, see `training.metrics`."""
     is_best: bool = False
     """Whether no validation of this run had a lower loss."""
 
 
 class Observer:
-    """Is told what happens in a run, on each rank of its own; a subclass has the methods that it needs.
+    """The base of what is told of the events in a run. Each rank has its own; a subclass has the methods that it needs.
 
-    None may call a collective, or change what it is given: the loop does not wait for observers to agree. A method
-    that raises is said once and ends nothing, see `Observers`.
+    No observer may call a collective, or change what it is given: the loop does not wait for observers to agree. A
+    method that raises is said once and ends nothing, see `Observers`.
     """
 
     name = ""
     """What is said to fail if a method raises; empty: the class, by its name."""
 
     def on_start(self, total_steps: int, start_step: int) -> None:
-        """The loop begins, after `start_step` of `total_steps` steps."""
+        """Hear that the loop begins, after `start_step` of `total_steps` steps."""
 
     def on_phase(self, phase: str, *, step: int | None = None, micro_batch: int | None = None) -> None:
-        """A phase begins, of the step counted from 1, and of its micro-batch counted from 0; None: as before.
+        """Hear that a phase begins, one of `rank_files.PHASES`.
 
-        Several times a step: whatever is done here has to take microseconds.
+        step: counted from 1. micro_batch: within the step, from 0. None: as before. It is called several times a step:
+        whatever is done here has to take microseconds.
         """
 
     def on_broken(self, broken: Sequence[tuple[str, ...]], step: int) -> None:
-        """Samples that cannot be used were met, over all ranks: (path, reason, sample) of each; see `collate`."""
+        """Hear of samples of all ranks that cannot be used: (path, reason, sample) of each; see `collate`."""
 
     def on_step(self, report: StepReport) -> None:
-        """A step is done."""
+        """Hear that a step is done."""
 
     def on_validation(self, report: ValidationReport) -> None:
-        """A validation is done."""
+        """Hear that a validation is done."""
 
     def on_save(self, step: int, adapter: Path, checkpoint: Path) -> None:
-        """A save is on the disk, in these folders. Called on rank 0 alone, by the thread that has written it, while the
-        steps go on.
+        """Hear that a save is on the disk, in these folders. It is called on rank 0 alone, by the thread that has
+        written the save, while the steps go on.
         """
 
     def on_end(self, error: BaseException | None) -> None:
-        """The run ends, by that error if there is one."""
+        """Hear that the run ends, by that error if there is one."""
 
 
 EVENTS = tuple(name for name in vars(Observer) if name.startswith("on_"))
 
 
 class Observers(Observer):
-    """Observers in a row: each event comes to all of them, in the order in which they are given.
+    """Several observers as one: each event comes to all of them, in the order in which they are given.
 
-    One that raises is named once, by `say`, and the others and the run go on; it is told of later events again. As a
-    context, it tells how the block has ended. say: shows a line.
+    An observer that raises is named once, by `say`, and the others and the run go on; it is told of later events again.
+    As a context, it tells them how the block has ended. say: shows a line.
     """
 
     def __init__(self, observers: Iterable[Observer] = (), say: Callable[[str], None] = lambda line: None):
         self._say = say
         self._failed: set[str] = set()
         members = tuple(observers)
-        # Who has no method of its own for an event is not called: events of each step are to cost next to nothing.
+        # A member without a method of its own for an event is not called: a step's events have to cost next to nothing.
         self._members = {
             event: [member for member in members if getattr(type(member), event) is not getattr(Observer, event)]
             for event in EVENTS
@@ -135,6 +141,7 @@ class Observers(Observer):
         self._tell("on_end", error)
 
     def _tell(self, event: str, *content: Any) -> None:
+        """Call the method `event` of all observers that have it."""
         for member in self._members[event]:
             try:
                 getattr(member, event)(*content)
@@ -142,6 +149,7 @@ class Observers(Observer):
                 self._has_failed(member, error)
 
     def _has_failed(self, member: Observer, error: Exception) -> None:
+        """Say that an observer cannot do its work, once for each name."""
         name = member.name or type(member).__name__
         if name in self._failed:
             return

@@ -19,7 +19,8 @@ from sat_lora.adapters.save_load import trained_of
 from sat_lora.lora.apply import adapters_of
 from sat_lora.parallel.sharding import Sharding, gathered, model_parallel_layout, over_model_parallel
 
-MASTER, MOMENTS = "master", ("exp_avg", "exp_avg_sq")
+MASTER = "master"
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def create_moments(engine) -> None:
@@ -39,7 +40,10 @@ def create_moments(engine) -> None:
 
 
 def optimizer_tensors(engine) -> Iterator[tuple[str, torch.Tensor]]:
-    """(`master.NAME`, `exp_avg.NAME` or `exp_avg_sq.NAME`; whole tensor), one by one; every rank has to take all."""
+    """Yield (`master.NAME`, `exp_avg.NAME` or `exp_avg_sq.NAME`; whole tensor) of every trained parameter.
+
+    Every rank has to take all of them, since each is gathered from all.
+    """
     for name, parameter, sharding in _trained(engine.module):
         for part in (MASTER, *MOMENTS):
             yield f"{part}.{name}", over_model_parallel(_read(engine, parameter, part), sharding)
@@ -61,7 +65,7 @@ def set_optimizer_tensors(engine, tensors: dict[str, torch.Tensor], steps: int) 
 
 
 def optimizer_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """The names and whole shapes of `optimizer_tensors`."""
+    """Return the whole shapes of `optimizer_tensors` by their names."""
     _, size = model_parallel_layout()
     return {
         f"{part}.{name}": sharding.full_shape(getattr(parameter, "ds_shape", parameter.shape), size)
@@ -71,11 +75,12 @@ def optimizer_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def steps_taken(engine) -> int:
-    """How many steps the optimizer has taken; steps that were skipped do not count."""
+    """Return how many steps the optimizer has taken; steps that were skipped do not count."""
     return int(next(iter(engine.basic_optimizer.state.values()))["step"])
 
 
 def _trained(model: nn.Module) -> list[tuple[str, nn.Parameter, Sharding]]:
+    """Return (name, parameter, how model parallelism cuts it) of all that train, in the order of the model."""
     cuts = {id(parameter): sharding for parameter, sharding in trained_of(model).values()}
     for adapter in adapters_of(model).values():
         cuts |= {id(getattr(adapter, leaf)): sharding for leaf, sharding in adapter.shardings.items()}
@@ -83,17 +88,19 @@ def _trained(model: nn.Module) -> list[tuple[str, nn.Parameter, Sharding]]:
 
 
 def stepped_tensors(engine) -> list[torch.Tensor]:
-    """What the wrapped optimizer itself steps: DeepSpeed's flat partitions, or the parameters."""
+    """Return the tensors that the wrapped optimizer itself steps: DeepSpeed's flat partitions, or the parameters."""
     partitions = getattr(engine.optimizer, "fp32_partitioned_groups_flat", None)  # ZeRO-3 shows them only in its step
     groups = engine.basic_optimizer.param_groups
     return partitions or [parameter for group in groups for parameter in group["params"]]
 
 
 def _is_partitioned(parameter: nn.Parameter) -> bool:
+    """Return whether ZeRO holds the parameter's optimizer state, so that it has to be asked for it."""
     return hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
 
 
 def _read(engine, parameter: nn.Parameter, part: str) -> torch.Tensor:
+    """Return the master or a moment of a parameter, whole over data-parallel ranks. Every rank has to call it."""
     if not _is_partitioned(parameter):
         return parameter.detach() if part == MASTER else engine.basic_optimizer.state[parameter][part]
     if part == MASTER:
@@ -102,6 +109,7 @@ def _read(engine, parameter: nn.Parameter, part: str) -> torch.Tensor:
 
 
 def _write(engine, parameter: nn.Parameter, part: str, value: torch.Tensor) -> None:
+    """Set what `_read` gives. Every rank has to call it."""
     if not _is_partitioned(parameter):
         (parameter if part == MASTER else engine.basic_optimizer.state[parameter][part]).copy_(value)
     elif part == MASTER:

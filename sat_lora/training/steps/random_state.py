@@ -7,7 +7,7 @@ import torch
 
 
 def random_state() -> dict:
-    """The generators of Python, numpy, torch and, if there is one, this rank's CUDA device."""
+    """Return the states of Python, numpy, torch and, if there is one, this rank's CUDA device, as JSON's types."""
     kind, keys, *rest = numpy.random.get_state()
     state = {
         "python": random.getstate(),
@@ -18,14 +18,17 @@ def random_state() -> dict:
 
 
 def set_random_state(state: dict) -> None:
-    """Continue from what `random_state` returned, also if it went through JSON since; ValueError as of `parsed`."""
+    """Let the generators go on from what `random_state` returned, also if it went through JSON since.
+
+    Raises ValueError where it is nothing that `random_state` returned; no generator is touched then.
+    """
     apply_states(parsed(state))
 
 
 def parsed(state: dict) -> dict:
-    """The states as the generators take them, for `apply_states`; none is touched.
+    """Return the states as the generators take them, for `apply_states`; no generator is touched.
 
-    ValueError: it is nothing that `random_state` returned.
+    Raises ValueError where it is nothing that `random_state` returned.
     """
     try:
         version, internal, gauss = state["python"]

@@ -1,4 +1,4 @@
-"""The end of an engine: its model goes on without it, and what training took is given back."""
+"""The end of an engine: its model goes on without it, and the memory that training took is given back."""
 
 import gc
 
@@ -8,10 +8,11 @@ from sat_lora._sat import BaseModel
 
 
 def end_training(engine) -> BaseModel | None:
-    """The engine's model with trained values, without gradients and DeepSpeed's hooks. The engine is of no use then.
+    """Return the engine's model with trained values, without gradients and DeepSpeed's hooks; None where ZeRO-3 has
+    partitioned the weights: no rank has a whole model, and its weights are freed too. The engine is of no use then.
 
     Optimizer, gradients and buffers are freed once the caller has let go of engine and optimizer and called
-    `free_memory`. None where ZeRO-3 has partitioned the weights: no rank has a whole model, and theirs are freed too.
+    `free_memory`.
     """
     model = engine.module
     engine.destroy()
@@ -33,7 +34,7 @@ def end_training(engine) -> BaseModel | None:
 
 
 def free_memory() -> None:
-    """Free what is in rings of references, and give the device back what torch keeps for later."""
+    """Free objects in rings of references, and give the device back the memory that torch keeps for later."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

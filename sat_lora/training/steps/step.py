@@ -22,11 +22,15 @@ from sat_lora.training.steps.observers import NOBODY, Observers
 from sat_lora.training.steps.random_state import random_state, set_random_state
 
 ON_THE_HOST = ("image_embed_mask", "vision_expert_mask", "labels")
-"""What only says where something is: read on a GPU, each would make the host wait for all that it has still to do."""
+"""Tensors that only say where something is: reading one on a GPU, the host would wait for all that it has
+still to do.
+"""
 
 
 def to_device(batch: dict, device: torch.device) -> dict:
-    """The tensors of a collated batch on `device`, but for ON_THE_HOST; what is no tensor is left out."""
+    """Return the tensors of a collated batch by name, on `device` but for ON_THE_HOST; what is no tensor is
+    left out.
+    """
     tensors = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
     return {name: t if name in ON_THE_HOST else t.to(device, non_blocking=True) for name, t in tensors.items()}
 
@@ -52,13 +56,14 @@ def train_step(
     counts: Sequence[float] = (),
     observers: Observers = NOBODY,
 ) -> StepResult:
-    """One optimizer step, unless the loss or a gradient is not finite on any rank: then none moves.
+    """Take one optimizer step, unless the loss or a gradient is not finite on any rank: then no rank moves. Return what
+    all ranks agree on.
 
     tokens: answer tokens of the step over all ranks, on the device if they are a tensor: the host does not wait for
     them. Each micro-batch's loss is a sum divided by it. DeepSpeed then averages over micro-batches and data-parallel
     ranks, so it is multiplied by both: the gradient is that of the joined batch, however the tokens are spread.
     checks_gradients: False looks at the loss alone (fp16, where DeepSpeed skips gradients that overflow). signals: how
-    many of each this rank has received. counts: other numbers of this rank that all have to know the sums of.
+    many of each this rank has received. counts: other numbers of this rank, whose sums all ranks have to know.
     observers: are told of the phases.
     The host waits for the device once, for the loss, and for all that ranks have to agree on with it.
     """
@@ -79,7 +84,8 @@ def train_step(
     ]
     sums = sum_over_ranks(*own, device=world.device)
     loss, bad_losses, bad_gradients, *rest, answers, tokens = torch.cat([sums, answers[None], tokens[None]]).tolist()
-    received, counted = rest[: len(signals)], rest[len(signals) :]
+    received = rest[: len(signals)]
+    summed_counts = rest[len(signals) :]
     nonfinite = None
     if bad_losses or bad_gradients:
         with discard_step(engine):
@@ -93,13 +99,17 @@ def train_step(
     stop = next((number for number, count in zip(signals, received) if count), None)
     # A loss of nothing would look like a perfect one.
     mean = loss / tokens if answers or nonfinite else None
-    return StepResult(loss=mean, nonfinite=nonfinite, stop=stop, counts=tuple(counted))
+    return StepResult(loss=mean, nonfinite=nonfinite, stop=stop, counts=tuple(summed_counts))
 
 
 def _accumulate(
     engine, micro_batches: list[dict], world: World, weight: torch.Tensor, observers: Observers = NOBODY
 ) -> torch.Tensor:
-    """All passes of a step, up to the `engine.step()` that moves the optimizer; the sum of their losses."""
+    """Run all passes of a step, up to the `engine.step()` that moves the optimizer; return the sum of their losses, a
+    float32 scalar on the device.
+
+    weight: the factor of each loss, a scalar.
+    """
     total = torch.zeros((), device=world.device)
     for number, batch in enumerate(micro_batches):
         if number:
@@ -114,17 +124,18 @@ def _accumulate(
 
 
 def _repeat(engine, micro_batches: list[dict], world: World, weight: torch.Tensor) -> None:
+    """Run a step whose gradients are thrown away, see `discard_step`."""
     _accumulate(engine, micro_batches, world, weight)
     engine.step()
 
 
 def _describe(what: str, sources: list[Origin | None]) -> str:
-    """In words, from what `first_nonfinite` found on every rank."""
-    found = [(source.order, rank, source.words) for rank, source in enumerate(sources) if source is not None]
-    if not found:
+    """Return a clause that says what is not finite and where it began, from `first_nonfinite` of every rank."""
+    places = [(source.order, rank, source.place) for rank, source in enumerate(sources) if source is not None]
+    if not places:
         return f"the {what} is not finite, but when the step was repeated everything was"
-    _, rank, words = min(found)
-    return f"the {what} is not finite, first in {words} on rank {rank}"
+    _, rank, place = min(places)
+    return f"the {what} is not finite, first in {place} on rank {rank}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,13 +155,16 @@ def validate(
     metrics: Mapping[str, Metric] | None = None,
     observers: Observers = NOBODY,
 ) -> Validation:
-    """A pass over `batches` of all ranks, of which every rank has the same number; the same comes back on each.
+    """Return what a pass over the `batches` of all ranks measures, the same on each rank. Every rank has the same
+    number of batches.
 
     metrics: what to measure beside the loss, the same on every rank; without any, logits are dropped as they come.
     """
     engine.eval()
     metrics = metrics or {}
-    total, tokens, broken = on_device(0.0, world.device), 0, []
+    total = on_device(0.0, world.device)
+    tokens = 0
+    broken: list[tuple[str, str, str]] = []
     ratios = torch.zeros(len(metrics), 2, dtype=torch.float64, device=world.device)
     for batch in batches:
         observers.on_phase("evaluate")

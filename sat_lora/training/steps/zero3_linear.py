@@ -17,6 +17,9 @@ def round_once() -> None:
 
 
 def linear_of_zero3(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """Return the linear (..., out) of x (..., in) by ZeRO-3's function, which gets x as (tokens, in) if it is to add a
+    bias.
+    """
     from deepspeed.runtime.zero.linear import zero3_linear_wrap
 
     if bias is None:

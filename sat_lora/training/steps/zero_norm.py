@@ -20,7 +20,7 @@ def speed_up_norm(optimizer) -> None:
         return
 
     def get_grad_norm_direct(gradients: Sequence[torch.Tensor], params, norm_type: int = 2) -> torch.Tensor:
-        """The norm of one group's gradients over all ranks, -1 if it is not finite: a float32 scalar."""
+        """Return the norm of one group's gradients over all ranks, -1 if it is not finite: a float32 scalar."""
         own = [gradient for gradient in gradients if not getattr(gradient, "_zero_padding", False)]
         if optimizer.model_parallel_rank:  # what all model-parallel ranks hold counts once
             own = [gradient for gradient, p in zip(own, params) if is_model_parallel_parameter(p)]
