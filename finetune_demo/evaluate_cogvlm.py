@@ -177,6 +177,8 @@ def _evaluate(argv: list[str] | None) -> int:
     )
     from sat_lora.training.marks import marks_of_options
     from sat_lora.training.runs.run_lock import RunLock
+    from sat_lora.training.runs.traced import traced
+    from sat_lora.training.steps.observers import Observers
     from sat_lora.watchdog.watchdog import watched_alone
 
     adapter = evaluation.adapter
@@ -189,7 +191,9 @@ def _evaluate(argv: list[str] | None) -> int:
         lock = RunLock(run, doing="evaluating", option="--run", instead="write elsewhere, with --out FILE")
     with lock, watched_alone(config.checks.watchdog_limit) as trace:
         run_on_all_ranks(lambda: try_to_write(out) if world.is_main else None)
-        result = run_on_all_ranks(evaluate_adapter, config, adapter, world, trace=trace, any_base=evaluation.any_base)
+        any_base = evaluation.any_base
+        observers = Observers(traced(trace))
+        result = run_on_all_ranks(evaluate_adapter, config, adapter, world, observers=observers, any_base=any_base)
         run_on_all_ranks(lambda: write_evaluation(out, result, config, adapter) if world.is_main else None)
     if world.is_main:
         is_own = evaluation.out or not adapter or out.name == "evaluation.json"
