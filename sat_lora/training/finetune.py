@@ -245,7 +245,9 @@ def _state(engine, config: TrainConfig, run: RunFolder, world: World) -> RunStat
     stored = read_state(newest_checkpoint(run.checkpoints))["run"].get("valid_data", run.facts["valid_data"])
     own = [step for step in steps_in(run.adapters) if step <= state.step]
     if state.best_step not in own or stored != run.facts["valid_data"]:
-        state.best_loss = state.best_step = None  # nothing to be compared with
+        # There is nothing to be compared with.
+        state.best_loss = None
+        state.best_step = None
     steps = config.schedule.steps
     if state.step >= steps:
         run.say(

@@ -66,7 +66,8 @@ def option_problems(
 
 def _base_and_prompt_problems(config: TrainConfig, environ: Mapping[str, str]) -> Iterator[str]:
     """Yield what is wrong with the base, the tokenizer and the prompt, or does not fit together."""
-    sizes = tokenizer = None
+    sizes = None
+    tokenizer = None
     try:
         sizes = read_config(config.model.base)
         check_files(config.model.base, trust=config.start.trust_checkpoint)

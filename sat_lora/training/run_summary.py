@@ -54,8 +54,13 @@ def look_at(source: Source, vocabulary: int) -> Texts:
 
     Images are read from streams alone. vocabulary: how many token ids the base has.
     """
-    own_prompts = unusable = longest = cut = count = 0
-    first = unknown = None
+    count = 0
+    own_prompts = 0
+    unusable = 0
+    longest = 0
+    cut = 0
+    first = None
+    unknown = None
     for item in source.first_items(COUNTED):
         count += 1
         own_prompts += item.prompt is not None

@@ -160,7 +160,7 @@ def example_of_contributing(name):
 def test_the_metric_of_contributing_is_an_option(monkeypatch):
     from sat_lora.training.metrics.answers import Answers
     from sat_lora.training.metrics.registry import METRICS, metrics_named
-    from sat_lora.training.settings.options import parse_options
+    from tests.support.configs import parse_options
 
     monkeypatch.setitem(METRICS, "certainty", None)  # taken out again after the test
     exec(example_of_contributing("METRICS"), {})

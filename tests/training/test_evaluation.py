@@ -16,6 +16,7 @@ from tests.support.configs import config_of
 from tests.support.paths import TINY_BASE
 from tests.support.patience import patient
 from tests.support.ranks import run_ranks
+from tests.support.scripts import load_script
 from tests.support.tiny import fill_adapters, logits_of
 
 LORA = dict(r=4, modules_to_save=["boi"])
@@ -99,6 +100,18 @@ def test_shares_equal_those_counted_by_hand_however_the_work_is_split(tmp_path, 
         assert result["adapter"]["exact_match"] == pytest.approx(adapter)
         assert [Path(path).name for path in result["broken"]] == ["missing.png"]
         assert result["broken_samples"] == 2
+
+
+def evaluate_by_script(options):
+    """The exit status of evaluate_cogvlm.py."""
+    return load_script("evaluate_cogvlm").main(options)
+
+
+def test_the_script_writes_what_it_measured(tmp_path, captchas):
+    out = tmp_path / "result.json"
+    options = ["--from_pretrained", str(TINY_BASE), "--test-data", str(captchas / "test"), "--version", "base"]
+    assert run_ranks(evaluate_by_script, 1, [*options, "--max_length", "64", "--out", str(out)]) == [0]
+    assert json.loads(out.read_text())["images"] == 12
 
 
 @pytest.mark.matrix

@@ -58,7 +58,9 @@ def saved_sizes(config: TrainConfig) -> tuple[int, int]:
     sizes = read_config(config.model.base)
     model = build_cogvlm(sizes, device="meta", model_parallel_size=mp_size, seed=max(1, config.schedule.seed))
     chosen = plan(find_all_sites(model), find_all_parameters(model), lora)
-    stored = trained = whole = 0
+    stored = 0  # elements of the adapter's file
+    trained = 0  # elements of A, B and magnitudes that train
+    whole = 0  # elements of parameters that train whole
     for target in chosen.targets.values():
         rows = sum(stop - start for start, stop in target.rows)
         a_size = target.slots_count * target.rank * target.site.in_features

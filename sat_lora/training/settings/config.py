@@ -194,7 +194,7 @@ class Schedule:
 
     @property
     def steps(self) -> int:
-        """Optimizer steps of the run, once its data are known. ConfigError: they are not."""
+        """The optimizer steps of the run. Raises ConfigError where its data are not known yet."""
         if self.train_iters is None:
             raise ConfigError("--train-iters: not known before the data are; give it")
         return self.train_iters

@@ -77,7 +77,7 @@ class Entry:
     """What fits, for messages."""
     accepts: Callable[[object], bool]
     kind: Callable = float
-    """Makes the setting's value of the entry's."""
+    """The function that makes the setting's value of the entry's."""
 
     def value_in(self, content: dict):
         """Return the entry's value in a file whose sections are objects; None where it has none."""
@@ -298,6 +298,7 @@ def _plain(content: dict, place: str, auto: list[str]) -> dict:
 
 
 def _is_auto(value) -> bool:
+    """Return whether an entry is left to the trainer: "auto", or a list of that."""
     if isinstance(value, list):
         return bool(value) and all(map(_is_auto, value))
     return isinstance(value, str) and value.strip().lower() == "auto"
@@ -515,8 +516,8 @@ def _complaints(error) -> list[str]:
 
 
 def _wrong_kinds(model, section: dict) -> Iterator[tuple[str, str]]:
-    """Yield (key, problem) of values that pydantic would turn into another kind: true for a number, a
-    number in quotes.
+    """Yield (key, problem) of values that pydantic would turn into another kind: true for a number, a number in
+    quotes.
     """
     fields = {key: field for name, field in model.model_fields.items() for key in (name, field.alias) if key}
     for key in section.keys() & fields.keys():
