@@ -56,7 +56,7 @@ def main() -> None:
     engine = ["--deepspeed_config", str(HERE / "sat_trainer.json")]
     with sat_on_cpu():  # changes nothing where there is a GPU
         args = get_args([*DEFAULTS, *data, *engine, *sys.argv[1:]])
-        if args.rank == 0:
+        if args.rank == 0 and args.train_data[0].startswith(str(DEFAULT_OUT)):
             make_captchas(DEFAULT_OUT)
         torch.distributed.barrier()
         model, args.base = load_cogvlm(BASE, device=args.device, model_parallel_size=args.model_parallel_size)

@@ -18,7 +18,9 @@ from sat_lora.lora.trained_set import TrainedSet, keep_trained_set
 from sat_lora.parallel.distributed import init_distributed, init_model_parallel
 from sat_lora.training.steps.engine import adapter_optimizer, start_engine
 from sat_lora.training.steps.loss import answer_loss_sum, count_answer_tokens
+from tests.support.paths import DEMO
 from tests.support.ranks import run_ranks
+from tests.support.scripts import load_script
 from tests.support.tiny import fill_adapters, tiny_batch, tiny_model
 from tests.support.training_runs import engine_config
 
@@ -221,3 +223,18 @@ def test_outside_of_the_blocks_sat_and_torch_are_as_they_were():
     after = (model_io.save_checkpoint, trainer_module.load_checkpoint, torch.Tensor.cuda, torch.cuda.device_count)
     assert before == after and sat.arguments.initialize_distributed is start
     assert "sat.training.deepspeed_training" in sys.modules
+
+
+def run_example(captchas, folder):
+    """finetune_demo/with_sat_trainer.py on a few captchas, two steps."""
+    data = ["--train-data", f"{captchas}/train", "--valid-data", f"{captchas}/valid"]
+    few = "--train-iters 2 --save-interval 2 --eval-interval 2 --eval-iters 1 --num-workers 0".split()
+    sys.argv = ["with_sat_trainer.py", *data, *few, "--save", folder]
+    load_script("with_sat_trainer").main()
+
+
+def test_the_example_trains_validates_and_saves_an_adapter(captchas, tmp_path):
+    run_ranks(run_example, 1, str(captchas), str(tmp_path))
+    (run,) = tmp_path.iterdir()
+    assert len(read_adapter(run).tensors) > 0 and (run / "2" / "adapter_model.safetensors").is_file()
+    assert len((DEMO / "with_sat_trainer.py").read_text().splitlines()) < 80
