@@ -222,7 +222,7 @@ def summary_that_sleeps():
     from sat_lora.training import finetune
 
     if faulty_runs.is_culprit():
-        finetune.open_sources = lambda *args, **kwargs: time.sleep(600)
+        finetune.open_data = lambda *args, **kwargs: time.sleep(600)
 
 
 def evaluation_that_sleeps():

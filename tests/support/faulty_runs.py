@@ -104,16 +104,16 @@ def stopped_rank():
 
 def in_layer_1(action):
     """In a forward hook of the language model's second MLP."""
-    from sat_lora.training import finetune
+    from sat_lora.training import prepare
 
-    add_lora, count = finetune.add_lora, once_at_the_step(action)
+    add_lora, count = prepare.add_lora, once_at_the_step(action)
 
     def add_lora_and_hook(model, *args, **kwargs):
         add_lora(model, *args, **kwargs)
         if is_culprit():
             model.transformer.layers[1].mlp.register_forward_hook(count)
 
-    finetune.add_lora = add_lora_and_hook
+    prepare.add_lora = add_lora_and_hook
 
 
 def published_branching():
