@@ -4,8 +4,8 @@ python -m tests.support.mutants tests/lora tests/files ...    (`make mutants` gi
 
 A copy of the tree is tested. One process imports torch and all the tests; a fork of it runs them once, and notes the
 lines that each executes and its time. Then a fork for each mutant exchanges the code of the mutated function and runs
-the tests that execute its line, as long as none fails: those that have caught a mutant of the same function, then one
-variant of each test, those of the mirrored file before the others, then the next variant, up to BUDGET seconds.
+the tests that execute its line, as long as none fails: those that have caught a mutant of the same function, those of
+the mirrored file, then one variant of each other test, then the next variants, up to BUDGET seconds.
 
 mutmut 3.8.1 was tried first. It needs as little time for a mutant, but leaves out 44 of the 240 functions of the core
 files, those with a decorator (`replaced_folder` and `merged_weight` among them), removes no statements, and its
@@ -301,7 +301,8 @@ def _tests_for(mutant: Mutant, baseline: Baseline, catchers: Sequence[str]) -> l
         if seconds <= SLOW:
             test = name.partition("[")[0]
             rounds[test] = rounds.get(test, 0) + 1
-            order.append((first.get(name, len(first)), rounds[test], not name.startswith(mirrored), seconds, name))
+            turn = 0 if name.startswith(mirrored) else rounds[test]
+            order.append((first.get(name, len(first)), turn, seconds, name))
     chosen, spent = [], 0.0
     for *_, seconds, name in sorted(order):
         spent += seconds
@@ -373,7 +374,7 @@ def parser() -> argparse.ArgumentParser:
         epilog="Left as they are: " + "; ".join(f"{kind} ({reason})" for kind, reason in EXCLUDED.items()),
     )
     parser.add_argument("tests", nargs="+", help="files and folders of tests, and more arguments of pytest")
-    parser.add_argument("--files", nargs="+", help=f"the files to mutate; else those of {' and '.join(CORE)}")
+    parser.add_argument("--file", action="append", help=f"a file to mutate; else those of {' and '.join(CORE)}")
     parser.add_argument("--per-file", type=int, default=PER_FILE, help="mutants of a file at most, drawn; 0: all")
     parser.add_argument("--seed", type=int, default=1, help="of the draw")
     parser.add_argument("--workers", type=int, default=2, help="mutants at a time")
@@ -402,7 +403,7 @@ def main(arguments: Sequence[str]) -> int:
     if os.environ.get("SAT_LORA_MUTANTS") != str(ROOT):
         return in_a_copy(arguments)
     started = time.monotonic()
-    paths = options.files or sorted(
+    paths = options.file or sorted(
         str(path.relative_to(ROOT))
         for folder in CORE
         for path in (ROOT / folder).rglob("*.py")
