@@ -51,7 +51,8 @@ BUDGET = 6.0  # seconds of tests for a mutant that nothing has caught so far
 WAIT = 20.0  # seconds beyond what the tests took without the mutation: then it is taken for a hang
 MEMORY = 8 << 30  # bytes that a mutant may take beyond what the process has
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
-CAUGHT, SURVIVED, TIMED_OUT, NOT_RUN = "caught", "survived", "timed out", "not run"
+CAUGHT, SURVIVED, TIMED_OUT, NOT_RUN = "caught", "survived", "timed out", "no fast test executes it"
+UNRELIABLE = "only a test has noticed it that fails without it too"
 NOTHING = "-"  # has caught a mutant
 
 
@@ -176,13 +177,24 @@ class Mutants:
         self._control(baseline)
 
     def _control(self, baseline: Baseline) -> None:
-        """The tests that have caught mutants pass in a fork without one: it was the mutants that they have caught."""
+        """The tests that have caught mutants run in forks without one: what a test that fails there has caught counts
+        for nothing.
+        """
         names = sorted({mutant.test for mutant in self.mutants if mutant.test is not None})
-        worker = Worker(None, names, _limit(names, baseline), self)
-        while (result := worker.ended()) is None:
-            time.sleep(0.01)
-        if result[0] != SURVIVED:
-            self.failed = [f"{result[0]}, in the way in which mutants are tested: {result[1]}"]
+        unreliable: list[str] = []
+        while names:
+            worker = Worker(None, names, _limit(names, baseline), self)
+            while (result := worker.ended()) is None:
+                time.sleep(0.01)
+            if result[0] != SURVIVED and result[1] is None:
+                self.failed = [f"{result[0]}, in the way in which mutants are tested"]
+                return
+            if result[1] is not None:
+                unreliable.append(result[1])
+            names = names[names.index(result[1]) + 1 :] if result[1] is not None else []
+        for mutant in self.mutants:
+            if mutant.test in unreliable:
+                mutant.result = UNRELIABLE
 
     def become_worker(self, folder: str) -> None:
         """A group of processes of its own, with files in `folder` and nothing to say, that ends with who started it."""
@@ -351,8 +363,8 @@ def _codes(code: CodeType) -> Iterator[CodeType]:
 def report(mutants: Sequence[Mutant]) -> float:
     """Tells the mutants that no test has caught, and the figures of each file; the percentage that is caught."""
     for mutant in mutants:
-        if mutant.result in (SURVIVED, NOT_RUN):
-            words = "no fast test executes it" if mutant.result == NOT_RUN else mutant.result
+        if mutant.result in (SURVIVED, NOT_RUN, UNRELIABLE):
+            words = mutant.result if mutant.result != UNRELIABLE else f"{mutant.result}: {mutant.test}"
             print(
                 f"{mutant.path}:{mutant.mutation.line} in {mutant.mutation.function}, {mutant.mutation.kind}: {words}"
             )
