@@ -56,6 +56,20 @@ def test_a_gathered_column_adds_the_delta_of_its_own_columns_and_gathers_it(monk
     torch.testing.assert_close(adapter.kind.add(layer, y[..., :10], x, delta_of(adapter)), y[..., :10] + own)
 
 
+@pytest.mark.parametrize("name", ["column, gathered", "linear"])
+def test_the_gain_and_the_bias_of_dora_are_gathered_with_the_output(monkeypatch, name):
+    layer = build_layer(name)
+    adapter = adapter_for(layer, LoraConfig(r=2, use_dora=True), seed=5)
+    x = inputs_for(layer)
+    y, expected = layer(x).detach(), adapter(layer(x), x, layer)
+    monkeypatch.setattr(layers, "model_parallel_layout", lambda: (0, 2))
+    monkeypatch.setattr(layers.mpu, "gather_from_model_parallel_region", lambda t: torch.cat([t, t], -1))
+    if name == "linear":  # nothing of it is on another rank
+        assert torch.equal(adapter(y, x, layer), expected)
+    else:
+        torch.testing.assert_close(adapter(torch.cat([y, y], -1), x, layer), torch.cat([expected, expected], -1))
+
+
 def test_of_one_rank_nothing_is_gathered(monkeypatch):
     layer = build_layer("column, gathered")
     adapter = adapter_for(layer, LoraConfig(r=2), seed=5)
