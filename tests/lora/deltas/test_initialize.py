@@ -3,14 +3,16 @@
 import pytest
 import torch
 
-from sat_lora.lora.deltas.initialize import initial_factors
+from sat_lora.lora.deltas.initialize import initial_delta
 
 WEIGHT = torch.randn(10, 12, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
 
 
-def factors(scheme, *, slots=1, rank=4, scale=1.5, looks_up=False, seed=3, weight=WEIGHT):
+def factors(scheme, *, slots=1, rank=4, scale=1.5, is_embedding=False, seed=3, weight=WEIGHT):
     weights, shapes = [lambda: weight] * slots, [tuple(weight.shape)] * slots
-    return initial_factors(scheme, weights, shapes, rank=rank, scale=scale, looks_up=looks_up, seed=seed)
+    delta = initial_delta(scheme, weights, shapes, rank=rank, scale=scale, is_embedding=is_embedding, seed=seed)
+    assert delta.scale == scale
+    return delta.a, delta.b
 
 
 @pytest.mark.parametrize("scheme", ["kaiming", "gaussian", "orthogonal", "pissa", "pissa_niter_2", "olora"])
@@ -30,7 +32,7 @@ def test_drawn_factors_have_their_sizes_and_nothing_is_added_at_first():
         a, b = factors(scheme, rank=40, weight=wide)
         assert not b.any() and a.std() == pytest.approx(deviation, rel=0.05)
         assert scheme == "gaussian" or 0.95 / 20 < a.abs().max() <= 1 / 20
-        a, b = factors(scheme, rank=40, weight=wide, looks_up=True)
+        a, b = factors(scheme, rank=40, weight=wide, is_embedding=True)
         assert not a.any() and b.std() == pytest.approx(1, rel=0.2)
 
 

@@ -9,14 +9,15 @@ from torch import nn
 from sat_lora import LoraConfig
 from sat_lora._sat import ColumnParallelLinear
 from sat_lora.lora.deltas import layers
-from sat_lora.lora.deltas.layers import KINDS, Delta, kind_of
+from sat_lora.lora.deltas.kinds import KINDS, kind_of
+from sat_lora.lora.deltas.layers import LayerDelta
 from tests.support.single_layer import LAYERS, adapter_for, build_layer, inputs_for
 
 pytestmark = pytest.mark.usefixtures("single_process_group")
 
 
 def delta_of(adapter, **fields):
-    return Delta(adapter.A, adapter.B, adapter.scale, adapter.layout, **fields)
+    return LayerDelta(adapter.A, adapter.B, adapter.scale, layout=adapter.layout, **fields)
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -25,7 +26,7 @@ def test_a_layer_has_the_kind_of_its_name(name):
     kind = kind_of(layer)
     assert kind.name == name.partition(",")[0].partition(" ")[0].rstrip("123d") and kind is KINDS[kind.name]
     assert kind.is_linear == (kind.name in ("linear", "column", "row"))
-    assert kind.looks_up == (kind.name in ("embedding", "vocab"))
+    assert kind.is_embedding == (kind.name in ("embedding", "vocab"))
     assert kind.cut == {"column": "out", "row": "in", "vocab": "in"}.get(kind.name)
     adapter = adapter_for(layer, LoraConfig(r=2))
     assert kind.matrix(layer.weight).shape == (adapter.target.site.out_features, adapter.target.site.in_features)
@@ -162,10 +163,10 @@ def of_a_subclass(layer):
 def test_a_product_is_taken_over_where_it_is_w_x_and_w_is_frozen_and_whole(change):
     layer = change(build_layer("linear"))
     kind, x = KINDS["linear"], torch.ones(1, 12, dtype=torch.float64)
-    assert kind.can_take_over(layer, x) is (change is as_it_is)
+    assert kind.can_fuse(layer, x) is (change is as_it_is)
 
 
 def test_a_column_parallel_linear_is_taken_over_by_its_own_kind_alone():
     layer = ColumnParallelLinear(12, 10, params_dtype=torch.float64).requires_grad_(False)
     x = torch.ones(1, 12, dtype=torch.float64)
-    assert KINDS["column"].can_take_over(layer, x) is True and KINDS["row"].can_take_over(layer, x) is False
+    assert KINDS["column"].can_fuse(layer, x) is True and KINDS["row"].can_fuse(layer, x) is False
