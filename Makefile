@@ -40,10 +40,8 @@ test-matrix: $(READY)
 	"$(BIN)/python" -m pytest -m matrix --numprocesses $(WORKERS) --dist loadfile -v -rf; status=$$?; \
 	"$(BIN)/python" -m tests.distributed.matrix && exit $$status
 
-# Small changes of lora/ and files/, one at a time: do these tests notice? MUTANTS="--per-file 0 --files FILE": all of a file.
-MUTANT_TESTS := tests/lora tests/files tests/parallel tests/adapters
-MUTANT_TESTS += $(addprefix tests/cases/test_,adapter_folders.py bases.py left_out.py patterns.py)
-MUTANT_TESTS += --ignore=tests/adapters/test_merge.py --ignore=tests/lora/deltas/test_delta_kernels.py
+# Small changes of lora/ and files/, one at a time: do these tests notice? MUTANTS="--per-file 0 --file FILE": all of a file.
+MUTANT_TESTS := tests/lora tests/files tests/cases/test_patterns.py --ignore=tests/lora/deltas/test_delta_kernels.py
 MUTANTS ?=
 
 mutants: $(VENV)/.mutants-installed

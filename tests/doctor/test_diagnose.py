@@ -150,7 +150,7 @@ def told_on_a_small_gpu(arguments):
     from sat_lora.memory import memory_report
 
     memory_report.device_memory = lambda device, ranks: 2**20
-    before_run.load_base = None
+    before_run.build_run = None
     prepared = before_run.prepare
 
     def on_cuda(options):

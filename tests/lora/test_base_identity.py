@@ -16,7 +16,7 @@ from sat_lora.lora.base_identity import (
     identity_of,
     positions,
     same_values,
-    values_of_one,
+    values_per_tensor,
 )
 
 SHAPES = {"b": (2, 3), "a": (4,), "c": (100, 100)}
@@ -31,7 +31,7 @@ def identity(change=None, **fields):
 
 def test_an_identity_holds_the_values_in_the_order_of_the_names():
     known = identity(name="base", family="Tiny")
-    count = len(positions(SHAPES["c"], values_of_one(3)))
+    count = len(positions(SHAPES["c"], values_per_tensor(3)))
     assert known.values[:10].tolist() == [0.0, 1.0, 2.0, 3.0, 0.0, 1.0, 2.0, 3.0, 4.0, 5.0]
     assert len(known.values) == 10 + count == 10 + MOST
     assert torch.equal(known.values[10:], positions(SHAPES["c"], MOST).float())
@@ -135,7 +135,7 @@ def test_what_is_no_float32_numbers_is_refused(values, words):
 
 @pytest.mark.parametrize("tensors, count", [(0, MOST), (1, MOST), (256, MOST), (300, 52), (2048, 8), (10**6, FEWEST)])
 def test_of_a_base_with_many_tensors_fewer_values_of_each_are_taken(tensors, count):
-    assert values_of_one(tensors) == count and count % RUN == 0
+    assert values_per_tensor(tensors) == count and count % RUN == 0
     assert tensors * count <= max(VALUES, FEWEST * tensors)
 
 

@@ -172,3 +172,10 @@ def test_layers_have_a_last_number():
     for text in (f"{MOST_LAYERS}", f"3-{MOST_LAYERS}"):
         with pytest.raises(ConfigError, match=f"'{text}' is beyond {MOST_LAYERS} layers"):
             LoraConfig(layers_to_transform=text)
+
+
+def test_an_entry_of_a_pattern_is_named_by_its_key():
+    with pytest.raises(ConfigError) as error:
+        LoraConfig(rank_pattern={"q": 0}, alpha_pattern={"v": float("nan")})
+    assert "rank_pattern['q'] has to be a whole number" in str(error.value)
+    assert "alpha_pattern['v'] has to be a finite number" in str(error.value)

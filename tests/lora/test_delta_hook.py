@@ -1,6 +1,7 @@
 """The hook's two ways: the direct one where nothing stands against it, else the one through the adapter's module."""
 
 import copy
+import dataclasses
 import gc
 from collections import Counter
 
@@ -361,3 +362,41 @@ def test_a_deep_copy_has_hooks_of_its_own():
     assert hooks and {id(hook._state) for hook in hooks} == own
     assert {id(hook._adapter()) for hook in hooks} <= {id(module) for module in twin.modules()}
     assert all(hook._layer().forward is hook for hook in hooks)
+
+
+def with_its_hook(layer_name):
+    """A layer, its adapter and the hook between them, outside of any model."""
+    layer = build_layer(layer_name)
+    adapter = adapter_for(layer, LoraConfig(r=4), seed=5)
+    hook = DeltaHook(DeltaState(fixed_order=False), adapter)
+    hook.attach(layer)
+    return layer, adapter, hook
+
+
+@pytest.mark.parametrize("layer_name", ["linear", "column", "row"])
+@pytest.mark.parametrize(
+    "attribute", ["weight is trained", "bias is trained", "ds_id", "forward hook", "pre hook", "dtype"]
+)
+def test_a_layer_whose_product_is_not_its_own_alone_goes_through_the_adapter(layer_name, attribute):
+    layer, adapter, hook = with_its_hook(layer_name)
+    x = inputs_for(layer)
+    assert hook._goes_directly(adapter, layer, x) is True
+    changes = {
+        "weight is trained": lambda: layer.weight.requires_grad_(),
+        "bias is trained": lambda: layer.bias.requires_grad_(),
+        "ds_id": lambda: setattr(layer.weight, "ds_id", 0),
+        "forward hook": lambda: adapter.register_forward_hook(lambda *args: None),
+        "pre hook": lambda: adapter.register_forward_pre_hook(lambda *args: None),
+        "dtype": lambda: adapter.float(),
+    }
+    changes[attribute]()
+    assert hook._goes_directly(adapter, layer, x) is False
+
+
+@pytest.mark.parametrize("layer_name, on_one_rank, on_two", [("linear", 1, 1), ("column", 1, 1), ("row", 1, 0)])
+def test_the_product_of_a_cut_input_is_the_layers_own_to_make(layer_name, on_one_rank, on_two):
+    """It is summed over the ranks before the bias."""
+    _, adapter, hook = with_its_hook(layer_name)
+    assert hook._is_one_product == bool(on_one_rank) and hook._may_add_bias == (layer_name == "row")
+    adapter.layout = dataclasses.replace(adapter.layout, mp_size=2)
+    assert DeltaHook(DeltaState(fixed_order=False), adapter)._is_one_product == bool(on_two)

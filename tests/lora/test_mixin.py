@@ -10,6 +10,7 @@ import torch
 from sat.model import BaseModel
 
 from sat_lora import ConfigError, LoraConfig, LoraMixin, add_lora, describe, describe_text
+from sat_lora._sat import BaseMixin
 from sat_lora.lora.apply import adapters_of
 from sat_lora.lora.mixin import lora_mixins
 from tests.support.tiny import adapter_gradients, fill_adapters, logits_of, tiny_batch, tiny_model
@@ -266,3 +267,18 @@ def test_wrong_settings_are_listed_at_once():
 def test_an_unknown_field_names_the_nearest():
     with pytest.raises(ConfigError, match="'lora_alfa', did you mean 'lora_alpha'"):
         LoraConfig.from_dict({"lora_alfa": 3})
+
+
+def test_the_hook_around_layers_is_there_where_another_mixin_has_it():
+    """With it SAT calls no layer as a module any more; without it that is left to SAT."""
+
+    class AroundLayers(BaseMixin):
+        def layer_forward(self, hidden_states, mask, *args, **kw_args):
+            return self.transformer.layers[kw_args["layer_id"]](hidden_states, mask, *args, **kw_args)
+
+    plain, wrapped = plain_sat_model(), plain_sat_model()
+    wrapped.add_mixin("around", AroundLayers())
+    wrapped.collect_hooks_()
+    assert not hasattr(LoraMixin(plain, r=2), "layer_forward")
+    assert hasattr(LoraMixin(wrapped, r=2), "layer_forward")
+    assert not hasattr(LoraMixin(None, r=2), "layer_forward")

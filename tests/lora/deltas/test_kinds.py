@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from sat_lora import LoraConfig, add_lora, load_adapter, save_adapter
-from sat_lora.adapters.format import read_adapter
 from sat_lora.adapters.merge import merged_tensor
+from sat_lora.adapters.read import read_adapter
 from sat_lora.lora.delta_hook import DeltaHook, DeltaState
 from sat_lora.lora.deltas.kinds import KINDS, kind_of
 from sat_lora.lora.deltas.layers import Kind

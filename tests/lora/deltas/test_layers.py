@@ -9,14 +9,15 @@ from torch import nn
 from sat_lora import LoraConfig
 from sat_lora._sat import ColumnParallelLinear
 from sat_lora.lora.deltas import layers
-from sat_lora.lora.deltas.layers import KINDS, Delta, kind_of
+from sat_lora.lora.deltas.kinds import KINDS, kind_of
+from sat_lora.lora.deltas.layers import LayerDelta
 from tests.support.single_layer import LAYERS, adapter_for, build_layer, inputs_for
 
 pytestmark = pytest.mark.usefixtures("single_process_group")
 
 
 def delta_of(adapter, **fields):
-    return Delta(adapter.A, adapter.B, adapter.scale, adapter.layout, **fields)
+    return LayerDelta(adapter.A, adapter.B, adapter.scale, layout=adapter.layout, **fields)
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -25,7 +26,7 @@ def test_a_layer_has_the_kind_of_its_name(name):
     kind = kind_of(layer)
     assert kind.name == name.partition(",")[0].partition(" ")[0].rstrip("123d") and kind is KINDS[kind.name]
     assert kind.is_linear == (kind.name in ("linear", "column", "row"))
-    assert kind.looks_up == (kind.name in ("embedding", "vocab"))
+    assert kind.is_embedding == (kind.name in ("embedding", "vocab"))
     assert kind.cut == {"column": "out", "row": "in", "vocab": "in"}.get(kind.name)
     adapter = adapter_for(layer, LoraConfig(r=2))
     assert kind.matrix(layer.weight).shape == (adapter.target.site.out_features, adapter.target.site.in_features)
@@ -54,6 +55,20 @@ def test_a_gathered_column_adds_the_delta_of_its_own_columns_and_gathers_it(monk
     layer.gather_output = False
     assert adapter.kind.across_ranks(layer, torch.arange(10.0)).tolist() == [*range(10)]
     torch.testing.assert_close(adapter.kind.add(layer, y[..., :10], x, delta_of(adapter)), y[..., :10] + own)
+
+
+@pytest.mark.parametrize("name", ["column, gathered", "linear"])
+def test_the_gain_and_the_bias_of_dora_are_gathered_with_the_output(monkeypatch, name):
+    layer = build_layer(name)
+    adapter = adapter_for(layer, LoraConfig(r=2, use_dora=True), seed=5)
+    x = inputs_for(layer)
+    y, expected = layer(x).detach(), adapter(layer(x), x, layer)
+    monkeypatch.setattr(layers, "model_parallel_layout", lambda: (0, 2))
+    monkeypatch.setattr(layers.mpu, "gather_from_model_parallel_region", lambda t: torch.cat([t, t], -1))
+    if name == "linear":  # nothing of it is on another rank
+        assert torch.equal(adapter(y, x, layer), expected)
+    else:
+        torch.testing.assert_close(adapter(torch.cat([y, y], -1), x, layer), torch.cat([expected, expected], -1))
 
 
 def test_of_one_rank_nothing_is_gathered(monkeypatch):
@@ -148,10 +163,10 @@ def of_a_subclass(layer):
 def test_a_product_is_taken_over_where_it_is_w_x_and_w_is_frozen_and_whole(change):
     layer = change(build_layer("linear"))
     kind, x = KINDS["linear"], torch.ones(1, 12, dtype=torch.float64)
-    assert kind.can_take_over(layer, x) is (change is as_it_is)
+    assert kind.can_fuse(layer, x) is (change is as_it_is)
 
 
 def test_a_column_parallel_linear_is_taken_over_by_its_own_kind_alone():
     layer = ColumnParallelLinear(12, 10, params_dtype=torch.float64).requires_grad_(False)
     x = torch.ones(1, 12, dtype=torch.float64)
-    assert KINDS["column"].can_take_over(layer, x) is True and KINDS["row"].can_take_over(layer, x) is False
+    assert KINDS["column"].can_fuse(layer, x) is True and KINDS["row"].can_fuse(layer, x) is False

@@ -407,3 +407,14 @@ def test_the_share_that_is_kept_is_made_up_for():
     s, mask, scale = RandomDropout(0.3).project(x, a, 2.0)
     assert torch.equal(s, mask.double()) and scale == 2.0 / (1 - round(0.3 * 2**16) / 2**16)
     assert RandomDropout(0.3)._dropped == 19661
+
+
+def test_a_second_derivative_is_refused_and_a_recorded_backward_is_not_wrong():
+    layout = LAYOUTS["q and v"]
+    tensors = operands(layout)
+    plain = torch.autograd.grad(add_delta(*tensors, None, 1.7, layout).pow(2).sum(), tensors)
+    recorded = torch.autograd.grad(add_delta(*tensors, None, 1.7, layout).pow(2).sum(), tensors, create_graph=True)
+    for got, expected in zip(recorded, plain):
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        recorded[3].sum().backward()
