@@ -1,7 +1,9 @@
 """The demo's captchas through SAT's own `training_main`, for those who have a script around it.
 
     deepspeed --num_gpus 1 finetune_demo/with_sat_trainer.py
-    python finetune_demo/evaluate_cogvlm.py --adapter runs/with_sat_trainer-MM-DD-HH-MM
+    python finetune_demo/evaluate_cogvlm.py --adapter runs/with_sat_trainer-MM-DD-HH-MM \\
+        --from_pretrained finetune_demo/tiny_cogvlm --version base --max_length 64 --prompt CAPTCHA: \\
+        --test-data finetune_demo/captchas/test
 
 What a script needs of sat_lora are the three lines marked so. Options of SAT given here come after those of DEFAULTS.
 """
@@ -11,6 +13,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # from a clone, installed or not
 
 import torch
@@ -33,20 +36,21 @@ DEFAULTS = """
 
 
 def create_dataset(path: str, args) -> ImageTextDataset:
-    """SAT's hook: the samples of a folder."""
+    """Return the samples of a folder: SAT's hook."""
     sizes = dict(image_size=tuple(args.base["eva_args"]["image_size"]), image_length=args.base["image_length"])
     texts = dict(version="base", prompt="CAPTCHA:", max_length=64)
     return ImageTextDataset(read_items([Path(path)]), load_tokenizer(str(BASE)), **texts, **sizes)
 
 
 def forward_step(batches, model, args, timers):
-    """SAT's hook: the mean loss of the answers of the next batch."""
+    """Return the mean loss of the answers of the next batch, and no metrics: SAT's hook."""
     batch = next(batches)
     batch = {name: value.to(args.device) if hasattr(value, "to") else value for name, value in batch.items()}
     return answer_loss_sum(model, batch) / max(1, count_answer_tokens(batch["labels"])), {}
 
 
 def main() -> None:
+    """Train by SAT's loop, with the options of the command line behind those of DEFAULTS."""
     from sat import get_args
     from sat.training.deepspeed_training import training_main
 

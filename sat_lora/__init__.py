@@ -14,7 +14,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "LoraMixin": "lora.mixin",
     "add_lora": "lora.apply",
-    "freeze_base": "lora.trained_set",
+    "freeze_base": "lora.base_parameters",
     "LoraConfig": "lora.config",
     "load_adapter": "adapters.save_load",
     "save_adapter": "adapters.save_load",

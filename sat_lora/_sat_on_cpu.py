@@ -53,10 +53,11 @@ def sat_on_cpu() -> Iterator[None]:
 
 
 def _on_cpu(start: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    """SAT's `initialize_distributed` for arguments that are sent to the CPU first."""
+    """Return SAT's `initialize_distributed` for arguments that are sent to the CPU first."""
 
     def started(args: Any) -> bool:
-        args.device, args.distributed_backend = "cpu", "gloo"
+        args.device = "cpu"
+        args.distributed_backend = "gloo"
         return start(args)
 
     return started

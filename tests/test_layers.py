@@ -19,6 +19,7 @@ LAYERS = [
     "printable",
     "errors",
     "_sat",
+    "_sat_on_cpu",
     "_moved",
     "files",
     "terminal",

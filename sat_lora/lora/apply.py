@@ -7,10 +7,10 @@ from torch import nn
 from sat_lora._sat import BaseModel
 from sat_lora.errors import ConfigError
 from sat_lora.lora.adapter import LoraAdapter
+from sat_lora.lora.base_parameters import freeze_base, keep_trained_set
 from sat_lora.lora.config import LoraConfig
-from sat_lora.lora.mixin import LoraMixin, lora_mixins
+from sat_lora.lora.mixin import LoraMixin, lora_mixins, refuse_engine
 from sat_lora.lora.targets import BaseParameter, Plan, Site, find_parameters, find_sites, plan
-from sat_lora.lora.trained_set import freeze_base, keep_trained_set, refuse_engine
 
 
 def sat_models(model: nn.Module) -> dict[str, BaseModel]:

@@ -11,13 +11,12 @@ from torch import nn
 from sat_lora._sat import BaseMixin, BaseModel, non_conflict
 from sat_lora.errors import ConfigError
 from sat_lora.lora.adapter import LoraAdapter
-from sat_lora.lora.base_parameters import TrainedBase
+from sat_lora.lora.base_parameters import TrainedBase, freeze_base, keep_trained_set
 from sat_lora.lora.config import LoraConfig
 from sat_lora.lora.delta_hook import DeltaHook, DeltaState
 from sat_lora.lora.deltas.merging import MergedWeights
 from sat_lora.lora.gradient_order import GradientOrder
 from sat_lora.lora.targets import Plan, Target, find_parameters, find_sites, plan
-from sat_lora.lora.trained_set import freeze_base, keep_trained_set, refuse_engine
 
 
 class LoraMixin(BaseMixin):
@@ -253,3 +252,15 @@ def adapter_key(name: str) -> str:
 def lora_mixins(model: nn.Module) -> dict[str, LoraMixin]:
     """Return every LoraMixin in the model, by module name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, LoraMixin)}
+
+
+def refuse_engine(model: nn.Module) -> None:
+    """Raise ConfigError if the model is in DeepSpeed's engine already, whose optimizer would not know new adapters."""
+    is_engine = "DeepSpeedEngine" in {base.__name__ for base in type(model).__mro__}
+    hooks = [*model._forward_pre_hooks.values(), *model._forward_hooks.values()]
+    if is_engine or any("DeepSpeedEngine" in getattr(hook, "__qualname__", "") for hook in hooks):
+        what = "is DeepSpeed's engine" if is_engine else "is in DeepSpeed's engine"
+        raise ConfigError(
+            f"the model {what} already, whose optimizer holds the parameters that it was made with; add the adapters "
+            "before deepspeed.initialize, or before training_main"
+        )

@@ -14,7 +14,7 @@ from sat_lora import ConfigError, LoraConfig, adapter_checkpoints, add_lora, sav
 from sat_lora._sat_on_cpu import sat_on_cpu
 from sat_lora.adapters.read import read_adapter
 from sat_lora.cogvlm.network.model import CogVLMModel
-from sat_lora.lora.trained_set import TrainedSet, keep_trained_set
+from sat_lora.lora.base_parameters import TrainedSet, keep_trained_set
 from sat_lora.parallel.distributed import init_distributed, init_model_parallel
 from sat_lora.training.steps.engine import adapter_optimizer, start_engine
 from sat_lora.training.steps.loss import answer_loss_sum, count_answer_tokens
