@@ -45,10 +45,8 @@ _MOVED_TO = {
         "doctor.trace doctor.rank_files doctor.rank_state doctor.testimony doctor.flight_record doctor.nccl_log "
         "doctor.evidence doctor.verdict doctor.paragraph doctor.places doctor.watchdog doctor.replay"
     ),
-    "training.settings": (
-        "training.options training.defaults>config training.lora_options training.deepspeed_config "
-        "training.deepspeed_file training.schedule"
-    ),
+    "training.settings": ("training.defaults>config training.lora_options training.deepspeed_file training.schedule"),
+    "commands": ("training.options>flat_options training.deepspeed_config>flat_options"),
     "training.steps": (
         "training.engine training.step training.loss training.nonfinite training.optimizer_state "
         "training.zero3_linear training.zero_norm training.release training.random_state training.broken_samples "

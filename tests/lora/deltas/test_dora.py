@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from sat_lora.lora.deltas import dora
+from sat_lora.lora.deltas.delta import Delta
 from sat_lora.lora.deltas.dora import gain, rescale, row_norms, spread
-from sat_lora.lora.deltas.low_rank import DeltaLayout
+from sat_lora.lora.deltas.layout import DeltaLayout
 
 LAYOUT = DeltaLayout(((0, 2), (5, 8)), 9)  # rows 2 to 4, and the last, are not adapted
 
@@ -26,7 +27,7 @@ def whole_delta(a, b, scale):
 def test_norms_are_those_of_the_changed_rows(dtype, scale):
     matrix, a, b = operands(dtype)
     exact = (matrix.double() + whole_delta(a.double(), b.double(), scale)).norm(dim=1)[[0, 1, 5, 6, 7]]
-    norms = row_norms(matrix, LAYOUT, (a, b, scale))
+    norms = row_norms(matrix, LAYOUT, Delta(a, b, scale))
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 3e-2}[dtype]
     assert norms.dtype == torch.float64
     torch.testing.assert_close(norms, exact, rtol=tolerance, atol=tolerance)
@@ -37,7 +38,7 @@ def test_norms_are_those_of_the_changed_rows(dtype, scale):
 def test_a_row_that_the_delta_takes_away_has_a_norm_of_zero():
     """Where rounding would have made the square negative."""
     matrix, a, b = torch.full((1, 3), 0.1), torch.full((1, 3), 0.1), torch.full((1, 1), -1.0)
-    norms = row_norms(matrix, DeltaLayout(((0, 1),), 1), (a, b, 1.0))
+    norms = row_norms(matrix, DeltaLayout(((0, 1),), 1), Delta(a, b, 1.0))
     assert 0 <= norms.item() < 1e-4
 
 
