@@ -8,6 +8,7 @@ import time
 import pytest
 
 from tests.support.demo_runs import last_line, last_step, options_that_save, outcome, run_to_end, started, wait_for
+from tests.support.patience import patient
 
 STEPS = 12
 
@@ -17,7 +18,7 @@ def stop(launcher, options, run, log, number, whole_group):
     with started(launcher, options, log) as process:
         wait_for(lambda: last_step(run) >= 3, process, log)
         (os.killpg if whole_group else os.kill)(process.pid, number)
-        status, deadline = process.wait(60), time.monotonic() + 30
+        status, deadline = process.wait(patient(60)), time.monotonic() + patient(30)
         while "stopped by" not in log.read_text() and time.monotonic() < deadline:
             time.sleep(0.1)  # DeepSpeed's launcher is gone at once, and its ranks go on
         return status

@@ -26,6 +26,7 @@ from sat_lora.training.steps.checkpoint import STATE, RunState, load_checkpoint
 from sat_lora.training.steps.engine import adapter_optimizer, start_engine
 from sat_lora.training.steps.optimizer_state import create_moments
 from tests.support.configs import config_of
+from tests.support.patience import patient
 from tests.support.ranks import run_ranks
 from tests.support.tiny import tiny_model
 from tests.support.training_runs import engine_config, mixed_batch, save_now
@@ -82,7 +83,7 @@ def before_writing(action):
 
 
 def wait_until(condition):
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + patient(30)
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.01)
 
