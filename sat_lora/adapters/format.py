@@ -183,3 +183,12 @@ def strings_of(values: object) -> tuple[str, ...]:
 def brief(text: str) -> str:
     """Return the text, shortened: a damaged file may put anything of any length into a message."""
     return text if len(text) <= 500 else text[:500] + " ..."
+
+
+def __getattr__(name: str) -> Any:
+    """Return what `read` has: reading was in this module before, under its old name `sat_lora.adapter_format` too."""
+    from sat_lora.adapters import read
+
+    if name.startswith("_") or not hasattr(read, name):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(read, name)
