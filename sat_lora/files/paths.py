@@ -138,7 +138,7 @@ def nearest(path: Path) -> str:
 
 def _near_name(folder: str, name: str) -> str | None:
     """Return the name in a folder that is the same but for what is not seen, or else the one most like it."""
-    names = _names_of(folder)
+    names = _names_of(os.path.abspath(folder))
     plain = {_plain(entry): entry for entry in names}
     for meant in (name, unquote(name)):
         if near := plain.get(_plain(meant)):

@@ -262,16 +262,30 @@ class _Loop:
         observers.on_phase("write")
         finish_saving(self.writer)  # its data workers are forked, which a thread at work may not outlive well
         observers.on_phase("evaluate")
-        measured = validate(self.engine, valid, self.world, self.metrics, observers)
-        observers.on_broken(measured.broken, state.step)
-        loss = measured.loss
+        measured: dict[str, float] = {}
+        loss, broken = validation_loss(self.engine, valid, self.world, self.metrics, observers, measured)
+        observers.on_broken(broken, state.step)
         is_best = loss is not None and math.isfinite(loss) and (state.best_loss is None or loss < state.best_loss)
         if is_best:
             state.best_loss = loss
             state.best_step = state.step
-        report = ValidationReport(step=state.step, loss=loss, metrics=measured.metrics, is_best=is_best)
+        report = ValidationReport(step=state.step, loss=loss, metrics=measured, is_best=is_best)
         observers.on_validation(report)
         return is_best
+
+
+def validation_loss(
+    engine,
+    batches: Iterable[dict],
+    world: World,
+    metrics: Mapping[str, Metric],
+    observers: Observers,
+    measured: dict[str, float],
+) -> tuple[float | None, list[tuple[str, str, str]]]:
+    """Return (the loss of `validate`, its broken samples), and put what its metrics measured into `measured`."""
+    validation = validate(engine, batches, world, metrics, observers)
+    measured.update(validation.metrics)
+    return validation.loss, validation.broken
 
 
 def _answer_tokens(micro_batches: Sequence[dict], world: World) -> torch.Tensor:
