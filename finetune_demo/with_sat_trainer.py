@@ -1,8 +1,8 @@
-"""The demo's captchas through SAT's own `training_main`, for those who have a script around it.
+r"""The demo's captchas through SAT's own `training_main`, for those who have a script around it.
 
     deepspeed --num_gpus 1 finetune_demo/with_sat_trainer.py
-    python finetune_demo/evaluate_cogvlm.py --adapter runs/with_sat_trainer-MM-DD-HH-MM \\
-        --from_pretrained finetune_demo/tiny_cogvlm --version base --max_length 64 --prompt CAPTCHA: \\
+    python finetune_demo/evaluate_cogvlm.py --adapter runs/with_sat_trainer-MM-DD-HH-MM \
+        --from_pretrained finetune_demo/tiny_cogvlm --version base --max_length 64 --prompt CAPTCHA: \
         --test-data finetune_demo/captchas/test
 
 What a script needs of sat_lora are the three lines marked so. Options of SAT given here come after those of DEFAULTS.

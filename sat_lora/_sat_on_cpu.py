@@ -15,6 +15,7 @@ from unittest import mock
 import torch
 
 import sat_lora._sat  # noqa: F401 (so that SAT is imported quietly)
+from sat_lora._deepspeed import skip_shared_memory_build
 
 
 @contextmanager
@@ -27,9 +28,9 @@ def sat_on_cpu() -> Iterator[None]:
     if torch.cuda.is_available():
         yield
         return
-    import deepspeed
     import sat.arguments
 
+    skip_shared_memory_build()
     cpu = torch.device("cpu")
     start = sat.arguments.initialize_distributed
     answers: dict[str, Any] = {
@@ -45,9 +46,6 @@ def sat_on_cpu() -> Iterator[None]:
         for name, answer in answers.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, answer))
         stack.enter_context(mock.patch.object(torch.Tensor, "cuda", lambda tensor, *args, **kwargs: tensor))
-        # DeepSpeed 0.19.8 compiles a shared-memory all-reduce for CPU ranks at its first start, which takes half a
-        # minute and a C++ compiler, for what gloo does here anyway.
-        stack.enter_context(mock.patch.dict(deepspeed.ops.__compatible_ops__, deepspeed_shm_comm=False))
         stack.enter_context(mock.patch.object(sat.arguments, "initialize_distributed", _on_cpu(start)))
         yield
 

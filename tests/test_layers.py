@@ -18,6 +18,7 @@ PACKAGE, TESTS = Path(sat_lora.__file__).parent, ROOT / "tests"
 LAYERS = [
     "printable",
     "errors",
+    "_deepspeed",
     "_sat",
     "_sat_on_cpu",
     "_moved",

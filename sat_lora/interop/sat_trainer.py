@@ -32,9 +32,9 @@ def adapter_checkpoints(name: str = "lora") -> Iterator[None]:
 
     SAVE/ITERATION is then an adapter folder, which `sat-lora merge`, `export` and `inspect` read, SAVE/latest names the
     newest, and SAVE/model_config.json is SAT's. A model without such an adapter is saved as SAT does. What is loaded
-    from a folder that SAT itself has written is loaded by SAT. SAT keeps no state of the optimizer, so neither does
-    this. At every ZeRO stage every rank takes part in a save. Raises AdapterError, on every rank: a save could not be
-    written, or what is loaded does not fit the model.
+    from a folder that SAT itself has written is loaded by SAT; for a folder of an adapter a `prefix` means nothing. SAT
+    keeps no state of the optimizer, so neither does this. At every ZeRO stage every rank takes part in a save. Raises
+    AdapterError on every rank where a save cannot be written, or where what is loaded does not fit the model.
     """
     import sat.training.deepspeed_training  # noqa: F401 (it names the functions that are replaced)
     from sat.training import model_io

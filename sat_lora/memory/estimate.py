@@ -6,6 +6,7 @@ likes, and does nothing. So a step of any size at any layout is counted as it wo
 
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from unittest import mock
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -110,26 +111,16 @@ def _as_in_a_run(model: CogVLMModel, *, partitioned: bool):
     with ExitStack() as stack:
         # Both want real random states, on CUDA DeepSpeed's function for the layers too; they keep the same tensors.
         layers = partial(checkpoint, use_reentrant=True, preserve_rng_state=False)
-        stack.enter_context(_replaced(recompute, "checkpoint", layers))
+        stack.enter_context(mock.patch.object(recompute, "checkpoint", layers))
         rows = partial(checkpoint, preserve_rng_state=False)
-        stack.enter_context(_replaced(recompute, "checkpoint_in_one_graph", rows))
+        stack.enter_context(mock.patch.object(recompute, "checkpoint_in_one_graph", rows))
         if partitioned:
             for parameter in model.parameters():
                 parameter.ds_id = None  # adapters then fuse no product with a weight
                 parameter.ds_status = None
             # Its linear keeps the input, whether the weight trains or not.
-            stack.enter_context(_replaced(torch.nn.functional, "linear", linear_of_zero3))
+            stack.enter_context(mock.patch.object(torch.nn.functional, "linear", linear_of_zero3))
         yield
-
-
-@contextmanager
-def _replaced(module, name: str, value):
-    before = getattr(module, name)
-    setattr(module, name, value)
-    try:
-        yield
-    finally:
-        setattr(module, name, before)
 
 
 def _peak_of_a_step(model: CogVLMModel, config: dict, rows: int, length: int, labelled: int | None) -> int:

@@ -282,7 +282,10 @@ def validation_loss(
     observers: Observers,
     measured: dict[str, float],
 ) -> tuple[float | None, list[tuple[str, str, str]]]:
-    """Return (the loss of `validate`, its broken samples), and put what its metrics measured into `measured`."""
+    """Return (the loss of `validate`, its broken samples), and put what its metrics measured into `measured`.
+
+    It has a name of its own for people's drivers, which wrap the loss of a validation here.
+    """
     validation = validate(engine, batches, world, metrics, observers)
     measured.update(validation.metrics)
     return validation.loss, validation.broken

@@ -1,6 +1,7 @@
 """What a path that leads nowhere may have been meant for."""
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -132,3 +133,10 @@ def test_of_a_home_the_path_is_given(here, monkeypatch):
     monkeypatch.setenv("HOME", "/home/of-a-test")
     assert "give /home/of-a-test/x;" in missing_path("~/x", LONG)
     assert not os.path.exists("~")
+
+
+def test_names_are_remembered_of_a_folder_and_not_of_what_it_is_called(tmp_path, monkeypatch):
+    for folder, name in (("first", "images"), ("second", "labels")):
+        (tmp_path / folder / name).mkdir(parents=True)
+        monkeypatch.chdir(tmp_path / folder)
+        assert nearest(Path(name[:-1])) == f"; did you mean {name!r}?"

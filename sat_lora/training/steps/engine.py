@@ -5,6 +5,7 @@ import warnings
 
 import torch
 
+from sat_lora._deepspeed import skip_shared_memory_build
 from sat_lora._sat import BaseModel, mpu
 from sat_lora.errors import ConfigError
 from sat_lora.lora.mixin import lora_mixins
@@ -23,10 +24,7 @@ def set_up_deepspeed() -> None:
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    if not torch.cuda.is_available():
-        # DeepSpeed 0.19.8 compiles a shared-memory all-reduce for CPU ranks at its first start, which takes half a
-        # minute and a C++ compiler, for what gloo does here anyway.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    skip_shared_memory_build()
     # DeepSpeed 0.19.8 calls collectives by the names they had before torch 2.13.
     warnings.filterwarnings("ignore", message="`torch.distributed", category=FutureWarning)
     deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), verbose=False)
