@@ -16,7 +16,11 @@ if [[ -z ${SLURM_JOB_ID-} ]]; then
     exit 2
 fi
 # slurmd runs a copy of this file from its own folder; the job remembers where it was submitted from.
-script=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=\([^ ]*\).*/\1/p')
+# It tells the path and then the arguments, and there may be spaces in all of them.
+script=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=//p')
+while [[ ! -f $script && $script == *" "* ]]; do
+    script=${script% *}
+done
 [[ -f $script ]] || script=$0
 # shellcheck source=SCRIPTDIR/command.sh
 source "$(dirname "$script")/command.sh"

@@ -2,6 +2,7 @@
 
 import io
 import os
+import shlex
 import subprocess
 import sys
 
@@ -72,7 +73,7 @@ def test_a_command_ends_with_its_own_status_whatever_it_prints_to(case, tmp_path
     (tmp_path / "x.py").write_text(CODE, encoding="utf-8")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii:strict"}
     done = subprocess.run(
-        ["bash", "-c", f"{sys.executable} x.py {redirection}"],
+        ["bash", "-c", f"{shlex.quote(sys.executable)} x.py {redirection}"],
         cwd=tmp_path, capture_output=True, text=True, timeout=60, env=environment,
     )  # fmt: skip
     assert done.returncode == status and "Traceback" not in done.stderr, done.stderr
@@ -86,7 +87,7 @@ def test_a_command_ends_with_its_own_status_whatever_it_prints_to(case, tmp_path
 def test_a_result_that_was_not_printed_is_a_mistake(tmp_path):
     code = "from sat_lora.terminal import edge\nedge.run_script('x', lambda: print('result'), prints_its_result=True)"
     done = subprocess.run(
-        ["bash", "-c", f"{sys.executable} -c \"$0\" > /dev/full", code],
+        ["bash", "-c", f"{shlex.quote(sys.executable)} -c \"$0\" > /dev/full", code],
         capture_output=True, text=True, timeout=60, env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (

@@ -65,6 +65,15 @@ JOB = {"SLURM_JOB_ID": "4711", "SLURM_JOB_NODELIST": "node[000-511]", "SLURM_NNO
 SCRIPTS = {"one_machine.sh": ((), {}), "hostfile.sh": (("hosts",), {}), "slurm.sh": ((), JOB)}
 
 
+def test_a_job_finds_its_scripts_in_a_path_with_spaces(start, tmp_path):
+    launch = tmp_path / "my own demo" / "launch"
+    shutil.copytree(LAUNCH, launch)
+    (tmp_path / "bin" / "scontrol").write_text(SCONTROL.format(launch=launch))
+    status, argv, errors = start("slurm.sh", "my base", "my data", **JOB)
+    assert status == 0, errors
+    assert str(launch.parent / "finetune_cogvlm.py") in argv and argv[argv.index("--from_pretrained") + 1] == "my base"
+
+
 def split(argv):
     """(what the launcher gets, what finetune_cogvlm.py gets)."""
     argv = [word for word in argv if word != "--"]

@@ -41,7 +41,9 @@ def command(launcher, options, ranks=2, script=SCRIPT):
     """The command line; launcher: None for plain python, or `deepspeed` or `torchrun`."""
     port, call = str(free_port()), [str(script), *options]
     if launcher == "deepspeed":
-        return [str(BIN / "deepspeed"), "--num_gpus", str(ranks), "--master_port", port, *call]
+        # `deepspeed` itself does not start in a path with a space: pip writes its interpreter into its first line.
+        program = [sys.executable, "-m", "deepspeed.launcher.runner"] if " " in str(BIN) else [str(BIN / "deepspeed")]
+        return [*program, "--num_gpus", str(ranks), "--master_port", port, *call]
     if launcher == "torchrun":
         return [str(BIN / "torchrun"), "--nproc_per_node", str(ranks), "--master_port", port, *call]
     return [sys.executable, *call]
