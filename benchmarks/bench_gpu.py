@@ -9,6 +9,7 @@ results.jsonl, with the stages' whole reports, and log.txt, with their output.
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import signal
@@ -94,7 +95,9 @@ def module(name: str, *arguments: str) -> list[str]:
     return [sys.executable, "-m", f"benchmarks.{name}", *arguments]
 
 
-PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--durations", "5"]
+# Most of these tests wait for Triton to compile, on one core each.
+SIDE_BY_SIDE = ["--numprocesses", str(min(8, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") else []
 STEP = "batch=4 checkpointing"
 STEP_CASES = [
     f"all-linear {STEP} profile",
@@ -105,7 +108,7 @@ STEP_CASES = [
 ]
 BF16 = ["--dtypes", "bf16", "--ranks", "16"]
 STAGES = {
-    "tests": Stage(120, [*PYTEST, "-m", "cuda", "tests/cuda"], [*PYTEST, "tests/cuda"], None),
+    "tests": Stage(120, [*PYTEST, *SIDE_BY_SIDE, "-m", "cuda", "tests/cuda"], [*PYTEST, "tests/cuda"], None),
     "adapter": Stage(
         70,
         module("bench_adapter", *BF16),
@@ -132,7 +135,7 @@ STAGES = {
     ),
     "run": Stage(
         110,
-        module("bench_run", "--size", "quarter"),
+        module("bench_run", "--size", "large", "--steps", "12"),
         module("bench_run", "--size", "tiny", *ON_CPU, "--steps", "8", "--batch", "1"),
         run_results,
     ),

@@ -21,6 +21,7 @@ LAYERS = [
     "_deepspeed",
     "_sat",
     "_sat_on_cpu",
+    "_triton",
     "_moved",
     "files",
     "terminal",

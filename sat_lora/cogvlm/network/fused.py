@@ -7,11 +7,10 @@ silu_mul    backward makes both gradients from gate and up, the only tensors tha
 The Triton kernels compute in float32 and round once. Elsewhere plain torch does the same, seen by autograd.
 """
 
-import contextlib
-
 import torch
 from torch.nn import functional as F
 
+from sat_lora._triton import device_of
 from sat_lora.cogvlm.network.rotary import rotate
 
 BLOCK = 1024  # elements of one program
@@ -85,7 +84,7 @@ def _launch_rotary(mixed, parts, cos, sin, *, inverse: bool) -> None:
         return
     half = head_dim // 2
     strides = [stride for part in parts for stride in part.stride()[:3]]
-    with _device(mixed):
+    with device_of(mixed):
         kernels.rotary[(batch * seq, 3)](
             mixed, *parts, cos, sin, seq, heads, half, *strides,
             INVERSE=inverse, HEADS=_power_of_two(heads), HALF=_power_of_two(half),
@@ -97,17 +96,12 @@ def _launch_elementwise(name: str, *tensors: torch.Tensor) -> None:
 
     size = tensors[0].numel()
     if size:
-        with _device(tensors[0]):
+        with device_of(tensors[0]):
             getattr(kernels, name)[(-(-size // BLOCK),)](*tensors, size, BLOCK=BLOCK)
 
 
 def _has_kernels(tensor: torch.Tensor) -> bool:
     return tensor.is_cuda and tensor.dtype != torch.float64
-
-
-def _device(tensor: torch.Tensor):
-    """Return a context in which Triton launches on the tensor's device: by itself it takes the current one."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
 def _power_of_two(size: int) -> int:

@@ -9,13 +9,13 @@ gradient_of_a   dA = scale dS^T (x * mask), in parts of the rows that are summed
 rounded once. Importing this imports triton, so it is imported where a kernel is launched.
 """
 
-import contextlib
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
+from sat_lora._triton import device_of
 from sat_lora.lora.deltas.layout import DeltaLayout
 
 ROUNDS = tl.constexpr(7)  # of Philox 4x32: the fewest that pass BigCrush (Salmon et al., 2011, table 2)
@@ -140,13 +140,15 @@ def add_slots(
 ) -> None:
     """Add scale S_slot B_slot^T to y_slot, in place; y (tokens, out), S (tokens, slots * r), B (adapted rows, r)."""
     ranks = b.shape[1]
+    b_row, b_rank = b.stride()
+    blocks = blocks or ADD[y.itemsize]
     for run in layout.runs:
-        out = y[:, run.start :]
-        left = s[:, run.slot * ranks :]
-        right = b[run.row :].t()
+        out = y[:, run.start :] if run.start else y  # a view costs the host microseconds
+        left = s[:, run.slot * ranks :] if run.slot else s
+        right = b[run.row :] if run.row else b
         shape = y.shape[0], run.width, run.slots
-        distances = run.distance, ranks * s.stride(1), run.width * b.stride(0)
-        _product(out, left, right, ranks, shape, distances, blocks or ADD[y.itemsize], scale=scale)
+        distances = run.distance, ranks * s.stride(1), run.width * b_row
+        _product(out, left, right, (b_rank, b_row), ranks, shape, distances, blocks, scale=scale)
     torch.autograd.graph.increment_version(y)  # as torch's own in-place operations do
 
 
@@ -160,8 +162,8 @@ def project(
     s = x.new_empty(rows, ranks)
     chunk = _chunk(ranks)
     if s.numel():
-        with _device(x):
-            project_kernel[(triton.cdiv(rows, blocks.rows), triton.cdiv(ranks, chunk))](
+        with device_of(x):
+            project_kernel[(_parts(rows, blocks.rows), _parts(ranks, chunk))](
                 s, x, a, seed, dropped, rows, columns, ranks, *x.stride(), *a.stride(),
                 ROWS=blocks.rows, COLUMNS=blocks.columns, RANKS=chunk, num_warps=blocks.warps, num_stages=blocks.stages,
             )  # fmt: skip
@@ -175,7 +177,8 @@ def spread(
     ranks, columns = a.shape
     dx = ds.new_empty(ds.shape[0], columns)
     shape = ds.shape[0], columns, 1
-    _product(dx, ds, a, ranks, shape, (0, 0, 0), blocks or SPREAD[dx.itemsize], seed=seed, dropped=dropped)
+    blocks = blocks or SPREAD[dx.itemsize]
+    _product(dx, ds, a, a.stride(), ranks, shape, (0, 0, 0), blocks, seed=seed, dropped=dropped)
     return dx
 
 
@@ -187,12 +190,12 @@ def gradient_of_a(
     ranks = ds.shape[1]
     blocks = blocks or GRADIENT[x.itemsize]
     chunk = _chunk(ranks)
-    across = triton.cdiv(columns, blocks.columns)
-    down = triton.cdiv(ranks, chunk)
-    count = max(1, min(PROGRAMS // (across * down), triton.cdiv(rows, blocks.rows)))
-    rows_of_part = triton.cdiv(triton.cdiv(rows, count), blocks.rows) * blocks.rows
+    across = _parts(columns, blocks.columns)
+    down = _parts(ranks, chunk)
+    count = max(1, min(PROGRAMS // (across * down), _parts(rows, blocks.rows)))
+    rows_of_part = _parts(_parts(rows, count), blocks.rows) * blocks.rows
     parts = x.new_empty(count, ranks, columns, dtype=torch.float32)
-    with _device(x):
+    with device_of(x):
         gradient_of_a_kernel[(across, count, down)](
             parts, ds, x, seed, scale, dropped, rows, columns, ranks, rows_of_part, *ds.stride(), *x.stride(),
             ROWS=blocks.rows, COLUMNS=blocks.columns, RANKS=chunk, num_warps=blocks.warps, num_stages=blocks.stages,
@@ -204,6 +207,7 @@ def _product(
     out: torch.Tensor,
     left: torch.Tensor,
     right: torch.Tensor,
+    right_strides: tuple[int, ...],
     ranks: int,
     shape: tuple[int, int, int],
     distances: tuple[int, int, int],
@@ -215,28 +219,28 @@ def _product(
 ) -> None:
     """Add a product to `out` where there is no seed; with one, write the product with dropout to it.
 
-    shape: (rows, width, slots). distances: from one slot to the next, in out, left and right.
+    right_strides: from one rank of `right` to the next, and from one column. shape: (rows, width, slots). distances:
+    from one slot to the next, in out, left and right.
     """
     rows, width, slots = shape
     distance, left_slot, right_slot = distances
-    columns_of_blocks = triton.cdiv(width, blocks.columns) * slots
+    columns_of_blocks = _parts(width, blocks.columns) * slots
     chunk = _chunk(ranks)
     if rows and columns_of_blocks:
-        with _device(out):
-            product_kernel[(triton.cdiv(rows, blocks.rows) * columns_of_blocks,)](
+        with device_of(out):
+            product_kernel[(_parts(rows, blocks.rows) * columns_of_blocks,)](
                 out, left, right, seed, scale, dropped, rows, width, ranks, columns_of_blocks, distance,
-                out.stride(0), *left.stride(), left_slot, *right.stride(), right_slot,
+                out.stride(0), *left.stride(), left_slot, *right_strides, right_slot,
                 ADDS=seed is None, DROPS=seed is not None, ROWS=blocks.rows, COLUMNS=blocks.columns,
-                RANKS=chunk, CHUNKS=triton.cdiv(ranks, chunk), num_warps=blocks.warps, num_stages=blocks.stages,
+                RANKS=chunk, CHUNKS=_parts(ranks, chunk), num_warps=blocks.warps, num_stages=blocks.stages,
             )  # fmt: skip
+
+
+def _parts(whole: int, part: int) -> int:
+    """Return how many parts of that size cover the whole; `triton.cdiv` takes the host ten times as long."""
+    return -(-whole // part)
 
 
 def _chunk(ranks: int) -> int:
     """Return a power of two, which `tl.arange` wants, from 16 on, which `tl.dot` does."""
-    power: int = triton.next_power_of_2(ranks)
-    return min(MOST_RANKS, max(16, power))
-
-
-def _device(tensor: torch.Tensor) -> contextlib.AbstractContextManager[object]:
-    """Return a context in which Triton launches on the tensor's device: by itself it takes the current one."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+    return min(MOST_RANKS, max(16, 1 << (ranks - 1).bit_length()))
