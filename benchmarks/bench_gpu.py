@@ -108,7 +108,7 @@ STEP_CASES = [
 ]
 BF16 = ["--dtypes", "bf16", "--ranks", "16"]
 STAGES = {
-    "tests": Stage(120, [*PYTEST, *SIDE_BY_SIDE, "-m", "cuda", "tests/cuda"], [*PYTEST, "tests/cuda"], None),
+    "tests": Stage(180, [*PYTEST, *SIDE_BY_SIDE, "-m", "cuda", "tests/cuda"], [*PYTEST, "tests/cuda"], None),
     "adapter": Stage(
         70,
         module("bench_adapter", *BF16),

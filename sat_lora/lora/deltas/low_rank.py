@@ -24,10 +24,10 @@ from torch.nn.functional import linear  # torch's own: ZeRO-3 puts another one i
 from sat_lora._sat import mpu
 from sat_lora.lora.deltas.layout import DeltaLayout
 
-# From how many elements on the kernels of `delta_kernels` are used: launching one takes the host longer than one of
-# torch's does, and cuBLAS is as fast where y is not large. With dropout one stands for two of torch's.
+# From how many elements on the kernels of `delta_kernels` are used: launching one takes the host longer than torch's
+# does, and cuBLAS is as fast where y is not large.
 ADDITION_KERNEL_FROM = 2**25  # of y
-DROPOUT_KERNELS_FROM = 2**23  # of x
+DROPOUT_KERNELS_FROM = 2**25  # of x
 
 
 @dataclass(frozen=True)
