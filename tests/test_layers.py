@@ -49,6 +49,7 @@ LAYERS = [
     "doctor.model_checks",
     "doctor.run_checks",
     "doctor",
+    "chat",
     "commands",
     "cli",
 ]

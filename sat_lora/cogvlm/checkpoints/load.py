@@ -136,7 +136,8 @@ def load_cogvlm(
     model = build_cogvlm(config, device="meta", **settings)
     if layers is not None:
         left_out = frozenset(whole - model.state_dict().keys())
-    model.base_name = source.path.resolve().name  # adapters name it
+    model.base_folder = source.path.resolve()
+    model.base_name = model.base_folder.name  # adapters name it
     weights = _OwnWeights(model, source, left_out)
     partitioning = None if zero_config is None else Partitioning(zero_config)
     with torch.no_grad():

@@ -1,0 +1,215 @@
+"""`sat-lora chat`: ask a base and its adapters, once or in a conversation."""
+
+import argparse
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sat_lora.commands.parts import ANY_BASE, examples
+from sat_lora.terminal.option_types import count, not_negative, positive_int
+
+if TYPE_CHECKING:
+    from sat_lora.chat.session import Chat
+    from sat_lora.parallel.launch import Place
+    from sat_lora.training.settings.config import TrainConfig
+
+DRAWN = ("temperature", "top_p", "top_k", "repetition_penalty", "seed")
+
+
+def add(commands) -> None:
+    """Add the command and its options to the sub-parsers of `sat-lora`."""
+    command = commands.add_parser(
+        "chat",
+        help="ask a base and its adapters about a picture, once or in a conversation",
+        **examples(
+            "sat-lora chat --run runs/mine",
+            'sat-lora chat --run runs/mine --image cat.png --prompt "What is this?"',
+            "sat-lora chat --base cogvlm-chat-v1.1 --adapter runs/a/adapter runs/b/adapter --temperature 0.7",
+        ),
+    )
+    option = command.add_argument
+    option(
+        "--run", metavar="RUN_FOLDER", help="a run folder: base, adapter and formats that are not given come from it"
+    )
+    option("--base", "--from_pretrained", metavar="DIR", help="SAT or Hugging Face folder of the base, or a merged one")
+    option(
+        "--adapter", nargs="+", metavar="DIR", help="adapter folders, the first answers (default: RUN_FOLDER/adapter)"
+    )
+    option("--any-base", action="store_true", help=ANY_BASE)
+    option(
+        "--trust-checkpoint", action="store_true", default=None, help="unpickle all of the base: runs any code in it"
+    )
+    option("--local_tokenizer", metavar="DIR", help="tokenizer folder (default: the base's)")
+    formats = ["base", "chat", "vqa", "chat_old"]
+    option("--version", choices=formats, help="prompt format of the base (default: its config's, or chat)")
+    option("--image", metavar="FILE", help="the picture that is asked about")
+    option("--prompt", metavar="TEXT", help="print the answer to this and end, instead of a conversation")
+    option("--max-new-tokens", type=positive_int, default=512, metavar="N", help="of an answer (default: 512)")
+    option("--max_length", type=positive_int, metavar="N", help="of question, turns before and answer, in tokens")
+    option("--temperature", type=not_negative, metavar="T", help="draw answers; 1 is the model's own distribution")
+    option("--top_p", type=not_negative, metavar="P", help="draw from the likeliest tokens of this probability")
+    option("--top_k", type=count, metavar="N", help="draw from so many likeliest tokens")
+    option("--repetition-penalty", type=not_negative, metavar="X", help="above 1: against saying a word again")
+    option("--seed", type=int, metavar="N", help="draw the same answers every time")
+    option("--stop", nargs="+", default=[], metavar="TEXT", help="texts that end an answer")
+    option(
+        "--special-tokens-in-text", action="store_true", default=None, help="a text that spells </s> means the token"
+    )
+    option("--max-pixels", type=positive_int, metavar="N", help="a larger picture is not read (default: 89478485)")
+    option("--model-parallel-size", type=positive_int, metavar="N", help="ranks that share one model (default: 1)")
+    option("--bf16", action="store_true", default=None, help="bfloat16 (default on CUDA)")
+    option("--fp16", action="store_true", default=None, help="float16")
+    command.set_defaults(run_command=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Answer --prompt, or go on until the input ends. Raises a SatLoraError for a user's mistake."""
+    from sat_lora.parallel.launch import find_place
+
+    sampling = {name: vars(options)[name] for name in DRAWN if vars(options)[name] is not None}
+    config, adapters = read_settings(options)
+    place = find_place()
+    _check_early(options, config, adapters, place)
+    chat = _load(options, config, adapters, place, sampling)
+    is_main = place.rank == 0
+    if options.prompt is None:
+        from sat_lora.chat.terminal import Conversation, converse, typed_lines
+
+        lines: Iterable[str] = typed_lines(chat) if is_main else ()
+        conversation = Conversation(chat, sys.stdout if is_main else None, is_alone=place.size == 1)
+        converse(conversation, lines if place.size == 1 else _of_first_rank(lines, is_main))
+        return
+    from sat_lora.printable import printable_lines
+
+    for piece in chat.stream(options.prompt):
+        if is_main:
+            print(printable_lines(piece), end="", flush=True)
+    if is_main:
+        print(flush=True)
+
+
+def read_settings(options: argparse.Namespace) -> tuple["TrainConfig", dict[str, str]]:
+    """Return the settings of the options, filled up from the run, and the adapters' folders by name.
+
+    Raises ConfigError where no base is named, or the run cannot be read.
+    """
+    from sat_lora.cogvlm.inputs.prompts import version_of
+    from sat_lora.errors import ConfigError
+    from sat_lora.training.settings.config import KNOWN
+    from sat_lora.training.settings.resolve import resolve
+    from sat_lora.training.settings.run_settings import settings_of_run
+
+    stored: dict[str, Any] = {}
+    if options.run:
+        try:
+            stored = settings_of_run(options.run)
+        except ConfigError as error:
+            raise ConfigError(f"--run: {error}") from error
+        stored |= {"given": [], "train_iters": None, "epochs": None, "model_parallel_size": 1}
+        stored |= {"bf16": False, "fp16": False} if options.bf16 or options.fp16 else {}
+    taken = {name: value for name, value in vars(options).items() if value is not None and name in KNOWN}
+    given = {name: value for name, value in taken.items() if name not in ("prompt", "max_length", "seed")}
+    given |= {"from_pretrained": options.base} if options.base else {}
+    base = {**stored, **given}.get("from_pretrained")
+    if base is None:
+        raise ConfigError("--base missing: give the folder of a base, or --run RUN_FOLDER of a run that has one")
+    says_version = "version" in given or stored.get("version")
+    config, _ = resolve(given, resumed_run=stored, base_version=None if says_version else version_of(base))
+    folders = options.adapter or ([str(Path(options.run) / "adapter")] if options.run else [])
+    return config, names_of(folders)
+
+
+def names_of(folders: Iterable[str]) -> dict[str, str]:
+    """Return adapter folders by what they are called: by their run, where they lie in one; no two alike."""
+    names: dict[str, str] = {}
+    for folder in folders:
+        parts = Path(folder).absolute().parts[1:]
+        called = next((part for part in reversed(parts) if part not in ("adapter", "best") and not part.isdigit()), "")
+        name = called.replace(".", "_").strip() or "adapter"
+        name = "adapter" if name == "base" else name
+        taken = sum(other == name or other.startswith(f"{name}-") for other in names)
+        names[f"{name}-{taken + 1}" if taken else name] = folder
+    return names
+
+
+def _check_early(options: argparse.Namespace, config: "TrainConfig", adapters: dict[str, str], place: "Place") -> None:
+    """Raise ConfigError, before anything slow is imported, with what is not there or cannot be."""
+    from sat_lora.errors import ConfigError
+    from sat_lora.files.paths import missing_adapter
+    from sat_lora.printable import printable
+    from sat_lora.training.early import base_problems
+
+    problems = base_problems(config.model.base)
+    missing = (missing_adapter(folder) for folder in adapters.values())
+    problems += [f"--adapter: {problem}" for problem in missing if problem]
+    if options.image is not None and not Path(options.image).is_file():
+        problems.append(f"--image: {printable(options.image)} is no file")
+    size = config.parallel.model_parallel_size
+    if place.size != size:
+        problems.append(
+            f"--model-parallel-size: got {size} and {place.size} rank{'s' * (place.size > 1)}, wanted as many; start "
+            f"them with torchrun --nproc_per_node {size} -m sat_lora.cli chat ..."
+        )
+    if problems:
+        raise ConfigError("; ".join(problems))
+
+
+def _load(
+    options: argparse.Namespace,
+    config: "TrainConfig",
+    adapters: dict[str, str],
+    place: "Place",
+    sampling: dict[str, float],
+) -> "Chat":
+    """Return the conversation, with its picture."""
+    from functools import partial
+
+    from sat_lora.chat.session import Chat
+    from sat_lora.cogvlm import load_cogvlm
+    from sat_lora.cogvlm.decoding.sampling import Sampling
+    from sat_lora.parallel.distributed import init_distributed, init_model_parallel
+    from sat_lora.terminal.progress import shown
+    from sat_lora.training.settings.deepspeed_config import base_dtype
+
+    chosen = Sampling(**sampling)
+    size = config.parallel.model_parallel_size
+    device = init_model_parallel(init_distributed(), size).device
+    config = config.replaced(bf16=config.precision.bf16 or (device.type == "cuda" and not config.precision.fp16))
+    loaded = load_cogvlm(
+        config.model.base,
+        dtype=base_dtype(config.precision),
+        device=device,
+        model_parallel_size=size,
+        trust=config.start.trust_checkpoint,
+        progress=partial(shown, what="loading the base", unit="modules") if place.rank == 0 else iter,
+    )
+    chat = Chat(
+        loaded,
+        adapters=adapters,
+        tokenizer=config.model.tokenizer,
+        version=config.model.version,
+        sampling=chosen,
+        max_new_tokens=options.max_new_tokens,
+        max_length=options.max_length,
+        stop=options.stop,
+        any_base=options.any_base,
+        special_tokens=config.data.special_tokens_in_text,
+        max_pixels=config.data.max_pixels,
+    )
+    if options.image is not None:
+        chat.show(options.image)
+    return chat
+
+
+def _of_first_rank(lines: Iterable[str], is_main: bool) -> Iterator[str]:
+    """Yield on every rank the lines of the first, one at a time."""
+    import torch
+
+    iterator = iter(lines)
+    while True:
+        line = [next(iterator, None) if is_main else None]
+        torch.distributed.broadcast_object_list(line, src=0)
+        if line[0] is None:
+            return
+        yield line[0]
