@@ -58,6 +58,7 @@ setup(
             "ruff>=0.17",
         ],
         "demo": ["captcha>=0.7"],
+        "chat": ["prompt_toolkit>=3"],
         "mutants": ["coverage>=7.6"],
         "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.5,<10"],
     },

@@ -79,12 +79,13 @@ def _what_next(config) -> str:
     run = Path(os.path.abspath(config.run_folder))
     trust = _trust(config)
     best = _best_adapter(run)
+    chosen = ["--adapter", str(best)] if best else []
     lines = [f"adapter     {printable(best or run / 'adapter')}"]
+    lines.append(f"chat        {sat_lora_line('chat', '--run', run, *chosen, *trust)}")
     if config.data.test_data:
         lines.append(f"evaluation  {printable(run / 'evaluation.json')}")
         alone = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
         environ = os.environ if config.parallel.model_parallel_size > 1 else alone
-        chosen = ["--adapter", str(best)] if best else []
         line = relaunch(HERE / "evaluate_cogvlm.py", "--run", str(run), *chosen, *trust, environ=environ)
         lines += [f"evaluate    {line}"] if line else []
     base = os.path.abspath(config.model.base)

@@ -10,6 +10,7 @@ from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -56,7 +57,7 @@ class Chat:
         loaded: tuple[CogVLMModel, dict],
         *,
         adapters: Mapping[str, str | Path] | None = None,
-        tokenizer: object | str | Path | None = None,
+        tokenizer: Any = None,
         version: str | None = None,
         sampling: Sampling = GREEDY,
         max_new_tokens: int = MAX_NEW_TOKENS,

@@ -196,13 +196,13 @@ def typed_path(text: str) -> Path:
     if os.path.lexists(text):
         return Path(text)
     try:
-        words = shlex.split(text)
+        parts = shlex.split(text)
     except ValueError:  # a quotation mark without its other
-        words = []
-    word = words[0] if len(words) == 1 else text
-    if word.startswith("file://"):
-        word = unquote(urlsplit(word).path)
-    return Path(word).expanduser()
+        parts = []
+    name = parts[0] if len(parts) == 1 else text
+    if name.startswith("file://"):
+        name = unquote(urlsplit(name).path)
+    return Path(name).expanduser()
 
 
 def dropped_image(line: str) -> Path | None:

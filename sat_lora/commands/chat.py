@@ -160,7 +160,7 @@ def _load(
     config: "TrainConfig",
     adapters: dict[str, str],
     place: "Place",
-    sampling: dict[str, float],
+    sampling: dict[str, Any],
 ) -> "Chat":
     """Return the conversation, with its picture."""
     from functools import partial

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from tests.support.paths import DEMO, ROOT
 from tests.support.scripts import load_script
 
-PAGES = ("README.md", "README_zh.md", "docs/quickstart.md", "docs/zh/quickstart.md")
+PAGES = ("README.md", "README_zh.md", "docs/quickstart.md", "docs/zh/quickstart.md", "docs/chat.md", "docs/zh/chat.md")
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -147,6 +148,17 @@ def test_the_python_of_the_readme_runs(page, single_process_group):
     assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
 
 
+@pytest.mark.parametrize("page", ["docs/chat.md", "docs/zh/chat.md"])
+def test_the_python_of_a_conversation_runs(page, single_process_group, tmp_path, monkeypatch, capsys):
+    Image.effect_noise((42, 42), 60).convert("RGB").save(tmp_path / "cat.png")
+    (tmp_path / "finetune_demo").symlink_to(DEMO)
+    monkeypatch.chdir(tmp_path)
+    (code,) = (body for kind, body in FENCED.findall((ROOT / page).read_text(encoding="utf-8")) if kind == "python")
+    exec(code, {})
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == second and first
+
+
 def example_of_contributing(name):
     """The block of Python in CONTRIBUTING.md that has that word."""
     (code,) = (
@@ -204,6 +216,7 @@ def workplace(tmp_path_factory, captchas):
     shutil.copytree(captchas / "train", folder / "my_images")
     shutil.copytree(captchas / "test", folder / "held_out")
     (folder / "finetune_demo").symlink_to(DEMO)
+    Image.effect_noise((42, 42), 60).convert("RGB").save(folder / "cat.png")
     return folder
 
 

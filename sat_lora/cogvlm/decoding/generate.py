@@ -1,6 +1,6 @@
 """Decoding: the prompts in one pass, then a token of every row at a time, with a static cache of keys and values."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 
 import torch
@@ -55,7 +55,7 @@ def stream(
     eos_token_id: int | Sequence[int],
     sampling: Sampling = GREEDY,
     stop: Sequence[str] = (),
-) -> Iterator[list[str]]:
+) -> Generator[list[str], None, None]:
     """Yield the text of `generate`'s answers as it comes: each row's new piece, "" where nothing is sure yet.
 
     No piece ends within a character of several bytes. The model is in evaluation mode until the iterator is used up or

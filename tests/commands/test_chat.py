@@ -1,0 +1,145 @@
+"""`sat-lora chat` on the demo's base: one answer, a conversation from a pipe, two ranks, and mistakes."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+
+from sat_lora import LoraConfig, add_lora, save_adapter
+from sat_lora.chat import Chat
+from sat_lora.cli import main
+from sat_lora.cogvlm import load_cogvlm
+from sat_lora.commands.chat import names_of
+from tests.support.paths import ROOT, TINY_BASE
+from tests.support.tiny import fill_adapters
+
+pytestmark = pytest.mark.usefixtures("single_process_group")
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory, single_process_group):
+    folder = tmp_path_factory.mktemp("runs") / "mine" / "adapter"
+    model, _ = load_cogvlm(TINY_BASE)
+    add_lora(model, LoraConfig(r=2))
+    fill_adapters(model, std=0.1)
+    save_adapter(model, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory):
+    path = tmp_path_factory.mktemp("pictures") / "noise.png"
+    Image.effect_noise((42, 42), 60).convert("RGB").save(path)
+    return path
+
+
+@pytest.fixture
+def chat(capsys):
+    def command(*arguments):
+        status = main(["chat", *map(str, arguments)])
+        printed = capsys.readouterr()
+        return status, printed.out, printed.err
+
+    return command
+
+
+def expected(adapter, picture) -> str:
+    adapters = {} if adapter is None else {"mine": adapter}
+    return Chat(load_cogvlm(TINY_BASE), adapters=adapters, version="base").ask("CAPTCHA:", picture)
+
+
+def test_one_answer_is_all_that_goes_to_stdout(chat, adapter, picture):
+    options = ["--base", TINY_BASE, "--version", "base", "--image", picture, "--prompt", "CAPTCHA:"]
+    answers = {name: expected(name, picture) for name in (None, adapter)}
+    assert len(set(answers.values())) == 2
+    for name, answer in answers.items():
+        status, out, _ = chat(*options, *(["--adapter", name] if name else []))
+        assert (status, out) == (0, f"{answer}\n")
+
+
+def test_a_run_brings_its_base_adapter_and_prompt_format(chat, adapter, picture, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "adapter").symlink_to(adapter)
+    settings = {"from_pretrained": str(TINY_BASE), "version": "base", "given": ["version"], "model_parallel_size": 2}
+    (run / "run.json").write_text(json.dumps({"settings": settings}))
+    status, out, err = chat("--run", run, "--image", picture, "--prompt", "CAPTCHA:")
+    assert (status, out) == (0, f"{expected(adapter, picture)}\n"), err
+
+
+def test_lines_of_a_pipe_are_a_conversation(chat, adapter, picture, monkeypatch):
+    lines = f"{picture}\nCAPTCHA:\n/nothing\n/base\nCAPTCHA:\n"
+    monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+    status, out, _ = chat("--base", TINY_BASE, "--version", "base", "--adapter", adapter)
+    assert (status, out.splitlines()) == (
+        0,
+        [
+            "mine answers (there are also: base); /help lists the commands",
+            "the prompt format is base, which has no place for earlier turns: every question is alone",
+            f"about {picture}",
+            expected(adapter, picture),
+            "error: there is no command /nothing; /help lists them",
+            "base answers (there are also: mine)",
+            expected(None, picture),
+        ],
+    )
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ([], "--base missing: give the folder of a base, or --run RUN_FOLDER"),
+        (["--base", "nowhere"], "nowhere"),
+        (["--base", TINY_BASE, "--adapter", "nowhere", "--image", "no.png"], "--image: no.png is no file"),
+        (["--base", TINY_BASE, "--adapter", "nowhere"], "--adapter: nowhere"),
+        (["--run", "nowhere"], "--run: nowhere is no run folder"),
+        (
+            ["--base", TINY_BASE, "--model-parallel-size", "2"],
+            "got 2 and 1 rank, wanted as many; start them with torch",
+        ),
+        (["--base", TINY_BASE, "--top_k", "3"], "temperature 0 draws nothing"),
+        (["--base", TINY_BASE, "--temperature", "-1"], "--temperature: got '-1', wanted a number, 0 or above"),
+        (["--base", TINY_BASE, "--prompt", "x" * 3000], "the question takes 3"),
+    ],
+)
+def test_mistakes_are_told(chat, options, message):
+    try:
+        status, out, err = chat(*options)
+    except SystemExit as end:  # argparse ends by itself
+        status, out, err = end.code, "", message
+    assert status == 2 and out == "" and message in err and "Traceback" not in err
+
+
+def test_adapters_are_called_by_their_runs():
+    folders = ["runs/a/adapter", "runs/b.1/adapter/800", "c/a/adapter/best", "/x/base", "/adapter"]
+    assert dict(zip(folders, names_of(folders))) == {
+        "runs/a/adapter": "a",
+        "runs/b.1/adapter/800": "b_1",
+        "c/a/adapter/best": "a-2",
+        "/x/base": "adapter",
+        "/adapter": "adapter-2",
+    }
+
+
+@pytest.mark.matrix
+@pytest.mark.timeout(300)
+def test_two_ranks_of_a_model_answer_as_one(adapter, picture):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
+    command += ["sat_lora.cli", "chat", "--base", TINY_BASE, "--version", "base", "--adapter", adapter]
+    lines = f"{picture}\nCAPTCHA:\n/base\nCAPTCHA:\n"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*map(str, command), "--model-parallel-size", "2"], input=lines, capture_output=True, text=True,
+        timeout=280, env=environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.splitlines()[2:] == [
+        f"about {picture}",
+        expected(adapter, picture),
+        "base answers (there are also: mine)",
+        expected(None, picture),
+    ]
