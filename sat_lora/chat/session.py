@@ -97,8 +97,8 @@ class Chat:
         """The turns that the next question comes after, the oldest first."""
         self.left_out = 0
         """How many of them the last question came without, since they no longer fitted."""
-        is_path = tokenizer is None or isinstance(tokenizer, str | Path)
-        self._tokenizer = load_tokenizer(tokenizer or folder) if is_path else tokenizer
+        source: Any = folder if tokenizer is None else tokenizer
+        self._tokenizer = load_tokenizer(source) if isinstance(source, str | Path) else source
         self._image: torch.Tensor | None = None
         self._image_size = tuple(config["eva_args"]["image_size"])
         self._image_length = config["image_length"]
