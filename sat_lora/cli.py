@@ -12,12 +12,13 @@ def build_parser():
         import_adapter,
         inspect_adapter,
         merge,
+        serve,
     )
     from sat_lora.terminal.option_parser import OptionParser
 
     parser = OptionParser(prog="sat-lora", description="Work with LoRA adapters of SAT models.", takes_more=True)
     commands = parser.add_subparsers(dest="command", required=True)
-    for module in (chat, doctor, estimate, merge, export_adapter, import_adapter, inspect_adapter, combine):
+    for module in (chat, serve, doctor, estimate, merge, export_adapter, import_adapter, inspect_adapter, combine):
         module.add(commands)
     return parser
 

@@ -50,6 +50,7 @@ LAYERS = [
     "doctor.run_checks",
     "doctor",
     "chat",
+    "serve",
     "commands",
     "cli",
 ]

@@ -45,6 +45,18 @@ class Turn:
     answer: str
 
 
+@dataclass(frozen=True)
+class Usage:
+    """What an answer took: tokens of its prompt, the places of the image among them, and tokens that were drawn.
+
+    is_whole: whether it ended by itself, and not because there was no room for more.
+    """
+
+    prompt_tokens: int
+    completion_tokens: int
+    is_whole: bool
+
+
 class Chat:
     """A conversation, by the prompt format of the base, about one image at most.
 
@@ -99,6 +111,8 @@ class Chat:
         """How many of them the last question came without, since they no longer fitted."""
         source: Any = folder if tokenizer is None else tokenizer
         self._tokenizer = load_tokenizer(source) if isinstance(source, str | Path) else source
+        self.usage: Usage | None = None
+        """What the last answer took, as far as it came."""
         self._image: torch.Tensor | None = None
         self._image_size = tuple(config["eva_args"]["image_size"])
         self._image_length = config["image_length"]
@@ -212,18 +226,20 @@ class Chat:
     def _pieces(self, query: str) -> Generator[str, None, None]:
         sample = self._fitting(query)
         device = next(self.model.parameters()).device
-        room = self.max_length - len(sample.input_ids)
+        prompt_tokens = len(sample.input_ids)
+        most = min(self.max_new_tokens, self.max_length - prompt_tokens)
         answers = stream(
             self.model,
             to_device(collate([sample], image_size=self._image_size), device),
             tokenizer=self._tokenizer,
-            max_new_tokens=min(self.max_new_tokens, room),
+            max_new_tokens=most,
             eos_token_id=self._tokenizer.eos_token_id,
             sampling=self.sampling,
             stop=self.stop,
         )
         with closing(answers):
-            for (piece,) in answers:
+            for number, (piece,) in enumerate(answers, start=1):  # one for each token, and one more where none ends it
+                self.usage = Usage(prompt_tokens, min(number, most), is_whole=number <= most)
                 if piece:
                     yield piece
 

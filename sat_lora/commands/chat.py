@@ -28,50 +28,49 @@ def add(commands) -> None:
             "sat-lora chat --base cogvlm-chat-v1.1 --adapter runs/a/adapter runs/b/adapter --temperature 0.7",
         ),
     )
+    add_model_options(command)
     option = command.add_argument
-    option(
-        "--run", metavar="RUN_FOLDER", help="a run folder: base, adapter and formats that are not given come from it"
-    )
-    option("--base", "--from_pretrained", metavar="DIR", help="SAT or Hugging Face folder of the base, or a merged one")
-    option(
-        "--adapter", nargs="+", metavar="DIR", help="adapter folders, the first answers (default: RUN_FOLDER/adapter)"
-    )
-    option("--any-base", action="store_true", help=ANY_BASE)
-    option(
-        "--trust-checkpoint", action="store_true", default=None, help="unpickle all of the base: runs any code in it"
-    )
-    option("--local_tokenizer", metavar="DIR", help="tokenizer folder (default: the base's)")
-    formats = ["base", "chat", "vqa", "chat_old"]
-    option("--version", choices=formats, help="prompt format of the base (default: its config's, or chat)")
     option("--image", metavar="FILE", help="the picture that is asked about")
     option("--prompt", metavar="TEXT", help="print the answer to this and end, instead of a conversation")
-    option("--max-new-tokens", type=positive_int, default=512, metavar="N", help="of an answer (default: 512)")
-    option("--max_length", type=positive_int, metavar="N", help="of question, turns before and answer, in tokens")
     option("--temperature", type=not_negative, metavar="T", help="draw answers; 1 is the model's own distribution")
     option("--top_p", type=not_negative, metavar="P", help="draw from the likeliest tokens of this probability")
     option("--top_k", type=count, metavar="N", help="draw from so many likeliest tokens")
     option("--repetition-penalty", type=not_negative, metavar="X", help="above 1: against saying a word again")
     option("--seed", type=int, metavar="N", help="draw the same answers every time")
     option("--stop", nargs="+", default=[], metavar="TEXT", help="texts that end an answer")
-    option(
-        "--special-tokens-in-text", action="store_true", default=None, help="a text that spells </s> means the token"
-    )
-    option("--max-pixels", type=positive_int, metavar="N", help="a larger picture is not read (default: 89478485)")
     option("--model-parallel-size", type=positive_int, metavar="N", help="ranks that share one model (default: 1)")
+    command.set_defaults(run_command=run)
+
+
+def add_model_options(command: argparse.ArgumentParser) -> None:
+    """Add the options that name a base and its adapters, and say how they are loaded and asked."""
+    option = command.add_argument
+    from_run = "a run folder: base, adapter and formats that are not given come from it"
+    option("--run", metavar="RUN_FOLDER", help=from_run)
+    option("--base", "--from_pretrained", metavar="DIR", help="SAT or Hugging Face folder of the base, or a merged one")
+    adapters = "adapter folders, the first answers (default: RUN_FOLDER/adapter)"
+    option("--adapter", nargs="+", metavar="DIR", help=adapters)
+    option("--any-base", action="store_true", help=ANY_BASE)
+    trust = "unpickle all of the base: runs any code in it"
+    option("--trust-checkpoint", action="store_true", default=None, help=trust)
+    option("--local_tokenizer", metavar="DIR", help="tokenizer folder (default: the base's)")
+    formats = ["base", "chat", "vqa", "chat_old"]
+    option("--version", choices=formats, help="prompt format of the base (default: its config's, or chat)")
+    option("--max-new-tokens", type=positive_int, default=512, metavar="N", help="of an answer (default: 512)")
+    option("--max_length", type=positive_int, metavar="N", help="of question, turns before and answer, in tokens")
+    special = "a text that spells </s> means the token"
+    option("--special-tokens-in-text", action="store_true", default=None, help=special)
+    option("--max-pixels", type=positive_int, metavar="N", help="a larger picture is not read (default: 89478485)")
     option("--bf16", action="store_true", default=None, help="bfloat16 (default on CUDA)")
     option("--fp16", action="store_true", default=None, help="float16")
-    command.set_defaults(run_command=run)
 
 
 def run(options: argparse.Namespace) -> None:
     """Answer --prompt, or go on until the input ends. Raises a SatLoraError for a user's mistake."""
     from sat_lora.parallel.launch import find_place
 
-    sampling = {name: vars(options)[name] for name in DRAWN if vars(options)[name] is not None}
-    config, adapters = read_settings(options)
     place = find_place()
-    _check_early(options, config, adapters, place)
-    chat = _load(options, config, adapters, place, sampling)
+    chat = load_chat(options)
     is_main = place.rank == 0
     if options.prompt is None:
         from sat_lora.chat.terminal import Conversation, converse, typed_lines
@@ -133,7 +132,24 @@ def names_of(folders: Iterable[str]) -> dict[str, str]:
     return names
 
 
-def _check_early(options: argparse.Namespace, config: "TrainConfig", adapters: dict[str, str], place: "Place") -> None:
+def load_chat(options: argparse.Namespace) -> "Chat":
+    """Return a conversation as the options say, about their picture if they have one. Raises a SatLoraError for a
+    user's mistake, before anything slow is imported where that can be.
+    """
+    from sat_lora.parallel.launch import find_place
+
+    config, adapters = read_settings(options)
+    place = find_place()
+    image = vars(options).get("image")
+    _check_early(config, adapters, place, image)
+    sampling = {name: vars(options)[name] for name in DRAWN if vars(options).get(name) is not None}
+    chat = _load(options, config, adapters, place, sampling)
+    if image is not None:
+        chat.show(image)
+    return chat
+
+
+def _check_early(config: "TrainConfig", adapters: dict[str, str], place: "Place", image: str | None) -> None:
     """Raise ConfigError, before anything slow is imported, with what is not there or cannot be."""
     from sat_lora.errors import ConfigError
     from sat_lora.files.paths import missing_adapter
@@ -143,8 +159,8 @@ def _check_early(options: argparse.Namespace, config: "TrainConfig", adapters: d
     problems = base_problems(config.model.base)
     missing = (missing_adapter(folder) for folder in adapters.values())
     problems += [f"--adapter: {problem}" for problem in missing if problem]
-    if options.image is not None and not Path(options.image).is_file():
-        problems.append(f"--image: {printable(options.image)} is no file")
+    if image is not None and not Path(image).is_file():
+        problems.append(f"--image: {printable(image)} is no file")
     size = config.parallel.model_parallel_size
     if place.size != size:
         problems.append(
@@ -162,7 +178,7 @@ def _load(
     place: "Place",
     sampling: dict[str, Any],
 ) -> "Chat":
-    """Return the conversation, with its picture."""
+    """Return the conversation, without a picture."""
     from functools import partial
 
     from sat_lora.chat.session import Chat
@@ -184,7 +200,7 @@ def _load(
         trust=config.start.trust_checkpoint,
         progress=partial(shown, what="loading the base", unit="modules") if place.rank == 0 else iter,
     )
-    chat = Chat(
+    return Chat(
         loaded,
         adapters=adapters,
         tokenizer=config.model.tokenizer,
@@ -192,14 +208,11 @@ def _load(
         sampling=chosen,
         max_new_tokens=options.max_new_tokens,
         max_length=options.max_length,
-        stop=options.stop,
+        stop=vars(options).get("stop") or (),
         any_base=options.any_base,
         special_tokens=config.data.special_tokens_in_text,
         max_pixels=config.data.max_pixels,
     )
-    if options.image is not None:
-        chat.show(options.image)
-    return chat
 
 
 def _of_first_rank(lines: Iterable[str], is_main: bool) -> Iterator[str]:

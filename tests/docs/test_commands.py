@@ -16,7 +16,16 @@ from PIL import Image
 from tests.support.paths import DEMO, ROOT
 from tests.support.scripts import load_script
 
-PAGES = ("README.md", "README_zh.md", "docs/quickstart.md", "docs/zh/quickstart.md", "docs/chat.md", "docs/zh/chat.md")
+PAGES = (
+    "README.md",
+    "README_zh.md",
+    "docs/quickstart.md",
+    "docs/zh/quickstart.md",
+    "docs/chat.md",
+    "docs/zh/chat.md",
+    "docs/serving.md",
+    "docs/zh/serving.md",
+)
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -34,6 +43,7 @@ BY_HAND = [command for command in ALL if command[0].startswith(".venv/bin/") or 
 LAUNCHED = [command for command in ALL if command[0] == "deepspeed"]
 EVALUATE = [command for command in ALL if command[0] == "python"]
 TOOL = [command for command in ALL if command[0] == "sat-lora"]
+INSTALLED = [command for command in ALL if command[:2] == ("pip", "install")]  # tests/test_package.py has the extras
 
 
 def without_make(environ: Mapping[str, str]) -> dict[str, str]:
@@ -51,7 +61,7 @@ def recipe(target: str, venv: str = ".no-such-environment") -> list[list[str]]:
 
 
 def test_every_command_is_of_a_kind_that_is_run_here():
-    known = [*MAKE, *BY_HAND, *LAUNCHED, *EVALUATE, *TOOL]
+    known = [*MAKE, *BY_HAND, *LAUNCHED, *EVALUATE, *TOOL, *INSTALLED]
     assert sorted(known) == sorted(ALL)
     assert min(map(len, (MAKE, BY_HAND, LAUNCHED, EVALUATE, TOOL))) > 0
 

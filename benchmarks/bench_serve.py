@@ -1,0 +1,220 @@
+"""Load on `sat-lora serve`: many clients at once, clients that go, a picture bomb and requests that are malformed.
+
+    python -m benchmarks.bench_serve --clients 32 --seconds 60 --out serve.json
+
+Starts the server on the demo's base with an adapter of random values, in a process of its own, and tells how many
+answers a second it gave, how long they took, that nobody got another's answer, and what it held in memory.
+"""
+
+import argparse
+import base64
+import io
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import httpx
+import torch
+from PIL import Image
+
+from benchmarks.interleaved import environment, quartiles
+from benchmarks.report import table, write_json
+from sat_lora import LoraConfig, add_lora, save_adapter
+from sat_lora.cogvlm import load_cogvlm
+
+BASE = Path(__file__).parents[1] / "finetune_demo" / "tiny_cogvlm"
+BOMB_SIDE = 30_000  # pixels: a png of some hundred kilobytes that would take 2.7 GB
+
+
+def write_adapter(folder: Path) -> None:
+    """An adapter of the demo's base whose delta is not zero."""
+    torch.manual_seed(0)
+    model, _ = load_cogvlm(BASE)
+    add_lora(model, LoraConfig(r=4))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.02)
+    save_adapter(model, folder)
+
+
+def question(picture: bytes, model: str) -> dict:
+    """A request."""
+    url = "data:image/png;base64," + base64.b64encode(picture).decode()
+    parts = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "CAPTCHA:"}]
+    return {"model": model, "messages": [{"role": "user", "content": parts}], "max_tokens": 8}
+
+
+def noise(seed: int, side: int = 42) -> bytes:
+    """A picture of noise, of its own for every seed."""
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randint(0, 256, (side, side, 3), generator=generator, dtype=torch.uint8)
+    out = io.BytesIO()
+    Image.fromarray(pixels.numpy()).save(out, "PNG")
+    return out.getvalue()
+
+
+def bomb() -> bytes:
+    """A picture that is small as a file and would be large in memory."""
+    out = io.BytesIO()
+    Image.new("1", (BOMB_SIDE, BOMB_SIDE)).save(out, "PNG")
+    return out.getvalue()
+
+
+def malformed(draw: random.Random) -> bytes:
+    """A body that is no request, or nearly one."""
+    whole = json.dumps(question(noise(0), "base")).encode()
+    kind = draw.randrange(4)
+    if kind == 0:
+        return draw.randbytes(draw.randrange(200))
+    if kind == 1:
+        return whole[: draw.randrange(len(whole))]
+    if kind == 2:
+        place = draw.randrange(40)
+        return whole[:place] + draw.randbytes(3) + whole[place + 3 :]
+    return json.dumps(
+        {"messages": [{"role": draw.choice(["user", "system", 3]), "content": draw.choice([[], 3, {}])}]}
+    ).encode()
+
+
+class Load:
+    """What the clients saw."""
+
+    def __init__(self, address: str):
+        self.address = address
+        self.statuses: Counter[int] = Counter()
+        self.seconds: list[float] = []
+        self.wrong = 0
+        self.per_client: Counter[int] = Counter()
+        self._lock = threading.Lock()
+
+    def ask_until(self, client: int, deadline: float, picture: bytes, expected: str | None) -> None:
+        """Ask one question again and again."""
+        model = ("base", "mine")[client % 2]
+        with httpx.Client(base_url=self.address, timeout=120) as http:
+            while time.monotonic() < deadline:
+                start = time.monotonic()
+                answer = http.post("/v1/chat/completions", json=question(picture, model))
+                with self._lock:
+                    self.statuses[answer.status_code] += 1
+                    if answer.status_code == 200:
+                        self.per_client[client] += 1
+                        self.seconds.append(time.monotonic() - start)
+                        content = answer.json()["choices"][0]["message"]["content"]
+                        self.wrong += expected is not None and content != expected
+                if answer.status_code == 429:
+                    time.sleep(float(answer.headers["Retry-After"]))
+
+    def go_away(self, deadline: float, picture: bytes) -> int:
+        """Begin to ask and leave, again and again; how often."""
+        count = 0
+        while time.monotonic() < deadline:
+            try:
+                httpx.post(f"{self.address}/v1/chat/completions", json=question(picture, "base"), timeout=0.05)
+            except httpx.TimeoutException:
+                count += 1
+            time.sleep(0.2)
+        return count
+
+
+def memory_mib(process: int) -> float:
+    """What a process holds in memory, in MiB."""
+    found = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{process}/status").read_text())
+    return int(found[1]) / 1024 if found else float("nan")
+
+
+def start_server(folder: Path, waiting: int) -> tuple[subprocess.Popen, str]:
+    """The server's process and its address."""
+    command = [sys.executable, "-m", "sat_lora.cli", "serve", "--base", str(BASE), "--version", "base"]
+    command += ["--adapter", str(folder), "--port", "0", "--max-waiting", str(waiting)]
+    path = os.pathsep.join([str(BASE.parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path})
+    for line in process.stdout:
+        if line.startswith("listening at "):
+            return process, line.split()[-1].removesuffix("/v1")
+    raise RuntimeError(f"the server ended with status {process.wait()}")
+
+
+def measure(clients: int, seconds: float, broken: int, waiting: int) -> dict:
+    """The figures of a server under load."""
+    with tempfile.TemporaryDirectory() as home:
+        adapter = Path(home) / "mine" / "adapter"
+        write_adapter(adapter)
+        process, address = start_server(adapter, waiting)
+        try:
+            figures = under_load(process.pid, address, clients, seconds, broken)
+        finally:
+            process.send_signal(signal.SIGTERM)
+            figures_status = process.wait(60)
+        return {**figures, "status": figures_status}
+
+
+def under_load(process: int, address: str, clients: int, seconds: float, broken: int) -> dict:
+    """What happens to the clients of a server, and to its memory."""
+    pictures = [noise(client) for client in range(clients)]
+    expected = []
+    for client, picture in enumerate(pictures):
+        answer = httpx.post(
+            f"{address}/v1/chat/completions", json=question(picture, ("base", "mine")[client % 2]), timeout=60
+        )
+        expected.append(answer.json()["choices"][0]["message"]["content"])
+    before = memory_mib(process)
+    load = Load(address)
+    deadline = time.monotonic() + seconds
+    threads = [
+        threading.Thread(target=load.ask_until, args=(client, deadline, pictures[client], expected[client]))
+        for client in range(clients)
+    ]
+    threads.append(threading.Thread(target=load.go_away, args=(deadline, pictures[0])))
+    for thread in threads:
+        thread.start()
+    draw = random.Random(0)
+    refused: Counter[int] = Counter()
+    with httpx.Client(base_url=address, timeout=120) as http:
+        for _ in range(broken):
+            refused[http.post("/v1/chat/completions", content=malformed(draw)).status_code] += 1
+        bombed = http.post("/v1/chat/completions", json=question(bomb(), "base"))
+    for thread in threads:
+        thread.join()
+    ordered = sorted(load.seconds)
+    return {
+        "clients": clients,
+        "seconds": seconds,
+        "answers_per_second": len(ordered) / seconds,
+        "latency": quartiles(ordered),
+        "latency_p95": ordered[int(0.95 * (len(ordered) - 1))],
+        "statuses": dict(load.statuses),
+        "wrong_answers": load.wrong,
+        "least_and_most_of_a_client": [min(load.per_client.values()), max(load.per_client.values())],
+        "malformed": dict(refused),
+        "bomb_status": bombed.status_code,
+        "memory_mib": [before, memory_mib(process)],
+    }
+
+
+def main(arguments: list[str] | None = None) -> dict:
+    """Measure, print and write the figures, and return them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--clients", type=int, default=32)
+    parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--malformed", type=int, default=1000, help="requests")
+    parser.add_argument("--waiting", type=int, default=64, help="--max-waiting of the server")
+    parser.add_argument("--out", type=Path, help="json file")
+    args = parser.parse_args(arguments)
+    figures = measure(args.clients, args.seconds, args.malformed, args.waiting)
+    print(table(["", "value"], [[name, str(value)] for name, value in figures.items()], False))
+    if args.out:
+        write_json({"environment": environment(torch.device("cpu"), "wall"), "serve": figures}, args.out)
+    return figures
+
+
+if __name__ == "__main__":
+    main()

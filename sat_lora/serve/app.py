@@ -1,0 +1,250 @@
+"""The HTTP side: OpenAI's chat completions and models, health and metrics, on FastAPI."""
+
+import asyncio
+import contextlib
+import hmac
+import json
+import time
+import uuid
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse, StreamingResponse
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from sat_lora.chat.session import BASE, Chat, Usage
+from sat_lora.files.foreign import parse_json
+from sat_lora.serve.questions import Question, RequestError, read_question
+from sat_lora.serve.worker import End, Job, Piece, Worker
+
+LOOK_FOR_CLIENT = 0.5  # seconds between looks whether whoever waits is still there
+OPEN = ("/health",)  # without a key
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What a request may take. seconds: from its arrival to its last token. body: bytes. waiting: requests."""
+
+    seconds: float = 120.0
+    body: int = 20 * 2**20
+    waiting: int = 64
+
+
+@dataclass
+class Metrics:
+    """What /metrics tells, in a registry of its own."""
+
+    registry: CollectorRegistry = field(default_factory=CollectorRegistry)
+
+    def __post_init__(self) -> None:
+        ours = {"registry": self.registry, "namespace": "sat_lora"}
+        self.requests = Counter("requests", "Chat completions by HTTP status.", ["status"], **ours)
+        self.tokens = Counter("tokens", "Tokens of prompts and of answers.", ["kind"], **ours)
+        self.seconds = Histogram("answer_seconds", "From a request's arrival to its last token.", **ours)
+        self.waiting = Gauge("waiting_requests", "Requests in the queue.", **ours)
+
+
+def build_app(chat: Chat, *, limits: Limits = Limits(), api_key: str | None = None) -> FastAPI:
+    """Return the application, which alone uses the conversation from now on.
+
+    `model` of a request is "base" or the name of an adapter; without one, who answers in the conversation. api_key:
+    what every request but /health has to bring as its bearer token.
+    """
+    worker = Worker(chat, limits.waiting)
+    metrics = Metrics()
+    metrics.waiting.set_function(lambda: worker.waiting)
+    speakers = list(dict.fromkeys([chat.speaker, BASE, *chat.adapters]))
+    keeps_history = chat.keeps_history
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        worker.start()
+        try:
+            yield
+        finally:
+            await asyncio.to_thread(worker.stop)
+
+    app = FastAPI(title="sat_lora", docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
+
+    if api_key is not None:
+        app.add_middleware(_Keys, key=api_key)
+
+    @app.exception_handler(404)
+    async def no_such_place(request: Request, error: Exception) -> Response:
+        places = "/v1/chat/completions, /v1/models, /health, /metrics"
+        return _refusal(RequestError(f"there is nothing at this address; there are {places}", 404))
+
+    @app.exception_handler(405)
+    async def no_such_method(request: Request, error: Exception) -> Response:
+        return _refusal(RequestError(f"{request.method} is not what this address takes", 405))
+
+    @app.get("/health")
+    async def health() -> Response:
+        return JSONResponse({"status": "ok" if worker.is_alive else "ending"}, 200 if worker.is_alive else 503)
+
+    @app.get("/metrics")
+    async def tell_metrics() -> Response:
+        return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/v1/models")
+    async def models() -> Response:
+        listed = [{"id": name, "object": "model", "created": 0, "owned_by": "sat_lora"} for name in speakers]
+        return JSONResponse({"object": "list", "data": listed})
+
+    @app.post("/v1/chat/completions")
+    async def complete(request: Request) -> Response:
+        arrival = time.monotonic()
+        try:
+            content = _json(await _body(request, limits.body))
+            question = read_question(content, speakers=speakers, keeps_history=keeps_history)
+            answer = _Answer(question, arrival + limits.seconds, metrics, arrival)
+            worker.submit(answer.job)
+            return await (answer.streamed(request) if question.streams else answer.whole(request))
+        except RequestError as error:
+            metrics.requests.labels(error.status).inc()
+            return _refusal(error)
+
+    return app
+
+
+class _Keys:
+    """Lets nobody pass without the key, but to what is OPEN."""
+
+    def __init__(self, app: ASGIApp, key: str):
+        self._app = app
+        self._expected = f"Bearer {key}".encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] not in OPEN:
+            given = dict(scope["headers"]).get(b"authorization", b"")
+            if not hmac.compare_digest(given, self._expected):
+                error = RequestError("the key is missing or wrong: Authorization: Bearer KEY", 401, "auth_error")
+                await _refusal(error)(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+
+class _Answer:
+    """An answer on its way from the worker's thread to a client."""
+
+    def __init__(self, question: Question, deadline: float, metrics: Metrics, arrival: float):
+        self._question = question
+        self._metrics = metrics
+        self._arrival = arrival
+        self._events: asyncio.Queue[Piece | End] = asyncio.Queue()
+        self._loop = asyncio.get_running_loop()
+        self._head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": question.speaker}
+        self.job = Job(question, self._tell, deadline)
+
+    def _tell(self, event: Piece | End) -> None:
+        """Hand an event over from the worker's thread; nobody is told where the server has ended meanwhile."""
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._events.put_nowait, event)
+
+    async def whole(self, request: Request) -> Response:
+        """Return the answer in one piece. Raises RequestError where there is none."""
+        text = ""
+        while isinstance(event := await self._next(request), Piece):
+            text += event.text
+        usage = self._usage_of(event)
+        message = {"role": "assistant", "content": text.strip()}
+        choice = {"index": 0, "message": message, "finish_reason": _reason(usage)}
+        return JSONResponse({**self._head, "object": "chat.completion", "choices": [choice], "usage": _told(usage)})
+
+    async def streamed(self, request: Request) -> Response:
+        """Return the answer as server-sent events. Raises RequestError where it fails before its first piece."""
+        first = await self._next(request)
+        if isinstance(first, End) and first.error is not None:
+            raise first.error
+        return StreamingResponse(self._lines(first), media_type="text/event-stream")
+
+    async def _next(self, request: Request) -> Piece | End:
+        """Return the next event. Raises RequestError, and cancels the job, where the client has gone."""
+        while True:
+            try:
+                return await asyncio.wait_for(self._events.get(), LOOK_FOR_CLIENT)
+            except TimeoutError:
+                if await request.is_disconnected():
+                    self.job.is_cancelled.set()
+                    raise RequestError("the client has gone", 499) from None
+
+    async def _lines(self, event: Piece | End) -> AsyncIterator[str]:
+        try:
+            yield self._chunk({"role": "assistant", "content": ""})
+            while isinstance(event, Piece):
+                yield self._chunk({"content": event.text})
+                event = await self._events.get()
+            if event.error is not None:
+                self._metrics.requests.labels(event.error.status).inc()
+                yield _event(_error(event.error))
+                return
+            usage = self._usage_of(event)
+            yield self._chunk({}, _reason(usage), _told(usage))
+            yield "data: [DONE]\n\n"
+        finally:
+            self.job.is_cancelled.set()  # of a client that has gone
+
+    def _chunk(self, delta: dict[str, str], reason: str | None = None, usage: dict[str, int] | None = None) -> str:
+        choice = {"index": 0, "delta": delta, "finish_reason": reason}
+        more = {} if usage is None else {"usage": usage}
+        return _event({**self._head, "object": "chat.completion.chunk", "choices": [choice], **more})
+
+    def _usage_of(self, end: End) -> Usage:
+        """Return what the answer took, counted. Raises RequestError where it failed."""
+        if end.error is not None:
+            raise end.error
+        usage = end.usage or Usage(0, 0, True)
+        self._metrics.requests.labels(200).inc()
+        self._metrics.tokens.labels("prompt").inc(usage.prompt_tokens)
+        self._metrics.tokens.labels("answer").inc(usage.completion_tokens)
+        self._metrics.seconds.observe(time.monotonic() - self._arrival)
+        return usage
+
+
+def _event(content: dict[str, Any]) -> str:
+    return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
+
+
+def _reason(usage: Usage) -> str:
+    return "stop" if usage.is_whole else "length"
+
+
+def _told(usage: Usage) -> dict[str, int]:
+    """Return OpenAI's `usage`."""
+    return {
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+    }
+
+
+def _error(error: RequestError) -> dict[str, Any]:
+    return {"error": {"message": str(error), "type": error.kind, "param": None, "code": error.status}}
+
+
+def _refusal(error: RequestError) -> Response:
+    """Return an error as OpenAI's clients read it."""
+    headers = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}}.get(error.status)
+    return JSONResponse(_error(error), error.status, headers)
+
+
+async def _body(request: Request, most: int) -> bytes:
+    """Return the body. Raises RequestError of status 413 as soon as it is longer than `most` bytes."""
+    parts = []
+    length = 0
+    async for part in request.stream():
+        length += len(part)
+        if length > most:
+            raise RequestError(f"the body is longer than {most} bytes; send a smaller picture", 413)
+        parts.append(part)
+    return b"".join(parts)
+
+
+def _json(body: bytes) -> object:
+    try:
+        return parse_json(body)
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"the body is no JSON: {error}") from error

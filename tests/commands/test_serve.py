@@ -1,0 +1,76 @@
+"""`sat-lora serve`: mistakes before the base is loaded, and the whole command under load."""
+
+import socket
+import sys
+
+import pytest
+
+from benchmarks import bench_serve
+from sat_lora.cli import main
+from sat_lora.commands.serve import KEY
+from tests.support.paths import TINY_BASE
+
+
+@pytest.fixture
+def serve(capsys, monkeypatch):
+    monkeypatch.delenv(KEY, raising=False)
+    monkeypatch.setattr("sat_lora.commands.chat.load_chat", lambda options: pytest.fail("the base is loaded"))
+
+    def command(*arguments):
+        try:
+            status = main(["serve", *map(str, arguments)])
+        except SystemExit as end:  # argparse ends by itself
+            status = end.code
+        return status, capsys.readouterr().err
+
+    return command
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.7", "example.org", ""])
+def test_an_address_that_others_reach_wants_a_key(serve, host):
+    status, error = serve("--base", TINY_BASE, "--host", host)
+    assert status == 2 and f"others may reach it; give a key in {KEY}, or with --api-key" in error
+
+
+def test_a_port_in_use_and_addresses_that_are_none(serve):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        status, error = serve("--base", TINY_BASE, "--port", port)
+    assert status == 2 and f"--port {port}: Address already in use at 127.0.0.1" in error
+    assert serve("--base", TINY_BASE, "--port", 70_000)[0] == 2
+    status, error = serve("--base", TINY_BASE, "--host", "no-such-host.invalid", "--api-key", "x")
+    assert status == 2 and "give an address of this machine" in error
+
+
+def test_missing_packages_are_named(serve, monkeypatch):
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    status, error = serve("--base", TINY_BASE)
+    assert status == 2 and "pip install 'sat_lora[serve]'" in error
+
+
+def test_one_process_alone(serve, monkeypatch):
+    for name, value in (
+        ("RANK", "0"),
+        ("WORLD_SIZE", "2"),
+        ("LOCAL_RANK", "0"),
+        ("MASTER_PORT", "1"),
+        ("MASTER_ADDR", "127.0.0.1"),
+    ):
+        monkeypatch.setenv(name, value)
+    status, error = serve("--base", TINY_BASE)
+    assert status == 2 and "sat-lora serve runs as one process; start it without a launcher" in error
+
+
+@pytest.mark.matrix
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("clients, seconds, malformed, waiting", [(32, 60, 1000, 64), (8, 10, 50, 3)])
+def test_under_load_nothing_is_lost(clients, seconds, malformed, waiting):
+    figures = bench_serve.measure(clients, seconds, malformed, waiting)
+    least, most = figures["least_and_most_of_a_client"]
+    assert figures["wrong_answers"] == 0 and figures["statuses"].keys() <= ({200} if waiting > clients else {200, 429})
+    assert (429 in figures["statuses"]) == (waiting < clients)
+    assert waiting < clients or most - least <= 2  # in the order of arrival
+    assert figures["malformed"].keys() <= {200, 400, 404} and figures["bomb_status"] == 400
+    before, after = figures["memory_mib"]
+    assert after < before + 100
+    assert figures["status"] == -15

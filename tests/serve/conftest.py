@@ -1,0 +1,1 @@
+from tests.support.talking import adapters, base, picture  # noqa: F401 (fixtures)
