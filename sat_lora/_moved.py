@@ -47,6 +47,9 @@ _MOVED_TO = {
     ),
     "training.settings": ("training.defaults>config training.lora_options training.deepspeed_file training.schedule"),
     "commands": ("training.options>flat_options training.deepspeed_config>flat_options"),
+    "commands.adapters": (
+        "commands.combine commands.export_adapter commands.import_adapter commands.inspect_adapter commands.merge"
+    ),
     "training.steps": (
         "training.engine training.step training.loss training.nonfinite training.optimizer_state "
         "training.zero3_linear training.zero_norm training.release training.random_state training.broken_samples "

@@ -52,6 +52,7 @@ LAYERS = [
     "chat",
     "serve",
     "commands",
+    "commands.adapters",
     "cli",
 ]
 MOST_MODULES = 12

@@ -68,3 +68,8 @@ def demo_of_clone() -> Any:
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
     return module.DEMO
+
+
+def size_text(size: int) -> str:
+    """Return a number of bytes as people read it."""
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"

@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from sat_lora.commands.parts import ANY_BASE, bar, examples, refuse_existing, refuse_missing
+from sat_lora.commands.parts import ANY_BASE, bar, examples, refuse_existing, refuse_missing, size_text
 
 
 def add(commands) -> None:
@@ -107,8 +107,3 @@ def verify(options: argparse.Namespace) -> int:
     advice = "" if dtype == "float32" else "; --dtype float32 keeps it, and so does the adapter beside its base"
     print(f"verified: {lost}, which {dtype} rounds away{advice}")
     return 0
-
-
-def size_text(size: int) -> str:
-    """Return a number of bytes as people read it."""
-    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"

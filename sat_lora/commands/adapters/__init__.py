@@ -1,0 +1,1 @@
+"""The commands of `sat-lora` that work on adapters alone."""
