@@ -115,6 +115,10 @@ ROWS: dict[str, dict[str, tuple[str, str]]] = {
             "... with `force_train`: no error, the base not loaded",
             "……带 `force_train`：没有错误，基座没有加载",
         ),
+        "in hooks, then load": (
+            'LoHa by a mixin in the forward (see below), then `load_checkpoint` (`mode="finetune"`)',
+            '由 mixin 把 LoHa 放进 forward（见下文），再 `load_checkpoint`（`mode="finetune"`）',
+        ),
         "get_peft_model": ("`get_peft_model`: hooks and output", "`get_peft_model`：钩子与输出"),
         "mixins": (
             "... with `add_mixin`, `get_mixin`, `del_mixin` through it",

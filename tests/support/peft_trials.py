@@ -369,8 +369,15 @@ def renamed(targets: list[str] | str, custom: type | None) -> float:
     return len(before - set(model.state_dict())) / len(before)
 
 
-def loaded(mode: str, inject_first: bool, force_train: bool = False) -> float:
+def loaded(mode: str, inject_first: bool, force_train: bool = False, in_hooks: bool = False) -> float:
     """Return how far logits are from the checkpoint's, when SAT loads it before or after PEFT's injection (B is 0)."""
+
+    def put_peft_on(model: nn.Module) -> None:
+        if in_hooks:
+            model.add_mixin("peft", PeftMixin(model, VARIANTS["LoHa"](), linears_of(model)))
+        else:
+            inject(peft_config(linears_of(model), ParallelLora), model)
+
     from sat.training.model_io import load_checkpoint
 
     trained = MODELS["LLaMA"].build()
@@ -380,10 +387,10 @@ def loaded(mode: str, inject_first: bool, force_train: bool = False) -> float:
         torch.save({"module": trained.state_dict()}, Path(folder) / "1" / "mp_rank_00_model_states.pt")
         model = with_plain_rotary(llama()).double()
         if inject_first:
-            inject(peft_config(linears_of(model), ParallelLora), model)
+            put_peft_on(model)
         load_checkpoint(model, Namespace(mode=mode, load=folder, force_train=force_train))
         if not inject_first:
-            inject(peft_config(linears_of(model), ParallelLora), model)
+            put_peft_on(model)
         return relative_error(run_language(model.eval()), run_language(trained.eval()))
 
 
@@ -501,6 +508,7 @@ def model_trials(expected: dict[str, dict[str, torch.Tensor]]) -> dict[str, Call
         "inject, then load for inference": partial(loaded, "inference", True),
         "inject, then load for finetuning": partial(loaded, "finetune", True),
         "inject, then load with force_train": partial(loaded, "finetune", True, True),
+        "in hooks, then load": partial(loaded, "finetune", True, in_hooks=True),
         "get_peft_model": partial(wrapped_error, llama_output, lambda model: model),
         "mixins": partial(wrapped_error, llama_output, with_mixin_added),
         "merge_and_unload": partial(wrapped_error, llama_output, lambda model: model.merge_and_unload()),
@@ -648,23 +656,30 @@ def stir(tuner: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def hooked(variant: str, kind: str) -> float:
-    """Return the error of y and the gradient of x of a SAT layer with a tuner in its forward.
+    """Return the error of a SAT layer with a tuner in its forward: of y, and the gradients of x and of all that trains.
 
-    Expected is what the ranks' tuned weights, joined, give: each that of PEFT's own layer on an nn.Linear.
+    Expected is what the ranks' tuned weights, joined, give: each that of PEFT's own layer on an nn.Linear. A parameter
+    may be one of this rank alone, or the same on every rank, whose gradient is then the sum over them.
     """
     problem = LayerProblem(kind, makers=TUNED_KINDS)
     holder = Holder(plain_linear(problem.layer))
     torch.manual_seed(0)
     plain = inject(with_target(VARIANTS[variant]()), holder).layer.eval()
-    stir(plain)
-    with torch.no_grad():
-        tuned = plain(torch.eye(problem.layer.weight.shape[1], dtype=torch.float64)).T.contiguous()
+    own = stir(plain)
+    tuned = plain(torch.eye(problem.layer.weight.shape[1], dtype=torch.float64)).T
+    weight_gradient = torch.einsum("bso,bsi->oi", problem.dy, problem.x)
+    alone = torch.autograd.grad(tuned, [*own.values()], part(weight_gradient, problem.weight_sharding))
     model = Holder(problem.layer)
     torch.manual_seed(0)
     mixin = PeftMixin(model, VARIANTS[variant](), ["layer"]).eval()
-    stir(mixin.tuners["layer"])
-    whole = over_model_parallel(tuned, problem.weight_sharding)
-    return worst(problem.results(model.layer), problem.expected(whole))
+    got = problem.results(model.layer, **stir(mixin.tuners["layer"]))
+    expected = problem.expected(over_model_parallel(tuned.detach().contiguous(), problem.weight_sharding))
+    for name, gradient in zip(own, alone):
+        summed = gradient.clone()
+        if model_parallel_layout()[1] > 1:
+            torch.distributed.all_reduce(summed, group=mpu.get_model_parallel_group())
+        expected[name] = min(gradient, summed, key=lambda one: relative_error(got[name], one))
+    return worst(got, expected)
 
 
 def with_target(config: peft.PeftConfig) -> peft.PeftConfig:
@@ -765,5 +780,7 @@ def under_zero(stage: int, branching: bool, folder: str) -> dict[str, dict]:
 
     trials = {"training": train}
     if not branching:
-        trials |= {"save_pretrained": save_and_load, "save_pretrained, gathered": partial(save_and_load, gather=True)}
+        trials["save_pretrained"] = save_and_load
+    if stage == 3 and not branching:
+        trials["save_pretrained, gathered"] = partial(save_and_load, gather=True)
     return {name: Outcome.of(trial).as_json() for name, trial in trials.items()}
