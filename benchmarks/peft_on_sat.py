@@ -36,7 +36,8 @@ STAGES = range(4)
 PARTS = ("layers", "megatron", "models", "split", "zero", "files", "hooks", "speed")
 SHARES = ("all-linear", "names", "names after an error", "one pair")
 """Trials whose number is a share, not an error."""
-SPEED_RANK = 16
+RANKS = {False: 16, True: 4}
+"""Of the timings, and whether they are of layers of width 32, of which a larger one costs more than the matrix."""
 LINEARS = ("frozen", "sat_lora", "PEFT", "PEFT, custom module", "PEFT in a hook")
 WHOLE = ("frozen", "sat_lora", "PEFT, custom module")
 
@@ -235,7 +236,8 @@ def shown(name: str, outcome: dict, language: str) -> str:
         text = outcome.get("text", "").replace("|", "\\|")
         if outcome["verdict"] in STOPS:
             return STOPS[outcome["verdict"]][language].format(f"`{text}`")
-        return f"`{outcome['verdict']}: {text}`"
+        fence = "``" if "`" in text else "`"
+        return f"{fence}{outcome['verdict']}: {text}{fence}"
     if name in SHARES:
         return f"**{outcome['error']:.0%}**"
     if outcome["error"] == 0:
@@ -244,28 +246,23 @@ def shown(name: str, outcome: dict, language: str) -> str:
 
 
 def tables(report: dict, language: str) -> dict[str, list[str]]:
-    """Return the lines of each table of a page, by its part."""
+    """Return the lines of each table of a page that the report has something for, by its part."""
     column = list(PAGES).index(language)
     rows: dict[str, list[list[str]]] = {
         part: [[texts[column], shown(name, report[part][name], language)] for name, texts in own.items()]
         for part, own in ROWS.items()
+        if part in report
     }
-    rows["hooks"] = [
-        [
-            name,
-            *(
-                shown("", report["hooks"][f"{name}, {kind}, {ranks}"], language)
-                for ranks in (1, 2)
-                for kind in peft_trials.CUT_KINDS
-            ),
+    if "hooks" in report:
+        cells = [f"{kind}, {ranks}" for ranks in (1, 2) for kind in peft_trials.CUT_KINDS]
+        rows["hooks"] = [
+            [name, *(shown("", report["hooks"][f"{name}, {cell}"], language) for cell in cells)]
+            for name in peft_trials.VARIANTS
         ]
-        for name in peft_trials.VARIANTS
-    ]
     for part, names in (("linears", LINEARS), ("steps", WHOLE)):
-        rows[part] = [
-            [case, *(report["speed"][part][case][name]["shown"] for name in names[1:])]
-            for case in report["speed"][part]
-        ]
+        cases = report.get("speed", {}).get(part, {})
+        if cases:
+            rows[part] = [[case, *(own[name]["shown"] for name in names[1:])] for case, own in cases.items()]
     lines = {}
     for part, own in rows.items():
         head = HEADS[part][column]
@@ -274,7 +271,7 @@ def tables(report: dict, language: str) -> dict[str, list[str]]:
 
 
 def replace_tables(page: str, report: dict, language: str) -> str:
-    """Return a page with the report's tables in place of its own. ValueError: it has not one of each part."""
+    """Return a page with the report's tables in place of its own. ValueError: it lacks one."""
     for lines in tables(report, language).values():
         before, head, after = page.partition(lines[0] + "\n")
         if not head:
@@ -354,10 +351,16 @@ def zero() -> dict[str, dict]:
 # Speed
 
 
+def rank_for(width: int) -> int:
+    """Return the rank that a layer of that width is timed with."""
+    return RANKS[width <= 64]
+
+
 def on_sat(shape: Shape, in_hook: bool) -> Variant:
     """Return a SAT linear with PEFT's LoRA on it: as a custom module, or by a mixin in its forward."""
     model = one_layer_model(shape, torch.float32, CPU)
-    config = peft_config([LAYER + shape.leaf], ParallelLora, r=SPEED_RANK, lora_alpha=2 * SPEED_RANK)
+    rank = rank_for(shape.in_features)
+    config = peft_config([LAYER + shape.leaf], ParallelLora, r=rank, lora_alpha=2 * rank)
     if in_hook:
         config._custom_modules = None
         model.add_mixin("peft", PeftMixin(model, config, [LAYER + shape.leaf]))
@@ -372,7 +375,8 @@ def on_sat(shape: Shape, in_hook: bool) -> Variant:
 def linear_variants(shape: Shape) -> dict[str, Variant]:
     """Return the linear of that shape in each of LINEARS."""
     made = {
-        name: build(name.lower(), shape, SPEED_RANK, 0.0, torch.float32, CPU) for name in ("frozen", "sat_lora", "PEFT")
+        name: build(name.lower(), shape, rank_for(shape.in_features), 0.0, torch.float32, CPU)
+        for name in ("frozen", "sat_lora", "PEFT")
     }
     return made | {LINEARS[3]: on_sat(shape, in_hook=False), LINEARS[4]: on_sat(shape, in_hook=True)}
 
@@ -410,12 +414,12 @@ def host_time(shape: Shape, calls: int, repeats: int) -> dict[str, dict]:
     return {name: {"microseconds": own, "shown": f"+{own - us['frozen']:.0f} us"} for name, own in us.items()}
 
 
-def adapted(name: str, model: torch.nn.Module) -> torch.nn.Module:
+def adapted(name: str, model: torch.nn.Module, rank: int) -> torch.nn.Module:
     """Return the frozen model adapted as one of WHOLE says, on all linears, B not zero."""
     if name == "sat_lora":
-        add_lora(model, LoraConfig(r=SPEED_RANK))
+        add_lora(model, LoraConfig(r=rank))
     elif name != "frozen":
-        inject(peft_config(linears_of(model), ParallelLora, r=SPEED_RANK, lora_alpha=2 * SPEED_RANK), model)
+        inject(peft_config(linears_of(model), ParallelLora, r=rank, lora_alpha=2 * rank), model)
     randomise([p for p in model.parameters() if p.requires_grad])
     return model.train()
 
@@ -428,7 +432,7 @@ def one_step(size: str, layers: list[int] | None, repeats: int) -> dict[str, dic
     for name in WHOLE:
         torch.manual_seed(0)
         model = thin_model(config, adapted=False) if layers is not None else random_model(config, torch.float32, CPU)
-        works[name] = passes(adapted(name, model), batch)
+        works[name] = passes(adapted(name, model, rank_for(config["hidden_size"])), batch)
     results = summarise(measure(works, repeats, CPU, "cpu", warmup=1), base="frozen")
     return {name: {**own, "shown": spread(own["ratio"])} for name, own in results.items()}
 
@@ -446,7 +450,7 @@ def speed(quick: bool) -> dict[str, dict]:
         for shape in (Shape(32, 32), Shape(32, 96, 3))
     }
     steps = {
-        "2 + 4 layers of 1,024 and 512": one_step("tiny" if quick else "small", None, 2 if quick else 7),
+        "2 + 4 layers of 1,024 and 512": one_step("tiny" if quick else "small", None, 2 if quick else 9),
         "32 + 63 layers of 32 (host time)": one_step("thin", [1, 1] if quick else [32, 63], 2 if quick else 9),
     }
     return {"linears": linears, "steps": steps}
