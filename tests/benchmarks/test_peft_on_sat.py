@@ -8,6 +8,7 @@ pytest.importorskip("peft")
 
 from benchmarks import peft_on_sat
 from tests.support import peft_trials
+from tests.support.peft_layers import PeftMixin, linears_of
 
 REPORT = json.loads(peft_on_sat.RESULTS.read_text(encoding="utf-8"))
 
@@ -66,6 +67,15 @@ def test_timings_are_taken_of_every_variant(single_process_group, capsys):
         assert len(report[part]) == len(REPORT["speed"][part])
         assert all(tuple(case) == names for case in report[part].values())
     assert "sat_lora" in capsys.readouterr().out
+
+
+def test_the_mixin_of_a_tuner_adds_its_parameters_to_the_state_and_no_other(single_process_group):
+    model = peft_trials.MODELS["LLaMA"].build()
+    before = {*model.state_dict()}
+    model.add_mixin("peft", PeftMixin(model, peft_trials.VARIANTS["LoHa"](), linears_of(model)))
+    after = {*model.state_dict()}
+    assert before < after
+    assert all(".hada_" in name for name in after - before)
 
 
 def test_ranks_that_are_gone_and_ranks_that_wait_are_told_apart():
