@@ -6,10 +6,9 @@ Estimated on a CPU, without weights: CogVLM-17B's sizes, its images of 490 x 490
 every linear, bf16, both towers recomputed. A card is large enough if it has the estimate and a tenth more.
 """
 
-import contextlib
-import io
 import json
 import re
+import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -47,14 +46,12 @@ LAYOUTS = (
 
 def gigabytes(layout: Layout, config: Path) -> float:
     """What `sat-lora estimate` says that a rank of this layout takes, in 10^9 bytes."""
-    from sat_lora.cli import main
-
     options = ["--from_pretrained", str(config), "--gpus", str(layout.gpus), "--json"]
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
-        status = main(["estimate", *options, *FIXED.split(), *layout.options.split()])
-    if status:
-        raise RuntimeError(f"sat-lora estimate ended with {status} for {layout}")
-    return json.loads(printed.getvalue())["total"] / 1e9
+    command = [sys.executable, "-m", "sat_lora.cli", "estimate", *options, *FIXED.split(), *layout.options.split()]
+    estimated = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    if estimated.returncode:
+        raise RuntimeError(f"sat-lora estimate ended with {estimated.returncode} for {layout}")
+    return json.loads(estimated.stdout)["total"] / 1e9
 
 
 def rows(sizes: dict[Layout, float], *, too_large: str) -> list[str]:

@@ -10,6 +10,7 @@ pytest.importorskip("peft")
 
 from benchmarks import bench_decode, bench_gpu, bench_loop
 from benchmarks.bench_run import step_times
+from tests.support.patience import PATIENCE, patient
 
 REPORT = "import sys, json; json.dump({'rows': [1, 2]}, open(sys.argv[2], 'w'))"
 
@@ -61,7 +62,9 @@ def test_without_a_gpu_it_says_so(tmp_path, monkeypatch):
 @pytest.mark.matrix
 @pytest.mark.timeout(900)
 def test_every_stage_small_on_the_cpu(tmp_path, capsys):
-    status = bench_gpu.main(["--dry-run", "--minutes", "14", "--out", str(tmp_path)])
+    status = bench_gpu.main(
+        ["--dry-run", "--patience", str(PATIENCE), "--minutes", str(patient(14)), "--out", str(tmp_path)]
+    )
     lines = lines_of(capsys)
     assert status == 0, lines
     assert {line["stage"] for line in lines if line.get("status") == "ok"} == set(bench_gpu.STAGES)
