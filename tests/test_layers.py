@@ -48,6 +48,7 @@ LAYERS = [
     "doctor.model_checks",
     "doctor.run_checks",
     "doctor",
+    "any_loop",
     "commands",
     "cli",
 ]

@@ -68,6 +68,7 @@ class Trace:
             if os.environ.get(variable) in (None, *_dumps):  # what the user has said stays
                 os.environ[variable] = dump
         _dumps.add(dump)
+        self._hooks: list[Callable[[], None]] = []
         self.attach(model)
 
     def attach(self, model: nn.Module) -> None:
@@ -75,6 +76,7 @@ class Trace:
 
         Raises OSError where the files cannot be made.
         """
+        self.detach()
         rank = self.rank
         world_size = self.world_size
         # A new file: the watchdog's thread may be writing into the mapping of the old one.
@@ -119,7 +121,13 @@ class Trace:
                 self._follow_entries(module, number)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         for number, parameter in enumerate(trained):
-            parameter.register_post_accumulate_grad_hook(self.arrival(number))
+            self._hooks.append(parameter.register_post_accumulate_grad_hook(self.arrival(number)).remove)
+
+    def detach(self) -> None:
+        """Follow the model no longer: its hooks are as they were before. A second call changes nothing."""
+        for remove in self._hooks:
+            remove()
+        self._hooks.clear()
 
     def _follow_entries(self, module: nn.Module, number: int) -> None:
         """Note when the module of that number is entered: it runs for each of them in every pass, so as cheaply as
@@ -129,8 +137,9 @@ class Trace:
         forward = vars(module).get("forward")
         if isinstance(forward, DeltaHook):
             forward.on_entry = note
+            self._hooks.append(partial(setattr, forward, "on_entry", None))
         else:
-            module.register_forward_pre_hook(lambda module, args: note())
+            self._hooks.append(module.register_forward_pre_hook(lambda module, args: note()).remove)
 
     @property
     def phase(self) -> str:
