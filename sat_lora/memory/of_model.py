@@ -39,9 +39,7 @@ def estimate(
     device = next(inner.parameters()).device
     activations = 0 if step is None else _activations(inner, step, device)
     on_device = device.type != "cpu"
-    return memory_of(
-        inner, config, data_parallel_size=data_parallel_size, activations=activations, on_device=on_device
-    )
+    return memory_of(inner, config, data_parallel_size=data_parallel_size, activations=activations, on_device=on_device)
 
 
 def _config(engine: Mapping[str, Any] | str | Path | None) -> dict[str, Any]:

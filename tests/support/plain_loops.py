@@ -1,5 +1,8 @@
 """Loops that are none of this project's: a plain `deepspeed.initialize`, and no engine at all."""
 
+import os
+from unittest import mock
+
 import torch
 
 from sat_lora import LoraConfig, add_lora, parameter_groups
@@ -26,7 +29,7 @@ def adapted(dtype=torch.float32, **settings):
     return model, world
 
 
-def plain_engine(model, stage, *, bf16=False, accumulate=1, offload=False):
+def plain_engine(model, stage, *, bf16=False, accumulate=1):
     """What `deepspeed.initialize` makes, with nothing of this project's but the groups."""
     import deepspeed
 
@@ -42,7 +45,8 @@ def plain_engine(model, stage, *, bf16=False, accumulate=1, offload=False):
         "steps_per_print": 10**9,
     }
     optimizer = torch.optim.AdamW(parameter_groups(model, lr=1e-3), lr=1e-3)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
+    with mock.patch.dict(os.environ, {"LOCAL_RANK": os.environ.get("LOCAL_RANK", "0")}):
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     return engine
 
 
