@@ -187,10 +187,8 @@ class _Phases:
         self._trace.at("data", step=self._step + 1 if self._has_stepped else self._step)
 
     def _forward_ends(self, module: nn.Module, args: Any, output: Any) -> None:
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled():  # an evaluation goes on until the next step: what it measures may take long
             self._trace.at("backward")
-        else:
-            self._next_data()
 
     def _optimizer_begins(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         if not self._in_engine:

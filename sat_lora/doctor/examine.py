@@ -80,6 +80,7 @@ def _examine(
     fresh: bool,
 ) -> list[Finding]:
     """Return the findings on a model that is no engine. backward: called with the loss in place of its own."""
+    loss_of = _scalar(loss_of)
     before = random_state()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     try:
@@ -135,6 +136,21 @@ def _checked(model: nn.Module, batches: Mapping[str, Any] | Sequence[Any]) -> di
             )
         return {str(kind): batch for kind, batch in batches.items()}
     return {f"batch {number}": batch for number, batch in enumerate(batches)}
+
+
+def _scalar(loss_of: LossOf) -> LossOf:
+    """Return `loss_of`, which raises ConfigError where what it returns is no loss."""
+
+    def scalar_loss_of(model: nn.Module, batch: dict) -> torch.Tensor:
+        loss = loss_of(model, batch)
+        if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
+            shape = f" of shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else ""
+            raise ConfigError(
+                f"examine: loss_of returned a {type(loss).__name__}{shape}; wanted the loss, a tensor with one number"
+            )
+        return loss
+
+    return scalar_loss_of
 
 
 def _on_all_ranks(step: Callable[[], dict[str, Any]]) -> dict[str, Any]:

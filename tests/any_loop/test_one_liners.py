@@ -32,13 +32,12 @@ def stages(*quick):
 def examined(stage, fault):
     """What `examine` finds on an engine, and whether the engine trains afterwards as if nobody had looked."""
     model, world = adapted()
-    if fault == "placement":  # a part of the model was converted after add_lora
-        adapter = next(iter(adapters_of(model).values()))
-        adapter.double()
     engine = plain_engine(model, stage)
     batches = {"images": batch_of(1, world.rank), "text": tiny_batch((False, False), seed=world.rank)}
     if fault == "NaN":
         model.transformer.layers[1].mlp.register_forward_hook(lambda module, args, output: output * float("nan"))
+    if fault == "missing":
+        model.transformer.layers[1].mlp.register_forward_hook(lambda module, args, output: output.detach())
     findings = examine(engine, batches, loss_of)
     counts = engine.global_steps, engine.micro_steps
     losses = steps(engine, world.rank) if fault is None else None
@@ -59,10 +58,17 @@ def test_a_healthy_engine_gives_no_finding_and_trains_as_if_nobody_had_looked(st
 
 
 @pytest.mark.parametrize("stage", stages(0))
-@pytest.mark.parametrize("fault, code", [("NaN", "not-finite"), ("placement", "dtype-or-device")])
+@pytest.mark.parametrize("fault, code", [("NaN", "not-finite"), ("missing", "unreachable")])
 def test_a_planted_fault_is_found_in_an_engine(stage, fault, code):
     for findings, _, _ in run_ranks(examined, 2, stage, fault):
         assert code in {found for found, _ in findings}
+
+
+def test_a_wrong_placement_is_found_before_there_is_an_engine(model):
+    next(iter(adapters_of(model).values())).bfloat16()  # a part that was converted alone
+    findings = examine(model, [batch_of(1)], loss_of)
+    assert "dtype-or-device" in {finding.code for finding in findings}
+    assert "torch.bfloat16" in next(str(finding) for finding in findings if finding.code == "dtype-or-device")
 
 
 def refusal_of(attempt):

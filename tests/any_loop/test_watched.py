@@ -63,7 +63,7 @@ def hangs(folder, stage, place):
     ],
 )
 def test_a_rank_that_hangs_in_a_plain_deepspeed_loop_is_named(tmp_path, stage, place):
-    statuses, output, _ = end_of_ranks(partial(hangs, tmp_path / "run", stage, place), tmp_path)
+    statuses, output, _ = end_of_ranks(partial(hangs, tmp_path / "run", stage, place), tmp_path, timeout=110)
     assert statuses == [3, 3], output
     said = verdict(tmp_path / "run")
     assert said.finding.code == ("stuck-in-data" if place == "data" else "stuck-in-code"), said
@@ -118,9 +118,9 @@ def test_a_plain_loop_of_torch_is_followed_step_by_step(model, tmp_path):
         torch.save({}, tmp_path / "state.pt")
     one_step = lambda n: [  # noqa: E731
         *(("forward", n, 0), ("backward", None, None), ("forward", n, 1), ("backward", None, None)),
-        *(("optimizer", None, None), ("data", n + 1, None), ("evaluate", None, None), ("data", n + 1, None)),
+        *(("optimizer", None, None), ("data", n + 1, None), ("evaluate", None, None)),
     ]
-    assert told == [*one_step(1), *one_step(2), ("write", None, None), ("data", None, None)]
+    assert told == [*one_step(1), *one_step(2), ("write", None, None), ("evaluate", None, None)]
     (state,) = read_states(tmp_path)
     assert (state.step, state.error, state.ended is None) == (3, None, False)
     assert arrived == len(state.expected) > 0
@@ -276,13 +276,13 @@ def waits_for_one(folder):
     """Rank 0 writes and evaluates for longer than the limit while rank 1 waits for it: nothing is wrong."""
     model, world = adapted()
     engine = plain_engine(model, 1)
-    with watched(engine, folder, limit=0.2):
+    with watched(engine, folder, limit=LIMIT):
         steps(engine, world.rank, 4)
         if world.rank == 0:
-            for _ in range(8):
+            for _ in range(12):
                 with torch.no_grad():
                     loss_of(engine, batch_of(1))
-                    time.sleep(0.2)
+                    time.sleep(LIMIT / 6)
         torch.distributed.barrier()
     return True
 

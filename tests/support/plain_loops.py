@@ -59,5 +59,5 @@ def steps(engine, rank, count=3, *, before=lambda step: None, after_backward=lam
         engine.backward(loss)
         after_backward(step)
         engine.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     return losses

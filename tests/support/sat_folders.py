@@ -11,7 +11,7 @@ import torch
 
 from sat_lora._sat_on_cpu import sat_on_cpu
 from sat_lora.parallel.distributed import init_distributed, init_model_parallel
-from tests.support.plain_rotary import PlainRotary
+from tests.support.plain_rotary import PlainRotary, with_plain_rotary
 from tests.support.sat_models import SIZES, chatglm2, llama, vit
 from tests.support.tiny import randomise
 
@@ -37,7 +37,7 @@ ENGINE = {
 def write_folder(name: str, folder: Path) -> torch.nn.Module:
     """The model of that name, written as SAT writes one; its process is the only rank."""
     make, changes = MORE[name]
-    model = make(**changes)
+    model = with_plain_rotary(make())
     randomise(model, seed=0)
     (folder / name / "1").mkdir(parents=True)
     config = {**SIZES, "use_bias": name.startswith("vit"), **changes, "hidden_dropout": 0.0, "attention_dropout": 0.0}

@@ -14,7 +14,6 @@ from types import FrameType
 import torch
 from torch import nn
 
-from sat_lora.errors import ConfigError
 from sat_lora.lora.mixin import lora_mixins
 from sat_lora.training.steps.nonfinite import floating_tensors
 
@@ -74,7 +73,6 @@ def record_passes(model: nn.Module, loss_of: LossOf, batch: dict, kind: str, *, 
             hooks.callback(handle.remove)
         recorder.note_switches()
         loss = loss_of(model, batch)
-        refuse_no_scalar(loss)
         record = recorder.record
         record.loss = float(loss.detach())
         record.has_graph = loss.requires_grad
@@ -84,14 +82,6 @@ def record_passes(model: nn.Module, loss_of: LossOf, batch: dict, kind: str, *, 
             (backward or torch.Tensor.backward)(loss)
         recorder.note_switches()
     return record
-
-
-def refuse_no_scalar(loss: object) -> None:
-    """Raise ConfigError for what `loss_of` may not return."""
-    if isinstance(loss, torch.Tensor) and loss.numel() == 1:
-        return
-    shape = f" of shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else ""
-    raise ConfigError(f"loss_of returned a {type(loss).__name__}{shape}; wanted the loss, a tensor with one number")
 
 
 def reached_parameters(model: nn.Module, loss: torch.Tensor) -> set[str]:
