@@ -19,9 +19,16 @@ def parameter_groups(model: nn.Module, *, lr: float, weight_decay: float = 0.0) 
     group where no ratio differs from 1, else one at `lr` and then one per ratio, none of them empty. Groups and
     parameters come in the order of `model.parameters()`, which is the same on every rank.
     torch's schedulers keep the ratio; a loop that sets rates itself does with `group["lr"] = rate * group["lr_ratio"]`.
-    Raises ConfigError where nothing trains, and for a model in DeepSpeed's engine, which has its groups.
+    Raises ConfigError where nothing trains, for a model without a LoRA mixin, whose base would train, and for one in
+    DeepSpeed's engine, which has its groups.
     """
-    trained = require_trainable(unwrapped(model, user="parameter_groups"), user="parameter_groups")
+    inner = unwrapped(model, user="parameter_groups")
+    trained = require_trainable(inner, user="parameter_groups")
+    if not lora_mixins(inner):
+        raise ConfigError(
+            f"parameter_groups: the {type(inner).__name__} has no LoRA mixin, and {len(trained)} parameters of its "
+            "base train; call add_lora(model, ...) first"
+        )
     if is_engine(model) or is_in_engine(model):
         raise ConfigError(
             "parameter_groups: the model is in DeepSpeed's engine already, whose optimizer has its groups; make them "
