@@ -170,8 +170,9 @@ def load_adapter(
         for key, (parameter, sharding) in trained_of(model, name).items():
             with gathered([parameter], write=True):
                 parameter.copy_(sharding.shard(saved.tensors[key], *layout))
-    if hasattr(getattr(engine, "optimizer", None), "refresh_fp32_params"):
-        engine.optimizer.refresh_fp32_params()
+    set_masters = getattr(getattr(engine, "optimizer", None), "refresh_fp32_params", None)
+    if set_masters is not None:
+        set_masters()
 
 
 def _problems(saved: SavedAdapter, sites: dict[str, Site], parameters: dict[str, BaseParameter]) -> list[str]:
