@@ -23,6 +23,9 @@ from sat_lora.printable import printable
 from sat_lora.training.steps.nonfinite import discard_step
 from sat_lora.training.steps.random_state import random_state, set_random_state
 
+TENSORS = {"input_ids", "labels", "attention_mask", "position_ids"}
+"""Names of tensors in a batch, which are no kinds of batches."""
+
 
 def examine(
     model: nn.Module,
@@ -129,7 +132,7 @@ def _checked(model: nn.Module, batches: Mapping[str, Any] | Sequence[Any]) -> di
     if not batches:
         raise ConfigError("examine: there are no batches; give at least one of each kind that a run may meet")
     if isinstance(batches, Mapping):
-        if any(isinstance(batch, torch.Tensor) for batch in batches.values()):
+        if not TENSORS.isdisjoint(batches):
             raise ConfigError(
                 f"examine: the batches are one batch, with {', '.join(map(str, batches))} in it; give it by its kind, "
                 '{"images": batch}, or in a list'

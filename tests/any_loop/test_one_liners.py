@@ -135,8 +135,9 @@ def test_what_is_no_loss_is_refused(model, loss):
         examine(model, [batch_of(1)], lambda model, batch: loss)
 
 
-def test_batches_may_come_in_a_list(model):
+def test_batches_may_come_in_a_list_and_be_of_any_type(model):
     assert examine(model, [batch_of(1), batch_of(2)], loss_of) == []
+    assert examine(model, {"seed": torch.tensor(1)}, lambda model, seed: loss_of(model, batch_of(int(seed)))) == []
 
 
 @pytest.mark.parametrize("tool", [lambda m: examine(m, [1], loss_of), estimate, lambda m: parameter_groups(m, lr=1.0)])
