@@ -21,6 +21,7 @@ from pathlib import Path
 
 from torch import nn
 
+from sat_lora.errors import ConfigError
 from sat_lora.lora.adapter import LoraAdapter
 from sat_lora.lora.delta_hook import DeltaHook
 from sat_lora.watchdog.places import PACKAGE
@@ -167,8 +168,10 @@ class Trace:
 
     def at(self, phase: str, *, step: int | None = None, micro_batch: int | None = None) -> None:
         """Write down that a phase begins. step: counted from 1. micro_batch: within the step, from 0. None:
-        as before.
+        as before. Raises ConfigError for what is none of PHASES.
         """
+        if phase not in self.durations:
+            raise ConfigError(f"a phase {phase!r} is not known; wanted one of {', '.join(PHASES)}")
         now = time.perf_counter()
         numbers = self._numbers
         self.durations[self.phase].append(now - self._began)

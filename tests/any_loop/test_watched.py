@@ -127,6 +127,14 @@ def test_a_plain_loop_of_torch_is_followed_step_by_step(model, tmp_path):
     assert verdict(tmp_path).finding is None
 
 
+def test_a_phase_that_there_is_not_is_refused(model, tmp_path):
+    with watched(model, tmp_path) as trace:
+        trace.at("write")
+        with pytest.raises(ConfigError, match="a phase 'download' is not known; wanted one of start, data, forward"):
+            trace.at("download")
+        assert trace.phase == "write"
+
+
 def test_a_plain_engine_is_followed_step_by_step(model, tmp_path):
     engine = plain_engine(model, 2, accumulate=2)
     with watched(engine, tmp_path) as trace:
