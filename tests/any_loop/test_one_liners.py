@@ -186,7 +186,7 @@ def test_an_engine_saves_and_loads_its_adapter_and_keeps_it_in_the_next_step(sta
 def test_an_engine_without_adapters_takes_none(model, tmp_path):
     save_adapter(model, tmp_path / "adapter")
     plain = tiny_model().train()
-    engine = plain_engine(plain, 0)
+    engine = plain_engine(plain, 0, groups=[*plain.parameters()])
     with pytest.raises(ConfigError, match="add the adapters before deepspeed.initialize"):
         load_adapter(engine, tmp_path / "adapter")
     with pytest.raises(AdapterError, match="no LoRA mixin called 'lora'; add_lora"):

@@ -29,8 +29,8 @@ def adapted(dtype=torch.float32, **settings):
     return model, world
 
 
-def plain_engine(model, stage, *, bf16=False, accumulate=1):
-    """What `deepspeed.initialize` makes, with nothing of this project's but the groups."""
+def plain_engine(model, stage, *, bf16=False, accumulate=1, groups=None):
+    """What `deepspeed.initialize` makes, with nothing of this project's but the groups, unless they are given."""
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # no compiler is started
@@ -44,7 +44,7 @@ def plain_engine(model, stage, *, bf16=False, accumulate=1):
         "bf16": {"enabled": bf16},
         "steps_per_print": 10**9,
     }
-    optimizer = torch.optim.AdamW(parameter_groups(model, lr=1e-3), lr=1e-3)
+    optimizer = torch.optim.AdamW(groups or parameter_groups(model, lr=1e-3), lr=1e-3)
     with mock.patch.dict(os.environ, {"LOCAL_RANK": os.environ.get("LOCAL_RANK", "0")}):
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     return engine
