@@ -114,11 +114,11 @@ class Watchdog:
             limit = self.limit(phase)
             if self._fallback is not None:
                 faulthandler.dump_traceback_later(limit + 10 * self.tick, file=self._fallback)
-            expired = now - since > limit and not self._others_work(limit, phase)
+            expired = now - since > limit and not self._others_work(limit)
             if expired or (self.trace.folder / ALARM).exists():
                 self._end(dict(rank=self.trace.rank, phase=phase, waited=now - since, limit=limit))
 
-    def _others_work(self, limit: float, phase: str) -> bool:
+    def _others_work(self, limit: float) -> bool:
         """Return whether another rank has given a sign of life of late, where one may work for longer than one waits:
         outside of steps, and wherever that one loads, evaluates or writes while this one waits for it.
         """
@@ -128,7 +128,8 @@ class Watchdog:
             return False
         since = time.time() - limit
         working = [s for s in states if s.last_sign > since and s.rank != self.trace.rank and not s.ended]
-        return any(phase in OUTSIDE_OF_STEPS or state.phase in WORK_OF_ONE for state in working)
+        is_outside = self.trace.phase in OUTSIDE_OF_STEPS
+        return any(is_outside or state.phase in WORK_OF_ONE for state in working)
 
     def _end(self, alarm: dict) -> None:
         """Write down where this rank is and end the process; it does not come back."""
