@@ -32,7 +32,7 @@ from sat_lora.cogvlm.decoding.generate import generate
 from sat_lora.lora.mixin import lora_mixins
 from sat_lora.training.steps.engine import adapter_optimizer
 from sat_lora.training.steps.loss import answer_loss_sum
-from sat_lora.watchdog.watchdog import watched
+from sat_lora.watchdog.watchdog import watched_trace
 
 BEFORE = Path(__file__).parent / "results" / "host_before.json"
 CPU = torch.device("cpu")
@@ -159,7 +159,7 @@ def steps(config: dict, checkpointing: bool, repeats: int, names: tuple[str, ...
 
         def with_watchdog() -> Work:
             step = run_step(model(), batch, stage=2, trace_folder=Path(folder))
-            stack.enter_context(watched(step.trace, WATCHDOG_LIMIT))
+            stack.enter_context(watched_trace(step.trace, WATCHDOG_LIMIT))
             return step.work
 
         makers: dict[str, Callable[[], Work]] = {

@@ -24,7 +24,7 @@ from sat_lora import LoraConfig, add_lora
 from sat_lora.training.runs.run_folder import RunFolder
 from sat_lora.training.steps.observers import Observers
 from sat_lora.training.steps.step import to_device
-from sat_lora.watchdog.watchdog import watched
+from sat_lora.watchdog.watchdog import watched_trace
 
 ROUNDS = 3
 STEPS_AT_MOST = 10**6  # of the progress bar
@@ -69,7 +69,7 @@ def compare(config: dict, args: argparse.Namespace, device: torch.device) -> dic
         loop = run_step(model, batch, stage=args.zero_stage, trace_folder=Path(folder), logs=run.observers)
         with Observers(run.observers, run.say) as logs:
             logs.on_start(STEPS_AT_MOST, 0)
-            with watched(loop.trace, WATCHDOG_LIMIT):
+            with watched_trace(loop.trace, WATCHDOG_LIMIT):
                 rounds["loop"] = rounds_of(loop.work, args.repeats, device, warmup=3)
     return {
         name: {"seconds": quartiles(own), "samples_per_second": args.batch / min(own)} for name, own in rounds.items()

@@ -20,7 +20,7 @@ from sat_lora import LoraConfig, add_lora
 from sat_lora.cogvlm import build_cogvlm
 from sat_lora.cogvlm.checkpoints.load import read_config
 from sat_lora.watchdog.trace import Trace
-from sat_lora.watchdog.watchdog import watched
+from sat_lora.watchdog.watchdog import watched_trace
 
 SIZES = ("demo", "deep")
 LAYERS = (32, 63)  # of CogVLM-17B's language model and vision transformer
@@ -55,7 +55,7 @@ def added(size: str, repeats: int, clock: str) -> dict:
                 trace.at(phase)  # as often as a real step: the passes' own time does not matter here
             step()
 
-        with watched(trace, 120.0):
+        with watched_trace(trace, 120.0):
             times = measure({"without": works["without"], "with": traced}, repeats, device, clock)
     modules = sum(1 for _ in models["with"].modules())
     trained = sum(p.requires_grad for p in models["with"].parameters())

@@ -21,6 +21,10 @@ _HOMES = {
     "adapter_checkpoints": "interop.sat_trainer",
     "parameter_groups": "lora.optimizer_groups",
     "combine_adapters": "adapters.combine",
+    "watched": "any_loop.watched",
+    "GradientWatch": "any_loop.gradient_watch",
+    "examine": "doctor.examine",
+    "estimate": "memory.of_model",
     "describe": "lora.summary",
     "describe_text": "lora.summary",
     "SatLoraError": "errors",
@@ -29,6 +33,7 @@ _HOMES = {
     "ConfigError": "errors",
     "DataError": "errors",
     "MergeError": "errors",
+    "TrainingError": "errors",
 }
 __all__ = sorted(_HOMES)
 

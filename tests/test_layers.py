@@ -51,6 +51,7 @@ LAYERS = [
     "doctor",
     "chat",
     "serve",
+    "any_loop",
     "commands",
     "commands.adapters",
     "cli",

@@ -8,7 +8,7 @@ from torch import nn
 
 from sat_lora.adapters.format import MAGNITUDE, PAIR, LayerEntry, SavedAdapter, cut_slots, plain_config, write_adapter
 from sat_lora.adapters.read import base_problem, read_adapter, tensor_problems
-from sat_lora.errors import AdapterError
+from sat_lora.errors import AdapterError, ConfigError
 from sat_lora.lora.adapter import LoraAdapter
 from sat_lora.lora.apply import (
     adapters_of,
@@ -19,8 +19,10 @@ from sat_lora.lora.apply import (
     whole_name,
 )
 from sat_lora.lora.live_base import identity_of_model, whole_shape
+from sat_lora.lora.mixin import lora_mixins, refuse_engine
 from sat_lora.lora.targets import BaseParameter, Plan, Site, Target
 from sat_lora.parallel.sharding import Sharding, gathered, model_parallel_layout, over_model_parallel
+from sat_lora.parallel.wrapped import is_engine, is_in_engine, unwrapped
 from sat_lora.printable import printable
 
 Copy = Callable[[torch.Tensor], torch.Tensor]
@@ -58,7 +60,10 @@ def trained_of(model: nn.Module, name: str = "lora") -> dict[str, tuple[nn.Param
 
 
 def save_adapter(model: nn.Module, folder: str | Path, *, name: str = "lora") -> None:
-    """Write the adapter called `name`. Every rank has to call it; rank 0 writes, and all return when it is there."""
+    """Write the adapter called `name`. Every rank has to call it; rank 0 writes, and all return when it is there.
+
+    model: or DeepSpeed's engine around it, at any ZeRO stage. Raises AdapterError on every rank.
+    """
     saved = gather_adapter(model, folder, name=name)
     failure: list[str | None] = [None]
     distributed = torch.distributed.is_initialized()
@@ -81,9 +86,12 @@ def gather_adapter(
     copy: makes a copy of a tensor, which the model goes on to change. Raises AdapterError, on every rank, if
     `folder` cannot hold it.
     """
+    model = unwrapped(model, user="save_adapter")
     mixins = list(mixins_called(model, name).values())
     if not mixins:
-        raise AdapterError(f"{folder}: not saved, the model has no LoRA mixin called {name!r}")
+        others = sorted({path.rpartition(".")[2] for path in lora_mixins(model)})
+        advice = f"it has {', '.join(map(repr, others))}: give name=" if others else "add_lora(model, ...) makes one"
+        raise AdapterError(f"{folder}: not saved, the model has no LoRA mixin called {name!r}; {advice}")
     if any(mixin.config != mixins[0].config for mixin in mixins):
         raise AdapterError(
             f"{folder}: not saved, the LoRA mixins called {name!r} have different configs and a file holds one; "
@@ -121,8 +129,18 @@ def load_adapter(
 
     Ranks, scales and slots are those of the file; fixed_order: of new mixins, see `add_lora`. any_base: also on another
     base than it was trained on, if its layers are there. Under ZeRO-3 or model parallelism every rank has to call it.
-    Raises one AdapterError that lists all problems, and leaves the model as it was.
+    model: or DeepSpeed's engine around it, if its adapters were there when it was made: the optimizer's own copy of the
+    values is then that of the file, and its moments stay.
+    Raises one AdapterError that lists all problems, and leaves the model as it was. Raises ConfigError for a model that
+    is in an engine: the optimizer would put its own values back.
     """
+    engine = model if is_engine(model) else None
+    model = unwrapped(model, user="load_adapter")
+    if engine is None and is_in_engine(model):
+        raise ConfigError(
+            "load_adapter: the model is in DeepSpeed's engine, whose optimizer keeps the values that train and would "
+            "put them back; give the engine in place of the model, or load before deepspeed.initialize"
+        )
     base = identity_of_model(model)  # before anything can fail on one rank: all of them speak here
     saved = read_adapter(folder)
     sites = find_all_sites(model)
@@ -138,6 +156,8 @@ def load_adapter(
     if problems:
         shown = "\n  ".join(problems[:20]) + ("\n  ..." if len(problems) > 20 else "")
         raise AdapterError(f"{folder} does not fit, {len(problems)} problem{'s' * (len(problems) > 1)}:\n  {shown}")
+    if not present and engine is not None:
+        refuse_engine(engine)
     if not present:
         targets = {n: Target(sites[n], e.r, e.scale, e.slots) for n, e in saved.layers.items()}
         trained = {n: parameters[n] for n in saved.trained}
@@ -150,6 +170,9 @@ def load_adapter(
         for key, (parameter, sharding) in trained_of(model, name).items():
             with gathered([parameter], write=True):
                 parameter.copy_(sharding.shard(saved.tensors[key], *layout))
+    set_masters = getattr(getattr(engine, "optimizer", None), "refresh_fp32_params", None)
+    if set_masters is not None:
+        set_masters()
 
 
 def _problems(saved: SavedAdapter, sites: dict[str, Site], parameters: dict[str, BaseParameter]) -> list[str]:

@@ -41,7 +41,6 @@ from sat_lora.training.settings.deepspeed_file import file_problems, is_of_key, 
 from sat_lora.training.settings.demo import Demo
 from sat_lora.training.settings.schedule import learning_rate_factor, total_steps, warmup_steps
 from sat_lora.training.steps.loss import answer_loss_sum, count_answer_tokens, sum_over_data_parallel
-from sat_lora.training.steps.nonfinite import discard_step
 from sat_lora.training.steps.step import train_step
 
 SAMPLES = 256  # of the training data that each rank looks at
@@ -212,8 +211,8 @@ def _take_steps(run: Run, kinds: dict[str, dict], samples: int) -> list[Finding]
     before = _trainable_values(model)
     run.start_engine(gradient_accumulation_steps=1)
     engine = run.engine
-    if partitioned:
-        findings += _examine_engine(engine, kinds)
+    if partitioned:  # the weights are there while a layer runs, and nowhere else
+        findings += examine(engine, kinds, _loss_of)
     for number, (kind, batch) in enumerate(kinds.items()):
         factor = learning_rate_factor(
             number,
@@ -232,20 +231,6 @@ def _take_steps(run: Run, kinds: dict[str, dict], samples: int) -> list[Finding]
             findings.append(Finding(code="not-finite", seen=f"with {kind} {result.nonfinite}"))
             return findings
     return findings + joined(gather_lists([effect_findings(before, _trainable_values(model))]))
-
-
-def _examine_engine(engine, kinds: dict[str, dict]) -> list[Finding]:
-    """Return what `examine` finds where weights are there while a layer runs, and nowhere else: under ZeRO-3."""
-
-    def backward(loss: torch.Tensor) -> None:
-        engine.backward(loss)
-        with discard_step(engine):
-            engine.step()
-
-    def loss_of(model, batch: dict) -> torch.Tensor:
-        return _loss_of(engine, batch)
-
-    return examine(engine.module, kinds, loss_of, backward=backward)
 
 
 def _loss_of(model, batch: dict) -> torch.Tensor:

@@ -75,6 +75,10 @@ class Finding:
         places += [f"{name} {value}" for name in ("parameter", "module", "file") if (value := getattr(self, name))]
         return ", ".join([*filter(None, places), *([self.option] if self.option else [])])
 
+    def __str__(self) -> str:
+        """Return the paragraph that `as_text` shows of it."""
+        return _block(self)
+
 
 def joined(by_rank: Iterable[Sequence[Finding]]) -> list[Finding]:
     """Return the findings of all ranks, worst first; those that several ranks share come once, with all their ranks.

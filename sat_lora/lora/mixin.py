@@ -17,6 +17,7 @@ from sat_lora.lora.delta_hook import DeltaHook, DeltaState
 from sat_lora.lora.deltas.merging import MergedWeights
 from sat_lora.lora.gradient_order import GradientOrder
 from sat_lora.lora.targets import Plan, Target, find_parameters, find_sites, plan
+from sat_lora.parallel.wrapped import is_engine, is_in_engine
 
 
 class LoraMixin(BaseMixin):
@@ -256,10 +257,8 @@ def lora_mixins(model: nn.Module) -> dict[str, LoraMixin]:
 
 def refuse_engine(model: nn.Module) -> None:
     """Raise ConfigError if the model is in DeepSpeed's engine already, whose optimizer would not know new adapters."""
-    is_engine = "DeepSpeedEngine" in {base.__name__ for base in type(model).__mro__}
-    hooks = [*model._forward_pre_hooks.values(), *model._forward_hooks.values()]
-    if is_engine or any("DeepSpeedEngine" in getattr(hook, "__qualname__", "") for hook in hooks):
-        what = "is DeepSpeed's engine" if is_engine else "is in DeepSpeed's engine"
+    if is_engine(model) or is_in_engine(model):
+        what = "is DeepSpeed's engine" if is_engine(model) else "is in DeepSpeed's engine"
         raise ConfigError(
             f"the model {what} already, whose optimizer holds the parameters that it was made with; add the adapters "
             "before deepspeed.initialize, or before training_main"

@@ -57,6 +57,10 @@ class Memory:
         """All of them together."""
         return sum(getattr(self, field.name) for field in fields(self))
 
+    def __str__(self) -> str:
+        """Return the table of `memory_table` for this rank alone, without what the device has."""
+        return memory_table([self])
+
 
 def memory_of(
     model: nn.Module, engine: dict, *, data_parallel_size: int, activations: float = 0.0, on_device: bool = True
@@ -111,19 +115,22 @@ def memory_findings(memory: Memory, available: float | None) -> list[Finding]:
     return [Finding(code="memory", seen=seen)]
 
 
-def memory_table(memories: Sequence[Memory], available: Sequence[float | None]) -> str:
-    """Return a table with a line per rank, in GiB or, for small models, MiB; ranks that are alike share one."""
+def memory_table(memories: Sequence[Memory], available: Sequence[float | None] | None = None) -> str:
+    """Return a table with a line per rank, in GiB or, for small models, MiB; ranks that are alike share one.
+
+    available: bytes that each device has; None leaves the column out.
+    """
+    with_devices = available is not None
+    available = available or [None] * len(memories)
     names = [field.name for field in fields(Memory)]
     unit, scale = ("GiB", 1) if max(memory.total for memory in memories) >= 2**30 else ("MiB", 1024)
     rows: dict[tuple[str, ...], list[int]] = {}
     for rank, (memory, size_of_device) in enumerate(zip(memories, available)):
         sizes = [*(getattr(memory, name) for name in names), memory.total]
-        cells = (
-            *(_number(size * scale) for size in sizes),
-            "?" if size_of_device is None else _number(size_of_device * scale),
-        )
+        device = ["?" if size_of_device is None else _number(size_of_device * scale)] if with_devices else []
+        cells = (*(_number(size * scale) for size in sizes), *device)
         rows.setdefault(cells, []).append(rank)
-    header = ("rank", *names, "in all", "device has")
+    header = ("rank", *names, "in all", *(["device has"] if with_devices else []))
     lines = [header, *((_ranks(ranks), *cells) for cells, ranks in rows.items())]
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
     table = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths)) for line in lines]

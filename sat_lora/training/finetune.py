@@ -36,7 +36,7 @@ from sat_lora.training.steps.release import end_training, free_memory
 from sat_lora.watchdog.rank_files import clear
 from sat_lora.watchdog.replay import LIMIT, steps_to_replay
 from sat_lora.watchdog.trace import Trace
-from sat_lora.watchdog.watchdog import watched, watched_alone
+from sat_lora.watchdog.watchdog import watched_alone, watched_trace
 
 
 def finetune(config: TrainConfig, demo: Demo | None = None) -> Setting:
@@ -62,7 +62,7 @@ def _finetune(config: TrainConfig, demo: Demo | None, lock: RunLock) -> Setting:
     world = setting.world
     # What is wrong with a start is known by now: only one that is right replaces what the watchdog has of another.
     trace = _trace(config, run, world)
-    with watched(trace, limit):
+    with watched_trace(trace, limit):
         _train_and_evaluate(setting, run, trace, data)
     return setting
 

@@ -4,7 +4,7 @@ rank_00003.json is written once: names and process. rank_00003.state is a mappin
 named by their ending: `file_of`.
 """
 
-import shutil
+import contextlib
 import struct
 from pathlib import Path
 
@@ -18,6 +18,8 @@ PHASES = tuple("start data forward backward reduce optimizer evaluate save load 
 OUTSIDE_OF_STEPS = ("start", "load", "write", "test", "check")
 FOLDER = "watchdog"
 ALIVE = "alive.json"
+ALARM = "alarm.json"
+VERDICT = "verdict.txt"
 FATAL = ".fatal.txt"
 NCCL_DUMP = "nccl_trace_rank_"
 NONE = 0xFFFFFFFF  # no module or parameter yet
@@ -48,8 +50,14 @@ def refuse_no_traces(run: str | Path) -> None:
 
 
 def clear(run: str | Path) -> None:
-    """Remove what an earlier start of the run has left."""
-    shutil.rmtree(folder_of(run), ignore_errors=True)
+    """Remove what an earlier start of the run has left; what others keep in a folder of that name stays."""
+    folder = folder_of(run)
+    for pattern in (ALIVE, ALARM, VERDICT, "rank_[0-9]*.*", f"{NCCL_DUMP}*"):
+        for path in folder.glob(pattern):
+            with contextlib.suppress(OSError):
+                path.unlink()
+    with contextlib.suppress(OSError):  # others keep something there, or it is not there
+        folder.rmdir()
 
 
 def file_of(folder: Path, rank: int, ending: str) -> Path:

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from torch import nn
 
+from sat_lora.errors import ConfigError
 from sat_lora.lora.adapter import LoraAdapter
 from sat_lora.lora.delta_hook import DeltaHook
 from sat_lora.watchdog.places import PACKAGE
@@ -68,6 +69,7 @@ class Trace:
             if os.environ.get(variable) in (None, *_dumps):  # what the user has said stays
                 os.environ[variable] = dump
         _dumps.add(dump)
+        self._hooks: list[Callable[[], None]] = []
         self.attach(model)
 
     def attach(self, model: nn.Module) -> None:
@@ -75,6 +77,7 @@ class Trace:
 
         Raises OSError where the files cannot be made.
         """
+        self.detach()
         rank = self.rank
         world_size = self.world_size
         # A new file: the watchdog's thread may be writing into the mapping of the old one.
@@ -119,7 +122,13 @@ class Trace:
                 self._follow_entries(module, number)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         for number, parameter in enumerate(trained):
-            parameter.register_post_accumulate_grad_hook(self.arrival(number))
+            self._hooks.append(parameter.register_post_accumulate_grad_hook(self.arrival(number)).remove)
+
+    def detach(self) -> None:
+        """Follow the model no longer: its hooks are as they were before. A second call changes nothing."""
+        for remove in self._hooks:
+            remove()
+        self._hooks.clear()
 
     def _follow_entries(self, module: nn.Module, number: int) -> None:
         """Note when the module of that number is entered: it runs for each of them in every pass, so as cheaply as
@@ -129,8 +138,9 @@ class Trace:
         forward = vars(module).get("forward")
         if isinstance(forward, DeltaHook):
             forward.on_entry = note
+            self._hooks.append(partial(setattr, forward, "on_entry", None))
         else:
-            module.register_forward_pre_hook(lambda module, args: note())
+            self._hooks.append(module.register_forward_pre_hook(lambda module, args: note()).remove)
 
     @property
     def phase(self) -> str:
@@ -158,8 +168,10 @@ class Trace:
 
     def at(self, phase: str, *, step: int | None = None, micro_batch: int | None = None) -> None:
         """Write down that a phase begins. step: counted from 1. micro_batch: within the step, from 0. None:
-        as before.
+        as before. Raises ConfigError for what is none of PHASES.
         """
+        if phase not in self.durations:
+            raise ConfigError(f"a phase {phase!r} is not known; wanted one of {', '.join(PHASES)}")
         now = time.perf_counter()
         numbers = self._numbers
         self.durations[self.phase].append(now - self._began)

@@ -29,7 +29,7 @@ from sat_lora.files.atomic import replace_text
 from sat_lora.parallel.distributed import gather_lists
 from sat_lora.parallel.launch import sat_lora_line
 from sat_lora.terminal.notice import logger
-from sat_lora.watchdog.rank_files import FATAL, OUTSIDE_OF_STEPS, file_of, folder_of
+from sat_lora.watchdog.rank_files import ALARM, FATAL, OUTSIDE_OF_STEPS, VERDICT, file_of, folder_of
 from sat_lora.watchdog.rank_state import note_who_lives, read_states
 from sat_lora.watchdog.testimony import has_testified, testify
 from sat_lora.watchdog.trace import Trace
@@ -38,10 +38,9 @@ STATUS = 3  # of a process that the watchdog has ended
 FACTOR = 10  # of the longest that a phase has taken of late
 FIRST = 5  # times the least, while a phase has hardly been seen
 SEEN = 3  # durations before a phase is known
+WORK_OF_ONE = (*OUTSIDE_OF_STEPS, "evaluate", "save")  # phases that a rank may be in while the others wait for it
 IDLE_PAGES = 64  # that a process touches at most between two looks while it only waits
 GRACE = 5.0  # seconds for all ranks to say where they are
-ALARM = "alarm.json"
-VERDICT = "verdict.txt"
 
 
 class Watchdog:
@@ -115,18 +114,22 @@ class Watchdog:
             limit = self.limit(phase)
             if self._fallback is not None:
                 faulthandler.dump_traceback_later(limit + 10 * self.tick, file=self._fallback)
-            expired = now - since > limit and not (phase in OUTSIDE_OF_STEPS and self._others_work(limit))
+            expired = now - since > limit and not self._others_work(limit)
             if expired or (self.trace.folder / ALARM).exists():
                 self._end(dict(rank=self.trace.rank, phase=phase, waited=now - since, limit=limit))
 
     def _others_work(self, limit: float) -> bool:
-        """Return whether another rank has given a sign of life of late: it may load for longer than one that waits."""
+        """Return whether another rank has given a sign of life of late, where one may work for longer than one waits:
+        outside of steps, and wherever that one loads, evaluates or writes while this one waits for it.
+        """
         try:
             states = read_states(self.trace.folder.parent)
         except (OSError, ValueError):
             return False
         since = time.time() - limit
-        return any(state.last_sign > since for state in states if state.rank != self.trace.rank and not state.ended)
+        working = [s for s in states if s.last_sign > since and s.rank != self.trace.rank and not s.ended]
+        is_outside = self.trace.phase in OUTSIDE_OF_STEPS
+        return any(is_outside or state.phase in WORK_OF_ONE for state in working)
 
     def _end(self, alarm: dict) -> None:
         """Write down where this rank is and end the process; it does not come back."""
@@ -175,7 +178,7 @@ def _pages_touched() -> int:
 
 
 @contextmanager
-def watched(trace: Trace | None, least: float) -> Iterator[None]:
+def watched_trace(trace: Trace | None, least: float) -> Iterator[None]:
     """Let a watchdog watch inside, and note in the trace how it ends; do nothing without a trace."""
     if trace is None:
         yield
@@ -186,7 +189,7 @@ def watched(trace: Trace | None, least: float) -> Iterator[None]:
 
 @contextmanager
 def watched_alone(least: float) -> Iterator[Trace | None]:
-    """Do as `watched` for ranks without a run folder, and give the trace. Every rank has to call it.
+    """Do as `watched_trace` for ranks without a run folder, and give the trace. Every rank has to call it.
 
     Its files lie in a folder of the machine's temporary ones, which goes when the block ends and stays when the
     watchdog ends it. A process alone has nobody to wait for: nothing watches it, and there is no trace.
@@ -201,7 +204,7 @@ def watched_alone(least: float) -> Iterator[Trace | None]:
     trace = _trace_in(Path(folder), rank, size)
     is_well = False
     try:
-        with watched(trace, least):
+        with watched_trace(trace, least):
             yield trace
         is_well = True
     finally:

@@ -17,7 +17,7 @@ from sat_lora.training.steps.observers import StepReport
 from sat_lora.watchdog import trace
 from sat_lora.watchdog.rank_files import file_of, folder_of
 from sat_lora.watchdog.rank_state import read_states
-from sat_lora.watchdog.watchdog import watched
+from sat_lora.watchdog.watchdog import watched_trace
 from tests.support.configs import config_of, parse_options
 from tests.support.full_disks import largest_file
 from tests.support.run_logs import logged, logs_of, scalars, validated
@@ -223,7 +223,7 @@ def test_a_run_without_room_for_the_watchdog_is_warned_and_trains(tmp_path, monk
 def test_what_the_watchdog_cannot_write_hides_no_error(ending, tmp_path):
     _, own = trace_of_a_linear(tmp_path)
     file_of(folder_of(tmp_path), 0, ending).mkdir()
-    with pytest.raises(TrainingError, match="the real one"), watched(own, 5.0):
+    with pytest.raises(TrainingError, match="the real one"), watched_trace(own, 5.0):
         raise TrainingError("the real one")
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import sat_lora
-from sat_lora import LoraConfig, LoraMixin, add_lora, parameter_groups
+from sat_lora import ConfigError, LoraConfig, LoraMixin, add_lora, parameter_groups
 from sat_lora.lora.apply import adapters_of
 from sat_lora.lora.optimizer_groups import set_learning_rate
 from sat_lora.parallel.distributed import init_distributed, init_model_parallel
@@ -80,7 +80,13 @@ def test_no_group_is_empty():
     assert group["lr"] == 4.0 and all(name.endswith(".B") for name in names_of(model, group))
     for adapter in adapters_of(model).values():
         adapter.B.requires_grad_(False)
-    assert parameter_groups(model, lr=1.0) == []
+    with pytest.raises(ConfigError, match="parameter_groups: nothing of the CogVLMModel trains"):
+        parameter_groups(model, lr=1.0)
+
+
+def test_a_model_without_adapters_has_no_groups():
+    with pytest.raises(ConfigError, match="has no LoRA mixin, and \\d+ parameters of its base train; call add_lora"):
+        parameter_groups(tiny_model(), lr=1.0)
 
 
 def test_schedules_keep_the_ratio():

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 import types
+from functools import partial
 
 import torch
 
@@ -139,10 +140,15 @@ def run_faulty(fault, options, folder, timeout=60, ranks=2):
 
     A rank that is stopped ends by -9. The time is in seconds since the epoch.
     """
+    return end_of_ranks(partial(_run_script, fault, options), folder, timeout, ranks, is_stopped=fault is stopped_rank)
+
+
+def end_of_ranks(main, folder, timeout=60, ranks=2, *, is_stopped=False):
+    """The same of ranks that run `main`, and end by the status that it returns. is_stopped: one of them never ends."""
     context, port = process_context(), free_port()
     logs = [folder / f"rank_{rank}.log" for rank in range(ranks)]
     processes = [
-        context.Process(target=_run_rank, args=(str(log), rank, ranks, port, fault, options), daemon=True)
+        context.Process(target=_run_rank, args=(str(log), rank, ranks, port, main), daemon=True)
         for rank, log in enumerate(logs)
     ]
     for process in processes:
@@ -153,19 +159,23 @@ def run_faulty(fault, options, folder, timeout=60, ranks=2):
         processes[0].join(timeout)
         ended = time.time()
         for process in processes[1:]:
-            process.join(2 if fault is stopped_rank else max(0.0, end - time.monotonic()))
+            process.join(2 if is_stopped else max(0.0, end - time.monotonic()))
         hung = [rank for rank, process in enumerate(processes) if process.exitcode is None]
     finally:
         for process in processes:
             process.kill()
             process.join()
     output = [log.read_text(errors="replace") for log in logs]
-    if hung and fault is not stopped_rank:
+    if hung and not is_stopped:
         raise AssertionError(f"ranks {hung} did not end in {timeout} s: {output}")
     return [process.exitcode for process in processes], output, ended
 
 
-def _run_rank(output, rank, size, port, fault, options):
+def _run_rank(output, rank, size, port, main):
     become_rank(output, rank, size, port)
+    sys.exit(main())
+
+
+def _run_script(fault, options):
     fault()
-    sys.exit(load_script("finetune_cogvlm").main(options))
+    return load_script("finetune_cogvlm").main(options)

@@ -156,3 +156,14 @@ def test_a_trace_tells_phase_module_and_gradients(tmp_path):
     assert before.phase_began <= state.phase_began <= state.last_sign <= time.time()
     trace.at("forward", micro_batch=2)
     assert read_states(tmp_path)[0].arrivals == []
+
+
+def test_a_rank_in_a_step_waits_for_one_that_evaluates_and_not_for_one_in_a_step(tmp_path):
+    waiting, other = (Trace(tmp_path, torch.nn.Module(), rank=rank, world_size=2) for rank in (0, 1))
+    watchdog = Watchdog(waiting, 2.0)
+    waiting.at("data")
+    answers = {}
+    for phase in ("evaluate", "write", "save", "load", "forward", "data", "reduce"):
+        other.at(phase)
+        answers[phase] = watchdog._others_work(10.0)
+    assert answers == {phase: phase in ("evaluate", "write", "save", "load") for phase in answers}

@@ -36,8 +36,14 @@ def gradient_findings(model: nn.Module, passes: Sequence[Passes], *, bucket_size
     rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
     rank_arrivals = [Arrivals(rank, record.kind, tuple(record.arrivals)) for record in passes]
     arrivals = gather_lists(rank_arrivals) if torch.distributed.is_initialized() else rank_arrivals
+    return [*_twice(arrivals), *arrival_findings(model, arrivals, bucket_size=bucket_size)]
+
+
+@looks_for("gradient-missing", "gradient-order")
+def arrival_findings(model: nn.Module, arrivals: Sequence[Arrivals], *, bucket_size: int) -> list[Finding]:
+    """Return missing gradients and other orders among the `arrivals` of all ranks, for their trainable `model`."""
     sizes = {n: getattr(p, "ds_numel", p.numel()) for n, p in model.named_parameters() if p.requires_grad}
-    return [*_twice(arrivals), *_missing(arrivals), *_order(arrivals, sizes, bucket_size)]
+    return [*_missing(arrivals), *_order(arrivals, sizes, bucket_size)]
 
 
 def _twice(arrivals: Sequence[Arrivals]) -> list[Finding]:

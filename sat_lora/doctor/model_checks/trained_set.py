@@ -12,7 +12,7 @@ from sat_lora.findings.finding import Finding, looks_for
 from sat_lora.lora.apply import adapters_of, find_all_parameters, find_all_sites
 from sat_lora.lora.config import LoraConfig
 from sat_lora.lora.mixin import lora_mixins
-from sat_lora.lora.optimizer_groups import parameter_groups
+from sat_lora.lora.optimizer_groups import groups_of
 from sat_lora.lora.targets import PRESETS, part_of, select
 from sat_lora.parallel.distributed import gather_lists
 
@@ -76,7 +76,8 @@ def agreement_findings(model: nn.Module, optimizer: torch.optim.Optimizer | None
     Every rank has to call it and gets the same. optimizer: None takes the groups that `parameter_groups` makes.
     """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    groups = parameter_groups(model, lr=1.0) if optimizer is None else optimizer.param_groups
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = groups_of(model, trained, lr=1.0) if optimizer is None else optimizer.param_groups
     trained = [
         (name, tuple(getattr(p, "ds_shape", p.shape)), str(p.dtype), bool(getattr(p, "model_parallel", False)))
         for name, p in model.named_parameters()
