@@ -8,7 +8,7 @@ the tests that execute its line, as long as none fails: those that have caught a
 the mirrored file, then one variant of each other test, then the next variants, up to BUDGET seconds.
 
 Seconds are those of the processor, so that a busy machine changes nothing: a mutant that uses up its own loops, and is
-caught. One that waits instead, without end, is told from a slow machine by nothing; it is given up after minutes, shown,
+caught. One that waits instead, without end, cannot be told from a slow machine: it is given up after minutes, shown,
 and not counted as caught.
 
 mutmut 3.8.1 was tried first. It needs as little time for a mutant, but leaves out 44 of the 240 functions of the core
@@ -252,7 +252,7 @@ class Worker:
                 self._result.write_text(caught_by or NOTHING)
 
     def ended(self) -> tuple[str, str | None] | None:
-        """(CAUGHT, SURVIVED, TIMED_OUT or WAITED, the name of the test that has caught it); None while it runs. One that
+        """(CAUGHT, SURVIVED, TIMED_OUT or WAITED, the name of the test that has caught it); None while it runs. What
         takes too long is ended. RuntimeError: the mutant cannot be made.
         """
         pid, status = os.waitpid(self.pid, os.WNOHANG)
