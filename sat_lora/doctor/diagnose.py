@@ -66,7 +66,7 @@ def diagnose(
     if broken:
         return broken  # what follows would wait for every rank
     _begin(2, "options, files, packages, machine")
-    on_first_rank(partial(demo.make_missing, config) if demo is not None else None)
+    on_first_rank(partial(demo.make_missing, config.data) if demo is not None else None)
     findings = [*configuration_findings(config, os.environ, device.type), *_option_findings(config, device.type)]
     findings = joined(gather_lists([findings]))
     if any(finding.code == "options" for finding in findings):

@@ -4,13 +4,11 @@ import errno
 import itertools
 import os
 import tempfile
-from functools import partial
 from pathlib import Path
 
 from sat_lora.adapters.save_load import load_adapter
-from sat_lora.cogvlm.checkpoints.load import load_cogvlm
 from sat_lora.cogvlm.decoding.generate import generate
-from sat_lora.cogvlm.inputs.text import Sample, load_tokenizer
+from sat_lora.cogvlm.inputs.text import Sample
 from sat_lora.cogvlm.inputs.tokens import first_tokens
 from sat_lora.cogvlm.network.model import CogVLMModel
 from sat_lora.cogvlm.sizes import image_length_problem
@@ -34,10 +32,10 @@ from sat_lora.parallel.distributed import World, gather_lists
 from sat_lora.printable import printable
 from sat_lora.terminal.notice import warn
 from sat_lora.terminal.progress import shown
+from sat_lora.training.prepare import dataset_maker, load_base
 from sat_lora.training.runs.results import EVALUATION, RUN
 from sat_lora.training.runs.run_folder import write_json
 from sat_lora.training.settings.config import TrainConfig
-from sat_lora.training.settings.deepspeed_config import base_dtype
 from sat_lora.training.settings.run_settings import settings_of_run
 from sat_lora.training.source_settings import source_settings
 from sat_lora.training.steps.loss import sum_over_data_parallel
@@ -82,32 +80,13 @@ def evaluate_adapter(
         raise DataError(f"--test-data: {', '.join(paths)}: no images there; give folders of images LABEL.png")
     for note in unreadable_notes(data_counts.unused, "--test-data"):
         warn(note)
-    tokenizer = load_tokenizer(config.model.tokenizer)
-    model, sizes = trained or load_cogvlm(
-        config.model.base,
-        dtype=base_dtype(config.precision),
-        device=world.device,
-        model_parallel_size=config.parallel.model_parallel_size,
-        trust=config.start.trust_checkpoint,
-        progress=partial(shown, what="loading the base", unit="modules") if world.is_main else iter,
-    )
+    model, sizes = trained or load_base(config, world)
     problem = image_length_problem(sizes)
     if problem:
         raise CheckpointError(f"--from_pretrained: {config.model.base}: {problem}; copy its config again")
     if adapter is not None:
         load_adapter(model, adapter, any_base=any_base)
-    dataset = ImageTextDataset(
-        items,
-        tokenizer,
-        version=config.model.version,
-        prompt=config.data.prompt,
-        image_size=tuple(sizes["eva_args"]["image_size"]),
-        image_length=sizes["image_length"],
-        max_length=config.model.max_length,
-        with_answer=False,
-        special_tokens=config.data.special_tokens_in_text,
-        max_pixels=config.data.max_pixels,
-    )
+    dataset = dataset_maker(config.model, config.data, sizes, with_answer=False)(items)
     share = range(world.data_parallel_rank, len(dataset), world.data_parallel_size)
     right = {side: [0, 0] for side in ("base", "adapter")[: 1 if adapter is None else 2]}
     images = 0
@@ -136,9 +115,9 @@ def evaluate_adapter(
         for side, counts in right.items():
             for mixin in lora_mixins(model).values():
                 mixin.enabled = side == "adapter"
-            tokens = generate(model, batch, max_new_tokens=longest, eos_token_id=tokenizer.eos_token_id)
+            tokens = generate(model, batch, max_new_tokens=longest, eos_token_id=dataset.tokenizer.eos_token_id)
             for ids, (_, answer) in zip(tokens, usable):
-                said = tokenizer.decode(ids, skip_special_tokens=True).strip()
+                said = dataset.tokenizer.decode(ids, skip_special_tokens=True).strip()
                 counts[0] += said == answer
                 counts[1] += said.lower() == answer.lower()
     counts = [count for side in right.values() for count in side]

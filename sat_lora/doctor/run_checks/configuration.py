@@ -85,7 +85,7 @@ def _called(place: str) -> str:
 def _batch_findings(content: dict, config: TrainConfig, environ: Mapping[str, str]) -> list[Finding]:
     whole = content.get("train_batch_size")
     ranks = max(1, int(environ.get("WORLD_SIZE", 1)) // config.parallel.model_parallel_size)
-    if not isinstance(whole, int) or is_accumulation_left(config, content, ranks):
+    if not isinstance(whole, int) or is_accumulation_left(config.given, content, ranks):
         return []
     micro = content.get("train_micro_batch_size_per_gpu", config.schedule.batch_size)
     steps = content.get("gradient_accumulation_steps", config.schedule.gradient_accumulation_steps)
