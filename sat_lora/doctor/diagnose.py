@@ -37,7 +37,8 @@ from sat_lora.training.preflight import option_problems
 from sat_lora.training.prepare import Run, Setting, build_run, on_first_rank, open_data, prepare
 from sat_lora.training.same_base import base_of_run
 from sat_lora.training.settings.config import TrainConfig
-from sat_lora.training.settings.deepspeed_file import file_problems, is_of_key, read_deepspeed_file
+from sat_lora.training.settings.deepspeed_file import read_deepspeed_file
+from sat_lora.training.settings.deepspeed_problems import file_problems, is_of_key
 from sat_lora.training.settings.demo import Demo
 from sat_lora.training.settings.schedule import learning_rate_factor, total_steps, warmup_steps
 from sat_lora.training.steps.loss import answer_loss_sum, count_answer_tokens, sum_over_data_parallel

@@ -23,7 +23,8 @@ from sat_lora.training.early import WANTED, data_hint, raise_problems
 from sat_lora.training.resume import settled_problems, state_to_resume
 from sat_lora.training.settings.config import DEFAULTS, Data, Model, Schedule, TrainConfig
 from sat_lora.training.settings.deepspeed_config import settle
-from sat_lora.training.settings.deepspeed_file import file_problems, read_deepspeed_file
+from sat_lora.training.settings.deepspeed_file import read_deepspeed_file
+from sat_lora.training.settings.deepspeed_problems import file_problems
 from sat_lora.training.settings.demo import Demo
 from sat_lora.training.settings.run_settings import settings_of_run
 from sat_lora.training.source_settings import source_settings

@@ -12,7 +12,8 @@ from sat_lora.errors import ConfigError, SatLoraError
 from sat_lora.findings.finding import Finding, looks_for
 from sat_lora.training.settings.config import TrainConfig
 from sat_lora.training.settings.deepspeed_config import base_dtype, is_accumulation_left, settle
-from sat_lora.training.settings.deepspeed_file import TOP_LEVEL_KEYS, read_deepspeed_file, section_keys
+from sat_lora.training.settings.deepspeed_file import read_deepspeed_file
+from sat_lora.training.settings.deepspeed_problems import TOP_LEVEL_KEYS, section_keys
 
 TOP = "the top level"
 OPTION = "--deepspeed_config"

@@ -13,16 +13,14 @@ from sat_lora.terminal.option_types import LARGEST_RATE
 from sat_lora.training.settings.config import Optimizer, Origin, Parallel, Precision, TrainConfig
 from sat_lora.training.settings.deepspeed_file import (
     ENTRIES,
-    OFFLOADS,
-    UNSUPPORTED,
     DeepSpeedFile,
     enabled,
-    file_problems,
     is_whole,
     open_deepspeed_file,
     read_deepspeed_file,
     values_of_file,
 )
+from sat_lora.training.settings.deepspeed_problems import OFFLOADS, UNSUPPORTED, file_problems
 
 BUCKET = 50_000_000  # elements; DeepSpeed's own 500 million take 1 to 4 GB, and hardly anything trains
 NEVER = 2**31  # steps_per_print: the run folder and the progress bar report instead
