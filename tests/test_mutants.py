@@ -9,7 +9,7 @@ import time
 import pytest
 
 from tests.support import mutants
-from tests.support.mutants import CAUGHT, CORE, SURVIVED, TIMED_OUT, WAITED, Baseline, Mutant, Mutants, Worker
+from tests.support.mutants import CAUGHT, CORE, GIVEN_UP, SURVIVED, TIMED_OUT, Baseline, Mutant, Mutants, Worker
 from tests.support.mutators import mutated, mutations
 from tests.support.paths import ROOT
 
@@ -146,8 +146,12 @@ def test_only_the_time_of_the_processor_makes_a_mutant_one_that_loops(monkeypatc
     plugin = Plugin(loops=loop, sleeps=lambda: time.sleep(30), **{"loops in a child": loop_in_a_child})
     assert result_of(plugin, None, "loops") == (TIMED_OUT, None)
     assert result_of(plugin, None, "loops in a child") == (CAUGHT, "loops in a child")
+    monkeypatch.setattr(mutants, "SPARE", 20)
     monkeypatch.setattr(mutants, "WAIT", 0.1)
-    assert result_of(plugin, None, "sleeps") == (WAITED, None)
+    assert result_of(plugin, None, "sleeps") == result_of(plugin, None, "loops") == (GIVEN_UP, None)
+    monkeypatch.setattr(mutants, "WAIT", 20.0)
+    monkeypatch.setattr(mutants, "IDLE", 1.5)
+    assert result_of(plugin, None, "sleeps") == (TIMED_OUT, None)
 
 
 def test_a_mutation_that_cannot_be_made_is_not_taken_for_caught():
@@ -192,7 +196,7 @@ def test_of_a_file_as_many_are_drawn_as_are_wanted_and_always_the_same():
 
 def test_the_report_counts_what_was_caught_and_shows_what_was_not(capsys):
     mutation = mutant_of_steps_in().mutation
-    results = (CAUGHT, CAUGHT, TIMED_OUT, SURVIVED, mutants.NOT_RUN, WAITED)
+    results = (CAUGHT, CAUGHT, TIMED_OUT, SURVIVED, mutants.NOT_RUN, GIVEN_UP)
     share = mutants.report([Mutant(MODULE, number, mutation, result) for number, result in enumerate(results)])
     text = capsys.readouterr().out
     assert share == 50.0 and text.count(f"{MODULE}:{mutation.line} in steps_in, return") == 3

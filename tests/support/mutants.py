@@ -7,9 +7,9 @@ lines that each executes and its time. Then a fork for each mutant exchanges the
 the tests that execute its line, as long as none fails: those that have caught a mutant of the same function, those of
 the mirrored file, then one variant of each other test, then the next variants, up to BUDGET seconds.
 
-Seconds are those of the processor, so that a busy machine changes nothing: a mutant that uses up its own loops, and is
-caught. One that waits instead, without end, cannot be told from a slow machine: it is given up after minutes, shown,
-and not counted as caught.
+Seconds are those of the processor, so that a busy machine changes nothing: a mutant that uses up its own loops, and one
+that does not even ask for the processor, for half a minute of the clock, waits without end; both are caught. What is
+neither after minutes is given up, shown, and not counted as caught.
 
 mutmut 3.8.1 was tried first. It needs as little time for a mutant, but leaves out 44 of the 240 functions of the core
 files, those with a decorator (`replaced_folder` and `merged_weight` among them), removes no statements, and its
@@ -54,12 +54,13 @@ PER_FILE = 25  # mutants at most, of more of them a draw by the seed: half an ho
 SLOW = 2.0  # seconds; a test that takes longer is not run
 BUDGET = 6.0  # seconds of tests for a mutant that nothing has caught so far
 SPARE, TIMES = 5, 5  # seconds of the processor, and what the tests took so many times: then it is taken for a loop
+IDLE, USED = 30.0, 0.3  # seconds of the clock, and of the processor that it uses or waits for in them: then it waits
 WAIT, SLOWER = 20.0, 30  # seconds of the clock, and what the tests took so many times: then it is given up
 PATIENCE = "10"  # of the tests' own limits, which are of the clock (see `patience`)
 MEMORY = 8 << 30  # bytes that a mutant may take beyond what the process has
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 CAUGHT, SURVIVED, TIMED_OUT, NOT_RUN = "caught", "survived", "timed out", "no fast test executes it"
-WAITED = "given up, for it waits or the machine is too busy"
+GIVEN_UP = "given up, for it takes too long"
 NOTICED = (CAUGHT, TIMED_OUT)
 UNRELIABLE = "only a test has noticed it that fails without it too"
 NOTHING = "-"  # has caught a mutant
@@ -237,7 +238,9 @@ class Worker:
     def __init__(self, mutant: Mutant | None, names: Sequence[str], seconds: float, plugin: Mutants):
         self.mutant, self._folder = mutant, tempfile.mkdtemp(prefix="mutant-")
         self._result = Path(self._folder, "caught by")
-        self._end = time.monotonic() + patient(WAIT) + SLOWER * seconds
+        self._began = self._looked = self._active = time.monotonic()
+        self._used = 0.0
+        self._end = self._began + patient(WAIT) + SLOWER * seconds
         self.pid = os.fork()
         if self.pid == 0:
             with _ending_here():
@@ -252,11 +255,12 @@ class Worker:
                 self._result.write_text(caught_by or NOTHING)
 
     def ended(self) -> tuple[str, str | None] | None:
-        """(CAUGHT, SURVIVED, TIMED_OUT or WAITED, the name of the test that has caught it); None while it runs. What
+        """(CAUGHT, SURVIVED, TIMED_OUT or GIVEN_UP, the name of the test that has caught it); None while it runs. What
         takes too long is ended. RuntimeError: the mutant cannot be made.
         """
         pid, status = os.waitpid(self.pid, os.WNOHANG)
-        if pid == 0 and time.monotonic() < self._end:
+        waits = pid == 0 and self._waits()
+        if pid == 0 and not waits and time.monotonic() < self._end:
             return None
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, signal.SIGKILL)  # with it what its tests have started
@@ -266,12 +270,23 @@ class Worker:
         text = self._result.read_text() if self._result.exists() else None
         shutil.rmtree(self._folder, ignore_errors=True)
         if pid == 0:
-            return WAITED, None
+            return TIMED_OUT if waits else GIVEN_UP, None
         if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGXCPU:
             return TIMED_OUT, None
         if text is None:
             raise RuntimeError(f"{self.mutant} could not be made")
         return (SURVIVED, None) if text == NOTHING else (CAUGHT, text or None)  # empty: it has ended the process
+
+    def _waits(self) -> bool:
+        """Whether nothing of it has used the processor, or waited for it, for IDLE seconds; it looks once a second."""
+        now = time.monotonic()
+        if now - self._looked >= 1:
+            self._looked = now
+            used = _used_by_group(self.pid)
+            if used is None or abs(used - self._used) > USED:
+                self._active = now
+                self._used = used or 0.0
+        return now - self._active >= IDLE
 
 
 class _ending_here:
@@ -291,6 +306,26 @@ def _no_ranks() -> NoReturn:
 def _processor_time() -> float:
     """Of this process and those that it has waited for: what else the machine does counts for nothing."""
     return sum(os.times()[:4])
+
+
+def _used_by_group(group: int) -> float | None:
+    """Seconds for which the processes of a group have had the processor or stood in its queue; None where the system
+    does not tell, or one of them waits for a disk.
+    """
+    nanoseconds = 0
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            state, _, process_group = (folder / "stat").read_text().rpartition(")")[2].split()[:3]
+            if int(process_group) == group:
+                if state == "D":
+                    return None
+                nanoseconds += sum(map(int, (folder / "schedstat").read_text().split()[:2]))
+        except ProcessLookupError:  # it has ended
+            continue
+        except FileNotFoundError:
+            if folder.exists():
+                return None
+    return nanoseconds / 1e9
 
 
 def _address_space() -> int:
@@ -392,7 +427,7 @@ def report(mutants: Sequence[Mutant]) -> float:
         own = [mutant for mutant in mutants if mutant.path == path or not path]
         timed_out = sum(mutant.result == TIMED_OUT for mutant in own)
         caught = sum(mutant.result == CAUGHT for mutant in own)
-        given_up = sum(mutant.result == WAITED for mutant in own)
+        given_up = sum(mutant.result == GIVEN_UP for mutant in own)
         survived = len(own) - caught - timed_out - given_up
         share = 100 * (caught + timed_out) / max(1, len(own))
         print(f"{path or 'all':46}{len(own):7}{caught:8}{timed_out:11}{given_up:10}{survived:10}{share:7.1f}")
