@@ -26,7 +26,7 @@ from sat_lora.training.runs.run_lock import RunLock
 from sat_lora.training.runs.space import check_space, size_of
 from sat_lora.training.runs.traced import traced
 from sat_lora.training.same_base import base_of_run
-from sat_lora.training.settings.config import Checks, TrainConfig
+from sat_lora.training.settings.config import Checks, Start, TrainConfig
 from sat_lora.training.settings.deepspeed_config import decisions
 from sat_lora.training.settings.demo import Demo
 from sat_lora.training.settings.schedule import schedule_problems, total_steps
@@ -141,7 +141,7 @@ def _train_and_evaluate(setting: Setting, run: RunFolder, trace: Trace | None, d
         built.state = RunState(step=first - 1)
         validation = None
     else:
-        built.state = run_on_all_ranks(_state, built.engine, config, run, world)
+        built.state = run_on_all_ranks(_state, built.engine, config.start, config.schedule.steps, run, world)
     run_on_all_ranks(
         _begin,
         config,
@@ -232,12 +232,13 @@ def _say_what_trains(
         warn(problem)
 
 
-def _state(engine, config: TrainConfig, run: RunFolder, world: World) -> RunState:
+def _state(engine, start: Start, steps: int, run: RunFolder, world: World) -> RunState:
     """Return how far the run is at its start: at step 0, or at the checkpoint, whose values the engine then has.
 
-    Every rank has to call it. Raises CheckpointError where the checkpoint cannot be used.
+    steps: those of the whole run. Every rank has to call it. Raises CheckpointError where the checkpoint cannot be
+    used.
     """
-    if not config.start.resume:
+    if not start.resume:
         return RunState()
     state = load_checkpoint(engine, run.checkpoints, world)
     if state.best_step is None and state.best_loss is not None:  # of a version that kept it in the pointer alone
@@ -248,7 +249,6 @@ def _state(engine, config: TrainConfig, run: RunFolder, world: World) -> RunStat
         # There is nothing to be compared with.
         state.best_loss = None
         state.best_step = None
-    steps = config.schedule.steps
     if state.step >= steps:
         run.say(
             f"the run is already at step {state.step} of {steps}; to go on, give a --train-iters above {state.step}, "

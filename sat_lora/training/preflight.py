@@ -21,7 +21,7 @@ from sat_lora.files.paths import is_shard, missing_path
 from sat_lora.printable import printable
 from sat_lora.training.early import WANTED, data_hint, raise_problems
 from sat_lora.training.resume import settled_problems, state_to_resume
-from sat_lora.training.settings.config import DEFAULTS, Data, Model, Schedule, TrainConfig
+from sat_lora.training.settings.config import DEFAULTS, Data, Model, Parallel, Schedule, Start, TrainConfig
 from sat_lora.training.settings.deepspeed_config import settle
 from sat_lora.training.settings.deepspeed_file import read_deepspeed_file
 from sat_lora.training.settings.deepspeed_problems import file_problems
@@ -76,7 +76,7 @@ def _base_and_prompt_problems(config: TrainConfig, environ: Mapping[str, str]) -
         yield f"--from_pretrained: {error}"
     except OSError as error:
         yield f"--from_pretrained: {os_problem(error)}"
-    yield from _model_parallel_problems(config, sizes or {}, environ)
+    yield from _model_parallel_problems(config.parallel, config.start, sizes or {}, environ)
     if sizes is not None and not missing_sizes(sizes) and not config.start.doctor:  # which has a finding of its own
         problem = image_length_problem(sizes)
         if problem:
@@ -148,12 +148,14 @@ def _vocabulary_problems(model: Model, data: Data, sizes: dict, tokenizer) -> It
         )
 
 
-def _model_parallel_problems(config: TrainConfig, sizes: dict, environ: Mapping[str, str]) -> Iterator[str]:
+def _model_parallel_problems(
+    parallel: Parallel, start: Start, sizes: dict, environ: Mapping[str, str]
+) -> Iterator[str]:
     """Yield what is wrong with the number of model-parallel ranks, for this base and this number of ranks."""
-    mp_size = config.parallel.model_parallel_size
+    mp_size = parallel.model_parallel_size
     ranks = int(environ.get("WORLD_SIZE", 1))
     problems = parallel_problems(sizes, mp_size, ranks)
-    if config.start.doctor and ranks == 1 < mp_size:
+    if start.doctor and ranks == 1 < mp_size:
         problems[0] += f"; for the doctor alone: sat-lora doctor --ranks {mp_size}"
     yield from (f"--model-parallel-size: {problem}" for problem in problems)
 

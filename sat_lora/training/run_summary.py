@@ -17,7 +17,7 @@ from sat_lora.data.folders import unreadable_folders, unreadable_notes
 from sat_lora.errors import ConfigError, SatLoraError
 from sat_lora.parallel.distributed import World
 from sat_lora.printable import printable
-from sat_lora.training.settings.config import Data, Optimizer, Schedule, TrainConfig
+from sat_lora.training.settings.config import Data, Optimizer, Parallel, Precision, Schedule, TrainConfig
 from sat_lora.training.settings.demo import Demo
 from sat_lora.training.settings.schedule import warmup_steps
 
@@ -130,8 +130,8 @@ def run_summary(
     sizes: the base's model_config.json. fingerprint: the base's.
     """
     lines = {
-        "base": _base(config, sizes, fingerprint, demo),
-        "device": _device(config, world),
+        "base": _base(config.model.base, sizes, fingerprint, demo),
+        "device": _device(config.precision, config.parallel, world),
         "data": _data(config.data, data, demo),
         "left out": _counts(left_out(data)),
         "valid": _valid(config, valid),
@@ -148,23 +148,23 @@ def run_summary(
     )
 
 
-def _base(config: TrainConfig, sizes: dict, fingerprint: str, demo: Demo | None) -> str:
+def _base(base: str, sizes: dict, fingerprint: str, demo: Demo | None) -> str:
     """Return the line on the base: its folder, family, layers and fingerprint."""
     family = sizes.get("model_class", "CogVLM")
     family = str(family).removesuffix("Model")
     ending = f": {fit(family, 20)}, {sizes.get('num_layers')} layers, fingerprint {fingerprint[:8]}"
-    name = "the embedded tiny base" if _is_embedded(config.model.base, demo) else config.model.base
+    name = "the embedded tiny base" if _is_embedded(base, demo) else base
     return fit(name, COLUMNS - LABEL - len(ending)) + ending
 
 
-def _device(config: TrainConfig, world: World) -> str:
+def _device(precision: Precision, parallel: Parallel, world: World) -> str:
     """Return the line on device, precision and ranks."""
     device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else world.device.type
-    precision = "bf16" if config.precision.bf16 else "fp16" if config.precision.fp16 else "fp32"
+    dtype = "bf16" if precision.bf16 else "fp16" if precision.fp16 else "fp32"
     layout = f"{world.size} rank{'s' if world.size > 1 else ''}"
     if world.size > 1:
-        layout += f" ({world.data_parallel_size} data-parallel x {config.parallel.model_parallel_size} model-parallel)"
-    return f"{device}, {precision}, {layout}, ZeRO {config.parallel.zero_stage}, {config.parallel.distributed_backend}"
+        layout += f" ({world.data_parallel_size} data-parallel x {parallel.model_parallel_size} model-parallel)"
+    return f"{device}, {dtype}, {layout}, ZeRO {parallel.zero_stage}, {parallel.distributed_backend}"
 
 
 def _data(settings: Data, data: Source, demo: Demo | None) -> str:

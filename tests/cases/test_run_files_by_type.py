@@ -306,7 +306,7 @@ def test_the_best_loss_holds_where_its_adapter_and_its_data_do(
     monkeypatch.setattr(finetune, "load_checkpoint", lambda *args, **more: loaded)
     run = RunFolder(tmp_path, is_writer=True)
     run.facts = {"valid_data": {"samples": 1}}
-    state = finetune._state(None, config_of(resume=str(tmp_path), train_iters=4), run, None)
+    state = finetune._state(None, config_of(resume=str(tmp_path)).start, 4, run, None)
     assert (state.best_loss, state.best_step) == expected
     assert "already at step 4 of 4; to go on, give a --train-iters above 4" in capsys.readouterr().out
 
