@@ -100,12 +100,15 @@ class Plugin(Mutants):
         return next((name for name in names if not self.tests[name]()), None)
 
 
-def result_of(plugin, mutant, *names):
-    worker = Worker(mutant, names, 0.0, plugin)
+def ended(worker):
     while (result := worker.ended()) is None:
         time.sleep(0.01)
     assert not os.path.exists(worker._folder)
     return result
+
+
+def result_of(plugin, mutant, *names):
+    return ended(Worker(mutant, names, 0.0, plugin))
 
 
 def mutant_of_steps_in():
@@ -140,18 +143,20 @@ def loop_in_a_child():
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
 
-def test_only_the_time_of_the_processor_makes_a_mutant_one_that_loops(monkeypatch):
+def test_only_the_time_of_the_processor_makes_a_mutant_one_that_loops_or_hangs(monkeypatch):
     """A second is the least that the system allows."""
     monkeypatch.setattr(mutants, "SPARE", 1)
+    monkeypatch.setattr(mutants, "IDLE", 1.5)
     plugin = Plugin(loops=loop, sleeps=lambda: time.sleep(30), **{"loops in a child": loop_in_a_child})
-    assert result_of(plugin, None, "loops") == (TIMED_OUT, None)
-    assert result_of(plugin, None, "loops in a child") == (CAUGHT, "loops in a child")
+    workers = {name: Worker(None, [name], 0.0, plugin) for name in plugin.tests}
+    assert {name: ended(worker) for name, worker in workers.items()} == {
+        "loops": (TIMED_OUT, None),
+        "loops in a child": (CAUGHT, "loops in a child"),
+        "sleeps": (TIMED_OUT, None),
+    }
     monkeypatch.setattr(mutants, "SPARE", 20)
     monkeypatch.setattr(mutants, "WAIT", 0.1)
     assert result_of(plugin, None, "sleeps") == result_of(plugin, None, "loops") == (GIVEN_UP, None)
-    monkeypatch.setattr(mutants, "WAIT", 20.0)
-    monkeypatch.setattr(mutants, "IDLE", 1.5)
-    assert result_of(plugin, None, "sleeps") == (TIMED_OUT, None)
 
 
 def test_a_mutation_that_cannot_be_made_is_not_taken_for_caught():
