@@ -40,7 +40,7 @@ test-matrix: $(READY)
 	"$(BIN)/python" -m pytest -m matrix --numprocesses $(WORKERS) --dist loadfile -v -rf; status=$$?; \
 	"$(BIN)/python" -m tests.distributed.matrix && exit $$status
 
-# Small changes of lora/ and files/, one at a time: do these tests notice? MUTANTS="--per-file 0 --file FILE": all of a file.
+# Small changes of lora/ and files/, at most 25 of a file: do these tests notice? MUTANTS="--per-file 0 --file FILE": all of one.
 MUTANT_TESTS := tests/lora tests/files tests/cases/test_patterns.py --ignore=tests/lora/deltas/test_delta_kernels.py
 MUTANTS ?=
 

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from tests.support import mutants
-from tests.support.mutants import CAUGHT, CORE, SURVIVED, TIMED_OUT, Baseline, Mutant, Mutants, Worker
+from tests.support.mutants import CAUGHT, CORE, GIVEN_UP, SURVIVED, TIMED_OUT, Baseline, Mutant, Mutants, Worker
 from tests.support.mutators import mutated, mutations
 from tests.support.paths import ROOT
 
@@ -100,12 +100,15 @@ class Plugin(Mutants):
         return next((name for name in names if not self.tests[name]()), None)
 
 
-def result_of(plugin, mutant, *names, limit=20.0):
-    worker = Worker(mutant, names, limit, plugin)
+def ended(worker):
     while (result := worker.ended()) is None:
         time.sleep(0.01)
     assert not os.path.exists(worker._folder)
     return result
+
+
+def result_of(plugin, mutant, *names):
+    return ended(Worker(mutant, names, 0.0, plugin))
 
 
 def mutant_of_steps_in():
@@ -119,15 +122,41 @@ def test_a_worker_has_the_mutation_and_nobody_else(tmp_path):
     from sat_lora.files import step_folders
 
     steps_in = step_folders.steps_in  # as others have imported it
-    plugin = Plugin(notices=lambda: steps_in(tmp_path) == [], sleeps=lambda: time.sleep(30), ends=lambda: os._exit(1))
+    plugin = Plugin(notices=lambda: steps_in(tmp_path) == [], ends=lambda: os._exit(1))
     plugin.tests["is blind"] = lambda: steps_in(tmp_path) is None
     mutant = mutant_of_steps_in()
     assert result_of(plugin, mutant, "is blind", "notices") == (CAUGHT, "notices")
     assert result_of(plugin, mutant, "is blind") == (SURVIVED, None)
     assert result_of(plugin, None, "notices") == (SURVIVED, None)
     assert result_of(plugin, mutant, "ends") == (CAUGHT, None)
-    assert result_of(plugin, mutant, "sleeps", limit=0.1) == (TIMED_OUT, None)
     assert steps_in(tmp_path) == []
+
+
+def loop():
+    while True:
+        pass
+
+
+def loop_in_a_child():
+    if (pid := os.fork()) == 0:
+        loop()
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+def test_only_the_time_of_the_processor_makes_a_mutant_one_that_loops_or_hangs(monkeypatch):
+    """A second is the least that the system allows."""
+    monkeypatch.setattr(mutants, "SPARE", 1)
+    monkeypatch.setattr(mutants, "IDLE", 1.5)
+    plugin = Plugin(loops=loop, sleeps=lambda: time.sleep(30), **{"loops in a child": loop_in_a_child})
+    workers = {name: Worker(None, [name], 0.0, plugin) for name in plugin.tests}
+    assert {name: ended(worker) for name, worker in workers.items()} == {
+        "loops": (TIMED_OUT, None),
+        "loops in a child": (CAUGHT, "loops in a child"),
+        "sleeps": (TIMED_OUT, None),
+    }
+    monkeypatch.setattr(mutants, "SPARE", 20)
+    monkeypatch.setattr(mutants, "WAIT", 0.1)
+    assert result_of(plugin, None, "sleeps") == result_of(plugin, None, "loops") == (GIVEN_UP, None)
 
 
 def test_a_mutation_that_cannot_be_made_is_not_taken_for_caught():
@@ -172,10 +201,10 @@ def test_of_a_file_as_many_are_drawn_as_are_wanted_and_always_the_same():
 
 def test_the_report_counts_what_was_caught_and_shows_what_was_not(capsys):
     mutation = mutant_of_steps_in().mutation
-    results = (CAUGHT, CAUGHT, TIMED_OUT, SURVIVED, mutants.NOT_RUN)
+    results = (CAUGHT, CAUGHT, TIMED_OUT, SURVIVED, mutants.NOT_RUN, GIVEN_UP)
     share = mutants.report([Mutant(MODULE, number, mutation, result) for number, result in enumerate(results)])
     text = capsys.readouterr().out
-    assert share == 60.0 and text.count(f"{MODULE}:{mutation.line} in steps_in, return") == 2
+    assert share == 50.0 and text.count(f"{MODULE}:{mutation.line} in steps_in, return") == 3
     assert [line.split() for line in text.splitlines() if line.startswith("all")] == [
-        ["all", "5", "2", "1", "2", "60.0"]
+        ["all", "6", "2", "1", "1", "2", "50.0"]
     ]

@@ -49,7 +49,7 @@ def run(options: argparse.Namespace) -> int:
 
     if config.origin("from_pretrained") is Origin.DEMO:
         _refuse_no_base(options)
-        print(f"no --from_pretrained: of the embedded tiny CogVLM, {config.model.base}", file=sys.stderr)
+        print(f"no --from_pretrained: of the demo's tiny CogVLM, {config.model.base}", file=sys.stderr)
     memory = estimate_run(config, ranks=options.gpus, device=options.device)
     available = None if options.device_memory is None else options.device_memory * 2**30
     fits = available is None or memory.total <= available
@@ -71,5 +71,5 @@ def _refuse_no_base(options: argparse.Namespace) -> None:
     if given:
         raise ConfigError(
             f"--from_pretrained: missing, and {given[0]} speaks of a run; give the base's folder or its "
-            "model_config.json (without any option the embedded tiny CogVLM is estimated)"
+            "model_config.json (without any option the demo's tiny CogVLM is estimated)"
         )

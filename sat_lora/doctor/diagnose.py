@@ -37,7 +37,8 @@ from sat_lora.training.preflight import option_problems
 from sat_lora.training.prepare import Run, Setting, build_run, on_first_rank, open_data, prepare
 from sat_lora.training.same_base import base_of_run
 from sat_lora.training.settings.config import TrainConfig
-from sat_lora.training.settings.deepspeed_file import file_problems, is_of_key, read_deepspeed_file
+from sat_lora.training.settings.deepspeed_file import read_deepspeed_file
+from sat_lora.training.settings.deepspeed_problems import file_problems, is_of_key
 from sat_lora.training.settings.demo import Demo
 from sat_lora.training.settings.schedule import learning_rate_factor, total_steps, warmup_steps
 from sat_lora.training.steps.loss import answer_loss_sum, count_answer_tokens, sum_over_data_parallel
@@ -65,7 +66,7 @@ def diagnose(
     if broken:
         return broken  # what follows would wait for every rank
     _begin(2, "options, files, packages, machine")
-    on_first_rank(partial(demo.make_missing, config) if demo is not None else None)
+    on_first_rank(partial(demo.make_missing, config.data) if demo is not None else None)
     findings = [*configuration_findings(config, os.environ, device.type), *_option_findings(config, device.type)]
     findings = joined(gather_lists([findings]))
     if any(finding.code == "options" for finding in findings):

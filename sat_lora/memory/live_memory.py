@@ -37,7 +37,8 @@ class LiveBytes(TorchDispatchMode):
         key = storage._cdata
         if key in self._live or key in self._known:
             return
-        self._live[key] = size = storage.nbytes()
+        size = storage.nbytes()
+        self._live[key] = size
         self.now += size
         self.peak = max(self.peak, self.now)
         weakref.finalize(storage, self._free, key).atexit = False

@@ -64,7 +64,8 @@ class CtrlC:
         if _current is None and threading.current_thread() is threading.main_thread():
             _current = self
             self._before = signal.signal(signal.SIGINT, self._heard)
-            self._pipe = pipe = os.pipe()
+            pipe = os.pipe()
+            self._pipe = pipe
             os.set_blocking(pipe[1], False)
             # The system's handler writes there even while the main thread is in a call that never comes back.
             signal.set_wakeup_fd(pipe[1], warn_on_full_buffer=False)

@@ -5,7 +5,7 @@ that holds results. The module needs nothing but Python's own library; `prefligh
 import os
 import socket
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 from sat_lora.errors import ConfigError, DataError
 from sat_lora.files.paths import is_shard, missing_base, missing_path
@@ -78,9 +78,12 @@ def data_problems(config: TrainConfig, demo: Demo | None = None) -> Iterator[str
                 continue
             problem = missing_path(path, "mend the path or copy it" if is_shard(path) else WANTED)
             if problem:
-                yield f"--{name.replace('_', '-')}: {problem}{data_hint(config, name, demo)}"
+                yield f"--{name.replace('_', '-')}: {problem}{data_hint(config.given, name, demo)}"
 
 
-def data_hint(config: TrainConfig, name: str, demo: Demo | None) -> str:
-    """Return how the demo's data are made, as the end of a sentence; an empty text where other data were named."""
-    return f"; {demo.data_hint}" if demo is not None and name not in config.given else ""
+def data_hint(given: Collection[str], name: str, demo: Demo | None) -> str:
+    """Return how the demo's data are made, as the end of a sentence; an empty text where other data were named.
+
+    given: names of the settings that were.
+    """
+    return f"; {demo.data_hint}" if demo is not None and name not in given else ""

@@ -4,13 +4,11 @@ import errno
 import itertools
 import os
 import tempfile
-from functools import partial
 from pathlib import Path
 
 from sat_lora.adapters.save_load import load_adapter
-from sat_lora.cogvlm.checkpoints.load import load_cogvlm
 from sat_lora.cogvlm.decoding.generate import generate
-from sat_lora.cogvlm.inputs.text import Sample, load_tokenizer
+from sat_lora.cogvlm.inputs.text import Sample
 from sat_lora.cogvlm.inputs.tokens import first_tokens
 from sat_lora.cogvlm.network.model import CogVLMModel
 from sat_lora.cogvlm.sizes import image_length_problem
@@ -30,14 +28,14 @@ from sat_lora.files.foreign import read_json
 from sat_lora.files.paths import is_shard
 from sat_lora.files.step_folders import follow
 from sat_lora.lora.mixin import lora_mixins
-from sat_lora.parallel.distributed import World, gather_lists
+from sat_lora.parallel.distributed import World, gather_lists, run_on_all_ranks
 from sat_lora.printable import printable
 from sat_lora.terminal.notice import warn
 from sat_lora.terminal.progress import shown
+from sat_lora.training.prepare import dataset_maker, load_base
 from sat_lora.training.runs.results import EVALUATION, RUN
 from sat_lora.training.runs.run_folder import write_json
 from sat_lora.training.settings.config import TrainConfig
-from sat_lora.training.settings.deepspeed_config import base_dtype
 from sat_lora.training.settings.run_settings import settings_of_run
 from sat_lora.training.source_settings import source_settings
 from sat_lora.training.steps.loss import sum_over_data_parallel
@@ -66,48 +64,17 @@ def evaluate_adapter(
     Returns {"images": n, "base": {"exact_match": x, "exact_match_ignoring_case": y}, "adapter": {...}} with shares in
     [0, 1]; unreadable items are left out of n, their paths are listed under "broken" and they are counted as
     "broken_samples". Base and adapter come from what lies on disk. Raises DataError where no item can be read,
-    CheckpointError or AdapterError where base or adapter cannot be used.
+    CheckpointError or AdapterError where base or adapter cannot be used: on every rank what any of them has met.
     """
     observers.on_phase("load")
-    paths = list(config.data.test_data or ())
-    if any(map(is_shard, paths)):
-        raise DataError(f"--test-data: {next(problems_with_shards(paths, '--test-data'))}")
-    data_counts = DataCounts()
-    reading = {**reading_options(source_settings(config)), "run_folder": run_folder}
-    try:
-        items = read_items(paths, **reading, counts=data_counts)
-    except DataError as error:
-        raise DataError(f"--test-data: {error}") from error
-    if not items:
-        raise DataError(f"--test-data: {', '.join(paths)}: no images there; give folders of images LABEL.png")
-    for note in unreadable_notes(data_counts.unused, "--test-data"):
-        warn(note)
-    tokenizer = load_tokenizer(config.model.tokenizer)
-    model, sizes = trained or load_cogvlm(
-        config.model.base,
-        dtype=base_dtype(config.precision),
-        device=world.device,
-        model_parallel_size=config.parallel.model_parallel_size,
-        trust=config.start.trust_checkpoint,
-        progress=partial(shown, what="loading the base", unit="modules") if world.is_main else iter,
-    )
+    items = run_on_all_ranks(_test_items, config, run_folder)
+    model, sizes = trained or load_base(config, world)
     problem = image_length_problem(sizes)
     if problem:
         raise CheckpointError(f"--from_pretrained: {config.model.base}: {problem}; copy its config again")
     if adapter is not None:
-        load_adapter(model, adapter, any_base=any_base)
-    dataset = ImageTextDataset(
-        items,
-        tokenizer,
-        version=config.model.version,
-        prompt=config.data.prompt,
-        image_size=tuple(sizes["eva_args"]["image_size"]),
-        image_length=sizes["image_length"],
-        max_length=config.model.max_length,
-        with_answer=False,
-        special_tokens=config.data.special_tokens_in_text,
-        max_pixels=config.data.max_pixels,
-    )
+        run_on_all_ranks(load_adapter, model, adapter, any_base=any_base)
+    dataset = dataset_maker(config.model, config.data, sizes, with_answer=False)(items)
     share = range(world.data_parallel_rank, len(dataset), world.data_parallel_size)
     right = {side: [0, 0] for side in ("base", "adapter")[: 1 if adapter is None else 2]}
     images = 0
@@ -136,15 +103,16 @@ def evaluate_adapter(
         for side, counts in right.items():
             for mixin in lora_mixins(model).values():
                 mixin.enabled = side == "adapter"
-            tokens = generate(model, batch, max_new_tokens=longest, eos_token_id=tokenizer.eos_token_id)
+            tokens = generate(model, batch, max_new_tokens=longest, eos_token_id=dataset.tokenizer.eos_token_id)
             for ids, (_, answer) in zip(tokens, usable):
-                said = tokenizer.decode(ids, skip_special_tokens=True).strip()
+                said = dataset.tokenizer.decode(ids, skip_special_tokens=True).strip()
                 counts[0] += said == answer
                 counts[1] += said.lower() == answer.lower()
     counts = [count for side in right.values() for count in side]
     answered, *sums = sum_over_data_parallel(images, *counts, device=world.device)
     broken = sorted(set(gather_lists(broken)))
     if not answered:
+        paths = list(config.data.test_data or ())
         raise DataError(f"--test-data: none of {paths} can be read; the first: {broken[0][1]}")
     shares = iter(value / answered for value in sums)
     names = ("exact_match", "exact_match_ignoring_case")
@@ -152,6 +120,24 @@ def evaluate_adapter(
     if not broken:
         return result
     return {**result, "broken": sorted({path for path, _, _ in broken}), "broken_samples": len(broken)}
+
+
+def _test_items(config: TrainConfig, run_folder: str | None) -> list[Item]:
+    """Return the items of --test-data. Raises DataError where there are none, or they cannot be read."""
+    paths = list(config.data.test_data or ())
+    if any(map(is_shard, paths)):
+        raise DataError(f"--test-data: {next(problems_with_shards(paths, '--test-data'))}")
+    data_counts = DataCounts()
+    reading = {**reading_options(source_settings(config)), "run_folder": run_folder}
+    try:
+        items = read_items(paths, **reading, counts=data_counts)
+    except DataError as error:
+        raise DataError(f"--test-data: {error}") from error
+    if not items:
+        raise DataError(f"--test-data: {', '.join(paths)}: no images there; give folders of images LABEL.png")
+    for note in unreadable_notes(data_counts.unused, "--test-data"):
+        warn(note)
+    return items
 
 
 def _cut_answers(dataset: ImageTextDataset, lengths: list[int | BrokenSample]) -> int:

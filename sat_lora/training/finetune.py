@@ -26,7 +26,7 @@ from sat_lora.training.runs.run_lock import RunLock
 from sat_lora.training.runs.space import check_space, size_of
 from sat_lora.training.runs.traced import traced
 from sat_lora.training.same_base import base_of_run
-from sat_lora.training.settings.config import TrainConfig
+from sat_lora.training.settings.config import Checks, Start, TrainConfig
 from sat_lora.training.settings.deepspeed_config import decisions
 from sat_lora.training.settings.demo import Demo
 from sat_lora.training.settings.schedule import schedule_problems, total_steps
@@ -61,7 +61,7 @@ def _finetune(config: TrainConfig, demo: Demo | None, lock: RunLock) -> Setting:
         setting, run, data = _check(config, demo, lock)
     world = setting.world
     # What is wrong with a start is known by now: only one that is right replaces what the watchdog has of another.
-    trace = _trace(config, run, world)
+    trace = _trace(config.checks, run, world)
     with watched_trace(trace, limit):
         _train_and_evaluate(setting, run, trace, data)
     return setting
@@ -108,7 +108,7 @@ def _with_data(setting: Setting, run: RunFolder, demo: Demo | None) -> tuple[Set
     run.facts = facts_of_run(config, data.training.description(), validation.description() if validation else None)
     run.facts["files"] = data.training.files()
     if stored is not None:
-        run_on_all_ranks(check_data, config, stored, run.facts["data"])
+        run_on_all_ranks(check_data, config.start, stored, run.facts["data"])
         for note in notes(config, stored, run.facts["valid_data"], run.facts["files"]):
             run.say(note)
     base = base_of_run(config, None if stored is None else base_of_state(stored))
@@ -141,7 +141,7 @@ def _train_and_evaluate(setting: Setting, run: RunFolder, trace: Trace | None, d
         built.state = RunState(step=first - 1)
         validation = None
     else:
-        built.state = run_on_all_ranks(_state, built.engine, config, run, world)
+        built.state = run_on_all_ranks(_state, built.engine, config.start, config.schedule.steps, run, world)
     run_on_all_ranks(
         _begin,
         config,
@@ -232,12 +232,13 @@ def _say_what_trains(
         warn(problem)
 
 
-def _state(engine, config: TrainConfig, run: RunFolder, world: World) -> RunState:
+def _state(engine, start: Start, steps: int, run: RunFolder, world: World) -> RunState:
     """Return how far the run is at its start: at step 0, or at the checkpoint, whose values the engine then has.
 
-    Every rank has to call it. Raises CheckpointError where the checkpoint cannot be used.
+    steps: those of the whole run. Every rank has to call it. Raises CheckpointError where the checkpoint cannot be
+    used.
     """
-    if not config.start.resume:
+    if not start.resume:
         return RunState()
     state = load_checkpoint(engine, run.checkpoints, world)
     if state.best_step is None and state.best_loss is not None:  # of a version that kept it in the pointer alone
@@ -248,7 +249,6 @@ def _state(engine, config: TrainConfig, run: RunFolder, world: World) -> RunStat
         # There is nothing to be compared with.
         state.best_loss = None
         state.best_step = None
-    steps = config.schedule.steps
     if state.step >= steps:
         run.say(
             f"the run is already at step {state.step} of {steps}; to go on, give a --train-iters above {state.step}, "
@@ -272,12 +272,12 @@ def _begin(config: TrainConfig, run: RunFolder, state: RunState, **settings) -> 
         raise ConfigError(f"--save: {run.path}: cannot be written: {error}; {advice}") from error
 
 
-def _trace(config: TrainConfig, run: RunFolder, world: World) -> Trace | None:
+def _trace(checks: Checks, run: RunFolder, world: World) -> Trace | None:
     """Return this rank's trace, None without a watchdog; files of an earlier start are removed. Every rank has to call
     it.
     """
     on_first_rank(lambda: clear(run.path))
-    if config.checks.watchdog_limit == 0:
+    if checks.watchdog_limit == 0:
         return None
     try:
         return Trace(run.path, torch.nn.Module(), rank=world.rank, world_size=world.size)

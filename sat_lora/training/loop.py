@@ -21,7 +21,7 @@ from sat_lora.training.runs.step_progress import peak_memory_mib
 from sat_lora.training.saving import BackgroundWriter, finish_saving, start_saving
 from sat_lora.training.settings.config import TrainConfig
 from sat_lora.training.steps.broken_samples import BrokenSamples
-from sat_lora.training.steps.checkpoint import RunState
+from sat_lora.training.steps.checkpoint import RunState, samples_per_step
 from sat_lora.training.steps.loss import count_answer_tokens, sum_on_device
 from sat_lora.training.steps.nonfinite import discard_step
 from sat_lora.training.steps.observers import NOBODY, Figures, Observers, StepReport, ValidationReport
@@ -32,7 +32,7 @@ def train(
     engine,
     loader: Iterable[dict],
     valid: Iterable[dict] | None,
-    options: TrainConfig,
+    config: TrainConfig,
     run: RunFolder,
     world: World,
     state: RunState,
@@ -41,7 +41,7 @@ def train(
     metrics: Mapping[str, Metric] | None = None,
     observers: Observers = NOBODY,
 ) -> None:
-    """Train from step `state.step` to `options.schedule.steps`; evaluate, save and report on the way and at the end.
+    """Train from step `state.step` to `config.schedule.steps`; evaluate, save and report on the way and at the end.
     Every rank has to call it; `state` is changed as steps are done.
 
     Saves are written beside the steps that follow, one at a time; all are on the disk when it returns or is stopped.
@@ -55,18 +55,18 @@ def train(
     not be written, at the next step or save, or at the end; TrainingError where more than --skip-nonfinite steps were
     not finite, of which none moved anything.
     """
-    observers.on_start(options.schedule.steps, state.step)
+    observers.on_start(config.schedule.steps, state.step)
     engine.train()
     with StopSignals() as signals, BackgroundWriter() as writer:
         loop = _Loop(
             engine=engine,
             batches=iter(loader),
             valid=valid,
-            options=options,
+            config=config,
             run=run,
             world=world,
             state=state,
-            known=BrokenSamples(dataset_size, options.data.max_broken_share),
+            known=BrokenSamples(dataset_size, config.data.max_broken_share),
             metrics=metrics or {},
             observers=observers,
             signals=signals,
@@ -75,7 +75,7 @@ def train(
             saved=state.step or None,
         )
         loop.validate_if_owed()
-        for step in range(state.step, options.schedule.steps):
+        for step in range(state.step, config.schedule.steps):
             loop.step(step)
         observers.on_phase("write")
         finish_saving(writer)
@@ -115,7 +115,7 @@ class _Loop:
     engine: Any
     batches: Iterator[dict]
     valid: Iterable[dict] | None
-    options: TrainConfig
+    config: TrainConfig
     run: RunFolder
     world: World
     state: RunState
@@ -135,8 +135,7 @@ class _Loop:
     @property
     def step_samples(self) -> int:
         """The samples of a step, over all ranks."""
-        schedule = self.options.schedule
-        return schedule.batch_size * schedule.gradient_accumulation_steps * self.world.data_parallel_size
+        return samples_per_step(self.config.schedule, self.world.data_parallel_size)
 
     def validate_if_owed(self) -> None:
         """Validate where the run was stopped without time for it, and save where the loss is the lowest."""
@@ -172,7 +171,7 @@ class _Loop:
 
     @property
     def _is_last(self) -> bool:
-        return self.state.step == self.options.schedule.steps
+        return self.state.step == self.config.schedule.steps
 
     def _is_due(self, interval: int) -> bool:
         """Return whether the steps done are a multiple of the interval; an interval of 0 is never due."""
@@ -180,14 +179,14 @@ class _Loop:
 
     def _set_rate(self, number: int) -> float:
         """Give the optimizer the learning rate of step `number`, and return it."""
-        schedule = self.options.schedule
-        rate = self.options.optimizer.lr * schedule.factor(number, schedule.steps)
+        schedule = self.config.schedule
+        rate = self.config.optimizer.lr * schedule.factor(number, schedule.steps)
         set_learning_rate(self.engine.optimizer.param_groups, rate)
         return rate
 
     def _next_micro_batches(self) -> list[dict]:
         """Return this rank's micro-batches of the next step."""
-        return list(itertools.islice(self.batches, self.options.schedule.gradient_accumulation_steps))
+        return list(itertools.islice(self.batches, self.config.schedule.gradient_accumulation_steps))
 
     def _train_step(self, micro_batches: list[dict], **more) -> StepResult:
         """Return the result of a step on these micro-batches. more: further arguments of `train_step`."""
@@ -196,7 +195,7 @@ class _Loop:
             micro_batches,
             self.world,
             _answer_tokens(micro_batches, self.world),
-            checks_gradients=not self.options.precision.fp16,  # there DeepSpeed's loss scaling does
+            checks_gradients=not self.config.precision.fp16,  # there DeepSpeed's loss scaling does
             observers=self.observers,
             **more,
         )
@@ -214,7 +213,7 @@ class _Loop:
     def _skip(self, nonfinite: str) -> None:
         """Count a step that moved nothing. Raises TrainingError where there were too many."""
         self.state.skipped += 1
-        if self.state.skipped <= self.options.optimizer.skip_nonfinite:
+        if self.state.skipped <= self.config.optimizer.skip_nonfinite:
             return
         finish_saving(self.writer)
         with discard_step(self.engine):
@@ -225,7 +224,7 @@ class _Loop:
     def _report(self, result: StepResult, rate: float) -> StepReport:
         """Return the report of a step, with figures where it is logged."""
         figures = None
-        if self._is_last or self._is_due(self.options.saving.log_interval):
+        if self._is_last or self._is_due(self.config.saving.log_interval):
             norm = self.engine.get_global_grad_norm()
             figures = Figures(
                 grad_norm=None if norm is None or result.loss is None else float(norm),
@@ -237,7 +236,7 @@ class _Loop:
     def _validate_and_save(self, stop: signal.Signals | None) -> None:
         """Validate and save where that is due after a step. Raises Stopped where some rank has received a signal."""
         state = self.state
-        saving = self.options.saving
+        saving = self.config.saving
         validates = self.valid is not None and (self._is_last or self._is_due(saving.eval_interval))
         state.owes_validation = validates and stop is not None  # who takes the machine may not wait for it
         is_best = False
@@ -253,7 +252,16 @@ class _Loop:
 
     def _start_saving(self) -> None:
         """Begin a save, see `start_saving`."""
-        start_saving(self.engine, self.options, self.run, self.world, self.state, self.writer, self.observers)
+        start_saving(
+            self.engine,
+            self.run,
+            self.world,
+            self.state,
+            self.writer,
+            self.observers,
+            step_samples=self.step_samples,
+            keep=self.config.saving.keep,
+        )
 
     def _validate(self, valid: Iterable[dict]) -> bool:
         """Measure the validation loss, and return whether it is the lowest so far. One that is not finite never is."""

@@ -21,9 +21,10 @@ from sat_lora.files.paths import is_shard, missing_path
 from sat_lora.printable import printable
 from sat_lora.training.early import WANTED, data_hint, raise_problems
 from sat_lora.training.resume import settled_problems, state_to_resume
-from sat_lora.training.settings.config import DEFAULTS, TrainConfig
+from sat_lora.training.settings.config import DEFAULTS, Data, Model, Parallel, Schedule, Start, TrainConfig
 from sat_lora.training.settings.deepspeed_config import settle
-from sat_lora.training.settings.deepspeed_file import file_problems, read_deepspeed_file
+from sat_lora.training.settings.deepspeed_file import read_deepspeed_file
+from sat_lora.training.settings.deepspeed_problems import file_problems
 from sat_lora.training.settings.demo import Demo
 from sat_lora.training.settings.run_settings import settings_of_run
 from sat_lora.training.source_settings import source_settings
@@ -75,7 +76,7 @@ def _base_and_prompt_problems(config: TrainConfig, environ: Mapping[str, str]) -
         yield f"--from_pretrained: {error}"
     except OSError as error:
         yield f"--from_pretrained: {os_problem(error)}"
-    yield from _model_parallel_problems(config, sizes or {}, environ)
+    yield from _model_parallel_problems(config.parallel, config.start, sizes or {}, environ)
     if sizes is not None and not missing_sizes(sizes) and not config.start.doctor:  # which has a finding of its own
         problem = image_length_problem(sizes)
         if problem:
@@ -103,14 +104,14 @@ def _base_and_prompt_problems(config: TrainConfig, environ: Mapping[str, str]) -
     if missing:
         lacking = " and no ".join(missing)
         yield f"--local_tokenizer: {config.model.tokenizer} has no {lacking}; give the base's own"
-    yield from _vocabulary_problems(config, sizes, tokenizer)
+    yield from _vocabulary_problems(config.model, config.data, sizes, tokenizer)
     image_length = sizes.get("image_length")
     if not isinstance(image_length, int):
         file = f"{config.model.base}/model_config.json"
         yield f"--from_pretrained: {file} has no image_length; it is no CogVLM"
     elif config.model.version in PROMPTS:
         try:
-            needed = _shortest(tokenizer, image_length, config)
+            needed = _shortest(config.model, config.data, tokenizer, image_length)
         except DataError as error:
             yield f"--prompt: {error}"
             return
@@ -121,38 +122,40 @@ def _base_and_prompt_problems(config: TrainConfig, environ: Mapping[str, str]) -
             )
 
 
-def _shortest(tokenizer, image_length: int, config: TrainConfig) -> int:
+def _shortest(model: Model, data: Data, tokenizer, image_length: int) -> int:
     """Return how many tokens the shortest sample has with an image and --prompt. Raises DataError where the prompt
     cannot be encoded.
     """
-    special = config.data.special_tokens_in_text
-    prompt: str | tuple[str, str] = ("", prompt_text(config.model.version, config.data.prompt))
+    special = data.special_tokens_in_text
+    prompt: str | tuple[str, str] = ("", prompt_text(model.version, data.prompt))
     if special:
-        prompt = prompt_for(config.model.version, config.data.prompt)
+        prompt = prompt_for(model.version, data.prompt)
     return shortest_length(tokenizer, prompt, image_length, special)
 
 
-def _vocabulary_problems(config: TrainConfig, sizes: dict, tokenizer) -> Iterator[str]:
+def _vocabulary_problems(model: Model, data: Data, sizes: dict, tokenizer) -> Iterator[str]:
     """Yield the problem that a token of every sample is none of the base's; `check_vocabulary` looks at the samples."""
     size = sizes.get("vocab_size")
-    if not isinstance(size, int) or config.model.version not in PROMPTS:
+    if not isinstance(size, int) or model.version not in PROMPTS:
         return
-    text = prompt_for(config.model.version, config.data.prompt).replace(IMAGE_PLACE, "")
+    text = prompt_for(model.version, data.prompt).replace(IMAGE_PLACE, "")
     ids = [*tokenizer.encode(text, add_special_tokens=False), tokenizer.bos_token_id, tokenizer.eos_token_id]
     outside = [number for number in ids if number is not None and not 0 <= number < size]
     if outside:
         yield (
-            f"--local_tokenizer: {config.model.tokenizer} makes token {max(outside)}, the base has a vocabulary "
+            f"--local_tokenizer: {model.tokenizer} makes token {max(outside)}, the base has a vocabulary "
             f"of {size}, from 0 to {size - 1}; give the base's own tokenizer"
         )
 
 
-def _model_parallel_problems(config: TrainConfig, sizes: dict, environ: Mapping[str, str]) -> Iterator[str]:
+def _model_parallel_problems(
+    parallel: Parallel, start: Start, sizes: dict, environ: Mapping[str, str]
+) -> Iterator[str]:
     """Yield what is wrong with the number of model-parallel ranks, for this base and this number of ranks."""
-    mp_size = config.parallel.model_parallel_size
+    mp_size = parallel.model_parallel_size
     ranks = int(environ.get("WORLD_SIZE", 1))
     problems = parallel_problems(sizes, mp_size, ranks)
-    if config.start.doctor and ranks == 1 < mp_size:
+    if start.doctor and ranks == 1 < mp_size:
         problems[0] += f"; for the doctor alone: sat-lora doctor --ranks {mp_size}"
     yield from (f"--model-parallel-size: {problem}" for problem in problems)
 
@@ -203,7 +206,7 @@ def _resume_problems(config: TrainConfig, environ: Mapping[str, str]) -> Iterato
     if config.data.train_data and is_shard(config.data.train_data[0]):
         yield from _stream_problems(config, stored, state["layout"][0], ranks)
     else:
-        yield from _global_batch_problems(config, state["samples_per_step"], ranks)
+        yield from _global_batch_problems(config.schedule, state["samples_per_step"], ranks)
 
 
 def _stream_problems(config: TrainConfig, stored: dict, ranks_before: int, ranks: int) -> Iterator[str]:
@@ -222,11 +225,10 @@ def _stream_problems(config: TrainConfig, stored: dict, ranks_before: int, ranks
         )
 
 
-def _global_batch_problems(config: TrainConfig, samples: int, ranks: int) -> Iterator[str]:
+def _global_batch_problems(schedule: Schedule, samples: int, ranks: int) -> Iterator[str]:
     """Yield the problem that a step would take another number of samples: the place in the data is a number
     of steps.
     """
-    schedule = config.schedule
     now = samples_per_step(schedule, ranks)
     if now == samples:
         return
@@ -234,7 +236,7 @@ def _global_batch_problems(config: TrainConfig, samples: int, ranks: int) -> Ite
         fitting = f"start a number of data-parallel ranks that divides {samples}"
     else:
         share = samples // ranks
-        batch = max(size for size in range(1, config.schedule.batch_size + 1) if share % size == 0)
+        batch = max(size for size in range(1, schedule.batch_size + 1) if share % size == 0)
         fitting = f"give --batch-size {batch} --gradient-accumulation-steps {share // batch}"
     yield (
         f"--resume: the run took {samples} samples a step, now it would be {now}: --batch-size {schedule.batch_size} x "
@@ -265,7 +267,7 @@ def _data_problems(config: TrainConfig, demo: Demo | None) -> Iterator[str]:
             except OSError as error:  # a folder that this user may not list, or not even look for
                 problem = os_problem(error)
             if problem:
-                yield f"{option}: {problem}{data_hint(config, name, demo)}"
+                yield f"{option}: {problem}{data_hint(config.given, name, demo)}"
 
 
 def _problem_with_path(path: Path, config: TrainConfig) -> str | None:

@@ -20,7 +20,7 @@ from sat_lora.terminal.notice import warn
 from sat_lora.terminal.progress import shown
 from sat_lora.training.marks import marks_of_config, marks_of_engine, marks_of_options, marks_of_tokenizer
 from sat_lora.training.preflight import check_options
-from sat_lora.training.settings.config import TrainConfig
+from sat_lora.training.settings.config import Data, Model, TrainConfig
 from sat_lora.training.settings.deepspeed_config import base_dtype, settle
 from sat_lora.training.settings.demo import Demo
 from sat_lora.training.settings.lora_options import lora_problems
@@ -50,7 +50,7 @@ def prepare(config: TrainConfig, demo: Demo | None = None, *, problems: Iterable
     them.
     """
     device = init_distributed(config.parallel.distributed_backend, marks_of_options(config))
-    on_first_rank(partial(demo.make_missing, config) if demo is not None else None)
+    on_first_rank(partial(demo.make_missing, config.data) if demo is not None else None)
     run_on_all_ranks(check_options, config, more=problems, demo=demo)
     settled = settle(config, device=device.type)
     for warning in settled.warnings:
@@ -104,21 +104,26 @@ def model_seed(seed: int) -> int:
     return max(1, seed)
 
 
-def dataset_maker(config: TrainConfig, sizes: dict) -> Callable[[list], ImageTextDataset]:
-    """Return a function that makes the dataset of a list of items. sizes: the base's model_config.json."""
-    tokenizer = load_tokenizer(config.model.tokenizer)
+def dataset_maker(
+    model: Model, data: Data, sizes: dict, *, with_answer: bool = True
+) -> Callable[[list], ImageTextDataset]:
+    """Return a function that makes the dataset of a list of items. sizes: the base's model_config.json. with_answer:
+    False gives the questions alone, to be answered.
+    """
+    tokenizer = load_tokenizer(model.tokenizer)
 
     def dataset(items: list) -> ImageTextDataset:
         return ImageTextDataset(
             items,
             tokenizer,
-            version=config.model.version,
-            prompt=config.data.prompt,
+            version=model.version,
+            prompt=data.prompt,
             image_size=tuple(sizes["eva_args"]["image_size"]),
             image_length=sizes["image_length"],
-            max_length=config.model.max_length,
-            special_tokens=config.data.special_tokens_in_text,
-            max_pixels=config.data.max_pixels,
+            max_length=model.max_length,
+            with_answer=with_answer,
+            special_tokens=data.special_tokens_in_text,
+            max_pixels=data.max_pixels,
         )
 
     return dataset
@@ -165,7 +170,7 @@ def open_data(setting: Setting) -> Sources:
     Raises DataError on every rank where shards cannot be read, ConfigError where a rank has other data than rank 0.
     """
     sizes = read_config(setting.config.model.base)
-    make_dataset = dataset_maker(setting.config, sizes)
+    make_dataset = dataset_maker(setting.config.model, setting.config.data, sizes)
     training, validation = open_sources(source_settings(setting.config), setting.world, make_dataset)
     sources = Sources(training=training, validation=validation, sizes=sizes)
     agree(sources.marks)

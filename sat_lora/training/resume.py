@@ -18,7 +18,7 @@ from sat_lora.errors import CheckpointError, DataError
 from sat_lora.lora.base_identity import BaseIdentity
 from sat_lora.printable import printable
 from sat_lora.training.runs.run_folder import versions
-from sat_lora.training.settings.config import DEFAULTS, NOT_RESUMED, TrainConfig
+from sat_lora.training.settings.config import DEFAULTS, NOT_RESUMED, Start, TrainConfig
 from sat_lora.training.settings.lora_options import LORA_FIELDS
 from sat_lora.training.settings.run_settings import settings_of_run
 from sat_lora.training.steps.checkpoint import newest_checkpoint, read_state
@@ -83,10 +83,10 @@ def settled_problems(config: TrainConfig, state: dict) -> Iterator[str]:
         yield f"--{name}: got {got}, but {where} {printable(_text(before))}; {way}, or start a new run"
 
 
-def check_data(config: TrainConfig, state: dict, data: dict) -> None:
+def check_data(start: Start, state: dict, data: dict) -> None:
     """Raise DataError where the training data is not what it was, and --any-data was not given."""
     before = state["run"].get("data")
-    if not isinstance(before, dict) or config.start.any_data or before.get("digest") == data["digest"]:
+    if not isinstance(before, dict) or start.any_data or before.get("digest") == data["digest"]:
         return
     count = f"{before.get('samples')} samples then, {data['samples']} now"
     if before.get("samples") == data["samples"]:

@@ -17,7 +17,7 @@ from sat_lora.data.folders import unreadable_folders, unreadable_notes
 from sat_lora.errors import ConfigError, SatLoraError
 from sat_lora.parallel.distributed import World
 from sat_lora.printable import printable
-from sat_lora.training.settings.config import TrainConfig
+from sat_lora.training.settings.config import Data, Optimizer, Parallel, Precision, Schedule, TrainConfig
 from sat_lora.training.settings.demo import Demo
 from sat_lora.training.settings.schedule import warmup_steps
 
@@ -130,16 +130,16 @@ def run_summary(
     sizes: the base's model_config.json. fingerprint: the base's.
     """
     lines = {
-        "base": _base(config, sizes, fingerprint, demo),
-        "device": _device(config, world),
-        "data": _data(config, data, demo),
+        "base": _base(config.model.base, sizes, fingerprint, demo),
+        "device": _device(config.precision, config.parallel, world),
+        "data": _data(config.data, data, demo),
         "left out": _counts(left_out(data)),
         "valid": _valid(config, valid),
         "prompt": _prompt(config, texts, demo),
-        "steps": _steps(config, world, data, steps),
-        "run": _run(config, steps, start_step),
+        "steps": _steps(config.schedule, config.optimizer, world, data, steps),
+        "run": _run(config.run_folder, steps, start_step),
         "sample": _sample(texts, data.dataset.tokenizer),
-        "length": _length(config, texts, data.samples),
+        "length": _length(config.model.max_length, texts, data.samples),
     }
     return "\n".join(
         f"{label:<{LABEL}}{text if label == 'run' else fit(text, COLUMNS - LABEL)}"
@@ -148,31 +148,31 @@ def run_summary(
     )
 
 
-def _base(config: TrainConfig, sizes: dict, fingerprint: str, demo: Demo | None) -> str:
+def _base(base: str, sizes: dict, fingerprint: str, demo: Demo | None) -> str:
     """Return the line on the base: its folder, family, layers and fingerprint."""
     family = sizes.get("model_class", "CogVLM")
     family = str(family).removesuffix("Model")
     ending = f": {fit(family, 20)}, {sizes.get('num_layers')} layers, fingerprint {fingerprint[:8]}"
-    name = "the embedded tiny base" if _is_embedded(config, demo) else config.model.base
+    name = "the embedded tiny base" if _is_embedded(base, demo) else base
     return fit(name, COLUMNS - LABEL - len(ending)) + ending
 
 
-def _device(config: TrainConfig, world: World) -> str:
+def _device(precision: Precision, parallel: Parallel, world: World) -> str:
     """Return the line on device, precision and ranks."""
     device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else world.device.type
-    precision = "bf16" if config.precision.bf16 else "fp16" if config.precision.fp16 else "fp32"
+    dtype = "bf16" if precision.bf16 else "fp16" if precision.fp16 else "fp32"
     layout = f"{world.size} rank{'s' if world.size > 1 else ''}"
     if world.size > 1:
-        layout += f" ({world.data_parallel_size} data-parallel x {config.parallel.model_parallel_size} model-parallel)"
-    return f"{device}, {precision}, {layout}, ZeRO {config.parallel.zero_stage}, {config.parallel.distributed_backend}"
+        layout += f" ({world.data_parallel_size} data-parallel x {parallel.model_parallel_size} model-parallel)"
+    return f"{device}, {dtype}, {layout}, ZeRO {parallel.zero_stage}, {parallel.distributed_backend}"
 
 
-def _data(config: TrainConfig, data: Source, demo: Demo | None) -> str:
+def _data(settings: Data, data: Source, demo: Demo | None) -> str:
     """Return the line on the training data: how many samples, and where their answers come from."""
-    paths = [Path(path) for path in config.data.train_data or ()]
+    paths = [Path(path) for path in settings.train_data or ()]
     if data.packing is not None:
         how = f"of {data.packing}"
-    elif demo is not None and demo.has(config.data.train_data or ()):
+    elif demo is not None and demo.has(settings.train_data or ()):
         how = "of the embedded demo: file names are the answers"
     else:
         suffixes = sorted({path.suffix for path in paths if path.is_file()})
@@ -221,7 +221,7 @@ def _prompt(config: TrainConfig, texts: Texts, demo: Demo | None) -> str:
     elif named == config.model.version:
         source = "from its config"
     else:
-        source = "the demo's" if _is_embedded(config, demo) else "the default"
+        source = "the demo's" if _is_embedded(config.model.base, demo) else "the default"
     version = f"version {config.model.version} ({source})"
     if texts.items and texts.own_prompts == texts.items:
         return f"each sample's own; {version}"
@@ -234,28 +234,27 @@ def _prompt(config: TrainConfig, texts: Texts, demo: Demo | None) -> str:
     return f'{share}"{fit(config.data.prompt, max(12, room))}" ({kind}); {version}'
 
 
-def _is_embedded(config: TrainConfig, demo: Demo | None) -> bool:
+def _is_embedded(base: str, demo: Demo | None) -> bool:
     """Return whether the base is the demo's."""
-    return demo is not None and demo.is_base(config.model.base)
+    return demo is not None and demo.is_base(base)
 
 
-def _steps(config: TrainConfig, world: World, data: Source, steps: int) -> str:
+def _steps(schedule: Schedule, optimizer: Optimizer, world: World, data: Source, steps: int) -> str:
     """Return the line on steps, epochs and the batch: samples x accumulation x data-parallel ranks."""
-    batch = config.schedule.batch_size * config.schedule.gradient_accumulation_steps * world.data_parallel_size
-    factors = [str(config.schedule.batch_size)]
-    factors += (
-        [str(config.schedule.gradient_accumulation_steps)] if config.schedule.gradient_accumulation_steps > 1 else []
-    )
+    accumulation = schedule.gradient_accumulation_steps
+    batch = schedule.batch_size * accumulation * world.data_parallel_size
+    factors = [str(schedule.batch_size)]
+    factors += [str(accumulation)] if accumulation > 1 else []
     factors += [f"{world.data_parallel_size} ranks"] if world.data_parallel_size > 1 else []
     made_of = f" = {' x '.join(factors)}" if len(factors) > 1 else ""
     epochs = f"{steps * batch / max(1, data.epoch_samples):.3g}"
-    warmup = warmup_steps(config.schedule.warmup, steps)
-    return f"{steps:,} ({epochs} epochs), batch {batch}{made_of}, lr {config.optimizer.lr:g}, warm-up {warmup:,}"
+    warmup = warmup_steps(schedule.warmup, steps)
+    return f"{steps:,} ({epochs} epochs), batch {batch}{made_of}, lr {optimizer.lr:g}, warm-up {warmup:,}"
 
 
-def _run(config: TrainConfig, steps: int, start_step: int) -> str:
+def _run(run_folder: str, steps: int, start_step: int) -> str:
     """Return the line on the run's folder, and on the step that it goes on from."""
-    folder = printable(config.run_folder)
+    folder = printable(run_folder)
     if start_step == 0:
         return folder
     if start_step >= steps:
@@ -283,9 +282,9 @@ def _decoded(tokenizer, ids: torch.Tensor) -> str:
     return tokenizer.decode(ids.tolist(), skip_special_tokens=True).strip(" ")
 
 
-def _length(config: TrainConfig, texts: Texts, samples: int) -> str:
+def _length(max_length: int, texts: Texts, samples: int) -> str:
     """Return the line on how long samples are, and how many answers are cut."""
-    cut = None if texts.lengths is None else texts.lengths.sentence(config.model.max_length)
+    cut = None if texts.lengths is None else texts.lengths.sentence(max_length)
     if cut is not None:
         return cut
     looked_at = f"first {texts.items:,}" if samples > texts.items else f"{texts.items:,}"
@@ -293,7 +292,7 @@ def _length(config: TrainConfig, texts: Texts, samples: int) -> str:
         return f"{texts.cut} of the first {texts.items} answers are cut; {texts.longest} tokens would hold them"
     ending = f"; {texts.unusable} unusable" if texts.unusable else ""
     what = "of shards: the first answer that is cut will be said" if texts.lengths is None else "no answer is cut"
-    return f"{what}; longest of the {looked_at} samples {texts.longest} of {config.model.max_length} tokens{ending}"
+    return f"{what}; longest of the {looked_at} samples {texts.longest} of {max_length} tokens{ending}"
 
 
 def columns(text: str) -> int:

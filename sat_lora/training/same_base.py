@@ -22,7 +22,7 @@ def base_of_run(config: TrainConfig, before: BaseIdentity | None = None) -> Base
     base = run_on_all_ranks(lambda: BaseWeights(config.model.base, trust=config.start.trust_checkpoint).identity)
     run_on_all_ranks(_refuse_other_than_first, base, config.model.base)
     if config.start.resume is not None and not config.start.any_base:
-        run_on_all_ranks(_refuse_other_than_before, base, before, config)
+        run_on_all_ranks(_refuse_other_than_before, base, before, config.model.base, config.run_folder)
     return base
 
 
@@ -42,16 +42,16 @@ def _refuse_other_than_first(base: BaseIdentity, folder: str) -> None:
         )
 
 
-def _refuse_other_than_before(base: BaseIdentity, before: BaseIdentity | None, config: TrainConfig) -> None:
+def _refuse_other_than_before(base: BaseIdentity, before: BaseIdentity | None, folder: str, run_folder: str) -> None:
     """Raise CheckpointError where the base is not the one before; nothing where nobody knows that one."""
     if before is None:
         try:
-            before = base_of_adapter(Path(config.run_folder) / "adapter")
+            before = base_of_adapter(Path(run_folder) / "adapter")
         except (AdapterError, OSError):  # no adapter was left; what the checkpoint needs is checked where it is read
             return
     difference = before.difference(base)
     if difference is not None:
         raise CheckpointError(
-            f"--resume: {config.model.base} has {difference} than the base of this run: it was "
+            f"--resume: {folder} has {difference} than the base of this run: it was "
             f"{before.title}, this is {base.title}; give its own base, or insist with --any-base"
         )

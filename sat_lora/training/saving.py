@@ -13,12 +13,10 @@ from sat_lora.files.host_copies import HostCopies
 from sat_lora.files.step_folders import BEST, LATEST, point_to, prune, read_pointer, steps_in
 from sat_lora.parallel.distributed import World, run_on_all_ranks
 from sat_lora.training.runs.run_folder import RunFolder
-from sat_lora.training.settings.config import TrainConfig
 from sat_lora.training.steps.checkpoint import (
     GatheredCheckpoint,
     RunState,
     gather_checkpoint,
-    samples_per_step,
     save_checkpoint,
 )
 from sat_lora.training.steps.observers import NOBODY, Observers
@@ -69,30 +67,31 @@ class BackgroundWriter:
 
 def start_saving(
     engine,
-    options: TrainConfig,
     run: RunFolder,
     world: World,
     state: RunState,
     writer: BackgroundWriter,
     observers: Observers = NOBODY,
+    *,
+    step_samples: int,
+    keep: int,
 ) -> None:
     """Begin to write RUN/adapter/<step> and RUN/checkpoints/<step>, then their pointers. Every rank has to call it.
 
-    It returns when rank 0 has copies in host memory, which its writer then writes. --keep adapters are kept, the
-    best, and that of state.good_step, whose checkpoint is kept beside the new one. observers: are told by the writer,
-    once the save is on the disk. Raises AdapterError or CheckpointError, on every rank, where the save before this one
-    could not be written.
+    It returns when rank 0 has copies in host memory, which its writer then writes. `keep` adapters are kept, the best,
+    and that of state.good_step, whose checkpoint is kept beside the new one. observers: are told by the writer, once
+    the save is on the disk. step_samples: those of a step, over all ranks. Raises AdapterError or CheckpointError, on
+    every rank, where the save before this one could not be written.
     """
     finish_saving(writer)
     writer.copies.clear()
     copy = writer.copies.copy if world.is_main else _shape_alone
     adapter = gather_adapter(engine.module, run.adapters / str(state.step), copy=copy)
-    samples = samples_per_step(options.schedule, world.data_parallel_size)
     facts = {**run.facts, "base": base_as_json(adapter)}
-    checkpoint = gather_checkpoint(engine, state, world, samples, copy, run=facts)
+    checkpoint = gather_checkpoint(engine, state, world, step_samples, copy, run=facts)
     if world.is_main:
         writer.copies.wait()
-        writer.start(partial(write_save, run, adapter, checkpoint, options.saving.keep, observers))
+        writer.start(partial(write_save, run, adapter, checkpoint, keep, observers))
 
 
 def base_as_json(adapter: SavedAdapter) -> dict:

@@ -222,7 +222,7 @@ MISTAKES = [
         f"evaluate_cogvlm.py --run runs/first {HELD_OUT}",
         status=130,
         says="stopped by Ctrl-C",
-        given=ctrl_c_in("sat_lora.training.evaluation.load_cogvlm"),
+        given=ctrl_c_in("sat_lora.training.prepare.load_cogvlm"),
     ),
     Mistake(
         33,

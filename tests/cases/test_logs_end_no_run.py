@@ -215,7 +215,7 @@ def test_a_run_without_room_for_the_watchdog_is_warned_and_trains(tmp_path, monk
     monkeypatch.setattr(trace.os, "posix_fallocate", full_disk)
     monkeypatch.setattr(finetune, "on_first_rank", lambda action: None)
     run, world = Namespace(path=tmp_path), Namespace(rank=1, size=2)
-    assert finetune._trace(config_of(watchdog_limit=5.0), run, world) is None
+    assert finetune._trace(config_of(watchdog_limit=5.0).checks, run, world) is None
     assert "rank 1 runs without the watchdog: its files cannot be made: [Errno 28]" in caplog.text
 
 

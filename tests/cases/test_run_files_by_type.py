@@ -235,7 +235,7 @@ def resumed(tmp_path, *argv, facts=None, **changes):
 def test_an_unchanged_run_goes_on_without_a_word(tmp_path):
     options, state = resumed(tmp_path)
     assert [*settled_problems(options, state)] == [*notes(options, state, None)] == []
-    check_data(options, state, {"samples": 9, "digest": "d"})
+    check_data(options.start, state, {"samples": 9, "digest": "d"})
 
 
 @pytest.mark.parametrize(
@@ -269,7 +269,7 @@ def test_other_settings_and_libraries_are_said(tmp_path):
 def test_a_checkpoint_of_an_older_version_goes_on_with_a_word(tmp_path):
     options, state = resumed(tmp_path, facts={})
     assert [*settled_problems(options, state)] == []
-    check_data(options, state, {"samples": 3, "digest": "e"})
+    check_data(options.start, state, {"samples": 3, "digest": "e"})
     assert ["of an older version" in note for note in notes(options, state, None)] == [True]
     options, state = resumed(tmp_path, "--seed", "3", facts={})
     assert len([*settled_problems(options, state)]) == 1  # run.json says it
@@ -279,7 +279,7 @@ def test_a_checkpoint_of_an_older_version_goes_on_with_a_word(tmp_path):
 def test_a_spoiled_record_of_the_run_is_no_traceback(run, tmp_path):
     options, state = resumed(tmp_path, facts=run)
     [*settled_problems(options, state), *notes(options, state, None)]
-    check_data(options, state, {"samples": 3, "digest": "e"})
+    check_data(options.start, state, {"samples": 3, "digest": "e"})
 
 
 @pytest.mark.parametrize(
@@ -306,7 +306,7 @@ def test_the_best_loss_holds_where_its_adapter_and_its_data_do(
     monkeypatch.setattr(finetune, "load_checkpoint", lambda *args, **more: loaded)
     run = RunFolder(tmp_path, is_writer=True)
     run.facts = {"valid_data": {"samples": 1}}
-    state = finetune._state(None, config_of(resume=str(tmp_path), train_iters=4), run, None)
+    state = finetune._state(None, config_of(resume=str(tmp_path)).start, 4, run, None)
     assert (state.best_loss, state.best_step) == expected
     assert "already at step 4 of 4; to go on, give a --train-iters above 4" in capsys.readouterr().out
 
@@ -318,9 +318,9 @@ def test_changed_data_is_refused_unless_any_will_do(tmp_path):
         ({"samples": 9, "digest": "e"}, "9 samples, other ones or in another order"),
     ):
         with pytest.raises(DataError, match=f"has changed since step 4: {words}.*--any-data"):
-            check_data(options, state, data)
+            check_data(options.start, state, data)
     options, state = resumed(tmp_path, "--any-data")
-    check_data(options, state, {"samples": 10, "digest": "e"})
+    check_data(options.start, state, {"samples": 10, "digest": "e"})
 
 
 def test_the_description_of_data_follows_names_answers_and_order_and_not_the_place(tmp_path):

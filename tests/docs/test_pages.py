@@ -37,6 +37,11 @@ def test_the_page_of_options_is_that_of_the_parsers():
     )
 
 
+def test_the_chinese_page_of_options_leads_to_each_of_its_sections():
+    headings = anchors_of(DOCS / "options.md") - {"options"}
+    assert set(re.findall(r"\(\.\./options\.md#([^)]+)\)", read("docs/zh/options.md"))) == headings
+
+
 def test_the_picture_is_what_the_script_draws_and_shows_every_preset():
     drawn = load_file(DOCS / "tools" / "towers.py").picture()
     assert drawn == read("docs/pictures/towers.svg"), "run python docs/tools/towers.py"

@@ -6,12 +6,22 @@ import pytest
 
 from sat_lora.errors import ConfigError
 from sat_lora.files import patterns
-from sat_lora.files.patterns import matches
+from sat_lora.files.patterns import LONGEST, matches, pattern_problem, shortened
 
 
 @pytest.fixture(autouse=True)
 def nothing_spent(monkeypatch):
     monkeypatch.setattr(patterns, "_spent", {})
+
+
+def test_a_pattern_may_have_as_many_characters_as_the_bound_says():
+    assert pattern_problem("a" * LONGEST) is None
+    assert pattern_problem("a" * (LONGEST + 1)) == f"has {LONGEST + 1} characters, wanted {LONGEST} at most"
+
+
+def test_a_pattern_is_shown_whole_up_to_100_characters():
+    assert shortened("a" * 98) == repr("a" * 98)
+    assert shortened("a" * 99) == f"'{'a' * 99} ..."
 
 
 def test_a_pattern_that_repeats_nothing_is_matched_whole():

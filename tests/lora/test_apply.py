@@ -43,6 +43,26 @@ def test_a_name_is_made_whole_once(owner, name, expected):
     assert whole_name(owner, name) == expected
 
 
+class DeepSpeedEngine(nn.Module):
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+        module.register_forward_pre_hook(self.begin)
+
+    def begin(self, module, args):
+        """As the engine's own hooks, which its model is known by."""
+
+
+def test_a_model_in_an_engine_gets_none():
+    model = tiny_model()
+    engine = DeepSpeedEngine(model)
+    with pytest.raises(ConfigError, match="the model is DeepSpeed's engine already.*before deepspeed.initialize"):
+        add_lora(engine, r=2)
+    with pytest.raises(ConfigError, match="the model is in DeepSpeed's engine already"):
+        add_lora(model, r=2)
+    assert mixins_called(model) == {}
+
+
 def test_each_model_gets_a_mixin_of_its_own_layers():
     model = tiny_model()
     mixins = add_lora(model, r=2, target_modules=["attention.dense"])

@@ -1,5 +1,7 @@
 """Parameters of the base that train whole: modules_to_save and bias."""
 
+import copy
+
 import pytest
 import torch
 
@@ -8,7 +10,7 @@ from sat_lora._sat import ColumnParallelLinear, RowParallelLinear
 from sat_lora.adapters.read import read_adapter
 from sat_lora.lora import base_parameters
 from sat_lora.lora.apply import adapters_of, find_all_parameters, find_all_sites
-from sat_lora.lora.base_parameters import TrainedBase, has_part_of_gradient
+from sat_lora.lora.base_parameters import METHOD, TrainedBase, has_part_of_gradient, keep_trained_set
 from sat_lora.lora.targets import BaseParameter
 from tests.support.tiny import fill_adapters, logits_of, tiny_batch, tiny_model
 
@@ -151,6 +153,56 @@ def test_reinit_takes_the_present_base_for_the_original():
     with mixin.disable():
         assert (boi == 3).all()
     assert (boi == 4).all()
+
+
+def test_what_a_script_lets_train_is_told_and_frozen_again(monkeypatch):
+    said = []
+    monkeypatch.setattr(base_parameters, "warn", said.append)
+    model = tiny_model()
+    boi, head = model.mixins["eva"].boi, model.mixins["lm"].lm_head.weight
+
+    def own():
+        boi.requires_grad_(True)
+        head.requires_grad_(True)
+
+    model.disable_untrainable_params = own  # of the script
+    model.add_mixin("lora", LoraMixin(model, r=4, target_modules=["language-mlp"], modules_to_save=["boi"]))
+    before = trainable(model)
+    assert boi.requires_grad and not head.requires_grad and said == []
+    keep_trained_set(model)  # once more
+    model.disable_untrainable_params()
+    assert trainable(model) == before
+    (text,) = said
+    assert text.startswith("CogVLMModel.disable_untrainable_params leaves 1 parameters trainable") and "lm_head" in text
+    model.disable_untrainable_params = lambda: boi.requires_grad_(False)  # set once more, and LoRA's once more
+    keep_trained_set(model)
+    model.disable_untrainable_params()
+    assert trainable(model) == before and len(said) == 1
+
+
+def test_without_a_script_the_models_own_method_says_what_trains_and_a_mixin_has_the_last_word(monkeypatch):
+    calls = []
+    model = tiny_model()
+    monkeypatch.setattr(type(model), METHOD, lambda self: calls.append(self), raising=False)
+    add_lora(model, r=4, target_modules=["language-mlp"])
+    stands = vars(model)[METHOD]
+    keep_trained_set(model)
+    assert vars(model)[METHOD] is stands
+    before = trainable(model)
+    model.disable_untrainable_params()
+    assert calls == [model] and trainable(model) == before
+    copied = copy.deepcopy(model)
+    copied.disable_untrainable_params()
+    assert calls == [model, copied]
+    model.del_mixin("lora")
+    model.disable_untrainable_params()
+    assert calls == [model, copied, model]
+
+
+def test_a_module_that_is_no_model_of_sat_keeps_what_it_has():
+    linear = torch.nn.Linear(2, 2)
+    keep_trained_set(linear)
+    assert METHOD not in vars(linear)
 
 
 def own(module, leaf="weight"):

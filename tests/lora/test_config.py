@@ -8,7 +8,7 @@ import pickle
 import pytest
 
 from sat_lora import ConfigError, LoraConfig
-from sat_lora.lora.config import MOST_LAYERS
+from sat_lora.lora.config import LARGEST_FACTOR, MOST_LAYERS
 
 QKV = "transformer.layers.3.attention.query_key_value"
 VIT_DENSE = "mixins.eva.vit_model.transformer.layers.11.attention.dense"
@@ -179,3 +179,10 @@ def test_an_entry_of_a_pattern_is_named_by_its_key():
         LoraConfig(rank_pattern={"q": 0}, alpha_pattern={"v": float("nan")})
     assert "rank_pattern['q'] has to be a whole number" in str(error.value)
     assert "alpha_pattern['v'] has to be a finite number" in str(error.value)
+
+
+def test_factors_may_be_as_large_as_float32_bears():
+    config = LoraConfig(lora_alpha=LARGEST_FACTOR, lr_ratio=LARGEST_FACTOR, alpha_pattern={"q": -LARGEST_FACTOR})
+    assert config.lora_alpha == LARGEST_FACTOR
+    with pytest.raises(ConfigError, match="lora_alpha has to be 3.4028e.38 at most"):
+        LoraConfig(lora_alpha=3.40281e38)

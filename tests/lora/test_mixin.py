@@ -1,6 +1,7 @@
 """LoraMixin on CogVLM and on SAT's own models."""
 
 import argparse
+import copy
 import gc
 import warnings
 import weakref
@@ -129,6 +130,33 @@ def test_only_adapters_train():
     add_lora(model)
     adapters = {id(p) for mixin in lora_mixins(model).values() for p in mixin.parameters()}
     assert {id(p) for p in model.parameters() if p.requires_grad} == adapters
+
+
+def test_a_fixed_order_is_of_adapters_alone():
+    model = tiny_model()
+    fields = dict(r=4, target_modules=["language-mlp"])
+    with pytest.raises(ConfigError, match="fixed_order: mixins.eva.boi would train whole"):
+        LoraMixin(model, fixed_order=True, modules_to_save=["boi"], **fields)
+    mixins = [LoraMixin(model, fixed_order=fixed, **fields) for fixed in (False, True)]
+    assert [mixin._order is None for mixin in mixins] == [True, False]
+    assert LoraMixin(model, modules_to_save=["boi"], **fields).trained.tensors.keys() == {"mixins.eva.boi"}
+
+
+def test_a_mixin_knows_its_model_and_a_copy_the_copy():
+    model = tiny_model()
+    model.add_mixin("lora", LoraMixin(model, r=4, target_modules=["language-mlp"]))
+    copied = copy.deepcopy(model)
+    assert model.get_mixin("lora")._model() is model
+    assert copied.get_mixin("lora")._model() is copied
+    assert {key.count("/") > 0 and key.replace("/", ".") for key in copied.get_mixin("lora").adapters} == {
+        *copied.get_mixin("lora").targets
+    }
+
+
+def test_a_mixin_without_a_model_adapts_nothing():
+    mixin = LoraMixin(None, r=4)
+    assert not mixin.adapters and not mixin.targets and not mixin.trained.tensors
+    assert mixin._order is None and mixin._wraps_layers is False
 
 
 def what_runs(model) -> list:

@@ -111,4 +111,4 @@ def test_without_any_option_the_demo_is_named(capsys, monkeypatch):
     monkeypatch.setattr("sat_lora.memory.estimate_run.estimate_run", stop)
     assert main(["estimate"]) == 2
     said = capsys.readouterr().err
-    assert f"of the embedded tiny CogVLM, {TINY_BASE}\n" in said and f"came to {TINY_BASE}" in said
+    assert f"of the demo's tiny CogVLM, {TINY_BASE}\n" in said and f"came to {TINY_BASE}" in said

@@ -7,6 +7,10 @@ lines that each executes and its time. Then a fork for each mutant exchanges the
 the tests that execute its line, as long as none fails: those that have caught a mutant of the same function, those of
 the mirrored file, then one variant of each other test, then the next variants, up to BUDGET seconds.
 
+Seconds are those of the processor, so that a busy machine changes nothing: a mutant that uses up its own loops, and one
+that does not even ask for the processor, for half a minute of the clock, waits without end; both are caught. What is
+neither after minutes is given up, shown, and not counted as caught.
+
 mutmut 3.8.1 was tried first. It needs as little time for a mutant, but leaves out 44 of the 240 functions of the core
 files, those with a decorator (`replaced_folder` and `merged_weight` among them), removes no statements, and its
 trampolines break generators that are called in other contexts, as `find_parameters` is: its first run of the tests is
@@ -18,6 +22,7 @@ import contextlib
 import ctypes
 import gc
 import importlib
+import math
 import os
 import pickle
 import random
@@ -45,13 +50,18 @@ from tests.support.patience import patient
 CORE = ("sat_lora/files", "sat_lora/lora")
 LEFT_OUT = {"delta_kernels.py": "Triton's kernels are compiled from their source, for a GPU"}
 LEAST = 85.0  # percent of the mutants that have to be caught
-PER_FILE = 60  # mutants at most; more of them are drawn by the seed
+PER_FILE = 25  # mutants at most, of more of them a draw by the seed: six minutes of the processor for all files
 SLOW = 2.0  # seconds; a test that takes longer is not run
 BUDGET = 6.0  # seconds of tests for a mutant that nothing has caught so far
-WAIT = 20.0  # seconds beyond what the tests took without the mutation: then it is taken for a hang
+SPARE, TIMES = 5, 5  # seconds of the processor, and what the tests took so many times: then it is taken for a loop
+IDLE, USED = 30.0, 0.3  # seconds of the clock, and of the processor that it uses or waits for in them: then it waits
+WAIT, SLOWER = 20.0, 30  # seconds of the clock, and what the tests took so many times: then it is given up
+PATIENCE = "10"  # of the tests' own limits, which are of the clock (see `patience`)
 MEMORY = 8 << 30  # bytes that a mutant may take beyond what the process has
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 CAUGHT, SURVIVED, TIMED_OUT, NOT_RUN = "caught", "survived", "timed out", "no fast test executes it"
+GIVEN_UP = "given up, for it takes too long"
+NOTICED = (CAUGHT, TIMED_OUT)
 UNRELIABLE = "only a test has noticed it that fails without it too"
 NOTHING = "-"  # has caught a mutant
 
@@ -160,7 +170,7 @@ class Mutants:
                 mutant = waiting.pop()
                 names = _tests_for(mutant, baseline, catchers.get(mutant.place, []))
                 if names:
-                    running.append(Worker(mutant, names, _limit(names, baseline), self))
+                    running.append(Worker(mutant, names, _seconds(names, baseline), self))
             time.sleep(0.005)
             for worker in [*running]:
                 result = worker.ended()
@@ -172,6 +182,8 @@ class Mutants:
                 if mutant.test is not None:
                     known = catchers.setdefault(mutant.place, [])
                     catchers[mutant.place] = [mutant.test, *(name for name in known if name != mutant.test)]
+                if mutant.result not in NOTICED:
+                    print(f"\n{mutant.path}:{mutant.mutation.line}: {mutant.result}", flush=True)
                 if done % 100 == 0:
                     print(f"\n{done} of {len(self.mutants)} mutants in {time.monotonic() - started:.0f} s", flush=True)
         self._control(baseline)
@@ -183,7 +195,7 @@ class Mutants:
         names = sorted({mutant.test for mutant in self.mutants if mutant.test is not None})
         unreliable: list[str] = []
         while names:
-            worker = Worker(None, names, _limit(names, baseline), self)
+            worker = Worker(None, names, _seconds(names, baseline), self)
             while (result := worker.ended()) is None:
                 time.sleep(0.01)
             if result[0] != SURVIVED and result[1] is None:
@@ -218,17 +230,24 @@ class Mutants:
 
 
 class Worker:
-    """A fork in which a mutant, or the program as it is, meets tests."""
+    """A fork in which a mutant, or the program as it is, meets tests that take `seconds` of the processor without it.
 
-    def __init__(self, mutant: Mutant | None, names: Sequence[str], limit: float, plugin: Mutants):
+    The limit on the processor's time holds for the fork, and once more for each process that its tests start.
+    """
+
+    def __init__(self, mutant: Mutant | None, names: Sequence[str], seconds: float, plugin: Mutants):
         self.mutant, self._folder = mutant, tempfile.mkdtemp(prefix="mutant-")
         self._result = Path(self._folder, "caught by")
-        self._end = time.monotonic() + limit
+        self._began = self._looked = self._active = time.monotonic()
+        self._used = 0.0
+        self._end = self._began + patient(WAIT) + SLOWER * seconds
         self.pid = os.fork()
         if self.pid == 0:
             with _ending_here():
                 plugin.become_worker(self._folder)
                 resource.setrlimit(resource.RLIMIT_AS, (_address_space() + MEMORY,) * 2)
+                allowed = math.ceil(SPARE + TIMES * seconds)
+                resource.setrlimit(resource.RLIMIT_CPU, (allowed, allowed + 1))
                 if mutant is not None:
                     _exchange(mutant, plugin.functions)
                 self._result.touch()
@@ -236,11 +255,12 @@ class Worker:
                 self._result.write_text(caught_by or NOTHING)
 
     def ended(self) -> tuple[str, str | None] | None:
-        """(CAUGHT, SURVIVED or TIMED_OUT, the name of the test that has caught it); None while it runs. One that takes
-        too long is ended. RuntimeError: the mutant cannot be made.
+        """(CAUGHT, SURVIVED, TIMED_OUT or GIVEN_UP, the name of the test that has caught it); None while it runs. What
+        takes too long is ended. RuntimeError: the mutant cannot be made.
         """
-        pid, _ = os.waitpid(self.pid, os.WNOHANG)
-        if pid == 0 and time.monotonic() < self._end:
+        pid, status = os.waitpid(self.pid, os.WNOHANG)
+        waits = pid == 0 and self._waits()
+        if pid == 0 and not waits and time.monotonic() < self._end:
             return None
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, signal.SIGKILL)  # with it what its tests have started
@@ -250,10 +270,23 @@ class Worker:
         text = self._result.read_text() if self._result.exists() else None
         shutil.rmtree(self._folder, ignore_errors=True)
         if pid == 0:
+            return TIMED_OUT if waits else GIVEN_UP, None
+        if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGXCPU:
             return TIMED_OUT, None
         if text is None:
             raise RuntimeError(f"{self.mutant} could not be made")
         return (SURVIVED, None) if text == NOTHING else (CAUGHT, text or None)  # empty: it has ended the process
+
+    def _waits(self) -> bool:
+        """Whether nothing of it has used the processor, or waited for it, for IDLE seconds; it looks once a second."""
+        now = time.monotonic()
+        if now - self._looked >= 1:
+            self._looked = now
+            used = _used_by_group(self.pid)
+            if used is None or abs(used - self._used) > USED:
+                self._active = now
+                self._used = used or 0.0
+        return now - self._active >= IDLE
 
 
 class _ending_here:
@@ -275,6 +308,26 @@ def _processor_time() -> float:
     return sum(os.times()[:4])
 
 
+def _used_by_group(group: int) -> float | None:
+    """Seconds for which the processes of a group have had the processor or stood in its queue; None where the system
+    does not tell, or one of them waits for a disk.
+    """
+    nanoseconds = 0
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            state, _, process_group = (folder / "stat").read_text().rpartition(")")[2].split()[:3]
+            if int(process_group) == group:
+                if state == "D":
+                    return None
+                nanoseconds += sum(map(int, (folder / "schedstat").read_text().split()[:2]))
+        except ProcessLookupError:  # it has ended
+            continue
+        except FileNotFoundError:
+            if folder.exists():
+                return None
+    return nanoseconds / 1e9
+
+
 def _address_space() -> int:
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     return pages * resource.getpagesize()
@@ -283,9 +336,9 @@ def _address_space() -> int:
 # The mutants and their tests
 
 
-def _limit(names: Sequence[str], baseline: Baseline) -> float:
-    """Seconds after which a worker with these tests is taken for one that hangs."""
-    return patient(WAIT) + 10 * sum(baseline.seconds[name] for name in names)
+def _seconds(names: Sequence[str], baseline: Baseline) -> float:
+    """Those of the processor that these tests take without a mutation."""
+    return sum(baseline.seconds[name] for name in names)
 
 
 def _drawn(paths: Sequence[str], per_file: int, seed: int) -> Iterator[Mutant]:
@@ -363,19 +416,21 @@ def _codes(code: CodeType) -> Iterator[CodeType]:
 def report(mutants: Sequence[Mutant]) -> float:
     """Tells the mutants that no test has caught, and the figures of each file; the percentage that is caught."""
     for mutant in mutants:
-        if mutant.result in (SURVIVED, NOT_RUN, UNRELIABLE):
+        if mutant.result not in NOTICED:
             words = mutant.result if mutant.result != UNRELIABLE else f"{mutant.result}: {mutant.test}"
             print(
                 f"{mutant.path}:{mutant.mutation.line} in {mutant.mutation.function}, {mutant.mutation.kind}: {words}"
             )
             print(f"  - {mutant.mutation.before}\n  + {mutant.mutation.after}")
-    print(f"\n{'':46}mutants  caught  timed out  survived      %")
+    print(f"\n{'':46}mutants  caught  timed out  given up  survived      %")
     for path in [*dict.fromkeys(mutant.path for mutant in mutants), ""]:
         own = [mutant for mutant in mutants if mutant.path == path or not path]
         timed_out = sum(mutant.result == TIMED_OUT for mutant in own)
         caught = sum(mutant.result == CAUGHT for mutant in own)
+        given_up = sum(mutant.result == GIVEN_UP for mutant in own)
+        survived = len(own) - caught - timed_out - given_up
         share = 100 * (caught + timed_out) / max(1, len(own))
-        print(f"{path or 'all':46}{len(own):7}{caught:8}{timed_out:11}{len(own) - caught - timed_out:10}{share:7.1f}")
+        print(f"{path or 'all':46}{len(own):7}{caught:8}{timed_out:11}{given_up:10}{survived:10}{share:7.1f}")
     return share
 
 
@@ -401,6 +456,7 @@ def in_a_copy(arguments: Sequence[str]) -> int:
         shutil.copytree(ROOT, copy, ignore=_not_copied)
         environment = {**os.environ, "PYTHONPATH": str(copy), "TMPDIR": folder, "OMP_NUM_THREADS": "1"}
         environment["SAT_LORA_MUTANTS"] = str(copy)
+        environment.setdefault("SAT_LORA_TEST_PATIENCE", PATIENCE)
         command = [sys.executable, "-m", "tests.support.mutants", *arguments]
         return subprocess.run(command, cwd=copy, env=environment).returncode
 

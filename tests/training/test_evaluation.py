@@ -1,6 +1,7 @@
 """The shares that evaluation reports, against answers read by plain recomputation without a cache."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -10,11 +11,13 @@ from sat_lora import add_lora, load_adapter, save_adapter
 from sat_lora.cogvlm.checkpoints.load import load_cogvlm
 from sat_lora.cogvlm.inputs.image import load_image
 from sat_lora.cogvlm.inputs.text import build_sample, load_tokenizer, prompt_for
-from sat_lora.parallel.distributed import init_distributed, init_model_parallel
+from sat_lora.errors import DataError
+from sat_lora.parallel.distributed import init_distributed, init_model_parallel, run_on_all_ranks
 from sat_lora.training.evaluation import evaluate_adapter, evaluation_table
 from tests.support.configs import config_of
 from tests.support.paths import TINY_BASE
 from tests.support.patience import patient
+from tests.support.picture_files import write_images
 from tests.support.ranks import run_ranks
 from tests.support.scripts import load_script
 from tests.support.tiny import fill_adapters, logits_of
@@ -85,6 +88,23 @@ def evaluate(folder, batch_size, model_parallel=1, with_trained_model=False):
     with torch.no_grad():
         trained[0].mixins["eva"].boi -= 0.3
     return evaluate_adapter(options, folder / "adapter", world, trained)
+
+
+def evaluate_where_one_has_no_data(folder):
+    """The mistake that each rank raises; the second has its data in another place than the first."""
+    world = init_model_parallel(init_distributed())
+    os.chdir(folder / str(world.rank))
+    config = config_of(from_pretrained=str(TINY_BASE), test_data=["images"], version="base", max_length=64)
+    with pytest.raises(DataError) as error:
+        run_on_all_ranks(evaluate_adapter, config, None, world)
+    return str(error.value)
+
+
+def test_what_one_rank_cannot_read_every_rank_says(tmp_path):
+    write_images(tmp_path / "0" / "images", ["a.png", "b.png"])
+    (tmp_path / "1").mkdir()
+    first, second = run_ranks(evaluate_where_one_has_no_data, 2, tmp_path, timeout=60)
+    assert first == second and first.startswith("--test-data: images")
 
 
 def test_shares_equal_those_counted_by_hand_however_the_work_is_split(tmp_path, captchas):

@@ -12,7 +12,8 @@ from sat_lora.errors import ConfigError, SatLoraError
 from sat_lora.findings.finding import Finding, looks_for
 from sat_lora.training.settings.config import TrainConfig
 from sat_lora.training.settings.deepspeed_config import base_dtype, is_accumulation_left, settle
-from sat_lora.training.settings.deepspeed_file import TOP_LEVEL_KEYS, read_deepspeed_file, section_keys
+from sat_lora.training.settings.deepspeed_file import read_deepspeed_file
+from sat_lora.training.settings.deepspeed_problems import TOP_LEVEL_KEYS, section_keys
 
 TOP = "the top level"
 OPTION = "--deepspeed_config"
@@ -85,7 +86,7 @@ def _called(place: str) -> str:
 def _batch_findings(content: dict, config: TrainConfig, environ: Mapping[str, str]) -> list[Finding]:
     whole = content.get("train_batch_size")
     ranks = max(1, int(environ.get("WORLD_SIZE", 1)) // config.parallel.model_parallel_size)
-    if not isinstance(whole, int) or is_accumulation_left(config, content, ranks):
+    if not isinstance(whole, int) or is_accumulation_left(config.given, content, ranks):
         return []
     micro = content.get("train_micro_batch_size_per_gpu", config.schedule.batch_size)
     steps = content.get("gradient_accumulation_steps", config.schedule.gradient_accumulation_steps)

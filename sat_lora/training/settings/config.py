@@ -70,7 +70,11 @@ class Model:
     """The base, and how it reads a sample."""
 
     from_pretrained: str | None = setting(
-        None, "SAT folder of the base (default: the embedded tiny one)", "--from_pretrained", group=BASIC, metavar="DIR"
+        None,
+        "SAT or Hugging Face folder of the base (default: the demo's, where sat_lora is a clone)",
+        "--from_pretrained",
+        group=BASIC,
+        metavar="DIR",
     )
     local_tokenizer: str | None = setting(  # then the --from_pretrained folder
         None, "tokenizer folder (default: the --from_pretrained folder)", "--local_tokenizer", metavar="DIR"

@@ -12,7 +12,7 @@ from sat_lora.lora.config import LoraConfig
 from sat_lora.printable import printable
 from sat_lora.terminal.option_parser import advice_on, meant_options
 from sat_lora.training.settings.config import DEFAULTS, KNOWN, SECTIONS, Origin, TrainConfig
-from sat_lora.training.settings.deepspeed_file import TOP_LEVEL_KEYS
+from sat_lora.training.settings.deepspeed_problems import TOP_LEVEL_KEYS
 from sat_lora.training.settings.fields import Known, shown
 from sat_lora.training.settings.lora_options import lora_problems
 

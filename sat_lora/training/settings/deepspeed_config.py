@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -10,19 +10,17 @@ import torch
 from sat_lora.errors import ConfigError
 from sat_lora.printable import printable
 from sat_lora.terminal.option_types import LARGEST_RATE
-from sat_lora.training.settings.config import Origin, Precision, TrainConfig
+from sat_lora.training.settings.config import Optimizer, Origin, Parallel, Precision, TrainConfig
 from sat_lora.training.settings.deepspeed_file import (
     ENTRIES,
-    OFFLOADS,
-    UNSUPPORTED,
     DeepSpeedFile,
     enabled,
-    file_problems,
     is_whole,
     open_deepspeed_file,
     read_deepspeed_file,
     values_of_file,
 )
+from sat_lora.training.settings.deepspeed_problems import OFFLOADS, UNSUPPORTED, file_problems
 
 BUCKET = 50_000_000  # elements; DeepSpeed's own 500 million take 1 to 4 GB, and hardly anything trains
 NEVER = 2**31  # steps_per_print: the run folder and the progress bar report instead
@@ -54,10 +52,10 @@ def settle(config: TrainConfig, *, device: str, environ: Mapping[str, str] = os.
     config, of_batch = _with_divided_batch(config, content, environ)
     bf16, fp16 = precision_of(config, content, device)
     config = config.replaced(bf16=bf16, fp16=fp16)
-    _refuse_data_type(config, content)
+    _refuse_data_type(config.precision, config.parallel, content)
     config = config.replaced(eval_batch_size=config.saving.eval_batch_size or config.schedule.batch_size)
     config, of_backend = _with_backend(config, device)
-    _refuse_rates(config)
+    _refuse_rates(config.optimizer, config.lora.lr_ratio)
     engine = _engine(config, content)
     return Settled(config=config, engine=engine, warnings=(*warnings, *of_batch, *of_backend))
 
@@ -183,7 +181,7 @@ def _with_divided_batch(
                 '"train_micro_batch_size_per_gpu" instead'
             )
         config = config.replaced(Origin.DEEPSPEED, batch_size=batch_size)
-    elif is_accumulation_left(config, content, ranks):
+    elif is_accumulation_left(config.given, content, ranks):
         steps = whole // (config.schedule.batch_size * ranks)
         config = config.replaced(Origin.DEEPSPEED, gradient_accumulation_steps=steps)
     product = config.schedule.batch_size * steps * ranks
@@ -195,7 +193,7 @@ def _with_divided_batch(
     ]
 
 
-def is_accumulation_left(config: TrainConfig, content: Mapping, ranks: int) -> bool:
+def is_accumulation_left(given: Collection[str], content: Mapping, ranks: int) -> bool:
     """Return whether the number of micro-batches in a step follows from a DeepSpeed file that does not name it.
 
     The file then names the samples of a step and those of a micro-batch, the first is a multiple of the second on
@@ -203,29 +201,28 @@ def is_accumulation_left(config: TrainConfig, content: Mapping, ranks: int) -> b
     """
     whole = content.get("train_batch_size")
     micro = content.get("train_micro_batch_size_per_gpu")
-    is_said = "gradient_accumulation_steps" in content or {"batch_size", "gradient_accumulation_steps"} & config.given
+    is_said = "gradient_accumulation_steps" in content or {"batch_size", "gradient_accumulation_steps"} & {*given}
     if is_said or not is_whole(whole, 1) or not is_whole(micro, 1):
         return False
     return whole % (micro * ranks) == 0
 
 
-def _refuse_data_type(config: TrainConfig, content: dict) -> None:
+def _refuse_data_type(precision: Precision, parallel: Parallel, content: dict) -> None:
     """Raise ConfigError for gradients summed in a dtype for which DeepSpeed has no optimizer that is used here."""
     wanted = content.get("data_types", {}).get("grad_accum_dtype")
-    own = "bf16" if config.precision.bf16 else "fp16" if config.precision.fp16 else "fp32"
-    stage = config.parallel.zero_stage
+    own = "bf16" if precision.bf16 else "fp16" if precision.fp16 else "fp32"
+    stage = parallel.zero_stage
     if wanted in (None, own) or (wanted == "fp32" and stage > 1):
         return
     raise ConfigError(
-        f'--deepspeed_config: {config.parallel.deepspeed_config}: "data_types": "grad_accum_dtype" is "{wanted}", and '
+        f'--deepspeed_config: {parallel.deepspeed_config}: "data_types": "grad_accum_dtype" is "{wanted}", and '
         f'the run has {own} at ZeRO stage {stage}; leave it out, or take "fp32" at stage 2 or 3'
     )
 
 
-def _refuse_rates(config: TrainConfig) -> None:
+def _refuse_rates(optimizer: Optimizer, lr_ratio: float) -> None:
     """Raise ConfigError where the largest factor of an optimizer's step is more than float32 bears."""
-    optimizer = config.optimizer
-    factors = {"--lr": optimizer.lr, "--lr_ratio": config.lora.lr_ratio, "--weight-decay": optimizer.weight_decay}
+    factors = {"--lr": optimizer.lr, "--lr_ratio": lr_ratio, "--weight-decay": optimizer.weight_decay}
     if math.prod(max(1.0, value) for value in factors.values()) > LARGEST_RATE:
         shown = " x ".join(f"{name} {value:g}" for name, value in factors.items() if value > 1)
         raise ConfigError(f"{shown}: a step of that size leaves float32; {LARGEST_RATE:g} at most, 1e-4 is usual")

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sat_lora.training.settings.config import TrainConfig
+from sat_lora.training.settings.config import Data
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,9 +51,8 @@ class Demo:
         """Return whether a path of data is one that `make_data` will write."""
         return Path(path).parent == self.data_folder and not self.data_folder.exists()
 
-    def make_missing(self, config: TrainConfig) -> None:
-        """Write the data, if the config names some of it and it is not there yet."""
-        data = config.data
+    def make_missing(self, data: Data) -> None:
+        """Write the data, if the settings name some of it and it is not there yet."""
         named = [*(data.train_data or ()), *(data.valid_data or ()), *(data.test_data or ())]
         if any(map(self.makes, named)):
             self.make_data()

@@ -45,7 +45,7 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     parser = OptionParser(
         prog=prog,
         usage="%(prog)s [options]",
-        description="Fine-tune CogVLM with LoRA. With no option at all: the embedded tiny base and captchas.",
+        description="Fine-tune CogVLM with LoRA. In a clone, with no option at all: the demo's tiny base and captchas.",
         epilog="Every option may be written with - or _ between its words.\n\n" + EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -66,7 +66,7 @@ def resolve(
     if values.get("replay"):
         values["experiment_name"] = "replay"
     config = _config_of(values, origins)
-    return config, _warnings(config, deepspeed_json)
+    return config, _warnings(config.optimizer.lr, deepspeed_json)
 
 
 def _config_of(values: dict[str, Any], origins: Mapping[str, Origin]) -> TrainConfig:
@@ -103,10 +103,9 @@ def _refuse_pairs(given: Mapping[str, Any], file: Mapping[str, Any]) -> None:
                 raise ConfigError(f"{shown}: got {source[name]!r}, wanted a name; is a variable of the shell empty?")
 
 
-def _warnings(config: TrainConfig, deepspeed_json: Mapping[str, Any]) -> list[str]:
+def _warnings(rate: float, deepspeed_json: Mapping[str, Any]) -> list[str]:
     """Return sentences on settings that are allowed, and probably not meant."""
     warnings = []
-    rate = config.optimizer.lr
     if rate < LOWEST_USEFUL_RATE:
         warnings.append(
             f"--lr: {rate:g} is very low, LoRA learns next to nothing below {LOWEST_USEFUL_RATE:g}; try 1e-4"

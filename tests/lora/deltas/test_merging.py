@@ -290,3 +290,17 @@ def test_a_weight_that_serves_twice_is_not_merged():
     ):
         mixins[0].merge()
     assert not mixins[0].merged
+
+
+def test_originals_are_told_where_they_were_kept():
+    model = tiny_model()
+    (mixin,) = add_lora(model, r=4, target_modules=["language-mlp"])
+    fill_adapters(model)
+    before = {id(target.site.module.weight): target.site.module.weight.clone() for target in mixin.targets.values()}
+    mixin.merge()
+    originals = mixin._state.merged.originals()
+    assert [id(weight) for weight, _ in originals] == [*before]
+    assert all(torch.equal(original, before[id(weight)]) for weight, original in originals)
+    mixin.unmerge()
+    mixin.merge(keep_original=False)
+    assert mixin._state.merged.originals() is None
