@@ -192,12 +192,14 @@ class Chat:
             self.show(image)
         speaker = self.speaker
         pieces: list[str] = []
+        is_whole = False
         try:
             for piece in self._pieces(query):
                 pieces.append(piece)
                 yield piece
+            is_whole = True
         finally:
-            if pieces:
+            if pieces or is_whole:
                 self.turns.append(Turn(query, speaker, "".join(pieces).strip()))
 
     def compare(self, query: str) -> Generator[tuple[str, Generator[str, None, None]], None, None]:

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 
+import numpy
 import pytest
 from PIL import Image
 
@@ -33,7 +34,8 @@ def adapter(tmp_path_factory, single_process_group):
 @pytest.fixture(scope="module")
 def picture(tmp_path_factory):
     path = tmp_path_factory.mktemp("pictures") / "noise.png"
-    Image.effect_noise((42, 42), 60).convert("RGB").save(path)
+    noise = numpy.random.default_rng(0).integers(0, 256, (42, 42, 3), dtype=numpy.uint8)
+    Image.fromarray(noise).save(path)
     return path
 
 

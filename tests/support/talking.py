@@ -2,6 +2,7 @@
 
 import shutil
 
+import numpy
 import pytest
 from PIL import Image
 
@@ -42,5 +43,6 @@ def adapters(base, tmp_path_factory):
 def picture(tmp_path_factory):
     """The path of a picture, with a space in it."""
     path = tmp_path_factory.mktemp("pictures") / "a cat.png"
-    Image.effect_noise((60, 42), 60).convert("RGB").save(path)
+    noise = numpy.random.default_rng(0).integers(0, 256, (42, 60, 3), dtype=numpy.uint8)
+    Image.fromarray(noise).save(path)
     return path
