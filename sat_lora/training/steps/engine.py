@@ -8,7 +8,7 @@ import torch
 from sat_lora._deepspeed import skip_shared_memory_build
 from sat_lora._sat import BaseModel, mpu
 from sat_lora.errors import ConfigError
-from sat_lora.lora.mixin import lora_mixins
+from sat_lora.lora.mixin import BRANCHES_AT_STAGE_3, lora_mixins
 from sat_lora.lora.optimizer_groups import parameter_groups
 from sat_lora.training.steps.zero3_linear import round_once
 from sat_lora.training.steps.zero_norm import speed_up_norm
@@ -60,11 +60,7 @@ def _refuse_branches(model: BaseModel) -> None:
     """Raise ConfigError where the model may skip layers by what its batch holds."""
     for name, mixin in lora_mixins(model).items():
         if mixin.fixed_order:
-            raise ConfigError(
-                f"ZeRO stage 3: {name} was added with fixed_order, so the model may skip layers by what its batch "
-                "holds. Stage 3 gathers the weights of each layer that runs from all ranks; a rank that skips one "
-                "leaves the others waiting for ever. Use stage 2, or a model that runs every layer on every batch"
-            )
+            raise ConfigError(f"ZeRO stage 3: {name} {BRANCHES_AT_STAGE_3}")
 
 
 def without_unfused_optimizer(config: dict) -> dict:
