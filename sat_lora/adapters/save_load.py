@@ -177,12 +177,20 @@ def _differences(saved: SavedAdapter, present: dict[str, LoraAdapter], trained: 
     """Return where a saved adapter is not what the model's mixins hold, in a list."""
     in_model = {n: (a.delta_rank, a.scale, a.slots) for n, a in present.items()}
     in_file = {n: (e.r, e.scale, e.slots) for n, e in saved.layers.items()}
-    problems = [
-        f"{printable(name)}: (rank, scale, slots) {in_file.get(name)} in the file, {in_model.get(name)} by the model's "
-        "adapter"
-        for name in sorted(in_model.keys() | in_file.keys())
-        if in_model.get(name) != in_file.get(name)
-    ]
+    differing = [name for name in sorted(in_model.keys() | in_file.keys()) if in_model.get(name) != in_file.get(name)]
+    strengths = {(in_file.get(name, ())[:2], in_model.get(name, ())[:2]) for name in differing}
+    if len(differing) > 1 and len(strengths) == 1 and in_model.keys() == in_file.keys():
+        ((of_file, of_model),) = strengths
+        problems = [
+            f"each of {len(differing)} adapters: (rank, scale) {of_file} in the file, {of_model} in the model; add LoRA "
+            f"with r={of_file[0]}, lora_alpha={of_file[0] * of_file[1]:g}"
+        ]
+    else:
+        problems = [
+            f"{printable(name)}: (rank, scale, slots) {in_file.get(name)} in the file, {in_model.get(name)} by the "
+            "model's adapter"
+            for name in differing
+        ]
     once = trained ^ set(saved.trained)
     problems += [f"{printable(name)} is trained whole in only one of file and model" for name in once]
     has_dora = any(adapter.magnitude_or_none is not None for adapter in present.values())

@@ -12,13 +12,14 @@ As in SAT 0.4.12:
   not lowered, as it is by `sat_lora.LoraMixin`.
 - A begins Kaiming-uniform with a = sqrt(5) for each slot, B with zeros. (Here A is drawn from a seed and the layer's
   name, not from torch's global generator.)
-- What is trainable stays so: a script decides by `disable_untrainable_params`, and what it looks for is there, since
-  names are `mixins.lora.adapters.transformer/layers/0/attention/dense.matrix_A`. `sat_lora.freeze_base(model)` leaves
-  nothing but adapters trainable.
+- What is trainable stays so when the mixin is added, and what a script's `disable_untrainable_params` looks for is
+  there, since names are `mixins.lora.adapters.transformer/layers/0/attention/dense.matrix_A`.
 - After `merge_lora` a saved checkpoint is one of the plain model.
 
 Different:
 
+- Once `disable_untrainable_params` has been called, as SAT's `training_main` does, nothing but adapters is trainable; a
+  warning names what else the script would have trained. `sat_lora.freeze_base(model)` does so without SAT's trainer.
 - No module is replaced and no base weight renamed, so a checkpoint of the plain model loads before and after
   `add_mixin`. One that was saved with SAT's adapters in it does not load; merge them with SAT first.
 - `reinit` twice sets the adapters back to their initial values; SAT fails there.
@@ -55,6 +56,8 @@ _QLORA = (
 
 class _NamedAsInSat(LoraAdapter):
     """A and B are `matrix_A` and `matrix_B` by name, since scripts choose by these names what trains (CogVLM's do)."""
+
+    leaves = ("matrix_A", "matrix_B")
 
     def __init__(self, *args):
         super().__init__(*args)
