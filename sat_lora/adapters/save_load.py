@@ -182,8 +182,8 @@ def _differences(saved: SavedAdapter, present: dict[str, LoraAdapter], trained: 
     if len(differing) > 1 and len(strengths) == 1 and in_model.keys() == in_file.keys():
         ((of_file, of_model),) = strengths
         problems = [
-            f"each of {len(differing)} adapters: (rank, scale) {of_file} in the file, {of_model} in the model; add LoRA "
-            f"with r={of_file[0]}, lora_alpha={of_file[0] * of_file[1]:g}"
+            f"each of {len(differing)} adapters: (rank, scale) {of_file} in the file, {of_model} in the model; add "
+            f"LoRA with r={of_file[0]}, lora_alpha={of_file[0] * of_file[1]:g}"
         ]
     else:
         problems = [

@@ -1,5 +1,6 @@
 """LoraMixin: low-rank deltas inside a SAT model's own hooks. No module is replaced, no base weight renamed."""
 
+import json
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -58,6 +59,7 @@ class LoraMixin(BaseMixin):
         self._order: GradientOrder | None = None
         self._loading = Loading()
         self.register_load_state_dict_pre_hook(_look_into_checkpoint)
+        self.register_state_dict_post_hook(_describe)
         if model is not None:
             self._attach(
                 model, plan(find_sites(model), find_parameters(model), self.config) if planned is None else planned
@@ -362,11 +364,28 @@ class Loading:
     initial: list[int] | None = None  # of the parameters' versions, after `reinit`
 
 
+DESCRIPTION = "description"
+"""The name, beside the adapters', of what a checkpoint says of a mixin: JSON as bytes, see `adapters.whole_model`."""
+
+
+def _describe(mixin: LoraMixin, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """Put what A and B do not say into a state dict with the adapters of `mixin`: torch's hook."""
+    if not mixin.targets:
+        return
+    layers = {}
+    for name, target in mixin.targets.items():
+        about = {"kind": target.site.kind.name, "r": target.rank, "scale": target.scale, "slots": target.slots}
+        layers[name] = {**about, "rows": target.rows, "blocks": target.site.blocks}
+    content = {"config": mixin.config.to_dict(), "layers": layers, "trained": [*mixin.trained.tensors]}
+    state[prefix + DESCRIPTION] = torch.frombuffer(bytearray(json.dumps(content).encode()), dtype=torch.uint8)
+
+
 def _look_into_checkpoint(mixin: LoraMixin, state: dict[str, Any], prefix: str, *more: Any) -> None:
     """See whether a checkpoint has the adapters of `mixin`, before they are loaded from it.
 
     Raises AdapterError if they are of another rank or shape, one for all of them.
     """
+    state.pop(prefix + DESCRIPTION, None)
     own = {f"{prefix}adapters.{name}": parameter for name, parameter in mixin.adapters.named_parameters()}
     mixin._loading.has_values = any(name in state for name in own)
     whole = {name: parameter for name, parameter in own.items() if not hasattr(parameter, "ds_id")}
