@@ -2,21 +2,29 @@
 
 import json
 import logging
+from argparse import Namespace
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy
 import torch
 
-from sat_lora import LoraConfig, adapter_checkpoints
+from sat_lora import LoraConfig, adapter_checkpoints, add_lora
 from sat_lora._sat_on_cpu import sat_on_cpu
+from sat_lora.parallel.distributed import init_distributed, init_model_parallel
+from sat_lora.parallel.sharding import gathered
+from sat_lora.training.steps.engine import start_engine
 from sat_lora.training.steps.loss import answer_loss_sum, count_answer_tokens
-from tests.support.tiny import tiny_batch
+from tests.support.tiny import fill_adapters, tiny_batch, tiny_model
+from tests.support.training_runs import adapter_values, engine_config, sgd, step_together
 
 LORA = LoraConfig(r=4, lora_alpha=8)
 STEPS, RATE = 5, 0.05
 WARM_UP_SHARE = 0.05  # of the rate, which SAT holds for the first hundred steps of a fine-tuning
+Build = Callable[..., torch.nn.Module]
+"""Makes a model with adapters, given SAT's arguments."""
 
 
 class Numbers(torch.utils.data.Dataset):
@@ -27,6 +35,16 @@ class Numbers(torch.utils.data.Dataset):
 
     def __getitem__(self, index):
         return index
+
+
+def tiny_cogvlm(args=None, dtype=torch.float32, lora: LoraConfig = LORA, fixed_order=False) -> torch.nn.Module:
+    """The tiny CogVLM with filled adapters, of the layout and with the checkpointing that SAT's arguments say."""
+    checkpoint = getattr(args, "checkpoint_activations", False)
+    settings = dict(checkpoint_activations=checkpoint, vit_checkpoint_activations=checkpoint)
+    model = tiny_model(dtype, model_parallel_size=getattr(args, "model_parallel_size", 1), **settings)
+    add_lora(model, lora, fixed_order=fixed_order)
+    fill_adapters(model)
+    return model
 
 
 def loss_of(model, seed: int) -> torch.Tensor:
@@ -51,6 +69,8 @@ class Run:
     changed: list[str] = field(default_factory=list)
     """Parameters of the base with another value, to the bit."""
     trained: list[str] = field(default_factory=list)
+    adapter: dict[str, numpy.ndarray] = field(default_factory=dict)
+    """Whole tensors by their names in a file, in float32."""
     rates: list[tuple[float, float, int]] = field(default_factory=list)
     """(rate, weight decay, parameters) of the optimizer's groups after the run."""
 
@@ -81,15 +101,13 @@ def collected_warnings():
 
 def whole_values(model) -> dict[str, torch.Tensor]:
     """Copies of this rank's values, of ZeRO-3's partitions the whole."""
-    from sat_lora.parallel.sharding import gathered
-
     with gathered(list(model.parameters())):
         return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
 def train_by_sat(
     folder: str | Path,
-    build: Callable,
+    build: Build = tiny_cogvlm,
     *,
     stage: int = 0,
     mp_size: int = 1,
@@ -134,5 +152,49 @@ def train_by_sat(
     after = whole_values(inner)
     run.changed = [n for n, v in before.items() if n not in run.trained and not torch.equal(after[n].to(v.dtype), v)]
     groups = engine_of_run.optimizer.param_groups
+    run.adapter = adapter_values(inner)
     run.rates = [(g["lr"], g.get("weight_decay", 0.0), sum(p.numel() for p in g["params"])) for g in groups]
     return run
+
+
+def train_by_our_loop(seeds: Sequence[int], *, stage: int, mp_size: int, build: Build = tiny_cogvlm) -> dict:
+    """The adapter after our own steps on the same batches, by the same engine, at the rate that SAT takes."""
+    world = init_model_parallel(init_distributed(), mp_size)
+    model = build(Namespace(model_parallel_size=mp_size)).train()
+    engine = start_engine(model, sgd(model, RATE * WARM_UP_SHARE), engine_config(stage, 1))
+    for seed in seeds:
+        step_together(engine, [tiny_batch((True, False), seed=seed)], world)
+    return adapter_values(engine.module)
+
+
+def train_by_plain_sgd(
+    build: Build, seeds: Sequence[Sequence[int]], loss: Callable = loss_of
+) -> dict[str, numpy.ndarray]:
+    """The adapter after the same steps without any engine, each on the mean of the losses of its seeds."""
+    init_model_parallel(init_distributed())
+    model = build().train()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for step in seeds:
+        mean = sum(loss(model, seed) for seed in step) / len(step)
+        gradients = torch.autograd.grad(mean, trained, allow_unused=True)
+        with torch.no_grad():
+            for parameter, gradient in zip(trained, gradients):
+                if gradient is not None:
+                    parameter -= RATE * WARM_UP_SHARE * gradient
+    return adapter_values(model)
+
+
+def difference(left: dict[str, numpy.ndarray], right: dict[str, numpy.ndarray]) -> float:
+    """The largest difference of any value; both have the same tensors."""
+    if left.keys() != right.keys():
+        raise AssertionError(f"other tensors: {sorted(left.keys() ^ right.keys())}")
+    return max(float(abs(left[name] - right[name]).max()) for name in left)
+
+
+def refusal(function: Callable, *args, **kwargs) -> str:
+    """The class and the text of what the function raises."""
+    try:
+        function(*args, **kwargs)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    raise AssertionError("nothing was raised")
