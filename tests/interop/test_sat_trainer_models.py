@@ -110,7 +110,5 @@ def test_models_that_skip_what_has_no_token_train_at_zero_2_beside_a_rank_withou
         (plain,) = run_ranks(train_by_plain_sgd, 1, build, seeds, loss)
         assert difference(runs[0].adapter, plain) < 1e-5, name
         assert difference(runs[0].adapter, runs[1].adapter) == 0, name
-        moved = {key for key, values in plain.items() if abs(values).max() > 0}
-        assert any("vit_model" in key for key in moved) and any("vision_" in key for key in moved), name
-    (warning,) = outcomes[0]["published"].warnings  # its list says `vit` and `boi`
-    assert "leaves" in warning and "mixins.eva.boi" in warning
+        assert any("vit_model" in key for key in plain) and any("vision_" in key for key in plain), name
+        assert runs[0].warnings == [] and all("mixins.lora." in key for key in runs[0].trained), name
