@@ -178,12 +178,13 @@ def _differences(saved: SavedAdapter, present: dict[str, LoraAdapter], trained: 
     in_model = {n: (a.delta_rank, a.scale, a.slots) for n, a in present.items()}
     in_file = {n: (e.r, e.scale, e.slots) for n, e in saved.layers.items()}
     differing = [name for name in sorted(in_model.keys() | in_file.keys()) if in_model.get(name) != in_file.get(name)]
-    strengths = {(in_file.get(name, ())[:2], in_model.get(name, ())[:2]) for name in differing}
-    if len(differing) > 1 and len(strengths) == 1 and in_model.keys() == in_file.keys():
-        ((of_file, of_model),) = strengths
+    strengths = {(in_file[name][:2], in_model[name][:2]) for name in differing if name in in_file and name in in_model}
+    of_file, of_model = next(iter(strengths), ((0, 0.0), (0, 0.0)))
+    if in_model.keys() == in_file.keys() and len(differing) > len(strengths) == 1 and of_file != of_model:
+        rank, scale = of_file
         problems = [
-            f"each of {len(differing)} adapters: (rank, scale) {of_file} in the file, {of_model} in the model; add "
-            f"LoRA with r={of_file[0]}, lora_alpha={of_file[0] * of_file[1]:g}"
+            f"each of {len(differing)} adapters: (rank, scale) {of_file} in the file, {of_model} in the model; add LoRA "
+            f"with r={rank}, lora_alpha={rank * scale:g}"
         ]
     else:
         problems = [

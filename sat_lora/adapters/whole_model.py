@@ -7,7 +7,7 @@ lora_alpha, which has to be told.
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -86,7 +86,7 @@ def import_from_whole_model(folder: str | Path, out: str | Path, *, lora_alpha: 
         raise AdapterError(f"--out: {out} cannot be written: {error}") from error
 
 
-def _adapter(states: list[State], folder: Path, name: str, lora_alpha: float | None) -> SavedAdapter:
+def _adapter(states: Sequence[State], folder: Path, name: str, lora_alpha: float | None) -> SavedAdapter:
     if any(state.keys() != states[0].keys() for state in states):
         raise AdapterError("its model-parallel ranks hold different names")
     found = [match for key in states[0] if (match := _TENSOR.fullmatch(key))]
@@ -145,7 +145,7 @@ def _description(state: State, path: str) -> dict[str, Any] | None:
 
 
 def _layer(
-    name: str, keys: dict[str, str], about: dict[str, Any], states: list[State]
+    name: str, keys: dict[str, str], about: dict[str, Any], states: Sequence[State]
 ) -> tuple[LayerEntry, dict[str, torch.Tensor]]:
     """Return the entry of a layer and its tensors by their names in an adapter file."""
     kind = KINDS[about["kind"]]
@@ -173,7 +173,7 @@ def _layer(
     return entry, cut_slots(name, entry.slots, rows, stacked)
 
 
-def _entry_by_name(name: str, keys: dict[str, str], states: list[State], lora_alpha: float) -> dict[str, Any]:
+def _entry_by_name(name: str, keys: dict[str, str], states: Sequence[State], lora_alpha: float) -> dict[str, Any]:
     """Return what a layer's name and shapes say of it, for a checkpoint of CogVLM without descriptions."""
     weight = f"{name}.weight"
     local = [state[weight] for state in states]
@@ -190,22 +190,21 @@ def _entry_by_name(name: str, keys: dict[str, str], states: list[State], lora_al
     return {**about, "rows": [*pairwise(edges)]}
 
 
-def _config_by_shapes(keys: LayerOf, entries: dict[str, dict[str, Any]], states: list[State]) -> LoraConfig:
+def _config_by_shapes(keys: LayerOf, entries: dict[str, dict[str, Any]], states: Sequence[State]) -> LoraConfig:
     first = next(iter(entries.values()))
     leaves = next(iter(keys.values()))
     names = "|".join(re.escape(name) for name in sorted(keys))
-    taken = {"init_lora_weights": "pissa"} if "origin_A" in leaves else {}
     return LoraConfig(
         r=first["r"],
         lora_alpha=first["scale"] * first["r"],
         use_dora="magnitude" in leaves,
         target_modules=f"({names})",
         rank_pattern={re.escape(name): about["r"] for name, about in entries.items() if about["r"] != first["r"]},
-        **taken,
+        init_lora_weights="pissa" if "origin_A" in leaves else "kaiming",
     )
 
 
-def _base_sharding(key: str, states: list[State]) -> Sharding:
+def _base_sharding(key: str, states: Sequence[State]) -> Sharding:
     if len(states) == 1:
         return REPLICATED
     return sharding_named(key, len(states[0][key]) * len(states) if states[0][key].dim() else 0)

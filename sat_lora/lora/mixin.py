@@ -61,6 +61,7 @@ class LoraMixin(BaseMixin):
         self.register_load_state_dict_pre_hook(_look_into_checkpoint)
         self.register_state_dict_post_hook(_describe)
         if model is not None:
+            refuse_engine(model)
             self._attach(
                 model, plan(find_sites(model), find_parameters(model), self.config) if planned is None else planned
             )
@@ -349,6 +350,8 @@ class _AddedOnce(StandIn):
     def __call__(self, name: str, new_mixin: BaseMixin, reinit: bool = False) -> None:
         """Add the mixin as SAT does. Raises ConfigError for a LoRA mixin under a name that is taken, or added twice."""
         model = self._model()
+        if model is None:
+            return
         if getattr(new_mixin, "holds_adapters", False):
             present = [own_name for own_name, mixin in model.mixins.items() if mixin is new_mixin]
             if name in model.mixins or present:

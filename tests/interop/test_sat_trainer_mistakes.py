@@ -99,7 +99,7 @@ MISTAKES = {
     "whole model of another rank": (
         of_rank_8,
         {"load": "whole"},
-        "AdapterError: the checkpoint's adapters do not fit those of the model, 32 tensors, ",
+        "AdapterError: the checkpoint's adapters do not fit those of the model, 16 tensors, ",
     ),
     "branches at ZeRO 3": (branching, {"stage": 3}, "ConfigError: ZeRO stage 3: LoRA was added with fixed_order, so"),
 }
