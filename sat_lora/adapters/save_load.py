@@ -183,8 +183,8 @@ def _differences(saved: SavedAdapter, present: dict[str, LoraAdapter], trained: 
     if in_model.keys() == in_file.keys() and len(differing) > len(strengths) == 1 and of_file != of_model:
         rank, scale = of_file
         problems = [
-            f"each of {len(differing)} adapters: (rank, scale) {of_file} in the file, {of_model} in the model; add LoRA "
-            f"with r={rank}, lora_alpha={rank * scale:g}"
+            f"each of {len(differing)} adapters: (rank, scale) {of_file} in the file, {of_model} in the model; add "
+            f"LoRA with r={rank}, lora_alpha={rank * scale:g}"
         ]
     else:
         problems = [
