@@ -5,7 +5,6 @@ The mixin's tensors are called `mixins.lora.adapters.transformer/layers/0/attent
 lora_alpha, which has to be told.
 """
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -25,9 +24,10 @@ from sat_lora.adapters.format import (
     write_adapter,
 )
 from sat_lora.cogvlm.checkpoints.base_weights import elements
-from sat_lora.cogvlm.checkpoints.sat_folder import map_weights
+from sat_lora.cogvlm.checkpoints.sat_folder import LORA2, map_weights
 from sat_lora.cogvlm.layer_names import is_fused, kind_named, sharding_named
 from sat_lora.errors import AdapterError, SatLoraError
+from sat_lora.files.foreign import MEBIBYTE, parse_json
 from sat_lora.files.step_folders import follow
 from sat_lora.lora.apply import whole_name
 from sat_lora.lora.base_identity import BaseIdentity, identity_of
@@ -41,6 +41,8 @@ _TENSOR = re.compile(
     r"(?P<path>(?:(?P<owner>.+)\.)?mixins\.(?P<mixin>[^.]+)\.)adapters\.(?P<site>[^.]+)\.(?P<leaf>\w+)"
 )
 _LEAVES = {"matrix_A": "A", "matrix_B": "B"}  # those of `interop.sat_lora2`
+
+LIMIT = 4 * MEBIBYTE  # of a description
 
 State = Mapping[str, torch.Tensor]
 LayerOf = dict[str, dict[str, str]]
@@ -61,7 +63,7 @@ def adapter_of_whole_model(folder: Path, *, name: str = "lora", lora_alpha: floa
     try:
         states = [map_weights(file) for file in sorted(folder.glob(SAT_WEIGHTS))]
         return _adapter(states, folder, name, lora_alpha)
-    except (LookupError, RuntimeError, TypeError, ValueError, SatLoraError) as error:
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError, SatLoraError) as error:
         problem = f"no {error}" if isinstance(error, KeyError) else str(error)
         problem = problem.removeprefix(f"{folder}: ")
         raise AdapterError(f"{folder}: a whole model, of which the adapter cannot be read: {problem}") from error
@@ -93,6 +95,8 @@ def _adapter(states: Sequence[State], folder: Path, name: str, lora_alpha: float
     mixins = sorted({match["mixin"] for match in found})
     if name not in mixins:
         other = f"; it has {', '.join(map(printable, mixins))}" if mixins else ""
+        if any(LORA2.search(key) for key in states[0]):
+            other = "; it is one of SAT's own lora2: `sat-lora import --from lora2` makes an adapter of it"
         raise AdapterError(f"no LoRA mixin called {name!r} is in it{other}")
     found = [match for match in found if match["mixin"] == name]
     paths = sorted({match["path"] for match in found})
@@ -141,7 +145,14 @@ def _adapter(states: Sequence[State], folder: Path, name: str, lora_alpha: float
 def _description(state: State, path: str) -> dict[str, Any] | None:
     """Return what the mixin of that name says of itself; None in a checkpoint that does not hold it."""
     content = state.get(path + DESCRIPTION)
-    return None if content is None else dict(json.loads(bytes(content.tolist()).decode()))
+    if content is None:
+        return None
+    if content.dtype != torch.uint8 or content.numel() > LIMIT:
+        raise AdapterError(f"{path}{DESCRIPTION}: {content.numel()} values of {content.dtype} are no description")
+    about = parse_json(bytes(content.flatten().tolist()))
+    if not isinstance(about, dict):
+        raise AdapterError(f"{path}{DESCRIPTION}: wanted an object, got {type(about).__name__}")
+    return about
 
 
 def _layer(
