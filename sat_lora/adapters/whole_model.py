@@ -46,7 +46,7 @@ LIMIT = 4 * MEBIBYTE  # of a description
 
 State = Mapping[str, torch.Tensor]
 LayerOf = dict[str, dict[str, str]]
-"""For each layer, by its whole name, the name of each of its tensors by leaf."""
+"""The names of the tensors of each layer, by its whole name and by leaf."""
 
 
 def is_whole_model(folder: Path) -> bool:
@@ -91,19 +91,19 @@ def import_from_whole_model(folder: str | Path, out: str | Path, *, lora_alpha: 
 def _adapter(states: Sequence[State], folder: Path, name: str, lora_alpha: float | None) -> SavedAdapter:
     if any(state.keys() != states[0].keys() for state in states):
         raise AdapterError("its model-parallel ranks hold different names")
-    found = [match for key in states[0] if (match := _TENSOR.fullmatch(key))]
-    mixins = sorted({match["mixin"] for match in found})
+    matches = [match for key in states[0] if (match := _TENSOR.fullmatch(key))]
+    mixins = sorted({match["mixin"] for match in matches})
     if name not in mixins:
         other = f"; it has {', '.join(map(printable, mixins))}" if mixins else ""
         if any(LORA2.search(key) for key in states[0]):
             other = "; it is one of SAT's own lora2: `sat-lora import --from lora2` makes an adapter of it"
         raise AdapterError(f"no LoRA mixin called {name!r} is in it{other}")
-    found = [match for match in found if match["mixin"] == name]
-    paths = sorted({match["path"] for match in found})
+    matches = [match for match in matches if match["mixin"] == name]
+    paths = sorted({match["path"] for match in matches})
     described = {path: _description(states[0], path) for path in paths}
     keys: LayerOf = {}
     entries: dict[str, dict[str, Any]] = {}
-    for match in found:
+    for match in matches:
         site = match["site"].replace("/", ".")
         layer = whole_name(match["owner"] or "", site)
         keys.setdefault(layer, {})[_LEAVES.get(match["leaf"], match["leaf"])] = match[0]

@@ -384,7 +384,7 @@ def _describe(mixin: LoraMixin, state: dict[str, Any], prefix: str, metadata: An
 
 
 def _look_into_checkpoint(mixin: LoraMixin, state: dict[str, Any], prefix: str, *more: Any) -> None:
-    """See whether a checkpoint has the adapters of `mixin`, before they are loaded from it.
+    """Note whether a checkpoint has the adapters of `mixin`, before they are loaded from it: torch's hook.
 
     Raises AdapterError if they are of another rank or shape, one for all of them.
     """
