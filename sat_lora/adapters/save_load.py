@@ -137,7 +137,10 @@ def load_adapter(
             problems.append(f"the model's {name!r} is merged or disabled; unmerge() and enable() it first")
     if problems:
         shown = "\n  ".join(problems[:20]) + ("\n  ..." if len(problems) > 20 else "")
-        raise AdapterError(f"{folder} does not fit, {len(problems)} problem{'s' * (len(problems) > 1)}:\n  {shown}")
+        advice = _rank_to_give(saved, present)
+        raise AdapterError(
+            f"{folder} does not fit{advice}, {len(problems)} problem{'s' * (len(problems) > 1)}:\n  {shown}"
+        )
     if not present:
         targets = {n: Target(sites[n], e.r, e.scale, e.slots) for n, e in saved.layers.items()}
         trained = {n: parameters[n] for n in saved.trained}
@@ -173,25 +176,27 @@ def _problems(saved: SavedAdapter, sites: dict[str, Site], parameters: dict[str,
     return sorted(problems)
 
 
+def _rank_to_give(saved: SavedAdapter, present: dict[str, LoraAdapter]) -> str:
+    """Return how the model's LoRA would fit, as a part of a sentence, where all adapters are of one other rank."""
+    ranks = {entry.r for entry in saved.layers.values()}
+    own_ranks = {adapter.delta_rank for adapter in present.values()}
+    if len(ranks) > 1 or len(own_ranks) != 1 or ranks == own_ranks:
+        return ""
+    scales = {entry.scale for entry in saved.layers.values()}
+    alpha = f", lora_alpha={min(ranks) * min(scales):g}" if len(scales) == 1 else ""
+    return f" (its rank is {min(ranks)}, the model's {min(own_ranks)}: add LoRA with r={min(ranks)}{alpha})"
+
+
 def _differences(saved: SavedAdapter, present: dict[str, LoraAdapter], trained: set[str]) -> list[str]:
     """Return where a saved adapter is not what the model's mixins hold, in a list."""
     in_model = {n: (a.delta_rank, a.scale, a.slots) for n, a in present.items()}
     in_file = {n: (e.r, e.scale, e.slots) for n, e in saved.layers.items()}
-    differing = [name for name in sorted(in_model.keys() | in_file.keys()) if in_model.get(name) != in_file.get(name)]
-    strengths = {(in_file[name][:2], in_model[name][:2]) for name in differing if name in in_file and name in in_model}
-    of_file, of_model = next(iter(strengths), ((0, 0.0), (0, 0.0)))
-    if in_model.keys() == in_file.keys() and len(differing) > len(strengths) == 1 and of_file != of_model:
-        rank, scale = of_file
-        problems = [
-            f"each of {len(differing)} adapters: (rank, scale) {of_file} in the file, {of_model} in the model; add "
-            f"LoRA with r={rank}, lora_alpha={rank * scale:g}"
-        ]
-    else:
-        problems = [
-            f"{printable(name)}: (rank, scale, slots) {in_file.get(name)} in the file, {in_model.get(name)} by the "
-            "model's adapter"
-            for name in differing
-        ]
+    problems = [
+        f"{printable(name)}: (rank, scale, slots) {in_file.get(name)} in the file, {in_model.get(name)} by the model's "
+        "adapter"
+        for name in sorted(in_model.keys() | in_file.keys())
+        if in_model.get(name) != in_file.get(name)
+    ]
     once = trained ^ set(saved.trained)
     problems += [f"{printable(name)} is trained whole in only one of file and model" for name in once]
     has_dora = any(adapter.magnitude_or_none is not None for adapter in present.values())

@@ -93,8 +93,7 @@ MISTAKES = {
     "adapter of another rank": (
         of_rank_8,
         {"load": "adapter"},
-        "1 problem:\n  each of 32 adapters: (rank, scale) (4, 2.0) in the file, (8, 4.0) in the model; add LoRA with "
-        "r=4, lora_alpha=8",
+        "saved/1 does not fit (its rank is 4, the model's 8: add LoRA with r=4, lora_alpha=8), 32 problems:\n",
     ),
     "whole model of another rank": (
         of_rank_8,
@@ -129,7 +128,7 @@ def texts(tmp_path_factory):
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_one_error_before_training(mistake, texts):
     assert MISTAKES[mistake][2] in texts[mistake]
-    assert len(texts[mistake].splitlines()) <= 2 and len(texts[mistake]) < 500
+    assert len(texts[mistake].split("problems:")[0]) < 500  # what follows are the layers
 
 
 @pytest.mark.usefixtures("single_process_group")
