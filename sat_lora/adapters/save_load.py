@@ -180,7 +180,7 @@ def _rank_to_give(saved: SavedAdapter, present: dict[str, LoraAdapter]) -> str:
     """Return how the model's LoRA would fit, as a part of a sentence, where all adapters are of one other rank."""
     ranks = {entry.r for entry in saved.layers.values()}
     own_ranks = {adapter.delta_rank for adapter in present.values()}
-    if len(ranks) > 1 or len(own_ranks) != 1 or ranks == own_ranks:
+    if len(ranks) != 1 or len(own_ranks) != 1 or ranks == own_ranks:
         return ""
     scales = {entry.scale for entry in saved.layers.values()}
     alpha = f", lora_alpha={min(ranks) * min(scales):g}" if len(scales) == 1 else ""
