@@ -31,7 +31,8 @@ def adapter_checkpoints(name: str = "lora") -> Iterator[None]:
     """Inside, SAT's `save_checkpoint` writes the adapter called `name` alone, and its `load_checkpoint` restores it.
 
     SAVE/ITERATION is then an adapter folder, which `sat-lora merge`, `export` and `inspect` read, SAVE/latest names the
-    newest, and SAVE/model_config.json is SAT's. A model without such an adapter is saved as SAT does. What is loaded
+    newest, and SAVE/model_config.json is SAT's. A model without such an adapter (`merge_lora` has put it into the
+    weights for good) is saved as SAT does. What is loaded
     from a folder that SAT itself has written is loaded by SAT; for a folder of an adapter a `prefix` means nothing. SAT
     keeps no state of the optimizer, so neither does this. At every ZeRO stage every rank takes part in a save. Raises
     AdapterError on every rank where a save cannot be written, or where what is loaded does not fit the model.
@@ -57,7 +58,7 @@ def _saves_adapters(original: Callable[..., None], name: str) -> Callable[..., N
     def save_checkpoint(iteration: int, model: nn.Module, optimizer: Any, lr_scheduler: Any, args: Namespace) -> None:
         """Write SAVE/ITERATION, then SAVE/latest and SAVE/model_config.json. Every rank calls it."""
         module = _inner(model)
-        if not mixins_called(module, name):
+        if not any(mixin.targets or mixin.trained.tensors for mixin in mixins_called(module, name).values()):
             original(iteration, model, optimizer, lr_scheduler, args)
             return
         root = Path(args.save)
