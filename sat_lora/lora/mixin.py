@@ -2,7 +2,7 @@
 
 import json
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -236,7 +236,7 @@ class LoraMixin(BaseMixin):
         if self._order is None:
             return self._in_scope(*args, old_impl=old_impl, **kw_args)
         if any(hasattr(parameter, "ds_id") for parameter in self.adapters.parameters()):
-            raise ConfigError(f"ZeRO stage 3: LoRA {BRANCHES_AT_STAGE_3}")
+            refuse_branches({"LoRA": self})
         return self._order.embed(lambda: self._in_scope(*args, old_impl=old_impl, **kw_args))
 
     @non_conflict
@@ -293,11 +293,17 @@ def lora_mixins(model: nn.Module) -> dict[str, LoraMixin]:
     return {name: module for name, module in model.named_modules() if isinstance(module, LoraMixin)}
 
 
-BRANCHES_AT_STAGE_3 = (
-    "was added with fixed_order, so the model may skip layers by what its batch holds. Stage 3 gathers the weights of "
-    "each layer that runs from all ranks; a rank that skips one leaves the others waiting for ever. Use stage 2, or a "
-    "model that runs every layer on every batch"
-)
+def refuse_branches(mixins: Mapping[str, LoraMixin]) -> None:
+    """Raise ConfigError, for ZeRO-3, where the model of the mixins may skip layers by what its batch holds."""
+    for name, mixin in mixins.items():
+        if mixin.fixed_order:
+            raise ConfigError(
+                f"ZeRO stage 3: {name} was added with fixed_order, so the model may skip layers by what its batch "
+                "holds. Stage 3 gathers the weights of each layer that runs from all ranks; a rank that skips one "
+                "leaves the others waiting for ever. Use stage 2, or a model that runs every layer on every batch"
+            )
+
+
 _WRAPPERS = {
     "DeepSpeedEngine": "deepspeed.initialize",
     "DistributedDataParallel": "DistributedDataParallel",

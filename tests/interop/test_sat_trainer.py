@@ -9,7 +9,7 @@ from sat_lora import ConfigError, LoraConfig, adapter_checkpoints, add_lora
 from sat_lora._sat_on_cpu import sat_on_cpu
 from sat_lora.adapters.read import read_adapter
 from sat_lora.cogvlm.network.model import CogVLMModel
-from sat_lora.lora.base_parameters import TrainedSet, keep_trained_set
+from sat_lora.lora.base_parameters import TrainedSet
 from sat_lora.parallel.distributed import init_distributed, init_model_parallel
 from sat_lora.training.steps.engine import adapter_optimizer, start_engine
 from tests.support.paths import DEMO
@@ -61,7 +61,7 @@ def test_five_steps_of_sats_trainer_are_those_of_our_loop_and_of_plain_sgd(tmp_p
 
 
 class Unfreezes:
-    """What a script sets on the model itself."""
+    """What a script sets on the model itself, after it has added LoRA."""
 
     def __init__(self, model):
         self.model = model
@@ -73,7 +73,6 @@ class Unfreezes:
 def unfreezing(args):
     model = tiny_cogvlm(args)
     model.disable_untrainable_params = Unfreezes(model)
-    keep_trained_set(model)
     return model
 
 

@@ -100,7 +100,7 @@ MISTAKES = {
         {"load": "whole"},
         "AdapterError: the checkpoint's adapters do not fit those of the model, 16 tensors, ",
     ),
-    "branches at ZeRO 3": (branching, {"stage": 3}, "ConfigError: ZeRO stage 3: LoRA was added with fixed_order, so"),
+    "branches at ZeRO 3": (branching, {"stage": 3}, "lora was added with fixed_order, so the model may skip layers"),
 }
 
 
@@ -114,8 +114,9 @@ def refusals(folder):
         load = settings.get("load")
         options = ["--load", f"{folder}/{load}/saved"] if load else []
         stage = settings.get("stage", 2)
-        loss = {} if name == "branches at ZeRO 3" else {"loss": no_step}
-        texts[name] = refusal(train_by_sat, f"{folder}/{name}", build, stage=stage, steps=1, options=options, **loss)
+        texts[name] = refusal(
+            train_by_sat, f"{folder}/{name}", build, stage=stage, steps=1, options=options, loss=no_step
+        )
     return texts
 
 
