@@ -21,6 +21,7 @@ _MOVED_TO = {
         "config targets adapter delta_hook mixin gradient_order trained>base_parameters placement>apply summary "
         "optimizer_groups base_identity live_base"
     ),
+    "cogvlm": ("interop.cogvlm_layers>layer_names"),
     "cogvlm.inputs": ("cogvlm.text cogvlm.tokens cogvlm.prompts cogvlm.image cogvlm.pictures"),
     "cogvlm.network": (
         "cogvlm.attention cogvlm.experts cogvlm.fused cogvlm.kernels cogvlm.rotary cogvlm.routing cogvlm.head "

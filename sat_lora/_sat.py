@@ -5,9 +5,30 @@ A library that is imported should be silent, so both are muted for the import; a
 without this package. Runs and commands of this package's own ask for less, by `quiet_sat`.
 """
 
+import importlib.metadata
 import logging
 import os
 import warnings
+from typing import NoReturn
+
+from sat_lora.errors import VersionError
+
+OLDEST = "0.4.10"  # of those that the registry has and in which all names are; docs/any-sat-model.md has the table
+
+
+def _refuse(error: ImportError) -> NoReturn:
+    """Raise VersionError for a SAT that lacks what this package needs; the error itself where there is none at all."""
+    try:
+        version = importlib.metadata.version("SwissArmyTransformer")
+    except importlib.metadata.PackageNotFoundError:
+        raise error from None
+    if error.name != "sat" and not str(error.name).startswith("sat."):
+        raise error  # what SAT itself needs
+    raise VersionError(
+        f"SwissArmyTransformer {version} lacks what sat_lora needs of it ({error}); from {OLDEST} on it is there: "
+        "pip install 'SwissArmyTransformer>=0.4.12,<0.5'"
+    ) from error
+
 
 _disabled = logging.root.manager.disable
 logging.disable(max(_disabled, logging.WARNING))
@@ -21,6 +42,8 @@ try:
         from sat.mpu.utils import split_tensor_along_last_dim
         from sat.ops.layernorm import RMSNorm
         from sat.transformer_defaults import HOOKS_DEFAULT
+except ImportError as error:
+    _refuse(error)
 finally:
     logging.disable(_disabled)
 

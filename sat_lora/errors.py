@@ -37,3 +37,7 @@ class MergeError(SatLoraError):
 
 class TrainingError(SatLoraError):
     """A run cannot go on: a loss or a gradient is not finite."""
+
+
+class VersionError(SatLoraError, ImportError):
+    """A library that is installed is too old or too new."""

@@ -63,3 +63,25 @@ def test_the_command_explains_itself(arguments, capsys):
     shown = capsys.readouterr().out
     assert stop.value.code == 0 and shown.startswith("usage: sat-lora")
     assert arguments == ["--help"] or f"example:\n  sat-lora {arguments[0]} " in shown.replace("examples", "example")
+
+
+def test_a_sat_that_lacks_what_is_needed_is_one_error_with_its_version(tmp_path):
+    (tmp_path / "sat").mkdir()
+    (tmp_path / "sat" / "__init__.py").write_text("")
+    about = tmp_path / "SwissArmyTransformer-0.4.9.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: SwissArmyTransformer\nVersion: 0.4.9\n")
+    code = (
+        "try:\n    from sat_lora import LoraMixin\nexcept ImportError as error:\n    print(type(error).__name__, error)"
+    )
+    output, errors = python(code, PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}")
+    assert output.startswith("VersionError SwissArmyTransformer 0.4.9 lacks what sat_lora needs of it (cannot import")
+    assert "from 0.4.10 on it is there: pip install" in output and errors == ""
+
+
+def test_what_sat_itself_lacks_is_not_said_of_sat():
+    from sat_lora import _sat
+
+    with pytest.raises(ModuleNotFoundError) as error:
+        _sat._refuse(ModuleNotFoundError("No module named 'einops'", name="einops"))
+    assert error.type is ModuleNotFoundError

@@ -32,6 +32,7 @@ from sat_lora.lora.deltas.delta import Delta
 FORMAT_VERSION = 2
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
+SAT_WEIGHTS = "mp_rank_*_model_states.pt"  # of a whole model, which may have an adapter in it: see `whole_model`
 PAIR = ("lora_A", "lora_B")
 MAGNITUDE = "lora_magnitude"
 LARGEST_SCALE = torch.finfo(torch.float32).max

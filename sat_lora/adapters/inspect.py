@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from sat_lora.adapters.combine_checks import Source
-from sat_lora.adapters.format import CONFIG, PAIR, WEIGHTS, SavedAdapter
+from sat_lora.adapters.format import CONFIG, PAIR, SAT_WEIGHTS, WEIGHTS, SavedAdapter
 from sat_lora.adapters.read import form_problems, read_adapter
 from sat_lora.errors import AdapterError, SatLoraError
 from sat_lora.files.foreign import read_json
@@ -55,7 +55,7 @@ def inspect_adapter(folder: str | Path) -> Report:
         "path": str(folder),
         "base_fingerprint": saved.base_fingerprint,
         "base": _describe_base(saved),
-        "bytes": (folder / WEIGHTS).stat().st_size,
+        "bytes": _bytes_of(folder),
         "parameters": sum(tensor.numel() for tensor in saved.tensors.values()),
         "dtypes": dict(sorted(Counter(_name(tensor.dtype) for tensor in saved.tensors.values()).items())),
         **{field: getattr(saved.config, field) for field in ("r", "lora_alpha", "use_rslora", "use_dora")},
@@ -75,6 +75,12 @@ def _adapter_folder(folder: Path) -> Path:
         return follow(folder)
     except OSError as error:
         raise AdapterError(f"{folder}: cannot be read: {error}") from error
+
+
+def _bytes_of(folder: Path) -> int:
+    """Return the size of the file with the adapter, or of those of the whole model that it is in."""
+    files = [folder / WEIGHTS] if (folder / WEIGHTS).is_file() else folder.glob(SAT_WEIGHTS)
+    return sum(file.stat().st_size for file in files)
 
 
 def _refuse_disagreement(saved: SavedAdapter, folder: Path) -> None:

@@ -6,6 +6,7 @@ What such a folder holds is told in `format`.
 import dataclasses
 import itertools
 import shlex
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -15,6 +16,7 @@ import torch
 from sat_lora.adapters.format import (
     CONFIG,
     FORMAT_VERSION,
+    SAT_WEIGHTS,
     TENSOR_DTYPES,
     WEIGHTS,
     LayerEntry,
@@ -42,7 +44,8 @@ _IMPORT = "it may be one of PEFT: `sat-lora import --from peft FOLDER --base BAS
 def read_adapter(folder: str | Path) -> SavedAdapter:
     """Return what an adapter folder holds, tensors on the CPU.
 
-    folder: an adapter, a run's folder of them (its latest is read), or a pointer in that, `.../best`.
+    folder: an adapter, a run's folder of them (its latest is read), or a pointer in that, `.../best`; or a checkpoint
+    of the whole model with a LoraMixin called `lora` in it, as SAT's trainer writes them.
     Raises AdapterError, which names the file and the cause.
     """
     try:
@@ -51,6 +54,10 @@ def read_adapter(folder: str | Path) -> SavedAdapter:
         names = sorted(p.name for p in itertools.islice(folder.iterdir(), 10_000)) if folder.is_dir() else None
     except OSError as error:
         raise AdapterError(f"{folder}: cannot be read: {error}") from error
+    if missing and any(fnmatch(name, SAT_WEIGHTS) for name in names or ()):
+        from sat_lora.adapters.whole_model import adapter_of_whole_model
+
+        return adapter_of_whole_model(folder)
     if missing:
         content = "no such folder" if names is None else ", ".join(map(printable, names[:12])) or "nothing"
         advice = _advice(folder)

@@ -155,7 +155,10 @@ def load_adapter(
             problems.append(f"the model's {name!r} is merged or disabled; unmerge() and enable() it first")
     if problems:
         shown = "\n  ".join(problems[:20]) + ("\n  ..." if len(problems) > 20 else "")
-        raise AdapterError(f"{folder} does not fit, {len(problems)} problem{'s' * (len(problems) > 1)}:\n  {shown}")
+        advice = _rank_to_give(saved, present)
+        raise AdapterError(
+            f"{folder} does not fit{advice}, {len(problems)} problem{'s' * (len(problems) > 1)}:\n  {shown}"
+        )
     if not present and engine is not None:
         refuse_engine(engine)
     if not present:
@@ -194,6 +197,17 @@ def _problems(saved: SavedAdapter, sites: dict[str, Site], parameters: dict[str,
         expected[place.name] = whole_shape(place.module, place.leaf, place.tensor)
     problems += tensor_problems(saved.tensors, expected)
     return sorted(problems)
+
+
+def _rank_to_give(saved: SavedAdapter, present: dict[str, LoraAdapter]) -> str:
+    """Return how the model's LoRA would fit, as a part of a sentence, where all adapters are of one other rank."""
+    ranks = {entry.r for entry in saved.layers.values()}
+    own_ranks = {adapter.delta_rank for adapter in present.values()}
+    if len(ranks) != 1 or len(own_ranks) != 1 or ranks == own_ranks:
+        return ""
+    scales = {entry.scale for entry in saved.layers.values()}
+    alpha = f", lora_alpha={min(ranks) * min(scales):g}" if len(scales) == 1 else ""
+    return f" (its rank is {min(ranks)}, the model's {min(own_ranks)}: add LoRA with r={min(ranks)}{alpha})"
 
 
 def _differences(saved: SavedAdapter, present: dict[str, LoraAdapter], trained: set[str]) -> list[str]:

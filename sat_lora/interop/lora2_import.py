@@ -21,8 +21,8 @@ from sat_lora.adapters.combine import combined_config
 from sat_lora.adapters.format import PAIR, LayerEntry, SavedAdapter, cut_slots, write_adapter
 from sat_lora.cogvlm.checkpoints.base_weights import BaseWeights
 from sat_lora.cogvlm.checkpoints.load import map_weights, weight_files
+from sat_lora.cogvlm.layer_names import is_fused, kind_named, sharding_named
 from sat_lora.errors import AdapterError
-from sat_lora.interop.cogvlm_layers import is_fused, kind_named, sharding_named
 from sat_lora.interop.peft_format import pattern_for
 from sat_lora.lora.base_identity import fingerprint_of
 from sat_lora.lora.config import SLOTS, LoraConfig

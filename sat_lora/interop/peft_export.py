@@ -13,10 +13,10 @@ from sat_lora.adapters.format import CONFIG, MAGNITUDE, PAIR, WEIGHTS, LayerEntr
 from sat_lora.adapters.read import base_problem, read_adapter, tensor_problems
 from sat_lora.cogvlm.checkpoints.base_weights import BaseWeights
 from sat_lora.cogvlm.checkpoints.hugging_face_names import hf_name
+from sat_lora.cogvlm.layer_names import has_bias, is_fused
 from sat_lora.errors import AdapterError
 from sat_lora.files.atomic import replaced_folder
 from sat_lora.interop import peft_format
-from sat_lora.interop.cogvlm_layers import has_bias, is_fused
 from sat_lora.lora.config import SLOTS
 from sat_lora.lora.deltas.dora import row_norms
 from sat_lora.lora.deltas.layout import DeltaLayout

@@ -12,10 +12,10 @@ from sat_lora.adapters.combine import combined_config
 from sat_lora.adapters.format import LARGEST_SCALE, MAGNITUDE, PAIR, LayerEntry, SavedAdapter, cut_slots, write_adapter
 from sat_lora.cogvlm.checkpoints.base_weights import BaseWeights
 from sat_lora.cogvlm.checkpoints.hugging_face_names import sat_name
+from sat_lora.cogvlm.layer_names import is_fused, kind_named
 from sat_lora.errors import AdapterError, ConfigError
 from sat_lora.files.patterns import matches, pattern_problem
 from sat_lora.interop import peft_format
-from sat_lora.interop.cogvlm_layers import is_fused, kind_named
 from sat_lora.interop.peft_content import PeftContent, read_peft_folder
 from sat_lora.lora.config import SLOTS, LoraConfig
 from sat_lora.lora.deltas.kinds import KINDS

@@ -12,15 +12,17 @@ As in SAT 0.4.12:
   not lowered, as it is by `sat_lora.LoraMixin`.
 - A begins Kaiming-uniform with a = sqrt(5) for each slot, B with zeros. (Here A is drawn from a seed and the layer's
   name, not from torch's global generator.)
-- What is trainable stays so: a script decides by `disable_untrainable_params`, and what it looks for is there, since
-  names are `mixins.lora.adapters.transformer/layers/0/attention/dense.matrix_A`. `sat_lora.freeze_base(model)` leaves
-  nothing but adapters trainable.
+- What is trainable stays so when the mixin is added, and what a script's `disable_untrainable_params` looks for is
+  there, since names are `mixins.lora.adapters.transformer/layers/0/attention/dense.matrix_A`.
 - After `merge_lora` a saved checkpoint is one of the plain model.
 
 Different:
 
+- Once `disable_untrainable_params` has been called, as SAT's `training_main` does, nothing but adapters is trainable; a
+  warning names what else the script would have trained. `sat_lora.freeze_base(model)` does so without SAT's trainer.
 - No module is replaced and no base weight renamed, so a checkpoint of the plain model loads before and after
-  `add_mixin`. One that was saved with SAT's adapters in it does not load; merge them with SAT first.
+  `add_mixin`. One that SAT's own lora2 was saved in loads after it, on one model-parallel rank, if r and the layers are
+  the same; of other layers, or more ranks, `sat-lora import --from lora2` makes an adapter.
 - `reinit` twice sets the adapters back to their initial values; SAT fails there.
 - More than one model-parallel rank works. SAT adds to `dense` what each rank computed from its own part of A, without
   the sum over ranks.
@@ -32,16 +34,21 @@ Different:
 """
 
 import operator
+import re
 from collections.abc import Iterable, Iterator
+from typing import Any
 
+import torch
 from torch import nn
 
 from sat_lora._sat import BaseModel
-from sat_lora.errors import ConfigError
+from sat_lora.errors import AdapterError, ConfigError
 from sat_lora.lora import mixin
 from sat_lora.lora.adapter import LoraAdapter
 from sat_lora.lora.config import LoraConfig
 from sat_lora.lora.targets import Plan, Target, find_sites
+from sat_lora.parallel.sharding import model_parallel_layout
+from sat_lora.printable import printable
 
 _LAYER = r"(.*\.)?transformer\.layers\.\d+\."
 _SELF_ATTENTION = ("attention.dense", "attention.query_key_value")
@@ -55,6 +62,8 @@ _QLORA = (
 
 class _NamedAsInSat(LoraAdapter):
     """A and B are `matrix_A` and `matrix_B` by name, since scripts choose by these names what trains (CogVLM's do)."""
+
+    leaves = ("matrix_A", "matrix_B")
 
     def __init__(self, *args):
         super().__init__(*args)
@@ -157,6 +166,8 @@ class LoraMixin(mixin.LoraMixin):
         self._attach(model, Plan(self._targets_in(model)))
         for parameter, trains in trainable:
             parameter.requires_grad_(trains)
+        if all(getattr(hook, "hook", None) is not _take_sats for hook in model._load_state_dict_pre_hooks.values()):
+            model.register_load_state_dict_pre_hook(_take_sats)
         if self._wraps_layers:
             model.collect_hooks_()  # add_mixin did so before `reinit`, when this was not known
 
@@ -182,6 +193,44 @@ class LoraMixin(mixin.LoraMixin):
 
     def _leaves_of(self, layer: nn.Module) -> tuple[str, ...]:
         return _SELF_ATTENTION + (_CROSS_ATTENTION if self.cross_attention and layer.is_decoder else ())
+
+
+_SATS = re.compile(r"(?P<layer>.+)\.(?P<leaf>original|matrix_A|matrix_B)\.(?P<part>weight|bias|\d+)")
+
+
+def _take_sats(model: BaseModel, state: dict[str, Any], prefix: str, *more: Any) -> None:
+    """Give a checkpoint with SAT's own lora2 in it the names that this model has: torch's hook, before loading.
+
+    Raises AdapterError where lora2 is on layers that the mixins here leave out, or at model-parallel size 2 and more,
+    at which what SAT has trained is no single pair.
+    """
+    matches = [match for key in state if key.startswith(prefix) and (match := _SATS.fullmatch(key[len(prefix) :]))]
+    layers = {match["layer"] for match in matches if match["leaf"] != "original"}
+    mixins = {name: own for name, own in model.mixins.items() if isinstance(own, LoraMixin)}
+    inner = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseModel) and name)
+    layers = {layer for layer in layers if not layer.startswith(inner)}  # of a SAT model inside, which is asked itself
+    if not layers or not mixins:
+        return
+    advice = "`sat-lora import --from lora2` makes an adapter of it"
+    if model_parallel_layout()[1] > 1:
+        raise AdapterError(f"the checkpoint has SAT's own lora2 in it, of model-parallel ranks: {advice}")
+    path = {target: f"{prefix}mixins.{name}.adapters." for name, own in mixins.items() for target in own.targets}
+    others = sorted(layers - path.keys())
+    if others:
+        raise AdapterError(
+            f"the checkpoint has SAT's own lora2 on layers that the model's mixin leaves out, {printable(others[0])} "
+            f"first: give layer_range as in its training, or {advice}"
+        )
+    factors: dict[str, dict[int, torch.Tensor]] = {}
+    for match in (match for match in matches if match["layer"] in layers):
+        value = state.pop(prefix + match[0])
+        layer = match["layer"]
+        if match["leaf"] == "original":
+            state[f"{prefix}{layer}.{match['part']}"] = value
+        else:
+            key = f"{path[layer]}{mixin.adapter_key(layer)}.{match['leaf']}"
+            factors.setdefault(key, {})[int(match["part"])] = value
+    state |= {key: torch.cat([parts[number] for number in sorted(parts)]) for key, parts in factors.items()}
 
 
 def _layer_numbers(layer_num: int, layer_range: Iterable[int] | None) -> tuple[int, ...]:

@@ -42,6 +42,8 @@ class LoraAdapter(nn.Module):
     The parameters sit directly on this module, and it is called as a module, so that ZeRO-3 gathers them.
     """
 
+    leaves = ("A", "B")  # the names of A and B among the parameters
+
     def __init__(self, target: Target, config: LoraConfig, dtype: torch.dtype, device: torch.device):
         super().__init__()
         self.target = target

@@ -94,7 +94,7 @@ def freeze_base(model: nn.Module, *more: nn.Module) -> None:
         parameter.requires_grad_(id(parameter) in trained)
 
 
-def _mixins_in(model: nn.Module) -> list[nn.Module]:
+def _mixins_in(model: nn.Module) -> list[Any]:
     """Return the LoRA mixins in the model, known by the mark they carry."""
     return [module for module in model.modules() if getattr(module, "holds_adapters", False)]
 
@@ -103,29 +103,55 @@ def _trained_by(*mixins: Any) -> set[int]:
     return {id(parameter) for mixin in mixins for parameter in mixin.trainable()}
 
 
-class TrainedSet:
-    """Stands for a model's `disable_untrainable_params`: the script's own, and then the mixins' word."""
+class StandIn:
+    """Stands for one method of one SAT model, on that model alone: `model.method(...)` calls it in its place."""
 
-    def __init__(self, model: BaseModel, own: Callable[[], None] | None = None):
+    method: str
+
+    def __init__(self, model: BaseModel, own: Callable[..., Any] | None = None):
         """Stand for the method of `model`; own: what the script has set on the model itself, in its place."""
         self._model = weakref.ref(model)
         self._own = own
 
+    @classmethod
+    def put_on(cls, model: BaseModel) -> None:
+        """Stand there from now on. A second call changes nothing."""
+        own = vars(model).get(cls.method)
+        if not isinstance(own, cls):
+            object.__setattr__(model, cls.method, cls(model, own))
+
+    def original(self, model: BaseModel, *args: Any, **kw_args: Any) -> Any:
+        """Return what the method gives without this."""
+        if self._own is not None:
+            return self._own(*args, **kw_args)
+        return getattr(type(model), self.method)(model, *args, **kw_args)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "StandIn":
+        """Return that of the copied model."""
+        model = self._model()
+        return self if model is None else type(self)(memo.get(id(model), model), self._own)
+
+
+class TrainedSet(StandIn):
+    """Stands for a model's `disable_untrainable_params`: the script's own, and then the mixins' word."""
+
+    method = METHOD
+
     def __call__(self) -> None:
         """Let the script say what trains, and leave trainable what the model's LoRA mixins train, no more, no less.
 
-        A warning names what the script would have trained beside that.
+        A warning names what the script would have trained beside that. Raises ConfigError where a layer that a mixin
+        adapts has been replaced meanwhile: SAT asks this right before it makes the optimizer.
         """
         model = self._model()
         if model is None:
             return
-        if self._own is None:
-            getattr(type(model), METHOD)(model)
-        else:
-            self._own()
+        self.original(model)
         mixins = _mixins_in(model)
         if not mixins:
             return
+        for mixin in mixins:
+            mixin.refuse_replaced_layers()
         trained = _trained_by(*mixins)
         more = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in trained]
         freeze_base(model)
@@ -136,14 +162,8 @@ class TrainedSet:
                 f"{shown}. They stay frozen; to train parameters of the base, name them in modules_to_save"
             )
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "TrainedSet":
-        """Return that of the copied model."""
-        model = self._model()
-        return self if model is None else TrainedSet(memo.get(id(model), model), self._own)
-
 
 def keep_trained_set(model: nn.Module) -> None:
     """Let the mixins' word be the last whenever SAT asks the model what trains. A second call changes nothing."""
-    own = vars(model).get(METHOD)
-    if isinstance(model, BaseModel) and not isinstance(own, TrainedSet):
-        object.__setattr__(model, METHOD, TrainedSet(model, own))
+    if isinstance(model, BaseModel):
+        TrainedSet.put_on(model)

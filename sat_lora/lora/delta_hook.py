@@ -89,8 +89,8 @@ class DeltaHook:
             bias = None
         dropout = self._dropout if adapter.training else None
         adapter_parameters = adapter._parameters
-        a = adapter_parameters["A"]
-        b = adapter_parameters["B"]
+        a = adapter_parameters[adapter.leaves[0]]
+        b = adapter_parameters[adapter.leaves[1]]
         scale = adapter.scale * state.scale
         layout = adapter.layout
         if torch.is_grad_enabled():
@@ -128,7 +128,7 @@ class DeltaHook:
             and not adapter._forward_hooks
             and not adapter._forward_pre_hooks
             and weight.dtype is dtype
-            and adapter._parameters["A"].dtype is dtype
+            and adapter._parameters[adapter.leaves[0]].dtype is dtype
             and not torch._C._is_any_autocast_enabled()
         )
 

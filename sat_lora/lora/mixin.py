@@ -1,7 +1,8 @@
 """LoraMixin: low-rank deltas inside a SAT model's own hooks. No module is replaced, no base weight renamed."""
 
+import json
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -9,9 +10,9 @@ import torch
 from torch import nn
 
 from sat_lora._sat import BaseMixin, BaseModel, non_conflict
-from sat_lora.errors import ConfigError
+from sat_lora.errors import AdapterError, ConfigError
 from sat_lora.lora.adapter import LoraAdapter
-from sat_lora.lora.base_parameters import TrainedBase, freeze_base, keep_trained_set
+from sat_lora.lora.base_parameters import StandIn, TrainedBase, freeze_base, keep_trained_set
 from sat_lora.lora.config import LoraConfig
 from sat_lora.lora.delta_hook import DeltaHook, DeltaState
 from sat_lora.lora.deltas.merging import MergedWeights
@@ -57,13 +58,18 @@ class LoraMixin(BaseMixin):
         self.trained = TrainedBase({})
         self._wraps_layers = False
         self._order: GradientOrder | None = None
+        self._loading = Loading()
+        self.register_load_state_dict_pre_hook(_look_into_checkpoint)
+        self.register_state_dict_post_hook(_describe)
         if model is not None:
+            refuse_engine(model)
             self._attach(
                 model, plan(find_sites(model), find_parameters(model), self.config) if planned is None else planned
             )
 
     def _attach(self, model: BaseModel, planned: Plan) -> None:
         refuse_engine(model)
+        _refuse_other_lora(model, planned.targets)
         if self.fixed_order and planned.trained:
             raise ConfigError(
                 f"fixed_order: {', '.join([*planned.trained][:5])} would train whole, and the base's own layers use "
@@ -85,6 +91,9 @@ class LoraMixin(BaseMixin):
         self.reinit()
         freeze_base(model, self)
         keep_trained_set(model)
+        _AddedOnce.put_on(model)
+        if _after_loading not in model._load_state_dict_post_hooks.values():
+            model.register_load_state_dict_post_hook(_after_loading)
         self.train(model.training)
 
     def reinit(self, parent_model: BaseModel | None = None) -> None:
@@ -96,6 +105,34 @@ class LoraMixin(BaseMixin):
         for name, target in self.targets.items():
             self.adapter_for(name).reset_parameters(target.site.module)
         self.trained.remember()
+        self._loading.initial = self._versions()
+
+    def _versions(self) -> list[int]:
+        """Return how often each adapter parameter was written to, as torch counts."""
+        return [0 if p.is_inference() else p._version for p in self.adapters.parameters()]
+
+    def take_loaded_base(self) -> None:
+        """Begin anew over weights that were loaded just now, unless the checkpoint or the script gave values.
+
+        DoRA, PiSSA, OLoRA and `modules_to_save` begin with what the base holds. SAT calls `reinit` for mixins of the
+        outermost model alone, and other loops do not call it.
+        """
+        if not self._loading.has_values and self._loading.initial == self._versions():
+            self.reinit()
+
+    def refuse_replaced_layers(self) -> None:
+        """Raise ConfigError if a layer that this adapts is in the model no more, so that its delta reaches nothing."""
+        model = self._model() if self.targets else None
+        if model is None:
+            return
+        present = {id(module) for module in model.modules()}
+        lost = [name for name, target in self.targets.items() if id(target.site.module) not in present]
+        if lost:
+            raise ConfigError(
+                f"{len(lost)} layers that LoRA adapts were replaced after it was added, {lost[0]} first: their deltas "
+                "reach nothing. SAT's lora2 and quantisation replace layers; take one LoRA for a layer, and quantise "
+                "before LoRA is added"
+            )
 
     def adapter_for(self, name: str) -> LoraAdapter:
         """Return the adapter of the layer with that name."""
@@ -199,6 +236,8 @@ class LoraMixin(BaseMixin):
         """Return SAT's embeddings (batch, seq, hidden), with the deltas switched on while they are made."""
         if self._order is None:
             return self._in_scope(*args, old_impl=old_impl, **kw_args)
+        if any(hasattr(parameter, "ds_id") for parameter in self.adapters.parameters()):
+            refuse_branches({"LoRA": self})
         return self._order.embed(lambda: self._in_scope(*args, old_impl=old_impl, **kw_args))
 
     @non_conflict
@@ -255,11 +294,122 @@ def lora_mixins(model: nn.Module) -> dict[str, LoraMixin]:
     return {name: module for name, module in model.named_modules() if isinstance(module, LoraMixin)}
 
 
+def refuse_branches(mixins: Mapping[str, LoraMixin]) -> None:
+    """Raise ConfigError, for ZeRO-3, where the model of the mixins may skip layers by what its batch holds."""
+    for name, mixin in mixins.items():
+        if mixin.fixed_order:
+            raise ConfigError(
+                f"ZeRO stage 3: {name} was added with fixed_order, so the model may skip layers by what its batch "
+                "holds. Stage 3 gathers the weights of each layer that runs from all ranks; a rank that skips one "
+                "leaves the others waiting for ever. Use stage 2, or a model that runs every layer on every batch"
+            )
+
+
+_WRAPPERS = {
+    "DeepSpeedEngine": "deepspeed.initialize",
+    "DistributedDataParallel": "DistributedDataParallel",
+    "DataParallel": "DataParallel",
+    "FullyShardedDataParallel": "FullyShardedDataParallel",
+    "OptimizedModule": "torch.compile",
+}
+"""What is made around a model, by the name of its class, and what makes it."""
+
+
 def refuse_engine(model: nn.Module) -> None:
-    """Raise ConfigError if the model is in DeepSpeed's engine already, whose optimizer would not know new adapters."""
+    """Raise ConfigError if the model is wrapped already: what is around it would not know new adapters."""
+    classes = {base.__name__ for base in type(model).__mro__}
+    wrapper = next((name for name in _WRAPPERS if name in classes), None)
+    if wrapper not in (None, "DeepSpeedEngine"):
+        raise ConfigError(
+            f"the model is wrapped in {wrapper} already, which would not know new adapters; add them to the model "
+            f"itself, before {_WRAPPERS[wrapper]}"
+        )
     if is_engine(model) or is_in_engine(model):
         what = "is DeepSpeed's engine" if is_engine(model) else "is in DeepSpeed's engine"
         raise ConfigError(
             f"the model {what} already, whose optimizer holds the parameters that it was made with; add the adapters "
             "before deepspeed.initialize, or before training_main"
         )
+
+
+def _refuse_other_lora(model: BaseModel, targets: dict[str, Target]) -> None:
+    """Raise ConfigError if one of the layers is inside of SAT's own lora2, which has put its layer around it."""
+    around = {
+        id(child): name
+        for name, m in model.named_modules()
+        if type(m).__name__ == "LoraLinear"
+        for child in m.children()
+    }
+    taken = sorted({around[id(target.site.module)] for target in targets.values() if id(target.site.module) in around})
+    if taken:
+        raise ConfigError(
+            f"{len(taken)} layers have SAT's own lora2 on them already, {taken[0]} first; take one LoRA for a layer: "
+            "leave out SAT's mixin, or these layers by exclude_modules"
+        )
+
+
+class _AddedOnce(StandIn):
+    """Stands for `add_mixin`: a name that is taken is said, where SAT has a bare assertion."""
+
+    method = "add_mixin"
+
+    def __call__(self, name: str, new_mixin: BaseMixin, reinit: bool = False) -> None:
+        """Add the mixin as SAT does. Raises ConfigError for a LoRA mixin under a name that is taken, or added twice."""
+        model = self._model()
+        if model is None:
+            return
+        if getattr(new_mixin, "holds_adapters", False):
+            present = [own_name for own_name, mixin in model.mixins.items() if mixin is new_mixin]
+            if name in model.mixins or present:
+                taken = present[0] if present else name
+                raise ConfigError(f"the model has a mixin {taken!r} already; delete it or choose another name")
+        self.original(model, name, new_mixin, reinit=reinit)
+
+
+class Loading:
+    """What a mixin has to know about a checkpoint that is being loaded into its model."""
+
+    has_values = False  # for the adapters
+    initial: list[int] | None = None  # of the parameters' versions, after `reinit`
+
+
+DESCRIPTION = "description"
+"""The name, beside the adapters', of what a checkpoint says of a mixin: JSON as bytes, see `adapters.whole_model`."""
+
+
+def _describe(mixin: LoraMixin, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """Put what A and B do not say into a state dict with the adapters of `mixin`: torch's hook."""
+    if not mixin.targets:
+        return
+    layers = {}
+    for name, target in mixin.targets.items():
+        about = {"kind": target.site.kind.name, "r": target.rank, "scale": target.scale, "slots": target.slots}
+        layers[name] = {**about, "rows": target.rows, "blocks": target.site.blocks}
+    content = {"config": mixin.config.to_dict(), "layers": layers, "trained": [*mixin.trained.tensors]}
+    state[prefix + DESCRIPTION] = torch.frombuffer(bytearray(json.dumps(content).encode()), dtype=torch.uint8)
+
+
+def _look_into_checkpoint(mixin: LoraMixin, state: dict[str, Any], prefix: str, *more: Any) -> None:
+    """Note whether a checkpoint has the adapters of `mixin`, before they are loaded from it: torch's hook.
+
+    Raises AdapterError if they are of another rank or shape, one for all of them.
+    """
+    state.pop(prefix + DESCRIPTION, None)
+    own = {f"{prefix}adapters.{name}": parameter for name, parameter in mixin.adapters.named_parameters()}
+    mixin._loading.has_values = any(name in state for name in own)
+    whole = {name: parameter for name, parameter in own.items() if not hasattr(parameter, "ds_id")}
+    wrong = [name for name, parameter in whole.items() if name in state and state[name].shape != parameter.shape]
+    if wrong:
+        name = wrong[0]
+        raise AdapterError(
+            f"the checkpoint's adapters do not fit those of the model, {len(wrong)} tensors, {name} first: shape "
+            f"{tuple(state[name].shape)}, the model has {tuple(own[name].shape)}; add LoRA with the rank (now r="
+            f"{mixin.config.r}), the slots and the model-parallel size that the checkpoint was trained with"
+        )
+
+
+def _after_loading(model: nn.Module, keys: Any) -> None:
+    """Let the model's mixins see the base that was loaded: torch's hook."""
+    for mixin in model.mixins.values():
+        if isinstance(mixin, LoraMixin):
+            mixin.take_loaded_base()

@@ -45,6 +45,23 @@ def test_the_output_is_that_of_sat(subject):
     assert_close(subject.run(ours), expected, subject.tolerance)
 
 
+@some_models
+def test_over_a_frozen_base_output_and_gradients_are_the_same(name):
+    """A layer whose weight does not train takes another way, in which its delta is a part of one product."""
+    subject = MODELS[name]
+    free, frozen = (filled(subject, r=4, lora_alpha=6) for _ in range(2))
+    freeze_base(frozen)
+    outputs = []
+    for model in (free, frozen):
+        outputs.append(subject.run(model.train()))
+        loss_of(outputs[-1]).backward()
+    assert_close(outputs[1], outputs[0], subject.tolerance)
+    assert all(parameter.requires_grad == ("matrix_" in name) for name, parameter in frozen.named_parameters())
+    expected, got = our_gradients(free), our_gradients(frozen)
+    for key in (f"{adapter}.{leaf}" for adapter in our_adapters(frozen) for leaf in "AB"):
+        assert_close(got[key], expected[key], 10 * subject.tolerance, key)
+
+
 @every_model
 def test_every_gradient_is_that_of_sat(subject):
     """Those of the base too: with SAT everything trains that did so before."""

@@ -7,7 +7,7 @@ import pytest
 import torch
 from sat.training.model_io import load_checkpoint, save_checkpoint
 
-from sat_lora import load_adapter, save_adapter
+from sat_lora import AdapterError, adapter_checkpoints, load_adapter, save_adapter
 from sat_lora.interop.sat_lora2 import LoraMixin
 from sat_lora.lora.apply import sat_models
 from tests.support.sat_models import settings
@@ -65,6 +65,38 @@ def test_a_checkpoint_of_the_plain_model_loads(name, order, tmp_path):
     for one in (model, reference):
         copy_factors(theirs, one)
     assert torch.equal(subject.run(model), subject.run(reference))
+
+
+@pytest.mark.parametrize("mode", ["finetune", "inference"])
+@pytest.mark.parametrize("name", ["plain", "chatglm2", "encoder-decoder", "cogvlm"])
+def test_a_checkpoint_with_sats_own_adapters_loads(name, mode, tmp_path):
+    subject = MODELS[name]
+    theirs = with_sats(subject, 4, 6).eval()
+    ours = with_other_weights(with_ours(subject, 4, 6).eval())
+    read_by_sat(ours, written_by_sat(theirs, tmp_path), mode)
+    reference = with_ours(subject, 4, 6).eval()
+    copy_factors(theirs, reference)
+    assert torch.equal(subject.run(ours), subject.run(reference))
+
+
+def test_sats_own_adapters_on_other_layers_or_of_another_rank_are_one_error(tmp_path):
+    written_by_sat(with_sats(PLAIN, 4, 6), tmp_path)
+    with pytest.raises(AdapterError, match=r"lora2 on layers that .* leaves out, transformer.layers.1.attention.dense"):
+        read_by_sat(with_ours(PLAIN, 4, 6, layer_range=[0]), tmp_path)
+    with pytest.raises(AdapterError, match="do not fit those of the model, 8 tensors, .* add LoRA with the rank"):
+        read_by_sat(with_ours(PLAIN, 8, 6), tmp_path)
+
+
+def test_inside_of_adapter_checkpoints_a_merged_model_is_saved_whole(tmp_path):
+    """As the published script does after training."""
+    model = filled(PLAIN, 4)
+    model.get_mixin("lora").merge_lora()
+    with adapter_checkpoints():
+        from sat.training.model_io import save_checkpoint as replaced
+
+        replaced(1, model, None, None, settings(mode="inference", save=str(tmp_path)))
+    plain = read_by_sat(PLAIN.build(), tmp_path)
+    assert all(torch.equal(plain.state_dict()[name], t) for name, t in model.state_dict().items() if "lora" not in name)
 
 
 def test_loading_sets_trained_adapters_back_where_the_checkpoint_has_none(tmp_path):

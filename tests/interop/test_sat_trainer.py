@@ -1,155 +1,85 @@
 """SAT's own `training_main` with our mixin in it: what trains, what is saved, and the same adapter as plain SGD."""
 
-import json
-import logging
 import sys
-import tempfile
-from argparse import Namespace
-from pathlib import Path
 
 import pytest
 import torch
 
-from sat_lora import ConfigError, LoraConfig, adapter_checkpoints, add_lora, save_adapter
+from sat_lora import ConfigError, LoraConfig, adapter_checkpoints, add_lora
 from sat_lora._sat_on_cpu import sat_on_cpu
 from sat_lora.adapters.read import read_adapter
 from sat_lora.cogvlm.network.model import CogVLMModel
-from sat_lora.lora.base_parameters import TrainedSet, keep_trained_set
+from sat_lora.lora.base_parameters import TrainedSet
 from sat_lora.parallel.distributed import init_distributed, init_model_parallel
 from sat_lora.training.steps.engine import adapter_optimizer, start_engine
-from sat_lora.training.steps.loss import answer_loss_sum, count_answer_tokens
 from tests.support.paths import DEMO
 from tests.support.ranks import run_ranks
+from tests.support.sat_trainer import (
+    LORA,
+    STEPS,
+    difference,
+    tiny_cogvlm,
+    train_by_our_loop,
+    train_by_plain_sgd,
+    train_by_sat,
+)
 from tests.support.scripts import load_script
-from tests.support.tiny import fill_adapters, tiny_batch, tiny_model
+from tests.support.tiny import tiny_model
 from tests.support.training_runs import engine_config
 
-STEPS, RATE = 5, 0.05
-LORA = LoraConfig(r=4, lora_alpha=8)
-WARM_UP_SHARE = 0.05  # of the rate, which SAT holds for the first hundred steps of a fine-tuning
+
+def five_steps(folder, mp_size, stages):
+    """SAT's run at each stage, and the adapter of our own loop after it."""
+    outcomes = {}
+    for stage in stages:
+        run = train_by_sat(f"{folder}/{stage}", stage=stage, mp_size=mp_size)
+        outcomes[stage] = run, train_by_our_loop(run.seeds, stage=stage, mp_size=mp_size)
+    return outcomes
 
 
-class Numbers(torch.utils.data.Dataset):
-    """Samples that are seeds: `forward_step` makes the batch."""
-
-    def __len__(self):
-        return 64
-
-    def __getitem__(self, index):
-        return index
-
-
-def loss_of(model, seed):
-    batch = tiny_batch((True, False), seed=seed)
-    return answer_loss_sum(model, batch) / count_answer_tokens(batch["labels"])
-
-
-def trainer(folder, stage, mp_size, *, load=None, unfreezes=False):
-    """What a run of `training_main` leaves on this rank: seeds of its batches, warnings, and what its base became."""
-    from sat import get_args
-    from sat.training.deepspeed_training import training_main
-
-    folder, seeds, warnings = Path(folder), [], []
-    zero = {"stage": stage, "reduce_bucket_size": 100_000}
-    engine = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero, "zero_allow_untested_optimizer": True}
-    engine |= {"gradient_accumulation_steps": 1, "gradient_clipping": 0.0}  # DeepSpeed clips to 1 by itself
-    engine["optimizer"] = {"type": "SGD", "params": {"lr": RATE}}
-    config = folder / "engine.json"
-    config.parent.mkdir(exist_ok=True, parents=True)
-    config.write_text(json.dumps(engine))
-
-    def forward_step(batches, model, args, timers):
-        seeds.append(int(next(batches)))
-        return loss_of(model, seeds[-1]), {}
-
-    handler = logging.Handler()
-    handler.emit = lambda record: warnings.append(record.getMessage())
-    logging.getLogger("sat_lora").addHandler(handler)
-    options = f"--mode finetune --experiment-name run --train-iters {STEPS} --batch-size 1 --lr {RATE} --num-workers 0"
-    options += f" --lr-decay-style constant --save-interval {STEPS} --split 1 --log-interval 1 --train-data numbers"
-    words = [*options.split(), "--model-parallel-size", str(mp_size), "--save", str(folder), *(load or [])]
-    with sat_on_cpu():
-        args = get_args([*words, "--deepspeed_config", str(config)])
-        model = tiny_model(model_parallel_size=mp_size)
-        add_lora(model, LORA)
-        fill_adapters(model)
-        if unfreezes:
-            model.disable_untrainable_params = lambda: model.mixins["eva"].boi.requires_grad_(True)
-            keep_trained_set(model)
-        base = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
-        with adapter_checkpoints():
-            training_main(args, model, forward_step, lambda path, args: Numbers())
-    names = dict(model.named_parameters())
-    changed = [name for name, before in base.items() if not torch.equal(names[name], before)]
-    return Path(args.save), seeds, warnings, changed
+@pytest.mark.parametrize("mp_size", [1, 2])
+def test_five_steps_of_sats_trainer_are_those_of_our_loop_and_of_plain_sgd(tmp_path, mp_size):
+    outcomes = run_ranks(five_steps, mp_size, str(tmp_path), mp_size, [0, 2])
+    (seeds,) = {tuple(run.seeds) for outcome in outcomes for run, _ in outcome.values()}
+    assert len(seeds) == STEPS  # one order at every stage, and model-parallel ranks share batches
+    (plain,) = run_ranks(train_by_plain_sgd, 1, tiny_cogvlm, [[seed] for seed in seeds])
+    for stage in (0, 2):
+        runs = [outcome[stage][0] for outcome in outcomes]
+        assert all(run.changed == [] and run.warnings == [] for run in runs)
+        run, ours = outcomes[0][stage]
+        assert difference(run.adapter, ours) < 1e-5
+        assert difference(run.adapter, plain) < 1e-5
+        (save,) = {run.save for run in runs}
+        assert sorted(path.name for path in save.iterdir()) == [str(STEPS), "latest", "model_config.json"]
+        assert (save / "latest").read_text().strip() == str(STEPS)
+        files = sorted(path.name for path in (save / str(STEPS)).iterdir())
+        assert files == ["adapter_config.json", "adapter_model.safetensors"]
+        saved = read_adapter(save).tensors  # by its pointer
+        assert difference({name: tensor.numpy() for name, tensor in saved.items()}, run.adapter) == 0
+        tensor_bytes = sum(tensor.nbytes for tensor in saved.values())
+        assert sum(path.stat().st_size for path in save.rglob("*") if path.is_file()) < tensor_bytes + 2**16
 
 
-def by_plain_sgd(seeds):
-    """The adapter's tensors, as a file has them, after the same batches in this process, without any engine."""
-    init_model_parallel(init_distributed())
-    model = tiny_model()
-    add_lora(model, LORA)
-    fill_adapters(model)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for seed in seeds:
-        gradients = torch.autograd.grad(loss_of(model, seed), trained)
-        with torch.no_grad():
-            for parameter, gradient in zip(trained, gradients):
-                parameter -= RATE * WARM_UP_SHARE * gradient
-    with tempfile.TemporaryDirectory() as folder:
-        save_adapter(model, f"{folder}/adapter")
-        return {name: tensor.numpy() for name, tensor in read_adapter(f"{folder}/adapter").tensors.items()}
+class Unfreezes:
+    """What a script sets on the model itself, after it has added LoRA."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def __call__(self):
+        self.model.mixins["eva"].boi.requires_grad_(True)
 
 
-@pytest.mark.parametrize(
-    "stage, mp_size", [(0, 1), (2, 2), *(pytest.param(*case, marks=pytest.mark.matrix) for case in [(2, 1), (0, 2)])]
-)
-def test_five_steps_of_sats_trainer_are_those_of_plain_sgd_and_its_saves_are_adapters(tmp_path, stage, mp_size):
-    outcomes = run_ranks(trainer, mp_size, str(tmp_path), stage, mp_size)
-    saves = {outcome[0] for outcome in outcomes}
-    (save,) = saves
-    assert [seeds for _, seeds, _, _ in outcomes] == [outcomes[0][1]] * mp_size  # model-parallel ranks share batches
-    assert all(changed == [] for _, _, _, changed in outcomes)
-    assert sorted(path.name for path in save.iterdir()) == [str(STEPS), "latest", "model_config.json"]
-    assert (save / "latest").read_text().strip() == str(STEPS)
-    adapter = save / str(STEPS)
-    assert sorted(path.name for path in adapter.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
-    saved = read_adapter(save).tensors  # by its pointer
-    tensor_bytes = sum(tensor.nbytes for tensor in saved.values())
-    assert sum(path.stat().st_size for path in save.rglob("*") if path.is_file()) < tensor_bytes + 2**16
-    (expected,) = run_ranks(by_plain_sgd, 1, outcomes[0][1])
-    assert saved.keys() == expected.keys()
-    for name, values in expected.items():
-        torch.testing.assert_close(saved[name], torch.from_numpy(values), rtol=1e-5, atol=1e-6)
-
-
-def loaded(save):
-    """The adapter that SAT's `load_checkpoint` puts into a new model, and the iteration that it gives."""
-    init_model_parallel(init_distributed())
-    model = tiny_model()
-    add_lora(model, LORA)
-    with adapter_checkpoints():
-        from sat.training.model_io import load_checkpoint
-
-        iteration = load_checkpoint(model, Namespace(mode="finetune", load=save, force_train=False))
-        step = load_checkpoint(model, Namespace(mode="pretrain", load=save))
-    save_adapter(model, f"{save}/again")
-    return iteration, step
-
-
-def test_what_is_saved_is_loaded_again_bit_for_bit(tmp_path):
-    ((save, *_),) = run_ranks(trainer, 1, str(tmp_path), 0, 1)
-    ((iteration, step),) = run_ranks(loaded, 1, str(save))
-    assert (iteration, step) == (0, STEPS)  # a fine-tuning begins at 0, as SAT has it
-    again = read_adapter(save / "again").tensors
-    for name, tensor in read_adapter(save).tensors.items():
-        assert torch.equal(again[name], tensor), name
+def unfreezing(args):
+    model = tiny_cogvlm(args)
+    model.disable_untrainable_params = Unfreezes(model)
+    return model
 
 
 def test_a_script_that_unfreezes_more_is_told_and_trains_the_adapter_alone(tmp_path):
-    ((_, _, warnings, changed),) = run_ranks(trainer, 1, str(tmp_path), 0, 1, unfreezes=True)
-    assert changed == []
-    (warning,) = [warning for warning in warnings if "disable_untrainable_params" in warning]
+    (run,) = run_ranks(train_by_sat, 1, str(tmp_path), unfreezing, steps=1)
+    assert run.changed == [] and not any("boi" in name for name in run.trained)
+    (warning,) = [warning for warning in run.warnings if "disable_untrainable_params" in warning]
     assert "leaves 1 parameters trainable" in warning and "mixins.eva.boi" in warning
 
 

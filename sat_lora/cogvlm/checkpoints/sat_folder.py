@@ -25,6 +25,7 @@ NAME_LIMIT = 1 << 12  # bytes of `latest`
 ARCHIVES = {".zip", ".tar", ".gz", ".tgz", ".7z", ".rar", ".bz2", ".xz", ".zst"}
 _CUT_BY_COLUMNS = "transformer.layers.0.attention.dense"
 LORA2 = re.compile(r"\.matrix_[AB]\.\d+$")
+ADAPTERS = re.compile(r"(^|\.)mixins\.[^.]+\.adapters\.[^.]+\.\w+$")
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 # SAT stores the random states of Python and numpy beside the weights. These few names rebuild a numpy array and nothing
@@ -237,6 +238,12 @@ def weight_problems(state: dict) -> list[str]:
         return [
             f"it was trained with SAT's lora2 ({printable(pairs[0])}, ...); make an adapter of it with `sat-lora "
             "import --from lora2`, and give the base that it was trained on here"
+        ]
+    adapters = [name for name in state if ADAPTERS.search(str(name))]
+    if adapters:
+        return [
+            f"it has LoRA of sat_lora in it ({printable(adapters[0])}, ...); give the base that it was trained on here "
+            "and this folder as the adapter"
         ]
     if state and all(str(name).startswith("module.") for name in state):
         return [

@@ -7,8 +7,7 @@ import torch
 
 from sat_lora._deepspeed import skip_shared_memory_build
 from sat_lora._sat import BaseModel, mpu
-from sat_lora.errors import ConfigError
-from sat_lora.lora.mixin import lora_mixins
+from sat_lora.lora.mixin import lora_mixins, refuse_branches
 from sat_lora.lora.optimizer_groups import parameter_groups
 from sat_lora.training.steps.zero3_linear import round_once
 from sat_lora.training.steps.zero_norm import speed_up_norm
@@ -42,7 +41,7 @@ def start_engine(model: BaseModel, optimizer: torch.optim.Optimizer, config: dic
 
     config = without_waits(without_unfused_optimizer(config))
     if config.get("zero_optimization", {}).get("stage") == 3:
-        _refuse_branches(model)
+        refuse_branches(lora_mixins(model))
     set_up_deepspeed()
     if torch.cuda.is_available():
         # SAT checkpoints activations with DeepSpeed's function there, which needs the groups and a seeded tracker.
@@ -54,17 +53,6 @@ def start_engine(model: BaseModel, optimizer: torch.optim.Optimizer, config: dic
     round_once()
     speed_up_norm(engine.optimizer)
     return engine
-
-
-def _refuse_branches(model: BaseModel) -> None:
-    """Raise ConfigError where the model may skip layers by what its batch holds."""
-    for name, mixin in lora_mixins(model).items():
-        if mixin.fixed_order:
-            raise ConfigError(
-                f"ZeRO stage 3: {name} was added with fixed_order, so the model may skip layers by what its batch "
-                "holds. Stage 3 gathers the weights of each layer that runs from all ranks; a rank that skips one "
-                "leaves the others waiting for ever. Use stage 2, or a model that runs every layer on every batch"
-            )
 
 
 def without_unfused_optimizer(config: dict) -> dict:
