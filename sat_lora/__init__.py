@@ -29,6 +29,8 @@ _HOMES = {
     "ConfigError": "errors",
     "DataError": "errors",
     "MergeError": "errors",
+    "QuantizationError": "errors",
+    "quantize_model": "quantization.apply",
 }
 __all__ = sorted(_HOMES)
 

@@ -37,3 +37,7 @@ class MergeError(SatLoraError):
 
 class TrainingError(SatLoraError):
     """A run cannot go on: a loss or a gradient is not finite."""
+
+
+class QuantizationError(SatLoraError):
+    """A weight that is held in fewer bits cannot be used like a whole one."""

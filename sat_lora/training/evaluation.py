@@ -6,6 +6,7 @@ import os
 import tempfile
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from sat_lora.adapters.save_load import load_adapter
 from sat_lora.cogvlm.checkpoints.load import load_cogvlm
@@ -36,7 +37,7 @@ from sat_lora.terminal.notice import warn
 from sat_lora.terminal.progress import shown
 from sat_lora.training.runs.results import EVALUATION, RUN
 from sat_lora.training.runs.run_folder import write_json
-from sat_lora.training.settings.config import TrainConfig
+from sat_lora.training.settings.config import NONE, TrainConfig
 from sat_lora.training.settings.deepspeed_config import base_dtype
 from sat_lora.training.settings.run_settings import settings_of_run
 from sat_lora.training.source_settings import source_settings
@@ -89,6 +90,7 @@ def evaluate_adapter(
         device=world.device,
         model_parallel_size=config.parallel.model_parallel_size,
         trust=config.start.trust_checkpoint,
+        quantize=config.quantization.of(config.lora),
         progress=partial(shown, what="loading the base", unit="modules") if world.is_main else iter,
     )
     problem = image_length_problem(sizes)
@@ -190,8 +192,10 @@ def evaluated(config: TrainConfig, adapter: str | Path | None) -> dict:
     the test data, and the settings of the questions.
     """
     paths: dict[str, str | Path] = {"base": config.model.base, **({"adapter": follow(adapter)} if adapter else {})}
-    questions = {name: config.value(name) for name in ("version", "prompt", "max_length")}
+    questions: dict[str, Any] = {name: config.value(name) for name in ("version", "prompt", "max_length")}
     test_data = [os.path.abspath(path) for path in config.data.test_data or ()]
+    if config.quantization.quantize != NONE:
+        questions |= {"quantize": config.quantization.flat()}
     return {name: os.path.realpath(path) for name, path in paths.items()} | {"test_data": test_data, **questions}
 
 

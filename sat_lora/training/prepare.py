@@ -1,5 +1,6 @@
 """Everything that a run has before its first step, made from its config: the doctor looks at the same."""
 
+import re
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,6 +17,7 @@ from sat_lora.errors import ConfigError
 from sat_lora.lora.apply import add_lora, find_all_parameters, find_all_sites
 from sat_lora.lora.targets import select
 from sat_lora.parallel.distributed import World, agree, init_distributed, init_model_parallel, run_on_all_ranks
+from sat_lora.quantization.select import select_layers
 from sat_lora.terminal.notice import warn
 from sat_lora.terminal.progress import shown
 from sat_lora.training.marks import marks_of_config, marks_of_engine, marks_of_options, marks_of_tokenizer
@@ -88,6 +90,7 @@ def load_base(
         trust=config.start.trust_checkpoint,
         zero_config=zero_config,
         layers=layers,
+        quantize=config.quantization.of(config.lora),
         progress=loading_progress(),
     )
 
@@ -138,6 +141,12 @@ def _check_targets(config: TrainConfig) -> None:
     small = dict(hidden_size=2 * mp_size, num_attention_heads=mp_size, inner_hidden_size=mp_size)
     vit = {**sizes.get("eva_args", {}), **small, "image_size": [1, 1], "patch_size": 1}
     skeleton = build_cogvlm({**sizes, **small, "vocab_size": mp_size, "eva_args": vit}, model_parallel_size=mp_size)
+    quantization = config.quantization.of(config.lora)
+    if quantization is not None:
+        try:
+            select_layers(skeleton, quantization, has_shapes=False)
+        except ConfigError as error:
+            raise ConfigError(re.sub(r"(^|; )(?=(quantize|keep)_modules: )", r"\1--", str(error))) from error
     try:
         select(find_all_sites(skeleton), find_all_parameters(skeleton), config.lora)
     except ConfigError as error:

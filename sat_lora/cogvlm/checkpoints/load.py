@@ -21,9 +21,15 @@ from sat_lora.cogvlm.checkpoints.sat_folder import (
 from sat_lora.cogvlm.network.model import VIT, CogVLMModel, build_cogvlm
 from sat_lora.cogvlm.sizes import missing_sizes
 from sat_lora.errors import CheckpointError
+from sat_lora.lora.live_base import remember_base
 from sat_lora.parallel.partitioned import Partitioning
 from sat_lora.parallel.sharding import REPLICATED, Sharding, model_parallel_layout, sharding_of
 from sat_lora.printable import printable
+from sat_lora.quantization.config import Quantization
+from sat_lora.quantization.select import select_layers
+from sat_lora.quantization.weights.layers import put_quantized
+from sat_lora.quantization.weights.quantized_weight import QuantizedWeight
+from sat_lora.quantization.weights.schemes import Scheme
 from sat_lora.terminal.progress import Progress
 
 __all__ = [
@@ -114,6 +120,7 @@ def load_cogvlm(
     zero_config: dict | None = None,
     trust: bool = False,
     layers: int | None = None,
+    quantize: Quantization | None = None,
     progress: Progress[tuple[str, nn.Module]] = iter,
     **settings,
 ) -> tuple[CogVLMModel, dict]:
@@ -121,7 +128,8 @@ def load_cogvlm(
 
     settings: those of `build_cogvlm`. zero_config: DeepSpeed's, of stage 3; every parameter is then partitioned as it
     is loaded, and a rank reads no more than its own partition. trust: see `map_weights`. layers: take at most so many
-    of each transformer, the first ones; the config says so. progress: goes through the modules, as tqdm does. Ranks do
+    of each transformer, the first ones; the config says so. quantize: which linears are held in fewer bits; each is encoded
+    as it is read, on the device, and ZeRO-3 partitions none of them. progress: goes through the modules, as tqdm does. Ranks do
     not speak to each other here: an error on one is an error on it alone. Raises CheckpointError if files, names or
     shapes do not fit, before anything is allocated; ConfigError as `build_cogvlm`.
     """
@@ -137,17 +145,26 @@ def load_cogvlm(
     if layers is not None:
         left_out = frozenset(whole - model.state_dict().keys())
     model.base_name = source.path.resolve().name  # adapters name it
+    quantized = {} if quantize is None else select_layers(model, quantize)
     weights = _OwnWeights(model, source, left_out)
     partitioning = None if zero_config is None else Partitioning(zero_config)
     with torch.no_grad():
         for module_name, module in progress([*model.named_modules()]):
             prefix = f"{module_name}." if module_name else ""
+            if module_name in quantized:
+                put_quantized(module, weights.quantized(prefix + "weight", module.weight, quantize.weights, device))
             for leaf, parameter in module._parameters.items():
                 if parameter is not None:
                     module._parameters[leaf] = _loaded(parameter, prefix + leaf, weights, device, partitioning)
             for leaf, buffer in module._buffers.items():
+                if isinstance(buffer, QuantizedWeight):
+                    continue
                 module._buffers[leaf] = buffer.to(device)
                 weights.copy(prefix + leaf, module._buffers[leaf])
+    if quantized:
+        from sat_lora.cogvlm.checkpoints.base_weights import BaseWeights  # which reads folders as they are opened here
+
+        remember_base(model, BaseWeights(folder, trust=trust).identity)
     return model, config
 
 
@@ -222,6 +239,14 @@ class _OwnWeights:
         parts = {saved_rank: state[name] for saved_rank, state in self._states.items() if name in state}
         if parts:
             self._shardings[name].fill(target, parts, **self._layout, rows=rows)
+
+    def quantized(self, name: str, like: torch.Tensor, scheme: Scheme, device) -> QuantizedWeight:
+        """Return what the files have under `name`, this rank's part, encoded on the device; its shape and dtype are those
+        of `like`. Raises QuantizationError where a value is not finite.
+        """
+        weight = torch.empty_like(like, device=device)
+        self.copy(name, weight)
+        return QuantizedWeight.of(weight, scheme, name)
 
 
 def _misfit(state: dict, name: str, shape: tuple[int, ...] | None) -> str | None:
