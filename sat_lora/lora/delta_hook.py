@@ -114,7 +114,7 @@ class DeltaHook:
         return self._through_adapter(adapter, layer, args[0], output, False)
 
     def _goes_directly(self, adapter: LoraAdapter, layer: nn.Module, x: torch.Tensor) -> bool:
-        """Return whether the layer makes a product with W, frozen and not partitioned, and all that is needed has one dtype.
+        """Return whether the layer makes a product with a frozen W that is here, and all that is needed has one dtype.
 
         It reads nn.Module's own dictionaries, since `layer.weight` takes a detour in Python.
         """

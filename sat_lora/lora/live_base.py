@@ -43,8 +43,8 @@ def remember_base(model: nn.Module, identity: BaseIdentity) -> None:
 def identity_of_model(model: nn.Module) -> BaseIdentity:
     """Return the identity of a live model's base. Every rank has to call it under ZeRO-3 or model parallelism.
 
-    What LoRA mixins have trained or merged is taken as it was before, and so is what is quantised: an adapter belongs to
-    a base, however many bits its weights were held in.
+    What LoRA mixins have trained or merged is taken as it was before, and so is what is quantised: an adapter belongs
+    to a base, however many bits its weights were held in.
     """
     remembered = getattr(model, "base_identity", None)
     if remembered is not None:

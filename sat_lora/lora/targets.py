@@ -263,9 +263,7 @@ def _in_layers(site: Site, layers: dict[str | None, frozenset[int]]) -> bool:
     return any(site.layer in layers.get(tower, ()) for tower in (None, site.tower))
 
 
-def matching(
-    field_name: str, patterns: str | tuple[str, ...], sites: dict[str, Site], problems: list[str]
-) -> set[str]:
+def matching(field_name: str, patterns: str | tuple[str, ...], sites: dict[str, Site], problems: list[str]) -> set[str]:
     """Return the names of the sites that patterns select, in the forms of `target_modules`.
 
     To `problems` goes each pattern that matches none, or is no pattern, with `field_name`.
@@ -310,7 +308,7 @@ def _trained_whole(
         lacking = named_whole((pattern,), quantized)
         if lacking:
             problems.append(
-                f"modules_to_save: {lacking[0]} is quantised and does not train; leave {pattern} whole, with keep_modules"
+                f"modules_to_save: {lacking[0]} is quantised and does not train; leave it whole, with keep_modules"
             )
         elif not hits:
             near = _nearest(pattern, {part for name in parameters for part in (name, name.rpartition(".")[0])})

@@ -21,13 +21,13 @@ def quantize_model(model: nn.Module, quantization: Quantization | None = None, *
     quantize_model(model, scheme="nf4", keep_modules=["vit-mlp"])      # then add_lora(model, ...)
 
     No module is replaced, and no name changes: `layer.weight` is a frozen QuantizedWeight. `fields` are those of
-    Quantization, if none is given. Every model-parallel rank calls it, and encodes its own slices. Raises ConfigError, with
-    nothing changed, where the model has adapters or an engine already or a layer cannot be quantised.
+    Quantization, if none is given. Every model-parallel rank calls it, and encodes its own slices. Raises ConfigError,
+    with nothing changed, where the model has adapters or an engine already or a layer cannot be quantised.
     """
     quantization = quantization if quantization is not None else Quantization(**fields)
     refuse_engine(model)
     if lora_mixins(model):
-        raise ConfigError("the model has adapters already, which began on its whole weights; quantise it before add_lora")
+        raise ConfigError("the model has adapters, which began on its whole weights; quantise it before add_lora")
     layers = select_layers(model, quantization)
     base = identity_of_model(model)
     for name, layer in layers.items():

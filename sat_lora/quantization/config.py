@@ -19,14 +19,14 @@ class Quantization:
     """Which layers of a base are quantised, and how; raises ConfigError for a scheme that there is not."""
 
     scheme: str = "nf4"
-    """nf4 (4.25 bits an element) or int8 (8.25)."""
+    """The name of the scheme: nf4 (4.25 bits an element) or int8 (8.25)."""
     modules: Patterns = ALL
-    """Which layers, in the forms of LoraConfig's target_modules; those of "all-linear" and other presets that cannot be
-    quantised stay whole, and others that cannot are an error."""
+    """The layers, in the forms of LoraConfig's target_modules. What a preset selects and cannot be quantised stays
+    whole; what another pattern selects and cannot be is an error."""
     keep_modules: Patterns = ()
-    """The same forms; taken away from what `modules` selects."""
+    """The layers, in the same forms, that are taken away from these."""
     trained: tuple[str, ...] = ()
-    """What trains beside the adapters, as LoraConfig's modules_to_save has it: that stays whole."""
+    """The modules that train whole, as LoraConfig's modules_to_save has them: their weights stay whole."""
 
     def __post_init__(self) -> None:
         for name in ("modules", "keep_modules", "trained"):

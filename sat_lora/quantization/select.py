@@ -16,13 +16,11 @@ HEAD = re.compile(PRESETS["lm-head"])
 SHOWN = 8  # layers in an error
 
 
-def select_layers(
-    model: nn.Module, quantization: Quantization, *, has_shapes: bool = True
-) -> dict[str, nn.Module]:
+def select_layers(model: nn.Module, quantization: Quantization, *, has_shapes: bool = True) -> dict[str, nn.Module]:
     """Return the layers that are quantised, by name.
 
-    has_shapes: whether the model's shapes are those of the base. Raises one ConfigError that lists every pattern that matches nothing, and every layer that cannot be
-    quantised though a pattern which is no preset names it, with the reason.
+    has_shapes: whether the model's shapes are those of the base. Raises one ConfigError that lists every pattern that
+    matches nothing, and every layer that cannot be quantised though a pattern which is no preset names it, and why.
     """
     sites = find_all_sites(model)
     problems: list[str] = []

@@ -1,4 +1,4 @@
-"""Layers whose weights blocks divide, quantised and with the decoded weight as a plain tensor: two that have to agree."""
+"""Layers with a quantised weight, and the same with the decoded one as a plain tensor: two that have to agree."""
 
 import copy
 
@@ -38,3 +38,16 @@ def quantized_pair(layer: nn.Module, scheme: str) -> tuple[nn.Module, nn.Module]
     put_quantized(layer, QuantizedWeight.of(layer.weight, SCHEMES[scheme]))
     plain.weight.data = layer.weight.decoded()
     return layer, plain
+
+
+def counted_decoding(monkeypatch) -> list[tuple[int, ...]]:
+    """A list that gets the shape of each weight that is decoded from now on."""
+    decodings = []
+    decoded = QuantizedWeight.decoded
+
+    def noted(weight):
+        decodings.append(tuple(weight.shape))
+        return decoded(weight)
+
+    monkeypatch.setattr(QuantizedWeight, "decoded", noted)
+    return decodings

@@ -128,10 +128,10 @@ def load_cogvlm(
 
     settings: those of `build_cogvlm`. zero_config: DeepSpeed's, of stage 3; every parameter is then partitioned as it
     is loaded, and a rank reads no more than its own partition. trust: see `map_weights`. layers: take at most so many
-    of each transformer, the first ones; the config says so. quantize: which linears are held in fewer bits; each is encoded
-    as it is read, on the device, and ZeRO-3 partitions none of them. progress: goes through the modules, as tqdm does. Ranks do
-    not speak to each other here: an error on one is an error on it alone. Raises CheckpointError if files, names or
-    shapes do not fit, before anything is allocated; ConfigError as `build_cogvlm`.
+    of each transformer, the first ones; the config says so. quantize: which linears are held in fewer bits; each is
+    encoded as it is read, on the device, and ZeRO-3 partitions none of them. progress: goes through the modules, as
+    tqdm does. Ranks do not speak to each other here: an error on one is an error on it alone. Raises CheckpointError if
+    files, names or shapes do not fit, before anything is allocated; ConfigError as `build_cogvlm` and `select_layers`.
     """
     source = open_folder(folder, trust=trust)
     config = source.config()
@@ -241,8 +241,9 @@ class _OwnWeights:
             self._shardings[name].fill(target, parts, **self._layout, rows=rows)
 
     def quantized(self, name: str, like: torch.Tensor, scheme: Scheme, device) -> QuantizedWeight:
-        """Return what the files have under `name`, this rank's part, encoded on the device; its shape and dtype are those
-        of `like`. Raises QuantizationError where a value is not finite.
+        """Return what the files have under `name`, this rank's part, encoded on the device.
+
+        Its shape and dtype are those of `like`. Raises QuantizationError where a value is not finite.
         """
         weight = torch.empty_like(like, device=device)
         self.copy(name, weight)

@@ -25,7 +25,7 @@ def quantized_weight_of(layer: nn.Module) -> QuantizedWeight | None:
 
 
 def own_weight(layer: nn.Module) -> torch.Tensor | None:
-    """Return the weight that the layer holds itself, a parameter or a quantised one; None where it is made of others."""
+    """Return the weight that the layer holds, a parameter or a quantised one; None where it is made of others."""
     weight = layer._parameters.get("weight")
     return quantized_weight_of(layer) if weight is None else weight
 

@@ -23,8 +23,8 @@ PRODUCTS = (aten.mm.default, aten.addmm.default, aten.addmm_.default)
 class QuantizedWeight(torch.Tensor):
     """W (out, in) as codes and scales; its dtype is the one that it is decoded to, and computed with.
 
-    codes: (out, in / elements_per_code), scales: (out, in / block) in bfloat16, see `schemes`. `.to(dtype)` changes what
-    it is decoded to and leaves both as they are. What is copied into it is encoded. It never requires a gradient.
+    codes: (out, in / elements_per_code), scales: (out, in / block) in bfloat16, see `schemes`. `.to(dtype)` changes
+    what it is decoded to and leaves both as they are. What is copied into it is encoded. It never requires a gradient.
     """
 
     codes: torch.Tensor
@@ -45,8 +45,9 @@ class QuantizedWeight(torch.Tensor):
 
     @classmethod
     def of(cls, weight: torch.Tensor, scheme: Scheme, name: str = "the weight") -> "QuantizedWeight":
-        """Return a weight (out, in) encoded, on its device. Raises QuantizationError, with the name, where it cannot be:
-        no block divides its rows, or a value in it is not finite.
+        """Return a weight (out, in) encoded, on its device.
+
+        Raises QuantizationError, with the name, where no block divides its rows, or a value in it is not finite.
         """
         block = block_for(weight.shape[1]) if weight.dim() == 2 else None
         if block is None:
@@ -125,7 +126,7 @@ class QuantizedWeight(torch.Tensor):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Return what an operation gives. Raises QuantizationError for one that a weight in fewer bits does not have."""
+        """Return what an operation gives. Raises QuantizationError for one that needs the elements themselves."""
         kwargs = kwargs or {}
         weight = args[0] if args else None
         if function in PRODUCTS and not isinstance(weight, QuantizedWeight):
@@ -215,7 +216,7 @@ def _are_equal(left: QuantizedWeight, right: QuantizedWeight) -> bool:
 
 
 def rebuilt(codes: torch.Tensor, scales: torch.Tensor, scheme: str, dtype: torch.dtype) -> QuantizedWeight:
-    """Return the weight that `torch.save` or pickle wrote. Raises QuantizationError where a file holds something else."""
+    """Return the weight that `torch.save` or pickle wrote. Raises QuantizationError where it is none."""
     known = SCHEMES.get(scheme)
     if known is None:
         raise QuantizationError(f"the scheme of a quantised weight is {scheme!r}, wanted {' or '.join(SCHEMES)}")
