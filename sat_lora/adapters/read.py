@@ -120,6 +120,9 @@ def _read_config(path: Path) -> SavedAdapter:
         fingerprint = str(section["base_fingerprint"])
         trained = strings_of(section["trained"])
         base = BaseIdentity.from_dict(fingerprint, section["base"]) if "base" in section else None
+        quantization = section.get("base_quantization")  # a note: of a scheme that is not known here as well
+        if quantization is not None and not isinstance(quantization, dict):
+            raise TypeError(f"base_quantization has to be an object, got {brief(repr(quantization))}")
     except (OSError, ValueError, AttributeError, LookupError, TypeError, RecursionError) as error:
         problem = stand_in(path) or brief(_cause(error))
         advice = _advice(path.parent)
@@ -130,7 +133,7 @@ def _read_config(path: Path) -> SavedAdapter:
         raise AdapterError(f"{path}: {brief(str(error))}") from error
     if config.takes_from_base:  # written files never do; loading one would take from the base again
         raise AdapterError(f"{path}: init_lora_weights {config.init_lora_weights!r}, but the file is a plain LoRA")
-    return SavedAdapter(config, fingerprint, layers, trained, {}, base)
+    return SavedAdapter(config, fingerprint, layers, trained, {}, base, quantization)
 
 
 def _advice(folder: Path) -> str:

@@ -22,6 +22,7 @@ from sat_lora.lora.live_base import identity_of_model, whole_shape
 from sat_lora.lora.targets import BaseParameter, Plan, Site, Target
 from sat_lora.parallel.sharding import Sharding, gathered, model_parallel_layout, over_model_parallel
 from sat_lora.printable import printable
+from sat_lora.quantization.config import Quantization
 
 Copy = Callable[[torch.Tensor], torch.Tensor]
 """Makes a copy of a tensor that will change."""
@@ -103,7 +104,9 @@ def gather_adapter(
             trained[key] = copy(over_model_parallel(parameter.detach(), sharding))
     config = plain_config(mixins[0].config)
     base = identity_of_model(model)
-    return SavedAdapter(config, base.fingerprint, layers, tuple(trained), {**tensors, **trained}, base)
+    quantization: Quantization | None = getattr(model, "base_quantization", None)
+    about = None if quantization is None else quantization.to_dict()
+    return SavedAdapter(config, base.fingerprint, layers, tuple(trained), {**tensors, **trained}, base, about)
 
 
 def write_gathered(folder: str | Path, saved: SavedAdapter) -> None:

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from sat_lora.errors import ConfigError
+from sat_lora.lora.base_identity import BaseIdentity
 from sat_lora.lora.live_base import identity_of_model, remember_base
 from sat_lora.lora.mixin import lora_mixins, refuse_engine
 from sat_lora.quantization.config import Quantization
@@ -29,8 +30,14 @@ def quantize_model(model: nn.Module, quantization: Quantization | None = None, *
     if lora_mixins(model):
         raise ConfigError("the model has adapters, which began on its whole weights; quantise it before add_lora")
     layers = select_layers(model, quantization)
-    base = identity_of_model(model)
+    identity = identity_of_model(model)
     for name, layer in layers.items():
         put_quantized(layer, QuantizedWeight.of(layer.weight, quantization.weights, f"{name}.weight"))
-    remember_base(model, base)
+    note_quantized(model, identity, quantization)
     return [*layers]
+
+
+def note_quantized(model: nn.Module, identity: BaseIdentity, quantization: Quantization) -> None:
+    """Let the model know which base it was before its weights were quantised, and how they were: for adapters of it."""
+    remember_base(model, identity)
+    model.base_quantization = quantization

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from sat_lora.errors import ConfigError
+from sat_lora.files.patterns import shortened
 
 if TYPE_CHECKING:
     from sat_lora.quantization.weights.schemes import Scheme
@@ -28,6 +29,21 @@ class Quantization:
     trained: tuple[str, ...] = ()
     """The modules that train whole, as LoraConfig's modules_to_save has them: their weights stay whole."""
 
+    def to_dict(self) -> dict[str, str | list[str]]:
+        """Return what JSON holds of it: a scheme and two sets of patterns."""
+        sides = {"quantize_modules": self.modules, "keep_modules": self.keep_modules}
+        return {"scheme": self.scheme, **{n: p if isinstance(p, str) else list(p) for n, p in sides.items()}}
+
+    @classmethod
+    def from_dict(cls, content: object) -> "Quantization":
+        """Return the Quantization of which `to_dict` gave `content`. Raises ConfigError for anything else."""
+        values = content if isinstance(content, dict) else {}
+        patterns = [values.get("quantize_modules", ALL), values.get("keep_modules", [])]
+        if not isinstance(values.get("scheme"), str) or not all(map(_are_patterns, patterns)):
+            raise ConfigError(f"quantize: wanted a scheme and patterns, got {shortened(content)}")
+        modules, keep_modules = (side if isinstance(side, str) else tuple(side) for side in patterns)
+        return cls(scheme=values["scheme"], modules=modules, keep_modules=keep_modules)
+
     def __post_init__(self) -> None:
         for name in ("modules", "keep_modules", "trained"):
             value = getattr(self, name)
@@ -42,3 +58,8 @@ class Quantization:
         from sat_lora.quantization.weights.schemes import SCHEMES
 
         return SCHEMES[self.scheme]
+
+
+def _are_patterns(value: object) -> bool:
+    """Return whether a value of JSON is a pattern or a list of patterns."""
+    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(text, str) for text in value))

@@ -1,7 +1,5 @@
 """`quantize_model` on SAT models, with what may be put on them afterwards."""
 
-import copy
-
 import pytest
 import torch
 
@@ -11,21 +9,12 @@ from sat_lora.lora.mixin import lora_mixins
 from sat_lora.quantization.config import NAMES, Quantization
 from sat_lora.quantization.weights.layers import put_quantized, quantized_weights
 from sat_lora.quantization.weights.quantized_weight import whole
+from tests.support.quantized_layers import decoded_copy
 from tests.support.tiny import fill_adapters, logits_of, tiny_batch, tiny_model
 
 pytestmark = pytest.mark.usefixtures("single_process_group")
 # Rows of 64 and 96 in the language model; the ViT's of 48 and 72 no block divides.
 VIT = "mixins.eva.vit_model."
-
-
-def decoded_copy(model):
-    """The model with plain weights, those that the quantised ones are decoded to."""
-    plain = copy.deepcopy(model)
-    for name, weight in quantized_weights(model):
-        layer = plain.get_submodule(name)
-        del layer._buffers["weight"]
-        layer.register_parameter("weight", torch.nn.Parameter(weight.decoded(), requires_grad=False))
-    return plain
 
 
 def gradients(model, batch) -> dict[str, torch.Tensor]:

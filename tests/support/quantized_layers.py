@@ -5,10 +5,12 @@ import copy
 import torch
 from torch import nn
 
+from sat_lora import quantize_model
 from sat_lora._sat import ColumnParallelLinear, RowParallelLinear
-from sat_lora.quantization.weights.layers import put_quantized
+from sat_lora.quantization.weights.layers import put_quantized, quantized_weights
 from sat_lora.quantization.weights.quantized_weight import QuantizedWeight
 from sat_lora.quantization.weights.schemes import SCHEMES
+from tests.support.tiny import WIDE, tiny_model
 
 IN, OUT = 128, 96
 LAYERS = {
@@ -38,6 +40,28 @@ def quantized_pair(layer: nn.Module, scheme: str) -> tuple[nn.Module, nn.Module]
     put_quantized(layer, QuantizedWeight.of(layer.weight, SCHEMES[scheme]))
     plain.weight.data = layer.weight.decoded()
     return layer, plain
+
+
+def decoded_copy(model: nn.Module) -> nn.Module:
+    """The model with plain weights, those that the quantised ones are decoded to."""
+    plain = copy.deepcopy(model)
+    for name, weight in quantized_weights(model):
+        layer = plain.get_submodule(name)
+        del layer._buffers["weight"]
+        layer.register_parameter("weight", nn.Parameter(weight.decoded(), requires_grad=False))
+    return plain
+
+
+def quantized_tiny_model(scheme: str, dtype=torch.float32, **settings) -> nn.Module:
+    """A tiny CogVLM with quantised linears, all of whose rows blocks of 64 divide."""
+    model = tiny_model(dtype, config=WIDE, **settings)
+    quantize_model(model, scheme=scheme)
+    return model
+
+
+def decoded_tiny_model(scheme: str, dtype=torch.float32, **settings) -> nn.Module:
+    """The same with the decoded weights as plain ones, which it takes for the quantised base all the same."""
+    return decoded_copy(quantized_tiny_model(scheme, dtype, **settings))
 
 
 def counted_decoding(monkeypatch) -> list[tuple[int, ...]]:
