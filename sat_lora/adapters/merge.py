@@ -3,8 +3,6 @@
 The base is mapped and the result is filled through a mapping, so the process itself holds one tensor at a time.
 """
 
-import shutil
-from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -12,12 +10,8 @@ import torch
 from sat_lora.adapters.format import SavedAdapter
 from sat_lora.adapters.read import base_problem, read_adapter, tensor_problems
 from sat_lora.cogvlm.checkpoints.base_weights import BaseWeights
-from sat_lora.cogvlm.checkpoints.hugging_face_folder import (
-    CONFIG,
-    INDEX,
-    REMOTE_CODE,
-    ROTARY,
-)
+from sat_lora.cogvlm.checkpoints.beside import copy_beside
+from sat_lora.cogvlm.checkpoints.hugging_face_folder import CONFIG, REMOTE_CODE, ROTARY
 from sat_lora.cogvlm.checkpoints.hugging_face_writer import make_hugging_face_weights
 from sat_lora.cogvlm.checkpoints.sat_folder import make_sat_weights
 from sat_lora.errors import AdapterError, CheckpointError, MergeError
@@ -29,8 +23,6 @@ from sat_lora.lora.deltas.merging import merged_weight
 from sat_lora.printable import printable
 from sat_lora.terminal.progress import Progress
 
-_OF_WEIGHTS = {"latest", "model_config.json", INDEX, "pytorch_model.bin.index.json"}  # beside files with these endings
-_WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack"}
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -61,6 +53,11 @@ def merge_adapter(
     if out.exists():
         raise CheckpointError(f"--out: {out} exists; give a new folder")
     weights = BaseWeights(base, trust=trust)
+    if weights.note is not None:
+        raise CheckpointError(
+            f"--base: {base} is quantised to {weights.note.quantization.scheme}; merge into the base that it was made "
+            f"of, {weights.identity.title}"
+        )
     saved = read_adapter(adapter)
     another = None if any_base else base_problem(saved, weights.identity, adapter, base)
     if another:
@@ -99,37 +96,6 @@ def in_dtype(layout: Layout, dtype: torch.dtype | None) -> Layout:
         name: (shape, present if name == ROTARY or not present.is_floating_point else dtype)
         for name, (shape, present) in layout.items()
     }
-
-
-def copy_beside(base: Path, out: Path, *, without: Collection[str] = ()) -> list[str]:
-    """Copy the tokenizer and whatever else lies beside the weights; return remarks on what is left out.
-
-    No link is followed out of the base's folder: whoever made the folder would choose which of the reader's files the
-    merged model is passed on with. The cache of Hugging Face is one folder in this, its files being links into `blobs`.
-    """
-    left_out = []
-    for path in sorted(base.iterdir()):
-        if path.name in _OF_WEIGHTS or path.name in without or path.suffix.lower() in _WEIGHT_SUFFIXES:
-            continue
-        if path.is_symlink() and not _stays_inside(path):
-            left_out.append(printable(path.name))
-        elif path.is_file():
-            shutil.copyfile(path, out / path.name)
-    if not left_out:
-        return []
-    return [f"left out, links that lead out of {printable(base)}: {', '.join(left_out)}; copy what they name yourself"]
-
-
-def _stays_inside(link: Path) -> bool:
-    """Return whether a link leads to something in its own folder, or in the `blobs` of a cache of Hugging Face."""
-    folder = link.parent.resolve()
-    blobs = folder.parent.parent / "blobs"
-    homes = [folder, blobs] if folder.parent.name == "snapshots" else [folder]
-    try:
-        target = link.resolve(strict=True)
-        return any(target.is_relative_to(home) for home in homes)
-    except (OSError, RuntimeError):  # it leads nowhere, or in a circle
-        return False
 
 
 def missing_parts(folder: Path, base: str | Path, weights: BaseWeights) -> list[str]:

@@ -4,12 +4,15 @@ Each rank maps the files and copies its own slices: there is no whole model, nor
 """
 
 import re
+from collections.abc import Collection
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from sat_lora.cogvlm.checkpoints.hugging_face_folder import INDEX, SINGLE, HuggingFaceFolder
+from sat_lora.cogvlm.checkpoints.quantized_files import QuantizationNote
 from sat_lora.cogvlm.checkpoints.sat_folder import (
     PARTS,
     WEIGHT_DTYPES,
@@ -20,16 +23,16 @@ from sat_lora.cogvlm.checkpoints.sat_folder import (
 )
 from sat_lora.cogvlm.network.model import VIT, CogVLMModel, build_cogvlm
 from sat_lora.cogvlm.sizes import missing_sizes
-from sat_lora.errors import CheckpointError
-from sat_lora.lora.live_base import remember_base
+from sat_lora.errors import CheckpointError, ConfigError
 from sat_lora.parallel.partitioned import Partitioning
 from sat_lora.parallel.sharding import REPLICATED, Sharding, model_parallel_layout, sharding_of
 from sat_lora.printable import printable
+from sat_lora.quantization.apply import note_quantized
 from sat_lora.quantization.config import Quantization
 from sat_lora.quantization.select import select_layers
 from sat_lora.quantization.weights.layers import put_quantized
 from sat_lora.quantization.weights.quantized_weight import QuantizedWeight
-from sat_lora.quantization.weights.schemes import Scheme
+from sat_lora.quantization.weights.schemes import BLOCKS, Scheme, block_for
 from sat_lora.terminal.progress import Progress
 
 __all__ = [
@@ -145,14 +148,21 @@ def load_cogvlm(
     if layers is not None:
         left_out = frozenset(whole - model.state_dict().keys())
     model.base_name = source.path.resolve().name  # adapters name it
-    quantized = {} if quantize is None else select_layers(model, quantize)
+    note = source.note()
+    quantized = _quantized_layers(model, quantize, note, source.path)
     weights = _OwnWeights(model, source, left_out)
     partitioning = None if zero_config is None else Partitioning(zero_config)
     with torch.no_grad():
         for module_name, module in progress([*model.named_modules()]):
             prefix = f"{module_name}." if module_name else ""
             if module_name in quantized:
-                put_quantized(module, weights.quantized(prefix + "weight", module.weight, quantize.weights, device))
+                name = prefix + "weight"
+                encoded = (
+                    weights.encoded(name, module.weight, device)
+                    if note is not None
+                    else weights.quantized(name, module.weight, quantize.weights, device)
+                )
+                put_quantized(module, encoded)
             for leaf, parameter in module._parameters.items():
                 if parameter is not None:
                     module._parameters[leaf] = _loaded(parameter, prefix + leaf, weights, device, partitioning)
@@ -164,8 +174,39 @@ def load_cogvlm(
     if quantized:
         from sat_lora.cogvlm.checkpoints.base_weights import BaseWeights  # which reads folders as they are opened here
 
-        remember_base(model, BaseWeights(folder, trust=trust).identity)
+        identity = BaseWeights(folder, trust=trust).identity
+        note_quantized(model, identity, quantize if note is None else note.quantization)
     return model, config
+
+
+def _quantized_layers(
+    model: CogVLMModel, quantize: Quantization | None, note: QuantizationNote | None, folder: Path
+) -> Collection[str]:
+    """Return the names of the layers that are to have quantised weights.
+
+    note: what a folder says that holds such weights already. Raises ConfigError where `quantize` wants others than it
+    has, CheckpointError where the slices of this model-parallel size would cut a block.
+    """
+    if note is None:
+        return {} if quantize is None else select_layers(model, quantize)
+    own = {name.removesuffix(".weight") for name in note.weights}
+    if quantize is not None:
+        wanted = select_layers(model, quantize).keys()
+        differing = sorted(wanted ^ own & dict(model.named_modules()).keys())
+        if quantize.scheme != note.quantization.scheme or differing:
+            what = f", and {differing[0]} is one of {len(differing)} layers that differ" if differing else ""
+            raise ConfigError(
+                f"--quantize: {folder} is quantised already, to {note.quantization.scheme}{what}; leave the option and "
+                "its patterns out, or give the base that it was made of"
+            )
+    modules = {name: module for name, module in model.named_modules() if name in own}
+    uneven = [name for name, module in modules.items() if block_for(module.weight.shape[1]) is None]
+    if uneven:
+        raise CheckpointError(
+            f"{folder}: at this model-parallel size the rows of {uneven[0]} are cut within a block of {BLOCKS[-1]}; "
+            "give the base that it was made of"
+        )
+    return modules
 
 
 def shortened(config: dict, layers: int) -> dict:
@@ -248,6 +289,20 @@ class _OwnWeights:
         weight = torch.empty_like(like, device=device)
         self.copy(name, weight)
         return QuantizedWeight.of(weight, scheme, name)
+
+    def encoded(self, name: str, like: torch.Tensor, device) -> QuantizedWeight:
+        """Return the same of files that hold codes and scales: the values are theirs, whatever the cut."""
+        parts = {saved_rank: state[name] for saved_rank, state in self._states.items()}
+        first = next(iter(parts.values()))
+        rows, columns = like.shape
+        block = min(first.block, block_for(columns))
+        codes = torch.empty(rows, columns // first.scheme.elements_per_code, dtype=first.codes.dtype, device=device)
+        scales = torch.empty(rows, columns // block, dtype=first.scales.dtype, device=device)
+        fill = partial(self._shardings[name].fill, **self._layout)
+        fill(codes, {saved_rank: part.codes for saved_rank, part in parts.items()})
+        repeats = first.block // block  # a smaller block is a part of a larger one, with its scale
+        fill(scales, {saved_rank: part.scales.repeat_interleave(repeats, 1) for saved_rank, part in parts.items()})
+        return QuantizedWeight(codes, scales, first.scheme, like.dtype)
 
 
 def _misfit(state: dict, name: str, shape: tuple[int, ...] | None) -> str | None:
