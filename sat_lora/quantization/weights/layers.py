@@ -38,6 +38,11 @@ def quantized_weights(model: nn.Module) -> Iterator[tuple[str, QuantizedWeight]]
             yield name, weight
 
 
+def plain_parts(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Return the tensors that hold memory: codes and scales of a quantised weight, else the tensor itself."""
+    return (tensor.codes, tensor.scales) if isinstance(tensor, QuantizedWeight) else (tensor,)
+
+
 def bytes_of(tensor: torch.Tensor) -> int:
-    """Return the bytes that a tensor holds; those of codes and scales of a quantised one."""
-    return tensor.stored_bytes if isinstance(tensor, QuantizedWeight) else tensor.nbytes
+    """Return the bytes that a tensor holds."""
+    return sum(part.numel() * part.element_size() for part in plain_parts(tensor))

@@ -12,7 +12,7 @@ import torch
 from torch.autograd.function import FunctionCtx
 
 from sat_lora.errors import QuantizationError
-from sat_lora.quantization.weights.schemes import BLOCKS, SCHEMES, Scheme, block_for, block_of, encode
+from sat_lora.quantization.weights.schemes import BLOCKS, SCHEMES, Scheme, block_for, block_of, encode, has_values
 
 aten = torch.ops.aten
 _torch_linear = torch._C._nn.linear  # what `functional.linear` is until ZeRO-3 puts another one there
@@ -56,7 +56,7 @@ class QuantizedWeight(torch.Tensor):
                 f"{' or '.join(map(str, BLOCKS))}; leave it whole, with keep_modules"
             )
         codes, scales = encode(weight.detach(), scheme, block)
-        if not codes.is_meta and not bool(scales.isfinite().all()):
+        if has_values(scales) and not bool(scales.isfinite().all()):
             raise QuantizationError(f"{name}: it holds values that are not finite; {scheme.name} cannot hold them")
         return cls(codes, scales, scheme, weight.dtype)
 

@@ -10,7 +10,7 @@ code for each element:
 A block knows nothing beyond itself, so the slice that a model-parallel rank encodes has the values of the whole's.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Protocol
 
@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from sat_lora.quantization.weights.kernels import decode_nf4, has_kernels
 
 BLOCKS = (64, 32)  # the first that divides a row
-ENCODED_AT_ONCE = 2**22  # elements: the temporaries take up to 16 bytes each
+AT_ONCE = 2**22  # elements that are encoded or decoded together: the temporaries take up to 16 bytes each
 
 
 class Scheme(Protocol):
@@ -75,20 +75,25 @@ class NF4:
 
     def decode(self, codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Return W; on CUDA by the kernel of bitsandbytes, where that is installed."""
-        block = block_of(self, codes, scales)
-        if has_kernels(codes, block, dtype):
+        if has_kernels(codes, block_of(self, codes, scales), dtype):
             return decode_nf4(codes, scales, dtype)
+        return _in_parts(self._decode, codes, scales, dtype, codes.shape[1] * self.elements_per_code)
+
+    def _decode(self, codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         values = F.embedding(codes.int(), self._pairs_on(codes.device))  # (out, in / 2, 2)
-        values = values.view(*scales.shape, block).mul_(scales.float().unsqueeze(-1))
+        values = values.view(*scales.shape, -1).mul_(scales.float().unsqueeze(-1))
         return values.to(dtype).view(len(codes), -1)
 
     def _pairs_on(self, device: torch.device) -> torch.Tensor:
         """Return the two levels that each byte stands for: (256, 2), made once for a device."""
-        if device not in self._pairs:
+        pairs = self._pairs.get(device)
+        if pairs is None:
             byte = torch.arange(256, device=device)
             levels = torch.tensor(self.levels, device=device)
-            self._pairs[device] = torch.stack([levels[byte >> 4], levels[byte & 15]], 1)
-        return self._pairs[device]
+            pairs = torch.stack([levels[byte >> 4], levels[byte & 15]], 1)
+            if has_values(pairs):
+                self._pairs[device] = pairs
+        return pairs
 
 
 class Int8:
@@ -106,7 +111,11 @@ class Int8:
         return (blocks / steps).round_().clamp_(-127, 127).to(torch.int8), scales
 
     def decode(self, codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Return W. Code and scale have 15 bits together: only a dtype that cannot hold a scale needs float32."""
+        """Return W."""
+        return _in_parts(self._decode, codes, scales, dtype, codes.shape[1])
+
+    def _decode(self, codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        # Code and scale have 15 bits together: only a dtype that cannot hold every scale needs float32.
         via = torch.float32 if dtype is torch.float16 else dtype
         values = codes.view(*scales.shape, -1).to(via).mul_(scales.to(via).unsqueeze(-1))
         return values.to(dtype).view(len(codes), -1)
@@ -134,14 +143,36 @@ def encode(weight: torch.Tensor, scheme: Scheme, block: int) -> tuple[torch.Tens
     rows, columns = weight.shape
     codes = torch.empty(rows, columns // scheme.elements_per_code, dtype=scheme.codes_dtype, device=weight.device)
     scales = torch.empty(rows, columns // block, dtype=torch.bfloat16, device=weight.device)
-    for part in _parts(rows, columns):
+    for part in _parts(rows, columns) if has_values(weight) else ():
         part_codes, part_scales = scheme.encode(weight[part].reshape(-1, block))
         codes[part] = part_codes.view(-1, codes.shape[1])
         scales[part] = part_scales.view(-1, scales.shape[1])
     return codes, scales
 
 
+def _in_parts(
+    decode: Callable[[torch.Tensor, torch.Tensor, torch.dtype], torch.Tensor],
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    dtype: torch.dtype,
+    columns: int,
+) -> torch.Tensor:
+    """Return W (out, in = columns), decoded some rows at a time for the same reason."""
+    parts = [*_parts(len(codes), columns)]
+    if len(parts) < 2:
+        return decode(codes, scales, dtype)
+    weight = torch.empty(len(codes), columns, dtype=dtype, device=codes.device)
+    for part in parts if has_values(codes) else parts[:1]:  # the others would take no more memory
+        weight[part] = decode(codes[part], scales[part], dtype)
+    return weight
+
+
+def has_values(tensor: torch.Tensor) -> bool:
+    """Return whether a tensor holds numbers; neither one on "meta" does, nor a fake one, of an estimate."""
+    return type(tensor) is torch.Tensor and not tensor.is_meta
+
+
 def _parts(rows: int, columns: int) -> Iterator[slice]:
-    """Yield the rows that are encoded at once."""
-    count = max(1, ENCODED_AT_ONCE // columns)
+    """Yield the rows that are encoded or decoded at once."""
+    count = max(1, AT_ONCE // columns)
     yield from (slice(start, start + count) for start in range(0, rows, count))

@@ -77,10 +77,13 @@ def test_a_slice_has_the_values_of_the_whole(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_what_is_encoded_in_parts_is_the_same(name, monkeypatch):
-    at_once = encode(weight(), SCHEMES[name], 32)
-    monkeypatch.setattr(schemes, "ENCODED_AT_ONCE", 256 * 5)
-    assert all(map(torch.equal, encode(weight(), SCHEMES[name], 32), at_once))
+@pytest.mark.parametrize("block", [32, 64])
+def test_what_is_encoded_and_decoded_in_parts_is_the_same(name, block, monkeypatch):
+    at_once = encode(weight(), SCHEMES[name], block)
+    decoded_at_once = SCHEMES[name].decode(*at_once, torch.bfloat16)
+    monkeypatch.setattr(schemes, "AT_ONCE", 256 * 5)
+    assert all(map(torch.equal, encode(weight(), SCHEMES[name], block), at_once))
+    assert torch.equal(SCHEMES[name].decode(*at_once, torch.bfloat16), decoded_at_once)
 
 
 @pytest.mark.parametrize(("columns", "block"), [(64, 64), (96, 32), (224, 32), (1344, 64), (48, None), (0, None)])
