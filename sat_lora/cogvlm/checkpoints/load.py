@@ -4,7 +4,6 @@ Each rank maps the files and copies its own slices: there is no whole model, nor
 """
 
 import re
-from collections.abc import Collection
 from functools import partial
 from pathlib import Path
 
@@ -150,6 +149,7 @@ def load_cogvlm(
     model.base_name = source.path.resolve().name  # adapters name it
     note = source.note()
     quantized = _quantized_layers(model, quantize, note, source.path)
+    whole_weight = _memory_for(quantized if note is None else {}, device)
     weights = _OwnWeights(model, source, left_out)
     partitioning = None if zero_config is None else Partitioning(zero_config)
     with torch.no_grad():
@@ -157,11 +157,10 @@ def load_cogvlm(
             prefix = f"{module_name}." if module_name else ""
             if module_name in quantized:
                 name = prefix + "weight"
-                encoded = (
-                    weights.encoded(name, module.weight, device)
-                    if note is not None
-                    else weights.quantized(name, module.weight, quantize.weights, device)
-                )
+                if note is None:
+                    encoded = weights.quantized(name, module.weight, quantize.weights, whole_weight)
+                else:
+                    encoded = weights.encoded(name, module.weight, device)
                 put_quantized(module, encoded)
             for leaf, parameter in module._parameters.items():
                 if parameter is not None:
@@ -181,8 +180,8 @@ def load_cogvlm(
 
 def _quantized_layers(
     model: CogVLMModel, quantize: Quantization | None, note: QuantizationNote | None, folder: Path
-) -> Collection[str]:
-    """Return the names of the layers that are to have quantised weights.
+) -> dict[str, nn.Module]:
+    """Return the layers that are to have quantised weights, by name.
 
     note: what a folder says that holds such weights already. Raises ConfigError where `quantize` wants others than it
     has, CheckpointError where the slices of this model-parallel size would cut a block.
@@ -207,6 +206,13 @@ def _quantized_layers(
             "give the base that it was made of"
         )
     return modules
+
+
+def _memory_for(layers: dict[str, nn.Module], device) -> torch.Tensor:
+    """Return flat memory for one weight of these layers at a time: freed and taken anew, a CPU may keep more."""
+    weights = [layer.weight for layer in layers.values()]
+    largest = max(weights, key=torch.Tensor.numel, default=torch.empty(0))
+    return torch.empty(largest.numel(), dtype=largest.dtype, device=device)
 
 
 def shortened(config: dict, layers: int) -> dict:
@@ -281,17 +287,21 @@ class _OwnWeights:
         if parts:
             self._shardings[name].fill(target, parts, **self._layout, rows=rows)
 
-    def quantized(self, name: str, like: torch.Tensor, scheme: Scheme, device) -> QuantizedWeight:
-        """Return what the files have under `name`, this rank's part, encoded on the device.
+    def quantized(self, name: str, like: torch.Tensor, scheme: Scheme, memory: torch.Tensor) -> QuantizedWeight:
+        """Return what the files have under `name`, this rank's part, encoded.
 
-        Its shape and dtype are those of `like`. Raises QuantizationError where a value is not finite.
+        Its shape is that of `like`. memory: flat, of its dtype and device, in which each weight in turn is whole.
+        Raises QuantizationError where a value is not finite.
         """
-        weight = torch.empty_like(like, device=device)
+        weight = memory[: like.numel()].view(like.shape)
         self.copy(name, weight)
         return QuantizedWeight.of(weight, scheme, name)
 
     def encoded(self, name: str, like: torch.Tensor, device) -> QuantizedWeight:
-        """Return the same of files that hold codes and scales: the values are theirs, whatever the cut."""
+        """Return the same of files that hold codes and scales: the values are theirs, whatever the cut.
+
+        Its dtype is that of `like`.
+        """
         parts = {saved_rank: state[name] for saved_rank, state in self._states.items()}
         first = next(iter(parts.values()))
         rows, columns = like.shape
