@@ -3,6 +3,8 @@
 The base is mapped and the result is filled through a mapping, so the process itself holds one tensor at a time.
 """
 
+import dataclasses
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -13,17 +15,24 @@ from sat_lora.cogvlm.checkpoints.base_weights import BaseWeights
 from sat_lora.cogvlm.checkpoints.beside import copy_beside
 from sat_lora.cogvlm.checkpoints.hugging_face_folder import CONFIG, REMOTE_CODE, ROTARY
 from sat_lora.cogvlm.checkpoints.hugging_face_writer import make_hugging_face_weights
+from sat_lora.cogvlm.checkpoints.quantized_files import KEY
 from sat_lora.cogvlm.checkpoints.sat_folder import make_sat_weights
-from sat_lora.errors import AdapterError, CheckpointError, MergeError
+from sat_lora.cogvlm.network.model import build_cogvlm
+from sat_lora.errors import AdapterError, CheckpointError, ConfigError, MergeError
 from sat_lora.files.atomic import replaced_folder
 from sat_lora.files.weight_files import Layout
 from sat_lora.lora.deltas.kinds import KINDS
 from sat_lora.lora.deltas.layout import DeltaLayout
 from sat_lora.lora.deltas.merging import merged_weight
 from sat_lora.printable import printable
+from sat_lora.quantization.config import Quantization
+from sat_lora.quantization.select import select_layers
+from sat_lora.quantization.weights.quantized_weight import QuantizedWeight
+from sat_lora.quantization.weights.schemes import Scheme
 from sat_lora.terminal.progress import Progress
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+BASE, TRAINED = "base", "trained"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -37,47 +46,51 @@ def merge_adapter(
     dtype: torch.dtype | None = None,
     trust: bool = False,
     any_base: bool = False,
+    onto: str = BASE,
     progress: Progress[str] = iter,
 ) -> list[str]:
     """Write OUT, the base with scale * B A added to each adapted weight; return remarks for whoever uses it.
 
     The sums are made in float32, and kept in the base's dtype. Remarks say what lies beside the base and was left out,
     and what OUT wants beside it. to: "sat", cut for `model_parallel_size` ranks, or "hf", a Hugging Face folder of
-    safetensors. The base may be either, and cut for any number of ranks. dtype: of all of OUT's weights instead.
-    progress: goes through the tensors' names, as tqdm does. trust: see `map_weights`. any_base: take a base that the
-    adapter was not trained on, if its layers are there. Raises CheckpointError or AdapterError if a folder is wrong or
-    cannot be written, or the adapter was trained on another base, and MergeError if a merged weight is not finite. OUT
-    is not there then.
+    safetensors. The base may be either, and cut for any number of ranks. dtype: of all of OUT's weights instead. onto:
+    "base" takes the base's own weights; "trained" those that the adapter was trained beside, where they were quantised:
+    what their codes decode to. progress: goes through the tensors' names, as tqdm does. trust: see `map_weights`.
+    any_base: take a base that the adapter was not trained on, if its layers are there. Raises CheckpointError or
+    AdapterError if a folder is wrong or cannot be written, or the adapter was trained on another base, and MergeError
+    if a merged weight is not finite. OUT is not there then.
     """
     out = Path(out)
     if out.exists():
         raise CheckpointError(f"--out: {out} exists; give a new folder")
     weights = BaseWeights(base, trust=trust)
-    if weights.note is not None:
+    if weights.note is not None and onto != TRAINED:
         raise CheckpointError(
             f"--base: {base} is quantised to {weights.note.quantization.scheme}; merge into the base that it was made "
-            f"of, {weights.identity.title}"
+            f"of, {weights.identity.title}, or insist on its decoded weights with --onto trained"
         )
     saved = read_adapter(adapter)
+    tensors = decoded_weights(weights, saved, adapter) if onto == TRAINED else weights
     another = None if any_base else base_problem(saved, weights.identity, adapter, base)
     if another:
         raise AdapterError(f"--adapter: {another}")
     refuse_misfits(weights.shapes, saved, adapter)
     if to == "hf" and ROTARY not in weights.layout:
         raise CheckpointError(f"--base: {printable(base)} has no {ROTARY}, of which Hugging Face's layers have copies")
+    config = {name: value for name, value in weights.config.items() if name != KEY}
     layouts = [in_dtype(layout, dtype) for layout in weights.layouts_for(model_parallel_size)]
     try:
         with replaced_folder(out) as temporary:
             if to == "hf":
                 parts = [
                     make_hugging_face_weights(
-                        temporary, weights.config, layouts[0], weights[ROTARY], own_config=weights.hugging_face_config
+                        temporary, config, layouts[0], weights[ROTARY], own_config=weights.hugging_face_config
                     )
                 ]
             else:
-                parts = make_sat_weights(temporary, weights.config, layouts)
+                parts = make_sat_weights(temporary, config, layouts)
             for name in progress(weights.layout):
-                whole = merged_tensor(name, weights, saved)
+                whole = merged_tensor(name, tensors, saved)
                 for rank, part in enumerate(parts):
                     if name in part:
                         part[name].copy_(weights.shard(name, whole, rank, len(parts)))
@@ -119,7 +132,46 @@ def missing_parts(folder: Path, base: str | Path, weights: BaseWeights) -> list[
     return remarks
 
 
-def merged_tensor(name: str, weights: BaseWeights, saved: SavedAdapter) -> torch.Tensor:
+def decoded_weights(weights: BaseWeights, saved: SavedAdapter, adapter: str | Path) -> Mapping[str, torch.Tensor]:
+    """Return the whole tensors of the base as they were while the adapter trained: quantised ones decoded.
+
+    Raises AdapterError where it trained beside whole weights, or does not say how they were quantised.
+    """
+    if weights.note is not None:
+        return weights
+    if saved.base_quantization is None:
+        raise AdapterError(f"--onto trained: {adapter} was trained beside the base's own weights; leave the option out")
+    try:
+        quantization = Quantization.from_dict(dict(saved.base_quantization))
+        quantization = dataclasses.replace(quantization, trained=saved.config.modules_to_save)
+        layers = select_layers(build_cogvlm(weights.config, device="meta"), quantization)
+    except ConfigError as error:
+        raise AdapterError(
+            f"--onto trained: {adapter}: how its base was quantised is not known here: {error}"
+        ) from error
+    return DecodedWeights(weights, quantization.weights, frozenset(f"{name}.weight" for name in layers))
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodedWeights(Mapping[str, torch.Tensor]):
+    """The tensors of a base, of which some are encoded and decoded again when they are asked for."""
+
+    weights: BaseWeights
+    scheme: Scheme
+    quantized: frozenset[str]
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        tensor = self.weights[name]
+        return QuantizedWeight.of(tensor, self.scheme, name).decoded() if name in self.quantized else tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.weights)
+
+    def __len__(self) -> int:
+        return len(self.weights)
+
+
+def merged_tensor(name: str, weights: Mapping[str, torch.Tensor], saved: SavedAdapter) -> torch.Tensor:
     """Return a tensor of the base with the adapter in it: in float32 or wider where that changes it, else as it is."""
     layer = name.removesuffix(".weight")
     if name in saved.trained:

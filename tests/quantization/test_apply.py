@@ -3,7 +3,16 @@
 import pytest
 import torch
 
-from sat_lora import ConfigError, QuantizationError, add_lora, describe, load_adapter, quantize_model, save_adapter
+from sat_lora import (
+    ConfigError,
+    QuantizationError,
+    add_lora,
+    describe,
+    describe_text,
+    load_adapter,
+    quantize_model,
+    save_adapter,
+)
 from sat_lora.lora.live_base import identity_of_model
 from sat_lora.lora.mixin import lora_mixins
 from sat_lora.quantization.config import NAMES, Quantization
@@ -121,6 +130,10 @@ def test_the_table_counts_the_elements_of_the_base():
     quantize_model(quantized)
     add_lora(quantized, r=4)
     assert describe(quantized) == wanted
+    last = describe_text(quantized).split("\n")[-1]
+    assert last.startswith("quantised: ") and " linears to nf4, " in last and "quantised" not in describe_text(model)
+    count = sum(weight.numel() for _, weight in quantized_weights(quantized))
+    assert f"in place of {count * 4 / 1e6:,.1f} on each rank" in last
 
 
 def test_merging_in_place_names_the_command_that_merges_files():

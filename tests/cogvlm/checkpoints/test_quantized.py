@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 
-from sat_lora import CheckpointError, ConfigError, QuantizationError, add_lora, save_adapter
+from sat_lora import AdapterError, CheckpointError, ConfigError, QuantizationError, add_lora, save_adapter
 from sat_lora.adapters.merge import merge_adapter
 from sat_lora.cogvlm.checkpoints import load as loading
 from sat_lora.cogvlm.checkpoints.base_weights import BaseWeights
@@ -17,7 +17,7 @@ from sat_lora.lora.live_base import identity_of_model
 from sat_lora.quantization.apply import quantize_model
 from sat_lora.quantization.config import NAMES, Quantization
 from sat_lora.quantization.weights.layers import quantized_weights
-from tests.support.tiny import WIDE, logits_of, tiny_batch, tiny_model
+from tests.support.tiny import WIDE, fill_adapters, logits_of, tiny_batch, tiny_model
 
 pytestmark = pytest.mark.usefixtures("single_process_group")
 ALL_LINEAR = Quantization()
@@ -182,6 +182,46 @@ def test_nothing_is_merged_into_it_unasked(base, written, tmp_path):
         merge_adapter(written, tmp_path / "adapter", tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
     merge_adapter(base, tmp_path / "adapter", tmp_path / "merged")
+
+
+def test_a_merge_takes_the_base_or_what_was_trained_beside(base, written, tmp_path):
+    """The decoded weights come out of the whole base and of the quantised folder alike."""
+    model, _ = load_cogvlm(written, dtype=torch.bfloat16)
+    decoded = {name: weight.decoded() for name, weight in quantized_weights(model)}
+    add_lora(model, r=2, target_modules=["vit-mlp"])
+    fill_adapters(model)
+    save_adapter(model, tmp_path / "adapter")
+    merged = {}
+    for name, folder, onto in (("a", base, "base"), ("b", base, "trained"), ("c", written, "trained")):
+        merge_adapter(folder, tmp_path / "adapter", tmp_path / name, onto=onto)
+        merged[name] = load_cogvlm(tmp_path / name, dtype=torch.bfloat16)[0].state_dict()
+        assert "quantization" not in json.loads((tmp_path / name / "model_config.json").read_text())
+    whole = load_cogvlm(base, dtype=torch.bfloat16)[0].state_dict()
+    assert all(torch.equal(merged["b"][name], tensor) for name, tensor in merged["c"].items())
+    adapted = [name for name in merged["a"] if ".mlp." in name and "vit_model" in name and name.endswith("weight")]
+    for name, tensor in merged["a"].items():
+        weight = decoded.get(name.removesuffix(".weight"))
+        if name not in adapted:
+            assert torch.equal(tensor, whole[name])
+            assert torch.equal(merged["b"][name], whole[name] if weight is None else weight)
+        else:
+            effect = [merged["b"][name].float() - weight.float(), tensor.float() - whole[name].float()]
+            torch.testing.assert_close(*effect, rtol=0, atol=2**-8 * float(tensor.abs().max()) * 2)
+
+
+def test_onto_what_was_trained_wants_an_adapter_that_says_it(base, tmp_path):
+    model, _ = load_cogvlm(base)
+    add_lora(model, r=2)
+    save_adapter(model, tmp_path / "adapter")
+    with pytest.raises(AdapterError, match="--onto trained: .* was trained beside the base's own weights; leave"):
+        merge_adapter(base, tmp_path / "adapter", tmp_path / "merged", onto="trained")
+    path = tmp_path / "adapter" / "adapter_config.json"
+    content = json.loads(path.read_text())
+    content["sat_lora"]["base_quantization"] = {"scheme": "nf9"}
+    path.write_text(json.dumps(content))
+    with pytest.raises(AdapterError, match="--onto trained: .* is not known here: .* no scheme 'nf9'"):
+        merge_adapter(base, tmp_path / "adapter", tmp_path / "merged", onto="trained")
+    merge_adapter(base, tmp_path / "adapter", tmp_path / "merged")  # nobody has to obey the note
 
 
 def test_a_value_that_is_not_finite_is_named(tmp_path):
