@@ -66,11 +66,24 @@ def is_adapter_folder(folder: str | Path) -> bool:
 
 def base_of_adapter(folder: str | Path) -> BaseIdentity:
     """Return the base that an adapter was trained on, by its config alone. Raises the errors of `read_adapter`."""
+    about = _about(folder)
+    return about.base or BaseIdentity(about.base_fingerprint)
+
+
+def trained_whole(folder: str | Path) -> tuple[str, ...]:
+    """Return the names of the base's parameters that an adapter holds whole, by its config alone.
+
+    Raises the errors of `read_adapter`.
+    """
+    return _about(folder).trained
+
+
+def _about(folder: str | Path) -> SavedAdapter:
+    """Return what the config of an adapter says, without its tensors."""
     try:
-        about = _read_config(follow(folder) / CONFIG)
+        return _read_config(follow(folder) / CONFIG)
     except OSError as error:
         raise AdapterError(f"{folder}: cannot be read: {error}") from error
-    return about.base or BaseIdentity(about.base_fingerprint)
 
 
 def base_problem(

@@ -4,10 +4,12 @@ import errno
 import itertools
 import os
 import tempfile
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from sat_lora.adapters.read import trained_whole
 from sat_lora.adapters.save_load import load_adapter
 from sat_lora.cogvlm.checkpoints.load import load_cogvlm
 from sat_lora.cogvlm.decoding.generate import generate
@@ -33,6 +35,7 @@ from sat_lora.files.step_folders import follow
 from sat_lora.lora.mixin import lora_mixins
 from sat_lora.parallel.distributed import World, gather_lists
 from sat_lora.printable import printable
+from sat_lora.quantization.config import Quantization
 from sat_lora.terminal.notice import warn
 from sat_lora.terminal.progress import shown
 from sat_lora.training.runs.results import EVALUATION, RUN
@@ -90,7 +93,7 @@ def evaluate_adapter(
         device=world.device,
         model_parallel_size=config.parallel.model_parallel_size,
         trust=config.start.trust_checkpoint,
-        quantize=config.quantization.of(config.lora),
+        quantize=_quantization_of(config, adapter),
         progress=partial(shown, what="loading the base", unit="modules") if world.is_main else iter,
     )
     problem = image_length_problem(sizes)
@@ -154,6 +157,14 @@ def evaluate_adapter(
     if not broken:
         return result
     return {**result, "broken": sorted({path for path, _, _ in broken}), "broken_samples": len(broken)}
+
+
+def _quantization_of(config: TrainConfig, adapter: str | Path | None) -> Quantization | None:
+    """Return how the base is held; None where it is whole. What the adapter has, or the run trains, whole stays so."""
+    quantization = config.quantization.of(config.lora)
+    if quantization is None or adapter is None:
+        return quantization
+    return replace(quantization, trained=(*quantization.trained, *trained_whole(adapter)))
 
 
 def _cut_answers(dataset: ImageTextDataset, lengths: list[int | BrokenSample]) -> int:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from sat_lora import (
+    AdapterError,
     ConfigError,
     QuantizationError,
     add_lora,
@@ -13,13 +14,14 @@ from sat_lora import (
     quantize_model,
     save_adapter,
 )
+from sat_lora.adapters.read import trained_whole
 from sat_lora.lora.live_base import identity_of_model
 from sat_lora.lora.mixin import lora_mixins
 from sat_lora.quantization.config import NAMES, Quantization
-from sat_lora.quantization.weights.layers import put_quantized, quantized_weights
+from sat_lora.quantization.weights.layers import put_quantized, quantized_weight_of, quantized_weights
 from sat_lora.quantization.weights.quantized_weight import whole
 from tests.support.quantized_layers import decoded_copy
-from tests.support.tiny import fill_adapters, logits_of, tiny_batch, tiny_model
+from tests.support.tiny import WIDE, fill_adapters, logits_of, tiny_batch, tiny_model
 
 pytestmark = pytest.mark.usefixtures("single_process_group")
 # Rows of 64 and 96 in the language model; the ViT's of 48 and 72 no block divides.
@@ -162,6 +164,23 @@ def test_what_stays_whole_trains():
     quantize_model(model, keep_modules=["projector"])
     add_lora(model, r=4, modules_to_save=["linear_proj"], bias="all")
     assert model.mixins["eva"].linear_proj.linear_proj.weight.requires_grad
+
+
+def test_an_adapter_with_a_whole_weight_wants_that_whole(tmp_path):
+    model = tiny_model()
+    add_lora(model, r=4, modules_to_save=["linear_proj.linear_proj", "boi"])
+    save_adapter(model, tmp_path / "adapter")
+    name = "mixins.eva.linear_proj.dense_h_to_4h.weight"
+    assert trained_whole(tmp_path / "adapter") == ("mixins.eva.boi", "mixins.eva.linear_proj.linear_proj.weight")
+    quantized = tiny_model(config=WIDE)
+    quantize_model(quantized)
+    wanted = "mixins.eva.linear_proj.linear_proj.weight is trained whole, and quantised in the model"
+    with pytest.raises(AdapterError, match=wanted):
+        load_adapter(quantized, tmp_path / "adapter", any_base=True)
+    narrow = tiny_model()
+    quantize_model(narrow, trained=trained_whole(tmp_path / "adapter"))
+    load_adapter(narrow, tmp_path / "adapter")
+    assert quantized_weight_of(narrow.get_submodule(name.removesuffix(".weight"))) is not None
 
 
 def test_a_model_with_adapters_is_not_quantised():
