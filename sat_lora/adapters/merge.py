@@ -32,7 +32,8 @@ from sat_lora.quantization.weights.schemes import Scheme
 from sat_lora.terminal.progress import Progress
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
-BASE, TRAINED = "base", "trained"
+BASE = "base"
+TRAINED = "trained"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 

@@ -37,7 +37,7 @@ def uneven(tmp_path):
 
 
 MISTAKES = {
-    "no base": (["--base", "nowhere"], "--base: nowhere does not exist"),
+    "no base": (["--base", "nowhere"], "--base: nowhere is not a SAT model folder: it does not exist"),
     "a folder that is there": (["--out", "."], "--out: . exists; give a new folder"),
     "an unknown scheme": (["--quantize", "fp4"], "fp4"),
     "an unknown module": (["--quantize_modules", "gate"], "quantize_modules: 'gate' matches no layer; nearest: "),

@@ -25,7 +25,8 @@ from sat_lora.quantization.weights.schemes import block_for
 
 KEY = "quantization"
 FORMAT_VERSION = 1
-CODES, SCALES = ".codes", ".scales"
+CODES = ".codes"
+SCALES = ".scales"
 
 
 @dataclass(frozen=True, kw_only=True)
