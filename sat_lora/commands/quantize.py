@@ -36,7 +36,7 @@ def run(options: argparse.Namespace) -> int:
     """Write the quantised base; return 0. Raises a SatLoraError for a user's mistake."""
     from sat_lora.errors import ConfigError
     from sat_lora.printable import printable, shell_line
-    from sat_lora.training.settings.lora_options import names_or_pattern
+    from sat_lora.training.settings.lora_options import patterns_of
 
     refuse_existing(options.out)
     refuse_missing(base=options.base)
@@ -49,8 +49,8 @@ def run(options: argparse.Namespace) -> int:
 
     quantization = Quantization(
         scheme=options.quantize,
-        modules=names_or_pattern(options.quantize_modules),
-        keep_modules=names_or_pattern(options.keep_modules),
+        modules=patterns_of(options.quantize_modules),
+        keep_modules=patterns_of(options.keep_modules),
     )
     remarks = quantize_base(
         options.base,

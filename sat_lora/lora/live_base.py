@@ -46,7 +46,7 @@ def identity_of_model(model: nn.Module) -> BaseIdentity:
     What LoRA mixins have trained or merged is taken as it was before, and so is what is quantised: an adapter belongs
     to a base, however many bits its weights were held in.
     """
-    remembered = getattr(model, "base_identity", None)
+    remembered: BaseIdentity | None = getattr(model, "base_identity", None)
     if remembered is not None:
         return remembered
     tensors = base_tensors(model)

@@ -80,8 +80,9 @@ def fake_step(
         layers = {} if quantize is None else select_layers(model, quantize)
         with FakeTensorMode(allow_non_fake_inputs=True):
             _give_fake_memory(model)
-            for layer in layers.values():
-                put_quantized(layer, QuantizedWeight.of(layer.weight, quantize.weights))
+            if quantize is not None:
+                for layer in layers.values():
+                    put_quantized(layer, QuantizedWeight.of(layer.weight, quantize.weights))
             add_lora(model, lora)
             model.train()
             with _as_in_a_run(model, partitioned=partitioned):

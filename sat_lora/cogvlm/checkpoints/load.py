@@ -4,7 +4,6 @@ Each rank maps the files and copies its own slices: there is no whole model, nor
 """
 
 import re
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -157,10 +156,10 @@ def load_cogvlm(
             prefix = f"{module_name}." if module_name else ""
             if module_name in quantized:
                 name = prefix + "weight"
-                if note is None:
-                    encoded = weights.quantized(name, module.weight, quantize.weights, whole_weight)
-                else:
+                if note is not None:
                     encoded = weights.encoded(name, module.weight, device)
+                elif quantize is not None:
+                    encoded = weights.quantized(name, module.weight, quantize.weights, whole_weight)
                 put_quantized(module, encoded)
             for leaf, parameter in module._parameters.items():
                 if parameter is not None:
@@ -170,11 +169,12 @@ def load_cogvlm(
                     continue
                 module._buffers[leaf] = buffer.to(device)
                 weights.copy(prefix + leaf, module._buffers[leaf])
-    if quantized:
+    quantization = quantize if note is None else note.quantization
+    if quantization is not None:
         from sat_lora.cogvlm.checkpoints.base_weights import BaseWeights  # which reads folders as they are opened here
 
         identity = BaseWeights(folder, trust=trust).identity
-        note_quantized(model, identity, quantize if note is None else note.quantization)
+        note_quantized(model, identity, quantization)
     return model, config
 
 
@@ -308,10 +308,11 @@ class _OwnWeights:
         block = min(first.block, block_for(columns))
         codes = torch.empty(rows, columns // first.scheme.elements_per_code, dtype=first.codes.dtype, device=device)
         scales = torch.empty(rows, columns // block, dtype=first.scales.dtype, device=device)
-        fill = partial(self._shardings[name].fill, **self._layout)
-        fill(codes, {saved_rank: part.codes for saved_rank, part in parts.items()})
+        fill = self._shardings[name].fill
+        fill(codes, {saved_rank: part.codes for saved_rank, part in parts.items()}, **self._layout, rows=None)
         repeats = first.block // block  # a smaller block is a part of a larger one, with its scale
-        fill(scales, {saved_rank: part.scales.repeat_interleave(repeats, 1) for saved_rank, part in parts.items()})
+        part_scales = {saved_rank: part.scales.repeat_interleave(repeats, 1) for saved_rank, part in parts.items()}
+        fill(scales, part_scales, **self._layout, rows=None)
         return QuantizedWeight(codes, scales, first.scheme, like.dtype)
 
 

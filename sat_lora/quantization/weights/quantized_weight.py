@@ -128,7 +128,7 @@ class QuantizedWeight(torch.Tensor):
     ) -> Any:
         """Return what an operation gives. Raises QuantizationError for one that needs the elements themselves."""
         kwargs = kwargs or {}
-        weight = args[0] if args else None
+        weight: Any = args[0] if args else None
         if function in PRODUCTS and not isinstance(weight, QuantizedWeight):
             return _product(function, args, kwargs)
         if not isinstance(weight, QuantizedWeight):

@@ -31,7 +31,7 @@ from sat_lora.terminal.option_types import (
 )
 from sat_lora.training.metrics.registry import METRICS
 from sat_lora.training.settings.fields import Known, fields_of, flag, frozen, plain, setting
-from sat_lora.training.settings.lora_options import ABOUT, LORA_FIELDS, lora_fields, names_or_pattern
+from sat_lora.training.settings.lora_options import ABOUT, LORA_FIELDS, lora_fields, patterns_of
 from sat_lora.training.settings.schedule import DECAY_STYLES, learning_rate_factor, warmup_steps
 
 Paths = tuple[str, ...]
@@ -257,11 +257,11 @@ class Quantizing:
         """
         if self.quantize == NONE:
             return None
-        modules, keep_modules = (
-            frozen(names_or_pattern(list(texts))) for texts in (self.quantize_modules, self.keep_modules)
-        )
         return Quantization(
-            scheme=self.quantize, modules=modules, keep_modules=keep_modules, trained=lora.modules_to_save
+            scheme=self.quantize,
+            modules=patterns_of(self.quantize_modules),
+            keep_modules=patterns_of(self.keep_modules),
+            trained=lora.modules_to_save,
         )
 
 
