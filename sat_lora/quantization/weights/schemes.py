@@ -20,7 +20,8 @@ from torch.nn import functional as F
 from sat_lora.quantization.weights.kernels import decode_nf4, has_kernels
 
 BLOCKS = (64, 32)  # the first that divides a row
-AT_ONCE = 2**22  # elements that are encoded or decoded together: the temporaries take up to 16 bytes each
+ENCODED_AT_ONCE = 2**20  # elements: the temporaries take some 16 bytes each
+DECODED_AT_ONCE = 2**22  # the same, 6 bytes each
 
 
 class Scheme(Protocol):
@@ -143,7 +144,7 @@ def encode(weight: torch.Tensor, scheme: Scheme, block: int) -> tuple[torch.Tens
     rows, columns = weight.shape
     codes = torch.empty(rows, columns // scheme.elements_per_code, dtype=scheme.codes_dtype, device=weight.device)
     scales = torch.empty(rows, columns // block, dtype=torch.bfloat16, device=weight.device)
-    for part in _parts(rows, columns) if has_values(weight) else ():
+    for part in _parts(rows, max(1, ENCODED_AT_ONCE // columns)) if has_values(weight) else ():
         part_codes, part_scales = scheme.encode(weight[part].reshape(-1, block))
         codes[part] = part_codes.view(-1, codes.shape[1])
         scales[part] = part_scales.view(-1, scales.shape[1])
@@ -158,7 +159,7 @@ def _in_parts(
     columns: int,
 ) -> torch.Tensor:
     """Return W (out, in = columns), decoded some rows at a time for the same reason."""
-    parts = [*_parts(len(codes), columns)]
+    parts = [*_parts(len(codes), max(1, DECODED_AT_ONCE // columns))]
     if len(parts) < 2:
         return decode(codes, scales, dtype)
     weight = torch.empty(len(codes), columns, dtype=dtype, device=codes.device)
@@ -172,7 +173,6 @@ def has_values(tensor: torch.Tensor) -> bool:
     return type(tensor) is torch.Tensor and not tensor.is_meta
 
 
-def _parts(rows: int, columns: int) -> Iterator[slice]:
-    """Yield the rows that are encoded or decoded at once."""
-    count = max(1, AT_ONCE // columns)
+def _parts(rows: int, count: int) -> Iterator[slice]:
+    """Yield the rows by `count` at a time."""
     yield from (slice(start, start + count) for start in range(0, rows, count))

@@ -81,7 +81,8 @@ def test_a_slice_has_the_values_of_the_whole(name):
 def test_what_is_encoded_and_decoded_in_parts_is_the_same(name, block, monkeypatch):
     at_once = encode(weight(), SCHEMES[name], block)
     decoded_at_once = SCHEMES[name].decode(*at_once, torch.bfloat16)
-    monkeypatch.setattr(schemes, "AT_ONCE", 256 * 5)
+    monkeypatch.setattr(schemes, "ENCODED_AT_ONCE", 256 * 5)
+    monkeypatch.setattr(schemes, "DECODED_AT_ONCE", 256 * 7)
     assert all(map(torch.equal, encode(weight(), SCHEMES[name], block), at_once))
     assert torch.equal(SCHEMES[name].decode(*at_once, torch.bfloat16), decoded_at_once)
 
