@@ -47,7 +47,7 @@ def test_a_slice_has_the_values_of_the_whole_wherever_it_is_encoded(tmp_path, si
     quantize_base(tmp_path / "base", tmp_path / "nf4", Quantization())
     model, _ = load_cogvlm(tmp_path / "nf4")
     whole = {name: weight.decoded() for name, weight in quantized_weights(model)}
-    uneven = sorted(name for name in whole if "4h_to_h" in name and not name.startswith("mixins.eva.vit_model"))
+    uneven = sorted(name for name in whole if "4h_to_h" in name and not name.startswith("mixins.eva."))
     for written, encoded, identity in run_ranks(slices, 2, tmp_path, whole):
         assert written == ([], sorted(whole))
         assert encoded == (uneven, sorted(whole))  # blocks of 32 there
