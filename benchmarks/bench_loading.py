@@ -22,6 +22,8 @@ from benchmarks.model_folders import config_of, state_of, write_hugging_face
 from benchmarks.report import table, write_json
 from sat_lora.cogvlm.checkpoints.load import load_cogvlm, save_weights, weight_files
 from sat_lora.parallel.distributed import init_distributed, init_model_parallel
+from sat_lora.quantization.config import Quantization
+from sat_lora.quantization.weights.layers import bytes_of
 from sat_lora.training.steps.engine import set_up_deepspeed
 
 INTERVAL = 0.002  # seconds between samples
@@ -52,18 +54,23 @@ def peak_growth(work: Callable) -> tuple[object, int, float]:
     return result, max(peak[0], anonymous_bytes()) - start, seconds
 
 
-def load_on_a_rank(folder: str, model_parallel: int, zero: bool = False) -> dict:
-    """Bytes of the rank's own weights, peak growth of its anonymous memory, seconds."""
+def load_on_a_rank(folder: str, model_parallel: int, zero: bool = False, scheme: str | None = None) -> dict:
+    """Bytes of the rank's own weights, peak growth of its anonymous memory, seconds.
+
+    scheme: that to which the linears are quantised.
+    """
     init_model_parallel(init_distributed(), model_parallel)
     config = None
     if zero:
         set_up_deepspeed()
         config = dict(train_micro_batch_size_per_gpu=1, zero_optimization=dict(stage=3), bf16=dict(enabled=True))
     load = lambda: load_cogvlm(  # noqa: E731
-        folder, dtype=torch.bfloat16, model_parallel_size=model_parallel, zero_config=config
-    )
+        folder, dtype=torch.bfloat16, model_parallel_size=model_parallel, zero_config=config,
+        quantize=None if scheme is None else Quantization(scheme=scheme),
+    )  # fmt: skip
     (model, _), peak, seconds = peak_growth(load)
     own = sum(getattr(p, "ds_tensor", p).numel() * p.element_size() for p in model.parameters())
+    own += sum(map(bytes_of, model.buffers()))
     return {"own": own, "peak": peak, "seconds": seconds}
 
 

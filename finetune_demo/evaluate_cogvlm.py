@@ -54,6 +54,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("--model-parallel-size", type=positive_int, metavar="N", help="ranks that share one model (default: 1)")
     add("--bf16", action="store_true", default=None, help="bfloat16 (default on CUDA)")
     add("--fp16", action="store_true", default=None, help="float16")
+    held = "how the base's linears are held: none (whole), nf4, int8 (default: as in the run, or none)"
+    add("--quantize", choices=["none", "nf4", "int8"], help=held)
+    add("--quantize_modules", nargs="+", metavar="NAME", help="which of them (default: all-linear)")
+    add("--keep_modules", nargs="+", metavar="NAME", help="what --quantize leaves whole")
     add("--out", metavar="FILE", help="where the json goes (default: evaluation.json in the run folder)")
     add(
         "--watchdog-limit",

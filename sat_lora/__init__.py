@@ -34,6 +34,8 @@ _HOMES = {
     "DataError": "errors",
     "MergeError": "errors",
     "TrainingError": "errors",
+    "QuantizationError": "errors",
+    "quantize_model": "quantization.apply",
 }
 __all__ = sorted(_HOMES)
 

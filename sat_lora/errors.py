@@ -41,3 +41,7 @@ class TrainingError(SatLoraError):
 
 class VersionError(SatLoraError, ImportError):
     """A library that is installed is too old or too new."""
+
+
+class QuantizationError(SatLoraError):
+    """A weight that is held in fewer bits cannot be used like a whole one."""

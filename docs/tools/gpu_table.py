@@ -35,6 +35,8 @@ class Layout:
 LAYOUTS = (
     Layout(1, "--zero-stage 2 --batch-size 1"),
     Layout(1, "--zero-stage 2 --batch-size 4"),
+    Layout(1, "--zero-stage 2 --batch-size 1 --quantize nf4"),
+    Layout(1, "--zero-stage 2 --batch-size 4 --quantize nf4"),
     Layout(2, "--zero-stage 2 --batch-size 4 --model-parallel-size 2"),
     Layout(4, "--zero-stage 2 --batch-size 4 --model-parallel-size 4"),
     Layout(4, "--zero-stage 3 --batch-size 4"),

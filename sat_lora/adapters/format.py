@@ -8,7 +8,8 @@ FOLDER/adapter_config.json         the LoraConfig, and under `sat_lora` the form
                                    rank, scale, slots and their rows, the names of what was trained whole, the
                                    fingerprint of the base model (its names and shapes) and under `base` what the base
                                    was: name of its folder, family, number of parameters, and some of its values, see
-                                   `base_identity`
+                                   `base_identity`; where the base was quantised, under `base_quantization` how, which
+                                   nobody has to obey
 
 It is always a plain LoRA for the original base: what PiSSA and OLoRA take from the base is subtracted in the pair.
 """
@@ -80,6 +81,7 @@ class SavedAdapter:
     trained: tuple[str, ...]
     tensors: dict[str, torch.Tensor]
     base: BaseIdentity | None = None  # None: an adapter of a version that did not know
+    base_quantization: Mapping[str, Any] | None = None  # as Quantization has it; None: trained on whole weights
 
     @property
     def base_title(self) -> str:
@@ -162,6 +164,7 @@ def write_adapter(folder: str | Path, adapter: SavedAdapter) -> None:
             "format_version": FORMAT_VERSION,
             "base_fingerprint": adapter.base_fingerprint,
             **({} if adapter.base is None else {"base": adapter.base.to_dict()}),
+            **({} if adapter.base_quantization is None else {"base_quantization": adapter.base_quantization}),
             "layers": {name: dataclasses.asdict(entry) for name, entry in sorted(adapter.layers.items())},
             "trained": sorted(adapter.trained),
         },

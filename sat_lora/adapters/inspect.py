@@ -59,6 +59,7 @@ def inspect_adapter(folder: str | Path) -> Report:
         "parameters": sum(tensor.numel() for tensor in saved.tensors.values()),
         "dtypes": dict(sorted(Counter(_name(tensor.dtype) for tensor in saved.tensors.values()).items())),
         **{field: getattr(saved.config, field) for field in ("r", "lora_alpha", "use_rslora", "use_dora")},
+        "base_quantization": saved.base_quantization,
         "parts": _sum_parts(layers),
         "layers": layers,
         "trained": trained,
@@ -105,6 +106,12 @@ def _base_line(report: Report) -> str:
     return f"{about.title}, {base['digest']}; names and shapes {report['base_fingerprint'][:16]}"
 
 
+def _quantization_lines(report: Report) -> list[str]:
+    """Return the line that says how the base was held while the adapter was trained; none where it was whole."""
+    about = report["base_quantization"]
+    return [] if about is None else [f"trained on    the base quantised to {printable(about.get('scheme'))}"]
+
+
 def delta_norm(saved: SavedAdapter, name: str) -> float:
     """Return the Frobenius norm of scale * B A over all slots of a layer; NaN where it is none.
 
@@ -122,6 +129,7 @@ def describe_adapter(report: Report) -> str:
     lines = [
         f"adapter      {printable(report['path'])}",
         f"base         {_base_line(report)}",
+        *_quantization_lines(report),
         f"size         {report['bytes']:,} bytes, {report['parameters']:,} parameters, {', '.join(report['dtypes'])}",
         f"config       r {report['r']}, alpha {report['lora_alpha']:g}"
         + "".join(f", {field}" for field in ("use_rslora", "use_dora") if report[field]),

@@ -3,8 +3,8 @@
 The base is mapped and the result is filled through a mapping, so the process itself holds one tensor at a time.
 """
 
-import shutil
-from collections.abc import Collection
+import dataclasses
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -12,26 +12,28 @@ import torch
 from sat_lora.adapters.format import SavedAdapter
 from sat_lora.adapters.read import base_problem, read_adapter, tensor_problems
 from sat_lora.cogvlm.checkpoints.base_weights import BaseWeights
-from sat_lora.cogvlm.checkpoints.hugging_face_folder import (
-    CONFIG,
-    INDEX,
-    REMOTE_CODE,
-    ROTARY,
-)
+from sat_lora.cogvlm.checkpoints.beside import copy_beside
+from sat_lora.cogvlm.checkpoints.hugging_face_folder import CONFIG, REMOTE_CODE, ROTARY
 from sat_lora.cogvlm.checkpoints.hugging_face_writer import make_hugging_face_weights
+from sat_lora.cogvlm.checkpoints.quantized_files import KEY
 from sat_lora.cogvlm.checkpoints.sat_folder import make_sat_weights
-from sat_lora.errors import AdapterError, CheckpointError, MergeError
+from sat_lora.cogvlm.network.model import build_cogvlm
+from sat_lora.errors import AdapterError, CheckpointError, ConfigError, MergeError
 from sat_lora.files.atomic import replaced_folder
 from sat_lora.files.weight_files import Layout
 from sat_lora.lora.deltas.kinds import KINDS
 from sat_lora.lora.deltas.layout import DeltaLayout
 from sat_lora.lora.deltas.merging import merged_weight
 from sat_lora.printable import printable
+from sat_lora.quantization.config import Quantization
+from sat_lora.quantization.select import select_layers
+from sat_lora.quantization.weights.quantized_weight import QuantizedWeight
+from sat_lora.quantization.weights.schemes import Scheme
 from sat_lora.terminal.progress import Progress
 
-_OF_WEIGHTS = {"latest", "model_config.json", INDEX, "pytorch_model.bin.index.json"}  # beside files with these endings
-_WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack"}
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+BASE = "base"
+TRAINED = "trained"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -45,42 +47,51 @@ def merge_adapter(
     dtype: torch.dtype | None = None,
     trust: bool = False,
     any_base: bool = False,
+    onto: str = BASE,
     progress: Progress[str] = iter,
 ) -> list[str]:
     """Write OUT, the base with scale * B A added to each adapted weight; return remarks for whoever uses it.
 
     The sums are made in float32, and kept in the base's dtype. Remarks say what lies beside the base and was left out,
     and what OUT wants beside it. to: "sat", cut for `model_parallel_size` ranks, or "hf", a Hugging Face folder of
-    safetensors. The base may be either, and cut for any number of ranks. dtype: of all of OUT's weights instead.
-    progress: goes through the tensors' names, as tqdm does. trust: see `map_weights`. any_base: take a base that the
-    adapter was not trained on, if its layers are there. Raises CheckpointError or AdapterError if a folder is wrong or
-    cannot be written, or the adapter was trained on another base, and MergeError if a merged weight is not finite. OUT
-    is not there then.
+    safetensors. The base may be either, and cut for any number of ranks. dtype: of all of OUT's weights instead. onto:
+    "base" takes the base's own weights; "trained" those that the adapter was trained beside, where they were quantised:
+    what their codes decode to. progress: goes through the tensors' names, as tqdm does. trust: see `map_weights`.
+    any_base: take a base that the adapter was not trained on, if its layers are there. Raises CheckpointError or
+    AdapterError if a folder is wrong or cannot be written, or the adapter was trained on another base, and MergeError
+    if a merged weight is not finite. OUT is not there then.
     """
     out = Path(out)
     if out.exists():
         raise CheckpointError(f"--out: {out} exists; give a new folder")
     weights = BaseWeights(base, trust=trust)
+    if weights.note is not None and onto != TRAINED:
+        raise CheckpointError(
+            f"--base: {base} is quantised to {weights.note.quantization.scheme}; merge into the base that it was made "
+            f"of, {weights.identity.title}, or insist on its decoded weights with --onto trained"
+        )
     saved = read_adapter(adapter)
+    tensors = decoded_weights(weights, saved, adapter) if onto == TRAINED else weights
     another = None if any_base else base_problem(saved, weights.identity, adapter, base)
     if another:
         raise AdapterError(f"--adapter: {another}")
     refuse_misfits(weights.shapes, saved, adapter)
     if to == "hf" and ROTARY not in weights.layout:
         raise CheckpointError(f"--base: {printable(base)} has no {ROTARY}, of which Hugging Face's layers have copies")
+    config = {name: value for name, value in weights.config.items() if name != KEY}
     layouts = [in_dtype(layout, dtype) for layout in weights.layouts_for(model_parallel_size)]
     try:
         with replaced_folder(out) as temporary:
             if to == "hf":
                 parts = [
                     make_hugging_face_weights(
-                        temporary, weights.config, layouts[0], weights[ROTARY], own_config=weights.hugging_face_config
+                        temporary, config, layouts[0], weights[ROTARY], own_config=weights.hugging_face_config
                     )
                 ]
             else:
-                parts = make_sat_weights(temporary, weights.config, layouts)
+                parts = make_sat_weights(temporary, config, layouts)
             for name in progress(weights.layout):
-                whole = merged_tensor(name, weights, saved)
+                whole = merged_tensor(name, tensors, saved)
                 for rank, part in enumerate(parts):
                     if name in part:
                         part[name].copy_(weights.shard(name, whole, rank, len(parts)))
@@ -99,37 +110,6 @@ def in_dtype(layout: Layout, dtype: torch.dtype | None) -> Layout:
         name: (shape, present if name == ROTARY or not present.is_floating_point else dtype)
         for name, (shape, present) in layout.items()
     }
-
-
-def copy_beside(base: Path, out: Path, *, without: Collection[str] = ()) -> list[str]:
-    """Copy the tokenizer and whatever else lies beside the weights; return remarks on what is left out.
-
-    No link is followed out of the base's folder: whoever made the folder would choose which of the reader's files the
-    merged model is passed on with. The cache of Hugging Face is one folder in this, its files being links into `blobs`.
-    """
-    left_out = []
-    for path in sorted(base.iterdir()):
-        if path.name in _OF_WEIGHTS or path.name in without or path.suffix.lower() in _WEIGHT_SUFFIXES:
-            continue
-        if path.is_symlink() and not _stays_inside(path):
-            left_out.append(printable(path.name))
-        elif path.is_file():
-            shutil.copyfile(path, out / path.name)
-    if not left_out:
-        return []
-    return [f"left out, links that lead out of {printable(base)}: {', '.join(left_out)}; copy what they name yourself"]
-
-
-def _stays_inside(link: Path) -> bool:
-    """Return whether a link leads to something in its own folder, or in the `blobs` of a cache of Hugging Face."""
-    folder = link.parent.resolve()
-    blobs = folder.parent.parent / "blobs"
-    homes = [folder, blobs] if folder.parent.name == "snapshots" else [folder]
-    try:
-        target = link.resolve(strict=True)
-        return any(target.is_relative_to(home) for home in homes)
-    except (OSError, RuntimeError):  # it leads nowhere, or in a circle
-        return False
 
 
 def missing_parts(folder: Path, base: str | Path, weights: BaseWeights) -> list[str]:
@@ -153,7 +133,46 @@ def missing_parts(folder: Path, base: str | Path, weights: BaseWeights) -> list[
     return remarks
 
 
-def merged_tensor(name: str, weights: BaseWeights, saved: SavedAdapter) -> torch.Tensor:
+def decoded_weights(weights: BaseWeights, saved: SavedAdapter, adapter: str | Path) -> Mapping[str, torch.Tensor]:
+    """Return the whole tensors of the base as they were while the adapter trained: quantised ones decoded.
+
+    Raises AdapterError where it trained beside whole weights, or does not say how they were quantised.
+    """
+    if weights.note is not None:
+        return weights
+    if saved.base_quantization is None:
+        raise AdapterError(f"--onto trained: {adapter} was trained beside the base's own weights; leave the option out")
+    try:
+        quantization = Quantization.from_dict(dict(saved.base_quantization))
+        quantization = dataclasses.replace(quantization, trained=saved.config.modules_to_save)
+        layers = select_layers(build_cogvlm(weights.config, device="meta"), quantization)
+    except ConfigError as error:
+        raise AdapterError(
+            f"--onto trained: {adapter}: how its base was quantised is not known here: {error}"
+        ) from error
+    return DecodedWeights(weights, quantization.weights, frozenset(f"{name}.weight" for name in layers))
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodedWeights(Mapping[str, torch.Tensor]):
+    """The tensors of a base, of which some are encoded and decoded again when they are asked for."""
+
+    weights: BaseWeights
+    scheme: Scheme
+    quantized: frozenset[str]
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        tensor = self.weights[name]
+        return QuantizedWeight.of(tensor, self.scheme, name).decoded() if name in self.quantized else tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.weights)
+
+    def __len__(self) -> int:
+        return len(self.weights)
+
+
+def merged_tensor(name: str, weights: Mapping[str, torch.Tensor], saved: SavedAdapter) -> torch.Tensor:
     """Return a tensor of the base with the adapter in it: in float32 or wider where that changes it, else as it is."""
     layer = name.removesuffix(".weight")
     if name in saved.trained:

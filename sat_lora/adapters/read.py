@@ -73,11 +73,24 @@ def is_adapter_folder(folder: str | Path) -> bool:
 
 def base_of_adapter(folder: str | Path) -> BaseIdentity:
     """Return the base that an adapter was trained on, by its config alone. Raises the errors of `read_adapter`."""
+    about = _about(folder)
+    return about.base or BaseIdentity(about.base_fingerprint)
+
+
+def trained_whole(folder: str | Path) -> tuple[str, ...]:
+    """Return the names of the base's parameters that an adapter holds whole, by its config alone.
+
+    Raises the errors of `read_adapter`.
+    """
+    return _about(folder).trained
+
+
+def _about(folder: str | Path) -> SavedAdapter:
+    """Return what the config of an adapter says, without its tensors."""
     try:
-        about = _read_config(follow(folder) / CONFIG)
+        return _read_config(follow(folder) / CONFIG)
     except OSError as error:
         raise AdapterError(f"{folder}: cannot be read: {error}") from error
-    return about.base or BaseIdentity(about.base_fingerprint)
 
 
 def base_problem(
@@ -127,6 +140,9 @@ def _read_config(path: Path) -> SavedAdapter:
         fingerprint = str(section["base_fingerprint"])
         trained = strings_of(section["trained"])
         base = BaseIdentity.from_dict(fingerprint, section["base"]) if "base" in section else None
+        quantization = section.get("base_quantization")  # a note: of a scheme that is not known here as well
+        if quantization is not None and not isinstance(quantization, dict):
+            raise TypeError(f"base_quantization has to be an object, got {brief(repr(quantization))}")
     except (OSError, ValueError, AttributeError, LookupError, TypeError, RecursionError) as error:
         problem = stand_in(path) or brief(_cause(error))
         advice = _advice(path.parent)
@@ -137,7 +153,7 @@ def _read_config(path: Path) -> SavedAdapter:
         raise AdapterError(f"{path}: {brief(str(error))}") from error
     if config.takes_from_base:  # written files never do; loading one would take from the base again
         raise AdapterError(f"{path}: init_lora_weights {config.init_lora_weights!r}, but the file is a plain LoRA")
-    return SavedAdapter(config, fingerprint, layers, trained, {}, base)
+    return SavedAdapter(config, fingerprint, layers, trained, {}, base, quantization)
 
 
 def _advice(folder: Path) -> str:

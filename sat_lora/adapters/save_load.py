@@ -24,6 +24,8 @@ from sat_lora.lora.targets import BaseParameter, Plan, Site, Target
 from sat_lora.parallel.sharding import Sharding, gathered, model_parallel_layout, over_model_parallel
 from sat_lora.parallel.wrapped import is_engine, is_in_engine, unwrapped
 from sat_lora.printable import printable
+from sat_lora.quantization.config import Quantization
+from sat_lora.quantization.weights.layers import quantized_weight_of
 
 Copy = Callable[[torch.Tensor], torch.Tensor]
 """Makes a copy of a tensor that will change."""
@@ -111,7 +113,9 @@ def gather_adapter(
             trained[key] = copy(over_model_parallel(parameter.detach(), sharding))
     config = plain_config(mixins[0].config)
     base = identity_of_model(model)
-    return SavedAdapter(config, base.fingerprint, layers, tuple(trained), {**tensors, **trained}, base)
+    quantization: Quantization | None = getattr(model, "base_quantization", None)
+    about = None if quantization is None else quantization.to_dict()
+    return SavedAdapter(config, base.fingerprint, layers, tuple(trained), {**tensors, **trained}, base, about)
 
 
 def write_gathered(folder: str | Path, saved: SavedAdapter) -> None:
@@ -191,7 +195,12 @@ def _problems(saved: SavedAdapter, sites: dict[str, Site], parameters: dict[str,
             problems.append(f"{name}: slots {entry.slots}, the layer has {site.slot_names}")
         elif (entry.kind, list(entry.rows)) != (site.kind.name, site.slot_rows(entry.slots)):
             problems.append(f"{name}: {entry.kind} rows {entry.rows}, the layer is {site.kind.name} with other rows")
-    problems += [f"the model has no parameter {printable(name)}" for name in saved.trained if name not in parameters]
+    for name in saved.trained:
+        site = sites.get(name.removesuffix(".weight"))
+        if site is not None and f"{site.name}.weight" == name and quantized_weight_of(site.module) is not None:
+            problems.append(f"{name} is trained whole, and quantised in the model; leave it whole, with keep_modules")
+        elif name not in parameters:
+            problems.append(f"the model has no parameter {printable(name)}")
     expected = saved.expected({name: sites[name].in_features for name in saved.layers if name in sites})
     for place in (parameters[name] for name in saved.trained if name in parameters):
         expected[place.name] = whole_shape(place.module, place.leaf, place.tensor)

@@ -61,6 +61,9 @@ def add_model_options(command: argparse.ArgumentParser) -> None:
     special = "a text that spells </s> means the token"
     option("--special-tokens-in-text", action="store_true", default=None, help=special)
     option("--max-pixels", type=positive_int, metavar="N", help="a larger picture is not read (default: 89478485)")
+    option("--quantize", choices=["none", "nf4", "int8"], help="hold the base's linears in so few bits (default: none)")
+    kept = "of --quantize: linears that stay as they are, by preset or pattern"
+    option("--keep_modules", nargs="+", metavar="NAME", help=kept)
     option("--bf16", action="store_true", default=None, help="bfloat16 (default on CUDA)")
     option("--fp16", action="store_true", default=None, help="float16")
 
@@ -179,8 +182,10 @@ def _load(
     sampling: dict[str, Any],
 ) -> "Chat":
     """Return the conversation, without a picture."""
+    from dataclasses import replace
     from functools import partial
 
+    from sat_lora.adapters.read import trained_whole
     from sat_lora.chat.session import Chat
     from sat_lora.cogvlm import load_cogvlm
     from sat_lora.cogvlm.decoding.sampling import Sampling
@@ -192,12 +197,17 @@ def _load(
     size = config.parallel.model_parallel_size
     device = init_model_parallel(init_distributed(), size).device
     config = config.replaced(bf16=config.precision.bf16 or (device.type == "cuda" and not config.precision.fp16))
+    quantization = config.quantization.of(config.lora)
+    if quantization is not None:
+        brought = [name for folder in adapters.values() for name in trained_whole(folder)]
+        quantization = replace(quantization, trained=(*quantization.trained, *brought))
     loaded = load_cogvlm(
         config.model.base,
         dtype=base_dtype(config.precision),
         device=device,
         model_parallel_size=size,
         trust=config.start.trust_checkpoint,
+        quantize=quantization,
         progress=partial(shown, what="loading the base", unit="modules") if place.rank == 0 else iter,
     )
     return Chat(

@@ -219,7 +219,7 @@ CODES = {
         ERROR,
         "the step does not fit into the device's memory",
         "in this order: --checkpoint-activations --vit_checkpoint_activations, a smaller --batch-size with "
-        "--gradient-accumulation-steps, --zero-stage 3, --model-parallel-size",
+        "--gradient-accumulation-steps, --quantize nf4, --zero-stage 3, --model-parallel-size",
     ),
     "versions": Code(
         WARNING,

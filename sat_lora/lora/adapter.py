@@ -24,6 +24,7 @@ from sat_lora.parallel.sharding import (
     over_model_parallel,
     sharding_of,
 )
+from sat_lora.quantization.weights.quantized_weight import whole
 
 
 class LoraAdapter(nn.Module):
@@ -117,7 +118,8 @@ class LoraAdapter(nn.Module):
 
             def whole_rows(start: int, stop: int) -> torch.Tensor:
                 sharding = sharding_of(layer, "weight")
-                return self.kind.matrix(over_model_parallel(layer.weight.detach(), sharding))[start:stop]
+                weight = whole(layer.weight.detach())
+                return self.kind.matrix(over_model_parallel(weight, sharding))[start:stop]
 
             initial = initial_delta(
                 self.scheme,
@@ -128,21 +130,21 @@ class LoraAdapter(nn.Module):
                 is_embedding=self.kind.is_embedding,
                 seed=self.seed,
             )
-            for leaf, whole in (("A", initial.a), ("B", initial.b)):
+            for leaf, factor in (("A", initial.a), ("B", initial.b)):
                 parameter = getattr(self, leaf)
-                parameter.copy_(self.shardings[leaf].shard(whole, *rank_and_size))
+                parameter.copy_(self.shardings[leaf].shard(factor, *rank_and_size))
                 if self.has_origin:
                     getattr(self, f"origin_{leaf}").copy_(parameter)
             if self.magnitude_or_none is not None:
                 self.magnitude.copy_(self._row_norms(layer, None))
 
     @torch.no_grad()
-    def load_tensors(self, whole: dict[str, torch.Tensor]) -> None:
+    def load_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
         """Copy whole A, B and magnitude, as a file has them by name, into this rank's parts of the parameters.
 
         Where an origin is subtracted, A and B hold both pairs, as `delta` gives them.
         """
-        for leaf, tensor in whole.items():
+        for leaf, tensor in tensors.items():
             part = self.shardings[leaf].shard(tensor, *model_parallel_layout())
             if self.has_origin and leaf == "A":
                 pair = part.view(self.target.slots_count, 2, self.rank, -1)
@@ -204,10 +206,10 @@ class LoraAdapter(nn.Module):
 
     def merged_weight(self, layer: nn.Module, scale: float = 1.0) -> torch.Tensor:
         """Return this rank's part of the weight with `scale` times the delta in it, see `merging.merged_weight`."""
-        return merged_weight(layer.weight, self.kind, self.layout, self.delta(scale), self.magnitude_or_none)
+        return merged_weight(whole(layer.weight), self.kind, self.layout, self.delta(scale), self.magnitude_or_none)
 
     def _row_norms(self, layer: nn.Module, delta: Delta | None) -> torch.Tensor:
-        matrix = self.kind.matrix(layer.weight.detach())
+        matrix = self.kind.matrix(whole(layer.weight.detach()))
         return dora.row_norms(matrix, self.layout, delta, sum_over_ranks=self.kind.cut == "in")
 
     def extra_repr(self) -> str:

@@ -26,6 +26,7 @@ from sat_lora.errors import ConfigError
 from sat_lora.lora.adapter import LoraAdapter
 from sat_lora.lora.deltas.low_rank import RandomDropout, adapted_linear, add_delta, add_delta_in_place, product_of
 from sat_lora.lora.deltas.merging import MergedWeights
+from sat_lora.quantization.weights.layers import quantized_weight_of
 
 
 class DeltaState:
@@ -81,7 +82,9 @@ class DeltaHook:
         if not self._goes_directly(adapter, layer, x):
             return self._through_adapter(adapter, layer, x, type(layer).forward(layer, *args, **kwargs), True)
         layer_parameters = layer._parameters
-        weight = layer_parameters["weight"]
+        weight = layer_parameters.get("weight")
+        if weight is None:
+            weight = layer._buffers["weight"]
         bias = layer_parameters["bias"]
         added_bias = None
         if self._may_add_bias and layer.final_bias:
@@ -111,7 +114,7 @@ class DeltaHook:
         return self._through_adapter(adapter, layer, args[0], output, False)
 
     def _goes_directly(self, adapter: LoraAdapter, layer: nn.Module, x: torch.Tensor) -> bool:
-        """Return whether the layer makes a product with W, frozen and whole, and all that is needed has one dtype.
+        """Return whether the layer makes a product with a frozen W that is here, and all that is needed has one dtype.
 
         It reads nn.Module's own dictionaries, since `layer.weight` takes a detour in Python.
         """
@@ -120,6 +123,8 @@ class DeltaHook:
         dtype = x.dtype
         weight = layer._parameters.get("weight")
         bias = layer._parameters.get("bias")
+        if weight is None and not hasattr(adapter._parameters["A"], "ds_id"):  # else ZeRO-3, in which W has none
+            weight = quantized_weight_of(layer)
         return (
             weight is not None
             and not weight.requires_grad

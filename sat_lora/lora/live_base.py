@@ -7,6 +7,7 @@ from sat_lora._sat import mpu
 from sat_lora.lora.base_identity import BaseIdentity, fingerprint_of, identity_of
 from sat_lora.lora.mixin import LoraMixin, lora_mixins
 from sat_lora.parallel.sharding import Sharding, gathered, model_parallel_layout, sharding_of
+from sat_lora.quantization.weights.quantized_weight import whole as decoded
 
 
 def base_tensors(model: nn.Module) -> dict[str, tuple[nn.Module, str, torch.Tensor]]:
@@ -33,12 +34,21 @@ def whole_shape(module: nn.Module, leaf: str, tensor: torch.Tensor) -> tuple[int
     return sharding_of(module, leaf).full_shape(getattr(tensor, "ds_shape", tensor.shape), size)
 
 
+def remember_base(model: nn.Module, identity: BaseIdentity) -> None:
+    """Let `identity_of_model` answer this from now on, for a base whose weights were quantised since."""
+    model.base_identity = identity
+
+
 @torch.no_grad()
 def identity_of_model(model: nn.Module) -> BaseIdentity:
     """Return the identity of a live model's base. Every rank has to call it under ZeRO-3 or model parallelism.
 
-    What LoRA mixins have trained or merged is taken as it was before.
+    What LoRA mixins have trained or merged is taken as it was before, and so is what is quantised: an adapter belongs
+    to a base, however many bits its weights were held in.
     """
+    remembered: BaseIdentity | None = getattr(model, "base_identity", None)
+    if remembered is not None:
+        return remembered
     tensors = base_tensors(model)
     shapes = {name: whole_shape(module, leaf, tensor) for name, (module, leaf, tensor) in tensors.items()}
     originals: dict[int, torch.Tensor] = {}
@@ -111,7 +121,7 @@ def _flat_part(tensor: torch.Tensor, original: torch.Tensor | None, *, gives_who
     """Return (the elements of this rank's tensor that it gives, where they begin in it): under ZeRO-3 its partition."""
     whole = original
     if not hasattr(tensor, "ds_id"):
-        whole = tensor if original is None else original
+        whole = decoded(tensor) if original is None else original
     elif original is None:
         part = tensor.ds_tensor
         if part.numel() < part.ds_numel or hasattr(part, "ds_quant_scale"):  # offloaded to a disk, or quantised

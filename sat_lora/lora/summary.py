@@ -8,6 +8,7 @@ from sat_lora.lora.adapter import LoraAdapter
 from sat_lora.lora.apply import adapters_of, find_all_sites
 from sat_lora.lora.mixin import lora_mixins
 from sat_lora.parallel.sharding import model_parallel_layout
+from sat_lora.quantization.weights.layers import bytes_of, quantized_weights
 
 WHOLE = "trained whole"
 
@@ -71,4 +72,16 @@ def describe_text(model: nn.Module) -> str:
         lines.append(
             f"{row['part']:<26}{row['layers']:>8}{row['adapted']:>9}{ranks:>8}{row['trainable']:>14,}{share:>10}"
         )
+    lines += _quantized_lines(model)
     return "\n".join(lines)
+
+
+def _quantized_lines(model: nn.Module) -> list[str]:
+    """Return a line on the weights that are held in few bits, as many as this rank has of them; none without any."""
+    weights = [weight for _, weight in quantized_weights(model)]
+    if not weights:
+        return []
+    names = " and ".join(sorted({weight.scheme.name for weight in weights}))
+    held = sum(map(bytes_of, weights)) / 1e6
+    whole = sum(weight.numel() * weight.element_size() for weight in weights) / 1e6
+    return [f"quantised: {len(weights)} linears to {names}, {held:,.1f} MB in place of {whole:,.1f} on each rank"]

@@ -16,6 +16,7 @@ from sat_lora.lora.config import SLOTS, LoraConfig, ends_with
 from sat_lora.lora.deltas.kinds import kind_of
 from sat_lora.lora.deltas.layers import Kind
 from sat_lora.parallel.sharding import blocks_of, model_parallel_layout, sharding_of
+from sat_lora.quantization.weights.layers import quantized_weight_of
 
 _LAYER = r"((en|de)coder\.)?transformer\.layers\.\d+\."
 _VIT = r"mixins\.eva\.vit_model\."
@@ -198,10 +199,10 @@ def select(
     Raises one ConfigError that lists every pattern that matches nothing and every contradiction.
     """
     problems: list[str] = []
-    trained = _trained_whole(parameters, config, problems)
+    trained = _trained_whole(sites, parameters, config, problems)
     whole = {name for name, site in sites.items() if f"{name}.weight" in trained}
-    chosen = _matching("target_modules", config.target_modules, sites, problems) - whole
-    chosen -= _matching("exclude_modules", config.exclude_modules, sites, problems)
+    chosen = matching("target_modules", config.target_modules, sites, problems) - whole
+    chosen -= matching("exclude_modules", config.exclude_modules, sites, problems)
     layers = config.layers()
     if layers is not None:
         towers = {site.tower for site in sites.values()}
@@ -262,9 +263,11 @@ def _in_layers(site: Site, layers: dict[str | None, frozenset[int]]) -> bool:
     return any(site.layer in layers.get(tower, ()) for tower in (None, site.tower))
 
 
-def _matching(
-    field_name: str, patterns: str | tuple[str, ...], sites: dict[str, Site], problems: list[str]
-) -> set[str]:
+def matching(field_name: str, patterns: str | tuple[str, ...], sites: dict[str, Site], problems: list[str]) -> set[str]:
+    """Return the names of the sites that patterns select, in the forms of `target_modules`.
+
+    To `problems` goes each pattern that matches none, or is no pattern, with `field_name`.
+    """
     is_regex = isinstance(patterns, str)
     chosen: set[str] = set()
     for pattern in (patterns,) if isinstance(patterns, str) else patterns:
@@ -288,14 +291,26 @@ def _matching(
     return chosen
 
 
+def named_whole(patterns: Iterable[str], parameters: Iterable[str]) -> list[str]:
+    """Return the names of parameters that modules_to_save means by its patterns, in the order of the names."""
+    regexes = [rf"(.*\.)?{re.escape(pattern)}(\..+)?" for pattern in patterns]
+    return [name for name in parameters if any(re.fullmatch(regex, name) for regex in regexes)]
+
+
 def _trained_whole(
-    parameters: dict[str, BaseParameter], config: LoraConfig, problems: list[str]
+    sites: dict[str, Site], parameters: dict[str, BaseParameter], config: LoraConfig, problems: list[str]
 ) -> dict[str, BaseParameter]:
     """Return the parameters that modules_to_save names, or that lie in a module that it names."""
     chosen: dict[str, BaseParameter] = {}
+    quantized = [f"{name}.weight" for name, site in sites.items() if quantized_weight_of(site.module) is not None]
     for pattern in config.modules_to_save:
-        hits = [name for name in parameters if re.fullmatch(rf"(.*\.)?{re.escape(pattern)}(\..+)?", name)]
-        if not hits:
+        hits = named_whole((pattern,), parameters)
+        lacking = named_whole((pattern,), quantized)
+        if lacking:
+            problems.append(
+                f"modules_to_save: {lacking[0]} is quantised and does not train; leave it whole, with keep_modules"
+            )
+        elif not hits:
             near = _nearest(pattern, {part for name in parameters for part in (name, name.rpartition(".")[0])})
             problems.append(f"modules_to_save: {pattern!r} matches no module and no parameter; nearest: {near}")
         chosen |= {name: parameters[name] for name in hits}

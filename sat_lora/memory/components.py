@@ -9,8 +9,9 @@ All but the activations follow from the number of elements and DeepSpeed 0.19.8'
     2      W               T         T / n            12 T / n                     itemsize x bucket
     3      W / n           T / n     T / n            12 T / n                     bucket, and gathered weights
 
-W and T in bytes of their own precision but where bytes per element are given, n data-parallel ranks. In half precision
-DeepSpeed makes the adapters half too, whatever `adapter_dtype` says.
+W and T in bytes of their own precision but where bytes per element are given, n data-parallel ranks. Quantised weights
+are whole on each rank at every stage, and count beside W in their own few bits. In half precision DeepSpeed makes the
+adapters half too, whatever `adapter_dtype` says.
 
 What ZeRO-3 gathers comes flat, a prefetch bucket at a time, and is copied out when its first weight is used: a bucket
 takes its size twice. On a CPU gloo gathers into buffers of its own and copies out of those as well, with two threads:
@@ -28,6 +29,7 @@ import torch
 from torch import nn
 
 from sat_lora.findings.finding import Finding, looks_for
+from sat_lora.quantization.weights.layers import bytes_of
 
 BUCKET = 500_000_000  # elements, DeepSpeed's own default; deepspeed_config sets a lower one
 LIVE = 1_000_000_000  # elements that ZeRO-3 keeps gathered: stage3_max_live_parameters
@@ -85,7 +87,7 @@ def memory_of(
     offloads = [zero.get(f"offload_{what}", {}).get("device") for what in ("param", "optimizer")]
     offloaded = [on_device and place in ("cpu", "nvme") for place in offloads]
     gradients = count * size / shares["gradients"]
-    whole = sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())  # PiSSA's origins among them
+    whole = sum(map(bytes_of, model.buffers()))  # PiSSA's origins and quantised weights among them
     adam = 0 if offloaded[1] else count * (8 if on_device else 12) / shares["optimizer"]  # with the gradients
     gone = gradients + (bucket if stage < 3 else 0)  # by the time that Adam moves
     temporaries = max(adam - gone, 0) if stage else gradients

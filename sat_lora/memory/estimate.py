@@ -24,6 +24,10 @@ from sat_lora.lora.config import LoraConfig
 from sat_lora.memory.components import Memory, memory_of
 from sat_lora.memory.live_memory import LiveBytes
 from sat_lora.parallel.distributed import destroy
+from sat_lora.quantization.config import Quantization
+from sat_lora.quantization.select import select_layers
+from sat_lora.quantization.weights.layers import put_quantized
+from sat_lora.quantization.weights.quantized_weight import QuantizedWeight
 from sat_lora.training.steps.zero3_linear import linear_of_zero3
 
 
@@ -56,12 +60,13 @@ def fake_step(
     vit_checkpoint_activations: bool = False,
     partitioned: bool = False,
     accumulated: bool = False,
+    quantize: Quantization | None = None,
 ) -> tuple[CogVLMModel, int]:
     """Return (the model, a rank's part of it without memory; bytes of activations at their peak).
 
     The step is one of `batch_size` rows of `length` tokens, each with an image, and `labelled` of them to be learnt, by
     default all but the image's. partitioned: as under ZeRO-3. accumulated: the gradients are added to those of a step
-    before, which are not counted.
+    before, which are not counted. quantize: how the base is quantised; a weight is then decoded as on a CPU, in parts.
     """
     with _pretended_ranks(model_parallel_size):
         model = build_cogvlm(
@@ -72,8 +77,12 @@ def fake_step(
             checkpoint_activations=checkpoint_activations,
             vit_checkpoint_activations=vit_checkpoint_activations,
         )
+        layers = {} if quantize is None else select_layers(model, quantize)
         with FakeTensorMode(allow_non_fake_inputs=True):
             _give_fake_memory(model)
+            if quantize is not None:
+                for layer in layers.values():
+                    put_quantized(layer, QuantizedWeight.of(layer.weight, quantize.weights))
             add_lora(model, lora)
             model.train()
             with _as_in_a_run(model, partitioned=partitioned):

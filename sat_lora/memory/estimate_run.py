@@ -6,11 +6,13 @@ import sys
 from pathlib import Path
 
 from sat_lora.cogvlm.checkpoints.load import read_config, shortened
+from sat_lora.cogvlm.checkpoints.quantized_files import KEY
 from sat_lora.cogvlm.sizes import missing_sizes, size_problems
 from sat_lora.errors import CheckpointError, ConfigError
 from sat_lora.files.foreign import read_json
 from sat_lora.memory.components import Memory
 from sat_lora.memory.estimate import estimate
+from sat_lora.quantization.config import Quantization
 from sat_lora.training.settings.config import TrainConfig
 from sat_lora.training.settings.deepspeed_config import base_dtype, settle
 
@@ -46,8 +48,17 @@ def estimate_run(config: TrainConfig, *, ranks: int, device: str = "cuda", layer
         model_parallel_size=mp_size,
         checkpoint_activations=config.checkpointing.checkpoint_activations,
         vit_checkpoint_activations=config.checkpointing.vit_checkpoint_activations,
+        quantize=_quantization_of(config, sizes),
         on_device=device.startswith("cuda"),
     )
+
+
+def _quantization_of(config: TrainConfig, sizes: dict) -> Quantization | None:
+    """Return how the base of a run is quantised: as the options say, or as its folder was; None where it is whole."""
+    asked = config.quantization.of(config.lora)
+    if asked is None and KEY in sizes:
+        return Quantization.from_dict(sizes[KEY])
+    return asked
 
 
 def sizes_of(path: str | Path) -> dict:

@@ -10,6 +10,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from sat_lora.quantization.weights.layers import plain_parts
+
 
 class LiveBytes(TorchDispatchMode):
     """A context that counts, in `now` and `peak`, the bytes of the storages that operations return.
@@ -24,13 +26,14 @@ class LiveBytes(TorchDispatchMode):
         self.now = 0
         self.peak = 0
         self._live: dict[int, int] = {}
-        self._known = {tensor.untyped_storage()._cdata for tensor in known}
+        self._known = {part.untyped_storage()._cdata for tensor in known for part in plain_parts(tensor)}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, torch.Tensor) and leaf.device.type != "meta":
-                self._count(leaf.untyped_storage())
+                for part in plain_parts(leaf):
+                    self._count(part.untyped_storage())
         return result
 
     def _count(self, storage: torch.UntypedStorage) -> None:

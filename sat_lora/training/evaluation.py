@@ -5,7 +5,9 @@ import itertools
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
+from sat_lora.adapters.read import trained_whole
 from sat_lora.adapters.save_load import load_adapter
 from sat_lora.cogvlm.decoding.generate import generate
 from sat_lora.cogvlm.inputs.text import Sample
@@ -35,7 +37,7 @@ from sat_lora.terminal.progress import shown
 from sat_lora.training.prepare import dataset_maker, load_base
 from sat_lora.training.runs.results import EVALUATION, RUN
 from sat_lora.training.runs.run_folder import write_json
-from sat_lora.training.settings.config import TrainConfig
+from sat_lora.training.settings.config import NONE, TrainConfig
 from sat_lora.training.settings.run_settings import settings_of_run
 from sat_lora.training.source_settings import source_settings
 from sat_lora.training.steps.loss import sum_over_data_parallel
@@ -68,7 +70,8 @@ def evaluate_adapter(
     """
     observers.on_phase("load")
     items = run_on_all_ranks(_test_items, config, run_folder)
-    model, sizes = trained or load_base(config, world)
+    brought = () if adapter is None or config.quantization.quantize == NONE else trained_whole(adapter)
+    model, sizes = trained or load_base(config, world, trained=brought)
     problem = image_length_problem(sizes)
     if problem:
         raise CheckpointError(f"--from_pretrained: {config.model.base}: {problem}; copy its config again")
@@ -176,8 +179,10 @@ def evaluated(config: TrainConfig, adapter: str | Path | None) -> dict:
     the test data, and the settings of the questions.
     """
     paths: dict[str, str | Path] = {"base": config.model.base, **({"adapter": follow(adapter)} if adapter else {})}
-    questions = {name: config.value(name) for name in ("version", "prompt", "max_length")}
+    questions: dict[str, Any] = {name: config.value(name) for name in ("version", "prompt", "max_length")}
     test_data = [os.path.abspath(path) for path in config.data.test_data or ()]
+    if config.quantization.quantize != NONE:
+        questions |= {"quantize": config.quantization.flat()}
     return {name: os.path.realpath(path) for name, path in paths.items()} | {"test_data": test_data, **questions}
 
 

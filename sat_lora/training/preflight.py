@@ -21,7 +21,7 @@ from sat_lora.files.paths import is_shard, missing_path
 from sat_lora.printable import printable
 from sat_lora.training.early import WANTED, data_hint, raise_problems
 from sat_lora.training.resume import settled_problems, state_to_resume
-from sat_lora.training.settings.config import DEFAULTS, Data, Model, Parallel, Schedule, Start, TrainConfig
+from sat_lora.training.settings.config import DEFAULTS, NONE, Data, Model, Parallel, Schedule, Start, TrainConfig
 from sat_lora.training.settings.deepspeed_config import settle
 from sat_lora.training.settings.deepspeed_file import read_deepspeed_file
 from sat_lora.training.settings.deepspeed_problems import file_problems
@@ -59,6 +59,7 @@ def option_problems(
     settings = [
         *_base_and_prompt_problems(config, environ),
         *config.problems,
+        *_quantization_problems(config),
         *_engine_problems(config, environ, device),
         *_resume_problems(config, environ),
     ]
@@ -146,6 +147,14 @@ def _vocabulary_problems(model: Model, data: Data, sizes: dict, tokenizer) -> It
             f"--local_tokenizer: {model.tokenizer} makes token {max(outside)}, the base has a vocabulary "
             f"of {size}, from 0 to {size - 1}; give the base's own tokenizer"
         )
+
+
+def _quantization_problems(config: TrainConfig) -> Iterator[str]:
+    """Yield what says how the base is quantised where it is not."""
+    if config.quantization.quantize == NONE:
+        for name in ("quantize_modules", "keep_modules"):
+            if name in config.given and config.value(name) != DEFAULTS[name]:
+                yield f"--{name}: it says which linears are quantised, and none is; give --quantize nf4 or int8"
 
 
 def _model_parallel_problems(

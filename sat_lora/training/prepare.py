@@ -1,21 +1,23 @@
 """Everything that a run has before its first step, made from its config: the doctor looks at the same."""
 
+import re
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import torch
 
-from sat_lora.cogvlm.checkpoints.load import load_cogvlm, read_config
+from sat_lora.cogvlm.checkpoints.load import load_cogvlm, open_folder, read_config
 from sat_lora.cogvlm.inputs.text import load_tokenizer
 from sat_lora.cogvlm.network.model import CogVLMModel, build_cogvlm
 from sat_lora.data.batches.sources import Source, marks_of_sources, open_sources
 from sat_lora.data.samples import ImageTextDataset
 from sat_lora.errors import ConfigError
 from sat_lora.lora.apply import add_lora, find_all_parameters, find_all_sites
-from sat_lora.lora.targets import select
+from sat_lora.lora.targets import named_whole, select
 from sat_lora.parallel.distributed import World, agree, init_distributed, init_model_parallel, run_on_all_ranks
+from sat_lora.quantization.select import select_layers
 from sat_lora.terminal.notice import warn
 from sat_lora.terminal.progress import shown
 from sat_lora.training.marks import marks_of_config, marks_of_engine, marks_of_options, marks_of_tokenizer
@@ -66,16 +68,25 @@ def prepare(config: TrainConfig, demo: Demo | None = None, *, problems: Iterable
 
 
 def load_base(
-    config: TrainConfig, world: World, *, zero_config: dict | None = None, layers: int | None = None
+    config: TrainConfig,
+    world: World,
+    *,
+    zero_config: dict | None = None,
+    layers: int | None = None,
+    trained: Iterable[str] = (),
 ) -> tuple[CogVLMModel, dict]:
     """Return (the base with its weights, its model_config.json). Every rank has to call it.
 
     zero_config: DeepSpeed's config, by which the weights are partitioned; None leaves them whole. layers: how many of
-    the first layers of each transformer are loaded; None: all. Raises CheckpointError on every rank where the base
+    the first layers of each transformer are loaded; None: all. trained: names of weights that an adapter brings whole,
+    and that are not quantised either. Raises CheckpointError on every rank where the base
     cannot be loaded.
     """
     if zero_config is not None:
         set_up_deepspeed()
+    quantization = config.quantization.of(config.lora)
+    if quantization is not None:
+        quantization = replace(quantization, trained=(*quantization.trained, *trained))
     return run_on_all_ranks(
         load_cogvlm,
         config.model.base,
@@ -88,6 +99,7 @@ def load_base(
         trust=config.start.trust_checkpoint,
         zero_config=zero_config,
         layers=layers,
+        quantize=quantization,
         progress=loading_progress(),
     )
 
@@ -143,10 +155,28 @@ def _check_targets(config: TrainConfig) -> None:
     small = dict(hidden_size=2 * mp_size, num_attention_heads=mp_size, inner_hidden_size=mp_size)
     vit = {**sizes.get("eva_args", {}), **small, "image_size": [1, 1], "patch_size": 1}
     skeleton = build_cogvlm({**sizes, **small, "vocab_size": mp_size, "eva_args": vit}, model_parallel_size=mp_size)
+    _refuse_quantized(config)
+    quantization = config.quantization.of(config.lora)
+    if quantization is not None:
+        try:
+            select_layers(skeleton, quantization, has_shapes=False)
+        except ConfigError as error:
+            raise ConfigError(re.sub(r"(^|; )(?=(quantize|keep)_modules: )", r"\1--", str(error))) from error
     try:
         select(find_all_sites(skeleton), find_all_parameters(skeleton), config.lora)
     except ConfigError as error:
         raise ConfigError("; ".join(lora_problems(error))) from error
+
+
+def _refuse_quantized(config: TrainConfig) -> None:
+    """Raise ConfigError where the folder of the base holds a weight in fewer bits that is to train whole."""
+    note = open_folder(config.model.base, trust=config.start.trust_checkpoint).note()
+    quantized = [] if note is None else named_whole(config.lora.modules_to_save, note.weights)
+    if quantized:
+        raise ConfigError(
+            f"--modules_to_save: {quantized[0]} is quantised in {config.model.base} and does not train; give the base "
+            "that it was made of, with --quantize and --keep_modules"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,7 @@ from sat_lora.training.settings.lora_options import LORA_FIELDS
 from sat_lora.training.settings.run_settings import settings_of_run
 from sat_lora.training.steps.checkpoint import newest_checkpoint, read_state
 
-SETTLED = (*LORA_FIELDS, "seed")
+SETTLED = (*LORA_FIELDS, "seed", "quantize", "quantize_modules", "keep_modules")
 """Options that a run keeps for good."""
 # Settings of which `notes` says nothing.
 TOLD_ELSEWHERE = {"train_iters", "epochs", "run_folder", "given", "local_tokenizer"}

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from sat_lora.cogvlm.checkpoints.quantized_files import KEY
 from sat_lora.cogvlm.inputs.prompts import version_of
 from sat_lora.cogvlm.inputs.text import IGNORED, Sample
 from sat_lora.data.answer_lengths import AnswerLengths
@@ -17,7 +18,7 @@ from sat_lora.data.folders import unreadable_folders, unreadable_notes
 from sat_lora.errors import ConfigError, SatLoraError
 from sat_lora.parallel.distributed import World
 from sat_lora.printable import printable
-from sat_lora.training.settings.config import Data, Optimizer, Parallel, Precision, Schedule, TrainConfig
+from sat_lora.training.settings.config import NONE, Data, Optimizer, Parallel, Precision, Schedule, TrainConfig
 from sat_lora.training.settings.demo import Demo
 from sat_lora.training.settings.schedule import warmup_steps
 
@@ -130,7 +131,7 @@ def run_summary(
     sizes: the base's model_config.json. fingerprint: the base's.
     """
     lines = {
-        "base": _base(config.model.base, sizes, fingerprint, demo),
+        "base": _base(config, sizes, fingerprint, demo),
         "device": _device(config.precision, config.parallel, world),
         "data": _data(config.data, data, demo),
         "left out": _counts(left_out(data)),
@@ -148,12 +149,17 @@ def run_summary(
     )
 
 
-def _base(base: str, sizes: dict, fingerprint: str, demo: Demo | None) -> str:
-    """Return the line on the base: its folder, family, layers and fingerprint."""
+def _base(config: TrainConfig, sizes: dict, fingerprint: str, demo: Demo | None) -> str:
+    """Return the line on the base: its folder, family, layers and fingerprint, and the scheme of one in few bits."""
     family = sizes.get("model_class", "CogVLM")
     family = str(family).removesuffix("Model")
     ending = f": {fit(family, 20)}, {sizes.get('num_layers')} layers, fingerprint {fingerprint[:8]}"
-    name = "the embedded tiny base" if _is_embedded(base, demo) else base
+    scheme = config.quantization.quantize
+    if scheme == NONE and KEY in sizes:
+        scheme = sizes[KEY]["scheme"]
+    if scheme != NONE:
+        ending += f", in {scheme}"
+    name = "the embedded tiny base" if _is_embedded(config.model.base, demo) else config.model.base
     return fit(name, COLUMNS - LABEL - len(ending)) + ending
 
 

@@ -2,6 +2,7 @@
 
     python -m tests.distributed.matrix [--only TEXT]    # every cell, or those whose description holds TEXT
     python -m tests.distributed.matrix --markdown       # and writes the table of docs/matrix.md anew
+    python -m tests.distributed.matrix --quantize nf4   # on a quantised base, against its decoded weights
 
 A cell is a model-parallel size, a data-parallel size, a ZeRO stage, activation checkpointing or not, a precision, and
 what the batches of the ranks hold. What is compared: the losses of five steps, logits, gradients and DeepSpeed's norm
@@ -14,15 +15,18 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 
 import numpy
 import torch
 
+from sat_lora.quantization.config import NAMES
 from tests.support.paths import ROOT
+from tests.support.quantized_layers import decoded_tiny_model, quantized_tiny_model
 from tests.support.ranks import run_ranks
+from tests.support.tiny import tiny_model
 from tests.support.training_runs import (
     FILES,
     image_batch,
@@ -49,11 +53,13 @@ class Cell:
     checkpoint: bool
     precision: str
     batch: str
+    scheme: str | None = None
+    """That of a quantised base, on which one process trains with the decoded weights."""
 
     def __str__(self) -> str:
         checkpoint = "checkpointed" if self.checkpoint else "not checkpointed"
         layout = f"mp {self.model_parallel}, dp {self.data_parallel}, ZeRO-{self.stage}"
-        return f"{layout}, {self.precision}, {checkpoint}, {self.batch}"
+        return ", ".join([layout, self.precision, checkpoint, self.batch, *([self.scheme] if self.scheme else [])])
 
     def bound(self, quantity: str) -> float:
         return BOUNDS[quantity] if self.precision == "fp32" else 1.0
@@ -63,10 +69,11 @@ CELLS = [Cell(*one) for one in itertools.product((1, 2), (1, 2), range(4), (Fals
 
 
 @cache
-def alone(data_parallel: int, precision: str, batch: str) -> dict:
+def alone(data_parallel: int, precision: str, batch: str, scheme: str | None = None) -> dict:
     """What one process finds."""
+    model_of = tiny_model if scheme is None else partial(decoded_tiny_model, scheme)
     with tempfile.TemporaryDirectory() as folder:
-        return run_ranks(train_alone, 1, data_parallel, PRECISIONS[precision], BATCHES[batch], folder)[0]
+        return run_ranks(train_alone, 1, data_parallel, PRECISIONS[precision], BATCHES[batch], folder, model_of)[0]
 
 
 @cache
@@ -77,7 +84,7 @@ def errors_of(cell: Cell) -> dict[str, float]:
     In bf16 it is the overall difference from the bf16 run in one process, in units of that run's own difference from
     float32: at most 1, the layout adds no more than rounding did.
     """
-    expected = alone(cell.data_parallel, cell.precision, cell.batch)
+    expected = alone(cell.data_parallel, cell.precision, cell.batch, cell.scheme)
     with adapter_folder(expected["file"]) as adapter, tempfile.TemporaryDirectory() as folder:
         ranks = run_ranks(
             train_in_layout,
@@ -89,6 +96,7 @@ def errors_of(cell: Cell) -> dict[str, float]:
             BATCHES[cell.batch],
             adapter,
             folder,
+            tiny_model if cell.scheme is None else partial(quantized_tiny_model, cell.scheme),
         )
     for name in ("initial file", "file"):
         if any(got[name] != expected[name] for got in ranks):
@@ -101,7 +109,7 @@ def errors_of(cell: Cell) -> dict[str, float]:
         if cell.precision == "fp32":
             per_rank.append({name: worst_error(got[name], mine[name]) for name in BOUNDS})
             continue
-        exact = seen_by(got["rank"], alone(cell.data_parallel, "fp32", cell.batch), cell.data_parallel)
+        exact = seen_by(got["rank"], alone(cell.data_parallel, "fp32", cell.batch, cell.scheme), cell.data_parallel)
         rounding = {name: overall_error(mine[name], exact[name]) for name in BOUNDS}
         # The errors in a single number may cancel to nothing by chance: measured by those of what it is made from.
         rounding |= {"norm": rounding["gradient"], "loss": rounding["logits"]}
@@ -157,11 +165,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", metavar="TEXT", help="cells whose description holds TEXT")
     parser.add_argument("--markdown", action="store_true", help="write the table into docs/matrix.md, if nothing fails")
+    parser.add_argument("--quantize", choices=NAMES, help="on a base quantised so")
     options = parser.parse_args()
-    if options.only and options.markdown:
-        parser.error("--only and --markdown: the pages show every cell; give one of them")
+    if (options.only or options.quantize) and options.markdown:
+        parser.error("--markdown: the pages show every cell, on a whole base; leave out --only and --quantize")
     only = options.only
-    cells, table, failed = [cell for cell in CELLS if only in str(cell)], {}, 0
+    cells = [replace(cell, scheme=options.quantize) for cell in CELLS if only in str(cell)]
+    table, failed = {}, 0
     for number, cell in enumerate(cells, 1):
         try:
             errors = errors_of(cell)

@@ -138,6 +138,16 @@ def test_a_rank_holds_its_share_of_a_gigabyte_and_little_more(gigabyte):
             assert found["peak"] <= found["own"] + 300 * MB
 
 
+@pytest.mark.matrix
+@pytest.mark.parametrize(("scheme", "most"), [("nf4", 550 * MB), ("int8", 800 * MB)])
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="/proc/self is Linux's")
+def test_a_gigabyte_that_is_quantised_is_never_there_whole(gigabyte, scheme, most):
+    largest = 2 * 2048 * 3 * 2048  # bytes of a query_key_value in bfloat16; the experts' MLPs have less
+    (found,) = run_ranks(load_on_a_rank, 1, str(gigabyte / "sat"), 1, False, scheme, timeout=300)
+    assert found["own"] < most
+    assert found["peak"] <= found["own"] + largest + 100 * MB
+
+
 def growth_of_a_moment():
     return peak_growth(lambda: [torch.ones(100 * MB // 4)].clear())[1]
 

@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch.utils._pytree import tree_leaves
 
-from sat_lora import LoraConfig, add_lora
+from sat_lora import LoraConfig, add_lora, quantize_model
 from sat_lora.cogvlm import build_cogvlm
 from sat_lora.memory.components import GLOO_THREADS, Memory, memory_findings, memory_table
 from sat_lora.memory.estimate import estimate, fake_step
 from sat_lora.memory.live_memory import LiveBytes, peak_of
 from sat_lora.parallel.distributed import init_distributed, init_model_parallel
+from sat_lora.quantization.config import NAMES, Quantization
 from sat_lora.training.steps.engine import adapter_optimizer, start_engine
 from sat_lora.training.steps.loss import answer_loss_sum
 from sat_lora.training.steps.optimizer_state import create_moments
@@ -32,27 +33,30 @@ def engine_config(stage, dtype):
     return {**ENGINE, "zero_optimization": zero, "bf16": {"enabled": dtype == "bf16"}}
 
 
-def built(name, dtype, checkpoint, parts):
+def built(name, dtype, checkpoint, parts, scheme=None):
     config = sizes(name)
     switches = dict(checkpoint_activations=checkpoint, vit_checkpoint_activations=checkpoint)
     model = build_cogvlm(config, dtype=DTYPES[dtype], model_parallel_size=parts, **switches)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=0.02)
+    if scheme is not None:
+        quantize_model(model, scheme=scheme)
     add_lora(model, LORA)
     return model.train(), config
 
 
-def step_of(config, dtype, checkpoint, rows, parts):
+def step_of(config, dtype, checkpoint, rows, parts, scheme=None):
     return dict(
+        quantize=None if scheme is None else Quantization(scheme=scheme),
         dtype=DTYPES[dtype], batch_size=rows, length=config["image_length"] + 2 + WORDS, labelled=WORDS // 4,
         model_parallel_size=parts, checkpoint_activations=checkpoint, vit_checkpoint_activations=checkpoint,
     )  # fmt: skip
 
 
-def estimated(name, stage, dtype, checkpoint, rows, ranks, parts, on_device=True):
+def estimated(name, stage, dtype, checkpoint, rows, ranks, parts, on_device=True, scheme=None):
     config = sizes(name)
-    step = step_of(config, dtype, checkpoint, rows, parts)
+    step = step_of(config, dtype, checkpoint, rows, parts, scheme)
     return estimate(
         config, LORA, engine_config(stage, dtype), data_parallel_size=ranks // parts, on_device=on_device, **step
     )
@@ -81,17 +85,17 @@ def released(collective):
     return collective_and_release
 
 
-def measured_activations(name, dtype, checkpoint, rows, parts):
+def measured_activations(name, dtype, checkpoint, rows, parts, scheme=None):
     init_model_parallel(init_distributed(), parts)
     let_go_of_tensors()
-    model, config = built(name, dtype, checkpoint, parts)
+    model, config = built(name, dtype, checkpoint, parts, scheme)
     batch = rows_of(config, rows)
     return peak_of(lambda: answer_loss_sum(model, batch).backward(), model, CPU)
 
 
-def estimated_activations(name, dtype, checkpoint, rows, parts):
+def estimated_activations(name, dtype, checkpoint, rows, parts, scheme=None):
     config = sizes(name)
-    return fake_step(config, LORA, **step_of(config, dtype, checkpoint, rows, parts))[1]
+    return fake_step(config, LORA, **step_of(config, dtype, checkpoint, rows, parts, scheme))[1]
 
 
 @pytest.mark.parametrize(
@@ -107,10 +111,21 @@ def test_activations_are_estimated_as_they_are_measured(name, dtype, checkpoint,
         assert found == pytest.approx(wanted, rel=0.02), (found, measured)
 
 
+@pytest.mark.parametrize(
+    ("name", "dtype", "checkpoint", "scheme"),
+    [("tiny", "fp32", False, "nf4"), pytest.param("large", "bf16", True, "int8", marks=pytest.mark.matrix)],
+)
+def test_those_of_a_quantised_base_too(name, dtype, checkpoint, scheme):
+    case = name, dtype, checkpoint, 1, 1, scheme
+    (measured,) = run_ranks(measured_activations, 1, *case)
+    (found,) = run_ranks(estimated_activations, 1, *case)
+    assert found == pytest.approx(measured, rel=0.02), (found, measured)
+
+
 # The whole, by the process's memory
 
 
-def measured_peak(stage, dtype, checkpoint, parts, at_once=True):
+def measured_peak(stage, dtype, checkpoint, parts, at_once=True, scheme=None):
     """Anonymous memory at its peak over two whole steps, beyond what was there before the model.
 
     Of a second engine: with the first come modules and oneDNN's kernels and caches, 50 to 130 MB. at_once: ZeRO-3's
@@ -122,7 +137,7 @@ def measured_peak(stage, dtype, checkpoint, parts, at_once=True):
     init_model_parallel(init_distributed(), parts)
     if at_once:
         wait_for_gathers()
-    return [taken_by_a_run(stage, dtype, checkpoint, parts, libc) for _ in range(2)][1]
+    return [taken_by_a_run(stage, dtype, checkpoint, parts, libc, scheme) for _ in range(2)][1]
 
 
 def wait_for_gathers():
@@ -138,11 +153,11 @@ def wait_for_gathers():
     partition_parameters._dist_allgather_fn = gather_and_wait
 
 
-def taken_by_a_run(stage, dtype, checkpoint, parts, libc):
+def taken_by_a_run(stage, dtype, checkpoint, parts, libc, scheme):
     gc.collect()
     libc.malloc_trim(0)
     before = anonymous_memory()
-    model, config = built("large", dtype, checkpoint, parts)
+    model, config = built("large", dtype, checkpoint, parts, scheme)
     engine = start_engine(model, adapter_optimizer(model, lr=1e-3), engine_config(stage, dtype))
     create_moments(engine)
     batch = rows_of(config, 1)
@@ -179,6 +194,16 @@ SETTINGS = [
 def test_the_whole_estimate_is_within_ten_percent_of_the_peak(stage, dtype, checkpoint, ranks, parts):
     (found,) = run_ranks(estimated, 1, "large", stage, dtype, checkpoint, 1, ranks, parts)
     for peak in run_ranks(measured_peak, ranks, stage, dtype, checkpoint, parts, timeout=PATIENCE):
+        assert found.total == pytest.approx(peak, rel=0.1), (found, found.total / peak)
+
+
+@pytest.mark.matrix
+@pytest.mark.timeout(2 * PATIENCE)
+@pytest.mark.parametrize("scheme", NAMES)
+@pytest.mark.parametrize("stage, dtype, checkpoint, ranks", [(2, "bf16", True, 1), (3, "fp32", False, 2)])
+def test_the_estimate_of_a_quantised_run_is_so_too(stage, dtype, checkpoint, ranks, scheme):
+    (found,) = run_ranks(estimated, 1, "large", stage, dtype, checkpoint, 1, ranks, 1, True, scheme)
+    for peak in run_ranks(measured_peak, ranks, stage, dtype, checkpoint, 1, True, scheme, timeout=PATIENCE):
         assert found.total == pytest.approx(peak, rel=0.1), (found, found.total / peak)
 
 

@@ -39,11 +39,17 @@ CONFIG = dict(
         patch_size=7,
     ),
 )
+WIDE = {
+    **CONFIG,
+    **(sizes := dict(hidden_size=128, inner_hidden_size=256)),
+    "eva_args": {**CONFIG["eva_args"], **sizes},
+}
+"""Sizes of which blocks of 64 divide each row, on two model-parallel ranks too."""
 
 
-def tiny_model(dtype=torch.float32, seed=0, **settings) -> CogVLMModel:
+def tiny_model(dtype=torch.float32, seed=0, config=CONFIG, **settings) -> CogVLMModel:
     """Random weights large enough that every part of the network shows in the logits."""
-    model = build_cogvlm(CONFIG, dtype=dtype, **settings)
+    model = build_cogvlm(config, dtype=dtype, **settings)
     randomise(model, seed)
     return model
 

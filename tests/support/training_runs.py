@@ -102,8 +102,11 @@ def train_in_layout(
     batch_for: BatchFor,
     adapter: str,
     folder: str,
+    model_of: Callable[..., torch.nn.Module] = tiny_model,
 ) -> dict:
     """What this rank finds. adapter: the file to start from; folder: an empty one. Every rank has to call it.
+
+    model_of: makes the base, given a dtype and settings.
 
     With `rank`, of data parallelism, and `replicas agree`: whether what model-parallel ranks hold whole is the same on
     all of them.
@@ -112,12 +115,12 @@ def train_in_layout(
     settings = dict(
         model_parallel_size=model_parallel, checkpoint_activations=checkpoint, vit_checkpoint_activations=checkpoint
     )
-    fresh = tiny_model(dtype, **settings)
+    fresh = model_of(dtype, **settings)
     add_lora(fresh, CONFIG)
     found = {"rank": world.data_parallel_rank, "initial file": saved_files(fresh, f"{folder}/initial")}
     agree = True
     for name, optimizer in OPTIMIZERS.items():
-        model = tiny_model(dtype, **settings).train()
+        model = model_of(dtype, **settings).train()
         load_adapter(model, adapter)
         parameters = [p for p in model.parameters() if p.requires_grad]
         engine = start_engine(model, optimizer(parameters), engine_config(stage, 2, bf16=dtype == torch.bfloat16))
@@ -189,12 +192,18 @@ def _replicas_agree(model: torch.nn.Module) -> bool:
     return agree
 
 
-def train_alone(data_parallel: int, dtype: torch.dtype, batch_for: BatchFor, folder: str) -> dict:
+def train_alone(
+    data_parallel: int,
+    dtype: torch.dtype,
+    batch_for: BatchFor,
+    folder: str,
+    model_of: Callable[..., torch.nn.Module] = tiny_model,
+) -> dict:
     """The same on the joined batch of `data_parallel` ranks, with float32 copies of bf16 parameters."""
     init_model_parallel(init_distributed())
     found: dict = {}
     for name, optimizer_of in OPTIMIZERS.items():
-        model = tiny_model(dtype).train()
+        model = model_of(dtype).train()
         add_lora(model, CONFIG)
         found["initial file"] = saved_files(model, f"{folder}/initial")
         fill_adapters(model, std=0.1)

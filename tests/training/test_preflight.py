@@ -253,3 +253,9 @@ def test_all_problems_come_at_once(check, tmp_path):
     message = refusal(check, "--max_length", "2", "--train-data", str(tmp_path / "no"), "--fp16", version="cogagent")
     assert message.startswith("3 problems with the options:\n- --version")
     assert "- --fp16" in message and "- --train-data" in message
+
+
+@pytest.mark.parametrize("option", ["--quantize_modules", "--keep_modules"])
+def test_what_is_quantised_is_not_said_of_a_whole_base(check, option):
+    assert refusal(check, option, "vit-mlp").startswith(f"{option}: it says which linears are quantised, and none is")
+    check(option, "vit-mlp", "--quantize", "nf4")

@@ -8,6 +8,7 @@ import torch
 
 from sat_lora.cogvlm.checkpoints.hugging_face_folder import ROTARY, HuggingFaceFolder
 from sat_lora.cogvlm.checkpoints.load import open_folder, shardings_of
+from sat_lora.cogvlm.checkpoints.quantized_files import QuantizationNote
 from sat_lora.cogvlm.checkpoints.sat_folder import weight_problems
 from sat_lora.cogvlm.network.model import build_cogvlm
 from sat_lora.errors import CheckpointError, ConfigError
@@ -15,6 +16,7 @@ from sat_lora.files.weight_files import Layout
 from sat_lora.lora.base_identity import BaseIdentity, identity_of
 from sat_lora.parallel.sharding import Sharding, model_parallel_layout
 from sat_lora.printable import printable
+from sat_lora.quantization.weights.quantized_weight import whole as decoded
 
 
 class BaseWeights(Mapping[str, torch.Tensor]):
@@ -39,6 +41,11 @@ class BaseWeights(Mapping[str, torch.Tensor]):
                 raise CheckpointError(f"{file}: cannot be used: {'; '.join(sorted(problems)[:20])}")
         # What a folder of the other kind leaves out because it is computed.
         self._computed = {} if self._source.own_name(ROTARY) else self._buffers()
+
+    @property
+    def note(self) -> QuantizationNote | None:
+        """What the folder says of quantised weights, which are decoded when they are asked for; None: all are whole."""
+        return self._source.note()
 
     @property
     def hugging_face_config(self) -> dict | None:
@@ -89,7 +96,7 @@ class BaseWeights(Mapping[str, torch.Tensor]):
     def __getitem__(self, name: str) -> torch.Tensor:
         if name in self._computed:
             return self._computed[name]
-        parts = [part[name] for part in self._parts]
+        parts = [decoded(part[name]) for part in self._parts]
         return parts[0] if len(parts) == 1 else self._sharding(name).unshard(parts)
 
     def shard(self, name: str, whole: torch.Tensor, rank: int, ranks: int) -> torch.Tensor:
@@ -98,7 +105,9 @@ class BaseWeights(Mapping[str, torch.Tensor]):
 
     @cached_property
     def identity(self) -> BaseIdentity:
-        """Which base this is; a few values of each tensor are read."""
+        """Which base this is; a few values of each tensor are read. A quantised one is the base that it was made of."""
+        if self.note is not None:
+            return self.note.base
         folder = self._source.path.resolve()
         return identity_of(self.shapes, self._values_at, name=folder.name, family="CogVLM")
 

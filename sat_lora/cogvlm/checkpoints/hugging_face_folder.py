@@ -110,6 +110,9 @@ class HuggingFaceFolder:
     def check(self, state: dict[str, torch.Tensor]) -> None:
         """Do nothing: whether all files are there is seen where they are named."""
 
+    def note(self) -> None:
+        """Return None: its weights are whole."""
+
     def own_config(self) -> dict:
         """Return the content of config.json."""
         return read_object(self.path / CONFIG)

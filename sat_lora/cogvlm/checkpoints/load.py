@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from sat_lora.cogvlm.checkpoints.hugging_face_folder import INDEX, SINGLE, HuggingFaceFolder
+from sat_lora.cogvlm.checkpoints.quantized_files import QuantizationNote
 from sat_lora.cogvlm.checkpoints.sat_folder import (
     PARTS,
     WEIGHT_DTYPES,
@@ -20,10 +21,16 @@ from sat_lora.cogvlm.checkpoints.sat_folder import (
 )
 from sat_lora.cogvlm.network.model import VIT, CogVLMModel, build_cogvlm
 from sat_lora.cogvlm.sizes import missing_sizes
-from sat_lora.errors import CheckpointError
+from sat_lora.errors import CheckpointError, ConfigError
 from sat_lora.parallel.partitioned import Partitioning
 from sat_lora.parallel.sharding import REPLICATED, Sharding, model_parallel_layout, sharding_of
 from sat_lora.printable import printable
+from sat_lora.quantization.apply import note_quantized
+from sat_lora.quantization.config import Quantization
+from sat_lora.quantization.select import select_layers
+from sat_lora.quantization.weights.layers import put_quantized
+from sat_lora.quantization.weights.quantized_weight import QuantizedWeight
+from sat_lora.quantization.weights.schemes import BLOCKS, Scheme, block_for
 from sat_lora.terminal.progress import Progress
 
 __all__ = [
@@ -114,6 +121,7 @@ def load_cogvlm(
     zero_config: dict | None = None,
     trust: bool = False,
     layers: int | None = None,
+    quantize: Quantization | None = None,
     progress: Progress[tuple[str, nn.Module]] = iter,
     **settings,
 ) -> tuple[CogVLMModel, dict]:
@@ -121,9 +129,10 @@ def load_cogvlm(
 
     settings: those of `build_cogvlm`. zero_config: DeepSpeed's, of stage 3; every parameter is then partitioned as it
     is loaded, and a rank reads no more than its own partition. trust: see `map_weights`. layers: take at most so many
-    of each transformer, the first ones; the config says so. progress: goes through the modules, as tqdm does. Ranks do
-    not speak to each other here: an error on one is an error on it alone. Raises CheckpointError if files, names or
-    shapes do not fit, before anything is allocated; ConfigError as `build_cogvlm`.
+    of each transformer, the first ones; the config says so. quantize: which linears are held in fewer bits; each is
+    encoded as it is read, on the device, and ZeRO-3 partitions none of them. progress: goes through the modules, as
+    tqdm does. Ranks do not speak to each other here: an error on one is an error on it alone. Raises CheckpointError if
+    files, names or shapes do not fit, before anything is allocated; ConfigError as `build_cogvlm` and `select_layers`.
     """
     source = open_folder(folder, trust=trust)
     config = source.config()
@@ -138,18 +147,73 @@ def load_cogvlm(
         left_out = frozenset(whole - model.state_dict().keys())
     model.base_folder = source.path.resolve()
     model.base_name = model.base_folder.name  # adapters name it
+    note = source.note()
+    quantized = _quantized_layers(model, quantize, note, source.path)
+    whole_weight = _memory_for(quantized if note is None else {}, device)
     weights = _OwnWeights(model, source, left_out)
     partitioning = None if zero_config is None else Partitioning(zero_config)
     with torch.no_grad():
         for module_name, module in progress([*model.named_modules()]):
             prefix = f"{module_name}." if module_name else ""
+            if module_name in quantized:
+                name = prefix + "weight"
+                if note is not None:
+                    encoded = weights.encoded(name, module.weight, device)
+                elif quantize is not None:
+                    encoded = weights.quantized(name, module.weight, quantize.weights, whole_weight)
+                put_quantized(module, encoded)
             for leaf, parameter in module._parameters.items():
                 if parameter is not None:
                     module._parameters[leaf] = _loaded(parameter, prefix + leaf, weights, device, partitioning)
             for leaf, buffer in module._buffers.items():
+                if isinstance(buffer, QuantizedWeight):
+                    continue
                 module._buffers[leaf] = buffer.to(device)
                 weights.copy(prefix + leaf, module._buffers[leaf])
+    quantization = quantize if note is None else note.quantization
+    if quantization is not None:
+        from sat_lora.cogvlm.checkpoints.base_weights import BaseWeights  # which reads folders as they are opened here
+
+        identity = BaseWeights(folder, trust=trust).identity
+        note_quantized(model, identity, quantization)
     return model, config
+
+
+def _quantized_layers(
+    model: CogVLMModel, quantize: Quantization | None, note: QuantizationNote | None, folder: Path
+) -> dict[str, nn.Module]:
+    """Return the layers that are to have quantised weights, by name.
+
+    note: what a folder says that holds such weights already. Raises ConfigError where `quantize` wants others than it
+    has, CheckpointError where the slices of this model-parallel size would cut a block.
+    """
+    if note is None:
+        return {} if quantize is None else select_layers(model, quantize)
+    own = {name.removesuffix(".weight") for name in note.weights}
+    if quantize is not None:
+        wanted = select_layers(model, quantize).keys()
+        differing = sorted(wanted ^ own & dict(model.named_modules()).keys())
+        if quantize.scheme != note.quantization.scheme or differing:
+            what = f", and {differing[0]} is one of {len(differing)} layers that differ" if differing else ""
+            raise ConfigError(
+                f"--quantize: {folder} is quantised already, to {note.quantization.scheme}{what}; leave the option and "
+                "its patterns out, or give the base that it was made of"
+            )
+    modules = {name: module for name, module in model.named_modules() if name in own}
+    uneven = [name for name, module in modules.items() if block_for(module.weight.shape[1]) is None]
+    if uneven:
+        raise CheckpointError(
+            f"{folder}: at this model-parallel size the rows of {uneven[0]} are cut within a block of {BLOCKS[-1]}; "
+            "give the base that it was made of"
+        )
+    return modules
+
+
+def _memory_for(layers: dict[str, nn.Module], device) -> torch.Tensor:
+    """Return flat memory for one weight of these layers at a time: freed and taken anew, a CPU may keep more."""
+    weights = [layer.weight for layer in layers.values()]
+    largest = max(weights, key=torch.Tensor.numel, default=torch.empty(0))
+    return torch.empty(largest.numel(), dtype=largest.dtype, device=device)
 
 
 def shortened(config: dict, layers: int) -> dict:
@@ -223,6 +287,34 @@ class _OwnWeights:
         parts = {saved_rank: state[name] for saved_rank, state in self._states.items() if name in state}
         if parts:
             self._shardings[name].fill(target, parts, **self._layout, rows=rows)
+
+    def quantized(self, name: str, like: torch.Tensor, scheme: Scheme, memory: torch.Tensor) -> QuantizedWeight:
+        """Return what the files have under `name`, this rank's part, encoded.
+
+        Its shape is that of `like`. memory: flat, of its dtype and device, in which each weight in turn is whole.
+        Raises QuantizationError where a value is not finite.
+        """
+        weight = memory[: like.numel()].view(like.shape)
+        self.copy(name, weight)
+        return QuantizedWeight.of(weight, scheme, name)
+
+    def encoded(self, name: str, like: torch.Tensor, device) -> QuantizedWeight:
+        """Return the same of files that hold codes and scales: the values are theirs, whatever the cut.
+
+        Its dtype is that of `like`.
+        """
+        parts = {saved_rank: state[name] for saved_rank, state in self._states.items()}
+        first = next(iter(parts.values()))
+        rows, columns = like.shape
+        block = min(first.block, block_for(columns))
+        codes = torch.empty(rows, columns // first.scheme.elements_per_code, dtype=first.codes.dtype, device=device)
+        scales = torch.empty(rows, columns // block, dtype=first.scales.dtype, device=device)
+        fill = self._shardings[name].fill
+        fill(codes, {saved_rank: part.codes for saved_rank, part in parts.items()}, **self._layout, rows=None)
+        repeats = first.block // block  # a smaller block is a part of a larger one, with its scale
+        part_scales = {saved_rank: part.scales.repeat_interleave(repeats, 1) for saved_rank, part in parts.items()}
+        fill(scales, part_scales, **self._layout, rows=None)
+        return QuantizedWeight(codes, scales, first.scheme, like.dtype)
 
 
 def _misfit(state: dict, name: str, shape: tuple[int, ...] | None) -> str | None:

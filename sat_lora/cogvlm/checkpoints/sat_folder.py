@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy
 import torch
 
+from sat_lora.cogvlm.checkpoints.quantized_files import QuantizationNote, joined, note_in
 from sat_lora.cogvlm.sizes import size_problems
 from sat_lora.errors import CheckpointError
 from sat_lora.files.foreign import LFS_POINTER, is_lfs_pointer, read_bytes, read_json, stand_in
@@ -130,8 +131,15 @@ class SatFolder:
         return len(self.files())
 
     def map(self, rank: int) -> dict[str, torch.Tensor]:
-        """Return what one saved rank holds: mapped tensors by SAT's names."""
-        return map_weights(self.files()[rank], trust=self._trust)
+        """Return what one saved rank holds: mapped tensors by SAT's names, of a quantised base QuantizedWeights too."""
+        file = self.files()[rank]
+        state = map_weights(file, trust=self._trust)
+        note = self.note()
+        return state if note is None else joined(state, note, file)
+
+    def note(self) -> QuantizationNote | None:
+        """Return what the config says of quantised weights; None where they are whole."""
+        return note_in(self.config(), self.path)
 
     def own_name(self, name: str) -> str | None:
         """Return what a parameter is called in the files: as it is called here."""

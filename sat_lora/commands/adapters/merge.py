@@ -35,6 +35,13 @@ def add(commands) -> None:
         help="of the merged weights (default: the base's); float32 keeps what bfloat16 rounds away of a weak adapter",
     )
     merge.add_argument(
+        "--onto",
+        default="base",
+        choices=["base", "trained"],
+        help="of an adapter trained on a quantised base: the base's own weights, or the decoded ones that it was "
+        "trained beside (default: base)",
+    )
+    merge.add_argument(
         "--verify",
         action="store_true",
         help="compare its logits and weights with base and adapter, in float32; loads both whole, one after the other",
@@ -58,6 +65,8 @@ def run(options: argparse.Namespace) -> int:
         raise ConfigError(
             f"--model-parallel-size: got {options.model_parallel_size}, wanted 1 or more; only SAT folders are cut"
         )
+    if options.verify and options.onto == "trained":
+        raise ConfigError("--verify: it compares with the base's own weights; leave it or --onto trained out")
     remarks = merge_adapter(
         options.base,
         options.adapter,
@@ -67,6 +76,7 @@ def run(options: argparse.Namespace) -> int:
         dtype=None if options.dtype is None else DTYPES[options.dtype],
         trust=options.trust_checkpoint,
         any_base=options.any_base,
+        onto=options.onto,
         progress=bar("merging", "tensors"),
     )
     size = sum(path.stat().st_size for path in Path(options.out).rglob("*") if path.is_file())

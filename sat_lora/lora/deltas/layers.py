@@ -20,6 +20,7 @@ from sat_lora.lora.deltas.delta import Delta
 from sat_lora.lora.deltas.layout import DeltaLayout
 from sat_lora.lora.deltas.low_rank import RandomDropout, add_delta
 from sat_lora.parallel.sharding import model_parallel_layout
+from sat_lora.quantization.weights.layers import own_weight
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,10 +78,11 @@ class Kind:
 
     def can_fuse(self, layer: nn.Module, x: torch.Tensor) -> bool:
         """Return whether y is x W^T as it stands, W frozen and whole: one Function then has the gradient of both."""
-        if not self.is_product or type(layer) not in self.layers or "weight" not in layer._parameters:
-            return False  # a subclass, weight norm and the like may do anything else
-        if hasattr(layer.weight, "ds_id") or layer.weight.dtype != x.dtype:  # ZeRO-3 gathers W for its own graph alone
-            return False
+        if not self.is_product or type(layer) not in self.layers:
+            return False  # a subclass may do anything else
+        weight = own_weight(layer)
+        if weight is None or hasattr(weight, "ds_id") or weight.dtype != x.dtype:
+            return False  # weight norm and the like; ZeRO-3, which gathers W for its own graph alone
         return not any(parameter.requires_grad for parameter in layer.parameters(recurse=False))
 
 

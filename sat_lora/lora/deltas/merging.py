@@ -4,12 +4,13 @@ import torch
 from torch import nn
 
 from sat_lora._sat import HOOKS_DEFAULT, BaseModel, mpu
-from sat_lora.errors import MergeError
+from sat_lora.errors import ConfigError, MergeError
 from sat_lora.lora.deltas import dora
 from sat_lora.lora.deltas.delta import Delta
 from sat_lora.lora.deltas.layers import Kind
 from sat_lora.lora.deltas.layout import DeltaLayout
 from sat_lora.parallel.sharding import gathered, model_parallel_layout
+from sat_lora.quantization.weights.layers import quantized_weight_of
 
 
 @torch.no_grad()
@@ -55,6 +56,7 @@ class MergedWeights:
         self._pairs = pairs
         self._scale = scale
         self._originals: list[torch.Tensor] = []
+        refuse_quantized(self._pairs)
         refuse_shared(self._pairs, model)
         for write in (False, True):  # every one is computed before the first is changed
             for layer, adapter in self._pairs:
@@ -90,6 +92,17 @@ def refuse_non_finite(name: str, merged: torch.Tensor) -> None:
         torch.distributed.all_reduce(bad, group=mpu.get_model_parallel_group())
     if bad:
         raise MergeError(f"{name}: {int(bad)} merged values are not finite in {merged.dtype}; nothing was merged")
+
+
+def refuse_quantized(pairs: list[tuple[nn.Module, nn.Module]]) -> None:
+    """Raise ConfigError where a weight is quantised, whose few bits would round most of a delta away."""
+    names = [adapter.name for layer, adapter in pairs if quantized_weight_of(layer) is not None]
+    if names:
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        raise ConfigError(
+            f"{names[0]}.weight{more}: quantised weights take no delta, their few bits would round it away; save the "
+            "adapter and merge it into the base's own weights: sat-lora merge --base BASE --adapter ADAPTER --out OUT"
+        )
 
 
 def refuse_shared(pairs: list[tuple[nn.Module, nn.Module]], model: BaseModel) -> None:

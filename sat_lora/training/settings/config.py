@@ -14,6 +14,7 @@ from typing import Any
 from sat_lora.cogvlm.inputs.prompts import PROMPTS
 from sat_lora.errors import ConfigError
 from sat_lora.lora.config import LoraConfig
+from sat_lora.quantization.config import ALL, NAMES, Quantization
 from sat_lora.terminal.option_types import (
     accumulation,
     batch,
@@ -30,11 +31,12 @@ from sat_lora.terminal.option_types import (
 )
 from sat_lora.training.metrics.registry import METRICS
 from sat_lora.training.settings.fields import Known, fields_of, flag, frozen, plain, setting
-from sat_lora.training.settings.lora_options import ABOUT, LORA_FIELDS, lora_fields
+from sat_lora.training.settings.lora_options import ABOUT, LORA_FIELDS, lora_fields, patterns_of
 from sat_lora.training.settings.schedule import DECAY_STYLES, learning_rate_factor, warmup_steps
 
 Paths = tuple[str, ...]
 BASIC = "what people set"
+NONE = "none"
 GROUPS = {
     BASIC: "the options that most runs need",
     "model": None,
@@ -235,6 +237,39 @@ class Precision:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Quantizing:
+    """How many bits the weights of the base are held in, and which of them."""
+
+    quantize: str = setting(
+        NONE, "hold the base's linears in 4.25 or 8.25 bits", "--quantize", choices=lambda: (NONE, *NAMES)
+    )
+    quantize_modules: tuple[str, ...] = setting(
+        (ALL,), "which of them, in the forms of --target_modules", "--quantize_modules", nargs="+", metavar="NAME"
+    )
+    keep_modules: tuple[str, ...] = setting(
+        (), "what --quantize leaves whole, in the same forms", "--keep_modules", nargs="+", metavar="NAME"
+    )
+
+    def flat(self) -> dict[str, Any]:
+        """Return the values by their names, as JSON has them."""
+        return {source.name: plain(getattr(self, source.name)) for source in fields(self)}
+
+    def of(self, lora: LoraConfig) -> Quantization | None:
+        """Return the Quantization that a run with these adapters asks for; None where its base stays whole.
+
+        What the config trains whole is not quantised.
+        """
+        if self.quantize == NONE:
+            return None
+        return Quantization(
+            scheme=self.quantize,
+            modules=patterns_of(self.quantize_modules),
+            keep_modules=patterns_of(self.keep_modules),
+            trained=lora.modules_to_save,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Checkpointing:
     """The choice of layers that are computed again in backward, instead of being kept."""
 
@@ -375,6 +410,7 @@ class TrainConfig:
     schedule: Schedule = field(default_factory=Schedule)
     parallel: Parallel = field(default_factory=Parallel)
     precision: Precision = field(default_factory=Precision)
+    quantization: Quantizing = field(default_factory=Quantizing)
     checkpointing: Checkpointing = field(default_factory=Checkpointing)
     saving: Saving = field(default_factory=Saving)
     checks: Checks = field(default_factory=Checks)
@@ -452,6 +488,7 @@ def _known() -> dict[str, Known]:
         Schedule: "schedule",
         Parallel: "parallelism and memory",
         Precision: "parallelism and memory",
+        Quantizing: "parallelism and memory",
         Checkpointing: "parallelism and memory",
         Saving: "saving and evaluating",
         Checks: "checking",

@@ -5,7 +5,7 @@
 
 import argparse
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
@@ -114,6 +114,12 @@ def names_or_pattern(texts: list[str]) -> str | list[str]:
     """Return texts as LoraConfig takes them: a regular expression as a text, presets and suffixes as a list."""
     is_pattern = len(texts) == 1 and not re.fullmatch(r"[\w.-]+", texts[0])
     return texts[0] if is_pattern else texts
+
+
+def patterns_of(texts: Iterable[str]) -> str | tuple[str, ...]:
+    """Return what `names_or_pattern` gives, as a frozen value has it: a tuple for a list."""
+    patterns = names_or_pattern(list(texts))
+    return patterns if isinstance(patterns, str) else tuple(patterns)
 
 
 def _several(combine: Callable[[list], object], metavar: str, **settings) -> dict:

@@ -2,6 +2,9 @@
 
 import torch
 
+from sat_lora.quantization.weights.quantized_weight import QuantizedWeight
+from sat_lora.quantization.weights.quantized_weight import linear as quantized_linear
+
 
 def round_once() -> None:
     """Let ZeRO-3's linear add the bias before it rounds; where it is not in use, nothing changes.
@@ -18,8 +21,10 @@ def round_once() -> None:
 
 def linear_of_zero3(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """Return the linear (..., out) of x (..., in) by ZeRO-3's function, which gets x as (tokens, in) if it is to add a
-    bias.
+    bias; by its own where the weight is quantised, of which nothing is gathered.
     """
+    if isinstance(weight, QuantizedWeight):
+        return quantized_linear(x, weight, bias)
     from deepspeed.runtime.zero.linear import zero3_linear_wrap
 
     if bias is None:

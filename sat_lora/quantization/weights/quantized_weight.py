@@ -1,0 +1,299 @@
+"""QuantizedWeight: a frozen weight in fewer bits, in the place of the tensor that it was made of.
+
+A layer that calls `F.linear` needs to know nothing of it: the product decodes the weight, in forward and once more in
+backward, and keeps the codes alone in between. Products of matrices are the one thing that decodes it. Whoever reads
+W asks `whole`, whatever kind of tensor W is; all else is refused, so that nothing is decoded, or lost, without a word.
+"""
+
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import torch
+from torch.autograd.function import FunctionCtx
+
+from sat_lora.errors import QuantizationError
+from sat_lora.quantization.weights.schemes import BLOCKS, SCHEMES, Scheme, block_for, block_of, encode, has_values
+
+aten = torch.ops.aten
+_torch_linear = torch._C._nn.linear  # what `functional.linear` is until ZeRO-3 puts another one there
+SAME = (aten.detach.default, aten.alias.default)
+PRODUCTS = (aten.mm.default, aten.addmm.default, aten.addmm_.default)
+
+
+class QuantizedWeight(torch.Tensor):
+    """W (out, in) as codes and scales; its dtype is the one that it is decoded to, and computed with.
+
+    codes: (out, in / elements_per_code), scales: (out, in / block) in bfloat16, see `schemes`. `.to(dtype)` changes
+    what it is decoded to and leaves both as they are. What is copied into it is encoded. It never requires a gradient.
+    """
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    scheme: Scheme
+
+    @staticmethod
+    def __new__(
+        cls, codes: torch.Tensor, scales: torch.Tensor, scheme: Scheme, dtype: torch.dtype
+    ) -> "QuantizedWeight":
+        """Return the weight of these codes and scales."""
+        shape = (len(codes), codes.shape[1] * scheme.elements_per_code)
+        weight = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=codes.device)
+        weight.codes = codes
+        weight.scales = scales
+        weight.scheme = scheme
+        return weight
+
+    @classmethod
+    def of(cls, weight: torch.Tensor, scheme: Scheme, name: str = "the weight") -> "QuantizedWeight":
+        """Return a weight (out, in) encoded, on its device.
+
+        Raises QuantizationError, with the name, where no block divides its rows, or a value in it is not finite.
+        """
+        block = block_for(weight.shape[1]) if weight.dim() == 2 else None
+        if block is None:
+            raise QuantizationError(
+                f"{name}: its shape {tuple(weight.shape)} has no rows that divide into blocks of "
+                f"{' or '.join(map(str, BLOCKS))}; leave it whole, with keep_modules"
+            )
+        codes, scales = encode(weight.detach(), scheme, block)
+        if has_values(scales) and not bool(scales.isfinite().all()):
+            raise QuantizationError(f"{name}: it holds values that are not finite; {scheme.name} cannot hold them")
+        return cls(codes, scales, scheme, weight.dtype)
+
+    @property
+    def block(self) -> int:
+        """How many elements of a row share a scale."""
+        return block_of(self.scheme, self.codes, self.scales)
+
+    @property
+    def stored_bytes(self) -> int:
+        """The bytes of codes and scales."""
+        return self.codes.nbytes + self.scales.nbytes
+
+    def decoded(self) -> torch.Tensor:
+        """Return W (out, in), a plain tensor of this dtype."""
+        return self.scheme.decode(self.codes, self.scales, self.dtype)
+
+    def __repr__(self, **options: Any) -> str:  # torch's print would decode it
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"QuantizedWeight({self.scheme.name}, {tuple(self.shape)}, {dtype}, {self.device})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "QuantizedWeight":
+        copied = memo[id(self)] = self._each(torch.clone)
+        return copied
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Callable[..., "QuantizedWeight"], tuple[Any, ...]]:
+        return rebuilt, (self.codes, self.scales, self.scheme.name, self.dtype)
+
+    def __tensor_flatten__(self) -> tuple[list[str], tuple[Scheme, torch.dtype]]:
+        return ["codes", "scales"], (self.scheme, self.dtype)
+
+    @staticmethod
+    def __tensor_unflatten__(
+        inner: Mapping[str, torch.Tensor], context: tuple[Scheme, torch.dtype], size: Any, stride: Any
+    ) -> "QuantizedWeight":
+        return QuantizedWeight(inner["codes"], inner["scales"], *context)
+
+    def _each(
+        self, change: Callable[[torch.Tensor], torch.Tensor], dtype: torch.dtype | None = None
+    ) -> "QuantizedWeight":
+        """Return the weight of changed codes and scales, and of another dtype if one is given."""
+        return QuantizedWeight(change(self.codes), change(self.scales), self.scheme, dtype or self.dtype)
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        function: Callable[..., Any],
+        types: Collection[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Return what a function of torch's gives, F.linear by its own way."""
+        if function is _torch_linear:
+            return linear(*args, **(kwargs or {}))
+        if function in _GRADIENT_SETTERS:
+            _refuse_gradient(*args, **(kwargs or {}))
+        if function in _OF_MEMORY:
+            _refuse(function.__name__)
+        with torch._C.DisableTorchFunctionSubclass():  # torch's own way would give every result this class
+            return function(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(
+        cls,
+        function: Any,
+        types: Collection[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Return what an operation gives. Raises QuantizationError for one that needs the elements themselves."""
+        kwargs = kwargs or {}
+        weight: Any = args[0] if args else None
+        if function in PRODUCTS and not isinstance(weight, QuantizedWeight):
+            return _product(function, args, kwargs)
+        if not isinstance(weight, QuantizedWeight):
+            _refuse(_name(function))
+        if function in SAME or (function is aten.view.default and list(args[1]) == list(weight.shape)):
+            return weight._each(lambda part: part)
+        if function is aten.clone.default:
+            return weight._each(torch.clone)
+        if function is aten._to_copy.default:
+            device = kwargs.get("device")
+            non_blocking = kwargs.get("non_blocking", False)
+            dtype = kwargs.get("dtype")
+            if dtype is not None and not dtype.is_floating_point:
+                _refuse(_name(function))
+            return weight._each(lambda part: part.to(device, non_blocking=non_blocking, copy=True), dtype)
+        if function is aten.copy_.default:
+            return _fill(weight, args[1])
+        if function is aten.equal.default and isinstance(args[1], QuantizedWeight):
+            return _are_equal(weight, args[1])
+        if function is aten.t.default:  # DeepSpeed 0.19.8 makes F.linear of ZeRO-3 by x @ weight.t()
+            return weight.decoded().t()
+        return _refuse(_name(function))
+
+
+_GRADIENT_SETTERS = (torch.Tensor.requires_grad_, torch.Tensor.requires_grad.__set__)
+
+
+def _refuse_gradient(weight: QuantizedWeight, requires_grad: bool = True) -> None:
+    """Raise QuantizationError where a gradient is asked for."""
+    if requires_grad:
+        raise QuantizationError(
+            "a quantised weight does not train; leave it whole, with keep_modules, to name it in modules_to_save"
+        )
+
+
+# What asks for the memory behind the elements: there is none, and torch 2.13 or its reader would go there all the same.
+_OF_MEMORY = (
+    torch.Tensor.data_ptr,
+    torch.Tensor.storage,
+    torch.Tensor.untyped_storage,
+    torch.Tensor.share_memory_,
+    torch.Tensor.__dlpack__,
+)
+
+
+def _name(function: Any) -> str:
+    """Return what an operation is called."""
+    return str(function.overloadpacket.__name__)
+
+
+def _refuse(name: str) -> Any:
+    raise QuantizationError(
+        f"{name} on a quantised weight: its elements are not there to be read or written; "
+        "weight.decoded() is a plain tensor of them, and keep_modules leaves a weight whole"
+    )
+
+
+def _product(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Return a product of matrices by the decoded weight, which is the last of them; no rows decode nothing."""
+    *others, left, right = args[:2] if function is aten.mm.default else args[:3]
+    if isinstance(left, QuantizedWeight) or any(isinstance(other, QuantizedWeight) for other in others):
+        return _refuse(_name(function))
+    if len(left) == 0:
+        right = right.codes.new_empty(right.shape, dtype=right.dtype)
+    return function(*others, left, whole(right), **kwargs)
+
+
+def _fill(weight: QuantizedWeight, source: torch.Tensor) -> QuantizedWeight:
+    """Return the weight, with the values of another tensor of its shape in it: encoded, or the codes that it has."""
+    if source.shape != weight.shape:
+        raise QuantizationError(f"a tensor of shape {tuple(source.shape)} does not fit in {weight!r}")
+    if not isinstance(source, QuantizedWeight):
+        source = QuantizedWeight.of(source.to(weight.device, weight.dtype), weight.scheme)
+    if source.scheme is not weight.scheme or source.block != weight.block:
+        raise QuantizationError(f"{source!r}, in blocks of {source.block}, does not fit in {weight!r}")
+    weight.codes.copy_(source.codes)
+    weight.scales.copy_(source.scales)
+    return weight
+
+
+def _are_equal(left: QuantizedWeight, right: QuantizedWeight) -> bool:
+    """Return whether two weights have the same codes and scales."""
+    is_alike = left.scheme is right.scheme and left.shape == right.shape and left.block == right.block
+    return is_alike and torch.equal(left.codes, right.codes) and torch.equal(left.scales, right.scales)
+
+
+def rebuilt(codes: torch.Tensor, scales: torch.Tensor, scheme: str, dtype: torch.dtype) -> QuantizedWeight:
+    """Return the weight that `torch.save` or pickle wrote. Raises QuantizationError where it is none."""
+    known = SCHEMES.get(scheme)
+    if known is None:
+        raise QuantizationError(f"the scheme of a quantised weight is {scheme!r}, wanted {' or '.join(SCHEMES)}")
+    problem = parts_problem(codes, scales, known)
+    if problem or not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise QuantizationError(f"no quantised weight: {problem or f'it would decode to {dtype}'}")
+    return QuantizedWeight(codes, scales, known, dtype)
+
+
+def parts_problem(codes: torch.Tensor, scales: torch.Tensor, scheme: Scheme) -> str | None:
+    """Return why these are no codes and scales of one weight, which a file may hold; None where they are."""
+    if codes.dtype is not scheme.codes_dtype or scales.dtype is not torch.bfloat16:
+        return f"codes in {codes.dtype} and scales in {scales.dtype}, wanted {scheme.codes_dtype} and torch.bfloat16"
+    if codes.dim() != 2 or scales.dim() != 2 or len(codes) != len(scales) or not scales.numel():
+        return f"codes {tuple(codes.shape)} and scales {tuple(scales.shape)}"
+    columns = codes.shape[1] * scheme.elements_per_code
+    if not any(columns == block * scales.shape[1] for block in BLOCKS):
+        return f"{columns} columns with {scales.shape[1]} scales, wanted one for each {' or '.join(map(str, BLOCKS))}"
+    return None
+
+
+torch.serialization.add_safe_globals([rebuilt])  # it makes one object, of checked parts
+
+
+def whole(weight: torch.Tensor) -> torch.Tensor:
+    """Return the elements of a weight: the tensor itself, or what a QuantizedWeight is decoded to."""
+    return weight.decoded() if isinstance(weight, QuantizedWeight) else weight
+
+
+def linear(x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """Return x W^T + bias (..., out) of x (..., in), as F.linear gives it for the decoded weight, bit for bit."""
+    dtype = None
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x = x.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+        return _Linear.apply(x, weight, bias, dtype)
+    return _forward(x, weight, bias, dtype)
+
+
+def _forward(
+    x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor | None, dtype: torch.dtype | None
+) -> torch.Tensor:
+    if x.numel() == 0:
+        return x.new_empty((*x.shape[:-1], len(weight)))
+    return _torch_linear(x, _decoded_as(weight, dtype), bias)
+
+
+def _decoded_as(weight: QuantizedWeight, dtype: torch.dtype | None) -> torch.Tensor:
+    decoded = weight.decoded()
+    return decoded if dtype is None else decoded.to(dtype)
+
+
+class _Linear(torch.autograd.Function):
+    """The autograd Function of a linear whose weight is decoded anew in backward."""
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        x: torch.Tensor,
+        weight: QuantizedWeight,
+        bias: torch.Tensor | None,
+        dtype: torch.dtype | None,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(weight)
+        ctx.dtype = dtype
+        return _forward(x, weight, bias, dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: FunctionCtx, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (weight,) = ctx.saved_tensors
+        need_x, _, need_bias, _ = ctx.needs_input_grad
+        dx = None
+        if need_x and dy.numel() == 0:
+            dx = dy.new_empty((*dy.shape[:-1], weight.shape[1]))
+        elif need_x:
+            dx = dy @ _decoded_as(weight, ctx.dtype)
+        return dx, None, dy.flatten(0, -2).sum(0) if need_bias else None, None

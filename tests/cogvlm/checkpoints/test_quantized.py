@@ -1,0 +1,238 @@
+"""CogVLM with quantised weights from a folder: encoded while it is read, or once before."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from sat_lora import AdapterError, CheckpointError, ConfigError, QuantizationError, add_lora, save_adapter
+from sat_lora.adapters.merge import merge_adapter
+from sat_lora.cogvlm.checkpoints import load as loading
+from sat_lora.cogvlm.checkpoints.base_weights import BaseWeights
+from sat_lora.cogvlm.checkpoints.hugging_face_writer import make_hugging_face_weights
+from sat_lora.cogvlm.checkpoints.load import check_files, load_cogvlm, save_weights
+from sat_lora.cogvlm.checkpoints.quantized_writer import quantize_base
+from sat_lora.lora.live_base import identity_of_model
+from sat_lora.quantization.apply import quantize_model
+from sat_lora.quantization.config import NAMES, Quantization
+from sat_lora.quantization.weights.layers import quantized_weights
+from tests.support.tiny import WIDE, fill_adapters, logits_of, tiny_batch, tiny_model
+
+pytestmark = pytest.mark.usefixtures("single_process_group")
+ALL_LINEAR = Quantization()
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A SAT folder in bfloat16."""
+    folder = tmp_path_factory.mktemp("base")
+    save_weights(folder, WIDE, tiny_model(torch.bfloat16, config=WIDE).state_dict())
+    (folder / "tokenizer.json").write_text("{}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def written(base, tmp_path_factory):
+    """The same base, quantised."""
+    folder = tmp_path_factory.mktemp("written") / "nf4"
+    assert quantize_base(base, folder, ALL_LINEAR) == []
+    return folder
+
+
+def codes(model) -> dict[str, torch.Tensor]:
+    return dict(quantized_weights(model))
+
+
+def assert_same(model, other) -> None:
+    ours, theirs = codes(model), codes(other)
+    assert ours.keys() == theirs.keys() and len(ours) > 20
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+    plain = other.state_dict()
+    for name, tensor in model.state_dict().items():
+        assert name.removesuffix(".weight") in ours or torch.equal(tensor, plain[name])
+
+
+@pytest.mark.parametrize("scheme", NAMES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_encoded_while_it_is_read_is_what_is_encoded_afterwards(base, scheme, dtype):
+    model, _ = load_cogvlm(base, dtype=dtype, quantize=Quantization(scheme=scheme))
+    other, _ = load_cogvlm(base, dtype=dtype)
+    quantize_model(other, scheme=scheme)
+    assert_same(model, other)
+    assert {weight.dtype for weight in codes(model).values()} == {dtype}
+    assert identity_of_model(model).difference(identity_of_model(other)) is None
+
+
+def test_a_hugging_face_folder_is_encoded_as_a_sat_one(base, tmp_path):
+    weights = BaseWeights(base)
+    name = "mixins.rotary.rotary_emb.inv_freq"
+    parts = make_hugging_face_weights(tmp_path, weights.config, weights.layout, weights[name])
+    for key in parts:
+        parts[key].copy_(weights[key])
+    model, _ = load_cogvlm(tmp_path, dtype=torch.bfloat16, quantize=ALL_LINEAR)
+    assert_same(model, load_cogvlm(base, dtype=torch.bfloat16, quantize=ALL_LINEAR)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_folder_that_was_quantised_once_gives_the_same(base, written, dtype):
+    model, config = load_cogvlm(written, dtype=dtype)
+    assert_same(model, load_cogvlm(base, dtype=dtype, quantize=ALL_LINEAR)[0])
+    assert config["quantization"]["scheme"] == "nf4"
+    images = tiny_batch()["images"].to(dtype)
+    assert logits_of(model, {**tiny_batch(), "images": images}).isfinite().all()
+
+
+def test_it_takes_a_third_of_the_space_and_what_lies_beside_comes_along(base, written):
+    size, whole = (sum(f.stat().st_size for f in folder.rglob("*.pt")) for folder in (written, base))
+    linears = sum(weight.numel() for weight in codes(load_cogvlm(written)[0]).values())
+    assert whole - size == pytest.approx(linears * (16 - 4.25) / 8, rel=0.02)
+    assert (written / "tokenizer.json").is_file()
+
+
+def test_the_base_that_it_was_made_of_is_known(base, written):
+    assert BaseWeights(written).identity.difference(BaseWeights(base).identity) is None
+    assert identity_of_model(load_cogvlm(written)[0]).difference(BaseWeights(base).identity) is None
+    assert BaseWeights(written).identity.name == base.name
+
+
+def test_the_same_quantisation_may_be_asked_for_again(written):
+    assert len(codes(load_cogvlm(written, quantize=ALL_LINEAR)[0])) > 20
+
+
+@pytest.mark.parametrize(
+    ("quantization", "problem"),
+    [
+        (Quantization(scheme="int8"), "quantised already, to nf4; leave the option"),
+        (Quantization(keep_modules=["projector"]), "nf4, and mixins.eva.linear_proj.* is one of 4 layers that differ"),
+    ],
+)
+def test_another_one_is_refused_before_anything_is_read(written, quantization, problem, monkeypatch):
+    monkeypatch.setattr(loading._OwnWeights, "copy", lambda *args, **more: pytest.fail("weights were read"))
+    with pytest.raises(ConfigError, match=problem):
+        load_cogvlm(written, quantize=quantization)
+
+
+def test_fewer_layers_than_it_has_can_be_loaded(base, written):
+    for folder, quantize in ((written, None), (base, ALL_LINEAR)):
+        model, _ = load_cogvlm(folder, layers=1, quantize=quantize)
+        assert not any(".layers.1." in name for name in codes(model)) and codes(model)
+
+
+def rewritten(written, tmp_path, change):
+    """A copy of the folder with another note."""
+    folder = tmp_path / "copy"
+    shutil.copytree(written, folder)
+    path = folder / "model_config.json"
+    config = json.loads(path.read_text())
+    change(config["quantization"])
+    path.write_text(json.dumps(config))
+    return folder
+
+
+NOTES = {
+    "another version": (lambda note: note.update(format_version=2), "format version 2, this sat_lora reads 1.*anew"),
+    "no version": (lambda note: note.pop("format_version"), "not what `sat-lora quantize` writes: no 'format_version'"),
+    "another scheme": (lambda note: note.update(scheme="nf5"), "not what .* there is no scheme 'nf5'"),
+    "a scheme that is none": (lambda note: note.update(scheme=["nf4"]), "not what .* wanted a scheme and patterns"),
+    "another dtype": (lambda note: note.update(dtype="int8"), "not what .* dtype 'int8'"),
+    "no base": (lambda note: note.pop("base"), "not what .* no 'base'"),
+    "a base that is none": (lambda note: note.update(base=[1]), "not what `sat-lora quantize` writes"),
+    "weights that are none": (lambda note: note.update(weights=[7]), "not what .* no names of weights"),
+    "the other scheme": (lambda note: note.update(scheme="int8"), "not hold what its config says: .* codes in"),
+    "a name too many": (lambda note: note["weights"].append("x.weight"), "not hold .*: x.weight: no codes and scales"),
+    "a name too few": (lambda note: note["weights"].pop(), r"weight.codes: dtype torch.uint8; weights are|unexpected"),
+}
+
+
+@pytest.mark.parametrize(("change", "problem"), NOTES.values(), ids=NOTES)
+def test_a_damaged_note_is_one_error(written, tmp_path, change, problem):
+    folder = rewritten(written, tmp_path, change)
+    for use in (check_files, load_cogvlm):
+        with pytest.raises(CheckpointError, match=problem):
+            use(folder)
+
+
+def test_codes_of_another_shape_are_named(written, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(written, folder)
+    file = next(folder.rglob("*.pt"))
+    content = torch.load(file)
+    name = "mixins.mlp.gate_proj.0.weight"
+    content["module"][f"{name}.scales"] = content["module"][f"{name}.scales"][:, :1].clone()
+    torch.save(content, file)
+    with pytest.raises(CheckpointError, match=f"{name}: 128 columns with 1 scales"):
+        load_cogvlm(folder)
+
+
+def test_a_quantised_base_is_not_quantised_again(written, tmp_path):
+    with pytest.raises(CheckpointError, match="is quantised already, to nf4"):
+        quantize_base(written, tmp_path / "again", ALL_LINEAR)
+    assert not (tmp_path / "again").exists()
+
+
+def test_nothing_is_merged_into_it_unasked(base, written, tmp_path):
+    model, _ = load_cogvlm(written)
+    add_lora(model, r=2)
+    save_adapter(model, tmp_path / "adapter")
+    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["sat_lora"]["base_quantization"] == {
+        "scheme": "nf4", "quantize_modules": "all-linear", "keep_modules": []
+    }  # fmt: skip
+    with pytest.raises(CheckpointError, match=f"--base: {written} is quantised.*made of, {base.name}"):
+        merge_adapter(written, tmp_path / "adapter", tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+    merge_adapter(base, tmp_path / "adapter", tmp_path / "merged")
+
+
+def test_a_merge_takes_the_base_or_what_was_trained_beside(base, written, tmp_path):
+    """The decoded weights come out of the whole base and of the quantised folder alike."""
+    model, _ = load_cogvlm(written, dtype=torch.bfloat16)
+    decoded = {name: weight.decoded() for name, weight in quantized_weights(model)}
+    add_lora(model, r=2, target_modules=["vit-mlp"])
+    fill_adapters(model)
+    save_adapter(model, tmp_path / "adapter")
+    merged = {}
+    for name, folder, onto in (("a", base, "base"), ("b", base, "trained"), ("c", written, "trained")):
+        merge_adapter(folder, tmp_path / "adapter", tmp_path / name, onto=onto)
+        merged[name] = load_cogvlm(tmp_path / name, dtype=torch.bfloat16)[0].state_dict()
+        assert "quantization" not in json.loads((tmp_path / name / "model_config.json").read_text())
+    whole = load_cogvlm(base, dtype=torch.bfloat16)[0].state_dict()
+    assert all(torch.equal(merged["b"][name], tensor) for name, tensor in merged["c"].items())
+    adapted = [name for name in merged["a"] if ".mlp." in name and "vit_model" in name and name.endswith("weight")]
+    for name, tensor in merged["a"].items():
+        weight = decoded.get(name.removesuffix(".weight"))
+        if name not in adapted:
+            assert torch.equal(tensor, whole[name])
+            assert torch.equal(merged["b"][name], whole[name] if weight is None else weight)
+        else:
+            effect = [merged["b"][name].float() - weight.float(), tensor.float() - whole[name].float()]
+            torch.testing.assert_close(*effect, rtol=0, atol=2**-8 * float(tensor.abs().max()) * 2)
+
+
+def test_onto_what_was_trained_wants_an_adapter_that_says_it(base, tmp_path):
+    model, _ = load_cogvlm(base)
+    add_lora(model, r=2)
+    save_adapter(model, tmp_path / "adapter")
+    with pytest.raises(AdapterError, match="--onto trained: .* was trained beside the base's own weights; leave"):
+        merge_adapter(base, tmp_path / "adapter", tmp_path / "merged", onto="trained")
+    path = tmp_path / "adapter" / "adapter_config.json"
+    content = json.loads(path.read_text())
+    content["sat_lora"]["base_quantization"] = {"scheme": "nf9"}
+    path.write_text(json.dumps(content))
+    with pytest.raises(AdapterError, match="--onto trained: .* is not known here: .* no scheme 'nf9'"):
+        merge_adapter(base, tmp_path / "adapter", tmp_path / "merged", onto="trained")
+    merge_adapter(base, tmp_path / "adapter", tmp_path / "merged")  # nobody has to obey the note
+
+
+def test_a_value_that_is_not_finite_is_named(tmp_path):
+    model = tiny_model(config=WIDE)
+    name = "mixins.mlp.gate_proj.1.weight"
+    model.get_parameter(name).data[3, 5] = torch.inf
+    save_weights(tmp_path / "base", WIDE, model.state_dict())
+    for use in (
+        lambda: load_cogvlm(tmp_path / "base", quantize=ALL_LINEAR),
+        lambda: quantize_base(tmp_path / "base", tmp_path / "out", ALL_LINEAR),
+    ):
+        with pytest.raises(QuantizationError, match=f"{name}: it holds values that are not finite"):
+            use()
+    assert not (tmp_path / "out").exists()
