@@ -4,6 +4,7 @@ checkout.
 
 import ast
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -41,7 +42,8 @@ def imported_packages(file: Path) -> tuple[set[str], set[str]]:
     optional = {
         node
         for attempt in ast.walk(tree)
-        if isinstance(attempt, ast.Try) and any("ImportError" in ast.dump(handler) for handler in attempt.handlers)
+        if isinstance(attempt, ast.Try)
+        and any(re.search("ImportError|ModuleNotFoundError", ast.dump(handler)) for handler in attempt.handlers)
         for statement in attempt.body
         for node in ast.walk(statement)
     }
