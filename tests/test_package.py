@@ -39,11 +39,11 @@ def imported_packages(file: Path) -> tuple[set[str], set[str]]:
     those that it does without where they are not installed.
     """
     tree = ast.parse(file.read_text(encoding="utf-8"))
+    missing = re.compile("ImportError|ModuleNotFoundError")
     optional = {
         node
         for attempt in ast.walk(tree)
-        if isinstance(attempt, ast.Try)
-        and any(re.search("ImportError|ModuleNotFoundError", ast.dump(handler)) for handler in attempt.handlers)
+        if isinstance(attempt, ast.Try) and any(missing.search(ast.dump(handler)) for handler in attempt.handlers)
         for statement in attempt.body
         for node in ast.walk(statement)
     }
