@@ -57,7 +57,7 @@ def check_file_kind(path: Path) -> None:
     begins = head.replace(b"\0", b"").lstrip(b"\xef\xbb\xbf\xfe\xff \t\r\n")[:1]
     if begins in (b"{", b"["):
         # One line of hundreds of MB would be refused for its length alone.
-        kind = named_format(path, head) if size > LINE_LIMIT and b"\n" not in head else None
+        kind = named_format(path, head, unread=True) if size > LINE_LIMIT and b"\n" not in head else None
         if kind is not None:
             raise DataError(f"{printable(path)} {kind}, a layout that is not read here: write lines {WANTED}")
         return

@@ -119,6 +119,7 @@ def dataset_maker(config: TrainConfig, sizes: dict) -> Callable[[list], ImageTex
             max_length=config.model.max_length,
             special_tokens=config.data.special_tokens_in_text,
             max_pixels=config.data.max_pixels,
+            learns_all=config.data.loss_on == "all",
         )
 
     return dataset

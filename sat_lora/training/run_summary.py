@@ -270,7 +270,7 @@ def _sample(texts: Texts, tokenizer) -> str:
     sample = texts.first
     learned = sample.labels != IGNORED
     asked = sample.input_ids[~learned & (sample.image_embed_mask == 0)]
-    prompt, answer = (_decoded(tokenizer, ids) for ids in (asked, sample.input_ids[learned]))
+    prompt, answer = (_decoded(tokenizer, ids) for ids in (asked, sample.labels[learned]))
     image = "<image>" if bool(sample.image_embed_mask.any()) else ""
     count = f", {len(sample.input_ids)} tokens"
     room = COLUMNS - LABEL - len(image) - len('"" -> ""') - len(count)

@@ -4,7 +4,7 @@ import hashlib
 import itertools
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -14,6 +14,8 @@ from torch.utils.data import DataLoader
 from sat_lora.data.answer_lengths import AnswerLengths, answer_lengths
 from sat_lora.data.batches.sampler import EpochSampler, eval_batches, make_loader, make_stream_loader
 from sat_lora.data.batches.shard_stream import ShardStream
+from sat_lora.data.reading import Reading
+from sat_lora.data.records.record import IMAGE_MARK
 from sat_lora.data.samples import DataCounts, ImageTextDataset, Item, read_items, reading_options, split_items
 from sat_lora.data.shards.shards import Shard, count_shards, find_records
 from sat_lora.files.paths import is_shard
@@ -42,6 +44,8 @@ class Source(Protocol):
     """Whether nobody looks through the samples before their turn comes."""
     packing: str | None
     """What the samples are kept in, for people; None where the paths say it themselves."""
+    layouts: Mapping[str, int]
+    """How many samples are of each layout, for people; empty where nobody has looked at all of them."""
 
     def marks(self, option: str) -> dict[str, str]:
         """Return what all ranks have to have alike, see `agree`. option: the one that gave the paths."""
@@ -89,6 +93,10 @@ class SourceSettings:
     images_from: Sequence[str] = ()
     names_are_answers: bool = False
     run_folder: str | None = None
+    data_format: str | None = None
+    columns: Sequence[str] = ()
+    image_mark: str = IMAGE_MARK
+    images_per_sample: int = 1
 
 
 class FileSource(Source):
@@ -107,8 +115,10 @@ class FileSource(Source):
         options: SourceSettings,
         world: World,
         left_out: Sequence[tuple[str, int]] = (),
+        layouts: Mapping[str, int] | None = None,
     ):
         self.left_out = [*left_out]
+        self.layouts: Mapping[str, int] = layouts or {}
         self.dataset = make_dataset(items)
         self.options = options
         self.world = world
@@ -177,6 +187,7 @@ class ShardSource(Source):
         left_out: Sequence[tuple[str, int]] = (),
     ):
         self.left_out = [*left_out]
+        self.layouts: Mapping[str, int] = {}
         self.shards = shards
         self.dataset = make_dataset([])
         self.options = options
@@ -199,7 +210,7 @@ class ShardSource(Source):
         """Yield what FileSource does, at most FIRST_OF_SHARDS of them."""
         records = itertools.chain.from_iterable(find_records(shard.path) for shard in self.shards)
         for record in itertools.islice(records, min(most, FIRST_OF_SHARDS)):
-            item = record.read(self.options.max_pixels, self.options.ignore_keys)
+            item = record.read(self.options.max_pixels, Reading.of(self.options).records)
             if isinstance(item, Item):
                 yield item
 
@@ -216,7 +227,7 @@ class ShardSource(Source):
             data_parallel_size=self.world.data_parallel_size,
             num_workers=num_workers,
             seed=self.options.seed,
-            ignore_keys=reading_options(self.options)["ignore_keys"],
+            records=Reading.of(self.options).records,
             max_pixels=self.dataset.max_pixels,
             **settings,
         )
@@ -259,7 +270,10 @@ def marks_of_sources(data: Source, valid: Source | None) -> dict[str, str]:
 def _entry(item: Item) -> tuple:
     """Return what tells an item from others, wherever its file lies."""
     name = Path(item.image).name if isinstance(item.image, str | Path) else None
-    return item.name or name, item.prompt, item.answer
+    more = [image.name if isinstance(image, Path) else None for image in item.more_images]
+    turns = [item.history, item.system, more] if item.history or item.system or more else []
+    own_name = item.name if item.file is None else item.name and item.name.replace(f"{item.file}", item.file.name, 1)
+    return own_name or name, item.prompt, item.answer, *turns
 
 
 def _digest(entries: Iterable[Sequence]) -> str:
@@ -286,7 +300,7 @@ def open_sources(
             return ShardSource(shards, make_dataset, options, world, left_out.most_common())
         counts = DataCounts()
         items = read_items(paths, **reading_options(options), counts=counts)
-        return FileSource(items, make_dataset, options, world, counts.left_out())
+        return FileSource(items, make_dataset, options, world, counts.left_out(), counts.layouts)
 
     if options.valid_data or is_shard(options.train_data[0]):
         return source(options.train_data), source(options.valid_data) if options.valid_data else None
@@ -295,7 +309,7 @@ def open_sources(
     train, valid, test = split_items(items, options.split, options.seed)
     left_out = counts.left_out() + ([("for test, by --split", len(test))] if test else [])
     return (
-        FileSource(train, make_dataset, options, world, left_out),
+        FileSource(train, make_dataset, options, world, left_out, counts.layouts),
         FileSource(valid, make_dataset, options, world) if valid else None,
     )
 
@@ -306,7 +320,12 @@ def marks_of_samples(option: str, samples: int, items: Sequence) -> dict[str, st
     for item in items:
         image = getattr(item, "image", None)
         name = image.name if isinstance(image, Path) else None
-        digest.update(repr((name, getattr(item, "prompt", None), getattr(item, "answer", None))).encode())
+        turns = tuple(getattr(item, name) for name in ("history", "system") if getattr(item, name, None))
+        digest.update(
+            repr((name, getattr(item, "prompt", None), getattr(item, "answer", None), *turns)).encode(
+                "utf-8", "replace"
+            )
+        )
     digest.update(sizes_mark(items).encode())
     return {f"the samples of {option}": f"{samples} (digest {digest.hexdigest()[:12]})"}
 
