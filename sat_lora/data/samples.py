@@ -81,6 +81,8 @@ class DataCounts:
     """What lies in folders and is no sample, by reason."""
     layouts: Counter[str] = field(default_factory=Counter)
     """Samples by their layout, in words for people."""
+    by_path: list[int] = field(default_factory=list)
+    """Samples of each data path, in their order."""
 
     def left_out(self) -> list[tuple[str, int]]:
         """Return (what, how many) of what is not used, and of what samples lack or have for nothing: for their user."""
@@ -149,6 +151,7 @@ def read_items(paths: Sequence[str | Path], *, counts: DataCounts | None = None,
     for path in given:
         own = reader_of(path, options).read(path, options, counts, given)
         items += own
+        counts.by_path.append(len(own))
         if len(paths) > 1:
             is_by_name = bool(own) and own[0].file is None
             places = (

@@ -26,7 +26,7 @@ from sat_lora.data.samples import DataCounts, Item, picture_content, read_items,
 from sat_lora.data.shards.shard_checks import problems_with_shards
 from sat_lora.errors import CheckpointError, ConfigError, DataError, SatLoraError
 from sat_lora.files.foreign import os_problem
-from sat_lora.files.paths import is_shard, missing_path
+from sat_lora.files.paths import is_shard, missing_path, split_weight
 from sat_lora.printable import printable
 from sat_lora.training.early import WANTED, data_hint, raise_problems
 from sat_lora.training.resume import settled_problems, state_to_resume
@@ -265,7 +265,11 @@ def _data_problems(config: TrainConfig, demo: Demo | None) -> Iterator[str]:
         yield "--split: tar shards are streamed and cannot be split; give --valid-data, or leave --split out"
     for name in ("train_data", "valid_data", "test_data"):
         option = "--" + name.replace("_", "-")
-        paths = config.value(name) or []
+        weighted = [split_weight(path) for path in config.value(name) or []]
+        paths = [path for path, _ in weighted]
+        if problem := _problem_with_weights(weighted, name):
+            yield f"{option}: {problem}"
+            continue
         if any(map(is_shard, paths)):
             try:
                 problems = problems_with_shards(paths, option, config.data.max_pixels, options)
@@ -280,6 +284,24 @@ def _data_problems(config: TrainConfig, demo: Demo | None) -> Iterator[str]:
                 problem = os_problem(error)
             if problem:
                 yield f"{option}: {problem}{data_hint(config, name, demo)}"
+
+
+def _problem_with_weights(weighted: list[tuple[str, float | None]], name: str) -> str | None:
+    """Return what is wrong with the weights of data paths; None where there is nothing."""
+    given = [(path, weight) for path, weight in weighted if weight is not None]
+    if not given:
+        return None
+    shown = printable(f"{given[0][0]}:{given[0][1]:g}")
+    if name != "train_data":
+        return f"{shown}: a weight is for --train-data; give the path alone"
+    if len(given) < len(weighted):
+        lacking = next(path for path, weight in weighted if weight is None)
+        return f"{shown} has a weight and {printable(lacking)} has none; give each path one, or none"
+    if nothing := [path for path, weight in given if not weight]:
+        return f"{printable(nothing[0])}: a weight of 0; leave the path out, or give a number above 0"
+    if shards := [path for path, _ in given if is_shard(path)]:
+        return f"{printable(shards[0])}: tar shards are streamed, shard by shard, and take no weight"
+    return None
 
 
 def _problem_with_path(path: Path, config: TrainConfig) -> str | None:

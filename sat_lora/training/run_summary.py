@@ -15,6 +15,7 @@ from sat_lora.data.answer_lengths import AnswerLengths
 from sat_lora.data.batches.sources import Source
 from sat_lora.data.folders import unreadable_folders, unreadable_notes
 from sat_lora.errors import ConfigError, SatLoraError
+from sat_lora.files.paths import split_weight
 from sat_lora.parallel.distributed import World
 from sat_lora.printable import printable
 from sat_lora.training.settings.config import TrainConfig
@@ -169,15 +170,13 @@ def _device(config: TrainConfig, world: World) -> str:
 
 def _data(config: TrainConfig, data: Source, demo: Demo | None) -> str:
     """Return the line on the training data: how many samples, and where their answers come from."""
-    paths = [Path(path) for path in config.data.train_data or ()]
+    paths = [Path(split_weight(path)[0]) for path in config.data.train_data or ()]
     if data.packing is not None:
         how = f"of {data.packing}"
     elif demo is not None and demo.has(config.data.train_data or ()):
         how = "of the embedded demo: file names are the answers"
     else:
-        suffixes = sorted({path.suffix for path in paths if path.is_file()})
-        kinds = ["file names are the answers"] if any(path.is_dir() for path in paths) else []
-        kinds += [f"answers from {' and '.join(suffixes)}"] if suffixes else []
+        kinds = [*data.layouts]
         place = f"of {paths[0]}" if len(paths) == 1 else f"of {len(paths)} paths"
         how = ": ".join(filter(None, [place, ", ".join(kinds)]))
         if columns(how) > COLUMNS - LABEL - 16:

@@ -12,13 +12,14 @@ from typing import Protocol
 from torch.utils.data import DataLoader
 
 from sat_lora.data.answer_lengths import AnswerLengths, answer_lengths
+from sat_lora.data.batches.mixtures import MixtureSampler, Part
 from sat_lora.data.batches.sampler import EpochSampler, eval_batches, make_loader, make_stream_loader
 from sat_lora.data.batches.shard_stream import ShardStream
 from sat_lora.data.reading import Reading
 from sat_lora.data.records.record import IMAGE_MARK
 from sat_lora.data.samples import DataCounts, ImageTextDataset, Item, read_items, reading_options, split_items
 from sat_lora.data.shards.shards import Shard, count_shards, find_records
-from sat_lora.files.paths import is_shard
+from sat_lora.files.paths import is_shard, split_weight
 from sat_lora.parallel.agreement import mark
 from sat_lora.parallel.distributed import World
 
@@ -102,7 +103,8 @@ class SourceSettings:
 class FileSource(Source):
     """A `Source` of items whose images are files, read at will.
 
-    make_dataset: gives the ImageTextDataset of a list of items.
+    make_dataset: gives the ImageTextDataset of a list of items. parts: the stretches of the items that are drawn from
+    by weight; none: an epoch has each item once.
     """
 
     is_stream = False
@@ -116,9 +118,11 @@ class FileSource(Source):
         world: World,
         left_out: Sequence[tuple[str, int]] = (),
         layouts: Mapping[str, int] | None = None,
+        parts: Sequence[Part] = (),
     ):
         self.left_out = [*left_out]
         self.layouts: Mapping[str, int] = layouts or {}
+        self.parts = parts
         self.dataset = make_dataset(items)
         self.options = options
         self.world = world
@@ -130,7 +134,8 @@ class FileSource(Source):
 
     def description(self) -> dict:
         """Return the number of samples, and a digest of names, prompts and answers."""
-        return {"samples": self.samples, "digest": _digest(map(_entry, self.dataset.items))}
+        parts = [("part", part.samples, part.weight) for part in self.parts]
+        return {"samples": self.samples, "digest": _digest(itertools.chain(map(_entry, self.dataset.items), parts))}
 
     def files(self) -> str:
         return sizes_mark(self.dataset.items)
@@ -143,14 +148,14 @@ class FileSource(Source):
 
     def training(self, start_step: int) -> DataLoader:
         options = self.options
-        sampler = EpochSampler(
-            len(self.dataset),
+        settings = dict(
             batch_size=options.batch_size,
             data_parallel_rank=self.world.data_parallel_rank,
             data_parallel_size=self.world.data_parallel_size,
             seed=options.seed,
             start_step=start_step,
         )
+        sampler = MixtureSampler(self.parts, **settings) if self.parts else EpochSampler(len(self.dataset), **settings)
         return make_loader(self.dataset, sampler, num_workers=options.num_workers, seed=options.seed)
 
     @property
@@ -302,16 +307,52 @@ def open_sources(
         items = read_items(paths, **reading_options(options), counts=counts)
         return FileSource(items, make_dataset, options, world, counts.left_out(), counts.layouts)
 
-    if options.valid_data or is_shard(options.train_data[0]):
+    if is_shard(options.train_data[0]):
         return source(options.train_data), source(options.valid_data) if options.valid_data else None
+    paths, weights = zip(*map(split_weight, options.train_data))
     counts = DataCounts()
-    items = read_items(options.train_data, **reading_options(options), counts=counts)
+    items = read_items(paths, **reading_options(options), counts=counts)
+    if any(weight is not None for weight in weights):
+        return _mixture(items, weights, counts, options, world, make_dataset, source)
+    if options.valid_data:
+        data = FileSource(items, make_dataset, options, world, counts.left_out(), counts.layouts)
+        return data, source(options.valid_data)
     train, valid, test = split_items(items, options.split, options.seed)
     left_out = counts.left_out() + ([("for test, by --split", len(test))] if test else [])
     return (
         FileSource(train, make_dataset, options, world, left_out, counts.layouts),
         FileSource(valid, make_dataset, options, world) if valid else None,
     )
+
+
+def _mixture(
+    items: list[Item],
+    weights: Sequence[float | None],
+    counts: DataCounts,
+    options: SourceSettings,
+    world: World,
+    make_dataset: Callable[[list], ImageTextDataset],
+    source: Callable[[Sequence[str]], Source],
+) -> tuple[Source, Source | None]:
+    """Return the sources of (training, validation) of data paths with weights; --split divides each path's items."""
+    split = (1.0,) if options.valid_data else options.split
+    train: list[Item] = []
+    valid: list[Item] = []
+    parts = []
+    test = 0
+    for size, weight in zip(counts.by_path, weights, strict=True):
+        own = items[:size]
+        items = items[size:]
+        of_train, of_valid, of_test = split_items(own, split, options.seed) if len(split) > 1 else (own, [], [])
+        train += of_train
+        valid += of_valid
+        test += len(of_test)
+        parts.append(Part(len(of_train), 1.0 if weight is None else weight))
+    left_out = counts.left_out() + ([("for test, by --split", test)] if test else [])
+    data = FileSource(train, make_dataset, options, world, left_out, counts.layouts, parts)
+    if options.valid_data:
+        return data, source(options.valid_data)
+    return data, FileSource(valid, make_dataset, options, world) if valid else None
 
 
 def marks_of_samples(option: str, samples: int, items: Sequence) -> dict[str, str]:

@@ -181,6 +181,8 @@ def drawn_samples(loader, batches: Sequence[dict], steps: int, *, rank: int, dat
     steps: whole batches that this rank has in an epoch. batches: the first of them, or more, collated.
     """
     sampler = getattr(loader, "batch_sampler", None)
+    if getattr(sampler, "repeats", False):  # of a mixture by weights that is no fault
+        return Drawn(rank, data_parallel_rank, None, [])
     indices = None
     if sampler is not None:
         steps_read = min(steps, -(-INDICES // max(1, getattr(sampler, "batch_size", 1))))
