@@ -3,12 +3,21 @@
 
 def build_parser():
     """Return the OptionParser of all sub-commands."""
-    from sat_lora.commands import combine, doctor, estimate, export_adapter, import_adapter, inspect_adapter, merge
+    from sat_lora.commands import (
+        combine,
+        data,
+        doctor,
+        estimate,
+        export_adapter,
+        import_adapter,
+        inspect_adapter,
+        merge,
+    )
     from sat_lora.terminal.option_parser import OptionParser
 
     parser = OptionParser(prog="sat-lora", description="Work with LoRA adapters of SAT models.", takes_more=True)
     commands = parser.add_subparsers(dest="command", required=True)
-    for module in (doctor, estimate, merge, export_adapter, import_adapter, inspect_adapter, combine):
+    for module in (doctor, data, estimate, merge, export_adapter, import_adapter, inspect_adapter, combine):
         module.add(commands)
     return parser
 

@@ -40,6 +40,7 @@ LAYERS = [
     "data",
     "data.readers",
     "data.shards",
+    "data.overview",
     "data.batches",
     "watchdog",
     "training.metrics",

@@ -55,6 +55,7 @@ class Problems:
     lines: dict[str, list[int | str]] = field(default_factory=dict)
 
     def add(self, number: int | str, text: str) -> None:
+        """Note a problem of the line, or object, of that number."""
         self.lines.setdefault(printable(text), []).append(number)
 
     def raise_any(self, path: Path) -> None:

@@ -64,7 +64,7 @@ def with_usual_names(
         keys = [key for key, value in others.items() if value is not None and _meant_by(key) == name]
         if entry.get(name) is None and len(keys) == 1:
             called[name] = keys[0]
-    ours = {theirs: name for name, theirs in called.items()}
+    ours = {other: name for name, other in called.items()}
     kept = {key: value for key, value in entry.items() if key not in called}
     return {ours.get(key, key): value for key, value in kept.items()}, called
 

@@ -75,18 +75,18 @@ class Reading:
 
 
 def columns_of(texts: Sequence[str]) -> dict[str, str]:
-    """Return {our name: theirs} of the values of --columns. Raises ConfigError where they are none."""
+    """Return {our name: the column} of the values of --columns. Raises ConfigError where they are none."""
     columns: dict[str, str] = {}
     for text in (part for texts_of_one in texts for part in texts_of_one.split(",") if part.strip()):
-        ours, mark, theirs = (part.strip() for part in text.partition("="))
-        if not mark or not theirs or ours not in COLUMNS:
+        ours, mark, column = (part.strip() for part in text.partition("="))
+        if not mark or not column or ours not in COLUMNS:
             raise ConfigError(
                 f"--columns: got {printable(text)}, wanted NAME=COLUMN with a name of {', '.join(COLUMNS)}, such as "
                 "prompt=question"
             )
         if ours in columns:
-            raise ConfigError(f"--columns: {ours} is given twice, {columns[ours]} and {theirs}; give it once")
-        columns[ours] = theirs
+            raise ConfigError(f"--columns: {ours} is given twice, {columns[ours]} and {column}; give it once")
+        columns[ours] = column
     return columns
 
 
@@ -152,11 +152,11 @@ def _unknown_turns(record: Mapping, keys: list[str]) -> str:
 
 def _with_columns(record: dict, columns: Mapping[str, str]) -> dict:
     """Return the record with the keys that --columns names under our names. Raises RecordError where one is missing."""
-    lacking = [theirs for ours, theirs in columns.items() if theirs not in record and ours in ("prompt", "answer")]
+    lacking = [column for ours, column in columns.items() if column not in record and ours in ("prompt", "answer")]
     if lacking:
         raise RecordError(f"has no {listed(lacking)}, which --columns names; got {listed([*record], 8) or 'no key'}")
-    ours_of = {theirs: ours for ours, theirs in columns.items() if theirs in record}
-    both = [ours for theirs, ours in ours_of.items() if ours in record and ours not in ours_of]
+    ours_of = {column: ours for ours, column in columns.items() if column in record}
+    both = [ours for column, ours in ours_of.items() if ours in record and ours not in ours_of]
     if both:
         raise RecordError(f"has {listed(both)} beside what --columns gives that name; --columns may leave it out")
     return {ours_of.get(key, key): value for key, value in record.items()}

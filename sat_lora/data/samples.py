@@ -94,8 +94,8 @@ class DataCounts:
         counts += [(f'times "{printable(key)}" (not read)', count) for key, count in self.passed_over.items()]
         return [*self.unused.most_common(), *((reason, count) for reason, count in counts if count)]
 
-    def add(self, path: Path, entries: Entries) -> None:
-        """Count the entries of the file at `path`."""
+    def add(self, path: Path, entries: Entries, container: str | None = None) -> None:
+        """Count the entries of the file at `path`. container: what people call it; None: by its suffix."""
         self.labelled_by_text += len(entries.objects)
         self.text_only += sum(not entry.images for entry in entries.objects)
         self.without_answer += sum(not entry.record.answer.strip() for entry in entries.objects)
@@ -103,7 +103,7 @@ class DataCounts:
         if lacking:
             self.without_prompt[str(path)] += lacking
         self.passed_over += entries.passed_over
-        kind = path.suffix.lower().removeprefix(".") or "a file"
+        kind = container or path.suffix.lower().removeprefix(".") or "a file"
         for layout, count in entries.layouts.items():
             self.layouts[f"{kind}: {RECORDS[layout].WHOSE}"] += count
 
@@ -179,9 +179,9 @@ def reader_of(path: Path, reading: Reading) -> Reader:
     return next(reader for reader in readers if is_folder == reader.READS_FOLDERS and reader.fits(path))
 
 
-def items_of_entries(path: Path, entries: Entries, counts: DataCounts) -> list[Item]:
-    """Return the items of a file's entries, and count them."""
-    counts.add(path, entries)
+def items_of_entries(path: Path, entries: Entries, counts: DataCounts, container: str | None = None) -> list[Item]:
+    """Return the items of a file's entries, and count them. container: what people call the file, see `add`."""
+    counts.add(path, entries, container)
     items = []
     for entry in entries.objects:
         record = entry.record

@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw
 from sat_lora.errors import DataError
 
 Box = tuple[float, float, float, float]
-"""(left, top, right, bottom), from the picture's left and top edge."""
+"""Left, top, right and bottom edge, from the picture's left and top one."""
 
 THOUSANDTHS = 1000
 _BOXES = re.compile(r"\[\[(\d{1,3}(?:,\d{1,3}){3}(?:;\d{1,3}(?:,\d{1,3}){3})*)\]\]")

@@ -117,7 +117,7 @@ class Sample:
     image_embed_mask: torch.Tensor  # 1 on begin-of-image, patches, end-of-image
     vision_expert_mask: torch.Tensor  # 1 on begin-of-image and patches
     image: torch.Tensor | None = None  # (3, height, width)
-    left_out: int = 0  # tokens of the answers, their EOS among them, that did not fit
+    left_out: int = 0  # tokens that did not fit: of answers and of the turns behind them, EOS among them
     more_images: tuple[torch.Tensor, ...] = ()  # those after `image`, in the order of their places
 
 
@@ -170,14 +170,12 @@ def build_sample(
     turns = [*earlier, (prompt, answer)]
     for number, (turn_prompt, turn_answer) in enumerate(turns):
         is_last = number == len(turns) - 1
-        learns = is_last or learns_earlier
         if number and not sequence.has_room(turn_prompt):
-            sequence.end_answer()
-            sequence.left_out += sum(sequence.length_of(text) for _, text in turns[number:])
+            sequence.leave_out(turns[number:])
             break
         sequence.add_prompt(turn_prompt)
-        if not sequence.add_answer(turn_answer, learns, is_last):
-            sequence.left_out += sum(sequence.length_of(text) for _, text in turns[number + 1 :])
+        if not sequence.add_answer(turn_answer, is_last or learns_earlier, is_last):
+            sequence.leave_out(turns[number + 1 :])
             break
     return sequence.sample(image)
 
@@ -239,20 +237,23 @@ class _Sequence:
         for mask in (self._embed, self._vision, self._patches):
             mask += [0] * len(ids)
 
-    def end_answer(self) -> None:
-        """Add EOS behind an answer that is learnt and after which no turn comes, if there is room."""
+    def leave_out(self, turns: Sequence[Turn]) -> None:
+        """Count the tokens of the turns that are left out, and end the answer before them, if there is room."""
+        for prompt, answer in turns:
+            ids, more = first_tokens(self._tokenizer, answer, self._max_length, self._special_tokens, "answer")
+            self.left_out += self._length_of(prompt) + len(ids) + more
+        self.left_out += bool(turns)  # EOS
         if self._ends_answer and len(self._ids) < self._max_length:
             self.add_tokens([self._tokenizer.eos_token_id])
+            self.left_out -= 1
 
     def has_room(self, prompt: str | Sequence[str]) -> bool:
         """Return whether a prompt, one token of answer and EOS fit."""
-        needed = shortest_length(self._tokenizer, prompt, self._image_length, self._special_tokens) - 1
-        return len(self._ids) + needed <= self._max_length
+        return len(self._ids) + self._length_of(prompt) + 2 <= self._max_length
 
-    def length_of(self, answer: str) -> int:
-        """Return how many tokens an answer has, with EOS."""
-        ids, more = first_tokens(self._tokenizer, answer, self._max_length, self._special_tokens, "answer")
-        return len(ids) + more + 1
+    def _length_of(self, prompt: str | Sequence[str]) -> int:
+        """Return how many tokens a prompt has, with its images."""
+        return shortest_length(self._tokenizer, prompt, self._image_length, self._special_tokens) - 3
 
     def sample(self, image: torch.Tensor | None) -> Sample:
         """Return the sample of all that was added."""

@@ -61,7 +61,7 @@ def read(path: Path, reading: Reading, counts: DataCounts, given: Sequence[Path]
     unlabelled = len(images.keys() - {stem for stem, _ in read_labels})
     if unlabelled:
         counts.unused["images without a label"] += unlabelled
-    return items_of_entries(labels, entries, counts)
+    return items_of_entries(labels, entries, counts, WHOSE)
 
 
 def _content(file: Path) -> object:

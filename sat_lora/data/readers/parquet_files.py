@@ -104,8 +104,9 @@ def _places(path: Path, file: Any, group: int, name: str) -> list:
         has_bytes = contents.is_valid().to_pylist()
         paths = _paths_of(column) if is_struct else [None] * len(column)
         is_there = column.is_valid().to_pylist()
-        for row, (has, other, there) in enumerate(zip(has_bytes, paths, is_there), len(places)):
-            places.append(ParquetImage(str(path), group, row, name) if there and has else other if there else None)
+        for row, (is_stored, other, there) in enumerate(zip(has_bytes, paths, is_there), len(places)):
+            stored = ParquetImage(str(path), group, row, name)
+            places.append(stored if there and is_stored else other if there else None)
     return places
 
 

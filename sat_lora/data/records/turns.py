@@ -16,7 +16,7 @@ _TEXT_PARTS = ("text", "input_text", "output_text")
 _IMAGE_PARTS = ("image_url", "image", "input_image")
 
 Turn = tuple[str, str]
-"""(role, text)."""
+"""The role and the text of a turn."""
 
 
 def turns_key(record: Mapping[str, Any]) -> str | None:
