@@ -49,7 +49,7 @@ def test_every_answer_is_learnt_and_ends_where_the_next_prompt_begins(tokenizer)
     assert sample.image_embed_mask.tolist() == [0, *[1] * (L + 2), *[0] * 14]
     last = build_sample(tokenizer, (";R:",), "de", L, 50, earlier=EARLIER, learns_earlier=False)
     assert last.input_ids.tolist() == sample.input_ids.tolist()
-    assert last.labels.tolist() == [no] * 16 + [*ids("de"), EOS]
+    assert last.labels.tolist() == [no] * 17 + [*ids("de"), EOS]
 
 
 def test_each_answer_has_the_tokens_and_labels_that_it_has_as_the_last(tokenizer):
