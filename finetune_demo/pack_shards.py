@@ -24,11 +24,11 @@ def pack_shards(
 ) -> tuple[str, int]:
     """Write the items of `data`, in their order, and return (what --train-data takes, how many samples).
 
-    A sample is KEY.json {"prompt", "answer"}, with its turns before, and the image's file as it is, with its own suffix,
-    or with that of its format where it has none that is known. What is in `out` is as it was until all shards are
-    written. reading: further
-    arguments of `read_items`. Raises DataError where an image is missing, or is no file, or there is nothing to pack;
-    ConfigError where `out` holds shards, which stay unless `overwrite` replaces all of them.
+    A sample is KEY.json {"prompt", "answer"}, with its turns before, and the image's file as it is, with its own
+    suffix, or with that of its format where it has none that is known. What is in `out` is as it was until all shards
+    are written. reading: further arguments of `read_items`. Raises DataError where an image is missing, or is no file,
+    or there is nothing to pack; ConfigError where `out` holds shards, which stay unless `overwrite` replaces all of
+    them.
     """
     from sat_lora.data.samples import read_items
     from sat_lora.errors import DataError

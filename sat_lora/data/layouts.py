@@ -287,6 +287,6 @@ def _texts_in(folder: Path) -> Iterator[Path]:
         yield from (Path(where, name) for name in sorted(texts) if not os.path.islink(os.path.join(where, name)))
 
 
-def missing_file_hint(path: Path | bytes | None) -> str:
+def missing_file_hint(path: object) -> str:
     """Return what was most likely meant by a path that leads nowhere, as the end of a sentence; "" if unknown."""
     return nearest(path) if isinstance(path, Path) else ""

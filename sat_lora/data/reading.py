@@ -134,7 +134,9 @@ def rewrite(value: object, options: RecordOptions) -> tuple[list[Fields], str]:
     turns = [key for key in record if key in TURNS and key not in options.ignored]
     if layout == "prompt-answer" and turns and options.layout is None and not any(map(record.get, NAMES[1:])):
         raise RecordError(_unknown_turns(record, turns))
-    return [*RECORDS[layout].rewrite(record, options.image_mark)], layout
+    left_out = {"history", "system"} & {*options.ignored}
+    samples = RECORDS[layout].rewrite(record, options.image_mark)
+    return [{key: text for key, text in fields.items() if key not in left_out} for fields in samples], layout
 
 
 def _unknown_turns(record: Mapping, keys: list[str]) -> str:

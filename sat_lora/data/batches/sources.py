@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch.utils.data import DataLoader
 
@@ -148,7 +148,7 @@ class FileSource(Source):
 
     def training(self, start_step: int) -> DataLoader:
         options = self.options
-        settings = dict(
+        settings: dict[str, Any] = dict(
             batch_size=options.batch_size,
             data_parallel_rank=self.world.data_parallel_rank,
             data_parallel_size=self.world.data_parallel_size,

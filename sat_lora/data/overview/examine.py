@@ -13,7 +13,8 @@ from sat_lora.cogvlm.inputs.pictures import file_limit, read_picture
 from sat_lora.cogvlm.inputs.text import IGNORED, Sample
 from sat_lora.data.reading import Reading
 from sat_lora.data.samples import DataCounts, ImageTextDataset, Item, picture_content, read_items
-from sat_lora.data.shards.shards import count_shards, find_records
+from sat_lora.data.shards.shard_names import expand_shards
+from sat_lora.data.shards.shards import find_records
 from sat_lora.errors import DataError, SatLoraError
 from sat_lora.files.foreign import read_bytes
 from sat_lora.files.paths import is_shard
@@ -109,16 +110,17 @@ def _read_shards(
     paths: Sequence[str], reading: Reading, dataset: ImageTextDataset, overview: Overview, walk: Walk
 ) -> None:
     unused: Counter[str] = Counter()
-    shards = count_shards(paths, data_parallel_rank=0, data_parallel_size=1, left_out=unused)
-    overview.layouts = {f"{len(shards):,} tar shards": sum(shard.samples for shard in shards)}
-    overview.unused = unused.most_common()
+    shards = expand_shards(paths)
     for shard in walk(shards, "reading shards"):
-        for record in find_records(shard.path):
+        for record in find_records(shard, unused):
             item = record.read(dataset.max_pixels, reading.records)
             if isinstance(item, Item):
                 overview.items.append(item)
             else:
                 overview.broken[item.path] = item.reason
+    count = f"{len(shards):,} tar shard{'s' * (len(shards) > 1)}"
+    overview.layouts = {count: len(overview.items) + len(overview.broken)}
+    overview.unused = unused.most_common()
 
 
 def _lay_out(overview: Overview, dataset: ImageTextDataset, walk: Walk) -> None:

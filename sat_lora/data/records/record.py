@@ -96,7 +96,7 @@ def place_images(
     if count > options.most_images:
         takes = "the base takes one" if options.most_images == 1 else f"--images-per-sample is {options.most_images}"
         raise RecordError(f"{count} images, and {takes}; leave the others out, or give --images-per-sample {count}")
-    if places > count or (count and places < count and (places or needs_places)):
+    if places > count or (mark and places < count and (places or needs_places)):
         advice = f'write {mark} where each image stands, or give --image-mark "" to have images first'
         if places > count:
             advice = f"name the image, or give another --image-mark if {mark} is a text like any other"

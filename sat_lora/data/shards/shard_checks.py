@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from sat_lora.cogvlm.inputs.pictures import MAX_PIXELS, read_picture
 from sat_lora.data.records.record import PLAIN, RecordOptions
-from sat_lora.data.samples import BrokenSample
+from sat_lora.data.samples import BrokenSample, picture_content
 from sat_lora.data.shards.shard_names import expand_shards
 from sat_lora.data.shards.shards import find_records
 from sat_lora.errors import DataError
@@ -65,7 +65,7 @@ def _problem_with_samples(shards: list[str], max_pixels: int, options: RecordOpt
             continue
         try:
             if item.image is not None:
-                read_picture(item.image, max_pixels=max_pixels, name=item.name)
+                read_picture(picture_content(item.image), max_pixels=max_pixels, name=item.name)
             return None
         except DataError as error:
             first_error = first_error or str(error)

@@ -52,7 +52,7 @@ def test_a_line_for_each_layout(tmp_path, tokenizer):
         folder = tmp_path / str(number)
         folder.mkdir()
         write_pictures(folder, SEVERAL)
-        overview, data = overview_of([write(folder, SEVERAL)], tokenizer)
+        overview, _ = overview_of([write(folder, SEVERAL)], tokenizer)
         assert overview.samples == 2 and overview.several_turns == 1 and not overview.broken, layout
         assert overview.looked_at == 2 and [*overview.layouts.values()] == [2]
 
