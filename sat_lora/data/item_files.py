@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from io import TextIOWrapper
 from pathlib import Path
 
+from sat_lora.data.box_texts import picture_size, with_boxes
 from sat_lora.data.image_sources import StoredImage, image_source
 from sat_lora.data.json_texts import Place, elements, json_problem, short_problem, unique_keys
 from sat_lora.data.reading import Reading, samples_of
@@ -119,7 +120,7 @@ def collect_entries(
             records, passed_over, layout = samples_of(value, options)
             for record in records:
                 images = tuple(image_source(image, path.parent, roots) for image in record.images)
-                entries.objects.append(Entry(record, images, number))
+                entries.objects.append(Entry(with_boxes(record, images, picture_size), images, number))
         except RecordError as error:
             problems.add(number, ": " + "; ".join(error.problems))
             continue

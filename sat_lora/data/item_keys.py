@@ -6,12 +6,13 @@ import shlex
 from collections.abc import Collection
 
 from sat_lora.data.formats import MARKS, format_of
+from sat_lora.data.records.registry import RECORDS
 
 SHOWN = 8  # keys of one object
 NESTED = 3  # levels of what lies beside a sample that are looked through for its image
 PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".heic", ".avif")
 NAMES = ("image", "prompt", "answer")
-READ = (*NAMES, "history", "system")
+READ = (*NAMES, "history", "system", "boxes")
 WANTED = '{"image": ..., "prompt": ..., "answer": ...}'
 
 # What data sets write beside a sample and no run needs; also every name that begins with an underscore, but for those
@@ -109,6 +110,8 @@ def key_problems(entry: dict, ignored: Collection[str], metadata: Collection[str
         several = " or ".join(_shown(key) for key in unknown if _meant_by(key) == twice[0])
         problems[-1] += f"; {twice[0]} may be {several}: --columns {twice[0]}=KEY says which"
     problems[-1] += f"; wanted {WANTED}"
+    if not layout and not any(key in READ for key in entry):
+        problems[-1] += f", or another layout that is read: {', '.join(RECORDS)} (docs/data.md)"
     others = [key for key in unknown if not meant[key]]
     is_sample = "answer" in entry or "image" in metadata  # a shard's answer may lie beside its JSON
     if others and not layout and is_sample:

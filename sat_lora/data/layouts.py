@@ -40,6 +40,7 @@ MASK_FOLDERS = re.compile(
 NUMBERED = re.compile(r"(.*?)[ _.-]*\(?(\d+)\)?")
 OUTPUTS = re.compile(r"(.*[ _.-])?(pred\w*|outputs?|results?|eval\w*|runs?|logs?)([ _.-].*)?", re.IGNORECASE)
 PARTS = re.compile(r"(train|val|valid|test|dev|training|validation|testing|part|split|fold).*|\d+", re.IGNORECASE)
+_TABLES_READ = (".csv", ".tsv", ".tab", ".parquet")
 LISTS_READ = 20
 ENOUGH = 20  # images that part of a long file names
 FOLDERS_READ = 50
@@ -255,7 +256,7 @@ def _check_lists_beside(
 
 
 def _advice(path: Path) -> str:
-    return "; give that file if it has samples" if path.suffix.lower() in JSON_SUFFIXES else ""
+    return "; give that file if it has samples" if path.suffix.lower() in (*JSON_SUFFIXES, *_TABLES_READ) else ""
 
 
 def _refuse(folder: Path, text: Path | None, why: str) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from sat_lora.data.box_texts import boxes_problem
 from sat_lora.data.item_keys import METADATA, METADATA_OF_SHARDS, NAMES, READ, WANTED, key_problems, with_usual_names
 from sat_lora.data.records.record import (
     COLUMNS,
@@ -134,7 +135,7 @@ def rewrite(value: object, options: RecordOptions) -> tuple[list[Fields], str]:
     turns = [key for key in record if key in TURNS and key not in options.ignored]
     if layout == "prompt-answer" and turns and options.layout is None and not any(map(record.get, NAMES[1:])):
         raise RecordError(_unknown_turns(record, turns))
-    left_out = {"history", "system"} & {*options.ignored}
+    left_out = {"history", "system", "boxes"} & {*options.ignored}
     samples = RECORDS[layout].rewrite(record, options.image_mark)
     return [{key: text for key, text in fields.items() if key not in left_out} for fields in samples], layout
 
@@ -193,6 +194,9 @@ def object_problems(
     history = value.get("history")
     if history is not None and not (isinstance(history, list) and all(map(_is_turn, history))):
         problems.append('"history" is no list of [query, answer]')
+    boxes = value.get("boxes")
+    if boxes is not None and (problem := boxes_problem(boxes)):
+        problems.append(problem)
     if value.get("answer") is None:
         how = "null" if "answer" in value else "missing"
         problems.append(f'"answer" is {how}; wanted {WANTED}, got {keys_of(value, names)}')

@@ -19,7 +19,7 @@ from sat_lora.data.folders import find_images as find_images
 from sat_lora.data.image_sources import StoredImage
 from sat_lora.data.item_files import Entries, line_called
 from sat_lora.data.layouts import missing_file_hint
-from sat_lora.data.reading import READERS, Reading
+from sat_lora.data.reading import READERS, SHARDS, Reading
 from sat_lora.data.records.record import IMAGE
 from sat_lora.data.records.registry import RECORDS
 from sat_lora.errors import ConfigError, DataError
@@ -175,6 +175,8 @@ def reader_of(path: Path, reading: Reading) -> Reader:
                 f"reads {kinds[reader.READS_FOLDERS]}; leave it out to have the layout recognised"
             )
         return reader
+    if reading.data_format == SHARDS:
+        raise DataError(f"{printable(path)} is no .tar, and --data-format {SHARDS} reads those alone; leave it out")
     readers = (pkgutil.resolve_name(place) for place in READERS.values())
     return next(reader for reader in readers if is_folder == reader.READS_FOLDERS and reader.fits(path))
 

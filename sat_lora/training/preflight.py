@@ -21,7 +21,7 @@ from sat_lora.cogvlm.network.model import parallel_problems
 from sat_lora.cogvlm.sizes import image_length_problem, missing_sizes
 from sat_lora.data.folders import left_out_lines
 from sat_lora.data.layouts import missing_file_hint
-from sat_lora.data.reading import Reading
+from sat_lora.data.reading import READERS, Reading
 from sat_lora.data.samples import DataCounts, Item, picture_content, read_items, reading_options
 from sat_lora.data.shards.shard_checks import problems_with_shards
 from sat_lora.errors import CheckpointError, ConfigError, DataError, SatLoraError
@@ -271,6 +271,9 @@ def _data_problems(config: TrainConfig, demo: Demo | None) -> Iterator[str]:
             yield f"{option}: {problem}"
             continue
         if any(map(is_shard, paths)):
+            if config.data.data_format in READERS:
+                yield f"{option}: tar shards are not of --data-format {config.data.data_format}; leave it out"
+                continue
             try:
                 problems = problems_with_shards(paths, option, config.data.max_pixels, options)
                 yield from (f"{option}: {problem}" for problem in problems)

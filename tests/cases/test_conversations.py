@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from PIL import Image
 
 from sat_lora.data.records.record import IMAGE
 from sat_lora.data.samples import BrokenSample, read_items
@@ -248,3 +249,59 @@ def test_a_template_without_turns_is_said_before_the_run(write, tmp_path):
     assert "base has no place for the turns before the last of a conversation; give one of chat, vqa" in problem
     options = parse_options(["--train-data", str(path), "--version", "chat"], environ={})
     assert option_problems(options, {}, "cpu") == ([], [])
+
+
+def boxed(**changes):
+    record = {
+        "image": "a.png",
+        "prompt": "Where is the dog <box>?",
+        "answer": "At <box>.",
+        "boxes": [[0, 0, 0.5, 1], [0.1, 0.1, 0.2, 0.2]],
+    }
+    return {**record, **changes}
+
+
+@pytest.mark.parametrize(
+    "changes, prompt, answer",
+    [
+        ({}, "Where is the dog [[000,000,500,999]]?", "At [[100,100,200,200]]."),
+        ({"boxes": [[0, 0, 21, 42], [[1, 1, 3, 5], [1, 1, 2, 2]]]}, None, "At [[047,023,142,119;047,023,095,047]]."),
+        ({"prompt": "Where?", "boxes": [[0.5, 0.5, 1, 1]]}, "Where?", "At [[500,500,999,999]]."),
+        ({"answer": "<box>", "history": [["<box>", "a"]], "boxes": [[0, 0, 1, 1]] * 3}, None, "[[000,000,999,999]]"),
+        ({"boxes": None, "prompt": "q"}, "q", "At <box>."),
+    ],
+)  # fmt: skip
+def test_boxes_stand_where_their_marks_are(write, tmp_path, changes, prompt, answer):
+    Image.new("RGB", (21, 42)).save(tmp_path / "a.png")
+    (item,) = read_items([write(boxed(**changes))])
+    assert item.answer == answer and prompt in (None, item.prompt)
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (
+            {"boxes": [[0, 0, 22, 5], [0, 0, 1, 1]]},
+            "the box [0, 0, 22, 5] lies outside of the picture of 21 x 42 pixels",
+        ),
+        ({"boxes": [[0, 0, -1, 5], [0, 0, 1, 1]]}, "lies outside of the picture of 21 x 42 pixels"),
+        ({"boxes": [[5, 5, 5, 6], [0, 0, 1, 1]]}, "is empty; wanted left < right"),
+        ({"boxes": [[0, 0, 1], [0, 0, 1, 1]]}, "is none of four numbers"),
+        ({"boxes": [["0", 0, 1, 1], [0, 0, 1, 1]]}, '"boxes": '),
+        ({"boxes": [[0, 0, 1, 1]]}, '2 times <box> in its texts, and 1 in "boxes"'),
+        ({"boxes": [0, 0, 1, 1]}, '"boxes" is no list of [left, top, right, bottom]'),
+        ({"image": None}, '"boxes" without an image'),
+        ({"image": "none.png", "boxes": [[0, 0, 9, 9]] * 2}, "its image cannot be read: No such file"),
+    ],
+)
+def test_a_box_that_is_none_or_outside_of_its_picture_is_named_with_its_line(write, tmp_path, changes, words):
+    Image.new("RGB", (21, 42)).save(tmp_path / "a.png")
+    message = refusal(write(boxed(), boxed(**changes)))
+    assert "line 2: " in message and words in message, message
+
+
+@pytest.mark.parametrize("path", ["data.jsonl", "images"])
+def test_tar_alone_is_no_file_and_no_folder(write, tmp_path, path):
+    write({"prompt": "q", "answer": "a"})
+    write_images(tmp_path / "images", ["1.png"])
+    assert f"{path} is no .tar, and --data-format tar reads those alone" in refusal(tmp_path / path, data_format="tar")

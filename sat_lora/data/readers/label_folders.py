@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from sat_lora.cogvlm.inputs.pictures import SUFFIXES
+from sat_lora.data.box_texts import picture_size, with_boxes
 from sat_lora.data.folders import is_no_data
 from sat_lora.data.item_files import Entries, Entry, Problems
 from sat_lora.data.json_texts import read_object
@@ -49,7 +50,8 @@ def read(path: Path, reading: Reading, counts: DataCounts, given: Sequence[Path]
         file = labels / name
         image = labels.parent / IMAGES / images.get(stem, f"{stem}.jpg")
         try:
-            records, passed_over, layout = samples_of(_content(file), reading.records, beside=(image,))
+            labelled, passed_over, layout = samples_of(_content(file), reading.records, beside=(image,))
+            records = [with_boxes(record, (image,), picture_size) for record in labelled]
         except (OSError, ValueError) as error:
             text = getattr(error, "strerror", None) or error
             problems.add(name, f": {'; '.join(error.problems) if isinstance(error, RecordError) else text}")

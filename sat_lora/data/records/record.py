@@ -30,6 +30,8 @@ class Record:
     images: tuple[Any, ...] = ()
     history: tuple[tuple[str, str], ...] = ()
     system: str | None = None
+    boxes: tuple[Any, ...] = ()
+    """What goes into the texts in place of each <box>: a box, or several of one phrase, as `boxes_text` takes them."""
 
 
 class RecordError(ValueError):
@@ -107,7 +109,7 @@ def place_images(
         texts[0] = texts[0].lstrip(IMAGE)
         history = [(text, answer) for text, (_, answer) in zip(texts, history)]
         prompt = texts[-1]
-    return Record(prompt, fields["answer"], tuple(images), tuple(history), system)
+    return Record(prompt, fields["answer"], tuple(images), tuple(history), system, tuple(fields.get("boxes") or ()))
 
 
 def _placed(text: str, mark: str) -> str:

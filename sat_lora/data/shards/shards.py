@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath
 from webdataset.tariterators import base_plus_ext
 
 from sat_lora.cogvlm.inputs.pictures import CONVERT, MAX_PIXELS, SUFFIXES, UNREAD_SUFFIXES, file_limit
+from sat_lora.data.box_texts import picture_size, with_boxes
 from sat_lora.data.folders import is_no_data_path
 from sat_lora.data.item_keys import METADATA_OF_SHARDS, NAMES, READ, key_problems, with_usual_names
 from sat_lora.data.json_texts import read_object
@@ -139,7 +140,8 @@ def _record_of(fields: object, text: str | None, images: list, options: RecordOp
     answer = text if answer is None else answer
     if answer is None or (not images and entry.get("prompt") is None):
         return None
-    return place_images({**entry, "answer": answer}, images, options, needs_places=False)
+    record = place_images({**entry, "answer": answer}, images, options, needs_places=False)
+    return with_boxes(record, images, picture_size)
 
 
 def _read_part(file, first: int, size: int) -> bytes:

@@ -38,9 +38,9 @@ def loss_and_gradients(model, samples) -> tuple[torch.Tensor, torch.Tensor]:
     return loss.detach(), torch.cat([p.grad.flatten() for _, p in parameters if p.grad is not None])
 
 
-def compared(tokenizer, has_image: bool) -> tuple[float, float, float]:
+def compared(tokenizer, has_image: bool, **settings) -> tuple[float, float, float]:
     """(loss on all answers, the sum of the losses on each, the largest difference of gradients)."""
-    model = tiny_model(torch.float64)
+    model = tiny_model(torch.float64, **settings)
     whole = sample_of(tokenizer, 3, has_image=has_image, learns_earlier=True)
     parts = [sample_of(tokenizer, n, has_image=has_image, learns_earlier=False) for n in (1, 2, 3)]
     loss, gradients = loss_and_gradients(model, [whole])
@@ -58,7 +58,8 @@ def test_the_loss_of_a_conversation_is_the_sum_of_those_of_its_turns(single_proc
 def ranks_compared(folder: str, model_parallel: int) -> list:
     """The same on a rank; of two data-parallel ones the second has text alone. With it the sum over ranks."""
     world = init_model_parallel(init_distributed(), model_parallel)
-    loss, total, difference = compared(load_tokenizer(folder), has_image=world.data_parallel_rank == 0)
+    has_image = world.data_parallel_rank == 0
+    loss, total, difference = compared(load_tokenizer(folder), has_image, model_parallel_size=model_parallel)
     return [loss, total, difference, *sum_over_data_parallel(loss, total, device=world.device)]
 
 
