@@ -44,7 +44,7 @@ def refusal(path, **settings) -> str:
         [{"from": who, "value": text} for turn in TWO for who, text in zip(("user", "assistant"), turn)],
         [{"role": who, "content": text} for turn in TWO for who, text in zip(("Human", "model "), turn)],
         [{"human": query, "assistant": answer} for query, answer in TWO],
-        [{"user": query, "bot": answer} for query, answer in TWO],
+        [{"user": query, "bot": answer, "source": "x"} for query, answer in TWO],
         [list(turn) for turn in TWO],
         [{"role": "user", "content": [{"text": "q1"}]}, *roles(TWO)[1:]],
         [{"role": "user", "content": ["q", {"type": "input_text", "text": "1"}], "name": "x"}, *roles(TWO)[1:]],
@@ -239,6 +239,28 @@ def test_labels_and_images_of_a_folder_belong_together(tmp_path, tokenizer):
     (folder / "labels" / "c.json").write_text("{,}")
     message = refusal(folder / "labels")
     assert "b.json" in message and "is an empty list" in message and "c.json" in message
+
+
+def test_a_folder_of_such_folders_is_read_whole(tmp_path):
+    all_sets = tmp_path / "all"
+    all_sets.mkdir()
+    for name, samples in (("single", [("a", [("q", "a1")])]), ("multi", [("a", TWO)])):
+        (tmp_path / name).mkdir()
+        write_sft(tmp_path / name, samples)
+        (tmp_path / name / "sft").rename(all_sets / name)
+    items = read_items([tmp_path / "all"])
+    assert [item.answer for item in items] == ["a2", "a1"]
+    (tmp_path / "all" / "other").mkdir()
+    write_images(tmp_path / "all" / "other", ["x.png"])
+    assert "is laid out in another way" in refusal(tmp_path / "all")
+
+
+def test_excel_s_own_first_line_is_no_header(tmp_path):
+    path = tmp_path / "data.csv"
+    for encoding in ("utf-8", "utf-8-sig", "utf-16"):
+        path.write_text('sep=;\nimage;prompt;answer\n\na.png;q;"x; ""y""\nz"\n', encoding=encoding)
+        (item,) = read_items([path])
+        assert (item.answer, item.line) == ('x; "y"\nz', "row 4")
 
 
 def test_a_template_without_turns_is_said_before_the_run(write, tmp_path):

@@ -25,8 +25,10 @@ TRIED = 20  # labels of a folder, of which one has to be an object with turns or
 
 
 def fits(path: Path) -> bool:
-    """Return whether a folder holds `images` and folders of labels, or is a folder of labels beside `images`."""
-    return any(map(_are_labels, _label_folders(path)))
+    """Return whether a folder holds `images` and folders of labels, is one of labels beside `images`, or holds such
+    folders alone.
+    """
+    return bool(_sets(path))
 
 
 def read(path: Path, reading: Reading, counts: DataCounts, given: Sequence[Path]) -> list[Item]:
@@ -35,9 +37,28 @@ def read(path: Path, reading: Reading, counts: DataCounts, given: Sequence[Path]
 
     Raises DataError if there are several folders of labels, or with all labels that cannot be used.
     """
-    folders = [folder for folder in _label_folders(path) if reading.data_format == "cogvlm-sft" or _are_labels(folder)]
-    if not folders:
+    sets = _sets(path)
+    if not sets:
         raise DataError(f"{printable(path)} has no {IMAGES} with labels, labels_en or labels_zh beside them")
+    return [item for folder in sets for item in _read_set(folder, reading, counts)]
+
+
+def _sets(path: Path) -> list[Path]:
+    """Return the folders of images and labels: the path itself, or all that lie in it; none where others do too."""
+    path = Path(os.path.abspath(path))
+    if any(map(_are_labels, _label_folders(path))):
+        return [path]
+    try:
+        with os.scandir(path) as entries:
+            inner = sorted(entry.path for entry in entries if entry.is_dir() and not is_no_data(entry.name))
+    except OSError:
+        return []
+    folders = [Path(folder) for folder in inner]
+    return folders if all(any(map(_are_labels, _label_folders(folder))) for folder in folders) else []
+
+
+def _read_set(path: Path, reading: Reading, counts: DataCounts) -> list[Item]:
+    folders = [folder for folder in _label_folders(path) if _are_labels(folder)]
     if len(folders) > 1:
         names = " and ".join(folder.name for folder in folders)
         raise DataError(f"{printable(path)} has {names}; give the one to learn, such as {printable(folders[0])}")

@@ -77,7 +77,7 @@ def _rows(path: Path) -> Iterator[tuple[str, dict]]:
             plain = [name for name in schema.names if name not in stored]
             # Of stored bytes only whether they are there: the sizes of a list of gigabytes are read, not kept.
             rows = file.metadata.row_group(group).num_rows
-            batches = file.iter_batches(_ROWS, row_groups=[group], columns=plain)
+            batches = file.iter_batches(_ROWS, row_groups=[group], columns=plain, use_threads=False)
             values: Iterator[dict] = (row for batch in batches for row in batch.to_pylist())
             images = {name: _places(path, file, group, name) for name in stored}
             for row in range(rows):
@@ -97,7 +97,7 @@ def _holds_bytes(kind: Any, types: Any) -> bool:
 def _places(path: Path, file: Any, group: int, name: str) -> list:
     """Return where the image of each row of a group lies: a ParquetImage, its path where it has no bytes, or None."""
     places: list[Any] = []
-    for batch in file.iter_batches(_ROWS, row_groups=[group], columns=[name]):
+    for batch in file.iter_batches(_ROWS, row_groups=[group], columns=[name], use_threads=False):
         column = batch.column(0)
         is_struct = hasattr(column, "field")
         contents = column.field("bytes") if is_struct else column
@@ -120,4 +120,5 @@ def _column(path: str, group: int, column: str) -> Any:
     from pyarrow import parquet
 
     with parquet.ParquetFile(path) as file:
-        return file.read_row_group(group, columns=[column]).column(0).combine_chunks()
+        # One thread: a loader's workers are forks, and those of a pool are not there in a fork.
+        return file.read_row_group(group, columns=[column], use_threads=False).column(0).combine_chunks()

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sat_lora.data.records.record import Fields, RecordError
-from sat_lora.data.records.turns import ROLES, first_turn, turns_key, with_turns
+from sat_lora.data.records.turns import NOTES, ROLES, first_turn, turns_key, with_turns
 
 WHOSE = "pairs of turns"
 NAMES_PLACES = True
@@ -30,8 +30,8 @@ def rewrite(record: Fields, mark: str) -> list[Fields]:
 def _pair(element: Any) -> tuple[str, str] | None:
     """Return (query, answer) of an element; None if it is no pair."""
     if isinstance(element, dict):
-        texts = {ROLES.get(key.lower()): value for key, value in element.items()}
-        element = [texts.get("user"), texts.get("assistant")] if len(element) == 2 else None
+        texts = {ROLES.get(key.lower()): value for key, value in element.items() if key not in NOTES}
+        element = [texts.get("user"), texts.get("assistant")] if len(texts) == 2 else None
     if isinstance(element, list) and len(element) == 2 and all(isinstance(text, str) for text in element):
         return element[0], element[1]
     return None

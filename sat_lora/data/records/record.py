@@ -8,7 +8,9 @@ from typing import Any, Protocol
 IMAGE = "\udbff"
 """Stands in a text where an image goes: half a character, which no text has that can be encoded."""
 IMAGE_MARK = "<image>"
-TURNS = ("conversations", "conversation", "messages", "dialogue", "dialogues", "dialog", "dialogs", "turns")
+TURNS = (
+    "conversations", "conversation", "messages", "dialogue", "dialogues", "dialog", "dialogs", "turns", "texts",
+)  # fmt: skip
 """The keys that lists of turns have."""
 COLUMNS = ("image", "prompt", "answer", "history", "system", "conversations", "messages")
 """What --columns may name."""

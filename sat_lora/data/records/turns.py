@@ -11,7 +11,8 @@ ROLES = {
     "bard": "assistant", "bing": "assistant", "cogvlm": "assistant", "answer": "assistant",
     "system": "system", "developer": "system",
 }  # fmt: skip
-_NOTES = frozenset("id name source timestamp created_at".split())
+NOTES = frozenset("id name source timestamp created_at".split())
+"""What stands in a turn and says nothing of it."""
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _IMAGE_PARTS = ("image_url", "image", "input_image")
 
@@ -92,7 +93,7 @@ def _read_turn(turn: Any, role_key: str, text_key: str, mark: str, images: list[
     """Return a turn, and add its images to `images`."""
     if not isinstance(turn, dict) or role_key not in turn or text_key not in turn:
         raise RecordError(f'is not {{"{role_key}": ..., "{text_key}": ...}}')
-    unknown = [key for key in turn if key not in (role_key, text_key) and key not in _NOTES and turn[key] is not None]
+    unknown = [key for key in turn if key not in (role_key, text_key) and key not in NOTES and turn[key] is not None]
     if unknown:
         raise RecordError(f"has {listed(unknown, 5)}, which is not read")
     name = turn[role_key]
