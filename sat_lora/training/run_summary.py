@@ -269,7 +269,14 @@ def _sample(texts: Texts, tokenizer) -> str:
     sample = texts.first
     learned = sample.labels != IGNORED
     asked = sample.input_ids[~learned & (sample.image_embed_mask == 0)]
-    prompt, answer = (_decoded(tokenizer, ids) for ids in (asked, sample.labels[learned]))
+    prompt = _decoded(tokenizer, asked)
+    ends = [
+        *(learned[:-1] & ~learned[1:]).nonzero()[:, 0].tolist(),
+        len(learned) - 1,
+    ]  # of the answers of several turns
+    starts = [0, *(end + 1 for end in ends)]
+    answers = [sample.labels[start : end + 1][learned[start : end + 1]] for start, end in zip(starts, ends)]
+    answer = " | ".join(_decoded(tokenizer, ids) for ids in answers if len(ids))
     image = "<image>" if bool(sample.image_embed_mask.any()) else ""
     count = f", {len(sample.input_ids)} tokens"
     room = COLUMNS - LABEL - len(image) - len('"" -> ""') - len(count)

@@ -5,7 +5,7 @@ from typing import Any
 
 from sat_lora.data.records.record import Fields
 
-WHOSE = "Alpaca's instructions"
+WHOSE = "instructions of Alpaca"
 NAMES_PLACES = False
 
 

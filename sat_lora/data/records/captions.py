@@ -5,7 +5,7 @@ from typing import Any
 
 from sat_lora.data.records.record import Fields, RecordError
 
-WHOSE = "captions of CogVLM-SFT-311K"
+WHOSE = "captions"
 NAMES_PLACES = False
 
 

@@ -6,7 +6,7 @@ from typing import Any
 from sat_lora.data.records.record import Fields
 from sat_lora.data.records.turns import first_turn, rewrite_turns
 
-WHOSE = "messages with roles"
+WHOSE = "messages"
 NAMES_PLACES = True
 
 

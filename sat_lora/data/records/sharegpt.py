@@ -6,7 +6,7 @@ from typing import Any
 from sat_lora.data.records.record import Fields
 from sat_lora.data.records.turns import first_turn, rewrite_turns
 
-WHOSE = "conversations of LLaVA and ShareGPT"
+WHOSE = "LLaVA/ShareGPT conversations"
 NAMES_PLACES = True
 
 

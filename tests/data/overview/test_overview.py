@@ -113,7 +113,7 @@ def test_the_command_prints_and_writes_and_replaces_no_other_file(tmp_path, caps
     out = tmp_path / "report.html"
     assert main(["data", path, "--html", str(out), "--version", "chat", "--samples", "1"]) == 0
     said = capsys.readouterr().out
-    assert "2 json: conversations of LLaVA and ShareGPT" in said and "«" in said
+    assert "2 json: LLaVA/ShareGPT conversations" in said and "«" in said
     assert out.read_text().startswith("<!doctype html>")
     assert main(["data", path, "--html", str(out), "--samples", "0", "--version", "chat"]) == 0
     other = tmp_path / "mine.html"
