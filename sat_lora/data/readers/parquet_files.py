@@ -1,6 +1,7 @@
 """Parquet files: columns are keys; images lie in them as bytes and are read when their turn comes, or as paths."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -31,7 +32,8 @@ class ParquetImage:
 
     def read(self) -> bytes:
         """Return the content of the image's file. Raises OSError or ValueError if it cannot be read."""
-        value = _column(self.path, self.group, self.column)[self.row].as_py()
+        with _arrow_as_value_error():
+            value = _column(self.path, self.group, self.column)[self.row].as_py()
         content = value["bytes"] if isinstance(value, dict) else value
         if not isinstance(content, bytes):
             raise ValueError(f"no bytes in row {self.row} of row group {self.group}")
@@ -55,11 +57,23 @@ def read(path: Path, reading: Reading, counts: DataCounts, given: Sequence[Path]
     try:
         if not fits(path):
             raise ValueError("it does not begin as a parquet file does")
-        entries = collect_entries(path, _rows(path), reading)
-    except (OSError, ValueError) as error:  # pyarrow's own are among them
+        with _arrow_as_value_error():
+            entries = collect_entries(path, _rows(path), reading)
+    except (OSError, ValueError) as error:
         problem = str(getattr(error, "strerror", None) or error).splitlines()[0][:200]
         raise DataError(f"{printable(path)}: cannot be read as parquet: {problem}; write or copy it again") from error
     return items_of_entries(path, entries, counts)
+
+
+@contextmanager
+def _arrow_as_value_error() -> Iterator[None]:
+    """Raise ValueError for what pyarrow raises of its own, which may be a NotImplementedError or a KeyError."""
+    from pyarrow.lib import ArrowException
+
+    try:
+        yield
+    except ArrowException as error:
+        raise ValueError(str(error) or type(error).__name__) from error
 
 
 def _rows(path: Path) -> Iterator[tuple[str, dict]]:
