@@ -82,6 +82,9 @@ FORMATS = (
 MARKS = frozenset(key for foreign in FORMATS for marks in foreign.marks for key in marks.split())
 
 
+_MARKS_OF = [(known, [frozenset(marks.split()) for marks in known.marks]) for known in FORMATS]
+
+
 def format_of(entry: Mapping) -> Format | None:
     """Return the format that an object of a file has; None if it is none of FORMATS."""
     keys = {*entry}
@@ -90,7 +93,7 @@ def format_of(entry: Mapping) -> Format | None:
             keys.update(f"*.{name}" for name in value)
         elif isinstance(value, list) and value and isinstance(value[0], dict):
             keys.update(f"{key}[].{name}" for name in value[0])
-    return next((known for known in FORMATS if any(keys.issuperset(marks.split()) for marks in known.marks)), None)
+    return next((known for known, marks in _MARKS_OF if any(keys.issuperset(mark) for mark in marks)), None)
 
 
 JSON_SUFFIXES = (".jsonl", ".json", ".ndjson", ".jsonlines", ".jl")

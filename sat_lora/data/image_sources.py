@@ -35,8 +35,8 @@ def image_source(value: object, folder: Path, roots: Sequence[str], key: str = "
     have them. folder: what paths are relative to. roots: folders that `..` may lead to. key: what messages call it.
     Raises RecordError.
     """
-    if isinstance(value, StoredImage):
-        return value
+    if isinstance(value, str):
+        return _text_source(value, folder, roots, key)
     if isinstance(value, dict):
         name = next((name for name in ("bytes", "url", "path", "image") if value.get(name) is not None), None)
         if name is None:
@@ -51,8 +51,13 @@ def image_source(value: object, folder: Path, roots: Sequence[str], key: str = "
         if not value:
             raise RecordError(f'"{key}" holds no bytes')
         return value
-    if not isinstance(value, str):
-        raise RecordError(f'"{key}" is none of a path, bytes and a data URL')
+    if isinstance(value, StoredImage):
+        return value
+    raise RecordError(f'"{key}" is none of a path, bytes and a data URL')
+
+
+def _text_source(value: str, folder: Path, roots: Sequence[str], key: str) -> Path | bytes:
+    """Return the path that a text is, or the bytes that it holds. Raises RecordError."""
     if match := DATA_URL.match(value):
         content = value[match.end() :]
         return _decoded(content, key) if ";base64" in match[0].lower() else unquote_to_bytes(content)

@@ -57,14 +57,15 @@ def with_usual_names(
     may be called otherwise. Objects of formats that are not read stay as they are.
     """
     others = {key: value for key, value in entry.items() if key not in READ and key not in ignored}
-    foreign = format_of(others)
-    if foreign is not None and not foreign.is_read:
-        return entry, {}
     called: dict[str, str] = {}
-    for name in names:
+    lacking = [name for name in names if entry.get(name) is None] if others else []
+    for name in lacking:
         keys = [key for key, value in others.items() if value is not None and _meant_by(key) == name]
-        if entry.get(name) is None and len(keys) == 1:
+        if len(keys) == 1:
             called[name] = keys[0]
+    foreign = format_of(others) if called else None
+    if not called or (foreign is not None and not foreign.is_read):
+        return entry, {}
     ours = {other: name for name, other in called.items()}
     kept = {key: value for key, value in entry.items() if key not in called}
     return {ours.get(key, key): value for key, value in kept.items()}, called

@@ -32,6 +32,7 @@ READERS = {
 """How samples lie in a path, by the names that --data-format has for it, in the order in which they are tried: the
 module of each, which is a `Reader`. A new one is a module of that folder and a line here.
 """
+_MAY_BE_LEFT_OUT = frozenset({"history", "system", "boxes"})
 _NO_IMAGES = (type(None), bool, int, float, list)
 SHARDS = "tar"
 """The name of --data-format for tar shards, which are streamed."""
@@ -132,11 +133,14 @@ def rewrite(value: object, options: RecordOptions) -> tuple[list[Fields], str]:
         raise RecordError(
             f"has not the keys of --data-format {layout}, {RECORDS[layout].WHOSE}; got {listed([*record], 8) or 'none'}"
         )
-    turns = [key for key in record if key in TURNS and key not in options.ignored]
-    if layout == "prompt-answer" and turns and options.layout is None and not any(map(record.get, NAMES[1:])):
-        raise RecordError(_unknown_turns(record, turns))
-    left_out = {"history", "system", "boxes"} & {*options.ignored}
+    if layout == "prompt-answer" and options.layout is None and record.get("answer") is None:
+        turns = [key for key in record if key in TURNS and key not in options.ignored]
+        if turns and record.get("prompt") is None:
+            raise RecordError(_unknown_turns(record, turns))
     samples = RECORDS[layout].rewrite(record, options.image_mark)
+    left_out = _MAY_BE_LEFT_OUT.intersection(options.ignored)
+    if not left_out:
+        return [*samples], layout
     return [{key: text for key, text in fields.items() if key not in left_out} for fields in samples], layout
 
 
@@ -155,6 +159,8 @@ def _unknown_turns(record: Mapping, keys: list[str]) -> str:
 
 def _with_columns(record: dict, columns: Mapping[str, str]) -> dict:
     """Return the record with the keys that --columns names under our names. Raises RecordError where one is missing."""
+    if not columns:
+        return record
     lacking = [column for ours, column in columns.items() if column not in record and ours in ("prompt", "answer")]
     if lacking:
         raise RecordError(f"has no {listed(lacking)}, which --columns names; got {listed([*record], 8) or 'no key'}")

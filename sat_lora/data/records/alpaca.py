@@ -11,6 +11,8 @@ NAMES_PLACES = False
 
 def fits(record: Mapping[str, Any]) -> bool:
     """Return whether a record has an instruction and an output, as texts, and nothing under our own names for them."""
+    if "instruction" not in record:
+        return False
     texts = (record.get("instruction"), record.get("output"), record.get("input") or "")
     ours = any(record.get(name) is not None for name in ("prompt", "answer"))
     return not ours and all(isinstance(text, str) for text in texts)

@@ -11,6 +11,7 @@ ROLES = {
     "bard": "assistant", "bing": "assistant", "cogvlm": "assistant", "answer": "assistant",
     "system": "system", "developer": "system",
 }  # fmt: skip
+_TURN_KEYS = frozenset(TURNS)
 NOTES = frozenset("id name source timestamp created_at".split())
 """What stands in a turn and says nothing of it."""
 _TEXT_PARTS = ("text", "input_text", "output_text")
@@ -22,6 +23,8 @@ Turn = tuple[str, str]
 
 def turns_key(record: Mapping[str, Any]) -> str | None:
     """Return the key of a record's list of turns; None if there is none, or not exactly one."""
+    if _TURN_KEYS.isdisjoint(record):
+        return None
     keys = [key for key in record if key in TURNS and isinstance(record[key], list) and record[key]]
     return keys[0] if len(keys) == 1 else None
 
