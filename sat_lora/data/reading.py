@@ -14,11 +14,12 @@ from sat_lora.data.records.record import (
     Fields,
     Record,
     RecordError,
+    RecordLayout,
     RecordOptions,
     listed,
     place_images,
 )
-from sat_lora.data.records.registry import RECORDS
+from sat_lora.data.records.registry import RECORDS, USUAL
 from sat_lora.errors import ConfigError
 from sat_lora.printable import printable
 
@@ -128,12 +129,12 @@ def rewrite(value: object, options: RecordOptions) -> tuple[list[Fields], str]:
     if not isinstance(value, dict):
         raise RecordError(f"wanted {WANTED}, got {kind_of_value(value)}: {json.dumps(value)[:80]}")
     record = _with_columns(value, options.columns)
-    layout = options.layout or next(name for name, known in RECORDS.items() if known.fits(record))
+    layout = options.layout or next((name for name, known in RECORDS.items() if _is_of(known, record)), USUAL)
     if not RECORDS[layout].fits(record):
         raise RecordError(
             f"has not the keys of --data-format {layout}, {RECORDS[layout].WHOSE}; got {listed([*record], 8) or 'none'}"
         )
-    if layout == "prompt-answer" and options.layout is None and record.get("answer") is None:
+    if layout == USUAL and options.layout is None and record.get("answer") is None:
         turns = [key for key in record if key in TURNS and key not in options.ignored]
         if turns and record.get("prompt") is None:
             raise RecordError(_unknown_turns(record, turns))
@@ -142,6 +143,11 @@ def rewrite(value: object, options: RecordOptions) -> tuple[list[Fields], str]:
     if not left_out:
         return [*samples], layout
     return [{key: text for key, text in fields.items() if key not in left_out} for fields in samples], layout
+
+
+def _is_of(layout: RecordLayout, record: dict) -> bool:
+    """Return whether a record is of a layout other than ours, which takes all that none of them does."""
+    return layout is not RECORDS[USUAL] and layout.fits(record)
 
 
 def _unknown_turns(record: Mapping, keys: list[str]) -> str:
