@@ -6,9 +6,10 @@ import pytest
 from PIL import Image
 
 from sat_lora.data.records.record import IMAGE
-from sat_lora.data.samples import BrokenSample, read_items
+from sat_lora.data.samples import BrokenSample, Item, read_items
 from sat_lora.errors import ConfigError, DataError
 from sat_lora.training.preflight import option_problems
+from sat_lora.training.prepare import dataset_maker
 from tests.support.configs import parse_options
 from tests.support.datasets import dataset
 from tests.support.layouts import encoded, llava, roles, write_pictures, write_sft
@@ -327,3 +328,13 @@ def test_tar_alone_is_no_file_and_no_folder(write, tmp_path, path):
     write({"prompt": "q", "answer": "a"})
     write_images(tmp_path / "images", ["1.png"])
     assert f"{path} is no .tar, and --data-format tar reads those alone" in refusal(tmp_path / path, data_format="tar")
+
+
+@pytest.mark.parametrize("loss_on, learnt", [("all", "4<eos>7<eos>2<eos>"), ("last", "2<eos>")])
+def test_the_loss_is_on_every_answer_or_on_the_last(base_folder, loss_on, learnt):
+    options = ["--from_pretrained", str(base_folder), "--version", "chat", "--max_length", "90", "--loss-on", loss_on]
+    config = parse_options([*options, "--train-data", "x"], environ={})
+    data = dataset_maker(config, {"eva_args": {"image_size": [21, 21]}, "image_length": 9})
+    item = Item(None, "2", "c?", history=(("a?", "4"), ("b?", "7")))
+    sample = data([item])[0]
+    assert data([]).tokenizer.decode(sample.labels[sample.labels != -100]) == learnt

@@ -53,17 +53,15 @@ WITHOUT_HISTORY = frozenset({"base"})
 """Versions whose published templates have no place for the turns before the last. (SAT's code leaves them out of `vqa`
 as well, Hugging Face's puts them as `chat_old` does.)
 """
-WITH_SYSTEM: frozenset[str] = frozenset()
-"""Versions whose published templates have a place for a system text."""
 
 
 def turn_texts(version: str, queries: Sequence[str], system: str | None = None) -> list[str]:
     """Return the text before the answer of each turn; with the answers between them they are the whole prompt.
 
-    Raises ConfigError if there is no such version, or its template has no place for several turns, or for the system
-    text, if there is one.
+    Raises ConfigError if there is no such version, its template has no place for several turns, or there is a system
+    text, for which no published template has one.
     """
-    if system and version not in WITH_SYSTEM:
+    if system:
         raise ConfigError(
             f"--version: {version} has no place for a system text, nor has any published template of CogVLM; "
             "--ignore-keys system leaves it out"
