@@ -38,11 +38,11 @@ def image_source(value: object, folder: Path, roots: Sequence[str], key: str = "
     if isinstance(value, str):
         return _text_source(value, folder, roots, key)
     if isinstance(value, dict):
-        name = next((name for name in ("bytes", "url", "path", "image") if value.get(name) is not None), None)
+        name = next((name for name in ("bytes", "url", "path", "image", "data") if value.get(name) is not None), None)
         if name is None:
             raise RecordError(f'"{key}" has neither "bytes" nor "path" nor "url"')
         content = value[name]
-        if name == "bytes" and isinstance(content, str):
+        if name in ("bytes", "data") and isinstance(content, str):
             return _decoded(content, key)
         if isinstance(content, dict):
             raise RecordError(f'"{key}" is an object of objects; wanted a path, bytes or a data URL')

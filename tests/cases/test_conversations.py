@@ -95,6 +95,8 @@ def test_a_system_text_is_left_out_where_the_user_says_so(write):
         ([USER, {"role": "assistant", "content": None}], "has no text in \"content\""),
         ([USER, {**REPLY, "weight": 0}], "has \"weight\", which is not read"),
         ([USER, {"role": "assistant", "content": [{"type": "image"}]}], "of the assistant has an image"),
+        ([USER, {**REPLY, "image": "a.png"}], "of the assistant has an image; images stand in turns of the user"),
+        ([{"role": "user", "content": ["q"], "image": "a.png"}, REPLY], "among its parts and beside them"),
         ([{"role": "user", "content": [{"type": "input_audio"}]}, REPLY], "has a part of type 'input_audio'"),
         ([], "\"messages\" is an empty list"),
         (["q", "a"], "the turns of \"messages\" are none that are known: got a text"),
@@ -130,6 +132,31 @@ def test_turns_that_make_no_conversation_are_named_with_their_line(write, turns,
 def test_images_and_texts_that_do_not_fit_are_named_with_their_line(write, record, words):
     message = refusal(write({"prompt": "q", "answer": "a"}, record))
     assert "line 2: " in message and words in message, message
+
+
+@pytest.mark.parametrize(
+    "turn",
+    [
+        {"from": "user", "value": "Picture 1: <img>a.png</img>\nq"},
+        {"from": "user", "value": "<img>a.png</img>q"},
+        {"role": "user", "content": "q", "image": "a.png"},
+        {"role": "user", "content": "<image>\nq", "images": ["a.png"]},
+        {"role": "user", "content": [{"type": "image", "image": "a.png"}, {"type": "text", "text": "q"}]},
+        {"role": "user", "content": [{"type": "text", "text": "q"}, {"type": "image_url", "image_url": "a.png"}]},
+        {"role": "user", "content": [{"type": "input_image", "image_url": {"url": "a.png"}}, "q"]},
+        {"role": "user", "content": [{"image": "a.png"}, {"text": "q"}]},
+    ],
+)
+def test_an_image_that_stands_in_a_turn_is_that_of_the_sample(write, tmp_path, turn):
+    reply = {"from": "gpt", "value": "x"} if "from" in turn else {"role": "assistant", "content": "x"}
+    (item,) = read_items([write({"conversations": [turn, reply]})])
+    assert (item.prompt, item.answer, item.images) == ("q", "x", (tmp_path / "a.png",))
+
+
+def test_an_image_of_anthropic_s_messages_is_read(write):
+    source = {"type": "base64", "media_type": "image/png", "data": encoded(png())}
+    (item,) = read_items([write({"messages": roles([("q", "x")], {"type": "image", "source": source})})])
+    assert (item.prompt, item.image) == ("q", png())
 
 
 @pytest.mark.parametrize(

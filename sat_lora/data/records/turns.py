@@ -1,5 +1,6 @@
 """Lists of turns, however their roles and texts are called: checked for their order, and put in pairs."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,10 @@ ROLES = {
 _TURN_KEYS = frozenset(TURNS)
 NOTES = frozenset("id name source timestamp created_at".split())
 """What stands in a turn and says nothing of it."""
+_IMAGE_KEYS = ("image", "images")
+"""Of a turn, as GLM-4V's data have them; such images stand before its text, or where it has marks."""
+_TAGGED = re.compile(r"(?:Picture \d+:\s?)?<img>([^<>\n]+)</img>")
+"""The image that a text of Qwen-VL's data names."""
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _IMAGE_PARTS = ("image_url", "image", "input_image")
 
@@ -96,7 +101,8 @@ def _read_turn(turn: Any, role_key: str, text_key: str, mark: str, images: list[
     """Return a turn, and add its images to `images`."""
     if not isinstance(turn, dict) or role_key not in turn or text_key not in turn:
         raise RecordError(f'is not {{"{role_key}": ..., "{text_key}": ...}}')
-    unknown = [key for key in turn if key not in (role_key, text_key) and key not in NOTES and turn[key] is not None]
+    known = (role_key, text_key, *NOTES, *_IMAGE_KEYS)
+    unknown = [key for key in turn if key not in known and turn[key] is not None]
     if unknown:
         raise RecordError(f"has {listed(unknown, 5)}, which is not read")
     name = turn[role_key]
@@ -104,8 +110,19 @@ def _read_turn(turn: Any, role_key: str, text_key: str, mark: str, images: list[
     if role is None:
         raise RecordError(f"is of {str(name)[:40]!r}; known are user, assistant, system and what others call them")
     content = turn[text_key]
+    own = [image for key in _IMAGE_KEYS for image in _listed(turn.get(key))]
+    if own and role != "user":
+        raise RecordError(f"of the {role} has an image; images stand in turns of the user")
     if isinstance(content, str):
+        if role == "user":
+            named = _TAGGED.findall(content)
+            content = _TAGGED.sub(lambda _: mark, content)
+            images += [*own, *named]
+            missing = len(own) if not mark or mark not in content else 0
+            content = mark * missing + content
         return role, content
+    if own:
+        raise RecordError("has images among its parts and beside them; name each in one place")
     if not isinstance(content, list):
         raise RecordError(f'has no text in "{text_key}"')
     texts = []
@@ -119,6 +136,10 @@ def _read_turn(turn: Any, role_key: str, text_key: str, mark: str, images: list[
     return role, "".join(texts)
 
 
+def _listed(value: Any) -> list[Any]:
+    return [] if value is None else value if isinstance(value, list) else [value]
+
+
 def _read_part(part: Any) -> tuple[str | None, Any]:
     """Return (text, None) of a part, or (None, the image): None as well where that is named beside the turns."""
     if isinstance(part, str):
@@ -129,6 +150,8 @@ def _read_part(part: Any) -> tuple[str | None, Any]:
     if kind in _TEXT_PARTS and isinstance(part.get("text"), str):
         return part["text"], None
     if kind in _IMAGE_PARTS:
-        image = next((part[name] for name in ("image_url", "image", "url", "path") if part.get(name) is not None), None)
+        image = next(
+            (part[name] for name in ("image_url", "image", "url", "path", "source") if part.get(name) is not None), None
+        )
         return None, image
     raise RecordError(f"has a part of type {str(kind)[:40]!r}; known are text and image_url")
