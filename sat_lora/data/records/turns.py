@@ -16,7 +16,7 @@ _TURN_KEYS = frozenset(TURNS)
 NOTES = frozenset("id name source timestamp created_at".split())
 """What stands in a turn and says nothing of it."""
 _IMAGE_KEYS = ("image", "images")
-"""Of a turn, as GLM-4V's data have them; such images stand before its text, or where it has marks."""
+"""Keys of a turn that name its images, as in GLM-4V's data; they stand before its text, or where it has marks."""
 _TAGGED = re.compile(r"(?:Picture \d+:\s?)?<img>([^<>\n]+)</img>")
 """The image that a text of Qwen-VL's data names."""
 _TEXT_PARTS = ("text", "input_text", "output_text")
