@@ -22,7 +22,7 @@ test: $(READY)
 # Tests of what changes break most, without those that start ranks or programs: to be done while somebody waits.
 FAST := tests/test_layers.py tests/test_words.py tests/lora tests/parallel tests/files tests/adapters tests/data tests/training/settings
 FAST += tests/cogvlm/inputs tests/watchdog/test_verdict.py tests/docs/test_pages.py
-FAST += $(addprefix tests/cases/test_,formats.py keys.py layouts.py left_out.py patterns.py texts.py what_is_said.py)
+FAST += $(addprefix tests/cases/test_,conversations.py formats.py keys.py layouts.py left_out.py patterns.py texts.py what_is_said.py)
 RANKS := adapters/test_merge lora/test_optimizer_groups lora/deltas/test_delta_kernels parallel/test_distributed
 
 .PHONY: check lint

@@ -37,6 +37,7 @@ setup(
         "transformers>=4.40",
         "safetensors>=0.4.3",
         "webdataset>=0.2.86",
+        "pyarrow>=14",
         "numpy>=1.26",
         "packaging",
         "pydantic>=2",

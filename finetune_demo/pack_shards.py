@@ -1,4 +1,4 @@
-"""Pack folders of images LABEL.png and .jsonl files into WebDataset tar shards.
+"""Pack folders of images and files of samples into WebDataset tar shards.
 
 python finetune_demo/pack_shards.py my_images --out shards --samples-per-shard 1000
 """
@@ -9,6 +9,9 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+
+READING = ("ignore_keys", "images_from", "names_are_answers", "columns", "data_format", "image_mark")
+"""The options that `read_items` takes."""
 
 
 def pack_shards(
@@ -21,10 +24,11 @@ def pack_shards(
 ) -> tuple[str, int]:
     """Write the items of `data`, in their order, and return (what --train-data takes, how many samples).
 
-    A sample is KEY.json {"prompt", "answer"} and the image's file as it is, with its own suffix, or with that of its
-    format where it has none that is known. What is in `out` is as it was until all shards are written. reading: further
-    arguments of `read_items`. Raises DataError where an image is missing, or is no file, or there is nothing to pack;
-    ConfigError where `out` holds shards, which stay unless `overwrite` replaces all of them.
+    A sample is KEY.json {"prompt", "answer"}, with its turns before, and the image's file as it is, with its own
+    suffix, or with that of its format where it has none that is known. What is in `out` is as it was until all shards
+    are written. reading: further arguments of `read_items`. Raises DataError where an image is missing, or is no file,
+    or there is nothing to pack; ConfigError where `out` holds shards, which stay unless `overwrite` replaces all of
+    them.
     """
     from sat_lora.data.samples import read_items
     from sat_lora.errors import DataError
@@ -52,15 +56,21 @@ def _write(items: Sequence, folder: Path, samples_per_shard: int) -> None:
     from webdataset import ShardWriter  # seconds of imports, that a wrong option does without
 
     from sat_lora.cogvlm.inputs.pictures import SUFFIXES, suffix_of
+    from sat_lora.errors import DataError
+    from sat_lora.printable import printable
 
     with ShardWriter(str(folder / "shard-%06d.tar"), maxcount=samples_per_shard, maxsize=1e12, verbose=0) as writer:
         for number, item in enumerate(items):
+            if item.more_images:
+                raise DataError(f"{printable(item.place)}: several images; a sample of a shard has one")
             texts = {"answer": item.answer, **({"prompt": item.prompt} if item.prompt is not None else {})}
-            content = json.dumps(texts, ensure_ascii=not all(map(_is_unicode, texts.values()))).encode()
+            turns = {name: value for name in ("history", "system") if (value := getattr(item, name))}
+            unicode = json.dumps({**texts, **turns}, ensure_ascii=False)
+            content = (unicode if _is_unicode(unicode) else json.dumps({**texts, **turns})).encode()
             sample = {"__key__": f"{number:09d}", "json": content}
             if item.image is not None:
-                content = _content(item.image)
-                suffix = item.image.suffix.lower()
+                content = _content(item)
+                suffix = item.image.suffix.lower() if isinstance(item.image, Path) else ""
                 sample[(suffix if suffix in SUFFIXES else suffix_of(content))[1:]] = content
             writer.write(sample)
 
@@ -76,18 +86,21 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-def _content(image: Path) -> bytes:
-    """Return the bytes of an image's file. Raises DataError where it cannot be read."""
+def _content(item) -> bytes:
+    """Return the bytes of an item's image. Raises DataError where it cannot be read."""
     from sat_lora.cogvlm.inputs.pictures import file_limit
+    from sat_lora.data.samples import picture_content
     from sat_lora.errors import DataError
     from sat_lora.files.foreign import read_bytes
     from sat_lora.printable import printable
 
     try:
-        return read_bytes(image, file_limit())
+        content = picture_content(item.image)
+        return content if isinstance(content, bytes) else read_bytes(content, file_limit())
     except (OSError, ValueError) as error:
         problem = getattr(error, "strerror", None) or error
-        raise DataError(f"{printable(image)}: cannot be packed: {problem}; mend the file or the path") from error
+        shown = printable(item.name or item.image)
+        raise DataError(f"{shown}: cannot be packed: {problem}; mend the file or the path") from error
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -107,12 +120,15 @@ def build_parser():
         description="Pack images and answers into tar shards.",
         epilog="example: python finetune_demo/pack_shards.py images/ more.jsonl --out shards --samples-per-shard 1000",
     )
-    parser.add_argument("data", nargs="+", help="folders of images LABEL.png, or .jsonl files")
+    parser.add_argument("data", nargs="+", help="folders of images, or files of samples (json, csv, parquet)")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder of the shards")
     parser.add_argument("--overwrite", action="store_true", help="replace the shards that are there")
     parser.add_argument("--samples-per-shard", type=positive_int, default=1000, metavar="N", help="(default: 1000)")
     parser.add_argument("--ignore-keys", nargs="+", default=(), metavar="KEY", help="keys of .jsonl lines to pass over")
     parser.add_argument("--images-from", nargs="+", default=(), metavar="DIR", help="folders they may lead to by ..")
+    parser.add_argument("--columns", nargs="+", default=(), metavar="OURS=THEIRS", help="such as prompt=question")
+    parser.add_argument("--data-format", metavar="NAME", help="the layout, where it is not to be recognised")
+    parser.add_argument("--image-mark", default="<image>", metavar="TEXT", help="what stands for an image in a text")
     names = "of folders file names are the answers, whatever texts lie in or beside them"
     parser.add_argument("--names-are-answers", action="store_true", help=names)
     return parser
@@ -124,7 +140,7 @@ def _pack(argv: list[str] | None) -> int:
 
     options = build_parser().parse_args(argv)
     _check_early(options)
-    reading = {name: getattr(options, name) for name in ("ignore_keys", "images_from", "names_are_answers")}
+    reading = {name: getattr(options, name) for name in READING}
     reading["overwrite"] = options.overwrite
     shards, samples = pack_shards(options.data, options.out, options.samples_per_shard, **reading)
     print(f"{samples} samples written; train with\n  --train-data {shell_line([shards])}")

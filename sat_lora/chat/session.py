@@ -20,7 +20,7 @@ from sat_lora.cogvlm.decoding.generate import stream
 from sat_lora.cogvlm.decoding.sampling import GREEDY, Sampling
 from sat_lora.cogvlm.inputs.image import image_tensor, load_image
 from sat_lora.cogvlm.inputs.pictures import MAX_PIXELS
-from sat_lora.cogvlm.inputs.prompts import PROMPTS, prompt_text, version_of
+from sat_lora.cogvlm.inputs.prompts import PROMPTS, WITHOUT_HISTORY, turn_texts, version_of
 from sat_lora.cogvlm.inputs.text import Sample, build_sample, load_tokenizer
 from sat_lora.cogvlm.network.model import CogVLMModel
 from sat_lora.cogvlm.sizes import image_length_problem
@@ -148,7 +148,7 @@ class Chat:
     @property
     def keeps_history(self) -> bool:
         """Whether the prompt format has a place for earlier turns."""
-        return prompt_text(self.version, "?") != prompt_text(self.version, "?", (("!", "!"),))
+        return self.version not in WITHOUT_HISTORY
 
     def use(self, name: str) -> None:
         """Let the adapter of that name answer from now on, or "base". Raises ConfigError if there is none."""
@@ -249,11 +249,17 @@ class Chat:
         """Return the question with as many turns before it as leave room for an answer."""
         needed = min(self.max_new_tokens, self.max_length // 4)
         for first in range(len(self.turns) + 1):
-            turns = tuple((turn.query, turn.answer) for turn in self.turns[first:])
-            text = prompt_text(self.version, query, turns)
-            parts = ("", text) if self.has_image else (text,)
+            turns = self.turns[first:] if self.keeps_history else []
+            *earlier, last = self._parts([*(turn.query for turn in turns), query])
             sample = build_sample(
-                self._tokenizer, parts, None, self._image_length, self.max_length, self._image, self._special_tokens
+                self._tokenizer,
+                last,
+                None,
+                self._image_length,
+                self.max_length,
+                self._image,
+                self._special_tokens,
+                earlier=[(parts, turn.answer) for parts, turn in zip(earlier, turns)],
             )
             if len(sample.input_ids) + needed <= self.max_length:
                 self.left_out = first if self.keeps_history else 0
@@ -265,3 +271,8 @@ class Chat:
             f"the question takes {len(sample.input_ids)} tokens{' with its image' * self.has_image}, and question and "
             f"answer may have {self.max_length} together; ask a shorter one"
         )
+
+    def _parts(self, queries: Sequence[str]) -> list[tuple[str, ...]]:
+        """Return the prompt of each turn, as training lays it out: its text, after the image where there is one."""
+        first, *more = turn_texts(self.version, queries)
+        return [("", first) if self.has_image else (first,), *((text,) for text in more)]

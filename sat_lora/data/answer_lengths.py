@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-from sat_lora.cogvlm.inputs.text import IGNORED, prompt_text
+from sat_lora.cogvlm.inputs.text import IGNORED, turn_texts
 from sat_lora.data.samples import ImageTextDataset, Item
 from sat_lora.errors import SatLoraError
 from sat_lora.parallel.distributed import gather_lists
@@ -49,7 +49,7 @@ def answer_lengths(dataset: ImageTextDataset) -> AnswerLengths:
     characters = 0
     looked_at = 0
     for item in long[::every]:
-        characters += min(len(item.answer), CHARACTERS >> 8)
+        characters += min(len(item.answer) + sum(len(answer) for _, answer in item.history), CHARACTERS >> 8)
         if characters > CHARACTERS:
             break
         looked_at += 1
@@ -111,9 +111,14 @@ class CutAnswers:
 
 def _surely_fits(dataset: ImageTextDataset, item: Item) -> bool:
     """Return whether an item fits by its characters alone, of which each gives few tokens."""
-    places = dataset.image_length + 2 if item.image is not None else 0
-    prompt = prompt_text(dataset.version, dataset.prompt if item.prompt is None else item.prompt)
-    return SPECIAL + places + _most_tokens(prompt) + _most_tokens(item.answer) <= dataset.max_length
+    places = (dataset.image_length + 2) * len(item.images)
+    queries = [*(query for query, _ in item.history), dataset.prompt if item.prompt is None else item.prompt]
+    answers = [*(answer for _, answer in item.history), item.answer]
+    try:
+        texts = [*turn_texts(dataset.version, queries, item.system), *answers]
+    except SatLoraError:
+        return False
+    return SPECIAL * len(answers) + places + sum(map(_most_tokens, texts)) <= dataset.max_length
 
 
 def _most_tokens(text: str) -> int:

@@ -1,4 +1,4 @@
-"""Formats of data sets that are not read here, known by their keys or their first bytes, so that they can be named."""
+"""Formats of data sets that are not our own, known by their keys or their first bytes, so that they can be named."""
 
 import json
 import re
@@ -14,15 +14,17 @@ IMAGES = "a line for each image"
 
 @dataclass(frozen=True)
 class Format:
-    """A format of data sets that is not read here.
+    """A format of data sets that is not our own.
 
     whose: its name. marks: sets of keys, separated by white space, of which one is enough; `a[].b` is the key `b` in
-    the first object of the list `a`, `*.b` that in the first object among the values. instead: what to write.
+    the first object of the list `a`, `*.b` that in the first object among the values. instead: what to write. is_read:
+    whether a module of `records` reads it.
     """
 
     whose: str
     marks: tuple[str, ...]
     instead: str
+    is_read: bool = False
 
 
 FORMATS = (
@@ -57,21 +59,30 @@ FORMATS = (
          "images licenses"),
         IMAGES,
     ),
-    Format("LLaVA, ShareGPT and CogVLM-SFT-311K", ("conversations", "conversation", "captions[].role"), QUESTIONS),
+    Format(
+        "LLaVA, ShareGPT and CogVLM-SFT-311K",
+        ("conversations", "conversation", "captions[].role"),
+        QUESTIONS,
+        True,
+    ),
     Format(
         "chat data sets (OpenAI, ms-swift, LLaMA-Factory)",
         ("messages", "dialog", "dialogue", "dialogs", "turns"),
         QUESTIONS,
+        True,
     ),
-    Format("ms-swift and LLaMA-Factory", ("history", "system", "response", "query"), QUESTIONS),
-    Format("Alpaca", ("instruction", "output"), QUESTIONS),
+    Format("ms-swift and LLaMA-Factory", ("history", "system", "response", "query"), QUESTIONS, True),
+    Format("Alpaca", ("instruction", "output"), QUESTIONS, True),
     Format("Donut", ("file_name ground_truth", "ground_truth gt_parse", "gt_parse"), IMAGES),
-    Format("Hugging Face's image folders", ("file_name",), IMAGES),
-    Format("VQA", ("question", "answers", "multiple_choice_answer"), "a line for each question"),
+    Format("Hugging Face's image folders", ("file_name",), IMAGES, True),
+    Format("VQA", ("question", "answers", "multiple_choice_answer"), "a line for each question", True),
 )  # fmt: skip
 
 
 MARKS = frozenset(key for foreign in FORMATS for marks in foreign.marks for key in marks.split())
+
+
+_MARKS_OF = [(known, [frozenset(marks.split()) for marks in known.marks]) for known in FORMATS]
 
 
 def format_of(entry: Mapping) -> Format | None:
@@ -82,7 +93,7 @@ def format_of(entry: Mapping) -> Format | None:
             keys.update(f"*.{name}" for name in value)
         elif isinstance(value, list) and value and isinstance(value[0], dict):
             keys.update(f"{key}[].{name}" for name in value[0])
-    return next((known for known in FORMATS if any(keys.issuperset(marks.split()) for marks in known.marks)), None)
+    return next((known for known, marks in _MARKS_OF if any(keys.issuperset(mark) for mark in marks)), None)
 
 
 JSON_SUFFIXES = (".jsonl", ".json", ".ndjson", ".jsonlines", ".jl")
@@ -199,16 +210,17 @@ def texts_of(content: bytes) -> list[str]:
     return [content.decode(name, "replace") for name in ("cp1252", "gb18030")]
 
 
-def named_format(path: Path, head: bytes) -> str | None:
+def named_format(path: Path, head: bytes, unread: bool = False) -> str | None:
     """Return what a file that has the answers to images is, as `kind_of_file` says it; None if nobody knows.
 
-    JSON is known by its first object, or, where that goes on beyond HEAD bytes, by the keys up to there.
+    JSON is known by its first object, or, where that goes on beyond HEAD bytes, by the keys up to there. unread: says
+    nothing of formats that are read.
     """
     text = texts_of(head)[0].lstrip("\ufeff \t\r\n")
     if not text.startswith(("{", "[")):
         return kind_of_file(head, path.suffix)
     foreign = format_of(_first_object(text))
-    return None if foreign is None else f"is of {foreign.whose}"
+    return None if foreign is None or (unread and foreign.is_read) else f"is of {foreign.whose}"
 
 
 def _first_object(text: str) -> Mapping:

@@ -5,15 +5,17 @@ Lines end in \\n, \\r\\n or \\r, and nothing else ends one. UTF-8, with or witho
 
 import json
 import os
-import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from io import TextIOWrapper
 from pathlib import Path
 
-from sat_lora.data.item_keys import METADATA, READ, WANTED, key_problems
+from sat_lora.data.box_texts import picture_size, with_boxes
+from sat_lora.data.image_sources import StoredImage, image_source
 from sat_lora.data.json_texts import Place, elements, json_problem, short_problem, unique_keys
+from sat_lora.data.reading import Reading, samples_of
+from sat_lora.data.records.record import Record, RecordError
 from sat_lora.errors import DataError
 from sat_lora.files.foreign import open_file, parse_json
 from sat_lora.printable import printable
@@ -22,37 +24,39 @@ FILE_LIMIT = 1 << 40  # bytes: a file is read line by line
 LINE_LIMIT = 1 << 27  # characters of a line, which is in memory as a whole
 WHOLE_LIMIT = 1 << 28  # the same of an array
 SHOWN = 10  # problems of a file
-NAME_LIMIT = 255  # bytes, as file systems have them
-PATH_LIMIT = 4000  # characters
-ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://|data:")
-WINDOWS_ROOT = re.compile(r"[A-Za-z]:[\\/]|\\\\")
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One object of a file. line: its number; of an object in an array, `object 3 (line 7)`."""
+    """One sample of a file. images: of `record`, as paths or the content of their files. line: its number; of an object
+    in an array, `object 3 (line 7)`; of a table, `row 3`.
+    """
 
-    image: Path | None
-    prompt: str | None
-    answer: str
+    record: Record
+    images: tuple[Path | bytes | StoredImage, ...]
     line: int | str
 
 
 @dataclass
 class Entries:
-    """The objects that a file holds. passed_over: how many of them have a key that is not read, by its name."""
+    """The samples that a file holds.
+
+    passed_over: how many objects have a key that is not read, by its name. layouts: how many are of each layout.
+    """
 
     objects: list[Entry] = field(default_factory=list)
     passed_over: Counter[str] = field(default_factory=Counter)
+    layouts: Counter[str] = field(default_factory=Counter)
 
 
 @dataclass
-class _Problems:
+class Problems:
     """Problems as texts, each with the lines that have it, in the order in which they came up."""
 
     lines: dict[str, list[int | str]] = field(default_factory=dict)
 
     def add(self, number: int | str, text: str) -> None:
+        """Note a problem of the line, or object, of that number."""
         self.lines.setdefault(printable(text), []).append(number)
 
     def raise_any(self, path: Path) -> None:
@@ -63,8 +67,10 @@ class _Problems:
         shown = [_described(text, numbers) for text, numbers in [*self.lines.items()][:SHOWN]]
         shown += ["..."] * (len(self.lines) > SHOWN)
         lines = "1 line" if count == 1 else f"{count} lines"
-        if any(isinstance(number, str) for numbers in self.lines.values() for number in numbers):
-            lines = "1 object" if count == 1 else f"{count} objects"
+        places = [number for numbers in self.lines.values() for number in numbers if isinstance(number, str)]
+        if places:
+            what = "row" if places[0].startswith("row ") else "object"
+            lines = f"1 {what}" if count == 1 else f"{count} {what}s"
         raise DataError("\n  ".join([f"{printable(path)}: {lines} cannot be used:", *shown]))
 
 
@@ -82,57 +88,49 @@ def line_called(line: int | str) -> str:
     return line if isinstance(line, str) else f"line {line}"
 
 
-def read_entries(path: str | Path, *, ignored: Collection[str] = (), images_from: Sequence[str | Path] = ()) -> Entries:
-    """Return the objects of a file, whatever its name; none if it holds nothing but white space.
+def read_entries(path: str | Path, reading: Reading) -> Entries:
+    """Return the samples of a file of JSON, whatever its name; none if it holds nothing but white space.
 
-    ignored: keys to pass over. images_from: folders, beside the file's own, that a relative path may lead to by `..`.
     Raises DataError if it is no regular file or cannot be read, or with every wrong line of it.
     """
     path = Path(path)
-    entries = Entries()
-    problems = _Problems()
-    roots = [os.path.abspath(folder) for folder in (path.parent, *images_from)]
+    problems = Problems()
     try:
-        for number, value in _values(path, problems):
-            texts = object_problems(value, ignored)
-            image = value.get("image") if isinstance(value, dict) else None
-            if not texts and image is not None:
-                image, problem = _image_path(path.parent, image, roots)
-                texts = [problem] if problem else []
-            if texts or not isinstance(value, dict):
-                problems.add(number, ": " + "; ".join(texts))
-                continue
-            entries.objects.append(Entry(image, value.get("prompt"), value["answer"], number))
-            entries.passed_over.update(key for key in value if key not in READ)
+        return collect_entries(path, _values(path, problems), reading, problems)
     except UnicodeError as error:
         raise DataError(f"{printable(path)}: cannot be read as text: {error}; save it as UTF-8") from error
     except (OSError, ValueError) as error:
         raise DataError(f"{printable(path)}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
+
+
+def collect_entries(
+    path: Path, values: Iterable[tuple[int | str, object]], reading: Reading, problems: Problems | None = None
+) -> Entries:
+    """Return the samples of a file's objects. values: (line, object). problems: those that are known, or come up while
+    `values` is gone through.
+
+    Raises DataError with every object that cannot be used, and all problems.
+    """
+    entries = Entries()
+    problems = Problems() if problems is None else problems
+    options = reading.records
+    roots = [os.path.abspath(folder) for folder in (path.parent, *reading.images_from)]
+    for number, value in values:
+        try:
+            records, passed_over, layout = samples_of(value, options)
+            for record in records:
+                images = tuple(image_source(image, path.parent, roots) for image in record.images)
+                entries.objects.append(Entry(with_boxes(record, images, picture_size), images, number))
+        except RecordError as error:
+            problems.add(number, ": " + "; ".join(error.problems))
+            continue
+        entries.passed_over.update(passed_over)
+        entries.layouts[layout] += len(records)
     problems.raise_any(path)
     return entries
 
 
-def object_problems(value: object, ignored: Collection[str], metadata: Collection[str] = METADATA) -> list[str]:
-    """Return what is wrong with the keys and types of one sample's JSON, but not with what its paths lead to."""
-    if not isinstance(value, dict):
-        return [f"wanted {WANTED}, got {kind_of_value(value)}: {json.dumps(value)[:80]}"]
-    problems = key_problems(value, ignored, metadata)
-    if problems:
-        return problems
-    for name in READ:
-        text = value.get(name)
-        if text is not None and not isinstance(text, str):
-            more = "; a sample has one image" if (name, type(text)) == ("image", list) else ""
-            problems.append(f'"{name}" is {kind_of_value(text)}, wanted a text in quotes{more}')
-    if value.get("answer") is None and "answer" in READ:
-        how = "null" if "answer" in value else "missing"
-        problems.append(f'"answer" is {how}; wanted {WANTED}, got {_listed(value)}')
-    if value.get("image") is None and value.get("prompt") is None and "image" not in metadata:
-        problems.append(f'neither "image" nor "prompt" is there; wanted {WANTED}, got {_listed(value)}')
-    return problems
-
-
-def _values(path: Path, problems: _Problems) -> Iterator[tuple[int | str, object]]:
+def _values(path: Path, problems: Problems) -> Iterator[tuple[int | str, object]]:
     """Yield (line, value) of a file; a line that is no JSON goes to `problems`."""
     texts = (text for _, line in _lines(path) if (text := _unpadded(line)))
     first = next(texts, "")
@@ -206,7 +204,7 @@ def _goes_on(text: str) -> bool:
     return False
 
 
-def _values_of_whole(path: Path, problems: _Problems) -> Iterator[tuple[str, object]]:
+def _values_of_whole(path: Path, problems: Problems) -> Iterator[tuple[str, object]]:
     """Yield (line, value) of an array, or of objects over several lines, up to the first that is no JSON."""
     with _opened(path) as file:
         text = file.read(WHOLE_LIMIT + 1)
@@ -225,49 +223,3 @@ def _values_of_whole(path: Path, problems: _Problems) -> Iterator[tuple[str, obj
         problems.add(number, f" is not JSON: {json_problem(error)}")
     except ValueError as error:
         problems.add(place.line_at(place.position), f": {short_problem(error)}")
-
-
-def _image_path(folder: Path, image: str, roots: list[str]) -> tuple[Path | None, str | None]:
-    """Return (path, None), or (None, what is wrong with it); only a path with a backslash is looked for here."""
-    if not image.strip():
-        return None, '"image" is empty; leave it out, or give null, for a sample of text alone'
-    if "\0" in image:
-        return None, '"image" holds a NUL, which no file name can'
-    if len(image) > NAME_LIMIT // 4 and not _could_be_a_path(image):
-        return None, f'"image" is no path, {len(image)} characters: {image[:40]}...'
-    if image.startswith("file://"):
-        return None, f'"image" is an address, {image[:80]}: give the path alone'
-    if ADDRESS.match(image):
-        return None, f'"image" is an address, {image[:80]}: nothing is fetched; load it down and give its path'
-    if image == "~" or image.startswith("~/"):
-        return None, f'"image" is {image[:80]}: ~ is the shell\'s; write the path out'
-    if WINDOWS_ROOT.match(image) and not os.path.lexists(folder / image):
-        return None, f'"image" is a path of Windows, {image[:80]}: give one of this machine'
-    if "\\" in image and not os.path.lexists(folder / image):
-        image = image.replace("\\", "/")
-    path = folder / image
-    if ".." in image and ".." in Path(image).parts and not os.path.isabs(image):
-        target = os.path.abspath(path)
-        if not any(os.path.commonpath([root, target]) == root for root in roots):
-            where = os.path.dirname(target)
-            return None, f'"image" leaves the folder of the file: {image[:80]}; --images-from {where} allows it'
-    return path, None
-
-
-def _could_be_a_path(image: str) -> bool:
-    longest = max(len(part.encode(errors="replace")) for part in image.split("/"))
-    return longest <= NAME_LIMIT and len(image) <= PATH_LIMIT
-
-
-def kind_of_value(value: object) -> str:
-    """Return what JSON calls a value's type, with the number itself."""
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, int | float):
-        return f"the number {str(value)[:20]}"
-    names: dict[type, str] = {list: "a list", dict: "an object", str: "a text"}
-    return "null" if value is None else names[type(value)]
-
-
-def _listed(value: dict) -> str:
-    return "the keys " + ", ".join(f'"{key[:60]}"' for key in [*value][:8]) if value else "no key"

@@ -6,11 +6,13 @@ import shlex
 from collections.abc import Collection
 
 from sat_lora.data.formats import MARKS, format_of
+from sat_lora.data.records.registry import RECORDS
 
 SHOWN = 8  # keys of one object
 NESTED = 3  # levels of what lies beside a sample that are looked through for its image
 PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".heic", ".avif")
-READ = ("image", "prompt", "answer")
+NAMES = ("image", "prompt", "answer")
+READ = (*NAMES, "history", "system", "boxes")
 WANTED = '{"image": ..., "prompt": ..., "answer": ...}'
 
 # What data sets write beside a sample and no run needs; also every name that begins with an underscore, but for those
@@ -46,6 +48,35 @@ OTHER_NAMES = {
 READ_INSTEAD = {other: name for name, others in OTHER_NAMES.items() for other in others.split()}
 
 
+def with_usual_names(
+    entry: dict, ignored: Collection[str], names: Collection[str] = NAMES
+) -> tuple[dict, dict[str, str]]:
+    """Return (the object with our own names in place of those that others have for them, {ours: theirs}).
+
+    A name of others' is read where ours is not there, and no second one that could be meant is. names: which of ours
+    may be called otherwise. Objects of formats that are not read stay as they are.
+    """
+    others = {key: value for key, value in entry.items() if key not in READ and key not in ignored}
+    called: dict[str, str] = {}
+    lacking = [name for name in names if entry.get(name) is None] if others else []
+    for name in lacking:
+        keys = [key for key, value in others.items() if value is not None and _meant_by(key) == name]
+        if len(keys) == 1:
+            called[name] = keys[0]
+    foreign = format_of(others) if called else None
+    if not called or (foreign is not None and not foreign.is_read):
+        return entry, {}
+    ours = {other: name for name, other in called.items()}
+    kept = {key: value for key, value in entry.items() if key not in called}
+    return {ours.get(key, key): value for key, value in kept.items()}, called
+
+
+def _meant_by(key: str) -> str | None:
+    """Return our name for what others call so; None if there is none."""
+    plain = key.strip().casefold().replace("-", "_").replace(" ", "_")
+    return plain if plain in NAMES else READ_INSTEAD.get(plain)
+
+
 def key_problems(entry: dict, ignored: Collection[str], metadata: Collection[str] = METADATA) -> list[str]:
     """Return what is wrong with the names of an object's keys, a sentence each.
 
@@ -75,7 +106,13 @@ def key_problems(entry: dict, ignored: Collection[str], metadata: Collection[str
         problems.append(f"nor are {len(unknown) - SHOWN} others")
     layout = _layout_of(entry, ignored)
     problems[-1] += f"; {layout}" if layout else ""
+    twice = [name for name in NAMES if entry.get(name) is None and sum(_meant_by(key) == name for key in unknown) > 1]
+    if twice and not layout:
+        several = " or ".join(_shown(key) for key in unknown if _meant_by(key) == twice[0])
+        problems[-1] += f"; {twice[0]} may be {several}: --columns {twice[0]}=KEY says which"
     problems[-1] += f"; wanted {WANTED}"
+    if not layout and not any(key in READ for key in entry):
+        problems[-1] += f", or another layout that is read: {', '.join(RECORDS)} (docs/data.md)"
     others = [key for key in unknown if not meant[key]]
     is_sample = "answer" in entry or "image" in metadata  # a shard's answer may lie beside its JSON
     if others and not layout and is_sample:
@@ -114,14 +151,14 @@ def _holds_a_question(key: str, value: object) -> bool:
 def _layout_of(entry: dict, ignored: Collection[str]) -> str | None:
     """Return, as a clause, that an object is of another format; None if its keys tell of none."""
     foreign = format_of({key: value for key, value in entry.items() if key not in READ and key not in ignored})
-    if foreign is None:
+    if foreign is None or foreign.is_read:
         return None
     return f"such keys are those of {foreign.whose}, a layout that is not read here: write {foreign.instead}"
 
 
 def _instead(key: str, entry: dict) -> str:
     plain = key.strip().casefold().replace("-", "_").replace(" ", "_")
-    name = plain if plain in READ else READ_INSTEAD.get(plain)
+    name = _meant_by(key)
     if name is None:
         near = difflib.get_close_matches(plain, [*READ, *READ_INSTEAD], 1, 0.75)
         name = READ_INSTEAD.get(near[0], near[0]) if near else None

@@ -40,6 +40,7 @@ MASK_FOLDERS = re.compile(
 NUMBERED = re.compile(r"(.*?)[ _.-]*\(?(\d+)\)?")
 OUTPUTS = re.compile(r"(.*[ _.-])?(pred\w*|outputs?|results?|eval\w*|runs?|logs?)([ _.-].*)?", re.IGNORECASE)
 PARTS = re.compile(r"(train|val|valid|test|dev|training|validation|testing|part|split|fold).*|\d+", re.IGNORECASE)
+_TABLES_READ = (".csv", ".tsv", ".tab", ".parquet")
 LISTS_READ = 20
 ENOUGH = 20  # images that part of a long file names
 FOLDERS_READ = 50
@@ -57,7 +58,7 @@ def check_file_kind(path: Path) -> None:
     begins = head.replace(b"\0", b"").lstrip(b"\xef\xbb\xbf\xfe\xff \t\r\n")[:1]
     if begins in (b"{", b"["):
         # One line of hundreds of MB would be refused for its length alone.
-        kind = named_format(path, head) if size > LINE_LIMIT and b"\n" not in head else None
+        kind = named_format(path, head, unread=True) if size > LINE_LIMIT and b"\n" not in head else None
         if kind is not None:
             raise DataError(f"{printable(path)} {kind}, a layout that is not read here: write lines {WANTED}")
         return
@@ -255,7 +256,7 @@ def _check_lists_beside(
 
 
 def _advice(path: Path) -> str:
-    return "; give that file if it has samples" if path.suffix.lower() in JSON_SUFFIXES else ""
+    return "; give that file if it has samples" if path.suffix.lower() in (*JSON_SUFFIXES, *_TABLES_READ) else ""
 
 
 def _refuse(folder: Path, text: Path | None, why: str) -> None:
@@ -287,6 +288,6 @@ def _texts_in(folder: Path) -> Iterator[Path]:
         yield from (Path(where, name) for name in sorted(texts) if not os.path.islink(os.path.join(where, name)))
 
 
-def missing_file_hint(path: Path | bytes | None) -> str:
+def missing_file_hint(path: object) -> str:
     """Return what was most likely meant by a path that leads nowhere, as the end of a sentence; "" if unknown."""
     return nearest(path) if isinstance(path, Path) else ""

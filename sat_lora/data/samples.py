@@ -1,39 +1,58 @@
 """Images with an answer each: found, read, made into samples and put together into batches."""
 
 import os
+import pkgutil
 import random
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch.utils.data import Dataset
 
 from sat_lora.cogvlm.inputs.image import load_image, no_images
 from sat_lora.cogvlm.inputs.pictures import MAX_PIXELS
-from sat_lora.cogvlm.inputs.text import IGNORED, IMAGE_PLACE, Sample, build_sample, prompt_for, prompt_text
-from sat_lora.data.folders import find_images
-from sat_lora.data.item_files import Entries, line_called, read_entries
-from sat_lora.data.layouts import check_file_kind, check_layout, missing_file_hint
+from sat_lora.cogvlm.inputs.text import IGNORED, IMAGE_PLACE, Sample, build_sample, turn_texts
+from sat_lora.data.folders import find_images as find_images
+from sat_lora.data.image_sources import StoredImage
+from sat_lora.data.item_files import Entries, line_called
+from sat_lora.data.layouts import missing_file_hint
+from sat_lora.data.reading import READERS, SHARDS, Reading
+from sat_lora.data.records.record import IMAGE
+from sat_lora.data.records.registry import RECORDS
 from sat_lora.errors import ConfigError, DataError
 from sat_lora.printable import printable
+
+Picture = Path | bytes | StoredImage
+"""What an image is read from: its file, the content of that, or its place in a table."""
 
 
 @dataclass(frozen=True)
 class Item:
     """One question: an image (None: text only), the query (None: --prompt) and the answer to learn.
 
-    image: its path, or the content of its file. name: what reports call the item; None is the path. file, line: where
-    it is written down, if it is.
+    history: (query, answer) of the turns before this one. system: the text that stands before all turns. more_images:
+    further ones, in the order of their places; a query has IMAGE where one goes, and those without such a place come
+    before all texts. name: what reports call the item; None is the image's path. file, line: where it is written down,
+    if it is.
     """
 
-    image: Path | bytes | None
+    image: Picture | None
     answer: str
     prompt: str | None = None
     name: str | None = None
     file: Path | None = field(default=None, compare=False)
     line: int | str | None = field(default=None, compare=False)
+    history: tuple[tuple[str, str], ...] = ()
+    system: str | None = None
+    more_images: tuple[Picture, ...] = ()
+
+    @property
+    def images(self) -> tuple[Picture, ...]:
+        """All images, in the order of their places."""
+        return () if self.image is None else (self.image, *self.more_images)
 
     @property
     def place(self) -> str | None:
@@ -60,6 +79,10 @@ class DataCounts:
     """Samples that an earlier path has given, too."""
     unused: Counter[str] = field(default_factory=Counter)
     """What lies in folders and is no sample, by reason."""
+    layouts: Counter[str] = field(default_factory=Counter)
+    """Samples by their layout, in words for people."""
+    by_path: list[int] = field(default_factory=list)
+    """Samples of each data path, in their order."""
 
     def left_out(self) -> list[tuple[str, int]]:
         """Return (what, how many) of what is not used, and of what samples lack or have for nothing: for their user."""
@@ -71,15 +94,18 @@ class DataCounts:
         counts += [(f'times "{printable(key)}" (not read)', count) for key, count in self.passed_over.items()]
         return [*self.unused.most_common(), *((reason, count) for reason, count in counts if count)]
 
-    def add(self, path: Path, entries: Entries) -> None:
-        """Count the entries of the file at `path`."""
+    def add(self, path: Path, entries: Entries, container: str | None = None) -> None:
+        """Count the entries of the file at `path`. container: what people call it; None: by its suffix."""
         self.labelled_by_text += len(entries.objects)
-        self.text_only += sum(entry.image is None for entry in entries.objects)
-        self.without_answer += sum(not entry.answer.strip() for entry in entries.objects)
-        lacking = sum(entry.prompt is None for entry in entries.objects)
+        self.text_only += sum(not entry.images for entry in entries.objects)
+        self.without_answer += sum(not entry.record.answer.strip() for entry in entries.objects)
+        lacking = sum(entry.record.prompt is None for entry in entries.objects)
         if lacking:
             self.without_prompt[str(path)] += lacking
         self.passed_over += entries.passed_over
+        kind = container or path.suffix.lower().removeprefix(".") or "a file"
+        for layout, count in entries.layouts.items():
+            self.layouts[f"{kind}: {RECORDS[layout].WHOSE}"] += count
 
 
 @dataclass(frozen=True)
@@ -94,53 +120,94 @@ class BrokenSample:
     sample: str | None = None
 
 
-def read_items(
-    paths: Sequence[str | Path],
-    *,
-    ignore_keys: Collection[str] = (),
-    images_from: Sequence[str | Path] = (),
-    names_are_answers: bool = False,
-    run_folder: str | Path | None = None,
-    counts: DataCounts | None = None,
-) -> list[Item]:
-    """Return the items of data paths: in a folder an image file's stem is its answer; a file has one object per line.
+class Reader(Protocol):
+    """A way in which samples lie in a path. A module that `READERS` lists has these names."""
 
-    A line: {"image": path relative to the file, or absent for text only, "prompt": ..., "answer": ...}; without a
-    prompt, --prompt is asked. An array of such objects is read as well. ignore_keys, images_from: see `read_entries`.
-    names_are_answers: of a folder that looks like another layout too. run_folder: of the run that asks. counts: what
-    was read, and what lies in the folders and is no sample, is added to it.
-    Raises DataError if a path is missing or is plainly another layout, or with every wrong line of a file.
+    WHOSE: str
+    """What people call it."""
+    READS_FOLDERS: bool
+
+    def fits(self, path: Path) -> bool:
+        """Return whether it reads a file, or a folder, by its content."""
+
+    def read(self, path: Path, reading: Reading, counts: DataCounts, given: Sequence[Path]) -> list[Item]:
+        """Return the samples of a path, and add to `counts` what was read. given: all data paths of the option.
+
+        Raises DataError with all that is wrong with it.
+        """
+
+
+def read_items(paths: Sequence[str | Path], *, counts: DataCounts | None = None, **reading) -> list[Item]:
+    """Return the items of data paths, each read by the first of READERS that it fits, or by --data-format's.
+
+    reading: the fields of a Reading. counts: what was read, and what lies in the folders and is no sample, is added to
+    it. Raises DataError if a path is missing or is plainly another layout, or with every wrong line of a file.
     """
-    items = []
+    options = Reading(**reading)
     counts = DataCounts() if counts is None else counts
+    items: list[Item] = []
+    given = [Path(path) for path in paths]
     before: set[str] = set()  # of folders their images, of files the files
-    for path in map(Path, paths):
-        if path.is_dir() or not path.exists():
-            images = find_images([path], counts.unused, run_folder)
-            if not names_are_answers:
-                check_layout(path, images, given=[Path(data_path) for data_path in paths])
-            items += [Item(image, image.stem) for image in images]
-            counts.labelled_by_name += len(images)
-            if len(paths) > 1:
-                places = {os.path.abspath(image) for image in images}
-                counts.again += len(places & before)
-                before |= places
-            continue
-        check_file_kind(path)
-        entries = read_entries(path, ignored=ignore_keys, images_from=images_from)
-        items += [Item(e.image, e.answer, e.prompt, file=path, line=e.line) for e in entries.objects]
-        counts.add(path, entries)
-        place = os.path.abspath(path)
-        counts.again += len(entries.objects) * (place in before)
-        before.add(place)
+    for path in given:
+        own = reader_of(path, options).read(path, options, counts, given)
+        items += own
+        counts.by_path.append(len(own))
+        if len(paths) > 1:
+            is_by_name = bool(own) and own[0].file is None
+            places = (
+                {os.path.abspath(item.image) for item in own if isinstance(item.image, Path)} if is_by_name else set()
+            )
+            places = places or {os.path.abspath(path)}
+            counts.again += len(places & before) if is_by_name else len(own) * (not places.isdisjoint(before))
+            before |= places
+    return items
+
+
+def reader_of(path: Path, reading: Reading) -> Reader:
+    """Return the reader of a data path. Raises DataError where --data-format names one of another kind."""
+    is_folder = path.is_dir() or not path.exists()
+    if reading.data_format in READERS:
+        reader = pkgutil.resolve_name(READERS[reading.data_format])
+        if is_folder != reader.READS_FOLDERS:
+            kinds = ("files", "folders")
+            raise DataError(
+                f"{printable(path)} is a {'folder' if is_folder else 'file'}, and --data-format {reading.data_format} "
+                f"reads {kinds[reader.READS_FOLDERS]}; leave it out to have the layout recognised"
+            )
+        return reader
+    if reading.data_format == SHARDS:
+        raise DataError(f"{printable(path)} is no .tar, and --data-format {SHARDS} reads those alone; leave it out")
+    readers = (pkgutil.resolve_name(place) for place in READERS.values())
+    return next(reader for reader in readers if is_folder == reader.READS_FOLDERS and reader.fits(path))
+
+
+def items_of_entries(path: Path, entries: Entries, counts: DataCounts, container: str | None = None) -> list[Item]:
+    """Return the items of a file's entries, and count them. container: what people call the file, see `add`."""
+    counts.add(path, entries, container)
+    items = []
+    for entry in entries.objects:
+        record = entry.record
+        image, *more = entry.images or (None,)
+        name = f"{path}, {line_called(entry.line)}" if image is not None and not isinstance(image, Path) else None
+        items.append(
+            Item(
+                image,
+                record.answer,
+                record.prompt,
+                name,
+                file=path,
+                line=entry.line,
+                history=record.history,
+                system=record.system,
+                more_images=tuple(more),
+            )
+        )
     return items
 
 
 def reading_options(settings: object) -> dict:
     """Return what `read_items` takes, as keywords, of an object that may have attributes of those names."""
-    known = vars(settings)
-    lists = {name: list(known.get(name) or ()) for name in ("ignore_keys", "images_from")}
-    return {**lists, "names_are_answers": bool(known.get("names_are_answers")), "run_folder": known.get("run_folder")}
+    return vars(Reading.of(settings))
 
 
 def split_items(items: Sequence[Item], proportions: Sequence[float], seed: int) -> tuple[list[Item], ...]:
@@ -166,7 +233,7 @@ class ImageTextDataset(Dataset):
     image_size: (height, width) in pixels. image_length: patches per image. max_length: in tokens; longer answers
     are cut. max_pixels: of a picture that is read.
     with_answer: False gives the prompt alone, ready for generation; the answer is in `items[i].answer`.
-    special_tokens: see `build_sample`.
+    special_tokens: see `build_sample`. learns_all: whether the answers of earlier turns are learnt as well.
     """
 
     def __init__(
@@ -182,6 +249,7 @@ class ImageTextDataset(Dataset):
         with_answer: bool = True,
         special_tokens: bool = False,
         max_pixels: int = MAX_PIXELS,
+        learns_all: bool = True,
     ):
         self.items = [item if isinstance(item, Item) else Item(Path(item), Path(item).stem) for item in items]
         self.tokenizer = tokenizer
@@ -193,6 +261,7 @@ class ImageTextDataset(Dataset):
         self.with_answer = with_answer
         self.special_tokens = special_tokens
         self.max_pixels = max_pixels
+        self.learns_all = learns_all
 
     def __len__(self) -> int:
         return len(self.items)
@@ -206,41 +275,68 @@ class ImageTextDataset(Dataset):
     def make_sample(self, item: Item, name: str | None = None) -> Sample | BrokenSample:
         """Return the sample, or what is wrong with it: an exception would stop one rank, and the others would wait."""
         name = name or item.name
+        images = []
+        for image in item.images:
+            called = name if image is item.image else None
+            try:
+                content = picture_content(image)
+                images.append(load_image(content, self.image_size, called, max_pixels=self.max_pixels))
+            except (DataError, OSError, ValueError) as error:
+                where = f" (named in {item.place})" if item.place and item.place != name else ""
+                path = printable(name if image is item.image else image)
+                problem = error if isinstance(error, DataError) else f"{path}: cannot be read as an image: {error}"
+                return BrokenSample(path, printable(f"{problem}{missing_file_hint(image)}{where}"))
         try:
-            image = None
-            if item.image is not None:
-                image = load_image(item.image, self.image_size, name, max_pixels=self.max_pixels)
-        except DataError as error:
-            where = f" (named in {item.place})" if item.place else ""
-            return BrokenSample(printable(name), printable(f"{error}{missing_file_hint(item.image)}{where}"))
-        try:
-            return self.lay_out(item, image)
+            sample = self.lay_out(item, *images[:1])
+            return replace(sample, more_images=tuple(images[1:])) if images[1:] else sample
         except (DataError, ConfigError) as error:
             # Many samples may share an image whose path is their name: what is wrong with a text is its line's.
             place = printable(item.place or name)
             return BrokenSample(place, f"{place}: {printable(error)}")
 
     def lay_out(self, item: Item, image: torch.Tensor | None = None) -> Sample:
-        """Return the sample with the places of its image, and with `image`.
+        """Return the sample with the places of its images, and with `image`, its first.
 
         Raises DataError or ConfigError if it cannot be one.
         """
-        answer = item.answer if self.with_answer else None
-        settings = (self.image_length, self.max_length, image, self.special_tokens)
-        return build_sample(self.tokenizer, self._prompt(item), answer, *settings)
+        *earlier, prompt = self._prompts(item)
+        answers = [answer for _, answer in item.history]
+        return build_sample(
+            self.tokenizer,
+            prompt,
+            item.answer if self.with_answer else None,
+            self.image_length,
+            self.max_length,
+            image,
+            self.special_tokens,
+            earlier=[*zip(earlier, answers, strict=True)],
+            learns_earlier=self.learns_all,
+        )
 
-    def _prompt(self, item: Item) -> str | tuple[str, ...]:
-        """Return the prompt as `build_sample` takes it: where special tokens are text, the parts around the image."""
-        query = self.prompt if item.prompt is None else item.prompt
-        if not self.special_tokens:
-            text = prompt_text(self.version, query)
-            return (text,) if item.image is None else ("", text)
-        prompt = prompt_for(self.version, query)
-        if item.image is None:
-            prompt = prompt.replace(IMAGE_PLACE, "", 1)
-        if prompt.count(IMAGE_PLACE) != (item.image is not None):
-            raise DataError(f"the prompt {query!r} holds {IMAGE_PLACE}, the mark of the image")
-        return prompt
+    def _prompts(self, item: Item) -> list[str | tuple[str, ...]]:
+        """Return the prompt of each turn as `build_sample` takes it: where special tokens are text, the parts around
+        the images.
+        """
+        queries = [query for query, _ in item.history]
+        queries.append(self.prompt if item.prompt is None else item.prompt)
+        texts = turn_texts(self.version, queries, item.system)
+        in_texts = sum(text.count(IMAGE) for text in texts)
+        before = len(item.images) - in_texts
+        if before < 0 or (in_texts and not item.more_images):
+            raise DataError("a text holds half a character (U+DBFF)")
+        if self.special_tokens:
+            spelled = next((query for query in queries if IMAGE_PLACE in query), None)
+            if spelled is not None:
+                raise DataError(f"the prompt {spelled!r} holds {IMAGE_PLACE}, the mark of the image")
+            marked = [text.replace(IMAGE, IMAGE_PLACE) for text in texts]
+            return [IMAGE_PLACE * before + marked[0], *marked[1:]]
+        parts = [tuple(text.split(IMAGE)) for text in texts]
+        return [("",) * before + parts[0], *parts[1:]]
+
+
+def picture_content(image: Picture) -> Path | bytes:
+    """Return what `read_picture` takes of an image: what lies in a table is read. Raises OSError or ValueError."""
+    return image if isinstance(image, str | Path | bytes) else image.read()
 
 
 def collate(samples: Sequence[Sample | BrokenSample], *, image_size: tuple[int, int]) -> dict:
@@ -256,7 +352,7 @@ def collate(samples: Sequence[Sample | BrokenSample], *, image_size: tuple[int, 
     """
     broken = [sample for sample in samples if isinstance(sample, BrokenSample)]
     usable = [sample for sample in samples if not isinstance(sample, BrokenSample)] or [_padding_only()]
-    images = [sample.image for sample in usable if sample.image is not None]
+    images = [image for sample in usable for image in (sample.image, *sample.more_images) if image is not None]
     length = max(len(sample.input_ids) for sample in usable)
 
     def stack(field: str, fill: int) -> torch.Tensor:

@@ -21,6 +21,7 @@ BASE_WANTED = (
 COMPRESSED_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tar.lz4")
 ADAPTER_WANTED = "give the folder of an adapter, such as runs/NAME/adapter"
 _ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
+_WEIGHTED = re.compile(r"(.*[^:/\\]):(\d+\.?\d*|\.\d+)", re.DOTALL)
 _QUOTES = "\"'`“”„‘’«»"
 
 
@@ -42,6 +43,17 @@ def missing_path(text: str, wanted: str) -> str | None:
     if os.path.islink(text):
         return f"{printable(text)} is a link to {printable(os.readlink(text))}, which is not there; mend the link"
     return f"{printable(text)} does not exist{_written_as(text) or nearest(Path(text))}; {wanted}"
+
+
+def split_weight(text: str) -> tuple[str, float | None]:
+    """Return (path, weight) of a data path that is written PATH:WEIGHT; the weight is None where there is none.
+
+    What is there under the whole text is a path.
+    """
+    match = _WEIGHTED.fullmatch(text)
+    if match is None or os.path.lexists(text):
+        return text, None
+    return match[1], float(match[2])
 
 
 def is_shard(path: str | Path) -> bool:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Collection, Iterator, Sequence
 
 from sat_lora.errors import ConfigError, DataError
-from sat_lora.files.paths import is_shard, missing_base, missing_path
+from sat_lora.files.paths import is_shard, missing_base, missing_path, split_weight
 from sat_lora.parallel.launch import Place
 from sat_lora.printable import printable_lines
 from sat_lora.terminal.edge import MISTAKE, let_first_rank_speak
@@ -72,7 +72,8 @@ def base_problems(folder: str) -> list[str]:
 def data_problems(config: TrainConfig, demo: Demo | None = None) -> Iterator[str]:
     """Yield a sentence for each path of data that leads to nothing."""
     for name in DATA:
-        for path in getattr(config.data, name) or ():
+        for text in getattr(config.data, name) or ():
+            path, _ = split_weight(text)
             is_made = demo is not None and demo.makes(path)
             if is_made or (is_shard(path) and (path.startswith("pipe:") or "{" in path)):
                 continue

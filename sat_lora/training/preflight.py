@@ -8,16 +8,25 @@ import torch
 
 from sat_lora.cogvlm.checkpoints.load import check_files, read_config
 from sat_lora.cogvlm.inputs.pictures import FORMATS, read_picture
-from sat_lora.cogvlm.inputs.text import IMAGE_PLACE, PROMPTS, load_tokenizer, prompt_for, prompt_text, shortest_length
+from sat_lora.cogvlm.inputs.text import (
+    IMAGE_PLACE,
+    PROMPTS,
+    load_tokenizer,
+    prompt_for,
+    prompt_text,
+    shortest_length,
+    turn_texts,
+)
 from sat_lora.cogvlm.network.model import parallel_problems
 from sat_lora.cogvlm.sizes import image_length_problem, missing_sizes
 from sat_lora.data.folders import left_out_lines
 from sat_lora.data.layouts import missing_file_hint
-from sat_lora.data.samples import DataCounts, read_items, reading_options
+from sat_lora.data.reading import READERS, Reading
+from sat_lora.data.samples import DataCounts, Item, picture_content, read_items, reading_options
 from sat_lora.data.shards.shard_checks import problems_with_shards
 from sat_lora.errors import CheckpointError, ConfigError, DataError, SatLoraError
 from sat_lora.files.foreign import os_problem
-from sat_lora.files.paths import is_shard, missing_path
+from sat_lora.files.paths import is_shard, missing_path, split_weight
 from sat_lora.printable import printable
 from sat_lora.training.early import WANTED, data_hint, raise_problems
 from sat_lora.training.resume import settled_problems, state_to_resume
@@ -257,15 +266,27 @@ def _data_problems(config: TrainConfig, demo: Demo | None) -> Iterator[str]:
     """Yield what is wrong with the paths of data and what lies there."""
     if not config.data.train_data:
         yield "--train-data: nothing given; give folders of images named LABEL.png, .jsonl files or tar shards"
+    try:
+        options = Reading.of(source_settings(config)).records
+    except ConfigError as error:
+        yield str(error)
+        return
     streamed = is_shard((config.data.train_data or ("",))[0])
     if streamed and not config.data.valid_data and "split" in config.given and sum(config.data.split[1:]) > 0:
         yield "--split: tar shards are streamed and cannot be split; give --valid-data, or leave --split out"
     for name in ("train_data", "valid_data", "test_data"):
         option = "--" + name.replace("_", "-")
-        paths = config.value(name) or []
+        weighted = [split_weight(path) for path in config.value(name) or []]
+        paths = [path for path, _ in weighted]
+        if problem := _problem_with_weights(weighted, name):
+            yield f"{option}: {problem}"
+            continue
         if any(map(is_shard, paths)):
+            if config.data.data_format in READERS:
+                yield f"{option}: tar shards are not of --data-format {config.data.data_format}; leave it out"
+                continue
             try:
-                problems = problems_with_shards(paths, option, config.data.max_pixels, config.data.ignore_keys)
+                problems = problems_with_shards(paths, option, config.data.max_pixels, options)
                 yield from (f"{option}: {problem}" for problem in problems)
             except OSError as error:
                 yield f"{option}: {os_problem(error)}"
@@ -277,6 +298,24 @@ def _data_problems(config: TrainConfig, demo: Demo | None) -> Iterator[str]:
                 problem = os_problem(error)
             if problem:
                 yield f"{option}: {problem}{data_hint(config.given, name, demo)}"
+
+
+def _problem_with_weights(weighted: list[tuple[str, float | None]], name: str) -> str | None:
+    """Return what is wrong with the weights of data paths; None where there is nothing."""
+    given = [(path, weight) for path, weight in weighted if weight is not None]
+    if not given:
+        return None
+    shown = printable(f"{given[0][0]}:{given[0][1]:g}")
+    if name != "train_data":
+        return f"{shown}: a weight is for --train-data; give the path alone"
+    if len(given) < len(weighted):
+        lacking = next(path for path, weight in weighted if weight is None)
+        return f"{shown} has a weight and {printable(lacking)} has none; give each path one, or none"
+    if nothing := [path for path, weight in given if not weight]:
+        return f"{printable(nothing[0])}: a weight of 0; leave the path out, or give a number above 0"
+    if shards := [path for path, _ in given if is_shard(path)]:
+        return f"{printable(shards[0])}: tar shards are streamed, shard by shard, and take no weight"
+    return None
 
 
 def _problem_with_path(path: Path, config: TrainConfig) -> str | None:
@@ -299,14 +338,29 @@ def _problem_with_path(path: Path, config: TrainConfig) -> str | None:
         wanted = f"images ({', '.join(FORMATS)}) in or below it" if path.is_dir() else "lines in it"
         others = ", ".join(left_out_lines(counts.unused)) or "nothing"
         return f"{path} has no {wanted}; found {others}; give a folder or file that has some"
+    if problem := _problem_with_turns(items, config):
+        return f"{path}: {problem}"
     images = [item.image for item in items if item.image is not None][:IMAGES_TRIED]
     first_error = None
     for image in images:
         try:
-            read_picture(image, max_pixels=config.data.max_pixels)
+            read_picture(picture_content(image), max_pixels=config.data.max_pixels)
             return None
-        except DataError as error:
+        except (DataError, OSError, ValueError) as error:
             first_error = first_error or f"{error}{missing_file_hint(image)}"
     if images:
         return f"none of the first {len(images)} images of {path} can be read; mend or replace them; {first_error}"
+    return None
+
+
+def _problem_with_turns(items: list[Item], config: TrainConfig) -> str | None:
+    """Return why the template has no place for the turns or the system text of a sample; None if it has."""
+    if config.model.version not in PROMPTS:
+        return None
+    for item in items:
+        if item.history or item.system:
+            try:
+                turn_texts(config.model.version, [*(query for query, _ in item.history), ""], item.system)
+            except ConfigError as error:
+                return str(error)
     return None

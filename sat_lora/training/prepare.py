@@ -136,6 +136,7 @@ def dataset_maker(
             with_answer=with_answer,
             special_tokens=data.special_tokens_in_text,
             max_pixels=data.max_pixels,
+            learns_all=data.loss_on == "all",
         )
 
     return dataset

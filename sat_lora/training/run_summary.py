@@ -16,6 +16,7 @@ from sat_lora.data.answer_lengths import AnswerLengths
 from sat_lora.data.batches.sources import Source
 from sat_lora.data.folders import unreadable_folders, unreadable_notes
 from sat_lora.errors import ConfigError, SatLoraError
+from sat_lora.files.paths import split_weight
 from sat_lora.parallel.distributed import World
 from sat_lora.printable import printable
 from sat_lora.training.settings.config import NONE, Data, Optimizer, Parallel, Precision, Schedule, TrainConfig
@@ -175,15 +176,13 @@ def _device(precision: Precision, parallel: Parallel, world: World) -> str:
 
 def _data(settings: Data, data: Source, demo: Demo | None) -> str:
     """Return the line on the training data: how many samples, and where their answers come from."""
-    paths = [Path(path) for path in settings.train_data or ()]
+    paths = [Path(split_weight(path)[0]) for path in settings.train_data or ()]
     if data.packing is not None:
         how = f"of {data.packing}"
     elif demo is not None and demo.has(settings.train_data or ()):
         how = "of the embedded demo: file names are the answers"
     else:
-        suffixes = sorted({path.suffix for path in paths if path.is_file()})
-        kinds = ["file names are the answers"] if any(path.is_dir() for path in paths) else []
-        kinds += [f"answers from {' and '.join(suffixes)}"] if suffixes else []
+        kinds = [*data.layouts]
         place = f"of {paths[0]}" if len(paths) == 1 else f"of {len(paths)} paths"
         how = ": ".join(filter(None, [place, ", ".join(kinds)]))
         if columns(how) > COLUMNS - LABEL - 16:
@@ -275,7 +274,14 @@ def _sample(texts: Texts, tokenizer) -> str:
     sample = texts.first
     learned = sample.labels != IGNORED
     asked = sample.input_ids[~learned & (sample.image_embed_mask == 0)]
-    prompt, answer = (_decoded(tokenizer, ids) for ids in (asked, sample.input_ids[learned]))
+    prompt = _decoded(tokenizer, asked)
+    ends = [
+        *(learned[:-1] & ~learned[1:]).nonzero()[:, 0].tolist(),
+        len(learned) - 1,
+    ]  # of the answers of several turns
+    starts = [0, *(end + 1 for end in ends)]
+    answers = [sample.labels[start : end + 1][learned[start : end + 1]] for start, end in zip(starts, ends)]
+    answer = " | ".join(_decoded(tokenizer, ids) for ids in answers if len(ids))
     image = "<image>" if bool(sample.image_embed_mask.any()) else ""
     count = f", {len(sample.input_ids)} tokens"
     room = COLUMNS - LABEL - len(image) - len('"" -> ""') - len(count)

@@ -23,4 +23,8 @@ def source_settings(config: TrainConfig) -> SourceSettings:
         images_from=data.images_from,
         names_are_answers=data.names_are_answers,
         run_folder=config.run_folder,
+        data_format=data.data_format,
+        columns=data.columns,
+        image_mark=data.image_mark,
+        images_per_sample=data.images_per_sample,
     )

@@ -138,10 +138,13 @@ MISTAKES = [
     train(6, "a rank of 0", f"{MINE} --r 0"),
     train(6, "a ZeRO stage that is none", f"{MINE} --zero-stage 4"),
     train(7, "no data for a base of one's own", "--from_pretrained base"),
-    train(8, "keys of another format", "--train-data keys.jsonl"),
+    train(8, "two keys that may be the prompt", "--train-data keys.jsonl"),
     train(8, "a line that is no JSON", "--train-data broken.jsonl"),
-    train(9, "a file of LLaVA", "--train-data llava.json"),
-    train(9, "lines of ShareGPT", "--train-data sharegpt.jsonl"),
+    train(9, "an image of LLaVA without a place in the text", "--train-data llava.json"),
+    train(9, "a place without its image", "--train-data sharegpt.jsonl"),
+    train(9, "turns out of order", "--train-data turns.jsonl"),
+    train(9, "more images than the base takes", "--train-data images.jsonl"),
+    train(9, "data of another layout than was insisted on", "--train-data keys.jsonl --data-format messages"),
     train(9, "an export of Label Studio", "--train-data studio.json"),
     train(10, "images beside a folder of labels", "--train-data sft"),
     train(10, "images beside a table of labels", "--train-data table/images"),
@@ -297,10 +300,17 @@ def set_up(folder: Path) -> None:
         write_images(folder / name, names[:2])
     for image in ("cut/7Kq2.png", "cut/m3xZ.png", "half/m3xZ.png"):
         (folder / image).write_bytes((folder / image).read_bytes()[:-30])
-    (folder / "keys.jsonl").write_text('{"img": "images/7Kq2.png", "question": "What?", "answer": "7"}\n')
+    (folder / "keys.jsonl").write_text(
+        '{"img": "images/7Kq2.png", "question": "What?", "query": "Which?", "answer": "7"}\n'
+    )
     good = '{"image": "images/7Kq2.png", "answer": "7"}'
     (folder / "broken.jsonl").write_text(f'{good}\n{good[:-1]} "prompt": "What?"}}\n')
-    (folder / "llava.json").write_text(json.dumps([{"id": "1", **TEXT_OF_LLAVA}]))
+    question, reply = TEXT_OF_LLAVA["conversations"]
+    without_place = {**TEXT_OF_LLAVA, "conversations": [{**question, "value": "?"}, reply]}
+    (folder / "llava.json").write_text(json.dumps([{"id": "1", **without_place}]))
+    (folder / "turns.jsonl").write_text(json.dumps({"conversations": [question, reply, reply]}) + "\n")
+    images = [f"images/{name}" for name in names[:2]]
+    (folder / "images.jsonl").write_text(json.dumps({"image": images, "prompt": "Which?", "answer": "a"}) + "\n")
     (folder / "sharegpt.jsonl").write_text(json.dumps({"conversations": TEXT_OF_LLAVA["conversations"]}) + "\n")
     (folder / "my.yaml").write_text("train_batch_size: 8\nzero_optimization:\n  stage: 2\n")
     (folder / "slip.yaml").write_text("schedule:\n  batchsize: 8\n  warmup: 3%\n")

@@ -7,9 +7,6 @@ import pytest
 from sat_lora.data.samples import read_items
 from sat_lora.errors import DataError
 
-HUMAN = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
-ROLES = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
-
 
 def refusal(path) -> str:
     with pytest.raises(DataError) as error:
@@ -36,15 +33,7 @@ def refusal(path) -> str:
         ({"description": "", "tags": [], "size": {}, "objects": []}, "Supervisely"),
         ({"data_row": {}, "projects": {}}, "Labelbox"),
         ({"image": "a.png", "answer": "accept", "_input_hash": 1, "_task_hash": 2}, "Prodigy"),
-        ([{"id": "1", "image": "a", "conversations": HUMAN}], "LLaVA, ShareGPT and CogVLM-SFT-311K"),
-        ([{"conversations": HUMAN}], "LLaVA, ShareGPT and CogVLM-SFT-311K"),
-        ({"conversations": ROLES}, "LLaVA, ShareGPT and CogVLM-SFT-311K"),
-        ({"captions": [{"role": "caption", "content": "a"}]}, "LLaVA, ShareGPT and CogVLM-SFT-311K"),
-        ({"messages": ROLES, "images": ["a"]}, "chat data sets (OpenAI, ms-swift, LLaMA-Factory)"),
-        ({"query": "q", "response": "a", "images": ["a"]}, "ms-swift and LLaMA-Factory"),
-        ({"instruction": "q", "input": "", "output": "a"}, "Alpaca"),
         ({"file_name": "a", "ground_truth": '{"gt_parse": {}}'}, "Donut"),
-        ({"file_name": "a", "text": "x"}, "Hugging Face's image folders"),
     ],
 )
 def test_the_objects_of_other_formats_are_named(tmp_path, content, whose):
@@ -65,9 +54,6 @@ def test_the_objects_of_other_formats_are_named(tmp_path, content, whose):
         ("a.txt", "0 0.5 0.5 0.2 0.2\n", "holds the boxes of YOLO"),
         ("a.txt", "0 0.5 0.5 0.2 0.2 0.5 0.7\n1 0 1 0 1 0 1\n", "holds the boxes of YOLO"),
         ("data.yaml", "train: images/train\nnames: [a]\n", "is YAML"),
-        ("a.csv", "id;label\r\n0;\xe4\r\n".encode("latin-1"), "holds a table (columns between semicolons)"),
-        ("a.csv", "图片,标签\n0,猫\n".encode("gbk"), "holds a table (columns between commas)"),
-        ("a.csv", b"\xff\xfe" + "id\tlabel\n0\tx\n".encode("utf-16-le"), "holds a table (columns between tabs)"),
         ("a.txt", "a.png\tx\nb.png\ty\n", "holds a table (columns between tabs)"),
         ("a.txt", "images/a.png\nimages/b.png\n", "holds a list of images"),
         ("a.xlsx", b"PK\x03\x04", "is a table of Excel"),

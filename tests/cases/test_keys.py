@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from sat_lora.data.records.record import RecordOptions
 from sat_lora.data.samples import BrokenSample, DataCounts, read_items
 from sat_lora.data.shards.shards import find_records
 from sat_lora.errors import DataError
@@ -35,16 +36,11 @@ def without(name, **more):
 @pytest.mark.parametrize(
     "entry, key, meant",
     [
-        (without("prompt", instruction="q"), "instruction", "prompt"),
-        (without("prompt", Prompt="q"), "Prompt", "prompt"),
         (without("prompt", promt="q"), "promt", "prompt"),
-        (without("prompt", input="q"), "input", "prompt"),
-        (without("image", file_name="a.png"), "file_name", "image"),
-        (without("image", Image="a.png"), "Image", "image"),
-        (without("image", url="http://x/a.png"), "url", "image"),
-        (without("answer", caption="x"), "caption", "answer"),
-        (without("answer", response="x"), "response", "answer"),
-        (without("answer", **{"answer ": "x"}), "answer ", "answer"),
+        (without("prompt", qustion="q"), "qustion", "prompt"),
+        (without("image", image_pth="a.png"), "image_pth", "image"),
+        (without("answer", anser="x"), "anser", "answer"),
+        (without("answer", respones="x"), "respones", "answer"),
     ],
 )
 def test_a_key_that_is_not_known_is_named_with_the_nearest_one(refused, entry, key, meant):
@@ -55,14 +51,55 @@ def test_a_key_that_is_not_known_is_named_with_the_nearest_one(refused, entry, k
 
 
 @pytest.mark.parametrize(
+    "entry",
+    [
+        without("prompt", instruction="q"),
+        without("prompt", Prompt="q"),
+        without("prompt", input="q"),
+        without("prompt", question="q", question_id=3),
+        without("prompt", query="q"),
+        without("image", file_name="a.png"),
+        without("image", Image="a.png"),
+        without("image", images=["a.png"]),
+        without("image", image_path="a.png"),
+        without("answer", caption="x"),
+        without("answer", response="x"),
+        without("answer", label="x"),
+        without("answer", **{"answer ": "x"}),
+        {"img": "a.png", "question": "q", "multiple_choice_answer": "x"},
+        {"image": "a.png", "instruction": "q", "input": "", "output": "x"},
+        {"query": "<image>\nq", "response": "x", "history": [], "images": ["a.png"]},
+    ],
+)
+def test_what_others_call_our_keys_is_read_where_it_can_mean_nothing_else(tmp_path, entry):
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps(entry))
+    (item,) = read_items([path])
+    assert (item.image, item.prompt, item.answer) == (tmp_path / "a.png", "q", "x")
+
+
+@pytest.mark.parametrize(
+    "entry, name, keys",
+    [
+        (without("prompt", question="q", query="r"), "prompt", '"question" or "query"'),
+        (without("answer", response="x", label="y"), "answer", '"response" or "label"'),
+        (without("image", img="a.png", file_name="b.png"), "image", '"img" or "file_name"'),
+    ],
+)
+def test_two_keys_that_may_be_meant_are_asked_about(refused, tmp_path, entry, name, keys):
+    assert f"{name} may be {keys}: --columns {name}=KEY says which" in refused(entry)
+    chosen = keys.split('"')[1]
+    other = keys.split('"')[3]
+    (item,) = read_items([tmp_path / "data.jsonl"], columns=[f"{name}={chosen}"], ignore_keys=[other])
+    assert (item.image, item.prompt, item.answer) == (tmp_path / "a.png", "q", "x")
+
+
+@pytest.mark.parametrize(
     "entry, whose",
     [
-        ({"image": "a.png", "conversations": [{"from": "human", "value": "q"}]}, "LLaVA, ShareGPT"),
-        ({"messages": [{"role": "user", "content": "q"}], "images": ["a.png"]}, "chat data sets"),
-        ({"query": "q", "response": "x", "history": [], "images": ["a.png"]}, "ms-swift"),
-        ({**GOOD, "system": "You are"}, "ms-swift"),
-        ({"image": "a.png", "question_id": 3, "question": "q", "answer": "x"}, "VQA"),
         ({"images": [], "annotations": []}, "COCO"),
+        ({**GOOD, "annotations": [{"result": []}]}, "Label Studio"),
+        ({"image": "a.png", "question": "q", "qas": []}, "Visual Genome"),
     ],
 )
 def test_the_layouts_of_others_are_named(refused, entry, whose):
@@ -135,7 +172,10 @@ def test_what_is_noted_beside_a_prompt_is_no_question(tmp_path):
         ({**GOOD, "answer": None}, '"answer" is null'),
         ({**GOOD, "answer": float("nan")}, '"answer" is the number nan'),
         ({**GOOD, "answer": ["x"]}, '"answer" is a list'),
-        ({**GOOD, "image": ["a.png", "b.png"]}, '"image" is a list, wanted a text in quotes; a sample has one image'),
+        (
+            {**GOOD, "image": ["a.png", "b.png"]},
+            "2 images, and the base takes one; leave the others out, or give --images-per-sample 2",
+        ),
         ({**GOOD, "image": ""}, '"image" is empty; leave it out, or give null'),
         ({**GOOD, "image": False}, '"image" is false'),
         ({**GOOD, "prompt": {"text": "q"}}, '"prompt" is an object'),
@@ -219,10 +259,10 @@ def test_the_json_of_a_shard_is_read_by_the_same_rules(tmp_path):
     shard = write_shard(tmp_path / "s.tar", *members)
     records = list(find_records(str(shard)))
     question, good, weight, imageless = (record.read() for record in records)
-    assert 'the key "question" is not known, did you mean "prompt"?' in question.reason
+    assert (question.prompt, question.answer) == ("q", "x")
     assert (good.prompt, good.answer) == ("q", "x")
     assert isinstance(weight, BrokenSample)
-    assert [*find_records(str(shard))][2].read(ignored=["weight"]).answer == "x"
+    assert [*find_records(str(shard))][2].read(options=RecordOptions(ignored=["weight"])).answer == "x"
     assert "its json names an image, 'a.png', but none lies beside it" in imageless.reason
 
 

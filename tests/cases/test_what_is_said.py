@@ -46,11 +46,11 @@ def test_any_answer_and_name_fits_one_line(answer, tokenizer, tmp_path):
 def test_data_with_a_long_path_are_said_by_their_kind(tokenizer, tmp_path):
     folder = tmp_path / ("a" * 60)
     folder.mkdir()
-    (tmp_path / "b.jsonl").touch()
-    lines = summary_lines(source_of(numbered(2), tokenizer), train_data=[str(folder)])
+    kinds = ["file names are the answers", "jsonl: prompt and answer"]
+    lines = summary_lines(source_of(numbered(2), tokenizer, layouts=kinds[:1]), train_data=[str(folder)])
     assert lines["data"] == "2 samples (file names are the answers)"
-    lines = summary_lines(source_of(numbered(2), tokenizer), train_data=[str(folder), str(tmp_path / "b.jsonl")])
-    assert lines["data"] == "2 samples (file names are the answers, answers from .jsonl)"
+    lines = summary_lines(source_of(numbered(2), tokenizer, layouts=kinds), train_data=[str(folder), "b.jsonl"])
+    assert lines["data"] == "2 samples (file names are the answers, jsonl: prompt and answer)"
 
 
 def test_cut_answers_are_counted_and_a_part_is_called_one(tokenizer):

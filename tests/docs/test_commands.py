@@ -216,6 +216,18 @@ def test_the_schedule_of_contributing_is_an_option(monkeypatch):
     assert factors == pytest.approx([0.5, 1, 1 - (5 / 6) ** 0.5])
 
 
+def test_the_layout_of_contributing_is_recognised_and_an_option(monkeypatch, tmp_path):
+    from sat_lora.data.records.registry import RECORDS
+    from sat_lora.data.samples import read_items
+    from tests.support.configs import parse_options
+
+    monkeypatch.setitem(RECORDS, "cards", RECORDS["prompt-answer"])  # taken out again after the test
+    exec(example_of_contributing("RECORDS"), {})
+    (tmp_path / "d.jsonl").write_text('{"front": "2+2?", "back": "4"}\n{"prompt": "2?", "answer": "2"}\n')
+    assert [(item.prompt, item.answer) for item in read_items([tmp_path / "d.jsonl"])] == [("2+2?", "4"), ("2?", "2")]
+    assert parse_options(["--data-format", "cards"]).data.data_format == "cards"
+
+
 # The commands as they stand, from first to last, on the demo's base in place of CogVLM-17B, one process in place of 8.
 
 

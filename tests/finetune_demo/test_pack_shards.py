@@ -10,6 +10,7 @@ from sat_lora.data.samples import read_items
 from sat_lora.data.shards.shard_names import expand_shards
 from sat_lora.data.shards.shards import find_records
 from tests.support.demo_runs import launch, losses_of, options_for
+from tests.support.layouts import LAYOUTS, SEVERAL, pictures, write_pictures
 from tests.support.picture_files import write_images
 from tests.support.scripts import load_script
 
@@ -37,6 +38,18 @@ def test_packed_samples_are_those_of_the_folder(tmp_path, samples_per_shard, sha
         assert [(item.image, item.answer, item.prompt) for item in packed] == [
             (item.image and item.image.read_bytes(), item.answer, item.prompt) for item in read_items([data])
         ]
+
+
+@pytest.mark.parametrize("layout", ["LLaVA", "data URLs", "parquet, bytes", "CogVLM-SFT-311K"])
+def test_samples_of_any_layout_are_packed_with_their_turns(tmp_path, layout):
+    write_pictures(tmp_path, SEVERAL)
+    data = LAYOUTS[layout](tmp_path, SEVERAL)
+    (shard,) = expand_shards([pack(data, tmp_path / "shards", 10)])
+    packed = [record.read() for record in find_records(shard)]
+    assert [(item.history, item.prompt, item.answer) for item in packed] == [
+        ((*turns[:-1],), *turns[-1]) for _, turns in SEVERAL
+    ]
+    assert [item.image for item in packed] == [*pictures(SEVERAL).values()]
 
 
 def test_shards_that_are_there_stay_and_half_a_set_is_none(tmp_path, capsys):

@@ -17,10 +17,12 @@ def dataset(items, tokenizer, **changes):
     return ImageTextDataset(items, tokenizer, **{**settings, **changes})
 
 
-def source_of(items, tokenizer, left_out=(), **changes):
-    """What a run on two data-parallel ranks reads these items from; changes: to the settings of its data set."""
+def source_of(items, tokenizer, left_out=(), layouts=(), **changes):
+    """What a run on two data-parallel ranks reads these items from; layouts: what they
+    are said to be of; changes: to the settings of its data set."""
     changes = {"prompt": "What is this?", **changes}
-    return FileSource(items, lambda own: dataset(own, tokenizer, **changes), Namespace(), WORLD, left_out)
+    kinds = dict.fromkeys(layouts, 1)
+    return FileSource(items, lambda own: dataset(own, tokenizer, **changes), Namespace(), WORLD, left_out, kinds)
 
 
 def numbered(count):

@@ -1,6 +1,6 @@
 """The prompt formats of the published CogVLM. Imports nothing heavy: the command line names them in its help."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from sat_lora.errors import ConfigError
@@ -47,6 +47,33 @@ def prompt_text(version: str, query: str, history: tuple[tuple[str, str], ...] =
 def prompt_for(version: str, query: str, history: tuple[tuple[str, str], ...] = ()) -> str:
     """Return `prompt_text` with IMAGE_PLACE in front, where the image's tokens go."""
     return IMAGE_PLACE + prompt_text(version, query, history)
+
+
+WITHOUT_HISTORY = frozenset({"base"})
+"""Versions whose published templates have no place for the turns before the last. (SAT's code leaves them out of `vqa`
+as well, Hugging Face's puts them as `chat_old` does.)
+"""
+
+
+def turn_texts(version: str, queries: Sequence[str], system: str | None = None) -> list[str]:
+    """Return the text before the answer of each turn; with the answers between them they are the whole prompt.
+
+    Raises ConfigError if there is no such version, its template has no place for several turns, or there is a system
+    text, for which no published template has one.
+    """
+    if system:
+        raise ConfigError(
+            f"--version: {version} has no place for a system text, nor has any published template of CogVLM; "
+            "--ignore-keys system leaves it out"
+        )
+    if len(queries) > 1 and version in WITHOUT_HISTORY:
+        several = ", ".join(name for name in PROMPTS if name not in WITHOUT_HISTORY)
+        raise ConfigError(
+            f"--version: {version} has no place for the turns before the last of a conversation; give one of {several}"
+        )
+    between = "\n" if version in ("chat_old", "vqa") else ""
+    texts = [prompt_text(version, query) for query in queries]
+    return [texts[0], *(between + text for text in texts[1:])]
 
 
 def version_of(base: str | Path) -> str | None:

@@ -4,10 +4,11 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
-from sat_lora.cogvlm.inputs.prompts import IMAGE_PLACE, PROMPTS, prompt_for, prompt_text
+from sat_lora.cogvlm.inputs.prompts import IMAGE_PLACE, PROMPTS, prompt_for, prompt_text, turn_texts
 from sat_lora.cogvlm.inputs.tokens import WHOLE, first_tokens, text_tokens
 from sat_lora.errors import ConfigError
 from sat_lora.files.foreign import read_json, stand_in
@@ -24,6 +25,7 @@ __all__ = [
     "prompt_for",
     "prompt_text",
     "shortest_length",
+    "turn_texts",
 ]
 
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
@@ -107,15 +109,16 @@ def _first_line(error: BaseException, folder: Path) -> str:
 
 @dataclass(frozen=True)
 class Sample:
-    """One sequence; every field but the last two is a (seq,) int64 tensor."""
+    """One sequence; every field but the last three is a (seq,) int64 tensor."""
 
     input_ids: torch.Tensor
     position_ids: torch.Tensor
-    labels: torch.Tensor  # the token itself where it is to be predicted, IGNORED elsewhere
+    labels: torch.Tensor  # what is to be predicted there, IGNORED where nothing is; see `build_sample`
     image_embed_mask: torch.Tensor  # 1 on begin-of-image, patches, end-of-image
     vision_expert_mask: torch.Tensor  # 1 on begin-of-image and patches
     image: torch.Tensor | None = None  # (3, height, width)
-    left_out: int = 0  # tokens of the answer, its EOS among them, that did not fit
+    left_out: int = 0  # tokens that did not fit: of answers and of the turns behind them, EOS among them
+    more_images: tuple[torch.Tensor, ...] = ()  # those after `image`, in the order of their places
 
 
 def shortest_length(tokenizer, prompt: str | Sequence[str], image_length: int, special_tokens: bool = False) -> int:
@@ -128,6 +131,10 @@ def shortest_length(tokenizer, prompt: str | Sequence[str], image_length: int, s
     return 1 + text_length + (len(parts) - 1) * (image_length + 2) + 1 + 1
 
 
+Turn = tuple[str | Sequence[str], str]
+"""A prompt as `build_sample` takes it, and its answer."""
+
+
 def build_sample(
     tokenizer,
     prompt: str | Sequence[str],
@@ -136,49 +143,135 @@ def build_sample(
     max_length: int,
     image: torch.Tensor | None = None,
     special_tokens: bool = False,
+    *,
+    earlier: Sequence[Turn] = (),
+    learns_earlier: bool = True,
 ) -> Sample:
-    """Return the sample of BOS, prompt with its image, answer, EOS.
+    """Return the sample of BOS, the earlier turns, prompt with its image, answer, EOS.
 
     Without an answer it is the prompt alone, ready for generation.
-    An answer that does not fit into `max_length` is cut and has no EOS, which would teach to stop there; a prompt that
-    does not fit is an error.
+    An answer that does not fit into `max_length` is cut and has no EOS, which would teach to stop there, and no turn
+    comes after it; a prompt that does not fit is an error, but that of a later turn, where the sample ends before it.
     prompt: with IMAGE_PLACE wherever an image goes, or the texts around the images. special_tokens: whether a text that
-    spells one of the tokenizer's special tokens means it.
+    spells one of the tokenizer's special tokens means it. earlier: the turns before; learns_earlier: whether their
+    answers are learnt as well.
+    A label is the token at its own place. Published templates have no EOS behind an earlier answer, yet it ends there:
+    what is to be predicted in the place of the first token of the next prompt is EOS. So the loss of all answers is the
+    sum of what each costs as the last one behind the same tokens.
     Raises DataError if a text cannot be encoded.
     """
-    ids = [tokenizer.bos_token_id]
-    embed = [0]
-    vision = [0]
-    patches = [0]
-    for number, part in enumerate(_parts(prompt)):
-        part_ids, more = first_tokens(tokenizer, part, max_length, special_tokens, "prompt") if part else ([], 0)
-        if number:
-            ids += [0] * (image_length + 2)
-            embed += [1] * (image_length + 2)
-            vision += [1] * (image_length + 1) + [0]
-            patches += [0] + [1] * image_length + [0]
-        if more and (answer is not None or len(part) > WHOLE):
-            length = len(ids) + len(part_ids) + more
-            raise ConfigError(f"--max_length: {max_length} is too short, this prompt alone takes {length} tokens")
-        if more:
-            part_ids = text_tokens(tokenizer, part, special_tokens, "prompt")
-        ids += part_ids
-        for mask in (embed, vision, patches):
-            mask += [0] * len(part_ids)
-    start = len(ids)
-    left_out = 0
-    if answer is not None:
-        if start + 2 > max_length:
-            raise ConfigError(f"--max_length: {max_length} is too short, this prompt alone takes {start} tokens")
-        answer_ids, more = first_tokens(tokenizer, answer, max_length - start, special_tokens, "answer")
-        answer_ids.append(tokenizer.eos_token_id)
-        ids += answer_ids[: max_length - start]
-        left_out = start + len(answer_ids) + more - len(ids)
-    embed, vision, patches = (torch.tensor(mask + [0] * (len(ids) - start)) for mask in (embed, vision, patches))
-    input_ids = torch.tensor(ids)
-    labels = input_ids.clone()
-    labels[:start] = IGNORED
-    return Sample(input_ids, position_ids_for(patches), labels, embed, vision, image, left_out)
+    sequence = _Sequence(tokenizer, image_length, max_length, special_tokens)
+    if answer is None:
+        for earlier_prompt, earlier_answer in earlier:
+            sequence.add_prompt(earlier_prompt, is_limited=False)
+            sequence.add_tokens(text_tokens(tokenizer, earlier_answer, special_tokens, "answer"))
+        sequence.add_prompt(prompt, is_limited=False)
+        return sequence.sample(image)
+    turns = [*earlier, (prompt, answer)]
+    for number, (turn_prompt, turn_answer) in enumerate(turns):
+        is_last = number == len(turns) - 1
+        if number and not sequence.has_room(turn_prompt):
+            sequence.leave_out(turns[number:])
+            break
+        sequence.add_prompt(turn_prompt)
+        if not sequence.add_answer(turn_answer, is_last or learns_earlier, is_last):
+            sequence.leave_out(turns[number + 1 :])
+            break
+    return sequence.sample(image)
+
+
+class _Sequence:
+    """The tokens of a sample while they are put together."""
+
+    def __init__(self, tokenizer, image_length: int, max_length: int, special_tokens: bool):
+        self.left_out = 0
+        self._tokenizer = tokenizer
+        self._image_length = image_length
+        self._max_length = max_length
+        self._special_tokens = special_tokens
+        self._ids = [tokenizer.bos_token_id]
+        self._labels = [IGNORED]
+        self._embed = [0]
+        self._vision = [0]
+        self._patches = [0]
+        self._ends_answer = False
+
+    def add_prompt(self, prompt: str | Sequence[str], is_limited: bool = True) -> None:
+        """Add a prompt. Raises ConfigError if it is limited, and not even one token of answer and EOS fit behind it."""
+        for number, part in enumerate(_parts(prompt)):
+            if number:
+                self._add_image()
+            if not part:
+                continue
+            ids, more = first_tokens(self._tokenizer, part, self._max_length, self._special_tokens, "prompt")
+            if more and (is_limited or len(part) > WHOLE):
+                self._refuse(len(self._ids) + len(ids) + more)
+            if more:
+                ids = text_tokens(self._tokenizer, part, self._special_tokens, "prompt")
+            self.add_tokens(ids)
+        if is_limited and len(self._ids) + 2 > self._max_length:
+            self._refuse(len(self._ids))
+
+    def add_answer(self, answer: str, learns: bool, is_last: bool) -> bool:
+        """Add an answer, and EOS if it is the last; return whether all of it fits."""
+        room = self._max_length - len(self._ids)
+        ids, more = first_tokens(self._tokenizer, answer, room, self._special_tokens, "answer")
+        is_whole = not more
+        tokens = [*ids, *[self._tokenizer.eos_token_id] * is_last]
+        kept = tokens[:room]
+        self.left_out += len(tokens) + more - len(kept)
+        self.add_tokens(kept, learns)
+        self._ends_answer = learns and is_whole and not is_last
+        return is_whole
+
+    def add_tokens(self, ids: Sequence[int], learns: bool = False) -> None:
+        """Add tokens of text."""
+        if not ids:
+            return
+        labels = [*ids] if learns else [IGNORED] * len(ids)
+        if self._ends_answer:
+            labels[0] = self._tokenizer.eos_token_id
+            self._ends_answer = False
+        self._ids += ids
+        self._labels += labels
+        for mask in (self._embed, self._vision, self._patches):
+            mask += [0] * len(ids)
+
+    def leave_out(self, turns: Sequence[Turn]) -> None:
+        """Count the tokens of the turns that are left out, and end the answer before them, if there is room."""
+        for prompt, answer in turns:
+            ids, more = first_tokens(self._tokenizer, answer, self._max_length, self._special_tokens, "answer")
+            self.left_out += self._length_of(prompt) + len(ids) + more
+        self.left_out += bool(turns)  # EOS
+        if self._ends_answer and len(self._ids) < self._max_length:
+            self.add_tokens([self._tokenizer.eos_token_id])
+            self.left_out -= 1
+
+    def has_room(self, prompt: str | Sequence[str]) -> bool:
+        """Return whether a prompt, one token of answer and EOS fit."""
+        return len(self._ids) + self._length_of(prompt) + 2 <= self._max_length
+
+    def _length_of(self, prompt: str | Sequence[str]) -> int:
+        """Return how many tokens a prompt has, with its images."""
+        return shortest_length(self._tokenizer, prompt, self._image_length, self._special_tokens) - 3
+
+    def sample(self, image: torch.Tensor | None) -> Sample:
+        """Return the sample of all that was added."""
+        embed, vision, patches = (torch.tensor(mask) for mask in (self._embed, self._vision, self._patches))
+        ids = torch.tensor(self._ids)
+        labels = torch.tensor(self._labels)
+        return Sample(ids, position_ids_for(patches), labels, embed, vision, image, self.left_out)
+
+    def _add_image(self) -> None:
+        length = self._image_length
+        self._ids += [0] * (length + 2)
+        self._labels += [IGNORED] * (length + 2)
+        self._embed += [1] * (length + 2)
+        self._vision += [1] * (length + 1) + [0]
+        self._patches += [0] + [1] * length + [0]
+
+    def _refuse(self, length: int) -> NoReturn:
+        raise ConfigError(f"--max_length: {self._max_length} is too short, this prompt alone takes {length} tokens")
 
 
 def _parts(prompt: str | Sequence[str]) -> Sequence[str]:

@@ -1,13 +1,14 @@
 """Which samples of tar shards a rank takes at which step: a pure function of seed and step, read as a stream."""
 
 import itertools
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy
 from torch.utils.data import IterableDataset, get_worker_info
 
 from sat_lora.cogvlm.inputs.pictures import MAX_PIXELS
 from sat_lora.cogvlm.inputs.text import Sample
+from sat_lora.data.records.record import PLAIN, RecordOptions
 from sat_lora.data.samples import BrokenSample, Item, collate
 from sat_lora.data.shards.shards import Record, Shard, find_records
 from sat_lora.errors import DataError
@@ -28,7 +29,7 @@ class ShardStream(IterableDataset):
     ceil(largest stretch / batch_size) batches; one that runs out gives batches without a label. In the place of every
     sample of a shard that can no longer be read stands a broken one, and the reader goes on with its next.
     A step is one forward pass: with gradient accumulation, start_step counts micro-batches.
-    make_sample: decodes an Item. num_workers: the DataLoader's; 0 reads as 1 does. max_pixels, ignore_keys: see
+    make_sample: decodes an Item. num_workers: the DataLoader's; 0 reads as 1 does. max_pixels, records: see
     `Record.read`.
     """
 
@@ -48,7 +49,7 @@ class ShardStream(IterableDataset):
         shuffle: bool = True,
         shuffle_buffer: int = SHUFFLE_BUFFER,
         max_pixels: int = MAX_PIXELS,
-        ignore_keys: Collection[str] = (),
+        records: RecordOptions = PLAIN,
     ):
         self.shards = list(shards)
         self.make_sample = make_sample
@@ -63,7 +64,7 @@ class ShardStream(IterableDataset):
         self.shuffle = shuffle
         self.shuffle_buffer = shuffle_buffer
         self.max_pixels = max_pixels
-        self.ignore_keys = ignore_keys
+        self.record_options = records
         self.total = sum(shard.samples for shard in self.shards)
         if self.total < 1:
             raise DataError("there are no samples to train on")
@@ -103,7 +104,7 @@ class ShardStream(IterableDataset):
             skipped = 0
 
     def _sample(self, record: Record | BrokenSample) -> Sample | BrokenSample:
-        item = record.read(self.max_pixels, self.ignore_keys) if isinstance(record, Record) else record
+        item = record.read(self.max_pixels, self.record_options) if isinstance(record, Record) else record
         return self.make_sample(item) if isinstance(item, Item) else item
 
     def records(self, epoch: int, reader: int) -> Iterator[Record | BrokenSample]:

@@ -4,19 +4,22 @@ import hashlib
 import itertools
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch.utils.data import DataLoader
 
 from sat_lora.data.answer_lengths import AnswerLengths, answer_lengths
+from sat_lora.data.batches.mixtures import MixtureSampler, Part
 from sat_lora.data.batches.sampler import EpochSampler, eval_batches, make_loader, make_stream_loader
 from sat_lora.data.batches.shard_stream import ShardStream
+from sat_lora.data.reading import Reading
+from sat_lora.data.records.record import IMAGE_MARK
 from sat_lora.data.samples import DataCounts, ImageTextDataset, Item, read_items, reading_options, split_items
 from sat_lora.data.shards.shards import Shard, count_shards, find_records
-from sat_lora.files.paths import is_shard
+from sat_lora.files.paths import is_shard, split_weight
 from sat_lora.parallel.agreement import mark
 from sat_lora.parallel.distributed import World
 
@@ -42,6 +45,8 @@ class Source(Protocol):
     """Whether nobody looks through the samples before their turn comes."""
     packing: str | None
     """What the samples are kept in, for people; None where the paths say it themselves."""
+    layouts: Mapping[str, int]
+    """How many samples are of each layout, for people; empty where nobody has looked at all of them."""
 
     def marks(self, option: str) -> dict[str, str]:
         """Return what all ranks have to have alike, see `agree`. option: the one that gave the paths."""
@@ -89,12 +94,17 @@ class SourceSettings:
     images_from: Sequence[str] = ()
     names_are_answers: bool = False
     run_folder: str | None = None
+    data_format: str | None = None
+    columns: Sequence[str] = ()
+    image_mark: str = IMAGE_MARK
+    images_per_sample: int = 1
 
 
 class FileSource(Source):
     """A `Source` of items whose images are files, read at will.
 
-    make_dataset: gives the ImageTextDataset of a list of items.
+    make_dataset: gives the ImageTextDataset of a list of items. parts: the stretches of the items that are drawn from
+    by weight; none: an epoch has each item once.
     """
 
     is_stream = False
@@ -107,8 +117,12 @@ class FileSource(Source):
         options: SourceSettings,
         world: World,
         left_out: Sequence[tuple[str, int]] = (),
+        layouts: Mapping[str, int] | None = None,
+        parts: Sequence[Part] = (),
     ):
         self.left_out = [*left_out]
+        self.layouts: Mapping[str, int] = layouts or {}
+        self.parts = parts
         self.dataset = make_dataset(items)
         self.options = options
         self.world = world
@@ -120,7 +134,8 @@ class FileSource(Source):
 
     def description(self) -> dict:
         """Return the number of samples, and a digest of names, prompts and answers."""
-        return {"samples": self.samples, "digest": _digest(map(_entry, self.dataset.items))}
+        parts = [("part", part.samples, part.weight) for part in self.parts]
+        return {"samples": self.samples, "digest": _digest(itertools.chain(map(_entry, self.dataset.items), parts))}
 
     def files(self) -> str:
         return sizes_mark(self.dataset.items)
@@ -133,14 +148,14 @@ class FileSource(Source):
 
     def training(self, start_step: int) -> DataLoader:
         options = self.options
-        sampler = EpochSampler(
-            len(self.dataset),
+        settings: dict[str, Any] = dict(
             batch_size=options.batch_size,
             data_parallel_rank=self.world.data_parallel_rank,
             data_parallel_size=self.world.data_parallel_size,
             seed=options.seed,
             start_step=start_step,
         )
+        sampler = MixtureSampler(self.parts, **settings) if self.parts else EpochSampler(len(self.dataset), **settings)
         return make_loader(self.dataset, sampler, num_workers=options.num_workers, seed=options.seed)
 
     @property
@@ -177,6 +192,7 @@ class ShardSource(Source):
         left_out: Sequence[tuple[str, int]] = (),
     ):
         self.left_out = [*left_out]
+        self.layouts: Mapping[str, int] = {}
         self.shards = shards
         self.dataset = make_dataset([])
         self.options = options
@@ -199,7 +215,7 @@ class ShardSource(Source):
         """Yield what FileSource does, at most FIRST_OF_SHARDS of them."""
         records = itertools.chain.from_iterable(find_records(shard.path) for shard in self.shards)
         for record in itertools.islice(records, min(most, FIRST_OF_SHARDS)):
-            item = record.read(self.options.max_pixels, self.options.ignore_keys)
+            item = record.read(self.options.max_pixels, Reading.of(self.options).records)
             if isinstance(item, Item):
                 yield item
 
@@ -216,7 +232,7 @@ class ShardSource(Source):
             data_parallel_size=self.world.data_parallel_size,
             num_workers=num_workers,
             seed=self.options.seed,
-            ignore_keys=reading_options(self.options)["ignore_keys"],
+            records=Reading.of(self.options).records,
             max_pixels=self.dataset.max_pixels,
             **settings,
         )
@@ -259,7 +275,10 @@ def marks_of_sources(data: Source, valid: Source | None) -> dict[str, str]:
 def _entry(item: Item) -> tuple:
     """Return what tells an item from others, wherever its file lies."""
     name = Path(item.image).name if isinstance(item.image, str | Path) else None
-    return item.name or name, item.prompt, item.answer
+    more = [image.name if isinstance(image, Path) else None for image in item.more_images]
+    turns = [item.history, item.system, more] if item.history or item.system or more else []
+    own_name = item.name if item.file is None else item.name and item.name.replace(f"{item.file}", item.file.name, 1)
+    return own_name or name, item.prompt, item.answer, *turns
 
 
 def _digest(entries: Iterable[Sequence]) -> str:
@@ -286,18 +305,54 @@ def open_sources(
             return ShardSource(shards, make_dataset, options, world, left_out.most_common())
         counts = DataCounts()
         items = read_items(paths, **reading_options(options), counts=counts)
-        return FileSource(items, make_dataset, options, world, counts.left_out())
+        return FileSource(items, make_dataset, options, world, counts.left_out(), counts.layouts)
 
-    if options.valid_data or is_shard(options.train_data[0]):
+    if is_shard(options.train_data[0]):
         return source(options.train_data), source(options.valid_data) if options.valid_data else None
+    paths, weights = zip(*map(split_weight, options.train_data))
     counts = DataCounts()
-    items = read_items(options.train_data, **reading_options(options), counts=counts)
+    items = read_items(paths, **reading_options(options), counts=counts)
+    if any(weight is not None for weight in weights):
+        return _mixture(items, weights, counts, options, world, make_dataset, source)
+    if options.valid_data:
+        data = FileSource(items, make_dataset, options, world, counts.left_out(), counts.layouts)
+        return data, source(options.valid_data)
     train, valid, test = split_items(items, options.split, options.seed)
     left_out = counts.left_out() + ([("for test, by --split", len(test))] if test else [])
     return (
-        FileSource(train, make_dataset, options, world, left_out),
+        FileSource(train, make_dataset, options, world, left_out, counts.layouts),
         FileSource(valid, make_dataset, options, world) if valid else None,
     )
+
+
+def _mixture(
+    items: list[Item],
+    weights: Sequence[float | None],
+    counts: DataCounts,
+    options: SourceSettings,
+    world: World,
+    make_dataset: Callable[[list], ImageTextDataset],
+    source: Callable[[Sequence[str]], Source],
+) -> tuple[Source, Source | None]:
+    """Return the sources of (training, validation) of data paths with weights; --split divides each path's items."""
+    split = (1.0,) if options.valid_data else options.split
+    train: list[Item] = []
+    valid: list[Item] = []
+    parts = []
+    test = 0
+    for size, weight in zip(counts.by_path, weights, strict=True):
+        own = items[:size]
+        items = items[size:]
+        of_train, of_valid, of_test = split_items(own, split, options.seed) if len(split) > 1 else (own, [], [])
+        train += of_train
+        valid += of_valid
+        test += len(of_test)
+        parts.append(Part(len(of_train), 1.0 if weight is None else weight))
+    left_out = counts.left_out() + ([("for test, by --split", test)] if test else [])
+    data = FileSource(train, make_dataset, options, world, left_out, counts.layouts, parts)
+    if options.valid_data:
+        return data, source(options.valid_data)
+    return data, FileSource(valid, make_dataset, options, world) if valid else None
 
 
 def marks_of_samples(option: str, samples: int, items: Sequence) -> dict[str, str]:
@@ -306,7 +361,12 @@ def marks_of_samples(option: str, samples: int, items: Sequence) -> dict[str, st
     for item in items:
         image = getattr(item, "image", None)
         name = image.name if isinstance(image, Path) else None
-        digest.update(repr((name, getattr(item, "prompt", None), getattr(item, "answer", None))).encode())
+        turns = tuple(getattr(item, name) for name in ("history", "system") if getattr(item, name, None))
+        digest.update(
+            repr((name, getattr(item, "prompt", None), getattr(item, "answer", None), *turns)).encode(
+                "utf-8", "replace"
+            )
+        )
     digest.update(sizes_mark(items).encode())
     return {f"the samples of {option}": f"{samples} (digest {digest.hexdigest()[:12]})"}
 

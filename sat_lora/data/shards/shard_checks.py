@@ -2,10 +2,11 @@
 
 import itertools
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 
 from sat_lora.cogvlm.inputs.pictures import MAX_PIXELS, read_picture
-from sat_lora.data.samples import BrokenSample
+from sat_lora.data.records.record import PLAIN, RecordOptions
+from sat_lora.data.samples import BrokenSample, picture_content
 from sat_lora.data.shards.shard_names import expand_shards
 from sat_lora.data.shards.shards import find_records
 from sat_lora.errors import DataError
@@ -17,11 +18,11 @@ SAMPLES_TRIED = 300  # one usable sample among so many is enough to begin
 
 
 def problems_with_shards(
-    paths: list[str], option: str, max_pixels: int = MAX_PIXELS, ignore_keys: Collection[str] = ()
+    paths: list[str], option: str, max_pixels: int = MAX_PIXELS, options: RecordOptions = PLAIN
 ) -> Iterator[str]:
     """Yield what is wrong with the paths of one option, as text: with the names and the first samples.
 
-    max_pixels, ignore_keys: see `Record.read`. Whole shards are read later, when all ranks together count their
+    max_pixels, options: see `Record.read`. Whole shards are read later, when all ranks together count their
     samples.
     """
     no_shards = [path for path in paths if not is_shard(path)]
@@ -42,7 +43,7 @@ def problems_with_shards(
             elif missing:
                 names = _first_of(missing)
                 yield f"{len(missing)} of {len(shards)} shards are missing: {names}; mend the path or copy them"
-            elif problem := _problem_with_samples(shards, max_pixels, ignore_keys):
+            elif problem := _problem_with_samples(shards, max_pixels, options):
                 yield problem
         except DataError as error:
             yield str(error)
@@ -52,19 +53,19 @@ def _first_of(names: list[str]) -> str:
     return printable(", ".join(names[:SHOWN])) + (f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else "")
 
 
-def _problem_with_samples(shards: list[str], max_pixels: int, ignore_keys: Collection[str]) -> str | None:
+def _problem_with_samples(shards: list[str], max_pixels: int, options: RecordOptions) -> str | None:
     records = itertools.chain.from_iterable(map(find_records, shards))
     tried = 0
     first_error = None
     for record in itertools.islice(records, SAMPLES_TRIED):
         tried += 1
-        item = record.read(max_pixels, ignore_keys)
+        item = record.read(max_pixels, options)
         if isinstance(item, BrokenSample):
             first_error = first_error or item.reason
             continue
         try:
             if item.image is not None:
-                read_picture(item.image, max_pixels=max_pixels, name=item.name)
+                read_picture(picture_content(item.image), max_pixels=max_pixels, name=item.name)
             return None
         except DataError as error:
             first_error = first_error or str(error)

@@ -3,17 +3,20 @@
 import itertools
 import sys
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from webdataset.tariterators import base_plus_ext
 
 from sat_lora.cogvlm.inputs.pictures import CONVERT, MAX_PIXELS, SUFFIXES, UNREAD_SUFFIXES, file_limit
+from sat_lora.data.box_texts import picture_size, with_boxes
 from sat_lora.data.folders import is_no_data_path
-from sat_lora.data.item_files import kind_of_value, object_problems
-from sat_lora.data.item_keys import METADATA_OF_SHARDS, key_problems
+from sat_lora.data.item_keys import METADATA_OF_SHARDS, NAMES, READ, key_problems, with_usual_names
 from sat_lora.data.json_texts import read_object
+from sat_lora.data.reading import object_problems, rewrite
+from sat_lora.data.records.record import PLAIN, RecordError, RecordOptions, place_images
+from sat_lora.data.records.record import Record as TextRecord
 from sat_lora.data.samples import BrokenSample, Item
 from sat_lora.data.shards.shard_names import expand_shards
 from sat_lora.data.shards.tar_members import Links, Member, read_members, unpacking_program
@@ -47,12 +50,11 @@ class Record:
     members: tuple[tuple[str, int, int], ...]
     problem: str | None = None
 
-    def read(self, max_pixels: int = MAX_PIXELS, ignored: Collection[str] = ()) -> Item | BrokenSample:
+    def read(self, max_pixels: int = MAX_PIXELS, options: RecordOptions = PLAIN) -> Item | BrokenSample:
         """Return the item of the sample, or what is wrong with it.
 
-        It has KEY.json {"prompt", "answer"} or KEY.txt, the answer, and the image. No member is read that would be
-        larger than a text, or a picture of `max_pixels`, may be. ignored: keys of the json to pass over, beside those
-        that are known to carry nothing to learn.
+        It has KEY.json, of any layout of records, or KEY.txt, the answer, and the image. No member is read that would
+        be larger than a text, or a picture of `max_pixels`, may be. options: how the json is read.
         """
         name = printable(f"{self.shard}/{self.key}")
         try:
@@ -62,13 +64,12 @@ class Record:
         except (OSError, ValueError) as error:
             return BrokenSample(name, f"{name}: cannot be read: {printable(error)}")
         image = next((parts[suffix] for suffix in parts if suffix in SUFFIXES), None)
-        problems = _problems_with_texts(fields, text, image is not None, ignored)
-        if problems or not isinstance(fields, dict):
-            return BrokenSample(name, f"{name}: {printable('; '.join(problems))}")
-        prompt = fields.get("prompt")
-        answer = fields.get("answer")
-        answer = text if answer is None else answer
-        if answer is None or (image is None and prompt is None):
+        images = [] if image is None else [image]
+        try:
+            record = _record_of(fields, text, images, options)
+        except RecordError as error:
+            return BrokenSample(name, f"{name}: {printable('; '.join(error.problems))}")
+        if record is None:
             suffixes = printable(" ".join(suffix for suffix, _, _ in self.members))
             wanted = 'an image and KEY.txt or KEY.json {"prompt": ..., "answer": ...}; without an image both texts'
             hint = ""
@@ -77,7 +78,7 @@ class Record:
             elif len(self.members) == 1:
                 hint = f"; members of one key, its folder included, have to follow each other: {SORT}"
             return BrokenSample(name, f"{name}: wanted {wanted}; got {suffixes}{hint}")
-        return Item(image, answer, prompt, name)
+        return Item(image, record.answer, record.prompt, name, history=record.history, system=record.system)
 
     def _parts(self, max_pixels: int) -> dict[str, bytes]:
         """Return the texts and the first image, by suffix. Raises OSError or ValueError if one cannot be read."""
@@ -104,25 +105,43 @@ def _text_of(suffix: str, content: bytes) -> str:
         raise ValueError(f"{suffix} is not UTF-8: {error.reason} at byte {error.start}; save it as UTF-8") from None
 
 
-def _problems_with_texts(fields: object, text: str | None, has_image: bool, ignored: Collection[str]) -> list[str]:
-    """Return what is wrong with the JSON of a sample, and with the answer in its .txt beside it."""
+def _record_of(fields: object, text: str | None, images: list, options: RecordOptions) -> TextRecord | None:
+    """Return what the JSON of a sample says, and the answer in its .txt beside it; None if both have too little.
+
+    Raises RecordError with what is wrong with them.
+    """
     if not isinstance(fields, dict):
-        return [f"its json: {problem}" for problem in object_problems(fields, ignored, METADATA_OF_SHARDS)]
-    problems = key_problems(fields, ignored, METADATA_OF_SHARDS)
-    if not has_image and fields.get("image"):
-        problems.append(f"its json names an image, {str(fields['image'])[:80]!r}, but none lies beside it")
-    answer = fields.get("answer")
-    for name in ("prompt", "answer"):
-        if fields.get(name) is not None and not isinstance(fields[name], str):
-            problems.append(f'its json: "{name}" is {kind_of_value(fields[name])}, wanted a text in quotes')
-    if "answer" in fields and answer is None and text is None:
+        problems = object_problems(fields, options.ignored, METADATA_OF_SHARDS)
+        raise RecordError(*(f"its json: {problem}" for problem in problems))
+    try:
+        rewritten, _ = rewrite(fields, options)
+    except RecordError as error:
+        raise RecordError(*(f"its json: {problem}" for problem in error.problems)) from None
+    if len(rewritten) > 1:
+        raise RecordError(f"its json has {len(rewritten)} captions; a key is one sample")
+    entry, called = with_usual_names(rewritten[0], options.ignored, NAMES[1:])
+    problems = key_problems(entry, options.ignored, METADATA_OF_SHARDS)
+    if not images and entry.get("image"):
+        problems.append(f"its json names an image, {str(entry['image'])[:80]!r}, but none lies beside it")
+    answer = entry.get("answer")
+    if not problems:
+        checked = {name: value for name, value in entry.items() if name in READ[1:]}
+        types = object_problems({**checked, "answer": "" if answer is None else answer}, (), METADATA_OF_SHARDS, called)
+        problems += [f"its json: {problem}" for problem in types]
+    if "answer" in entry and answer is None and text is None:
         problems.append('its json: "answer" is null, and there is no .txt with one')
     if isinstance(answer, str) and text is not None and answer.strip() != text:
         problems.append(
             f"its json has the answer {answer[:40]!r} and its .txt {text[:40]!r}; leave one of them out, or make them "
             "equal"
         )
-    return problems
+    if problems:
+        raise RecordError(*problems)
+    answer = text if answer is None else answer
+    if answer is None or (not images and entry.get("prompt") is None):
+        return None
+    record = place_images({**entry, "answer": answer}, images, options, needs_places=False)
+    return with_boxes(record, images, picture_size)
 
 
 def _read_part(file, first: int, size: int) -> bytes:

@@ -141,7 +141,8 @@ def what_is_wrong_with_labels(batch: dict, row: int) -> str | None:
         return "on padding"
     if (learned & (batch["image_embed_mask"][row] > 0)).any():
         return "on the places of an image"
-    if bool((labels == ids)[learned].all()):
+    wrong = learned & (labels != ids)
+    if not wrong.any() or _are_ends_of_turns(wrong, labels):
         return None
     for step, fault in ((-1, "shifted already by one; the loss shifts them again"), (1, "shifted by one backwards")):
         if bool((labels == ids.roll(step))[learned].all()):
@@ -150,6 +151,16 @@ def what_is_wrong_with_labels(batch: dict, row: int) -> str | None:
     if any(bool((labels == batch["input_ids"][other])[learned].all()) for other in other_rows):
         return "of another row of their batch"
     return "that are not the tokens at their places"
+
+
+def _are_ends_of_turns(wrong: torch.Tensor, labels: torch.Tensor) -> bool:
+    """Return whether the labels that are not the tokens at their places end earlier answers of a conversation: EOS is
+    to be predicted where the next prompt begins.
+    """
+    learned = labels != IGNORED
+    ends = learned & ~torch.cat([learned[1:], learned[:1]])
+    last = int(learned.nonzero()[-1])
+    return not wrong[last] and bool(ends[wrong].all()) and len(labels[wrong].unique()) == 1
 
 
 @dataclass(frozen=True)
@@ -170,6 +181,8 @@ def drawn_samples(loader, batches: Sequence[dict], steps: int, *, rank: int, dat
     steps: whole batches that this rank has in an epoch. batches: the first of them, or more, collated.
     """
     sampler = getattr(loader, "batch_sampler", None)
+    if getattr(sampler, "repeats", False):  # of a mixture by weights that is no fault
+        return Drawn(rank, data_parallel_rank, None, [])
     indices = None
     if sampler is not None:
         steps_read = min(steps, -(-INDICES // max(1, getattr(sampler, "batch_size", 1))))

@@ -12,6 +12,9 @@ from types import MappingProxyType
 from typing import Any
 
 from sat_lora.cogvlm.inputs.prompts import PROMPTS
+from sat_lora.data.reading import READERS, SHARDS
+from sat_lora.data.records.record import IMAGE_MARK
+from sat_lora.data.records.registry import RECORDS
 from sat_lora.errors import ConfigError
 from sat_lora.lora.config import LoraConfig
 from sat_lora.quantization.config import ALL, NAMES, Quantization
@@ -107,7 +110,7 @@ class Data:
 
     train_data: Paths | None = setting(
         None,
-        "folders of images LABEL.png, .jsonl files or .tar shards",
+        "folders of images, files of samples (json, csv, parquet) or .tar shards",
         "--train-data",
         group=BASIC,
         nargs="+",
@@ -129,6 +132,32 @@ class Data:
     ignore_keys: Paths = setting((), "keys of .jsonl lines to pass over", "--ignore-keys", nargs="+", metavar="KEY")
     images_from: Paths = setting(
         (), "folders that .jsonl lines may lead to by ..", "--images-from", nargs="+", metavar="DIR"
+    )
+    data_format: str | None = setting(  # then recognised, path by path
+        None,
+        "the layout of the data, where it is not to be recognised",
+        "--data-format",
+        choices=lambda: (*READERS, SHARDS, *RECORDS),
+    )
+    columns: Paths = setting(
+        (),
+        "keys or columns that are meant, such as prompt=question,answer=text",
+        "--columns",
+        nargs="+",
+        metavar="OURS=THEIRS",
+    )
+    image_mark: str = setting(
+        IMAGE_MARK, 'what stands for an image in a text; "": images come first', "--image-mark", metavar="TEXT"
+    )
+    images_per_sample: int = setting(
+        1,
+        "most images of a sample; the published bases were trained with one",
+        "--images-per-sample",
+        type=positive_int,
+        metavar="N",
+    )
+    loss_on: str = setting(
+        "all", "the answers of a conversation that are learnt", "--loss-on", choices=lambda: ("all", "last")
     )
     names_are_answers: bool = flag(False, "of folders, whatever texts lie in or beside them", "--names-are-answers")
     max_broken_share: float = setting(

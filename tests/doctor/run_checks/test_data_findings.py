@@ -64,6 +64,17 @@ def of_random_tokens(batch):
     batch["labels"][learned] = (batch["labels"][learned] * 7 + 3) % 128
 
 
+def test_the_ends_of_earlier_answers_are_no_wrong_labels(tokenizer):
+    turns = dict(version="chat", prompt="Q:", image_size=SIZE, image_length=9, max_length=80)
+    items = [Item(None, "c", "q", history=(("a", "b"), ("d", ""))), Item(None, "x" * 90, "q", history=(("a", "b"),))]
+    batch = batch_of(ImageTextDataset(items, tokenizer, **turns), 0, 1)
+    assert not [finding for finding in data_findings([batch], **BASE) if finding.code == "wrong-labels"]
+    place = int((batch["labels"][0] != IGNORED).nonzero()[0])
+    batch["labels"][0, place] += 1
+    (finding,) = [finding for finding in data_findings([batch], **BASE) if finding.code == "wrong-labels"]
+    assert finding.seen == "1 of 2 samples looked at have labels that are not the tokens at their places"
+
+
 @pytest.mark.parametrize(
     "fault, words",
     [

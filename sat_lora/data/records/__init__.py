@@ -1,0 +1,1 @@
+"""What one record says, by the layout of its keys: one module per layout, named in `registry`."""
