@@ -50,7 +50,7 @@ from tests.support.patience import patient
 CORE = ("sat_lora/files", "sat_lora/lora")
 LEFT_OUT = {"delta_kernels.py": "Triton's kernels are compiled from their source, for a GPU"}
 LEAST = 85.0  # percent of the mutants that have to be caught
-PER_FILE = 25  # mutants at most, of more of them a draw by the seed: six minutes of the processor for all files
+PER_FILE = 25  # mutants at most, of more of them a draw by the seed: five minutes of the processor for all files
 SLOW = 2.0  # seconds; a test that takes longer is not run
 BUDGET = 6.0  # seconds of tests for a mutant that nothing has caught so far
 SPARE, TIMES = 5, 5  # seconds of the processor, and what the tests took so many times: then it is taken for a loop
