@@ -404,3 +404,10 @@ def test_an_adapter_shows_its_name_rank_and_slots():
     adapter = adapter_for(layer, LoraConfig(r=1, lora_alpha=3, qkv_slots="qv"))
     assert repr(adapter) == "LoraAdapter(query_key_value, r=1, scale=3, slots=('q', 'v'))"
     assert repr(adapter_for(build_layer("linear"), LoraConfig(r=4))) == "LoraAdapter(layer, r=4, scale=8)"
+
+
+@pytest.mark.parametrize("ratio, noted", [(1.0, None), (16.0, 16.0)])
+def test_only_another_rate_of_b_is_noted_on_it(ratio, noted):
+    """SAT's trainer multiplies the rate of a parameter by its `lr_scale`."""
+    adapter = adapter_for(torch.nn.Linear(8, 8), LoraConfig(r=2, lr_ratio=ratio))
+    assert getattr(adapter.B, "lr_scale", None) == noted and not hasattr(adapter.A, "lr_scale")

@@ -211,13 +211,3 @@ def bfloat16_steps(stage):
 def test_bfloat16_training_keeps_the_ratio(stage):
     for a, b in run_ranks(bfloat16_steps, 2, stage):
         assert 0.005 < a < 0.011 and b == pytest.approx(8 * a, rel=0.05)
-
-
-def test_only_another_rate_of_b_is_noted_on_it():
-    """SAT's trainer multiplies the rate of a parameter by its `lr_scale`."""
-    for ratio, noted in ((1.0, None), (16.0, 16.0)):
-        model = tiny_model()
-        add_lora(model, r=4, lr_ratio=ratio, target_modules=["language-mlp"])
-        adapters = adapters_of(model).values()
-        assert {getattr(adapter.B, "lr_scale", None) for adapter in adapters} == {noted}
-        assert not any(hasattr(adapter.A, "lr_scale") for adapter in adapters)
