@@ -1,6 +1,7 @@
 """The table of what is adapted and what trains."""
 
 import pytest
+import torch
 
 from sat_lora import add_lora, describe, describe_text
 from sat_lora.lora import summary
@@ -121,4 +122,4 @@ def test_the_text_has_a_line_for_each_row(model):
 def test_the_text_of_a_part_without_a_base_has_no_share(monkeypatch):
     row = {"part": "x", "layers": 0, "adapted": 0, "ranks": [], "trainable": 0, "base": 0}
     monkeypatch.setattr(summary, "describe", lambda model: [row])
-    assert describe_text(None).splitlines()[1].split() == ["x", "0", "0", "-", "0", "-"]
+    assert describe_text(torch.nn.Module()).splitlines()[1].split() == ["x", "0", "0", "-", "0", "-"]
