@@ -8,6 +8,7 @@ import sys
 
 import numpy
 import pytest
+import torch
 from PIL import Image
 
 from sat_lora import LoraConfig, add_lora, save_adapter
@@ -15,6 +16,8 @@ from sat_lora.chat import Chat
 from sat_lora.cli import main
 from sat_lora.cogvlm import load_cogvlm
 from sat_lora.commands.chat import names_of
+from sat_lora.quantization.config import Quantization
+from sat_lora.quantization.weights.layers import quantized_weight_of
 from tests.support.paths import ROOT, TINY_BASE
 from tests.support.tiny import fill_adapters
 
@@ -71,6 +74,19 @@ def test_a_run_brings_its_base_adapter_and_prompt_format(chat, adapter, picture,
     (run / "run.json").write_text(json.dumps({"settings": settings}))
     status, out, err = chat("--run", run, "--image", picture, "--prompt", "CAPTCHA:")
     assert (status, out) == (0, f"{expected(adapter, picture)}\n"), err
+
+
+def test_a_base_in_few_bits_answers_as_its_decoded_weights_do(chat, adapter, picture):
+    options = ["--base", TINY_BASE, "--version", "base", "--adapter", adapter, "--image", picture]
+    options += ["--prompt", "CAPTCHA:"]
+    status, out, _ = chat(*options, "--quantize", "int8", "--keep_modules", "vit-mlp")
+    model, config = load_cogvlm(TINY_BASE, quantize=Quantization(scheme="int8", keep_modules=("vit-mlp",)))
+    for layer in model.modules():  # plain weights of the same values
+        if (weight := quantized_weight_of(layer)) is not None:
+            del layer._buffers["weight"]
+            layer.weight = torch.nn.Parameter(weight.decoded())
+    expected = Chat((model, config), adapters={"mine": adapter}, version="base").ask("CAPTCHA:", picture)
+    assert (status, out) == (0, f"{expected}\n")
 
 
 def test_lines_of_a_pipe_are_a_conversation(chat, adapter, picture, monkeypatch):
