@@ -302,6 +302,8 @@ def _trained_whole(
 ) -> dict[str, BaseParameter]:
     """Return the parameters that modules_to_save names, or that lie in a module that it names."""
     chosen: dict[str, BaseParameter] = {}
+    if not config.modules_to_save:
+        return chosen
     quantized = [f"{name}.weight" for name, site in sites.items() if quantized_weight_of(site.module) is not None]
     for pattern in config.modules_to_save:
         hits = named_whole((pattern,), parameters)

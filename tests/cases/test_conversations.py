@@ -361,7 +361,7 @@ def test_tar_alone_is_no_file_and_no_folder(write, tmp_path, path):
 def test_the_loss_is_on_every_answer_or_on_the_last(base_folder, loss_on, learnt):
     options = ["--from_pretrained", str(base_folder), "--version", "chat", "--max_length", "90", "--loss-on", loss_on]
     config = parse_options([*options, "--train-data", "x"], environ={})
-    data = dataset_maker(config, {"eva_args": {"image_size": [21, 21]}, "image_length": 9})
+    data = dataset_maker(config.model, config.data, {"eva_args": {"image_size": [21, 21]}, "image_length": 9})
     item = Item(None, "2", "c?", history=(("a?", "4"), ("b?", "7")))
     sample = data([item])[0]
     assert data([]).tokenizer.decode(sample.labels[sample.labels != -100]) == learnt
