@@ -1,14 +1,12 @@
-"""Boxes that stand beside the texts of a sample, put into them where their marks are."""
+"""Boxes that stand beside the texts of a sample, put into them where their marks are.
+
+What reads pictures is imported where it is needed: the command line knows of these modules, too.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from io import BytesIO
 
-from PIL import Image
-
-from sat_lora.cogvlm.inputs.boxes import boxes_text
-from sat_lora.cogvlm.inputs.picture_kinds import built_formats
-from sat_lora.cogvlm.inputs.pictures import file_limit
 from sat_lora.data.image_sources import StoredImage
 from sat_lora.data.records.record import Record, RecordError
 from sat_lora.errors import DataError
@@ -31,6 +29,8 @@ def with_boxes(record: Record, images: Sequence, size_of: Callable[[object], tup
     Boxes whose numbers are all from 0 to 1 are shares of the picture, others its pixels. size_of: gives (width, height)
     of an image. Raises RecordError where there are other marks than boxes, or a box is outside of its picture.
     """
+    from sat_lora.cogvlm.inputs.boxes import boxes_text
+
     if not record.boxes:
         return record
     phrases = [[*box] if isinstance(box[0], list | tuple) else [box] for box in record.boxes]
@@ -62,6 +62,11 @@ def _filled(text: str, written) -> str:
 
 def picture_size(image: object) -> tuple[int, int]:
     """Return (width, height) of an image as it is seen, by its header. Raises DataError where it cannot be read."""
+    from PIL import Image
+
+    from sat_lora.cogvlm.inputs.picture_kinds import built_formats
+    from sat_lora.cogvlm.inputs.pictures import file_limit
+
     try:
         content = image.read() if isinstance(image, StoredImage) else image
         source = BytesIO(content) if isinstance(content, bytes) else open_file(str(content), file_limit())

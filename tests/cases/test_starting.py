@@ -198,7 +198,7 @@ def test_only_what_will_work_is_printed_and_the_best_adapter_where_it_is_better(
     (run / "adapter").mkdir(parents=True)
     (run / "merged").mkdir()
     lines = what_next(run)
-    assert lines.keys() == {"adapter", "merge", "resume"}
+    assert lines.keys() == {"adapter", "chat", "merge", "resume"}
     assert shlex.split(lines["merge"])[-4:] == ["--adapter", f"{run}/adapter", "--out", f"{run}/merged-2"]
     assert shlex.split(lines["resume"])[2:] == ["--resume", str(run), "--train-iters", "8"]
     for name, step in (("latest", "4"), ("best", "2")):

@@ -30,6 +30,7 @@ IMPORTS = {
     "packaging": "packaging.version",
     "pydantic": "pydantic",
     "Pillow": "PIL.Image",
+    "pyarrow": "pyarrow.parquet",
     "PyYAML": "yaml",
     "tqdm": "tqdm",
     "tensorboard": "torch.utils.tensorboard",

@@ -121,7 +121,7 @@ def peaks_of_run(stage, folder, captchas, *more):
     init_model_parallel(init_distributed())
     base_bytes = wide_base(folder / "base")
     deepspeed_config.BUCKET = 100_000
-    peaks, train, load = [], finetune.train, evaluation.load_cogvlm
+    peaks, train, load = [], finetune.train, evaluation.load_base
     options = parse_options(
         [
             *("--from_pretrained", str(folder / "base"), "--version", "base", "--prompt", "CAPTCHA:"),
@@ -144,7 +144,7 @@ def peaks_of_run(stage, folder, captchas, *more):
             live.peak = max(peak, live.now)  # a mapped file counts as a tensor while it is read
             return loaded
 
-        finetune.train, evaluation.load_cogvlm = measured_train, load_without_the_file
+        finetune.train, evaluation.load_base = measured_train, load_without_the_file
         finetune.finetune(options)
         peaks.append(live.peak)
     return base_bytes, *peaks
