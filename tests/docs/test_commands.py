@@ -168,7 +168,7 @@ def test_the_python_of_a_conversation_runs(page, single_process_group, tmp_path,
     (code,) = (body for kind, body in FENCED.findall((ROOT / page).read_text(encoding="utf-8")) if kind == "python")
     exec(code, {})
     first, second = capsys.readouterr().out.splitlines()
-    assert first == second
+    assert first == second and first
 
 
 def example_of_contributing(name):

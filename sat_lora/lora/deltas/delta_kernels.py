@@ -237,7 +237,7 @@ def _product(
 
 
 def _parts(whole: int, part: int) -> int:
-    """Return how many parts of that size cover the whole; `triton.cdiv` takes the host ten times as long."""
+    """Return how many parts of that size cover the whole; `triton.cdiv` costs the host microseconds."""
     return -(-whole // part)
 
 
