@@ -71,9 +71,12 @@ def compare(config: dict, args: argparse.Namespace, device: torch.device) -> dic
             logs.on_start(STEPS_AT_MOST, 0)
             with watched_trace(loop.trace, WATCHDOG_LIMIT):
                 rounds["loop"] = rounds_of(loop.work, args.repeats, device, warmup=3)
-    return {
-        name: {"seconds": quartiles(own), "samples_per_second": args.batch / min(own)} for name, own in rounds.items()
-    }
+    return {name: summary(own, args.batch) for name, own in rounds.items()}
+
+
+def summary(seconds: list[float], batch: int) -> dict:
+    """Quartiles of the rounds' seconds per step, and the samples per second of the fastest round."""
+    return {"seconds": quartiles(seconds), "samples_per_second": batch / min(seconds)}
 
 
 def options(arguments: list[str] | None) -> argparse.Namespace:

@@ -88,9 +88,13 @@ def test_the_step_of_a_run(tmp_path, capsys, single_process_group):
     bench_loop.main([*sizes, "--markdown", "--out", str(out)])
     written = json.loads(out.read_text())
     bare, loop = (written["steps"][name] for name in ("bare", "loop"))
-    assert bare["samples_per_second"] == pytest.approx(2 / bare["seconds"][0], rel=0.5)
+    assert bare["samples_per_second"] >= 2 / bare["seconds"][0]  # of the fastest round
     assert written["loop_of_bare"] > 0 and loop["seconds"] == sorted(loop["seconds"])
     assert "| loop |" in capsys.readouterr().out
+
+
+def test_samples_per_second_are_those_of_the_fastest_round():
+    assert bench_loop.summary([0.5, 0.25, 1.0], batch=2) == {"seconds": [0.375, 0.5, 0.75], "samples_per_second": 8.0}
 
 
 def test_a_save_is_what_the_steps_that_save_take_more():
