@@ -3,14 +3,14 @@
 
 def build_parser():
     """Return the OptionParser of all sub-commands."""
-    from sat_lora.commands import chat, data, doctor, estimate, quantize, runs, serve
+    from sat_lora.commands import chat, data, doctor, estimate, evaluate, pack, quantize, runs, serve, train
     from sat_lora.commands.adapters import combine, export_adapter, import_adapter, inspect_adapter, merge
     from sat_lora.terminal.option_parser import OptionParser
 
     parser = OptionParser(prog="sat-lora", description="Work with LoRA adapters of SAT models.", takes_more=True)
     commands = parser.add_subparsers(dest="command", required=True)
     of_adapters = (merge, export_adapter, import_adapter, inspect_adapter, combine)
-    for module in (data, chat, serve, runs, doctor, estimate, *of_adapters, quantize):
+    for module in (data, pack, train, evaluate, chat, serve, runs, doctor, estimate, *of_adapters, quantize):
         module.add(commands)
     return parser
 

@@ -14,6 +14,8 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "options.md"
 DEMO = Path("/demo")  # stands for finetune_demo/, so that the page is the same on every machine
 
+SCRIPTS = {"train": "finetune_cogvlm.py", "evaluate": "evaluate_cogvlm.py", "pack": "pack_shards.py"}
+
 HEAD = """\
 # Options
 
@@ -26,6 +28,7 @@ tells how options, a `--deepspeed_config` file and defaults go together.
 def page() -> str:
     """The page as Markdown."""
     from sat_lora.cli import build_parser as sat_lora_parser
+    from sat_lora.commands.evaluate import build_parser as evaluation_parser
     from sat_lora.training.settings.options import build_parser as finetune_parser
 
     lines = [HEAD, "## finetune_cogvlm.py", ""]
@@ -35,12 +38,16 @@ def page() -> str:
         *_sections(),
         "## evaluate_cogvlm.py",
         "",
-        *_table(_script("evaluate_cogvlm").build_parser()._actions),
+        *_table(evaluation_parser()._actions),
         "",
     ]
     lines += ["## pack_shards.py", "", *_table(_script("pack_shards").build_parser()._actions), ""]
     for name, parser in _commands(sat_lora_parser()):
         lines += [f"## sat-lora {name}", "", f"{_sentence(parser.description or parser.format_usage)}", ""]
+        if name in SCRIPTS:
+            heading = SCRIPTS[name].replace(".", "")
+            lines += [f"It is [{SCRIPTS[name]}](#{heading}), and takes its options.", ""]
+            continue
         lines += [*_table(parser._actions), ""]
         if parser.epilog:
             lines += ["```", parser.epilog.strip(), "```", ""]

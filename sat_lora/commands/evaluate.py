@@ -1,25 +1,39 @@
-"""Compare a CogVLM base with base + adapter on images whose answers are known, by greedy generation.
+"""`sat-lora evaluate`, which finetune_demo/evaluate_cogvlm.py is as a script: base against base + adapter."""
 
-    python finetune_demo/evaluate_cogvlm.py --run runs/demo            # what a run was trained and tested with
-    deepspeed --num_gpus 8 finetune_demo/evaluate_cogvlm.py --from_pretrained BASE --adapter ADAPTER --test-data IMAGES
+import argparse
+import contextlib
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from sat_lora.parallel.launch import Place
+    from sat_lora.training.settings.config import TrainConfig
+
+
+NAME = "sat-lora evaluate"
+DESCRIPTION = """\
+Compare a CogVLM base with base + adapter on images whose answers are known, by greedy generation.
+
+    sat-lora evaluate --run runs/demo                     # what a run was trained and tested with
+    torchrun --nproc_per_node 8 -m sat_lora.cli evaluate --from_pretrained BASE --adapter ADAPTER --test-data IMAGES
 
 Several ranks share the images. Prints a table and writes it to --out, or into the run folder of the adapter as
 evaluation.json; what is of another adapter, base or test data than the evaluation there goes to evaluation-2.json, ...
 """
 
-import argparse
-import contextlib
-import sys
-from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
 
-if TYPE_CHECKING:
-    from sat_lora.training.settings.config import TrainConfig
+def add(commands) -> None:
+    """Add the command to the sub-parsers of `sat-lora`. It parses its options, --help among them, itself."""
+    about = "compare a base with base + adapter on images whose answers are known"
+    evaluate = commands.add_parser("evaluate", help=about, add_help=False, takes_more=True)
+    evaluate.set_defaults(run_command=lambda options: run_evaluation(options.more), takes_more=True)
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Return the parser. CogVLM's published evaluation scripts run with their options unchanged: options that mean
-    nothing to an evaluation are taken under `no_effect`, a list of names.
+def build_parser(name: str = NAME, description: str = DESCRIPTION) -> argparse.ArgumentParser:
+    """Return the parser of the program of that name.
+
+    CogVLM's published evaluation scripts run with their options unchanged: options that mean nothing to an evaluation
+    are taken under `no_effect`, a list of names.
     """
     from sat_lora.terminal.option_parser import OptionParser
     from sat_lora.terminal.option_types import batch, positive_int, seconds
@@ -27,7 +41,8 @@ def build_parser() -> argparse.ArgumentParser:
     from sat_lora.training.settings.options import build_parser as finetune_parser
 
     parser = OptionParser(
-        description=__doc__,
+        prog=name,
+        description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="The other options of finetune_cogvlm.py, and --strict-eval, are accepted without effect: all of the "
         "test data is always answered.",
@@ -138,22 +153,18 @@ class Evaluation(NamedTuple):
     any_base: bool
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Evaluate, and return the exit status: 0, 2 for a mistake, 130 for Ctrl-C."""
-    from sat_lora.terminal.edge import run_command
+def run_evaluation(argv: list[str] | None, name: str = NAME, description: str = DESCRIPTION) -> int:
+    """Evaluate as the options say, and return the exit status: 0. Raises a SatLoraError for a user's mistake.
 
-    return run_command("evaluate_cogvlm.py", lambda: _evaluate(argv))
-
-
-def _evaluate(argv: list[str] | None) -> int:
-    """Evaluate as the options say, and return the exit status. Raises a SatLoraError for a user's mistake."""
+    argv: the options; None takes those of the process. name, description: of the program, in its messages and help.
+    """
     from sat_lora.errors import ConfigError
     from sat_lora.parallel.launch import announce, find_place
     from sat_lora.printable import printable
     from sat_lora.terminal.notice import is_first_rank
     from sat_lora.training.settings.config_file import as_yaml
 
-    options = build_parser().parse_args(argv)
+    options = build_parser(name, description).parse_args(argv)
     place = find_place()
     evaluation = read_settings(options)
     config = evaluation.config
@@ -164,7 +175,7 @@ def _evaluate(argv: list[str] | None) -> int:
     mp_size = config.parallel.model_parallel_size
     if place.size % mp_size:
         raise ConfigError(f"--model-parallel-size: {mp_size} does not divide {place.size} ranks")
-    _check_early(evaluation, place)
+    _check_early(evaluation, place, name)
     no_effect = list(dict.fromkeys(options.no_effect))
     if is_first_rank() and no_effect:
         print(f"no effect on an evaluation: {', '.join(no_effect)}", flush=True)
@@ -190,7 +201,7 @@ def _evaluate(argv: list[str] | None) -> int:
     world = init_model_parallel(device, mp_size)
     config = config.replaced(bf16=config.precision.bf16 or (device.type == "cuda" and not config.precision.fp16))
     out, run = evaluation_file(config, adapter=adapter, run=evaluation.run, out=evaluation.out)
-    lock = contextlib.nullcontext()
+    lock: contextlib.AbstractContextManager = contextlib.nullcontext()
     if run is not None:
         lock = RunLock(run, doing="evaluating", option="--run", instead="write elsewhere, with --out FILE")
     with lock, watched_alone(config.checks.watchdog_limit) as trace:
@@ -207,19 +218,11 @@ def _evaluate(argv: list[str] | None) -> int:
     return 0
 
 
-def _check_early(evaluation: Evaluation, place) -> None:
+def _check_early(evaluation: Evaluation, place: "Place", name: str) -> None:
     """Raise ConfigError or DataError, before anything slow is imported, with all that is not there."""
     from sat_lora.files.paths import missing_adapter
     from sat_lora.training.early import check_early
 
     problem = missing_adapter(evaluation.adapter) if evaluation.adapter else None
-    check_early(evaluation.config, place, writes=False, more=[f"--adapter: {problem}"] if problem else [])
-
-
-if __name__ == "__main__":
-    try:
-        from sat_lora.terminal.edge import run_script
-    except ModuleNotFoundError as error:
-        print(f"evaluate_cogvlm.py: error: {error} in {sys.executable}; README.md says how to install", file=sys.stderr)
-        sys.exit(2)
-    run_script("evaluate_cogvlm.py", main)
+    more = [f"--adapter: {problem}"] if problem else []
+    check_early(evaluation.config, place, writes=False, more=more, program=name)

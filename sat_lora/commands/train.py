@@ -1,42 +1,59 @@
-"""Fine-tune CogVLM with LoRA.
-
-    deepspeed finetune_demo/finetune_cogvlm.py                      # the tiny base on captcha images; a CPU will do
-    deepspeed --num_gpus 8 finetune_demo/finetune_cogvlm.py --from_pretrained cogvlm-base-490 --train-data my_images
-
-`torchrun` and plain `python` start it just as well. `--help` lists the options.
-"""
+"""`sat-lora train`, which finetune_demo/finetune_cogvlm.py is as a script: fine-tune CogVLM with LoRA."""
 
 import itertools
 import os
-import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-HERE = Path(__file__).resolve().parent
+from sat_lora.commands.parts import demo_of_clone
+from sat_lora.parallel.launch import Program, command_program
+
+if TYPE_CHECKING:
+    from sat_lora.training.settings.config import TrainConfig
+    from sat_lora.training.settings.demo import Demo
+
+TRAIN, EVALUATE = command_program("train"), command_program("evaluate")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run as the options say, and return the exit status: 0, 1 for a finding of the doctor, 2 for a mistake, 3 from the
-    watchdog, 128 + N for signal N.
+def add(commands) -> None:
+    """Add the command to the sub-parsers of `sat-lora`. Its options, --help among them, are those of a run."""
+    train = commands.add_parser("train", help="fine-tune CogVLM with LoRA", add_help=False, takes_more=True)
+    train.set_defaults(run_command=lambda options: run_training(options.more, demo=demo_of_clone()), takes_more=True)
+
+
+def script_main(argv: list[str] | None, script: str, demo: "Demo") -> int:
+    """Run as finetune_cogvlm.py, and return the exit status, see `run_training`; 2 for a mistake.
+
+    script: its path; evaluate_cogvlm.py lies beside it. demo: what runs where no base is named.
     """
     from sat_lora.terminal.edge import run_command
 
-    return run_command("finetune_cogvlm.py", lambda: _finetune(argv))
+    path = Path(script).resolve()
+    program, evaluation = (Program(name, (str(path.with_name(name)),)) for name in (path.name, "evaluate_cogvlm.py"))
+    return run_command(program.name, lambda: run_training(argv, demo=demo, program=program, evaluation=evaluation))
 
 
-def _finetune(argv: list[str] | None) -> int:
-    """Train, or let the doctor look, as the options say, and return the exit status.
+def run_training(
+    argv: list[str] | None,
+    *,
+    demo: "Demo | None" = None,
+    program: Program = TRAIN,
+    evaluation: Program = EVALUATE,
+) -> int:
+    """Train, or let the doctor look, as the options say, and return the exit status: 0, 1 for a finding of the doctor,
+    3 from the watchdog, 128 + N for signal N.
 
-    Raises a SatLoraError for a user's mistake.
+    argv: the options; None takes those of the process. demo: what runs where no base is named. program, evaluation:
+    what the lines that go on with the run start. Raises a SatLoraError for a user's mistake.
     """
     from sat_lora.parallel.launch import announce, find_place
     from sat_lora.terminal.notice import is_first_rank
     from sat_lora.training.early import check_early
     from sat_lora.training.settings.options import parse_options
 
-    demo = _demo()
-    config = parse_options(argv, demo=demo)
+    config = parse_options(argv, demo=demo, prog=program.name)
     place = find_place()
-    check_early(config, place, demo=demo, writes=not config.start.doctor)
+    check_early(config, place, demo=demo, writes=not config.start.doctor, program=program.name)
     announce(place)
     if config.start.doctor:
         from sat_lora.doctor.run_checks.packages import report_missing
@@ -54,24 +71,15 @@ def _finetune(argv: list[str] | None) -> int:
         setting = finetune(config, demo)
     except Stopped as stopped:
         if is_first_rank():
-            print(f"{stopped}; resume with: {_resume_line(config)}", flush=True)
+            print(f"{stopped}; resume with: {_resume_line(config, program)}", flush=True)
         return stopped.status
     if setting.world.is_main and not config.start.replay:
-        print(_what_next(setting.config), flush=True)
+        print(what_next(setting.config, program, evaluation), flush=True)
     destroy()
     return 0
 
 
-def _demo():
-    """Return the demo, which lies beside this script."""
-    if str(HERE) not in sys.path:
-        sys.path.insert(0, str(HERE))
-    from demo import DEMO
-
-    return DEMO
-
-
-def _what_next(config) -> str:
+def what_next(config: "TrainConfig", program: Program, evaluation: Program) -> str:
     """Return what the run has made, and the lines that go on with it: each can be pasted into any shell."""
     from sat_lora.parallel.launch import relaunch, sat_lora_line
     from sat_lora.printable import printable
@@ -86,12 +94,12 @@ def _what_next(config) -> str:
         lines.append(f"evaluation  {printable(run / 'evaluation.json')}")
         alone = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
         environ = os.environ if config.parallel.model_parallel_size > 1 else alone
-        line = relaunch(HERE / "evaluate_cogvlm.py", "--run", str(run), *chosen, *trust, environ=environ)
+        line = relaunch(evaluation, "--run", str(run), *chosen, *trust, environ=environ)
         lines += [f"evaluate    {line}"] if line else []
     base = os.path.abspath(config.model.base)
     out = _new_folder(run / "merged")
     merge = sat_lora_line("merge", "--base", base, *trust, "--adapter", best or run / "adapter", "--out", out)
-    further = _resume_line(config, "--train-iters", 2 * config.schedule.steps)
+    further = _resume_line(config, program, "--train-iters", 2 * config.schedule.steps)
     lines += [f"merge       {merge}", f"resume      {further}"]
     return "\n".join(lines)
 
@@ -110,27 +118,16 @@ def _new_folder(path: Path) -> Path:
     return next(free for free in itertools.chain([path], numbered) if not free.exists())
 
 
-def _resume_line(config, *more) -> str:
+def _resume_line(config: "TrainConfig", program: Program, *more: object) -> str:
     """Return the line that goes on with the run, as it was launched. more: further options."""
     from sat_lora.parallel.launch import relaunch
     from sat_lora.printable import shell_line
 
     options = ["--resume", os.path.abspath(config.run_folder), *_trust(config), *map(str, more)]
-    line = relaunch(__file__, *options)
+    line = relaunch(program, *options)
     return line or f"the launcher and the ranks that the run had, and {shell_line(options)}"
 
 
-def _trust(config) -> list[str]:
+def _trust(config: "TrainConfig") -> list[str]:
     """Return the option that lets the base be unpickled, in a list that is empty where it was not given."""
     return ["--trust-checkpoint"] * config.start.trust_checkpoint
-
-
-if __name__ == "__main__":
-    try:
-        from sat_lora.terminal.edge import run_script
-    except ModuleNotFoundError as error:
-        print(
-            f"finetune_cogvlm.py: error: {error} for {sys.executable}; see Two commands in README.md", file=sys.stderr
-        )
-        sys.exit(2)
-    run_script("finetune_cogvlm.py", main)

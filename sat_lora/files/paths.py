@@ -9,6 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from urllib.parse import unquote
 
+from sat_lora.errors import ConfigError
 from sat_lora.printable import printable
 
 ENTRIES_SEEN = 200_000
@@ -170,3 +171,15 @@ def _names_of(folder: str) -> list[str]:
             return [entry.name for entry, _ in zip(entries, range(ENTRIES_SEEN))]
     except (OSError, ValueError):
         return []
+
+
+def packed_shards(out: Path, overwrite: bool) -> list[Path]:
+    """Return the shards that are in `out` already, in order. Raises ConfigError where nothing may replace them."""
+    shards = sorted(out.glob("shard-[0-9]*.tar"))
+    if shards and not overwrite:
+        count = f"{len(shards)} shard{'s' * (len(shards) > 1)}"
+        raise ConfigError(
+            f"--out: {printable(out)} holds {count} ({printable(shards[0].name)}, ...); nothing was changed. Give "
+            "another folder, or replace them (--overwrite)"
+        )
+    return shards

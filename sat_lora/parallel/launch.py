@@ -5,7 +5,7 @@ import socket
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from sat_lora.errors import ConfigError
 from sat_lora.printable import printable, shell_line
@@ -153,25 +153,47 @@ def _whole(
     return number
 
 
-def relaunch(script: str | os.PathLike[str], *arguments: str, environ: Mapping[str, str] = os.environ) -> str | None:
-    """Return a shell line that starts a script with as many ranks, under the launcher that started this process.
+SAT_LORA = ("-m", "sat_lora.cli")  # the command, by an interpreter that may not have it on its PATH
+
+
+class Program(NamedTuple):
+    """What people start: its name in messages, and the words after an interpreter's name that start it.
+
+    start: the absolute path of a script; or `-m`, a module, and its first arguments.
+    """
+
+    name: str
+    start: tuple[str, ...]
+
+
+def command_program(command: str) -> Program:
+    """Return a command of `sat-lora` as a Program."""
+    return Program(f"sat-lora {command}", (*SAT_LORA, command))
+
+
+def relaunch(program: Program, *arguments: str, environ: Mapping[str, str] = os.environ) -> str | None:
+    """Return a shell line that starts a program with as many ranks, under the launcher that started this process.
 
     It is None where no single line does: on several machines, or for ranks that were started one by one.
     """
     place = find_place(environ)
     local_ranks = ranks_on_this_machine(place.size, environ)
+    is_module = program.start[0] == "-m"
+    target = program.start[is_module:]
     if place.size == 1:
-        start = []
+        start = list(program.start)
     elif local_ranks != place.size or place.launcher is None:
         return None
     elif place.launcher == "deepspeed":
         port = [] if place.port in (None, 29500) else ["--master_port", str(place.port)]
         start = ["-m", "deepspeed.launcher.runner", "--num_gpus", str(local_ranks), *port]
+        start += [*["--module"] * is_module, *target]
     else:
-        start = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(local_ranks), "--"]
-    return shell_line([sys.executable, *start, os.path.abspath(script), *arguments])
+        start = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(local_ranks)]
+        start += [*["-m"] * is_module, "--", *target]
+    return shell_line([sys.executable, *start, *arguments])
 
 
 def sat_lora_line(*arguments: str | os.PathLike[str]) -> str:
     """Return a line for any shell that runs `sat-lora` with these arguments, by the interpreter that runs now."""
-    return shell_line([sys.executable, "-m", "sat_lora.cli", *map(str, arguments)])
+    return shell_line([sys.executable, *SAT_LORA, *map(str, arguments)])

@@ -2,7 +2,6 @@
 that holds results. The module needs nothing but Python's own library; `preflight` finds the rest.
 """
 
-import os
 import socket
 import sys
 from collections.abc import Collection, Iterator, Sequence
@@ -36,13 +35,14 @@ def check_early(
     demo: Demo | None = None,
     writes: bool = True,
     more: Sequence[str] = (),
+    program: str = "sat-lora",
 ) -> None:
     """Raise ConfigError or DataError with all that is known to be wrong this early.
 
     Every rank calls it, before any waits for another. The ranks on the machine of rank 0 find the same and leave it to
     rank 0 to speak. On another machine other files may be missing: its first rank says so itself, with its name, and
     its ranks end with SystemExit. demo: the Demo whose data are made where they are not there. writes: whether a run
-    begins in `config.run_folder`. more: problems that are known already.
+    begins in `config.run_folder`. more: problems that are known already. program: its name in a message.
     """
     settings = results_problems(config) if writes else []
     settings += [*base_problems(config.model.base), *more]
@@ -54,7 +54,7 @@ def check_early(
             raise
         if place.local_rank == 0:
             where = f"rank {place.rank} on {socket.gethostname()}"
-            print(f"{os.path.basename(sys.argv[0])}: error: {where}: {printable_lines(error)}", file=sys.stderr)
+            print(f"{program}: error: {where}: {printable_lines(error)}", file=sys.stderr)
         else:
             let_first_rank_speak()
         raise SystemExit(MISTAKE) from error

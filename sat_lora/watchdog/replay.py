@@ -1,7 +1,8 @@
 """Run the step at which a run hung once more, on gloo ranks of this machine, where a mismatch is an error with names.
 
-The script that the run was started with is started again with --replay: it takes the run's settings and batches from
-that step on, fresh adapters, and a folder of its own. What the script itself does to the model happens again.
+What the run was started with, a script or `sat-lora train`, is started again with --replay: it takes the run's settings
+and batches from that step on, fresh adapters, and a folder of its own. What a script itself does to the model happens
+again.
 """
 
 import contextlib
@@ -14,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sat_lora.errors import ConfigError
+from sat_lora.parallel.launch import SAT_LORA
 from sat_lora.watchdog.evidence import read_ranks
 from sat_lora.watchdog.rank_state import read_states
 from sat_lora.watchdog.verdict import verdict
@@ -29,7 +31,7 @@ def replay(run: str | Path, options: Sequence[str] = ()) -> int:
     started.
     """
     states = [rank.state for rank in read_ranks(run)]
-    script = _script(states[0].argv, states[0].cwd)
+    program = _program(states[0].argv, states[0].cwd)
     ranks = states[0].world_size
     command, environment = gloo_ranks(ranks)
     folder = Path(tempfile.mkdtemp(prefix="sat_lora_replay_"))
@@ -37,7 +39,7 @@ def replay(run: str | Path, options: Sequence[str] = ()) -> int:
         settings = ("--replay", str(Path(run).resolve()), "--save", str(folder), "--distributed-backend", "gloo")
         environment["TORCH_DISTRIBUTED_DEBUG"] = "DETAIL"
         process = subprocess.run(
-            [*command, str(script), *settings, *options], env=environment, cwd=states[0].cwd, check=False
+            [*command, *program, *settings, *options], env=environment, cwd=states[0].cwd, check=False
         )
         first, last = steps_to_replay(run)
         steps = f"step {first}" if first == last else f"steps {first} to {last}"
@@ -67,8 +69,13 @@ def gloo_ranks(ranks: int) -> tuple[list[str], dict[str, str]]:
     return command, {"OMP_NUM_THREADS": "1", **os.environ, "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
 
 
-def _script(argv: list[str], cwd: str) -> Path:
+def _program(argv: list[str], cwd: str) -> list[str]:
+    """Return the words after torchrun's options that start what a run was started with. Raises ConfigError where that
+    is no script of this machine and no command of `sat-lora`.
+    """
     path = Path(cwd, argv[1]) if len(argv) > 1 else Path()
+    if path.name == "sat-lora" or path.parts[-2:] == ("sat_lora", "cli.py"):
+        return [*SAT_LORA, *argv[2:3]]
     if path.suffix != ".py" or not path.is_file():
         raise ConfigError(f"--replay: the run was started by {' '.join(argv)!r} in {cwd}; {path} is no script here")
-    return path
+    return [str(path)]

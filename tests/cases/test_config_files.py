@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from sat_lora.commands import evaluate
 from sat_lora.errors import ConfigError
 from sat_lora.training.settings.config import KNOWN, Origin
 from sat_lora.training.settings.config_file import LIMIT, as_yaml, read_config_file
@@ -406,7 +407,6 @@ def test_yaml_of_other_programs_reads_it_alike():
 
 
 def test_an_evaluation_takes_the_file_too(files, capsys):
-    evaluate = load_script("evaluate_cogvlm")
     (files / "mine.yaml").write_text("data: {test_data: held_out, prompt: 'Why?'}\neval_batch_size: 7\nlr: 3\nr: 2")
     argv = ["--from_pretrained", "b", "--config", str(files / "mine.yaml"), "--prompt", "How?"]
     config = evaluate.read_settings(evaluate.build_parser().parse_args(argv)).config
@@ -417,7 +417,7 @@ def test_an_evaluation_takes_the_file_too(files, capsys):
     assert (evaluation.config.model.base, evaluation.adapter) == ("base", str(files / "run" / "adapter"))
     assert (evaluation.config.model.version, evaluation.config.data.prompt) == ("vqa", "Why?")
     (files / "mine.yaml").write_text("tset_data: x")
-    assert evaluate.main(run) == 2
+    assert load_script("evaluate_cogvlm").main(run) == 2
     assert "error: --config: " in (said := capsys.readouterr().err) and "did you mean data.test_data?" in said
 
 

@@ -5,6 +5,7 @@ import shlex
 import pytest
 
 from sat_lora.cli import main as sat_lora
+from sat_lora.commands import evaluate
 from tests.support.configs import parse_options
 from tests.support.paths import TINY_BASE
 from tests.support.scripts import load_script
@@ -29,13 +30,8 @@ PUBLISHED = {  # the options of CogVLM's scripts of these names, in their order 
 }
 
 
-@pytest.fixture(scope="module")
-def evaluate():
-    return load_script("evaluate_cogvlm")
-
-
 @pytest.mark.parametrize("script", PUBLISHED)
-def test_the_published_options_of_an_evaluation_are_taken_unchanged(script, evaluate):
+def test_the_published_options_of_an_evaluation_are_taken_unchanged(script):
     given = evaluate.build_parser().parse_args(shlex.split(PUBLISHED[script]))
     evaluation = evaluate.read_settings(given)
     options = evaluation.config
@@ -56,18 +52,18 @@ def test_the_published_options_of_an_evaluation_are_taken_unchanged(script, eval
     "more",
     ["--layer_range 0 1 2", "--vit_checkpoint_activations", "--eval-iters 10", "--resume runs/x", "--lr=1e-5 --bf16"],
 )
-def test_so_are_the_other_options_of_fine_tuning(more, evaluate):
+def test_so_are_the_other_options_of_fine_tuning(more):
     options = evaluate.build_parser().parse_args(["--test-data", "a", *shlex.split(more)])
     assert options.test_data == ["a"] and options.no_effect
 
 
 @pytest.mark.usefixtures("single_process_group")
-def test_a_merged_model_is_evaluated_alone_and_said_so(evaluate, captchas, tmp_path, capsys, monkeypatch):
+def test_a_merged_model_is_evaluated_alone_and_said_so(captchas, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("sat_lora.parallel.distributed.torch.distributed.destroy_process_group", lambda: None)
     monkeypatch.setattr("sat_lora.parallel.distributed.mpu.destroy_model_parallel", lambda: None)
     base, out = TINY_BASE, tmp_path / "evaluation.json"
     options = ["--from_pretrained", base, "--test-data", captchas / "valid", "--version", "base", "--max_length", 64]
-    status = evaluate.main([*map(str, options), "--out", str(out), "--strict-eval", "--use_lora"])
+    status = load_script("evaluate_cogvlm").main([*map(str, options), "--out", str(out), "--strict-eval", "--use_lora"])
     printed = capsys.readouterr().out
     assert status == 0, printed
     assert "no effect on an evaluation: --strict-eval, --use_lora" in printed
@@ -76,9 +72,9 @@ def test_a_merged_model_is_evaluated_alone_and_said_so(evaluate, captchas, tmp_p
     assert "adapter" not in out.read_text()
 
 
-def test_a_run_without_test_data_is_asked_for_it_alone(evaluate, tmp_path, capsys):
+def test_a_run_without_test_data_is_asked_for_it_alone(tmp_path, capsys):
     (tmp_path / "run.json").write_text('{"settings": {"from_pretrained": "x", "test_data": null}}')
-    assert evaluate.main(["--run", str(tmp_path)]) == 2
+    assert load_script("evaluate_cogvlm").main(["--run", str(tmp_path)]) == 2
     assert f"error: --test-data missing: {tmp_path} has none; give them\n" in capsys.readouterr().err
 
 

@@ -8,15 +8,23 @@ import sys
 
 import pytest
 
+from sat_lora.commands import train
 from sat_lora.errors import ConfigError, SatLoraError
 from sat_lora.parallel import rendezvous
 from sat_lora.parallel.distributed import run_on_all_ranks
-from sat_lora.parallel.launch import announce, find_place, ranks_on_this_machine, relaunch, sat_lora_line
+from sat_lora.parallel.launch import (
+    Program,
+    announce,
+    command_program,
+    find_place,
+    ranks_on_this_machine,
+    relaunch,
+    sat_lora_line,
+)
 from sat_lora.terminal.edge import run_command
 from sat_lora.terminal.notice import is_first_rank
 from tests.support.configs import config_of, parse_options
 from tests.support.paths import ROOT
-from tests.support.scripts import load_script
 
 FULL = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 
@@ -170,24 +178,29 @@ def test_lines_to_paste_are_quoted_and_name_the_interpreter(monkeypatch):
     assert sat_lora_line("doctor", "--run", "runs/a b").startswith(
         "'/home/me/my project/.venv/bin/python' -m sat_lora.cli"
     )
-    line = relaunch("/x/it's here.py", "--resume", "runs/a $b", environ={})
+    line = relaunch(Program("it", ("/x/it's here.py",)), "--resume", "runs/a $b", environ={})
     assert line == """'/home/me/my project/.venv/bin/python' '/x/it'"'"'s here.py' --resume 'runs/a $b'"""
 
 
 def test_a_run_is_started_again_under_its_own_launcher():
     deepspeed = {**FULL, "CROSS_RANK": "0", "LOCAL_SIZE": "2", "MASTER_PORT": "16666"}
     torchrun = {**FULL, "TORCHELASTIC_RUN_ID": "none", "LOCAL_WORLD_SIZE": "2"}
-    assert "-m deepspeed.launcher.runner --num_gpus 2 --master_port 16666 /s.py" in relaunch("/s.py", environ=deepspeed)
-    line = relaunch("/s.py", environ=torchrun)
-    assert line.endswith("-m torch.distributed.run --standalone --nproc_per_node 2 -- /s.py")
-    assert relaunch("/s.py", environ={**torchrun, "LOCAL_WORLD_SIZE": "1"}) is None  # several machines
-    assert relaunch("/s.py", environ=FULL) is None  # rank by rank
+    script, command = Program("s.py", ("/s.py",)), command_program("train")
+    start = "-m deepspeed.launcher.runner --num_gpus 2 --master_port 16666"
+    assert relaunch(script, environ=deepspeed).endswith(f"{start} /s.py")
+    assert relaunch(command, environ=deepspeed).endswith(f"{start} --module sat_lora.cli train")
+    start = "-m torch.distributed.run --standalone --nproc_per_node 2"
+    assert relaunch(script, environ=torchrun).endswith(f"{start} -- /s.py")
+    assert relaunch(command, environ=torchrun).endswith(f"{start} -m -- sat_lora.cli train")
+    assert relaunch(command, "--resume", "x", environ={}).endswith(" -m sat_lora.cli train --resume x")
+    assert relaunch(script, environ={**torchrun, "LOCAL_WORLD_SIZE": "1"}) is None  # several machines
+    assert relaunch(script, environ=FULL) is None  # rank by rank
     assert ranks_on_this_machine(4, {}) == 4
 
 
 def what_next(run, **settings):
     own = {"train_iters": 4, "from_pretrained": "base", "save": str(run.parent), "experiment_name": run.name}
-    lines = load_script("finetune_cogvlm")._what_next(config_of(**own | settings))
+    lines = train.what_next(config_of(**own | settings), train.TRAIN, train.EVALUATE)
     return {line.split(maxsplit=1)[0]: line.split(maxsplit=1)[1] for line in lines.splitlines()}
 
 
@@ -200,16 +213,16 @@ def test_only_what_will_work_is_printed_and_the_best_adapter_where_it_is_better(
     lines = what_next(run)
     assert lines.keys() == {"adapter", "chat", "merge", "resume"}
     assert shlex.split(lines["merge"])[-4:] == ["--adapter", f"{run}/adapter", "--out", f"{run}/merged-2"]
-    assert shlex.split(lines["resume"])[2:] == ["--resume", str(run), "--train-iters", "8"]
+    assert shlex.split(lines["resume"])[1:] == [*train.TRAIN.start, "--resume", str(run), "--train-iters", "8"]
     for name, step in (("latest", "4"), ("best", "2")):
         (run / "adapter" / step).mkdir()
         (run / "adapter" / name).write_text(f"{step}\n")
     lines = what_next(run, test_data=["x"], trust_checkpoint=True)
     best = ["--adapter", f"{run}/adapter/best"]
-    assert shlex.split(lines["evaluate"])[2:] == ["--run", str(run), *best, "--trust-checkpoint"]
+    assert shlex.split(lines["evaluate"])[1:] == [*train.EVALUATE.start, "--run", str(run), *best, "--trust-checkpoint"]
     assert lines["evaluation"] == f"{run}/evaluation.json" and lines["adapter"] == best[1]
     assert "--trust-checkpoint" in shlex.split(lines["merge"]) and best[1] in shlex.split(lines["merge"])
-    assert shlex.split(lines["resume"])[4] == "--trust-checkpoint"
+    assert shlex.split(lines["resume"])[6] == "--trust-checkpoint"
     assert what_next(run)["resume"].startswith(shlex.quote(sys.executable))
 
 
@@ -230,7 +243,7 @@ def test_options_are_parsed_before_anything_heavy_is_imported():
         f"sys.path.insert(0, {str(ROOT / 'finetune_demo')!r})\n"
         "import evaluate_cogvlm, finetune_cogvlm, pack_shards\n"
         "from sat_lora import cli\n"
-        "commands = ('merge', 'doctor', 'estimate', 'export', 'import', 'inspect', 'combine')\n"
+        "commands = 'merge train evaluate pack doctor estimate export import inspect combine'.split()\n"
         "calls = [(cli.main, [name, '--help']) for name in commands]\n"
         "calls += [(cli.main, ['--help']), (cli.main, ['merge', '--x'])]\n"
         "for main in (finetune_cogvlm.main, evaluate_cogvlm.main, pack_shards.main):\n"

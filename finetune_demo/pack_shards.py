@@ -1,0 +1,36 @@
+"""Pack folders of images and files of samples into WebDataset tar shards: `sat-lora pack` as a script.
+
+python finetune_demo/pack_shards.py my_images --out shards --samples-per-shard 1000
+"""
+
+import sys
+
+NAME = "pack_shards.py"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Pack, and return the exit status: 0, 2 for a mistake, 130 for Ctrl-C."""
+    from sat_lora.commands.pack import run
+    from sat_lora.terminal.edge import run_command
+
+    return run_command(NAME, lambda: run(build_parser().parse_args(argv)))
+
+
+def build_parser():
+    """Return the OptionParser of this script."""
+    from sat_lora.commands.pack import add_options
+    from sat_lora.terminal.option_parser import OptionParser
+
+    example = "example: python finetune_demo/pack_shards.py images/ more.jsonl --out shards --samples-per-shard 1000"
+    parser = OptionParser(prog=NAME, description="Pack images and answers into tar shards.", epilog=example)
+    add_options(parser)
+    return parser
+
+
+if __name__ == "__main__":
+    try:
+        from sat_lora.terminal.edge import run_script
+    except ModuleNotFoundError as error:
+        print(f"{NAME}: error: {error} in {sys.executable}; README.md says how to install", file=sys.stderr)
+        sys.exit(2)
+    run_script(NAME, main)

@@ -1,0 +1,89 @@
+"""Pack folders of images and files of samples into WebDataset tar shards."""
+
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from webdataset import ShardWriter
+
+from sat_lora.cogvlm.inputs.pictures import SUFFIXES, file_limit, suffix_of
+from sat_lora.data.samples import Item, Picture, picture_content, read_items
+from sat_lora.errors import DataError
+from sat_lora.files.foreign import read_bytes
+from sat_lora.files.paths import packed_shards
+from sat_lora.printable import printable
+
+
+def pack_shards(
+    data: Sequence[str | Path],
+    out: str | Path,
+    samples_per_shard: int = 1000,
+    *,
+    overwrite: bool = False,
+    **reading: Any,
+) -> tuple[str, int]:
+    """Write the items of `data`, in their order, and return (what --train-data takes, how many samples).
+
+    A sample is KEY.json {"prompt", "answer"}, with its turns before, and the image's file as it is, with its own
+    suffix, or with that of its format where it has none that is known. What is in `out` is as it was until all shards
+    are written. reading: further arguments of `read_items`. Raises DataError where an image is missing, or is no file,
+    or there is nothing to pack; ConfigError where `out` holds shards, which stay unless `overwrite` replaces all of
+    them.
+    """
+    out = Path(out)
+    before = packed_shards(out, overwrite)
+    items = read_items(data, **reading)
+    if not items:
+        raise DataError(f"{printable(', '.join(map(str, data)))}: no samples there, so there is nothing to pack")
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out, prefix=".packing-") as draft:
+        _write(items, Path(draft), samples_per_shard)
+        for path in before:
+            path.unlink()
+        for path in sorted(Path(draft).iterdir()):
+            path.rename(out / path.name)
+    last = (len(items) - 1) // samples_per_shard
+    numbers = f"{{000000..{last:06d}}}" if last else "000000"
+    return str(out / f"shard-{numbers}.tar"), len(items)
+
+
+def _write(items: Sequence[Item], folder: Path, samples_per_shard: int) -> None:
+    """Write the items as shards into the folder. Raises DataError where an image cannot be read."""
+    with ShardWriter(str(folder / "shard-%06d.tar"), maxcount=samples_per_shard, maxsize=1e12, verbose=0) as writer:
+        for number, item in enumerate(items):
+            if item.more_images:
+                raise DataError(f"{printable(item.place)}: several images; a sample of a shard has one")
+            texts = {"answer": item.answer, **({"prompt": item.prompt} if item.prompt is not None else {})}
+            turns = {name: value for name in ("history", "system") if (value := getattr(item, name))}
+            unicode = json.dumps({**texts, **turns}, ensure_ascii=False)
+            content = (unicode if _is_unicode(unicode) else json.dumps({**texts, **turns})).encode()
+            sample = {"__key__": f"{number:09d}", "json": content}
+            if item.image is not None:
+                content = _content(item.image, item.name)
+                suffix = item.image.suffix.lower() if isinstance(item.image, Path) else ""
+                sample[(suffix if suffix in SUFFIXES else suffix_of(content))[1:]] = content
+            writer.write(sample)
+
+
+def _is_unicode(text: str) -> bool:
+    """Return whether UTF-8 can write a text. Half a character it cannot: that is packed as it was escaped, and left to
+    whoever reads it.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _content(image: Picture, name: str | None) -> bytes:
+    """Return the bytes of an image of that name. Raises DataError where it cannot be read."""
+    try:
+        content = picture_content(image)
+        return content if isinstance(content, bytes) else read_bytes(content, file_limit())
+    except (OSError, ValueError) as error:
+        problem = getattr(error, "strerror", None) or error
+        shown = printable(name or image)
+        raise DataError(f"{shown}: cannot be packed: {problem}; mend the file or the path") from error
