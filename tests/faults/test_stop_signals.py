@@ -61,7 +61,7 @@ def test_a_stopped_run_resumes_as_if_it_was_not(captchas, tmp_path):
 def test_every_launcher_lets_the_ranks_save(captchas, tmp_path, launcher, number, whole_group, status):
     run, log = tmp_path / "cut" / "run", tmp_path / "log"
     options = options_that_save(captchas, tmp_path / "cut", "--num-workers", "1", "--train-iters", "400")
-    assert stop(launcher, options, run, log, number, whole_group) == status
+    assert stop(launcher, options, run, log, number, whole_group) == status, log.read_text()[-3000:]
     # Launchers turn SIGINT into SIGTERM for their ranks.
     step = re.search(r"stopped by SIG(TERM|INT|HUP) after step (\d+); resume with", log.read_text())
     assert step is not None, log.read_text()[-3000:]
