@@ -69,12 +69,17 @@ def started(launcher, options, log):
     with open(log, "w") as output:
         process = subprocess.Popen(
             command(launcher, options), stdout=output, stderr=subprocess.STDOUT, env=environment(), cwd=ROOT,
-            start_new_session=True,
+            start_new_session=True, preexec_fn=heed_ctrl_c,
         )  # fmt: skip
     try:
         yield process
     finally:
         kill_group(process)
+
+
+def heed_ctrl_c():
+    """Undo what a shell gives to all that it starts in the background: DeepSpeed's launcher keeps ignoring SIGINT."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def kill_group(process):
