@@ -52,7 +52,7 @@ ELSEWHERE = {
 # What does not exist here, and what to do instead.
 ABSENT = {
     "qlora use_qlora load_in_4bit load_in_8bit quant quantization quantization_bit bits": (
-        "the base is not quantised here; --bf16, --checkpoint-activations and --zero-stage 3 save memory"
+        "here it is --quantize nf4 (4 bits a weight) or --quantize int8, of training, evaluation and chat"
     ),
     "use_ptuning ptuning pre_seq_len prefix_len": "there is no P-tuning here, only LoRA",
     "num_gpus num_nodes nproc_per_node nnodes hostfile master_port master_addr include": (
