@@ -131,7 +131,7 @@ def _fit(options: argparse.Namespace, config: "TrainConfig") -> int:
         chosen = {"options": line if fits else None, "considered": [asdict(attempt) for attempt in found.attempts]}
         print(json.dumps({**memory, "available": size, "usable": size / SPARE, "fits": fits, **chosen}))
         return 0 if fits else 1
-    print(f"{options.gpus} x {options.fit:g} GB, of which a step may take {size / SPARE / 1e9:.1f}")
+    print(f"{options.gpus} x {options.fit:g} GB, of which a step may take {options.fit / SPARE:.3g}")
     print(fit_table(found))
     if not fits:
         print(

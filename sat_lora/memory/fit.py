@@ -3,12 +3,13 @@
 What the options of the run leave open is tried in this order, and the first that fits is taken:
 
     base        whole, int8, nf4
-    ranks       data-parallel at ZeRO 2; at ZeRO 3, if the base is whole; model-parallel by 2, 4 and so on
+    ranks       data-parallel at ZeRO 2; at ZeRO 3, if the base is whole; model-parallel by 2, 4 and so on. A base that
+                is quantised is preferred to one that is cut and quantised
     recomputed  nothing, the ViT, the language model, both; both with the optimizer's state on the host
     batch       the largest
 
-A quantised layer is decoded for each micro-batch, however small that is: int8 and nf4 are taken at once if WORTHWHILE
-samples fit, else the base with the largest batch is.
+A quantised layer is decoded, and ZeRO-3 gathers a weight, for each micro-batch, however small that is: they are taken
+at once if WORTHWHILE samples fit, and else if nothing better does, with the largest batch.
 
 An estimate of CogVLM-17B takes many seconds. Those of models with two or three layers in each tower take one: the bytes
 of a step are nearly linear in the numbers of layers and of samples. What they rule out is out; what they propose is
@@ -40,7 +41,7 @@ WORTHWHILE = 4
 LARGEST_BATCH = 64
 SPARE = 1.1
 """A card has to have so many times the estimate: CUDA, its libraries and fragments of memory want the rest."""
-FEW = f"it fits, but fewer than {WORTHWHILE} samples, and each layer is decoded for them"
+FEW = f"fits, with few samples for each time that the weights are made (wanted: {WORTHWHILE})"
 DOUBT = 1.02
 """So many times too much has to be estimated of small models before a large one is ruled out."""
 SMALL = 2  # layers of each tower
@@ -132,10 +133,9 @@ def is_open(config: TrainConfig, name: str) -> bool:
 
 
 class Estimates:
-    """The estimates of one base with one set of adapters, none made twice."""
+    """The estimates of one base, none made twice."""
 
-    def __init__(self, *, ranks: int, device: str, sizes: dict[str, Any]):
-        self.ranks = ranks
+    def __init__(self, sizes: dict[str, Any], *, device: str = "cuda"):
         self.device = device
         self.sizes = sizes
         self._models: dict[tuple, CogVLMModel] = {}
@@ -143,7 +143,7 @@ class Estimates:
 
     def plan(self, candidate: Candidate, batch_size: int) -> Plan:
         """Return the plan of a candidate with that batch."""
-        return plan_of(candidate.config_with(batch_size), self.sizes, ranks=self.ranks, device=self.device)
+        return plan_of(candidate.config_with(batch_size), self.sizes, ranks=candidate.ranks, device=self.device)
 
     def memory(self, plan: Plan) -> Memory:
         """Return the memory of a rank, as `estimate_run` gives it."""
@@ -223,18 +223,19 @@ def fit(
 
     What the config's options name stays as it is. total_batch: samples of an optimizer step over all ranks, which
     accumulation makes up; None accumulates as the config says. offload: a DeepSpeed file that puts the optimizer's
-    state on the host. estimates: those of an earlier search for this base, device and number of ranks. tell: is told
+    state on the host. estimates: those of an earlier search for this base and device. tell: is told
     what is looked at. Raises ConfigError and CheckpointError as `estimate_run` does, and ConfigError where the wanted
     total cannot be made.
     """
     if config.problems:
         raise ConfigError("; ".join(config.problems))
     if estimates is None:
-        estimates = Estimates(ranks=ranks, device=device, sizes=sizes_of(config.model.base))
+        estimates = Estimates(sizes_of(config.model.base), device=device)
     settled = settle(config, device=device, environ={"WORLD_SIZE": str(ranks)}).config
     layouts = [*_layouts(settled, estimates.sizes, ranks)]
     if not layouts:
-        plan_of(settled, estimates.sizes, ranks=ranks, device=device)  # which says why
+        problems = parallel_problems(estimates.sizes, settled.parallel.model_parallel_size, ranks)
+        raise ConfigError(f"--model-parallel-size: {'; '.join(problems)}")
     _refuse_total(settled, layouts, ranks, total_batch)
     attempts: list[Attempt] = []
     small: list[tuple[Candidate, list[int]]] = []  # what fits with few samples at once
@@ -264,8 +265,9 @@ def fit(
 
 def is_worthwhile(candidate: Candidate, batch_size: int, sizes: dict[str, Any]) -> bool:
     """Return whether a batch is large enough for its base to be taken before those that come later."""
-    is_whole = candidate.config.quantization.quantize == NONE and KEY not in sizes
-    return is_whole or batch_size >= min(WORTHWHILE, candidate.batches[-1])
+    is_quantized = candidate.config.quantization.quantize != NONE or KEY in sizes
+    is_gathered = candidate.config.parallel.zero_stage == 3 and candidate.data_parallel > 1
+    return not (is_quantized or is_gathered) or batch_size >= min(WORTHWHILE, candidate.batches[-1])
 
 
 def _layouts(settled: TrainConfig, sizes: dict[str, Any], ranks: int) -> Iterator[TrainConfig]:
@@ -277,16 +279,17 @@ def _layouts(settled: TrainConfig, sizes: dict[str, Any], ranks: int) -> Iterato
     mp_sizes: Sequence[int] = [settled.parallel.model_parallel_size]
     if is_open(settled, "model_parallel_size") and settled.parallel.deepspeed_config is None:
         mp_sizes = range(1, ranks + 1)
-    for base in bases:
-        is_whole = base == NONE and KEY not in sizes
-        for mp_size in mp_sizes:
-            if parallel_problems(sizes, mp_size, ranks):
-                continue
-            stages = [2, 3] if is_whole and mp_size < ranks and (mp_size == 1 or len(mp_sizes) == 1) else [2]
-            if not is_open(settled, "zero_stage"):
-                stages = [settled.parallel.zero_stage]
-            for stage in stages:
-                yield settled.replaced(quantize=base, model_parallel_size=mp_size, zero_stage=stage)
+    whole = [(base, mp_size) for base in bases if base == NONE for mp_size in mp_sizes]
+    quantized = [(base, mp_size) for mp_size in mp_sizes for base in bases if base != NONE]
+    for base, mp_size in [*whole, *quantized]:
+        if parallel_problems(sizes, mp_size, ranks):
+            continue
+        is_partitioned = base == NONE and KEY not in sizes and mp_size < ranks and mp_size in (1, mp_sizes[-1])
+        stages = [2, 3] if is_partitioned else [2]
+        if not is_open(settled, "zero_stage"):
+            stages = [settled.parallel.zero_stage]
+        for stage in stages:
+            yield settled.replaced(quantize=base, model_parallel_size=mp_size, zero_stage=stage)
 
 
 def _variants(layout: TrainConfig, offload: str | Path | None) -> Iterator[TrainConfig]:
@@ -382,7 +385,7 @@ def _too_large(candidate: Candidate, estimates: Estimates, available: float) -> 
     if memory.total <= available:
         memory = estimates.about(estimates.plan(candidate, batch_size))
     size, name = max((getattr(memory, field.name), field.name) for field in fields(memory))
-    verdict = f"too large: {name} alone take {size / 1e9:.1f}"
+    verdict = f"too large: {size / memory.total:.0%} are {name}"
     return _attempt(candidate, batch_size, memory, estimates, verdict, is_exact=False)
 
 
@@ -448,18 +451,14 @@ def _ranks_text(candidate: Candidate) -> str:
 
 
 def fit_table(found: Fit) -> str:
-    """Return a table with a line for each attempt, in GB (10^9 bytes)."""
-    header = ("base", "GPUs", "recomputed", "batch", "GB", "")
-    lines = [header]
+    """Return a table with a line for each attempt, in GB (10^9 bytes) or, for small models, MB."""
+    unit, scale = ("GB", 1e9) if max((attempt.total for attempt in found.attempts), default=0) >= 1e9 else ("MB", 1e6)
+    lines = [("base", "GPUs", "recomputed", "batch", unit, "")]
     for attempt in found.attempts:
-        size = f"{'' if attempt.is_exact else '~'}{attempt.total / 1e9:.1f}"
+        size = f"{'' if attempt.is_exact else '~'}{attempt.total / scale:.1f}"
         lines.append((attempt.base, attempt.ranks, attempt.recomputed, str(attempt.batch_size), size, attempt.verdict))
-    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
-    texts = [
-        [
-            cell.rjust(width) if column in (3, 4) else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(line, widths))
-        ]
-        for line in lines
-    ]
-    return "\n".join("  ".join(cells).rstrip() for cells in texts)
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    justify = (str.ljust, str.ljust, str.ljust, str.rjust, str.rjust, str.ljust)
+    return "\n".join(
+        "  ".join(place(cell, width) for place, cell, width in zip(justify, line, widths)).rstrip() for line in lines
+    )
