@@ -130,7 +130,7 @@ def test_model_parallelism_comes_where_nothing_whole_fits_on_a_rank():
     [
         (["--quantize", "int8"], 22.5, f"{BOTH} --batch-size 1"),
         (["--quantize", "int8"], 23.5, f"{BOTH} --batch-size 2"),
-        (["--batch-size", "2"], 22.5, f"--quantize nf4 {BOTH}"),
+        (["--batch-size", "2"], 22.5, f"--quantize int8 --deepspeed_config OFFLOAD {BOTH}"),
         (["--batch-size", "9"], 21.9, f"--quantize nf4 --deepspeed_config OFFLOAD {BOTH}"),
         (["--batch-size", "12"], 21.9, None),
         (["--checkpoint-activations"], 73, "--batch-size 4"),
