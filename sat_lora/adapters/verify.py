@@ -28,6 +28,7 @@ from sat_lora.lora.adapter import LoraAdapter
 from sat_lora.lora.apply import adapters_of
 from sat_lora.lora.deltas.delta import Delta
 from sat_lora.lora.deltas.merging import merged_weight
+from sat_lora.lora.live_base import identity_of_model, remember_base
 from sat_lora.lora.mixin import lora_mixins
 from sat_lora.parallel.distributed import init_distributed, init_model_parallel
 from sat_lora.quantization.weights.layers import quantized_weights
@@ -86,8 +87,10 @@ def verify_merge(
     tell("1 of 3, base and adapter, in float32")
     model, config = _load(base, trust=trust, progress=partial(progress, what="loading the base"))
     if onto == TRAINED:
+        identity = identity_of_model(model)
         weights = BaseWeights(base, trust=trust)
         put_whole_weights(model, decoded_weights(weights, read_adapter(adapter), adapter))
+        remember_base(model, identity)
     load_adapter(model, adapter, any_base=any_base)
     batch = sample_batch(config)
     mixins = lora_mixins(model).values()

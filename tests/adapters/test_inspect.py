@@ -95,7 +95,7 @@ def test_how_the_base_was_held_is_told(tmp_path, capsys, fields, line):
     add_lora(model, r=2)
     save_adapter(model, tmp_path / "adapter")
     out = printed(capsys, tmp_path / "adapter")[1]
-    assert f"trained on    the base quantised to {line}\n" in out and "\nbase         CogVLM" in out
+    assert f"trained on    the base quantised to {line}\n" in out and "\nbase         " in out
     held = json.loads(printed(capsys, tmp_path / "adapter", "--json")[1])["base_quantization"]
     assert held["scheme"] == line.partition(":")[0]
     path = tmp_path / "adapter" / "adapter_config.json"

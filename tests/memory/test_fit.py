@@ -13,6 +13,7 @@ from sat_lora.memory.components import Memory
 from sat_lora.memory.fit import LARGEST_BATCH, Candidate, Estimates, fit, fit_table
 from tests.support.configs import parse_options
 from tests.support.paths import ROOT, TINY_BASE
+from tests.support.patience import patient
 from tests.support.ranks import run_ranks
 
 FULL = sizes_of_benchmark("full")
@@ -141,7 +142,7 @@ def test_model_parallelism_comes_where_nothing_whole_fits_on_a_rank():
 )
 def test_what_is_given_stays_as_it_is(given, size, options):
     line, found, _ = search(size, *given)
-    assert line == (options or "") and not {*given} & {*found.options}
+    assert line == (options or "") and (found.config is None) == (options is None)
 
 
 def test_what_a_deepspeed_file_says_is_given(tmp_path):
@@ -169,7 +170,7 @@ def test_a_wanted_total_is_made_of_equal_batches(total, ranks, batch, steps):
         ((), dict(total_batch=13, ranks=4, options=("--model-parallel-size", "1")), "wanted a multiple of 4 data-par"),
         (("--batch-size", "5"), dict(total_batch=12), "wanted a multiple of 1 data-parallel ranks x --batch-size 5"),
         (("--gradient-accumulation-steps", "2"), dict(total_batch=12), "--gradient-accumulation-steps 2 is given as"),
-        (("--model-parallel-size", "3"), dict(ranks=4), "wanted a multiple of --model-parallel-size 3"),
+        (("--model-parallel-size", "3"), dict(ranks=4), "4 ranks do not divide into groups of 3"),
         (("--max_length", "99"), {}, "--max_length: 99 is too short"),
     ],
 )  # fmt: skip
@@ -192,8 +193,8 @@ def test_what_fits_nowhere_is_said_with_what_takes_the_most():
 def nearly_and_exactly(cases):
     from sat_lora.memory.estimate_run import sizes_of
 
-    vit = {**sizes_of(TINY_BASE)["eva_args"], "num_layers": 8}
-    sizes = {**sizes_of(TINY_BASE), "num_layers": 9, "eva_args": vit}
+    vit = {**sizes_of(TINY_BASE)["eva_args"], "num_layers": 5}
+    sizes = {**sizes_of(TINY_BASE), "num_layers": 6, "eva_args": vit}
     estimates = Estimates(sizes)
     pairs = []
     for options, batch in cases:
@@ -213,8 +214,8 @@ def commands(lines):
 
 
 def test_small_models_tell_nearly_what_a_deep_one_takes():
-    cases = [((), 3), (BOTH.split(), 5), (["--quantize", "nf4", "--vit_checkpoint_activations"], 4)]
-    (pairs,) = run_ranks(nearly_and_exactly, 1, cases)
+    cases = [((), 3), (["--quantize", "nf4", *BOTH.split()], 4)]
+    (pairs,) = run_ranks(nearly_and_exactly, 1, cases, timeout=patient(120))
     for nearly, exactly in pairs:
         assert nearly == pytest.approx(exactly, rel=0.02), pairs
 
@@ -234,7 +235,7 @@ def found_and_estimated(folder):
 
 
 def test_the_command_gives_options_that_fit_as_a_plain_estimate_says(tmp_path):
-    ((status, found, shown),) = run_ranks(found_and_estimated, 1, tmp_path)
+    ((status, found, shown),) = run_ranks(found_and_estimated, 1, tmp_path, timeout=patient(120))
     (text_status, text), (nothing_status, nothing), (same_status, same), (larger_status, _) = shown
     assert (status, text_status, same_status) == (0, 0, 0) and found["fits"]
     assert json.loads(same)["total"] == found["total"]

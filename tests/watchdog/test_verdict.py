@@ -194,8 +194,9 @@ def test_a_rank_without_memory_is_told_what_takes_less_and_where_it_was(tmp_path
     code = compile("raise kind(text)", SCHEMES_PY, "exec")
     kind, _, text = error.partition(": ")
     own = type(kind.rpartition(".")[2], (Exception,), {})
-    with pytest.raises(own), Trace(tmp_path, torch.nn.Linear(2, 2), rank=0, world_size=1) as trace:
-        trace.at("forward", step=5)
+    trace = Trace(tmp_path, torch.nn.Linear(2, 2), rank=0, world_size=1)
+    trace.at("forward", step=5)
+    with pytest.raises(own), trace.told():
         exec(code, dict(kind=own, text=text))
     found = verdict(tmp_path)
     assert found.finding.code == "rank-failed" and f"({SCHEMES_PY}:1)" in found.finding.seen
