@@ -1,72 +1,92 @@
-"""The table "which GPU do I need" of README.md and README_zh.md, from `sat-lora estimate`.
+"""The table "which GPU do I need" of README.md and README_zh.md, from `sat-lora estimate --fit`.
 
-    python docs/tools/gpu_table.py               # estimates, and writes both tables anew: minutes, on any machine
+    python docs/tools/gpu_table.py               # searches, and writes both tables anew: minutes, on any machine
 
 Estimated on a CPU, without weights: CogVLM-17B's sizes, its images of 490 x 490, rows of --max_length 1288, r 16 on
-every linear, bf16, both towers recomputed. A card is large enough if it has the estimate and a tenth more.
+every linear.
 """
 
-import json
 import re
-import subprocess
 import sys
-import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-CARDS = (16, 24, 40, 48, 80, 141)  # GB that cards have
-SPARE = 1.1
-FIXED = "--bf16 --checkpoint-activations --vit_checkpoint_activations --max_length 1288 --r 16"
+GIVEN = "--max_length 1288 --r 16"
+OFFLOAD = "finetune_demo/offload_optimizer.json"
 HEADS = {
-    "README.md": ("| GPUs | options | GB on each, estimated | cards of |", "larger than any card"),
-    "README_zh.md": ("| GPU 数 | 选项 | 每张 GPU 的 GB 数（估计） | 显卡 |", "没有这样大的显卡"),
+    "README.md": ("| GPUs | cards of | options | GB on each, estimated |", "nothing fits"),
+    "README_zh.md": ("| GPU 数 | 显卡 | 选项 | 每张 GPU 的 GB 数（估计） |", "放不下"),
 }
 
 
 @dataclass(frozen=True)
-class Layout:
-    """A number of GPUs and the options that say how they share the work."""
+class Machine:
+    """Cards of one size."""
 
     gpus: int
+    size: int
+    """GB that a card has."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """What fits a machine."""
+
+    machine: Machine
     options: str
+    """The options that the search has chosen; empty where nothing fits."""
+    gigabytes: float
+    """What a step takes on each card, in 10^9 bytes."""
 
 
-LAYOUTS = (
-    Layout(1, "--zero-stage 2 --batch-size 1"),
-    Layout(1, "--zero-stage 2 --batch-size 4"),
-    Layout(1, "--zero-stage 2 --batch-size 1 --quantize nf4"),
-    Layout(1, "--zero-stage 2 --batch-size 4 --quantize nf4"),
-    Layout(2, "--zero-stage 2 --batch-size 4 --model-parallel-size 2"),
-    Layout(4, "--zero-stage 2 --batch-size 4 --model-parallel-size 4"),
-    Layout(4, "--zero-stage 3 --batch-size 4"),
-    Layout(8, "--zero-stage 2 --batch-size 4"),
-    Layout(8, "--zero-stage 3 --batch-size 4"),
-    Layout(8, "--zero-stage 3 --batch-size 1"),
-)
+MACHINES = (*(Machine(1, size) for size in (12, 16, 24, 40, 48, 80)), *(Machine(8, size) for size in (16, 24, 40, 80)))
 
 
-def gigabytes(layout: Layout, config: Path) -> float:
-    """What `sat-lora estimate` says that a rank of this layout takes, in 10^9 bytes."""
-    options = ["--from_pretrained", str(config), "--gpus", str(layout.gpus), "--json"]
-    command = [sys.executable, "-m", "sat_lora.cli", "estimate", *options, *FIXED.split(), *layout.options.split()]
-    estimated = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    if estimated.returncode:
-        raise RuntimeError(f"sat-lora estimate ended with {estimated.returncode} for {layout}")
-    return json.loads(estimated.stdout)["total"] / 1e9
+def searched(machines: Sequence[Machine]) -> list[Row]:
+    """What `sat-lora estimate --fit` finds for these machines; no estimate is made twice."""
+    from benchmarks.models import config_of
+    from sat_lora._sat import quiet_sat
+    from sat_lora.memory.fit import SPARE, Estimates, fit
+    from sat_lora.training.settings.options import parse_options
+
+    quiet_sat()
+    config = parse_options(["--from_pretrained", "cogvlm-base-490", *GIVEN.split()], environ={})
+    estimates = Estimates(config_of("full"))
+    rows = []
+    for machine in machines:
+        search = dict(available=machine.size * 1e9 / SPARE, offload=ROOT / OFFLOAD, estimates=estimates)
+        found = fit(config, ranks=machine.gpus, **search)
+        options = " ".join(found.options).replace(str(ROOT / OFFLOAD), OFFLOAD)
+        rows.append(Row(machine, options, 0.0 if found.memory is None else found.memory.total / 1e9))
+        print(line_of(rows[-1], nothing="nothing fits"), file=sys.stderr, flush=True)
+    return rows
 
 
-def rows(sizes: dict[Layout, float], *, too_large: str) -> list[str]:
+def line_of(row: Row, *, nothing: str) -> str:
+    """A line of the table."""
+    chosen = f"`{row.options}` | {row.gigabytes:.1f}" if row.options else f"{nothing} | "
+    return f"| {row.machine.gpus} | {row.machine.size} GB | {chosen} |"
+
+
+def table(rows: Sequence[Row], *, nothing: str) -> list[str]:
     """The lines of the table under its head."""
-    lines = ["|---|---|---|---|"]
-    for layout, size in sizes.items():
-        fitting = [card for card in CARDS if card >= size * SPARE]
-        card = f"{fitting[0]} GB" if fitting else too_large
-        lines.append(f"| {layout.gpus} | `{layout.options}` | {size:.1f} | {card} |")
-    return lines
+    return ["|---|---|---|---|", *(line_of(row, nothing=nothing) for row in rows)]
 
 
-def replace_table(page: str, head: str, lines: list[str]) -> str:
+def rows_in(page: str, head: str, *, nothing: str) -> list[Row]:
+    """The rows of the table that a page has."""
+    lines = page.split(head + "\n")[1].split("\n\n")[0].split("\n")[1:]
+    rows = []
+    for line in lines:
+        gpus, size, chosen, gigabytes = (cell.strip() for cell in line.strip("|").split("|"))
+        machine = Machine(int(gpus), int(size.removesuffix(" GB")))
+        rows.append(Row(machine, "" if chosen == nothing else chosen.strip("`"), float(gigabytes or 0)))
+    return rows
+
+
+def replace_table(page: str, head: str, lines: Sequence[str]) -> str:
     """The page with the lines under `head` in place of those that are there."""
     pattern = re.compile(re.escape(head) + r"\n(\|.*\n)+")
     if len(pattern.findall(page)) != 1:
@@ -75,16 +95,11 @@ def replace_table(page: str, head: str, lines: list[str]) -> str:
 
 
 def main() -> None:
-    """Estimate every layout, and write both pages."""
-    from benchmarks.models import config_of
-
-    with tempfile.TemporaryDirectory() as folder:
-        config = Path(folder) / "model_config.json"
-        config.write_text(json.dumps(config_of("full")))
-        sizes = {layout: gigabytes(layout, config) for layout in LAYOUTS}
-    for name, (head, too_large) in HEADS.items():
+    """Search for every machine, and write both pages."""
+    rows = searched(MACHINES)
+    for name, (head, nothing) in HEADS.items():
         page = (ROOT / name).read_text(encoding="utf-8")
-        (ROOT / name).write_text(replace_table(page, head, rows(sizes, too_large=too_large)), encoding="utf-8")
+        (ROOT / name).write_text(replace_table(page, head, table(rows, nothing=nothing)), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -12,12 +12,13 @@ import torch
 from sat_lora.adapters.combine_checks import Source
 from sat_lora.adapters.format import CONFIG, PAIR, SAT_WEIGHTS, WEIGHTS, SavedAdapter
 from sat_lora.adapters.read import form_problems, read_adapter
-from sat_lora.errors import AdapterError, SatLoraError
+from sat_lora.errors import AdapterError, ConfigError, SatLoraError
 from sat_lora.files.foreign import read_json
 from sat_lora.files.step_folders import follow
 from sat_lora.lora.base_identity import BaseIdentity
 from sat_lora.lora.targets import layer_of, part_of
 from sat_lora.printable import printable
+from sat_lora.quantization.config import Quantization
 from sat_lora.terminal.plot_text import families, plot_text
 from sat_lora.terminal.progress import Progress
 
@@ -109,7 +110,17 @@ def _base_line(report: Report) -> str:
 def _quantization_lines(report: Report) -> list[str]:
     """Return the line that says how the base was held while the adapter was trained; none where it was whole."""
     about = report["base_quantization"]
-    return [] if about is None else [f"trained on    the base quantised to {printable(about.get('scheme'))}"]
+    if about is None:
+        return []
+    try:
+        held = Quantization.from_dict(about)
+    except ConfigError:  # of a scheme that is not known here
+        return [f"trained on    the base quantised to {printable(about.get('scheme'))}"]
+    modules, kept = (
+        printable(side if isinstance(side, str) else " ".join(side)) for side in (held.modules, held.keep_modules)
+    )
+    without = f" without {kept}" if kept else ""
+    return [f"trained on    the base quantised to {held.scheme}: {modules}{without}"]
 
 
 def delta_norm(saved: SavedAdapter, name: str) -> float:

@@ -10,7 +10,7 @@ Yes to all three: the merge is right, and |M - A| / |A - base| is what the dtype
 """
 
 import math
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
+from sat_lora.adapters.merge import BASE, TRAINED, decoded_weights
 from sat_lora.adapters.read import read_adapter
 from sat_lora.adapters.save_load import load_adapter
 from sat_lora.cogvlm.checkpoints.base_weights import BaseWeights
@@ -27,8 +28,10 @@ from sat_lora.lora.adapter import LoraAdapter
 from sat_lora.lora.apply import adapters_of
 from sat_lora.lora.deltas.delta import Delta
 from sat_lora.lora.deltas.merging import merged_weight
+from sat_lora.lora.live_base import identity_of_model, remember_base
 from sat_lora.lora.mixin import lora_mixins
 from sat_lora.parallel.distributed import init_distributed, init_model_parallel
+from sat_lora.quantization.weights.layers import quantized_weights
 from sat_lora.terminal.progress import Progress
 
 UNIT_ROUNDOFF = 2.0**-24  # of float32
@@ -69,18 +72,25 @@ def verify_merge(
     *,
     trust: bool = False,
     any_base: bool = False,
+    onto: str = BASE,
     progress: NamedProgress = lambda items, what: items,
     tell: Callable[[str], None] = lambda line: None,
 ) -> Verification:
     """Return how a merged folder compares with its base and adapter, on logits and weight by weight.
 
     The logits are those of one image and a few words. One model at a time is held, in float32.
-    trust: of the base, see `map_weights`. any_base: see `load_adapter`. progress: goes through modules and names of
+    trust: of the base, see `map_weights`. any_base: see `load_adapter`. onto: as of `merge_adapter`, the weights that
+    the adapter was merged into. progress: goes through modules and names of
     weights under what is done with them. tell: is told what begins.
     """
     init_model_parallel(init_distributed(alone=True))
     tell("1 of 3, base and adapter, in float32")
     model, config = _load(base, trust=trust, progress=partial(progress, what="loading the base"))
+    if onto == TRAINED:
+        identity = identity_of_model(model)
+        weights = BaseWeights(base, trust=trust)
+        put_whole_weights(model, decoded_weights(weights, read_adapter(adapter), adapter))
+        remember_base(model, identity)
     load_adapter(model, adapter, any_base=any_base)
     batch = sample_batch(config)
     mixins = lora_mixins(model).values()
@@ -112,6 +122,19 @@ def verify_merge(
     loss = (loaded - beside).norm().item()
     effect = (beside - of_base).norm().item()
     return Verification(loss / effect if effect else float(loss > error), dtype, effect > error, tuple(problems))
+
+
+def put_whole_weights(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Put whole tensors into a model, by their names, in the place of what it has: quantised weights among it."""
+    layers = dict(quantized_weights(model))
+    for name, tensor in tensors.items():
+        owner, _, leaf = name.rpartition(".")
+        module = model.get_submodule(owner)
+        if owner in layers and leaf == "weight":
+            del module._buffers[leaf]
+            module.register_parameter(leaf, torch.nn.Parameter(tensor.float(), requires_grad=False))
+        else:
+            getattr(module, leaf).copy_(tensor)
 
 
 def coarsest_dtype(adapter: str | Path) -> torch.dtype:

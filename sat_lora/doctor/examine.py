@@ -9,10 +9,19 @@ from torch import nn
 
 from sat_lora.doctor.model_checks.checkpointing import checkpointing_findings
 from sat_lora.doctor.model_checks.gradients import gradient_findings
-from sat_lora.doctor.model_checks.parallelism import deltas_that_show, parallelism_findings
+from sat_lora.doctor.model_checks.parallelism import (
+    deltas_that_show,
+    parallelism_findings,
+    quantized_replica_findings,
+)
 from sat_lora.doctor.model_checks.passes import LossOf, record_passes
 from sat_lora.doctor.model_checks.reachability import reachability_findings
-from sat_lora.doctor.model_checks.trained_set import agreement_findings, fresh_adapter_findings, trained_set_findings
+from sat_lora.doctor.model_checks.trained_set import (
+    agreement_findings,
+    fresh_adapter_findings,
+    quantized_parameter_findings,
+    trained_set_findings,
+)
 from sat_lora.doctor.model_checks.values import value_findings
 from sat_lora.doctor.run_checks.optimization import optimizer_findings
 from sat_lora.errors import ConfigError
@@ -87,7 +96,7 @@ def _examine(
     before = random_state()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     try:
-        findings = trained_set_findings(model)
+        findings = [*trained_set_findings(model), *quantized_parameter_findings(model)]
         if optimizer is not None:
             findings += optimizer_findings(model, optimizer)
         if fresh:
@@ -106,7 +115,8 @@ def _examine(
         for name, parameter in model.named_parameters():
             parameter.grad = gradients[name]
         set_random_state(before)
-    shared = [*agreement_findings(model, optimizer), *gradient_findings(model, passes, bucket_size=bucket_size)]
+    shared = quantized_replica_findings(model)
+    shared += [*agreement_findings(model, optimizer), *gradient_findings(model, passes, bucket_size=bucket_size)]
     return joined(_gathered([*findings, *parallel, *shared]))
 
 

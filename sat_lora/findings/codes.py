@@ -37,6 +37,12 @@ CODES = {
         "an adapter on another device, or of another precision than the config says, fails or trains differently",
         "move the model as a whole, after add_lora",
     ),
+    "quantized-parameter": Code(
+        ERROR,
+        "DeepSpeed casts, broadcasts and partitions parameters, which a weight in few bits does not bear",
+        "quantise with --quantize or quantize_model(model), which hold the weight as a buffer; after loading a state, "
+        "never assign it with load_state_dict(..., assign=True)",
+    ),
     "fresh-adapter": Code(
         ERROR,
         "a fresh adapter has to change nothing: training would begin from another model than the base",
@@ -219,7 +225,8 @@ CODES = {
         ERROR,
         "the step does not fit into the device's memory",
         "in this order: --checkpoint-activations --vit_checkpoint_activations, a smaller --batch-size with "
-        "--gradient-accumulation-steps, --quantize nf4, --zero-stage 3, --model-parallel-size",
+        "--gradient-accumulation-steps, --quantize nf4, --zero-stage 3, --model-parallel-size; "
+        "sat-lora estimate --fit GB finds what fits",
     ),
     "versions": Code(
         WARNING,

@@ -4,6 +4,7 @@ torch's fake tensors have shapes and storages of a size, and no bytes; its fake 
 likes, and does nothing. So a step of any size at any layout is counted as it would be, in seconds and on any machine.
 """
 
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from unittest import mock
@@ -39,12 +40,29 @@ def estimate(
     config: content of a model_config.json. engine: DeepSpeed's config. on_device: False for a run on a CPU. step: what
     `fake_step` takes. Raises ConfigError if the config or a target does not fit.
     """
+    model, activations = fake_step(config, lora, **step, **ways_of(engine))
+    return memory_of(model, engine, data_parallel_size=data_parallel_size, activations=activations, on_device=on_device)
+
+
+def ways_of(engine: dict) -> dict[str, bool]:
+    """Return `partitioned` and `accumulated` of `fake_step` for a config of DeepSpeed's."""
     partitioned = engine.get("zero_optimization", {}).get("stage") == 3
     # ZeRO-3 keeps what comes beside its own memory, until a bucket is full.
     accumulated = not partitioned and engine.get("gradient_accumulation_steps", 1) > 1
-    step |= dict(partitioned=partitioned, accumulated=accumulated)
-    model, activations = fake_step(config, lora, **step)
-    return memory_of(model, engine, data_parallel_size=data_parallel_size, activations=activations, on_device=on_device)
+    return dict(partitioned=partitioned, accumulated=accumulated)
+
+
+def fake_model(
+    config: dict,
+    lora: LoraConfig,
+    *,
+    dtype: torch.dtype,
+    model_parallel_size: int = 1,
+    quantize: Quantization | None = None,
+) -> CogVLMModel:
+    """Return a rank's part of a model with adapters, without memory, for `memory_of`. The arguments: of `fake_step`."""
+    with _in_fake_memory(config, lora, quantize, dtype=dtype, model_parallel_size=model_parallel_size) as model:
+        return model
 
 
 def fake_step(
@@ -68,15 +86,27 @@ def fake_step(
     default all but the image's. partitioned: as under ZeRO-3. accumulated: the gradients are added to those of a step
     before, which are not counted. quantize: how the base is quantised; a weight is then decoded as on a CPU, in parts.
     """
+    switches = dict(
+        checkpoint_activations=checkpoint_activations, vit_checkpoint_activations=vit_checkpoint_activations
+    )
+    layout = dict(dtype=dtype, model_parallel_size=model_parallel_size)
+    with (
+        _in_fake_memory(config, lora, quantize, **layout, **switches) as model,
+        _as_in_a_run(model, partitioned=partitioned),
+    ):
+        peak = _peak_of_a_step(model, config, batch_size, length, labelled)
+        if accumulated:
+            peak = _peak_of_a_step(model, config, batch_size, length, labelled)
+        return model, peak
+
+
+@contextmanager
+def _in_fake_memory(
+    config: dict, lora: LoraConfig, quantize: Quantization | None, *, model_parallel_size: int, **settings
+) -> Iterator[CogVLMModel]:
+    """Give the model with its adapters inside, where tensors have no memory. settings: those of `build_cogvlm`."""
     with _pretended_ranks(model_parallel_size):
-        model = build_cogvlm(
-            config,
-            device="meta",
-            dtype=dtype,
-            model_parallel_size=model_parallel_size,
-            checkpoint_activations=checkpoint_activations,
-            vit_checkpoint_activations=vit_checkpoint_activations,
-        )
+        model = build_cogvlm(config, device="meta", model_parallel_size=model_parallel_size, **settings)
         layers = {} if quantize is None else select_layers(model, quantize)
         with FakeTensorMode(allow_non_fake_inputs=True):
             _give_fake_memory(model)
@@ -84,12 +114,7 @@ def fake_step(
                 for layer in layers.values():
                     put_quantized(layer, QuantizedWeight.of(layer.weight, quantize.weights))
             add_lora(model, lora)
-            model.train()
-            with _as_in_a_run(model, partitioned=partitioned):
-                peak = _peak_of_a_step(model, config, batch_size, length, labelled)
-                if accumulated:
-                    peak = _peak_of_a_step(model, config, batch_size, length, labelled)
-                return model, peak
+            yield model.train()
 
 
 @contextmanager

@@ -3,13 +3,17 @@
 import dataclasses
 import json
 import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from sat_lora.cogvlm.checkpoints.load import read_config, shortened
 from sat_lora.cogvlm.checkpoints.quantized_files import KEY
 from sat_lora.cogvlm.sizes import missing_sizes, size_problems
 from sat_lora.errors import CheckpointError, ConfigError
 from sat_lora.files.foreign import read_json
+from sat_lora.lora.config import LoraConfig
 from sat_lora.memory.components import Memory
 from sat_lora.memory.estimate import estimate
 from sat_lora.quantization.config import Quantization
@@ -17,12 +21,37 @@ from sat_lora.training.settings.config import TrainConfig
 from sat_lora.training.settings.deepspeed_config import base_dtype, settle
 
 
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What `estimate` and its parts take for a run."""
+
+    sizes: dict[str, Any]
+    lora: LoraConfig
+    engine: dict[str, Any]
+    """DeepSpeed's config."""
+    data_parallel_size: int
+    on_device: bool
+    step: Mapping[str, Any]
+    """The arguments of `fake_step`, but for those that follow from `engine`."""
+
+    @property
+    def memory(self) -> Memory:
+        """The estimate."""
+        ranks = dict(data_parallel_size=self.data_parallel_size, on_device=self.on_device)
+        return estimate(self.sizes, self.lora, self.engine, **ranks, **self.step)
+
+
 def estimate_run(config: TrainConfig, *, ranks: int, device: str = "cuda", layers: int | None = None) -> Memory:
     """Return the memory of a rank among `ranks`. layers: of each transformer, at most. device: as for `settle`.
 
-    layers: of each transformer, at most. device: as for `deepspeed_config`.
     Raises ConfigError and CheckpointError as a run does.
     """
+    sizes = sizes_of(config.model.base)
+    return plan_of(config, sizes if layers is None else shortened(sizes, layers), ranks=ranks, device=device).memory
+
+
+def plan_of(config: TrainConfig, sizes: dict[str, Any], *, ranks: int, device: str = "cuda") -> Plan:
+    """Return the plan of a run with a base of these sizes. Raises ConfigError as a run does."""
     mp_size = config.parallel.model_parallel_size
     if ranks < 1 or ranks % mp_size:
         raise ConfigError(f"--gpus: got {ranks}, wanted a multiple of --model-parallel-size {mp_size}")
@@ -30,26 +59,26 @@ def estimate_run(config: TrainConfig, *, ranks: int, device: str = "cuda", layer
         raise ConfigError("; ".join(config.problems))
     settled = settle(config, device=device, environ={"WORLD_SIZE": str(ranks)})
     config = settled.config
-    sizes = sizes_of(config.model.base)
-    if layers is not None:
-        sizes = shortened(sizes, layers)
     length = config.model.max_length
     shortest = sizes["image_length"] + 4
     if length < shortest:
         raise ConfigError(f"--max_length: {length} is too short, an image and two tokens take {shortest}")
-    return estimate(
-        sizes,
-        config.lora,
-        settled.engine,
+    step = dict(
         dtype=base_dtype(config.precision),
         batch_size=config.schedule.batch_size,
         length=length,
-        data_parallel_size=ranks // mp_size,
         model_parallel_size=mp_size,
         checkpoint_activations=config.checkpointing.checkpoint_activations,
         vit_checkpoint_activations=config.checkpointing.vit_checkpoint_activations,
         quantize=_quantization_of(config, sizes),
+    )
+    return Plan(
+        sizes=sizes,
+        lora=config.lora,
+        engine=settled.engine,
+        data_parallel_size=ranks // mp_size,
         on_device=device.startswith("cuda"),
+        step=step,
     )
 
 

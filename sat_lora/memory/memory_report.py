@@ -10,14 +10,18 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from sat_lora.cogvlm.checkpoints.quantized_files import KEY
 from sat_lora.errors import ConfigError
 from sat_lora.findings.finding import Finding, joined
 from sat_lora.memory.components import Memory, device_memory, memory_findings, memory_of, memory_table
+from sat_lora.memory.estimate_run import sizes_of
 from sat_lora.memory.live_memory import peak_of
 from sat_lora.parallel.distributed import gather_lists, run_on_all_ranks
 from sat_lora.parallel.launch import ranks_on_this_machine
 from sat_lora.training.prepare import Setting
-from sat_lora.training.settings.config import TrainConfig
+from sat_lora.training.settings.config import KNOWN, NONE, TrainConfig
+
+ADVISED = "nf4"  # the scheme that takes least
 
 
 def memory_report(setting: Setting, model: nn.Module, step: Callable[[], None]) -> tuple[str, list[Finding]]:
@@ -47,7 +51,7 @@ def memory_report(setting: Setting, model: nn.Module, step: Callable[[], None]) 
         memory = whole
     available = device_memory(device, ranks_on_this_machine(ranks))
     table = memory_table(gather_lists([memory]), gather_lists([available]))
-    return table, joined(gather_lists([memory_findings(memory, available)]))
+    return table, _advised(joined(gather_lists([memory_findings(memory, available)])), setting)
 
 
 def estimated_findings(setting: Setting) -> list[Finding]:
@@ -61,7 +65,37 @@ def estimated_findings(setting: Setting) -> list[Finding]:
         return []
     memory = _estimated(config, world.size, world.device.type)
     available = device_memory(world.device, ranks_on_this_machine(world.size))
-    return joined(gather_lists([memory_findings(memory, available)]))
+    return _advised(joined(gather_lists([memory_findings(memory, available)])), setting)
+
+
+def _advised(findings: list[Finding], setting: Setting) -> list[Finding]:
+    """Return the findings; those on memory name what a quantised base would take, where that fits on every rank.
+
+    Every rank has to call it, with the same findings.
+    """
+    config = setting.config
+    if not findings or config.quantization.quantize != NONE or config.start.shrink or not _may_be_quantized(config):
+        return findings
+    world = setting.world
+    available = gather_lists([device_memory(world.device, ranks_on_this_machine(world.size))])
+    smallest = min((size for size in available if size is not None), default=0.0)
+    recomputed = dict(checkpoint_activations=True, vit_checkpoint_activations=True)
+    for more in ({}, recomputed):
+        quantized = config.replaced(quantize=ADVISED, **more)
+        try:
+            memory = _estimated(quantized, world.size, world.device.type)
+        except ConfigError:  # nothing of this base can be quantised
+            return findings
+        if memory.total <= smallest:
+            options = " ".join([f"--quantize {ADVISED}", *(KNOWN[name].options[0] for name in more)])
+            fix = f"{options}: a step then takes {memory.total / 2**30:.2f} GiB, which fits (docs/quantized.md)"
+            return [dataclasses.replace(found, fix=fix) if found.code == "memory" else found for found in findings]
+    return findings
+
+
+def _may_be_quantized(config: TrainConfig) -> bool:
+    """Return whether the base is whole, as far as its config says."""
+    return KEY not in sizes_of(config.model.base)
 
 
 def estimate_elsewhere(config: TrainConfig, ranks: int, device: str, layers: int | None = None) -> Memory:

@@ -51,8 +51,12 @@ ELSEWHERE = {
 }  # fmt: skip
 # What does not exist here, and what to do instead.
 ABSENT = {
-    "qlora use_qlora load_in_4bit load_in_8bit quant quantization quantization_bit bits": (
-        "here it is --quantize nf4 (4 bits a weight) or --quantize int8, of training, evaluation and chat"
+    "qlora use_qlora load_in_4bit quant quantization quantization_bit bits quantize_bits": (
+        "--quantize nf4 holds the base in 4.25 bits, --quantize int8 in 8.25"
+    ),
+    "load_in_8bit use_8bit": "--quantize int8 holds the base in 8.25 bits",
+    "bnb_4bit_quant_type bnb_4bit_compute_dtype bnb_4bit_use_double_quant double_quant quant_type": (
+        "--quantize nf4 has no further settings: it decodes to the run's precision, with one scale for each block"
     ),
     "use_ptuning ptuning pre_seq_len prefix_len": "there is no P-tuning here, only LoRA",
     "num_gpus num_nodes nproc_per_node nnodes hostfile master_port master_addr include": (

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from sat_lora.findings.codes import CODES
 from sat_lora.findings.finding import Finding
 from sat_lora.watchdog.evidence import Rank, read_ranks
 from sat_lora.watchdog.nccl_log import read_timeouts
@@ -24,6 +25,7 @@ _FROM_OTHERS = (
     _MISMATCH + r"|connection (closed|reset|refused|was)|broken pipe|socket|remote process|NCCL (communicator|error)|"
     r"timed? ?out|heartbeat|store|rendezvous"
 )
+_OUT_OF_MEMORY = r"OutOfMemoryError|out of memory|can't allocate memory|^MemoryError"
 _SHOWN = 3  # names of gradients
 
 
@@ -74,7 +76,9 @@ def _failed(ranks: Sequence[Rank]) -> Finding | None:
     first = min(failed, key=lambda rank: math.inf if rank.state.ended is None else rank.state.ended)
     place = own_place(first.state.error_places)
     seen = f"rank {first.number} was ended by {first.state.error}" + (f" in {place.words}" if place else "")
-    return _finding("rank-failed", seen, [first], file=place.file if place else None)
+    # Of memory there is something better to say than that it failed.
+    fix = CODES["memory"].fix if re.search(_OUT_OF_MEMORY, first.state.error or "") else None
+    return _finding("rank-failed", seen, [first], file=place.file if place else None, fix=fix)
 
 
 def _aborted(ranks: Sequence[Rank]) -> Finding | None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sat_lora import LoraConfig, add_lora, save_adapter
+from sat_lora import LoraConfig, add_lora, quantize_model, save_adapter
 from sat_lora.adapters.format import write_adapter
 from sat_lora.adapters.read import read_adapter
 from sat_lora.cli import main
@@ -79,3 +79,27 @@ def test_every_name_of_a_runs_adapter_is_taken(run_folder, tmp_path, capsys, pat
     report = json.loads(out)
     assert status == 0 and report["path"] == str(tmp_path / "adapter" / "400")
     assert report["parameters"] == json.loads(printed(capsys, run_folder, "--json")[1])["parameters"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "line"),
+    [
+        (dict(scheme="nf4"), "nf4: all-linear"),
+        (dict(scheme="int8", keep_modules=["vit-mlp", "projector"]), "int8: all-linear without vit-mlp projector"),
+        (dict(modules=["language-mlp"]), "nf4: language-mlp"),
+    ],
+)
+def test_how_the_base_was_held_is_told(tmp_path, capsys, fields, line):
+    model = tiny_model()
+    quantize_model(model, **fields)
+    add_lora(model, r=2)
+    save_adapter(model, tmp_path / "adapter")
+    out = printed(capsys, tmp_path / "adapter")[1]
+    assert f"trained on    the base quantised to {line}\n" in out and "\nbase         " in out
+    held = json.loads(printed(capsys, tmp_path / "adapter", "--json")[1])["base_quantization"]
+    assert held["scheme"] == line.partition(":")[0]
+    path = tmp_path / "adapter" / "adapter_config.json"
+    content = json.loads(path.read_text())
+    content["sat_lora"]["base_quantization"] = {"scheme": "nf9\x1b[2J", "quantize_modules": 3}
+    path.write_text(json.dumps(content))
+    assert "the base quantised to nf9\\x1b[2J\n" in printed(capsys, tmp_path / "adapter")[1]

@@ -128,7 +128,7 @@ REFUSED = {
     "optimizer: {learning_rate: 1}": "there is no setting optimizer.learning_rate; did you mean optimizer.lr?",
     "per_device_train_batch_size: 4": "did you mean schedule.batch_size?",
     "trian_data: x": "did you mean data.train_data?",
-    "load_in_4bit: true": "here it is --quantize nf4 (4 bits a weight)",
+    "load_in_4bit: true": "--quantize nf4 holds the base in 4.25 bits",
     "defaults: [base]": "there is no setting defaults; --print-config shows all of them",
     "1: 2": "there is no setting 1",
     '"\\e[2Jx": 1': "there is no setting \\x1b[2Jx",

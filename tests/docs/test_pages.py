@@ -1,6 +1,5 @@
 """What is written for people is current: generated pages, tables and the picture, the links, the README's length."""
 
-import json
 import re
 from itertools import product
 from pathlib import Path
@@ -10,7 +9,11 @@ from xml.etree import ElementTree
 import pytest
 
 from sat_lora.lora.targets import PRESETS
+from sat_lora.memory.fit import SPARE
+from sat_lora.training.settings.options import build_parser
 from tests.support.paths import ROOT
+from tests.support.patience import patient
+from tests.support.ranks import run_ranks
 from tests.support.scripts import load_file
 
 DOCS = ROOT / "docs"
@@ -67,21 +70,31 @@ def test_both_readmes_have_the_same_sections_commands_and_tables():
 
 def test_the_table_of_gpus_is_one_that_the_script_writes():
     tool = load_file(DOCS / "tools" / "gpu_table.py")
-    for page, (head, too_large) in tool.HEADS.items():
-        lines = read(page).split(head + "\n")[1].split("\n\n")[0].split("\n")
-        sizes = [float(line.split(" | ")[2]) for line in lines[1:]]
-        assert tool.rows(dict(zip(tool.LAYOUTS, sizes, strict=True)), too_large=too_large) == lines
-        assert tool.replace_table(read(page), head, lines) == read(page)
+    written = {}
+    for page, (head, nothing) in tool.HEADS.items():
+        rows = tool.rows_in(read(page), head, nothing=nothing)
+        assert tool.replace_table(read(page), head, tool.table(rows, nothing=nothing)) == read(page)
+        assert [row.machine for row in rows] == [*tool.MACHINES]
+        for row in rows:
+            assert row.gigabytes * SPARE <= row.machine.size + 0.06  # as it is rounded
+            build_parser().parse_args(row.options.split())
+        written[page] = rows
+    assert written["README.md"] == written["README_zh.md"]
+
+
+def searched(machines):
+    tool = load_file(DOCS / "tools" / "gpu_table.py")
+    return [tool.line_of(row, nothing=tool.HEADS["README.md"][1]) for row in tool.searched(machines)]
 
 
 @pytest.mark.matrix
-def test_the_table_of_gpus_is_what_estimate_says(tmp_path):
-    from benchmarks.models import config_of
-
-    tool, config = load_file(DOCS / "tools" / "gpu_table.py"), tmp_path / "model_config.json"
-    config.write_text(json.dumps(config_of("full")))
-    for layout in (tool.LAYOUTS[0], tool.LAYOUTS[-1]):
-        assert f"| `{layout.options}` | {tool.gigabytes(layout, config):.1f} |" in read("README.md")
+@pytest.mark.timeout(patient(600))
+def test_the_table_of_gpus_is_what_the_search_finds():
+    tool = load_file(DOCS / "tools" / "gpu_table.py")
+    head, nothing = tool.HEADS["README.md"]
+    rows = tool.rows_in(read("README.md"), head, nothing=nothing)
+    (found,) = run_ranks(searched, 1, [row.machine for row in rows[1:3]], timeout=patient(600))
+    assert found == tool.table(rows[1:3], nothing=nothing)[1:]
 
 
 def test_the_matrix_has_a_line_for_each_layout_stage_and_precision_within_its_bounds():

@@ -5,11 +5,12 @@ import json
 import pytest
 import torch
 
-from sat_lora import LoraConfig, add_lora
+from sat_lora import LoraConfig, add_lora, quantize_model
 from sat_lora.cogvlm.network import experts
 from sat_lora.doctor.batches import kinds_of
 from sat_lora.doctor.diagnose import diagnose
 from sat_lora.doctor.examine import examine
+from sat_lora.doctor.model_checks.parallelism import compare_codes, quantized_replica_findings
 from sat_lora.doctor.model_checks.trained_set import trained_set_findings
 from sat_lora.doctor.run_checks.configuration import bucket_findings, precision_findings
 from sat_lora.doctor.run_checks.data import batch_count_findings, data_findings
@@ -137,6 +138,72 @@ def one_replica_changed():
 def test_a_replica_that_has_drifted_is_found():
     for found in run_ranks(one_replica_changed, 2):
         assert ("replicas-differ", (0, 1), None, "transformer.layers.1.input_layernorm.weight") in found
+
+
+# Quantised weights
+
+
+def quantized(**fields):
+    model = tiny_model().train()
+    names = quantize_model(model, **fields)
+    add_lora(model, LoraConfig(r=4))
+    return model, names
+
+
+def test_a_quantised_model_is_no_finding(single_process_group):
+    assert examined(quantized()[0]) == []
+
+
+def test_a_quantised_weight_that_is_a_parameter_is_found(single_process_group):
+    model, names = quantized()
+    for name in names[:2]:  # as load_state_dict(assign=True) puts it there, or a hand
+        layer = model.get_submodule(name)
+        weight = layer._buffers.pop("weight")
+        layer.register_parameter("weight", torch.nn.Parameter(weight, requires_grad=False))
+    (finding,) = [found for found in examined(model) if found.code == "quantized-parameter"]
+    assert (finding.parameter, finding.module) == (f"{names[0]}.weight", names[0])
+    assert finding.seen == f"{names[0]}.weight is a parameter, and quantised; 2 in all"
+
+
+A, B = "layers.0.a.weight", "layers.1.b.weight"
+
+
+@pytest.mark.parametrize(
+    ("by_rank", "name", "ranks", "seen"),
+    [
+        ([(0, {A: (False, 1.0)}), (0, {A: (False, 1.0)})], None, (), ""),
+        ([(0, {A: (True, 1.0)}), (1, {A: (True, 2.0)}), (0, {A: (True, 1.0)}), (1, {A: (True, 2.0)})], None, (), ""),
+        ([(0, {A: (False, 1.0)}), (0, {A: (False, 2.0)})], A, (1,), "its codes or scales differ from those of the"),
+        ([(0, {A: (True, 1.0)}), (1, {A: (True, 2.0)}), (0, {A: (True, 3.0)}), (1, {A: (True, 2.0)})], A, (2,), ""),
+        ([(0, {A: (False, 1.0)}), (1, {A: (False, 2.0)})], A, (1,), "its codes or scales differ"),
+        ([(0, {A: (False, 1.0)}), (0, {})], A, (1,), "it is not quantised on rank 1"),
+        ([(0, {}), (0, {B: (True, 1.0)}), (0, {})], B, (1,), "it is not quantised on rank 0, 2"),
+        ([(0, {A: (False, 1.0), B: (False, 1.0)}), (0, {A: (False, 2.0), B: (False, 2.0)})], A, (1,), "; 2 weights in"),
+    ],
+)  # fmt: skip
+def test_quantised_replicas_are_compared_by_their_codes(by_rank, name, ranks, seen):
+    findings = compare_codes(by_rank)
+    assert [(found.code, found.parameter, found.ranks) for found in findings] == (
+        [] if name is None else [("replicas-differ", name, ranks)]
+    )
+    assert all(seen in found.seen for found in findings)
+
+
+def one_code_changed():
+    world = init_model_parallel(init_distributed())
+    model, names = quantized()
+    if world.rank == 1:
+        model.get_submodule(names[3]).weight.codes[2, 1] ^= 1
+    found = quantized_replica_findings(model)
+    model.get_submodule(names[3]).weight.codes[2, 1] ^= world.rank
+    return names[3], told(found), quantized_replica_findings(model)
+
+
+@pytest.mark.matrix
+def test_one_changed_bit_of_one_rank_is_found():
+    for name, found, after in run_ranks(one_code_changed, 2):
+        assert [entry[:2] for entry in found] == [("replicas-differ", (1,))] and f"{name}.weight" in found[0]
+        assert after == []
 
 
 # Configuration

@@ -12,6 +12,7 @@ from sat_lora.watchdog import trace
 from sat_lora.watchdog.evidence import read_ranks
 from sat_lora.watchdog.flight_record import FLIGHT, read_collectives
 from sat_lora.watchdog.nccl_log import read_timeouts
+from sat_lora.watchdog.places import PACKAGE
 from sat_lora.watchdog.rank_files import ALIVE, NCCL_DUMP, file_of, folder_of
 from sat_lora.watchdog.testimony import STACKS
 from sat_lora.watchdog.trace import Trace
@@ -153,3 +154,50 @@ def test_a_hang_before_any_gradient_is_told_though_it_cannot_be_drawn(tmp_path, 
     assert main(["doctor", "--run", str(tmp_path), "--plot", str(tmp_path / "a.png")]) == 2
     printed = capsys.readouterr()
     assert printed.out.startswith("error: hang") and "--plot: no gradient had arrived" in printed.err
+
+
+SCHEMES_PY = f"{PACKAGE}/quantization/weights/schemes.py"
+KERNELS_PY = f"{PACKAGE}/quantization/weights/kernels.py"
+LAYER = [[f"{PACKAGE}/quantization/weights/quantized_weight.py", 330, "linear", "return _Linear.apply(x, weight)"]]
+
+
+@pytest.mark.parametrize(
+    ("frames", "words"),
+    [
+        ([[SCHEMES_PY, 83, "_decode", "values = look_up()"], *LAYER], f"_decode ({SCHEMES_PY}:83): values = look_up()"),
+        ([["/x/site-packages/torch/_ops.py", 9, "__call__", ""], [KERNELS_PY, 70, "decode_nf4", "return op()"], *LAYER],
+         f"decode_nf4 ({KERNELS_PY}:70): return op()"),
+    ],
+)  # fmt: skip
+def test_a_rank_that_stays_in_decoding_is_found_there(tmp_path, frames, words):
+    leave(tmp_path, 0, "forward", [("MainThread", True, WAITS)], [])
+    leave(tmp_path, 1, "forward", [("MainThread", True, frames)], [])
+    found = verdict(tmp_path)
+    assert (found.finding.code, found.finding.ranks) == ("stuck-in-code", (1,))
+    assert f"rank 1 is in {words}" in found.finding.seen
+
+
+WAITS = [["/x/site-packages/torch/distributed/distributed_c10d.py", 1, "all_reduce", ""], *SYNC]
+
+
+@pytest.mark.parametrize(
+    ("error", "is_memory"),
+    [
+        ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 96.00 MiB", True),
+        ("OutOfMemoryError: CUDA out of memory", True),
+        ("RuntimeError: [enforce fail at alloc_cpu.cpp:118] . DefaultCPUAllocator: can't allocate memory", True),
+        ("MemoryError: ", True),
+        ("RuntimeError: shapes do not fit", False),
+    ],
+)
+def test_a_rank_without_memory_is_told_what_takes_less_and_where_it_was(tmp_path, error, is_memory):
+    code = compile("raise kind(text)", SCHEMES_PY, "exec")
+    kind, _, text = error.partition(": ")
+    own = type(kind.rpartition(".")[2], (Exception,), {})
+    trace = Trace(tmp_path, torch.nn.Linear(2, 2), rank=0, world_size=1)
+    trace.at("forward", step=5)
+    with pytest.raises(own), trace.told():
+        exec(code, dict(kind=own, text=text))
+    found = verdict(tmp_path)
+    assert found.finding.code == "rank-failed" and f"({SCHEMES_PY}:1)" in found.finding.seen
+    assert ("--quantize nf4" in found.text and "sat-lora estimate --fit" in found.text) == is_memory

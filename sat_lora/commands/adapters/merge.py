@@ -16,6 +16,7 @@ def add(commands) -> None:
             "sat-lora merge --base cogvlm-base-490 --adapter runs/mine/adapter --out merged",
             "sat-lora merge --base cogvlm-base-490 --adapter runs/mine/adapter/800 --out cut --model-parallel-size 2",
             "sat-lora merge --base cogvlm-base-490 --adapter runs/mine/adapter --out merged-hf --to hf --verify",
+            "sat-lora merge --base cogvlm-base-490 --adapter runs/nf4/adapter --out merged --onto trained --verify",
         ),
     )
     merge.add_argument(
@@ -65,8 +66,6 @@ def run(options: argparse.Namespace) -> int:
         raise ConfigError(
             f"--model-parallel-size: got {options.model_parallel_size}, wanted 1 or more; only SAT folders are cut"
         )
-    if options.verify and options.onto == "trained":
-        raise ConfigError("--verify: it compares with the base's own weights; leave it or --onto trained out")
     remarks = merge_adapter(
         options.base,
         options.adapter,
@@ -103,6 +102,7 @@ def verify(options: argparse.Namespace) -> int:
         options.out,
         trust=options.trust_checkpoint,
         any_base=options.any_base,
+        onto=options.onto,
         progress=lambda items, what: shown(items, what, "weights" if "comparing" in what else "modules"),
         tell=lambda line: print(f"verify: {line}", file=sys.stderr, flush=True),
     )

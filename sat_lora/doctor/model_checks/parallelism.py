@@ -4,7 +4,7 @@ These checks know no kind of LoRA: they look at values, so that a foreign one, S
 """
 
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -15,7 +15,10 @@ from sat_lora.doctor.model_checks.passes import Passes
 from sat_lora.findings.finding import Finding, looks_for
 from sat_lora.lora.mixin import lora_mixins
 from sat_lora.lora.targets import layer_of
-from sat_lora.parallel.sharding import model_parallel_layout
+from sat_lora.parallel.distributed import gather_lists
+from sat_lora.parallel.sharding import model_parallel_layout, sharding_of
+from sat_lora.quantization.weights.layers import quantized_weights
+from sat_lora.quantization.weights.quantized_weight import QuantizedWeight
 
 
 @looks_for("replicas-differ", "sharding-flag", "parallel-rule")
@@ -50,6 +53,47 @@ def deltas_that_show(model: nn.Module, std: float = 0.02) -> Iterator[None]:
         finally:
             for parameter in filled:
                 parameter.zero_()
+
+
+@looks_for("replicas-differ")
+def quantized_replica_findings(model: nn.Module) -> list[Finding]:
+    """Return the finding on quantised weights whose codes or scales are not the same on all ranks that hold them.
+
+    DeepSpeed gives every rank the parameters of the first one; of buffers it takes no notice. Every rank has to call
+    it, and gets the same.
+    """
+    marks = {
+        f"{name}.weight": (sharding_of(model.get_submodule(name), "weight").dim is not None, _codes_mark(weight))
+        for name, weight in quantized_weights(model)
+    }
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        return []
+    return compare_codes(gather_lists([(model_parallel_layout()[0], marks)]))
+
+
+def compare_codes(by_rank: Sequence[tuple[int, Mapping[str, tuple[bool, float]]]]) -> list[Finding]:
+    """Return the finding on quantised weights that differ.
+
+    by_rank: of each rank, its model-parallel rank and by name (whether the weight is cut over those, a number of its
+    codes and scales).
+    """
+    names = dict.fromkeys(name for _, marks in by_rank for name in marks)
+    differing: dict[str, list[int]] = {}
+    for name in names:
+        first: dict[int, float | None] = {}
+        is_cut = any(marks[name][0] for _, marks in by_rank if name in marks)
+        for rank, (part, marks) in enumerate(by_rank):
+            mark = marks[name][1] if name in marks else None
+            if first.setdefault(part if is_cut else 0, mark) != mark:
+                differing.setdefault(name, []).append(rank)
+    if not differing:
+        return []
+    name, ranks = next(iter(differing.items()))
+    lacking = [rank for rank, (_, marks) in enumerate(by_rank) if name not in marks]
+    seen = f"it is not quantised on rank {', '.join(map(str, lacking))}" if lacking else "its codes or scales differ"
+    seen += " from those of the first rank that holds it" * (not lacking)
+    seen += f"; {len(differing)} weights in all" * (len(differing) > 1)
+    return [Finding(code="replicas-differ", seen=seen, ranks=tuple(ranks), parameter=name)]
 
 
 def flag_findings(model: nn.Module) -> list[Finding]:
@@ -138,6 +182,11 @@ def _mark(parameter: torch.Tensor) -> float:
     """Return a number that any changed bit changes, in all likelihood."""
     data = parameter.detach().cpu().contiguous()
     return float(zlib.crc32(data.view(torch.uint8).numpy()))
+
+
+def _codes_mark(weight: QuantizedWeight) -> float:
+    """Return such a number of the codes and scales of a weight."""
+    return _mark(weight.codes) + 2**32 * _mark(weight.scales)
 
 
 def _differences(values: dict[str, list[float]], tolerance: float = 0.0) -> Iterator[tuple[str, str, tuple[int, ...]]]:

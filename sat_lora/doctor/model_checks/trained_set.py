@@ -15,6 +15,7 @@ from sat_lora.lora.mixin import lora_mixins
 from sat_lora.lora.optimizer_groups import groups_of
 from sat_lora.lora.targets import PRESETS, part_of, select
 from sat_lora.parallel.distributed import gather_lists
+from sat_lora.quantization.weights.quantized_weight import QuantizedWeight
 
 
 @looks_for("trainable-set", "tower-not-adapted", "dtype-or-device")
@@ -67,6 +68,16 @@ def _compare_with_config(model: nn.Module, name: str, config: LoraConfig) -> lis
                 findings.append(Finding(code="dtype-or-device", seen=seen, parameter=f"{layer}, {leaf}", module=layer))
                 return findings  # the others are most likely the same
     return findings
+
+
+@looks_for("quantized-parameter")
+def quantized_parameter_findings(model: nn.Module) -> list[Finding]:
+    """Return the finding on quantised weights that are parameters, where DeepSpeed's engine would take hold of them."""
+    names = [name for name, parameter in model.named_parameters() if isinstance(parameter, QuantizedWeight)]
+    if not names:
+        return []
+    seen = f"{names[0]} is a parameter, and quantised" + (f"; {len(names)} in all" if len(names) > 1 else "")
+    return [Finding(code="quantized-parameter", seen=seen, parameter=names[0], module=names[0].rpartition(".")[0])]
 
 
 @looks_for("trainable-differs", "parameter-order")

@@ -8,6 +8,8 @@ import torch
 
 from sat_lora import AdapterError, CheckpointError, ConfigError, QuantizationError, add_lora, save_adapter
 from sat_lora.adapters.merge import merge_adapter
+from sat_lora.adapters.verify import verify_merge
+from sat_lora.cli import main
 from sat_lora.cogvlm.checkpoints import load as loading
 from sat_lora.cogvlm.checkpoints.base_weights import BaseWeights
 from sat_lora.cogvlm.checkpoints.hugging_face_writer import make_hugging_face_weights
@@ -207,6 +209,34 @@ def test_a_merge_takes_the_base_or_what_was_trained_beside(base, written, tmp_pa
         else:
             effect = [merged["b"][name].float() - weight.float(), tensor.float() - whole[name].float()]
             torch.testing.assert_close(*effect, rtol=0, atol=2**-8 * float(tensor.abs().max()) * 2)
+
+
+@pytest.mark.parametrize("fields", [{}, dict(use_dora=True), dict(modules_to_save=["linear_proj"])])
+def test_a_merge_is_verified_against_the_weights_that_it_was_made_of(base, written, tmp_path, fields):
+    quantization = Quantization(trained=tuple(fields.get("modules_to_save", ())))
+    model, _ = load_cogvlm(base, dtype=torch.bfloat16, quantize=quantization)
+    add_lora(model, r=2, target_modules=["language-mlp", "vit-mlp"], **fields)
+    fill_adapters(model)
+    save_adapter(model, tmp_path / "adapter")
+    made = [("base", base, "base"), ("trained", base, "trained")]
+    made += [] if fields.get("modules_to_save") else [("written", written, "trained")]
+    for name, folder, onto in made:
+        merge_adapter(folder, tmp_path / "adapter", tmp_path / name, onto=onto)
+        assert verify_merge(folder, tmp_path / "adapter", tmp_path / name, onto=onto).problems == ()
+        other = {"base": "trained", "trained": "base"}[onto]
+        if folder == base:
+            problems = verify_merge(base, tmp_path / "adapter", tmp_path / name, onto=other).problems
+            assert problems[0].startswith("not base plus adapter, rounded once: ")
+
+
+def test_the_command_verifies_what_it_merged_onto_what_was_trained(base, tmp_path, capsys):
+    model, _ = load_cogvlm(base, dtype=torch.bfloat16, quantize=ALL_LINEAR)
+    add_lora(model, r=2)
+    fill_adapters(model)
+    save_adapter(model, tmp_path / "adapter")
+    line = ["merge", "--base", base, "--adapter", tmp_path / "adapter", "--out", tmp_path / "merged"]
+    assert main([*map(str, line), "--onto", "trained", "--verify"]) == 0
+    assert "verified: merging lost " in capsys.readouterr().out
 
 
 def test_onto_what_was_trained_wants_an_adapter_that_says_it(base, tmp_path):
