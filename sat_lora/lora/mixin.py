@@ -19,6 +19,7 @@ from sat_lora.lora.deltas.merging import MergedWeights
 from sat_lora.lora.gradient_order import GradientOrder
 from sat_lora.lora.targets import Plan, Target, find_parameters, find_sites, plan
 from sat_lora.parallel.wrapped import is_engine, is_in_engine
+from sat_lora.printable import printable
 
 
 class LoraMixin(BaseMixin):
@@ -310,6 +311,7 @@ _WRAPPERS = {
     "DistributedDataParallel": "DistributedDataParallel",
     "DataParallel": "DataParallel",
     "FullyShardedDataParallel": "FullyShardedDataParallel",
+    "FSDPModule": "fully_shard",
     "OptimizedModule": "torch.compile",
 }
 """What is made around a model, by the name of its class, and what makes it."""
@@ -392,7 +394,7 @@ def _describe(mixin: LoraMixin, state: dict[str, Any], prefix: str, metadata: An
 def _look_into_checkpoint(mixin: LoraMixin, state: dict[str, Any], prefix: str, *more: Any) -> None:
     """Note whether a checkpoint has the adapters of `mixin`, before they are loaded from it: torch's hook.
 
-    Raises AdapterError if they are of another rank or shape, one for all of them.
+    Raises AdapterError, one for all of them, if they are of another rank or shape or on other layers.
     """
     state.pop(prefix + DESCRIPTION, None)
     own = {f"{prefix}adapters.{name}": parameter for name, parameter in mixin.adapters.named_parameters()}
@@ -405,6 +407,17 @@ def _look_into_checkpoint(mixin: LoraMixin, state: dict[str, Any], prefix: str, 
             f"the checkpoint's adapters do not fit those of the model, {len(wrong)} tensors, {name} first: shape "
             f"{tuple(state[name].shape)}, the model has {tuple(own[name].shape)}; add LoRA with the rank (now r="
             f"{mixin.config.r}), the slots and the model-parallel size that the checkpoint was trained with"
+        )
+    expected = dict.fromkeys(f"{prefix}adapters.{name}" for name in mixin.adapters.state_dict())
+    saved = [name for name in state if name.startswith(f"{prefix}adapters.")]
+    lacking = [name for name in expected if name not in state]
+    more = [name for name in saved if name not in expected]
+    if expected and saved and (lacking or more):  # SAT would begin all of them anew, or drop what it does not know
+        differing = [f"{len(lacking)} tensors of the model are not in it, {lacking[0]} first"] if lacking else []
+        differing += [f"{len(more)} of it are not in the model, {printable(more[0])} first"] if more else []
+        raise AdapterError(
+            f"the checkpoint's adapters are on other layers than the model's: {'; '.join(differing)}; add LoRA with "
+            "target_modules, layers_to_transform, use_dora and init_lora_weights as in its training"
         )
 
 
