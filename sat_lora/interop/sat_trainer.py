@@ -115,7 +115,10 @@ def _saves_adapters(original: Callable[..., None], name: str) -> Callable[..., N
         module = _inner(model)
         others = _called_otherwise(module, name)
         if others:  # of a loop that is not SAT's: nothing is lost
-            warn(f"{', '.join(others)} is not called {name!r}: the whole model is saved, as SAT does")
+            warn(
+                f"adapter_checkpoints saves {name!r} alone, and the model has {', '.join(others)}: the whole of it is "
+                "saved, as SAT does"
+            )
         if others or not _adapting(module):
             original(iteration, model, optimizer, lr_scheduler, args)
             return

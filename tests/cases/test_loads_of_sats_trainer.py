@@ -1,4 +1,4 @@
-"""What `--load` of SAT's trainer may name inside of `adapter_checkpoints`: it is loaded, or is one error on every rank."""
+"""What `--load` of SAT's trainer may name inside of `adapter_checkpoints`: it is loaded, or is one error."""
 
 import shutil
 from argparse import Namespace
@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from sat_lora import AdapterError, adapter_checkpoints, add_lora, load_adapter, save_adapter
+from sat_lora.adapters.read import read_adapter
+from sat_lora.errors import SatLoraError
 from sat_lora.lora.apply import adapters_of
 from tests.support.sat_files import write_step
 from tests.support.tiny import fill_adapters, tiny_model
@@ -188,3 +190,24 @@ def test_steps_of_our_own_run_are_named(tmp_path):
     with pytest.raises(AdapterError, match="give .*run/adapter, where the adapters of a run are"):
         load(adapted(), tmp_path / "run")
     assert load(adapted(), tmp_path / "run" / "adapter") == 400
+
+
+def save(model, folder, **more):
+    from sat.training import model_io
+
+    with adapter_checkpoints():
+        model_io.save_checkpoint(6, model, None, None, Namespace(save=str(folder), **more))
+
+
+def test_a_save_whose_pointer_cannot_be_written_is_an_error_and_the_adapter_is_there(run):
+    latest_is_a_folder(run)
+    with pytest.raises(SatLoraError, match="latest: .*a directory"):
+        save(adapted(), run)
+    assert read_adapter(run / "6").layers
+
+
+def test_what_is_called_otherwise_is_saved_whole_with_a_word(tmp_path, caplog):
+    save(adapted(name="mine"), tmp_path, mode="inference", model_parallel_size=1)
+    assert "saves 'lora' alone, and the model has mixins.mine, mixins.eva.vit_model.mixins.mine: the w" in caplog.text
+    state = torch.load(tmp_path / "6" / "mp_rank_00_model_states.pt")["module"]
+    assert any(".mine.adapters." in name for name in state) and "mixins.lm.lm_head.weight" in state

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from sat_lora import ConfigError, LoraMixin, add_lora
+from sat_lora.lora.mixin import lora_mixins
 from sat_lora.parallel.distributed import init_distributed, init_model_parallel
 from tests.support.ranks import run_ranks
 from tests.support.sat_trainer import refusal, tiny_cogvlm, train_by_sat
@@ -73,6 +74,19 @@ def of_rank_8(args):
     return model
 
 
+def of_another_name(args):
+    model = tiny_model()
+    add_lora(model, r=4, name="mine")
+    return model
+
+
+def two_adapters(args):
+    model = tiny_model()
+    add_lora(model, r=4)
+    model.mixins["eva"].vit_model.add_mixin("second", LoraMixin(model.mixins["eva"].vit_model, r=2))
+    return model
+
+
 def no_step(model, seed):
     """A loss that nobody should come to."""
     raise AssertionError("training began")
@@ -99,6 +113,17 @@ MISTAKES = {
         of_rank_8,
         {"load": "whole"},
         "AdapterError: the checkpoint's adapters do not fit those of the model, 16 tensors, ",
+    ),
+    "another name": (
+        of_another_name,
+        {},
+        "ConfigError: adapter_checkpoints: saves hold the adapter called 'lora' alone, and mixins.mine, "
+        "mixins.eva.vit_model.mixins.mine would be lost; give adapter_checkpoints('mine'), or leave",
+    ),
+    "two names": (
+        two_adapters,
+        {},
+        "alone, and mixins.eva.vit_model.mixins.second would be lost; give all of them one name, or leave",
     ),
     "branches at ZeRO 3": (branching, {"stage": 3}, "lora was added with fixed_order, so the model may skip layers"),
 }
@@ -155,6 +180,20 @@ def test_a_copy_of_a_model_says_its_own_names_and_a_deleted_mixin_frees_its_name
     assert model.mixins["lora"] is not copied.mixins["lora"]
     with pytest.raises(AssertionError):  # SAT's, for what is none of ours
         copied.add_mixin("mlp", copied.mixins["mlp"])
+
+
+@pytest.mark.usefixtures("single_process_group")
+def test_adapters_that_are_deleted_and_added_again_train_alone():
+    model = tiny_model()
+    for r in (4, 2):
+        add_lora(model, r=r)
+        deltas = [p for mixin in lora_mixins(model).values() for p in mixin.trainable()]
+        model.disable_untrainable_params()
+        assert {id(p) for p in model.parameters() if p.requires_grad} == {id(p) for p in deltas}
+        assert {min(p.shape) for p in deltas} <= {r, 3 * r}
+        if r == 4:
+            for owner in (model, model.mixins["eva"].vit_model):
+                owner.del_mixin("lora")
 
 
 def shared_step():

@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 
-from sat_lora import add_lora
+from sat_lora import add_lora, quantize_model
 from sat_lora.adapters.read import read_adapter
 from sat_lora.training.steps.loss import answer_loss_sum, count_answer_tokens
 from tests.support.branching_cogvlm import branch_on_data
@@ -14,13 +14,14 @@ from tests.support.ranks import run_ranks
 from tests.support.sat_subjects import SUBJECTS, adapt
 from tests.support.sat_subjects import loss_of as loss_of_output
 from tests.support.sat_trainer import (
+    LORA,
     STEPS,
     difference,
     tiny_cogvlm,
     train_by_plain_sgd,
     train_by_sat,
 )
-from tests.support.tiny import fill_adapters, randomise, tiny_batch
+from tests.support.tiny import WIDE, fill_adapters, randomise, tiny_batch, tiny_model
 
 NAMED = ["chatglm2", "llama", "vit"]
 OTHERS = ["chatglm", "chatglm3", "mixtral", "gpt2", "bert", "encoder-decoder", "t5"]
@@ -56,6 +57,28 @@ def test_models_of_sat_train(names, tmp_path):
         assert difference(run.adapter, plain) < 1e-5, name
         assert max(abs(values).max() for key, values in plain.items() if key.endswith("lora_B")) > 1e-4, name
         assert read_adapter(run.save).tensors.keys() == plain.keys()
+
+
+def held_in_4_bits(args=None):
+    model = tiny_model(config=WIDE)
+    assert quantize_model(model, scheme="nf4")
+    add_lora(model, LORA)
+    fill_adapters(model)
+    return model
+
+
+def train_in_4_bits(folder, stages):
+    return {stage: train_by_sat(f"{folder}/{stage}", held_in_4_bits, stage=stage, steps=2) for stage in stages}
+
+
+@pytest.mark.parametrize("stages", [[2], pytest.param([0, 1, 3], marks=pytest.mark.matrix)])
+def test_adapters_train_on_a_base_in_4_bits_which_is_not_saved(stages, tmp_path):
+    (runs,) = run_ranks(train_in_4_bits, 1, str(tmp_path), stages)
+    for stage, run in runs.items():
+        (plain,) = run_ranks(train_by_plain_sgd, 1, held_in_4_bits, [[seed] for seed in run.seeds])
+        assert difference(run.adapter, plain) < 1e-5, stage
+        saved = read_adapter(run.save)
+        assert saved.base_quantization["scheme"] == "nf4" and saved.tensors.keys() == plain.keys()
 
 
 def images_on_even_seeds(model, seed):
