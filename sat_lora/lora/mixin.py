@@ -121,13 +121,15 @@ class LoraMixin(BaseMixin):
         if not self._loading.has_values and self._loading.initial == self._versions():
             self.reinit()
 
-    def refuse_replaced_layers(self) -> None:
-        """Raise ConfigError if a layer that this adapts is in the model no more, so that its delta reaches nothing."""
-        model = self._model() if self.targets else None
-        if model is None:
-            return
+    def refuse_foreign_layers(self, model: nn.Module) -> None:
+        """Raise ConfigError if a layer that this adapts is not in `model`, so that its delta reaches nothing."""
         present = {id(module) for module in model.modules()}
         lost = [name for name, target in self.targets.items() if id(target.site.module) not in present]
+        if lost and len(lost) == len(self.targets):
+            raise ConfigError(
+                f"none of the {len(lost)} layers that LoRA adapts, {lost[0]} first, is in the model: they are another "
+                "model's, or were replaced after it was added; give LoraMixin the model that it is added to"
+            )
         if lost:
             raise ConfigError(
                 f"{len(lost)} layers that LoRA adapts were replaced after it was added, {lost[0]} first: their deltas "
@@ -318,7 +320,7 @@ _WRAPPERS = {
 
 
 def refuse_engine(model: nn.Module) -> None:
-    """Raise ConfigError if the model is wrapped already: what is around it would not know new adapters."""
+    """Raise ConfigError if the model is wrapped or compiled already: what is around it would not know new adapters."""
     classes = {base.__name__ for base in type(model).__mro__}
     wrapper = next((name for name in _WRAPPERS if name in classes), None)
     if wrapper not in (None, "DeepSpeedEngine"):
@@ -326,12 +328,23 @@ def refuse_engine(model: nn.Module) -> None:
             f"the model is wrapped in {wrapper} already, which would not know new adapters; add them to the model "
             f"itself, before {_WRAPPERS[wrapper]}"
         )
+    compiled = next((name for name, module in model.named_modules() if _is_compiled(module)), None)
+    if compiled is not None:
+        raise ConfigError(
+            f"{printable(compiled) or 'the model'} is compiled already, and what is compiled may not see new adapters; "
+            "add them before .compile()"
+        )
     if is_engine(model) or is_in_engine(model):
         what = "is DeepSpeed's engine" if is_engine(model) else "is in DeepSpeed's engine"
         raise ConfigError(
             f"the model {what} already, whose optimizer holds the parameters that it was made with; add the adapters "
             "before deepspeed.initialize, or before training_main"
         )
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """Return whether `module.compile()` was called: what torch compiles by it takes later hooks for none."""
+    return getattr(module, "_compiled_call_impl", None) is not None
 
 
 def _refuse_other_lora(model: BaseModel, targets: dict[str, Target]) -> None:

@@ -50,6 +50,18 @@ def compiled(args):
     LoraMixin(torch.compile(tiny_model()), r=4)
 
 
+def compiled_in_place(args):
+    model = tiny_model()
+    model.transformer.layers[1].compile()
+    add_lora(model, r=4)
+
+
+def of_another_model(args):
+    model = tiny_model()
+    model.add_mixin("lora", LoraMixin(tiny_model(), r=4))
+    return model
+
+
 def beside_lora2(args):
     model = tiny_model()
     model.add_mixin("sats", sats_lora2(), reinit=True)
@@ -98,6 +110,8 @@ MISTAKES = {
     "both ways": (both_ways, {}, "ConfigError: the model has a mixin mixins.lora already; delete it or choose another"),
     "wrapped": (wrapped, {}, "ConfigError: the model is wrapped in DataParallel already, which would not know new"),
     "compiled": (compiled, {}, "ConfigError: the model is wrapped in OptimizedModule already, which would not know"),
+    "compiled in place": (compiled_in_place, {}, "ConfigError: transformer.layers.1 is compiled already, and what is"),
+    "of another model": (of_another_model, {}, "ConfigError: none of the "),
     "beside lora2": (
         beside_lora2,
         {},
