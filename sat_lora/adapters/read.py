@@ -67,7 +67,7 @@ def read_adapter(folder: str | Path) -> SavedAdapter:
 def missing_problem(folder: Path) -> str | None:
     """Return why that is no adapter's folder, what it holds and what to give in its place; None if it is one.
 
-    Whatever is in its files. Raises OSError where the folder cannot be read.
+    What is in its files does not matter. Raises OSError where the folder cannot be read.
     """
     missing = [name for name in (WEIGHTS, CONFIG) if not (folder / name).is_file()]
     if not missing:
