@@ -122,14 +122,18 @@ class LoraMixin(BaseMixin):
             self.reinit()
 
     def refuse_foreign_layers(self, model: nn.Module) -> None:
-        """Raise ConfigError if a layer that this adapts is not in `model`, so that its delta reaches nothing."""
-        present = {id(module) for module in model.modules()}
-        lost = [name for name, target in self.targets.items() if id(target.site.module) not in present]
-        if lost and len(lost) == len(self.targets):
+        """Raise ConfigError if a delta reaches nothing: the mixin is on another SAT model than the one it was made for,
+        or a layer that it adapts is not in `model`.
+        """
+        modules = [*model.modules()]
+        owners = [m for m in modules if isinstance(m, BaseModel) and any(own is self for own in m.mixins.values())]
+        if self.targets and owners and self._model() is not owners[0]:
             raise ConfigError(
-                f"none of the {len(lost)} layers that LoRA adapts, {lost[0]} first, is in the model: they are another "
-                "model's, or were replaced after it was added; give LoraMixin the model that it is added to"
+                f"a LoRA mixin on the {type(owners[0]).__name__} was made for another model, {next(iter(self.targets))} "
+                "its first layer; give LoraMixin the model that it is added to, or take add_lora, which makes one for each"
             )
+        present = {id(module) for module in modules}
+        lost = [name for name, target in self.targets.items() if id(target.site.module) not in present]
         if lost:
             raise ConfigError(
                 f"{len(lost)} layers that LoRA adapts were replaced after it was added, {lost[0]} first: their deltas "

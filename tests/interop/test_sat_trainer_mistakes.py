@@ -62,6 +62,12 @@ def of_another_model(args):
     return model
 
 
+def of_the_inner_model(args):
+    model = tiny_model()
+    model.add_mixin("lora", LoraMixin(model.mixins["eva"].vit_model, r=4))
+    return model
+
+
 def beside_lora2(args):
     model = tiny_model()
     model.add_mixin("sats", sats_lora2(), reinit=True)
@@ -111,7 +117,8 @@ MISTAKES = {
     "wrapped": (wrapped, {}, "ConfigError: the model is wrapped in DataParallel already, which would not know new"),
     "compiled": (compiled, {}, "ConfigError: the model is wrapped in OptimizedModule already, which would not know"),
     "compiled in place": (compiled_in_place, {}, "ConfigError: transformer.layers.1 is compiled already, and what is"),
-    "of another model": (of_another_model, {}, "ConfigError: none of the "),
+    "of another model": (of_another_model, {}, "ConfigError: a LoRA mixin on the CogVLMModel was made for another"),
+    "of the inner model": (of_the_inner_model, {}, "was made for another model, transformer."),
     "beside lora2": (
         beside_lora2,
         {},
