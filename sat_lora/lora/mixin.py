@@ -129,8 +129,9 @@ class LoraMixin(BaseMixin):
         owners = [m for m in modules if isinstance(m, BaseModel) and any(own is self for own in m.mixins.values())]
         if self.targets and owners and self._model() is not owners[0]:
             raise ConfigError(
-                f"a LoRA mixin on the {type(owners[0]).__name__} was made for another model, {next(iter(self.targets))} "
-                "its first layer; give LoraMixin the model that it is added to, or take add_lora, which makes one for each"
+                f"a LoRA mixin on the {type(owners[0]).__name__} was made for another model, "
+                f"{next(iter(self.targets))} its first layer; give LoraMixin the model that it is added to, or take "
+                "add_lora, which makes one for each"
             )
         present = {id(module) for module in modules}
         lost = [name for name, target in self.targets.items() if id(target.site.module) not in present]
@@ -428,10 +429,10 @@ def _look_into_checkpoint(mixin: LoraMixin, state: dict[str, Any], prefix: str, 
     expected = dict.fromkeys(f"{prefix}adapters.{name}" for name in mixin.adapters.state_dict())
     saved = [name for name in state if name.startswith(f"{prefix}adapters.")]
     lacking = [name for name in expected if name not in state]
-    more = [name for name in saved if name not in expected]
-    if expected and saved and (lacking or more):  # SAT would begin all of them anew, or drop what it does not know
+    unknown = [name for name in saved if name not in expected]
+    if expected and saved and (lacking or unknown):  # SAT would begin all of them anew, or drop what it does not know
         differing = [f"{len(lacking)} tensors of the model are not in it, {lacking[0]} first"] if lacking else []
-        differing += [f"{len(more)} of it are not in the model, {printable(more[0])} first"] if more else []
+        differing += [f"{len(unknown)} of it are not in the model, {printable(unknown[0])} first"] if unknown else []
         raise AdapterError(
             f"the checkpoint's adapters are on other layers than the model's: {'; '.join(differing)}; add LoRA with "
             "target_modules, layers_to_transform, use_dora and init_lora_weights as in its training"
