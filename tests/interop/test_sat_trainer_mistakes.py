@@ -222,7 +222,6 @@ def shared_step():
     import deepspeed
 
     from sat_lora._deepspeed import skip_shared_memory_build
-
     from tests.support.tiny import logits_of, tiny_batch
     from tests.support.training_runs import engine_config, sgd
 
