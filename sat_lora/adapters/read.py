@@ -6,7 +6,6 @@ What such a folder holds is told in `format`.
 import dataclasses
 import itertools
 import shlex
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -38,6 +37,7 @@ MOST_ENTRIES = 50_000
 # A file of at least so many bytes of which a sixteenth is on the disk.
 HOLES_FROM = 64 * MEBIBYTE
 HOLES_SHARE = 16
+ZERO_3_PARTS = "z3_rank_*_model_states.pt"  # SAT's save at ZeRO-3, of the first data-parallel rank alone
 _IMPORT = "it may be one of PEFT: `sat-lora import --from peft FOLDER --base BASE --out DIR` makes an adapter of it"
 
 
@@ -50,20 +50,31 @@ def read_adapter(folder: str | Path) -> SavedAdapter:
     """
     try:
         folder = follow(folder)
-        missing = [name for name in (WEIGHTS, CONFIG) if not (folder / name).is_file()]
-        names = sorted(p.name for p in itertools.islice(folder.iterdir(), 10_000)) if folder.is_dir() else None
+        problem = missing_problem(folder)
+        is_model = problem is not None and next(iter(folder.glob(SAT_WEIGHTS)), None) is not None
     except OSError as error:
         raise AdapterError(f"{folder}: cannot be read: {error}") from error
-    if missing and any(fnmatch(name, SAT_WEIGHTS) for name in names or ()):
+    if is_model:
         from sat_lora.adapters.whole_model import adapter_of_whole_model
 
         return adapter_of_whole_model(folder)
-    if missing:
-        content = "no such folder" if names is None else ", ".join(map(printable, names[:12])) or "nothing"
-        advice = _advice(folder)
-        raise AdapterError(f"{folder} is not an adapter folder: {', '.join(missing)} missing; found: {content}{advice}")
+    if problem is not None:
+        raise AdapterError(problem)
     about = _read_config(folder / CONFIG)
     return dataclasses.replace(about, tensors=_read_tensors(folder / WEIGHTS))
+
+
+def missing_problem(folder: Path) -> str | None:
+    """Return why that is no adapter's folder, what it holds and what to give in its place; None if it is one.
+
+    What is in its files does not matter. Raises OSError where the folder cannot be read.
+    """
+    missing = [name for name in (WEIGHTS, CONFIG) if not (folder / name).is_file()]
+    if not missing:
+        return None
+    names = sorted(p.name for p in itertools.islice(folder.iterdir(), 10_000)) if folder.is_dir() else None
+    content = "no such folder" if names is None else ", ".join(map(printable, names[:12])) or "nothing"
+    return f"{folder} is not an adapter folder: {', '.join(missing)} missing; found: {content}{_advice(folder)}"
 
 
 def is_adapter_folder(folder: str | Path) -> bool:
@@ -159,6 +170,11 @@ def _read_config(path: Path) -> SavedAdapter:
 def _advice(folder: Path) -> str:
     """Return what to do with a folder that is no adapter here, where it is something else that is known."""
     try:
+        if next(iter(folder.glob(ZERO_3_PARTS)), None) is not None:
+            return (
+                "; it is a part of a model as ZeRO-3 cuts it, from which SAT and this package make no whole: train "
+                "inside adapter_checkpoints, or save at ZeRO 0 to 2"
+            )
         if any((folder / "adapter" / name).exists() for name in ("latest", "best", CONFIG)):
             return f"; give {printable(folder / 'adapter')}, where the adapters of a run are"
         steps = [step for step in steps_in(folder) if (folder / str(step) / CONFIG).is_file()]

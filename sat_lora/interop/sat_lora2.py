@@ -56,7 +56,8 @@ _CROSS_ATTENTION = ("cross_attention.dense", "cross_attention.query", "cross_att
 _NAMES = {"A": "matrix_A", "B": "matrix_B"}
 _QLORA = (
     "qlora=True would replace the base's layers by 4-bit ones, and here no layer is replaced. Instead: qlora=False on "
-    "the bf16 base, with ZeRO-3 or model parallelism (both work) if it does not fit into one GPU"
+    "a base that sat_lora.quantize_model(model, scheme='nf4') holds in 4 bits, or on the bf16 base with ZeRO-3 or "
+    "model parallelism"
 )
 
 

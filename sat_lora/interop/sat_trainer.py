@@ -9,6 +9,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -16,18 +17,24 @@ from unittest import mock
 import torch
 from torch import nn
 
-from sat_lora.adapters.read import is_adapter_folder
+from sat_lora.adapters.read import is_adapter_folder, missing_problem
 from sat_lora.adapters.save_load import load_adapter, save_adapter
+from sat_lora.adapters.whole_model import is_whole_model
+from sat_lora.errors import AdapterError, ConfigError
 from sat_lora.files.atomic import replace_text
+from sat_lora.files.foreign import read_bytes
 from sat_lora.files.step_folders import LATEST, follow, point_to
-from sat_lora.lora.apply import mixins_called
 from sat_lora.lora.base_parameters import keep_trained_set
 from sat_lora.lora.mixin import lora_mixins, refuse_branches
+from sat_lora.parallel.distributed import run_on_all_ranks
+from sat_lora.parallel.sharding import model_parallel_layout
+from sat_lora.terminal.notice import warn
 
 MODULES = ("sat.training.model_io", "sat.training.deepspeed_training", "sat.model.base_model")
 """Modules of SAT that call `save_checkpoint` or `load_checkpoint` by a name of their own."""
 SETUP = "setup_model_untrainable_params_and_optimizer"
 """The function of `training_main` that makes the engine, after everything a script can do to the model."""
+POINTER_LIMIT = 64  # bytes of `latest`
 
 
 @contextmanager
@@ -35,37 +42,52 @@ def adapter_checkpoints(name: str = "lora") -> Iterator[None]:
     """Inside, SAT's `save_checkpoint` writes the adapter called `name` alone, and its `load_checkpoint` restores it.
 
     SAVE/ITERATION is then an adapter folder, which `sat-lora merge`, `export` and `inspect` read, SAVE/latest names the
-    newest, and SAVE/model_config.json is SAT's. A model without such an adapter, or whose adapter `merge_lora` has put
-    into the weights for good, is saved as SAT does. What is loaded from a folder that SAT itself has written is loaded
-    by SAT; for a folder of an adapter a `prefix` means nothing. SAT keeps no state of the optimizer, so neither does
-    this. At every ZeRO stage every rank takes part in a save. What trains is what the LoRA mixins say, also where a
-    script sets `disable_untrainable_params` on the model itself. Raises AdapterError on every rank where a save cannot
-    be written, or where what is loaded does not fit the model.
+    newest, and SAVE/model_config.json is SAT's. A model without adapters, or whose adapter `merge_lora` has put into
+    the weights for good, is saved as SAT does. What is loaded from a folder that SAT itself has written is loaded by
+    SAT; for a folder of an adapter a `prefix` means nothing. SAT keeps no state of the optimizer, so neither does this.
+    At every ZeRO stage every rank takes part in a save. What trains is what the LoRA mixins say, also where a script
+    sets `disable_untrainable_params` on the model itself. In `training_main` raises, on every rank: AdapterError where
+    a save cannot be written, or where there is nothing to load or it does not fit the model; ConfigError, before the
+    engine is made, where a LoRA mixin has another name, for its part would not be saved.
     """
     from sat.training import deepspeed_training, model_io
 
     replaced = {
         "save_checkpoint": _saves_adapters(model_io.save_checkpoint, name),
         "load_checkpoint": _loads_adapters(model_io.load_checkpoint, name),
-        SETUP: _keeps_trained_set(getattr(deepspeed_training, SETUP)),
+        SETUP: _keeps_trained_set(getattr(deepspeed_training, SETUP), name),
     }
     with ExitStack() as stack:
         for module in map(sys.modules.get, MODULES):
             for function, instead in replaced.items():
                 if module is not None and hasattr(module, function):
                     stack.enter_context(mock.patch.object(module, function, instead))
+        # `from_pretrained` may load on one rank of a machine alone; in the trainer all of them do.
+        together = _loads_adapters(model_io.load_checkpoint, name, run_on_all_ranks)
+        stack.enter_context(mock.patch.object(deepspeed_training, "load_checkpoint", together))
         yield
 
 
-def _keeps_trained_set(original: Callable[..., Any]) -> Callable[..., Any]:
+def _keeps_trained_set(original: Callable[..., Any], name: str) -> Callable[..., Any]:
     """Return SAT's `setup_model_untrainable_params_and_optimizer` for models whose LoRA mixins say what trains.
 
     That holds too where a script has set `disable_untrainable_params` on the model after it had added the mixins.
     """
 
     def setup(args: Namespace, model: nn.Module, *more: Any, **kw_args: Any) -> Any:
-        """Return the engine and its optimizer. Raises ConfigError for ZeRO-3 on a model that may skip layers."""
+        """Return the engine and its optimizer. Raises ConfigError for ZeRO-3 on a model that may skip layers.
+
+        Raises ConfigError also for LoRA mixins of another name.
+        """
         mixins = lora_mixins(model)
+        others = _called_otherwise(model, name)
+        if others:
+            present = sorted({path.rpartition(".")[2] for path in _adapting(model)})
+            advice = f"give adapter_checkpoints({present[0]!r})" if len(present) == 1 else "give all of them one name"
+            raise ConfigError(
+                f"adapter_checkpoints: saves hold the adapter called {name!r} alone, and {', '.join(others)} would be "
+                f"lost; {advice}, or leave adapter_checkpoints out"
+            )
         if mixins:
             keep_trained_set(model)
         if (args.deepspeed_config or {}).get("zero_optimization", {}).get("stage") == 3:
@@ -75,30 +97,57 @@ def _keeps_trained_set(original: Callable[..., Any]) -> Callable[..., Any]:
     return setup
 
 
+def _adapting(model: nn.Module) -> list[str]:
+    """Return the names of the model's LoRA mixins that train something."""
+    return [path for path, mixin in lora_mixins(model).items() if mixin.targets or mixin.trained.tensors]
+
+
+def _called_otherwise(model: nn.Module, name: str) -> list[str]:
+    """Return the names of the model's LoRA mixins that train something and are not called `name`."""
+    return [path for path in _adapting(model) if path.rpartition(".")[2] != name]
+
+
 def _saves_adapters(original: Callable[..., None], name: str) -> Callable[..., None]:
     """Return SAT's `save_checkpoint` for models with an adapter called `name`; `original` serves all others."""
 
     def save_checkpoint(iteration: int, model: nn.Module, optimizer: Any, lr_scheduler: Any, args: Namespace) -> None:
         """Write SAVE/ITERATION, then SAVE/latest and SAVE/model_config.json. Every rank calls it."""
         module = _inner(model)
-        if not any(mixin.targets or mixin.trained.tensors for mixin in mixins_called(module, name).values()):
+        others = _called_otherwise(module, name)
+        if others:  # of a loop that is not SAT's: nothing is lost
+            warn(
+                f"adapter_checkpoints saves {name!r} alone, and the model has {', '.join(others)}: the whole of it is "
+                "saved, as SAT does"
+            )
+        if others or not _adapting(module):
             original(iteration, model, optimizer, lr_scheduler, args)
             return
         root = Path(args.save)
         save_adapter(module, root / str(iteration), name=name)
-        if torch.distributed.get_rank() == 0:
-            from sat.training.model_io import extract_model_specific_args_to_dump
-
-            config = extract_model_specific_args_to_dump(args, module)
-            replace_text(root / "model_config.json", json.dumps(config, indent=4))
-            point_to(root, LATEST, iteration)
-        torch.distributed.barrier()
+        is_first = torch.distributed.get_rank() == 0
+        run_on_all_ranks(lambda: _name_newest(root, iteration, args, module) if is_first else None)
 
     return save_checkpoint
 
 
-def _loads_adapters(original: Callable[..., int], name: str) -> Callable[..., int]:
-    """Return SAT's `load_checkpoint` that takes folders of adapters too; `original` reads all others."""
+def _name_newest(root: Path, iteration: int, args: Namespace, model: nn.Module) -> None:
+    """Write ROOT/model_config.json as SAT does, and let ROOT/latest name the iteration."""
+    from sat.training.model_io import extract_model_specific_args_to_dump
+
+    config = extract_model_specific_args_to_dump(args, model)
+    replace_text(root / "model_config.json", json.dumps(config, indent=4))
+    point_to(root, LATEST, iteration)
+
+
+def _alone(step: Callable[..., Any], *args: Any) -> Any:
+    return step(*args)
+
+
+def _loads_adapters(original: Callable[..., int], name: str, run: Callable[..., Any] = _alone) -> Callable[..., int]:
+    """Return SAT's `load_checkpoint` that takes folders of adapters too; `original` reads all others.
+
+    run: calls a function that may fail with the arguments behind it, for `run_on_all_ranks` where every rank loads.
+    """
 
     def load_checkpoint(
         model: nn.Module,
@@ -109,10 +158,10 @@ def _loads_adapters(original: Callable[..., int], name: str) -> Callable[..., in
     ) -> int:
         """Return the iteration to go on from: 0 for a fine-tuning, as SAT does."""
         root = Path(load_path if load_path is not None else args.load)
-        folder = root / str(specific_iteration) if specific_iteration is not None else follow(root)
-        if not is_adapter_folder(folder):
+        folder: Path | None = run(_adapter_folder, root, specific_iteration)
+        if folder is None:
             return original(model, args, load_path, prefix, specific_iteration)
-        load_adapter(_inner(model), folder, name=name)
+        run(partial(load_adapter, name=name), _inner(model), folder)
         mode = getattr(args, "mode", "inference")
         if mode == "inference":
             _inner(model).eval()
@@ -120,6 +169,39 @@ def _loads_adapters(original: Callable[..., int], name: str) -> Callable[..., in
         return int(folder.name) if mode != "finetune" and is_step else 0
 
     return load_checkpoint
+
+
+def _adapter_folder(root: Path, iteration: int | None) -> Path | None:
+    """Return the adapter that is to be loaded, of the newest iteration if None is given; None where SAT has saved.
+
+    Raises AdapterError where there is neither: SAT itself would leave without an error, or fail on one rank.
+    """
+    folder = follow(root) if iteration is None else root / str(iteration)
+    if is_adapter_folder(folder):
+        return folder
+    home = root / (_tag_in(root) if iteration is None else str(iteration))
+    if is_adapter_folder(home):
+        return home
+    rank, size = model_parallel_layout()
+    if (home / f"mp_rank_{rank:02d}_model_states.pt").is_file():
+        return None
+    if is_whole_model(home):
+        raise AdapterError(
+            f"{home} has no part for model-parallel rank {rank} of {size}: give the --model-parallel-size that it was "
+            "saved with; an adapter, as adapter_checkpoints saves one, fits any"
+        )
+    problem = missing_problem(home if home.is_dir() else root)
+    raise AdapterError(f"{root}: neither a model that SAT has saved nor an adapter: {problem}")
+
+
+def _tag_in(root: Path) -> str:
+    """Return the folder that ROOT/latest names, as SAT reads it; "" where it names none."""
+    try:
+        text = read_bytes(root / LATEST, POINTER_LIMIT).decode("utf-8", "replace").strip()
+    except (OSError, ValueError):
+        return ""
+    is_iteration = text.isascii() and text.isdigit() and int(text) > 0
+    return str(int(text)) if is_iteration else text if text == "release" else ""
 
 
 def _inner(model: nn.Module) -> nn.Module:

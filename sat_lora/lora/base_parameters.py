@@ -141,7 +141,7 @@ class TrainedSet(StandIn):
         """Let the script say what trains, and leave trainable what the model's LoRA mixins train, no more, no less.
 
         A warning names what the script would have trained beside that. Raises ConfigError where a layer that a mixin
-        adapts has been replaced meanwhile: SAT asks this right before it makes the optimizer.
+        adapts is not in the model, or has been replaced meanwhile: SAT asks this right before it makes the optimizer.
         """
         model = self._model()
         if model is None:
@@ -151,7 +151,7 @@ class TrainedSet(StandIn):
         if not mixins:
             return
         for mixin in mixins:
-            mixin.refuse_replaced_layers()
+            mixin.refuse_foreign_layers(model)
         trained = _trained_by(*mixins)
         more = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in trained]
         freeze_base(model)

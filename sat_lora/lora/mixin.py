@@ -19,6 +19,7 @@ from sat_lora.lora.deltas.merging import MergedWeights
 from sat_lora.lora.gradient_order import GradientOrder
 from sat_lora.lora.targets import Plan, Target, find_parameters, find_sites, plan
 from sat_lora.parallel.wrapped import is_engine, is_in_engine
+from sat_lora.printable import printable
 
 
 class LoraMixin(BaseMixin):
@@ -120,12 +121,19 @@ class LoraMixin(BaseMixin):
         if not self._loading.has_values and self._loading.initial == self._versions():
             self.reinit()
 
-    def refuse_replaced_layers(self) -> None:
-        """Raise ConfigError if a layer that this adapts is in the model no more, so that its delta reaches nothing."""
-        model = self._model() if self.targets else None
-        if model is None:
-            return
-        present = {id(module) for module in model.modules()}
+    def refuse_foreign_layers(self, model: nn.Module) -> None:
+        """Raise ConfigError if a delta reaches nothing: the mixin is on another SAT model than the one it was made for,
+        or a layer that it adapts is not in `model`.
+        """
+        modules = [*model.modules()]
+        owners = [m for m in modules if isinstance(m, BaseModel) and any(own is self for own in m.mixins.values())]
+        if self.targets and owners and self._model() is not owners[0]:
+            raise ConfigError(
+                f"a LoRA mixin on the {type(owners[0]).__name__} was made for another model, "
+                f"{next(iter(self.targets))} its first layer; give LoraMixin the model that it is added to, or take "
+                "add_lora, which makes one for each"
+            )
+        present = {id(module) for module in modules}
         lost = [name for name, target in self.targets.items() if id(target.site.module) not in present]
         if lost:
             raise ConfigError(
@@ -310,13 +318,14 @@ _WRAPPERS = {
     "DistributedDataParallel": "DistributedDataParallel",
     "DataParallel": "DataParallel",
     "FullyShardedDataParallel": "FullyShardedDataParallel",
+    "FSDPModule": "fully_shard",
     "OptimizedModule": "torch.compile",
 }
 """What is made around a model, by the name of its class, and what makes it."""
 
 
 def refuse_engine(model: nn.Module) -> None:
-    """Raise ConfigError if the model is wrapped already: what is around it would not know new adapters."""
+    """Raise ConfigError if the model is wrapped or compiled already: what is around it would not know new adapters."""
     classes = {base.__name__ for base in type(model).__mro__}
     wrapper = next((name for name in _WRAPPERS if name in classes), None)
     if wrapper not in (None, "DeepSpeedEngine"):
@@ -324,12 +333,23 @@ def refuse_engine(model: nn.Module) -> None:
             f"the model is wrapped in {wrapper} already, which would not know new adapters; add them to the model "
             f"itself, before {_WRAPPERS[wrapper]}"
         )
+    compiled = next((name for name, module in model.named_modules() if _is_compiled(module)), None)
+    if compiled is not None:
+        raise ConfigError(
+            f"{printable(compiled) or 'the model'} is compiled already, and what is compiled may not see new adapters; "
+            "add them before .compile()"
+        )
     if is_engine(model) or is_in_engine(model):
         what = "is DeepSpeed's engine" if is_engine(model) else "is in DeepSpeed's engine"
         raise ConfigError(
             f"the model {what} already, whose optimizer holds the parameters that it was made with; add the adapters "
             "before deepspeed.initialize, or before training_main"
         )
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """Return whether `module.compile()` was called: what torch compiles by it takes later hooks for none."""
+    return getattr(module, "_compiled_call_impl", None) is not None
 
 
 def _refuse_other_lora(model: BaseModel, targets: dict[str, Target]) -> None:
@@ -392,7 +412,7 @@ def _describe(mixin: LoraMixin, state: dict[str, Any], prefix: str, metadata: An
 def _look_into_checkpoint(mixin: LoraMixin, state: dict[str, Any], prefix: str, *more: Any) -> None:
     """Note whether a checkpoint has the adapters of `mixin`, before they are loaded from it: torch's hook.
 
-    Raises AdapterError if they are of another rank or shape, one for all of them.
+    Raises AdapterError, one for all of them, if they are of another rank or shape or on other layers.
     """
     state.pop(prefix + DESCRIPTION, None)
     own = {f"{prefix}adapters.{name}": parameter for name, parameter in mixin.adapters.named_parameters()}
@@ -405,6 +425,17 @@ def _look_into_checkpoint(mixin: LoraMixin, state: dict[str, Any], prefix: str, 
             f"the checkpoint's adapters do not fit those of the model, {len(wrong)} tensors, {name} first: shape "
             f"{tuple(state[name].shape)}, the model has {tuple(own[name].shape)}; add LoRA with the rank (now r="
             f"{mixin.config.r}), the slots and the model-parallel size that the checkpoint was trained with"
+        )
+    expected = dict.fromkeys(f"{prefix}adapters.{name}" for name in mixin.adapters.state_dict())
+    saved = [name for name in state if name.startswith(f"{prefix}adapters.")]
+    lacking = [name for name in expected if name not in state]
+    unknown = [name for name in saved if name not in expected]
+    if expected and saved and (lacking or unknown):  # SAT would begin all of them anew, or drop what it does not know
+        differing = [f"{len(lacking)} tensors of the model are not in it, {lacking[0]} first"] if lacking else []
+        differing += [f"{len(unknown)} of it are not in the model, {printable(unknown[0])} first"] if unknown else []
+        raise AdapterError(
+            f"the checkpoint's adapters are on other layers than the model's: {'; '.join(differing)}; add LoRA with "
+            "target_modules, layers_to_transform, use_dora and init_lora_weights as in its training"
         )
 
 

@@ -1,4 +1,4 @@
-"""What stands around a model while it trains: DeepSpeed's engine, or torch's DistributedDataParallel."""
+"""What stands around a model while it trains: DeepSpeed's engine, or a wrapper of torch's."""
 
 from typing import Any
 
@@ -7,6 +7,8 @@ from torch import nn
 from sat_lora.errors import ConfigError
 
 ENGINE = "DeepSpeedEngine"
+COMPILED = "OptimizedModule"
+SHARDED = {"FullyShardedDataParallel", "FSDPModule"}
 
 
 def is_engine(model: object) -> bool:
@@ -21,9 +23,10 @@ def is_in_engine(model: nn.Module) -> bool:
 
 
 def unwrapped(model: Any, *, user: str) -> nn.Module:
-    """Return the model inside DeepSpeed's engine or torch's DistributedDataParallel; a model alone is its own.
+    """Return the model inside DeepSpeed's engine, or inside what torch wraps models in; a model alone is its own.
 
-    user: who asks, for messages. Raises ConfigError for what is no model, and for an engine that has been closed.
+    user: who asks, for messages. Raises ConfigError for what is no model, for an engine that has been closed, and for
+    FSDP, which cuts parameters in its own way.
     """
     if not isinstance(model, nn.Module):
         raise ConfigError(
@@ -35,8 +38,16 @@ def unwrapped(model: Any, *, user: str) -> nn.Module:
             f"{user}: the engine has been closed (engine.destroy()), and its hooks are gone; call this before, or "
             "give the model, or a new engine"
         )
-    if is_engine(model) or isinstance(model, nn.parallel.DistributedDataParallel):
+    classes = {base.__name__ for base in type(model).__mro__}
+    if classes & SHARDED:
+        raise ConfigError(
+            f"{user}: the model is in torch's {min(classes & SHARDED)}, whose parts of parameters are not known here; "
+            "use DeepSpeed's ZeRO stage 3"
+        )
+    if is_engine(model) or isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
         return unwrapped(model.module, user=user)
+    if COMPILED in classes:
+        return unwrapped(model._orig_mod, user=user)
     return model
 
 

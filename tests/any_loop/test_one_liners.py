@@ -49,19 +49,29 @@ def trained(stage):
     return steps(plain_engine(model, stage), world.rank)
 
 
+def trained_and_examined(stage):
+    return trained(stage), examined(stage, None)
+
+
 @pytest.mark.parametrize("stage", stages(2))
 def test_a_healthy_engine_gives_no_finding_and_trains_as_if_nobody_had_looked(stage):
-    expected = run_ranks(trained, 2, stage)
-    for (findings, counts, losses), alone in zip(run_ranks(examined, 2, stage, None), expected):
+    for alone, (findings, counts, losses) in run_ranks(trained_and_examined, 2, stage):
         assert (findings, counts) == ([], (0, 0))
         assert losses == pytest.approx(alone, rel=1e-6)
 
 
+FAULTS = {"NaN": "not-finite", "missing": "unreachable"}
+
+
+def faults_examined(stage):
+    return {fault: examined(stage, fault)[0] for fault in FAULTS}
+
+
 @pytest.mark.parametrize("stage", stages(0))
-@pytest.mark.parametrize("fault, code", [("NaN", "not-finite"), ("missing", "unreachable")])
-def test_a_planted_fault_is_found_in_an_engine(stage, fault, code):
-    for findings, _, _ in run_ranks(examined, 2, stage, fault):
-        assert code in {found for found, _ in findings}
+def test_a_planted_fault_is_found_in_an_engine(stage):
+    for outcomes in run_ranks(faults_examined, 2, stage):
+        for fault, code in FAULTS.items():
+            assert code in {found for found, _ in outcomes[fault]}, fault
 
 
 def test_a_wrong_placement_is_found_before_there_is_an_engine(model):
@@ -172,15 +182,22 @@ def saved_and_loaded(stage, bf16, folder):
         return str(error)
 
 
-@pytest.mark.parametrize("bf16", [False, True])
+def saved_and_loaded_in_both(stage, folder):
+    return [saved_and_loaded(stage, bf16, f"{folder}/{bf16}") for bf16 in (False, True)]
+
+
 @pytest.mark.parametrize("stage", stages(2))
-def test_an_engine_saves_and_loads_its_adapter_and_keeps_it_in_the_next_step(stage, bf16, tmp_path):
-    for refusal in run_ranks(saved_and_loaded, 2, stage, bf16, str(tmp_path)):
-        assert refusal.startswith("load_adapter: the model is in DeepSpeed's engine") and "give the engine" in refusal
-    files = {name: read_adapter(tmp_path / name).tensors for name in ("trained", "loaded", "stepped")}
-    for name, tensor in files["trained"].items():
-        assert torch.equal(files["loaded"][name], tensor), name
-        assert torch.equal(files["stepped"][name], tensor), name
+def test_an_engine_saves_and_loads_its_adapter_and_keeps_it_in_the_next_step(stage, tmp_path):
+    for refusals in run_ranks(saved_and_loaded_in_both, 2, stage, str(tmp_path)):
+        for refusal in refusals:
+            assert refusal.startswith("load_adapter: the model is in DeepSpeed's engine"), refusal
+            assert "give the engine" in refusal
+    for bf16 in (False, True):
+        files = {name: read_adapter(tmp_path / str(bf16) / name).tensors for name in ("trained", "loaded", "stepped")}
+        assert {tensor.dtype for tensor in files["trained"].values()} == {torch.bfloat16 if bf16 else torch.float32}
+        for name, tensor in files["trained"].items():
+            assert torch.equal(files["loaded"][name], tensor), (bf16, name)
+            assert torch.equal(files["stepped"][name], tensor), (bf16, name)
 
 
 def test_an_engine_without_adapters_takes_none(model, tmp_path):

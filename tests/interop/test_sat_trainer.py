@@ -37,12 +37,13 @@ def five_steps(folder, mp_size, stages):
     return outcomes
 
 
+@pytest.mark.usefixtures("single_process_group")
 @pytest.mark.parametrize("mp_size", [1, 2])
 def test_five_steps_of_sats_trainer_are_those_of_our_loop_and_of_plain_sgd(tmp_path, mp_size):
     outcomes = run_ranks(five_steps, mp_size, str(tmp_path), mp_size, [0, 2])
     (seeds,) = {tuple(run.seeds) for outcome in outcomes for run, _ in outcome.values()}
     assert len(seeds) == STEPS  # one order at every stage, and model-parallel ranks share batches
-    (plain,) = run_ranks(train_by_plain_sgd, 1, tiny_cogvlm, [[seed] for seed in seeds])
+    plain = train_by_plain_sgd(tiny_cogvlm, [[seed] for seed in seeds])
     for stage in (0, 2):
         runs = [outcome[stage][0] for outcome in outcomes]
         assert all(run.changed == [] and run.warnings == [] for run in runs)
@@ -76,8 +77,8 @@ def unfreezing(args):
     return model
 
 
-def test_a_script_that_unfreezes_more_is_told_and_trains_the_adapter_alone(tmp_path):
-    (run,) = run_ranks(train_by_sat, 1, str(tmp_path), unfreezing, steps=1)
+def test_a_script_that_unfreezes_more_is_told_and_trains_the_adapter_alone(runs_of_one_rank):
+    run = runs_of_one_rank[0]
     assert run.changed == [] and not any("boi" in name for name in run.trained)
     (warning,) = [warning for warning in run.warnings if "disable_untrainable_params" in warning]
     assert "leaves 1 parameters trainable" in warning and "mixins.eva.boi" in warning
@@ -135,8 +136,19 @@ def refusals():
     return texts
 
 
-def test_a_model_in_an_engine_takes_no_more_adapters():
-    ((of_engine, of_module),) = run_ranks(refusals, 1)
+def on_one_rank(folder):
+    return train_by_sat(folder, unfreezing, steps=1), refusals()
+
+
+@pytest.fixture(scope="module")
+def runs_of_one_rank(tmp_path_factory):
+    """A run whose script unfreezes more, and what a model in an engine answers."""
+    (outcome,) = run_ranks(on_one_rank, 1, str(tmp_path_factory.mktemp("one")))
+    return outcome
+
+
+def test_a_model_in_an_engine_takes_no_more_adapters(runs_of_one_rank):
+    of_engine, of_module = runs_of_one_rank[1]
     assert of_engine.startswith("the model is DeepSpeed's engine already")
     assert of_module.startswith("the model is in DeepSpeed's engine already") and "before" in of_module
 

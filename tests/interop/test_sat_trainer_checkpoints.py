@@ -90,9 +90,9 @@ def through_the_trainer(folder, base):
         runs[name] = train_by_sat(f"{folder}/{name}", build, **settings)
         return runs[name]
 
-    first = train("first", steps=2)
+    first = train("first", steps=2, stage=3)
     options = ["--load", str(first.save), "--mode", "pretrain"]
-    runs["gone on with"] = train_by_sat(f"{folder}/first", steps=4, options=options)
+    runs["gone on with"] = train_by_sat(f"{folder}/first", steps=4, stage=3, options=options)
     train("DoRA over a base", over_another_base, steps=1, options=["--load", base])
     train("lora2", with_lora2, steps=2, options=["--load", base])
     train("a class", class_of_model, steps=2, stage=2, loss=loss_of_language)
@@ -130,27 +130,53 @@ def loss_of_language(model, seed):
     return loss_of_output(run_language(model))
 
 
+@pytest.mark.usefixtures("single_process_group")
 def test_runs_begin_with_what_is_loaded_and_go_on(base, tmp_path):
     (runs,) = run_ranks(through_the_trainer, 1, str(tmp_path), str(base))
     first, more = runs["first"], runs["gone on with"]
     assert more.save == first.save and len(more.seeds) == 2
     assert sorted(path.name for path in first.save.iterdir()) == ["2", "4", "latest", "model_config.json"]
     assert difference(more.adapter, {n: t.numpy() for n, t in read_adapter(first.save / "4").tensors.items()}) == 0
-    (plain,) = run_ranks(partial(loss_at_first, runs["DoRA over a base"].seeds[0]), 1)
-    assert runs["DoRA over a base"].losses == pytest.approx([plain], rel=1e-6)
+    plain = train_by_plain_sgd(tiny_cogvlm, [[seed] for seed in (*first.seeds, *more.seeds)])
+    assert difference(more.adapter, plain) < 1e-5
+    expected = float(loss_of(tiny_model(seed=1), runs["DoRA over a base"].seeds[0]))
+    assert runs["DoRA over a base"].losses == pytest.approx([expected], rel=1e-6)
     lora2 = runs["lora2"]
     assert len(lora2.trained) == 8
-    (expected,) = run_ranks(train_by_plain_sgd, 1, partial(with_lora2, seed=1), [[seed] for seed in lora2.seeds])
+    expected = train_by_plain_sgd(partial(with_lora2, seed=1), [[seed] for seed in lora2.seeds])
     assert difference(lora2.adapter, expected) < 1e-5
     assert "stay frozen" in lora2.warnings[0]  # this class freezes nothing by itself
     assert len(runs["a class"].trained) == 16 and len(read_adapter(runs["a class"].save).layers) == 8
 
 
-def loss_at_first(seed):
-    from sat_lora.parallel.distributed import init_distributed, init_model_parallel
+def engine_after_engine(folder, mp_size):
+    """Runs of one process: at ZeRO-3, on from its save at ZeRO-3, and in bf16 at ZeRO-2 after both."""
+    first = train_by_sat(f"{folder}/first", stage=3, mp_size=mp_size, steps=2)
+    options = ["--load", str(first.save), "--mode", "pretrain"]
+    more = train_by_sat(f"{folder}/first", stage=3, mp_size=mp_size, steps=4, options=options)
+    half = train_by_sat(
+        f"{folder}/half",
+        partial(tiny_cogvlm, dtype=torch.bfloat16),
+        stage=2,
+        mp_size=mp_size,
+        steps=2,
+        engine={"bf16": {"enabled": True}},
+    )
+    return first, more, half
 
-    init_model_parallel(init_distributed())
-    return float(loss_of(tiny_model(seed=1), seed))
+
+@pytest.mark.matrix
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("ranks, mp_size", [(2, 1), (2, 2), (4, 2)])
+@pytest.mark.usefixtures("single_process_group")
+def test_a_run_goes_on_from_a_save_at_zero_3_and_another_engine_follows(ranks, mp_size, tmp_path):
+    outcomes = run_ranks(engine_after_engine, ranks, str(tmp_path), mp_size, timeout=250)
+    models = outcomes[::mp_size]  # the ranks of one share their batches
+    seeds = [step for number in (0, 1) for step in zip(*(runs[number].seeds for runs in models))]
+    first, more, half = outcomes[0]
+    assert more.save == first.save and len(seeds) == 4
+    assert difference(more.adapter, train_by_plain_sgd(tiny_cogvlm, seeds)) < 1e-5
+    assert half.losses == pytest.approx(first.losses, rel=0.05) and half.changed == []
 
 
 def whole_model_runs(folder):
@@ -167,13 +193,14 @@ def unfilled(args):
     return model
 
 
+@pytest.mark.usefixtures("single_process_group")
 def test_a_whole_model_that_sat_has_saved_is_read_as_an_adapter_and_loaded_again(tmp_path, capsys):
     (run, more), _ = run_ranks(whole_model_runs, 2, str(tmp_path))
     files = sorted(path.name for path in (run.save / "2").iterdir())
     assert files == ["mp_rank_00_model_states.pt", "mp_rank_01_model_states.pt"]  # as SAT does it
     tensors = read_adapter(run.save).tensors
     assert difference({name: tensor.numpy() for name, tensor in tensors.items()}, run.adapter) == 0
-    (expected,) = run_ranks(train_by_plain_sgd, 1, tiny_cogvlm, [[seed] for seed in (*run.seeds, *more.seeds)])
+    expected = train_by_plain_sgd(tiny_cogvlm, [[seed] for seed in (*run.seeds, *more.seeds)])
     assert difference(more.adapter, expected) < 1e-5
     assert main(["inspect", str(run.save), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["r"] == 4

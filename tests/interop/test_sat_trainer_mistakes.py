@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from sat_lora import ConfigError, LoraMixin, add_lora
+from sat_lora.lora.mixin import lora_mixins
 from sat_lora.parallel.distributed import init_distributed, init_model_parallel
 from tests.support.ranks import run_ranks
 from tests.support.sat_trainer import refusal, tiny_cogvlm, train_by_sat
@@ -49,6 +50,24 @@ def compiled(args):
     LoraMixin(torch.compile(tiny_model()), r=4)
 
 
+def compiled_in_place(args):
+    model = tiny_model()
+    model.transformer.layers[1].compile()
+    add_lora(model, r=4)
+
+
+def of_another_model(args):
+    model = tiny_model()
+    model.add_mixin("lora", LoraMixin(tiny_model(), r=4))
+    return model
+
+
+def of_the_inner_model(args):
+    model = tiny_model()
+    model.add_mixin("lora", LoraMixin(model.mixins["eva"].vit_model, r=4))
+    return model
+
+
 def beside_lora2(args):
     model = tiny_model()
     model.add_mixin("sats", sats_lora2(), reinit=True)
@@ -73,6 +92,19 @@ def of_rank_8(args):
     return model
 
 
+def of_another_name(args):
+    model = tiny_model()
+    add_lora(model, r=4, name="mine")
+    return model
+
+
+def two_adapters(args):
+    model = tiny_model()
+    add_lora(model, r=4)
+    model.mixins["eva"].vit_model.add_mixin("second", LoraMixin(model.mixins["eva"].vit_model, r=2))
+    return model
+
+
 def no_step(model, seed):
     """A loss that nobody should come to."""
     raise AssertionError("training began")
@@ -84,6 +116,9 @@ MISTAKES = {
     "both ways": (both_ways, {}, "ConfigError: the model has a mixin mixins.lora already; delete it or choose another"),
     "wrapped": (wrapped, {}, "ConfigError: the model is wrapped in DataParallel already, which would not know new"),
     "compiled": (compiled, {}, "ConfigError: the model is wrapped in OptimizedModule already, which would not know"),
+    "compiled in place": (compiled_in_place, {}, "ConfigError: transformer.layers.1 is compiled already, and what is"),
+    "of another model": (of_another_model, {}, "ConfigError: a LoRA mixin on the CogVLMModel was made for another"),
+    "of the inner model": (of_the_inner_model, {}, "was made for another model, transformer."),
     "beside lora2": (
         beside_lora2,
         {},
@@ -99,6 +134,17 @@ MISTAKES = {
         of_rank_8,
         {"load": "whole"},
         "AdapterError: the checkpoint's adapters do not fit those of the model, 16 tensors, ",
+    ),
+    "another name": (
+        of_another_name,
+        {},
+        "ConfigError: adapter_checkpoints: saves hold the adapter called 'lora' alone, and "
+        "mixins.eva.vit_model.mixins.mine, mixins.mine would be lost; give adapter_checkpoints('mine'), or leave",
+    ),
+    "two names": (
+        two_adapters,
+        {},
+        "alone, and mixins.eva.vit_model.mixins.second would be lost; give all of them one name, or leave",
     ),
     "branches at ZeRO 3": (branching, {"stage": 3}, "lora was added with fixed_order, so the model may skip layers"),
 }
@@ -157,13 +203,29 @@ def test_a_copy_of_a_model_says_its_own_names_and_a_deleted_mixin_frees_its_name
         copied.add_mixin("mlp", copied.mixins["mlp"])
 
 
+@pytest.mark.usefixtures("single_process_group")
+def test_adapters_that_are_deleted_and_added_again_train_alone():
+    model = tiny_model()
+    for r in (4, 2):
+        add_lora(model, r=r)
+        deltas = [p for mixin in lora_mixins(model).values() for p in mixin.trainable()]
+        model.disable_untrainable_params()
+        assert {id(p) for p in model.parameters() if p.requires_grad} == {id(p) for p in deltas}
+        assert {min(p.shape) for p in deltas} <= {r, 3 * r}
+        if r == 4:
+            for owner in (model, model.mixins["eva"].vit_model):
+                owner.del_mixin("lora")
+
+
 def shared_step():
     """One forward pass of a branching model whose parameters ZeRO-3 has partitioned, by plain DeepSpeed."""
     import deepspeed
 
+    from sat_lora._deepspeed import skip_shared_memory_build
     from tests.support.tiny import logits_of, tiny_batch
     from tests.support.training_runs import engine_config, sgd
 
+    skip_shared_memory_build()  # or it waits for ever for the lock of a build that was killed once
     init_model_parallel(init_distributed())
     model = branching(None)
     engine, *_ = deepspeed.initialize(model=model, optimizer=sgd(model, 0.1), config=engine_config(3, 1))

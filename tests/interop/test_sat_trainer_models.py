@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 
-from sat_lora import add_lora
+from sat_lora import add_lora, quantize_model
 from sat_lora.adapters.read import read_adapter
 from sat_lora.training.steps.loss import answer_loss_sum, count_answer_tokens
 from tests.support.branching_cogvlm import branch_on_data
@@ -14,13 +14,14 @@ from tests.support.ranks import run_ranks
 from tests.support.sat_subjects import SUBJECTS, adapt
 from tests.support.sat_subjects import loss_of as loss_of_output
 from tests.support.sat_trainer import (
+    LORA,
     STEPS,
     difference,
     tiny_cogvlm,
     train_by_plain_sgd,
     train_by_sat,
 )
-from tests.support.tiny import fill_adapters, randomise, tiny_batch
+from tests.support.tiny import WIDE, fill_adapters, randomise, tiny_batch, tiny_model
 
 NAMED = ["chatglm2", "llama", "vit"]
 OTHERS = ["chatglm", "chatglm3", "mixtral", "gpt2", "bert", "encoder-decoder", "t5"]
@@ -56,6 +57,29 @@ def test_models_of_sat_train(names, tmp_path):
         assert difference(run.adapter, plain) < 1e-5, name
         assert max(abs(values).max() for key, values in plain.items() if key.endswith("lora_B")) > 1e-4, name
         assert read_adapter(run.save).tensors.keys() == plain.keys()
+
+
+def held_in_4_bits(args=None):
+    model = tiny_model(config=WIDE)
+    assert quantize_model(model, scheme="nf4")
+    add_lora(model, LORA)
+    fill_adapters(model)
+    return model
+
+
+def train_in_4_bits(folder, stages):
+    return {stage: train_by_sat(f"{folder}/{stage}", held_in_4_bits, stage=stage, steps=2) for stage in stages}
+
+
+@pytest.mark.usefixtures("single_process_group")
+@pytest.mark.parametrize("stages", [[2], pytest.param([0, 1, 3], marks=pytest.mark.matrix)])
+def test_adapters_train_on_a_base_in_4_bits_which_is_not_saved(stages, tmp_path):
+    (runs,) = run_ranks(train_in_4_bits, 1, str(tmp_path), stages)
+    for stage, run in runs.items():
+        plain = train_by_plain_sgd(held_in_4_bits, [[seed] for seed in run.seeds])
+        assert difference(run.adapter, plain) < 1e-5, stage
+        saved = read_adapter(run.save)
+        assert saved.base_quantization["scheme"] == "nf4" and saved.tensors.keys() == plain.keys()
 
 
 def images_on_even_seeds(model, seed):
@@ -101,13 +125,21 @@ def train_branching(folder):
     }
 
 
+def train_all_plainly(seeds):
+    return {name: train_by_plain_sgd(build, seeds[name], loss) for name, (build, loss) in BRANCHING.items()}
+
+
 def test_models_that_skip_what_has_no_token_train_at_zero_2_beside_a_rank_without_images(tmp_path):
     outcomes = run_ranks(train_branching, 2, str(tmp_path))
-    for name, (build, loss) in BRANCHING.items():
+    seeds = {}
+    for name in BRANCHING:
+        steps = zip(*(outcome[name].seeds for outcome in outcomes))
+        seeds[name] = [[seed_of_rank(seed, rank) for rank, seed in enumerate(step)] for step in steps]
+    (expected,) = run_ranks(train_all_plainly, 1, seeds)
+    for name in BRANCHING:
         runs = [outcome[name] for outcome in outcomes]
+        plain = expected[name]
         assert all(len(run.seeds) == STEPS and run.changed == [] for run in runs), name
-        seeds = [[seed_of_rank(s, rank) for rank, s in enumerate(step)] for step in zip(*(run.seeds for run in runs))]
-        (plain,) = run_ranks(train_by_plain_sgd, 1, build, seeds, loss)
         assert difference(runs[0].adapter, plain) < 1e-5, name
         assert difference(runs[0].adapter, runs[1].adapter) == 0, name
         assert any("vit_model" in key for key in plain) and any("vision_" in key for key in plain), name

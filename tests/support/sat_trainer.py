@@ -13,6 +13,7 @@ import torch
 
 from sat_lora import LoraConfig, adapter_checkpoints, add_lora
 from sat_lora._sat_on_cpu import sat_on_cpu
+from sat_lora.files.atomic import replace_text
 from sat_lora.parallel.distributed import init_distributed, init_model_parallel
 from sat_lora.parallel.sharding import gathered
 from sat_lora.training.steps.engine import start_engine
@@ -83,7 +84,7 @@ def engine_file(folder: Path, stage: int, **changes) -> Path:
     engine |= {"optimizer": {"type": "SGD", "params": {"lr": RATE}}, "zero_force_ds_cpu_optimizer": False, **changes}
     folder.mkdir(exist_ok=True, parents=True)
     file = folder / "engine.json"
-    file.write_text(json.dumps(engine))
+    replace_text(file, json.dumps(engine))  # by every rank, while others read it
     return file
 
 
