@@ -27,6 +27,7 @@ from sat_lora.data.shards.shard_checks import problems_with_shards
 from sat_lora.errors import CheckpointError, ConfigError, DataError, SatLoraError
 from sat_lora.files.foreign import os_problem
 from sat_lora.files.paths import is_shard, missing_path, split_weight
+from sat_lora.lora.config import LOFTQ
 from sat_lora.printable import printable
 from sat_lora.training.early import WANTED, data_hint, raise_problems
 from sat_lora.training.resume import settled_problems, state_to_resume
@@ -159,11 +160,18 @@ def _vocabulary_problems(model: Model, data: Data, sizes: dict, tokenizer) -> It
 
 
 def _quantization_problems(config: TrainConfig) -> Iterator[str]:
-    """Yield what says how the base is quantised where it is not."""
+    """Yield what says how the base is quantised, or begins with that, where it is not."""
+    if config.lora.loftq_iter != 1 and config.lora.init_lora_weights != LOFTQ:
+        yield f"--loftq_iter: it is of --init_lora_weights loftq, got {config.lora.init_lora_weights}"
     if config.quantization.quantize == NONE:
         for name in ("quantize_modules", "keep_modules"):
             if name in config.given and config.value(name) != DEFAULTS[name]:
                 yield f"--{name}: it says which linears are quantised, and none is; give --quantize nf4 or int8"
+        if config.lora.init_lora_weights == LOFTQ:
+            yield (
+                "--init_lora_weights loftq: it begins with what quantisation misses of the base's weights; give the "
+                "base itself with --quantize nf4 or int8, or another --init_lora_weights, such as pissa"
+            )
 
 
 def _model_parallel_problems(
