@@ -11,6 +11,7 @@ import torch
 
 from sat_lora.adapters.combine_checks import Source
 from sat_lora.adapters.format import CONFIG, PAIR, SAT_WEIGHTS, WEIGHTS, SavedAdapter
+from sat_lora.adapters.loftq_base import ROUNDS
 from sat_lora.adapters.read import form_problems, read_adapter
 from sat_lora.errors import AdapterError, SatLoraError
 from sat_lora.files.foreign import read_json
@@ -109,7 +110,11 @@ def _base_line(report: Report) -> str:
 def _quantization_lines(report: Report) -> list[str]:
     """Return the line that says how the base was held while the adapter was trained; none where it was whole."""
     about = report["base_quantization"]
-    return [] if about is None else [f"trained on    the base quantised to {printable(about.get('scheme'))}"]
+    if about is None:
+        return []
+    rounds = about.get(ROUNDS)
+    began = "" if rounds is None else f", begun by loftq in {printable(rounds)} rounds"
+    return [f"trained on    the base quantised to {printable(about.get('scheme'))}{began}"]
 
 
 def delta_norm(saved: SavedAdapter, name: str) -> float:
