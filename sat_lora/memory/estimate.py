@@ -14,7 +14,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.checkpoint import checkpoint
 
 from sat_lora._sat import mpu
-from sat_lora.cogvlm.network import recompute
+from sat_lora.cogvlm.network import offload, recompute
 from sat_lora.cogvlm.network.attention import CAUSAL
 from sat_lora.cogvlm.network.head import LabelledRows
 from sat_lora.cogvlm.network.model import CogVLMModel, build_cogvlm
@@ -58,6 +58,7 @@ def fake_step(
     model_parallel_size: int = 1,
     checkpoint_activations: bool = False,
     vit_checkpoint_activations: bool = False,
+    checkpoint_offload: bool = False,
     partitioned: bool = False,
     accumulated: bool = False,
     quantize: Quantization | None = None,
@@ -66,7 +67,8 @@ def fake_step(
 
     The step is one of `batch_size` rows of `length` tokens, each with an image, and `labelled` of them to be learnt, by
     default all but the image's. partitioned: as under ZeRO-3. accumulated: the gradients are added to those of a step
-    before, which are not counted. quantize: how the base is quantised; a weight is then decoded as on a CPU, in parts.
+    before, which are not counted. checkpoint_offload: as on CUDA, where the host is not the device. quantize: how the
+    base is quantised; a weight is then decoded as on a CPU, in parts.
     """
     with _pretended_ranks(model_parallel_size):
         model = build_cogvlm(
@@ -76,6 +78,7 @@ def fake_step(
             model_parallel_size=model_parallel_size,
             checkpoint_activations=checkpoint_activations,
             vit_checkpoint_activations=vit_checkpoint_activations,
+            checkpoint_offload=checkpoint_offload,
         )
         layers = {} if quantize is None else select_layers(model, quantize)
         with FakeTensorMode(allow_non_fake_inputs=True):
@@ -121,6 +124,7 @@ def _as_in_a_run(model: CogVLMModel, *, partitioned: bool):
         # Both want real random states, on CUDA DeepSpeed's function for the layers too; they keep the same tensors.
         layers = partial(checkpoint, use_reentrant=True, preserve_rng_state=False)
         stack.enter_context(mock.patch.object(recompute, "checkpoint", layers))
+        stack.enter_context(mock.patch.object(offload, "HostCopy", _CopyElsewhere))
         rows = partial(checkpoint, preserve_rng_state=False)
         stack.enter_context(mock.patch.object(recompute, "checkpoint_in_one_graph", rows))
         if partitioned:
@@ -130,6 +134,17 @@ def _as_in_a_run(model: CogVLMModel, *, partitioned: bool):
             # Its linear keeps the input, whether the weight trains or not.
             stack.enter_context(mock.patch.object(torch.nn.functional, "linear", linear_of_zero3))
         yield
+
+
+class _CopyElsewhere:
+    """Stands for `HostCopy`, of which a device knows nothing: all that is left is what the tensor was like."""
+
+    def __init__(self, tensor: torch.Tensor):
+        self._like = tensor.to("meta")
+
+    def on_device(self) -> torch.Tensor:
+        """Return a tensor like the one that was copied."""
+        return torch.empty(self._like.shape, dtype=self._like.dtype)
 
 
 def _peak_of_a_step(model: CogVLMModel, config: dict, rows: int, length: int, labelled: int | None) -> int:

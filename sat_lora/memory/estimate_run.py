@@ -48,6 +48,7 @@ def estimate_run(config: TrainConfig, *, ranks: int, device: str = "cuda", layer
         model_parallel_size=mp_size,
         checkpoint_activations=config.checkpointing.checkpoint_activations,
         vit_checkpoint_activations=config.checkpointing.vit_checkpoint_activations,
+        checkpoint_offload=config.checkpointing.checkpoint_offload and device.startswith("cuda"),
         quantize=_quantization_of(config, sizes),
         on_device=device.startswith("cuda"),
     )

@@ -31,7 +31,17 @@ from sat_lora.lora.config import LOFTQ
 from sat_lora.printable import printable
 from sat_lora.training.early import WANTED, data_hint, raise_problems
 from sat_lora.training.resume import settled_problems, state_to_resume
-from sat_lora.training.settings.config import DEFAULTS, NONE, Data, Model, Parallel, Schedule, Start, TrainConfig
+from sat_lora.training.settings.config import (
+    DEFAULTS,
+    NONE,
+    Checkpointing,
+    Data,
+    Model,
+    Parallel,
+    Schedule,
+    Start,
+    TrainConfig,
+)
 from sat_lora.training.settings.deepspeed_config import settle
 from sat_lora.training.settings.deepspeed_file import read_deepspeed_file
 from sat_lora.training.settings.deepspeed_problems import file_problems
@@ -70,6 +80,7 @@ def option_problems(
         *_base_and_prompt_problems(config, environ),
         *config.problems,
         *_quantization_problems(config),
+        *_checkpointing_problems(config.checkpointing),
         *_engine_problems(config, environ, device),
         *_resume_problems(config, environ),
     ]
@@ -172,6 +183,17 @@ def _quantization_problems(config: TrainConfig) -> Iterator[str]:
                 "--init_lora_weights loftq: it begins with what quantisation misses of the base's weights; give the "
                 "base itself with --quantize nf4 or int8, or another --init_lora_weights, such as pissa"
             )
+
+
+def _checkpointing_problems(checkpointing: Checkpointing) -> Iterator[str]:
+    """Yield what says where the inputs of recomputed layers are kept, where none is recomputed."""
+    if checkpointing.checkpoint_offload and not (
+        checkpointing.checkpoint_activations or checkpointing.vit_checkpoint_activations
+    ):
+        yield (
+            "--checkpoint_offload: it keeps the inputs of layers that are recomputed, and none is; give "
+            "--checkpoint-activations, --vit_checkpoint_activations or both"
+        )
 
 
 def _model_parallel_problems(

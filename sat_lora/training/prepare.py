@@ -96,6 +96,7 @@ def load_base(
         model_parallel_size=config.parallel.model_parallel_size,
         checkpoint_activations=config.checkpointing.checkpoint_activations,
         vit_checkpoint_activations=config.checkpointing.vit_checkpoint_activations,
+        checkpoint_offload=config.checkpointing.checkpoint_offload,
         seed=model_seed(config.schedule.seed),
         trust=config.start.trust_checkpoint,
         zero_config=zero_config,

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint as checkpoint_in_one_graph
 from torch.utils.checkpoint import set_checkpoint_early_stop
 
 from sat_lora._sat import BaseModel, checkpoint
+from sat_lora.cogvlm.network.offload import checkpoint_from_host
 
 _ADAPTER = re.compile(r"mixins\.[^.]+\.adapters\.(?:mixins\.eva\.vit_model\.)?")  # then comes the adapted layer's name
 _LAYER = re.compile(r"(?:transformer\.layers|mixins\.(?:mlp|rotary)\.\w+)\.(\d+)\.")
@@ -30,6 +31,8 @@ class LayerCheckpointing:
 
     def __init__(self, model: BaseModel):
         self.active = model.transformer.checkpoint_activations
+        self.from_host = False
+        """Whether the layers' inputs wait for backward in host memory."""
         self._lowest = 0.0
         model.transformer.checkpoint_activations = False
 
@@ -43,6 +46,8 @@ class LayerCheckpointing:
             if number < self._lowest:
                 return layer(hidden_states, mask)
             hidden_states = hidden_states.detach().requires_grad_()
+        if self.from_host:
+            return checkpoint_from_host(checkpoint, layer, hidden_states, mask)
         return checkpoint(layer, hidden_states, mask)
 
 

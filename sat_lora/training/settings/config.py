@@ -306,6 +306,11 @@ class Checkpointing:
     vit_checkpoint_activations: bool = flag(
         False, "recompute the ViT layers in backward", "--vit_checkpoint_activations"
     )
+    checkpoint_offload: bool = flag(
+        False,
+        "keep the inputs of recomputed layers in host memory until backward; no effect on a CPU",
+        "--checkpoint_offload",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
