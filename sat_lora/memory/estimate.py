@@ -5,6 +5,7 @@ likes, and does nothing. So a step of any size at any layout is counted as it wo
 """
 
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from unittest import mock
 
@@ -26,25 +27,40 @@ from sat_lora.memory.live_memory import LiveBytes
 from sat_lora.parallel.distributed import destroy
 from sat_lora.quantization.config import Quantization
 from sat_lora.quantization.select import select_layers
-from sat_lora.quantization.weights.layers import put_quantized
+from sat_lora.quantization.weights.layers import bytes_of, put_quantized, quantized_weights
 from sat_lora.quantization.weights.quantized_weight import QuantizedWeight
 from sat_lora.training.steps.zero3_linear import linear_of_zero3
 
 
 def estimate(
-    config: dict, lora: LoraConfig, engine: dict, *, data_parallel_size: int = 1, on_device: bool = True, **step
+    config: dict,
+    lora: LoraConfig,
+    engine: dict,
+    *,
+    data_parallel_size: int = 1,
+    on_device: bool = True,
+    partition_quantized: bool = False,
+    **step,
 ) -> Memory:
     """Return the memory of a rank that trains, for a process without a process group of its own.
 
-    config: content of a model_config.json. engine: DeepSpeed's config. on_device: False for a run on a CPU. step: what
-    `fake_step` takes. Raises ConfigError if the config or a target does not fit.
+    config: content of a model_config.json. engine: DeepSpeed's config. on_device: False for a run on a CPU.
+    partition_quantized: under ZeRO-3 quantised weights are partitioned as well. step: what `fake_step` takes. Raises
+    ConfigError if the config or a target does not fit.
     """
     partitioned = engine.get("zero_optimization", {}).get("stage") == 3
     # ZeRO-3 keeps what comes beside its own memory, until a bucket is full.
     accumulated = not partitioned and engine.get("gradient_accumulation_steps", 1) > 1
     step |= dict(partitioned=partitioned, accumulated=accumulated)
     model, activations = fake_step(config, lora, **step)
-    return memory_of(model, engine, data_parallel_size=data_parallel_size, activations=activations, on_device=on_device)
+    memory = memory_of(
+        model, engine, data_parallel_size=data_parallel_size, activations=activations, on_device=on_device
+    )
+    if not partition_quantized or not partitioned or data_parallel_size == 1:
+        return memory
+    held = [bytes_of(weight) for _, weight in quantized_weights(model)]
+    away = sum(held) * (1 - 1 / data_parallel_size)
+    return replace(memory, weights=memory.weights - away, buffers=memory.buffers + max(held, default=0))
 
 
 def fake_step(

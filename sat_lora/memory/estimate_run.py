@@ -49,6 +49,7 @@ def estimate_run(config: TrainConfig, *, ranks: int, device: str = "cuda", layer
         checkpoint_activations=config.checkpointing.checkpoint_activations,
         vit_checkpoint_activations=config.checkpointing.vit_checkpoint_activations,
         checkpoint_offload=config.checkpointing.checkpoint_offload and device.startswith("cuda"),
+        partition_quantized=config.quantization.quantize_partition,
         quantize=_quantization_of(config, sizes),
         on_device=device.startswith("cuda"),
     )

@@ -234,6 +234,11 @@ def _engine_problems(config: TrainConfig, environ: Mapping[str, str], device: st
     except ConfigError as error:
         yield str(error)
         return
+    if config.quantization.quantize_partition and settled.parallel.zero_stage != 3:
+        yield (
+            f"--quantize_partition: ZeRO stage 3 partitions weights, and this is stage {settled.parallel.zero_stage}; "
+            "give --zero-stage 3 as well"
+        )
     if settled.precision.fp16 and not device.startswith("cuda"):
         source = "--fp16" if "fp16" in config.given else f'--deepspeed_config: {path}: "fp16"'
         yield f"{source}: float16 trains on CUDA only and there is no CUDA device; use --bf16, or neither for fp32"

@@ -102,6 +102,7 @@ def load_base(
         zero_config=zero_config,
         layers=layers,
         quantize=quantization,
+        partition_quantized=config.quantization.quantize_partition,
         progress=loading_progress(),
     )
 

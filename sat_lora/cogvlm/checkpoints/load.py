@@ -124,6 +124,7 @@ def load_cogvlm(
     trust: bool = False,
     layers: int | None = None,
     quantize: Quantization | None = None,
+    partition_quantized: bool = False,
     progress: Progress[tuple[str, nn.Module]] = iter,
     **settings,
 ) -> tuple[CogVLMModel, dict]:
@@ -132,7 +133,8 @@ def load_cogvlm(
     settings: those of `build_cogvlm`. zero_config: DeepSpeed's, of stage 3; every parameter is then partitioned as it
     is loaded, and a rank reads no more than its own partition. trust: see `map_weights`. layers: take at most so many
     of each transformer, the first ones; the config says so. quantize: which linears are held in fewer bits; each is
-    encoded as it is read, on the device, and ZeRO-3 partitions none of them. progress: goes through the modules, as
+    encoded as it is read, on the device. partition_quantized: with a zero_config, each data-parallel rank keeps a part
+    of those as well, else all of them. progress: goes through the modules, as
     tqdm does. Ranks do not speak to each other here: an error on one is an error on it alone. Raises CheckpointError if
     files, names or shapes do not fit, before anything is allocated; ConfigError as `build_cogvlm` and `select_layers`.
     """
@@ -164,6 +166,8 @@ def load_cogvlm(
                 elif quantize is not None:
                     encoded = weights.quantized(name, module.weight, quantize.weights, whole_weight)
                     encoded.original = weights.reader(name, module.weight, trust=trust)
+                if partitioning is not None and partition_quantized:
+                    encoded = encoded.partitioned(partitioning.group)
                 put_quantized(module, encoded)
             for leaf, parameter in module._parameters.items():
                 if parameter is not None:

@@ -13,6 +13,7 @@ import torch
 from torch.autograd.function import FunctionCtx
 
 from sat_lora.errors import ConfigError, QuantizationError
+from sat_lora.quantization.weights.partition import Partition
 from sat_lora.quantization.weights.schemes import BLOCKS, SCHEMES, Scheme, block_for, block_of, encode, has_values
 
 aten = torch.ops.aten
@@ -65,19 +66,29 @@ class QuantizedWeight(torch.Tensor):
     scheme: Scheme
     low_rank: LowRank | None
     """What is added to what the codes decode to, see `lora.deltas.loftq`; None: nothing."""
+    partition: Partition | None
+    """How codes and scales are cut over the data-parallel ranks: `codes` are then this rank's bytes of both, and
+    `scales` are empty. None: they are here."""
     original: Callable[[], torch.Tensor] | None
     """What gives the weight (out, in) that was encoded, read again; None where that is not to be had any more."""
 
     @staticmethod
     def __new__(
-        cls, codes: torch.Tensor, scales: torch.Tensor, scheme: Scheme, dtype: torch.dtype
+        cls,
+        codes: torch.Tensor,
+        scales: torch.Tensor,
+        scheme: Scheme,
+        dtype: torch.dtype,
+        partition: Partition | None = None,
     ) -> "QuantizedWeight":
         """Return the weight of these codes and scales."""
-        shape = (len(codes), codes.shape[1] * scheme.elements_per_code)
+        rows, columns = codes.shape if partition is None else partition.codes_shape
+        shape = (rows, columns * scheme.elements_per_code)
         weight = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=codes.device)
         weight.codes = codes
         weight.scales = scales
         weight.scheme = scheme
+        weight.partition = partition
         weight.low_rank = None
         weight.original = None
         return weight
@@ -102,6 +113,8 @@ class QuantizedWeight(torch.Tensor):
     @property
     def block(self) -> int:
         """How many elements of a row share a scale."""
+        if self.partition is not None:
+            return self.shape[1] // self.partition.scales_shape[1]
         return block_of(self.scheme, self.codes, self.scales)
 
     @property
@@ -115,8 +128,9 @@ class QuantizedWeight(torch.Tensor):
         return (self.codes, self.scales, *(() if self.low_rank is None else (self.low_rank.b, self.low_rank.a)))
 
     def decoded(self) -> torch.Tensor:
-        """Return W (out, in), a plain tensor of this dtype."""
-        decoded = self.scheme.decode(self.codes, self.scales, self.dtype)
+        """Return W (out, in), a plain tensor of this dtype. Where it is partitioned every rank has to call it."""
+        codes, scales = self.gathered()
+        decoded = self.scheme.decode(codes, scales, self.dtype)
         if self.low_rank is not None:
             self.low_rank.add_to(decoded)
         return decoded
@@ -141,10 +155,26 @@ class QuantizedWeight(torch.Tensor):
             )
         return self.original()
 
+    def gathered(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return whole codes and scales. Where they are partitioned every rank has to call it."""
+        return (self.codes, self.scales) if self.partition is None else self.partition.gathered(self.codes)
+
+    def partitioned(self, group: torch.distributed.ProcessGroup) -> "QuantizedWeight":
+        """Return the weight of which each rank of the group holds a part. Then all of them use it equally often."""
+        partition = Partition(group, tuple(self.codes.shape), self.codes.dtype, tuple(self.scales.shape))
+        part = partition.part(self.codes, self.scales)
+        weight = QuantizedWeight(part, self.scales.new_empty(0), self.scheme, self.dtype, partition)
+        weight.low_rank = self.low_rank
+        weight.original = self.original
+        return weight
+
     def take(self, other: "QuantizedWeight") -> None:
         """Hold the codes and scales of another weight of this shape, scheme and block, and what is added to them."""
-        self.codes.copy_(other.codes)
-        self.scales.copy_(other.scales)
+        if self.partition is not None and other.partition is None:
+            self.codes.copy_(self.partition.part(other.codes, other.scales))
+        else:
+            self.codes.copy_(other.codes)
+            self.scales.copy_(other.scales)
         self.low_rank = None
         if other.low_rank is not None:
             self.low_rank = other.low_rank.each(lambda factor: factor.to(self.device, self.dtype, copy=True))
@@ -158,12 +188,14 @@ class QuantizedWeight(torch.Tensor):
         return copied
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Callable[..., "QuantizedWeight"], tuple[Any, ...]]:
+        if self.partition is not None:
+            _refuse("pickle")
         parts = (self.codes, self.scales, self.scheme.name, self.dtype)
         added = self.low_rank
         return rebuilt, parts if added is None else (*parts, (added.b, added.a, added.scale, added.ranges))
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple[Scheme, torch.dtype]]:
-        if self.low_rank is not None:
+        if self.low_rank is not None or self.partition is not None:
             _refuse("torch.compile")
         return ["codes", "scales"], (self.scheme, self.dtype)
 
@@ -177,7 +209,8 @@ class QuantizedWeight(torch.Tensor):
         self, change: Callable[[torch.Tensor], torch.Tensor], dtype: torch.dtype | None = None
     ) -> "QuantizedWeight":
         """Return the weight of changed codes and scales, and of another dtype if one is given."""
-        changed = QuantizedWeight(change(self.codes), change(self.scales), self.scheme, dtype or self.dtype)
+        parts = (change(self.codes), change(self.scales))
+        changed = QuantizedWeight(*parts, self.scheme, dtype or self.dtype, self.partition)
         changed.original = self.original
         if self.low_rank is not None:
             changed.low_rank = self.low_rank.each(lambda factor: change(factor).to(changed.dtype))
@@ -275,8 +308,17 @@ def _product(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
     if isinstance(left, QuantizedWeight) or any(isinstance(other, QuantizedWeight) for other in others):
         return _refuse(_name(function))
     if len(left) == 0:
-        right = right.codes.new_empty(right.shape, dtype=right.dtype)
+        right = _without_values(right)
     return function(*others, left, whole(right), **kwargs)
+
+
+def _without_values(weight: QuantizedWeight) -> torch.Tensor:
+    """Return a plain tensor of the weight's shape, for a product of no rows; a partitioned weight is gathered all the
+    same, for the other ranks may have rows.
+    """
+    if weight.partition is not None:
+        weight.gathered()
+    return torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
 
 
 def _fill(weight: QuantizedWeight, source: torch.Tensor) -> QuantizedWeight:
@@ -295,6 +337,7 @@ def _fill(weight: QuantizedWeight, source: torch.Tensor) -> QuantizedWeight:
 def _are_equal(left: QuantizedWeight, right: QuantizedWeight) -> bool:
     """Return whether two weights have the same codes and scales."""
     is_alike = left.scheme is right.scheme and left.shape == right.shape and left.block == right.block
+    is_alike = is_alike and left.codes.shape == right.codes.shape
     if left.low_rank is None or not left.low_rank.equals(right.low_rank):
         is_alike = is_alike and left.low_rank is right.low_rank
     return is_alike and torch.equal(left.codes, right.codes) and torch.equal(left.scales, right.scales)
@@ -370,6 +413,7 @@ def _forward(
     x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor | None, dtype: torch.dtype | None
 ) -> torch.Tensor:
     if x.numel() == 0:
+        _without_values(weight)
         return x.new_empty((*x.shape[:-1], len(weight)))
     return _torch_linear(x, _decoded_as(weight, dtype), bias)
 
@@ -401,6 +445,7 @@ class _Linear(torch.autograd.Function):
         need_x, _, need_bias, _ = ctx.needs_input_grad
         dx = None
         if need_x and dy.numel() == 0:
+            _without_values(weight)
             dx = dy.new_empty((*dy.shape[:-1], weight.shape[1]))
         elif need_x:
             dx = dy @ _decoded_as(weight, ctx.dtype)
