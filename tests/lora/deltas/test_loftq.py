@@ -6,11 +6,14 @@ import pytest
 import torch
 
 from sat_lora import ConfigError, LoraConfig, LoraMixin, add_lora, load_adapter, quantize_model, save_adapter
+from sat_lora.cogvlm.checkpoints.load import load_cogvlm
 from sat_lora.lora.apply import adapters_of
 from sat_lora.lora.mixin import lora_mixins
+from sat_lora.quantization.config import Quantization
 from sat_lora.quantization.weights.layers import bytes_of, quantized_weights
 from sat_lora.quantization.weights.quantized_weight import QuantizedWeight
 from sat_lora.quantization.weights.schemes import NF4, SCHEMES
+from tests.support.paths import TINY_BASE
 from tests.support.quantized_layers import decoded_copy, pair_of
 from tests.support.single_layer import adapter_for
 from tests.support.tiny import WIDE, fill_adapters, logits_of, tiny_batch, tiny_model
@@ -97,6 +100,28 @@ def test_more_rounds_and_rank_come_closer():
         errors.append(float((layer.weight.decoded() - original).norm() / original.norm()))
     plain = float((QuantizedWeight.of(original, SCHEMES["nf4"]).decoded() - original).norm() / original.norm())
     assert plain > errors[0] > errors[1] > errors[2]
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        (None, 0.092),
+        pytest.param(dict(r=8, loftq_iter=5), 0.075, marks=pytest.mark.matrix),
+        (dict(r=16, loftq_iter=5), 0.067),
+    ],
+    ids=str,
+)
+def test_the_error_of_the_tiny_base(fields, expected):
+    """Of all quantised linears together, relative; the numbers are those of a trial before this code."""
+    model, _ = load_cogvlm(TINY_BASE, quantize=Quantization())
+    if fields is not None:
+        add_lora(model, init_lora_weights="loftq", **fields)
+    differences, squares = 0.0, 0.0
+    for _, weight in quantized_weights(model):
+        original = weight.original()
+        differences += float((weight.decoded() - original).square().sum())
+        squares += float(original.square().sum())
+    assert (differences / squares) ** 0.5 == pytest.approx(expected, rel=0.02)
 
 
 def loftq_model(config=WIDE, dtype=torch.float32, **fields):
