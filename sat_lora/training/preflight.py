@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from sat_lora.cogvlm.checkpoints.load import check_files, read_config
+from sat_lora.cogvlm.checkpoints.quantized_files import KEY
 from sat_lora.cogvlm.inputs.pictures import FORMATS, read_picture
 from sat_lora.cogvlm.inputs.text import (
     IMAGE_PLACE,
@@ -80,6 +81,7 @@ def option_problems(
         *_base_and_prompt_problems(config, environ),
         *config.problems,
         *_quantization_problems(config),
+        *_partition_problems(config),
         *_checkpointing_problems(config.checkpointing),
         *_engine_problems(config, environ, device),
         *_resume_problems(config, environ),
@@ -183,6 +185,18 @@ def _quantization_problems(config: TrainConfig) -> Iterator[str]:
                 "--init_lora_weights loftq: it begins with what quantisation misses of the base's weights; give the "
                 "base itself with --quantize nf4 or int8, or another --init_lora_weights, such as pissa"
             )
+
+
+def _partition_problems(config: TrainConfig) -> Iterator[str]:
+    """Yield the problem that quantised weights are to be partitioned and none is; a folder may hold some already."""
+    if not config.quantization.quantize_partition or config.quantization.quantize != NONE:
+        return
+    try:
+        is_quantized = KEY in read_config(config.model.base)
+    except (SatLoraError, OSError):  # which has a problem of its own
+        return
+    if not is_quantized:
+        yield "--quantize_partition: it cuts quantised weights, and none is; give --quantize nf4 or int8"
 
 
 def _checkpointing_problems(checkpointing: Checkpointing) -> Iterator[str]:

@@ -107,12 +107,14 @@ def test_more_rounds_and_rank_come_closer():
     [
         (None, 0.092),
         pytest.param(dict(r=8, loftq_iter=5), 0.075, marks=pytest.mark.matrix),
-        (dict(r=16, loftq_iter=5), 0.067),
+        (dict(r=16, loftq_iter=5), 0.0647),
     ],
     ids=str,
 )
 def test_the_error_of_the_tiny_base(fields, expected):
-    """Of all quantised linears together, relative; the numbers are those of a trial before this code."""
+    """Of all quantised linears together, relative. A trial before this code had 0.092, 0.075 and 0.067, the last two with
+    one pair for all of a fused q/k/v, where each has its own here.
+    """
     model, _ = load_cogvlm(TINY_BASE, quantize=Quantization())
     if fields is not None:
         add_lora(model, init_lora_weights="loftq", **fields)
