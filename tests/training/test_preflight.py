@@ -268,7 +268,10 @@ QUANTIZED_MISTAKES = {
         ["--loftq_iter", "2", "--init_lora_weights", "pissa", "--quantize", "nf4"],
         "--loftq_iter: it is of --init_lora_weights loftq, got pissa",
     ),
-    "no rounds": (["--loftq_iter", "0", "--init_lora_weights", "loftq", "--quantize", "nf4"], "--loftq_iter has to be a"),
+    "no rounds": (
+        ["--loftq_iter", "0", "--init_lora_weights", "loftq", "--quantize", "nf4"],
+        "--loftq_iter",
+    ),
     "an alpha of nothing": (
         ["--lora_alpha", "0", "--init_lora_weights", "loftq", "--quantize", "int8"],
         "lora_alpha has to be above 0 for init_lora_weights='loftq', got 0",

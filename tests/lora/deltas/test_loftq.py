@@ -112,9 +112,7 @@ def test_more_rounds_and_rank_come_closer():
     ids=str,
 )
 def test_the_error_of_the_tiny_base(fields, expected):
-    """Of all quantised linears together, relative. A trial before this code had 0.092, 0.075 and 0.067, the last two with
-    one pair for all of a fused q/k/v, where each has its own here.
-    """
+    """Of all quantised linears together, relative; each of q, k and v has a pair of its own."""
     model, _ = load_cogvlm(TINY_BASE, quantize=Quantization())
     if fields is not None:
         add_lora(model, init_lora_weights="loftq", **fields)
