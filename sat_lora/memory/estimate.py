@@ -15,7 +15,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.checkpoint import checkpoint
 
 from sat_lora._sat import mpu
-from sat_lora.cogvlm.network import offload, recompute
+from sat_lora.cogvlm.network import recompute
 from sat_lora.cogvlm.network.attention import CAUSAL
 from sat_lora.cogvlm.network.head import LabelledRows
 from sat_lora.cogvlm.network.model import CogVLMModel, build_cogvlm
@@ -140,7 +140,7 @@ def _as_in_a_run(model: CogVLMModel, *, partitioned: bool):
         # Both want real random states, on CUDA DeepSpeed's function for the layers too; they keep the same tensors.
         layers = partial(checkpoint, use_reentrant=True, preserve_rng_state=False)
         stack.enter_context(mock.patch.object(recompute, "checkpoint", layers))
-        stack.enter_context(mock.patch.object(offload, "HostCopy", _CopyElsewhere))
+        stack.enter_context(mock.patch.object(recompute, "HostCopy", _CopyElsewhere))
         rows = partial(checkpoint, preserve_rng_state=False)
         stack.enter_context(mock.patch.object(recompute, "checkpoint_in_one_graph", rows))
         if partitioned:

@@ -18,7 +18,7 @@ from sat_lora.parallel.distributed import init_distributed, init_model_parallel
 from sat_lora.parallel.sharding import model_parallel_layout
 from sat_lora.quantization.config import Quantization
 from sat_lora.quantization.weights.layers import bytes_of, quantized_weights
-from sat_lora.training.steps.engine import start_engine
+from sat_lora.training.steps.engine import set_up_deepspeed, start_engine
 from tests.distributed.matrix import BOUNDS, Cell, errors_of
 from tests.support.ranks import run_ranks
 from tests.support.tiny import WIDE, logits_of, tiny_batch, tiny_model
@@ -84,6 +84,7 @@ LOFTQ = dict(r=4, init_lora_weights="loftq", loftq_iter=2, target_modules=["lang
 def loftq_steps(base, stage, model_parallel, folder):
     """Adapters at the beginning, and after three steps of plain SGD, in FOLDER; the logits then."""
     world = init_model_parallel(init_distributed(), model_parallel)
+    set_up_deepspeed()
     zero = engine_config(3, 2) if stage == 3 else None
     model, _ = load_cogvlm(base, model_parallel_size=model_parallel, quantize=Quantization(), zero_config=zero)
     add_lora(model, **LOFTQ)
@@ -115,6 +116,7 @@ def test_loftq_begins_and_trains_alike_in_each_layout(stage, model_parallel, tmp
 def partitioned_and_whole_steps(base, scheme):
     """Of quantised weights whole on each rank under ZeRO-3, and of partitioned ones: (bytes of them here, results)."""
     world = init_model_parallel(init_distributed())
+    set_up_deepspeed()
     found = []
     for is_partitioned in (False, True):
         model, _ = load_cogvlm(

@@ -176,7 +176,7 @@ def build_cogvlm(
 ) -> CogVLMModel:
     """Return a CogVLM of the sizes in `config` (the content of model_config.json), with random weights.
 
-    checkpoint_offload: the inputs of recomputed layers wait in host memory, see `offload`; on a CPU they are there.
+    checkpoint_offload: the inputs of recomputed layers wait in host memory, see `recompute`; on a CPU they are there.
     SAT seeds the process with `seed` here, and sets up torch.distributed if nobody has. On the device "meta" the
     parameters have shapes and no memory; only the rotary frequencies have values, on the CPU. Raises CheckpointError if
     `config` lacks sizes, or one is none; ConfigError if the model-parallel size does not divide them, or the ranks.

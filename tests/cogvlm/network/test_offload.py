@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sat_lora import LoraConfig, add_lora
-from sat_lora.cogvlm.network import offload
+from sat_lora.cogvlm.network import recompute
 from sat_lora.cogvlm.network.model import VIT
 from sat_lora.memory.estimate import fake_step
 from sat_lora.training.steps.loss import answer_loss_sum
@@ -50,7 +50,7 @@ made, fetched = [], []
 def test_loss_and_gradients_are_the_same_bit_for_bit(case, single_process_group, monkeypatch):
     dtype = torch.bfloat16 if case == "dropout" else torch.float32
     with_image = (False, False) if case == "whole parameters" else (True, False)
-    monkeypatch.setattr(offload, "HostCopy", Copied)
+    monkeypatch.setattr(recompute, "HostCopy", Copied)
     made.clear()
     fetched.clear()
     batch = tiny_batch(with_image)
@@ -65,7 +65,7 @@ def test_loss_and_gradients_are_the_same_bit_for_bit(case, single_process_group,
 
 @pytest.mark.parametrize("with_offload", [False, True])
 def test_the_inputs_are_gone_from_the_device_after_forward(with_offload, single_process_group, monkeypatch):
-    monkeypatch.setattr(offload, "HostCopy", Copied)
+    monkeypatch.setattr(recompute, "HostCopy", Copied)
     inputs = []
     model = tiny_model(checkpoint_activations=True, checkpoint_offload=with_offload).train()
     add_lora(model, LoraConfig(r=4, target_modules=["language-mlp"]))
@@ -78,7 +78,7 @@ def test_the_inputs_are_gone_from_the_device_after_forward(with_offload, single_
 
 
 def test_without_recomputation_and_without_gradients_nothing_is_moved(single_process_group, monkeypatch):
-    monkeypatch.setattr(offload, "HostCopy", lambda tensor: pytest.fail("a copy was made"))
+    monkeypatch.setattr(recompute, "HostCopy", lambda tensor: pytest.fail("a copy was made"))
     model = tiny_model(checkpoint_offload=True)
     add_lora(model, LoraConfig(r=4))
     answer_loss_sum(model, tiny_batch()).backward()
@@ -90,7 +90,7 @@ def test_without_recomputation_and_without_gradients_nothing_is_moved(single_pro
 
 def test_on_a_cpu_the_host_copy_is_the_tensor_itself():
     tensor = torch.ones(3)
-    assert offload.HostCopy(tensor).on_device() is tensor
+    assert recompute.HostCopy(tensor).on_device() is tensor
 
 
 def test_the_estimate_of_a_device_knows_them():
