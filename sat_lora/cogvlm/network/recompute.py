@@ -5,10 +5,10 @@ loses those of the parameters where no input asks for one. So a vision transform
 layers below the lowest adapter, are recomputed and differentiated for nothing. Here a layer is checkpointed if
 gradients flow through it; the others run once, and autograd keeps nothing of them.
 
-Checkpointing keeps the input of each layer until backward comes to it: 0.57 GiB a sample of CogVLM-17B. It may wait in
-host memory: SAT's checkpointing function is given in its place a tensor of the same shape that takes the memory of one
-element, and the layer begins by exchanging it for the input: the one at hand in forward, in backward the copy that went
-to the host meanwhile. Copies are exact, and so is everything that is computed of them.
+Checkpointing keeps the input of each layer until backward comes to it, and that may wait in host memory: SAT's function
+is given in its place a tensor of the same shape that takes the memory of one element, and the layer begins by
+exchanging it for the input: the one at hand in forward, in backward the copy that went to the host meanwhile. Copies
+are exact, and so is everything that is computed of them.
 
 Not by DeepSpeed 0.19.8's `cpu_checkpointing`: it empties whatever tensor of floats the layer is given, a mask that the
 next layer is given as well and hidden states that somebody else holds among them. Not by torch's `save_on_cpu`:
