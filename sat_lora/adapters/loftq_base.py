@@ -13,7 +13,7 @@ from sat_lora.adapters.format import SavedAdapter
 from sat_lora.adapters.read import about_adapter
 from sat_lora.errors import AdapterError
 from sat_lora.lora.apply import adapters_of
-from sat_lora.lora.config import LOFTQ, LoraConfig
+from sat_lora.lora.config import LOFTQ, MOST_ROUNDS, LoraConfig
 from sat_lora.lora.deltas import loftq
 from sat_lora.lora.deltas.delta import Delta
 from sat_lora.quantization.weights.layers import quantized_weight_of
@@ -22,7 +22,6 @@ from sat_lora.quantization.weights.schemes import Scheme, block_for
 
 ROUNDS = "loftq_iter"
 """The key of the note on a base's quantisation that says that it was LoftQ's."""
-MOST_ROUNDS = 1000
 
 
 def note_rounds(config: LoraConfig) -> dict[str, int]:

@@ -17,6 +17,7 @@ MOST_LAYERS = 10_000  # a range of any length would be counted out
 SLOTS = ("q", "k", "v")
 BIASES = ("none", "lora_only", "all")
 LOFTQ = "loftq"
+MOST_ROUNDS = 1000  # of it, each of which takes an SVD of every weight
 INITS = ("kaiming", "gaussian", "orthogonal", "pissa", "pissa_niter_N", "olora", LOFTQ)
 
 
@@ -165,8 +166,9 @@ class LoraConfig:
             r"kaiming|gaussian|orthogonal|pissa(_niter_[1-9]\d*)?|olora|loftq", str(self.init_lora_weights)
         ):
             yield f"init_lora_weights has to be one of {', '.join(INITS)}, got {self.init_lora_weights!r}"
-        if isinstance(self.loftq_iter, bool) or not isinstance(self.loftq_iter, int) or self.loftq_iter < 1:
-            yield f"loftq_iter has to be a whole number of at least 1, got {self.loftq_iter!r}"
+        rounds = self.loftq_iter
+        if isinstance(rounds, bool) or not isinstance(rounds, int) or not 1 <= rounds <= MOST_ROUNDS:
+            yield f"loftq_iter has to be a whole number from 1 to {MOST_ROUNDS}, got {rounds!r}"
         if self.bias not in BIASES:
             yield f"bias has to be one of {', '.join(BIASES)}, got {self.bias!r}"
         if not self.target_modules:

@@ -256,7 +256,7 @@ def test_what_is_added_goes_where_the_weight_goes(change, tmp_path):
         (lambda: loftq_model(target_modules=["lm-head"]), "none of the 1 adapted layers is quantised"),
         (
             lambda: LoraConfig(init_lora_weights="loftq", loftq_iter=0),
-            "loftq_iter has to be a whole number of at least 1",
+            "loftq_iter has to be a whole number from 1 to 1000",
         ),
         (lambda: LoraConfig(init_lora_weights="loftq", loftq_iter=True), "loftq_iter has to be a whole number"),
         (lambda: LoraConfig(init_lora_weights="loftq", lora_alpha=-1), "lora_alpha has to be above 0"),
