@@ -1,4 +1,4 @@
-"""LoftQ as people would write it: spellings, rounds and scales that cannot be, each one error that says what is wanted."""
+"""LoftQ as people would write it: spellings, rounds and scales that cannot be, each one error that says what can."""
 
 import pytest
 
