@@ -11,6 +11,7 @@ import torch
 
 from sat_lora.adapters.combine_checks import Source
 from sat_lora.adapters.format import CONFIG, PAIR, SAT_WEIGHTS, WEIGHTS, SavedAdapter
+from sat_lora.adapters.loftq_base import ROUNDS
 from sat_lora.adapters.read import form_problems, read_adapter
 from sat_lora.errors import AdapterError, ConfigError, SatLoraError
 from sat_lora.files.foreign import read_json
@@ -112,15 +113,17 @@ def _quantization_lines(report: Report) -> list[str]:
     about = report["base_quantization"]
     if about is None:
         return []
+    rounds = about.get(ROUNDS)
+    began = "" if rounds is None else f", begun by loftq in {printable(rounds)} rounds"
     try:
         held = Quantization.from_dict(about)
     except ConfigError:  # of a scheme that is not known here
-        return [f"trained on    the base quantised to {printable(about.get('scheme'))}"]
+        return [f"trained on    the base quantised to {printable(about.get('scheme'))}{began}"]
     modules, kept = (
         printable(side if isinstance(side, str) else " ".join(side)) for side in (held.modules, held.keep_modules)
     )
     without = f" without {kept}" if kept else ""
-    return [f"trained on    the base quantised to {held.scheme}: {modules}{without}"]
+    return [f"trained on    the base quantised to {held.scheme}: {modules}{without}{began}"]
 
 
 def delta_norm(saved: SavedAdapter, name: str) -> float:

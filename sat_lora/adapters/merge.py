@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from sat_lora.adapters.format import SavedAdapter
+from sat_lora.adapters.loftq_base import approximated, rounds_of
 from sat_lora.adapters.read import base_problem, read_adapter, tensor_problems
 from sat_lora.cogvlm.checkpoints.base_weights import BaseWeights
 from sat_lora.cogvlm.checkpoints.beside import copy_beside
@@ -138,6 +139,12 @@ def decoded_weights(weights: BaseWeights, saved: SavedAdapter, adapter: str | Pa
 
     Raises AdapterError where it trained beside whole weights, or does not say how they were quantised.
     """
+    rounds = rounds_of(saved, adapter)
+    if weights.note is not None and rounds is not None:
+        raise AdapterError(
+            f"--onto trained: {adapter} was begun by loftq, with other codes than those of a quantised folder; give "
+            "the base that it was made of"
+        )
     if weights.note is not None:
         return weights
     if saved.base_quantization is None:
@@ -150,20 +157,31 @@ def decoded_weights(weights: BaseWeights, saved: SavedAdapter, adapter: str | Pa
         raise AdapterError(
             f"--onto trained: {adapter}: how its base was quantised is not known here: {error}"
         ) from error
-    return DecodedWeights(weights, quantization.weights, frozenset(f"{name}.weight" for name in layers))
+    names = frozenset(f"{name}.weight" for name in layers)
+    return DecodedWeights(weights, quantization.weights, names, saved, rounds)
 
 
 @dataclasses.dataclass(frozen=True)
 class DecodedWeights(Mapping[str, torch.Tensor]):
-    """The tensors of a base, of which some are encoded and decoded again when they are asked for."""
+    """The tensors of a base, of which some are encoded and decoded again when they are asked for.
+
+    rounds: of LoftQ, with which the saved adapter began; None where it began otherwise.
+    """
 
     weights: BaseWeights
     scheme: Scheme
     quantized: frozenset[str]
+    saved: SavedAdapter
+    rounds: int | None
 
     def __getitem__(self, name: str) -> torch.Tensor:
         tensor = self.weights[name]
-        return QuantizedWeight.of(tensor, self.scheme, name).decoded() if name in self.quantized else tensor
+        if name not in self.quantized:
+            return tensor
+        layer = name.removesuffix(".weight")
+        if self.rounds is not None and layer in self.saved.layers:
+            return approximated(tensor, layer, self.scheme, self.saved, self.rounds)
+        return QuantizedWeight.of(tensor, self.scheme, name).decoded()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.weights)

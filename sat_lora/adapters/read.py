@@ -84,7 +84,7 @@ def is_adapter_folder(folder: str | Path) -> bool:
 
 def base_of_adapter(folder: str | Path) -> BaseIdentity:
     """Return the base that an adapter was trained on, by its config alone. Raises the errors of `read_adapter`."""
-    about = _about(folder)
+    about = about_adapter(folder)
     return about.base or BaseIdentity(about.base_fingerprint)
 
 
@@ -93,10 +93,10 @@ def trained_whole(folder: str | Path) -> tuple[str, ...]:
 
     Raises the errors of `read_adapter`.
     """
-    return _about(folder).trained
+    return about_adapter(folder).trained
 
 
-def _about(folder: str | Path) -> SavedAdapter:
+def about_adapter(folder: str | Path) -> SavedAdapter:
     """Return what the config of an adapter says, without its tensors."""
     try:
         return _read_config(follow(folder) / CONFIG)

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from sat_lora.adapters.format import MAGNITUDE, PAIR, LayerEntry, SavedAdapter, cut_slots, plain_config, write_adapter
+from sat_lora.adapters.loftq_base import note_rounds
 from sat_lora.adapters.read import base_problem, read_adapter, tensor_problems
 from sat_lora.errors import AdapterError, ConfigError
 from sat_lora.lora.adapter import LoraAdapter
@@ -114,7 +115,7 @@ def gather_adapter(
     config = plain_config(mixins[0].config)
     base = identity_of_model(model)
     quantization: Quantization | None = getattr(model, "base_quantization", None)
-    about = None if quantization is None else quantization.to_dict()
+    about = None if quantization is None else {**quantization.to_dict(), **note_rounds(mixins[0].config)}
     return SavedAdapter(config, base.fingerprint, layers, tuple(trained), {**tensors, **trained}, base, about)
 
 

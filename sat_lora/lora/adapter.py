@@ -7,8 +7,8 @@ from functools import partial
 import torch
 from torch import nn
 
-from sat_lora.lora.config import LoraConfig
-from sat_lora.lora.deltas import dora
+from sat_lora.lora.config import LOFTQ, LoraConfig
+from sat_lora.lora.deltas import dora, loftq
 from sat_lora.lora.deltas.delta import Delta
 from sat_lora.lora.deltas.initialize import initial_delta
 from sat_lora.lora.deltas.layers import LayerDelta
@@ -24,7 +24,8 @@ from sat_lora.parallel.sharding import (
     over_model_parallel,
     sharding_of,
 )
-from sat_lora.quantization.weights.quantized_weight import whole
+from sat_lora.quantization.weights.layers import quantized_weight_of
+from sat_lora.quantization.weights.quantized_weight import LowRank, QuantizedWeight, whole
 
 
 class LoraAdapter(nn.Module):
@@ -39,6 +40,7 @@ class LoraAdapter(nn.Module):
 
     With DoRA, `magnitude` (adapted rows,) is cut like B. With PiSSA and OLoRA, the pair that A and B began as stays
     as `origin_A` and `origin_B`, and the delta is s (B A - origin_B origin_A): the base weight is never written to.
+    With LoftQ as well; there the quantised weight W becomes Q + s origin_B origin_A first, see `deltas.loftq`.
 
     The parameters sit directly on this module, and it is called as a module, so that ZeRO-3 gathers them.
     """
@@ -55,6 +57,7 @@ class LoraAdapter(nn.Module):
         self.kind = target.site.kind
         self.dropout = config.lora_dropout
         self.scheme = config.init_lora_weights
+        self.rounds = config.loftq_iter
         self.seed = zlib.crc32(self.name.encode()) ^ config.seed
         rows = [stop - start for start, stop in target.rows]
         blocks = tuple(rows) if self.slots else target.site.blocks
@@ -88,7 +91,7 @@ class LoraAdapter(nn.Module):
 
     @property
     def has_origin(self) -> bool:
-        """Whether the pair that A and B began as is subtracted (PiSSA, OLoRA)."""
+        """Whether the pair that A and B began as is subtracted (PiSSA, OLoRA, LoftQ)."""
         return "origin_A" in self._buffers
 
     @property
@@ -113,30 +116,73 @@ class LoraAdapter(nn.Module):
         layout nor on what else is adapted.
         """
         with gathered([layer.weight]), gathered(self.parameters(), write=True):
-            site = self.target.site
             rank_and_size = model_parallel_layout()
-
-            def whole_rows(start: int, stop: int) -> torch.Tensor:
-                sharding = sharding_of(layer, "weight")
-                weight = whole(layer.weight.detach())
-                return self.kind.matrix(over_model_parallel(weight, sharding))[start:stop]
-
-            initial = initial_delta(
-                self.scheme,
-                [partial(whole_rows, start, stop) for start, stop in self.target.rows],
-                [(stop - start, site.in_features) for start, stop in self.target.rows],
-                rank=self.rank,
-                scale=self.scale,
-                is_embedding=self.kind.is_embedding,
-                seed=self.seed,
-            )
+            quantized = quantized_weight_of(layer) if self.scheme == LOFTQ else None
+            encoded = None if quantized is None else self.encoded_part(layer, self.rank, self.rounds)
+            initial = self._initial(layer) if encoded is None else self._error_of(layer, encoded)
             for leaf, factor in (("A", initial.a), ("B", initial.b)):
                 parameter = getattr(self, leaf)
                 parameter.copy_(self.shardings[leaf].shard(factor, *rank_and_size))
                 if self.has_origin:
                     getattr(self, f"origin_{leaf}").copy_(parameter)
+            if encoded is not None:
+                self.approximate(layer, encoded, self.origin_A, self.origin_B)
             if self.magnitude_or_none is not None:
                 self.magnitude.copy_(self._row_norms(layer, None))
+
+    def _initial(self, layer: nn.Module) -> Delta:
+        """Return the whole pair that A and B begin as, where that asks for no codes of the weight."""
+        site = self.target.site
+
+        def whole_rows(start: int, stop: int) -> torch.Tensor:
+            sharding = sharding_of(layer, "weight")
+            weight = whole(layer.weight.detach())
+            return self.kind.matrix(over_model_parallel(weight, sharding))[start:stop]
+
+        return initial_delta(
+            "kaiming" if self.scheme == LOFTQ else self.scheme,  # of a weight that is whole, LoftQ has no error to take
+            [partial(whole_rows, start, stop) for start, stop in self.target.rows],
+            [(stop - start, site.in_features) for start, stop in self.target.rows],
+            rank=self.rank,
+            scale=self.scale,
+            is_embedding=self.kind.is_embedding,
+            seed=self.seed,
+        )
+
+    def encoded_part(self, layer: nn.Module, rank: int, rounds: int) -> torch.Tensor:
+        """Return the whole W - L_{T-1} (out, in) of LoftQ; every model-parallel rank has to call it.
+
+        Raises ConfigError where the weight that was quantised is not to be had any more.
+        """
+        weight = layer.weight
+        return loftq.encoded_part(
+            self._original(layer), self.target.rows, weight.scheme, weight.block, rank=rank, rounds=rounds
+        )
+
+    def _error_of(self, layer: nn.Module, encoded: torch.Tensor) -> Delta:
+        """Return the whole pair that LoftQ begins with, of what `encoded_part` has returned."""
+        weight = layer.weight
+        rows = self.target.rows
+        return loftq.low_rank_part(
+            self._original(layer), encoded, rows, weight.scheme, weight.block, rank=self.rank, scale=self.scale
+        )
+
+    def _original(self, layer: nn.Module) -> torch.Tensor:
+        """Return the whole matrix W (out, in) that the layer's codes were made of, in float32 or wider."""
+        original = layer.weight.read_original(f"{self.name}.weight").to(layer.weight.device)
+        matrix = self.kind.matrix(over_model_parallel(original, sharding_of(layer, "weight")))
+        return matrix.to(torch.promote_types(matrix.dtype, torch.float32))
+
+    def approximate(self, layer: nn.Module, encoded: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+        """Let the layer's quantised weight be Q + s B A.
+
+        encoded: what Q is made of, whole, see `encoded_part`; a, b: this rank's parts of the pair of all slots.
+        """
+        weight = layer.weight
+        part = sharding_of(layer, "weight").shard(encoded, *model_parallel_layout())
+        approximated = QuantizedWeight.of(part, weight.scheme, f"{self.name}.weight")
+        approximated.low_rank = LowRank(b, a, self.scale, self.layout.slots)
+        weight.take(approximated)
 
     @torch.no_grad()
     def load_tensors(self, tensors: dict[str, torch.Tensor]) -> None:

@@ -9,7 +9,7 @@ from sat_lora.errors import ConfigError
 from sat_lora.lora.adapter import LoraAdapter
 from sat_lora.lora.base_parameters import freeze_base, keep_trained_set
 from sat_lora.lora.config import LoraConfig
-from sat_lora.lora.mixin import LoraMixin, lora_mixins, refuse_engine
+from sat_lora.lora.mixin import LoraMixin, lora_mixins, refuse_engine, refuse_loftq, refuse_lost_originals
 from sat_lora.lora.targets import BaseParameter, Plan, Site, find_parameters, find_sites, plan
 
 
@@ -64,6 +64,8 @@ def add_lora(
     refuse_engine(model)
     config = config if config is not None else LoraConfig(**fields)
     planned = plan(find_all_sites(model), find_all_parameters(model), config)
+    refuse_loftq(planned.targets, config)
+    refuse_lost_originals(planned.targets, config)
     return place_mixins(model, config, planned, name, fixed_order=fixed_order)
 
 

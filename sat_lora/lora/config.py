@@ -16,7 +16,9 @@ LARGEST_FACTOR = 3.4028e38  # of what is multiplied with float32 tensors
 MOST_LAYERS = 10_000  # a range of any length would be counted out
 SLOTS = ("q", "k", "v")
 BIASES = ("none", "lora_only", "all")
-INITS = ("kaiming", "gaussian", "orthogonal", "pissa", "pissa_niter_N", "olora")
+LOFTQ = "loftq"
+MOST_ROUNDS = 1000  # of it, each of which takes an SVD of every weight
+INITS = ("kaiming", "gaussian", "orthogonal", "pissa", "pissa_niter_N", "olora", LOFTQ)
 
 
 def _described(default: Any, help: str) -> Any:
@@ -45,7 +47,12 @@ class LoraConfig:
         "kaiming",
         "How A and B begin: kaiming, gaussian (B zero), orthogonal (B A zero), pissa, pissa_niter_N (N "
         "steps of a randomised SVD), olora (the part of the weight that A and B take is subtracted, so "
-        "step 0 is the base).",
+        "step 0 is the base), loftq (with a quantised base: A and B begin as what the codes miss of the weight).",
+    )
+    loftq_iter: int = _described(
+        1,
+        "Rounds of loftq, in each of which the weight is encoded and A and B are computed anew (LoftQ, arXiv "
+        "2310.08659).",
     )
     freeze_a: bool = _described(
         False,
@@ -146,6 +153,8 @@ class LoraConfig:
         for name, number in numbers.items():
             if not _is_number(number) or (name == "lr_ratio" and number <= 0):
                 yield f"{name} has to be a finite number{' above 0' * (name == 'lr_ratio')}, got {number!r}"
+            elif self.init_lora_weights == LOFTQ and number <= 0:
+                yield f"{name} has to be above 0 for init_lora_weights='loftq', got {number!r}"
             elif abs(number) > LARGEST_FACTOR:
                 yield f"{name} has to be {LARGEST_FACTOR:g} at most, where float32 ends, got {number!r}"
         if not _is_number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
@@ -153,8 +162,13 @@ class LoraConfig:
         for name in ("use_rslora", "use_dora", "freeze_a"):
             if not isinstance(getattr(self, name), bool):
                 yield f"{name} has to be True or False, got {getattr(self, name)!r}"
-        if not re.fullmatch(r"kaiming|gaussian|orthogonal|pissa(_niter_[1-9]\d*)?|olora", str(self.init_lora_weights)):
+        if not re.fullmatch(
+            r"kaiming|gaussian|orthogonal|pissa(_niter_[1-9]\d*)?|olora|loftq", str(self.init_lora_weights)
+        ):
             yield f"init_lora_weights has to be one of {', '.join(INITS)}, got {self.init_lora_weights!r}"
+        rounds = self.loftq_iter
+        if isinstance(rounds, bool) or not isinstance(rounds, int) or not 1 <= rounds <= MOST_ROUNDS:
+            yield f"loftq_iter has to be a whole number from 1 to {MOST_ROUNDS}, got {rounds!r}"
         if self.bias not in BIASES:
             yield f"bias has to be one of {', '.join(BIASES)}, got {self.bias!r}"
         if not self.target_modules:
@@ -206,8 +220,8 @@ class LoraConfig:
 
     @property
     def takes_from_base(self) -> bool:
-        """Whether A and B begin as a part of the weight, which is then subtracted (PiSSA, OLoRA)."""
-        return self.init_lora_weights.startswith(("pissa", "olora"))
+        """Whether the pair that A and B begin as is in the base already, and is subtracted (PiSSA, OLoRA, LoftQ)."""
+        return self.init_lora_weights.startswith(("pissa", "olora", LOFTQ))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields by name, as `from_dict` and an adapter file take them."""

@@ -13,13 +13,14 @@ from sat_lora._sat import BaseMixin, BaseModel, non_conflict
 from sat_lora.errors import AdapterError, ConfigError
 from sat_lora.lora.adapter import LoraAdapter
 from sat_lora.lora.base_parameters import StandIn, TrainedBase, freeze_base, keep_trained_set
-from sat_lora.lora.config import LoraConfig
+from sat_lora.lora.config import LOFTQ, LoraConfig
 from sat_lora.lora.delta_hook import DeltaHook, DeltaState
 from sat_lora.lora.deltas.merging import MergedWeights
 from sat_lora.lora.gradient_order import GradientOrder
 from sat_lora.lora.targets import Plan, Target, find_parameters, find_sites, plan
 from sat_lora.parallel.wrapped import is_engine, is_in_engine
 from sat_lora.printable import printable
+from sat_lora.quantization.weights.layers import quantized_weight_of
 
 
 class LoraMixin(BaseMixin):
@@ -64,13 +65,15 @@ class LoraMixin(BaseMixin):
         self.register_state_dict_post_hook(_describe)
         if model is not None:
             refuse_engine(model)
-            self._attach(
-                model, plan(find_sites(model), find_parameters(model), self.config) if planned is None else planned
-            )
+            if planned is None:
+                planned = plan(find_sites(model), find_parameters(model), self.config)
+                refuse_loftq(planned.targets, self.config)
+            self._attach(model, planned)
 
     def _attach(self, model: BaseModel, planned: Plan) -> None:
         refuse_engine(model)
         _refuse_other_lora(model, planned.targets)
+        refuse_lost_originals(planned.targets, self.config)
         if self.fixed_order and planned.trained:
             raise ConfigError(
                 f"fixed_order: {', '.join([*planned.trained][:5])} would train whole, and the base's own layers use "
@@ -365,6 +368,27 @@ def _refuse_other_lora(model: BaseModel, targets: dict[str, Target]) -> None:
         raise ConfigError(
             f"{len(taken)} layers have SAT's own lora2 on them already, {taken[0]} first; take one LoRA for a layer: "
             "leave out SAT's mixin, or these layers by exclude_modules"
+        )
+
+
+def refuse_lost_originals(targets: Mapping[str, Target], config: LoraConfig) -> None:
+    """Raise ConfigError where LoftQ would need a weight of which only the codes are left."""
+    if config.init_lora_weights != LOFTQ:
+        return
+    for name, target in targets.items():
+        weight = quantized_weight_of(target.site.module)
+        if weight is not None and not weight.has_original:
+            weight.read_original(f"{name}.weight")
+
+
+def refuse_loftq(targets: Mapping[str, Target], config: LoraConfig) -> None:
+    """Raise ConfigError where LoftQ is asked for and no adapted layer of the whole model is quantised."""
+    weights = (quantized_weight_of(target.site.module) for target in targets.values())
+    if config.init_lora_weights == LOFTQ and targets and all(weight is None for weight in weights):
+        raise ConfigError(
+            f"init_lora_weights='loftq': it begins with what quantisation misses, and none of the {len(targets)} "
+            "adapted layers is quantised; quantise the base first (--quantize nf4, or quantize_model(model, "
+            "keep_originals=True)), or take another init_lora_weights, such as pissa"
         )
 
 

@@ -84,4 +84,7 @@ def _quantized_lines(model: nn.Module) -> list[str]:
     names = " and ".join(sorted({weight.scheme.name for weight in weights}))
     held = sum(map(bytes_of, weights)) / 1e6
     whole = sum(weight.numel() * weight.element_size() for weight in weights) / 1e6
-    return [f"quantised: {len(weights)} linears to {names}, {held:,.1f} MB in place of {whole:,.1f} on each rank"]
+    begun = sum(weight.low_rank is not None for weight in weights)
+    added = f"; loftq adds a product of low rank to {begun} of them" if begun else ""
+    size = f"{held:,.1f} MB in place of {whole:,.1f} on each rank"
+    return [f"quantised: {len(weights)} linears to {names}, {size}{added}"]

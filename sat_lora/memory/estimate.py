@@ -6,6 +6,7 @@ likes, and does nothing. So a step of any size at any layout is counted as it wo
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from unittest import mock
 
@@ -27,21 +28,36 @@ from sat_lora.memory.live_memory import LiveBytes
 from sat_lora.parallel.distributed import destroy
 from sat_lora.quantization.config import Quantization
 from sat_lora.quantization.select import select_layers
-from sat_lora.quantization.weights.layers import put_quantized
+from sat_lora.quantization.weights.layers import bytes_of, put_quantized, quantized_weights
 from sat_lora.quantization.weights.quantized_weight import QuantizedWeight
 from sat_lora.training.steps.zero3_linear import linear_of_zero3
 
 
 def estimate(
-    config: dict, lora: LoraConfig, engine: dict, *, data_parallel_size: int = 1, on_device: bool = True, **step
+    config: dict,
+    lora: LoraConfig,
+    engine: dict,
+    *,
+    data_parallel_size: int = 1,
+    on_device: bool = True,
+    partition_quantized: bool = False,
+    **step,
 ) -> Memory:
     """Return the memory of a rank that trains, for a process without a process group of its own.
 
-    config: content of a model_config.json. engine: DeepSpeed's config. on_device: False for a run on a CPU. step: what
-    `fake_step` takes. Raises ConfigError if the config or a target does not fit.
+    config: content of a model_config.json. engine: DeepSpeed's config. on_device: False for a run on a CPU.
+    partition_quantized: under ZeRO-3 quantised weights are partitioned as well. step: what `fake_step` takes. Raises
+    ConfigError if the config or a target does not fit.
     """
     model, activations = fake_step(config, lora, **step, **ways_of(engine))
-    return memory_of(model, engine, data_parallel_size=data_parallel_size, activations=activations, on_device=on_device)
+    memory = memory_of(
+        model, engine, data_parallel_size=data_parallel_size, activations=activations, on_device=on_device
+    )
+    if not partition_quantized or not ways_of(engine)["partitioned"] or data_parallel_size == 1:
+        return memory
+    held = [bytes_of(weight) for _, weight in quantized_weights(model)]
+    away = sum(held) * (1 - 1 / data_parallel_size)
+    return replace(memory, weights=memory.weights - away, buffers=memory.buffers + max(held, default=0))
 
 
 def ways_of(engine: dict) -> dict[str, bool]:
@@ -76,6 +92,7 @@ def fake_step(
     model_parallel_size: int = 1,
     checkpoint_activations: bool = False,
     vit_checkpoint_activations: bool = False,
+    checkpoint_offload: bool = False,
     partitioned: bool = False,
     accumulated: bool = False,
     quantize: Quantization | None = None,
@@ -84,10 +101,13 @@ def fake_step(
 
     The step is one of `batch_size` rows of `length` tokens, each with an image, and `labelled` of them to be learnt, by
     default all but the image's. partitioned: as under ZeRO-3. accumulated: the gradients are added to those of a step
-    before, which are not counted. quantize: how the base is quantised; a weight is then decoded as on a CPU, in parts.
+    before, which are not counted. checkpoint_offload: as on CUDA, where the host is not the device. quantize: how the
+    base is quantised; a weight is then decoded as on a CPU, in parts.
     """
     switches = dict(
-        checkpoint_activations=checkpoint_activations, vit_checkpoint_activations=vit_checkpoint_activations
+        checkpoint_activations=checkpoint_activations,
+        vit_checkpoint_activations=vit_checkpoint_activations,
+        checkpoint_offload=checkpoint_offload,
     )
     layout = dict(dtype=dtype, model_parallel_size=model_parallel_size)
     with (
@@ -146,6 +166,7 @@ def _as_in_a_run(model: CogVLMModel, *, partitioned: bool):
         # Both want real random states, on CUDA DeepSpeed's function for the layers too; they keep the same tensors.
         layers = partial(checkpoint, use_reentrant=True, preserve_rng_state=False)
         stack.enter_context(mock.patch.object(recompute, "checkpoint", layers))
+        stack.enter_context(mock.patch.object(recompute, "HostCopy", _CopyElsewhere))
         rows = partial(checkpoint, preserve_rng_state=False)
         stack.enter_context(mock.patch.object(recompute, "checkpoint_in_one_graph", rows))
         if partitioned:
@@ -155,6 +176,17 @@ def _as_in_a_run(model: CogVLMModel, *, partitioned: bool):
             # Its linear keeps the input, whether the weight trains or not.
             stack.enter_context(mock.patch.object(torch.nn.functional, "linear", linear_of_zero3))
         yield
+
+
+class _CopyElsewhere:
+    """Stands for `HostCopy`, of which a device knows nothing: all that is left is what the tensor was like."""
+
+    def __init__(self, tensor: torch.Tensor):
+        self._like = tensor.to("meta")
+
+    def on_device(self) -> torch.Tensor:
+        """Return a tensor like the one that was copied."""
+        return torch.empty(self._like.shape, dtype=self._like.dtype)
 
 
 def _peak_of_a_step(model: CogVLMModel, config: dict, rows: int, length: int, labelled: int | None) -> int:

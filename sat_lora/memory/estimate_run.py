@@ -70,6 +70,8 @@ def plan_of(config: TrainConfig, sizes: dict[str, Any], *, ranks: int, device: s
         model_parallel_size=mp_size,
         checkpoint_activations=config.checkpointing.checkpoint_activations,
         vit_checkpoint_activations=config.checkpointing.vit_checkpoint_activations,
+        checkpoint_offload=config.checkpointing.checkpoint_offload and device.startswith("cuda"),
+        partition_quantized=config.quantization.quantize_partition,
         quantize=_quantization_of(config, sizes),
     )
     return Plan(

@@ -23,6 +23,7 @@ class Partitioning:
         import deepspeed
 
         group = mpu.get_data_parallel_group()
+        self.group = group
         self._init = deepspeed.zero.Init(config_dict_or_path=dict(config), data_parallel_group=group, mpu=mpu)
         self._rank = torch.distributed.get_rank(group)
         self._size = torch.distributed.get_world_size(group)

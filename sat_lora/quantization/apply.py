@@ -1,5 +1,6 @@
 """Quantising the base of a SAT model that is in memory."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,13 +17,16 @@ from sat_lora.quantization.weights.quantized_weight import QuantizedWeight
 
 
 @torch.no_grad()
-def quantize_model(model: nn.Module, quantization: Quantization | None = None, **fields: Any) -> list[str]:
+def quantize_model(
+    model: nn.Module, quantization: Quantization | None = None, *, keep_originals: bool = False, **fields: Any
+) -> list[str]:
     """Hold the weights of a SAT model's linears in fewer bits from now on; return the names of these layers.
 
     quantize_model(model, scheme="nf4", keep_modules=["vit-mlp"])      # then add_lora(model, ...)
 
     No module is replaced, and no name changes: `layer.weight` is a frozen QuantizedWeight. `fields` are those of
-    Quantization, if none is given. Every model-parallel rank calls it, and encodes its own slices. Raises ConfigError,
+    Quantization, if none is given. keep_originals: the whole weights wait in host memory, for LoftQ. Every
+    model-parallel rank calls it, and encodes its own slices. Raises ConfigError,
     with nothing changed, where the model has adapters or an engine already or a layer cannot be quantised.
     """
     quantization = quantization if quantization is not None else Quantization(**fields)
@@ -32,7 +36,10 @@ def quantize_model(model: nn.Module, quantization: Quantization | None = None, *
     layers = select_layers(model, quantization)
     identity = identity_of_model(model)
     for name, layer in layers.items():
-        put_quantized(layer, QuantizedWeight.of(layer.weight, quantization.weights, f"{name}.weight"))
+        weight = QuantizedWeight.of(layer.weight, quantization.weights, f"{name}.weight")
+        if keep_originals:
+            weight.original = partial(torch.clone, layer.weight.detach().to("cpu", copy=True))
+        put_quantized(layer, weight)
     note_quantized(model, identity, quantization)
     return [*layers]
 

@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from sat_lora.adapters.loftq_base import approximate_base
 from sat_lora.adapters.read import trained_whole
 from sat_lora.adapters.save_load import load_adapter
 from sat_lora.cogvlm.decoding.generate import generate
@@ -77,6 +78,8 @@ def evaluate_adapter(
         raise CheckpointError(f"--from_pretrained: {config.model.base}: {problem}; copy its config again")
     if adapter is not None:
         run_on_all_ranks(load_adapter, model, adapter, any_base=any_base)
+        if trained is None:
+            run_on_all_ranks(approximate_base, model, adapter)
     dataset = dataset_maker(config.model, config.data, sizes, with_answer=False)(items)
     share = range(world.data_parallel_rank, len(dataset), world.data_parallel_size)
     right = {side: [0, 0] for side in ("base", "adapter")[: 1 if adapter is None else 2]}

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from sat_lora.cogvlm.checkpoints.load import check_files, read_config
+from sat_lora.cogvlm.checkpoints.quantized_files import KEY
 from sat_lora.cogvlm.inputs.pictures import FORMATS, read_picture
 from sat_lora.cogvlm.inputs.text import (
     IMAGE_PLACE,
@@ -27,10 +28,21 @@ from sat_lora.data.shards.shard_checks import problems_with_shards
 from sat_lora.errors import CheckpointError, ConfigError, DataError, SatLoraError
 from sat_lora.files.foreign import os_problem
 from sat_lora.files.paths import is_shard, missing_path, split_weight
+from sat_lora.lora.config import LOFTQ
 from sat_lora.printable import printable
 from sat_lora.training.early import WANTED, data_hint, raise_problems
 from sat_lora.training.resume import settled_problems, state_to_resume
-from sat_lora.training.settings.config import DEFAULTS, NONE, Data, Model, Parallel, Schedule, Start, TrainConfig
+from sat_lora.training.settings.config import (
+    DEFAULTS,
+    NONE,
+    Checkpointing,
+    Data,
+    Model,
+    Parallel,
+    Schedule,
+    Start,
+    TrainConfig,
+)
 from sat_lora.training.settings.deepspeed_config import settle
 from sat_lora.training.settings.deepspeed_file import read_deepspeed_file
 from sat_lora.training.settings.deepspeed_problems import file_problems
@@ -69,6 +81,8 @@ def option_problems(
         *_base_and_prompt_problems(config, environ),
         *config.problems,
         *_quantization_problems(config),
+        *_partition_problems(config),
+        *_checkpointing_problems(config.checkpointing),
         *_engine_problems(config, environ, device),
         *_resume_problems(config, environ),
     ]
@@ -159,11 +173,41 @@ def _vocabulary_problems(model: Model, data: Data, sizes: dict, tokenizer) -> It
 
 
 def _quantization_problems(config: TrainConfig) -> Iterator[str]:
-    """Yield what says how the base is quantised where it is not."""
+    """Yield what says how the base is quantised, or begins with that, where it is not."""
+    if config.lora.loftq_iter != 1 and config.lora.init_lora_weights != LOFTQ:
+        yield f"--loftq_iter: it is of --init_lora_weights loftq, got {config.lora.init_lora_weights}"
     if config.quantization.quantize == NONE:
         for name in ("quantize_modules", "keep_modules"):
             if name in config.given and config.value(name) != DEFAULTS[name]:
                 yield f"--{name}: it says which linears are quantised, and none is; give --quantize nf4 or int8"
+        if config.lora.init_lora_weights == LOFTQ:
+            yield (
+                "--init_lora_weights loftq: it begins with what quantisation misses of the base's weights; give the "
+                "base itself with --quantize nf4 or int8, or another --init_lora_weights, such as pissa"
+            )
+
+
+def _partition_problems(config: TrainConfig) -> Iterator[str]:
+    """Yield the problem that quantised weights are to be partitioned and none is; a folder may hold some already."""
+    if not config.quantization.quantize_partition or config.quantization.quantize != NONE:
+        return
+    try:
+        is_quantized = KEY in read_config(config.model.base)
+    except (SatLoraError, OSError):  # which has a problem of its own
+        return
+    if not is_quantized:
+        yield "--quantize_partition: it cuts quantised weights, and none is; give --quantize nf4 or int8"
+
+
+def _checkpointing_problems(checkpointing: Checkpointing) -> Iterator[str]:
+    """Yield what says where the inputs of recomputed layers are kept, where none is recomputed."""
+    if checkpointing.checkpoint_offload and not (
+        checkpointing.checkpoint_activations or checkpointing.vit_checkpoint_activations
+    ):
+        yield (
+            "--checkpoint_offload: it keeps the inputs of layers that are recomputed, and none is; give "
+            "--checkpoint-activations, --vit_checkpoint_activations or both"
+        )
 
 
 def _model_parallel_problems(
@@ -204,6 +248,11 @@ def _engine_problems(config: TrainConfig, environ: Mapping[str, str], device: st
     except ConfigError as error:
         yield str(error)
         return
+    if config.quantization.quantize_partition and settled.parallel.zero_stage != 3:
+        yield (
+            f"--quantize_partition: ZeRO stage 3 partitions weights, and this is stage {settled.parallel.zero_stage}; "
+            "give --zero-stage 3 as well"
+        )
     if settled.precision.fp16 and not device.startswith("cuda"):
         source = "--fp16" if "fp16" in config.given else f'--deepspeed_config: {path}: "fp16"'
         yield f"{source}: float16 trains on CUDA only and there is no CUDA device; use --bf16, or neither for fp32"

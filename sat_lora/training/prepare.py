@@ -15,6 +15,7 @@ from sat_lora.data.batches.sources import Source, marks_of_sources, open_sources
 from sat_lora.data.samples import ImageTextDataset
 from sat_lora.errors import ConfigError
 from sat_lora.lora.apply import add_lora, find_all_parameters, find_all_sites
+from sat_lora.lora.config import LOFTQ
 from sat_lora.lora.targets import named_whole, select
 from sat_lora.parallel.distributed import World, agree, init_distributed, init_model_parallel, run_on_all_ranks
 from sat_lora.quantization.select import select_layers
@@ -95,11 +96,13 @@ def load_base(
         model_parallel_size=config.parallel.model_parallel_size,
         checkpoint_activations=config.checkpointing.checkpoint_activations,
         vit_checkpoint_activations=config.checkpointing.vit_checkpoint_activations,
+        checkpoint_offload=config.checkpointing.checkpoint_offload,
         seed=model_seed(config.schedule.seed),
         trust=config.start.trust_checkpoint,
         zero_config=zero_config,
         layers=layers,
         quantize=quantization,
+        partition_quantized=config.quantization.quantize_partition,
         progress=loading_progress(),
     )
 
@@ -170,8 +173,13 @@ def _check_targets(config: TrainConfig) -> None:
 
 
 def _refuse_quantized(config: TrainConfig) -> None:
-    """Raise ConfigError where the folder of the base holds a weight in fewer bits that is to train whole."""
+    """Raise ConfigError where the folder of the base holds a weight in fewer bits that is asked for whole."""
     note = open_folder(config.model.base, trust=config.start.trust_checkpoint).note()
+    if note is not None and config.lora.init_lora_weights == LOFTQ:
+        raise ConfigError(
+            f"--init_lora_weights loftq: {config.model.base} holds codes alone, and loftq begins with what they miss "
+            "of the base's weights; give the base that it was made of, with --quantize"
+        )
     quantized = [] if note is None else named_whole(config.lora.modules_to_save, note.weights)
     if quantized:
         raise ConfigError(

@@ -8,16 +8,21 @@ import itertools
 import pytest
 import torch
 
+from sat_lora import add_lora, save_adapter
+from sat_lora.adapters.format import WEIGHTS
+from sat_lora.adapters.read import read_adapter
 from sat_lora.cogvlm.checkpoints.load import load_cogvlm, save_weights, shardings_of
 from sat_lora.cogvlm.checkpoints.quantized_writer import quantize_base
 from sat_lora.lora.live_base import identity_of_model
 from sat_lora.parallel.distributed import init_distributed, init_model_parallel
 from sat_lora.parallel.sharding import model_parallel_layout
 from sat_lora.quantization.config import Quantization
-from sat_lora.quantization.weights.layers import quantized_weights
+from sat_lora.quantization.weights.layers import bytes_of, quantized_weights
+from sat_lora.training.steps.engine import set_up_deepspeed, start_engine
 from tests.distributed.matrix import BOUNDS, Cell, errors_of
 from tests.support.ranks import run_ranks
-from tests.support.tiny import WIDE, tiny_model
+from tests.support.tiny import WIDE, logits_of, tiny_batch, tiny_model
+from tests.support.training_runs import adapter_values, engine_config, mixed_batch, sgd, step_together, worst_error
 
 BATCH = "one text-only"
 SELECTED = [Cell(2, 1, 3, True, "fp32", BATCH, "nf4")]
@@ -71,6 +76,77 @@ def slices(folder, whole):
         ]
         results.append((sorted(wrong), sorted(weights)))
     return *results, identity_of_model(model).digest
+
+
+LOFTQ = dict(r=4, init_lora_weights="loftq", loftq_iter=2, target_modules=["language-attention", "language-mlp"])
+
+
+def loftq_steps(base, stage, model_parallel, folder):
+    """Adapters at the beginning, and after three steps of plain SGD, in FOLDER; the logits then."""
+    world = init_model_parallel(init_distributed(), model_parallel)
+    set_up_deepspeed()
+    zero = engine_config(3, 2) if stage == 3 else None
+    model, _ = load_cogvlm(base, model_parallel_size=model_parallel, quantize=Quantization(), zero_config=zero)
+    add_lora(model, **LOFTQ)
+    save_adapter(model, f"{folder}/fresh")
+    engine = start_engine(model.train(), sgd(model, 0.05), engine_config(stage, 2))
+    for step in range(3):
+        step_together(engine, [mixed_batch(world.data_parallel_rank, step)], world)
+    save_adapter(engine.module, f"{folder}/trained")
+    with torch.no_grad():
+        return logits_of(engine.module.eval(), tiny_batch()).numpy()
+
+
+@pytest.mark.parametrize(
+    ("stage", "model_parallel"),
+    [(3, 2), *(pytest.param(*layout, marks=pytest.mark.matrix) for layout in ((0, 2), (0, 1), (3, 1), (2, 1)))],
+)
+def test_loftq_begins_and_trains_alike_in_each_layout(stage, model_parallel, tmp_path):
+    save_weights(tmp_path / "base", WIDE, tiny_model(config=WIDE).state_dict())
+    data_parallel = 2 // model_parallel
+    alone = run_ranks(loftq_steps, data_parallel, tmp_path / "base", 0, 1, str(tmp_path / "0"))[0]
+    cut = run_ranks(loftq_steps, 2, tmp_path / "base", stage, model_parallel, str(tmp_path / "1"))[0]
+    fresh = [(tmp_path / side / "fresh" / WEIGHTS).read_bytes() for side in ("0", "1")]
+    assert fresh[0] == fresh[1]
+    trained = [{k: t.numpy() for k, t in read_adapter(tmp_path / side / "trained").tensors.items()} for side in "01"]
+    assert worst_error(trained[1], trained[0]) < 1e-4
+    assert abs(cut - alone).max() < 1e-4 * abs(alone).max()
+
+
+def partitioned_and_whole_steps(base, scheme):
+    """Of quantised weights whole on each rank under ZeRO-3, and of partitioned ones: (bytes of them here, results)."""
+    world = init_model_parallel(init_distributed())
+    set_up_deepspeed()
+    found = []
+    for is_partitioned in (False, True):
+        model, _ = load_cogvlm(
+            base,
+            checkpoint_activations=True,
+            quantize=Quantization(scheme=scheme),
+            zero_config=engine_config(3, 2),
+            partition_quantized=is_partitioned,
+        )
+        held = sum(bytes_of(weight) for _, weight in quantized_weights(model))
+        add_lora(model, **LOFTQ)
+        engine = start_engine(model.train(), sgd(model, 0.05), engine_config(3, 2))
+        losses = [
+            step_together(engine, [mixed_batch(world.data_parallel_rank, step)], world)  # a rank of text alone
+            for step in range(2)
+        ]
+        with torch.no_grad():
+            logits = logits_of(engine.module.eval(), tiny_batch()).numpy()
+        found.append((held, losses, adapter_values(engine.module), logits))
+    return found
+
+
+@pytest.mark.parametrize("scheme", ["nf4", pytest.param("int8", marks=pytest.mark.matrix)])
+def test_partitioned_weights_train_as_whole_ones_bit_for_bit(scheme, tmp_path):
+    save_weights(tmp_path / "base", WIDE, tiny_model(config=WIDE).state_dict())
+    for whole, partitioned in run_ranks(partitioned_and_whole_steps, 2, tmp_path / "base", scheme):
+        assert partitioned[0] == whole[0] / 2
+        assert partitioned[1] == whole[1]
+        assert all((partitioned[2][name] == values).all() for name, values in whole[2].items())
+        assert (partitioned[3] == whole[3]).all()
 
 
 @pytest.mark.matrix

@@ -259,3 +259,44 @@ def test_all_problems_come_at_once(check, tmp_path):
 def test_what_is_quantised_is_not_said_of_a_whole_base(check, option):
     assert refusal(check, option, "vit-mlp").startswith(f"{option}: it says which linears are quantised, and none is")
     check(option, "vit-mlp", "--quantize", "nf4")
+
+
+QUANTIZED_MISTAKES = {
+    "loftq on a whole base": (["--init_lora_weights", "loftq"], "--init_lora_weights loftq: it begins with what quant"),
+    "rounds of nothing": (["--loftq_iter", "5"], "--loftq_iter: it is of --init_lora_weights loftq, got kaiming"),
+    "rounds of pissa": (
+        ["--loftq_iter", "2", "--init_lora_weights", "pissa", "--quantize", "nf4"],
+        "--loftq_iter: it is of --init_lora_weights loftq, got pissa",
+    ),
+    "no rounds": (
+        ["--loftq_iter", "0", "--init_lora_weights", "loftq", "--quantize", "nf4"],
+        "--loftq_iter",
+    ),
+    "an alpha of nothing": (
+        ["--lora_alpha", "0", "--init_lora_weights", "loftq", "--quantize", "int8"],
+        "lora_alpha has to be above 0 for init_lora_weights='loftq', got 0",
+    ),
+    "an offload of nothing": (
+        ["--checkpoint_offload"],
+        "--checkpoint_offload: it keeps the inputs of layers that are recomputed, and none is; give",
+    ),
+    "a partition at stage 2": (
+        ["--quantize_partition", "--quantize", "nf4", "--zero-stage", "2"],
+        "--quantize_partition: ZeRO stage 3 partitions weights, and this is stage 2; give --zero-stage 3",
+    ),
+    "a partition of a whole base": (
+        ["--quantize_partition", "--zero-stage", "3"],
+        "--quantize_partition: it cuts quantised weights, and none is; give --quantize nf4 or int8",
+    ),
+}
+
+
+@pytest.mark.parametrize(("options", "problem"), QUANTIZED_MISTAKES.values(), ids=QUANTIZED_MISTAKES)
+def test_what_wants_a_quantised_base_recomputation_or_stage_3_says_so(check, options, problem):
+    assert problem in refusal(check, *options)
+
+
+def test_what_wants_them_passes_with_them(check):
+    check("--init_lora_weights", "loftq", "--loftq_iter", "5", "--quantize", "nf4")
+    check("--checkpoint_offload", "--vit_checkpoint_activations")
+    check("--quantize_partition", "--quantize", "int8", "--zero-stage", "3")

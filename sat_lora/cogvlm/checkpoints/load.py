@@ -4,6 +4,8 @@ Each rank maps the files and copies its own slices: there is no whole model, nor
 """
 
 import re
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -122,6 +124,7 @@ def load_cogvlm(
     trust: bool = False,
     layers: int | None = None,
     quantize: Quantization | None = None,
+    partition_quantized: bool = False,
     progress: Progress[tuple[str, nn.Module]] = iter,
     **settings,
 ) -> tuple[CogVLMModel, dict]:
@@ -130,7 +133,8 @@ def load_cogvlm(
     settings: those of `build_cogvlm`. zero_config: DeepSpeed's, of stage 3; every parameter is then partitioned as it
     is loaded, and a rank reads no more than its own partition. trust: see `map_weights`. layers: take at most so many
     of each transformer, the first ones; the config says so. quantize: which linears are held in fewer bits; each is
-    encoded as it is read, on the device, and ZeRO-3 partitions none of them. progress: goes through the modules, as
+    encoded as it is read, on the device. partition_quantized: with a zero_config, each data-parallel rank keeps a part
+    of those as well, else all of them. progress: goes through the modules, as
     tqdm does. Ranks do not speak to each other here: an error on one is an error on it alone. Raises CheckpointError if
     files, names or shapes do not fit, before anything is allocated; ConfigError as `build_cogvlm` and `select_layers`.
     """
@@ -161,6 +165,9 @@ def load_cogvlm(
                     encoded = weights.encoded(name, module.weight, device)
                 elif quantize is not None:
                     encoded = weights.quantized(name, module.weight, quantize.weights, whole_weight)
+                    encoded.original = weights.reader(name, module.weight, trust=trust)
+                if partitioning is not None and partition_quantized:
+                    encoded = encoded.partitioned(partitioning.group)
                 put_quantized(module, encoded)
             for leaf, parameter in module._parameters.items():
                 if parameter is not None:
@@ -251,6 +258,7 @@ class _OwnWeights:
         """
         rank, size = model_parallel_layout()
         saved = source.saved_ranks
+        self._folder = source.path.resolve()
         self._layout = dict(saved=saved, rank=rank, size=size)
         self._shardings = shardings_of(model)
         self._states = {
@@ -298,6 +306,14 @@ class _OwnWeights:
         self.copy(name, weight)
         return QuantizedWeight.of(weight, scheme, name)
 
+    def reader(self, name: str, like: torch.Tensor, *, trust: bool) -> Callable[[], torch.Tensor]:
+        """Return what reads the same again, whole, in the shape and dtype of `like`. It keeps no file open."""
+        return partial(
+            _read_again,
+            *(self._folder, trust, name, self._shardings[name], tuple(self._states), self._layout),
+            *(like.shape, like.dtype),
+        )
+
     def encoded(self, name: str, like: torch.Tensor, device) -> QuantizedWeight:
         """Return the same of files that hold codes and scales: the values are theirs, whatever the cut.
 
@@ -315,6 +331,34 @@ class _OwnWeights:
         part_scales = {saved_rank: part.scales.repeat_interleave(repeats, 1) for saved_rank, part in parts.items()}
         fill(scales, part_scales, **self._layout, rows=None)
         return QuantizedWeight(codes, scales, first.scheme, like.dtype)
+
+
+def _read_again(
+    folder: Path,
+    trust: bool,
+    name: str,
+    sharding: Sharding,
+    saved_ranks: tuple[int, ...],
+    layout: dict[str, int],
+    shape: torch.Size,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Return this rank's part of a tensor of a folder, as `_OwnWeights.copy` gives it, from its files opened anew.
+
+    Raises CheckpointError where they are not there any more, or hold other tensors.
+    """
+    source = open_folder(folder, trust=trust)
+    parts = {saved_rank: source.map(saved_rank) for saved_rank in saved_ranks}
+    for saved_rank, part in parts.items():
+        wanted = sharding.saved_shape(shape, layout["size"], layout["saved"])
+        problem = _misfit(part, name, wanted)
+        if problem:
+            raise CheckpointError(
+                f"{source.files()[saved_rank]}: {problem}; it was another file when the base was loaded"
+            )
+    weight = torch.empty(shape, dtype=dtype)
+    sharding.fill(weight, {saved_rank: part[name] for saved_rank, part in parts.items()}, **layout, rows=None)
+    return weight
 
 
 def _misfit(state: dict, name: str, shape: tuple[int, ...] | None) -> str | None:

@@ -2,6 +2,7 @@
 
 import os
 from argparse import Namespace
+from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -169,11 +170,13 @@ def build_cogvlm(
     model_parallel_size: int = 1,
     checkpoint_activations: bool = False,
     vit_checkpoint_activations: bool = False,
+    checkpoint_offload: bool = False,
     skip_init: bool = False,
     seed: int = 1234,
 ) -> CogVLMModel:
     """Return a CogVLM of the sizes in `config` (the content of model_config.json), with random weights.
 
+    checkpoint_offload: the inputs of recomputed layers wait in host memory, see `recompute`; on a CPU they are there.
     SAT seeds the process with `seed` here, and sets up torch.distributed if nobody has. On the device "meta" the
     parameters have shapes and no memory; only the rotary frequencies have values, on the CPU. Raises CheckpointError if
     `config` lacks sizes, or one is none; ConfigError if the model-parallel size does not divide them, or the ranks.
@@ -190,10 +193,11 @@ def build_cogvlm(
     vit = {**config["eva_args"], **runtime, "checkpoint_activations": vit_checkpoint_activations}
     settings = {"use_bias": False, **config, **runtime, "checkpoint_activations": checkpoint_activations}
     arguments = Namespace(**{**settings, "eva_args": vit})
-    if weightless:
-        with without_memory():
-            return CogVLMModel(arguments, params_dtype=dtype).to(dtype=dtype)
-    return CogVLMModel(arguments, params_dtype=dtype).to(device=device, dtype=dtype)
+    with without_memory() if weightless else nullcontext():
+        model = CogVLMModel(arguments, params_dtype=dtype)
+    for tower in (model, model.mixins["eva"].vit_model):
+        tower.checkpointing.from_host = checkpoint_offload
+    return model.to(dtype=dtype) if weightless else model.to(device=device, dtype=dtype)
 
 
 def _check_parallel(config: dict, mp_size: int) -> None:

@@ -4,13 +4,24 @@ SAT 0.4.12 makes the embeddings of every checkpointed transformer ask for a grad
 loses those of the parameters where no input asks for one. So a vision transformer without adapters, and the frozen
 layers below the lowest adapter, are recomputed and differentiated for nothing. Here a layer is checkpointed if
 gradients flow through it; the others run once, and autograd keeps nothing of them.
+
+Checkpointing keeps the input of each layer until backward comes to it, and that may wait in host memory: SAT's function
+is given in its place a tensor of the same shape that takes the memory of one element, and the layer begins by
+exchanging it for the input: the one at hand in forward, in backward the copy that went to the host meanwhile. Copies
+are exact, and so is everything that is computed of them.
+
+Not by DeepSpeed 0.19.8's `cpu_checkpointing`: it empties whatever tensor of floats the layer is given, a mask that the
+next layer is given as well and hidden states that somebody else holds among them. Not by torch's `save_on_cpu`:
+DeepSpeed's function, which SAT checkpoints with on CUDA, keeps its inputs where saved-tensor hooks do not see them.
 """
 
 import re
 from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from torch.autograd.function import FunctionCtx
 from torch.utils.checkpoint import checkpoint as checkpoint_in_one_graph
 from torch.utils.checkpoint import set_checkpoint_early_stop
 
@@ -30,6 +41,8 @@ class LayerCheckpointing:
 
     def __init__(self, model: BaseModel):
         self.active = model.transformer.checkpoint_activations
+        self.from_host = False
+        """Whether the layers' inputs wait for backward in host memory."""
         self._lowest = 0.0
         model.transformer.checkpoint_activations = False
 
@@ -43,6 +56,8 @@ class LayerCheckpointing:
             if number < self._lowest:
                 return layer(hidden_states, mask)
             hidden_states = hidden_states.detach().requires_grad_()
+        if self.from_host:
+            return checkpoint_from_host(checkpoint, layer, hidden_states, mask)
         return checkpoint(layer, hidden_states, mask)
 
 
@@ -71,3 +86,83 @@ def recompute_rows(work: Callable[..., torch.Tensor], *args) -> torch.Tensor:
     """
     with set_checkpoint_early_stop(False):
         return checkpoint_in_one_graph(work, *args, use_reentrant=False)
+
+
+class HostCopy:
+    """A copy of a tensor in host memory, made beside what the device computes; of a tensor in it, the tensor itself."""
+
+    _streams: ClassVar[dict[torch.device, torch.cuda.Stream]] = {}
+
+    def __init__(self, tensor: torch.Tensor):
+        """Begin to copy; the tensor's memory is free again once that is done and nobody else has it."""
+        self._device = tensor.device
+        self._copied: torch.cuda.Event | None = None
+        self._content = tensor
+        if tensor.is_cuda:
+            stream = self._streams.get(tensor.device)
+            if stream is None:
+                stream = self._streams[tensor.device] = torch.cuda.Stream(tensor.device)
+            stream.wait_stream(torch.cuda.current_stream(tensor.device))
+            self._content = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            with torch.cuda.stream(stream):
+                self._content.copy_(tensor, non_blocking=True)
+            tensor.record_stream(stream)
+            self._copied = stream.record_event()
+
+    def on_device(self) -> torch.Tensor:
+        """Return the tensor again, on its device."""
+        if self._copied is not None:
+            torch.cuda.current_stream(self._device).wait_event(self._copied)
+        return self._content.to(self._device, non_blocking=True)
+
+
+class _Place:
+    """Where the input of one layer is."""
+
+    def put(self, tensor: torch.Tensor) -> None:
+        """Put a tensor there: itself for the one who takes it first, a copy for all others."""
+        self._at_hand: torch.Tensor | None = tensor
+        self._copy = HostCopy(tensor)
+
+    def take(self) -> torch.Tensor:
+        """Return the tensor, on its device."""
+        at_hand = self._at_hand
+        self._at_hand = None
+        return self._copy.on_device() if at_hand is None else at_hand
+
+
+class _Leave(torch.autograd.Function):
+    """Leaves a tensor at a place, and gives what stands for it: of its shape, with the memory of one element."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, tensor: torch.Tensor, place: _Place) -> torch.Tensor:
+        place.put(tensor.detach())
+        return tensor.new_zeros(1).expand(tensor.shape)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gradient, None
+
+
+class _Fetch(torch.autograd.Function):
+    """Gives the tensor that was left at a place for what stands for it."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, stand_in: torch.Tensor, place: _Place) -> torch.Tensor:
+        return place.take()
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gradient, None
+
+
+def checkpoint_from_host(
+    checkpoint: Callable[..., Any], layer: Callable[..., torch.Tensor], hidden_states: torch.Tensor, *args: Any
+) -> Any:
+    """Return `checkpoint(layer, hidden_states, *args)`, the hidden states of which wait for backward in host memory."""
+    place = _Place()
+
+    def begin(stand_in: torch.Tensor, *more: Any) -> torch.Tensor:
+        return layer(_Fetch.apply(stand_in, place), *more)
+
+    return checkpoint(begin, _Leave.apply(hidden_states, place), *args)

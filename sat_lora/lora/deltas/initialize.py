@@ -65,15 +65,20 @@ def _pissa(weight: torch.Tensor, rank: int, scale: float, steps: int | None, gen
     """Return s B A = the best approximation of W of that rank, split evenly (PiSSA, arXiv 2404.02948, 3)."""
     weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
     if steps is None:
-        u, singular, vh = torch.linalg.svd(weight, full_matrices=False)
-        u = u[:, :rank]
-        singular = singular[:rank]
-        vh = vh[:rank]
-    else:
-        with torch.random.fork_rng(devices=[]):  # svd_lowrank takes no generator
-            torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
-            u, singular, v = torch.svd_lowrank(weight, rank, niter=steps)
-        vh = v.T
+        return best_approximation(weight, rank, scale)
+    with torch.random.fork_rng(devices=[]):  # svd_lowrank takes no generator
+        torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
+        u, singular, v = torch.svd_lowrank(weight, rank, niter=steps)
+    return _split_evenly(u, singular, v.T, scale)
+
+
+def best_approximation(weight: torch.Tensor, rank: int, scale: float) -> Delta:
+    """Return s B A = the best approximation of W of that rank, split evenly, in the dtype of W."""
+    u, singular, vh = torch.linalg.svd(weight, full_matrices=False)
+    return _split_evenly(u[:, :rank], singular[:rank], vh[:rank], scale)
+
+
+def _split_evenly(u: torch.Tensor, singular: torch.Tensor, vh: torch.Tensor, scale: float) -> Delta:
     root = (singular / scale).sqrt()
     return Delta(root[:, None] * vh, u * root, scale)
 

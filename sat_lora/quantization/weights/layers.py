@@ -39,8 +39,8 @@ def quantized_weights(model: nn.Module) -> Iterator[tuple[str, QuantizedWeight]]
 
 
 def plain_parts(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Return the tensors that hold memory: codes and scales of a quantised weight, else the tensor itself."""
-    return (tensor.codes, tensor.scales) if isinstance(tensor, QuantizedWeight) else (tensor,)
+    """Return the tensors that hold memory: codes, scales and more of a quantised weight, else the tensor itself."""
+    return tensor.parts if isinstance(tensor, QuantizedWeight) else (tensor,)
 
 
 def bytes_of(tensor: torch.Tensor) -> int:

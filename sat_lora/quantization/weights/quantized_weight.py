@@ -6,18 +6,52 @@ W asks `whole`, whatever kind of tensor W is; all else is refused, so that nothi
 """
 
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch.autograd.function import FunctionCtx
 
-from sat_lora.errors import QuantizationError
+from sat_lora.errors import ConfigError, QuantizationError
+from sat_lora.quantization.weights.partition import Partition
 from sat_lora.quantization.weights.schemes import BLOCKS, SCHEMES, Scheme, block_for, block_of, encode, has_values
 
 aten = torch.ops.aten
 _torch_linear = torch._C._nn.linear  # what `functional.linear` is until ZeRO-3 puts another one there
 SAME = (aten.detach.default, aten.alias.default)
 PRODUCTS = (aten.mm.default, aten.addmm.default, aten.addmm_.default)
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """A product of low rank that is added to ranges of rows when a weight is decoded: scale * B A.
+
+    b: (rows of all ranges, r), a: (ranges * r, in), in the dtype that the weight is decoded to; ranges: of rows of W.
+    """
+
+    b: torch.Tensor
+    a: torch.Tensor
+    scale: float
+    ranges: tuple[tuple[int, int], ...]
+
+    def add_to(self, weight: torch.Tensor) -> None:
+        """Add it to W (out, in), in place."""
+        rank = self.b.shape[1]
+        edge = 0
+        for number, (start, stop) in enumerate(self.ranges):
+            b = self.b[edge : edge + stop - start]
+            weight[start:stop].addmm_(b, self.a[number * rank : (number + 1) * rank], alpha=self.scale)
+            edge += stop - start
+
+    def each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "LowRank":
+        """Return the product of changed factors."""
+        return replace(self, b=change(self.b), a=change(self.a))
+
+    def equals(self, other: "LowRank | None") -> bool:
+        """Return whether the other has the same factors, at the same rows."""
+        if other is None or (self.scale, self.ranges) != (other.scale, other.ranges):
+            return False
+        return torch.equal(self.b, other.b) and torch.equal(self.a, other.a)
 
 
 class QuantizedWeight(torch.Tensor):
@@ -30,17 +64,33 @@ class QuantizedWeight(torch.Tensor):
     codes: torch.Tensor
     scales: torch.Tensor
     scheme: Scheme
+    low_rank: LowRank | None
+    """What is added to what the codes decode to, see `lora.deltas.loftq`; None: nothing."""
+    partition: Partition | None
+    """How codes and scales are cut over the data-parallel ranks: `codes` are then this rank's bytes of both, and
+    `scales` are empty. None: they are here."""
+    original: Callable[[], torch.Tensor] | None
+    """What gives the weight (out, in) that was encoded, read again; None where that is not to be had any more."""
 
     @staticmethod
     def __new__(
-        cls, codes: torch.Tensor, scales: torch.Tensor, scheme: Scheme, dtype: torch.dtype
+        cls,
+        codes: torch.Tensor,
+        scales: torch.Tensor,
+        scheme: Scheme,
+        dtype: torch.dtype,
+        partition: Partition | None = None,
     ) -> "QuantizedWeight":
         """Return the weight of these codes and scales."""
-        shape = (len(codes), codes.shape[1] * scheme.elements_per_code)
+        rows, columns = codes.shape if partition is None else partition.codes_shape
+        shape = (rows, columns * scheme.elements_per_code)
         weight = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=codes.device)
         weight.codes = codes
         weight.scales = scales
         weight.scheme = scheme
+        weight.partition = partition
+        weight.low_rank = None
+        weight.original = None
         return weight
 
     @classmethod
@@ -63,16 +113,71 @@ class QuantizedWeight(torch.Tensor):
     @property
     def block(self) -> int:
         """How many elements of a row share a scale."""
+        if self.partition is not None:
+            return self.shape[1] // self.partition.scales_shape[1]
         return block_of(self.scheme, self.codes, self.scales)
 
     @property
     def stored_bytes(self) -> int:
-        """The bytes of codes and scales."""
-        return self.codes.nbytes + self.scales.nbytes
+        """The bytes of codes and scales, and of what is added to them."""
+        return sum(part.nbytes for part in self.parts)
+
+    @property
+    def parts(self) -> tuple[torch.Tensor, ...]:
+        """The tensors that hold memory."""
+        return (self.codes, self.scales, *(() if self.low_rank is None else (self.low_rank.b, self.low_rank.a)))
 
     def decoded(self) -> torch.Tensor:
-        """Return W (out, in), a plain tensor of this dtype."""
-        return self.scheme.decode(self.codes, self.scales, self.dtype)
+        """Return W (out, in), a plain tensor of this dtype. Where it is partitioned every rank has to call it."""
+        codes, scales = self.gathered()
+        decoded = self.scheme.decode(codes, scales, self.dtype)
+        if self.low_rank is not None:
+            self.low_rank.add_to(decoded)
+        return decoded
+
+    @property
+    def has_original(self) -> bool:
+        """Whether `read_original` returns the weight that was encoded."""
+        return self.original is not None or not has_values(self.codes)
+
+    def read_original(self, name: str) -> torch.Tensor:
+        """Return the weight (out, in) that was encoded, read again; of codes without memory, one without memory.
+
+        Raises ConfigError, with the name, where it is not to be had any more.
+        """
+        if not has_values(self.codes):
+            return self.codes.new_empty(self.shape, dtype=self.dtype)
+        if self.original is None:
+            raise ConfigError(
+                f"{name}: the weight that its codes were made of is not to be had any more, and init_lora_weights="
+                "'loftq' asks for it; give the base itself and quantise it as it is loaded (--from_pretrained BASE "
+                "--quantize nf4), or keep it: quantize_model(model, keep_originals=True)"
+            )
+        return self.original()
+
+    def gathered(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return whole codes and scales. Where they are partitioned every rank has to call it."""
+        return (self.codes, self.scales) if self.partition is None else self.partition.gathered(self.codes)
+
+    def partitioned(self, group: torch.distributed.ProcessGroup) -> "QuantizedWeight":
+        """Return the weight of which each rank of the group holds a part. Then all of them use it equally often."""
+        partition = Partition(group, tuple(self.codes.shape), self.codes.dtype, tuple(self.scales.shape))
+        part = partition.part(self.codes, self.scales)
+        weight = QuantizedWeight(part, self.scales.new_empty(0), self.scheme, self.dtype, partition)
+        weight.low_rank = self.low_rank
+        weight.original = self.original
+        return weight
+
+    def take(self, other: "QuantizedWeight") -> None:
+        """Hold the codes and scales of another weight of this shape, scheme and block, and what is added to them."""
+        if self.partition is not None and other.partition is None:
+            self.codes.copy_(self.partition.part(other.codes, other.scales))
+        else:
+            self.codes.copy_(other.codes)
+            self.scales.copy_(other.scales)
+        self.low_rank = None
+        if other.low_rank is not None:
+            self.low_rank = other.low_rank.each(lambda factor: factor.to(self.device, self.dtype, copy=True))
 
     def __repr__(self, **options: Any) -> str:  # torch's print would decode it
         dtype = str(self.dtype).removeprefix("torch.")
@@ -83,9 +188,15 @@ class QuantizedWeight(torch.Tensor):
         return copied
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Callable[..., "QuantizedWeight"], tuple[Any, ...]]:
-        return rebuilt, (self.codes, self.scales, self.scheme.name, self.dtype)
+        if self.partition is not None:
+            _refuse("pickle")
+        parts = (self.codes, self.scales, self.scheme.name, self.dtype)
+        added = self.low_rank
+        return rebuilt, parts if added is None else (*parts, (added.b, added.a, added.scale, added.ranges))
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple[Scheme, torch.dtype]]:
+        if self.low_rank is not None or self.partition is not None:
+            _refuse("torch.compile")
         return ["codes", "scales"], (self.scheme, self.dtype)
 
     @staticmethod
@@ -98,7 +209,12 @@ class QuantizedWeight(torch.Tensor):
         self, change: Callable[[torch.Tensor], torch.Tensor], dtype: torch.dtype | None = None
     ) -> "QuantizedWeight":
         """Return the weight of changed codes and scales, and of another dtype if one is given."""
-        return QuantizedWeight(change(self.codes), change(self.scales), self.scheme, dtype or self.dtype)
+        parts = (change(self.codes), change(self.scales))
+        changed = QuantizedWeight(*parts, self.scheme, dtype or self.dtype, self.partition)
+        changed.original = self.original
+        if self.low_rank is not None:
+            changed.low_rank = self.low_rank.each(lambda factor: change(factor).to(changed.dtype))
+        return changed
 
     @classmethod
     def __torch_function__(
@@ -192,8 +308,17 @@ def _product(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
     if isinstance(left, QuantizedWeight) or any(isinstance(other, QuantizedWeight) for other in others):
         return _refuse(_name(function))
     if len(left) == 0:
-        right = right.codes.new_empty(right.shape, dtype=right.dtype)
+        right = _without_values(right)
     return function(*others, left, whole(right), **kwargs)
+
+
+def _without_values(weight: QuantizedWeight) -> torch.Tensor:
+    """Return a plain tensor of the weight's shape, for a product of no rows; a partitioned weight is gathered all the
+    same, for the other ranks may have rows.
+    """
+    if weight.partition is not None:
+        weight.gathered()
+    return torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
 
 
 def _fill(weight: QuantizedWeight, source: torch.Tensor) -> QuantizedWeight:
@@ -204,26 +329,52 @@ def _fill(weight: QuantizedWeight, source: torch.Tensor) -> QuantizedWeight:
         source = QuantizedWeight.of(source.to(weight.device, weight.dtype), weight.scheme)
     if source.scheme is not weight.scheme or source.block != weight.block:
         raise QuantizationError(f"{source!r}, in blocks of {source.block}, does not fit in {weight!r}")
-    weight.codes.copy_(source.codes)
-    weight.scales.copy_(source.scales)
+    weight.take(source)
+    weight.original = source.original  # what was read before is another weight
     return weight
 
 
 def _are_equal(left: QuantizedWeight, right: QuantizedWeight) -> bool:
     """Return whether two weights have the same codes and scales."""
     is_alike = left.scheme is right.scheme and left.shape == right.shape and left.block == right.block
+    is_alike = is_alike and left.codes.shape == right.codes.shape
+    if left.low_rank is None or not left.low_rank.equals(right.low_rank):
+        is_alike = is_alike and left.low_rank is right.low_rank
     return is_alike and torch.equal(left.codes, right.codes) and torch.equal(left.scales, right.scales)
 
 
-def rebuilt(codes: torch.Tensor, scales: torch.Tensor, scheme: str, dtype: torch.dtype) -> QuantizedWeight:
-    """Return the weight that `torch.save` or pickle wrote. Raises QuantizationError where it is none."""
+def rebuilt(
+    codes: torch.Tensor, scales: torch.Tensor, scheme: str, dtype: torch.dtype, added: tuple[Any, ...] | None = None
+) -> QuantizedWeight:
+    """Return the weight that `torch.save` or pickle wrote. Raises QuantizationError where it is none.
+
+    added: the fields of a LowRank.
+    """
     known = SCHEMES.get(scheme)
     if known is None:
         raise QuantizationError(f"the scheme of a quantised weight is {scheme!r}, wanted {' or '.join(SCHEMES)}")
     problem = parts_problem(codes, scales, known)
     if problem or not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise QuantizationError(f"no quantised weight: {problem or f'it would decode to {dtype}'}")
-    return QuantizedWeight(codes, scales, known, dtype)
+    weight = QuantizedWeight(codes, scales, known, dtype)
+    if added is not None:
+        weight.low_rank = _low_rank_of(added, weight)
+    return weight
+
+
+def _low_rank_of(added: tuple[Any, ...], weight: QuantizedWeight) -> LowRank:
+    """Return the product that was written beside a weight. Raises QuantizationError where it is none of its shape."""
+    try:
+        b, a, scale, ranges = added
+        ranges = tuple((start, stop) for start, stop in ranges)
+        rows = sum(stop - start for start, stop in ranges)
+        is_inside = all(0 <= start < stop <= len(weight) for start, stop in ranges)
+        shapes = (tuple(b.shape), tuple(a.shape))
+        if not is_inside or shapes != ((rows, b.shape[1]), (len(ranges) * b.shape[1], weight.shape[1])):
+            raise ValueError(f"factors {shapes} for rows {ranges}")
+        return LowRank(b.to(weight.dtype), a.to(weight.dtype), float(scale), ranges)
+    except (ValueError, TypeError, AttributeError, IndexError) as error:
+        raise QuantizationError(f"no quantised weight: what is added to it is no product: {error}") from error
 
 
 def parts_problem(codes: torch.Tensor, scales: torch.Tensor, scheme: Scheme) -> str | None:
@@ -262,6 +413,7 @@ def _forward(
     x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor | None, dtype: torch.dtype | None
 ) -> torch.Tensor:
     if x.numel() == 0:
+        _without_values(weight)
         return x.new_empty((*x.shape[:-1], len(weight)))
     return _torch_linear(x, _decoded_as(weight, dtype), bias)
 
@@ -293,6 +445,7 @@ class _Linear(torch.autograd.Function):
         need_x, _, need_bias, _ = ctx.needs_input_grad
         dx = None
         if need_x and dy.numel() == 0:
+            _without_values(weight)
             dx = dy.new_empty((*dy.shape[:-1], weight.shape[1]))
         elif need_x:
             dx = dy @ _decoded_as(weight, ctx.dtype)

@@ -278,10 +278,16 @@ class Quantizing:
     keep_modules: tuple[str, ...] = setting(
         (), "what --quantize leaves whole, in the same forms", "--keep_modules", nargs="+", metavar="NAME"
     )
+    quantize_partition: bool = flag(
+        False,
+        "with --zero-stage 3: each data-parallel rank keeps a part of the quantised weights and gathers them for use",
+        "--quantize_partition",
+    )
 
     def flat(self) -> dict[str, Any]:
-        """Return the values by their names, as JSON has them."""
-        return {source.name: plain(getattr(self, source.name)) for source in fields(self)}
+        """Return the values that decide what the weights are, by their names, as JSON has them."""
+        names = (source.name for source in fields(self) if source.name != "quantize_partition")
+        return {name: plain(getattr(self, name)) for name in names}
 
     def of(self, lora: LoraConfig) -> Quantization | None:
         """Return the Quantization that a run with these adapters asks for; None where its base stays whole.
@@ -305,6 +311,11 @@ class Checkpointing:
     checkpoint_activations: bool = flag(False, "recompute the language layers in backward", "--checkpoint-activations")
     vit_checkpoint_activations: bool = flag(
         False, "recompute the ViT layers in backward", "--vit_checkpoint_activations"
+    )
+    checkpoint_offload: bool = flag(
+        False,
+        "keep the inputs of recomputed layers in host memory until backward; no effect on a CPU",
+        "--checkpoint_offload",
     )
 
 

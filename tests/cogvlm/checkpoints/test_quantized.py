@@ -6,7 +6,18 @@ import shutil
 import pytest
 import torch
 
-from sat_lora import AdapterError, CheckpointError, ConfigError, QuantizationError, add_lora, save_adapter
+from sat_lora import (
+    AdapterError,
+    CheckpointError,
+    ConfigError,
+    QuantizationError,
+    add_lora,
+    describe_text,
+    load_adapter,
+    save_adapter,
+)
+from sat_lora.adapters.inspect import describe_adapter, inspect_adapter
+from sat_lora.adapters.loftq_base import approximate_base
 from sat_lora.adapters.merge import merge_adapter
 from sat_lora.adapters.verify import verify_merge
 from sat_lora.cli import main
@@ -15,7 +26,9 @@ from sat_lora.cogvlm.checkpoints.base_weights import BaseWeights
 from sat_lora.cogvlm.checkpoints.hugging_face_writer import make_hugging_face_weights
 from sat_lora.cogvlm.checkpoints.load import check_files, load_cogvlm, save_weights
 from sat_lora.cogvlm.checkpoints.quantized_writer import quantize_base
+from sat_lora.lora.apply import adapters_of
 from sat_lora.lora.live_base import identity_of_model
+from sat_lora.lora.mixin import lora_mixins
 from sat_lora.quantization.apply import quantize_model
 from sat_lora.quantization.config import NAMES, Quantization
 from sat_lora.quantization.weights.layers import quantized_weights
@@ -237,6 +250,85 @@ def test_the_command_verifies_what_it_merged_onto_what_was_trained(base, tmp_pat
     line = ["merge", "--base", base, "--adapter", tmp_path / "adapter", "--out", tmp_path / "merged"]
     assert main([*map(str, line), "--onto", "trained", "--verify"]) == 0
     assert "verified: merging lost " in capsys.readouterr().out
+
+
+LOFTQ = dict(r=4, init_lora_weights="loftq", loftq_iter=2, target_modules=["language-attention", "linear_proj"])
+
+
+def test_loftq_reads_the_base_again_and_what_it_trained_beside_can_be_made_again(base, tmp_path):
+    """By a merge of files onto it, and in a model that is loaded to evaluate the adapter."""
+    model, _ = load_cogvlm(base, quantize=Quantization())
+    add_lora(model, **LOFTQ)
+    fresh = {name: weight.decoded() for name, weight in quantized_weights(model)}
+    batch = tiny_batch()
+    rough, _ = load_cogvlm(base, quantize=Quantization())
+    kept, _ = load_cogvlm(base)
+    quantize_model(kept, keep_originals=True)
+    add_lora(kept, **LOFTQ)
+    for name, weight in quantized_weights(kept):
+        assert torch.equal(weight.decoded(), fresh[name])
+    with torch.no_grad():
+        for adapter in adapters_of(model).values():
+            adapter.B.add_(0.01 * torch.randn_like(adapter.B))
+    save_adapter(model, tmp_path / "adapter")
+    note = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["sat_lora"]["base_quantization"]
+    assert (note["scheme"], note["loftq_iter"]) == ("nf4", 2)
+    assert ": all-linear, begun by loftq in 2 rounds" in describe_adapter(inspect_adapter(tmp_path / "adapter"))
+    assert "; loftq adds a product of low rank to " in describe_text(model)
+    load_adapter(rough, tmp_path / "adapter")
+    wanted = logits_of(model, batch)
+
+    @torch.no_grad()
+    def error(model):
+        return float((logits_of(model, batch) - wanted).norm() / wanted.norm())
+
+    assert error(rough) > 0.05
+    assert approximate_base(rough, tmp_path / "adapter")
+    assert error(rough) < 1e-4
+    for mixin in lora_mixins(rough).values():
+        mixin.disable()
+    for name, weight in quantized_weights(rough):
+        torch.testing.assert_close(weight.decoded(), fresh[name], rtol=1e-4, atol=1e-5)
+    merge_adapter(base, tmp_path / "adapter", tmp_path / "onto", onto="trained")
+    assert error(load_cogvlm(tmp_path / "onto")[0]) < 0.01  # rounded to bfloat16
+    merge_adapter(base, tmp_path / "adapter", tmp_path / "whole")
+    whole, _ = load_cogvlm(base)
+    load_adapter(whole, tmp_path / "adapter")
+    wanted = logits_of(whole, batch)
+    assert error(load_cogvlm(tmp_path / "whole")[0]) < 0.01
+    assert not approximate_base(whole, tmp_path / "adapter")
+    quantize_base(base, tmp_path / "nf4", Quantization())
+    with pytest.raises(AdapterError, match="was begun by loftq, with other codes than those of a quantised folder"):
+        merge_adapter(tmp_path / "nf4", tmp_path / "adapter", tmp_path / "merged", onto="trained")
+
+
+@pytest.mark.parametrize("rounds", [0, True, "2", 10**9, [1]], ids=str)
+def test_a_note_of_loftq_that_is_nonsense_is_an_error_where_it_is_obeyed(base, rounds, tmp_path):
+    model, _ = load_cogvlm(base, quantize=Quantization())
+    add_lora(model, r=2, target_modules=["linear_proj"])
+    save_adapter(model, tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_config.json"
+    content = json.loads(path.read_text())
+    content["sat_lora"]["base_quantization"]["loftq_iter"] = rounds
+    path.write_text(json.dumps(content))
+    with pytest.raises(AdapterError, match="its note says loftq_iter .* has to be a whole number from 1 to 1000"):
+        approximate_base(model, tmp_path / "adapter")
+    with pytest.raises(AdapterError, match="its note says loftq_iter .* has to be a whole number from 1 to 1000"):
+        merge_adapter(base, tmp_path / "adapter", tmp_path / "merged", onto="trained")
+    inspect_adapter(tmp_path / "adapter")
+    load_adapter(model, tmp_path / "adapter")  # nobody has to obey it
+
+
+def test_loftq_wants_the_base_itself(base, written, tmp_path):
+    model, _ = load_cogvlm(written)
+    with pytest.raises(ConfigError, match="is not to be had any more.*--from_pretrained BASE --quantize nf4"):
+        add_lora(model, **LOFTQ)
+    shutil.copytree(base, tmp_path / "base")
+    model, _ = load_cogvlm(tmp_path / "base", quantize=Quantization())
+    for file in (tmp_path / "base").rglob("*.pt"):
+        file.unlink()
+    with pytest.raises(CheckpointError, match="base"):
+        add_lora(model, **LOFTQ)
 
 
 def test_onto_what_was_trained_wants_an_adapter_that_says_it(base, tmp_path):

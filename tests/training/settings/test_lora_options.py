@@ -20,6 +20,7 @@ GIVEN = {
     "use_rslora": ([], True),
     "use_dora": ([], True),
     "init_lora_weights": (["pissa_niter_4"], "pissa_niter_4"),
+    "loftq_iter": (["5"], 5),
     "freeze_a": ([], True),
     "target_modules": (["language-mlp", "attention.dense"], ("language-mlp", "attention.dense")),
     "exclude_modules": (["projector"], ("projector",)),
