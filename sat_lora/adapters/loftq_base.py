@@ -77,10 +77,15 @@ def approximate_base(model: nn.Module, folder: str | Path, *, name: str = "lora"
 
 
 def approximated(weight: torch.Tensor, layer: str, scheme: Scheme, saved: SavedAdapter, rounds: int) -> torch.Tensor:
-    """Return Q_T + scale * B_0 A_0 of a whole weight (out, in) that an adapter of LoftQ adapts, in its dtype."""
+    """Return Q_T + scale * B_0 A_0 of a whole weight (out, in) that an adapter of LoftQ adapts, in its dtype.
+
+    Raises AdapterError for a weight that cannot have been quantised.
+    """
     entry = saved.layers[layer]
     matrix = weight.to(torch.promote_types(weight.dtype, torch.float32))
     block = block_for(matrix.shape[1])
+    if block is None:
+        raise AdapterError(f"{layer}: rows of {matrix.shape[1]} elements have no blocks, so no LoftQ began beside them")
     encoded = loftq.encoded_part(matrix, entry.rows, scheme, block, rank=entry.r // 2, rounds=rounds)
     origin = origin_of(saved.delta_of(layer).to(weight.dtype), max(1, len(entry.slots)))
     quantized = QuantizedWeight.of(encoded, scheme, f"{layer}.weight").to(weight.dtype)

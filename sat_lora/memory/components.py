@@ -29,7 +29,7 @@ import torch
 from torch import nn
 
 from sat_lora.findings.finding import Finding, looks_for
-from sat_lora.quantization.weights.layers import bytes_of
+from sat_lora.quantization.weights.layers import bytes_of, quantized_weights
 
 BUCKET = 500_000_000  # elements, DeepSpeed's own default; deepspeed_config sets a lower one
 LIVE = 1_000_000_000  # elements that ZeRO-3 keeps gathered: stage3_max_live_parameters
@@ -65,12 +65,19 @@ class Memory:
 
 
 def memory_of(
-    model: nn.Module, engine: dict, *, data_parallel_size: int, activations: float = 0.0, on_device: bool = True
+    model: nn.Module,
+    engine: dict,
+    *,
+    data_parallel_size: int,
+    activations: float = 0.0,
+    on_device: bool = True,
+    partition_quantized: bool = False,
 ) -> Memory:
     """Return the memory of a rank's part of a model, whole over the data-parallel ranks; its parameters need no memory.
 
     engine: DeepSpeed's config. activations: bytes of a micro-batch at their peak, with the gradients that have come
     by then, unless they are added to others. on_device: False on a CPU run: what is offloaded to the CPU counts too.
+    partition_quantized: ZeRO-3 shares quantised weights as well, and gathers one at a time.
     """
     frozen, trained = ([p for p in model.parameters() if p.requires_grad is trains] for trains in (False, True))
     zero = engine.get("zero_optimization", {})
@@ -88,17 +95,20 @@ def memory_of(
     offloaded = [on_device and place in ("cpu", "nvme") for place in offloads]
     gradients = count * size / shares["gradients"]
     whole = sum(map(bytes_of, model.buffers()))  # PiSSA's origins and quantised weights among them
+    quantized = [bytes_of(weight) for _, weight in quantized_weights(model)] if partition_quantized else []
+    shared = sum(quantized) * (1 - 1 / shares["parameters"])
+    one_gathered = max(quantized, default=0) if shared else 0
     adam = 0 if offloaded[1] else count * (8 if on_device else 12) / shares["optimizer"]  # with the gradients
     gone = gradients + (bucket if stage < 3 else 0)  # by the time that Adam moves
     temporaries = max(adam - gone, 0) if stage else gradients
     # There while activations are: gradients that are accumulated, and ZeRO-3's memory for them.
     stays = stage == 3 or engine.get("gradient_accumulation_steps", 1) > 1
     return Memory(
-        weights=whole + (0.0 if offloaded[0] else _bytes(frozen) / shares["parameters"]),
+        weights=whole - shared + (0.0 if offloaded[0] else _bytes(frozen) / shares["parameters"]),
         adapters=count * size / shares["parameters"],
         gradients=gradients,
         optimizer=0.0 if offloaded[1] else count * (12 / shares["optimizer"] if stage else 8),
-        buffers=bucket + gathered * frozen_size,
+        buffers=bucket + gathered * frozen_size + one_gathered,
         activations=max(activations - (0 if stays else gradients), temporaries),
     )
 

@@ -6,8 +6,8 @@ likes, and does nothing. So a step of any size at any layout is counted as it wo
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from functools import partial
+from typing import Any
 from unittest import mock
 
 import torch
@@ -28,7 +28,7 @@ from sat_lora.memory.live_memory import LiveBytes
 from sat_lora.parallel.distributed import destroy
 from sat_lora.quantization.config import Quantization
 from sat_lora.quantization.select import select_layers
-from sat_lora.quantization.weights.layers import bytes_of, put_quantized, quantized_weights
+from sat_lora.quantization.weights.layers import put_quantized
 from sat_lora.quantization.weights.quantized_weight import QuantizedWeight
 from sat_lora.training.steps.zero3_linear import linear_of_zero3
 
@@ -41,7 +41,7 @@ def estimate(
     data_parallel_size: int = 1,
     on_device: bool = True,
     partition_quantized: bool = False,
-    **step,
+    **step: Any,
 ) -> Memory:
     """Return the memory of a rank that trains, for a process without a process group of its own.
 
@@ -50,17 +50,17 @@ def estimate(
     ConfigError if the config or a target does not fit.
     """
     model, activations = fake_step(config, lora, **step, **ways_of(engine))
-    memory = memory_of(
-        model, engine, data_parallel_size=data_parallel_size, activations=activations, on_device=on_device
+    return memory_of(
+        model,
+        engine,
+        data_parallel_size=data_parallel_size,
+        activations=activations,
+        on_device=on_device,
+        partition_quantized=partition_quantized,
     )
-    if not partition_quantized or not ways_of(engine)["partitioned"] or data_parallel_size == 1:
-        return memory
-    held = [bytes_of(weight) for _, weight in quantized_weights(model)]
-    away = sum(held) * (1 - 1 / data_parallel_size)
-    return replace(memory, weights=memory.weights - away, buffers=memory.buffers + max(held, default=0))
 
 
-def ways_of(engine: dict) -> dict[str, bool]:
+def ways_of(engine: dict) -> dict[str, Any]:
     """Return `partitioned` and `accumulated` of `fake_step` for a config of DeepSpeed's."""
     partitioned = engine.get("zero_optimization", {}).get("stage") == 3
     # ZeRO-3 keeps what comes beside its own memory, until a bucket is full.

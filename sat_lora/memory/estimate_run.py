@@ -31,14 +31,24 @@ class Plan:
     """DeepSpeed's config."""
     data_parallel_size: int
     on_device: bool
+    partition_quantized: bool
+    """Whether ZeRO-3 shares quantised weights too."""
     step: Mapping[str, Any]
     """The arguments of `fake_step`, but for those that follow from `engine`."""
 
     @property
     def memory(self) -> Memory:
         """The estimate."""
-        ranks = dict(data_parallel_size=self.data_parallel_size, on_device=self.on_device)
-        return estimate(self.sizes, self.lora, self.engine, **ranks, **self.step)
+        return estimate(self.sizes, self.lora, self.engine, **self.ranks, **self.step)
+
+    @property
+    def ranks(self) -> dict[str, Any]:
+        """What `memory_of` takes beside the model, the engine's config and the activations."""
+        return dict(
+            data_parallel_size=self.data_parallel_size,
+            on_device=self.on_device,
+            partition_quantized=self.partition_quantized,
+        )
 
 
 def estimate_run(config: TrainConfig, *, ranks: int, device: str = "cuda", layers: int | None = None) -> Memory:
@@ -71,7 +81,6 @@ def plan_of(config: TrainConfig, sizes: dict[str, Any], *, ranks: int, device: s
         checkpoint_activations=config.checkpointing.checkpoint_activations,
         vit_checkpoint_activations=config.checkpointing.vit_checkpoint_activations,
         checkpoint_offload=config.checkpointing.checkpoint_offload and device.startswith("cuda"),
-        partition_quantized=config.quantization.quantize_partition,
         quantize=_quantization_of(config, sizes),
     )
     return Plan(
@@ -80,6 +89,7 @@ def plan_of(config: TrainConfig, sizes: dict[str, Any], *, ranks: int, device: s
         engine=settled.engine,
         data_parallel_size=ranks // mp_size,
         on_device=device.startswith("cuda"),
+        partition_quantized=config.quantization.quantize_partition,
         step=step,
     )
 
