@@ -67,6 +67,7 @@ setup(
         "quant": ["bitsandbytes>=0.46"],
         "demo": ["captcha>=0.7"],
         "chat": ["prompt_toolkit>=3"],
+        "page": ["gradio>=6.10,<7", "fastapi>=0.115", "prometheus_client>=0.20", "starlette", "uvicorn>=0.30"],
         "serve": ["fastapi>=0.115", "prometheus_client>=0.20", "starlette", "uvicorn>=0.30"],
         "mutants": ["coverage>=7.6"],
         "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.5,<10"],

@@ -117,7 +117,7 @@ class Chat:
         self._image_size = tuple(config["eva_args"]["image_size"])
         self._image_length = config["image_length"]
         self._special_tokens = special_tokens
-        self._max_pixels = max_pixels
+        self.max_pixels = max_pixels
         for number, (name, adapter) in enumerate((adapters or {}).items()):
             if not name or "." in name or name == BASE or name in self.adapters:
                 problem = "is taken" if name in (BASE, *self.adapters) else "is no name: it is empty or has a dot"
@@ -167,7 +167,7 @@ class Chat:
             tensor = image_tensor(image, self._image_size)
         else:
             name = "the image" if isinstance(image, bytes) else None
-            tensor = load_image(image, self._image_size, name, max_pixels=self._max_pixels)
+            tensor = load_image(image, self._image_size, name, max_pixels=self.max_pixels)
         self.reset()
         self._image = tensor
 
