@@ -111,7 +111,7 @@ def request_of(
 
 
 def drawing_of(picture: str, text: str, max_pixels: int) -> str:
-    """Return a picture with the boxes of a text on it as a data URL; "" where the text has none, or no picture is given.
+    """Return a picture with the boxes of a text on it as a data URL; "" where there are none, or no picture.
 
     Raises DataError for a picture that cannot be read.
     """
