@@ -35,6 +35,8 @@ def add(commands) -> None:
         help=f"what requests have to bring; better in {KEY}, which no list of processes shows",
     )
     option("--max-waiting", type=positive_int, default=64, metavar="N", help="requests that may wait (default: 64)")
+    batch = "requests for the same adapter that are answered together (default: 8)"
+    option("--max-batch", type=positive_int, default=8, metavar="N", help=batch)
     option(
         "--max-seconds",
         type=positive,
@@ -73,7 +75,12 @@ def run(options: argparse.Namespace) -> None:
     listener = _listen(options.host, options.port)
     try:
         session = chat.load_chat(options)
-        limits = Limits(seconds=options.max_seconds, body=int(options.max_body * 2**20), waiting=options.max_waiting)
+        limits = Limits(
+            seconds=options.max_seconds,
+            body=int(options.max_body * 2**20),
+            waiting=options.max_waiting,
+            together=options.max_batch,
+        )
         app = build_app(session, limits=limits, api_key=api_key, with_page=with_page)
         names = ", ".join(dict.fromkeys([session.speaker, "base", *session.adapters]))
         address, own_port = listener.getsockname()[:2]

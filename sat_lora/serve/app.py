@@ -29,11 +29,14 @@ OPEN = ("/health",)  # without a key
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What a request may take. seconds: from its arrival to its last token. body: bytes. waiting: requests."""
+    """What a request may take. seconds: from its arrival to its last token. body: bytes. waiting: requests. together:
+    those that are answered in one batch.
+    """
 
     seconds: float = 120.0
     body: int = 20 * 2**20
     waiting: int = 64
+    together: int = 8
 
 
 @dataclass
@@ -57,7 +60,7 @@ def build_app(chat: Chat, *, limits: Limits = Limits(), api_key: str | None = No
     what every request but /health has to bring as its bearer token; to the page a browser brings it as a password.
     with_page: whether there is a page at /. Raises ConfigError where the packages for it are missing.
     """
-    worker = Worker(chat, limits.waiting)
+    worker = Worker(chat, limits.waiting, limits.together)
     metrics = Metrics()
     metrics.waiting.set_function(lambda: worker.waiting)
     speakers = list(dict.fromkeys([chat.speaker, BASE, *chat.adapters]))
