@@ -3,7 +3,8 @@
     python -m benchmarks.bench_serve --clients 32 --seconds 60 --batches 1 8 --out serve.json
 
 Starts the server on the demo's base with an adapter of random values, in a process of its own, and tells how many
-answers a second it gave, how long they took, that nobody got another's answer, and what it held in memory.
+answers a second it gave, what one took of the processors, whatever else they did, how long they took, that nobody got
+another's answer, and what it held in memory.
 """
 
 import argparse
@@ -131,6 +132,12 @@ def memory_mib(process: int) -> float:
     return int(found[1]) / 1024 if found else float("nan")
 
 
+def cpu_seconds(process: int) -> float:
+    """What a process has had of the processors, in seconds."""
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def start_server(folder: Path, waiting: int, batch: int) -> tuple[subprocess.Popen, str]:
     """The server's process and its address."""
     command = [sys.executable, "-m", "sat_lora.cli", "serve", "--base", str(BASE), "--version", "base"]
@@ -168,6 +175,7 @@ def under_load(process: int, address: str, clients: int, seconds: float, broken:
         )
         expected.append(answer.json()["choices"][0]["message"]["content"])
     before = memory_mib(process)
+    cpu_before = cpu_seconds(process)
     load = Load(address)
     deadline = time.monotonic() + seconds
     threads = [
@@ -185,11 +193,13 @@ def under_load(process: int, address: str, clients: int, seconds: float, broken:
         bombed = http.post("/v1/chat/completions", json=question(bomb(), "base"))
     for thread in threads:
         thread.join()
+    cpu = cpu_seconds(process) - cpu_before
     ordered = sorted(load.seconds)
     return {
         "clients": clients,
         "seconds": seconds,
         "answers_per_second": len(ordered) / seconds,
+        "cpu_seconds_per_answer": cpu / len(ordered),
         "latency": quartiles(ordered),
         "latency_p95": ordered[int(0.95 * (len(ordered) - 1))],
         "statuses": dict(load.statuses),

@@ -61,6 +61,11 @@ def run(options: argparse.Namespace) -> None:
     from sat_lora.parallel.launch import find_place
 
     api_key = options.api_key or os.environ.get(KEY) or None
+    if api_key is not None and not (api_key.isascii() and api_key.isprintable() and api_key == api_key.strip()):
+        # Not shown: it is a secret.
+        raise ConfigError(
+            f"the key of {KEY} or --api-key: give visible ASCII characters, as a header of HTTP takes them"
+        )
     if not _is_loopback(options.host) and api_key is None:
         raise ConfigError(f"--host {options.host}: others may reach it; give a key in {KEY}, or with --api-key")
     if find_place().size > 1:

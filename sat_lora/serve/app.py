@@ -19,7 +19,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from sat_lora.chat.session import BASE, Chat, Usage
 from sat_lora.files.foreign import parse_json
-from sat_lora.serve.gate import PAGE, Gate, is_of_page, read_body
+from sat_lora.serve.bodies import Bodies
+from sat_lora.serve.gate import PAGE, Gate, is_of_page
 from sat_lora.serve.questions import Question, RequestError, read_question
 from sat_lora.serve.worker import End, Job, Piece, Worker
 
@@ -61,6 +62,7 @@ def build_app(chat: Chat, *, limits: Limits = Limits(), api_key: str | None = No
     with_page: whether there is a page at /. Raises ConfigError where the packages for it are missing.
     """
     worker = Worker(chat, limits.waiting, limits.together)
+    bodies = Bodies(limits.body, limits.seconds)
     metrics = Metrics()
     metrics.waiting.set_function(lambda: worker.waiting)
     speakers = list(dict.fromkeys([chat.speaker, BASE, *chat.adapters]))
@@ -101,10 +103,12 @@ def build_app(chat: Chat, *, limits: Limits = Limits(), api_key: str | None = No
             most_waiting=limits.waiting,
             max_pixels=chat.max_pixels,
         )
-    app = FastAPI(title="sat_lora", docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
+    app = FastAPI(
+        title="sat_lora", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False, lifespan=lifespan
+    )
 
     if page is not None:
-        app.add_middleware(Gate, page=page.app, refuse=_refusal, most=limits.body, wants_own_host=api_key is None)
+        app.add_middleware(Gate, page=page.app, refuse=_refusal, bodies=bodies, wants_own_host=api_key is None)
     if api_key is not None:
         app.add_middleware(_Keys, key=api_key, has_page=page is not None)
 
@@ -128,14 +132,20 @@ def build_app(chat: Chat, *, limits: Limits = Limits(), api_key: str | None = No
 
     @app.get("/v1/models")
     async def models() -> Response:
-        listed = [{"id": name, "object": "model", "created": 0, "owned_by": "sat_lora"} for name in speakers]
-        return JSONResponse({"object": "list", "data": listed})
+        return JSONResponse({"object": "list", "data": [*map(_model, speakers)]})
+
+    @app.get("/v1/models/{name}")
+    async def model(name: str) -> Response:
+        if name not in speakers:
+            known = ", ".join(speakers)
+            return _refusal(RequestError(f"there is no model of this name; there are: {known}", 404, "model_not_found"))
+        return JSONResponse(_model(name))
 
     @app.post("/v1/chat/completions")
     async def complete(request: Request) -> Response:
         arrival = time.monotonic()
         try:
-            content = _json(await read_body(request.receive, limits.body))
+            content = _json(await bodies.read(request.receive))
             question = read_question(content, speakers=speakers, keeps_history=keeps_history)
             answer = _Answer(question, arrival + limits.seconds, metrics, arrival)
             worker.submit(answer.job)
@@ -145,6 +155,11 @@ def build_app(chat: Chat, *, limits: Limits = Limits(), api_key: str | None = No
             return _refusal(error)
 
     return app
+
+
+def _model(name: str) -> dict[str, Any]:
+    """Return what OpenAI's clients are told of a model."""
+    return {"id": name, "object": "model", "created": 0, "owned_by": "sat_lora"}
 
 
 class _Keys:

@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sat_lora.files.foreign import parse_json
+from sat_lora.serve.bodies import Bodies
 from sat_lora.serve.questions import RequestError
 
 PAGE = "/"
@@ -42,8 +43,8 @@ def is_of_page(path: str) -> bool:
 class Gate:
     """Passes requests for the page on to it, and all others to the application.
 
-    page: Gradio's application. refuse: makes a response of an error. most: bytes of a body. wants_own_host: whether
-    the page is for this machine's names alone, so that no other site gets at it under a name of its own.
+    page: Gradio's application. refuse: makes a response of an error. bodies: reads those of requests. wants_own_host:
+    whether the page is for this machine's names alone, so that no other site gets at it under a name of its own.
     """
 
     def __init__(
@@ -52,13 +53,13 @@ class Gate:
         *,
         page: ASGIApp,
         refuse: Callable[[RequestError], ASGIApp],
-        most: int,
+        bodies: Bodies,
         wants_own_host: bool,
     ):
         self._app = app
         self._page = page
         self._refuse = refuse
-        self._most = most
+        self._bodies = bodies
         self._wants_own_host = wants_own_host
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -93,7 +94,7 @@ class Gate:
             return ({**scope, "query_string": b""} if path == PAGE else scope), receive
         if not _WRITTEN.fullmatch(path) or method != "POST":
             raise RequestError(f"{method} is not what this address takes", 405)
-        body = await read_body(receive, self._most)
+        body = await self._bodies.read(receive)
         try:
             content = parse_json(body) if body else {}
         except (ValueError, RecursionError) as error:
@@ -110,25 +111,6 @@ def is_own_name(host: str) -> bool:
         return name == "localhost" or name.endswith(".localhost") or ipaddress.ip_address(name).is_loopback
     except ValueError:
         return False
-
-
-async def read_body(receive: Receive, most: int) -> bytes:
-    """Return a request's body. Raises RequestError of status 413 as soon as it is longer than `most` bytes, 499 where
-    the client goes before its end.
-    """
-    parts = []
-    length = 0
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise RequestError("the client has gone", 499)
-        part = message.get("body", b"")
-        length += len(part)
-        if length > most:
-            raise RequestError(f"the body is longer than {most} bytes; send a smaller picture", 413)
-        parts.append(part)
-        if not message.get("more_body"):
-            return b"".join(parts)
 
 
 def _names_a_file(value: object) -> bool:

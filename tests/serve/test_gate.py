@@ -2,10 +2,12 @@
 
 import json
 
+import anyio
 import httpx
 import pytest
 from starlette.responses import JSONResponse
 
+from sat_lora.serve.bodies import Bodies
 from sat_lora.serve.gate import HEADERS, Gate, is_of_page, is_own_name
 
 JOIN = "/gradio_api/queue/join"
@@ -28,8 +30,7 @@ def refusal(error):
 
 
 def asked(method, path, *, own_host=False, most=1000, **request):
-    gate = Gate(application, page=page, refuse=refusal, most=most, wants_own_host=own_host)
-    import anyio
+    gate = Gate(application, page=page, refuse=refusal, bodies=Bodies(most, 60), wants_own_host=own_host)
 
     async def send():
         transport = httpx.ASGITransport(gate)
