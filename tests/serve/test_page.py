@@ -4,10 +4,13 @@ import base64
 import json
 import os
 import shutil
+import threading
 
 import httpx
 import pytest
 
+from sat_lora.chat import Chat
+from sat_lora.cogvlm import load_cogvlm
 from sat_lora.serve.app import Limits
 from tests.support.serving import chat_of, served
 
@@ -95,6 +98,31 @@ def test_what_is_wrong_is_shown_and_the_question_stays(address, problem, argumen
 def test_values_that_the_page_has_not_end_nothing(address, values):
     assert ask(address, "x", **values) == []
     assert ask(address, "x")[-1][0]["turns"]
+
+
+class SlowChat(Chat):
+    """A conversation whose steps take their time, until somebody is in a hurry."""
+
+    hurry = threading.Event()
+
+    def answer_together(self, questions):
+        for pieces in super().answer_together(questions):
+            yield pieces
+            self.hurry.wait(0.02)
+
+
+def test_a_tab_that_is_closed_ends_its_answer(base, adapters, picture):
+    chat = SlowChat(load_cogvlm(base), adapters={"mine": adapters["mine"]}, version="chat", max_new_tokens=400)
+    with served(chat, with_page=True) as address, httpx.Client(base_url=address, timeout=60) as http:
+        data = ["12 34", data_url(picture), "mine", False, 0, None]
+        body = {"data": data, "fn_index": 0, "session_hash": "gone", "event_data": None, "trigger_id": None}
+        assert http.post(JOIN, json=body).status_code == 200
+        with http.stream("GET", "/gradio_api/queue/data", params={"session_hash": "gone"}) as events:
+            next(line for line in events.iter_lines() if "process_generating" in line)
+        chat.hurry.set()
+        assert ask(address, "12")[-1][0]["turns"]
+        metrics = http.get("/metrics").text
+    assert 'sat_lora_requests_total{status="200"} 1.0' in metrics  # the answer that was left is none
 
 
 def test_nothing_of_gradio_but_the_page_is_there(address):
