@@ -154,6 +154,47 @@ def test_bodies_are_bounded_and_hold_no_files(address):
         assert http.get("/", headers={"host": "evil.example"}).status_code == 403
 
 
+WEIRD = [
+    {},
+    {"data": []},
+    {"data": ["x"], "fn_index": 0, "session_hash": "w"},
+    {"data": ["x"] * 50, "fn_index": 0, "session_hash": "w"},
+    {"data": "x", "fn_index": 0, "session_hash": "w"},
+    {"data": [{}] * 6, "fn_index": 0, "session_hash": "w"},
+    {"data": [None] * 6, "fn_index": 0, "session_hash": "w"},
+    {"data": [1e300, 3, True, "x", [], "x"], "fn_index": 0, "session_hash": "w"},
+    {"data": ["\ud800", "", "mine", False, 0, None], "fn_index": 0, "session_hash": "w"},
+    {"data": ["x", "", "mine", False, 0, None], "fn_index": 99, "session_hash": "w"},
+    {"data": ["x", "", "mine", False, 0, None], "fn_index": -1, "session_hash": "w"},
+    {"data": ["x", "", "mine", False, 0, None], "fn_index": "a", "session_hash": "w"},
+    {"data": ["x", "", "mine", False, 0, None], "fn_index": 0, "session_hash": ["w"]},
+    {"data": ["x", "", "mine", False, 0, None], "fn_index": 0},
+    {"data": ["x", "", "mine", False, 0, None], "fn_index": 0, "session_hash": "w", "simple_format": True},
+    {"data": ["x", "", "mine", False, 0, None], "fn_index": 0, "session_hash": "w", "batched": True},
+    {"data": ["x", "", "mine", False, 0, None], "fn_index": 0, "session_hash": "w", "event_data": {"_data": {}}},
+]
+
+
+def test_values_of_no_page_tell_nothing_and_end_nothing(address):
+    secrets = ("Traceback", "site-packages", ".py", str(os.getcwd()))
+    with httpx.Client(base_url=address, timeout=60) as http:
+        for number, body in enumerate(WEIRD):
+            body = {**body, **({"session_hash": f"w{number}"} if body.get("session_hash") == "w" else {})}
+            answer = http.post(JOIN, content=json.dumps(body))
+            text = answer.text
+            if answer.status_code == 200:
+                with http.stream("GET", "/gradio_api/queue/data", params={"session_hash": f"w{number}"}) as events:
+                    for line in events.iter_lines():
+                        text += line
+                        if "process_completed" in line:
+                            break
+            assert not [secret for secret in secrets if secret in text], text
+        for path in ("/config", "/", "/gradio_api/info", "/gradio_api/startup-events"):
+            answer = http.get(path)
+            assert answer.status_code == 200 and not [secret for secret in secrets if secret in answer.text], path
+    assert ask(address, "x")[-1][0]["turns"]
+
+
 def test_a_browser_brings_the_key_as_a_password_and_to_the_page_alone(base, adapters, picture):
     chat = chat_of(base, {"mine": adapters["mine"]})
     with served(chat, api_key="se:cret", with_page=True) as address:
