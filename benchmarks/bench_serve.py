@@ -191,6 +191,9 @@ def under_load(process: int, address: str, clients: int, seconds: float, broken:
         for _ in range(broken):
             refused[http.post("/v1/chat/completions", content=malformed(draw)).status_code] += 1
         bombed = http.post("/v1/chat/completions", json=question(bomb(), "base"))
+        while bombed.status_code == 429:  # of a full queue, which it has not been in yet
+            time.sleep(float(bombed.headers["Retry-After"]))
+            bombed = http.post("/v1/chat/completions", json=question(bomb(), "base"))
     for thread in threads:
         thread.join()
     cpu = cpu_seconds(process) - cpu_before

@@ -154,6 +154,11 @@ def test_addresses_and_methods_that_are_none(method, path, status, address):
     assert answer.status_code == status and answer.json()["error"]["message"], answer.text
 
 
+def test_without_the_page_its_address_says_how_to_get_it(address):
+    assert "pip install 'sat_lora[page]' for a page here" in httpx.get(address).json()["error"]["message"]
+    assert "pip install" not in httpx.get(f"{address}/nowhere").text
+
+
 def test_a_model_is_told_of_by_its_name(address):
     client = openai.OpenAI(base_url=f"{address}/v1", api_key="any", max_retries=0)
     assert client.models.retrieve("mine").id == "mine"

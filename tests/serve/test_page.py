@@ -239,10 +239,12 @@ class BoxesChat:
 
     @classmethod
     def of(cls, chat):
-        def stream(query, image=None):
-            yield cls.TEXT if chat.speaker == "mine" else f"I am {chat.speaker}"
+        def answer_together(questions):
+            for question in questions:
+                question.answer.is_finished = True
+            yield [cls.TEXT if chat.speaker == "mine" else f"I am {chat.speaker}"] * len(questions)
 
-        chat.stream = stream
+        chat.answer_together = answer_together
         return chat
 
 
