@@ -4,6 +4,7 @@ import base64
 import json
 import os
 import shutil
+import socket
 import threading
 
 import httpx
@@ -35,7 +36,7 @@ def ask(address, question, picture="", speaker="mine", compares=False, temperatu
     from gradio_client.utils import apply_diff
 
     data = [question, picture, speaker, compares, temperature, kept]
-    with httpx.Client(base_url=address, timeout=60, **client) as http:
+    with httpx.Client(base_url=address, timeout=60, verify=False, **client) as http:
         body = {"data": data, "fn_index": 0, "session_hash": "abc", "event_data": None, "trigger_id": None}
         answer = http.post(JOIN, json=body)
         assert answer.status_code == 200, answer.text
@@ -113,7 +114,7 @@ class SlowChat(Chat):
 
 def test_a_tab_that_is_closed_ends_its_answer(base, adapters, picture):
     chat = SlowChat(load_cogvlm(base), adapters={"mine": adapters["mine"]}, version="chat", max_new_tokens=400)
-    with served(chat, with_page=True) as address, httpx.Client(base_url=address, timeout=60) as http:
+    with served(chat, with_page=True) as address, httpx.Client(base_url=address, timeout=60, verify=False) as http:
         data = ["12 34", data_url(picture), "mine", False, 0, None]
         body = {"data": data, "fn_index": 0, "session_hash": "gone", "event_data": None, "trigger_id": None}
         assert http.post(JOIN, json=body).status_code == 200
@@ -126,7 +127,7 @@ def test_a_tab_that_is_closed_ends_its_answer(base, adapters, picture):
 
 
 def test_nothing_of_gradio_but_the_page_is_there(address):
-    with httpx.Client(base_url=address) as http:
+    with httpx.Client(base_url=address, verify=False) as http:
         for path in (
             "/gradio_api/file=/etc/passwd",
             "/gradio_api/proxy=http://127.0.0.1/",
@@ -146,12 +147,30 @@ def test_nothing_of_gradio_but_the_page_is_there(address):
 
 
 def test_bodies_are_bounded_and_hold_no_files(address):
-    with httpx.Client(base_url=address) as http:
+    with httpx.Client(base_url=address, verify=False) as http:
         assert http.post(JOIN, content=b"x" * (2**20 + 1)).status_code == 413
         body = {"data": ["x", {"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}], "fn_index": 0}
         assert http.post(JOIN, json={**body, "session_hash": "a"}).status_code == 400
         assert http.get("/config", headers={"origin": "http://evil.example"}).status_code == 403
         assert http.get("/", headers={"host": "evil.example"}).status_code == 403
+
+
+def test_nothing_is_fetched_and_nothing_kept_on_the_disk(base, adapters, picture, tmp_path, monkeypatch):
+    hosts = set()
+    look_up = socket.getaddrinfo
+    monkeypatch.setattr(
+        socket, "getaddrinfo", lambda host, *more, **named: hosts.add(host) or look_up(host, *more, **named)
+    )
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "gradio"))
+    monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "True")  # of whoever starts it
+    chat = chat_of(base, {"mine": adapters["mine"]})
+    with served(chat, with_page=True) as address:
+        url = data_url(picture)
+        assert ask(address, "![x](http://example.invalid/x.png)", url)[-1][0]["turns"]
+        for path in ("/", "/config", "/theme.css"):
+            assert httpx.get(address + path).status_code == 200
+    assert {host.decode() if isinstance(host, bytes) else host for host in hosts} <= {"127.0.0.1", "localhost", None}
+    assert [path for path in (tmp_path / "gradio").rglob("*") if path.is_file()] == []
 
 
 WEIRD = [
@@ -175,9 +194,10 @@ WEIRD = [
 ]
 
 
+@pytest.mark.matrix
 def test_values_of_no_page_tell_nothing_and_end_nothing(address):
     secrets = ("Traceback", "site-packages", ".py", str(os.getcwd()))
-    with httpx.Client(base_url=address, timeout=60) as http:
+    with httpx.Client(base_url=address, timeout=60, verify=False) as http:
         for number, body in enumerate(WEIRD):
             body = {**body, **({"session_hash": f"w{number}"} if body.get("session_hash") == "w" else {})}
             answer = http.post(JOIN, content=json.dumps(body))

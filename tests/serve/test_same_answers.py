@@ -38,7 +38,7 @@ def adapter(single_process_group, tmp_path_factory):
 def pictures(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pictures")
     draw = numpy.random.default_rng(5)
-    for number in range(7):
+    for number in range(5):
         size = (42, 42 + number, 3)
         Image.fromarray(draw.integers(0, 256, size, dtype=numpy.uint8)).save(folder / f"{number}.png")
     return sorted(folder.iterdir())
@@ -69,7 +69,7 @@ def said_by_the_server(adapter, version, pictures, batch) -> dict[tuple[str, int
         parts = [{"type": "image_url", "image_url": {"url": url}}]
         parts.append({"type": "text", "text": QUERIES[number % len(QUERIES)]})
         request = {"model": speaker, "messages": [{"role": "user", "content": parts}]}
-        answer = httpx.post(f"{address}/v1/chat/completions", json=request, timeout=100).json()
+        answer = httpx.post(f"{address}/v1/chat/completions", json=request, timeout=100, verify=False).json()
         text = answer["choices"][0]["message"]["content"]
         said[speaker, number] = text, answer["usage"]["completion_tokens"]
 
@@ -95,7 +95,7 @@ def test_chat_server_and_evaluation_say_the_same_tokens(
     assert any(said["base", number] != said["mine", number] for number in range(len(pictures)))
     tokenizer = load_tokenizer(TINY_BASE)
     ends = [number for number in range(len(pictures)) if all(said[who, number][1] < 16 for who in ("base", "mine"))]
-    assert len(ends) > 3  # an evaluation stops where the longest right answer ends
+    assert len(ends) > 2  # an evaluation stops where the longest right answer ends
     generated: dict[str, list] = {"base": [], "adapter": []}
     generate = evaluation.generate
 
