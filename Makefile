@@ -36,9 +36,13 @@ lint: $(READY)
 
 # Half an hour of a quiet machine: every layout, and every other long test. A busy one is waited for.
 test-matrix: export SAT_LORA_TEST_PATIENCE ?= 5
-test-matrix: $(READY)
+test-matrix: $(VENV)/.matrix-installed
 	"$(BIN)/python" -m pytest -m matrix --numprocesses $(WORKERS) --dist loadfile -v -rf; status=$$?; \
 	"$(BIN)/python" -m tests.distributed.matrix && exit $$status
+
+$(VENV)/.matrix-installed: $(READY)  # the page is opened in a browser where there is one: apt-get install chromium
+	"$(BIN)/python" -m pip install -q -c constraints.txt -e '.[matrix]'
+	touch $@
 
 # Small changes of lora/ and files/, at most 25 of a file: do these tests notice? MUTANTS="--per-file 0 --file FILE": all of one.
 MUTANT_TESTS := tests/lora tests/files tests/cases/test_patterns.py --ignore=tests/lora/deltas/test_delta_kernels.py

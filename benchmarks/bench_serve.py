@@ -1,9 +1,10 @@
 """Load on `sat-lora serve`: many clients at once, clients that go, a picture bomb and requests that are malformed.
 
-    python -m benchmarks.bench_serve --clients 32 --seconds 60 --out serve.json
+    python -m benchmarks.bench_serve --clients 32 --seconds 60 --batches 1 8 --out serve.json
 
 Starts the server on the demo's base with an adapter of random values, in a process of its own, and tells how many
-answers a second it gave, how long they took, that nobody got another's answer, and what it held in memory.
+answers a second it gave, what one took of the processors, whatever else they did, how long they took, that nobody got
+another's answer, and what it held in memory.
 """
 
 import argparse
@@ -60,13 +61,6 @@ def noise(seed: int, side: int = 42) -> bytes:
     out = io.BytesIO()
     Image.fromarray(pixels.numpy()).save(out, "PNG")
     return out.getvalue()
-
-
-def answer_in_turn(http: httpx.Client, body: dict) -> httpx.Response:
-    """Return the response to a request that is sent again as long as the queue is full."""
-    while (response := http.post("/v1/chat/completions", json=body)).status_code == 429:
-        time.sleep(0.05)
-    return response
 
 
 def bomb() -> bytes:
@@ -138,10 +132,17 @@ def memory_mib(process: int) -> float:
     return int(found[1]) / 1024 if found else float("nan")
 
 
-def start_server(folder: Path, waiting: int) -> tuple[subprocess.Popen, str]:
+def cpu_seconds(process: int) -> float:
+    """What a process has had of the processors, in seconds."""
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def start_server(folder: Path, waiting: int, batch: int) -> tuple[subprocess.Popen, str]:
     """The server's process and its address."""
     command = [sys.executable, "-m", "sat_lora.cli", "serve", "--base", str(BASE), "--version", "base"]
     command += ["--adapter", str(folder), "--port", "0", "--max-waiting", str(waiting)]
+    command += ["--no-page", "--max-batch", str(batch)]
     path = os.pathsep.join([str(BASE.parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path})
     for line in process.stdout:
@@ -150,18 +151,18 @@ def start_server(folder: Path, waiting: int) -> tuple[subprocess.Popen, str]:
     raise RuntimeError(f"the server ended with status {process.wait()}")
 
 
-def measure(clients: int, seconds: float, broken: int, waiting: int) -> dict:
+def measure(clients: int, seconds: float, broken: int, waiting: int, batch: int = 8) -> dict:
     """The figures of a server under load."""
     with tempfile.TemporaryDirectory() as home:
         adapter = Path(home) / "mine" / "adapter"
         write_adapter(adapter)
-        process, address = start_server(adapter, waiting)
+        process, address = start_server(adapter, waiting, batch)
         try:
             figures = under_load(process.pid, address, clients, seconds, broken)
         finally:
             process.send_signal(signal.SIGTERM)
             figures_status = process.wait(60)
-        return {**figures, "status": figures_status}
+        return {"batch": batch, **figures, "status": figures_status}
 
 
 def under_load(process: int, address: str, clients: int, seconds: float, broken: int) -> dict:
@@ -174,6 +175,7 @@ def under_load(process: int, address: str, clients: int, seconds: float, broken:
         )
         expected.append(answer.json()["choices"][0]["message"]["content"])
     before = memory_mib(process)
+    cpu_before = cpu_seconds(process)
     load = Load(address)
     deadline = time.monotonic() + seconds
     threads = [
@@ -188,14 +190,19 @@ def under_load(process: int, address: str, clients: int, seconds: float, broken:
     with httpx.Client(base_url=address, timeout=120) as http:
         for _ in range(broken):
             refused[http.post("/v1/chat/completions", content=malformed(draw)).status_code] += 1
-        bombed = answer_in_turn(http, question(bomb(), "base"))
+        bombed = http.post("/v1/chat/completions", json=question(bomb(), "base"))
+        while bombed.status_code == 429:  # of a full queue, which it has not been in yet
+            time.sleep(float(bombed.headers["Retry-After"]))
+            bombed = http.post("/v1/chat/completions", json=question(bomb(), "base"))
     for thread in threads:
         thread.join()
+    cpu = cpu_seconds(process) - cpu_before
     ordered = sorted(load.seconds)
     return {
         "clients": clients,
         "seconds": seconds,
         "answers_per_second": len(ordered) / seconds,
+        "cpu_seconds_per_answer": cpu / len(ordered),
         "latency": quartiles(ordered),
         "latency_p95": ordered[int(0.95 * (len(ordered) - 1))],
         "statuses": dict(load.statuses),
@@ -207,17 +214,21 @@ def under_load(process: int, address: str, clients: int, seconds: float, broken:
     }
 
 
-def main(arguments: list[str] | None = None) -> dict:
+def main(arguments: list[str] | None = None) -> list[dict]:
     """Measure, print and write the figures, and return them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--malformed", type=int, default=1000, help="requests")
     parser.add_argument("--waiting", type=int, default=64, help="--max-waiting of the server")
+    parser.add_argument(
+        "--batches", type=int, nargs="+", default=[8], help="--max-batch of the server, one after another"
+    )
     parser.add_argument("--out", type=Path, help="json file")
     args = parser.parse_args(arguments)
-    figures = measure(args.clients, args.seconds, args.malformed, args.waiting)
-    print(table(["", "value"], [[name, str(value)] for name, value in figures.items()], False))
+    figures = [measure(args.clients, args.seconds, args.malformed, args.waiting, batch) for batch in args.batches]
+    rows = [[name, *(str(of_batch[name]) for of_batch in figures)] for name in figures[0]]
+    print(table(["", *(f"batches of {batch}" for batch in args.batches)], rows, False))
     if args.out:
         write_json({"environment": environment(torch.device("cpu"), "wall"), "serve": figures}, args.out)
     return figures

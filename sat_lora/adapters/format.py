@@ -10,6 +10,7 @@ FOLDER/adapter_config.json         the LoraConfig, and under `sat_lora` the form
                                    was: name of its folder, family, number of parameters, and some of its values, see
                                    `base_identity`; where the base was quantised, under `base_quantization` how, which
                                    nobody has to obey
+FOLDER/README.md                   for people, see `card`; nothing reads it
 
 It is always a plain LoRA for the original base: what PiSSA and OLoRA take from the base is subtracted in the pair.
 """
@@ -17,7 +18,7 @@ It is always a plain LoRA for the original base: what PiSSA and OLoRA take from 
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ import safetensors
 import torch
 from safetensors.torch import save_file
 
+from sat_lora.adapters.card import Section, write_card
 from sat_lora.files.atomic import replaced_folder
 from sat_lora.lora.base_identity import BaseIdentity
 from sat_lora.lora.config import DTYPES, LoraConfig
@@ -152,10 +154,11 @@ def plain_config(config: LoraConfig) -> LoraConfig:
     )
 
 
-def write_adapter(folder: str | Path, adapter: SavedAdapter) -> None:
+def write_adapter(folder: str | Path, adapter: SavedAdapter, sections: Sequence[Section] = ()) -> None:
     """Write the folder; a reader sees the old one or the new one, never a torn one.
 
-    Raises OSError if it cannot be written.
+    sections: what the card says beside what is saved. A card there that somebody has edited stays. Raises OSError if
+    it cannot be written.
     """
     config = {
         "peft_type": "LORA",
@@ -175,6 +178,7 @@ def write_adapter(folder: str | Path, adapter: SavedAdapter) -> None:
         except safetensors.SafetensorError as error:
             raise OSError(str(error)) from error
         (temporary / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        write_card(temporary, adapter, sections, Path(folder))
 
 
 def strings_of(values: object) -> tuple[str, ...]:

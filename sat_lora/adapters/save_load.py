@@ -1,11 +1,12 @@
 """From a model to an adapter folder and back, at any ZeRO stage and model-parallel size. See `format`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from sat_lora.adapters.card import Section
 from sat_lora.adapters.format import MAGNITUDE, PAIR, LayerEntry, SavedAdapter, cut_slots, plain_config, write_adapter
 from sat_lora.adapters.loftq_base import note_rounds
 from sat_lora.adapters.read import base_problem, read_adapter, tensor_problems
@@ -119,10 +120,13 @@ def gather_adapter(
     return SavedAdapter(config, base.fingerprint, layers, tuple(trained), {**tensors, **trained}, base, about)
 
 
-def write_gathered(folder: str | Path, saved: SavedAdapter) -> None:
-    """Write what `gather_adapter` gave on rank 0, which needs no other rank. Raises AdapterError if it cannot."""
+def write_gathered(folder: str | Path, saved: SavedAdapter, sections: Sequence[Section] = ()) -> None:
+    """Write what `gather_adapter` gave on rank 0, which needs no other rank. Raises AdapterError if it cannot.
+
+    sections: of the model card.
+    """
     try:
-        write_adapter(folder, saved)
+        write_adapter(folder, saved, sections)
     except OSError as error:
         raise AdapterError(f"{folder}: the adapter could not be written: {error}") from error
 

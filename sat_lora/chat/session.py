@@ -16,7 +16,8 @@ import torch
 from PIL import Image
 
 from sat_lora.adapters.save_load import load_adapter
-from sat_lora.cogvlm.decoding.generate import stream
+from sat_lora.cogvlm.decoding.answer import Answer
+from sat_lora.cogvlm.decoding.generate import stream_answers
 from sat_lora.cogvlm.decoding.sampling import GREEDY, Sampling
 from sat_lora.cogvlm.inputs.image import image_tensor, load_image
 from sat_lora.cogvlm.inputs.pictures import MAX_PIXELS
@@ -55,6 +56,19 @@ class Usage:
     prompt_tokens: int
     completion_tokens: int
     is_whole: bool
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A question as the model reads it, with its image and the turns before it, and the answer as far as it came."""
+
+    sample: Sample
+    answer: Answer
+
+    @property
+    def usage(self) -> Usage:
+        """What the answer took so far."""
+        return Usage(len(self.sample.input_ids), self.answer.taken, self.answer.is_whole)
 
 
 class Chat:
@@ -117,7 +131,7 @@ class Chat:
         self._image_size = tuple(config["eva_args"]["image_size"])
         self._image_length = config["image_length"]
         self._special_tokens = special_tokens
-        self._max_pixels = max_pixels
+        self.max_pixels = max_pixels
         for number, (name, adapter) in enumerate((adapters or {}).items()):
             if not name or "." in name or name == BASE or name in self.adapters:
                 problem = "is taken" if name in (BASE, *self.adapters) else "is no name: it is empty or has a dot"
@@ -167,7 +181,7 @@ class Chat:
             tensor = image_tensor(image, self._image_size)
         else:
             name = "the image" if isinstance(image, bytes) else None
-            tensor = load_image(image, self._image_size, name, max_pixels=self._max_pixels)
+            tensor = load_image(image, self._image_size, name, max_pixels=self.max_pixels)
         self.reset()
         self._image = tensor
 
@@ -225,23 +239,29 @@ class Chat:
         }
         replace_text(Path(file), json.dumps(content, ensure_ascii=False, indent=1) + "\n")
 
-    def _pieces(self, query: str) -> Generator[str, None, None]:
+    def prepare(self, query: str) -> Prepared:
+        """Return a question of this conversation, for `answer_together`. Raises DataError as `stream` does."""
         sample = self._fitting(query)
+        limit = min(self.max_new_tokens, self.max_length - len(sample.input_ids))
+        ends = frozenset([self._tokenizer.eos_token_id])
+        return Prepared(sample, Answer(ends, self.stop, self._tokenizer, limit=limit))
+
+    def answer_together(self, questions: Sequence[Prepared]) -> Generator[list[str], None, None]:
+        """Yield a new piece of each one's answer, "" where there is none, until all have ended; no turn keeps them.
+
+        They are answered by whoever answers at present, and each as it would be alone.
+        """
         device = next(self.model.parameters()).device
-        prompt_tokens = len(sample.input_ids)
-        most = min(self.max_new_tokens, self.max_length - prompt_tokens)
-        answers = stream(
-            self.model,
-            to_device(collate([sample], image_size=self._image_size), device),
-            tokenizer=self._tokenizer,
-            max_new_tokens=most,
-            eos_token_id=self._tokenizer.eos_token_id,
-            sampling=self.sampling,
-            stop=self.stop,
-        )
-        with closing(answers):
-            for number, (piece,) in enumerate(answers, start=1):  # one for each token, and one more where none ends it
-                self.usage = Usage(prompt_tokens, min(number, most), is_whole=number <= most)
+        batch = to_device(collate([question.sample for question in questions], image_size=self._image_size), device)
+        answers = [question.answer for question in questions]
+        longest = max(answer.limit or 0 for answer in answers)
+        yield from stream_answers(self.model, batch, answers, max_new_tokens=longest, sampling=self.sampling)
+
+    def _pieces(self, query: str) -> Generator[str, None, None]:
+        question = self.prepare(query)
+        with closing(self.answer_together([question])) as pieces:
+            for (piece,) in pieces:
+                self.usage = question.usage
                 if piece:
                     yield piece
 

@@ -4,6 +4,7 @@ import argparse
 import ipaddress
 import os
 import socket
+from importlib.util import find_spec
 
 from sat_lora.commands import chat
 from sat_lora.commands.parts import examples
@@ -34,6 +35,8 @@ def add(commands) -> None:
         help=f"what requests have to bring; better in {KEY}, which no list of processes shows",
     )
     option("--max-waiting", type=positive_int, default=64, metavar="N", help="requests that may wait (default: 64)")
+    batch = "requests for the same adapter that are answered together (default: 8)"
+    option("--max-batch", type=positive_int, default=8, metavar="N", help=batch)
     option(
         "--max-seconds",
         type=positive,
@@ -48,6 +51,7 @@ def add(commands) -> None:
         metavar="MIB",
         help="of a request, its picture included (default: 20)",
     )
+    option("--no-page", action="store_true", help="no page at / for browsers (with it: pip install 'sat_lora[page]')")
     command.set_defaults(run_command=run)
 
 
@@ -57,6 +61,11 @@ def run(options: argparse.Namespace) -> None:
     from sat_lora.parallel.launch import find_place
 
     api_key = options.api_key or os.environ.get(KEY) or None
+    if api_key is not None and not (api_key.isascii() and api_key.isprintable() and api_key == api_key.strip()):
+        # Not shown: it is a secret.
+        raise ConfigError(
+            f"the key of {KEY} or --api-key: give visible ASCII characters, as a header of HTTP takes them"
+        )
     if not _is_loopback(options.host) and api_key is None:
         raise ConfigError(f"--host {options.host}: others may reach it; give a key in {KEY}, or with --api-key")
     if find_place().size > 1:
@@ -67,15 +76,25 @@ def run(options: argparse.Namespace) -> None:
         from sat_lora.serve.app import Limits, build_app
     except ImportError as error:
         raise ConfigError(f"sat-lora serve needs more packages ({error}): pip install 'sat_lora[serve]'") from error
+    with_page = not options.no_page and find_spec("gradio") is not None
     listener = _listen(options.host, options.port)
     try:
         session = chat.load_chat(options)
-        limits = Limits(seconds=options.max_seconds, body=int(options.max_body * 2**20), waiting=options.max_waiting)
-        app = build_app(session, limits=limits, api_key=api_key)
+        limits = Limits(
+            seconds=options.max_seconds,
+            body=int(options.max_body * 2**20),
+            waiting=options.max_waiting,
+            together=options.max_batch,
+        )
+        app = build_app(session, limits=limits, api_key=api_key, with_page=with_page)
         names = ", ".join(dict.fromkeys([session.speaker, "base", *session.adapters]))
         address, own_port = listener.getsockname()[:2]
         shown = f"[{address}]" if ":" in address else address
-        print(f"models: {names}\nlistening at http://{shown}:{own_port}/v1", flush=True)
+        page = f"http://{shown}:{own_port}/" if with_page else "none; pip install 'sat_lora[page]' for one"
+        print(f"models: {names}")
+        if not options.no_page:
+            print(f"page: {page}")
+        print(f"listening at http://{shown}:{own_port}/v1", flush=True)
         config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=10)
         uvicorn.Server(config).run(sockets=[listener])
     finally:

@@ -1,12 +1,14 @@
 """The HTTP side: OpenAI's chat completions and models, health and metrics, on FastAPI."""
 
 import asyncio
+import base64
+import binascii
 import contextlib
 import hmac
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +19,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from sat_lora.chat.session import BASE, Chat, Usage
 from sat_lora.files.foreign import parse_json
+from sat_lora.serve.bodies import Bodies
+from sat_lora.serve.gate import PAGE, Gate, is_of_page
 from sat_lora.serve.questions import Question, RequestError, read_question
 from sat_lora.serve.worker import End, Job, Piece, Worker
 
@@ -26,11 +30,14 @@ OPEN = ("/health",)  # without a key
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What a request may take. seconds: from its arrival to its last token. body: bytes. waiting: requests."""
+    """What a request may take. seconds: from its arrival to its last token. body: bytes. waiting: requests. together:
+    those that are answered in one batch.
+    """
 
     seconds: float = 120.0
     body: int = 20 * 2**20
     waiting: int = 64
+    together: int = 8
 
 
 @dataclass
@@ -47,13 +54,15 @@ class Metrics:
         self.waiting = Gauge("waiting_requests", "Requests in the queue.", **ours)
 
 
-def build_app(chat: Chat, *, limits: Limits = Limits(), api_key: str | None = None) -> FastAPI:
+def build_app(chat: Chat, *, limits: Limits = Limits(), api_key: str | None = None, with_page: bool = False) -> FastAPI:
     """Return the application, which alone uses the conversation from now on.
 
     `model` of a request is "base" or the name of an adapter; without one, who answers in the conversation. api_key:
-    what every request but /health has to bring as its bearer token.
+    what every request but /health has to bring as its bearer token; to the page a browser brings it as a password.
+    with_page: whether there is a page at /. Raises ConfigError where the packages for it are missing.
     """
-    worker = Worker(chat, limits.waiting)
+    worker = Worker(chat, limits.waiting, limits.together)
+    bodies = Bodies(limits.body, limits.seconds)
     metrics = Metrics()
     metrics.waiting.set_function(lambda: worker.waiting)
     speakers = list(dict.fromkeys([chat.speaker, BASE, *chat.adapters]))
@@ -63,19 +72,51 @@ def build_app(chat: Chat, *, limits: Limits = Limits(), api_key: str | None = No
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         worker.start()
         try:
-            yield
+            async with contextlib.nullcontext() if page is None else page.running():
+                yield
         finally:
             await asyncio.to_thread(worker.stop)
 
-    app = FastAPI(title="sat_lora", docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
+    async def ask(content: dict[str, Any]) -> AsyncGenerator[str, None]:
+        """Yield the pieces of an answer to the page."""
+        arrival = time.monotonic()
+        try:
+            question = read_question(content, speakers=speakers, keeps_history=keeps_history)
+            answer = _Answer(question, arrival + limits.seconds, metrics, arrival)
+            worker.submit(answer.job)
+            async with contextlib.aclosing(answer.pieces()) as pieces:
+                async for piece in pieces:
+                    yield piece
+        except RequestError as error:
+            metrics.requests.labels(error.status).inc()
+            raise
 
+    page = None
+    if with_page:
+        from sat_lora.serve.page import Page
+
+        page = Page(
+            ask,
+            speakers=speakers,
+            keeps_history=keeps_history,
+            most_bytes=limits.body,
+            most_waiting=limits.waiting,
+            max_pixels=chat.max_pixels,
+        )
+    app = FastAPI(
+        title="sat_lora", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False, lifespan=lifespan
+    )
+
+    if page is not None:
+        app.add_middleware(Gate, page=page.app, refuse=_refusal, bodies=bodies, wants_own_host=api_key is None)
     if api_key is not None:
-        app.add_middleware(_Keys, key=api_key)
+        app.add_middleware(_Keys, key=api_key, has_page=page is not None)
 
     @app.exception_handler(404)
     async def no_such_place(request: Request, error: Exception) -> Response:
         places = "/v1/chat/completions, /v1/models, /health, /metrics"
-        return _refusal(RequestError(f"there is nothing at this address; there are {places}", 404))
+        about = "" if page is not None or request.url.path != PAGE else "; pip install 'sat_lora[page]' for a page here"
+        return _refusal(RequestError(f"there is nothing at this address; there are {places}{about}", 404))
 
     @app.exception_handler(405)
     async def no_such_method(request: Request, error: Exception) -> Response:
@@ -91,14 +132,20 @@ def build_app(chat: Chat, *, limits: Limits = Limits(), api_key: str | None = No
 
     @app.get("/v1/models")
     async def models() -> Response:
-        listed = [{"id": name, "object": "model", "created": 0, "owned_by": "sat_lora"} for name in speakers]
-        return JSONResponse({"object": "list", "data": listed})
+        return JSONResponse({"object": "list", "data": [*map(_model, speakers)]})
+
+    @app.get("/v1/models/{name}")
+    async def model(name: str) -> Response:
+        if name not in speakers:
+            known = ", ".join(speakers)
+            return _refusal(RequestError(f"there is no model of this name; there are: {known}", 404, "model_not_found"))
+        return JSONResponse(_model(name))
 
     @app.post("/v1/chat/completions")
     async def complete(request: Request) -> Response:
         arrival = time.monotonic()
         try:
-            content = _json(await _body(request, limits.body))
+            content = _json(await bodies.read(request.receive))
             question = read_question(content, speakers=speakers, keeps_history=keeps_history)
             answer = _Answer(question, arrival + limits.seconds, metrics, arrival)
             worker.submit(answer.job)
@@ -110,21 +157,49 @@ def build_app(chat: Chat, *, limits: Limits = Limits(), api_key: str | None = No
     return app
 
 
-class _Keys:
-    """Lets nobody pass without the key, but to what is OPEN."""
+def _model(name: str) -> dict[str, Any]:
+    """Return what OpenAI's clients are told of a model."""
+    return {"id": name, "object": "model", "created": 0, "owned_by": "sat_lora"}
 
-    def __init__(self, app: ASGIApp, key: str):
+
+class _Keys:
+    """Lets nobody pass without the key, but to what is OPEN.
+
+    Programs bring it as a bearer token. To the page a browser brings it as the password of any name, after asking for
+    it; to nothing else, since it would bring it for the pages of other sites as well.
+    """
+
+    def __init__(self, app: ASGIApp, key: str, has_page: bool):
         self._app = app
-        self._expected = f"Bearer {key}".encode()
+        self._key = key.encode()
+        self._has_page = has_page
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] not in OPEN:
+            is_of_browser = self._has_page and is_of_page(scope["path"])
             given = dict(scope["headers"]).get(b"authorization", b"")
-            if not hmac.compare_digest(given, self._expected):
+            key = _key_in(given, takes_password=is_of_browser)
+            if key is None or not hmac.compare_digest(key, self._key):
                 error = RequestError("the key is missing or wrong: Authorization: Bearer KEY", 401, "auth_error")
-                await _refusal(error)(scope, receive, send)
+                refusal = _refusal(error)
+                if is_of_browser:
+                    refusal.headers["WWW-Authenticate"] = 'Basic realm="sat_lora: the key as password", charset="UTF-8"'
+                await refusal(scope, receive, send)
                 return
         await self._app(scope, receive, send)
+
+
+def _key_in(authorization: bytes, *, takes_password: bool) -> bytes | None:
+    """Return the key that a header brings; None where it brings none."""
+    scheme, _, credentials = authorization.partition(b" ")
+    if scheme.lower() == b"bearer":
+        return credentials
+    if scheme.lower() == b"basic" and takes_password:
+        try:
+            return base64.b64decode(credentials.strip(), validate=True).partition(b":")[2]
+        except (binascii.Error, ValueError):
+            return None
+    return None
 
 
 class _Answer:
@@ -170,6 +245,15 @@ class _Answer:
                 if await request.is_disconnected():
                     self.job.is_cancelled.set()
                     raise RequestError("the client has gone", 499) from None
+
+    async def pieces(self) -> AsyncGenerator[str, None]:
+        """Yield the pieces of the answer. Raises RequestError where it fails; cancels the job when it is closed."""
+        try:
+            while isinstance(event := await self._events.get(), Piece):
+                yield event.text
+            self._usage_of(event)
+        finally:
+            self.job.is_cancelled.set()
 
     async def _lines(self, event: Piece | End) -> AsyncIterator[str]:
         try:
@@ -229,18 +313,6 @@ def _refusal(error: RequestError) -> Response:
     """Return an error as OpenAI's clients read it."""
     headers = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}}.get(error.status)
     return JSONResponse(_error(error), error.status, headers)
-
-
-async def _body(request: Request, most: int) -> bytes:
-    """Return the body. Raises RequestError of status 413 as soon as it is longer than `most` bytes."""
-    parts = []
-    length = 0
-    async for part in request.stream():
-        length += len(part)
-        if length > most:
-            raise RequestError(f"the body is longer than {most} bytes; send a smaller picture", 413)
-        parts.append(part)
-    return b"".join(parts)
 
 
 def _json(body: bytes) -> object:

@@ -1,13 +1,16 @@
-"""The one thread that has the model: it answers questions one after the other, in the order in which they came."""
+"""The one thread that has the model: it answers questions in the order in which they came, some of them together."""
 
-import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, field
 
-from sat_lora.chat.session import Chat, Turn, Usage
+import torch
+
+from sat_lora.chat.session import Chat, Prepared, Turn, Usage
+from sat_lora.cogvlm.decoding.sampling import GREEDY
 from sat_lora.errors import SatLoraError
 from sat_lora.serve.questions import Question, RequestError
 
@@ -39,21 +42,27 @@ class Job:
 
 
 class Worker:
-    """Answers jobs in the order of their arrival; `start` and `stop` begin and end its thread."""
+    """Answers jobs in the order of their arrival; `start` and `stop` begin and end its thread.
 
-    def __init__(self, chat: Chat, most_waiting: int):
+    With the oldest job go those for the same adapter, up to `most_together`, in one batch; where tokens are drawn, each
+    job is alone, so that it draws what its seed says.
+    """
+
+    def __init__(self, chat: Chat, most_waiting: int, most_together: int = 1):
         """Take a conversation, which nobody else may use from now on, and how many jobs may wait."""
         self._chat = chat
         self._most_new_tokens = chat.max_new_tokens
-        self._jobs: queue.Queue[Job | None] = queue.Queue(most_waiting + 1)
+        self._jobs: deque[Job] = deque()
+        self._changed = threading.Condition()
         self._most_waiting = most_waiting
+        self._most_together = most_together
         self._thread = threading.Thread(target=self._work, name="answers", daemon=True)
         self._stopping = threading.Event()
 
     @property
     def waiting(self) -> int:
         """How many jobs wait."""
-        return self._jobs.qsize()
+        return len(self._jobs)
 
     @property
     def is_alive(self) -> bool:
@@ -65,42 +74,86 @@ class Worker:
         self._thread.start()
 
     def stop(self) -> None:
-        """End the answer that is being made, and all that wait; return when the thread has ended."""
-        self._stopping.set()
+        """End the answers that are being made, and all that wait; return when the thread has ended."""
+        with self._changed:
+            self._stopping.set()
+            self._changed.notify()
         if self._thread.is_alive():
-            self._jobs.put(None)
             self._thread.join()
 
     def submit(self, job: Job) -> None:
         """Put a job at the end of the queue. Raises RequestError of status 429 where it is full, 503 at the end."""
-        if self._stopping.is_set():
-            raise RequestError("the server is ending", 503, "server_error")
-        if self._jobs.qsize() >= self._most_waiting:
-            raise RequestError(f"{self._most_waiting} requests are waiting already; try again", 429, "rate_limit_error")
-        self._jobs.put_nowait(job)
+        with self._changed:
+            if self._stopping.is_set():
+                raise _ending()
+            if len(self._jobs) >= self._most_waiting:
+                self._jobs = deque(job for job in self._jobs if not job.is_cancelled.is_set())
+            if len(self._jobs) >= self._most_waiting:
+                raise RequestError(
+                    f"{self._most_waiting} requests are waiting already; try again", 429, "rate_limit_error"
+                )
+            self._jobs.append(job)
+            self._changed.notify()
 
     def _work(self) -> None:
-        while (job := self._jobs.get()) is not None:
+        while jobs := self._next():
+            self._answer(jobs)
+        for job in self._jobs:
+            job.tell(End(error=_ending()))
+
+    def _next(self) -> list[Job]:
+        """Wait for a job and return it, with those that are answered with it; none at the end."""
+        with self._changed:
+            while not self._jobs and not self._stopping.is_set():
+                self._changed.wait()
             if self._stopping.is_set():
-                job.tell(End(error=RequestError("the server is ending", 503, "server_error")))
-            elif not job.is_cancelled.is_set():
-                job.tell(self._answer(job))
+                return []
+            first = self._jobs.popleft()
+            together = [first]
+            if _is_for_a_batch(first):
+                same = [job for job in self._jobs if _is_for_a_batch(job) and _speaker(job) == _speaker(first)]
+                together += same[: self._most_together - 1]
+            chosen = set(map(id, together))
+            self._jobs = deque(job for job in self._jobs if id(job) not in chosen)
+            return together
 
-    def _answer(self, job: Job) -> End:
-        """Tell the pieces of an answer, and return its end."""
-        if time.monotonic() > job.deadline:
-            return End(error=RequestError("the request waited for longer than it may take", 504, "timeout"))
+    def _answer(self, jobs: list[Job]) -> None:
+        """Tell the pieces of the jobs' answers and their ends. What goes wrong ends these jobs alone."""
+        answering: list[tuple[Job, Prepared]] = []
+        for job in jobs:
+            if job.is_cancelled.is_set():
+                continue
+            if time.monotonic() > job.deadline:
+                job.tell(End(error=RequestError("the request waited for longer than it may take", 504, "timeout")))
+                continue
+            try:
+                answering.append((job, self._prepared(job.question)))
+            except Exception as error:
+                job.tell(End(error=_error_of(error)))
+        if not answering:
+            return
         try:
-            return self._pieces(job)
-        except SatLoraError as error:  # a picture that cannot be read, a question that is too long
-            return End(error=RequestError(str(error)))
+            self._tell_pieces(answering)
+        except torch.OutOfMemoryError as error:
+            if len(answering) == 1:
+                answering[0][0].tell(End(error=_error_of(error)))
+                return
+            # Too many at once for this device, where each alone may fit. Whoever has heard a piece hears of the error.
+            self._most_together = max(1, len(answering) // 2)
+            for job, question in answering:
+                if not question.answer.taken:
+                    self._answer([job])
+                elif not question.answer.is_finished:
+                    job.tell(End(error=_error_of(error)))
         except Exception as error:
-            # Whatever it is, the next request is to be served; this one's client and the log hear of it.
-            return End(error=RequestError(f"{type(error).__name__}: {error}", 500, "server_error"))
+            # Whatever it is, the next request is to be served; these clients and the log hear of it.
+            for job, question in answering:
+                if not question.answer.is_finished:
+                    job.tell(End(error=_error_of(error)))
 
-    def _pieces(self, job: Job) -> End:
+    def _prepared(self, question: Question) -> Prepared:
+        """Return a question as the model reads it. Raises DataError for a picture that cannot be read, or too much."""
         chat = self._chat
-        question = job.question
         chat.reset()
         chat.use(question.speaker)
         if question.image is not None:
@@ -109,12 +162,44 @@ class Worker:
         chat.sampling = question.sampling
         chat.max_new_tokens = min(question.max_new_tokens or self._most_new_tokens, self._most_new_tokens)
         chat.stop = question.stop
-        chat.usage = None
-        with closing(chat.stream(question.query)) as pieces:
-            for piece in pieces:
-                job.tell(Piece(piece))
-                is_late = time.monotonic() > job.deadline
-                if is_late or job.is_cancelled.is_set() or self._stopping.is_set():
-                    usage = chat.usage or Usage(0, 0, False)
-                    return End(Usage(usage.prompt_tokens, usage.completion_tokens, is_whole=False))
-        return End(chat.usage)
+        return chat.prepare(question.query)
+
+    def _tell_pieces(self, answering: list[tuple[Job, Prepared]]) -> None:
+        """Tell pieces as they come, and the end of each answer once it is there, whatever the others still say."""
+        going = list(range(len(answering)))
+        with closing(self._chat.answer_together([question for _, question in answering])) as steps:
+            for pieces in steps:
+                for number in [*going]:
+                    job, question = answering[number]
+                    if pieces[number]:
+                        job.tell(Piece(pieces[number]))
+                    usage = question.usage
+                    if not question.answer.is_finished:
+                        is_late = time.monotonic() > job.deadline
+                        if not (is_late or job.is_cancelled.is_set() or self._stopping.is_set()):
+                            continue
+                        question.answer.is_finished = True
+                        usage = Usage(usage.prompt_tokens, usage.completion_tokens, is_whole=False)
+                    going.remove(number)
+                    job.tell(End(usage))
+                if not going:
+                    return
+
+
+def _ending() -> RequestError:
+    return RequestError("the server is ending", 503, "server_error")
+
+
+def _is_for_a_batch(job: Job) -> bool:
+    return job.question.sampling == GREEDY
+
+
+def _speaker(job: Job) -> str:
+    return job.question.speaker
+
+
+def _error_of(error: Exception) -> RequestError:
+    """Return what a client is told of an error: of its question, or of the server."""
+    if isinstance(error, SatLoraError):
+        return RequestError(str(error))
+    return RequestError(f"{type(error).__name__}: {error}", 500, "server_error")

@@ -5,11 +5,12 @@ from functools import partial
 
 import torch
 
+from sat_lora.adapters.card import add_section
 from sat_lora.cogvlm.network.model import CogVLMModel
 from sat_lora.data.answer_lengths import CutAnswers
 from sat_lora.data.batches.sources import Source
 from sat_lora.errors import ConfigError
-from sat_lora.files.step_folders import BEST, read_pointer, steps_in
+from sat_lora.files.step_folders import BEST, follow, read_pointer, steps_in
 from sat_lora.lora.summary import describe, describe_text
 from sat_lora.parallel.distributed import World, init_distributed, run_on_all_ranks
 from sat_lora.terminal.notice import logger, warn
@@ -20,6 +21,7 @@ from sat_lora.training.metrics.registry import metrics_named
 from sat_lora.training.prepare import Run, Setting, Sources, build_run, on_first_rank, open_data, prepare
 from sat_lora.training.resume import base_of_state, check_data, facts_of_run, notes, state_to_resume
 from sat_lora.training.run_summary import check_vocabulary, look_at, more_to_say, run_summary
+from sat_lora.training.runs.card_sections import evaluation_section
 from sat_lora.training.runs.results import EVALUATION, results_problems
 from sat_lora.training.runs.run_folder import RunFolder
 from sat_lora.training.runs.run_lock import RunLock
@@ -301,4 +303,9 @@ def _evaluate(
     run_on_all_ranks(
         lambda: write_evaluation(run.path / EVALUATION, result, config, run.adapters) if world.is_main else None
     )
+    if world.is_main:
+        try:
+            add_section(follow(run.adapters), evaluation_section(result))
+        except OSError as error:  # the result itself is written
+            warn(f"{run.adapters}: the result is not in its model card: {error}")
     run.say(evaluation_table(result))

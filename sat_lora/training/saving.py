@@ -12,6 +12,7 @@ from sat_lora.errors import AdapterError
 from sat_lora.files.host_copies import HostCopies
 from sat_lora.files.step_folders import BEST, LATEST, point_to, prune, read_pointer, steps_in
 from sat_lora.parallel.distributed import World, run_on_all_ranks
+from sat_lora.training.runs.card_sections import sections_of_run
 from sat_lora.training.runs.run_folder import RunFolder
 from sat_lora.training.steps.checkpoint import (
     GatheredCheckpoint,
@@ -129,7 +130,7 @@ def write_save(
     step = checkpoint.step
     best = checkpoint.content["best_step"]
     good = checkpoint.content["good_step"]
-    write_gathered(run.adapters / str(step), adapter)
+    write_gathered(run.adapters / str(step), adapter, sections_of_run(run.settings, checkpoint.content))
     try:
         if read_pointer(run.adapters / LATEST) is None:
             point_to(run.adapters, LATEST, step)

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from sat_lora import AdapterError, ConfigError, LoraConfig, LoraMixin, add_lora, describe, load_adapter, save_adapter
+from sat_lora.adapters.card import CARD
 from sat_lora.adapters.read import read_adapter
 from sat_lora.lora.apply import adapters_of
 from sat_lora.lora.mixin import lora_mixins
@@ -55,7 +56,7 @@ def test_a_loaded_adapter_goes_on_training_and_the_base_does_not(tmp_path):
 def test_the_folder_holds_the_adapter_and_nothing_of_the_base(tmp_path, dtype):
     model = trained_model(dtype)
     save_adapter(model, tmp_path / "adapter")
-    assert sorted(path.name for path in (tmp_path / "adapter").iterdir()) == [CONFIG, WEIGHTS]
+    assert sorted(path.name for path in (tmp_path / "adapter").iterdir()) == [CARD, CONFIG, WEIGHTS]
     tensors = load_file(tmp_path / "adapter" / WEIGHTS)
     assert {key.rpartition(".")[2] for key in tensors} == {"lora_A", "lora_B"}
     assert {t.dtype for t in tensors.values()} == {dtype}

@@ -125,7 +125,7 @@ def test_a_cut_weight_file_is_named(adapter, fresh, keep):
 def test_a_folder_that_is_no_adapter_says_what_is_missing_and_found(adapter, fresh):
     (adapter / WEIGHTS).rename(adapter / "weights.bin")
     message = assert_refused(fresh, adapter, "is not an adapter folder: adapter_model.safetensors missing")
-    assert message.endswith("found: adapter_config.json, weights.bin")
+    assert message.endswith("found: README.md, adapter_config.json, weights.bin")
     assert_refused(fresh, adapter / "nowhere", "missing; found: no such folder")
     assert_refused(fresh, adapter / CONFIG, "is not an adapter folder")
 

@@ -1,11 +1,14 @@
 """`sat-lora serve`: mistakes before the base is loaded, and the whole command under load."""
 
+import importlib
 import socket
 import sys
+from types import SimpleNamespace
 
 import pytest
 
 from benchmarks import bench_serve
+from sat_lora import ConfigError
 from sat_lora.cli import main
 from sat_lora.commands.serve import KEY
 from tests.support.paths import TINY_BASE
@@ -48,6 +51,55 @@ def test_missing_packages_are_named(serve, monkeypatch):
     assert status == 2 and "pip install 'sat_lora[serve]'" in error
 
 
+@pytest.mark.parametrize("key", ["schlüssel", "a\nb", " secret", "secret\r", "\x7f", "密钥"])
+def test_a_key_that_no_header_can_bring_is_refused_and_not_shown(serve, monkeypatch, key):
+    for arguments, variable in ((("--api-key", key), ""), ((), key)):
+        monkeypatch.setenv(KEY, variable)
+        status, error = serve("--base", TINY_BASE, "--host", "0.0.0.0", *arguments)
+        assert status == 2 and "give visible ASCII characters" in error and key.strip() not in error
+
+
+@pytest.mark.parametrize("option", ["--max-body", "--max-seconds", "--max-waiting", "--max-batch", "--port"])
+@pytest.mark.parametrize("value", ["-1", "nan", "inf", "1e999", "many", ""])
+def test_limits_that_are_no_numbers(serve, option, value):
+    status, error = serve("--base", TINY_BASE, f"{option}={value}")
+    assert status == 2 and option in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    "arguments, has_gradio, said",
+    [
+        ((), True, "page: http://127.0.0.1:"),
+        ((), False, "page: none; pip install 'sat_lora[page]' for one"),
+        (("--no-page",), True, None),
+    ],
+)
+def test_what_is_said_of_the_page(arguments, has_gradio, said, monkeypatch, capsys):
+    import uvicorn
+
+    from sat_lora.commands import serve as module
+    from sat_lora.serve import app
+
+    chat = SimpleNamespace(speaker="base", adapters=[])
+    pages = []
+    monkeypatch.delenv(KEY, raising=False)
+    monkeypatch.setattr("sat_lora.commands.chat.load_chat", lambda options: chat)
+    monkeypatch.setattr(module, "find_spec", lambda name: SimpleNamespace() if has_gradio else None)
+    monkeypatch.setattr(app, "build_app", lambda session, **settings: pages.append(settings["with_page"]))
+    monkeypatch.setattr(uvicorn.Server, "run", lambda self, sockets: None)
+    assert main(["serve", "--base", str(TINY_BASE), "--port", "0", *arguments]) == 0
+    printed = capsys.readouterr().out
+    assert pages == [said is not None and has_gradio]
+    assert said in printed if said else "page" not in printed
+
+
+def test_a_page_without_its_packages_is_one_error(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    monkeypatch.delitem(sys.modules, "sat_lora.serve.page", raising=False)
+    with pytest.raises(ConfigError, match=r"the page needs more packages \(.*\): pip install 'sat_lora\[page\]'"):
+        importlib.import_module("sat_lora.serve.page")
+
+
 def test_one_process_alone(serve, monkeypatch):
     for name, value in (
         ("RANK", "0"),
@@ -63,13 +115,16 @@ def test_one_process_alone(serve, monkeypatch):
 
 @pytest.mark.matrix
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("clients, seconds, malformed, waiting", [(32, 60, 1000, 64), (8, 10, 50, 3)])
-def test_under_load_nothing_is_lost(clients, seconds, malformed, waiting):
-    figures = bench_serve.measure(clients, seconds, malformed, waiting)
+@pytest.mark.parametrize(
+    "clients, seconds, malformed, waiting, batch", [(32, 60, 1000, 64, 1), (8, 10, 50, 3, 1), (32, 20, 200, 64, 8)]
+)
+def test_under_load_nothing_is_lost(clients, seconds, malformed, waiting, batch):
+    figures = bench_serve.measure(clients, seconds, malformed, waiting, batch)
     least, most = figures["least_and_most_of_a_client"]
     assert figures["wrong_answers"] == 0 and figures["statuses"].keys() <= ({200} if waiting > clients else {200, 429})
     assert (429 in figures["statuses"]) == (waiting < clients)
-    assert waiting < clients or most - least <= 2  # in the order of arrival
+    assert batch > 1 or waiting < clients or most - least <= 2  # in the order of arrival
+    assert waiting < clients or 2 * least >= most  # who is in no batch yet is not passed over again and again
     assert figures["malformed"].keys() <= {200, 400, 404} and figures["bomb_status"] == 400
     before, after = figures["memory_mib"]
     assert after < before + 100

@@ -59,7 +59,9 @@ def test_pickles_that_peft_and_torch_would_open_are_not_looked_at(tmp_path, pris
         write(adapter / name, Bomb(crater))
     load_adapter(tiny_model(), adapter)
     (adapter / WEIGHTS).unlink()
-    with pytest.raises(AdapterError, match=f"{WEIGHTS} missing; found: adapter_config.json, adapter_model.bin"):
+    with pytest.raises(
+        AdapterError, match=f"{WEIGHTS} missing; found: README.md, adapter_config.json, adapter_model.bin"
+    ):
         read_adapter(adapter)
     assert not crater.exists()
 

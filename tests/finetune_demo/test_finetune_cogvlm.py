@@ -79,6 +79,9 @@ def check_adapter(folder):
             assert config["r"] in tensor.shape
             allowed += tensor.numel() * tensor.element_size()
     assert (folder / "adapter_model.safetensors").stat().st_size <= allowed + 64 * 1024
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    for words in ("## Data", "| Training samples |", "| Steps | 12 |", "## Evaluation", "| Images | 12 |"):
+        assert words in card, words
 
 
 def check_checkpoint(folder):

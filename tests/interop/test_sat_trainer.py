@@ -54,7 +54,7 @@ def test_five_steps_of_sats_trainer_are_those_of_our_loop_and_of_plain_sgd(tmp_p
         assert sorted(path.name for path in save.iterdir()) == [str(STEPS), "latest", "model_config.json"]
         assert (save / "latest").read_text().strip() == str(STEPS)
         files = sorted(path.name for path in (save / str(STEPS)).iterdir())
-        assert files == ["adapter_config.json", "adapter_model.safetensors"]
+        assert files == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
         saved = read_adapter(save).tensors  # by its pointer
         assert difference({name: tensor.numpy() for name, tensor in saved.items()}, run.adapter) == 0
         tensor_bytes = sum(tensor.nbytes for tensor in saved.values())

@@ -3,42 +3,20 @@
 import base64
 import contextlib
 import json
-import socket
 import threading
 import time
 
 import httpx
 import openai
 import pytest
-import uvicorn
+import torch
 
 from sat_lora.chat import Chat
 from sat_lora.cogvlm import load_cogvlm
-from sat_lora.serve.app import Limits, build_app
+from sat_lora.serve.app import Limits
+from tests.support.serving import LENGTH, chat_of, served
 
 pytestmark = [pytest.mark.usefixtures("single_process_group"), pytest.mark.timeout(120)]
-LENGTH = 12
-
-
-def chat_of(base, adapters, **settings) -> Chat:
-    return Chat(load_cogvlm(base), adapters=adapters, version="chat", max_new_tokens=LENGTH, **settings)
-
-
-@contextlib.contextmanager
-def served(chat, **settings):
-    """The address of a server that answers inside."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        config = uvicorn.Config(build_app(chat, **settings), log_level="warning", timeout_graceful_shutdown=5)
-        server = uvicorn.Server(config)
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        while not server.started:
-            time.sleep(0.01)
-        try:
-            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        finally:
-            server.should_exit = True
-            thread.join()
 
 
 @pytest.fixture(scope="module")
@@ -131,11 +109,14 @@ def test_a_key_is_wanted_of_everybody_where_there_is_one(base, adapters, picture
 class SlowChat(Chat):
     """A conversation whose pieces wait until they may come."""
 
-    def stream(self, query, image=None):
+    def prepare(self, query):
         self.begun.append(query)
-        for piece in super().stream(query, image):
+        return super().prepare(query)
+
+    def answer_together(self, questions):
+        for pieces in super().answer_together(questions):
             self.go.wait(30)
-            yield piece
+            yield pieces
 
 
 @pytest.fixture
@@ -196,7 +177,7 @@ def test_a_client_that_goes_frees_its_place(slow, picture, streams):
         wait_for(lambda: 'status="499"} 2.0' in httpx.get(f"{address}/metrics").text)
         slow.go.set()
         assert client_of(address).chat.completions.create(**question_of(picture, "next")).choices
-        assert slow.begun == ["gone", "next"] and len(slow.turns) == 1
+        assert slow.begun == ["gone", "next"]
 
 
 def test_a_client_that_goes_in_the_middle_ends_its_answer(slow, picture):
@@ -260,13 +241,13 @@ def test_the_end_of_the_server_ends_what_waits(slow, picture):
 def test_a_fault_is_told_and_ends_nothing(slow, picture, monkeypatch):
     slow.go.set()
 
-    def fault(self, query, image=None):
+    def fault(self, questions):
         raise ZeroDivisionError("no")
         yield
 
     with served(slow) as address:
         with monkeypatch.context() as patch:
-            patch.setattr(SlowChat, "stream", fault)
+            patch.setattr(SlowChat, "answer_together", fault)
             with pytest.raises(openai.InternalServerError, match="ZeroDivisionError: no"):
                 client_of(address).chat.completions.create(**question_of(picture))
         assert client_of(address).chat.completions.create(**question_of(picture)).choices
@@ -277,3 +258,82 @@ def test_events_are_json_lines(picture, address):
         lines = [line for line in answer.iter_lines() if line]
     assert answer.headers["content-type"].startswith("text/event-stream") and lines[-1] == "data: [DONE]"
     assert {json.loads(line.removeprefix("data: "))["object"] for line in lines[:-1]} == {"chat.completion.chunk"}
+
+
+def test_those_for_one_adapter_are_answered_together_and_as_each_would_be_alone(base, adapters, slow, picture):
+    """In one batch with the oldest; drawn answers and those of others on their own; nobody waits for a later one."""
+    alone = chat_of(base, {"mine": adapters["mine"]})
+    texts = ["12 34", "what is this?", "5", "and 6 7 8 9 0 1", "12"]
+    batches = []
+    together = slow.answer_together
+    slow.answer_together = lambda questions: batches.append(len(questions)) or together(questions)
+    answers: dict[str, str] = {}
+
+    def ask(text, **more):
+        answer = client_of(address).chat.completions.create(**{**question_of(picture, text), **more})
+        answers[text] = (answer.choices[0].message.content, answer.usage.completion_tokens)
+
+    with served(slow, limits=Limits(together=3)) as address:
+        asked = [in_background(ask, "first")]
+        wait_for(lambda: slow.begun == ["first"])
+        kinds = [dict(model="mine")] * 4 + [dict(model="base"), dict(temperature=1, seed=3), dict(max_tokens=2)]
+        for number, (text, more) in enumerate(zip([*texts, "drawn", "short"], kinds), start=1):
+            asked.append(threading.Thread(target=ask, args=(text,), kwargs=more))
+            asked[-1].start()
+            wait_for(lambda number=number: waiting(address) == number)
+        slow.go.set()
+        for thread in asked:
+            thread.join()
+    assert slow.begun == ["first", *texts[:3], texts[3], "short", texts[4], "drawn"] and batches == [1, 3, 2, 1, 1]
+    for text, more in zip(texts, kinds):
+        alone.use(more["model"])
+        assert answers[text] == (alone.ask(text, picture).strip(), alone.usage.completion_tokens)
+    alone.use("mine")
+    alone.max_new_tokens = 2
+    assert answers["short"] == (alone.ask("short", picture).strip(), 2)
+
+
+def test_too_many_at_once_for_the_device_are_answered_one_by_one(slow, picture):
+    together = slow.answer_together
+    sizes = []
+
+    def small_device(questions):
+        sizes.append(len(questions))
+        if len(questions) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        yield from together(questions)
+
+    slow.answer_together = small_device
+    answers = []
+
+    def ask(text):
+        answers.append(
+            client_of(address).chat.completions.create(**question_of(picture, text)).choices[0].finish_reason
+        )
+
+    with served(slow) as address:
+        asked = [in_background(ask, "first")]
+        wait_for(lambda: slow.begun == ["first"])
+        for number, text in enumerate(("second", "third", "fourth"), start=1):
+            asked.append(in_background(ask, text))
+            wait_for(lambda number=number: waiting(address) == number)
+        slow.go.set()
+        for thread in asked:
+            thread.join()
+    assert len(answers) == 4 and sizes == [1, 3, 1, 1, 1]
+
+
+def test_who_has_gone_leaves_room_in_a_full_queue(slow, picture):
+    with served(slow, limits=Limits(waiting=1)) as address:
+        path = f"{address}/v1/chat/completions"
+        answering = in_background(httpx.post, path)
+        first = threading.Thread(target=httpx.post, args=(path,), kwargs=dict(json=question_of(picture), timeout=60))
+        first.start()
+        wait_for(lambda: slow.begun == ["12 34"])
+        _post_and_leave(path, question_of(picture, "gone"))
+        wait_for(lambda: 'status="499"} 1.0' in httpx.get(f"{address}/metrics").text)
+        threading.Timer(0.2, slow.go.set).start()
+        assert client_of(address).chat.completions.create(**question_of(picture, "next")).choices
+        for thread in (answering, first):
+            thread.join()
+    assert slow.begun == ["12 34", "next"]

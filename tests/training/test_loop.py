@@ -109,7 +109,7 @@ def test_the_loop_tells_what_happens_and_who_fails_changes_nothing(tmp_path):
     ]
     assert events[: len(expected)] == expected
     assert events[len(expected)].startswith("validation 4") and events[len(expected) + 1 :] == ["write", "write", "end"]
-    content = ["adapter_config.json", "adapter_model.safetensors", "optimizer.safetensors", "state.json"]
+    content = ["README.md", "adapter_config.json", "adapter_model.safetensors", "optimizer.safetensors", "state.json"]
     assert saves == {step: content for step in (2, 3, 4)}
     assert len(losses) == STEPS and all(loss > 0 for loss in losses)
     assert is_same

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from sat_lora import LoraConfig, add_lora, save_adapter
+from sat_lora.adapters.card import CARD, is_ours
 from sat_lora.errors import SatLoraError
 from sat_lora.files.host_copies import CHUNK, HostCopies
 from sat_lora.files.step_folders import read_pointer
@@ -117,8 +118,12 @@ def test_a_slow_disk_holds_no_step_and_later_steps_change_no_byte(tmp_path, rank
     first, *_ = run_ranks(save_on_a_slow_disk, ranks, str(tmp_path), stage, model_parallel)
     assert first == ([(2, 4), (4, 5), (5, 5)], None, None)
     for folder in (f"adapter/{SAVED_AT}", f"checkpoints/{SAVED_AT}"):
-        assert len(files_in(tmp_path / "expected" / folder)) == 2
-        assert files_in(tmp_path / "slow" / folder) == files_in(tmp_path / "expected" / folder)
+        slow, expected = (files_in(tmp_path / name / folder) for name in ("slow", "expected"))
+        cards = [files.pop(CARD, None) for files in (slow, expected)]  # the run's own tells more
+        assert len(expected) == 2 and slow == expected
+        if folder.startswith("adapter"):
+            assert all(is_ours(tmp_path / name / folder / CARD) for name in ("slow", "expected"))
+            assert b"## Training" in cards[0] and f"| Steps | {SAVED_AT} |".encode() in cards[0] != cards[1]
 
 
 def save_where_nothing_can_be_written(folder, train_iters, save_interval):

@@ -11,10 +11,15 @@ class Answer:
     tokens: those before the end, which is a token of `eos`, or the one with which a stop string begins. With a
     tokenizer, `take` and `finish` return text that is new; put together it is the text of all tokens, without special
     ones and up to the stop string. A piece never ends within a character, nor in what may become a stop string.
+    limit: after so many tokens it ends, too. taken: how many there were, the last one of the end among them. is_whole:
+    False where it is the limit that has ended it.
     """
 
-    def __init__(self, eos: frozenset[int], stop: Sequence[str] = (), tokenizer=None):
+    def __init__(self, eos: frozenset[int], stop: Sequence[str] = (), tokenizer=None, *, limit: int | None = None):
         self.tokens: list[int] = []
+        self.taken = 0
+        self.limit = limit
+        self.is_whole = True
         self.is_finished = False
         self._eos = eos
         self._stop = stop
@@ -25,6 +30,15 @@ class Answer:
         """Take a token and return the text that is sure with it; nothing after the end."""
         if self.is_finished:
             return ""
+        self.taken += 1
+        piece = self._taken(token)
+        if self.taken == self.limit and not self.is_finished:
+            self.is_whole = False
+            piece += self.finish()
+        return piece
+
+    def _taken(self, token: int) -> str:
+        """Take a token and return the text that is sure with it."""
         if token in self._eos:
             return self.finish()
         self.tokens.append(token)

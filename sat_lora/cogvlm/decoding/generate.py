@@ -62,6 +62,20 @@ def stream(
     closed. Arguments and errors are those of `generate`, errors at the first piece.
     """
     answers = _new_answers(batch, eos_token_id, stop, tokenizer)
+    yield from stream_answers(model, batch, answers, max_new_tokens=max_new_tokens, sampling=sampling)
+
+
+def stream_answers(
+    model: CogVLMModel,
+    batch: dict,
+    answers: Sequence[Answer],
+    *,
+    max_new_tokens: int,
+    sampling: Sampling = GREEDY,
+) -> Generator[list[str], None, None]:
+    """Yield what `stream` does for answers that each have ends of their own. One that is marked as finished meanwhile
+    takes nothing more.
+    """
     with closing(_steps(model, batch, max_new_tokens, sampling)) as steps:
         for tokens in steps:
             yield [answer.take(token) for answer, token in zip(answers, tokens)]

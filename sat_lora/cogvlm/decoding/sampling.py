@@ -8,6 +8,9 @@ from sat_lora._sat import mpu
 from sat_lora.errors import ConfigError
 from sat_lora.parallel.sharding import model_parallel_layout
 
+SMALLEST = 1e-6  # factors of logits that leave them finite in float32, one upon the other
+LARGEST = 1e6
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
@@ -28,12 +31,16 @@ class Sampling:
         problems = []
         if not self.temperature >= 0 or self.temperature == float("inf"):
             problems.append(f"temperature: got {self.temperature}, wanted a number of at least 0")
+        elif self.temperature and not SMALLEST <= self.temperature <= LARGEST:
+            problems.append(f"temperature: got {self.temperature}, wanted 0, or {SMALLEST:g} to {LARGEST:g}")
         if not 0 < self.top_p <= 1:
             problems.append(f"top_p: got {self.top_p}, wanted a number above 0 and at most 1")
         if not isinstance(self.top_k, int) or self.top_k < 0:
             problems.append(f"top_k: got {self.top_k!r}, wanted a whole number, 0 for all tokens")
         if not 0 < self.repetition_penalty < float("inf"):
             problems.append(f"repetition_penalty: got {self.repetition_penalty}, wanted a number above 0")
+        elif not SMALLEST <= self.repetition_penalty <= LARGEST:
+            problems.append(f"repetition_penalty: got {self.repetition_penalty}, wanted {SMALLEST:g} to {LARGEST:g}")
         if self.temperature == 0 and (self.top_p < 1 or self.top_k):
             problems.append("top_p and top_k: temperature 0 draws nothing; give a temperature, 1 for the model's own")
         if problems:
@@ -74,7 +81,8 @@ class TokenChooser:
         else:
             shares = scores.softmax(-1).double().cumsum(-1)
             draw = self._draws[self._step, :, None] * shares[:, -1:]
-            tokens = torch.searchsorted(shares, draw, right=True)[:, 0]
+            # Where logits are no numbers, any token rather than none: on CUDA an index too high ends the process.
+            tokens = torch.searchsorted(shares, draw, right=True)[:, 0].clamp(max=shares.shape[-1] - 1)
         self._seen[:, self._prompt_length + self._step] = tokens
         self._step += 1
         return tokens

@@ -74,6 +74,11 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
 
     @property
+    def settings(self) -> dict[str, Any]:
+        """The run's settings by name, as run.json has them; none before they are written."""
+        return {} if self._settings is None else self._settings["settings"]
+
+    @property
     def observers(self) -> tuple[Observer, ...]:
         """The observers that keep and show the run, in the order in which they hear of it; none without a writer."""
         return (self.log, self.events, self.picture, self.screen) if self.is_writer else ()

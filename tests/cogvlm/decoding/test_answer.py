@@ -144,3 +144,20 @@ def test_a_stream_that_is_left_gives_the_model_back():
 def test_wrong_stop_strings_are_refused(stop, message):
     with pytest.raises(ConfigError, match=message):
         generate(tiny_model(), joined(prompts_of_many_kinds()), max_new_tokens=3, eos_token_id=EOS, stop=stop)
+
+
+@pytest.mark.parametrize("limit", [1, 4])  # within no character
+def test_a_limit_ends_it_with_all_text_so_far_and_says_so(byte_tokenizer, limit):
+    ids = byte_tokenizer.encode("a漢語b", add_special_tokens=False)
+    answer = Answer(frozenset({EOS}), (), byte_tokenizer, limit=limit)
+    text = "".join(answer.take(token) for token in ids)
+    assert text == byte_tokenizer.decode(ids[:limit]) and answer.tokens == ids[:limit]
+    assert (answer.taken, answer.is_whole, answer.is_finished) == (limit, False, True)
+    assert answer.take(ids[0]) == answer.finish() == "" and answer.taken == limit
+
+
+def test_an_end_at_the_limit_is_an_end(byte_tokenizer):
+    ids = byte_tokenizer.encode("hello", add_special_tokens=False)
+    answer = Answer(frozenset({EOS}), (), byte_tokenizer, limit=len(ids) + 1)
+    assert "".join(answer.take(token) for token in [*ids, EOS]) == "hello"
+    assert (answer.taken, answer.is_whole, answer.is_finished) == (len(ids) + 1, True, True)

@@ -1,5 +1,7 @@
 """Chosen tokens, against distributions and penalties worked out in float64 by other means."""
 
+import re
+
 import pytest
 import torch
 
@@ -146,3 +148,37 @@ def test_model_parallel_ranks_choose_what_one_rank_does():
     (first, first_unseeded), (second, second_unseeded) = run_ranks(draw_in_layout, 2, 2)
     assert first == second == alone
     assert first_unseeded == second_unseeded
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"temperature": 1e-6},
+        {"temperature": 1e6, "repetition_penalty": 1e6},
+        {"temperature": 1e-6, "repetition_penalty": 1e-6},
+        {"temperature": 1, "top_p": 1e-300},
+        {"temperature": 1, "top_k": 2**70},
+    ],
+)
+def test_settings_at_their_bounds_draw_tokens_that_there_are(settings):
+    prompts = torch.arange(7).expand(50, -1)
+    choose = TokenChooser(Sampling(seed=0, **settings), prompts, torch.ones(50, 7) > 0, 1)
+    tokens = choose(300 * LOGITS.expand(50, -1))
+    assert tokens.min() >= 0 and tokens.max() < len(LOGITS)
+    if settings == {"temperature": 1e-6}:
+        assert (tokens == LOGITS.argmax()).all()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_logits_that_are_no_numbers_end_nothing(value):
+    """On CUDA a token that there is not would end the process, and with it a server."""
+    choose = TokenChooser(Sampling(temperature=1, seed=0), torch.zeros(9, 1).long(), torch.ones(9, 1) > 0, 1)
+    tokens = choose(torch.full((9, 7), value))
+    assert tokens.min() >= 0 and tokens.max() < 7
+
+
+@pytest.mark.parametrize("name", ["temperature", "repetition_penalty"])
+@pytest.mark.parametrize("value", [1e-7, 1e-320, 1.1e6, 1e308])
+def test_factors_that_no_float32_holds_are_refused(name, value):
+    with pytest.raises(ConfigError, match=re.escape(f"{name}: got {value}, wanted ") + "(0, or )?1e-06 to 1e"):
+        Sampling(**{"temperature": 1.0, name: value})

@@ -1,0 +1,134 @@
+"""What chat, server and evaluation say greedily are the same tokens, whatever is in a batch with what."""
+
+import base64
+import json
+import threading
+
+import httpx
+import numpy
+import pytest
+from PIL import Image
+
+from sat_lora import LoraConfig, add_lora, save_adapter
+from sat_lora.chat import Chat
+from sat_lora.cogvlm import load_cogvlm
+from sat_lora.cogvlm.inputs.text import load_tokenizer
+from sat_lora.serve.app import Limits
+from sat_lora.training import evaluation
+from tests.support.configs import config_of
+from tests.support.paths import TINY_BASE
+from tests.support.serving import served
+from tests.support.tiny import fill_adapters
+
+QUERIES = ("CAPTCHA:", "A", "CAPTCHA: what is it?")  # prompts of one batch have several lengths
+
+
+@pytest.fixture(scope="module")
+def adapter(single_process_group, tmp_path_factory):
+    """The folder of an adapter of the demo's base that changes what it reads."""
+    folder = tmp_path_factory.mktemp("same") / "mine" / "adapter"
+    model, _ = load_cogvlm(TINY_BASE)
+    add_lora(model, LoraConfig(r=4))
+    fill_adapters(model, std=0.05)
+    save_adapter(model, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pictures")
+    draw = numpy.random.default_rng(5)
+    for number in range(5):
+        size = (42, 42 + number, 3)
+        Image.fromarray(draw.integers(0, 256, size, dtype=numpy.uint8)).save(folder / f"{number}.png")
+    return [*sorted(folder.iterdir()), None]  # and a question without one
+
+
+def chat_of(adapter, version) -> Chat:
+    return Chat(load_cogvlm(TINY_BASE), adapters={"mine": adapter}, version=version, max_new_tokens=16)
+
+
+def said_in_a_conversation(adapter, version, pictures) -> dict[tuple[str, int], tuple[str, int]]:
+    """(text, tokens) by speaker and number of the picture: each question asked alone."""
+    chat = chat_of(adapter, version)
+    said = {}
+    for speaker in ("base", "mine"):
+        chat.use(speaker)
+        for number, picture in enumerate(pictures):
+            chat.reset()
+            text = chat.ask(QUERIES[number % len(QUERIES)], picture)
+            said[speaker, number] = text.strip(), chat.usage.completion_tokens
+    return said
+
+
+def said_by_the_server(adapter, version, pictures, batch) -> dict[tuple[str, int], tuple[str, int]]:
+    """The same of a server that is asked everything at once."""
+    said = {}
+
+    def ask(address, speaker, number):
+        parts = [{"type": "text", "text": QUERIES[number % len(QUERIES)]}]
+        if pictures[number] is not None:
+            url = "data:image/png;base64," + base64.b64encode(pictures[number].read_bytes()).decode()
+            parts.insert(0, {"type": "image_url", "image_url": {"url": url}})
+        request = {"model": speaker, "messages": [{"role": "user", "content": parts}]}
+        answer = httpx.post(f"{address}/v1/chat/completions", json=request, timeout=100, verify=False).json()
+        text = answer["choices"][0]["message"]["content"]
+        said[speaker, number] = text, answer["usage"]["completion_tokens"]
+
+    with served(chat_of(adapter, version), limits=Limits(together=batch)) as address:
+        asked = [
+            threading.Thread(target=ask, args=(address, speaker, number))
+            for number in range(len(pictures))
+            for speaker in ("base", "mine")
+        ]
+        for thread in asked:
+            thread.start()
+        for thread in asked:
+            thread.join()
+    return said
+
+
+@pytest.mark.parametrize("version", ["base", "chat"])
+def test_chat_server_and_evaluation_say_the_same_tokens(
+    version, adapter, pictures, single_process_group, tmp_path, monkeypatch
+):
+    said = said_in_a_conversation(adapter, version, pictures)
+    assert said_by_the_server(adapter, version, pictures, batch=4) == said
+    assert any(said["base", number] != said["mine", number] for number in range(len(pictures)))
+    tokenizer = load_tokenizer(TINY_BASE)
+    ends = [number for number in range(len(pictures)) if all(said[who, number][1] < 16 for who in ("base", "mine"))]
+    assert len(ends) > 2  # an evaluation stops where the longest right answer ends
+    generated: dict[str, list] = {"base": [], "adapter": []}
+    generate = evaluation.generate
+
+    def recorded(model, batch, **settings):
+        from sat_lora.lora.mixin import lora_mixins
+
+        tokens = generate(model, batch, **settings)
+        is_on = any(mixin.enabled for mixin in lora_mixins(model).values())
+        generated["adapter" if is_on else "base"] += tokens
+        return tokens
+
+    monkeypatch.setattr(evaluation, "generate", recorded)
+    for who, side in (("base", "base"), ("mine", "adapter")):
+        lines = [
+            {
+                **({} if pictures[number] is None else {"image": str(pictures[number])}),
+                "prompt": QUERIES[number % len(QUERIES)],
+                "answer": said[who, number][0] or "-",
+            }
+            for number in ends
+        ]
+        # The longest decides how many tokens there may be: one more item has an answer that nobody gives.
+        lines.append({"image": str(pictures[0]), "prompt": QUERIES[0], "answer": "never said, and long"})
+        (tmp_path / "items.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        config = config_of(
+            from_pretrained=str(TINY_BASE), test_data=[str(tmp_path / "items.jsonl")], version=version,
+            max_length=128, eval_batch_size=3,
+        )  # fmt: skip
+        for tokens in generated.values():
+            tokens.clear()
+        evaluation.evaluate_adapter(config, adapter, single_process_group)
+        texts = [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in generated[side][: len(ends)]]
+        assert texts == [said[who, number][0] for number in ends]
+        assert [len(ids) + 1 for ids in generated[side][: len(ends)]] == [said[who, number][1] for number in ends]
