@@ -24,7 +24,8 @@ MODULES = (
 for name in MODULES:
     import_module(name)
 for module in pkgutil.walk_packages(sat_lora.__path__, "sat_lora."):
-    if not module.name.endswith("kernels"):  # which are for CUDA
+    is_for_cuda = module.name.endswith("kernels")
+    if not is_for_cuda and not module.name.startswith("sat_lora.serve"):  # ranks do not serve
         import_module(module.name)
 for name in ("AutoTokenizer", "PreTrainedTokenizerFast"):  # imported when they are asked for
     getattr(transformers, name)
