@@ -21,7 +21,13 @@ from sat_lora.watchdog.rank_files import file_of
 
 STACKS = ".stacks.json"
 STACKS_TEXT = ".stacks.txt"
-_WAITING = ("/torch/distributed/distributed_c10d.py", "/deepspeed/comm/torch.py", "/deepspeed/comm/comm.py")
+_WAITING = (
+    "/torch/distributed/distributed_c10d.py",
+    "/torch/distributed/_functional_collectives.py",
+    "/deepspeed/comm/torch.py",
+    "/deepspeed/comm/comm.py",
+)
+_ZERO = "/deepspeed/runtime/zero/"
 _BACKWARD = ("/torch/autograd/graph.py", "/torch/autograd/__init__.py")
 
 
@@ -36,8 +42,8 @@ class Thread:
 
     @property
     def waits_in_collective(self) -> bool:
-        """Whether it is inside a call of torch.distributed and goes no deeper than that."""
-        return any(place.file.endswith(_WAITING) for place in self.frames[:12])
+        """Whether it is inside a call of torch.distributed, or waits for what one has started, and goes no deeper."""
+        return any(place.file.endswith(_WAITING) or _waits_for_gather(place) for place in self.frames[:12])
 
     @property
     def waits_for_autograd(self) -> bool:
@@ -54,6 +60,11 @@ class Thread:
     def place(self) -> Place | None:
         """The innermost line of the project's or the user's own code."""
         return own_place(self.frames)
+
+
+def _waits_for_gather(place: Place) -> bool:
+    """Return whether it is ZeRO-3's wait for weights: the call that waits is no Python, and leaves no frame."""
+    return place.function == "wait" and _ZERO in place.file
 
 
 def testify(folder: Path, rank: int) -> None:

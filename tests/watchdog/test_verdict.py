@@ -85,6 +85,28 @@ def test_in_a_folder_called_sat_lora_the_environment_below_is_not_taken_for_own_
     assert f"Rank 0 waits in phase reduce of step 5, in train_step ({step[0]}:70)" in found.text
 
 
+ZERO = f"{INSTALLED}/deepspeed/runtime/zero"
+GATHER = [  # what waits is no Python: the innermost frame is the one that calls it
+    [f"{INSTALLED}/deepspeed/utils/nvtx.py", 33, "wrapped_fn", "ret_val = func(*args, **kwargs)"],
+    [f"{ZERO}/partition_parameters.py", 720, "wait", "instrument_w_nvtx(self.__handle.wait)()"],
+    [f"{ZERO}/partitioned_param_coordinator.py", 406, "_fetch_sub_module_impl", "....wait(...)"],
+]
+TENSOR = [
+    [f"{INSTALLED}/torch/_ops.py", 1, "__call__", "return self._op(*args, **kwargs)"],
+    [f"{INSTALLED}/torch/distributed/_functional_collectives.py", 1, "wait_tensor", ""],
+]
+
+
+@pytest.mark.parametrize("waits", [GATHER, TENSOR], ids=["zero-3", "functional"])
+def test_a_rank_that_waits_for_what_it_has_started_is_not_the_one(tmp_path, waits):
+    """Though it has given its last sign before the other, which never comes with its part."""
+    leave(tmp_path, 0, "data", [("MainThread", True, [*waits, *SYNC])], [])
+    leave(tmp_path, 1, "data", [("MainThread", True, IN_A_HOOK)], [])
+    found = verdict(tmp_path)
+    assert (found.finding.code, found.finding.ranks) == ("stuck-in-data", (1,))
+    assert "Rank 0 waits in phase data" in found.text
+
+
 def test_the_first_collective_that_differs_is_named(tmp_path):
     gathered = (8, "nccl:all_gather", 512, False)
     leave(tmp_path, 0, "reduce", [("MainThread", True, SYNC)], [REDUCED, WAITING])
