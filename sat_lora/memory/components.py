@@ -10,8 +10,8 @@ All but the activations follow from the number of elements and DeepSpeed 0.19.8'
     3      W / n           T / n     T / n            12 T / n                     bucket, and gathered weights
 
 W and T in bytes of their own precision but where bytes per element are given, n data-parallel ranks. Quantised weights
-are whole on each rank at every stage, and count beside W in their own few bits. In half precision DeepSpeed makes the
-adapters half too, whatever `adapter_dtype` says.
+are whole on each rank at every stage, unless they are partitioned as well, and count beside W in their own few bits. In
+half precision DeepSpeed makes the adapters half too, whatever `adapter_dtype` says.
 
 What ZeRO-3 gathers comes flat, a prefetch bucket at a time, and is copied out when its first weight is used: a bucket
 takes its size twice. On a CPU gloo gathers into buffers of its own and copies out of those as well, with two threads:

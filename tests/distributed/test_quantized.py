@@ -16,7 +16,7 @@ from sat_lora.cogvlm.checkpoints.quantized_writer import quantize_base
 from sat_lora.lora.live_base import identity_of_model
 from sat_lora.parallel.distributed import init_distributed, init_model_parallel
 from sat_lora.parallel.sharding import model_parallel_layout
-from sat_lora.quantization.config import Quantization
+from sat_lora.quantization.config import NAMES, Quantization
 from sat_lora.quantization.weights.layers import bytes_of, quantized_weights
 from sat_lora.training.steps.engine import set_up_deepspeed, start_engine
 from tests.distributed.matrix import BOUNDS, Cell, errors_of
@@ -139,7 +139,8 @@ def partitioned_and_whole_steps(base, scheme):
     return found
 
 
-@pytest.mark.parametrize("scheme", ["nf4", pytest.param("int8", marks=pytest.mark.matrix)])
+@pytest.mark.matrix
+@pytest.mark.parametrize("scheme", NAMES)
 def test_partitioned_weights_train_as_whole_ones_bit_for_bit(scheme, tmp_path):
     save_weights(tmp_path / "base", WIDE, tiny_model(config=WIDE).state_dict())
     for whole, partitioned in run_ranks(partitioned_and_whole_steps, 2, tmp_path / "base", scheme):

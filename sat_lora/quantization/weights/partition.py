@@ -4,6 +4,9 @@ from dataclasses import dataclass
 
 import torch
 
+# As torch 2.13 calls it, which warns of the name that it had before.
+_all_gather = getattr(torch.distributed, "all_gather_single", None) or torch.distributed.all_gather_into_tensor
+
 
 @dataclass(frozen=True)
 class Partition:
@@ -47,7 +50,7 @@ class Partition:
         """Return whole codes and scales, of every rank's part; every rank of the group has to call it."""
         size = torch.distributed.get_world_size(self.group)
         whole = torch.empty(size * len(part), dtype=torch.uint8, device=part.device)
-        torch.distributed.all_gather_into_tensor(whole, part, group=self.group)
+        _all_gather(whole, part, group=self.group)
         codes, scales = whole[: sum(self._sizes)].split(self._sizes)
         scales = scales.clone().view(torch.bfloat16) if self._sizes[0] % 2 else scales.view(torch.bfloat16)
         return codes.view(self.codes_dtype).view(self.codes_shape), scales.view(self.scales_shape)

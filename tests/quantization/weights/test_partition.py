@@ -38,7 +38,7 @@ def test_all_parts_are_the_whole(scheme, shape, ranks, monkeypatch):
     def gather(whole, part, group):
         whole.copy_(torch.cat(parts))
 
-    monkeypatch.setattr(partitions.torch.distributed, "all_gather_into_tensor", gather)
+    monkeypatch.setattr(partitions, "_all_gather", gather)
     codes, scales = cut.gathered(parts[0])
     assert torch.equal(codes, weight.codes) and torch.equal(scales, weight.scales)
     assert codes.dtype is weight.codes.dtype and scales.dtype is torch.bfloat16
