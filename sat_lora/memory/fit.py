@@ -41,7 +41,7 @@ WORTHWHILE = 4
 LARGEST_BATCH = 64
 SPARE = 1.1
 """A card has to have so many times the estimate: CUDA, its libraries and fragments of memory want the rest."""
-FEW = f"fits, with few samples for each time that the weights are made (wanted: {WORTHWHILE})"
+FEW = f"fits, with fewer than {WORTHWHILE} samples for each decoding or gather"
 DOUBT = 1.02
 """So many times too much has to be estimated of small models before a large one is ruled out."""
 SMALL = 2  # layers of each tower
