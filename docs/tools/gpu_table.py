@@ -18,7 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 CARDS = (16, 24, 40, 48, 80, 141)  # GB that cards have
-FITTED = (16, 24, 48)
+FITTED = (16, 24, 48, 80)
 SPARE = 1.1
 GIVEN = "--max_length 1288 --r 16"
 BOTH = "--checkpoint-activations --vit_checkpoint_activations"

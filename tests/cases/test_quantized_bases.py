@@ -70,8 +70,8 @@ def test_what_cannot_be_fitted_is_one_message(arguments, words, capsys):
     [
         (dict(modules=[LONG]), "'" + "a" * 99 + " ... matches no layer"),
         (dict(modules=["x\x1b[2J"]), r"\\x1b\[2J' matches no layer"),
-        (dict(keep_modules=["[z-a]"]), "is not a regular expression: bad character range z-a"),
-        (dict(modules=["all-linear"], keep_modules=[".*"]), "nothing is left after keep_modules"),
+        (dict(keep_modules="[z-a]"), "is not a regular expression: bad character range z-a"),
+        (dict(modules=["all-linear"], keep_modules=".*"), "nothing is left after keep_modules"),
         (dict(modules=[".*gate_proj.*", ".*norm.*"]), "quantize_modules: '.*norm.*' matches no layer"),
     ],
 )
