@@ -1,78 +1,103 @@
-"""The table "which GPU do I need" of README.md and README_zh.md, from `sat-lora estimate --fit`.
+"""The table "which GPU do I need" of README.md and README_zh.md, from `sat-lora estimate`.
 
-    python docs/tools/gpu_table.py               # searches, and writes both tables anew: minutes, on any machine
+    python docs/tools/gpu_table.py               # estimates, and writes both tables anew: minutes, on any machine
 
 Estimated on a CPU, without weights: CogVLM-17B's sizes, its images of 490 x 490, rows of --max_length 1288, r 16 on
-every linear.
+every linear. Of one card: the settings that `--fit` finds. Of several: layouts with both towers recomputed, and the
+smallest cards that have the estimate and a tenth more, as `--fit` wants it.
 """
 
+import json
 import re
+import subprocess
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+CARDS = (16, 24, 40, 48, 80, 141)  # GB that cards have
+FITTED = (16, 24, 48, 80)
+SPARE = 1.1
 GIVEN = "--max_length 1288 --r 16"
-OFFLOAD = "finetune_demo/offload_optimizer.json"
+BOTH = "--checkpoint-activations --vit_checkpoint_activations"
 HEADS = {
     "README.md": ("| GPUs | cards of | options | GB on each, estimated |", "nothing fits"),
     "README_zh.md": ("| GPU 数 | 显卡 | 选项 | 每张 GPU 的 GB 数（估计） |", "放不下"),
 }
-
-
-@dataclass(frozen=True)
-class Machine:
-    """Cards of one size."""
-
-    gpus: int
-    size: int
-    """GB that a card has."""
+LAYOUTS = (
+    (2, f"--model-parallel-size 2 {BOTH} --batch-size 4"),
+    (4, f"--model-parallel-size 4 {BOTH} --batch-size 4"),
+    (4, f"--zero-stage 3 {BOTH} --batch-size 4"),
+    (8, f"{BOTH} --batch-size 4"),
+    (8, f"--zero-stage 3 {BOTH} --batch-size 4"),
+    (8, f"--zero-stage 3 {BOTH} --batch-size 1"),
+)
+"""(GPUs, options) of the layouts."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """What fits a machine."""
+    """What fits cards of a size."""
 
-    machine: Machine
+    gpus: int
+    card: int | None
+    """GB that each has; None where no card is large enough."""
     options: str
-    """The options that the search has chosen; empty where nothing fits."""
+    """Empty where nothing fits."""
     gigabytes: float
-    """What a step takes on each card, in 10^9 bytes."""
+    """What a step takes on each, in 10^9 bytes."""
 
 
-MACHINES = (*(Machine(1, size) for size in (12, 16, 24, 40, 48, 80)), *(Machine(8, size) for size in (16, 24, 40, 80)))
+def fitted(card: int, config: Path) -> Row:
+    """The settings that `sat-lora estimate --fit` finds for one card."""
+    found = json.loads(_estimated(["--fit", str(card)], config))
+    given = 2 + len(GIVEN.split())
+    return Row(1, card, " ".join(found["options"][given:]) if found["fits"] else "", found.get("total", 0) / 1e9)
 
 
-def searched(machines: Sequence[Machine]) -> list[Row]:
-    """What `sat-lora estimate --fit` finds for these machines; no estimate is made twice."""
+def laid_out(gpus: int, options: str, config: Path) -> Row:
+    """The smallest cards for a layout."""
+    gigabytes = json.loads(_estimated(["--gpus", str(gpus), "--bf16", *options.split()], config))["total"] / 1e9
+    return Row(gpus, smallest_card(gigabytes), options, gigabytes)
+
+
+def smallest_card(gigabytes: float) -> int | None:
+    """The smallest of CARDS that has a tenth more than that."""
+    return next((card for card in CARDS if card >= gigabytes * SPARE), None)
+
+
+def _estimated(options: Sequence[str], config: Path) -> str:
+    """What `sat-lora estimate` prints for programs."""
+    command = [sys.executable, "-m", "sat_lora.cli", "estimate", "--from_pretrained", str(config), *GIVEN.split()]
+    estimated = subprocess.run([*command, "--json", *options], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    if estimated.returncode not in (0, 1):
+        raise RuntimeError(f"sat-lora estimate ended with {estimated.returncode} for {' '.join(options)}")
+    return estimated.stdout
+
+
+def estimated_rows() -> Iterator[Row]:
+    """The rows of the table, estimated one after the other."""
     from benchmarks.models import config_of
-    from sat_lora._sat import quiet_sat
-    from sat_lora.memory.fit import SPARE, Estimates, fit
-    from sat_lora.training.settings.options import parse_options
 
-    quiet_sat()
-    config = parse_options(["--from_pretrained", "cogvlm-base-490", *GIVEN.split()], environ={})
-    estimates = Estimates(config_of("full"))
-    rows = []
-    for machine in machines:
-        search = dict(available=machine.size * 1e9 / SPARE, offload=ROOT / OFFLOAD, estimates=estimates)
-        found = fit(config, ranks=machine.gpus, **search)
-        options = " ".join(found.options).replace(str(ROOT / OFFLOAD), OFFLOAD)
-        rows.append(Row(machine, options, 0.0 if found.memory is None else found.memory.total / 1e9))
-        print(line_of(rows[-1], nothing="nothing fits"), file=sys.stderr, flush=True)
-    return rows
-
-
-def line_of(row: Row, *, nothing: str) -> str:
-    """A line of the table."""
-    chosen = f"`{row.options}` | {row.gigabytes:.1f}" if row.options else f"{nothing} | "
-    return f"| {row.machine.gpus} | {row.machine.size} GB | {chosen} |"
+    with tempfile.TemporaryDirectory() as folder:
+        config = Path(folder) / "model_config.json"
+        config.write_text(json.dumps(config_of("full")))
+        for card in FITTED:
+            yield fitted(card, config)
+        for gpus, options in LAYOUTS:
+            yield laid_out(gpus, options, config)
 
 
 def table(rows: Sequence[Row], *, nothing: str) -> list[str]:
     """The lines of the table under its head."""
-    return ["|---|---|---|---|", *(line_of(row, nothing=nothing) for row in rows)]
+    lines = ["|---|---|---|---|"]
+    for row in rows:
+        card = "-" if row.card is None else f"{row.card} GB"
+        chosen = f"`{row.options}` | {row.gigabytes:.1f}" if row.options else f"{nothing} | -"
+        lines.append(f"| {row.gpus} | {card} | {chosen} |")
+    return lines
 
 
 def rows_in(page: str, head: str, *, nothing: str) -> list[Row]:
@@ -80,9 +105,10 @@ def rows_in(page: str, head: str, *, nothing: str) -> list[Row]:
     lines = page.split(head + "\n")[1].split("\n\n")[0].split("\n")[1:]
     rows = []
     for line in lines:
-        gpus, size, chosen, gigabytes = (cell.strip() for cell in line.strip("|").split("|"))
-        machine = Machine(int(gpus), int(size.removesuffix(" GB")))
-        rows.append(Row(machine, "" if chosen == nothing else chosen.strip("`"), float(gigabytes or 0)))
+        gpus, card, chosen, gigabytes = (cell.strip() for cell in line.strip("|").split("|"))
+        size = None if card == "-" else int(card.removesuffix(" GB"))
+        options = "" if chosen == nothing else chosen.strip("`")
+        rows.append(Row(int(gpus), size, options, 0.0 if gigabytes == "-" else float(gigabytes)))
     return rows
 
 
@@ -95,8 +121,8 @@ def replace_table(page: str, head: str, lines: Sequence[str]) -> str:
 
 
 def main() -> None:
-    """Search for every machine, and write both pages."""
-    rows = searched(MACHINES)
+    """Estimate every row, and write both pages."""
+    rows = [*estimated_rows()]
     for name, (head, nothing) in HEADS.items():
         page = (ROOT / name).read_text(encoding="utf-8")
         (ROOT / name).write_text(replace_table(page, head, table(rows, nothing=nothing)), encoding="utf-8")

@@ -115,7 +115,7 @@ def _fit(options: argparse.Namespace, config: "TrainConfig") -> int:
     from sat_lora.printable import printable_lines, shell_line
 
     size = options.fit * 1e9
-    found = fit(
+    result = fit(
         config,
         ranks=options.gpus,
         available=size / SPARE,
@@ -124,15 +124,15 @@ def _fit(options: argparse.Namespace, config: "TrainConfig") -> int:
         offload=_offload_file(),
         tell=lambda line: print(f"estimating {line}", file=sys.stderr, flush=True),
     )
-    fits = found.memory is not None
-    line = [*options.more, *found.options]
+    fits = result.memory is not None
+    line = [*options.more, *result.options]
     if options.json:
-        memory = {} if found.memory is None else {**asdict(found.memory), "total": found.memory.total}
-        chosen = {"options": line if fits else None, "considered": [asdict(attempt) for attempt in found.attempts]}
+        memory = {} if result.memory is None else {**asdict(result.memory), "total": result.memory.total}
+        chosen = {"options": line if fits else None, "considered": [asdict(attempt) for attempt in result.attempts]}
         print(json.dumps({**memory, "available": size, "usable": size / SPARE, "fits": fits, **chosen}))
         return 0 if fits else 1
     print(f"{options.gpus} x {options.fit:g} GB, of which a step may take {options.fit / SPARE:.3g}")
-    print(fit_table(found))
+    print(fit_table(result))
     if not fits:
         print(
             "nothing fits: take larger cards or more of them (--gpus), a smaller --max_length or --r, or fewer "

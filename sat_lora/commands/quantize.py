@@ -44,8 +44,10 @@ def run(options: argparse.Namespace) -> int:
     has_cuda = torch.cuda.is_available()
     if options.device == "cuda" and not has_cuda:
         raise ConfigError("--device: got cuda, and there is no CUDA device; leave it out")
+    from sat_lora._sat import quiet_sat
     from sat_lora.cogvlm.checkpoints.quantized_writer import quantize_base
 
+    quiet_sat()
     quantization = Quantization(
         scheme=options.quantize,
         modules=patterns_of(options.quantize_modules),

@@ -11,7 +11,7 @@ from torch import nn
 
 from sat_lora._sat import BaseModel
 from sat_lora.errors import ConfigError
-from sat_lora.files.patterns import matches
+from sat_lora.files.patterns import matches, shortened
 from sat_lora.lora.config import SLOTS, LoraConfig, ends_with
 from sat_lora.lora.deltas.kinds import kind_of
 from sat_lora.lora.deltas.layers import Kind
@@ -286,7 +286,8 @@ def matching(field_name: str, patterns: str | tuple[str, ...], sites: dict[str, 
         if pattern == "all-linear":
             hits = {name for name in hits if sites[name].kind.is_linear}
         if not hits:
-            problems.append(f"{field_name}: {pattern!r} matches no layer; nearest: {_nearest(pattern, sites)}")
+            shown = shortened(pattern)
+            problems.append(f"{field_name}: {shown} matches no layer; nearest: {_nearest(pattern, sites)}")
         chosen |= hits
     return chosen
 

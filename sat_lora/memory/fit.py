@@ -36,12 +36,12 @@ from sat_lora.training.settings.deepspeed_config import settle
 BASES = (NONE, *reversed(NAMES))
 """How the base is held, in the order of preference: in 16 bits, 8.25 and 4.25."""
 RECOMPUTED = ((False, False), (False, True), (True, False), (True, True))
-"""(checkpoint_activations, vit_checkpoint_activations), the fastest first."""
+"""The pairs of checkpoint_activations and vit_checkpoint_activations, the fastest first."""
 WORTHWHILE = 4
 LARGEST_BATCH = 64
 SPARE = 1.1
 """A card has to have so many times the estimate: CUDA, its libraries and fragments of memory want the rest."""
-FEW = f"fits, with few samples for each time that the weights are made (wanted: {WORTHWHILE})"
+FEW = f"fits, with fewer than {WORTHWHILE} samples for each decoding or gather"
 DOUBT = 1.02
 """So many times too much has to be estimated of small models before a large one is ruled out."""
 SMALL = 2  # layers of each tower
@@ -100,8 +100,8 @@ class Candidate:
         """What is computed twice, in words."""
         own = self.config.checkpointing
         names = {(False, False): "nothing", (False, True): "ViT", (True, False): "language", (True, True): "both"}
-        words = names[own.checkpoint_activations, own.vit_checkpoint_activations]
-        return f"{words}, Adam on host" if self.is_offloaded else words
+        towers = names[own.checkpoint_activations, own.vit_checkpoint_activations]
+        return f"{towers}, Adam on host" if self.is_offloaded else towers
 
     @cached_property
     def batches(self) -> list[int]:
@@ -200,7 +200,8 @@ def _with_layers(sizes: dict[str, Any], language: int, vit: int) -> dict[str, An
 
 def _names_layers(plan: Plan) -> bool:
     """Return whether adapters or quantised weights may differ from layer to layer."""
-    lora, quantize = plan.lora, plan.step["quantize"]
+    lora = plan.lora
+    quantize = plan.step["quantize"]
     patterns = [lora.target_modules, lora.exclude_modules, lora.modules_to_save, [*lora.rank_pattern]]
     if quantize is not None:
         patterns += [quantize.modules, quantize.keep_modules]
@@ -450,11 +451,11 @@ def _ranks_text(candidate: Candidate) -> str:
     return f"{copies}, ZeRO {candidate.config.parallel.zero_stage}"
 
 
-def fit_table(found: Fit) -> str:
+def fit_table(result: Fit) -> str:
     """Return a table with a line for each attempt, in GB (10^9 bytes) or, for small models, MB."""
-    unit, scale = ("GB", 1e9) if max((attempt.total for attempt in found.attempts), default=0) >= 1e9 else ("MB", 1e6)
+    unit, scale = ("GB", 1e9) if max((attempt.total for attempt in result.attempts), default=0) >= 1e9 else ("MB", 1e6)
     lines = [("base", "GPUs", "recomputed", "batch", unit, "")]
-    for attempt in found.attempts:
+    for attempt in result.attempts:
         size = f"{'' if attempt.is_exact else '~'}{attempt.total / scale:.1f}"
         lines.append((attempt.base, attempt.ranks, attempt.recomputed, str(attempt.batch_size), size, attempt.verdict))
     widths = [max(map(len, column)) for column in zip(*lines)]

@@ -91,7 +91,7 @@ def _advised(findings: list[Finding], setting: Setting) -> list[Finding]:
         if memory.total <= smallest:
             options = " ".join([f"--quantize {ADVISED}", *(KNOWN[name].options[0] for name in more)])
             fix = f"{options}: a step then takes {memory.total / 2**30:.2f} GiB, which fits (docs/quantized.md)"
-            return [dataclasses.replace(found, fix=fix) if found.code == "memory" else found for found in findings]
+            return [dataclasses.replace(finding, fix=fix) for finding in findings]  # of memory alone
     return findings
 
 

@@ -140,7 +140,7 @@ class OptionParser(argparse.ArgumentParser):
         if choices is None or value in choices:
             return
         texts = [str(choice) for choice in choices]
-        near = difflib.get_close_matches(str(value), texts, 1)
+        near = difflib.get_close_matches(str(value).strip().lower(), texts, 1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise argparse.ArgumentError(action, f"invalid choice: {value!r}, wanted one of {', '.join(texts)}{hint}")
 

@@ -1,5 +1,6 @@
 """What is written for people is current: generated pages, tables and the picture, the links, the README's length."""
 
+import json
 import re
 from itertools import product
 from pathlib import Path
@@ -13,7 +14,6 @@ from sat_lora.memory.fit import SPARE
 from sat_lora.training.settings.options import build_parser
 from tests.support.paths import ROOT
 from tests.support.patience import patient
-from tests.support.ranks import run_ranks
 from tests.support.scripts import load_file
 
 DOCS = ROOT / "docs"
@@ -74,27 +74,28 @@ def test_the_table_of_gpus_is_one_that_the_script_writes():
     for page, (head, nothing) in tool.HEADS.items():
         rows = tool.rows_in(read(page), head, nothing=nothing)
         assert tool.replace_table(read(page), head, tool.table(rows, nothing=nothing)) == read(page)
-        assert [row.machine for row in rows] == [*tool.MACHINES]
+        count = len(tool.FITTED)
+        assert [(row.gpus, row.card) for row in rows[:count]] == [(1, card) for card in tool.FITTED]
+        assert [(row.gpus, row.options) for row in rows[count:]] == [*tool.LAYOUTS]
         for row in rows:
-            assert row.gigabytes * SPARE <= row.machine.size + 0.06  # as it is rounded
+            assert row.card is None or row.gigabytes * SPARE <= row.card + 0.06  # as it is rounded
             build_parser().parse_args(row.options.split())
+        assert [row.card for row in rows[count:]] == [tool.smallest_card(row.gigabytes) for row in rows[count:]]
         written[page] = rows
-    assert written["README.md"] == written["README_zh.md"]
-
-
-def searched(machines):
-    tool = load_file(DOCS / "tools" / "gpu_table.py")
-    return [tool.line_of(row, nothing=tool.HEADS["README.md"][1]) for row in tool.searched(machines)]
+    assert written["README.md"] == written["README_zh.md"] and tool.SPARE == SPARE
 
 
 @pytest.mark.matrix
-@pytest.mark.timeout(patient(600))
-def test_the_table_of_gpus_is_what_the_search_finds():
+@pytest.mark.timeout(patient(1200))
+def test_the_table_of_gpus_is_what_estimate_says(tmp_path):
+    from benchmarks.models import config_of
+
     tool = load_file(DOCS / "tools" / "gpu_table.py")
-    head, nothing = tool.HEADS["README.md"]
-    rows = tool.rows_in(read("README.md"), head, nothing=nothing)
-    (found,) = run_ranks(searched, 1, [row.machine for row in rows[1:3]], timeout=patient(600))
-    assert found == tool.table(rows[1:3], nothing=nothing)[1:]
+    config = tmp_path / "model_config.json"
+    config.write_text(json.dumps(config_of("full")))
+    rows = [tool.fitted(tool.FITTED[1], config), tool.laid_out(*tool.LAYOUTS[-1], config)]
+    for line in tool.table(rows, nothing="nothing fits")[1:]:
+        assert f"{line}\n" in read("README.md")
 
 
 def test_the_matrix_has_a_line_for_each_layout_stage_and_precision_within_its_bounds():
