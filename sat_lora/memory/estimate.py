@@ -7,6 +7,7 @@ likes, and does nothing. So a step of any size at any layout is counted as it wo
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from typing import Any
 from unittest import mock
 
 import torch
@@ -44,7 +45,7 @@ def estimate(
     return memory_of(model, engine, data_parallel_size=data_parallel_size, activations=activations, on_device=on_device)
 
 
-def ways_of(engine: dict) -> dict[str, bool]:
+def ways_of(engine: dict) -> dict[str, Any]:
     """Return `partitioned` and `accumulated` of `fake_step` for a config of DeepSpeed's."""
     partitioned = engine.get("zero_optimization", {}).get("stage") == 3
     # ZeRO-3 keeps what comes beside its own memory, until a bucket is full.

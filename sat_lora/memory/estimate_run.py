@@ -37,7 +37,7 @@ class Plan:
     @property
     def memory(self) -> Memory:
         """The estimate."""
-        ranks = dict(data_parallel_size=self.data_parallel_size, on_device=self.on_device)
+        ranks: dict[str, Any] = dict(data_parallel_size=self.data_parallel_size, on_device=self.on_device)
         return estimate(self.sizes, self.lora, self.engine, **ranks, **self.step)
 
 

@@ -166,7 +166,7 @@ class Estimates:
         key = (*parts.values(), repr(plan.lora))
         if key not in self._models:
             self._models[key] = fake_model(plan.sizes, plan.lora, **parts)
-        ranks = dict(data_parallel_size=plan.data_parallel_size, on_device=plan.on_device)
+        ranks: dict[str, Any] = dict(data_parallel_size=plan.data_parallel_size, on_device=plan.on_device)
         return memory_of(self._models[key], plan.engine, activations=activations, **ranks)
 
     def _extrapolated(self, plan: Plan) -> float:
@@ -300,7 +300,7 @@ def _variants(layout: TrainConfig, offload: str | Path | None) -> Iterator[Train
         if language >= asked.checkpoint_activations and vit >= asked.vit_checkpoint_activations:
             yield layout.replaced(checkpoint_activations=language, vit_checkpoint_activations=vit)
     if offload is not None and layout.parallel.deepspeed_config is None:
-        both = dict(checkpoint_activations=True, vit_checkpoint_activations=True)
+        both: dict[str, Any] = dict(checkpoint_activations=True, vit_checkpoint_activations=True)
         yield layout.replaced(**both, deepspeed_config=str(offload))
 
 

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -79,8 +80,9 @@ def _advised(findings: list[Finding], setting: Setting) -> list[Finding]:
     world = setting.world
     available = gather_lists([device_memory(world.device, ranks_on_this_machine(world.size))])
     smallest = min((size for size in available if size is not None), default=0.0)
-    recomputed = dict(checkpoint_activations=True, vit_checkpoint_activations=True)
-    for more in ({}, recomputed):
+    recomputed: dict[str, Any] = dict(checkpoint_activations=True, vit_checkpoint_activations=True)
+    nothing: dict[str, Any] = {}
+    for more in (nothing, recomputed):
         quantized = config.replaced(quantize=ADVISED, **more)
         try:
             memory = _estimated(quantized, world.size, world.device.type)
