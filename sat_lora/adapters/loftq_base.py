@@ -18,7 +18,7 @@ from sat_lora.lora.deltas import loftq
 from sat_lora.lora.deltas.delta import Delta
 from sat_lora.quantization.weights.layers import quantized_weight_of
 from sat_lora.quantization.weights.quantized_weight import LowRank, QuantizedWeight
-from sat_lora.quantization.weights.schemes import Scheme, block_for
+from sat_lora.quantization.weights.schemes import Scheme
 
 ROUNDS = "loftq_iter"
 """The key of the note on a base's quantisation that says that it was LoftQ's."""
@@ -83,9 +83,7 @@ def approximated(weight: torch.Tensor, layer: str, scheme: Scheme, saved: SavedA
     """
     entry = saved.layers[layer]
     matrix = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    block = block_for(matrix.shape[1])
-    if block is None:
-        raise AdapterError(f"{layer}: rows of {matrix.shape[1]} elements have no blocks, so no LoftQ began beside them")
+    block = QuantizedWeight.of(weight, scheme, f"{layer}.weight").block
     encoded = loftq.encoded_part(matrix, entry.rows, scheme, block, rank=entry.r // 2, rounds=rounds)
     origin = origin_of(saved.delta_of(layer).to(weight.dtype), max(1, len(entry.slots)))
     quantized = QuantizedWeight.of(encoded, scheme, f"{layer}.weight").to(weight.dtype)
