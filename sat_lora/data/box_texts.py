@@ -29,10 +29,10 @@ def with_boxes(record: Record, images: Sequence, size_of: Callable[[object], tup
     Boxes whose numbers are all from 0 to 1 are shares of the picture, others its pixels. size_of: gives (width, height)
     of an image. Raises RecordError where there are other marks than boxes, or a box is outside of its picture.
     """
-    from sat_lora.cogvlm.inputs.boxes import boxes_text
-
     if not record.boxes:
         return record
+    from sat_lora.cogvlm.inputs.boxes import boxes_text
+
     phrases = [[*box] if isinstance(box[0], list | tuple) else [box] for box in record.boxes]
     texts = [text for turn in record.history for text in turn]
     texts += ["" if record.prompt is None else record.prompt, record.answer]
