@@ -44,33 +44,46 @@ def _run(argv: list[str] | None) -> int:
     options, more = parser.parse_known_args(argv)
     if options.run and more:
         parser.refuse_unknown(more)
-    data = options.data or _made()
-    status, run = (0, options.run) if options.run else _trained(data, more)
+    sys.path.insert(0, str(HERE))
+    from make_conversations import DEFAULT_OUT, make_conversations
+
+    data = options.data or DEFAULT_OUT
+    argv = training_options(data, more)
+    run = options.run or str(_run_folder(argv))  # a mistake among the options is told before anything is made
+    if options.data is None:
+        make_conversations(data)
+    status = 0 if options.run else _train(argv)
     if status == 0:
         print(table(*asked(run, data / "test.json")), flush=True)
     return status
 
 
-def _made() -> Path:
-    sys.path.insert(0, str(HERE))
-    from make_conversations import make_conversations
+def training_options(data: Path, more: Sequence[str]) -> list[str]:
+    """Return the options of finetune_cogvlm.py for a run on the conversations in `data`. more: further ones."""
+    argv = ["--config", str(HERE / "conversations.yaml"), "--from_pretrained", str(HERE / "tiny_cogvlm")]
+    return [*argv, "--train-data", str(data / "train.json"), "--valid-data", str(data / "valid.json"), *more]
 
-    return make_conversations()
 
-
-def _trained(data: Path, more: Sequence[str]) -> tuple[int, str]:
-    """Return (the exit status of a run on the data, its folder). more: further options of finetune_cogvlm.py."""
+def _run_folder(argv: list[str]) -> Path:
     from sat_lora.training.settings.options import parse_options
 
-    argv = ["--config", str(HERE / "conversations.yaml"), "--from_pretrained", str(HERE / "tiny_cogvlm")]
-    argv += ["--train-data", str(data / "train.json"), "--valid-data", str(data / "valid.json"), *more]
-    run = parse_options(argv, prog=NAME).run_folder
+    return parse_options(argv, prog=NAME).run_folder
+
+
+def _train(argv: list[str]) -> int:
+    """Run finetune_cogvlm.py, print what time it took, and return its exit status."""
     started = time.monotonic()
+    before = _children_seconds()
     status = subprocess.run([sys.executable, str(HERE / "finetune_cogvlm.py"), *argv], check=False).returncode
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    seconds = used.ru_utime + used.ru_stime
+    seconds = _children_seconds() - before
     print(f"the run took {time.monotonic() - started:.0f} s, and {seconds:.0f} s of processor time", flush=True)
-    return status, str(run)
+    return status
+
+
+def _children_seconds() -> float:
+    """Return the processor time of all processes that this one has started, and that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def asked(run: str, data: Path) -> tuple[list["Item"], dict[str, list[list[str]]]]:

@@ -1,4 +1,4 @@
-"""The demo's second task: conversations about captchas, as data, as settings, and as questions that a model is asked."""
+"""The demo's second task, conversations about captchas: its data, its settings, and the questions that it asks."""
 
 import json
 import re
@@ -32,9 +32,7 @@ def folder(tmp_path_factory):
 
 def settings(folder, *more):
     """The config of a run on the conversations, as the one command has it."""
-    paths = [f"--{name}-data={folder / name}.json" for name in ("train", "valid")]
-    options = ["--config", str(DEMO / "conversations.yaml"), "--from_pretrained", str(TINY_BASE), *paths, *more]
-    return parse_options(options, environ={})
+    return parse_options(load_script("conversations").training_options(folder, more), environ={})
 
 
 def test_a_conversation_asks_for_the_string_and_then_about_it(folder):
