@@ -5,7 +5,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sat_lora.data.box_texts import boxes_problem
+from sat_lora.data.box_texts import BOX_MARK, boxes_problem
 from sat_lora.data.item_keys import METADATA, METADATA_OF_SHARDS, NAMES, OURS, WANTED, key_problems, with_usual_names
 from sat_lora.data.records.record import (
     COLUMNS,
@@ -212,6 +212,8 @@ def object_problems(
     boxes = value.get("boxes")
     if boxes is not None and (problem := boxes_problem(boxes)):
         problems.append(problem)
+    if boxes == [] and BOX_MARK in json.dumps([value.get("prompt"), value.get("answer"), history]):
+        problems.append(f'"boxes" is empty, and {BOX_MARK} stands in its texts; leave the key out where it is a text')
     if value.get("answer") is None:
         how = "null" if "answer" in value else "missing"
         problems.append(f'"answer" is {how}; wanted {WANTED}, got {keys_of(value, names)}')
