@@ -56,13 +56,14 @@ def assert_the_same(samples, others):
 @pytest.mark.parametrize("labelled", ["by name", "by captions", "by text beside them"])
 def test_answers_to_one_prompt_give_the_same_samples(tmp_path, tokenizer, labelled):
     samples = [(answer, [("Read it", answer)]) for answer in ("7Kq2", "aB3d")]
-    write_pictures(tmp_path, samples)
-    expected = samples_of(write_jsonl(tmp_path, samples), tokenizer)
-    path = tmp_path / "images"
-    path.mkdir()
-    write_pictures(path, samples)
+    ours = tmp_path / "ours"
+    path = tmp_path / "theirs" / "images"
+    for folder in (ours, path):
+        folder.mkdir(parents=True)
+        write_pictures(folder, samples)
+    expected = samples_of(write_jsonl(ours, samples), tokenizer)
     if labelled == "by captions":
-        path = tmp_path
+        path = path.parent
         (path / "labels_en").mkdir()
         for name, turns in samples:
             content = {"captions": [{"role": "caption", "content": turns[0][1]}]}
