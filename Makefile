@@ -74,4 +74,4 @@ $(READY): setup.py constraints.txt
 	touch $@
 
 clean:
-	rm -rf "$(VENV)" runs finetune_demo/captchas site
+	rm -rf "$(VENV)" runs finetune_demo/captchas finetune_demo/conversations site

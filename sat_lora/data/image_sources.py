@@ -86,7 +86,7 @@ def _path(image: str, folder: Path, roots: Sequence[str], key: str) -> Path:
         raise RecordError(f"{named} is no path, {len(image)} characters: {image[:40]}...")
     if image.startswith("file://"):
         raise RecordError(f"{named} is an address, {image[:80]}: give the path alone")
-    if ADDRESS.match(image):
+    if ":" in image and ADDRESS.match(image):
         raise RecordError(f"{named} is an address, {image[:80]}: nothing is fetched; load it down and give its path")
     if image == "~" or image.startswith("~/"):
         raise RecordError(f"{named} is {image[:80]}: ~ is the shell's; write the path out")

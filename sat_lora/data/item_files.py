@@ -114,17 +114,19 @@ def collect_entries(
     entries = Entries()
     problems = Problems() if problems is None else problems
     options = reading.records
-    roots = [os.path.abspath(folder) for folder in (path.parent, *reading.images_from)]
+    folder = path.parent
+    roots = [os.path.abspath(root) for root in (folder, *reading.images_from)]
     for number, value in values:
         try:
             records, passed_over, layout = samples_of(value, options)
             for record in records:
-                images = tuple(image_source(image, path.parent, roots) for image in record.images)
+                images = tuple([image_source(image, folder, roots) for image in record.images])
                 entries.objects.append(Entry(with_boxes(record, images, picture_size), images, number))
         except RecordError as error:
             problems.add(number, ": " + "; ".join(error.problems))
             continue
-        entries.passed_over.update(passed_over)
+        if passed_over:
+            entries.passed_over.update(passed_over)
         entries.layouts[layout] += len(records)
     problems.raise_any(path)
     return entries

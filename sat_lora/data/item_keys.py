@@ -13,6 +13,7 @@ NESTED = 3  # levels of what lies beside a sample that are looked through for it
 PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".heic", ".avif")
 NAMES = ("image", "prompt", "answer")
 READ = (*NAMES, "history", "system", "boxes")
+OURS = frozenset(READ)
 WANTED = '{"image": ..., "prompt": ..., "answer": ...}'
 
 # What data sets write beside a sample and no run needs; also every name that begins with an underscore, but for those
@@ -56,7 +57,9 @@ def with_usual_names(
     A name of others' is read where ours is not there, and no second one that could be meant is. names: which of ours
     may be called otherwise. Objects of formats that are not read stay as they are.
     """
-    others = {key: value for key, value in entry.items() if key not in READ and key not in ignored}
+    if entry.keys() <= OURS:
+        return entry, {}
+    others = {key: value for key, value in entry.items() if key not in OURS and key not in ignored}
     called: dict[str, str] = {}
     lacking = [name for name in names if entry.get(name) is None] if others else []
     for name in lacking:
@@ -84,12 +87,14 @@ def key_problems(entry: dict, ignored: Collection[str], metadata: Collection[str
     image, those that speak of one are not among them: the sample would be learnt as text alone. Nor are those that hold
     a question where there is no prompt: another one would be asked.
     """
+    if entry.keys() <= OURS:
+        return []
     lacks_image = entry.get("image") is None and "image" not in metadata
     lacks_prompt = entry.get("prompt") is None
     unknown = [
         key
         for key, value in entry.items()
-        if key not in READ
+        if key not in OURS
         and key not in ignored
         and (
             not _is_metadata(key, metadata)

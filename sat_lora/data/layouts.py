@@ -3,11 +3,13 @@
 import itertools
 import os
 import re
+from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
-from sat_lora.cogvlm.inputs.pictures import SUFFIXES
+from sat_lora.cogvlm.inputs.pictures import FORMATS, SUFFIXES
 from sat_lora.data.answer_lists import LISTED, LISTS, Names, find_listing, looks_like_answers
+from sat_lora.data.folders import left_out_lines
 from sat_lora.data.formats import HEAD, JSON_SUFFIXES, kind_of_file, named_format
 from sat_lora.data.item_files import FILE_LIMIT, LINE_LIMIT
 from sat_lora.data.item_keys import WANTED
@@ -40,6 +42,8 @@ MASK_FOLDERS = re.compile(
 NUMBERED = re.compile(r"(.*?)[ _.-]*\(?(\d+)\)?")
 OUTPUTS = re.compile(r"(.*[ _.-])?(pred\w*|outputs?|results?|eval\w*|runs?|logs?)([ _.-].*)?", re.IGNORECASE)
 PARTS = re.compile(r"(train|val|valid|test|dev|training|validation|testing|part|split|fold).*|\d+", re.IGNORECASE)
+ABOUT_SAMPLES = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json")
+"""Files that Hugging Face's data sets have beside their samples."""
 _TABLES_READ = (".csv", ".tsv", ".tab", ".parquet")
 LISTS_READ = 20
 ENOUGH = 20  # images that part of a long file names
@@ -69,6 +73,34 @@ def check_file_kind(path: Path) -> None:
     if kind is not None and kind.startswith("holds"):
         instead = f"write a .jsonl file with a line {WANTED} for each image"
     raise DataError(f"{printable(path)} {kind or 'is a file'}; {instead}")
+
+
+def no_samples(path: Path, unused: Counter[str]) -> str:
+    """Return that a data path has no samples, what lies there instead, and which of its files may be meant.
+
+    unused: what was found there and is no sample, by reason.
+    """
+    wanted = f"images ({', '.join(FORMATS)}) in or below it" if path.is_dir() else "lines in it"
+    others = ", ".join(left_out_lines(unused)) or "nothing"
+    advice = "give a folder or file that has some"
+    files = _files_of_samples(path) if path.is_dir() else []
+    if files:
+        shown = [*map(printable, files[:3]), *["..."] * (len(files) > 3)]
+        advice = f"of a folder only images are read: give its file{'s' * (len(files) > 1)}, {', '.join(shown)}"
+    elif any(reason.startswith(".arrow") for reason in unused):
+        advice = "write it as parquet, with to_parquet of Hugging Face's datasets, and give that file"
+    return f"{path} has no {wanted}; found {others}; {advice}"
+
+
+def _files_of_samples(folder: Path) -> list[Path]:
+    """Return the files in or below a folder that may hold samples, by their names."""
+    files = []
+    for where, _, names in itertools.islice(os.walk(folder), FOLDERS_READ):
+        for name in sorted(names):
+            is_of_samples = name.lower().endswith((*JSON_SUFFIXES, *_TABLES_READ, ".tar"))
+            if is_of_samples and name not in ABOUT_SAMPLES and not name.startswith("."):
+                files.append(Path(where, name))
+    return files
 
 
 def check_layout(folder: Path, images: Sequence[Path], given: Collection[Path] = ()) -> None:

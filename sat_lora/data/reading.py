@@ -5,8 +5,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sat_lora.data.box_texts import boxes_problem
-from sat_lora.data.item_keys import METADATA, METADATA_OF_SHARDS, NAMES, READ, WANTED, key_problems, with_usual_names
+from sat_lora.data.box_texts import BOX_MARK, boxes_problem
+from sat_lora.data.item_keys import METADATA, METADATA_OF_SHARDS, NAMES, OURS, WANTED, key_problems, with_usual_names
 from sat_lora.data.records.record import (
     COLUMNS,
     IMAGE_MARK,
@@ -14,7 +14,6 @@ from sat_lora.data.records.record import (
     Fields,
     Record,
     RecordError,
-    RecordLayout,
     RecordOptions,
     listed,
     place_images,
@@ -35,6 +34,7 @@ module of each, which is a `Reader`. A new one is a module of that folder and a 
 """
 _MAY_BE_LEFT_OUT = frozenset({"history", "system", "boxes"})
 _NO_IMAGES = (type(None), bool, int, float, list)
+_TEXTS = (*NAMES, "system")
 SHARDS = "tar"
 """The name of --data-format for tar shards, which are streamed."""
 
@@ -120,7 +120,7 @@ def samples_of(
             raise RecordError(*problems)
         needs_places = RECORDS[layout].NAMES_PLACES and beside is None
         records.append(place_images(entry, images, options, needs_places))
-        passed_over |= entry.keys() - {*READ}
+        passed_over |= entry.keys() - OURS
     return records, passed_over, layout
 
 
@@ -129,8 +129,8 @@ def rewrite(value: object, options: RecordOptions) -> tuple[list[Fields], str]:
     if not isinstance(value, dict):
         raise RecordError(f"wanted {WANTED}, got {kind_of_value(value)}: {json.dumps(value)[:80]}")
     record = _with_columns(value, options.columns)
-    layout = options.layout or next((name for name, known in RECORDS.items() if _is_of(known, record)), USUAL)
-    if not RECORDS[layout].fits(record):
+    layout = options.layout or _layout_of(record)
+    if options.layout is not None and not RECORDS[layout].fits(record):
         raise RecordError(
             f"has not the keys of --data-format {layout}, {RECORDS[layout].WHOSE}; got {listed([*record], 8) or 'none'}"
         )
@@ -139,15 +139,18 @@ def rewrite(value: object, options: RecordOptions) -> tuple[list[Fields], str]:
         if turns and record.get("prompt") is None:
             raise RecordError(_unknown_turns(record, turns))
     samples = RECORDS[layout].rewrite(record, options.image_mark)
-    left_out = _MAY_BE_LEFT_OUT.intersection(options.ignored)
+    left_out = _MAY_BE_LEFT_OUT.intersection(options.ignored) if options.ignored else ()
     if not left_out:
         return [*samples], layout
     return [{key: text for key, text in fields.items() if key not in left_out} for fields in samples], layout
 
 
-def _is_of(layout: RecordLayout, record: dict) -> bool:
-    """Return whether a record is of a layout other than ours, which takes all that none of them does."""
-    return layout is not RECORDS[USUAL] and layout.fits(record)
+def _layout_of(record: Mapping) -> str:
+    """Return the name of the first layout that a record is of; ours takes all that none of the others does."""
+    for name, layout in RECORDS.items():
+        if name != USUAL and layout.fits(record):
+            return name
+    return USUAL
 
 
 def _unknown_turns(record: Mapping, keys: list[str]) -> str:
@@ -198,17 +201,19 @@ def object_problems(
     problems = key_problems(value, ignored, metadata)
     if problems:
         return problems
-    names = {**{name: name for name in READ}, **(called or {})}
-    for name in (*NAMES, "system"):
+    names = called or {}
+    for name in _TEXTS:
         text = value.get(name)
         if text is not None and not isinstance(text, str):
-            problems.append(f'"{names[name]}" is {kind_of_value(text)}, wanted a text in quotes')
+            problems.append(f'"{names.get(name, name)}" is {kind_of_value(text)}, wanted a text in quotes')
     history = value.get("history")
     if history is not None and not (isinstance(history, list) and all(map(_is_turn, history))):
         problems.append('"history" is no list of [query, answer]')
     boxes = value.get("boxes")
     if boxes is not None and (problem := boxes_problem(boxes)):
         problems.append(problem)
+    if boxes == [] and BOX_MARK in json.dumps([value.get("prompt"), value.get("answer"), history]):
+        problems.append(f'"boxes" is empty, and {BOX_MARK} stands in its texts; leave the key out where it is a text')
     if value.get("answer") is None:
         how = "null" if "answer" in value else "missing"
         problems.append(f'"answer" is {how}; wanted {WANTED}, got {keys_of(value, names)}')

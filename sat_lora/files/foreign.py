@@ -4,8 +4,8 @@ import errno
 import json
 import os
 import stat
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from functools import lru_cache
 from io import BufferedReader
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,6 +21,7 @@ PairsHook = Callable[[list[tuple[str, Any]]], Any] | None
 MEBIBYTE = 1 << 20
 JSON_LIMIT = 16 * MEBIBYTE  # of a configuration; the largest that is known, an index of 17 B weights, has 0.2 MB
 DEPTH_LIMIT = 100
+TOO_DEEP = f"nested deeper than {DEPTH_LIMIT}"
 LFS_POINTER = (
     "it is a pointer of git LFS and not the file itself; run `git lfs install` and `git lfs pull` in that folder, or "
     "download the file"
@@ -102,11 +103,14 @@ def parse_json(text: str | bytes, *, parse_constant: ParseConstant = None, objec
         if is_lfs_pointer(text):
             raise ValueError(LFS_POINTER)
         text = text.decode("utf-8-sig")
-    with _depth_as_value_error():
-        content = json.loads(
-            text.removeprefix("\ufeff"), parse_constant=parse_constant, object_pairs_hook=object_pairs_hook
-        )
-    return _checked_depth(content)
+    text = text.removeprefix("\ufeff")
+    if text.startswith("\ufeff"):
+        raise json.JSONDecodeError("a second byte-order mark", text, 0)
+    try:
+        content = _decoder(parse_constant, object_pairs_hook).decode(text)
+    except RecursionError:
+        raise ValueError(TOO_DEEP) from None
+    return _checked_depth(content) if _may_be_deep(text) else content
 
 
 def parse_json_at(text: str, start: int, *, object_pairs_hook: PairsHook = None) -> tuple[object, int]:
@@ -115,8 +119,10 @@ def parse_json_at(text: str, start: int, *, object_pairs_hook: PairsHook = None)
     object_pairs_hook: as `parse_json` takes it. Raises ValueError as that does.
     """
     content: object
-    with _depth_as_value_error():
-        content, end = json.JSONDecoder(object_pairs_hook=object_pairs_hook).raw_decode(text, start)
+    try:
+        content, end = _decoder(None, object_pairs_hook).raw_decode(text, start)
+    except RecursionError:
+        raise ValueError(TOO_DEEP) from None
     return _checked_depth(content), end
 
 
@@ -130,12 +136,14 @@ def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return content
 
 
-@contextmanager
-def _depth_as_value_error() -> Iterator[None]:
-    try:
-        yield
-    except RecursionError:
-        raise ValueError(f"nested deeper than {DEPTH_LIMIT}") from None
+@lru_cache(maxsize=16)
+def _decoder(parse_constant: ParseConstant, object_pairs_hook: PairsHook) -> json.JSONDecoder:
+    return json.JSONDecoder(parse_constant=parse_constant, object_pairs_hook=object_pairs_hook)
+
+
+def _may_be_deep(text: str) -> bool:
+    """Return whether a text has enough brackets to be nested deeper than DEPTH_LIMIT: most lines have not."""
+    return text.count("{") + text.count("[") > DEPTH_LIMIT
 
 
 def _checked_depth(content: Content) -> Content:
@@ -144,7 +152,7 @@ def _checked_depth(content: Content) -> Content:
         layer = [value for container in layer for value in _containers_in(container)]
         if not layer:
             return content
-    raise ValueError(f"nested deeper than {DEPTH_LIMIT}")
+    raise ValueError(TOO_DEEP)
 
 
 def _containers_in(value: object) -> list[object]:

@@ -2,9 +2,11 @@
 
 import difflib
 import itertools
+import math
 import os
 import re
 import unicodedata
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from urllib.parse import unquote
@@ -23,6 +25,8 @@ COMPRESSED_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz"
 ADAPTER_WANTED = "give the folder of an adapter, such as runs/NAME/adapter"
 _ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
 _WEIGHTED = re.compile(r"(.*[^:/\\]):(\d+\.?\d*|\.\d+)", re.DOTALL)
+SMALLEST_SHARE = 0.001
+"""The least part of all weights that a data path may have: of a thousand samples one is then its."""
 _QUOTES = "\"'`“”„‘’«»"
 
 
@@ -55,6 +59,51 @@ def split_weight(text: str) -> tuple[str, float | None]:
     if match is None or os.path.lexists(text):
         return text, None
     return match[1], float(match[2])
+
+
+def missing_data(text: str, wanted: str) -> str | None:
+    """Return `missing_path` of a data path, whose user may have meant a weight by its end."""
+    return _no_weight(text) or missing_path(text, wanted)
+
+
+def _no_weight(text: str) -> str | None:
+    """Return that what follows an existing path is no weight; None where nothing seems to be meant as one."""
+    head, _, end = text.rpartition(":" if ":" in text else "=")
+    if not head or "\0" in text or os.path.lexists(text) or not os.path.exists(head) or _written_as(text):
+        return None
+    shown = printable(head)
+    problem = f"{printable(text)} does not exist; {shown} does"
+    return f"{problem}: a weight is a number above 0, as in {shown}:0.7, got {printable(repr(end))}"
+
+
+def weights_problem(texts: Sequence[str], option: str) -> str | None:
+    """Return what is wrong with the weights of the data paths of an option; None where there is nothing."""
+    weighted = [split_weight(text) for text in texts]
+    given = [(path, weight) for path, weight in weighted if weight is not None]
+    if not given:
+        return None
+    shown = printable(f"{given[0][0]}:{given[0][1]:g}")
+    if option != "--train-data":
+        return f"{shown}: a weight is for --train-data; give the path alone"
+    if len(given) < len(weighted):
+        lacking = [path for path, weight in weighted if weight is None]
+        none = f"{shown} has a weight and {printable(lacking[0])} has none; give each path one, or none"
+        return next(filter(None, map(_no_weight, lacking)), none)
+    if nothing := [path for path, weight in given if not weight]:
+        return f"{printable(nothing[0])}: a weight of 0; leave the path out, or give a number above 0"
+    total = sum(weight for _, weight in given)
+    if math.isinf(total):
+        largest = max(given, key=lambda entry: entry[1])[0]
+        return f"{printable(largest)}: its weight is too large to be a number; give shares, such as 0.7 and 0.3"
+    if small := [(path, weight / total) for path, weight in given if weight / total < SMALLEST_SHARE]:
+        path, share = min(small, key=lambda entry: entry[1])
+        return (
+            f"{printable(path)}: its weight is {share:.2g} of all weights, and {SMALLEST_SHARE:g} is the least; leave "
+            "the path out, or give a larger one"
+        )
+    if shards := [path for path, _ in given if is_shard(path)]:
+        return f"{printable(shards[0])}: tar shards are streamed, shard by shard, and take no weight"
+    return None
 
 
 def is_shard(path: str | Path) -> bool:
@@ -111,7 +160,7 @@ def _written_as(text: str) -> str:
         return "; the shell has found nothing for * and ?, or quotes kept them: give the folder itself"
     for separator, name in ((",", "commas"), (";", "semicolons"), (os.pathsep, "colons")):
         parts = text.split(separator)
-        if len(parts) > 1 and all(part.strip() and os.path.exists(part.strip()) for part in parts):
+        if len(parts) > 1 and all(part.strip() and os.path.exists(split_weight(part.strip())[0]) for part in parts):
             return f"; several paths have spaces between them, not {name}"
     if re.match(r"[A-Za-z]:[\\/]|\\\\", text):
         return "; it is a path of Windows: under WSL its drive is below /mnt"

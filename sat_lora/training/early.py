@@ -7,7 +7,7 @@ import sys
 from collections.abc import Collection, Iterator, Sequence
 
 from sat_lora.errors import ConfigError, DataError
-from sat_lora.files.paths import is_shard, missing_base, missing_path, split_weight
+from sat_lora.files.paths import is_shard, missing_base, missing_data, split_weight, weights_problem
 from sat_lora.parallel.launch import Place
 from sat_lora.printable import printable_lines
 from sat_lora.terminal.edge import MISTAKE, let_first_rank_speak
@@ -70,16 +70,20 @@ def base_problems(folder: str) -> list[str]:
 
 
 def data_problems(config: TrainConfig, demo: Demo | None = None) -> Iterator[str]:
-    """Yield a sentence for each path of data that leads to nothing."""
+    """Yield a sentence for each path of data that leads to nothing, and for weights that cannot be meant."""
     for name in DATA:
-        for text in getattr(config.data, name) or ():
+        option = f"--{name.replace('_', '-')}"
+        texts = getattr(config.data, name) or ()
+        if problem := weights_problem(texts, option):
+            yield f"{option}: {problem}"
+        for text in texts:
             path, _ = split_weight(text)
             is_made = demo is not None and demo.makes(path)
             if is_made or (is_shard(path) and (path.startswith("pipe:") or "{" in path)):
                 continue
-            problem = missing_path(path, "mend the path or copy it" if is_shard(path) else WANTED)
+            problem = missing_data(path, "mend the path or copy it" if is_shard(path) else WANTED)
             if problem:
-                yield f"--{name.replace('_', '-')}: {problem}{data_hint(config.given, name, demo)}"
+                yield f"{option}: {problem}{data_hint(config.given, name, demo)}"
 
 
 def data_hint(given: Collection[str], name: str, demo: Demo | None) -> str:

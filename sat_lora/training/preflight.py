@@ -8,7 +8,7 @@ import torch
 
 from sat_lora.cogvlm.checkpoints.load import check_files, read_config
 from sat_lora.cogvlm.checkpoints.quantized_files import KEY
-from sat_lora.cogvlm.inputs.pictures import FORMATS, read_picture
+from sat_lora.cogvlm.inputs.pictures import read_picture
 from sat_lora.cogvlm.inputs.text import (
     IMAGE_PLACE,
     PROMPTS,
@@ -20,14 +20,13 @@ from sat_lora.cogvlm.inputs.text import (
 )
 from sat_lora.cogvlm.network.model import parallel_problems
 from sat_lora.cogvlm.sizes import image_length_problem, missing_sizes
-from sat_lora.data.folders import left_out_lines
-from sat_lora.data.layouts import missing_file_hint
+from sat_lora.data.layouts import missing_file_hint, no_samples
 from sat_lora.data.reading import READERS, Reading
 from sat_lora.data.samples import DataCounts, Item, picture_content, read_items, reading_options
 from sat_lora.data.shards.shard_checks import problems_with_shards
 from sat_lora.errors import CheckpointError, ConfigError, DataError, SatLoraError
 from sat_lora.files.foreign import os_problem
-from sat_lora.files.paths import is_shard, missing_path, split_weight
+from sat_lora.files.paths import is_shard, missing_data, split_weight, weights_problem
 from sat_lora.lora.config import LOFTQ
 from sat_lora.printable import printable
 from sat_lora.training.early import WANTED, data_hint, raise_problems
@@ -325,9 +324,9 @@ def _data_problems(config: TrainConfig, demo: Demo | None) -> Iterator[str]:
         yield "--split: tar shards are streamed and cannot be split; give --valid-data, or leave --split out"
     for name in ("train_data", "valid_data", "test_data"):
         option = "--" + name.replace("_", "-")
-        weighted = [split_weight(path) for path in config.value(name) or []]
-        paths = [path for path, _ in weighted]
-        if problem := _problem_with_weights(weighted, name):
+        texts = config.value(name) or []
+        paths = [split_weight(text)[0] for text in texts]
+        if problem := weights_problem(texts, option):
             yield f"{option}: {problem}"
             continue
         if any(map(is_shard, paths)):
@@ -349,30 +348,12 @@ def _data_problems(config: TrainConfig, demo: Demo | None) -> Iterator[str]:
                 yield f"{option}: {problem}{data_hint(config.given, name, demo)}"
 
 
-def _problem_with_weights(weighted: list[tuple[str, float | None]], name: str) -> str | None:
-    """Return what is wrong with the weights of data paths; None where there is nothing."""
-    given = [(path, weight) for path, weight in weighted if weight is not None]
-    if not given:
-        return None
-    shown = printable(f"{given[0][0]}:{given[0][1]:g}")
-    if name != "train_data":
-        return f"{shown}: a weight is for --train-data; give the path alone"
-    if len(given) < len(weighted):
-        lacking = next(path for path, weight in weighted if weight is None)
-        return f"{shown} has a weight and {printable(lacking)} has none; give each path one, or none"
-    if nothing := [path for path, weight in given if not weight]:
-        return f"{printable(nothing[0])}: a weight of 0; leave the path out, or give a number above 0"
-    if shards := [path for path, _ in given if is_shard(path)]:
-        return f"{printable(shards[0])}: tar shards are streamed, shard by shard, and take no weight"
-    return None
-
-
 def _problem_with_path(path: Path, config: TrainConfig) -> str | None:
     """Return what is wrong with a folder or file of data; None where some of its samples can be read.
 
     Raises OSError where it may not be looked at.
     """
-    problem = missing_path(str(path), WANTED)
+    problem = missing_data(str(path), WANTED)
     if problem:
         return problem
     path.stat()
@@ -384,9 +365,7 @@ def _problem_with_path(path: Path, config: TrainConfig) -> str | None:
     except (OSError, ValueError) as error:
         return f"{path} cannot be read: {error}"
     if not items:
-        wanted = f"images ({', '.join(FORMATS)}) in or below it" if path.is_dir() else "lines in it"
-        others = ", ".join(left_out_lines(counts.unused)) or "nothing"
-        return f"{path} has no {wanted}; found {others}; give a folder or file that has some"
+        return no_samples(path, counts.unused)
     if problem := _problem_with_turns(items, config):
         return f"{path}: {problem}"
     images = [item.image for item in items if item.image is not None][:IMAGES_TRIED]

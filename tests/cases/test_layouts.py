@@ -5,6 +5,7 @@ import os
 
 import pytest
 
+from sat_lora.cli import main
 from sat_lora.data.layouts import check_layout
 from sat_lora.data.samples import read_items
 from sat_lora.errors import DataError
@@ -229,3 +230,30 @@ def test_the_demo_s_own_images_are_samples(split, samples, tmp_path):
     """Each of its folders has most of the strings 000 to 999: numbers, but not those that count images."""
     paths = [tmp_path / path for path, _ in load_script("make_captchas").plan(split, samples, 0)]
     check_layout(tmp_path / split, paths)
+
+
+@pytest.mark.parametrize(
+    "files, words",
+    [
+        ([], "found nothing; give a folder or file that has some"),
+        (["data/train-00000-of-00001.parquet"], "give its file, {folder}/data/train-00000-of-00001.parquet"),
+        (["train.jsonl", "test.jsonl"], "give its files, {folder}/test.jsonl, {folder}/train.jsonl"),
+        (
+            ["x-0.tar", "x-1.tar", "x-2.tar", "x-3.tar"],
+            "give its files, {folder}/x-0.tar, {folder}/x-1.tar, {folder}/x",
+        ),
+        (["train.CSV", "readme.md"], "give its file, {folder}/train.CSV"),
+        (["dataset_info.json", "state.json", "data-00000.arrow"], "write it as parquet, with to_parquet"),
+        (["notes.txt", ".hidden.jsonl"], "give a folder or file that has some"),
+    ],
+)
+def test_a_folder_without_images_says_which_of_its_files_may_be_meant(tmp_path, files, words, base_folder, capsys):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    for name in files:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("x")
+    (problem,) = option_problems(parse_options(["--train-data", str(folder)], environ={}), {}, "cpu")[1]
+    assert f"{folder} has no images" in problem and words.format(folder=folder) in problem
+    assert main(["data", str(folder), "--from_pretrained", str(base_folder), "--version", "base"]) == 2
+    assert words.format(folder=folder) in capsys.readouterr().err

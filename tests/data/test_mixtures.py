@@ -11,6 +11,7 @@ from sat_lora.data.batches.sources import SourceSettings, open_sources
 from sat_lora.errors import DataError
 from sat_lora.files.paths import split_weight
 from sat_lora.parallel.distributed import World
+from sat_lora.training.early import data_problems
 from sat_lora.training.preflight import option_problems
 from tests.support.configs import parse_options
 from tests.support.datasets import dataset
@@ -103,11 +104,21 @@ def test_a_run_draws_by_weight_and_another_weight_is_other_data(tmp_path, tokeni
         (["--train-data", "a:0", "b:1"], "a: a weight of 0; leave the path out"),
         (["--train-data", "s.tar:0.5", "t.tar:1"], "tar shards are streamed"),
         (["--train-data", "a", "--valid-data", "b:0.5"], "--valid-data: b:0.5: a weight is for --train-data"),
+        (["--train-data", "a:-1", "b:1"], "a:-1 does not exist; a does: a weight is a number above 0, as in a:0.7"),
+        (["--train-data", "a:nan", "b:1"], "got 'nan'"),
+        (["--train-data", "a:1e3", "b:1"], "got '1e3'"),
+        (["--train-data", "a:70%", "b:30%"], "got '70%'"),
+        (["--train-data", "a:", "b:1"], "got ''"),
+        (["--train-data", "a=0.5", "b=0.5"], "as in a:0.7, got '0.5'"),
+        (["--train-data", "a:0.7,b:0.3"], "several paths have spaces between them, not commas"),
+        (["--train-data", f"a:{'9' * 400}", "b:1"], "a: its weight is too large to be a number"),
+        (["--train-data", "a:0.0001", "b:1"], "a: its weight is 0.0001 of all weights, and 0.001 is the least"),
     ],
 )
 def test_weights_that_cannot_be_meant_are_named(tmp_path, monkeypatch, argv, words):
     monkeypatch.chdir(tmp_path)
     write_images(tmp_path / "a", ["1.png"])
     write_images(tmp_path / "b", ["1.png"])
-    problems = option_problems(parse_options(argv, environ={}), {}, "cpu")[1]
-    assert any(words in problem for problem in problems), problems
+    config = parse_options(argv, environ={})
+    for problems in (option_problems(config, {}, "cpu")[1], [*data_problems(config)]):
+        assert any(words in problem for problem in problems), problems

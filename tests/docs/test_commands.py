@@ -1,11 +1,14 @@
 """Every command of README and Quickstart is run: by the program that reads it, and whole in the matrix."""
 
+import contextlib
 import os
 import re
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -16,6 +19,8 @@ from PIL import Image
 
 from sat_lora.commands.evaluate import build_parser as evaluation_parser
 from tests.support.paths import DEMO, ROOT
+from tests.support.patience import patient
+from tests.support.ranks import free_port
 
 PAGES = (
     "README.md",
@@ -42,7 +47,8 @@ ALL = list(dict.fromkeys(tuple(command) for page in PAGES for command in command
 MAKE = [command for command in ALL if command[0] == "make"]
 BY_HAND = [command for command in ALL if command[0].startswith(".venv/bin/") or command[0] == "python3"]
 LAUNCHED = [command for command in ALL if command[0] == "deepspeed"]
-EVALUATE = [command for command in ALL if command[0] == "python"]
+EVALUATE = [command for command in ALL if command[:2] == ("python", "finetune_demo/evaluate_cogvlm.py")]
+MAKE_DATA = [command for command in ALL if command[:2] == ("python", "finetune_demo/make_conversations.py")]
 TOOL = [command for command in ALL if command[0] == "sat-lora"]
 INSTALLED = [command for command in ALL if command[:2] == ("pip", "install")]  # tests/test_package.py has the extras
 
@@ -62,9 +68,9 @@ def recipe(target: str, venv: str = ".no-such-environment") -> list[list[str]]:
 
 
 def test_every_command_is_of_a_kind_that_is_run_here():
-    known = [*MAKE, *BY_HAND, *LAUNCHED, *EVALUATE, *TOOL, *INSTALLED]
+    known = [*MAKE, *BY_HAND, *LAUNCHED, *EVALUATE, *MAKE_DATA, *TOOL, *INSTALLED]
     assert sorted(known) == sorted(ALL)
-    assert min(map(len, (MAKE, BY_HAND, LAUNCHED, EVALUATE, TOOL))) > 0
+    assert min(map(len, (MAKE, BY_HAND, LAUNCHED, EVALUATE, MAKE_DATA, TOOL))) > 0
 
 
 @pytest.mark.parametrize("command", MAKE, ids=shlex.join)
@@ -124,25 +130,28 @@ def test_launched_options_are_options(command, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("command", EVALUATE, ids=shlex.join)
 def test_an_evaluation_takes_its_options(command):
-    script = ROOT / command[1]
-    assert script.is_file()
-    options = evaluation_parser().parse_args(command[2:])
+    assert (ROOT / command[1]).is_file()
+    options = evaluation_parser(command[1]).parse_args(command[2:])
     assert (options.run, options.test_data, options.no_effect) == ("runs/finetune", ["held_out"], [])
 
 
 @pytest.mark.parametrize("command", TOOL, ids=shlex.join)
-def test_sat_lora_takes_its_options(command):
+def test_sat_lora_takes_its_options(command, monkeypatch):
     from sat_lora.cli import build_parser
     from tests.support.configs import parse_options
 
+    monkeypatch.chdir(ROOT)
     options, more = build_parser().parse_known_args(command[1:])
     assert options.command == command[1]
-    if command[1] == "estimate":
-        assert parse_options(more, environ={}).model.from_pretrained == "cogvlm-base-490"
+    if command[1] == "data":
+        assert parse_options(["--train-data", *more], environ={}).model.version == "chat_old"
     elif command[1] == "train":
-        parse_options(more, environ={})
+        config = parse_options(more, environ={})
+        assert (config.model.version, config.run_folder) == ("chat_old", "runs/mine")
     elif command[1] == "evaluate":
-        evaluation_parser().parse_args(more)
+        assert evaluation_parser().parse_args(more).run == "runs/mine"
+    elif command[1] == "estimate":
+        assert parse_options(more, environ={}).model.from_pretrained == "cogvlm-base-490"
     else:
         assert more == []
 
@@ -266,7 +275,7 @@ def environment() -> dict[str, str]:
 def test_the_real_run_and_what_comes_after_it(page, workplace, tmp_path):
     folder = tmp_path / "here"
     shutil.copytree(workplace, folder, symlinks=True)
-    for command in commands_of(page):
+    for command in (command for command in commands_of(page) if command not in NEWCOMERS.values()):
         if command[0] == "deepspeed":
             script = [sys.executable, "finetune_demo/finetune_cogvlm.py"]
             options = ["64" if word == "1288" else word for word in launched_options(command)]
@@ -285,6 +294,100 @@ def test_the_real_run_and_what_comes_after_it(page, workplace, tmp_path):
             refused = "hf" in command  # the demo's rotary base is one that the published code cannot run
             said = run_in(folder, sys.executable, "-m", "sat_lora.cli", *command[1:], status=2 if refused else 0)
             assert not refused or "rotary" in said
+
+
+def newcomers_section(page: str) -> str:
+    """The part of a quickstart that goes from data to a model that one talks to."""
+    (text,) = (part for part in (ROOT / page).read_text().split("\n## ") if "make_conversations.py" in part)
+    return text
+
+
+QUICKSTARTS = ("docs/quickstart.md", "docs/zh/quickstart.md")
+NEWCOMERS = {
+    command[1]: command
+    for kind, body in FENCED.findall(newcomers_section(QUICKSTARTS[0]) + "\n")
+    if kind == "sh"
+    for line in body.replace("\\\n", " ").splitlines()
+    if (command := shlex.split(line, comments=True))
+}
+"""The lines of that way, by what they start."""
+PICTURE = NEWCOMERS["chat"][NEWCOMERS["chat"].index("--image") + 1]
+
+
+def code_of_newcomers(page: str) -> str:
+    """The client of the server, in Python."""
+    (code,) = (body for kind, body in FENCED.findall(newcomers_section(page) + "\n") if kind == "python")
+    return code
+
+
+def shortened(command: list[str]) -> list[str]:
+    """The command with the options that the page has for those who want to see the way, and no right answers."""
+    (sentence,) = (line for line in newcomers_section(QUICKSTARTS[0]).split("\n") if line.startswith("`--train "))
+    short = dict(re.findall(r"`(--[\w-]+) (\d+)`", sentence))
+    assert short.keys() == {"--train", "--train-iters"}
+    return [short.get(before, word) for before, word in zip(["", *command], command)]
+
+
+def test_a_newcomers_way_names_what_its_first_line_makes(monkeypatch):
+    from sat_lora.commands.chat import names_of
+
+    monkeypatch.syspath_prepend(str(DEMO))
+    from make_captchas import IMAGES, plan
+
+    assert list(NEWCOMERS) == [
+        "finetune_demo/make_conversations.py", *("data", "train", "evaluate", "chat", "serve")
+    ]  # fmt: skip
+    assert PICTURE in {f"mine/images/{path}" for path, _ in plan("test", IMAGES["test"], 0)}
+    first, second = map(code_of_newcomers, QUICKSTARTS)
+    (name,) = names_of([f"{NEWCOMERS['serve'][-3]}/adapter"])
+    assert first == second and f'open("{PICTURE}"' in first and first.count(f'model="{name}"') == 2
+    assert f"127.0.0.1:{NEWCOMERS['serve'][-1]}/v1" in first
+    lines = {page: [c for c in commands_of(page) if c in NEWCOMERS.values()] for page in QUICKSTARTS}
+    assert lines[QUICKSTARTS[0]] == lines[QUICKSTARTS[1]] == [*NEWCOMERS.values()]
+    assert shortened(NEWCOMERS["train"])[-1] == "20" and shortened(NEWCOMERS["evaluate"]) == NEWCOMERS["evaluate"]
+
+
+@pytest.mark.matrix
+@pytest.mark.timeout(1500)
+def test_a_newcomers_way_leads_from_data_to_a_model_to_talk_to(tmp_path):
+    folder = tmp_path / "a workplace"
+    folder.mkdir()
+    (folder / "finetune_demo").symlink_to(DEMO)
+    printed = {}
+    for name, command in NEWCOMERS.items():
+        start = [sys.executable, "-m", "sat_lora.cli"] if command[0] == "sat-lora" else [sys.executable]
+        line = [*start, *shortened(command)[1:]]
+        if name != "serve":
+            printed[name] = run_in(folder, *line)
+            continue
+        port = str(free_port())  # 8000 may be taken on the machine that tests
+        server = subprocess.Popen(
+            [*line[:-1], port], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment()
+        )
+        try:
+            wait_for_server(server, int(port))
+            code = code_of_newcomers(QUICKSTARTS[0]).replace(":8000/", f":{port}/")
+            answer, backwards = run_in(folder, sys.executable, "-c", code).split(" ")
+        finally:
+            server.terminate()
+            server.communicate(timeout=60)
+    assert "200 samples of mine/train.json" in printed["data"] and "«" in printed["data"]
+    assert (folder / "mine" / "report.html").is_file()
+    assert "500 images" in printed["evaluate"] and "base + adapter" in printed["evaluate"]
+    assert answer == printed["chat"].strip() and backwards.strip()
+
+
+def is_listening(port: int) -> bool:
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+        return True
+    return False
+
+
+def wait_for_server(server: subprocess.Popen, port: int) -> None:
+    deadline = time.monotonic() + patient(200)
+    while not is_listening(port):
+        assert server.poll() is None and time.monotonic() < deadline, server.stdout.read()
+        time.sleep(0.2)
 
 
 @pytest.mark.matrix

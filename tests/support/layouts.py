@@ -176,23 +176,83 @@ def write_tar(folder: Path, samples: Samples) -> Path:
     return write_shard(folder / "d.tar", *members)
 
 
+def write_alpaca(folder: Path, samples: Samples) -> Path:
+    records = [{"instruction": t[0][0], "input": "", "output": t[0][1], "image": f"{n}.png"} for n, t in samples]
+    return lines(folder / "d.jsonl", records)
+
+
+def write_columns(folder: Path, samples: Samples) -> Path:
+    """Keys that nobody knows: `COLUMNS` says which are meant."""
+    return lines(folder / "d.jsonl", [{"p": f"{n}.png", "x": t[0][0], "y": t[0][1]} for n, t in samples])
+
+
+def write_utf16(folder: Path, samples: Samples) -> Path:
+    path = write_jsonl(folder, samples)
+    path.write_text(path.read_text().replace("\n", "\r\n"), encoding="utf-16", newline="")
+    return path
+
+
+def write_role_lists(folder: Path, samples: Samples) -> Path:
+    records = []
+    for name, turns in samples:
+        listed = [[who, text] for turn in turns for who, text in zip(("user", "assistant"), turn)]
+        listed[0][1] = f"<image>{listed[0][1]}"
+        records.append({"image": f"{name}.png", "conversation": listed})
+    return lines(folder / "d.jsonl", records)
+
+
+def write_turns_with_images(folder: Path, samples: Samples) -> Path:
+    """The image named by the turn that it stands in, as in GLM-4V's data."""
+    return lines(
+        folder / "d.jsonl",
+        [
+            {"messages": [{**turn, "image": f"{name}.png"} if not place else turn for place, turn in enumerate(listed)]}
+            for name, turns in samples
+            for listed in [roles(turns)]
+        ],
+    )
+
+
+def write_tags(folder: Path, samples: Samples) -> Path:
+    """The image named by a text, as in Qwen-VL's data."""
+    records = []
+    for name, turns in samples:
+        listed = llava(name, turns)["conversations"]
+        listed[0]["value"] = f"Picture 1: <img>{name}.png</img>\n{turns[0][0]}"
+        records.append({"conversations": listed})
+    return lines(folder / "d.jsonl", records)
+
+
+def write_sft_zh(folder: Path, samples: Samples) -> Path:
+    (write_sft(folder, samples) / "labels_en").rename(folder / "sft" / "labels_zh")
+    return folder / "sft" / "labels_zh"
+
+
+COLUMNS = ("image=p", "prompt=x,answer=y")
 SINGLE_ONLY: dict[str, Callable[[Path, Samples], Path]] = {
     "csv": write_csv,
     "tsv": write_tsv,
     "csv of Excel": write_excel,
     "parquet, paths": write_parquet_paths,
+    "Alpaca": write_alpaca,
+    "columns": write_columns,
 }
 """Layouts that have no place for several turns."""
 LAYOUTS: dict[str, Callable[[Path, Samples], Path]] = {
     "jsonl": write_jsonl,
     "json array": write_array,
+    "UTF-16": write_utf16,
     "usual names": write_usual_names,
     "base64": write_base64,
     "data URLs": write_data_urls,
     "messages": write_messages,
     "LLaVA": write_llava,
     "pairs": write_pairs,
+    "role and text": write_role_lists,
+    "an image in a turn": write_turns_with_images,
+    "an image in a text": write_tags,
     "CogVLM-SFT-311K": write_sft,
+    "a folder of labels": write_sft_zh,
     "parquet, bytes": write_parquet_bytes,
     "parquet, messages": write_parquet_messages,
     "tar": write_tar,

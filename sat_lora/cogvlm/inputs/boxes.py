@@ -29,7 +29,7 @@ def boxes_text(boxes: Sequence[Sequence[float]], size: tuple[int, int] | None = 
 
 def share_of(box: Sequence[float], size: tuple[int, int] | None = None) -> Box:
     """Return a box in shares of the picture. Raises DataError if it is none, empty, or outside of the picture."""
-    shown = f"the box {list(box)!r}"
+    shown = f"the box {repr(list(box))[:80]}"
     if len(box) != 4 or not all(_is_number(number) for number in box):
         raise DataError(f"{shown} is none of four numbers: left, top, right, bottom")
     if size is not None and min(size) < 1:
@@ -80,4 +80,4 @@ def _digits(share: float) -> str:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and -math.inf < value < math.inf

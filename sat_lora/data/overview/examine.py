@@ -11,6 +11,7 @@ import torch
 
 from sat_lora.cogvlm.inputs.pictures import file_limit, read_picture
 from sat_lora.cogvlm.inputs.text import IGNORED, Sample
+from sat_lora.data.layouts import no_samples
 from sat_lora.data.reading import Reading
 from sat_lora.data.samples import DataCounts, ImageTextDataset, Item, picture_content, read_items
 from sat_lora.data.shards.shard_names import expand_shards
@@ -88,6 +89,11 @@ def examine(paths: Sequence[str], reading: Reading, dataset: ImageTextDataset, p
     else:
         counts = DataCounts()
         overview.items = read_items(paths, counts=counts, **vars(reading))
+        for path, samples in zip(paths, counts.by_path, strict=True):
+            if not samples:
+                own = DataCounts()
+                read_items([path], counts=own, **vars(reading))
+                raise DataError(no_samples(Path(path), own.unused))
         overview.layouts = dict(counts.layouts)
         overview.unused = counts.left_out()
     overview.samples = len(overview.items) + len(overview.broken)

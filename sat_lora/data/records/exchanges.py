@@ -1,4 +1,7 @@
-"""Turns in pairs: {"conversation": [{"human": ..., "assistant": ...}]}, or a list of two texts for each."""
+"""Turns in pairs: {"conversation": [{"human": ..., "assistant": ...}]}, or a list of two texts for each.
+
+Where the first of each two is the name of a role, a list is a turn: ["user", ...], ["assistant", ...].
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -18,6 +21,9 @@ def fits(record: Mapping[str, Any]) -> bool:
 def rewrite(record: Fields, mark: str) -> list[Fields]:
     """Return the record with its turns as prompt, answer, history and system. Raises RecordError."""
     key = turns_key(record) or ""
+    listed = [element for element in record[key] if isinstance(element, list)]
+    if listed == record[key] and all(len(turn) == 2 and _is_role(turn[0]) for turn in listed):
+        return [with_turns(record, key, [(ROLES[role.strip().lower()], text) for role, text in listed])]
     turns = []
     for number, element in enumerate(record[key], 1):
         pair = _pair(element)
@@ -25,6 +31,10 @@ def rewrite(record: Fields, mark: str) -> list[Fields]:
             raise RecordError(f'pair {number} of "{key}" is none of two texts')
         turns += [("user", pair[0]), ("assistant", pair[1])]
     return [with_turns(record, key, turns)]
+
+
+def _is_role(text: Any) -> bool:
+    return isinstance(text, str) and text.strip().lower() in ROLES
 
 
 def _pair(element: Any) -> tuple[str, str] | None:

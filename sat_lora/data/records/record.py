@@ -92,10 +92,11 @@ def place_images(
     prompt = fields.get("prompt")
     texts = [*(query for query, _ in history), prompt or ""]
     system = fields.get("system") or None
-    if any(IMAGE in text for text in [*texts, fields["answer"], system or "", *(answer for _, answer in history)]):
+    together = "".join([*texts, fields["answer"], system or "", *[answer for _, answer in history]])
+    if IMAGE in together:
         raise RecordError("a text holds half a character (U+DBFF)")
     mark = options.image_mark
-    places = sum(text.count(mark) for text in texts) if mark else 0
+    places = sum([text.count(mark) for text in texts]) if mark and mark in together else 0
     count = len(images)
     if count > options.most_images:
         takes = "the base takes one" if options.most_images == 1 else f"--images-per-sample is {options.most_images}"

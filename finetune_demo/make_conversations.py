@@ -1,0 +1,85 @@
+"""Write conversations about captchas as LLaVA does: OUT/{train,valid,test}.json, and their pictures in OUT/images.
+
+Two turns each: what is on the captcha, then a question about it. The pictures are those of make_captchas.py, so no
+string of one set appears in another.
+"""
+
+import argparse
+import json
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+DEFAULT_OUT = Path(__file__).resolve().parent / "conversations"
+READ = "CAPTCHA:"
+QUESTIONS: dict[str, Callable[[str], str]] = {
+    "Backwards?": lambda text: text[::-1],
+    "First digit?": lambda text: text[0],
+    "Last digit?": lambda text: text[-1],
+}
+"""What the second turn may ask, and the answer for the captcha's string."""
+
+
+def conversation(image: str, seed: int) -> dict:
+    """Return the record of the captcha at `image`, a path below OUT; its second question comes from seed and path."""
+    text = Path(image).stem
+    question = random.Random(f"{seed} {image}").choice([*QUESTIONS])
+    turns = [("human", f"<image>\n{READ}"), ("gpt", text), ("human", question), ("gpt", QUESTIONS[question](text))]
+    return {"id": image, "image": image, "conversations": [{"from": who, "value": value} for who, value in turns]}
+
+
+def make_conversations(out: str | Path = DEFAULT_OUT, *, seed: int = 0, **captchas) -> Path:
+    """Write the conversations, unless `out` has all of them, and return `out`. captchas: see `make_captchas`."""
+    from make_captchas import IMAGES, make_captchas
+
+    from sat_lora.files.atomic import replace_text
+
+    out = Path(out)
+    files = {name: out / f"{name}.json" for name in IMAGES}
+    if all(file.exists() for file in files.values()):
+        print(f"conversations: already at {out}")
+        return out
+    images = make_captchas(out / "images", seed=seed, **captchas)
+    for name, file in files.items():
+        paths = sorted(path.relative_to(out).as_posix() for path in (images / name).glob("*/*.png"))
+        records = [conversation(path, seed) for path in paths]
+        replace_text(file, json.dumps(records, indent=1) + "\n")
+    print(f"conversations: {', '.join(map(str, files.values()))}")
+    return out
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Write the conversations, and return the exit status: 0, 2 for a mistake, 130 for Ctrl-C."""
+    from sat_lora.terminal.edge import run_command
+
+    return run_command("make_conversations.py", lambda: _make(argv))
+
+
+def _make(argv: list[str] | None) -> None:
+    """Write the conversations that the options ask for."""
+    from make_captchas import IMAGES, STRINGS
+
+    from sat_lora.terminal.option_parser import OptionParser
+    from sat_lora.terminal.option_types import count, number, positive_int
+
+    parser = OptionParser(
+        prog="make_conversations.py",
+        description="Write conversations about captchas, as LLaVA does.",
+        epilog="example: python finetune_demo/make_conversations.py --out mine --train 2000 --seed 1",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help="folder to write; what it has already stays")
+    for name, images in IMAGES.items():
+        parser.add_argument(f"--{name}", type=count, default=images, help=f"of the {STRINGS[name]} {name} strings")
+    parser.add_argument("--seed", type=number(int, "a whole number"), default=0, help="of every draw")
+    parser.add_argument(
+        "--workers", type=positive_int, default=os.cpu_count(), help="processes; no picture depends on them"
+    )
+    make_conversations(**vars(parser.parse_args(argv)))
+
+
+if __name__ == "__main__":
+    from sat_lora.terminal.edge import run_script
+
+    run_script("make_conversations.py", main)
