@@ -1,4 +1,4 @@
-"""The demo's second task, in one command: conversations about captchas, of two turns each.
+"""The demo's second task, in one command: conversations about captchas, of three turns each.
 
     python finetune_demo/conversations.py                               # data, training, answers before and after
     python finetune_demo/conversations.py --run runs/conversations      # the answers of a run that there is

@@ -1,7 +1,7 @@
 """Write conversations about captchas as LLaVA does: OUT/{train,valid,test}.json, and their pictures in OUT/images.
 
-Two turns each: what is on the captcha, then a question about it. The pictures are those of make_captchas.py, so no
-string of one set appears in another.
+Three turns each: what is on the captcha, the same backwards, and one of its digits. The pictures are those of
+make_captchas.py, so no string of one set appears in another.
 """
 
 import argparse
@@ -13,19 +13,17 @@ from pathlib import Path
 
 DEFAULT_OUT = Path(__file__).resolve().parent / "conversations"
 READ = "CAPTCHA:"
-QUESTIONS: dict[str, Callable[[str], str]] = {
-    "Backwards?": lambda text: text[::-1],
-    "First digit?": lambda text: text[0],
-    "Last digit?": lambda text: text[-1],
-}
-"""What the second turn may ask, and the answer for the captcha's string."""
+BACKWARDS = "Backwards?"
+DIGITS: dict[str, Callable[[str], str]] = {"First digit?": lambda text: text[0], "Last digit?": lambda text: text[-1]}
+"""What the last turn may ask, and the answer for the captcha's string."""
 
 
 def conversation(image: str, seed: int) -> dict:
-    """Return the record of the captcha at `image`, a path below OUT; its second question comes from seed and path."""
+    """Return the record of the captcha at `image`, a path below OUT; its last question comes from seed and path."""
     text = Path(image).stem
-    question = random.Random(f"{seed} {image}").choice([*QUESTIONS])
-    turns = [("human", f"<image>\n{READ}"), ("gpt", text), ("human", question), ("gpt", QUESTIONS[question](text))]
+    question = random.Random(f"{seed} {image}").choice([*DIGITS])
+    turns = [("human", f"<image>\n{READ}"), ("gpt", text), ("human", BACKWARDS), ("gpt", text[::-1])]
+    turns += [("human", question), ("gpt", DIGITS[question](text))]
     return {"id": image, "image": image, "conversations": [{"from": who, "value": value} for who, value in turns]}
 
 

@@ -117,6 +117,19 @@ def test_json_with_a_byte_order_mark_is_json_and_other_encodings_are_not(tmp_pat
     assert read_json(tmp_path / "marked.json") == {"a": 1} == parse_json('\ufeff{"a": 1}')
     with pytest.raises(ValueError):
         parse_json('{"a": 1}'.encode("utf-16"))
+    with pytest.raises(ValueError, match="a second byte-order mark"):
+        parse_json('\ufeff\ufeff{"a": 1}')
+
+
+@pytest.mark.parametrize("inner", ["[]", '"[[[["', '{"a": [{}]}'])
+def test_depth_is_counted_of_what_is_nested_and_not_of_brackets(inner):
+    """A text of few brackets is not looked through, and one of many is, for nothing."""
+    levels = 1 if inner == "[]" else 0 if inner[0] == '"' else 3
+    deepest = DEPTH_LIMIT - levels
+    assert parse_json("[" * deepest + inner + "]" * deepest)
+    assert len(parse_json(f"[{','.join([inner] * 200)}]")) == 200
+    with pytest.raises(ValueError, match="nested deeper"):
+        parse_json("[" * (deepest + 1) + inner + "]" * (deepest + 1))
 
 
 def test_a_file_that_tells_no_size_is_read_to_the_limit(tmp_path):

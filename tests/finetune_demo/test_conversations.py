@@ -19,7 +19,7 @@ from tests.support.scripts import load_script
 
 sys.path.insert(0, str(DEMO))
 from make_captchas import draw_captcha, split_strings
-from make_conversations import QUESTIONS, READ, conversation, main, make_conversations
+from make_conversations import BACKWARDS, DIGITS, READ, conversation, main, make_conversations
 
 FEW = {"train": 4, "valid": 2, "test": 3}
 SETS = tuple(FEW)
@@ -41,18 +41,19 @@ def test_a_conversation_asks_for_the_string_and_then_about_it(folder):
         assert len(records) == count
         for record in records:
             text = re.fullmatch(rf"images/{name}/\d+/(\d\d\d)\.png", record["image"])[1]
-            (_, query), (_, first), (_, question), (_, second) = (turn.values() for turn in record["conversations"])
+            turns = [turn["value"] for turn in record["conversations"]]
             assert (folder / record["image"]).is_file() and text in split_strings(3)[name]
-            assert (query, first, second) == (f"<image>\n{READ}", text, QUESTIONS[question](text))
-    assert [answer("470") for answer in QUESTIONS.values()] == ["074", "4", "0"]
+            assert turns[:4] == [f"<image>\n{READ}", text, BACKWARDS, text[::-1]]
+            assert turns[5:] == [DIGITS[turns[4]](text)]
+    assert [answer("470") for answer in DIGITS.values()] == ["4", "0"]
 
 
 def test_every_question_is_drawn_by_seed_and_path():
     images = [f"images/train/{number:03d}/123.png" for number in range(40)]
-    drawn = [conversation(image, 0)["conversations"][2]["value"] for image in images]
-    assert {*drawn} == {*QUESTIONS}
-    assert drawn == [conversation(image, 0)["conversations"][2]["value"] for image in images]
-    assert drawn != [conversation(image, 1)["conversations"][2]["value"] for image in images]
+    drawn = [conversation(image, 0)["conversations"][4]["value"] for image in images]
+    assert {*drawn} == {*DIGITS}
+    assert drawn == [conversation(image, 0)["conversations"][4]["value"] for image in images]
+    assert drawn != [conversation(image, 1)["conversations"][4]["value"] for image in images]
 
 
 def test_what_was_begun_is_ended_and_what_is_whole_stays(folder, tmp_path, capsys):
@@ -81,16 +82,16 @@ def test_the_settings_are_those_of_a_run_and_every_conversation_fits(folder, tmp
     config = settings(folder, "--save", str(tmp_path))
     assert option_problems(config, read_config(TINY_BASE), "cpu") == ([], [])
     records = [
-        {"image": "a.png", "prompt": question, "answer": answer("123"), "history": [[READ, "123"]]}
-        for question, answer in QUESTIONS.items()
+        {"image": "a.png", **dict(zip(("prompt", "answer"), last)), "history": [[READ, "123"], [BACKWARDS, "321"]]}
+        for last in ((question, answer("123")) for question, answer in DIGITS.items())
     ]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, records)))
     draw_captcha("123", "a").save(tmp_path / "a.png")
     dataset = dataset_maker(config.model, config.data, read_config(TINY_BASE))(read_items([tmp_path / "a.jsonl"]))
     samples = [dataset[number] for number in range(len(records))]
-    assert [sample.left_out for sample in samples] == [0, 0, 0]
+    assert [sample.left_out for sample in samples] == [0, 0]
     learnt = [dataset.tokenizer.decode(sample.labels[sample.labels >= 0]) for sample in samples]
-    assert learnt == ["123<eos>321<eos>", "123<eos>1<eos>", "123<eos>3<eos>"]
+    assert learnt == ["123<eos>321<eos>1<eos>", "123<eos>321<eos>3<eos>"]
 
 
 def test_every_question_comes_behind_the_model_s_own_answers(folder, single_process_group):
@@ -112,11 +113,11 @@ def test_the_table_counts_conversations_without_a_wrong_answer(folder):
     script = load_script("conversations")
     items = read_items([folder / "test.json"])
     right = [script.right_answers(item) for item in items]
-    half = [right[0], [right[1][0], "x"], ["x", right[2][1]]]
-    head, base, adapter = script.table(items, {"base": [["", ""]] * 3, "base + adapter": half}).splitlines()
-    assert head.split()[:2] == ["3", "conversations"] and READ in head
-    assert re.findall(r"[\d.]+%", base)[:2] == ["0.0%", "0.0%"]
-    assert re.findall(r"[\d.]+%", adapter)[:2] == ["33.3%", "66.7%"]
+    half = [right[0], [right[1][0], "x", right[1][2]], ["x", *right[2][1:]]]
+    head, base, adapter = script.table(items, {"base": [["", "", ""]] * 3, "base + adapter": half}).splitlines()
+    assert head.split()[:2] == ["3", "conversations"] and READ in head and BACKWARDS in head
+    assert re.findall(r"[\d.]+%", base)[:3] == ["0.0%", "0.0%", "0.0%"]
+    assert re.findall(r"[\d.]+%", adapter)[:3] == ["33.3%", "66.7%", "66.7%"]
 
 
 @pytest.mark.parametrize(
