@@ -13,7 +13,7 @@ from sat_lora.files.step_folders import BEST, read_pointer, steps_in
 from sat_lora.lora.summary import describe, describe_text
 from sat_lora.parallel.distributed import World, init_distributed, run_on_all_ranks
 from sat_lora.terminal.notice import logger, warn
-from sat_lora.training.evaluation import evaluate_adapter, evaluation_table, write_evaluation
+from sat_lora.training.evaluation import answer_test_data, evaluation_table, write_evaluation
 from sat_lora.training.loop import train
 from sat_lora.training.marks import marks_of_options
 from sat_lora.training.metrics.registry import metrics_named
@@ -295,10 +295,10 @@ def _evaluate(
     anew. There is never a second one in memory.
     """
     folder = config.run_folder
-    result = run_on_all_ranks(
-        evaluate_adapter, config, run.adapters, world, trained, observers=observers, run_folder=folder
+    measured = run_on_all_ranks(
+        answer_test_data, config, run.adapters, world, trained, observers=observers, run_folder=folder
     )
     run_on_all_ranks(
-        lambda: write_evaluation(run.path / EVALUATION, result, config, run.adapters) if world.is_main else None
+        lambda: write_evaluation(run.path / EVALUATION, measured, config, run.adapters) if world.is_main else None
     )
-    run.say(evaluation_table(result))
+    run.say(evaluation_table(measured.result))

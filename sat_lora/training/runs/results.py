@@ -15,6 +15,8 @@ from sat_lora.training.settings.config import TrainConfig
 RUN = "run.json"
 LOG = "train.jsonl"
 EVALUATION = "evaluation.json"
+PREDICTIONS = "predictions"
+ANSWERS = "answers"
 DATA = ("train_data", "valid_data", "test_data")
 FOLDERS = ("adapter", "checkpoints")
 PICTURE = "loss.png"
@@ -57,8 +59,10 @@ def _has_events(path: Path) -> bool:
 
 
 def evaluations_in(folder: Path) -> list[Path]:
-    """Return the files of evaluations in a run folder."""
-    return [folder / EVALUATION] * os.path.lexists(folder / EVALUATION) + [*folder.glob("evaluation-[0-9]*.json")]
+    """Return the files of evaluations in a run folder, and of their predictions."""
+    names = (EVALUATION, f"{PREDICTIONS}.jsonl")
+    first = [folder / name for name in names if os.path.lexists(folder / name)]
+    return [*first, *folder.glob("evaluation-[0-9]*.json"), *folder.glob(f"{PREDICTIONS}-[0-9]*.jsonl")]
 
 
 def results_problems(config: TrainConfig, *, say: Callable[[str], None] = lambda line: None) -> list[str]:

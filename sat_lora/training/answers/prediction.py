@@ -1,0 +1,107 @@
+"""What was answered to a sample, and the file of lines that keeps it."""
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sat_lora.data.records.record import IMAGE, IMAGE_MARK
+from sat_lora.data.samples import Item
+from sat_lora.files.foreign import open_file, parse_json
+from sat_lora.training.metrics.generated import AnswerMetric
+from sat_lora.training.metrics.scores import Answered, Scores
+
+LIMIT = 1 << 36  # bytes of a file of predictions that is looked into
+DIGITS = 6
+"""Decimals of the numbers in the file."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The answers to one sample, by who gives them: `base`, `adapter`, or the name of one of several adapters."""
+
+    index: int
+    """The place of the sample in the data."""
+    sample: str
+    """The line where it stands, or its file."""
+    prompt: str
+    references: tuple[str, ...]
+    """The right answers."""
+    said: Mapping[str, str]
+    image: str | None = None
+    """The file of its (first) picture; None where that lies in something else."""
+    likelihoods: Mapping[str, tuple[float, int]] = field(default_factory=dict)
+    """The cross-entropy summed over the tokens of the right answer, and how many these are."""
+
+
+def prediction_of(
+    item: Item, index: int, prompt: str, said: Mapping[str, str], likelihoods: Mapping[str, tuple[float, int]]
+) -> Prediction:
+    """Return the prediction of an item. prompt: what is asked where it has none."""
+    image = str(item.image) if isinstance(item.image, Path) else None
+    return Prediction(
+        index=index,
+        sample=item.place or item.name or image or f"sample {index}",
+        prompt=(prompt if item.prompt is None else item.prompt).replace(IMAGE, IMAGE_MARK),
+        references=(item.answer.strip(),),
+        said=dict(said),
+        image=image,
+        likelihoods=dict(likelihoods),
+    )
+
+
+def scores_of(predictions: Sequence[Prediction], metrics: Mapping[str, AnswerMetric]) -> dict[str, dict[str, Scores]]:
+    """Return the scores of each metric by its name, by who answers. metrics: loaded, see `load_metric`."""
+    sides = list(predictions[0].said) if predictions else []
+    return {side: {name: _measured(metric, predictions, side) for name, metric in metrics.items()} for side in sides}
+
+
+def _measured(metric: AnswerMetric, predictions: Sequence[Prediction], side: str) -> Scores:
+    likelihoods = [p.likelihoods[side] for p in predictions] if metric.needs_likelihoods else []
+    said = [prediction.said[side] for prediction in predictions]
+    answered = Answered(said, [prediction.references for prediction in predictions], likelihoods)
+    measure: Any = metric.place
+    return measure(answered)
+
+
+def lines_of(predictions: Sequence[Prediction], scores: Mapping[str, Mapping[str, Scores]]) -> Iterator[str]:
+    """Yield a line of JSON for each prediction, with the scores that `scores_of` gave: text that any terminal shows."""
+    for number, prediction in enumerate(predictions):
+        own = {
+            side: {name: _rounded(measured.samples[number]) for name, measured in by_name.items()}
+            for side, by_name in scores.items()
+        }
+        content = {
+            "sample": prediction.sample,
+            **({} if prediction.image in (None, prediction.sample) else {"image": prediction.image}),
+            "prompt": prediction.prompt,
+            "answer": prediction.references[0],
+            **({"answers": list(prediction.references)} if len(prediction.references) > 1 else {}),
+            "predictions": dict(prediction.said),
+            "scores": own,
+        }
+        yield shown_json(content) + "\n"
+
+
+def shown_json(content: Any) -> str:
+    """Return JSON on one line in which letters of any script stand as they are, and what a terminal would obey does
+    not: control and format characters and halves of characters are escaped, as JSON can.
+    """
+    text = json.dumps(content, ensure_ascii=False, allow_nan=False)
+    return text if text.isprintable() else "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text)
+
+
+def _rounded(score: float) -> float | None:
+    return round(score, DIGITS) if math.isfinite(score) else None
+
+
+def is_predictions(file: Path) -> bool:
+    """Return whether a file begins with a line that `lines_of` gave, or is empty. Raises OSError."""
+    try:
+        with open_file(file, LIMIT) as lines:
+            first = lines.readline(1 << 20)
+        return not first or {"sample", "predictions"} <= parse_json(first).keys()
+    except (ValueError, AttributeError):
+        return False
