@@ -72,7 +72,7 @@ def check_early(
 
 def metric_problems(config: TrainConfig, *, trains: bool) -> Iterator[str]:
     """Yield a sentence for each metric that does not exist or cannot be used. trains: --metric counts too."""
-    named = [("metrics", name, ()) for name in config.saving.metrics]
+    named: list[tuple[str, str, tuple[str, ...]]] = [("metrics", name, ()) for name in config.saving.metrics]
     if trains:
         named.append(("metric", config.saving.metric, (LOSS, *METRICS)))
     for field, name, others in named:
@@ -101,7 +101,7 @@ def validation_problems(config: TrainConfig) -> Iterator[str]:
     elif saving.early_stopping and not saving.eval_interval:
         yield "--early-stopping: --eval-interval 0 validates at the end alone; give it a number of steps"
     is_measured_on_answers = saving.metric not in (LOSS, *METRICS)
-    if is_measured_on_answers and saving.eval_samples is None and name_problem(saving.metric, METRICS) is None:
+    if is_measured_on_answers and saving.eval_samples is None and name_problem(saving.metric, [*METRICS]) is None:
         yield f"--metric: {printable(saving.metric)} is measured on answers; give --eval-samples N, how many"
     if saving.wandb != NONE:
         if importlib.util.find_spec("wandb") is None:

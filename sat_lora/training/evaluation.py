@@ -5,8 +5,7 @@ import itertools
 import os
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from sat_lora.printable import printable
 from sat_lora.terminal.notice import warn
 from sat_lora.terminal.progress import shown
 from sat_lora.training.answers.answering import BASE, answer_samples, cut_answers, length_of_answer
-from sat_lora.training.answers.prediction import Prediction, is_predictions, lines_of, scores_of
+from sat_lora.training.answers.prediction import Evaluated, is_predictions, lines_of, scores_of
 from sat_lora.training.metrics.generated import GENERATED, is_code, load_metric, settled_name
 from sat_lora.training.metrics.scores import LEVEL, RESAMPLES, SEED, Scores, interval_of
 from sat_lora.training.prepare import dataset_maker, load_base
@@ -43,24 +42,6 @@ DEFAULT_METRICS = ("exact-match", "exact-match-ignoring-case")
 LORA = "lora"
 """The name of the mixins of a single adapter."""
 TITLES = {BASE: "base", "adapter": "base + adapter"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Evaluated:
-    """An evaluation, with the answers that it is of."""
-
-    result: dict[str, Any]
-    """What evaluation.json has.
-
-    {"images": n, "base": {"exact_match": x, "exact_match_ignoring_case": y}, "adapter": {...}} with shares in [0, 1],
-    of several adapters "adapters": {NAME: {...}}; "metrics": {NAME: {SIDE: {"value": x, "low": y, "high": z}}};
-    "bootstrap": how low and high were drawn. Items that cannot be read are not among n: their paths are under "broken",
-    and their number is "broken_samples".
-    """
-    predictions: Sequence[Prediction]
-    scores: Mapping[str, Mapping[str, Scores]]
-    samples: Sequence[Item]
-    """All samples of the data, by the index of a prediction."""
 
 
 def evaluate_adapter(*arguments: Any, **more: Any) -> dict[str, Any]:

@@ -1,17 +1,14 @@
 """A page of pictures with the right answers and those that were given, the worst first."""
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
 
 from sat_lora.data.overview.html_page import Row, escaped, html_page, is_page_of, picture_tag, shortened
-from sat_lora.data.samples import Item
 from sat_lora.errors import ConfigError
 from sat_lora.files.atomic import replace_lines
 from sat_lora.files.foreign import open_file
 from sat_lora.printable import printable
-from sat_lora.training.answers.prediction import Prediction
+from sat_lora.training.answers.prediction import Evaluated
 from sat_lora.training.metrics.generated import GENERATED, is_code
 
 GENERATOR = "sat-lora evaluate"
@@ -21,14 +18,6 @@ ROOM = 32 << 20
 """Characters of a page's samples; a picture takes some 20,000."""
 SHOWN = 600  # characters of a text
 PAGE_LIMIT = 1 << 30  # bytes of a file that is looked into
-
-
-class Measured(Protocol):
-    """What `answer_test_data` gives."""
-
-    predictions: Sequence[Prediction]
-    scores: Any
-    samples: Sequence[Item]
 
 
 def gallery_file(evaluation: Path, name: str) -> Path:
@@ -54,7 +43,7 @@ def refuse_other_page(file: Path) -> None:
         raise ConfigError(f"{shown} exists and is no page of {GENERATOR}; give another file")
 
 
-def write_gallery(file: Path, measured: Measured, max_pixels: int) -> None:
+def write_gallery(file: Path, measured: Evaluated, max_pixels: int) -> None:
     """Write the page of an evaluation. Raises ConfigError where it cannot be written."""
     try:
         replace_lines(file, [gallery(measured, max_pixels)])
@@ -62,7 +51,7 @@ def write_gallery(file: Path, measured: Measured, max_pixels: int) -> None:
         raise ConfigError(f"--gallery: {printable(file)}: cannot be written: {error.strerror}") from error
 
 
-def gallery(measured: Measured, max_pixels: int) -> str:
+def gallery(measured: Evaluated, max_pixels: int) -> str:
     """Return the page: MOST samples at most, by what the last of those who answer has in the first metric."""
     predictions = measured.predictions
     *_, judged = measured.scores
@@ -86,7 +75,7 @@ def gallery(measured: Measured, max_pixels: int) -> str:
     return html_page("Answers, the worst first", GENERATOR, rows, "".join(sections))
 
 
-def _section(measured: Measured, number: int, max_pixels: int) -> str:
+def _section(measured: Evaluated, number: int, max_pixels: int) -> str:
     """Return the HTML of one sample: its picture with the boxes of all texts, the question and the answers."""
     prediction = measured.predictions[number]
     rows = [("asked", prediction.prompt, "", ""), *(("right", text, "", "") for text in prediction.references[:10])]

@@ -36,6 +36,24 @@ class Prediction:
     """The cross-entropy summed over the tokens of the right answer, and how many these are."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Evaluated:
+    """An evaluation, with the answers that it is of."""
+
+    result: dict[str, Any]
+    """What evaluation.json has.
+
+    {"images": n, "base": {"exact_match": x, "exact_match_ignoring_case": y}, "adapter": {...}} with shares in [0, 1],
+    of several adapters "adapters": {NAME: {...}}; "metrics": {NAME: {SIDE: {"value": x, "low": y, "high": z}}};
+    "bootstrap": how low and high were drawn. Items that cannot be read are not among n: their paths are under "broken",
+    and their number is "broken_samples".
+    """
+    predictions: Sequence[Prediction]
+    scores: Mapping[str, Mapping[str, Scores]]
+    samples: Sequence[Item]
+    """All samples of the data, by the index of a prediction."""
+
+
 def prediction_of(
     item: Item, index: int, prompt: str, said: Mapping[str, str], likelihoods: Mapping[str, tuple[float, int]]
 ) -> Prediction:

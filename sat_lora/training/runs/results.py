@@ -39,6 +39,7 @@ def results_in(folder: str | Path) -> list[str]:
             steps = ", ".join(map(str, steps_in(path)))
             results.append(f"{name} ({steps})" if steps else name)
     results += sorted(path.name for path in evaluations_in(folder))
+    results += [ANSWERS] * any(path.stem.isdecimal() for path in (folder / ANSWERS).glob("*.jsonl"))
     log = folder / LOG
     if log.exists() and (not log.is_file() or log.stat().st_size):
         results.append(LOG)
