@@ -80,8 +80,8 @@ def build_parser(name: str = NAME, description: str = DESCRIPTION) -> argparse.A
     names = f"{', '.join(GENERATED)}, or MODULE:FUNCTION (default: the two exact matches)"
     add("--metrics", nargs="+", metavar="NAME", help=names)
     add("--out", metavar="FILE", help="where the json goes (default: evaluation.json in the run folder)")
-    page = "a page of the pictures with all answers, worst first (default FILE: beside the json)"
-    add("--gallery", nargs="?", const="", metavar="FILE", help=page)
+    page = "a page of the pictures with all answers, the worst first (default PAGE: beside the json)"
+    add("--gallery", nargs="?", const="", metavar="PAGE", help=page)
     add(
         "--watchdog-limit",
         type=seconds,
@@ -229,7 +229,8 @@ def run_evaluation(argv: list[str] | None, name: str = NAME, description: str = 
     device = init_distributed(marks=marks_of_options(config))
     world = init_model_parallel(device, mp_size)
     config = config.replaced(bf16=config.precision.bf16 or (device.type == "cuda" and not config.precision.fp16))
-    out, run = evaluation_file(config, adapter=adapter, run=evaluation.run, out=evaluation.out)
+    has_base = evaluation.has_base
+    out, run = evaluation_file(config, adapter=adapter, run=evaluation.run, out=evaluation.out, has_base=has_base)
     lock: contextlib.AbstractContextManager = contextlib.nullcontext()
     if run is not None:
         lock = RunLock(run, doing="evaluating", option="--run", instead="write elsewhere, with --out FILE")
@@ -247,9 +248,9 @@ def run_evaluation(argv: list[str] | None, name: str = NAME, description: str = 
             world,
             observers=observers,
             any_base=any_base,
-            has_base=evaluation.has_base,
+            has_base=has_base,
         )
-        run_on_all_ranks(lambda: write_evaluation(out, measured, config, adapter) if world.is_main else None)
+        run_on_all_ranks(lambda: write_evaluation(out, measured, config, adapter, has_base) if world.is_main else None)
         if page is not None:
             run_on_all_ranks(lambda: write_gallery(page, measured, config.data.max_pixels) if world.is_main else None)
     if world.is_main:

@@ -187,10 +187,15 @@ def _cell(figures: Mapping[str, float], is_share: bool) -> str:
     return f"{value} [{factor * figures['low']:.{digits}f}, {factor * figures['high']:.{digits}f}]"
 
 
-def evaluated(config: TrainConfig, adapter: str | Path | Mapping[str, str | Path] | None) -> dict:
+def evaluated(
+    config: TrainConfig, adapter: str | Path | Mapping[str, str | Path] | None, has_base: bool = True
+) -> dict:
     """Return what an evaluation is of, as its file has it: absolute paths of the base, the adapter if there is one, and
-    the test data, and the settings of the questions. Several adapters are there by their names.
+    the test data, and the settings of the questions. Several adapters are there by their names. has_base: whether the
+    base has answered alone as well.
     """
+    if not has_base:
+        return {**evaluated(config, adapter), "base_alone": False}
     if isinstance(adapter, Mapping) and len(adapter) > 1:
         of_all = evaluated(config, None)
         return {**of_all, "adapters": {name: os.path.realpath(follow(folder)) for name, folder in adapter.items()}}
@@ -223,14 +228,18 @@ def try_to_write(file: Path) -> None:
 
 
 def write_evaluation(
-    file: Path, measured: Evaluated, config: TrainConfig, adapter: str | Path | Mapping[str, str | Path] | None
+    file: Path,
+    measured: Evaluated,
+    config: TrainConfig,
+    adapter: str | Path | Mapping[str, str | Path] | None,
+    has_base: bool = True,
 ) -> None:
     """Write the predictions of `answer_test_data`, and then its result, with what it is of under `of`. Raises
     ConfigError where that fails; what was there before then stays.
     """
     for path, write in (
         (predictions_file(file), lambda place: replace_lines(place, lines_of(measured.predictions, measured.scores))),
-        (file, lambda place: write_json(place, {**measured.result, "of": evaluated(config, adapter)})),
+        (file, lambda place: write_json(place, {**measured.result, "of": evaluated(config, adapter, has_base)})),
     ):
         try:
             write(path)
@@ -254,7 +263,12 @@ def _not_written(file: Path, error: OSError) -> ConfigError:
 
 
 def evaluation_file(
-    config: TrainConfig, *, adapter: str | Mapping[str, str] | None, run: str | None, out: str | None
+    config: TrainConfig,
+    *,
+    adapter: str | Mapping[str, str] | None,
+    run: str | None,
+    out: str | None,
+    has_base: bool = True,
 ) -> tuple[Path, Path | None]:
     """Return (the file of an evaluation, the run folder whose own adapter and base it is of, or None).
 
@@ -267,7 +281,7 @@ def evaluation_file(
         file = Path(out)
         own = file.name == EVALUATION and (file.parent / RUN).is_file()
         return file, file.parent if own else None
-    of = evaluated(config, adapter)
+    of = evaluated(config, adapter, has_base)
     base = config.model.base
     if isinstance(adapter, Mapping) and len(adapter) > 1:  # beside the first, and never in place of the run's own
         folder = Path(run) if run else _run_of(Path(first := next(iter(adapter.values())))) or Path(first).parent

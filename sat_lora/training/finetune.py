@@ -207,7 +207,7 @@ def _train(
             lower_is_better=saving.metric == LOSS if judge is None else judge.lower_is_better,
             observers=observers,
         )
-        if ends_early(config, built.state):
+        if ends_early(config, built.state) and built.state.step < config.schedule.steps:
             run.say(_early_end(config, built.state))
         for stream in streams:
             stream.say_all()

@@ -227,9 +227,9 @@ def _best(config: TrainConfig, valid: Source | None) -> str:
         return ""
     clauses = [f"by {printable(saving.metric)}"]
     if saving.early_stopping:
-        clauses.append(f"ends after {saving.early_stopping} validations without a better one")
+        clauses.append(f"ends after {saving.early_stopping} that are not better")
     if saving.eval_samples is not None:
-        clauses.append(f"{saving.eval_samples:,} samples answered at each")
+        clauses.append(f"{saving.eval_samples:,} answered at each")
     return ", ".join(clauses)
 
 

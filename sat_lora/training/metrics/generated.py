@@ -87,7 +87,9 @@ def name_problem(name: str, others: Sequence[str] = ()) -> str | None:
             return None
         return f"got {shown}, wanted MODULE:FUNCTION or FILE.py:FUNCTION"
     known = [*others, *GENERATED]
-    near = difflib.get_close_matches(settled_name(name), known, 3, 0.5)
+    plain = settled_name(name)
+    near = [other for other in known if len(plain) > 1 and plain in other]
+    near = (near or difflib.get_close_matches(plain, known, 3, 0.5))[:3]
     hint = f"; did you mean {' or '.join(near)}?" if near else ""
     return f"got {shown}, wanted one of {', '.join(known)}, or MODULE:FUNCTION{hint}"
 

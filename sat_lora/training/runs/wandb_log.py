@@ -2,6 +2,7 @@
 
 import io
 import os
+import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ PROJECT = "sat_lora"  # unless WANDB_PROJECT names another
 
 
 class WandB(Observer):
-    """An observer that logs to W&B what TensorBoard has, under the same names. A run that goes on is the same run there.
+    """An observer that logs to W&B what TensorBoard has, under the same names; a run that goes on is one run there.
 
     folder: the run's. mode: online or offline, as `wandb.init` takes it. settings: gives what the run was told.
     What fails is said once by `Observers`, and the run goes on without it.
@@ -38,7 +39,7 @@ class WandB(Observer):
         own = self.folder / FOLDER / ID
         run_id = _stored_id(own) if start_step else None
         if run_id is None:
-            run_id = wandb.util.generate_id()
+            run_id = secrets.token_hex(4)
             own.parent.mkdir(parents=True, exist_ok=True)
             replace_text(own, f"{run_id}\n")
         self._run = wandb.init(
