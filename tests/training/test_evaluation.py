@@ -13,7 +13,8 @@ from sat_lora.cogvlm.inputs.image import load_image
 from sat_lora.cogvlm.inputs.text import build_sample, load_tokenizer, prompt_for
 from sat_lora.errors import DataError
 from sat_lora.parallel.distributed import init_distributed, init_model_parallel, run_on_all_ranks
-from sat_lora.training.evaluation import evaluate_adapter, evaluation_table
+from sat_lora.training.answers.prediction import lines_of
+from sat_lora.training.evaluation import answer_test_data, evaluate_adapter, evaluation_table
 from tests.support.configs import config_of
 from tests.support.paths import TINY_BASE
 from tests.support.patience import patient
@@ -81,13 +82,15 @@ def evaluate(folder, batch_size, model_parallel=1, with_trained_model=False):
         max_length=64, eval_batch_size=batch_size, model_parallel_size=model_parallel,
     )  # fmt: skip
     if not with_trained_model:
-        return evaluate_adapter(options, folder / "adapter", world)
+        measured = answer_test_data(options, folder / "adapter", world)
+        return {**measured.result, "lines": "".join(lines_of(measured.predictions, measured.scores))}
     trained = load_cogvlm(TINY_BASE, model_parallel_size=model_parallel)
     add_lora(trained[0].train(), **LORA)
     fill_adapters(trained[0], seed=1)  # not what was saved
     with torch.no_grad():
         trained[0].mixins["eva"].boi -= 0.3
-    return evaluate_adapter(options, folder / "adapter", world, trained)
+    measured = answer_test_data(options, folder / "adapter", world, trained)
+    return {**measured.result, "lines": "".join(lines_of(measured.predictions, measured.scores))}
 
 
 def evaluate_where_one_has_no_data(folder):
@@ -120,6 +123,15 @@ def test_shares_equal_those_counted_by_hand_however_the_work_is_split(tmp_path, 
         assert result["adapter"]["exact_match"] == pytest.approx(adapter)
         assert [Path(path).name for path in result["broken"]] == ["missing.png"]
         assert result["broken_samples"] == 2
+        assert result["lines"] == results[0]["lines"]  # byte for byte
+        measured = result["metrics"]["exact-match"]["adapter"]
+        assert measured["value"] == result["adapter"]["exact_match"]
+        assert 0 <= measured["low"] <= measured["value"] <= measured["high"] <= 1
+    lines = [json.loads(line) for line in results[0]["lines"].splitlines()]
+    assert [line["sample"].rpartition(" ")[2] for line in lines] == [str(number) for number in range(1, 13)]
+    exact = [line["scores"]["base"]["exact-match"] for line in lines]
+    assert sum(exact) / 12 == pytest.approx(base)
+    assert all((line["predictions"]["base"] == line["answer"]) == score for line, score in zip(lines, exact))
 
 
 def evaluate_by_script(options):
@@ -132,6 +144,8 @@ def test_the_script_writes_what_it_measured(tmp_path, captchas):
     options = ["--from_pretrained", str(TINY_BASE), "--test-data", str(captchas / "test"), "--version", "base"]
     assert run_ranks(evaluate_by_script, 1, [*options, "--max_length", "64", "--out", str(out)]) == [0]
     assert json.loads(out.read_text())["images"] == 12
+    lines = (tmp_path / "result.predictions.jsonl").read_text().splitlines()
+    assert len(lines) == 12 and {*json.loads(lines[0])["predictions"]} == {"base"}
 
 
 @pytest.mark.matrix

@@ -59,11 +59,14 @@ def prediction_of(
 ) -> Prediction:
     """Return the prediction of an item. prompt: what is asked where it has none."""
     image = str(item.image) if isinstance(item.image, Path) else None
+    answer = item.answer.strip()
+    references = [text.strip() for text in item.references] or [answer]
+    references.sort(key=lambda text: text != answer)  # the one to learn stands first
     return Prediction(
         index=index,
         sample=item.place or item.name or image or f"sample {index}",
         prompt=(prompt if item.prompt is None else item.prompt).replace(IMAGE, IMAGE_MARK),
-        references=(item.answer.strip(),),
+        references=tuple(references),
         said=dict(said),
         image=image,
         likelihoods=dict(likelihoods),
