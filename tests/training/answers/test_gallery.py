@@ -69,7 +69,7 @@ def test_nothing_of_the_texts_is_obeyed():
     assert len(images) == 1 and images[0].startswith("data:image/jpeg;base64,")
     assert not {"\u202e", "\x1b"} & set(page)
     shown = NASTY.replace("\u202e", "\\u202e").replace("\x1b", "\\x1b")
-    assert tags.text.count(shown) == 5  # sample, question, right answer, who answers (twice: above, and with it)...
+    assert tags.text.count(shown) == 7  # sample, question, right answer, what was said, and thrice who says it
     assert "default-src 'none'" in page and "http://" not in page and "https://" not in page
 
 
