@@ -88,8 +88,9 @@ def name_problem(name: str, others: Sequence[str] = ()) -> str | None:
         return f"got {shown}, wanted MODULE:FUNCTION or FILE.py:FUNCTION"
     known = [*others, *GENERATED]
     plain = settled_name(name)
-    near = [other for other in known if len(plain) > 1 and plain in other]
-    near = (near or difflib.get_close_matches(plain, known, 3, 0.5))[:3]
+    spelled = {settled_name(other): other for other in known}
+    near = [text for text in spelled if len(plain) > 1 and plain in text]
+    near = [spelled[text] for text in (near or difflib.get_close_matches(plain, spelled, 3, 0.5))[:3]]
     hint = f"; did you mean {' or '.join(near)}?" if near else ""
     return f"got {shown}, wanted one of {', '.join(known)}, or MODULE:FUNCTION{hint}"
 
