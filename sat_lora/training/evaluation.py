@@ -13,6 +13,7 @@ from sat_lora.adapters.read import trained_whole
 from sat_lora.adapters.save_load import load_adapter
 from sat_lora.cogvlm.network.model import CogVLMModel
 from sat_lora.cogvlm.sizes import image_length_problem
+from sat_lora.data.answer_lists import is_predictions
 from sat_lora.data.folders import unreadable_notes
 from sat_lora.data.samples import DataCounts, Item, read_items, reading_options
 from sat_lora.data.shards.shard_checks import problems_with_shards
@@ -27,7 +28,7 @@ from sat_lora.printable import printable
 from sat_lora.terminal.notice import warn
 from sat_lora.terminal.progress import shown
 from sat_lora.training.answers.answering import BASE, answer_samples, cut_answers, length_of_answer
-from sat_lora.training.answers.prediction import Evaluated, is_predictions, lines_of, scores_of
+from sat_lora.training.answers.prediction import Evaluated, lines_of, scores_of
 from sat_lora.training.metrics.generated import GENERATED, is_code, load_metric, settled_name
 from sat_lora.training.metrics.scores import LEVEL, RESAMPLES, SEED, Scores, interval_of
 from sat_lora.training.prepare import dataset_maker, load_base

@@ -9,11 +9,9 @@ from typing import Any
 
 from sat_lora.data.records.record import IMAGE, IMAGE_MARK
 from sat_lora.data.samples import Item
-from sat_lora.files.foreign import open_file, parse_json
 from sat_lora.training.metrics.generated import AnswerMetric
 from sat_lora.training.metrics.scores import Answered, Scores
 
-LIMIT = 1 << 36  # bytes of a file of predictions that is looked into
 DIGITS = 6
 """Decimals of the numbers in the file."""
 
@@ -116,13 +114,3 @@ def shown_json(content: Any) -> str:
 
 def _rounded(score: float) -> float | None:
     return round(score, DIGITS) if math.isfinite(score) else None
-
-
-def is_predictions(file: Path) -> bool:
-    """Return whether a file begins with a line that `lines_of` gave, or is empty. Raises OSError."""
-    try:
-        with open_file(file, LIMIT) as lines:
-            first = lines.readline(1 << 20)
-        return not first or {"sample", "predictions"} <= parse_json(first).keys()
-    except (ValueError, AttributeError):
-        return False

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from sat_lora.data.answer_lists import is_predictions
 from sat_lora.data.records.record import IMAGE
-from sat_lora.data.samples import Item
+from sat_lora.data.samples import Item, read_items
+from sat_lora.errors import DataError
 from sat_lora.training.answers.prediction import (
     Prediction,
-    is_predictions,
     lines_of,
     prediction_of,
     scores_of,
@@ -17,6 +18,7 @@ from sat_lora.training.answers.prediction import (
 )
 from sat_lora.training.evaluation import predictions_file
 from sat_lora.training.metrics.generated import load_metric
+from tests.support.picture_files import write_images
 
 
 def of(index, answer, **said):
@@ -107,10 +109,25 @@ def test_only_its_own_kind_is_replaced(tmp_path):
     file = tmp_path / "predictions.jsonl"
     for content, is_ours in (
         ("", True),
-        ('{"sample": "a", "predictions": {}}\n', True),
+        ('{"sample": "a", "predictions": {}, "scores": {}}\n', True),
         ('{"image": "a.png", "answer": "7"}\n', False),
+        ('{"sample": "a.png", "predictions": "7", "scores": 1}\n', False),
         ("[1]\n", False),
         ("free text\n", False),
     ):
         file.write_text(content)
         assert is_predictions(file) is is_ours
+
+
+def test_predictions_beside_images_are_no_list_of_their_answers(tmp_path):
+    """An evaluation that is written beside a folder of images does not stop the next run on it."""
+    write_images(tmp_path / "images", [f"{n:03}.png" for n in range(5)])
+    predictions = [Prediction(**{**vars(of(n, f"{n:03}", base="x")), "sample": f"images/{n:03}.png"}) for n in range(5)]
+    scores = scores_of(predictions, {"exact-match": load_metric("exact-match")})
+    lines = list(lines_of(predictions, scores))
+    for name in ("predictions.jsonl", "evaluation-cogvlm.predictions.jsonl", "images/predictions.jsonl"):
+        (tmp_path / name).write_text("".join(lines))
+    assert len(read_items([tmp_path / "images"])) == 5
+    (tmp_path / "labels.jsonl").write_text("".join(lines).replace("predictions", "labels"))
+    with pytest.raises(DataError, match="laid out in another way"):
+        read_items([tmp_path / "images"])
