@@ -129,16 +129,11 @@ class Questions:
         return SimpleNamespace(measured={"exact-match": next(self.values)})
 
 
-def ended_early(folder, losses, *, state=None, answers=None, steps=8, **settings):
+def ended_early(engine, world, folder, losses, *, state=None, answers=None, steps=8, **settings):
     """Train with scripted validations, one after each step; return the state at the end and the saves."""
-    world = init_model_parallel(init_distributed())
-    model = tiny_model().train()
-    add_lora(model, LoraConfig(r=4))
-    engine = start_engine(model, adapter_optimizer(model, lr=1e-2), engine_config(2, 2, 2))
-    create_moments(engine)
     scripted = iter(losses)
     state = RunState() if state is None else RunState(**state)
-    options = dict(train_iters=steps, gradient_accumulation_steps=2, batch_size=2, eval_interval=1, save_interval=0)
+    options = dict(train_iters=steps, gradient_accumulation_steps=1, batch_size=1, eval_interval=1, save_interval=0)
     with patch.object(loop_module, "validation_loss", lambda *args: (next(scripted), [])):
         train(
             engine,
@@ -152,23 +147,28 @@ def ended_early(folder, losses, *, state=None, answers=None, steps=8, **settings
             questions=None if answers is None else Questions(answers),
             lower_is_better=answers is None,
         )
-    saves = sorted(int(path.name) for path in Path(folder, "checkpoints").glob("[0-9]*"))
-    return vars(state), saves, world.rank
+    return vars(state), sorted(int(path.name) for path in Path(folder, "checkpoints").glob("[0-9]*"))
 
 
 def early_ends(folder):
-    infinite = float("inf")
-    worse = ended_early(f"{folder}/a", [3.0, 2.0, 2.5, 2.0, 2.1, 1.0], early_stopping=3)
+    world = init_model_parallel(init_distributed())
+    model = tiny_model().train()
+    add_lora(model, LoraConfig(r=4))
+    engine = start_engine(model, adapter_optimizer(model, lr=1e-4), engine_config(2, 1, 1))
+    create_moments(engine)
+
+    def run(name, losses, **settings):
+        return ended_early(engine, world, f"{folder}/{name}", losses, **settings)
+
     cut = dict(step=3, best_loss=2.0, best_step=2, not_better=1)
-    resumed = ended_early(f"{folder}/b", [2.0, 2.1, 1.0], state=cut, early_stopping=3)
-    over = ended_early(f"{folder}/c", [], state={**cut, "not_better": 3}, early_stopping=3)
-    owing = ended_early(f"{folder}/d", [2.2], state={**cut, "not_better": 2, "owes_validation": True}, early_stopping=3)
-    answers = [0.1, 0.5, 0.5, 0.4, 0.9]
-    by_answers = ended_early(
-        f"{folder}/e", [9.0, 8.0, 7.0, 6.0], answers=answers, early_stopping=2, metric="exact-match", eval_samples=1
-    )
-    never = ended_early(f"{folder}/f", [infinite, None, float("nan"), 1.0], steps=4, early_stopping=0)
-    nothing = ended_early(f"{folder}/g", [infinite, None, 1.0], early_stopping=2)
+    worse = run("a", [3.0, 2.0, 2.5, 2.0, 2.1, 1.0], early_stopping=3)
+    resumed = run("b", [2.0, 2.1, 1.0], state=cut, early_stopping=3)
+    over = run("c", [], state={**cut, "not_better": 3}, early_stopping=3)
+    owing = run("d", [2.2], state={**cut, "not_better": 2, "owes_validation": True}, early_stopping=3)
+    answers = dict(answers=[0.1, 0.5, 0.5, 0.4, 0.9], metric="exact-match", eval_samples=1)
+    by_answers = run("e", [9.0, 8.0, 7.0, 6.0], early_stopping=2, **answers)
+    never = run("f", [float("inf"), None, float("nan"), 1.0], steps=4, early_stopping=0)
+    nothing = run("g", [float("inf"), None, 1.0], early_stopping=2)
     return worse, resumed, over, owing, by_answers, never, nothing
 
 

@@ -32,7 +32,7 @@ class SampleAnswers:
     predictions: Sequence[Prediction]
     scores: Mapping[str, Mapping[str, Scores]]
     samples: Sequence[Item]
-    """By the index of a prediction."""
+    """All samples that were asked, by the index of a prediction."""
     max_pixels: int
     measured: Mapping[str, float]
     """The metrics by their names, the same on every rank."""

@@ -101,10 +101,10 @@ def cider(answered: Answered) -> Scores:
     return mean_scores(samples)
 
 
-def _counts(words: Sequence[str]) -> Counter[tuple[str, ...]]:
+def _counts(tokens: Sequence[str]) -> Counter[tuple[str, ...]]:
     """Return how often each n-gram of 1 to LONGEST_N words is in a text."""
     return Counter(
-        tuple(words[start : start + n]) for n in range(1, LONGEST_N + 1) for start in range(len(words) - n + 1)
+        tuple(tokens[start : start + n]) for n in range(1, LONGEST_N + 1) for start in range(len(tokens) - n + 1)
     )
 
 

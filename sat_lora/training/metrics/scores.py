@@ -19,8 +19,8 @@ class Answered:
     references: Sequence[Sequence[str]]
     """The right answers of each sample, one or more."""
     likelihoods: Sequence[tuple[float, int]] = ()
-    """Of each sample the cross-entropy summed over the tokens of the right answer, and how many these are; empty where
-    it was not measured.
+    """The cross-entropy summed over the tokens of each right answer, and how many these are; empty where it was not
+    measured.
     """
 
 

@@ -40,8 +40,8 @@ def normalised(text: str) -> str:
     for mark in MARKS:
         is_beside_space = f"{mark} " in text or f" {mark}" in text
         plain = plain.replace(mark, "" if is_beside_space or has_number else " ")
-    words = (NUMBERS.get(word, word) for word in _FULL_STOP.sub("", plain).split())
-    return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
+    tokens = (NUMBERS.get(word, word) for word in _FULL_STOP.sub("", plain).split())
+    return " ".join(CONTRACTIONS.get(token, token) for token in tokens if token not in ARTICLES)
 
 
 def vqa_accuracy(prediction: str, references: Sequence[str]) -> float:
