@@ -69,9 +69,7 @@ def answer_samples(
         if not usable:
             continue
         batch = to_device(collate([*usable.values()], image_size=dataset.image_size), world.device)
-        right = None
-        if has_likelihoods:
-            right = collate([with_answers[i] for i in usable], image_size=dataset.image_size)
+        right = [with_answers[i] for i in usable] if has_likelihoods else None
         said: dict[str, list[str]] = {}
         likelihoods: dict[str, list[tuple[float, int]]] = {}
         for side, name in ({"adapter": None} if sides is None else sides).items():
@@ -80,7 +78,7 @@ def answer_samples(
             tokens = generate(model, batch, max_new_tokens=longest, eos_token_id=dataset.tokenizer.eos_token_id)
             said[side] = [dataset.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in tokens]
             if right is not None:
-                likelihoods[side] = _likelihoods(model, right, world)
+                likelihoods[side] = _likelihoods(model, right, dataset.image_size, world)
         for row, i in enumerate(usable):
             own = {side: texts[row] for side, texts in said.items()}
             sums = {side: pairs[row] for side, pairs in likelihoods.items()}
@@ -101,8 +99,13 @@ def _let_answer(model: CogVLMModel, name: str | None) -> None:
 
 
 @torch.no_grad()
-def _likelihoods(model: CogVLMModel, batch: dict, world: World) -> list[tuple[float, int]]:
-    """Return, of each row, the cross-entropy summed over the tokens of its answer, and how many these are."""
+def _likelihoods(
+    model: CogVLMModel, samples: Sequence[Sample | BrokenSample], image_size: tuple[int, int], world: World
+) -> list[tuple[float, int]]:
+    """Return, for each sample, the cross-entropy summed over the tokens of its answer, and how many these are: none
+    where the answer has no room behind its question.
+    """
+    batch = collate(samples, image_size=image_size)
     on_logits = AnswersOf()
     with inference(model):
         answer_loss_sum(model, to_device(batch, world.device), on_logits)
@@ -111,7 +114,8 @@ def _likelihoods(model: CogVLMModel, batch: dict, world: World) -> list[tuple[fl
     sums = torch.zeros(2, answers.batch_size, dtype=torch.float64, device=losses.device)
     sums[0].index_add_(0, answers.samples, losses)
     sums[1].index_add_(0, answers.samples, torch.ones_like(losses))
-    return [(total, int(count)) for total, count in zip(*sums.tolist())]
+    rows = iter([(total, int(count)) for total, count in zip(*sums.tolist())])
+    return [next(rows) if isinstance(sample, Sample) else (0.0, 0) for sample in samples]
 
 
 def length_of_answer(dataset: ImageTextDataset, item: Item) -> int | BrokenSample:

@@ -134,7 +134,7 @@ def _own_metric(name: str) -> AnswerMetric:
         with _working_directory_importable():
             home = _module_of_file(Path(module)) if module.endswith(".py") else importlib.import_module(module)
         function = getattr(home, attribute)
-    except Exception as error:  # whatever the code of others raises when it is imported
+    except (Exception, SystemExit) as error:  # whatever the code of others raises when it is imported
         reason = printable(f"{type(error).__name__}: {error}")
         raise ConfigError(f"{shown} cannot be imported: {reason}; mend it, or give another metric") from error
     if not callable(function):
@@ -154,7 +154,7 @@ def _checked(function: Callable[..., Any], shown: str) -> Callable[[str, Sequenc
         try:
             value = function(prediction, [*references])
             number = float(value)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             reason = printable(f"{type(error).__name__}: {error}")
             raise ConfigError(f"{shown}{pair}: {reason}; wanted a number") from error
         if isinstance(value, str | bytes) or not math.isfinite(number):
@@ -166,11 +166,17 @@ def _checked(function: Callable[..., Any], shown: str) -> Callable[[str, Sequenc
 
 def _module_of_file(path: Path) -> Any:
     """Return the module that a file of Python holds. Raises what importing it raises."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    name = f"_metrics_in_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise ImportError(f"{path} is no Python file")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    sys.modules[name] = module  # dataclasses look for the module that they are of
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
     return module
 
 

@@ -62,7 +62,8 @@ def nothing(prediction, answers): pass
 def nan(prediction, answers): return float("nan")
 def raises(prediction, answers): raise KeyError("\\x1b[31m")
 def one(prediction): return 1
-def exits(prediction, answers): return [1, 2]
+def lists(prediction, answers): return [1, 2]
+def exits(prediction, answers): raise SystemExit(0)
 number = 5
 """
 
@@ -72,6 +73,7 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "own_metrics.py").write_text(CODE)
     (tmp_path / "broken_metrics.py").write_text("def f(:\n")
     (tmp_path / "needs_metrics.py").write_text("import a_package_that_is_not_there")
+    (tmp_path / "exits.py").write_text("exit()")
     monkeypatch.chdir(tmp_path)
     yield tmp_path
     for name in ("own_metrics", "broken_metrics", "needs_metrics"):
@@ -101,7 +103,10 @@ def test_a_function_of_the_users_is_a_metric(folder, home):
         ("own_metrics:nan", "gave nan; wanted a finite number"),
         ("own_metrics:raises", "KeyError"),
         ("own_metrics:one", "TypeError"),
-        ("own_metrics:exits", "wanted a number"),
+        ("own_metrics:lists", "wanted a number"),
+        ("own_metrics:exits", "SystemExit"),
+        ("exits.py:f", "SystemExit"),
+        (".own_metrics:length", "TypeError"),
     ],
 )
 def test_code_that_is_no_metric_is_one_sentence(folder, name, reason):
