@@ -81,13 +81,14 @@ def with_references(entry: dict, ignored: Collection[str]) -> tuple[dict, tuple[
     values = entry.get("answers")
     if "answers" in ignored or not isinstance(values, list) or not values:
         return entry, ()
-    texts = [value.get("answer") if isinstance(value, dict) else value for value in values]
-    if not all(isinstance(text, str) for text in texts):
+    given = [value.get("answer") if isinstance(value, dict) else value for value in values]
+    texts = tuple(text for text in given if isinstance(text, str))
+    if len(texts) < len(given):
         return entry, ()
     rest = {key: value for key, value in entry.items() if key != "answers"}
     if not any(value is not None and _meant_by(key) == "answer" for key, value in rest.items() if key not in ignored):
         rest["answer"] = Counter(texts).most_common(1)[0][0]
-    return rest, tuple(texts)
+    return rest, texts
 
 
 def _meant_by(key: str) -> str | None:
