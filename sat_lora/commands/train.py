@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from sat_lora.training.settings.config import TrainConfig
     from sat_lora.training.settings.demo import Demo
 
-TRAIN, EVALUATE = command_program("train"), command_program("evaluate")
+TRAIN = command_program("train")
+EVALUATE = command_program("evaluate")
 
 
 def add(commands) -> None:

@@ -58,7 +58,7 @@ def test_the_reference_that_fits_best_counts():
         ("the", "a", 1),  # nothing is left of either
         ("", "cat", 0),
         ("红色的车", "红车", 2 * (2 / 4) * 1 / (2 / 4 + 1)),  # characters of Chinese are words
-        ("車 A 1", "a車", 2 * (2 / 3) * 1 / (2 / 3 + 1)),
+        ("車 B 1", "b車", 2 * (2 / 3) * 1 / (2 / 3 + 1)),
     ],
 )
 def test_f1_of_words(prediction, reference, expected):
