@@ -14,8 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
+from sat_lora.commands.evaluate import build_parser as evaluation_parser
 from tests.support.paths import DEMO, ROOT
-from tests.support.scripts import load_script
 
 PAGES = (
     "README.md",
@@ -126,7 +126,7 @@ def test_launched_options_are_options(command, tmp_path, monkeypatch):
 def test_an_evaluation_takes_its_options(command):
     script = ROOT / command[1]
     assert script.is_file()
-    options = load_script(script.stem).build_parser().parse_args(command[2:])
+    options = evaluation_parser().parse_args(command[2:])
     assert (options.run, options.test_data, options.no_effect) == ("runs/finetune", ["held_out"], [])
 
 
@@ -139,6 +139,10 @@ def test_sat_lora_takes_its_options(command):
     assert options.command == command[1]
     if command[1] == "estimate":
         assert parse_options(more, environ={}).model.from_pretrained == "cogvlm-base-490"
+    elif command[1] == "train":
+        parse_options(more, environ={})
+    elif command[1] == "evaluate":
+        evaluation_parser().parse_args(more)
     else:
         assert more == []
 

@@ -42,7 +42,8 @@ def alone(model, dataset, index):
     dataset.with_answer = True
     batch = collate([dataset[index]], image_size=(42, 42))
     dataset.with_answer = False
-    logits = logits_of(model, batch)[0].double().log_softmax(-1)
+    with torch.no_grad():
+        logits = logits_of(model, batch)[0].double().log_softmax(-1)
     labels = batch["labels"][0]
     places = [place for place in range(len(labels) - 1) if labels[place + 1] != -100]
     return -sum(float(logits[place, labels[place + 1]]) for place in places), len(places)
