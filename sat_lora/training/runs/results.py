@@ -16,6 +16,7 @@ RUN = "run.json"
 LOG = "train.jsonl"
 EVALUATION = "evaluation.json"
 PREDICTIONS = "predictions"
+GALLERY = "evaluation.html"
 ANSWERS = "answers"
 DATA = ("train_data", "valid_data", "test_data")
 FOLDERS = ("adapter", "checkpoints")
@@ -60,10 +61,11 @@ def _has_events(path: Path) -> bool:
 
 
 def evaluations_in(folder: Path) -> list[Path]:
-    """Return the files of evaluations in a run folder, and of their predictions."""
-    names = (EVALUATION, f"{PREDICTIONS}.jsonl")
+    """Return the files of evaluations in a run folder, their predictions and pages."""
+    names = (EVALUATION, f"{PREDICTIONS}.jsonl", GALLERY)
     first = [folder / name for name in names if os.path.lexists(folder / name)]
-    return [*first, *folder.glob("evaluation-[0-9]*.json"), *folder.glob(f"{PREDICTIONS}-[0-9]*.jsonl")]
+    numbered = ("evaluation-[0-9]*.json", f"{PREDICTIONS}-[0-9]*.jsonl", "evaluation-[0-9]*.html")
+    return [*first, *(file for pattern in numbered for file in folder.glob(pattern))]
 
 
 def results_problems(config: TrainConfig, *, say: Callable[[str], None] = lambda line: None) -> list[str]:

@@ -65,6 +65,18 @@ def test_a_run_that_goes_on_has_the_files_of_its_own_steps(tmp_path):
     assert not tmp_path.exists()
 
 
+def test_an_overwritten_run_leaves_no_answers(tmp_path):
+    run = RunFolder(tmp_path, is_writer=True)
+    run.answers.on_validation(report(2, "x"))
+    names = ["evaluation.json", "predictions.jsonl", "evaluation.html", "evaluation-2.json", "predictions-2.jsonl"]
+    for name in names:
+        (tmp_path / name).write_text("{}")
+    (tmp_path / "evaluation-notes.md").write_text("mine")
+    assert {*names, "answers"} <= set(results_in(tmp_path))
+    run.remove_results()
+    assert [path.name for path in tmp_path.iterdir()] == ["evaluation-notes.md"]
+
+
 def test_tensorboard_has_the_pictures_and_the_texts(tmp_path):
     run = RunFolder(tmp_path, is_writer=True)
     with logs_of(run) as logs:
