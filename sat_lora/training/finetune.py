@@ -207,11 +207,11 @@ def _train(
             lower_is_better=saving.metric == LOSS if judge is None else judge.lower_is_better,
             observers=observers,
         )
-        if ends_early(config, built.state) and built.state.step < config.schedule.steps:
-            run.say(_early_end(config, built.state))
         for stream in streams:
             stream.say_all()
         observers.on_phase("load")  # the last save's limit is not meant for what comes now
+    if ends_early(config, built.state) and built.state.step < config.schedule.steps:
+        run.say(_early_end(config, built.state))
 
 
 def check_validation(config: TrainConfig, validation: Source | None) -> None:
