@@ -69,7 +69,6 @@ setup(
         ],
         "quant": ["bitsandbytes>=0.46"],
         "metrics": ["sacrebleu>=2.3,<3", "rouge-score>=0.1.2", "rapidfuzz>=3"],
-        "wandb": ["wandb>=0.16"],
         "demo": ["captcha>=0.7"],
         "chat": ["prompt_toolkit>=3"],
         "serve": ["fastapi>=0.115", "prometheus_client>=0.20", "starlette", "uvicorn>=0.30"],

@@ -105,7 +105,7 @@ def validation_problems(config: TrainConfig) -> Iterator[str]:
         yield f"--metric: {printable(saving.metric)} is measured on answers; give --eval-samples N, how many"
     if saving.wandb != NONE:
         if importlib.util.find_spec("wandb") is None:
-            yield "--wandb: needs the package wandb: pip install 'sat_lora[wandb]'"
+            yield "--wandb: needs the package wandb: pip install wandb"
         elif saving.wandb == "online" and os.environ.get("WANDB_MODE", "online") == "online" and not _knows_wandb():
             yield "--wandb: nobody is logged in here; run `wandb login`, or give --wandb offline"
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from sat_lora.training.metrics.generated import without_package
 from sat_lora.training.metrics.scores import Answered, Scores, mean_of, mean_scores
 
 LONGEST_N = 4
@@ -22,15 +23,19 @@ def bleu(answered: Answered) -> Scores:
     """Return BLEU of the corpus in [0, 100] (Papineni et al. 2002) as sacrebleu has it; of a sample that of its
     sentence.
     """
-    from sacrebleu.metrics import BLEU
-
+    try:
+        from sacrebleu.metrics import BLEU
+    except ImportError as error:
+        raise without_package("bleu", "sacrebleu") from error
     return _sacrebleu(answered, BLEU(), BLEU(effective_order=True))
 
 
 def chrf(answered: Answered) -> Scores:
     """Return chrF of the corpus in [0, 100] (Popović 2015) as sacrebleu has it; of a sample that of its sentence."""
-    from sacrebleu.metrics import CHRF
-
+    try:
+        from sacrebleu.metrics import CHRF
+    except ImportError as error:
+        raise without_package("chrf", "sacrebleu") from error
     return _sacrebleu(answered, CHRF(), CHRF())
 
 
@@ -59,8 +64,10 @@ def rouge_l(answered: Answered) -> Scores:
     """Return the mean F-measure of ROUGE-L in [0, 1] (Lin 2004) as rouge-score has it, of the reference that fits best;
     words of any script are tokens, and characters of Chinese and Japanese.
     """
-    from rouge_score.rouge_scorer import RougeScorer
-
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError as error:
+        raise without_package("rouge-l", "rouge_score") from error
     scorer = RougeScorer(["rougeL"], tokenizer=_Tokenizer())
     return mean_of(lambda prediction, references: scorer.score_multi([*references], prediction)["rougeL"].fmeasure)(
         answered

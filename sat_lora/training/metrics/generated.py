@@ -104,12 +104,17 @@ def metric_problem(name: str) -> str | None:
         package = GENERATED[settled_name(name)].package
         if package is None or importlib.util.find_spec(package) is not None:
             return None
-        return f"{name} needs the package {package.replace('_', '-')}: pip install 'sat_lora[metrics]'"
+        return str(without_package(name, package))
     try:
         load_metric(name)
     except ConfigError as error:
         return str(error)
     return None
+
+
+def without_package(metric: str, package: str) -> ConfigError:
+    """Return the error to raise where the package of a metric is not installed."""
+    return ConfigError(f"{metric} needs the package {package.replace('_', '-')}: pip install 'sat_lora[metrics]'")
 
 
 def load_metric(name: str) -> AnswerMetric:

@@ -5,6 +5,7 @@ import string
 import unicodedata
 from collections import Counter
 
+from sat_lora.training.metrics.generated import without_package
 from sat_lora.training.metrics.scores import best_of
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
@@ -59,8 +60,10 @@ def anls(prediction: str, reference: str) -> float:
     """Return 1 - the edit distance over the length of the longer text, 0 where that is below a half; both texts in
     lower case and with single spaces (Biten et al. 2019, arXiv:1905.13648, equation 1). Needs rapidfuzz.
     """
-    from rapidfuzz.distance import Levenshtein
-
+    try:
+        from rapidfuzz.distance import Levenshtein
+    except ImportError as error:
+        raise without_package("anls", "rapidfuzz") from error
     texts = [" ".join(text.lower().split()) for text in (prediction, reference)]
     similarity = Levenshtein.normalized_similarity(*texts)
     return float(similarity) if similarity >= ANLS_THRESHOLD else 0.0

@@ -174,4 +174,4 @@ def test_wandb_is_there_and_knows_who_asks(monkeypatch, tmp_path):
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     assert not problems(wandb="online")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert problems(wandb="offline") == ["--wandb: needs the package wandb: pip install 'sat_lora[wandb]'"]
+    assert problems(wandb="offline") == ["--wandb: needs the package wandb: pip install wandb"]
