@@ -48,6 +48,7 @@ LAYERS = [
     "training.metrics",
     "training.settings",
     "training.steps",
+    "training.answers",
     "training.runs",
     "training",
     "memory",

@@ -20,7 +20,7 @@ import sat_lora
 from tests.support.paths import ROOT
 
 PACKAGE = ROOT / "sat_lora"
-INSTALLED_AS = {"PIL": "Pillow", "sat": "SwissArmyTransformer", "yaml": "PyYAML"}
+INSTALLED_AS = {"PIL": "Pillow", "rouge_score": "rouge-score", "sat": "SwissArmyTransformer", "yaml": "PyYAML"}
 
 
 @pytest.fixture(scope="module")

@@ -96,6 +96,8 @@ def _report(config, options: argparse.Namespace) -> int:
 
 def _refuse_other_file(file: Path) -> None:
     """Raise ConfigError where something lies at --html that is no page of this command, or nothing can be there."""
+    from sat_lora.data.overview.html_page import is_page_of
+    from sat_lora.data.overview.texts import GENERATOR
     from sat_lora.errors import ConfigError
     from sat_lora.printable import printable
 
@@ -106,5 +108,5 @@ def _refuse_other_file(file: Path) -> None:
         raise ConfigError(f"{shown} is a folder; give a file, such as {printable(file / 'report.html')}")
     if file.exists():
         with open(file, "rb") as content:
-            if b"sat-lora data" not in content.read(400):
+            if not is_page_of(GENERATOR, content.read(400)):
                 raise ConfigError(f"{shown} exists and is no page of sat-lora data; give another file")

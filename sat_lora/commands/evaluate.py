@@ -19,6 +19,7 @@ Compare a CogVLM base with base + adapter on images whose answers are known, by 
 
 Several ranks share the images. Prints a table and writes it to --out, or into the run folder of the adapter as
 evaluation.json; what is of another adapter, base or test data than the evaluation there goes to evaluation-2.json, ...
+Beside it predictions.jsonl has all answers. The metrics are in docs/evaluation.md.
 """
 
 
@@ -37,6 +38,7 @@ def build_parser(name: str = NAME, description: str = DESCRIPTION) -> argparse.A
     """
     from sat_lora.terminal.option_parser import OptionParser
     from sat_lora.terminal.option_types import batch, positive_int, seconds
+    from sat_lora.training.metrics.generated import GENERATED
     from sat_lora.training.settings.options import add_config_options
     from sat_lora.training.settings.options import build_parser as finetune_parser
 
@@ -52,7 +54,9 @@ def build_parser(name: str = NAME, description: str = DESCRIPTION) -> argparse.A
     add("--from_pretrained", metavar="DIR", help="SAT folder of the base, or of a merged model")
     add("--trust-checkpoint", action="store_true", default=None, help="unpickle all of the base: runs any code in it")
     add("--any-base", action="store_true", default=None, help="take a base that the adapter was not trained on")
-    add("--adapter", metavar="DIR", help="adapter folder (default: RUN_FOLDER/adapter; without both, the base alone)")
+    folders = "adapter folders, side by side (default: RUN_FOLDER/adapter; without both, the base alone)"
+    add("--adapter", nargs="+", metavar="DIR", help=folders)
+    add("--no-base", action="store_true", help="leave out the answers of the base alone")
     add("--test-data", nargs="+", metavar="PATH", help="folders of images LABEL.png, or .jsonl files")
     add("--local_tokenizer", metavar="DIR", help="tokenizer folder (default: the base's)")
     versions = ["base", "chat", "vqa", "chat_old"]
@@ -73,7 +77,11 @@ def build_parser(name: str = NAME, description: str = DESCRIPTION) -> argparse.A
     add("--quantize", choices=["none", "nf4", "int8"], help=held)
     add("--quantize_modules", nargs="+", metavar="NAME", help="which of them (default: all-linear)")
     add("--keep_modules", nargs="+", metavar="NAME", help="what --quantize leaves whole")
+    names = f"{', '.join(GENERATED)}, or MODULE:FUNCTION (default: the two exact matches)"
+    add("--metrics", nargs="+", metavar="NAME", help=names)
     add("--out", metavar="FILE", help="where the json goes (default: evaluation.json in the run folder)")
+    page = "a page of the pictures with all answers, the worst first (default PAGE: beside the json)"
+    add("--gallery", nargs="?", const="", metavar="PAGE", help=page)
     add(
         "--watchdog-limit",
         type=seconds,
@@ -127,7 +135,12 @@ def read_settings(options: argparse.Namespace) -> "Evaluation":
     config, _ = resolve(
         given, file=file, resumed_run=stored, base_version=None if says_version or base is None else version_of(base)
     )
-    adapter = options.adapter or (str(Path(options.run) / "adapter") if options.run else None)
+    from sat_lora.commands.chat import names_of
+
+    folders = options.adapter or ([str(Path(options.run) / "adapter")] if options.run else [])
+    adapter: str | dict[str, str] | None = folders[0] if folders else None
+    if len(folders) > 1:
+        adapter = names_of(folders)
     missing = [
         option
         for option, value in (
@@ -140,17 +153,31 @@ def read_settings(options: argparse.Namespace) -> "Evaluation":
         source = f"{options.run} has none; give" if options.run else "give"
         other = "" if options.run else ", or --run RUN_FOLDER of a run that has them"
         raise ConfigError(f"{', '.join(missing)} missing: {source} them{other}")
-    return Evaluation(config=config, adapter=adapter, run=options.run, out=options.out, any_base=bool(options.any_base))
+    if options.no_base and adapter is None:
+        raise ConfigError("--no-base: there is no --adapter, so nobody would answer; leave it out")
+    return Evaluation(
+        config=config,
+        adapter=adapter,
+        run=options.run,
+        out=options.out,
+        any_base=bool(options.any_base),
+        has_base=not options.no_base,
+        gallery=options.gallery,
+    )
 
 
 class Evaluation(NamedTuple):
-    """The config and adapter of an evaluation, and where the result goes; see the options."""
+    """The config and adapters of an evaluation, and where the result goes; see the options."""
 
     config: "TrainConfig"
-    adapter: str | None
+    adapter: str | dict[str, str] | None
+    """The folder, or several by what they are called."""
     run: str | None
     out: str | None
     any_base: bool
+    has_base: bool
+    gallery: str | None
+    """The page's file; empty: beside the json; None: none is written."""
 
 
 def run_evaluation(argv: list[str] | None, name: str = NAME, description: str = DESCRIPTION) -> int:
@@ -183,10 +210,12 @@ def run_evaluation(argv: list[str] | None, name: str = NAME, description: str = 
         print(f"no --adapter: {printable(config.model.base)} is evaluated alone", flush=True)
     announce(place)
     from sat_lora.parallel.distributed import destroy, init_distributed, init_model_parallel, run_on_all_ranks
+    from sat_lora.training.answers.gallery import gallery_file, refuse_other_page, write_gallery
     from sat_lora.training.evaluation import (
-        evaluate_adapter,
+        answer_test_data,
         evaluation_file,
         evaluation_table,
+        predictions_file,
         try_to_write,
         write_evaluation,
     )
@@ -200,20 +229,37 @@ def run_evaluation(argv: list[str] | None, name: str = NAME, description: str = 
     device = init_distributed(marks=marks_of_options(config))
     world = init_model_parallel(device, mp_size)
     config = config.replaced(bf16=config.precision.bf16 or (device.type == "cuda" and not config.precision.fp16))
-    out, run = evaluation_file(config, adapter=adapter, run=evaluation.run, out=evaluation.out)
+    has_base = evaluation.has_base
+    out, run = evaluation_file(config, adapter=adapter, run=evaluation.run, out=evaluation.out, has_base=has_base)
     lock: contextlib.AbstractContextManager = contextlib.nullcontext()
     if run is not None:
         lock = RunLock(run, doing="evaluating", option="--run", instead="write elsewhere, with --out FILE")
     with lock, watched_alone(config.checks.watchdog_limit) as trace:
         observers = Observers(traced(trace))
         any_base = evaluation.any_base
+        page = None if evaluation.gallery is None else gallery_file(out, evaluation.gallery)
         run_on_all_ranks(lambda: try_to_write(out) if world.is_main else None)
-        result = run_on_all_ranks(evaluate_adapter, config, adapter, world, observers=observers, any_base=any_base)
-        run_on_all_ranks(lambda: write_evaluation(out, result, config, adapter) if world.is_main else None)
+        if page is not None:
+            run_on_all_ranks(lambda: refuse_other_page(page) if world.is_main else None)
+        measured = run_on_all_ranks(
+            answer_test_data,
+            config,
+            adapter,
+            world,
+            observers=observers,
+            any_base=any_base,
+            has_base=has_base,
+        )
+        run_on_all_ranks(lambda: write_evaluation(out, measured, config, adapter, has_base) if world.is_main else None)
+        if page is not None:
+            run_on_all_ranks(lambda: write_gallery(page, measured, config.data.max_pixels) if world.is_main else None)
     if world.is_main:
         is_own = evaluation.out or not adapter or out.name == "evaluation.json"
         why = "" if is_own else "; evaluation.json is another evaluation's"
-        print(f"{evaluation_table(result)}\nwritten to {printable(out)}{why}", flush=True)
+        lines = [evaluation_table(measured.result), f"written to {printable(out)}{why}"]
+        lines.append(f"predictions {printable(predictions_file(out))}")
+        lines += [] if page is None else [f"gallery     {printable(page)}"]
+        print("\n".join(lines), flush=True)
     destroy()
     return 0
 
@@ -223,6 +269,8 @@ def _check_early(evaluation: Evaluation, place: "Place", name: str) -> None:
     from sat_lora.files.paths import missing_adapter
     from sat_lora.training.early import check_early
 
-    problem = missing_adapter(evaluation.adapter) if evaluation.adapter else None
-    more = [f"--adapter: {problem}"] if problem else []
-    check_early(evaluation.config, place, writes=False, more=more, program=name)
+    adapter = evaluation.adapter
+    folders = [*adapter.values()] if isinstance(adapter, dict) else [adapter] if adapter else []
+    problems = [problem for problem in map(missing_adapter, folders) if problem]
+    more = [f"--adapter: {problem}" for problem in problems]
+    check_early(evaluation.config, place, writes=False, trains=False, more=more, program=name)

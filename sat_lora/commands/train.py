@@ -72,7 +72,8 @@ def run_training(
         setting = finetune(config, demo)
     except Stopped as stopped:
         if is_first_rank():
-            print(f"{stopped}; resume with: {_resume_line(config, program)}", flush=True)
+            line = _resume_line(config, program, *_code(config, "metrics", "metric"))
+        print(f"{stopped}; resume with: {line}", flush=True)
         return stopped.status
     if setting.world.is_main and not config.start.replay:
         print(what_next(setting.config, program, evaluation), flush=True)
@@ -95,12 +96,12 @@ def what_next(config: "TrainConfig", program: Program, evaluation: Program) -> s
         lines.append(f"evaluation  {printable(run / 'evaluation.json')}")
         alone = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
         environ = os.environ if config.parallel.model_parallel_size > 1 else alone
-        line = relaunch(evaluation, "--run", str(run), *chosen, *trust, environ=environ)
+        line = relaunch(evaluation, "--run", str(run), *chosen, *trust, *_code(config, "metrics"), environ=environ)
         lines += [f"evaluate    {line}"] if line else []
     base = os.path.abspath(config.model.base)
     out = _new_folder(run / "merged")
     merge = sat_lora_line("merge", "--base", base, *trust, "--adapter", best or run / "adapter", "--out", out)
-    further = _resume_line(config, program, "--train-iters", 2 * config.schedule.steps)
+    further = _resume_line(config, program, *_code(config, "metrics", "metric"), *_beyond(config, run))
     lines += [f"merge       {merge}", f"resume      {further}"]
     return "\n".join(lines)
 
@@ -127,6 +128,27 @@ def _resume_line(config: "TrainConfig", program: Program, *more: object) -> str:
     options = ["--resume", os.path.abspath(config.run_folder), *_trust(config), *map(str, more)]
     line = relaunch(program, *options)
     return line or f"the launcher and the ranks that the run had, and {shell_line(options)}"
+
+
+def _beyond(config: "TrainConfig", run: Path) -> list[object]:
+    """Return the options with which a run that has ended goes on: more steps, or no early end where it had one."""
+    from sat_lora.errors import CheckpointError
+    from sat_lora.training.resume import state_to_resume
+
+    try:
+        step = state_to_resume(run)["step"]
+    except CheckpointError:
+        step = config.schedule.steps
+    ended_early = config.saving.early_stopping and step < config.schedule.steps
+    return ["--early-stopping", 0] if ended_early else ["--train-iters", 2 * config.schedule.steps]
+
+
+def _code(config: "TrainConfig", *fields: str) -> list[str]:
+    """Return the options, of these fields, that name code of the user's: a run does not take them over."""
+    from sat_lora.training.metrics.generated import is_code
+
+    named = {"metrics": config.saving.metrics, "metric": (config.saving.metric,)}
+    return [word for field in fields if any(map(is_code, named[field])) for word in (f"--{field}", *named[field])]
 
 
 def _trust(config: "TrainConfig") -> list[str]:

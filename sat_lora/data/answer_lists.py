@@ -9,8 +9,8 @@ from pathlib import Path
 from urllib.parse import unquote
 
 from sat_lora.data.formats import SEPARATORS, encoding_of, separator_of, texts_of
-from sat_lora.data.item_files import FILE_LIMIT
-from sat_lora.files.foreign import open_file
+from sat_lora.data.item_files import FILE_LIMIT, LINE_LIMIT
+from sat_lora.files.foreign import open_file, parse_json
 
 LISTS = (".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".tab", ".txt", ".lst", ".list", ".xml", ".yaml", ".yml")
 """Suffixes of files that are looked into."""
@@ -96,10 +96,26 @@ def looks_like_answers(path: Path) -> bool:
     return _ANSWERS.fullmatch(path.stem) is not None
 
 
+def is_predictions(path: Path) -> bool:
+    """Return whether a file begins with a line as an evaluation writes them (predictions.jsonl), or is empty. Raises
+    OSError if it cannot be read.
+    """
+    try:
+        with open_file(path, FILE_LIMIT) as file:
+            line = file.readline(LINE_LIMIT)
+        content = parse_json(line) if line else {"sample": "", "predictions": {}, "scores": {}}
+    except ValueError:
+        return False
+    is_one = isinstance(content, dict) and {"sample", "predictions", "scores"} <= content.keys()
+    return is_one and isinstance(content["predictions"], dict) and isinstance(content["scores"], dict)
+
+
 def find_listing(path: Path, names: Names) -> Listing:
-    """Return what a text file says of these images; it lists none if it cannot be read."""
+    """Return what a text file says of these images; it lists none if it cannot be read, or is of an evaluation."""
     best = Listing(0, False, False)
     try:
+        if path.suffix.lower() == ".jsonl" and is_predictions(path):
+            return best
         chunks, is_part = _read(path, names.probes)
     except (OSError, ValueError):
         return best

@@ -3,6 +3,7 @@
 import difflib
 import re
 import shlex
+from collections import Counter
 from collections.abc import Collection
 
 from sat_lora.data.formats import MARKS, format_of
@@ -72,6 +73,25 @@ def with_usual_names(
     ours = {other: name for name, other in called.items()}
     kept = {key: value for key, value in entry.items() if key not in called}
     return {ours.get(key, key): value for key, value in kept.items()}, called
+
+
+def with_references(entry: dict, ignored: Collection[str]) -> tuple[dict, tuple[str, ...]]:
+    """Return (the object without its list "answers", the texts of that): what several people answered, as VQA has it,
+    each as a text or as the "answer" of an object. Without another answer, the commonest is the one to learn.
+
+    An object without such a list stays as it is, with no texts.
+    """
+    values = entry.get("answers")
+    if "answers" in ignored or not isinstance(values, list) or not values:
+        return entry, ()
+    given = [value.get("answer") if isinstance(value, dict) else value for value in values]
+    texts = tuple(text for text in given if isinstance(text, str))
+    if len(texts) < len(given):
+        return entry, ()
+    rest = {key: value for key, value in entry.items() if key != "answers"}
+    if not any(value is not None and _meant_by(key) == "answer" for key, value in rest.items() if key not in ignored):
+        rest["answer"] = Counter(texts).most_common(1)[0][0]
+    return rest, texts
 
 
 def _meant_by(key: str) -> str | None:

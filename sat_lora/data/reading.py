@@ -2,11 +2,20 @@
 
 import json
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sat_lora.data.box_texts import BOX_MARK, boxes_problem
-from sat_lora.data.item_keys import METADATA, METADATA_OF_SHARDS, NAMES, OURS, WANTED, key_problems, with_usual_names
+from sat_lora.data.item_keys import (
+    METADATA,
+    METADATA_OF_SHARDS,
+    NAMES,
+    OURS,
+    WANTED,
+    key_problems,
+    with_references,
+    with_usual_names,
+)
 from sat_lora.data.records.record import (
     COLUMNS,
     IMAGE_MARK,
@@ -107,6 +116,7 @@ def samples_of(
     records = []
     passed_over: set[str] = set()
     for fields in rewritten:
+        fields, references = with_references(fields, options.ignored) if layout == USUAL else (fields, ())
         entry, called = with_usual_names(fields, options.ignored, names)
         images = _images(entry.get("image")) if beside is None else [*beside]
         checked = {**entry, "image": "named"} if images else {k: v for k, v in entry.items() if k != "image"}
@@ -119,7 +129,8 @@ def samples_of(
         if problems:
             raise RecordError(*problems)
         needs_places = RECORDS[layout].NAMES_PLACES and beside is None
-        records.append(place_images(entry, images, options, needs_places))
+        record = place_images(entry, images, options, needs_places)
+        records.append(replace(record, references=references) if references else record)
         passed_over |= entry.keys() - OURS
     return records, passed_over, layout
 

@@ -36,7 +36,7 @@ class Item:
     history: (query, answer) of the turns before this one. system: the text that stands before all turns. more_images:
     further ones, in the order of their places; a query has IMAGE where one goes, and those without such a place come
     before all texts. name: what reports call the item; None is the image's path. file, line: where it is written down,
-    if it is.
+    if it is. references: all answers that are right, where there are several.
     """
 
     image: Picture | None
@@ -48,6 +48,7 @@ class Item:
     history: tuple[tuple[str, str], ...] = ()
     system: str | None = None
     more_images: tuple[Picture, ...] = ()
+    references: tuple[str, ...] = field(default=(), compare=False)
 
     @property
     def images(self) -> tuple[Picture, ...]:
@@ -200,6 +201,7 @@ def items_of_entries(path: Path, entries: Entries, counts: DataCounts, container
                 history=record.history,
                 system=record.system,
                 more_images=tuple(more),
+                references=record.references,
             )
         )
     return items

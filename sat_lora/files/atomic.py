@@ -5,7 +5,7 @@ import errno
 import glob
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -49,11 +49,16 @@ def replace_text(path: str | Path, text: str) -> None:
 
     Raises OSError if it could not be written; the old one stays, and no draft is left.
     """
+    replace_lines(path, [text])
+
+
+def replace_lines(path: str | Path, lines: Iterable[str]) -> None:
+    """Do what `replace_text` does with lines that are made one after the other, each with its end."""
     path = Path(path)
     draft = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
         with open(draft, "w", encoding="utf-8") as file:
-            file.write(text)
+            file.writelines(lines)
             file.flush()
             os.fsync(file.fileno())
         os.replace(draft, path)

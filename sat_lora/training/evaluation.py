@@ -3,129 +3,153 @@
 import errno
 import itertools
 import os
+import re
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sat_lora.adapters.loftq_base import approximate_base
-from sat_lora.adapters.read import trained_whole
+from sat_lora.adapters.loftq_base import approximate_base, rounds_of
+from sat_lora.adapters.read import about_adapter, trained_whole
 from sat_lora.adapters.save_load import load_adapter
-from sat_lora.cogvlm.decoding.generate import generate
-from sat_lora.cogvlm.inputs.text import Sample
-from sat_lora.cogvlm.inputs.tokens import first_tokens
 from sat_lora.cogvlm.network.model import CogVLMModel
 from sat_lora.cogvlm.sizes import image_length_problem
+from sat_lora.data.answer_lists import is_predictions
 from sat_lora.data.folders import unreadable_notes
-from sat_lora.data.samples import (
-    BrokenSample,
-    DataCounts,
-    ImageTextDataset,
-    Item,
-    collate,
-    read_items,
-    reading_options,
-)
+from sat_lora.data.samples import DataCounts, Item, read_items, reading_options
 from sat_lora.data.shards.shard_checks import problems_with_shards
 from sat_lora.errors import CheckpointError, ConfigError, DataError
+from sat_lora.files.atomic import replace_lines
 from sat_lora.files.foreign import read_json
 from sat_lora.files.paths import is_shard
 from sat_lora.files.step_folders import follow
 from sat_lora.lora.mixin import lora_mixins
-from sat_lora.parallel.distributed import World, gather_lists, run_on_all_ranks
+from sat_lora.parallel.distributed import World, run_on_all_ranks
 from sat_lora.printable import printable
 from sat_lora.terminal.notice import warn
 from sat_lora.terminal.progress import shown
+from sat_lora.training.answers.answering import BASE, answer_samples, cut_answers, length_of_answer
+from sat_lora.training.answers.prediction import Evaluated, lines_of, scores_of
+from sat_lora.training.metrics.generated import GENERATED, is_code, load_metric, settled_name
+from sat_lora.training.metrics.scores import LEVEL, RESAMPLES, SEED, Scores, interval_of
 from sat_lora.training.prepare import dataset_maker, load_base
-from sat_lora.training.runs.results import EVALUATION, RUN
+from sat_lora.training.runs.results import EVALUATION, PREDICTIONS, RUN
 from sat_lora.training.runs.run_folder import write_json
 from sat_lora.training.settings.config import NONE, TrainConfig
 from sat_lora.training.settings.run_settings import settings_of_run
 from sat_lora.training.source_settings import source_settings
-from sat_lora.training.steps.loss import sum_over_data_parallel
 from sat_lora.training.steps.observers import NOBODY, Observers
-from sat_lora.training.steps.step import to_device
+
+DEFAULT_METRICS = ("exact-match", "exact-match-ignoring-case")
+LORA = "lora"
+"""The name of the mixins of a single adapter."""
+TITLES = {BASE: "base", "adapter": "base + adapter"}
 
 
-def evaluate_adapter(
+def evaluate_adapter(*arguments: Any, **more: Any) -> dict[str, Any]:
+    """Return the result of `answer_test_data`, which it hands its arguments."""
+    return answer_test_data(*arguments, **more).result
+
+
+def answer_test_data(
     config: TrainConfig,
-    adapter: str | Path | None,
+    adapter: str | Path | Mapping[str, str | Path] | None,
     world: World,
     trained: tuple[CogVLMModel, dict] | None = None,
     *,
     observers: Observers = NOBODY,
     any_base: bool = False,
     run_folder: str | None = None,
-) -> dict:
-    """Answer every item of --test-data by greedy decoding, with and without the adapter, and return the shares of right
-    answers. The ranks share the items; every rank has to call it.
+    has_base: bool = True,
+) -> Evaluated:
+    """Answer every item of --test-data by greedy decoding, with and without the adapter, and return what the metrics of
+    --metrics say. The ranks share the items; every rank has to call it.
 
-    config: with --test-data, and settled, see `settle`. adapter: its folder; None answers with the base alone, and
-    leaves "adapter" out of the result. trained: a model that has trained this adapter on that base, and its
-    model_config.json, to be used instead of loading another: disabled it is the base bit for bit, and the adapter on
-    disk is read into it. observers: are told of every batch. any_base: takes an adapter of another base, too.
-    run_folder: of the run that asks, if one does.
-    Returns {"images": n, "base": {"exact_match": x, "exact_match_ignoring_case": y}, "adapter": {...}} with shares in
-    [0, 1]; unreadable items are left out of n, their paths are listed under "broken" and they are counted as
-    "broken_samples". Base and adapter come from what lies on disk. Raises DataError where no item can be read,
-    CheckpointError or AdapterError where base or adapter cannot be used: on every rank what any of them has met.
+    config: with --test-data, and settled, see `settle`. adapter: its folder, or several by their names; None answers
+    with the base alone. trained: a model that has trained this adapter on that base, and its model_config.json, to be
+    used instead of loading another: disabled it is the base bit for bit, and the adapter on disk is read into it.
+    observers: are told of every batch. any_base: takes an adapter of another base, too. run_folder: of the run that
+    asks, if one does. has_base: whether the base answers alone as well.
+    Unreadable items are left out. Base and adapter come from what lies on disk. Raises DataError where no item can be
+    read, CheckpointError or AdapterError where base or adapter cannot be used, ConfigError where a metric cannot: on
+    every rank what any of them has met.
     """
     observers.on_phase("load")
+    names = config.saving.metrics or DEFAULT_METRICS
+    metrics = run_on_all_ranks(lambda: {settled_name(name): load_metric(name) for name in names})
     items = run_on_all_ranks(_test_items, config, run_folder)
-    brought = () if adapter is None or config.quantization.quantize == NONE else trained_whole(adapter)
+    folders = {} if adapter is None else dict(adapter) if isinstance(adapter, Mapping) else {LORA: adapter}
+    brought: list[str] = []
+    if config.quantization.quantize != NONE:
+        brought = [name for folder in folders.values() for name in trained_whole(folder)]
+        run_on_all_ranks(_refuse_other_bases, folders)
     model, sizes = trained or load_base(config, world, trained=brought)
     problem = image_length_problem(sizes)
     if problem:
         raise CheckpointError(f"--from_pretrained: {config.model.base}: {problem}; copy its config again")
-    if adapter is not None:
-        run_on_all_ranks(load_adapter, model, adapter, any_base=any_base)
+    for name, folder in folders.items():
+        run_on_all_ranks(load_adapter, model, folder, name=name, any_base=any_base)
         if trained is None:
-            run_on_all_ranks(approximate_base, model, adapter)
+            run_on_all_ranks(approximate_base, model, folder, name=name)
+            for mixin in lora_mixins(model).values():
+                mixin.enabled = False
     dataset = dataset_maker(config.model, config.data, sizes, with_answer=False)(items)
-    share = range(world.data_parallel_rank, len(dataset), world.data_parallel_size)
-    right = {side: [0, 0] for side in ("base", "adapter")[: 1 if adapter is None else 2]}
-    images = 0
-    broken: list[tuple[str, str, str | None]] = []
     lengths = [length_of_answer(dataset, item) for item in dataset.items]
-    longest = max((length for length in lengths if isinstance(length, int)), default=0) + 1
-    if cut := _cut_answers(dataset, lengths):
+    if cut := cut_answers(dataset, lengths):
         warn(
             f"--test-data: {cut:,} of {len(lengths):,} answers have more tokens than --max_length "
             f"{config.model.max_length}: what is generated is never like them"
         )
-    batch_size = config.saving.eval_batch_size or config.schedule.batch_size
-    starts = range(0, len(share), batch_size)
-    for start in shown(starts, "answering", "batches, each without and with the adapter") if world.is_main else starts:
-        observers.on_phase("test")
-        indices = list(share[start : start + batch_size])
-        own_lengths = [(i, lengths[i]) for i in indices]
-        questions = [dataset[i] if isinstance(length, int) else length for i, length in own_lengths]
-        samples = [(question, dataset.items[i].answer.strip()) for question, i in zip(questions, indices)]
-        broken += [(s.path, s.reason, s.sample) for s, _ in samples if not isinstance(s, Sample)]
-        usable = [(s, answer) for s, answer in samples if isinstance(s, Sample)]
-        images += len(usable)
-        if not usable:
-            continue
-        batch = to_device(collate([sample for sample, _ in usable], image_size=dataset.image_size), world.device)
-        for side, counts in right.items():
-            for mixin in lora_mixins(model).values():
-                mixin.enabled = side == "adapter"
-            tokens = generate(model, batch, max_new_tokens=longest, eos_token_id=dataset.tokenizer.eos_token_id)
-            for ids, (_, answer) in zip(tokens, usable):
-                said = dataset.tokenizer.decode(ids, skip_special_tokens=True).strip()
-                counts[0] += said == answer
-                counts[1] += said.lower() == answer.lower()
-    counts = [count for side in right.values() for count in side]
-    answered, *sums = sum_over_data_parallel(images, *counts, device=world.device)
-    broken = sorted(set(gather_lists(broken)))
-    if not answered:
+    sides: dict[str, str | None] = {BASE: None} if has_base or not folders else {}
+    sides |= {side: name for side, name in zip(_sides_of(adapter), folders)}
+    what = "answering", f"batches, each by {' and '.join(sides)}"
+    predictions, broken = answer_samples(
+        model,
+        dataset,
+        world,
+        batch_size=config.saving.eval_batch_size or config.schedule.batch_size,
+        sides=sides,
+        lengths=lengths,
+        has_likelihoods=any(metric.needs_likelihoods for metric in metrics.values()),
+        walk=(lambda starts: shown(starts, *what)) if world.is_main else iter,
+        observers=observers,
+    )
+    if not predictions:
         paths = list(config.data.test_data or ())
         raise DataError(f"--test-data: none of {paths} can be read; the first: {broken[0][1]}")
-    shares = iter(value / answered for value in sums)
-    names = ("exact_match", "exact_match_ignoring_case")
-    result = {"images": int(answered), **{side: {name: next(shares) for name in names} for side in right}}
-    if not broken:
-        return result
-    return {**result, "broken": sorted({path for path, _, _ in broken}), "broken_samples": len(broken)}
+    scores = run_on_all_ranks(scores_of, predictions, metrics)
+    always = scores_of(predictions, {name: load_metric(name) for name in DEFAULT_METRICS})
+    result: dict[str, Any] = {"images": len(predictions)}
+    for side, by_name in always.items():
+        home = result if side in TITLES else result.setdefault("adapters", {})
+        home[side] = {name.replace("-", "_"): measured.value for name, measured in by_name.items()}
+    result["metrics"] = {name: {side: _figures(scores[side][name]) for side in scores} for name in metrics}
+    result["bootstrap"] = {"resamples": RESAMPLES, "level": LEVEL, "seed": SEED}
+    if broken:
+        result |= {"broken": sorted({path for path, _, _ in broken}), "broken_samples": len(broken)}
+    return Evaluated(result=result, predictions=predictions, scores=scores, samples=dataset.items)
+
+
+def _sides_of(adapter: str | Path | Mapping[str, str | Path] | None) -> list[str]:
+    """Return what those with adapters are called: a single one `adapter`, several by their names."""
+    if adapter is None:
+        return []
+    return [*adapter] if isinstance(adapter, Mapping) and len(adapter) > 1 else ["adapter"]
+
+
+def _figures(scores: Scores) -> dict[str, float]:
+    low, high = interval_of(scores)
+    return {"value": scores.value, "low": low, "high": high}
+
+
+def _refuse_other_bases(folders: Mapping[str, str | Path]) -> None:
+    """Raise ConfigError for several adapters on a quantised base of which LoftQ began one, which has an own base."""
+    begun = [folder for folder in folders.values() if rounds_of(about_adapter(folder), folder) is not None]
+    if begun and len(folders) > 1:
+        raise ConfigError(
+            f"--adapter: {printable(begun[0])} was begun by loftq, beside a base of its own; evaluate it alone, or all "
+            "of them on the whole base (--quantize none)"
+        )
 
 
 def _test_items(config: TrainConfig, run_folder: str | None) -> list[Item]:
@@ -146,41 +170,51 @@ def _test_items(config: TrainConfig, run_folder: str | None) -> list[Item]:
     return items
 
 
-def _cut_answers(dataset: ImageTextDataset, lengths: list[int | BrokenSample]) -> int:
-    """Return how many answers have more tokens than --max_length."""
-    full = (item for item, length in zip(dataset.items, lengths, strict=True) if length == dataset.max_length)
-    answers = (item.answer for item in full)
-    settings = (dataset.max_length, dataset.special_tokens, "answer")
-    return sum(first_tokens(dataset.tokenizer, answer, *settings)[1] > 0 for answer in answers)
-
-
-def length_of_answer(dataset: ImageTextDataset, item: Item) -> int | BrokenSample:
-    """Return how many tokens an answer has, at most --max_length; what is wrong with one that cannot be encoded."""
-    try:
-        tokens, _ = first_tokens(dataset.tokenizer, item.answer, dataset.max_length, dataset.special_tokens, "answer")
-    except DataError as error:
-        name = printable(item.place or item.image)
-        return BrokenSample(name, f"{name}: {error}")
-    return len(tokens)
-
-
-def evaluation_table(result: dict) -> str:
-    """Return the result of `evaluate_adapter` as a table of text."""
-    lines = [f"{result['images']} images{'':<18}exact match   ignoring case"]
-    titles = {"base": "base", "adapter": "base + adapter"}
-    for side, title in ((side, title) for side, title in titles.items() if side in result):
-        exact, loose = result[side].values()
-        lines.append(f"  {title:<25}{100 * exact:>9.1f} %{100 * loose:>14.1f} %")
+def evaluation_table(result: Mapping[str, Any]) -> str:
+    """Return the result of `evaluate_adapter`, or of an earlier version, as a table: a row for each metric."""
+    metrics = result.get("metrics") or {
+        name: {side: {"value": own[name.replace("-", "_")]} for side, own in result.items() if side in TITLES}
+        for name in DEFAULT_METRICS
+    }
+    sides = list(next(iter(metrics.values())))
+    rows = [[f"{result['images']} images", *(TITLES.get(side, printable(side)) for side in sides)]]
+    for name, by_side in metrics.items():
+        is_share = not is_code(name) and GENERATED[name].is_share
+        rows.append([f"  {printable(name)}", *(_cell(by_side[side], is_share) for side in sides)])
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    widths[0] = max(26, widths[0])
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+    if any("low" in figures for by_side in metrics.values() for figures in by_side.values()):
+        lines.append(f"  in brackets: {LEVEL:.0%} of {RESAMPLES:,} bootstrap resamples")
     if result.get("broken"):
         count = result.get("broken_samples", len(result["broken"]))  # earlier versions counted paths alone
         lines.append(f"  {count} samples could not be read and do not count")
     return "\n".join(lines)
 
 
-def evaluated(config: TrainConfig, adapter: str | Path | None) -> dict:
+def _cell(figures: Mapping[str, float], is_share: bool) -> str:
+    """Return a metric with its interval, in percent where it is a share."""
+    factor, digits, unit = (100, 1, " %") if is_share else (1, 3, "")
+    value = f"{factor * figures['value']:.{digits}f}{unit}"
+    if "low" not in figures:
+        return value
+    return f"{value} [{factor * figures['low']:.{digits}f}, {factor * figures['high']:.{digits}f}]"
+
+
+def evaluated(
+    config: TrainConfig, adapter: str | Path | Mapping[str, str | Path] | None, has_base: bool = True
+) -> dict:
     """Return what an evaluation is of, as its file has it: absolute paths of the base, the adapter if there is one, and
-    the test data, and the settings of the questions.
+    the test data, and the settings of the questions. Several adapters are there by their names. has_base: whether the
+    base has answered alone as well.
     """
+    if not has_base:
+        return {**evaluated(config, adapter), "base_alone": False}
+    if isinstance(adapter, Mapping) and len(adapter) > 1:
+        of_all = evaluated(config, None)
+        return {**of_all, "adapters": {name: os.path.realpath(follow(folder)) for name, folder in adapter.items()}}
+    if isinstance(adapter, Mapping):
+        adapter = next(iter(adapter.values()), None)
     paths: dict[str, str | Path] = {"base": config.model.base, **({"adapter": follow(adapter)} if adapter else {})}
     questions: dict[str, Any] = {name: config.value(name) for name in ("version", "prompt", "max_length")}
     test_data = [os.path.abspath(path) for path in config.data.test_data or ()]
@@ -198,18 +232,43 @@ def try_to_write(file: Path) -> None:
             raise IsADirectoryError(errno.EISDIR, "is a folder", str(file))
         if file.exists() and file.name != EVALUATION and not _is_evaluation(file):
             raise FileExistsError(errno.EEXIST, "something else than an evaluation lies there", str(file))
+        predictions = predictions_file(file)
+        if predictions.is_dir() or (predictions.exists() and not is_predictions(predictions)):
+            raise FileExistsError(errno.EEXIST, f"{predictions.name} beside it is no file of predictions", str(file))
         with tempfile.TemporaryFile(dir=file.parent):
             pass
     except OSError as error:
         raise _not_written(file, error) from error
 
 
-def write_evaluation(file: Path, result: dict, config: TrainConfig, adapter: str | Path | None) -> None:
-    """Write the result of `evaluate_adapter`, and under `of` what it is of. Raises ConfigError where that fails."""
-    try:
-        write_json(file, {**result, "of": evaluated(config, adapter)})
-    except OSError as error:
-        raise _not_written(file, error) from error
+def write_evaluation(
+    file: Path,
+    measured: Evaluated,
+    config: TrainConfig,
+    adapter: str | Path | Mapping[str, str | Path] | None,
+    has_base: bool = True,
+) -> None:
+    """Write the predictions of `answer_test_data`, and then its result, with what it is of under `of`. Raises
+    ConfigError where that fails; what was there before then stays.
+    """
+    for path, write in (
+        (predictions_file(file), lambda place: replace_lines(place, lines_of(measured.predictions, measured.scores))),
+        (file, lambda place: write_json(place, {**measured.result, "of": evaluated(config, adapter, has_base)})),
+    ):
+        try:
+            write(path)
+        except OSError as error:
+            raise _not_written(path, error) from error
+
+
+def predictions_file(file: Path) -> Path:
+    """Return where the predictions of an evaluation go: predictions-2.jsonl beside evaluation-2.json, and
+    NAME.predictions.jsonl beside NAME.json.
+    """
+    stem = Path(EVALUATION).stem
+    if file.suffix == ".json" and re.fullmatch(rf"{stem}(-\d+)?", file.stem):
+        return file.with_name(f"{PREDICTIONS}{file.stem.removeprefix(stem)}.jsonl")
+    return file.with_name(f"{file.name.removesuffix('.json')}.{PREDICTIONS}.jsonl")
 
 
 def _not_written(file: Path, error: OSError) -> ConfigError:
@@ -218,7 +277,12 @@ def _not_written(file: Path, error: OSError) -> ConfigError:
 
 
 def evaluation_file(
-    config: TrainConfig, *, adapter: str | None, run: str | None, out: str | None
+    config: TrainConfig,
+    *,
+    adapter: str | Mapping[str, str] | None,
+    run: str | None,
+    out: str | None,
+    has_base: bool = True,
 ) -> tuple[Path, Path | None]:
     """Return (the file of an evaluation, the run folder whose own adapter and base it is of, or None).
 
@@ -231,8 +295,13 @@ def evaluation_file(
         file = Path(out)
         own = file.name == EVALUATION and (file.parent / RUN).is_file()
         return file, file.parent if own else None
-    of = evaluated(config, adapter)
+    of = evaluated(config, adapter, has_base)
     base = config.model.base
+    if isinstance(adapter, Mapping) and len(adapter) > 1:  # beside the first, and never in place of the run's own
+        folder = Path(run) if run else _run_of(Path(first := next(iter(adapter.values())))) or Path(first).parent
+        return _place_for(of, folder / EVALUATION, first=2 if (folder / RUN).is_file() else 1), None
+    if isinstance(adapter, Mapping):
+        adapter = next(iter(adapter.values()), None)
     if not adapter:  # in the working directory, as nothing is written into a base
         return _place_for(of, Path(f"evaluation-{Path(os.path.abspath(base)).name}.json")), None
     own_run = _run_of(Path(adapter))

@@ -8,17 +8,21 @@ import torch
 from sat_lora.adapters.card import add_section
 from sat_lora.cogvlm.network.model import CogVLMModel
 from sat_lora.data.answer_lengths import CutAnswers
-from sat_lora.data.batches.sources import Source
+from sat_lora.data.batches.sources import FIRST_OF_SHARDS, Source
+from sat_lora.data.overview.examine import evenly
 from sat_lora.errors import ConfigError
 from sat_lora.files.step_folders import BEST, follow, read_pointer, steps_in
 from sat_lora.lora.summary import describe, describe_text
 from sat_lora.parallel.distributed import World, init_distributed, run_on_all_ranks
+from sat_lora.printable import printable
 from sat_lora.terminal.notice import logger, warn
-from sat_lora.training.evaluation import evaluate_adapter, evaluation_table, write_evaluation
-from sat_lora.training.loop import train
+from sat_lora.training.answers.samples import SampleQuestions
+from sat_lora.training.evaluation import DEFAULT_METRICS, answer_test_data, evaluation_table, write_evaluation
+from sat_lora.training.loop import ends_early, train
 from sat_lora.training.marks import marks_of_options
-from sat_lora.training.metrics.registry import metrics_named
-from sat_lora.training.prepare import Run, Setting, Sources, build_run, on_first_rank, open_data, prepare
+from sat_lora.training.metrics.generated import load_metric, settled_name
+from sat_lora.training.metrics.registry import LOSS, METRICS, metrics_named
+from sat_lora.training.prepare import Run, Setting, Sources, build_run, dataset_maker, on_first_rank, open_data, prepare
 from sat_lora.training.resume import base_of_state, check_data, facts_of_run, notes, state_to_resume
 from sat_lora.training.run_summary import check_vocabulary, look_at, more_to_say, run_summary
 from sat_lora.training.runs.card_sections import evaluation_section
@@ -28,7 +32,7 @@ from sat_lora.training.runs.run_lock import RunLock
 from sat_lora.training.runs.space import check_space, size_of
 from sat_lora.training.runs.traced import traced
 from sat_lora.training.same_base import base_of_run
-from sat_lora.training.settings.config import Checks, Start, TrainConfig
+from sat_lora.training.settings.config import NONE, Checks, Start, TrainConfig
 from sat_lora.training.settings.deepspeed_config import decisions
 from sat_lora.training.settings.demo import Demo
 from sat_lora.training.settings.schedule import schedule_problems, total_steps
@@ -77,7 +81,8 @@ def _check(config: TrainConfig, demo: Demo | None, lock: RunLock) -> tuple[Setti
     problems = results_problems(config, say=partial(print, flush=True)) if torch.distributed.get_rank() == 0 else []
     setting = prepare(config, demo, problems=problems)
     world = setting.world
-    run = RunFolder(config.run_folder, is_writer=world.is_main, lock=lock)
+    wandb = NONE if config.start.replay else config.saving.wandb
+    run = RunFolder(config.run_folder, is_writer=world.is_main, lock=lock, wandb=wandb)
     for line in run_on_all_ranks(decisions, setting.config, world.device.type):
         run.say(line)
     freed = size_of(run.path) if config.start.overwrite else 0
@@ -107,6 +112,8 @@ def _with_data(setting: Setting, run: RunFolder, demo: Demo | None) -> tuple[Set
     config = config.replaced(train_iters=steps)
     setting = replace(setting, config=config)
     validation = data.validation
+    if not config.start.replay:
+        check_validation(config, validation)
     run.facts = facts_of_run(config, data.training.description(), validation.description() if validation else None)
     run.facts["files"] = data.training.files()
     if stored is not None:
@@ -183,6 +190,10 @@ def _train(
         streams.append(loader := CutAnswers(loader, run.say, config.model.max_length))
     if valid is not None and validation is not None and validation.is_stream:
         streams.append(valid := CutAnswers(valid, run.say, config.model.max_length, "validation: "))
+    saving = config.saving
+    own = {saving.metric} & METRICS.keys()
+    questions = None if validation is None else _questions(built, config, validation)
+    judge = None if saving.metric in (LOSS, *METRICS) or questions is None else load_metric(saving.metric)
     with observers:
         train(
             built.engine,
@@ -193,12 +204,64 @@ def _train(
             built.setting.world,
             built.state,
             dataset_size=training.samples,
-            metrics=metrics_named(config.saving.valid_metrics),
+            metrics=metrics_named(dict.fromkeys([*saving.valid_metrics, *own])),
+            questions=questions,
+            lower_is_better=saving.metric == LOSS if judge is None else judge.lower_is_better,
             observers=observers,
         )
         for stream in streams:
             stream.say_all()
         observers.on_phase("load")  # the last save's limit is not meant for what comes now
+    if ends_early(config, built.state) and built.state.step < config.schedule.steps:
+        run.say(_early_end(config, built.state))
+
+
+def check_validation(config: TrainConfig, validation: Source | None) -> None:
+    """Raise ConfigError where options ask for more than the validation data can give. Every rank finds the same."""
+    saving = config.saving
+    wanted = saving.eval_samples or 0
+    if validation is None:
+        asked = [wanted > 0, saving.metric != LOSS, saving.early_stopping > 0]
+        options = ("--eval-samples", "--metric", "--early-stopping")
+        named = [option for option, is_asked in zip(options, asked) if is_asked]
+        if named:
+            split = ",".join(f"{share:g}" for share in config.data.split)
+            raise ConfigError(f"{named[0]}: too few samples for validation data by --split {split}; give --valid-data")
+        return
+    most = min(validation.samples, FIRST_OF_SHARDS) if validation.is_stream else validation.samples
+    if wanted > most:
+        of_what = "can be answered of tar shards" if most < validation.samples else "are in the validation data"
+        raise ConfigError(f"--eval-samples: got {wanted:,}, but {most:,} samples {of_what}; give at most as many")
+
+
+def _questions(built: Run, config: TrainConfig, validation: Source) -> SampleQuestions | None:
+    """Return what is answered at each validation; None without --eval-samples."""
+    saving = config.saving
+    count = saving.eval_samples
+    if count is None:
+        return None
+    items = [*validation.first_items(count if validation.is_stream else validation.samples)]
+    names = [*(saving.metrics or DEFAULT_METRICS)]
+    if saving.metric not in (LOSS, *METRICS):
+        names.append(saving.metric)
+    return SampleQuestions(
+        dataset_maker(config.model, config.data, built.sizes, with_answer=False)(evenly(items, count)),
+        built.setting.world,
+        {settled_name(name): load_metric(name) for name in names},
+        batch_size=saving.eval_batch_size or config.schedule.batch_size,
+        is_partitioned=built.is_partitioned,
+    )
+
+
+def _early_end(config: TrainConfig, state: RunState) -> str:
+    """Return a sentence on the end of a run that --early-stopping ended."""
+    name = "validation loss" if config.saving.metric == LOSS else printable(config.saving.metric)
+    best = state.best_loss if config.saving.metric == LOSS else state.best_value
+    shown = "" if best is None else f": {best:.4f} at step {state.best_step} was the best"
+    return (
+        f"ended early at step {state.step} of {config.schedule.steps}, after {state.not_better} validations without a "
+        f"better {name}{shown}; to go on, --resume with --early-stopping 0 or a larger one"
+    )
 
 
 def _say_what_trains(
@@ -247,9 +310,13 @@ def _state(engine, start: Start, steps: int, run: RunFolder, world: World) -> Ru
         state.best_step = read_pointer(run.adapters / BEST)
     stored = read_state(newest_checkpoint(run.checkpoints))["run"].get("valid_data", run.facts["valid_data"])
     own = [step for step in steps_in(run.adapters) if step <= state.step]
-    if state.best_step not in own or stored != run.facts["valid_data"]:
+    is_other = stored != run.facts["valid_data"]
+    if is_other or (state.best_step is not None and state.best_step not in own):
+        state.not_better = 0
+    if state.best_step not in own or is_other:
         # There is nothing to be compared with.
         state.best_loss = None
+        state.best_value = None
         state.best_step = None
     if state.step >= steps:
         run.say(
@@ -297,15 +364,15 @@ def _evaluate(
     anew. There is never a second one in memory.
     """
     folder = config.run_folder
-    result = run_on_all_ranks(
-        evaluate_adapter, config, run.adapters, world, trained, observers=observers, run_folder=folder
+    measured = run_on_all_ranks(
+        answer_test_data, config, run.adapters, world, trained, observers=observers, run_folder=folder
     )
     run_on_all_ranks(
-        lambda: write_evaluation(run.path / EVALUATION, result, config, run.adapters) if world.is_main else None
+        lambda: write_evaluation(run.path / EVALUATION, measured, config, run.adapters) if world.is_main else None
     )
     if world.is_main:
         try:
-            add_section(follow(run.adapters), evaluation_section(result))
+            add_section(follow(run.adapters), evaluation_section(measured.result))
         except OSError as error:  # the result itself is written
             warn(f"{run.adapters}: the result is not in its model card: {error}")
-    run.say(evaluation_table(result))
+    run.say(evaluation_table(measured.result))

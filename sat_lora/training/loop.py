@@ -15,7 +15,10 @@ from sat_lora.errors import TrainingError
 from sat_lora.lora.optimizer_groups import set_learning_rate
 from sat_lora.parallel.distributed import World, gather_lists, run_on_all_ranks
 from sat_lora.parallel.stop_signals import Stopped, StopSignals
+from sat_lora.training.answers.samples import SampleQuestions
 from sat_lora.training.metrics.answers import Metric
+from sat_lora.training.metrics.generated import settled_name
+from sat_lora.training.metrics.registry import LOSS
 from sat_lora.training.runs.run_folder import RunFolder
 from sat_lora.training.runs.step_progress import peak_memory_mib
 from sat_lora.training.saving import BackgroundWriter, finish_saving, start_saving
@@ -39,6 +42,8 @@ def train(
     *,
     dataset_size: int,
     metrics: Mapping[str, Metric] | None = None,
+    questions: SampleQuestions | None = None,
+    lower_is_better: bool = True,
     observers: Observers = NOBODY,
 ) -> None:
     """Train from step `state.step` to `config.schedule.steps`; evaluate, save and report on the way and at the end.
@@ -48,7 +53,9 @@ def train(
 
     loader: micro-batches of this rank without end, from where `state` left off. valid: a pass over the validation
     batches of this rank, as many on every rank; None if there are none. dataset_size: training samples in an epoch.
-    metrics: what a validation measures beside the loss. observers: are told of all that happens but the end, which is
+    metrics: what a validation measures beside the loss. questions: what it has answered. lower_is_better: of what
+    --metric names. After --early-stopping validations that were not better it returns, with all saved: `ends_early`
+    says whether. observers: are told of all that happens but the end, which is
     for whoever has made them to tell.
     Raises on every rank, at the same step: DataError where too many samples are broken; Stopped where a rank received
     SIGTERM or SIGINT, the step was finished and everything saved; AdapterError or CheckpointError where a save could
@@ -68,6 +75,8 @@ def train(
             state=state,
             known=BrokenSamples(dataset_size, config.data.max_broken_share),
             metrics=metrics or {},
+            questions=questions,
+            lower_is_better=lower_is_better,
             observers=observers,
             signals=signals,
             writer=writer,
@@ -76,9 +85,16 @@ def train(
         )
         loop.validate_if_owed()
         for step in range(state.step, config.schedule.steps):
+            if ends_early(config, state):
+                break
             loop.step(step)
         observers.on_phase("write")
         finish_saving(writer)
+
+
+def ends_early(config: TrainConfig, state: RunState) -> bool:
+    """Return whether --early-stopping ends the run here."""
+    return 0 < config.saving.early_stopping <= state.not_better
 
 
 class _Pace:
@@ -121,6 +137,8 @@ class _Loop:
     state: RunState
     known: BrokenSamples
     metrics: Mapping[str, Metric]
+    questions: SampleQuestions | None
+    lower_is_better: bool
     observers: Observers
     signals: StopSignals
     writer: BackgroundWriter
@@ -141,7 +159,8 @@ class _Loop:
         """Validate where the run was stopped without time for it, and save where the loss is the lowest."""
         if self.state.owes_validation and self.valid is not None:
             self.state.owes_validation = False
-            if self._validate(self.valid):
+            is_best = self._validate(self.valid)
+            if is_best or ends_early(self.config, self.state):
                 self._start_saving()
 
     def step(self, number: int) -> None:
@@ -242,7 +261,8 @@ class _Loop:
         is_best = False
         if self.valid is not None and validates and not state.owes_validation:
             is_best = self._validate(self.valid)
-        if self._is_last or is_best or stop is not None or self._is_due(saving.save_interval):
+        ends = self._is_last or ends_early(self.config, state)
+        if ends or is_best or stop is not None or self._is_due(saving.save_interval):
             self.observers.on_phase("write")
             self._start_saving()
             self.saved = state.step
@@ -264,7 +284,9 @@ class _Loop:
         )
 
     def _validate(self, valid: Iterable[dict]) -> bool:
-        """Measure the validation loss, and return whether it is the lowest so far. One that is not finite never is."""
+        """Measure the validation loss, and return whether what --metric names is the best so far. What is not finite
+        never is.
+        """
         state = self.state
         observers = self.observers
         observers.on_phase("write")
@@ -273,13 +295,32 @@ class _Loop:
         measured: dict[str, float] = {}
         loss, broken = validation_loss(self.engine, valid, self.world, self.metrics, observers, measured)
         observers.on_broken(broken, state.step)
-        is_best = loss is not None and math.isfinite(loss) and (state.best_loss is None or loss < state.best_loss)
+        answers = None
+        if self.questions is not None:
+            answers = self.questions.ask(self.engine.module, observers)
+            measured.update(answers.measured)
+        judged_by = self.config.saving.metric
+        if judged_by not in (LOSS, *self.metrics):
+            judged_by = settled_name(judged_by)
+        value = loss if judged_by == LOSS else measured.get(judged_by)
+        is_best = self._is_best(value)
         if is_best:
-            state.best_loss = loss
+            state.best_loss = value if judged_by == LOSS else None
+            state.best_value = None if judged_by == LOSS else value
             state.best_step = state.step
-        report = ValidationReport(step=state.step, loss=loss, metrics=measured, is_best=is_best)
+        state.not_better = 0 if is_best else state.not_better + 1
+        report = ValidationReport(
+            step=state.step, loss=loss, metrics=measured, judged_by=judged_by, is_best=is_best, answers=answers
+        )
         observers.on_validation(report)
         return is_best
+
+    def _is_best(self, value: float | None) -> bool:
+        """Return whether no validation before had such a value of what --metric names."""
+        before = self.state.best_loss if self.config.saving.metric == LOSS else self.state.best_value
+        if value is None or not math.isfinite(value):
+            return False
+        return before is None or (value < before if self.lower_is_better else value > before)
 
 
 def validation_loss(

@@ -17,6 +17,7 @@ from pathlib import Path
 from sat_lora.errors import CheckpointError, DataError
 from sat_lora.lora.base_identity import BaseIdentity
 from sat_lora.printable import printable
+from sat_lora.training.metrics.registry import LOSS, METRICS
 from sat_lora.training.runs.run_folder import versions
 from sat_lora.training.settings.config import DEFAULTS, NOT_RESUMED, Start, TrainConfig
 from sat_lora.training.settings.lora_options import LORA_FIELDS
@@ -38,6 +39,9 @@ def facts_of_run(config: TrainConfig, data: dict, valid_data: dict | None) -> di
             "eval_iters": config.saving.eval_iters,
             "eval_batch_size": config.saving.eval_batch_size,
         }
+    if valid_data is not None and config.saving.metric != LOSS:  # what `best` was compared by
+        answered = {} if config.saving.metric in METRICS else {"eval_samples": config.saving.eval_samples}
+        valid_data = {**valid_data, "metric": config.saving.metric, **answered}
     return {"settings": settings, "data": data, "valid_data": valid_data, "versions": versions()}
 
 
@@ -128,8 +132,12 @@ def notes(config: TrainConfig, state: dict, valid_data: dict | None, files: str 
             f"warning: files of the training data have other sizes than they had up to step {state['step']}, under the "
             "same names: the run goes on with what they hold now, so not bit for bit"
         )
-    if state["best_loss"] is not None and run.get("valid_data") != valid_data:
-        yield "the validation data is not what it was: `best` begins anew, adapter/best names the old one until then"
+    has_best = state["best_loss"] is not None or state.get("best_value") is not None
+    if has_best and run.get("valid_data") != valid_data:
+        yield (
+            "the validation data or --metric is not what it was: `best` begins anew, adapter/best names the old one "
+            "until then"
+        )
 
 
 def _text(value) -> str:

@@ -19,6 +19,7 @@ from sat_lora.errors import ConfigError, SatLoraError
 from sat_lora.files.paths import split_weight
 from sat_lora.parallel.distributed import World
 from sat_lora.printable import printable
+from sat_lora.training.metrics.registry import LOSS
 from sat_lora.training.settings.config import NONE, Data, Optimizer, Parallel, Precision, Schedule, TrainConfig
 from sat_lora.training.settings.demo import Demo
 from sat_lora.training.settings.schedule import warmup_steps
@@ -137,6 +138,7 @@ def run_summary(
         "data": _data(config.data, data, demo),
         "left out": _counts(left_out(data)),
         "valid": _valid(config, valid),
+        "best": _best(config, valid),
         "prompt": _prompt(config, texts, demo),
         "steps": _steps(config.schedule, config.optimizer, world, data, steps),
         "run": _run(config.run_folder, steps, start_step),
@@ -216,6 +218,19 @@ def _valid(config: TrainConfig, valid: Source | None) -> str:
         source += "; --split is not used"
     often = f"every {config.saving.eval_interval} steps" if config.saving.eval_interval else "at the end"
     return f"{valid.samples:,} samples {source}, {often}"
+
+
+def _best(config: TrainConfig, valid: Source | None) -> str:
+    """Return the line on what is done at a validation beside the loss; empty without anything."""
+    saving = config.saving
+    if valid is None or (saving.metric, saving.early_stopping, saving.eval_samples) == (LOSS, 0, None):
+        return ""
+    clauses = [f"by {printable(saving.metric)}"]
+    if saving.early_stopping:
+        clauses.append(f"ends after {saving.early_stopping} that are not better")
+    if saving.eval_samples is not None:
+        clauses.append(f"{saving.eval_samples:,} answered at each")
+    return ", ".join(clauses)
 
 
 def _prompt(config: TrainConfig, texts: Texts, demo: Demo | None) -> str:

@@ -17,7 +17,7 @@ from sat_lora.data.samples import (
     read_items,
     reading_options,
 )
-from sat_lora.training.evaluation import _cut_answers, length_of_answer
+from sat_lora.training.answers.answering import cut_answers, length_of_answer
 from sat_lora.training.run_summary import left_out, more_to_say
 from tests.support.datasets import numbered, source_of
 from tests.support.picture_files import write_images
@@ -110,7 +110,7 @@ def test_answers_of_test_data_that_are_too_long_to_be_generated_are_counted(toke
     data.items.append(Item(None, "\ud83d" * 40, "q"))
     lengths = [length_of_answer(data, item) for item in data.items]
     assert lengths[:5] == [1, 29, 30, 30, 30] and isinstance(lengths[5], BrokenSample)
-    assert _cut_answers(data, lengths) == 2
+    assert cut_answers(data, lengths) == 2
 
 
 def test_cut_answers_of_a_stream_are_counted_over_all_passes(tokenizer, single_process_group):

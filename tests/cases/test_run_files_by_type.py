@@ -136,6 +136,8 @@ WRONG_STATES = {
     "samples_per_step": [0, "8", None, 2**60],
     "best_loss": ["low", [1], True],
     "best_step": [5, -1, "2"],
+    "best_value": ["low", [1], True, float("nan"), float("inf")],
+    "not_better": [-1, "2", 1.5, None],
     "good_step": [5, 1.5],
     "owes_validation": [0, "no", None],
     "layout": [[1], "11", [0, 1], [1, "1"], [1, 2**40], None],
@@ -168,7 +170,7 @@ def test_a_value_that_no_checkpoint_has_is_named(name, tmp_path):
         message = str(error.value)
         assert f"4/{STATE}: cannot be used: " in message and f"{name}: wanted " in message and len(message) < 600, value
     missing = {key: value for key, value in STATE_OF_4.items() if key != name}
-    if name in ("best_step", "good_step", "run"):  # older versions lack them
+    if name in ("best_step", "best_value", "not_better", "good_step", "run"):  # older versions lack them
         read_state(state_with(tmp_path, missing))
     else:
         with pytest.raises(CheckpointError, match=f"{name} is missing"):
@@ -302,12 +304,13 @@ def test_the_best_loss_holds_where_its_adapter_and_its_data_do(
     for step in adapters:
         (tmp_path / "adapter" / str(step)).mkdir(parents=True)
     (tmp_path / "adapter" / "best").write_text("6" if 6 in adapters else "2")
-    loaded = RunState(step=4, best_loss=1.5, best_step=named)
+    loaded = RunState(step=4, best_loss=1.5, best_step=named, not_better=2)
     monkeypatch.setattr(finetune, "load_checkpoint", lambda *args, **more: loaded)
     run = RunFolder(tmp_path, is_writer=True)
     run.facts = {"valid_data": {"samples": 1}}
     state = finetune._state(None, config_of(resume=str(tmp_path)).start, 4, run, None)
     assert (state.best_loss, state.best_step) == expected
+    assert state.not_better == (2 if expected[0] else 0)
     assert "already at step 4 of 4; to go on, give a --train-iters above 4" in capsys.readouterr().out
 
 

@@ -10,7 +10,7 @@ import torch
 from sat_lora.cogvlm.inputs.tokens import text_tokens
 from sat_lora.data.samples import BrokenSample, ImageTextDataset, Item, read_items
 from sat_lora.errors import DataError
-from sat_lora.training.evaluation import length_of_answer
+from sat_lora.training.answers.answering import length_of_answer
 from sat_lora.training.preflight import option_problems
 from tests.support.configs import parse_options
 from tests.support.picture_files import write_images

@@ -207,6 +207,29 @@ def test_the_metric_of_contributing_is_an_option(monkeypatch):
     assert (float(ratio.total), ratio.count) == (pytest.approx(1.25), 2)
 
 
+def test_the_metric_of_answers_of_contributing_is_one(monkeypatch):
+    from sat_lora.training.metrics.generated import GENERATED, load_metric, name_problem
+    from sat_lora.training.metrics.scores import Answered
+
+    monkeypatch.setitem(GENERATED, "starts-right", None)  # taken out again after the test
+    exec(example_of_contributing("GENERATED"), {})
+    assert name_problem("starts-right") is None
+    measured = load_metric("starts-right").place(Answered(["a cat", "cat"], [["a"], ["a", "c"]]))
+    assert measured.samples == [1, 1]
+
+
+@pytest.mark.parametrize("page", ["docs/evaluation.md"])
+def test_a_metric_of_ones_own_as_the_page_has_it(page, tmp_path, monkeypatch):
+    from sat_lora.training.metrics.generated import load_metric
+    from sat_lora.training.metrics.scores import Answered
+
+    (code,) = (body for kind, body in FENCED.findall((ROOT / page).read_text(encoding="utf-8")) if kind == "python")
+    (tmp_path / "my_metrics.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    metric = load_metric("my_metrics.py:length_error")
+    assert metric.lower_is_better and metric.place(Answered(["abc"], [["a"]])).value == 2
+
+
 def test_the_kind_of_layer_of_contributing_takes_a_delta(monkeypatch, single_process_group):
     from sat_lora.lora.deltas.kinds import KINDS
     from sat_lora.lora.targets import find_sites

@@ -163,6 +163,26 @@ def test_a_resumed_run_continues_bit_for_bit(captchas, tmp_path):
 
 
 @pytest.mark.matrix
+@pytest.mark.parametrize("stage", ["0", "3"])
+def test_a_run_that_goes_on_ends_early_where_it_would_have(stage, captchas, tmp_path):
+    """Of two ranks, by a metric of answers; the second start comes after the first of three validations."""
+    options = ["--eval-interval", "2", "--save-interval", "2", "--eval-samples", "3", "--metric", "exact-match"]
+    options += ["--early-stopping", "2", "--lr", "1e-6", "--zero-stage", stage, "--keep", "0", "--warmup", "0"]
+    for name, iterations in (("whole", "20"), ("cut", "2")):
+        extra = ["--lr-decay-style", "constant", "--train-iters", iterations]
+        done = launch("torchrun", options_for(captchas, tmp_path / name, *options, *extra))
+        assert done.returncode == 0, done.stderr[-3000:]
+    cut, whole = tmp_path / "cut" / "run", tmp_path / "whole" / "run"
+    done = launch("torchrun", ["--resume", str(cut), "--train-iters", "20"])
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "ended early at step 6 of 20, after 2 validations without a better exact-match" in done.stdout
+    assert f"--resume {cut} --early-stopping 0" in done.stdout
+    for folder in ("adapter/6", "answers"):
+        assert fingerprint(cut / folder) == fingerprint(whole / folder)
+    assert sorted(path.name for path in (whole / "answers").iterdir()) == ["2.jsonl", "4.jsonl", "6.jsonl"]
+
+
+@pytest.mark.matrix
 def test_a_run_of_two_ranks_goes_on_with_one_at_the_same_samples_per_step(captchas, tmp_path):
     """Without dropout the losses are those of the two; `best` names the adapter of the lowest validation loss."""
     steady = ("--lr-decay-style", "constant", "--warmup", "0", "--zero-stage", "3", "--eval-interval", "2")

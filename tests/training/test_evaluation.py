@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,8 @@ from sat_lora.cogvlm.inputs.image import load_image
 from sat_lora.cogvlm.inputs.text import build_sample, load_tokenizer, prompt_for
 from sat_lora.errors import DataError
 from sat_lora.parallel.distributed import init_distributed, init_model_parallel, run_on_all_ranks
-from sat_lora.training.evaluation import evaluate_adapter, evaluation_table
+from sat_lora.training.answers.prediction import lines_of
+from sat_lora.training.evaluation import answer_test_data, evaluate_adapter, evaluation_table
 from tests.support.configs import config_of
 from tests.support.paths import TINY_BASE
 from tests.support.patience import patient
@@ -81,13 +83,15 @@ def evaluate(folder, batch_size, model_parallel=1, with_trained_model=False):
         max_length=64, eval_batch_size=batch_size, model_parallel_size=model_parallel,
     )  # fmt: skip
     if not with_trained_model:
-        return evaluate_adapter(options, folder / "adapter", world)
+        measured = answer_test_data(options, folder / "adapter", world)
+        return {**measured.result, "lines": "".join(lines_of(measured.predictions, measured.scores))}
     trained = load_cogvlm(TINY_BASE, model_parallel_size=model_parallel)
     add_lora(trained[0].train(), **LORA)
     fill_adapters(trained[0], seed=1)  # not what was saved
     with torch.no_grad():
         trained[0].mixins["eva"].boi -= 0.3
-    return evaluate_adapter(options, folder / "adapter", world, trained)
+    measured = answer_test_data(options, folder / "adapter", world, trained)
+    return {**measured.result, "lines": "".join(lines_of(measured.predictions, measured.scores))}
 
 
 def evaluate_where_one_has_no_data(folder):
@@ -120,6 +124,15 @@ def test_shares_equal_those_counted_by_hand_however_the_work_is_split(tmp_path, 
         assert result["adapter"]["exact_match"] == pytest.approx(adapter)
         assert [Path(path).name for path in result["broken"]] == ["missing.png"]
         assert result["broken_samples"] == 2
+        assert result["lines"] == results[0]["lines"]  # byte for byte
+        measured = result["metrics"]["exact-match"]["adapter"]
+        assert measured["value"] == result["adapter"]["exact_match"]
+        assert 0 <= measured["low"] <= measured["value"] <= measured["high"] <= 1
+    lines = [json.loads(line) for line in results[0]["lines"].splitlines()]
+    assert [line["sample"].rpartition(" ")[2] for line in lines] == [str(number) for number in range(1, 13)]
+    exact = [line["scores"]["base"]["exact-match"] for line in lines]
+    assert sum(exact) / 12 == pytest.approx(base)
+    assert all((line["predictions"]["base"] == line["answer"]) == score for line, score in zip(lines, exact))
 
 
 def evaluate_by_script(options):
@@ -130,8 +143,50 @@ def evaluate_by_script(options):
 def test_the_script_writes_what_it_measured(tmp_path, captchas):
     out = tmp_path / "result.json"
     options = ["--from_pretrained", str(TINY_BASE), "--test-data", str(captchas / "test"), "--version", "base"]
-    assert run_ranks(evaluate_by_script, 1, [*options, "--max_length", "64", "--out", str(out)]) == [0]
+    options += ["--max_length", "64", "--out", str(out), "--gallery", "--metrics", "token-f1", "perplexity"]
+    assert run_ranks(evaluate_by_script, 1, options) == [0]
     assert json.loads(out.read_text())["images"] == 12
+    lines = (tmp_path / "result.predictions.jsonl").read_text().splitlines()
+    assert len(lines) == 12 and {*json.loads(lines[0])["predictions"]} == {"base"}
+    assert [*json.loads(lines[0])["scores"]["base"]] == ["token-f1", "perplexity"]
+    assert (tmp_path / "result.html").read_text().count("<section>") == 12
+
+
+@pytest.mark.matrix
+def test_several_adapters_answer_side_by_side(tmp_path, captchas):
+    """One as it was saved, and one whose deltas are scaled to nothing; on two ranks, without the base."""
+    run_ranks(prepare, 1, tmp_path, captchas)
+    (tmp_path / "weak").mkdir()
+    shutil.copytree(tmp_path / "adapter", tmp_path / "weak" / "adapter")
+    config = tmp_path / "weak" / "adapter" / "adapter_config.json"
+    content = json.loads(config.read_text())
+    for layer in content["sat_lora"]["layers"].values():
+        layer["scale"] *= 1e-4
+    config.write_text(json.dumps(content))
+    options = ["--from_pretrained", str(TINY_BASE), "--test-data", str(tmp_path / "items.jsonl"), "--version", "base"]
+    options += ["--max_length", "64", "--no-base", "--out", str(tmp_path / "both.json"), "--gallery"]
+    folders = [str(tmp_path / "adapter"), str(tmp_path / "weak" / "adapter")]
+    assert run_ranks(evaluate_by_script, 2, [*options, "--adapter", *folders]) == [0, 0]
+    both = json.loads((tmp_path / "both.json").read_text())
+    first, second = both["adapters"]
+    assert second == "weak" and "base" not in both and both["of"]["base_alone"] is False
+    for name, folder in zip((first, second), folders):
+        out = tmp_path / f"{Path(folder).parent.name}.json"
+        single = [option for option in options if option != "--no-base"]
+        single[single.index("--out") + 1] = str(out)
+        assert run_ranks(evaluate_by_script, 1, [*single, "--adapter", folder]) == [0]
+        alone = json.loads(out.read_text())
+        assert alone["adapter"] == both["adapters"][name]
+        said = [
+            [json.loads(line)["predictions"][side] for line in file.read_text().splitlines()]
+            for file, side in (
+                (out.with_suffix(".predictions.jsonl"), "adapter"),
+                (tmp_path / "both.predictions.jsonl", name),
+            )
+        ]
+        assert said[0] == said[1]
+    lines = [json.loads(line) for line in (tmp_path / "both.predictions.jsonl").read_text().splitlines()]
+    assert any(line["predictions"][first] != line["predictions"][second] for line in lines)
 
 
 @pytest.mark.matrix

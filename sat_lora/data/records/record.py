@@ -34,6 +34,8 @@ class Record:
     system: str | None = None
     boxes: tuple[Any, ...] = ()
     """What goes into the texts in place of each <box>: a box, or several of one phrase, as `boxes_text` takes them."""
+    references: tuple[str, ...] = ()
+    """What several people answered, where the record has all of it."""
 
 
 class RecordError(ValueError):

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from sat_lora.training.metrics.answers import Metric
 
+LOSS = "loss"
+"""The validation loss, which is always measured."""
 METRICS: "dict[str, str | Metric]" = {
     "token_accuracy": "sat_lora.training.metrics.accuracy:token_accuracy",
     "answer_accuracy": "sat_lora.training.metrics.accuracy:answer_accuracy",

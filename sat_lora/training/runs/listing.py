@@ -13,6 +13,7 @@ from sat_lora.printable import printable
 from sat_lora.training.runs.run_lock import Holder
 
 LOCK_LIMIT = 2**20  # bytes
+STATE_LIMIT = 2**26  # bytes of a state.json, of which a rank takes some 30 KB
 LINE_LIMIT = 2**16  # bytes of a line of train.jsonl that is looked at
 
 
@@ -75,6 +76,7 @@ def read_run(folder: Path) -> RunState:
             losses[at] = value
     best_step = min(losses, key=lambda at: losses[at], default=None)
     is_done = step is not None and steps is not None and step >= steps
+    is_done = is_done or _has_ended_early(folder, settings)
     return RunState(
         folder=str(folder),
         state="running" if _is_running(folder / "lock") else "finished" if is_done else "stopped",
@@ -113,6 +115,19 @@ def _is_running(lock: Path) -> bool:
     except (OSError, ValueError):
         return False
     return holder is not None and bool(holder.alive)
+
+
+def _has_ended_early(folder: Path, settings: dict) -> bool:
+    """Return whether --early-stopping has ended the run, by its newest checkpoint."""
+    most = _whole(settings.get("early_stopping")) or 0
+    step = read_pointer(folder / "checkpoints" / LATEST) if most > 0 else None
+    if step is None:
+        return False
+    try:
+        state = read_json(folder / "checkpoints" / str(step) / "state.json", limit=STATE_LIMIT)
+        return (_whole(state.get("not_better")) or 0) >= most
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def _exact_match(path: Path) -> float | None:

@@ -15,6 +15,9 @@ from sat_lora.training.settings.config import TrainConfig
 RUN = "run.json"
 LOG = "train.jsonl"
 EVALUATION = "evaluation.json"
+PREDICTIONS = "predictions"
+GALLERY = "evaluation.html"
+ANSWERS = "answers"
 DATA = ("train_data", "valid_data", "test_data")
 FOLDERS = ("adapter", "checkpoints")
 PICTURE = "loss.png"
@@ -37,6 +40,7 @@ def results_in(folder: str | Path) -> list[str]:
             steps = ", ".join(map(str, steps_in(path)))
             results.append(f"{name} ({steps})" if steps else name)
     results += sorted(path.name for path in evaluations_in(folder))
+    results += [ANSWERS] * any(path.stem.isdecimal() for path in (folder / ANSWERS).glob("*.jsonl"))
     log = folder / LOG
     if log.exists() and (not log.is_file() or log.stat().st_size):
         results.append(LOG)
@@ -57,8 +61,11 @@ def _has_events(path: Path) -> bool:
 
 
 def evaluations_in(folder: Path) -> list[Path]:
-    """Return the files of evaluations in a run folder."""
-    return [folder / EVALUATION] * os.path.lexists(folder / EVALUATION) + [*folder.glob("evaluation-[0-9]*.json")]
+    """Return the files of evaluations in a run folder, their predictions and pages."""
+    names = (EVALUATION, f"{PREDICTIONS}.jsonl", GALLERY)
+    first = [folder / name for name in names if os.path.lexists(folder / name)]
+    numbered = ("evaluation-[0-9]*.json", f"{PREDICTIONS}-[0-9]*.jsonl", "evaluation-[0-9]*.html")
+    return [*first, *(file for pattern in numbered for file in folder.glob(pattern))]
 
 
 def results_problems(config: TrainConfig, *, say: Callable[[str], None] = lambda line: None) -> list[str]:

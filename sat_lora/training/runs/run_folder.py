@@ -11,13 +11,15 @@ from typing import Any
 from sat_lora.files.atomic import replace_text
 from sat_lora.files.step_folders import LATEST, point_to, remove_all, set_back, steps_in
 from sat_lora.printable import printable
+from sat_lora.training.answers.answer_log import AnswerLog, remove_answers
 from sat_lora.training.runs.loss_plot import LossPicture
-from sat_lora.training.runs.results import DATA, EVENTS, FOLDERS, LOG, PICTURE, RUN, evaluations_in
+from sat_lora.training.runs.results import ANSWERS, DATA, EVENTS, FOLDERS, LOG, PICTURE, RUN, evaluations_in
 from sat_lora.training.runs.run_lock import RunLock
 from sat_lora.training.runs.run_logs import RunLog
 from sat_lora.training.runs.screen import Screen
 from sat_lora.training.runs.tensorboard import TensorBoard, remove_events
-from sat_lora.training.settings.config import TrainConfig
+from sat_lora.training.runs.wandb_log import WandB
+from sat_lora.training.settings.config import NONE, TrainConfig
 from sat_lora.training.steps.observers import Observer
 
 PATHS = ("from_pretrained", "local_tokenizer", *DATA, "deepspeed_config", "save")
@@ -55,10 +57,10 @@ class RunFolder:
     """The folder of a run: run.json, its adapters and checkpoints, and the logs, which are observers of the loop.
 
     With `is_writer` False nothing is written or shown. Only rank 0 should be the writer. lock: the one held on the
-    folder; None where nobody locks it.
+    folder; None where nobody locks it. wandb: the mode of W&B, or NONE.
     """
 
-    def __init__(self, path: str | Path, *, is_writer: bool, lock: RunLock | None = None):
+    def __init__(self, path: str | Path, *, is_writer: bool, lock: RunLock | None = None, wandb: str = NONE):
         self.path = Path(path)
         self.is_writer = is_writer
         self.lock = lock
@@ -69,7 +71,9 @@ class RunFolder:
         self.log = RunLog(self.path / LOG)
         self.events = TensorBoard(self.path / EVENTS)
         self.picture = LossPicture(self.path / PICTURE, lambda: self.log.records, self.path.name)
+        self.answers = AnswerLog(self.path / ANSWERS)
         self.screen = Screen(self.log)
+        self.wandb = None if wandb == NONE else WandB(self.path, wandb, lambda: self._settings or {})
         if is_writer:
             self.path.mkdir(parents=True, exist_ok=True)
 
@@ -81,7 +85,10 @@ class RunFolder:
     @property
     def observers(self) -> tuple[Observer, ...]:
         """The observers that keep and show the run, in the order in which they hear of it; none without a writer."""
-        return (self.log, self.events, self.picture, self.screen) if self.is_writer else ()
+        if not self.is_writer:
+            return ()
+        elsewhere = () if self.wandb is None else (self.wandb,)
+        return (self.log, self.answers, self.events, self.picture, *elsewhere, self.screen)
 
     def say(self, text: str) -> None:
         """Show lines, see `Screen.say`."""
@@ -99,6 +106,7 @@ class RunFolder:
         if (self.path / PICTURE).is_file():
             (self.path / PICTURE).unlink()
         remove_events(self.path / EVENTS)
+        remove_answers(self.path / ANSWERS)
 
     def set_back(self, step: int, best_step: int | None) -> None:
         """Let the adapters' pointers say what holds at `step`, which the run goes on from.

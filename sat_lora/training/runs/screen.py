@@ -76,6 +76,8 @@ class Screen(Observer):
             best = "the best so far"
         if not before or loss < before[1]:
             self._best = lowest([{"step": step, "valid_loss": loss}])
+        if report.judged_by != "loss":
+            best = f"{'the best so far' if report.is_best else 'not better'} by {printable(report.judged_by)}"
         metrics = "".join(f", {printable(name)} {value:.4f}" for name, value in report.metrics.items())
         self.say(f"step {step}: validation loss {loss:.4f}{metrics}, {best}")
 

@@ -7,6 +7,7 @@ import shutil
 import socket
 import struct
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from sat_lora.training.runs.run_logs import AppendedFile, figures_of
@@ -42,6 +43,24 @@ class EventFile:
 
         values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()]
         self._add(step=step, summary=Summary(value=values))
+
+    def add_pictures(self, step: int, pictures: Mapping[str, tuple[str, bytes, tuple[int, int]]]) -> None:
+        """Add a picture per tag, and its text, from (text, PNG, its width and height). Raises OSError likewise."""
+        from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
+        from tensorboard.compat.proto.tensor_pb2 import TensorProto
+        from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
+
+        plugin = SummaryMetadata(plugin_data=SummaryMetadata.PluginData(plugin_name="text"))
+        values = []
+        for tag, (text, png, (width, height)) in pictures.items():
+            image = Summary.Image(width=width, height=height, colorspace=3, encoded_image_string=png)
+            shape = TensorShapeProto(dim=[TensorShapeProto.Dim(size=1)])
+            shown = "\n".join(f"    {line}" for line in text.split("\n"))  # as code, for Markdown obeys the rest
+            tensor = TensorProto(dtype="DT_STRING", string_val=[shown.encode()], tensor_shape=shape)
+            values.append(Summary.Value(tag=tag, image=image))
+            values.append(Summary.Value(tag=f"{tag}/text", metadata=plugin, tensor=tensor))
+        if values:
+            self._add(step=step, summary=Summary(value=values))
 
     def close(self) -> None:
         """Write what waits, and close the file. Raises OSError where there is no room, and it is lost."""
@@ -86,6 +105,9 @@ class TensorBoard(Observer):
     def on_validation(self, report: ValidationReport) -> None:
         if report.loss is not None:
             self._add(report.step, "valid", {"loss": report.loss, **report.metrics})
+        if report.answers is not None and self._events is not None:
+            pictures = {f"answers/{number}": picture for number, picture in enumerate(report.answers.pictures(), 1)}
+            self._events.add_pictures(report.step, pictures)
 
     def on_end(self, error: BaseException | None) -> None:
         self._reopen_if_removed()

@@ -32,7 +32,8 @@ from sat_lora.terminal.option_types import (
     share,
     workers,
 )
-from sat_lora.training.metrics.registry import METRICS
+from sat_lora.training.metrics.generated import GENERATED
+from sat_lora.training.metrics.registry import LOSS, METRICS
 from sat_lora.training.settings.fields import Known, fields_of, flag, frozen, plain, setting
 from sat_lora.training.settings.lora_options import ABOUT, LORA_FIELDS, lora_fields, patterns_of
 from sat_lora.training.settings.schedule import DECAY_STYLES, learning_rate_factor, warmup_steps
@@ -345,6 +346,35 @@ class Saving:
     valid_metrics: tuple[str, ...] = setting(
         (), "what a validation measures beside the loss", "--valid-metrics", nargs="+", choices=lambda: METRICS
     )
+    metrics: tuple[str, ...] = setting(
+        (),
+        f"what is measured of the answers to --test-data: {', '.join(GENERATED)}, or MODULE:FUNCTION (default: the two "
+        "exact matches)",
+        "--metrics",
+        nargs="+",
+        metavar="NAME",
+    )
+    eval_samples: int | None = setting(  # then none is answered
+        None,
+        "validation samples that are answered at each validation, into answers/ and TensorBoard",
+        "--eval-samples",
+        type=positive_int,
+        metavar="N",
+    )
+    metric: str = setting(
+        LOSS,
+        "what `best` and --early-stopping go by: loss, one of --valid-metrics, or one of --metrics on --eval-samples",
+        "--metric",
+        metavar="NAME",
+    )
+    early_stopping: int = setting(
+        0, "end the run after so many validations that were not better; 0: never", "--early-stopping", type=count,
+        metavar="N",
+    )  # fmt: skip
+    wandb: str = setting(
+        NONE, "keep the curves in W&B too: online, or offline in the run folder", "--wandb",
+        choices=lambda: (NONE, "online", "offline"), nargs="?", const="online",
+    )  # fmt: skip
     log_interval: int = setting(
         10, "steps between the lines of train.jsonl", "--log-interval", type=positive_int, metavar="N"
     )

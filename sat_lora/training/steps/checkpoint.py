@@ -50,6 +50,8 @@ class RunState:
     skipped: int = 0  # of them, steps that moved nothing because a value was not finite
     best_loss: float | None = None  # lowest validation loss, of those that are finite
     best_step: int | None = None  # where it was measured, and saved
+    best_value: float | None = None  # the same of the metric that `best` goes by, where that is not the loss
+    not_better: int = 0  # validations since the best
     good_step: int | None = None  # the newest save whose next step was finite: it can be gone on from
     owes_validation: bool = False  # it was due after the last step, but the run was told to stop
 
@@ -164,7 +166,7 @@ def read_state(folder: Path) -> dict:
     problems = [*_problems_with_state(content, int(folder.name))]
     if problems:
         raise CheckpointError(f"--resume: {printable(path)}: cannot be used: {'; '.join(problems)}")
-    content = {"best_step": None, "good_step": None, "run": {}, **content}
+    content = {"best_step": None, "best_value": None, "not_better": 0, "good_step": None, "run": {}, **content}
     if content["best_loss"] is not None and not math.isfinite(content["best_loss"]):
         content["best_loss"] = None  # of versions that took the first validation for the best, whatever it gave
     return content
@@ -188,6 +190,8 @@ def _problems_with_state(content, step: int) -> Iterator[str]:
     }
     later = {
         "best_step": ("a step or null", lambda value: value is None or _is_count(value, step)),
+        "best_value": ("a number or null", lambda value: value is None or _is_finite(value)),
+        "not_better": ("a number of validations", _is_count),
         "good_step": ("a step or null", lambda value: value is None or _is_count(value, step)),
         "run": ("an object", lambda value: isinstance(value, dict)),
     }
@@ -205,6 +209,10 @@ def _is_count(value, most: int = MOST) -> bool:
 
 def _is_number(value) -> bool:
     return type(value) is float or (type(value) is int and abs(value) <= MOST)
+
+
+def _is_finite(value) -> bool:
+    return _is_number(value) and math.isfinite(value)
 
 
 def _are_numbers(value) -> bool:

@@ -5,11 +5,11 @@ The loop tells what happens and knows nobody who listens. A new listener is a su
 """
 
 import contextlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 from sat_lora.printable import printable
 
@@ -42,6 +42,16 @@ class StepReport:
     """What was measured; None at a step that is not logged."""
 
 
+class Answers(Protocol):
+    """What a run answers to some validation samples."""
+
+    def lines(self) -> Iterator[str]:
+        """Yield a line of JSON for each sample."""
+
+    def pictures(self) -> Iterator[tuple[str, bytes, tuple[int, int]]]:
+        """Yield (text, PNG, its width and height) of some samples."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ValidationReport:
     """A pass over the validation data."""
@@ -52,8 +62,12 @@ class ValidationReport:
     """The mean per answer token; None where none of the samples has an answer."""
     metrics: Mapping[str, float] = field(default_factory=dict)
     """Metrics by name, those that were asked for beside the loss, see `training.metrics`."""
+    judged_by: str = "loss"
+    """The loss, or the metric that says which validation is the best."""
     is_best: bool = False
-    """Whether no validation of this run had a lower loss."""
+    """Whether none of this run was as good."""
+    answers: Answers | None = None
+    """What was answered to --eval-samples; None without."""
 
 
 class Observer:

@@ -42,6 +42,21 @@ def test_a_run_that_has_ended(tmp_path):
     assert run.changed == max(path.stat().st_mtime for path in files)
 
 
+@pytest.mark.parametrize(
+    "most, not_better, state", [(2, 2, "finished"), (2, 3, "finished"), (2, 1, "stopped"), (0, 9, "stopped")]
+)
+def test_a_run_that_early_stopping_has_ended(most, not_better, state, tmp_path):
+    folder = run_folder(tmp_path, steps=30, records=RECORDS)
+    content = json.loads((folder / "run.json").read_text())
+    content["settings"]["early_stopping"] = most
+    (folder / "run.json").write_text(json.dumps(content))
+    (folder / "checkpoints" / "20").mkdir(parents=True)
+    (folder / "checkpoints" / "latest").write_text("20")
+    assert read_run(folder).state == "stopped"  # the checkpoint cannot be read
+    (folder / "checkpoints" / "20" / "state.json").write_text(json.dumps({"not_better": not_better}))
+    assert read_run(folder).state == state
+
+
 def test_a_run_that_goes_on_and_one_that_was_cut(tmp_path):
     folder = run_folder(tmp_path, steps=30, records=RECORDS)
     assert read_run(folder).state == "stopped"

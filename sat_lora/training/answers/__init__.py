@@ -1,0 +1,1 @@
+"""Answers that a model generates to samples: made, measured, kept and shown."""
