@@ -1,17 +1,13 @@
 """The prompt formats of the published CogVLM. Imports nothing heavy: the command line names them in its help."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
+from sat_lora.cogvlm.families import COGVLM, hugging_face_family
 from sat_lora.errors import ConfigError
 from sat_lora.files.foreign import read_json
 
 IMAGE_PLACE = "<EOI>"
-TEMPLATES = {"base": "base", "vqa": "vqa", "chat_old": "chat", "chat": "base"}
-"""The template of Hugging Face's published code for the prompts of a version here, which are SAT's; it makes none of
-`chat`, whose queries have to bring their [INST] along."""
-VERSIONS = {"base": "base", "vqa": "vqa", "chat": "chat_old"}
-"""The other way round: what that code calls chat is SAT's chat_old."""
 
 
 def _base(query, history):
@@ -80,15 +76,15 @@ def version_of(base: str | Path) -> str | None:
     """Return the prompt format that the config of a base names; None if it names none, or cannot be read.
 
     SAT's model_config.json says it as text_processor_version, Hugging Face's config.json as template_version, whose
-    names mean other prompts.
+    names mean other prompts in some families.
     """
-    keys: tuple[tuple[str, str, Mapping[str, str]], ...]
-    keys = (("model_config.json", "text_processor_version", {}), ("config.json", "template_version", VERSIONS))
-    for file, key, versions in keys:
+    for file, key in (("model_config.json", "text_processor_version"), ("config.json", "template_version")):
         try:
-            version = read_json(Path(base) / file).get(key)
+            content = read_json(Path(base) / file)
+            version = content.get(key)
         except (OSError, ValueError, AttributeError):
             continue
         if version is not None:
-            return versions.get(str(version), str(version))
+            family = (hugging_face_family(content) or COGVLM) if key == "template_version" else None
+            return str(version) if family is None else family.versions.get(str(version), str(version))
     return None

@@ -18,11 +18,11 @@ from sat_lora._sat import BaseModel, checkpoint
 
 _ADAPTER = re.compile(r"mixins\.[^.]+\.adapters\.(?:mixins\.eva\.vit_model\.)?")  # then comes the adapted layer's name
 _LAYER = re.compile(r"(?:transformer\.layers|mixins\.(?:mlp|rotary)\.\w+)\.(\d+)\.")
-_BEFORE_LAYERS = re.compile(r"mixins\.eva\.|transformer\.word_embeddings\.")
+_BEFORE_LAYERS = re.compile(r"mixins\.(?:eva|encoder)\.|transformer\.word_embeddings\.")
 _AFTER_LAYERS = re.compile(r"mixins\.lm\.|transformer\.final_layernorm\.")
 
-Layer = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""What gives hidden states for hidden states and a mask."""
+Layer = Callable[..., torch.Tensor]
+"""What gives hidden states for hidden states, a mask, and other tensors through which gradients flow."""
 
 
 class LayerCheckpointing:
@@ -33,17 +33,25 @@ class LayerCheckpointing:
         self._lowest = 0.0
         model.transformer.checkpoint_activations = False
 
-    def run(self, layer: Layer, number: int, model: BaseModel, hidden_states: torch.Tensor, mask: torch.Tensor):
-        """Return `layer(hidden_states, mask)`, recomputed in backward if a gradient flows through it."""
+    def run(
+        self,
+        layer: Layer,
+        number: int,
+        model: BaseModel,
+        hidden_states: torch.Tensor,
+        mask: torch.Tensor,
+        *more: torch.Tensor,
+    ):
+        """Return `layer(hidden_states, mask, *more)`, recomputed in backward if a gradient flows through it."""
         if not (self.active and torch.is_grad_enabled()):
-            return layer(hidden_states, mask)
-        if not hidden_states.requires_grad:
+            return layer(hidden_states, mask, *more)
+        if not any(tensor.requires_grad for tensor in (hidden_states, *more)):
             if number == 0:
                 self._lowest = lowest_trained_layer(model)
             if number < self._lowest:
-                return layer(hidden_states, mask)
+                return layer(hidden_states, mask, *more)
             hidden_states = hidden_states.detach().requires_grad_()
-        return checkpoint(layer, hidden_states, mask)
+        return checkpoint(layer, hidden_states, mask, *more)
 
 
 def lowest_trained_layer(model: nn.Module) -> float:

@@ -1,0 +1,80 @@
+"""A tiny model of each family and batches for it, random and seeded."""
+
+import torch
+
+from sat_lora.cogvlm.inputs.text import IGNORED, position_ids_for
+from sat_lora.cogvlm.network.model import CogVLMModel
+from tests.support.tiny import CONFIG, tiny_model
+
+_WITH_CONVOLUTION = {
+    **CONFIG,
+    "num_multi_query_heads": 2,
+    "image_length": 4,
+    "eva_args": {**CONFIG["eva_args"], "image_size": [28, 28], "max_sequence_length": 17},
+}
+ENCODER = {
+    "num_layers": 3, "num_layers_run": 2, "hidden_size": 32, "num_attention_heads": 4, "inner_hidden_size": 24,
+    "patch_size": 7, "head_size": 5, "trained_side": 2,
+}  # fmt: skip
+CONFIGS = {
+    "cogvlm": {**CONFIG, "model_class": "CogVLMModel"},
+    "cogvlm2": {**_WITH_CONVOLUTION, "model_class": "CogVLM2Model"},
+    "cogvlm2-video": {**_WITH_CONVOLUTION, "model_class": "CogVLM2VideoModel", "num_vision_layers": 0},
+    "cogagent": {
+        **CONFIG,
+        "model_class": "CogAgentModel",
+        "is_decoder": [True] * CONFIG["num_layers"],
+        "cross_attn_hidden_size": 32,
+        "cross_hidden_size_per_attention_head": 8,
+        "cross_image_pix": 28,
+        "encoder_args": ENCODER,
+    },
+}
+
+
+def family_model(name: str, dtype=torch.float32, seed=0, **settings) -> CogVLMModel:
+    return tiny_model(dtype, seed, CONFIGS[name], **settings)
+
+
+def reference_config(name: str) -> dict:
+    """The config with every size of the second encoder."""
+    config = CONFIGS[name]
+    return {**config, "encoder_args": {"layernorm_epsilon": 1e-6, **config.get("encoder_args", {})}}
+
+
+def family_batch(name: str, with_image=(True, False), seed=0, length=24, answer=4, dtype=torch.float32) -> dict:
+    """One row per entry: BOS, as many images as it says, then words; the last are the answer."""
+    config = CONFIGS[name]
+    generator = torch.Generator().manual_seed(seed)
+    patches = config["image_length"]
+    rows = len(with_image)
+    ids = torch.randint(1, 1000, (rows, length), generator=generator)
+    embed = torch.zeros(rows, length, dtype=torch.long)
+    vision, interior = embed.clone(), embed.clone()
+    for row, count in enumerate(map(int, with_image)):
+        for number in range(count):
+            start = 1 + number * (patches + 3)  # a word between
+            embed[row, start : start + patches + 2] = 1
+            vision[row, start : start + patches + 1] = 1
+            interior[row, start + 1 : start + patches + 1] = 1
+    labels = torch.full_like(ids, IGNORED)
+    labels[:, -answer:] = ids[:, -answer:]
+    count = sum(map(int, with_image))
+    batch = dict(
+        input_ids=ids,
+        position_ids=torch.stack([position_ids_for(row) for row in interior]),
+        labels=labels,
+        image_embed_mask=embed,
+        vision_expert_mask=vision,
+        images=torch.randn(count, 3, *config["eva_args"]["image_size"], generator=generator).to(dtype),
+        broken=[],
+    )
+    if "cross_image_pix" in config:
+        side = config["cross_image_pix"]
+        batch["cross_images"] = torch.randn(count, 3, side, side, generator=generator).to(dtype)
+    return batch
+
+
+def logits_of(model, batch: dict) -> torch.Tensor:
+    keys = ("images", "cross_images", "image_embed_mask", "vision_expert_mask")
+    return model(batch["input_ids"], batch["position_ids"], -1, **{key: batch[key] for key in keys if key in batch})[0]
