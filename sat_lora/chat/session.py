@@ -8,7 +8,7 @@ session.ask("And what is it doing?")
 import json
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,11 @@ from PIL import Image
 from sat_lora.adapters.save_load import load_adapter
 from sat_lora.cogvlm.decoding.generate import stream
 from sat_lora.cogvlm.decoding.sampling import GREEDY, Sampling
-from sat_lora.cogvlm.inputs.image import image_tensor, load_image
+from sat_lora.cogvlm.families import cross_image_size
+from sat_lora.cogvlm.inputs.image import image_tensor, load_sizes
 from sat_lora.cogvlm.inputs.pictures import MAX_PIXELS
 from sat_lora.cogvlm.inputs.prompts import PROMPTS, WITHOUT_HISTORY, turn_texts, version_of
-from sat_lora.cogvlm.inputs.text import Sample, build_sample, load_tokenizer
+from sat_lora.cogvlm.inputs.text import Sample, build_sample, end_tokens, load_tokenizer
 from sat_lora.cogvlm.network.model import CogVLMModel
 from sat_lora.cogvlm.sizes import image_length_problem
 from sat_lora.data.samples import collate
@@ -115,7 +116,10 @@ class Chat:
         """What the last answer took, as far as it came."""
         self._image: torch.Tensor | None = None
         self._image_size = tuple(config["eva_args"]["image_size"])
+        self._cross_size = cross_image_size(config)
+        self._cross_images: tuple[torch.Tensor, ...] = ()
         self._image_length = config["image_length"]
+        self._ends = end_tokens(self._tokenizer, config)
         self._special_tokens = special_tokens
         self._max_pixels = max_pixels
         for number, (name, adapter) in enumerate((adapters or {}).items()):
@@ -163,19 +167,22 @@ class Chat:
 
         Raises DataError where it cannot be read; the conversation is then as it was.
         """
+        sizes = [self._image_size] if self._cross_size is None else [self._image_size, self._cross_size]
         if isinstance(image, Image.Image):
-            tensor = image_tensor(image, self._image_size)
+            tensors = [image_tensor(image, size) for size in sizes]
         else:
             name = "the image" if isinstance(image, bytes) else None
-            tensor = load_image(image, self._image_size, name, max_pixels=self._max_pixels)
+            tensors = load_sizes(image, sizes, name, max_pixels=self._max_pixels)
         self.reset()
-        self._image = tensor
+        self._image = tensors[0]
+        self._cross_images = tuple(tensors[1:])
 
     def reset(self, *, keeps_image: bool = False) -> None:
         """Forget the turns, and the image."""
         self.turns = []
         self.left_out = 0
         self._image = self._image if keeps_image else None
+        self._cross_images = self._cross_images if keeps_image else ()
 
     def ask(self, query: str, image: str | Path | bytes | Image.Image | None = None) -> str:
         """Return the answer to a question. Arguments and errors are those of `stream`."""
@@ -226,7 +233,7 @@ class Chat:
         replace_text(Path(file), json.dumps(content, ensure_ascii=False, indent=1) + "\n")
 
     def _pieces(self, query: str) -> Generator[str, None, None]:
-        sample = self._fitting(query)
+        sample = replace(self._fitting(query), cross_images=self._cross_images)
         device = next(self.model.parameters()).device
         prompt_tokens = len(sample.input_ids)
         most = min(self.max_new_tokens, self.max_length - prompt_tokens)
@@ -235,7 +242,7 @@ class Chat:
             to_device(collate([sample], image_size=self._image_size), device),
             tokenizer=self._tokenizer,
             max_new_tokens=most,
-            eos_token_id=self._tokenizer.eos_token_id,
+            eos_token_id=self._ends,
             sampling=self.sampling,
             stop=self.stop,
         )

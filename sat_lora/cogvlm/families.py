@@ -50,6 +50,8 @@ class Family:
     """Whether there is a second vision encoder."""
     takes_frames: bool = False
     """Whether its images are the frames of a film."""
+    version: str | None = None
+    """The prompt format where a folder names none; None: it is not known."""
     most_images: int | None = None
     """Of a sample; None: no part of the network minds."""
 
@@ -113,6 +115,7 @@ COGVLM2 = Family(
     key_value_heads=8,
     vision_has_bias=True,
     convolves=True,
+    version="chat_old",
     architecture="CogVLMForCausalLM",
     model_type="cogvlm",
     example="cogvlm2-llama3-chat-19B",
@@ -128,6 +131,7 @@ COGVLM2_VIDEO = Family(
     has_vision_experts=False,
     convolves=True,
     takes_frames=True,
+    version="base",
     architecture="CogVLMVideoForCausalLM",
     model_type="cogvlm",
     example="cogvlm2-video-llama3-chat",
@@ -139,6 +143,7 @@ COGAGENT = Family(
     title="CogAgent",
     model_class="CogAgentModel",
     has_cross_vision=True,
+    version="chat",
     most_images=1,
     architecture="CogAgentForCausalLM",
     model_type="cogagent",
@@ -263,6 +268,11 @@ def _what_to_write(family: Family) -> str:
 def encoder_sizes(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the sizes of the second vision encoder for a config of a family that has one."""
     return {**ENCODER, **config.get("encoder_args", {})}
+
+
+def cross_image_size(config: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Return (height, width) of the picture for a second vision encoder; None where the family has none."""
+    return (config["cross_image_pix"],) * 2 if family_of(config).has_cross_vision else None
 
 
 def published() -> list[str]:

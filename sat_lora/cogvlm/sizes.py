@@ -82,6 +82,20 @@ def image_length_problem(config: dict) -> str | None:
     return f"image_length is {config['image_length']}, and an image of {size} in patches of {patch} has {places}{after}"
 
 
+def skeleton_sizes(config: dict, ranks: int) -> dict:
+    """Return the config of a model with the same layers and names and hardly any size, for as many ranks."""
+    small = dict(hidden_size=2 * ranks, num_attention_heads=ranks, inner_hidden_size=ranks)
+    vit = {**config.get("eva_args", {}), **small, "image_size": [1, 1], "patch_size": 1}
+    family = _family(config)
+    if family.groups_heads:
+        small |= dict(hidden_size=4 * ranks, num_attention_heads=2 * ranks, num_multi_query_heads=ranks)
+    if family.has_cross_vision:
+        encoder = dict(hidden_size=4, num_attention_heads=1, inner_hidden_size=1, patch_size=1, head_size=1)
+        small |= dict(cross_image_pix=1, cross_attn_hidden_size=4, cross_hidden_size_per_attention_head=1)
+        small["encoder_args"] = {**encoder_sizes(config), **encoder}
+    return {**config, **small, "vocab_size": ranks, "eva_args": vit}
+
+
 def _family(config: dict) -> Family:
     """Return the family of a config; CogVLM where it is not certain, which `size_problems` tells."""
     try:

@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch.utils.data import Dataset
 
-from sat_lora.cogvlm.inputs.image import load_image, no_images
+from sat_lora.cogvlm.inputs.image import load_sizes, no_images
 from sat_lora.cogvlm.inputs.pictures import MAX_PIXELS
 from sat_lora.cogvlm.inputs.text import IGNORED, IMAGE_PLACE, Sample, build_sample, turn_texts
 from sat_lora.data.folders import find_images as find_images
@@ -234,6 +234,7 @@ class ImageTextDataset(Dataset):
     are cut. max_pixels: of a picture that is read.
     with_answer: False gives the prompt alone, ready for generation; the answer is in `items[i].answer`.
     special_tokens: see `build_sample`. learns_all: whether the answers of earlier turns are learnt as well.
+    cross_size: (height, width) of the picture for a second vision encoder, None where the base has none.
     """
 
     def __init__(
@@ -250,6 +251,7 @@ class ImageTextDataset(Dataset):
         special_tokens: bool = False,
         max_pixels: int = MAX_PIXELS,
         learns_all: bool = True,
+        cross_size: tuple[int, int] | None = None,
     ):
         self.items = [item if isinstance(item, Item) else Item(Path(item), Path(item).stem) for item in items]
         self.tokenizer = tokenizer
@@ -262,6 +264,7 @@ class ImageTextDataset(Dataset):
         self.special_tokens = special_tokens
         self.max_pixels = max_pixels
         self.learns_all = learns_all
+        self.cross_size = cross_size
 
     def __len__(self) -> int:
         return len(self.items)
@@ -276,11 +279,15 @@ class ImageTextDataset(Dataset):
         """Return the sample, or what is wrong with it: an exception would stop one rank, and the others would wait."""
         name = name or item.name
         images = []
+        cross_images: list[torch.Tensor] = []
+        sizes = [self.image_size] if self.cross_size is None else [self.image_size, self.cross_size]
         for image in item.images:
             called = name if image is item.image else None
             try:
                 content = picture_content(image)
-                images.append(load_image(content, self.image_size, called, max_pixels=self.max_pixels))
+                loaded, *cross = load_sizes(content, sizes, called, max_pixels=self.max_pixels)
+                images.append(loaded)
+                cross_images += cross
             except (DataError, OSError, ValueError) as error:
                 where = f" (named in {item.place})" if item.place and item.place != name else ""
                 path = printable(name if image is item.image else image)
@@ -288,7 +295,9 @@ class ImageTextDataset(Dataset):
                 return BrokenSample(path, printable(f"{problem}{missing_file_hint(image)}{where}"))
         try:
             sample = self.lay_out(item, *images[:1])
-            return replace(sample, more_images=tuple(images[1:])) if images[1:] else sample
+            if images[1:] or cross_images:
+                return replace(sample, more_images=tuple(images[1:]), cross_images=tuple(cross_images))
+            return sample
         except (DataError, ConfigError) as error:
             # Many samples may share an image whose path is their name: what is wrong with a text is its line's.
             place = printable(item.place or name)
@@ -345,6 +354,7 @@ def collate(samples: Sequence[Sample | BrokenSample], *, image_size: tuple[int, 
     input_ids, position_ids, labels, image_embed_mask, vision_expert_mask: (batch, seq) int64, padded on the right
     to the longest. Padding has id 0, label -100 and the positions that follow. images: (images, 3, height, width)
     float32 in the order of their places, also with none of them: the vision tower then runs on nothing.
+    cross_images: the same pictures for a second vision encoder, where samples have them.
     lengths: (batch,) int64, tokens of each row before its padding; left_out: (batch,) int64, those of its answer that
     did not fit. broken: list of (path, reason); broken_samples: of each, what tells the sample from others of its path.
     A batch without a usable sample is one padding-only row: every label is -100, so a mean over its labels must guard
@@ -353,6 +363,7 @@ def collate(samples: Sequence[Sample | BrokenSample], *, image_size: tuple[int, 
     broken = [sample for sample in samples if isinstance(sample, BrokenSample)]
     usable = [sample for sample in samples if not isinstance(sample, BrokenSample)] or [_padding_only()]
     images = [image for sample in usable for image in (sample.image, *sample.more_images) if image is not None]
+    cross_images = [image for sample in usable for image in sample.cross_images]
     length = max(len(sample.input_ids) for sample in usable)
 
     def stack(field: str, fill: int) -> torch.Tensor:
@@ -373,6 +384,7 @@ def collate(samples: Sequence[Sample | BrokenSample], *, image_size: tuple[int, 
         "image_embed_mask": stack("image_embed_mask", 0),
         "vision_expert_mask": stack("vision_expert_mask", 0),
         "images": torch.stack(images) if images else no_images(image_size),
+        **({"cross_images": torch.stack(cross_images)} if cross_images else {}),
         "lengths": torch.tensor([len(sample.input_ids) for sample in usable]),
         "left_out": torch.tensor([sample.left_out for sample in usable]),
         "broken": [(sample.path, sample.reason) for sample in broken],

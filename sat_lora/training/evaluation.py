@@ -10,7 +10,7 @@ from typing import Any
 from sat_lora.adapters.read import trained_whole
 from sat_lora.adapters.save_load import load_adapter
 from sat_lora.cogvlm.decoding.generate import generate
-from sat_lora.cogvlm.inputs.text import Sample
+from sat_lora.cogvlm.inputs.text import Sample, end_tokens
 from sat_lora.cogvlm.inputs.tokens import first_tokens
 from sat_lora.cogvlm.network.model import CogVLMModel
 from sat_lora.cogvlm.sizes import image_length_problem
@@ -78,6 +78,7 @@ def evaluate_adapter(
     if adapter is not None:
         run_on_all_ranks(load_adapter, model, adapter, any_base=any_base)
     dataset = dataset_maker(config.model, config.data, sizes, with_answer=False)(items)
+    ends = end_tokens(dataset.tokenizer, sizes)
     share = range(world.data_parallel_rank, len(dataset), world.data_parallel_size)
     right = {side: [0, 0] for side in ("base", "adapter")[: 1 if adapter is None else 2]}
     images = 0
@@ -106,7 +107,7 @@ def evaluate_adapter(
         for side, counts in right.items():
             for mixin in lora_mixins(model).values():
                 mixin.enabled = side == "adapter"
-            tokens = generate(model, batch, max_new_tokens=longest, eos_token_id=dataset.tokenizer.eos_token_id)
+            tokens = generate(model, batch, max_new_tokens=longest, eos_token_id=ends)
             for ids, (_, answer) in zip(tokens, usable):
                 said = dataset.tokenizer.decode(ids, skip_special_tokens=True).strip()
                 counts[0] += said == answer

@@ -60,9 +60,16 @@ class BaseWeights(Mapping[str, torch.Tensor]):
 
     @cached_property
     def layout(self) -> Layout:
-        """The whole shape and the dtype of each tensor, by name."""
+        """The whole shape and the dtype of each tensor, by name.
+
+        They are in the order of SAT's files, in which the other kind's are not: so one that was made of SAT's gives the
+        same file again.
+        """
         ranks = len(self._parts)
         tensors = {**self._parts[0], **self._computed}
+        if isinstance(self._source, HuggingFaceFolder):
+            order = {name: number for number, name in enumerate(self._model.state_dict())}
+            tensors = dict(sorted(tensors.items(), key=lambda entry: order.get(entry[0], len(order))))
         return {
             name: (
                 self._sharding(name).full_shape(tensor.shape, ranks) if ranks > 1 else tuple(tensor.shape),

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from sat_lora.cogvlm.families import COGVLM, hugging_face_family
-from sat_lora.errors import ConfigError
+from sat_lora.cogvlm.families import COGVLM, family_of, hugging_face_family
+from sat_lora.errors import CheckpointError, ConfigError
 from sat_lora.files.foreign import read_json
 
 IMAGE_PLACE = "<EOI>"
@@ -76,15 +76,24 @@ def version_of(base: str | Path) -> str | None:
     """Return the prompt format that the config of a base names; None if it names none, or cannot be read.
 
     SAT's model_config.json says it as text_processor_version, Hugging Face's config.json as template_version, whose
-    names mean other prompts in some families.
+    names mean other prompts in some families. Where it names none, it is the format of its family, if that has one.
     """
-    for file, key in (("model_config.json", "text_processor_version"), ("config.json", "template_version")):
+    keys = (
+        ("model_config.json", "text_processor_version", family_of),
+        ("config.json", "template_version", hugging_face_family),
+    )
+    of_family = None
+    for file, key, find_family in keys:
         try:
             content = read_json(Path(base) / file)
             version = content.get(key)
+            family = find_family(content) or COGVLM
         except (OSError, ValueError, AttributeError):
             continue
+        except CheckpointError:  # said where the folder is opened
+            family = COGVLM
         if version is not None:
-            family = (hugging_face_family(content) or COGVLM) if key == "template_version" else None
-            return str(version) if family is None else family.versions.get(str(version), str(version))
-    return None
+            names = family.versions if key == "template_version" else {}
+            return names.get(str(version), str(version))
+        of_family = of_family or family.version
+    return of_family

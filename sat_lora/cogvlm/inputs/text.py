@@ -1,10 +1,10 @@
 """Prompts and token sequences, as the published CogVLM lays them out."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 
@@ -20,6 +20,7 @@ __all__ = [
     "PROMPTS",
     "Sample",
     "build_sample",
+    "end_tokens",
     "load_tokenizer",
     "position_ids_for",
     "prompt_for",
@@ -119,6 +120,17 @@ class Sample:
     image: torch.Tensor | None = None  # (3, height, width)
     left_out: int = 0  # tokens that did not fit: of answers and of the turns behind them, EOS among them
     more_images: tuple[torch.Tensor, ...] = ()  # those after `image`, in the order of their places
+    cross_images: tuple[torch.Tensor, ...] = ()  # the same pictures for a second vision encoder, where there is one
+
+
+def end_tokens(tokenizer, config: Mapping[str, Any]) -> tuple[int, ...]:
+    """Return the ids that end an answer: the tokenizer's EOS, and those that the config of a base lists beside it.
+
+    LLaMA 3 ends a turn with another token than a text.
+    """
+    listed = config.get("eos_token_id")
+    more = [number for number in listed if type(number) is int] if isinstance(listed, list) else []
+    return tuple(dict.fromkeys([tokenizer.eos_token_id, *more]))
 
 
 def shortest_length(tokenizer, prompt: str | Sequence[str], image_length: int, special_tokens: bool = False) -> int:

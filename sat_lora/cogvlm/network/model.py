@@ -186,7 +186,7 @@ class CogVLMModel(BaseModel):
         if cross_images is None and len(rows) == 0:
             cross_images = self.mixins["encoder"].no_images()
         count = 0 if cross_images is None else len(cross_images)
-        if len(rows) not in (0, count) or (len(rows) and images != count):
+        if cross_images is None or len(rows) not in (0, count) or (len(rows) and images != count):
             raise DataError(
                 f"{len(rows)} rows of the batch have places for images, and there are {images} images and {count} for "
                 f"the second encoder; {self.family.title} takes one picture in each row, in both sizes"
