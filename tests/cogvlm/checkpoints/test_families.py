@@ -149,8 +149,8 @@ def test_the_family_is_known_by_the_tensors_where_the_config_does_not_say(tmp_pa
         (
             "cogvlm",
             "cogvlm2",
-            r"config.json is of a CogVLM2 \(num_multi_query_heads 2\), and the weights are those of a CogVLM; .* if the "
-            r"weights are right, set architectures to \['CogVLMForCausalLM'\], and take num_multi",
+            r"config.json is of a CogVLM2 \(num_multi_query_heads 2\), and the weights are those of a CogVLM; .* if "
+            r"the weights are right, set architectures to \['CogVLMForCausalLM'\], and take num_multi",
         ),
         ("cogvlm2", "cogagent", r"of a CogAgent \(cross_hidden_size 32\), .* of a CogVLM2; .* set architectures "),
         ("cogvlm2", "cogvlm2-video", r"is of a CogVLM2-Video .* of a CogVLM2; .* num_multi_query_heads to 8"),
