@@ -25,7 +25,7 @@ setup(
         "Typing :: Typed",
     ],
     packages=find_packages(include=["sat_lora", "sat_lora.*"]),
-    package_data={"sat_lora": ["py.typed"]},
+    package_data={"sat_lora": ["py.typed", "cogvlm/published/*.json"]},
     zip_safe=False,
     python_requires=">=3.10",
     install_requires=[

@@ -280,6 +280,11 @@ def published() -> list[str]:
     return sorted(path.stem for path in PUBLISHED.glob("*.json"))
 
 
+def is_published(path: str | Path) -> bool:
+    """Return whether nothing lies at a path whose last name is that of a published model."""
+    return Path(path).name in published() and not Path(path).exists()
+
+
 def published_config(name: str) -> dict[str, Any]:
     """Return the model_config.json of a published model, by a name of `published`."""
     config: dict[str, Any] = read_json(PUBLISHED / f"{name}.json")

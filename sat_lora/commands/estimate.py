@@ -14,7 +14,8 @@ def add(commands) -> None:
         "estimate",
         help="tell how much memory a run would take, for any size, on any machine",
         usage="%(prog)s [--gpus N] [--device-memory GIB] [--device cuda|cpu] [--json] [options of finetune_cogvlm.py]",
-        description="Takes the options of finetune_cogvlm.py; --from_pretrained may also name a model_config.json. "
+        description="Takes the options of finetune_cogvlm.py; --from_pretrained may also name a model_config.json, or "
+        "a published model that is not here: cogvlm2-llama3-chat-19B, cogvlm2-video-llama3-chat, cogagent-chat. "
         "Rows are as long as --max_length. Needs no GPU and no weights.",
         takes_more=True,
         **examples(
@@ -37,12 +38,14 @@ def run(options: argparse.Namespace) -> int:
     """
     from dataclasses import asdict
 
+    from sat_lora.cogvlm.families import is_published
     from sat_lora.training.early import base_problems, raise_problems
     from sat_lora.training.settings.config import Origin
     from sat_lora.training.settings.options import parse_options
 
     config = parse_options(options.more, prog="sat-lora estimate", environ={}, demo=demo_of_clone())
-    raise_problems(base_problems(config.model.base), [])
+    if not is_published(config.model.base):
+        raise_problems(base_problems(config.model.base), [])
     from sat_lora.findings.codes import CODES
     from sat_lora.memory.components import memory_table
     from sat_lora.memory.estimate_run import estimate_run

@@ -19,7 +19,6 @@ from tests.support.demo_runs import options_for
 from tests.support.paths import DEMO
 from tests.support.ranks import run_ranks
 from tests.support.scripts import load_script, run_script
-from tests.support.tiny_families import logits_of
 
 
 def make_base(folder, family):
@@ -36,7 +35,6 @@ def losses(run):
     return {record["step"]: record["loss"] for record in records if "loss" in record}
 
 
-@torch.no_grad()
 def live_through_all(family, home, captchas):
     """Train, go on, evaluate, look with the doctor, merge both ways, export, import; what of it can be compared."""
     os.chdir(home)
