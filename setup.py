@@ -66,6 +66,7 @@ setup(
         ],
         "quant": ["bitsandbytes>=0.46"],
         "demo": ["captcha>=0.7"],
+        "video": ["av>=11"],
         "chat": ["prompt_toolkit>=3"],
         "serve": ["fastapi>=0.115", "prometheus_client>=0.20", "starlette", "uvicorn>=0.30"],
         "mutants": ["coverage>=7.6"],

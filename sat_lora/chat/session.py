@@ -18,7 +18,8 @@ from PIL import Image
 from sat_lora.adapters.save_load import load_adapter
 from sat_lora.cogvlm.decoding.generate import stream
 from sat_lora.cogvlm.decoding.sampling import GREEDY, Sampling
-from sat_lora.cogvlm.families import cross_image_size
+from sat_lora.cogvlm.families import cross_image_size, family_of
+from sat_lora.cogvlm.inputs.frames import frame_tensor, load_frames, with_frames
 from sat_lora.cogvlm.inputs.image import image_tensor, load_sizes
 from sat_lora.cogvlm.inputs.pictures import MAX_PIXELS
 from sat_lora.cogvlm.inputs.prompts import PROMPTS, WITHOUT_HISTORY, turn_texts, version_of
@@ -118,6 +119,8 @@ class Chat:
         self._image_size = tuple(config["eva_args"]["image_size"])
         self._cross_size = cross_image_size(config)
         self._cross_images: tuple[torch.Tensor, ...] = ()
+        self._more_images: tuple[torch.Tensor, ...] = ()
+        self._takes_frames = family_of(config).takes_frames
         self._image_length = config["image_length"]
         self._ends = end_tokens(self._tokenizer, config)
         self._special_tokens = special_tokens
@@ -168,14 +171,19 @@ class Chat:
         Raises DataError where it cannot be read; the conversation is then as it was.
         """
         sizes = [self._image_size] if self._cross_size is None else [self._image_size, self._cross_size]
-        if isinstance(image, Image.Image):
+        if self._takes_frames and not isinstance(image, Image.Image):
+            tensors = load_frames(image, self._image_size, self.version, max_pixels=self._max_pixels)
+        elif self._takes_frames:
+            tensors = [frame_tensor(image, self._image_size)]
+        elif isinstance(image, Image.Image):
             tensors = [image_tensor(image, size) for size in sizes]
         else:
             name = "the image" if isinstance(image, bytes) else None
             tensors = load_sizes(image, sizes, name, max_pixels=self._max_pixels)
         self.reset()
         self._image = tensors[0]
-        self._cross_images = tuple(tensors[1:])
+        more = tuple(tensors[1:])
+        self._more_images, self._cross_images = (more, ()) if self._takes_frames else ((), more)
 
     def reset(self, *, keeps_image: bool = False) -> None:
         """Forget the turns, and the image."""
@@ -183,6 +191,7 @@ class Chat:
         self.left_out = 0
         self._image = self._image if keeps_image else None
         self._cross_images = self._cross_images if keeps_image else ()
+        self._more_images = self._more_images if keeps_image else ()
 
     def ask(self, query: str, image: str | Path | bytes | Image.Image | None = None) -> str:
         """Return the answer to a question. Arguments and errors are those of `stream`."""
@@ -233,7 +242,8 @@ class Chat:
         replace_text(Path(file), json.dumps(content, ensure_ascii=False, indent=1) + "\n")
 
     def _pieces(self, query: str) -> Generator[str, None, None]:
-        sample = replace(self._fitting(query), cross_images=self._cross_images)
+        fitting = self._fitting(query)
+        sample = replace(fitting, more_images=self._more_images, cross_images=self._cross_images)
         device = next(self.model.parameters()).device
         prompt_tokens = len(sample.input_ids)
         most = min(self.max_new_tokens, self.max_length - prompt_tokens)
@@ -267,6 +277,7 @@ class Chat:
                 self._image,
                 self._special_tokens,
                 earlier=[(parts, turn.answer) for parts, turn in zip(earlier, turns)],
+                joins_images=self._takes_frames,
             )
             if len(sample.input_ids) + needed <= self.max_length:
                 self.left_out = first if self.keeps_history else 0
@@ -282,4 +293,7 @@ class Chat:
     def _parts(self, queries: Sequence[str]) -> list[tuple[str, ...]]:
         """Return the prompt of each turn, as training lays it out: its text, after the image where there is one."""
         first, *more = turn_texts(self.version, queries)
-        return [("", first) if self.has_image else (first,), *((text,) for text in more)]
+        first_parts: tuple[str, ...] = ("", first) if self.has_image else (first,)
+        if self._takes_frames and self.has_image:
+            first_parts = with_frames(first_parts, [1 + len(self._more_images)], self.version)
+        return [first_parts, *((text,) for text in more)]

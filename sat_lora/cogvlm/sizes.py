@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 from sat_lora.cogvlm.families import COGAGENT, COGVLM, ENCODER, Family, encoder_sizes, family_of
 from sat_lora.errors import CheckpointError
@@ -84,7 +85,7 @@ def image_length_problem(config: dict) -> str | None:
 
 def skeleton_sizes(config: dict, ranks: int) -> dict:
     """Return the config of a model with the same layers and names and hardly any size, for as many ranks."""
-    small = dict(hidden_size=2 * ranks, num_attention_heads=ranks, inner_hidden_size=ranks)
+    small: dict[str, Any] = dict(hidden_size=2 * ranks, num_attention_heads=ranks, inner_hidden_size=ranks)
     vit = {**config.get("eva_args", {}), **small, "image_size": [1, 1], "patch_size": 1}
     family = _family(config)
     if family.groups_heads:

@@ -4,7 +4,7 @@ import os
 import pkgutil
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch.utils.data import Dataset
 
+from sat_lora.cogvlm.inputs.frames import MOST_FRAMES, load_frames, with_frames
 from sat_lora.cogvlm.inputs.image import load_sizes, no_images
 from sat_lora.cogvlm.inputs.pictures import MAX_PIXELS
 from sat_lora.cogvlm.inputs.text import IGNORED, IMAGE_PLACE, Sample, build_sample, turn_texts
@@ -234,7 +235,8 @@ class ImageTextDataset(Dataset):
     are cut. max_pixels: of a picture that is read.
     with_answer: False gives the prompt alone, ready for generation; the answer is in `items[i].answer`.
     special_tokens: see `build_sample`. learns_all: whether the answers of earlier turns are learnt as well.
-    cross_size: (height, width) of the picture for a second vision encoder, None where the base has none.
+    cross_size: (height, width) of the picture for a second vision encoder, None where the base has none. takes_frames:
+    whether an image is a film, or a picture as a film of one frame, see `inputs.frames`.
     """
 
     def __init__(
@@ -252,6 +254,7 @@ class ImageTextDataset(Dataset):
         max_pixels: int = MAX_PIXELS,
         learns_all: bool = True,
         cross_size: tuple[int, int] | None = None,
+        takes_frames: bool = False,
     ):
         self.items = [item if isinstance(item, Item) else Item(Path(item), Path(item).stem) for item in items]
         self.tokenizer = tokenizer
@@ -265,6 +268,7 @@ class ImageTextDataset(Dataset):
         self.max_pixels = max_pixels
         self.learns_all = learns_all
         self.cross_size = cross_size
+        self.takes_frames = takes_frames
 
     def __len__(self) -> int:
         return len(self.items)
@@ -278,13 +282,19 @@ class ImageTextDataset(Dataset):
     def make_sample(self, item: Item, name: str | None = None) -> Sample | BrokenSample:
         """Return the sample, or what is wrong with it: an exception would stop one rank, and the others would wait."""
         name = name or item.name
-        images = []
+        images: list[torch.Tensor] = []
+        counts: list[int] = []
         cross_images: list[torch.Tensor] = []
         sizes = [self.image_size] if self.cross_size is None else [self.image_size, self.cross_size]
         for image in item.images:
             called = name if image is item.image else None
             try:
                 content = picture_content(image)
+                if self.takes_frames:
+                    frames = load_frames(content, self.image_size, self.version, max_pixels=self.max_pixels)
+                    images += frames
+                    counts.append(len(frames))
+                    continue
                 loaded, *cross = load_sizes(content, sizes, called, max_pixels=self.max_pixels)
                 images.append(loaded)
                 cross_images += cross
@@ -294,7 +304,7 @@ class ImageTextDataset(Dataset):
                 problem = error if isinstance(error, DataError) else f"{path}: cannot be read as an image: {error}"
                 return BrokenSample(path, printable(f"{problem}{missing_file_hint(image)}{where}"))
         try:
-            sample = self.lay_out(item, *images[:1])
+            sample = self.lay_out(item, *images[:1], frames=counts)
             if images[1:] or cross_images:
                 return replace(sample, more_images=tuple(images[1:]), cross_images=tuple(cross_images))
             return sample
@@ -303,12 +313,17 @@ class ImageTextDataset(Dataset):
             place = printable(item.place or name)
             return BrokenSample(place, f"{place}: {printable(error)}")
 
-    def lay_out(self, item: Item, image: torch.Tensor | None = None) -> Sample:
+    def lay_out(self, item: Item, image: torch.Tensor | None = None, *, frames: Sequence[int] = ()) -> Sample:
         """Return the sample with the places of its images, and with `image`, its first.
 
-        Raises DataError or ConfigError if it cannot be one.
+        frames: of each film, where the base takes films; by default as many as one may have. Raises DataError or
+        ConfigError if it cannot be one.
         """
         *earlier, prompt = self._prompts(item)
+        if self.takes_frames:
+            counts = iter(frames or [MOST_FRAMES] * len(item.images))
+            earlier = [self._with_frames(parts, counts) for parts in earlier]
+            prompt = self._with_frames(prompt, counts)
         answers = [answer for _, answer in item.history]
         return build_sample(
             self.tokenizer,
@@ -320,7 +335,13 @@ class ImageTextDataset(Dataset):
             self.special_tokens,
             earlier=[*zip(earlier, answers, strict=True)],
             learns_earlier=self.learns_all,
+            joins_images=self.takes_frames,
         )
+
+    def _with_frames(self, prompt: str | tuple[str, ...], counts: Iterator[int]) -> tuple[str, ...]:
+        """Return the texts around the frames of a prompt that has places for films; counts: frames of the next ones."""
+        parts = prompt.split(IMAGE_PLACE) if isinstance(prompt, str) else prompt
+        return with_frames(parts, [next(counts) for _ in parts[1:]], self.version)
 
     def _prompts(self, item: Item) -> list[str | tuple[str, ...]]:
         """Return the prompt of each turn as `build_sample` takes it: where special tokens are text, the parts around

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from sat_lora.cogvlm.checkpoints.load import load_cogvlm, open_folder, read_config
-from sat_lora.cogvlm.families import cross_image_size
+from sat_lora.cogvlm.families import cross_image_size, family_of
 from sat_lora.cogvlm.inputs.text import load_tokenizer
 from sat_lora.cogvlm.network.model import CogVLMModel, build_cogvlm
 from sat_lora.cogvlm.sizes import skeleton_sizes
@@ -140,6 +140,7 @@ def dataset_maker(
             max_pixels=data.max_pixels,
             learns_all=data.loss_on == "all",
             cross_size=cross_image_size(sizes),
+            takes_frames=family_of(sizes).takes_frames,
         )
 
     return dataset

@@ -158,6 +158,7 @@ def build_sample(
     *,
     earlier: Sequence[Turn] = (),
     learns_earlier: bool = True,
+    joins_images: bool = False,
 ) -> Sample:
     """Return the sample of BOS, the earlier turns, prompt with its image, answer, EOS.
 
@@ -166,13 +167,13 @@ def build_sample(
     comes after it; a prompt that does not fit is an error, but that of a later turn, where the sample ends before it.
     prompt: with IMAGE_PLACE wherever an image goes, or the texts around the images. special_tokens: whether a text that
     spells one of the tokenizer's special tokens means it. earlier: the turns before; learns_earlier: whether their
-    answers are learnt as well.
+    answers are learnt as well. joins_images: images with nothing between them, frames of a film, share one position.
     A label is the token at its own place. Published templates have no EOS behind an earlier answer, yet it ends there:
     what is to be predicted in the place of the first token of the next prompt is EOS. So the loss of all answers is the
     sum of what each costs as the last one behind the same tokens.
     Raises DataError if a text cannot be encoded.
     """
-    sequence = _Sequence(tokenizer, image_length, max_length, special_tokens)
+    sequence = _Sequence(tokenizer, image_length, max_length, special_tokens, joins_images)
     if answer is None:
         for earlier_prompt, earlier_answer in earlier:
             sequence.add_prompt(earlier_prompt, is_limited=False)
@@ -195,8 +196,9 @@ def build_sample(
 class _Sequence:
     """The tokens of a sample while they are put together."""
 
-    def __init__(self, tokenizer, image_length: int, max_length: int, special_tokens: bool):
+    def __init__(self, tokenizer, image_length: int, max_length: int, special_tokens: bool, joins_images: bool):
         self.left_out = 0
+        self._joins_images = joins_images
         self._tokenizer = tokenizer
         self._image_length = image_length
         self._max_length = max_length
@@ -278,9 +280,12 @@ class _Sequence:
         length = self._image_length
         self._ids += [0] * (length + 2)
         self._labels += [IGNORED] * (length + 2)
+        touches = self._joins_images and self._embed[-1] == 1
+        if touches:
+            self._patches[-1] = 1
         self._embed += [1] * (length + 2)
         self._vision += [1] * (length + 1) + [0]
-        self._patches += [0] + [1] * length + [0]
+        self._patches += [int(touches)] + [1] * length + [0]
 
     def _refuse(self, length: int) -> NoReturn:
         raise ConfigError(f"--max_length: {self._max_length} is too short, this prompt alone takes {length} tokens")
