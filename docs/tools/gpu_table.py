@@ -1,6 +1,7 @@
-"""The table "which GPU do I need" of README.md and README_zh.md, from `sat-lora estimate`.
+"""The tables "which GPU do I need" of README.md and docs/families.md, and of their Chinese pages, from the estimate.
 
-    python docs/tools/gpu_table.py               # estimates, and writes both tables anew: minutes, on any machine
+    python docs/tools/gpu_table.py               # estimates, and writes the tables anew: minutes, on any machine
+    python docs/tools/gpu_table.py families      # those of docs/families.md alone
 
 Estimated on a CPU, without weights: CogVLM-17B's sizes, its images of 490 x 490, rows of --max_length 1288, r 16 on
 every linear, bf16, both towers recomputed. A card is large enough if it has the estimate and a tenth more.
@@ -46,10 +47,26 @@ LAYOUTS = (
 )
 
 
-def gigabytes(layout: Layout, config: Path) -> float:
+FAMILIES = {  # the length of a row: an image, or 24 frames, and a hundred words and more
+    "cogvlm2-llama3-chat-19B": 2432,
+    "cogvlm2-video-llama3-chat": 2048,
+    "cogagent-chat": 400,
+}
+FAMILY_LAYOUTS = (
+    Layout(1, "--zero-stage 2 --batch-size 1"),
+    Layout(1, "--zero-stage 2 --batch-size 1 --quantize nf4"),
+    Layout(4, "--zero-stage 3 --batch-size 1"),
+)
+FAMILY_HEADS = {
+    "docs/families.md": ("| model | GPUs | options | GB on each, estimated | cards of |", "larger than any card"),
+    "docs/zh/families.md": ("| 模型 | GPU 数 | 选项 | 每张 GPU 的 GB 数（估计） | 显卡 |", "没有这样大的显卡"),
+}
+
+
+def gigabytes(layout: Layout, config: Path | str, fixed: str = FIXED) -> float:
     """What `sat-lora estimate` says that a rank of this layout takes, in 10^9 bytes."""
     options = ["--from_pretrained", str(config), "--gpus", str(layout.gpus), "--json"]
-    command = [sys.executable, "-m", "sat_lora.cli", "estimate", *options, *FIXED.split(), *layout.options.split()]
+    command = [sys.executable, "-m", "sat_lora.cli", "estimate", *options, *fixed.split(), *layout.options.split()]
     estimated = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     if estimated.returncode:
         raise RuntimeError(f"sat-lora estimate ended with {estimated.returncode} for {layout}")
@@ -66,6 +83,27 @@ def rows(sizes: dict[Layout, float], *, too_large: str) -> list[str]:
     return lines
 
 
+def family_rows(sizes: dict[tuple[str, Layout], float], *, too_large: str) -> list[str]:
+    """The lines of the table of the successors under its head."""
+    lines = ["|---|---|---|---|---|"]
+    for (name, layout), size in sizes.items():
+        (row,) = rows({layout: size}, too_large=too_large)[1:]
+        lines.append(f"| {name} {row}")
+    return lines
+
+
+def write_families() -> None:
+    """Estimate every layout of the successors, and write both of their pages."""
+    sizes = {}
+    for name, length in FAMILIES.items():
+        fixed = FIXED.replace("--max_length 1288", f"--max_length {length}")
+        sizes |= {(name, layout): gigabytes(layout, name, fixed) for layout in FAMILY_LAYOUTS}
+    for page, (head, too_large) in FAMILY_HEADS.items():
+        text = (ROOT / page).read_text(encoding="utf-8")
+        lines = family_rows(sizes, too_large=too_large)
+        (ROOT / page).write_text(replace_table(text, head, lines), encoding="utf-8")
+
+
 def replace_table(page: str, head: str, lines: list[str]) -> str:
     """The page with the lines under `head` in place of those that are there."""
     pattern = re.compile(re.escape(head) + r"\n(\|.*\n)+")
@@ -75,7 +113,10 @@ def replace_table(page: str, head: str, lines: list[str]) -> str:
 
 
 def main() -> None:
-    """Estimate every layout, and write both pages."""
+    """Estimate every layout, and write the pages."""
+    write_families()
+    if sys.argv[1:] == ["families"]:
+        return
     from benchmarks.models import config_of
 
     with tempfile.TemporaryDirectory() as folder:

@@ -131,7 +131,7 @@ def load_merged_weights(
     Right is the value nearest to the model's in the dtype of the file, but for what two ways to compute the model's
     differ by (`_difference`), which may put them on two sides of the middle between two values.
     """
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers(remove_duplicate=False))}
     adapters = adapters_of(model)
     wrong = []
     for name in progress(files.layout):
