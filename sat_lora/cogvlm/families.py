@@ -38,7 +38,7 @@ class Family:
     model_class: str
     """What SAT's model_config.json calls it."""
     rotary_base: float = 10000.0
-    """Of the published code, which reads it from nowhere; SAT's `rotary_base` may name another."""
+    """The base of the published code, which reads it from nowhere; SAT's `rotary_base` may name another."""
     key_value_heads: int | None = None
     """What Hugging Face's config means where it does not say; None: as many as there are heads, and it never says."""
     has_vision_experts: bool = True
@@ -53,7 +53,7 @@ class Family:
     version: str | None = None
     """The prompt format where a folder names none; None: it is not known."""
     most_images: int | None = None
-    """Of a sample; None: no part of the network minds."""
+    """The most images of a sample; None where the network takes any number."""
 
     # Hugging Face's side
     architecture: str

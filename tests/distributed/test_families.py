@@ -5,11 +5,13 @@ from sat_lora.cogvlm.decoding.generate import generate
 from sat_lora.lora.apply import adapters_of, add_lora
 from sat_lora.parallel.distributed import init_distributed, init_model_parallel
 from sat_lora.parallel.sharding import over_model_parallel
-from tests.cogvlm.checkpoints.test_families import write_hugging_face
+from sat_lora.training.steps.engine import set_up_deepspeed, start_engine
+from sat_lora.training.steps.loss import answer_loss_sum, count_answer_tokens
 from tests.support.ranks import run_ranks
 from tests.support.sat_files import cut_by_sat, write_step
 from tests.support.tiny import fill_adapters
-from tests.support.tiny_families import CONFIGS, family_batch, family_model, logits_of
+from tests.support.tiny_families import CONFIGS, family_batch, family_model, logits_of, write_hugging_face
+from tests.support.training_runs import adapter_values, engine_config, sgd, step_together, worst_error
 
 SUCCESSORS = [name for name in CONFIGS if name != "cogvlm"]
 
@@ -55,3 +57,48 @@ def test_two_ranks_give_what_one_process_gives(tmp_path, single_process_group):
             assert gradients.keys() == wanted.keys()
             for name, gradient in gradients.items():
                 assert abs(gradient - wanted[name]).max() <= 1e-3 * abs(wanted[name]).max() + 1e-9, (folder, name)
+
+
+def batch_of(name, rank, step):
+    """Rank 0 has an image and a text, rank 1 texts alone, as `collate` gives them: then there is no cross image."""
+    batch = family_batch(name, (True, False) if rank == 0 else (False, False), seed=10 * step + rank)
+    return batch if rank == 0 else {key: value for key, value in batch.items() if key != "cross_images"}
+
+
+def adapted(model):
+    add_lora(model, target_modules="all-linear", r=2, lora_alpha=4)
+    fill_adapters(model, std=0.1)
+    return model.train()
+
+
+def train_partitioned(home, names):
+    world = init_model_parallel(init_distributed())
+    set_up_deepspeed()
+    values = {}
+    for name in names:
+        model, _ = load_cogvlm(home / name, zero_config=engine_config(3, 2), vit_checkpoint_activations=True)
+        assert all(parameter.numel() == 0 for parameter in model.parameters())
+        engine = start_engine(adapted(model), sgd(model, 0.1), engine_config(3, 2))
+        for step in range(2):
+            step_together(engine, [batch_of(name, world.data_parallel_rank, step)], world)
+        values[name] = adapter_values(engine.module)
+    return values
+
+
+def test_weights_that_zero_3_partitions_train_as_in_one_process(tmp_path, single_process_group):
+    names = ["cogvlm2", "cogagent"]
+    expected = {}
+    for name in names:
+        model = family_model(name)
+        save_weights(tmp_path / name, CONFIGS[name], model.state_dict())
+        optimizer = sgd(adapted(model), 0.1)
+        for step in range(2):
+            batches = [batch_of(name, rank, step) for rank in (0, 1)]
+            tokens = sum(count_answer_tokens(batch["labels"]) for batch in batches)
+            (sum(answer_loss_sum(model, batch) for batch in batches) / tokens).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        expected[name] = adapter_values(model)
+    for values in run_ranks(train_partitioned, 2, tmp_path, names):
+        for name in names:
+            assert worst_error(values[name], expected[name]) < 1e-4, name

@@ -37,8 +37,9 @@ def tree(state):
         path, _, leaf = (hf_name(name) or "").rpartition(".")
         if leaf != "weight" or tensor.dim() not in (2, 4) or path.endswith("embedding"):
             continue
-        module = nn.Linear(*reversed(tensor.shape), bias=False)
-        if tensor.dim() == 4:
+        if tensor.dim() == 2:
+            module = nn.Linear(tensor.shape[1], tensor.shape[0], bias=False)
+        else:
             module = nn.Conv2d(tensor.shape[1], tensor.shape[0], tensor.shape[2], tensor.shape[2])
             module.bias.data = state[f"{name.removesuffix('weight')}bias"].clone()
         module.weight.data = tensor.clone()

@@ -1,7 +1,12 @@
 """A tiny model of each family and batches for it, random and seeded."""
 
-import torch
+import json
 
+import torch
+from safetensors.torch import save_file
+
+from sat_lora.cogvlm.checkpoints.hugging_face_names import hf_name
+from sat_lora.cogvlm.checkpoints.hugging_face_writer import hugging_face_config
 from sat_lora.cogvlm.inputs.text import IGNORED, position_ids_for
 from sat_lora.cogvlm.network.model import CogVLMModel
 from tests.support.tiny import CONFIG, tiny_model
@@ -30,6 +35,9 @@ CONFIGS = {
         "encoder_args": ENCODER,
     },
 }
+
+
+TOKENS = dict(bos_token_id=1, eos_token_id=[2, 9], pad_token_id=0)
 
 
 def family_model(name: str, dtype=torch.float32, seed=0, **settings) -> CogVLMModel:
@@ -78,3 +86,14 @@ def family_batch(name: str, with_image=(True, False), seed=0, length=24, answer=
 def logits_of(model, batch: dict) -> torch.Tensor:
     keys = ("images", "cross_images", "image_embed_mask", "vision_expert_mask")
     return model(batch["input_ids"], batch["position_ids"], -1, **{key: batch[key] for key in keys if key in batch})[0]
+
+
+def write_hugging_face(folder, name, config=None, content=None):
+    """A folder with the names of a family's tensors, and the config.json of another, or one with changes."""
+    folder.mkdir()
+    state = family_model(name).state_dict()
+    tensors = {hf_name(key): t.contiguous().clone() for key, t in state.items() if hf_name(key) is not None}
+    save_file(tensors, folder / "model.safetensors")
+    written = {**hugging_face_config({**CONFIGS[config or name], **TOKENS}), **(content or {})}
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in written.items() if v is not None}))
+    return folder

@@ -10,19 +10,17 @@ from sat_lora import CheckpointError, add_lora, save_adapter
 from sat_lora.adapters.merge import merge_adapter
 from sat_lora.cogvlm.checkpoints.base_weights import BaseWeights
 from sat_lora.cogvlm.checkpoints.hugging_face_names import hf_name, sat_name
-from sat_lora.cogvlm.checkpoints.hugging_face_writer import hugging_face_config
 from sat_lora.cogvlm.checkpoints.load import check_files, load_cogvlm, read_config, save_weights
 from sat_lora.cogvlm.families import FAMILIES, family_of, published, published_config
 from sat_lora.cogvlm.inputs.prompts import version_of
 from sat_lora.cogvlm.network.model import build_cogvlm
 from sat_lora.cogvlm.sizes import image_length_problem
 from sat_lora.lora.live_base import identity_of_model
-from tests.support.tiny_families import CONFIGS, family_batch, family_model, logits_of
+from tests.support.tiny_families import CONFIGS, TOKENS, family_batch, family_model, logits_of, write_hugging_face
 
 pytestmark = pytest.mark.usefixtures("single_process_group")
 SUCCESSORS = [name for name in CONFIGS if name != "cogvlm"]
 FILE = "release/mp_rank_00_model_states.pt"
-TOKENS = dict(bos_token_id=1, eos_token_id=[2, 9], pad_token_id=0)
 
 
 def write_base(folder, name, dtype=torch.bfloat16):
@@ -112,17 +110,6 @@ def test_angles_that_a_file_lacks_are_computed(tmp_path):
     merge_adapter(tmp_path / "hf", adapter, tmp_path / "again")
     again, sat = (torch.load(tmp_path / kind / FILE)["module"] for kind in ("again", "sat"))
     assert again.keys() == sat.keys() and all(torch.equal(again[key], sat[key]) for key in sat)
-
-
-def write_hugging_face(folder, name, config=None, content=None):
-    """A folder with the names of a family's tensors, and the config.json of another, or one with changes."""
-    folder.mkdir()
-    state = family_model(name).state_dict()
-    tensors = {hf_name(key): t.contiguous().clone() for key, t in state.items() if hf_name(key) is not None}
-    save_file(tensors, folder / "model.safetensors")
-    written = {**hugging_face_config({**CONFIGS[config or name], **TOKENS}), **(content or {})}
-    (folder / "config.json").write_text(json.dumps({k: v for k, v in written.items() if v is not None}))
-    return folder
 
 
 @pytest.mark.parametrize(
