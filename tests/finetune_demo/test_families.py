@@ -10,10 +10,13 @@ import torch
 
 from sat_lora.adapters.merge import merge_adapter
 from sat_lora.adapters.verify import verify_merge
+from sat_lora.chat.session import Chat
 from sat_lora.cogvlm.checkpoints.load import load_cogvlm, read_config
+from sat_lora.cogvlm.checkpoints.quantized_writer import quantize_base
 from sat_lora.cogvlm.families import FAMILIES, family_of
 from sat_lora.interop.peft_export import export_to_peft
 from sat_lora.interop.peft_import import import_from_peft
+from sat_lora.quantization.config import Quantization
 from tests.support.configs import parse_options
 from tests.support.demo_runs import options_for
 from tests.support.paths import DEMO
@@ -50,6 +53,12 @@ def live_through_all(family, home, captchas):
     evaluate = ["--run", str(run), "--test-data", str(captchas / "test"), "--max_length", "64"]
     assert load_script("evaluate_cogvlm").main(evaluate) == 0
     adapter = run / "adapter"
+    picture = next((captchas / "test").rglob("*.png"))
+    chat = Chat(load_cogvlm(base), adapters={"mine": adapter}, max_new_tokens=4)
+    answers = [chat.ask("CAPTCHA:", picture), chat.ask("CAPTCHA:")]
+    quantize_base(base, home / "nf4", Quantization(scheme="nf4"))
+    quantized = Chat(load_cogvlm(home / "nf4"), adapters={"mine": adapter}, max_new_tokens=4)
+    answers.append(quantized.ask("CAPTCHA:", picture))
     merge_adapter(base, adapter, home / "sat", dtype=torch.float32)
     merge_adapter(base, adapter, home / "hf", to="hf", dtype=torch.float32)
     merge_adapter(home / "hf", adapter, home / "twice", any_base=True)
@@ -68,6 +77,7 @@ def live_through_all(family, home, captchas):
     }
     return dict(
         losses=losses(run),
+        answers=answers,
         images=json.loads((run / "evaluation.json").read_text())["images"],
         family=family_of(read_config(home / "hf")).name,
         is_same={
@@ -88,6 +98,7 @@ def test_every_family_runs_from_end_to_end(family, tmp_path, captchas):
     else:
         assert result["problem"] == "" and result["is_same"].keys() == {"sat", "hf", "again"}
     assert all(result["is_same"].values())
+    assert len(result["answers"]) == 3
 
 
 PUBLISHED = (
