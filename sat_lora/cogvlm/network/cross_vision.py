@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from sat_lora._sat import BaseMixin, non_conflict
-from sat_lora.cogvlm.inputs.image import no_images
 from sat_lora.cogvlm.network.attention import FULL, attend
 from sat_lora.cogvlm.network.fused import silu_mul
 from sat_lora.cogvlm.network.key_value_cache import KeyValueCache
@@ -185,10 +184,6 @@ class CrossVision(BaseMixin):
         self.image_size = (side, side)
         self.checkpoint_activations = checkpoint_activations
 
-    def no_images(self) -> torch.Tensor:
-        """Return what a batch without images carries: (0, 3, height, width)."""
-        return no_images(self.image_size, self.pos_embed.device)
-
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Return the places (images, places, width) of images (images, 3, height, width).
 
@@ -215,7 +210,7 @@ class CrossVision(BaseMixin):
         if block is not None:
             return self.vit.model.blocks[block](input_ids)
         if cross_images is None:
-            encoded = self.pos_embed.new_empty(0)
+            encoded = torch.empty(0, device=input_ids.device)
         else:
             encoded = self(cross_images)
         output_cross_layer["encoder_outputs"] = encoded

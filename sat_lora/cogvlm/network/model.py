@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from sat_lora._sat import BaseModel, mpu
 from sat_lora._sat import RMSNorm as SatRMSNorm
 from sat_lora.cogvlm.families import encoder_sizes, family_of
+from sat_lora.cogvlm.inputs.image import no_images
 from sat_lora.cogvlm.network.attention import MASKED, mask_kind
 from sat_lora.cogvlm.network.cross_vision import CrossVision
 from sat_lora.cogvlm.network.experts import ExpertAttention, ExpertMlp
@@ -184,7 +185,8 @@ class CogVLMModel(BaseModel):
             return {}
         rows = mask.flatten(1).any(1).nonzero()[:, 0]
         if cross_images is None and len(rows) == 0:
-            cross_images = self.mixins["encoder"].no_images()
+            # Nothing is asked of a parameter here: ZeRO-3 would gather it, on the ranks without images alone.
+            cross_images = no_images(self.mixins["encoder"].image_size, device)
         count = 0 if cross_images is None else len(cross_images)
         if cross_images is None or len(rows) not in (0, count) or (len(rows) and images != count):
             raise DataError(
