@@ -5,6 +5,7 @@ are in the files and never run. q, k and v are modules that are called, so that 
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from sat_lora._sat import BaseMixin, non_conflict
 from sat_lora.cogvlm.network.attention import FULL, attend
 from sat_lora.cogvlm.network.fused import silu_mul
 from sat_lora.cogvlm.network.key_value_cache import KeyValueCache
-from sat_lora.cogvlm.network.recompute import recompute_rows
+from sat_lora.cogvlm.network.recompute import recompute_layer
 
 
 class PlaneRotary(nn.Module):
@@ -184,23 +185,40 @@ class CrossVision(BaseMixin):
         self.image_size = (side, side)
         self.checkpoint_activations = checkpoint_activations
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
+    def forward(self, images: torch.Tensor, lowest_block: float = 0) -> torch.Tensor:
         """Return the places (images, places, width) of images (images, 3, height, width).
 
-        To be called as a module, so that ZeRO-3 gathers pos_embed.
+        lowest_block: the first that trains; what comes before it is not recomputed. To be called as a module, so that
+        ZeRO-3 gathers pos_embed.
         """
-        return self.vit(images.to(self.pos_embed.dtype), self._run_block) + self.pos_embed
+        run_block = partial(self._run_block, lowest_block)
+        return self.vit(images.to(self.pos_embed.dtype), run_block) + self.pos_embed
 
-    def _run_block(self, number: int, x: torch.Tensor) -> torch.Tensor:
-        """Return a block's output. Through the hook, which switches a LoRA mixin's deltas on, in recomputation too."""
-        hook = self.transformer.hooks["word_embedding_forward"]
-        if self.checkpoint_activations and torch.is_grad_enabled():
-            return recompute_rows(lambda x: hook(x, block=number), x)
-        return hook(x, block=number)
+    def _run_block(self, lowest: float, number: int, x: torch.Tensor) -> torch.Tensor:
+        """Return a block's output, recomputed in backward where that is switched on and of use.
+
+        It runs through the hook, which switches a LoRA mixin's deltas on, in recomputation too.
+        """
+        run = partial(self.transformer.hooks["word_embedding_forward"], block=number)
+        if not (self.checkpoint_activations and torch.is_grad_enabled()):
+            return run(x)
+        if not x.requires_grad:
+            if number < lowest:
+                return run(x)
+            x = x.detach().requires_grad_()
+        return recompute_layer(run, x)
 
     @non_conflict
     def word_embedding_forward(
-        self, input_ids, *, old_impl, block: int | None = None, cross_images=None, output_cross_layer=None, **kw_args
+        self,
+        input_ids,
+        *,
+        old_impl,
+        block: int | None = None,
+        cross_images=None,
+        lowest_block: float = 0,
+        output_cross_layer=None,
+        **kw_args,
     ):
         """Return the word embeddings (batch, seq, hidden), and hand the encoder's output to the layers; SAT's hook.
 
@@ -212,7 +230,7 @@ class CrossVision(BaseMixin):
         if cross_images is None:
             encoded = torch.empty(0, device=input_ids.device)
         else:
-            encoded = self(cross_images)
+            encoded = self(cross_images, lowest_block)
         output_cross_layer["encoder_outputs"] = encoded
         return old_impl(input_ids, output_cross_layer=output_cross_layer, **kw_args)
 

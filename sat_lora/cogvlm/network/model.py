@@ -19,7 +19,7 @@ from sat_lora.cogvlm.network.cross_vision import CrossVision
 from sat_lora.cogvlm.network.experts import ExpertAttention, ExpertMlp
 from sat_lora.cogvlm.network.head import LabelledRows, LanguageModelHead, OnLogits
 from sat_lora.cogvlm.network.key_value_cache import KeyValueCache
-from sat_lora.cogvlm.network.recompute import LayerCheckpointing
+from sat_lora.cogvlm.network.recompute import LayerCheckpointing, lowest_trained_block
 from sat_lora.cogvlm.network.routing import TokenRouting, to_device
 from sat_lora.cogvlm.network.vision import ImageTokens
 from sat_lora.cogvlm.sizes import head_problems, missing_sizes, size_problems
@@ -196,7 +196,8 @@ class CogVLMModel(BaseModel):
         rows = to_device(rows, device)
         if cache is not None:
             cache.cross_rows = rows
-        return {"cross_images": cross_images[: len(rows)], "cross_rows": rows}
+        lowest = lowest_trained_block(self) if torch.is_grad_enabled() else 0
+        return {"cross_images": cross_images[: len(rows)], "cross_rows": rows, "lowest_block": lowest}
 
     def _cross_inputs_of_step(self, cache: KeyValueCache) -> dict[str, Any]:
         return {"cross_images": None, "cross_rows": cache.cross_rows} if self.family.has_cross_vision else {}
