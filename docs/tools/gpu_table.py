@@ -47,15 +47,13 @@ LAYOUTS = (
 )
 
 
-FAMILIES = {  # the length of a row: an image, or 24 frames, and a hundred words and more
+FAMILIES = {
     "cogvlm2-llama3-chat-19B": 2432,
-    "cogvlm2-video-llama3-chat": 2048,
     "cogagent-chat": 400,
-}
+}  # with the length of a row: an image and a hundred words
 FAMILY_LAYOUTS = (
     Layout(1, "--zero-stage 2 --batch-size 1"),
     Layout(1, "--zero-stage 2 --batch-size 1 --quantize nf4"),
-    Layout(4, "--zero-stage 3 --batch-size 1"),
 )
 FAMILY_HEADS = {
     "docs/families.md": ("| model | GPUs | options | GB on each, estimated | cards of |", "larger than any card"),

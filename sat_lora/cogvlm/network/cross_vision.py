@@ -68,13 +68,14 @@ class EncoderAttention(nn.Module):
         query = self.q_proj(x) + self.q_bias
         key = self.k_proj(x)
         value = self.v_proj(x) + self.v_bias
+        query, key, value = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (query, key, value))
+        query = self._turned(query)  # every module is called in every step: ZeRO-3 follows them on all ranks
+        key = self._turned(key)
         if len(x) == 0:
             context = query + key + value  # nothing, and each weight gets its zero gradient
         else:
-            query, key, value = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (query, key, value))
-            context = attend(self._turned(query), self._turned(key), value, None, FULL)
-            context = context.transpose(1, 2).flatten(2)
-        return self.proj(self.inner_attn_ln(context))
+            context = attend(query, key, value, None, FULL)
+        return self.proj(self.inner_attn_ln(context.transpose(1, 2).flatten(2)))
 
     def _turned(self, x: torch.Tensor) -> torch.Tensor:
         return torch.cat([x[:, :, :1], self.rope(x[:, :, 1:])], dim=2)
