@@ -67,7 +67,11 @@ def exported(tmp_path, request):
     return base, tmp_path / "adapter", name
 
 
-@pytest.mark.parametrize("exported", CASES, indirect=True)
+FAST = {"cogvlm2, q and v", "cogvlm2, with a module", "cogagent"}
+MARKED = [case if case in FAST else pytest.param(case, marks=pytest.mark.matrix) for case in CASES]
+
+
+@pytest.mark.parametrize("exported", MARKED, indirect=True)
 def test_what_peft_merges_is_what_is_merged_here(exported, tmp_path):
     base, adapter, _ = exported
     export_to_peft(adapter, tmp_path / "peft")

@@ -1,5 +1,6 @@
 """A tiny model of each family and batches for it, random and seeded."""
 
+import functools
 import json
 
 import torch
@@ -7,8 +8,9 @@ from safetensors.torch import save_file
 
 from sat_lora.cogvlm.checkpoints.hugging_face_names import hf_name
 from sat_lora.cogvlm.checkpoints.hugging_face_writer import hugging_face_config
+from sat_lora.cogvlm.families import published_config
 from sat_lora.cogvlm.inputs.text import IGNORED, position_ids_for
-from sat_lora.cogvlm.network.model import CogVLMModel
+from sat_lora.cogvlm.network.model import CogVLMModel, build_cogvlm
 from tests.support.tiny import CONFIG, tiny_model
 
 _WITH_CONVOLUTION = {
@@ -35,6 +37,14 @@ CONFIGS = {
         "encoder_args": ENCODER,
     },
 }
+
+
+@functools.cache
+def published_shapes(name: str) -> tuple[dict[str, tuple[int, ...]], int]:
+    """(the shape of each entry of a published model's state dict, how many parameters it has), built without memory."""
+    model = build_cogvlm(published_config(name), device="meta", dtype=torch.bfloat16)
+    shapes = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    return shapes, sum(parameter.numel() for parameter in model.parameters())
 
 
 TOKENS = dict(bos_token_id=1, eos_token_id=[2, 9], pad_token_id=0)
