@@ -25,7 +25,15 @@ setup(
         "Typing :: Typed",
     ],
     packages=find_packages(include=["sat_lora", "sat_lora.*"]),
-    package_data={"sat_lora": ["py.typed", "cogvlm/published/*.json"]},
+    package_data={
+        "sat_lora": [
+            "py.typed",
+            "cogvlm/published/cogagent-chat.json",
+            "cogvlm/published/cogvlm-chat-v1.1.json",
+            "cogvlm/published/cogvlm2-llama3-chat-19B.json",
+            "cogvlm/published/cogvlm2-video-llama3-chat.json",
+        ]
+    },
     zip_safe=False,
     python_requires=">=3.10",
     install_requires=[

@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import Dataset
 
 from sat_lora.cogvlm.inputs.frames import MOST_FRAMES, load_frames, with_frames
-from sat_lora.cogvlm.inputs.image import load_sizes, no_images
+from sat_lora.cogvlm.inputs.image import load_image, load_sizes, no_images
 from sat_lora.cogvlm.inputs.pictures import MAX_PIXELS
 from sat_lora.cogvlm.inputs.text import IGNORED, IMAGE_PLACE, Sample, build_sample, turn_texts
 from sat_lora.data.folders import find_images as find_images
@@ -285,7 +285,6 @@ class ImageTextDataset(Dataset):
         images: list[torch.Tensor] = []
         counts: list[int] = []
         cross_images: list[torch.Tensor] = []
-        sizes = [self.image_size] if self.cross_size is None else [self.image_size, self.cross_size]
         for image in item.images:
             called = name if image is item.image else None
             try:
@@ -295,9 +294,13 @@ class ImageTextDataset(Dataset):
                     images += frames
                     counts.append(len(frames))
                     continue
-                loaded, *cross = load_sizes(content, sizes, called, max_pixels=self.max_pixels)
+                if self.cross_size is None:
+                    images.append(load_image(content, self.image_size, called, max_pixels=self.max_pixels))
+                    continue
+                sizes = [self.image_size, self.cross_size]
+                loaded, cross = load_sizes(content, sizes, called, max_pixels=self.max_pixels)
                 images.append(loaded)
-                cross_images += cross
+                cross_images.append(cross)
             except (DataError, OSError, ValueError) as error:
                 where = f" (named in {item.place})" if item.place and item.place != name else ""
                 path = printable(name if image is item.image else image)
