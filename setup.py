@@ -25,7 +25,15 @@ setup(
         "Typing :: Typed",
     ],
     packages=find_packages(include=["sat_lora", "sat_lora.*"]),
-    package_data={"sat_lora": ["py.typed"]},
+    package_data={
+        "sat_lora": [
+            "py.typed",
+            "cogvlm/published/cogagent-chat.json",
+            "cogvlm/published/cogvlm-chat-v1.1.json",
+            "cogvlm/published/cogvlm2-llama3-chat-19B.json",
+            "cogvlm/published/cogvlm2-video-llama3-chat.json",
+        ]
+    },
     zip_safe=False,
     python_requires=">=3.10",
     install_requires=[
@@ -72,6 +80,7 @@ setup(
         "quant": ["bitsandbytes>=0.46"],
         "metrics": ["sacrebleu>=2.3,<3", "rouge-score>=0.1.2", "rapidfuzz>=3"],
         "demo": ["captcha>=0.7"],
+        "video": ["av>=11"],
         "chat": ["prompt_toolkit>=3"],
         "page": ["gradio>=6.10,<7", "fastapi>=0.115", "prometheus_client>=0.20", "starlette", "uvicorn>=0.30"],
         "serve": ["fastapi>=0.115", "prometheus_client>=0.20", "starlette", "uvicorn>=0.30"],

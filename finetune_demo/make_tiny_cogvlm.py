@@ -2,7 +2,8 @@
 
 It is a real SAT CogVLM with the published names, small enough for a repository. It reads clean strings and cannot
 read captchas, which leaves LoRA something to do. The folder written holds the weights in bfloat16, model_config.json
-and the tokenizer.
+and the tokenizer. --family writes a sibling of another family instead, with random weights: nobody has trained it, and
+what runs on it is the code of a model a hundred thousand times its size.
 """
 
 import argparse
@@ -67,6 +68,37 @@ CONFIG = {
     "eos_token_id": SPECIAL.index("<eos>"),
 }
 
+SMALL = {"model_parallel_size": 1, "num_attention_heads": 4, "hidden_size": 64, "inner_hidden_size": 64}
+_SIBLING = {
+    **{name: value for name, value in CONFIG.items() if name != "rotary_base"},  # that of its family
+    **SMALL,
+    "tokenizer_type": "tiny_cogvlm",
+    "eva_args": {**CONFIG["eva_args"], **SMALL, "num_layers": 2},
+}
+_LLAMA3 = {  # fewer heads of keys, an EOS that is a list, and a convolution, after which 3 x 3 places are left
+    "num_multi_query_heads": 2,
+    "image_length": (GRID // 2) ** 2,
+    "eos_token_id": [SPECIAL.index("<eos>"), 3],
+}
+SIBLINGS = {
+    "cogvlm2": {**_SIBLING, **_LLAMA3, "model_class": "CogVLM2Model"},
+    "cogvlm2-video": {**_SIBLING, **_LLAMA3, "model_class": "CogVLM2VideoModel", "num_vision_layers": 0},
+    "cogagent": {
+        **_SIBLING,
+        "model_class": "CogAgentModel",
+        "text_processor_version": "chat",
+        "is_decoder": [True] * CONFIG["num_layers"],
+        "cross_attn_hidden_size": 32,
+        "cross_hidden_size_per_attention_head": 8,
+        "cross_image_pix": 2 * SIZE,
+        "encoder_args": {
+            "num_layers": 3, "num_layers_run": 2, "hidden_size": 32, "num_attention_heads": 4, "inner_hidden_size": 40,
+            "patch_size": 14, "head_size": 8, "trained_side": 3,
+        },
+    },
+}  # fmt: skip
+"""The sizes of tiny models of other families."""
+
 VIT = "mixins.eva.vit_model"
 GAINS = {  # weights whose standard deviation is not 1 / sqrt(inputs) but this many times as much
     "transformer.layers.*.attention.dense.weight": 0.3,
@@ -76,6 +108,9 @@ GAINS = {  # weights whose standard deviation is not 1 / sqrt(inputs) but this m
     "mixins.lm.lm_head.weight": 0.3,
     "mixins.eva.linear_proj.dense_4h_to_h.weight": 3.0,  # so that image tokens start at the words' scale
 }
+
+
+GAINS_OF_SIBLINGS = 0.5
 
 
 def grid_embedding(side: int, hidden: int) -> torch.Tensor:
@@ -254,6 +289,28 @@ def make_tiny_cogvlm(out: Path, *, seed: int, threads: int, **settings) -> None:
     print(f"{out}: {time.monotonic() - started:.0f} s in all", flush=True)
 
 
+def make_tiny_sibling(out: Path, family: str, *, seed: int = 4) -> None:
+    """Write a tiny base of another family, with seeded random weights, to `out`: model_config.json, weights, tokenizer.
+
+    Norms begin at one, what ends a branch of the residual stream small, all else at the scale that keeps it.
+    """
+    config = SIBLINGS[family]
+    write_tokenizer(out, config["max_sequence_length"], pads="num_multi_query_heads" not in config)
+    model = build_cogvlm(config, seed=seed)
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 1 and name.endswith(".weight"):
+                parameter.fill_(1.0)
+            elif parameter.dim() == 1:
+                parameter.zero_()
+            else:
+                inputs = parameter[0].numel() if parameter.dim() in (2, 4) else 1
+                nn.init.normal_(parameter, std=GAINS_OF_SIBLINGS / math.sqrt(inputs))
+    save_weights(out, config, {name: value.bfloat16().clone() for name, value in model.state_dict().items()})
+    print(f"{out}: {family}, {sum(parameter.numel() for parameter in model.parameters()):,} parameters", flush=True)
+
+
 def main() -> None:
     """Make the base that the options ask for."""
     parser = argparse.ArgumentParser(
@@ -262,6 +319,9 @@ def main() -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help="model folder to write")
+    parser.add_argument(
+        "--family", choices=["cogvlm", *SIBLINGS], default="cogvlm", help="others than cogvlm get random weights"
+    )
     parser.add_argument("--steps", type=int, default=2400)
     parser.add_argument("--images", type=int, default=24000, help="clean strings to train on")
     parser.add_argument("--batch", type=int, default=32)
@@ -269,7 +329,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=4, help="above zero; from some, learning starts late")
     # So small matrices gain little from a second thread, and lose much where another process keeps it waiting.
     parser.add_argument("--threads", type=int, default=1)
-    make_tiny_cogvlm(**vars(parser.parse_args()))
+    options = vars(parser.parse_args())
+    family = options.pop("family")
+    if family == "cogvlm":
+        make_tiny_cogvlm(**options)
+    else:
+        make_tiny_sibling(options["out"], family, seed=options["seed"])
 
 
 if __name__ == "__main__":

@@ -24,16 +24,18 @@ def build_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def write_tokenizer(folder: str | Path, max_length: int) -> None:
+def write_tokenizer(folder: str | Path, max_length: int, *, pads: bool = True) -> None:
     """Write `tokenizer.json`, and the `tokenizer_config.json` by which transformers' AutoTokenizer finds its way
     offline.
 
-    max_length: the longest sequence, in tokens.
+    max_length: the longest sequence, in tokens. pads: whether it names a token for padding, as LLaMA 3's does not.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     build_tokenizer().save(str(folder / "tokenizer.json"))
     names = dict(zip(("pad_token", "bos_token", "eos_token", "unk_token"), SPECIAL, strict=True))
+    if not pads:
+        del names["pad_token"]
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,  # would take spaces out of decoded text

@@ -12,8 +12,8 @@ _MOVED_TO = {
     "terminal": ("edge option_parser training.option_types progress training.notice plot_text"),
     "files": ("paths patterns foreign atomic step_folders weight_files host_copies"),
     "parallel": (
-        "sharding partitioned cogvlm.weightless training.distributed training.agreement training.rendezvous "
-        "training.launch training.stop_signals"
+        "sharding partitioned cogvlm.weightless cogvlm.gradient_sum cogvlm.network.gradient_sum "
+        "training.distributed training.agreement training.rendezvous training.launch training.stop_signals"
     ),
     "findings": ("doctor.findings>finding doctor.codes"),
     "lora.deltas": ("functional>low_rank delta_kernels dora initialize kinds>layers merging"),
@@ -25,7 +25,7 @@ _MOVED_TO = {
     "cogvlm.inputs": ("cogvlm.text cogvlm.tokens cogvlm.prompts cogvlm.image cogvlm.pictures"),
     "cogvlm.network": (
         "cogvlm.attention cogvlm.experts cogvlm.fused cogvlm.kernels cogvlm.rotary cogvlm.routing cogvlm.head "
-        "cogvlm.gradient_sum cogvlm.recompute cogvlm.vision cogvlm.model cogvlm.key_value_cache cogvlm.norm>model"
+        "cogvlm.recompute cogvlm.vision cogvlm.model cogvlm.key_value_cache cogvlm.norm>model"
     ),
     "cogvlm.decoding": ("cogvlm.generation>generate cogvlm.answer cogvlm.captured_step cogvlm.sampling"),
     "cogvlm.checkpoints": (

@@ -17,6 +17,7 @@ import pytest
 import setuptools
 
 import sat_lora
+from sat_lora.cogvlm.families import published
 from tests.support.paths import ROOT
 
 PACKAGE = ROOT / "sat_lora"
@@ -73,7 +74,9 @@ def test_every_file_beside_the_code_is_installed(metadata):
         for file in PACKAGE.rglob("*")
         if file.is_file() and file.suffix not in (".py", ".pyc")
     }
-    assert others == set(metadata["package_data"]["sat_lora"]) == {"py.typed"}
+    sizes = {name for name in others if name.startswith("cogvlm/published/") and name.endswith(".json")}
+    assert others == set(metadata["package_data"]["sat_lora"]) == {"py.typed", *sizes}
+    assert len(sizes) == len(published())
 
 
 def test_the_licence_is_the_one_that_is_named(metadata):

@@ -1,6 +1,7 @@
-"""The table "which GPU do I need" of README.md and README_zh.md, from `sat-lora estimate`.
+"""The tables "which GPU do I need" of README.md and docs/families.md, and of their Chinese pages, from the estimate.
 
-    python docs/tools/gpu_table.py               # estimates, and writes both tables anew: minutes, on any machine
+    python docs/tools/gpu_table.py               # estimates, and writes the tables anew: minutes, on any machine
+    python docs/tools/gpu_table.py families      # those of docs/families.md alone
 
 Estimated on a CPU, without weights: CogVLM-17B's sizes, its images of 490 x 490, rows of --max_length 1288, r 16 on
 every linear. Of one card: the settings that `--fit` finds. Of several: layouts with both towers recomputed, and the
@@ -20,7 +21,6 @@ ROOT = Path(__file__).resolve().parents[2]
 CARDS = (16, 24, 40, 48, 80, 141)  # GB that cards have
 FITTED = (16, 24, 48, 80)
 SPARE = 1.1
-GIVEN = "--max_length 1288 --r 16"
 BOTH = "--checkpoint-activations --vit_checkpoint_activations"
 HEADS = {
     "README.md": ("| GPUs | cards of | options | GB on each, estimated |", "nothing fits"),
@@ -35,6 +35,13 @@ LAYOUTS = (
     (8, f"--zero-stage 3 {BOTH} --batch-size 1"),
 )
 """(GPUs, options) of the layouts."""
+FAMILIES = {"cogvlm2-llama3-chat-19B": 2432, "cogagent-chat": 400}
+"""Published models, with the length of a row: an image and a hundred words."""
+FAMILY_OPTIONS = ("--zero-stage 2 --batch-size 1", "--zero-stage 2 --batch-size 1 --quantize nf4")
+FAMILY_HEADS = {
+    "docs/families.md": ("| model | GPUs | options | GB on each, estimated | cards of |", "larger than any card"),
+    "docs/zh/families.md": ("| 模型 | GPU 数 | 选项 | 每张 GPU 的 GB 数（估计） | 显卡 |", "没有这样大的显卡"),
+}
 
 
 @dataclass(frozen=True)
@@ -50,16 +57,17 @@ class Row:
     """What a step takes on each, in 10^9 bytes."""
 
 
-def fitted(card: int, config: Path) -> Row:
+def fitted(card: int, base: Path | str) -> Row:
     """The settings that `sat-lora estimate --fit` finds for one card."""
-    found = json.loads(_estimated(["--fit", str(card)], config))
-    given = 2 + len(GIVEN.split())
+    found = json.loads(_estimated(["--fit", str(card)], base))
+    given = 6  # --from_pretrained, --max_length, --r
     return Row(1, card, " ".join(found["options"][given:]) if found["fits"] else "", found.get("total", 0) / 1e9)
 
 
-def laid_out(gpus: int, options: str, config: Path) -> Row:
+def laid_out(gpus: int, options: str, base: Path | str, length: int = 1288) -> Row:
     """The smallest cards for a layout."""
-    gigabytes = json.loads(_estimated(["--gpus", str(gpus), "--bf16", *options.split()], config))["total"] / 1e9
+    asked = ["--gpus", str(gpus), "--bf16", *options.split()]
+    gigabytes = json.loads(_estimated(asked, base, length))["total"] / 1e9
     return Row(gpus, smallest_card(gigabytes), options, gigabytes)
 
 
@@ -68,9 +76,10 @@ def smallest_card(gigabytes: float) -> int | None:
     return next((card for card in CARDS if card >= gigabytes * SPARE), None)
 
 
-def _estimated(options: Sequence[str], config: Path) -> str:
+def _estimated(options: Sequence[str], base: Path | str, length: int = 1288) -> str:
     """What `sat-lora estimate` prints for programs."""
-    command = [sys.executable, "-m", "sat_lora.cli", "estimate", "--from_pretrained", str(config), *GIVEN.split()]
+    given = ["--from_pretrained", str(base), "--max_length", str(length), "--r", "16"]
+    command = [sys.executable, "-m", "sat_lora.cli", "estimate", *given]
     estimated = subprocess.run([*command, "--json", *options], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     if estimated.returncode not in (0, 1):
         raise RuntimeError(f"sat-lora estimate ended with {estimated.returncode} for {' '.join(options)}")
@@ -100,6 +109,28 @@ def table(rows: Sequence[Row], *, nothing: str) -> list[str]:
     return lines
 
 
+def family_table(rows: Sequence[tuple[str, Row]], *, too_large: str) -> list[str]:
+    """The lines of the table of the successors under its head."""
+    lines = ["|---|---|---|---|---|"]
+    for model, row in rows:
+        card = too_large if row.card is None else f"{row.card} GB"
+        lines.append(f"| {model} | {row.gpus} | `{row.options}` | {row.gigabytes:.1f} | {card} |")
+    return lines
+
+
+def write_families() -> None:
+    """Estimate the successors, and write both of their pages."""
+    rows = []
+    for model, length in FAMILIES.items():
+        for options in FAMILY_OPTIONS:
+            row = laid_out(1, f"{BOTH} {options}", model, length)
+            rows.append((model, Row(1, row.card, options, row.gigabytes)))
+    for name, (head, too_large) in FAMILY_HEADS.items():
+        page = (ROOT / name).read_text(encoding="utf-8")
+        lines = family_table(rows, too_large=too_large)
+        (ROOT / name).write_text(replace_table(page, head, lines), encoding="utf-8")
+
+
 def rows_in(page: str, head: str, *, nothing: str) -> list[Row]:
     """The rows of the table that a page has."""
     lines = page.split(head + "\n")[1].split("\n\n")[0].split("\n")[1:]
@@ -121,7 +152,10 @@ def replace_table(page: str, head: str, lines: Sequence[str]) -> str:
 
 
 def main() -> None:
-    """Estimate every row, and write both pages."""
+    """Estimate every row, and write the pages."""
+    write_families()
+    if sys.argv[1:] == ["families"]:
+        return
     rows = [*estimated_rows()]
     for name, (head, nothing) in HEADS.items():
         page = (ROOT / name).read_text(encoding="utf-8")

@@ -121,6 +121,13 @@ def _delta(x: int, y: int) -> list[str]:
         _text(x + 60, y + 272, "the preset that selects them"),
         _text(x, y + 296, "all-linear", "p"),
         _text(x + 78, y + 296, "every linear but the head"),
+        _text(x, y + 326, "only in CogAgent, and in CogVLM2 the last", "s"),
+        *(
+            _text(x, y + 344 + 16 * row, preset, "p")
+            for row, preset in enumerate(
+                ("cross-attention", "cross-vision-attention", "cross-vision-mlp", "vision-convolution")
+            )
+        ),
     ]
 
 

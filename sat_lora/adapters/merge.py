@@ -14,10 +14,11 @@ from sat_lora.adapters.loftq_base import approximated, rounds_of
 from sat_lora.adapters.read import base_problem, read_adapter, tensor_problems
 from sat_lora.cogvlm.checkpoints.base_weights import BaseWeights
 from sat_lora.cogvlm.checkpoints.beside import copy_beside
-from sat_lora.cogvlm.checkpoints.hugging_face_folder import CONFIG, REMOTE_CODE, ROTARY
+from sat_lora.cogvlm.checkpoints.hugging_face_folder import CONFIG, ROTARY
 from sat_lora.cogvlm.checkpoints.hugging_face_writer import make_hugging_face_weights
 from sat_lora.cogvlm.checkpoints.quantized_files import KEY
 from sat_lora.cogvlm.checkpoints.sat_folder import make_sat_weights
+from sat_lora.cogvlm.families import family_of
 from sat_lora.cogvlm.network.model import build_cogvlm
 from sat_lora.errors import AdapterError, CheckpointError, ConfigError, MergeError
 from sat_lora.files.atomic import replaced_folder
@@ -116,20 +117,28 @@ def in_dtype(layout: Layout, dtype: torch.dtype | None) -> Layout:
 def missing_parts(folder: Path, base: str | Path, weights: BaseWeights) -> list[str]:
     """Return remarks on what `from_pretrained` wants and is not there, and on prompts that the code does not make."""
     remarks = []
-    if weights.hugging_face_config is None and weights.config.get("text_processor_version") == "chat":
+    family = family_of(weights.config)
+    version = weights.config.get("text_processor_version")
+    if weights.hugging_face_config is None and version == "chat" and family.templates[version] == "base":
         remarks.append(
             "its prompts are ` [INST] QUERY [/INST] `, which the published code makes of no query: write them so "
             '(template_version is "base", which takes a query as it is)'
         )
-    code = [name for name in REMOTE_CODE if not (folder / name).is_file()]
+    if weights.config.get("encoder_args"):
+        remarks.append(
+            "its second vision encoder has sizes of its own, which stand in config.json as encoder_args: the published "
+            "code has those of EVA2-CLIP-L written into it, and does not read them"
+        )
+    code = [name for name in family.code if not (folder / name).is_file()]
     if code and not any(folder.glob("modeling_*.py")):
         remarks.append(
-            f"put {', '.join(code)} beside it, from a Hugging Face CogVLM such as cogvlm-chat-hf: from_pretrained "
-            "takes the model's code from there"
+            f"put {', '.join(code)} beside it, from a Hugging Face {family.title} such as {family.example}: "
+            "from_pretrained takes the model's code from there"
         )
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         remarks.append(
-            f"no tokenizer lies in {printable(base)}: load the base's (CogVLM's is vicuna-7b-v1.5) from its own folder"
+            f"no tokenizer lies in {printable(base)}: load the base's ({family.title}'s is {family.tokenizer}) from "
+            "its own folder"
         )
     return remarks
 

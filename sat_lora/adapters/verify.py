@@ -23,6 +23,7 @@ from sat_lora.adapters.read import read_adapter
 from sat_lora.adapters.save_load import load_adapter
 from sat_lora.cogvlm.checkpoints.base_weights import BaseWeights
 from sat_lora.cogvlm.checkpoints.load import load_cogvlm
+from sat_lora.cogvlm.families import cross_image_size
 from sat_lora.cogvlm.inputs.text import position_ids_for
 from sat_lora.lora.adapter import LoraAdapter
 from sat_lora.lora.apply import adapters_of
@@ -153,7 +154,7 @@ def load_merged_weights(
     Right is the value nearest to the model's in the dtype of the file, but for what two ways to compute the model's
     differ by (`_difference`), which may put them on two sides of the middle between two values.
     """
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers(remove_duplicate=False))}
     adapters = adapters_of(model)
     wrong = []
     for name in progress(files.layout):
@@ -218,12 +219,15 @@ def sample_batch(config: dict[str, Any]) -> dict[str, torch.Tensor]:
     embed[0, 1 : places + 1] = 1
     vision[0, 1:places] = 1
     patches[0, 2:places] = 1
+    cross_size = cross_image_size(config)
+    cross = {} if cross_size is None else {"cross_images": torch.randn(1, 3, *cross_size, generator=generator)}
     return {
         "input_ids": ids,
         "position_ids": position_ids_for(patches[0])[None],
         "images": torch.randn(1, 3, *config["eva_args"]["image_size"], generator=generator),
         "image_embed_mask": embed,
         "vision_expert_mask": vision,
+        **cross,
     }
 
 

@@ -7,7 +7,6 @@ lora_alpha, which has to be told.
 
 import re
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +24,13 @@ from sat_lora.adapters.format import (
 )
 from sat_lora.cogvlm.checkpoints.base_weights import elements
 from sat_lora.cogvlm.checkpoints.sat_folder import LORA2, map_weights
-from sat_lora.cogvlm.layer_names import is_fused, kind_named, sharding_named
+from sat_lora.cogvlm.layer_names import kind_named, sharding_named, slot_spans, slots_named
 from sat_lora.errors import AdapterError, SatLoraError
 from sat_lora.files.foreign import MEBIBYTE, parse_json
 from sat_lora.files.step_folders import follow
 from sat_lora.lora.apply import whole_name
 from sat_lora.lora.base_identity import BaseIdentity, identity_of
-from sat_lora.lora.config import SLOTS, LoraConfig
+from sat_lora.lora.config import LoraConfig
 from sat_lora.lora.deltas.kinds import KINDS
 from sat_lora.lora.mixin import DESCRIPTION
 from sat_lora.parallel.sharding import REPLICATED, Sharding
@@ -190,15 +189,15 @@ def _entry_by_name(name: str, keys: dict[str, str], states: Sequence[State], lor
     local = [state[weight] for state in states]
     shape = sharding_named(weight, len(local[0])).full_shape(local[0].shape, len(states))
     rank = states[0][keys["B"]].shape[1]
-    slots = SLOTS if is_fused(name) else ()
+    slots = slots_named(name)
     kind = kind_named(name, shape[0])
     if kind not in ("column", "row", "linear") or len(states[0][keys["A"]]) != max(1, len(slots)) * rank:
         raise AdapterError(
             f"{name}: only linear layers of a CogVLM, with all of q, k, v, can be read without a description"
         )
-    edges = [shape[0] * part // max(1, len(slots)) for part in range(max(1, len(slots)) + 1)]
+    spans = slot_spans(name, shape[0], shape[1]) if slots else {"": (0, shape[0])}
     about = {"kind": kind, "r": rank, "scale": lora_alpha / rank, "slots": [*slots], "blocks": [1]}
-    return {**about, "rows": [*pairwise(edges)]}
+    return {**about, "rows": [*spans.values()]}
 
 
 def _config_by_shapes(keys: LayerOf, entries: dict[str, dict[str, Any]], states: Sequence[State]) -> LoraConfig:
@@ -218,4 +217,6 @@ def _config_by_shapes(keys: LayerOf, entries: dict[str, dict[str, Any]], states:
 def _base_sharding(key: str, states: Sequence[State]) -> Sharding:
     if len(states) == 1:
         return REPLICATED
-    return sharding_named(key, len(states[0][key]) * len(states) if states[0][key].dim() else 0)
+    weight = states[0].get(f"{key.rpartition('.')[0]}.weight")
+    columns = weight.shape[1] if weight is not None and weight.dim() == 2 else None
+    return sharding_named(key, len(states[0][key]) * len(states) if states[0][key].dim() else 0, columns)

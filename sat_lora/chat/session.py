@@ -8,7 +8,7 @@ session.ask("And what is it doing?")
 import json
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,12 @@ from sat_lora.adapters.save_load import load_adapter
 from sat_lora.cogvlm.decoding.answer import Answer
 from sat_lora.cogvlm.decoding.generate import stream_answers
 from sat_lora.cogvlm.decoding.sampling import GREEDY, Sampling
-from sat_lora.cogvlm.inputs.image import image_tensor, load_image
+from sat_lora.cogvlm.families import cross_image_size, family_of
+from sat_lora.cogvlm.inputs.frames import frame_tensor, load_frames, with_frames
+from sat_lora.cogvlm.inputs.image import image_tensor, load_sizes
 from sat_lora.cogvlm.inputs.pictures import MAX_PIXELS
 from sat_lora.cogvlm.inputs.prompts import PROMPTS, WITHOUT_HISTORY, turn_texts, version_of
-from sat_lora.cogvlm.inputs.text import Sample, build_sample, load_tokenizer
+from sat_lora.cogvlm.inputs.text import Sample, build_sample, end_tokens, load_tokenizer
 from sat_lora.cogvlm.network.model import CogVLMModel
 from sat_lora.cogvlm.sizes import image_length_problem
 from sat_lora.data.samples import collate
@@ -129,7 +131,12 @@ class Chat:
         """What the last answer took, as far as it came."""
         self._image: torch.Tensor | None = None
         self._image_size = tuple(config["eva_args"]["image_size"])
+        self._cross_size = cross_image_size(config)
+        self._cross_images: tuple[torch.Tensor, ...] = ()
+        self._more_images: tuple[torch.Tensor, ...] = ()
+        self._takes_frames = family_of(config).takes_frames
         self._image_length = config["image_length"]
+        self._ends = end_tokens(self._tokenizer, config)
         self._special_tokens = special_tokens
         self.max_pixels = max_pixels
         for number, (name, adapter) in enumerate((adapters or {}).items()):
@@ -177,19 +184,28 @@ class Chat:
 
         Raises DataError where it cannot be read; the conversation is then as it was.
         """
-        if isinstance(image, Image.Image):
-            tensor = image_tensor(image, self._image_size)
+        sizes = [self._image_size] if self._cross_size is None else [self._image_size, self._cross_size]
+        if self._takes_frames and not isinstance(image, Image.Image):
+            tensors = load_frames(image, self._image_size, self.version, max_pixels=self.max_pixels)
+        elif self._takes_frames:
+            tensors = [frame_tensor(image, self._image_size)]
+        elif isinstance(image, Image.Image):
+            tensors = [image_tensor(image, size) for size in sizes]
         else:
             name = "the image" if isinstance(image, bytes) else None
-            tensor = load_image(image, self._image_size, name, max_pixels=self.max_pixels)
+            tensors = load_sizes(image, sizes, name, max_pixels=self.max_pixels)
         self.reset()
-        self._image = tensor
+        self._image = tensors[0]
+        more = tuple(tensors[1:])
+        self._more_images, self._cross_images = (more, ()) if self._takes_frames else ((), more)
 
     def reset(self, *, keeps_image: bool = False) -> None:
         """Forget the turns, and the image."""
         self.turns = []
         self.left_out = 0
         self._image = self._image if keeps_image else None
+        self._cross_images = self._cross_images if keeps_image else ()
+        self._more_images = self._more_images if keeps_image else ()
 
     def ask(self, query: str, image: str | Path | bytes | Image.Image | None = None) -> str:
         """Return the answer to a question. Arguments and errors are those of `stream`."""
@@ -241,10 +257,10 @@ class Chat:
 
     def prepare(self, query: str) -> Prepared:
         """Return a question of this conversation, for `answer_together`. Raises DataError as `stream` does."""
-        sample = self._fitting(query)
+        fitting = self._fitting(query)
+        sample = replace(fitting, more_images=self._more_images, cross_images=self._cross_images)
         limit = min(self.max_new_tokens, self.max_length - len(sample.input_ids))
-        ends = frozenset([self._tokenizer.eos_token_id])
-        return Prepared(sample, Answer(ends, self.stop, self._tokenizer, limit=limit))
+        return Prepared(sample, Answer(frozenset(self._ends), self.stop, self._tokenizer, limit=limit))
 
     def answer_together(self, questions: Sequence[Prepared]) -> Generator[list[str], None, None]:
         """Yield a new piece of each one's answer, "" where there is none, until all have ended; no turn keeps them.
@@ -280,6 +296,7 @@ class Chat:
                 self._image,
                 self._special_tokens,
                 earlier=[(parts, turn.answer) for parts, turn in zip(earlier, turns)],
+                joins_images=self._takes_frames,
             )
             if len(sample.input_ids) + needed <= self.max_length:
                 self.left_out = first if self.keeps_history else 0
@@ -295,4 +312,7 @@ class Chat:
     def _parts(self, queries: Sequence[str]) -> list[tuple[str, ...]]:
         """Return the prompt of each turn, as training lays it out: its text, after the image where there is one."""
         first, *more = turn_texts(self.version, queries)
-        return [("", first) if self.has_image else (first,), *((text,) for text in more)]
+        first_parts: tuple[str, ...] = ("", first) if self.has_image else (first,)
+        if self._takes_frames and self.has_image:
+            first_parts = with_frames(first_parts, [1 + len(self._more_images)], self.version)
+        return [first_parts, *((text,) for text in more)]

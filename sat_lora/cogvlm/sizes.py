@@ -1,7 +1,11 @@
-"""The sizes in a model's config: which there have to be, and which no CogVLM has."""
+"""The sizes in a model's config: which there have to be, and which no model of its family has."""
 
 import math
 from collections.abc import Iterator
+from typing import Any
+
+from sat_lora.cogvlm.families import COGAGENT, COGVLM, ENCODER, Family, encoder_sizes, family_of
+from sat_lora.errors import CheckpointError
 
 REQUIRED = {
     "num_layers", "hidden_size", "num_attention_heads", "inner_hidden_size", "vocab_size", "image_length", "eva_args",
@@ -11,11 +15,15 @@ REQUIRED_OF_VIT = {
     "num_layers", "hidden_size", "num_attention_heads", "vocab_size", "layernorm_order", "image_size", "patch_size",
     "pre_len", "post_len", "in_channels",
 }  # fmt: skip
+REQUIRED_OF_CROSS_VISION = {
+    "cross_image_pix", "cross_attn_hidden_size", "cross_hidden_size_per_attention_head", "is_decoder",
+}  # fmt: skip
 COUNTS = {
     "num_layers", "hidden_size", "num_attention_heads", "inner_hidden_size", "vocab_size", "max_sequence_length",
-    "image_length", "in_channels", "patch_size", "model_parallel_size",
+    "image_length", "in_channels", "patch_size", "model_parallel_size", "cross_image_pix", "cross_attn_hidden_size",
+    "cross_hidden_size_per_attention_head", "num_layers_run", "head_size", "trained_side",
 }  # fmt: skip
-NOT_NEGATIVE = {"pre_len", "post_len", "num_multi_query_heads"}
+NOT_NEGATIVE = {"pre_len", "post_len", "num_multi_query_heads", "num_vision_layers"}
 NUMBERS = {"layernorm_epsilon", "rotary_base", "hidden_dropout", "attention_dropout"}
 FLAGS = {"use_bias", "use_final_layernorm", "row_parallel_linear_final_bias"}
 MOST_LAYERS = 10_000  # a model of more would be built for minutes before it could be refused
@@ -27,26 +35,36 @@ def missing_sizes(config: dict) -> list[str]:
     vit = config.get("eva_args", {})
     of_vit = REQUIRED_OF_VIT - vit.keys() if isinstance(vit, dict) and "eva_args" in config else ()
     whole = [*sorted(REQUIRED - config.keys()), *sorted(REQUIRED_BY_SAT - config.keys())]
+    if _family(config).has_cross_vision:
+        whole += sorted(REQUIRED_OF_CROSS_VISION - config.keys())
     return [*whole, *(f"eva_args.{name}" for name in sorted(of_vit))]
 
 
 def size_problems(config: dict) -> list[str]:
     """Return what is wrong with the sizes that are there, each as `name value, wanted ...`."""
+    problems = [*_problems(config, ""), *_family_problems(config)]
     vit = config.get("eva_args", {})
     if not isinstance(vit, dict):
-        return [*_problems(config, ""), f"eva_args is {_shown(vit)}, wanted an object"]
-    return [*_problems(config, ""), *_problems(vit, "eva_args."), *_image_problems(vit)]
+        return [*problems, f"eva_args is {_shown(vit)}, wanted an object"]
+    return [*problems, *_problems(vit, "eva_args."), *_image_problems(vit)]
 
 
 def head_problems(config: dict) -> list[str]:
     """Return where the heads do not divide the hidden size; both sizes have to be there and right."""
     sections = {"": config, "eva_args.": config["eva_args"]}
-    return [
+    if _family(config).has_cross_vision:
+        sections["encoder_args."] = encoder_sizes(config)
+    problems = [
         f"{prefix}hidden_size {sizes['hidden_size']} does not divide by {prefix}num_attention_heads "
         f"{sizes['num_attention_heads']}"
         for prefix, sizes in sections.items()
         if sizes["hidden_size"] % sizes["num_attention_heads"]
     ]
+    heads = config["num_attention_heads"]
+    shared = config.get("num_multi_query_heads") or heads
+    if heads % shared:
+        problems.append(f"num_attention_heads {heads} does not divide by num_multi_query_heads {shared}")
+    return problems
 
 
 def image_length_problem(config: dict) -> str | None:
@@ -57,10 +75,75 @@ def image_length_problem(config: dict) -> str | None:
     """
     size = config["eva_args"]["image_size"]
     patch = config["eva_args"]["patch_size"]
-    patches = (size[0] // patch) * (size[1] // patch)
-    if config["image_length"] == patches:
+    family = _family(config)
+    places = family.image_length(size, patch)
+    if config["image_length"] == places:
         return None
-    return f"image_length is {config['image_length']}, and an image of {size} in patches of {patch} has {patches}"
+    after = ", of which the convolution makes one of four" if family.convolves else ""
+    return f"image_length is {config['image_length']}, and an image of {size} in patches of {patch} has {places}{after}"
+
+
+def skeleton_sizes(config: dict, ranks: int) -> dict:
+    """Return the config of a model with the same layers and names and hardly any size, for as many ranks."""
+    small: dict[str, Any] = dict(hidden_size=2 * ranks, num_attention_heads=ranks, inner_hidden_size=ranks)
+    vit = {**config.get("eva_args", {}), **small, "image_size": [1, 1], "patch_size": 1}
+    family = _family(config)
+    if family.groups_heads:
+        small |= dict(hidden_size=4 * ranks, num_attention_heads=2 * ranks, num_multi_query_heads=ranks)
+    if family.has_cross_vision:
+        encoder = dict(hidden_size=4, num_attention_heads=1, inner_hidden_size=1, patch_size=1, head_size=1)
+        small |= dict(cross_image_pix=1, cross_attn_hidden_size=4, cross_hidden_size_per_attention_head=1)
+        small["encoder_args"] = {**encoder_sizes(config), **encoder}
+    return {**config, **small, "vocab_size": ranks, "eva_args": vit}
+
+
+def _family(config: dict) -> Family:
+    """Return the family of a config; CogVLM where it is not certain, which `size_problems` tells."""
+    try:
+        return family_of(config)
+    except CheckpointError:
+        return COGVLM
+
+
+def _family_problems(config: dict) -> Iterator[str]:
+    try:
+        family = family_of(config)
+    except CheckpointError as error:
+        yield str(error)
+        return
+    if family is COGAGENT:
+        yield from _cross_vision_problems(config)
+
+
+def _cross_vision_problems(config: dict) -> Iterator[str]:
+    decoder = config.get("is_decoder", True)
+    if decoder is not True and not (isinstance(decoder, list) and decoder and all(each is True for each in decoder)):
+        yield f"is_decoder is {_shown(decoder)}, wanted true, or true for each layer"
+    elif isinstance(decoder, list) and type(config.get("num_layers")) is int and len(decoder) < config["num_layers"]:
+        yield f"is_decoder has {len(decoder)} entries, wanted one for each of {config['num_layers']} layers"
+    own = config.get("encoder_args", {})
+    if not isinstance(own, dict):
+        yield f"encoder_args is {_shown(own)}, wanted an object"
+        return
+    problems = [*_problems(own, "encoder_args.")]
+    problems += [f"encoder_args has no {_shown(name)}" for name in own.keys() - ENCODER.keys()]
+    yield from problems
+    if problems:
+        return
+    sizes = encoder_sizes(config)
+    side = config.get("cross_image_pix")
+    if type(side) is int and side < sizes["patch_size"]:
+        yield f"cross_image_pix is {side}, less than a patch of {sizes['patch_size']}"
+    if sizes["hidden_size"] % (4 * sizes["num_attention_heads"]):
+        yield (
+            f"encoder_args.hidden_size {sizes['hidden_size']} gives {sizes['num_attention_heads']} heads no channels "
+            "that divide by 4"
+        )
+    if sizes["num_layers_run"] > sizes["num_layers"]:
+        yield f"encoder_args.num_layers_run {sizes['num_layers_run']} is more than num_layers {sizes['num_layers']}"
+    width = config.get("cross_attn_hidden_size", sizes["hidden_size"])
+    if width != sizes["hidden_size"]:
+        yield f"cross_attn_hidden_size is {_shown(width)}, and the encoder's hidden_size {sizes['hidden_size']}"
 
 
 def _problems(sizes: dict, prefix: str) -> Iterator[str]:

@@ -19,7 +19,8 @@ def add(commands) -> None:
         help="tell how much memory a run would take, for any size, on any machine",
         usage="%(prog)s [--gpus N] [--device-memory GIB] [--device cuda|cpu] [--json] [options of finetune_cogvlm.py]\n"
         "       %(prog)s --fit GB [--total-batch N] [--gpus N] [--json] [options of finetune_cogvlm.py]",
-        description="Takes the options of finetune_cogvlm.py; --from_pretrained may also name a model_config.json. "
+        description="Takes the options of finetune_cogvlm.py; --from_pretrained may also name a model_config.json, or "
+        "a published model that is not here: cogvlm2-llama3-chat-19B, cogvlm2-video-llama3-chat, cogagent-chat. "
         "Rows are as long as --max_length. Needs no GPU and no weights.\n--fit finds what the options leave open: how "
         "the base is held, how the GPUs share the work, what is recomputed, the batch and its accumulation.",
         takes_more=True,
@@ -53,13 +54,15 @@ def run(options: argparse.Namespace) -> int:
     """
     from dataclasses import asdict
 
+    from sat_lora.cogvlm.families import is_published
     from sat_lora.training.early import base_problems, raise_problems
     from sat_lora.training.settings.config import Origin
     from sat_lora.training.settings.options import parse_options
 
     _refuse_half_a_search(options)
     config = parse_options(options.more, prog="sat-lora estimate", environ={}, demo=demo_of_clone())
-    raise_problems(base_problems(config.model.base), [])
+    if not is_published(config.model.base):
+        raise_problems(base_problems(config.model.base), [])
     from sat_lora._sat import quiet_sat
     from sat_lora.findings.codes import CODES
     from sat_lora.memory.components import memory_table

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
+from sat_lora.cogvlm.inputs.frames import MOST_FRAMES
 from sat_lora.cogvlm.inputs.text import IGNORED, turn_texts
 from sat_lora.data.samples import ImageTextDataset, Item
 from sat_lora.errors import SatLoraError
@@ -111,7 +112,8 @@ class CutAnswers:
 
 def _surely_fits(dataset: ImageTextDataset, item: Item) -> bool:
     """Return whether an item fits by its characters alone, of which each gives few tokens."""
-    places = (dataset.image_length + 2) * len(item.images)
+    images = len(item.images) * (MOST_FRAMES if dataset.takes_frames else 1)
+    places = (dataset.image_length + 2) * images
     queries = [*(query for query, _ in item.history), dataset.prompt if item.prompt is None else item.prompt]
     answers = [*(answer for _, answer in item.history), item.answer]
     try:

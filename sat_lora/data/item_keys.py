@@ -37,7 +37,7 @@ METADATA_OF_SHARDS = METADATA | frozenset(
 OTHER_NAMES = {
     "image": """
         img imgs images image_path image_paths image_file image_files image_name image_url img_path img_file file_name
-        filename filepath file_path file path url picture pictures photo pic media
+        filename filepath file_path file path url picture pictures photo pic media video videos video_path film
     """,
     "prompt": """
         question questions query instruction input user human text_in request problem q prompts sent

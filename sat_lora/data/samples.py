@@ -4,7 +4,7 @@ import os
 import pkgutil
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
@@ -12,7 +12,8 @@ from typing import Protocol
 import torch
 from torch.utils.data import Dataset
 
-from sat_lora.cogvlm.inputs.image import load_image, no_images
+from sat_lora.cogvlm.inputs.frames import MOST_FRAMES, load_frames, with_frames
+from sat_lora.cogvlm.inputs.image import load_image, load_sizes, no_images
 from sat_lora.cogvlm.inputs.pictures import MAX_PIXELS
 from sat_lora.cogvlm.inputs.text import IGNORED, IMAGE_PLACE, Sample, build_sample, turn_texts
 from sat_lora.data.folders import find_images as find_images
@@ -236,6 +237,9 @@ class ImageTextDataset(Dataset):
     are cut. max_pixels: of a picture that is read.
     with_answer: False gives the prompt alone, ready for generation; the answer is in `items[i].answer`.
     special_tokens: see `build_sample`. learns_all: whether the answers of earlier turns are learnt as well.
+    cross_size: (height, width) of the picture for a second vision encoder, None where the base has none. takes_frames:
+    whether an image is a film, or a picture as a film of one frame, see `inputs.frames`.
+    ends: ids of the tokens that end an answer; none: the tokenizer's EOS.
     """
 
     def __init__(
@@ -252,6 +256,9 @@ class ImageTextDataset(Dataset):
         special_tokens: bool = False,
         max_pixels: int = MAX_PIXELS,
         learns_all: bool = True,
+        cross_size: tuple[int, int] | None = None,
+        takes_frames: bool = False,
+        ends: Sequence[int] = (),
     ):
         self.items = [item if isinstance(item, Item) else Item(Path(item), Path(item).stem) for item in items]
         self.tokenizer = tokenizer
@@ -264,6 +271,14 @@ class ImageTextDataset(Dataset):
         self.special_tokens = special_tokens
         self.max_pixels = max_pixels
         self.learns_all = learns_all
+        self.cross_size = cross_size
+        self.takes_frames = takes_frames
+        self._ends = tuple(ends)
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """The ids of tokens that end an answer."""
+        return self._ends or (self.tokenizer.eos_token_id,)
 
     def __len__(self) -> int:
         return len(self.items)
@@ -277,31 +292,51 @@ class ImageTextDataset(Dataset):
     def make_sample(self, item: Item, name: str | None = None) -> Sample | BrokenSample:
         """Return the sample, or what is wrong with it: an exception would stop one rank, and the others would wait."""
         name = name or item.name
-        images = []
+        images: list[torch.Tensor] = []
+        counts: list[int] = []
+        cross_images: list[torch.Tensor] = []
         for image in item.images:
             called = name if image is item.image else None
             try:
                 content = picture_content(image)
-                images.append(load_image(content, self.image_size, called, max_pixels=self.max_pixels))
+                if self.takes_frames:
+                    frames = load_frames(content, self.image_size, self.version, max_pixels=self.max_pixels)
+                    images += frames
+                    counts.append(len(frames))
+                    continue
+                if self.cross_size is None:
+                    images.append(load_image(content, self.image_size, called, max_pixels=self.max_pixels))
+                    continue
+                sizes = [self.image_size, self.cross_size]
+                loaded, cross = load_sizes(content, sizes, called, max_pixels=self.max_pixels)
+                images.append(loaded)
+                cross_images.append(cross)
             except (DataError, OSError, ValueError) as error:
                 where = f" (named in {item.place})" if item.place and item.place != name else ""
                 path = printable(name if image is item.image else image)
                 problem = error if isinstance(error, DataError) else f"{path}: cannot be read as an image: {error}"
                 return BrokenSample(path, printable(f"{problem}{missing_file_hint(image)}{where}"))
         try:
-            sample = self.lay_out(item, *images[:1])
-            return replace(sample, more_images=tuple(images[1:])) if images[1:] else sample
+            sample = self.lay_out(item, *images[:1], frames=counts)
+            if images[1:] or cross_images:
+                return replace(sample, more_images=tuple(images[1:]), cross_images=tuple(cross_images))
+            return sample
         except (DataError, ConfigError) as error:
             # Many samples may share an image whose path is their name: what is wrong with a text is its line's.
             place = printable(item.place or name)
             return BrokenSample(place, f"{place}: {printable(error)}")
 
-    def lay_out(self, item: Item, image: torch.Tensor | None = None) -> Sample:
+    def lay_out(self, item: Item, image: torch.Tensor | None = None, *, frames: Sequence[int] = ()) -> Sample:
         """Return the sample with the places of its images, and with `image`, its first.
 
-        Raises DataError or ConfigError if it cannot be one.
+        frames: of each film, where the base takes films; by default as many as one may have. Raises DataError or
+        ConfigError if it cannot be one.
         """
         *earlier, prompt = self._prompts(item)
+        if self.takes_frames:
+            counts = iter(frames or [MOST_FRAMES] * len(item.images))
+            earlier = [self._with_frames(parts, counts) for parts in earlier]
+            prompt = self._with_frames(prompt, counts)
         answers = [answer for _, answer in item.history]
         return build_sample(
             self.tokenizer,
@@ -313,7 +348,13 @@ class ImageTextDataset(Dataset):
             self.special_tokens,
             earlier=[*zip(earlier, answers, strict=True)],
             learns_earlier=self.learns_all,
+            joins_images=self.takes_frames,
         )
+
+    def _with_frames(self, prompt: str | tuple[str, ...], counts: Iterator[int]) -> tuple[str, ...]:
+        """Return the texts around the frames of a prompt that has places for films; counts: frames of the next ones."""
+        parts = prompt.split(IMAGE_PLACE) if isinstance(prompt, str) else prompt
+        return with_frames(parts, [next(counts) for _ in parts[1:]], self.version)
 
     def _prompts(self, item: Item) -> list[str | tuple[str, ...]]:
         """Return the prompt of each turn as `build_sample` takes it: where special tokens are text, the parts around
@@ -347,6 +388,7 @@ def collate(samples: Sequence[Sample | BrokenSample], *, image_size: tuple[int, 
     input_ids, position_ids, labels, image_embed_mask, vision_expert_mask: (batch, seq) int64, padded on the right
     to the longest. Padding has id 0, label -100 and the positions that follow. images: (images, 3, height, width)
     float32 in the order of their places, also with none of them: the vision tower then runs on nothing.
+    cross_images: the same pictures for a second vision encoder, where samples have them.
     lengths: (batch,) int64, tokens of each row before its padding; left_out: (batch,) int64, those of its answer that
     did not fit. broken: list of (path, reason); broken_samples: of each, what tells the sample from others of its path.
     A batch without a usable sample is one padding-only row: every label is -100, so a mean over its labels must guard
@@ -355,6 +397,7 @@ def collate(samples: Sequence[Sample | BrokenSample], *, image_size: tuple[int, 
     broken = [sample for sample in samples if isinstance(sample, BrokenSample)]
     usable = [sample for sample in samples if not isinstance(sample, BrokenSample)] or [_padding_only()]
     images = [image for sample in usable for image in (sample.image, *sample.more_images) if image is not None]
+    cross_images = [image for sample in usable for image in sample.cross_images]
     length = max(len(sample.input_ids) for sample in usable)
 
     def stack(field: str, fill: int) -> torch.Tensor:
@@ -375,6 +418,7 @@ def collate(samples: Sequence[Sample | BrokenSample], *, image_size: tuple[int, 
         "image_embed_mask": stack("image_embed_mask", 0),
         "vision_expert_mask": stack("vision_expert_mask", 0),
         "images": torch.stack(images) if images else no_images(image_size),
+        **({"cross_images": torch.stack(cross_images)} if cross_images else {}),
         "lengths": torch.tensor([len(sample.input_ids) for sample in usable]),
         "left_out": torch.tensor([sample.left_out for sample in usable]),
         "broken": [(sample.path, sample.reason) for sample in broken],

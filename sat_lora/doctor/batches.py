@@ -35,7 +35,8 @@ def text_alone(batch: dict) -> dict:
     stacked = {
         name: torch.stack([_padded(row[name], length, fill.get(name, 0)) for row in rows]) for name in _SEQUENCES
     }
-    return {**batch, **stacked, "images": batch["images"][:0], "broken": [], "broken_samples": []}
+    images = {name: batch[name][:0] for name in ("images", "cross_images") if name in batch}
+    return {**batch, **stacked, **images, "broken": [], "broken_samples": []}
 
 
 def has_labels(batch: dict) -> bool:

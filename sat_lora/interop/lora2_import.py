@@ -21,11 +21,11 @@ from sat_lora.adapters.combine import combined_config
 from sat_lora.adapters.format import PAIR, LayerEntry, SavedAdapter, cut_slots, write_adapter
 from sat_lora.cogvlm.checkpoints.base_weights import BaseWeights
 from sat_lora.cogvlm.checkpoints.load import map_weights, weight_files
-from sat_lora.cogvlm.layer_names import is_fused, kind_named, sharding_named
+from sat_lora.cogvlm.layer_names import kind_named, sharding_named, slots_named
 from sat_lora.errors import AdapterError
 from sat_lora.interop.peft_format import pattern_for
 from sat_lora.lora.base_identity import fingerprint_of
-from sat_lora.lora.config import SLOTS, LoraConfig
+from sat_lora.lora.config import LoraConfig
 from sat_lora.lora.deltas.delta import Delta
 from sat_lora.terminal.progress import Progress
 
@@ -113,7 +113,10 @@ def _differences(
     differing = {}
     for key in (key for key in states[0] if key.replace(".original.", ".") in shapes):
         name = key.replace(".original.", ".")
-        whole = sharding_named(name, shapes[name][0] if shapes[name] else 0).unshard([state[key] for state in states])
+        weight = shapes.get(f"{name.rpartition('.')[0]}.weight", ())
+        columns = weight[1] if len(weight) == 2 else None
+        sharding = sharding_named(name, shapes[name][0] if shapes[name] else 0, columns)
+        whole = sharding.unshard([state[key] for state in states])
         if not torch.equal(whole.to(base[name].dtype), base[name]):
             differing[name] = whole.clone(memory_format=torch.contiguous_format)
     return differing
@@ -123,8 +126,9 @@ def _layer(
     name: str, numbers: list[int], states: list[dict], shape: tuple[int, ...], alpha: float
 ) -> tuple[LayerEntry, dict[str, torch.Tensor]]:
     """Return (entry, tensors by key) of one layer. Raises ValueError if its factors do not fit."""
-    if numbers != list(range(3 if is_fused(name) else 1)):
-        raise ValueError(f"factors {numbers}, wanted {3 if is_fused(name) else 1} from 0 on")
+    slots = slots_named(name)
+    if numbers != list(range(max(1, len(slots)))):
+        raise ValueError(f"factors {numbers}, wanted {max(1, len(slots))} from 0 on")
     kind = kind_named(name, shape[0])
     if kind not in ("column", "row"):
         raise ValueError("not a parallel linear of CogVLM's attention")
@@ -137,7 +141,6 @@ def _layer(
     joined_rank = len(deltas[0].a)
     if sum(rows) != shape[0] or any(delta.a.shape != (joined_rank, shape[1]) for delta in deltas):
         raise ValueError(f"A {[tuple(delta.a.shape) for delta in deltas]}, B of {rows} rows, the weight is {shape}")
-    slots = SLOTS if is_fused(name) else ()
     edges = [sum(rows[:number]) for number in range(len(rows) + 1)]
     entry = LayerEntry(kind, joined_rank, alpha / rank, slots, tuple(itertools.pairwise(edges)))
     sides = [delta.a for delta in deltas], [delta.b for delta in deltas]

@@ -2,7 +2,8 @@
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -13,7 +14,8 @@ from sat_lora.adapters.format import CONFIG, MAGNITUDE, PAIR, WEIGHTS, LayerEntr
 from sat_lora.adapters.read import base_problem, read_adapter, tensor_problems
 from sat_lora.cogvlm.checkpoints.base_weights import BaseWeights
 from sat_lora.cogvlm.checkpoints.hugging_face_names import hf_name
-from sat_lora.cogvlm.layer_names import has_bias, is_fused
+from sat_lora.cogvlm.families import FAMILIES
+from sat_lora.cogvlm.layer_names import has_bias, slots_named
 from sat_lora.errors import AdapterError
 from sat_lora.files.atomic import replaced_folder
 from sat_lora.interop import peft_format
@@ -23,6 +25,8 @@ from sat_lora.lora.deltas.layout import DeltaLayout
 from sat_lora.terminal.progress import Progress
 
 IMAGE_CHANNELS = 3
+_READ_ALONE = re.compile(r"position_embeddings$|^mixins\.encoder\..*\.[qkv]_proj$")
+"""Layers whose weight the published code takes without calling the module."""
 
 
 def export_to_peft(
@@ -58,7 +62,7 @@ def export_to_peft(
         tensors |= _layer_tensors(name, entry, saved.of_layer(name), state)
     modules = sorted({module for name in saved.trained if (module := _module_of(name)) is not None})
     for module in modules:
-        for name in _parameters_of(module):
+        for name in _parameters_of(module, saved.trained if state is None else state):
             tensor = saved.tensors[name] if state is None or name in saved.trained else state[name]
             tensors[peft_format.PREFIX + _hf_name(name)] = tensor.contiguous()
     try:
@@ -74,17 +78,19 @@ def _problems(saved: SavedAdapter, state: Mapping[str, torch.Tensor] | None) -> 
     for name, entry in saved.layers.items():
         if hf_name(name) is None:
             yield f"{name}: Hugging Face's CogVLM has no such module; merge the adapter instead"
-        elif name.endswith("position_embeddings"):
+        elif _READ_ALONE.search(name):
             yield f"{name}: Hugging Face's CogVLM reads its weight without calling it; merge the adapter instead"
-        elif state is None and saved.config.use_dora and 0 < len(entry.slots) < len(SLOTS):
+        elif state is None and saved.config.use_dora and 0 < len(entry.slots) < len(slots_named(name)):
             yield f"{name}: PEFT's DoRA needs the row norms of q, k and v, {entry.slots} have one; give --base"
+        elif state is None and entry.slots == SLOTS[:1] and _may_group_heads(saved):
+            yield f"{name}: only q is adapted, and the adapter does not say how many rows k and v have; give --base"
     for name in saved.trained:
         module = _module_of(name)
         if hf_name(name) is None or module is None:
             yield f"{name}: a parameter outside of a module, which PEFT cannot save; merge the adapter instead"
         elif module in saved.layers:
             yield f"{name}: PEFT cannot save a parameter of a layer that has a LoRA; merge the adapter instead"
-        elif state is None and not set(_parameters_of(module)) <= set(saved.trained):
+        elif state is None and not set(_parameters_of(module, saved.trained)) <= set(saved.trained):
             yield f"{name}: PEFT saves {module} whole, and its other parameter was not trained; give --base"
 
 
@@ -101,8 +107,16 @@ def _hf_name(name: str) -> str:
     return foreign
 
 
-def _parameters_of(module: str) -> list[str]:
-    return [f"{module}.weight", f"{module}.bias"] if has_bias(module) else [f"{module}.weight"]
+def _parameters_of(module: str, present: Collection[str]) -> list[str]:
+    """Return the parameters of a module; a bias that some families have there counts where it is present."""
+    bias = f"{module}.bias"
+    return [f"{module}.weight", bias] if has_bias(module) or bias in present else [f"{module}.weight"]
+
+
+def _may_group_heads(saved: SavedAdapter) -> bool:
+    """Return whether the base of an adapter may have fewer heads of keys than of queries, by its family."""
+    title = None if saved.base is None else saved.base.family
+    return any(family.groups_heads for family in FAMILIES.values() if title == family.title)
 
 
 def _layer_tensors(
@@ -112,17 +126,18 @@ def _layer_tensors(
     a, b = (stacked[leaf] for leaf in PAIR)
     leaves = peft_format.LEAVES
     if entry.slots:
-        b = _block_diagonal(entry, b)
+        b = _block_diagonal(name, entry, b, a.shape[1], None if state is None else len(state[f"{name}.weight"]))
     magnitude = stacked.get(MAGNITUDE)
-    if magnitude is not None and state is not None and entry.slots and len(entry.slots) < len(SLOTS):
+    if magnitude is not None and state is not None and 0 < len(entry.slots) < len(slots_named(name)):
         whole = row_norms(state[f"{name}.weight"], DeltaLayout(((0, len(b)),), len(b), entry.kind), None)
         whole = whole.to(magnitude.dtype).clone()
         for (start, stop), part in zip(entry.rows, magnitude.split([stop - start for start, stop in entry.rows])):
             whole[start:stop] = part
         magnitude = whole
     if entry.kind == "conv":
-        side = math.isqrt(a.shape[1] // IMAGE_CHANNELS)
-        a = a.view(len(a), IMAGE_CHANNELS, side, side)
+        channels = a.shape[1] // 4 if name.endswith("eva.conv") else IMAGE_CHANNELS
+        side = math.isqrt(a.shape[1] // channels)
+        a = a.view(len(a), channels, side, side)
         b = b.view(*b.shape, 1, 1)
         magnitude = None if magnitude is None else magnitude.view(1, -1, 1, 1)
     elif entry.kind in ("embedding", "vocab"):
@@ -131,10 +146,18 @@ def _layer_tensors(
     return {f"{peft_format.PREFIX}{hf_name(name)}.{leaf}": tensor.contiguous() for leaf, tensor in leaf_tensors.items()}
 
 
-def _block_diagonal(entry: LayerEntry, b: torch.Tensor) -> torch.Tensor:
-    """Return B (rows of all slots, r) as (out, slots * r), zero where no slot or another slot is."""
+def _block_diagonal(name: str, entry: LayerEntry, b: torch.Tensor, columns: int, rows: int | None) -> torch.Tensor:
+    """Return B (rows of all slots, r) as (out, slots * r), zero where no slot or another slot is.
+
+    columns: of the layer's weight. rows: of it, None where the adapter has to say it: q has as many as columns, k and v
+    have as many as each other.
+    """
     sizes = [stop - start for start, stop in entry.rows]
-    whole = b.new_zeros(len(SLOTS) * sizes[0], len(entry.slots) * entry.r)
+    if rows is None:
+        slots = slots_named(name)
+        of_keys = next((size for slot, size in zip(entry.slots, sizes) if slot != SLOTS[0]), columns)
+        rows = 2 * of_keys + (columns if len(slots) == len(SLOTS) else 0)
+    whole = b.new_zeros(rows, len(entry.slots) * entry.r)
     for number, ((start, stop), part) in enumerate(zip(entry.rows, b.split(sizes))):
         whole[start:stop, number * entry.r : (number + 1) * entry.r] = part
     return whole
@@ -145,7 +168,7 @@ def _peft_config(saved: SavedAdapter, modules: list[str]) -> dict:
     alphas = {}
     for name, entry in saved.layers.items():
         module = _hf_name(name)
-        ranks[module] = entry.r * (len(entry.slots) if is_fused(name) and entry.slots else 1)
+        ranks[module] = entry.r * max(1, len(entry.slots))
         alphas[module] = _alpha(entry.scale, ranks[module], saved.config.use_rslora)
     r, rank_pattern = peft_format.pattern_table(ranks)
     alpha, alpha_pattern = peft_format.pattern_table(alphas)

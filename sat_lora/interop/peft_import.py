@@ -12,12 +12,12 @@ from sat_lora.adapters.combine import combined_config
 from sat_lora.adapters.format import LARGEST_SCALE, MAGNITUDE, PAIR, LayerEntry, SavedAdapter, cut_slots, write_adapter
 from sat_lora.cogvlm.checkpoints.base_weights import BaseWeights
 from sat_lora.cogvlm.checkpoints.hugging_face_names import sat_name
-from sat_lora.cogvlm.layer_names import is_fused, kind_named
+from sat_lora.cogvlm.layer_names import kind_named, slot_spans
 from sat_lora.errors import AdapterError, ConfigError
 from sat_lora.files.patterns import matches, pattern_problem
 from sat_lora.interop import peft_format
 from sat_lora.interop.peft_content import PeftContent, read_peft_folder
-from sat_lora.lora.config import SLOTS, LoraConfig
+from sat_lora.lora.config import LoraConfig
 from sat_lora.lora.deltas.kinds import KINDS
 from sat_lora.printable import printable
 from sat_lora.terminal.progress import Progress
@@ -205,15 +205,14 @@ def _layer(name: str, parts: dict, weight_rows: int, scale: float) -> tuple[Laye
     if kind is None:
         raise AdapterError(f"{name}: takes no adapter")
     magnitude = {MAGNITUDE: parts[MAGNITUDE].flatten()} if MAGNITUDE in parts else {}
-    if not is_fused(name):
+    spans = slot_spans(name, len(b), a.shape[1])
+    if not spans:
         return LayerEntry(kind, len(a), scale, (), ((0, len(b)),)), {PAIR[0]: a, PAIR[1]: b, **magnitude}
-    size = len(b) // len(SLOTS)
-    spans = {slot: (number * size, (number + 1) * size) for number, slot in enumerate(SLOTS)}
     slots, blocks = _blocks(b, spans, all_slots=bool(magnitude))
     if blocks is None:
-        slots = SLOTS
+        slots = tuple(spans)
         blocks = b
-        a = a.repeat(len(SLOTS), 1)
+        a = a.repeat(len(slots), 1)
     entry = LayerEntry(kind, blocks.shape[1], scale, slots, tuple(spans[slot] for slot in slots))
     return entry, {PAIR[0]: a, PAIR[1]: blocks, **magnitude}
 
@@ -223,11 +222,11 @@ def _blocks(b: torch.Tensor, spans: dict, all_slots: bool) -> tuple[tuple[str, .
 
     They are () and None where it is not.
     """
-    for count in range(len(SLOTS), len(SLOTS) - 1 if all_slots else 0, -1):
+    for count in range(len(spans), len(spans) - 1 if all_slots else 0, -1):
         if b.shape[1] % count:
             continue
         rank = b.shape[1] // count
-        for slots in itertools.combinations(SLOTS, count):
+        for slots in itertools.combinations(spans, count):
             places = [(spans[slot], slice(n * rank, (n + 1) * rank)) for n, slot in enumerate(slots)]
             outside = b.clone()
             for (start, stop), columns in places:

@@ -68,7 +68,7 @@ def identity_of_model(model: nn.Module) -> BaseIdentity:
 
     data_rank = torch.distributed.get_rank(partitioned[0].ds_process_group) if partitioned else 0
     name = getattr(model, "base_name", None)
-    family = type(model).__name__.removesuffix("Model")
+    family = getattr(getattr(model, "family", None), "title", None) or type(model).__name__.removesuffix("Model")
     identity = identity_of(shapes, values_at, name=name, family=family)
     groups = [mpu.get_model_parallel_group()] if model_parallel_layout()[1] > 1 else []
     groups += [partitioned[0].ds_process_group] if partitioned else []

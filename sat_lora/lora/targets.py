@@ -20,6 +20,7 @@ from sat_lora.quantization.weights.layers import quantized_weight_of
 
 _LAYER = r"((en|de)coder\.)?transformer\.layers\.\d+\."
 _VIT = r"mixins\.eva\.vit_model\."
+_ENCODER = r"mixins\.encoder\.vit\.model\.blocks\.\d+\."
 PRESETS = {
     "language-attention": _LAYER + r"(cross_)?attention\.\w+",
     "language-mlp": _LAYER + r"mlp\.\w+|mixins\.(mlp|gated-mlp)\.(gate_proj|w2|gated_h_to_4h_list)\.\d+",
@@ -30,6 +31,10 @@ PRESETS = {
     "projector": r"mixins\.eva\.linear_proj\.\w+",
     "patch-embedding": r"(.*\.)?patch_embedding\.proj",
     "lm-head": r"(.*\.)?lm_head",
+    "cross-attention": _LAYER + r"cross_attention\.\w+",
+    "cross-vision-attention": _ENCODER + r"attn\.\w+",
+    "cross-vision-mlp": _ENCODER + r"mlp\.\w+",
+    "vision-convolution": r"mixins\.eva\.conv",
     "all-linear": r"(?!.*\blm_head$).*",
 }
 OTHER = "other"
@@ -71,9 +76,14 @@ class Site:
 
     @property
     def tower(self) -> str:
-        """The name that `layers_to_transform` uses: vit, language, or encoder and decoder on such a model."""
+        """The name that `layers_to_transform` uses: vit, language, or encoder and decoder on such a model.
+
+        CogAgent's second vision encoder, whose mixin is called `encoder`, is cross-vision.
+        """
         if self.name.startswith("mixins.eva.vit_model."):
             return "vit"
+        if self.name.startswith("mixins.encoder.vit."):
+            return "cross-vision"
         first = self.name.partition(".")[0]
         return "language" if first in ("transformer", "mixins") else first
 
@@ -147,13 +157,17 @@ class Plan:
     trained: dict[str, BaseParameter] = field(default_factory=dict)
 
 
+_MARKS = ("holds_adapters", "never_runs")
+"""What modules say of themselves that are no part of what can be adapted: adapters, and parts that no pass uses."""
+
+
 def own_modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Yield (name, module) of a SAT model without the SAT models inside it and without mixins that hold adapters."""
+    """Yield (name, module) of a SAT model without the SAT models inside it, adapters, and parts that never run."""
     for child_name, child in [("", model), *model.named_children()]:
         name = f"{prefix}.{child_name}".strip(".")
         if child is model:
             yield name, child
-        elif not isinstance(child, BaseModel) and not getattr(child, "holds_adapters", False):
+        elif not isinstance(child, BaseModel) and not any(getattr(child, mark, False) for mark in _MARKS):
             yield from own_modules(child, name)
 
 

@@ -16,6 +16,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.checkpoint import checkpoint
 
 from sat_lora._sat import mpu
+from sat_lora.cogvlm.families import cross_image_size
 from sat_lora.cogvlm.network import recompute
 from sat_lora.cogvlm.network.attention import CAUSAL
 from sat_lora.cogvlm.network.head import LabelledRows
@@ -204,10 +205,16 @@ def _peak_of_a_step(model: CogVLMModel, config: dict, rows: int, length: int, la
 
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     with LiveBytes([*model.parameters(), *model.buffers(), *gradients]) as live:
+        cross_size = cross_image_size(config)
+        more = {}
+        if cross_size is not None:
+            more = dict(cross_images=torch.zeros(rows, 3, *cross_size), cross_rows=indices(rows))
+        routing = TokenRouting(indices(tokens), indices(tokens), vision)
         seen = dict(
+            **more,
             images=images,
             image_places=indices(rows * (patches + 2)),
-            routing=TokenRouting(indices(tokens), indices(tokens), vision),
+            routing=routing if model.family.has_vision_experts else None,
             labelled=LabelledRows(indices(answers), indices(answers)),
         )
         _loss(model, ids, seen).backward()

@@ -10,6 +10,7 @@ from typing import Any
 
 from sat_lora.cogvlm.checkpoints.load import read_config, shortened
 from sat_lora.cogvlm.checkpoints.quantized_files import KEY
+from sat_lora.cogvlm.families import is_published, published_config
 from sat_lora.cogvlm.sizes import missing_sizes, size_problems
 from sat_lora.errors import CheckpointError, ConfigError
 from sat_lora.files.foreign import read_json
@@ -103,11 +104,13 @@ def _quantization_of(config: TrainConfig, sizes: dict) -> Quantization | None:
 
 
 def sizes_of(path: str | Path) -> dict:
-    """Return the content of a model_config.json, or the sizes of the model in a folder.
+    """Return the content of a model_config.json, the sizes of the model in a folder, or of a published one by its name.
 
     Raises CheckpointError if it is neither.
     """
     path = Path(path)
+    if is_published(path):
+        return published_config(path.name)
     if path.suffix != ".json":
         return read_config(path)
     try:

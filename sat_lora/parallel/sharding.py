@@ -5,6 +5,7 @@ Here it is a value that can be asked for one parameter, so that a rank can cut i
 draw its own slice of an initial value, or join the slices for a file.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -129,9 +130,14 @@ REPLICATED = Sharding()
 
 
 def blocks_of(linear: nn.Module) -> tuple[int, ...]:
-    """Return the relative sizes of the blocks in a SAT column-parallel weight (its `stride`): (1, 1, 1) for q, k, v."""
+    """Return the relative sizes of the blocks in a SAT column-parallel weight (its `stride`): (1, 1, 1) for q, k, v.
+
+    They are in lowest terms, for SAT counts the heads of a rank where fewer are of keys: (4, 1, 1) at any size.
+    """
     stride = linear.stride
-    return (1,) * stride if isinstance(stride, int) else tuple(stride)
+    if isinstance(stride, int):
+        return (1,) * stride
+    return tuple(size // math.gcd(*stride) for size in stride)
 
 
 def sharding_of(module: nn.Module, parameter: str) -> Sharding:

@@ -8,6 +8,8 @@ import torch
 
 from sat_lora.cogvlm.checkpoints.load import check_files, read_config
 from sat_lora.cogvlm.checkpoints.quantized_files import KEY
+from sat_lora.cogvlm.families import COGVLM, Family, family_of
+from sat_lora.cogvlm.inputs.frames import load_frames
 from sat_lora.cogvlm.inputs.pictures import read_picture
 from sat_lora.cogvlm.inputs.text import (
     IMAGE_PLACE,
@@ -22,7 +24,7 @@ from sat_lora.cogvlm.network.model import parallel_problems
 from sat_lora.cogvlm.sizes import image_length_problem, missing_sizes
 from sat_lora.data.layouts import missing_file_hint, no_samples
 from sat_lora.data.reading import READERS, Reading
-from sat_lora.data.samples import DataCounts, Item, picture_content, read_items, reading_options
+from sat_lora.data.samples import DataCounts, Item, Picture, picture_content, read_items, reading_options
 from sat_lora.data.shards.shard_checks import problems_with_shards
 from sat_lora.errors import CheckpointError, ConfigError, DataError, SatLoraError
 from sat_lora.files.foreign import os_problem
@@ -51,6 +53,7 @@ from sat_lora.training.source_settings import source_settings
 from sat_lora.training.steps.checkpoint import samples_per_step
 
 IMAGES_TRIED = 300  # one readable image among so many is enough to begin
+TRIED_SIDE = 16  # pixels of the frames of a film that is only tried
 
 
 def check_options(
@@ -104,6 +107,10 @@ def _base_and_prompt_problems(config: TrainConfig, environ: Mapping[str, str]) -
         problem = image_length_problem(sizes)
         if problem:
             yield f"--from_pretrained: {config.model.base}: {problem}; copy its config again"
+    if sizes is not None:
+        most = family_of(sizes).most_images
+        if most is not None and config.data.images_per_sample > most:
+            yield f"--images-per-sample: {family_of(sizes).title} takes {most} for each sample; leave the option out"
     if config.model.version not in PROMPTS:
         got = f"got {config.model.version!r}"
         if "version" not in config.given:
@@ -370,15 +377,33 @@ def _problem_with_path(path: Path, config: TrainConfig) -> str | None:
         return f"{path}: {problem}"
     images = [item.image for item in items if item.image is not None][:IMAGES_TRIED]
     first_error = None
+    family = _family_of(config.model.base)
     for image in images:
         try:
-            read_picture(picture_content(image), max_pixels=config.data.max_pixels)
+            _try_image(image, config, family)
             return None
         except (DataError, OSError, ValueError) as error:
             first_error = first_error or f"{error}{missing_file_hint(image)}"
     if images:
         return f"none of the first {len(images)} images of {path} can be read; mend or replace them; {first_error}"
     return None
+
+
+def _family_of(base: str) -> Family:
+    """Return the family of a base; CogVLM where its config cannot be read, which is said elsewhere."""
+    try:
+        return family_of(read_config(base))
+    except (SatLoraError, OSError):
+        return COGVLM
+
+
+def _try_image(image: Picture, config: TrainConfig, family: Family) -> None:
+    """Read an image, or a film where the base takes films. Raises DataError, OSError or ValueError if that fails."""
+    content = picture_content(image)
+    if family.takes_frames:
+        load_frames(content, (TRIED_SIDE, TRIED_SIDE), config.model.version, max_pixels=config.data.max_pixels)
+    else:
+        read_picture(content, max_pixels=config.data.max_pixels)
 
 
 def _problem_with_turns(items: list[Item], config: TrainConfig) -> str | None:

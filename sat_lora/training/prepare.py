@@ -9,8 +9,10 @@ from typing import Any
 import torch
 
 from sat_lora.cogvlm.checkpoints.load import load_cogvlm, open_folder, read_config
-from sat_lora.cogvlm.inputs.text import load_tokenizer
+from sat_lora.cogvlm.families import cross_image_size, family_of
+from sat_lora.cogvlm.inputs.text import end_tokens, load_tokenizer
 from sat_lora.cogvlm.network.model import CogVLMModel, build_cogvlm
+from sat_lora.cogvlm.sizes import skeleton_sizes
 from sat_lora.data.batches.sources import Source, marks_of_sources, open_sources
 from sat_lora.data.samples import ImageTextDataset
 from sat_lora.errors import ConfigError
@@ -140,6 +142,9 @@ def dataset_maker(
             special_tokens=data.special_tokens_in_text,
             max_pixels=data.max_pixels,
             learns_all=data.loss_on == "all",
+            cross_size=cross_image_size(sizes),
+            takes_frames=family_of(sizes).takes_frames,
+            ends=end_tokens(tokenizer, sizes),
         )
 
     return dataset
@@ -156,9 +161,7 @@ def _check_targets(config: TrainConfig) -> None:
         raise ConfigError("; ".join(config.problems))
     sizes = read_config(config.model.base)
     mp_size = config.parallel.model_parallel_size
-    small = dict(hidden_size=2 * mp_size, num_attention_heads=mp_size, inner_hidden_size=mp_size)
-    vit = {**sizes.get("eva_args", {}), **small, "image_size": [1, 1], "patch_size": 1}
-    skeleton = build_cogvlm({**sizes, **small, "vocab_size": mp_size, "eva_args": vit}, model_parallel_size=mp_size)
+    skeleton = build_cogvlm(skeleton_sizes(sizes, mp_size), model_parallel_size=mp_size)
     _refuse_quantized(config)
     quantization = config.quantization.of(config.lora)
     if quantization is not None:

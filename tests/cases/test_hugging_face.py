@@ -187,7 +187,6 @@ def change(name, value):
         (change("rope_theta", 500000.0), "rope_theta is 500000.0, and CogVLM's code has 10000"),
         (change("rope_parameters", {"rope_theta": 5e5, "rope_type": "default"}), "rope_theta is 500000.0"),
         (change("rope_scaling", {"type": "linear", "factor": 2}), "rope_scaling is {'type'"),
-        (change("num_multi_query_heads", 1), "it is a CogVLM2"),
         (change("tie_word_embeddings", True), "tie_word_embeddings is true, and CogVLM's head has weights of its own"),
         (change("quantization_config", {"load_in_4bit": True}), "its weights are quantised"),
     ],

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import torch
 
-from sat_lora.cogvlm.checkpoints.hugging_face_folder import ROTARY, HuggingFaceFolder
+from sat_lora.cogvlm.checkpoints.hugging_face_folder import ROTARY, HuggingFaceFolder, is_computed
 from sat_lora.cogvlm.checkpoints.load import open_folder, shardings_of
 from sat_lora.cogvlm.checkpoints.quantized_files import QuantizationNote
 from sat_lora.cogvlm.checkpoints.sat_folder import weight_problems
+from sat_lora.cogvlm.families import family_of
 from sat_lora.cogvlm.network.model import build_cogvlm
 from sat_lora.errors import CheckpointError, ConfigError
 from sat_lora.files.weight_files import Layout
@@ -40,7 +41,7 @@ class BaseWeights(Mapping[str, torch.Tensor]):
                 file = self._source.files()[number]
                 raise CheckpointError(f"{file}: cannot be used: {'; '.join(sorted(problems)[:20])}")
         # What a folder of the other kind leaves out because it is computed.
-        self._computed = {} if self._source.own_name(ROTARY) else self._buffers()
+        self._computed = self._missing_buffers()
 
     @property
     def note(self) -> QuantizationNote | None:
@@ -59,9 +60,16 @@ class BaseWeights(Mapping[str, torch.Tensor]):
 
     @cached_property
     def layout(self) -> Layout:
-        """The whole shape and the dtype of each tensor, by name."""
+        """The whole shape and the dtype of each tensor, by name.
+
+        They are in the order of SAT's files, in which the other kind's are not: so one that was made of SAT's gives the
+        same file again.
+        """
         ranks = len(self._parts)
         tensors = {**self._parts[0], **self._computed}
+        if isinstance(self._source, HuggingFaceFolder):
+            order = {name: number for number, name in enumerate(self._model.state_dict())}
+            tensors = dict(sorted(tensors.items(), key=lambda entry: order.get(entry[0], len(order))))
         return {
             name: (
                 self._sharding(name).full_shape(tensor.shape, ranks) if ranks > 1 else tuple(tensor.shape),
@@ -109,7 +117,8 @@ class BaseWeights(Mapping[str, torch.Tensor]):
         if self.note is not None:
             return self.note.base
         folder = self._source.path.resolve()
-        return identity_of(self.shapes, self._values_at, name=folder.name, family="CogVLM")
+        family = family_of(self.config).title
+        return identity_of(self.shapes, self._values_at, name=folder.name, family=family)
 
     def _values_at(self, name: str, index: torch.Tensor) -> torch.Tensor:
         """Return the elements of a tensor at flat positions of the whole: (n,)."""
@@ -129,7 +138,8 @@ class BaseWeights(Mapping[str, torch.Tensor]):
     def _sharding(self, name: str) -> Sharding:
         if name not in self._shardings:
             raise CheckpointError(
-                f"{self._source.path}: {printable(name)} is no parameter of a CogVLM, so its cut is not known"
+                f"{self._source.path}: {printable(name)} is no parameter of a {family_of(self.config).title}, so its "
+                "cut is not known"
             )
         return self._shardings[name]
 
@@ -142,9 +152,16 @@ class BaseWeights(Mapping[str, torch.Tensor]):
     def _shardings(self) -> dict[str, Sharding]:
         return shardings_of(self._model)
 
-    def _buffers(self) -> dict[str, torch.Tensor]:
-        dtype = next(iter(self._parts[0].values())).dtype
-        return {name: buffer.to(dtype) for name, buffer in self._model.named_buffers()}
+    def _missing_buffers(self) -> dict[str, torch.Tensor]:
+        present = self._parts[0]
+        lacks_rotary = self._source.own_name(ROTARY) is None
+        if not lacks_rotary and not family_of(self.config).has_cross_vision:
+            return {}
+        dtype = next(iter(present.values())).dtype
+        computed = (name for name in self._model.state_dict() if is_computed(name) or (lacks_rotary and name == ROTARY))
+        missing = [name for name in computed if name not in present]
+        state = self._model.state_dict()
+        return {name: state[name].to(dtype) for name in missing}
 
 
 def elements(tensor: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""A CogVLM folder as Hugging Face has it: safetensors files, sharded or one, and config.json.
+"""A folder of CogVLM or a successor as Hugging Face has it: safetensors files, sharded or one, and config.json.
 
 Its parameters and sizes are given in SAT's names, so that it loads like a SAT folder of model-parallel size 1. What the
 published code of that model has written into it, and reads from no config, is refused where it would be another: the
@@ -13,6 +13,7 @@ import torch
 
 from sat_lora.cogvlm.checkpoints.hugging_face_names import hf_name, sat_name
 from sat_lora.cogvlm.checkpoints.sat_folder import listing, read_object
+from sat_lora.cogvlm.families import COGVLM, Family, hugging_face_family
 from sat_lora.cogvlm.sizes import size_problems
 from sat_lora.errors import CheckpointError
 from sat_lora.files.foreign import stand_in
@@ -21,12 +22,10 @@ from sat_lora.printable import printable
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 CONFIG = "config.json"
-REMOTE_CODE = ("configuration_cogvlm.py", "modeling_cogvlm.py", "visual.py", "util.py")
-"""The files with the model's code, as `transformers` takes them from the folder."""
-ROTARY_BASE = 10000.0  # of the published code, which reads it from nowhere
 COMPUTED = "rotary_emb.inv_freq"
 FREQUENCIES = "model.layers.{}.self_attn." + COMPUTED  # a buffer of every layer; most versions save it
 ROTARY = "mixins.rotary.rotary_emb.inv_freq"  # SAT's one buffer for all layers
+_ANGLES = (".rope.freqs_cos", ".rope.freqs_sin")
 
 SIZES = {  # here: in config.json
     "num_layers": "num_hidden_layers",
@@ -60,7 +59,7 @@ VIT_FIXED = {
 
 
 class HuggingFaceFolder:
-    """A CogVLM checkpoint in safetensors. Raises CheckpointError if it is incomplete, damaged, or of another model."""
+    """A checkpoint in safetensors. Raises CheckpointError if it is incomplete, damaged, or of another model."""
 
     saved_ranks = 1
 
@@ -80,9 +79,10 @@ class HuggingFaceFolder:
                 problems.append(f"{name} {section[name]!r} where CogVLM has {value!r}")
         if not problems:
             problems = [*_not_counts(content, SIZES), *_not_counts(vision, {**VIT_SIZES, "image_size": "image_size"})]
-        problems += _other_networks(content)
+        family = self.family
+        problems += _other_networks(content, family)
         if problems:
-            raise CheckpointError(f"{path} is not the config of a CogVLM: {'; '.join(problems)}")
+            raise CheckpointError(f"{path} is not the config of a {family.title}: {'; '.join(problems)}")
         vit = {name: vision[hf_key] for name, hf_key in VIT_SIZES.items()}
         side = vision["image_size"]
         patches = (side // vision["patch_size"]) ** 2
@@ -93,12 +93,13 @@ class HuggingFaceFolder:
             )
         tokens = {name: content[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if name in content}
         config = {
-            "model_class": "CogVLMModel",
+            "model_class": family.model_class,
             **{name: content[hf_key] for name, hf_key in SIZES.items()},
             **_COMMON,
             "layernorm_order": "pre",
             "use_bias": False,
-            "image_length": patches,
+            "image_length": family.image_length((side, side), vision["patch_size"]),
+            **_sizes_of_family(content, family),
             "eva_args": {**vit, **_COMMON, **VIT_FIXED, "image_size": [side, side]},
             **tokens,
         }
@@ -106,6 +107,28 @@ class HuggingFaceFolder:
         if problems:
             raise CheckpointError(f"{path}, in the names of SAT: {'; '.join(problems)}")
         return config
+
+    @cached_property
+    def family(self) -> Family:
+        """The family of the folder, by the names of its tensors; by its config where these cannot be read.
+
+        Raises CheckpointError where they do not agree.
+        """
+        content = read_object(self.path / CONFIG) if (self.path / CONFIG).exists() else {}
+        try:
+            return hugging_face_family(content, self._names()) or COGVLM
+        except CheckpointError as error:
+            raise CheckpointError(f"{self.path}: {error}") from error
+
+    def _names(self) -> set[str]:
+        """Return the names of the tensors; none where the files that say so are missing or damaged."""
+        try:
+            if (self.path / INDEX).is_file():
+                places = read_object(self.path / INDEX).get("weight_map")
+                return set(places) if isinstance(places, dict) else set()
+            return set(_map_tensors(self.path / SINGLE))
+        except CheckpointError:
+            return set()
 
     def check(self, state: dict[str, torch.Tensor]) -> None:
         """Do nothing: whether all files are there is seen where they are named."""
@@ -155,10 +178,10 @@ class HuggingFaceFolder:
         """
         copies = {name: t for name, t in self._tensors.items() if name.endswith(COMPUTED) and t.any()}
         for name, tensor in copies.items():
-            if not has_base(tensor, ROTARY_BASE):
+            if not has_base(tensor, self.family.rotary_base):
                 raise CheckpointError(
-                    f"{self.path}: {name} has other rotary frequencies than CogVLM, whose base is {ROTARY_BASE:g}; the "
-                    "folder is of another model"
+                    f"{self.path}: {name} has other rotary frequencies than {self.family.title}, whose base is "
+                    f"{self.family.rotary_base:g}; the folder is of another model"
                 )
         return next(iter(copies.values()), None)
 
@@ -184,25 +207,57 @@ class HuggingFaceFolder:
         return places
 
 
-def _other_networks(content: dict) -> Iterator[str]:
-    """Yield, as sentences, what config.json asks for and CogVLM's code does not do."""
+def _sizes_of_family(content: dict, family: Family) -> dict:
+    """Return what a family has in SAT's model_config.json beside CogVLM's sizes."""
+    sizes: dict = {}
+    if family.groups_heads:
+        sizes["num_multi_query_heads"] = content.get("num_multi_query_heads", family.key_value_heads)
+    if not family.has_vision_experts:
+        sizes["num_vision_layers"] = 0
+    if family.has_cross_vision:
+        width = content.get("cross_compute_hidden_size")
+        heads = content["num_attention_heads"]
+        sizes |= {
+            "is_decoder": [True] * content["num_hidden_layers"],
+            "cross_attn_hidden_size": content.get("cross_hidden_size"),
+            "cross_hidden_size_per_attention_head": width // heads if type(width) is int else width,
+            "cross_image_pix": content.get("cross_image_size"),
+            "encoder_args": content.get("encoder_args", {}),
+        }
+    return sizes
+
+
+def _other_networks(content: dict, family: Family) -> Iterator[str]:
+    """Yield, as sentences, what config.json asks for and the family's code does not do."""
     rope = content.get("rope_parameters")
     rope = rope if isinstance(rope, dict) else {}
     for name, value in (("rope_theta", content.get("rope_theta")), ("rope_theta", rope.get("rope_theta"))):
-        if value is not None and value != ROTARY_BASE:
-            yield f"{name} is {value!r}, and CogVLM's code has {ROTARY_BASE:g}; it reads none"
+        if value is not None and value != family.rotary_base:
+            yield f"{name} is {value!r}, and {family.title}'s code has {family.rotary_base:g}; it reads none"
     scaling = content.get("rope_scaling") or (rope if rope.get("rope_type", "default") != "default" else None)
     if scaling:
-        yield f"rope_scaling is {scaling!r}, and CogVLM's code knows none"
-    heads = content.get("num_multi_query_heads")
-    if heads is not None and heads != content.get("num_attention_heads"):
-        yield f"num_multi_query_heads is {heads!r}: it is a CogVLM2, which is not supported"
-    if "cross_hidden_size" in content:
-        yield "cross_hidden_size is there: it is a CogAgent, which is not supported"
+        yield f"rope_scaling is {scaling!r}, and {family.title}'s code knows none"
+    if family.has_cross_vision:
+        names = ("cross_hidden_size", "cross_compute_hidden_size", "cross_image_size")
+        yield from (f"no {name}" for name in names if name not in content)
+        width = content.get("cross_compute_hidden_size")
+        heads = content.get("num_attention_heads")
+        if width != content.get("cross_hidden_size"):
+            yield f"cross_compute_hidden_size is {width!r}, and the code wants it equal to cross_hidden_size"
+        elif type(width) is int and type(heads) is int and heads > 0 and width % heads:
+            yield f"cross_compute_hidden_size {width} does not divide by num_attention_heads {heads}"
     if content.get("tie_word_embeddings"):
-        yield "tie_word_embeddings is true, and CogVLM's head has weights of its own, which loading it would replace"
+        own = f"{family.title}'s head has weights of its own, which loading it would replace"
+        yield f"tie_word_embeddings is true, and {own}"
     if content.get("quantization_config"):
         yield "its weights are quantised (quantization_config); give the folder of the full ones"
+
+
+def is_computed(name: str) -> bool:
+    """Return whether a parameter of that SAT name follows from the sizes, and a file may lack it: a second encoder's
+    angles, of which some files have a copy for each block.
+    """
+    return name.endswith(_ANGLES)
 
 
 def has_base(frequencies: torch.Tensor, base: float) -> bool:

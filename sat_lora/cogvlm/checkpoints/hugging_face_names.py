@@ -1,7 +1,8 @@
-"""Names of CogVLM's parameters in its Hugging Face version, and back.
+"""Names of the parameters of CogVLM and its successors in their Hugging Face versions, and back.
 
-The weights themselves are the same: q, k, v lie in block order in both, and both rotate half against half. Only SAT's
-buffer `mixins.rotary.rotary_emb.inv_freq` is one where Hugging Face's layers have a copy each.
+No name means different things in two families, so there is one table for all. The weights themselves are the same: q,
+k, v lie in block order in both, and both rotate half against half. Only SAT's buffer
+`mixins.rotary.rotary_emb.inv_freq` is one where Hugging Face's layers have a copy each.
 """
 
 import re
@@ -10,6 +11,15 @@ _LAYER = "transformer.layers.{i}"
 _HF_LAYER = "model.layers.{i}"
 _VIT = "mixins.eva.vit_model"
 _HF_VIT = "model.vision"
+_ENCODER = "mixins.encoder"
+_HF_ENCODER = "model.cross_vision"
+_BLOCK = ".vit.model.blocks.{i}."
+_LEAVES_OF_BLOCK = (
+    *("norm1", "norm2", "attn.q_proj", "attn.k_proj", "attn.v_proj", "attn.q_bias", "attn.v_bias"),
+    *("attn.inner_attn_ln", "attn.proj", "attn.rope.freqs_cos", "attn.rope.freqs_sin"),
+    *("mlp.w1", "mlp.w2", "mlp.w3", "mlp.ffn_ln"),
+)
+_LEAVES = ("cls_token", "pos_embed", "patch_embed.proj", "norm", "head", "rope.freqs_cos", "rope.freqs_sin")
 _NAMES = {
     f"{_LAYER}.attention.query_key_value": f"{_HF_LAYER}.self_attn.language_expert_query_key_value",
     f"{_LAYER}.attention.dense": f"{_HF_LAYER}.self_attn.language_expert_dense",
@@ -40,6 +50,15 @@ _NAMES = {
         f"mixins.eva.linear_proj.{leaf}": f"{_HF_VIT}.linear_proj.{leaf}"
         for leaf in ("linear_proj", "norm1", "gate_proj", "dense_h_to_4h", "dense_4h_to_h")
     },
+    "mixins.eva.conv": f"{_HF_VIT}.conv",
+    "mixins.eva.pos_embed": f"{_HF_VIT}.pos_embed",
+    **{
+        f"{_LAYER}.cross_attention.{leaf}": f"{_HF_LAYER}.cross_attn.{leaf}" for leaf in ("query", "key_value", "dense")
+    },
+    f"{_LAYER}.post_cross_attention_layernorm": f"{_HF_LAYER}.post_cross_attention_layernorm",
+    f"{_ENCODER}.pos_embed": f"{_HF_ENCODER}.pos_embed",
+    **{f"{_ENCODER}{_BLOCK}{leaf}": f"{_HF_ENCODER}{_BLOCK}{leaf}" for leaf in _LEAVES_OF_BLOCK},
+    **{f"{_ENCODER}.vit.model.{leaf}": f"{_HF_ENCODER}.vit.model.{leaf}" for leaf in _LEAVES},
 }
 
 
@@ -64,10 +83,10 @@ def _translate(name: str, table: list[tuple[re.Pattern, str]]) -> str | None:
 
 
 def hf_name(name: str) -> str | None:
-    """Return the Hugging Face name of a SAT module or parameter of CogVLM; None where there is none."""
+    """Return the Hugging Face name of a SAT module or parameter of these models; None where there is none."""
     return _translate(name, _TO_HF)
 
 
 def sat_name(name: str) -> str | None:
-    """Return the SAT name of a Hugging Face module or parameter of CogVLM; None where there is none."""
+    """Return the SAT name of a Hugging Face module or parameter of these models; None where there is none."""
     return _translate(name, _TO_SAT)

@@ -1,4 +1,4 @@
-"""A CogVLM written as Hugging Face has it: safetensors files, sharded or one, config.json and generation_config.json.
+"""A model written as Hugging Face has it: safetensors files, sharded or one, config.json and generation_config.json.
 
 What the code of that model has written into it, and reads from no config, is refused where it would be another.
 """
@@ -14,8 +14,6 @@ from sat_lora.cogvlm.checkpoints.hugging_face_folder import (
     CONFIG,
     FREQUENCIES,
     INDEX,
-    REMOTE_CODE,
-    ROTARY_BASE,
     SINGLE,
     SIZES,
     VIT_FIXED,
@@ -23,7 +21,7 @@ from sat_lora.cogvlm.checkpoints.hugging_face_folder import (
     has_base,
 )
 from sat_lora.cogvlm.checkpoints.hugging_face_names import hf_name
-from sat_lora.cogvlm.inputs.prompts import TEMPLATES
+from sat_lora.cogvlm.families import family_of
 from sat_lora.errors import CheckpointError
 from sat_lora.files.weight_files import Layout, make_safetensors_file
 
@@ -43,7 +41,7 @@ _REQUIRED_OF_VIT = (*(name for name in _REQUIRED if name != "vocab_size"), "in_c
 
 
 def refuse_inexpressible(config: dict, frequencies: torch.Tensor) -> None:
-    """Raise CheckpointError with every reason why a SAT model is no CogVLM of Hugging Face, whose code fixes much.
+    """Raise CheckpointError with every reason why a SAT model is none of Hugging Face, whose code fixes much.
 
     config: of SAT. frequencies: its rotary buffer, (head_dim / 2,).
     """
@@ -53,10 +51,11 @@ def refuse_inexpressible(config: dict, frequencies: torch.Tensor) -> None:
     problems += [f"no eva_args.{name} in its config" for name in (*_REQUIRED_OF_VIT, "image_size") if name not in vit]
     if problems:
         raise CheckpointError(f"no Hugging Face folder can be written: {'; '.join(problems)}")
-    base = config.get("rotary_base", ROTARY_BASE)
-    if base != ROTARY_BASE or not has_base(frequencies, ROTARY_BASE):
-        name = f"rotary base {base:g}" if base != ROTARY_BASE else "rotary frequencies of another base"
-        problems.append(f"{name} where the code has {ROTARY_BASE:g}")
+    family = family_of(config)
+    base = config.get("rotary_base", family.rotary_base)
+    if base != family.rotary_base or not has_base(frequencies, family.rotary_base):
+        name = f"rotary base {base:g}" if base != family.rotary_base else "rotary frequencies of another base"
+        problems.append(f"{name} where the code has {family.rotary_base:g}")
     for section, prefix, fixed in ((config, "", _FIXED), (vit, "eva_args.", VIT_FIXED)):
         for name, value in fixed.items():
             if name in section and section[name] != value and name not in _SAME_VALUES:
@@ -67,19 +66,18 @@ def refuse_inexpressible(config: dict, frequencies: torch.Tensor) -> None:
         if size is not None and size * heads != section["hidden_size"]:
             problems.append(f"{prefix}hidden_size_per_attention_head {size} where the code has hidden size / heads")
         few = section.get("num_multi_query_heads")
-        if few not in (None, 0, heads):
+        if few not in (None, 0, heads) and not (family.groups_heads and section is config):
             problems.append(f"{prefix}num_multi_query_heads {few} where the code has one key for each of {heads} heads")
     height, width = vit["image_size"]
-    patches = (height // vit["patch_size"]) ** 2
-    if height != width or config["image_length"] != patches:
+    if height != width or config["image_length"] != family.image_length(vit["image_size"], vit["patch_size"]):
         problems.append(
             f"images of {height} x {width} in {config['image_length']} patches of {vit['patch_size']} where the code "
             "has squares cut whole"
         )
     if problems:
         raise CheckpointError(
-            f"the code of Hugging Face's CogVLM cannot run this model: {'; '.join(problems)}; it stays a SAT folder "
-            "(leave out --to hf)"
+            f"the code of Hugging Face's {family.title} cannot run this model: {'; '.join(problems)}; it stays a "
+            "SAT folder (leave out --to hf)"
         )
 
 
@@ -106,7 +104,8 @@ def make_hugging_face_weights(
     hf_names = {name: hf for name in stored if (hf := hf_name(name)) is not None}
     foreign = [name for name in stored if name not in hf_names]
     if foreign:
-        raise CheckpointError(f"{', '.join(foreign[:8])}: no such parameter in a CogVLM of Hugging Face")
+        title = family_of(config).title
+        raise CheckpointError(f"{', '.join(foreign[:8])}: no such parameter in a {title} of Hugging Face")
     buffers = [FREQUENCIES.format(layer) for layer in range(config["num_layers"])]
     entries = {hf_names[name]: entry for name, entry in stored.items()}
     entries |= dict.fromkeys(buffers, (tuple(frequencies.shape), frequencies.dtype))
@@ -144,22 +143,36 @@ def write_json(path: Path, content: dict) -> None:
 
 def hugging_face_config(config: dict) -> dict:
     """Return the config.json for the sizes in SAT's model_config.json: the reverse of `HuggingFaceFolder.config`."""
-    vit = {"max_sequence_length": config["image_length"] + 1, "layernorm_epsilon": 1e-6, **config["eva_args"]}
+    family = family_of(config)
+    vit = {"layernorm_epsilon": 1e-6, **config["eva_args"]}
+    vit["max_sequence_length"] = (vit["image_size"][0] // vit["patch_size"]) ** 2 + 1
     defaults = {"max_sequence_length": 2048, "layernorm_epsilon": 1e-5, **config}
     vision = {hf_key: vit[name] for name, hf_key in VIT_SIZES.items()}
-    vision |= {"num_positions": config["image_length"] + 1, "image_size": vit["image_size"][0]}
-    template = TEMPLATES.get(str(config.get("text_processor_version")))
-    configuration, modeling = (Path(name).stem for name in REMOTE_CODE[:2])
+    vision |= {"image_size": vit["image_size"][0]}
+    template = family.templates.get(str(config.get("text_processor_version")))
+    configuration, modeling = (Path(name).stem for name in family.code[:2])
+    own: dict = {}
+    if family.groups_heads:
+        own["num_multi_query_heads"] = config["num_multi_query_heads"]
+    if family.has_cross_vision:
+        width = config["cross_hidden_size_per_attention_head"] * config["num_attention_heads"]
+        own |= {
+            "cross_hidden_size": config["cross_attn_hidden_size"],
+            "cross_compute_hidden_size": width,
+            "cross_image_size": config["cross_image_pix"],
+            **({"encoder_args": config["encoder_args"]} if config.get("encoder_args") else {}),
+        }
     return {
-        "architectures": ["CogVLMForCausalLM"],
-        "model_type": "cogvlm",
+        "architectures": [family.architecture],
+        "model_type": family.model_type,
         "auto_map": {
-            "AutoConfig": f"{configuration}.CogVLMConfig",
-            "AutoModelForCausalLM": f"{modeling}.CogVLMForCausalLM",
+            "AutoConfig": f"{configuration}.{family.config_class}",
+            "AutoModelForCausalLM": f"{modeling}.{family.architecture}",
         },
         **{hf_key: defaults[name] for name, hf_key in SIZES.items()},
+        **own,
         "hidden_act": "silu",
-        "rope_theta": ROTARY_BASE,
+        "rope_theta": family.rotary_base,
         "tie_word_embeddings": False,
         "use_cache": True,
         **({} if template is None else {"template_version": template}),

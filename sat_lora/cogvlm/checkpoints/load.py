@@ -1,4 +1,4 @@
-"""CogVLM from a model folder, SAT's or Hugging Face's, saved at any model-parallel size.
+"""A model from its folder, SAT's or Hugging Face's, saved at any model-parallel size.
 
 Each rank maps the files and copies its own slices: there is no whole model, nor a whole tensor, in anyone's memory.
 """
@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from sat_lora.cogvlm.checkpoints.hugging_face_folder import INDEX, SINGLE, HuggingFaceFolder
+from sat_lora.cogvlm.checkpoints.hugging_face_folder import INDEX, SINGLE, HuggingFaceFolder, is_computed
 from sat_lora.cogvlm.checkpoints.quantized_files import QuantizationNote
 from sat_lora.cogvlm.checkpoints.sat_folder import (
     PARTS,
@@ -21,6 +21,7 @@ from sat_lora.cogvlm.checkpoints.sat_folder import (
     save_weights,
     weight_problems,
 )
+from sat_lora.cogvlm.families import Family, family_of, family_of_names
 from sat_lora.cogvlm.network.model import VIT, CogVLMModel, build_cogvlm
 from sat_lora.cogvlm.sizes import missing_sizes
 from sat_lora.errors import CheckpointError, ConfigError
@@ -95,6 +96,7 @@ def _refuse_what_is_no_base(source: SatFolder | HuggingFaceFolder, state: dict) 
     if missing:
         lacking = f"{source.path}: the model config lacks {', '.join(missing)}"
         raise CheckpointError(f"{lacking}; it is not a CogVLM config, or not all of it is there; copy it again")
+    _refuse_other_family(source.path, family_of(config), state)
     for prefix, sizes in (("", config), (f"{VIT}.", config.get("eva_args", {}))):
         numbers = [re.match(re.escape(prefix) + r"transformer\.layers\.(\d{1,9})\.", str(name)) for name in state]
         layers = 1 + max((int(number[1]) for number in numbers if number), default=-1)
@@ -104,6 +106,16 @@ def _refuse_what_is_no_base(source: SatFolder | HuggingFaceFolder, state: dict) 
                 f"{source.path}: its config says {where}num_layers {sizes['num_layers']}, its weights have {layers} "
                 "layers; config and weights do not belong together"
             )
+
+
+def _refuse_other_family(folder: Path, family: Family, state: dict) -> None:
+    """Raise CheckpointError if the config is of one family, and the names of the weights are those of another."""
+    named = family_of_names(state)
+    if named is not family and any(name.startswith("mixins.") for name in map(str, state)):
+        raise CheckpointError(
+            f"{folder}: its config is of a {family.title}, and its weights are those of a {named.title}; copy both "
+            f"again, or, if the weights are right, {named.advice}"
+        )
 
 
 def shardings_of(model: nn.Module) -> dict[str, Sharding]:
@@ -277,7 +289,7 @@ class _OwnWeights:
         for saved_rank, state in self._states.items():
             where = f" in {source.files()[saved_rank].name}" if saved > 1 else ""
             for name, shape in shapes.items():
-                problem = _misfit(state, name, shape)
+                problem = None if name not in state and is_computed(name) else _misfit(state, name, shape)
                 if problem:
                     name_in_file = source.own_name(name)
                     problems.append(

@@ -173,7 +173,8 @@ class Decoder:
 
     def read_prompts(self) -> torch.Tensor:
         """Return the logits (batch, vocabulary) of the token after each prompt."""
-        vision = {key: self._batch[key] for key in ("images", "image_embed_mask", "vision_expert_mask")}
+        keys = ("images", "cross_images", "image_embed_mask", "vision_expert_mask")
+        vision = {key: self._batch[key] for key in keys if key in self._batch}
         logits = self._model(self._batch["input_ids"], self._batch["position_ids"], -1, cache=self.cache, **vision)[0]
         self.cache.holds_prompts = True
         return logits[:, -1]

@@ -1,5 +1,6 @@
 """Images to tensors, as CogVLM expects them."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy
@@ -31,7 +32,20 @@ def load_image(
     name: what the error calls it; None is the path. Raises DataError, as `read_picture` does, whatever keeps it from
     being read.
     """
-    return _normalised(read_picture(source, max_pixels=max_pixels, name=name), size)
+    (image,) = load_sizes(source, [size], name, max_pixels=max_pixels)
+    return image
+
+
+def load_sizes(
+    source: str | Path | bytes,
+    sizes: Sequence[tuple[int, int]],
+    name: str | None = None,
+    *,
+    max_pixels: int = MAX_PIXELS,
+) -> list[torch.Tensor]:
+    """Return what `load_image` gives for each of several sizes; the file is read once."""
+    picture = read_picture(source, max_pixels=max_pixels, name=name)
+    return [_normalised(picture, size) for size in sizes]
 
 
 def no_images(size: tuple[int, int], device: torch.device | None = None) -> torch.Tensor:

@@ -1,17 +1,13 @@
 """The prompt formats of the published CogVLM. Imports nothing heavy: the command line names them in its help."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from sat_lora.errors import ConfigError
+from sat_lora.cogvlm.families import COGVLM, family_of, hugging_face_family
+from sat_lora.errors import CheckpointError, ConfigError
 from sat_lora.files.foreign import read_json
 
 IMAGE_PLACE = "<EOI>"
-TEMPLATES = {"base": "base", "vqa": "vqa", "chat_old": "chat", "chat": "base"}
-"""The template of Hugging Face's published code for the prompts of a version here, which are SAT's; it makes none of
-`chat`, whose queries have to bring their [INST] along."""
-VERSIONS = {"base": "base", "vqa": "vqa", "chat": "chat_old"}
-"""The other way round: what that code calls chat is SAT's chat_old."""
 
 
 def _base(query, history):
@@ -80,15 +76,24 @@ def version_of(base: str | Path) -> str | None:
     """Return the prompt format that the config of a base names; None if it names none, or cannot be read.
 
     SAT's model_config.json says it as text_processor_version, Hugging Face's config.json as template_version, whose
-    names mean other prompts.
+    names mean other prompts in some families. Where it names none, it is the format of its family, if that has one.
     """
-    keys: tuple[tuple[str, str, Mapping[str, str]], ...]
-    keys = (("model_config.json", "text_processor_version", {}), ("config.json", "template_version", VERSIONS))
-    for file, key, versions in keys:
+    keys = (
+        ("model_config.json", "text_processor_version", family_of),
+        ("config.json", "template_version", hugging_face_family),
+    )
+    of_family = None
+    for file, key, find_family in keys:
         try:
-            version = read_json(Path(base) / file).get(key)
+            content = read_json(Path(base) / file)
+            version = content.get(key)
+            family = find_family(content) or COGVLM
         except (OSError, ValueError, AttributeError):
             continue
+        except CheckpointError:  # said where the folder is opened
+            family = COGVLM
         if version is not None:
-            return versions.get(str(version), str(version))
-    return None
+            names = family.versions if key == "template_version" else {}
+            return names.get(str(version), str(version))
+        of_family = of_family or family.version
+    return of_family

@@ -1,10 +1,10 @@
 """Prompts and token sequences, as the published CogVLM lays them out."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 
@@ -20,6 +20,7 @@ __all__ = [
     "PROMPTS",
     "Sample",
     "build_sample",
+    "end_tokens",
     "load_tokenizer",
     "position_ids_for",
     "prompt_for",
@@ -119,6 +120,17 @@ class Sample:
     image: torch.Tensor | None = None  # (3, height, width)
     left_out: int = 0  # tokens that did not fit: of answers and of the turns behind them, EOS among them
     more_images: tuple[torch.Tensor, ...] = ()  # those after `image`, in the order of their places
+    cross_images: tuple[torch.Tensor, ...] = ()  # the same pictures for a second vision encoder, where there is one
+
+
+def end_tokens(tokenizer, config: Mapping[str, Any]) -> tuple[int, ...]:
+    """Return the ids that end an answer: the tokenizer's EOS, and those that the config of a base lists beside it.
+
+    LLaMA 3 ends a turn with another token than a text.
+    """
+    listed = config.get("eos_token_id")
+    more = [number for number in listed if type(number) is int] if isinstance(listed, list) else []
+    return tuple(dict.fromkeys([tokenizer.eos_token_id, *more]))
 
 
 def shortest_length(tokenizer, prompt: str | Sequence[str], image_length: int, special_tokens: bool = False) -> int:
@@ -146,6 +158,7 @@ def build_sample(
     *,
     earlier: Sequence[Turn] = (),
     learns_earlier: bool = True,
+    joins_images: bool = False,
 ) -> Sample:
     """Return the sample of BOS, the earlier turns, prompt with its image, answer, EOS.
 
@@ -154,13 +167,13 @@ def build_sample(
     comes after it; a prompt that does not fit is an error, but that of a later turn, where the sample ends before it.
     prompt: with IMAGE_PLACE wherever an image goes, or the texts around the images. special_tokens: whether a text that
     spells one of the tokenizer's special tokens means it. earlier: the turns before; learns_earlier: whether their
-    answers are learnt as well.
+    answers are learnt as well. joins_images: images with nothing between them, frames of a film, share one position.
     A label is the token at its own place. Published templates have no EOS behind an earlier answer, yet it ends there:
     what is to be predicted in the place of the first token of the next prompt is EOS. So the loss of all answers is the
     sum of what each costs as the last one behind the same tokens.
     Raises DataError if a text cannot be encoded.
     """
-    sequence = _Sequence(tokenizer, image_length, max_length, special_tokens)
+    sequence = _Sequence(tokenizer, image_length, max_length, special_tokens, joins_images)
     if answer is None:
         for earlier_prompt, earlier_answer in earlier:
             sequence.add_prompt(earlier_prompt, is_limited=False)
@@ -183,8 +196,9 @@ def build_sample(
 class _Sequence:
     """The tokens of a sample while they are put together."""
 
-    def __init__(self, tokenizer, image_length: int, max_length: int, special_tokens: bool):
+    def __init__(self, tokenizer, image_length: int, max_length: int, special_tokens: bool, joins_images: bool):
         self.left_out = 0
+        self._joins_images = joins_images
         self._tokenizer = tokenizer
         self._image_length = image_length
         self._max_length = max_length
@@ -266,9 +280,12 @@ class _Sequence:
         length = self._image_length
         self._ids += [0] * (length + 2)
         self._labels += [IGNORED] * (length + 2)
+        touches = self._joins_images and self._embed[-1] == 1
+        if touches:
+            self._patches[-1] = 1
         self._embed += [1] * (length + 2)
         self._vision += [1] * (length + 1) + [0]
-        self._patches += [0] + [1] * length + [0]
+        self._patches += [int(touches)] + [1] * length + [0]
 
     def _refuse(self, length: int) -> NoReturn:
         raise ConfigError(f"--max_length: {self._max_length} is too short, this prompt alone takes {length} tokens")

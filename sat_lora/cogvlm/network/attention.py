@@ -26,8 +26,23 @@ def mask_kind(mask: torch.Tensor | int | None, query_length: int) -> str:
 
 
 def attend(query, key, value, mask, kind: str, dropout_p: float = 0.0) -> torch.Tensor:
-    """Return softmax attention (batch, heads, seq, head_dim) of three such tensors, scaled by head_dim^-0.5."""
+    """Return softmax attention (batch, heads, seq, head_dim) of three such tensors, scaled by head_dim^-0.5.
+
+    Keys and values may have fewer heads, of which each serves as many of the query's in a row.
+    """
+    key = repeat_heads(key, query.shape[1])
+    value = repeat_heads(value, query.shape[1])
     allowed = (mask > 0) if kind == MASKED else None
     return F.scaled_dot_product_attention(
         query, key, value, attn_mask=allowed, dropout_p=dropout_p, is_causal=kind == CAUSAL
     )
+
+
+def repeat_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
+    """Return x (batch, fewer heads, seq, head_dim) as (batch, heads, seq, head_dim), each head so many times in a row.
+
+    x itself where it has as many.
+    """
+    if x.shape[1] == heads:
+        return x
+    return x.unsqueeze(2).expand(-1, -1, heads // x.shape[1], -1, -1).flatten(1, 2)

@@ -8,10 +8,10 @@ from torch.nn import functional as F
 
 from sat_lora._sat import BaseMixin, ColumnParallelLinear
 from sat_lora.cogvlm.inputs.text import IGNORED
-from sat_lora.cogvlm.network.gradient_sum import undo_gradient_sum
 from sat_lora.cogvlm.network.key_value_cache import KeyValueCache
 from sat_lora.cogvlm.network.recompute import recompute_rows
 from sat_lora.cogvlm.network.routing import to_device
+from sat_lora.parallel.gradient_sum import undo_gradient_sum
 
 CHUNK_ROWS = 1024
 PARTITIONED_CHUNKS = 8

@@ -6,7 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def rotary(
-    mixed, query, key, value, cos, sin, seq, heads, half,
+    mixed, query, key, value, cos, sin, seq, heads, key_heads, half,
     q_batch, q_head, q_seq, k_batch, k_head, k_seq, v_batch, v_head, v_seq,
     INVERSE: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
@@ -17,8 +17,9 @@ def rotary(
     place = token % seq
     head = tl.arange(0, HEADS)[:, None]
     column = tl.arange(0, HALF)[None, :]
-    inside = (head < heads) & (column < half)
-    in_mixed = mixed + (token * 3 + part) * heads * 2 * half + head * 2 * half + column
+    before = tl.where(part == 0, 0, heads + (part - 1) * key_heads)  # heads of the token that lie before this part's
+    inside = (head < tl.where(part == 0, heads, key_heads)) & (column < half)
+    in_mixed = mixed + (token * (heads + 2 * key_heads) + before + head) * 2 * half + column
     if part == 0:
         in_heads = query + batch * q_batch + place * q_seq + head * q_head + column
     elif part == 1:

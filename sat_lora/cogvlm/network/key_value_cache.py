@@ -4,6 +4,7 @@ import torch
 from torch.nn import functional as F
 
 from sat_lora._sat import BaseModel
+from sat_lora.cogvlm.network.attention import repeat_heads
 
 ALIGNMENT = 8  # places; SDPA's CUDA kernels copy a mask whose rows are not a multiple of 16 bytes long
 
@@ -11,9 +12,10 @@ ALIGNMENT = 8  # places; SDPA's CUDA kernels copy a mask whose rows are not a mu
 class KeyValueCache:
     """What attention needs of the tokens that were read: the prompts, then one token of every row after another.
 
-    keys, values: (layers, rows, heads of this rank, places, head_dim) in the model's dtype, row i's tokens at places
-    0 .. lengths[i] - 1; `places` is `max_length` rounded up to a multiple of 8. Prompts are padded on the right: causal
-    attention hides the padding from them, and the mask hides it from later tokens, which overwrite it one by one.
+    keys, values: (layers, rows, heads of this rank, places, head_dim) in the model's dtype, the heads those of keys
+    where they are fewer; row i's tokens at places 0 .. lengths[i] - 1; `places` is `max_length` rounded up to a
+    multiple of 8. Prompts are padded on the right: causal attention hides the padding from them, and the mask hides it
+    from later tokens, which overwrite it one by one.
 
     fixed_shapes: a step looks at all places, so that every shape is the same for all steps; otherwise at those that
     the longest row has filled, which gives what attention without a cache gives, bit for bit.
@@ -40,11 +42,15 @@ class KeyValueCache:
         device = lengths.device
         places = -(-max_length // ALIGNMENT) * ALIGNMENT
         head_dim = attention.hidden_size_per_attention_head
-        shape = (len(layers), rows, attention.num_attention_heads_per_partition, places, head_dim)
+        heads = attention.num_multi_query_heads_per_partition or attention.num_attention_heads_per_partition
+        shape = (len(layers), rows, heads, places, head_dim)
         self.lengths = lengths.clone()
         # Zeros, since a masked place gets the weight 0 and not every number times 0 is 0.
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros_like(self.keys)
+        self.cross: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        """Keys and values of a second vision encoder by layer, of the batch's rows `cross_rows`."""
+        self.cross_rows: torch.Tensor | None = None
         self.holds_prompts = False
         self.fixed_shapes = fixed_shapes
         self._longest = 0  # tokens of the longest row, known without asking the device
@@ -60,11 +66,16 @@ class KeyValueCache:
             self._longest = key.shape[2]
             self.keys[layer, :, :, : self._longest] = key
             self.values[layer, :, :, : self._longest] = value
+            key = repeat_heads(key, query.shape[1])
+            value = repeat_heads(value, query.shape[1])
             return F.scaled_dot_product_attention(query, key, value, is_causal=True)
         keys, values = self._layers_in_use[layer]
         keys.scatter_(2, self._write_places, key)
         values.scatter_(2, self._write_places, value)
-        return F.scaled_dot_product_attention(query, keys, values, attn_mask=self._mask_in_use)
+        # Heads that share a key are as good as several tokens of one head, all with the same mask: nothing is repeated.
+        by_key = query.reshape(len(query), keys.shape[1], -1, query.shape[-1])
+        context = F.scaled_dot_product_attention(by_key, keys, values, attn_mask=self._mask_in_use)
+        return context.reshape(query.shape)
 
     def last_tokens(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return the hidden states (rows, 1, hidden) of each prompt's last token, or of the step's only one.

@@ -1,9 +1,11 @@
-"""CogVLM as a SAT model: the published parameter names, and a graph that has one shape whatever the batch holds."""
+"""CogVLM and its successors as a SAT model: the published parameter names, and a graph that has one shape whatever the
+batch holds.
+"""
 
 import os
 from argparse import Namespace
 from contextlib import nullcontext
-from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,11 +13,14 @@ from torch.nn import functional as F
 
 from sat_lora._sat import BaseModel, mpu
 from sat_lora._sat import RMSNorm as SatRMSNorm
+from sat_lora.cogvlm.families import encoder_sizes, family_of
+from sat_lora.cogvlm.inputs.image import no_images
 from sat_lora.cogvlm.network.attention import MASKED, mask_kind
+from sat_lora.cogvlm.network.cross_vision import CrossVision
 from sat_lora.cogvlm.network.experts import ExpertAttention, ExpertMlp
 from sat_lora.cogvlm.network.head import LabelledRows, LanguageModelHead, OnLogits
 from sat_lora.cogvlm.network.key_value_cache import KeyValueCache
-from sat_lora.cogvlm.network.recompute import LayerCheckpointing
+from sat_lora.cogvlm.network.recompute import LayerCheckpointing, lowest_trained_block
 from sat_lora.cogvlm.network.routing import TokenRouting, to_device
 from sat_lora.cogvlm.network.vision import ImageTokens
 from sat_lora.cogvlm.sizes import head_problems, missing_sizes, size_problems
@@ -41,7 +46,8 @@ class RMSNorm(SatRMSNorm):
 class CogVLMModel(BaseModel):
     """CogVLM, of a language transformer with visual experts, EVA2-CLIP vision transformer and projector.
 
-    `args` holds the fields of `model_config.json`; build one with `build_cogvlm`.
+    The same class serves its successors: what differs is in the `family` of the sizes. `args` holds the fields of
+    `model_config.json`; build one with `build_cogvlm`.
     """
 
     def __init__(self, args: Namespace, params_dtype=torch.float32, **kwargs):
@@ -56,18 +62,34 @@ class CogVLMModel(BaseModel):
         del self.transformer.position_embeddings
         self.checkpointing = LayerCheckpointing(self)
         common = dict(params_dtype=params_dtype, skip_init=args.skip_init)
+        self.family = family = family_of(vars(args))
         self.image_length = args.image_length
         self.add_mixin("lm", LanguageModelHead(args.vocab_size, args.hidden_size, **common))
         vit_args = Namespace(**args.eva_args)
-        self.add_mixin("eva", ImageTokens(vit_args, args.hidden_size, args.inner_hidden_size, params_dtype))
-        self.add_mixin("mlp", ExpertMlp(args.num_layers, args.hidden_size, args.inner_hidden_size, **common))
-        rotary_base = getattr(args, "rotary_base", 10000.0)
-        self.add_mixin(
-            "rotary",
-            ExpertAttention(
-                args.num_layers, args.hidden_size, args.num_attention_heads, rotary_base=rotary_base, **common
-            ),
+        eva = ImageTokens(
+            vit_args,
+            args.hidden_size,
+            args.inner_hidden_size,
+            params_dtype,
+            convolves=family.convolves,
+            adds_positions=family.has_cross_vision,
         )
+        self.add_mixin("eva", eva)
+        experts = dict(has_vision_experts=family.has_vision_experts, **common)
+        self.add_mixin("mlp", ExpertMlp(args.num_layers, args.hidden_size, args.inner_hidden_size, **experts))
+        attention = ExpertAttention(
+            args.num_layers,
+            args.hidden_size,
+            args.num_attention_heads,
+            rotary_base=getattr(args, "rotary_base", family.rotary_base),
+            key_heads=args.num_multi_query_heads if family.groups_heads else None,
+            vision_bias=family.vision_has_bias,
+            **experts,
+        )
+        self.add_mixin("rotary", attention)
+        if family.has_cross_vision:
+            sizes = encoder_sizes(vars(args))
+            self.add_mixin("encoder", CrossVision(sizes, args.cross_image_pix, vit_args.checkpoint_activations))
 
     def position_embedding_forward(self, *args, **kw_args):
         """Return None: positions enter by rotation, in the attention."""
@@ -79,6 +101,7 @@ class CogVLMModel(BaseModel):
         attention_mask: torch.Tensor | int | None = -1,
         *,
         images: torch.Tensor | None = None,
+        cross_images: torch.Tensor | None = None,
         image_embed_mask: torch.Tensor | None = None,
         vision_expert_mask: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
@@ -89,9 +112,11 @@ class CogVLMModel(BaseModel):
         """Return [logits (batch, seq, vocabulary), then SAT's dictionary of each layer].
 
         input_ids, position_ids, image_embed_mask, vision_expert_mask: (batch, seq). images: (images, 3, height, width)
-        in the order in which their places appear in the batch. attention_mask: -1 is causal, None is full, or a tensor
-        with 1 where a query may look. cache: keeps keys and values and has the head read each row's last token alone,
-        logits (batch, 1, vocabulary); once it holds the prompts, the tokens are the next one of each row, all language.
+        in the order in which their places appear in the batch. cross_images: (images, 3, side, side), the same pictures
+        for a second vision encoder, where the family has one: at most one for each row. attention_mask: -1 is causal,
+        None is full, or a tensor with 1 where a query may look. cache: keeps keys and values and has the head read each
+        row's last token alone, logits (batch, 1, vocabulary); once it holds the prompts, the tokens are the next one of
+        each row, all language.
         labels: (batch, seq), IGNORED where a token is not to be learnt; with them a scalar takes the logits' place, the
         sum of the cross-entropies of the labelled tokens given those before them, in float32. The head then runs on
         those positions alone, and on_logits is given what it makes of them. Both masks and the labels may stay on the
@@ -101,13 +126,17 @@ class CogVLMModel(BaseModel):
             images = None
             routing = None
             places = None
+            more = self._cross_inputs_of_step(cache)
         else:
             nothing = torch.zeros(input_ids.shape)
-            experts = nothing if vision_expert_mask is None else vision_expert_mask
-            routing = TokenRouting.from_mask(experts, input_ids.device)
+            routing = None
+            if self.family.has_vision_experts:
+                experts = nothing if vision_expert_mask is None else vision_expert_mask
+                routing = TokenRouting.from_mask(experts, input_ids.device)
             mask = nothing if image_embed_mask is None else image_embed_mask
             places = to_device(mask.reshape(-1).nonzero()[:, 0], input_ids.device)
             images = self._check_images(images, len(places))
+            more = self._cross_inputs(cross_images, mask, len(images), input_ids.device, cache)
         kind = mask_kind(attention_mask, input_ids.shape[1])
         rotary = self.mixins["rotary"].rotary_emb
         return super().forward(
@@ -121,14 +150,58 @@ class CogVLMModel(BaseModel):
             attention_kind=kind,
             labelled=None if labels is None else LabelledRows.from_labels(labels, input_ids.device, on_logits),
             cache=cache,
+            **more,
             **kw_args,
         )
 
-    def layer_forward(self, hidden_states, mask, *args, **kw_args):
-        """Return the layer's output, recomputed in backward where that is switched on and of use; SAT's hook."""
+    def layer_forward(self, hidden_states, mask, *args, encoder_outputs: torch.Tensor | None = None, **kw_args):
+        """Return the layer's output, recomputed in backward where that is switched on and of use; SAT's hook.
+
+        encoder_outputs: of the second vision encoder, for this layer and those behind it.
+        """
         number = int(kw_args["layer_id"])
-        layer = partial(self.transformer.layers[number], **kw_args)
-        return self.checkpointing.run(layer, number, self, hidden_states, mask)
+        more = () if encoder_outputs is None else (encoder_outputs,)
+        if encoder_outputs is not None:
+            kw_args["output_cross_layer"]["encoder_outputs"] = encoder_outputs
+
+        def layer(x: torch.Tensor, mask: torch.Tensor, *more: torch.Tensor) -> torch.Tensor:
+            cross: dict[str, Any] = dict(encoder_outputs=more[0], cross_attention_mask=None) if more else {}
+            return self.transformer.layers[number](x, mask, **cross, **kw_args)
+
+        return self.checkpointing.run(layer, number, self, hidden_states, mask, *more)
+
+    def _cross_inputs(
+        self,
+        cross_images: torch.Tensor | None,
+        mask: torch.Tensor,
+        images: int,
+        device: torch.device,
+        cache: KeyValueCache | None,
+    ) -> dict[str, Any]:
+        """Return what the second vision encoder's mixin takes, where there is one; mask: (batch, seq), of the images.
+
+        Raises DataError where a row has several images, or not each of them comes in both sizes.
+        """
+        if not self.family.has_cross_vision:
+            return {}
+        rows = mask.flatten(1).any(1).nonzero()[:, 0]
+        if cross_images is None and len(rows) == 0:
+            # Nothing is asked of a parameter here: ZeRO-3 would gather it, on the ranks without images alone.
+            cross_images = no_images(self.mixins["encoder"].image_size, device)
+        count = 0 if cross_images is None else len(cross_images)
+        if cross_images is None or len(rows) not in (0, count) or (len(rows) and images != count):
+            raise DataError(
+                f"{len(rows)} rows of the batch have places for images, and there are {images} images and {count} for "
+                f"the second encoder; {self.family.title} takes one picture in each row, in both sizes"
+            )
+        rows = to_device(rows, device)
+        if cache is not None:
+            cache.cross_rows = rows
+        lowest = lowest_trained_block(self) if torch.is_grad_enabled() else 0
+        return {"cross_images": cross_images[: len(rows)], "cross_rows": rows, "lowest_block": lowest}
+
+    def _cross_inputs_of_step(self, cache: KeyValueCache) -> dict[str, Any]:
+        return {"cross_images": None, "cross_rows": cache.cross_rows} if self.family.has_cross_vision else {}
 
     def _check_images(self, images: torch.Tensor | None, places: int) -> torch.Tensor:
         if images is None and places == 0:
@@ -154,7 +227,7 @@ def parallel_problems(config: dict, mp_size: int, ranks: int) -> list[str]:
         )
     vit = config.get("eva_args", {})
     names = ("num_attention_heads", "hidden_size", "inner_hidden_size")
-    sizes = {name: config.get(name) for name in (*names, "vocab_size")}
+    sizes = {name: config.get(name) for name in (*names, "vocab_size", "num_multi_query_heads")}
     sizes |= {f"eva_args.{name}": vit.get(name) for name in names}
     uneven = [f"{name} {size}" for name, size in sizes.items() if isinstance(size, int) and mp_size and size % mp_size]
     if uneven:

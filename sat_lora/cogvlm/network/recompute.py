@@ -29,11 +29,12 @@ from sat_lora._sat import BaseModel, checkpoint
 
 _ADAPTER = re.compile(r"mixins\.[^.]+\.adapters\.(?:mixins\.eva\.vit_model\.)?")  # then comes the adapted layer's name
 _LAYER = re.compile(r"(?:transformer\.layers|mixins\.(?:mlp|rotary)\.\w+)\.(\d+)\.")
-_BEFORE_LAYERS = re.compile(r"mixins\.eva\.|transformer\.word_embeddings\.")
+_BEFORE_LAYERS = re.compile(r"mixins\.(?:eva|encoder)\.|transformer\.word_embeddings\.")
+_ENCODER_BLOCK = re.compile(r"mixins\.encoder\.vit\.model\.blocks\.(\d+)\.")
 _AFTER_LAYERS = re.compile(r"mixins\.lm\.|transformer\.final_layernorm\.")
 
-Layer = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""What gives hidden states for hidden states and a mask."""
+Layer = Callable[..., torch.Tensor]
+"""What gives hidden states for hidden states, a mask, and other tensors through which gradients flow."""
 
 
 class LayerCheckpointing:
@@ -46,19 +47,27 @@ class LayerCheckpointing:
         self._lowest = 0.0
         model.transformer.checkpoint_activations = False
 
-    def run(self, layer: Layer, number: int, model: BaseModel, hidden_states: torch.Tensor, mask: torch.Tensor):
-        """Return `layer(hidden_states, mask)`, recomputed in backward if a gradient flows through it."""
+    def run(
+        self,
+        layer: Layer,
+        number: int,
+        model: BaseModel,
+        hidden_states: torch.Tensor,
+        mask: torch.Tensor,
+        *more: torch.Tensor,
+    ):
+        """Return `layer(hidden_states, mask, *more)`, recomputed in backward if a gradient flows through it."""
         if not (self.active and torch.is_grad_enabled()):
-            return layer(hidden_states, mask)
-        if not hidden_states.requires_grad:
+            return layer(hidden_states, mask, *more)
+        if not any(tensor.requires_grad for tensor in (hidden_states, *more)):
             if number == 0:
                 self._lowest = lowest_trained_layer(model)
             if number < self._lowest:
-                return layer(hidden_states, mask)
+                return layer(hidden_states, mask, *more)
             hidden_states = hidden_states.detach().requires_grad_()
         if self.from_host:
-            return checkpoint_from_host(checkpoint, layer, hidden_states, mask)
-        return checkpoint(layer, hidden_states, mask)
+            return checkpoint_from_host(checkpoint, layer, hidden_states, mask, *more)
+        return recompute_layer(layer, hidden_states, mask, *more)
 
 
 def lowest_trained_layer(model: nn.Module) -> float:
@@ -68,6 +77,18 @@ def lowest_trained_layer(model: nn.Module) -> float:
     may be used in any layer: that is 0.
     """
     return min((_layer_of(name) for name, p in model.named_parameters() if p.requires_grad), default=float("inf"))
+
+
+def lowest_trained_block(model: nn.Module) -> float:
+    """Return the number of the first block of a second vision encoder that holds something trainable, see above."""
+    names = (_ADAPTER.sub("", name.replace("/", ".")) for name, p in model.named_parameters() if p.requires_grad)
+    blocks = (match for match in map(_ENCODER_BLOCK.match, names) if match is not None)
+    return min((int(match[1]) for match in blocks), default=float("inf"))
+
+
+def recompute_layer(layer: Layer, *inputs: torch.Tensor) -> torch.Tensor:
+    """Return `layer(*inputs)`, recomputed in backward; some input has to ask for a gradient."""
+    return checkpoint(layer, *inputs)
 
 
 def _layer_of(name: str) -> float:

@@ -55,9 +55,12 @@ class TokenRouting:
         return _Permute.apply(rows, self.restore, self.order).view(*x.shape[:-1], -1)
 
 
-def route(routing: TokenRouting | None, vision: Linear, language: Linear, x: torch.Tensor) -> torch.Tensor:
-    """Return `routing.apply`, or the language expert's output if there is no routing: a cached decoding step."""
-    return language(x) if routing is None else routing.apply(vision, language, x)
+def route(routing: TokenRouting | None, vision: Linear | None, language: Linear, x: torch.Tensor) -> torch.Tensor:
+    """Return `routing.apply`, or the language expert's output if there is no routing: a cached decoding step.
+
+    vision: None where the model has no visual expert, and so no routing.
+    """
+    return language(x) if routing is None or vision is None else routing.apply(vision, language, x)
 
 
 def to_device(indices: torch.Tensor, device: torch.device | None) -> torch.Tensor:

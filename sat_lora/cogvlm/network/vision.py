@@ -1,4 +1,4 @@
-"""The image side of CogVLM: the EVA2-CLIP vision transformer, the projector, and the tokens they put into the text.
+"""The image side: the EVA2-CLIP vision transformer, the projector, and the tokens they put into the text.
 
 Parameter names and shapes follow the published SAT checkpoints (mixin `eva`).
 """
@@ -13,8 +13,8 @@ from sat_lora._sat import BaseMixin, BaseModel, ImagePatchEmbeddingMixin, ViTPro
 from sat_lora.cogvlm.inputs.image import no_images
 from sat_lora.cogvlm.network.attention import FULL, attend
 from sat_lora.cogvlm.network.fused import silu_mul
-from sat_lora.cogvlm.network.gradient_sum import undo_gradient_sum
 from sat_lora.cogvlm.network.recompute import LayerCheckpointing
+from sat_lora.parallel.gradient_sum import undo_gradient_sum
 
 
 class PositionEmbedding(BaseMixin):
@@ -110,11 +110,28 @@ class Projector(nn.Module):
 
 
 class ImageTokens(BaseMixin):
-    """The mixin that puts [begin of image, patches, end of image] into the word embeddings."""
+    """The mixin that puts [begin of image, patches, end of image] into the word embeddings.
 
-    def __init__(self, vit_args: Namespace, hidden_size, inner_hidden_size, params_dtype):
+    convolves: two by two patches become one. adds_positions: a learned embedding is added to each patch behind the
+    vision transformer, which has its own.
+    """
+
+    def __init__(
+        self,
+        vit_args: Namespace,
+        hidden_size,
+        inner_hidden_size,
+        params_dtype,
+        *,
+        convolves: bool = False,
+        adds_positions: bool = False,
+    ):
         super().__init__()
         self.vit_model = EVA2CLIPModel(vit_args, params_dtype=params_dtype)
+        width = vit_args.hidden_size
+        self.conv = nn.Conv2d(width, width, kernel_size=2, stride=2) if convolves else None
+        patches = self.vit_model.transformer.property.num_patches
+        self.pos_embed = nn.Parameter(torch.zeros(patches, width)) if adds_positions else None
         self.linear_proj = Projector(vit_args.hidden_size, hidden_size, inner_hidden_size)
         self.boi = nn.Parameter(torch.zeros(1, 1, hidden_size))
         self.eoi = nn.Parameter(torch.zeros(1, 1, hidden_size))
@@ -125,11 +142,17 @@ class ImageTokens(BaseMixin):
         return no_images(grid.image_size, self.boi.device)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Return the tokens (images, patches + 2, hidden) of images (images, 3, height, width).
+        """Return the tokens (images, image_length + 2, hidden) of images (images, 3, height, width).
 
         To be called as a module, so that ZeRO-3 gathers boi and eoi.
         """
-        patches = self.linear_proj(self.vit_model(images.to(self.boi.dtype)))
+        patches = self.vit_model(images.to(self.boi.dtype))
+        if self.pos_embed is not None:
+            patches = patches + self.pos_embed
+        if self.conv is not None:
+            grid = patches.transpose(1, 2).unflatten(2, self.vit_model.transformer.property.grid_size)
+            patches = self.conv(grid).flatten(2).transpose(1, 2)
+        patches = self.linear_proj(patches)
         ends = (end.expand(len(images), -1, -1) for end in (self.boi, self.eoi))
         return torch.cat([next(ends), patches, next(ends)], dim=1)
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from sat_lora.cogvlm.families import family_of
 from sat_lora.cogvlm.inputs.text import IGNORED
 from sat_lora.findings.finding import Finding, looks_for
 from sat_lora.training.steps.broken_samples import broken_in
@@ -109,12 +110,10 @@ def model_config_findings(config: dict, folder: str) -> list[Finding]:
     vit = config.get("eva_args", {})
     if not vit.get("image_size") or not vit.get("patch_size"):
         return []
-    patches = 1
-    for side in vit["image_size"]:
-        patches *= side // vit["patch_size"]
-    if patches == config.get("image_length"):
+    places = family_of(config).image_length(vit["image_size"], vit["patch_size"])
+    if places == config.get("image_length"):
         return []
-    seen = f"images of {vit['image_size']} in patches of {vit['patch_size']} make {patches}, image_length is "
+    seen = f"images of {vit['image_size']} in patches of {vit['patch_size']} make {places}, image_length is "
     return [Finding(code="image-tokens", seen=seen + str(config.get("image_length")), file=folder)]
 
 

@@ -75,7 +75,7 @@ def answer_samples(
         for side, name in ({"adapter": None} if sides is None else sides).items():
             if sides is not None:
                 _let_answer(model, name)
-            tokens = generate(model, batch, max_new_tokens=longest, eos_token_id=dataset.tokenizer.eos_token_id)
+            tokens = generate(model, batch, max_new_tokens=longest, eos_token_id=dataset.ends)
             said[side] = [dataset.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in tokens]
             if right is not None:
                 likelihoods[side] = _likelihoods(model, right, dataset.image_size, world)

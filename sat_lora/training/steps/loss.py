@@ -7,6 +7,7 @@ from sat_lora.cogvlm.inputs.text import IGNORED
 from sat_lora.cogvlm.network.head import OnLogits
 
 MODEL_INPUTS = ("input_ids", "position_ids", "images", "image_embed_mask", "vision_expert_mask", "labels")
+CROSS_IMAGES = "cross_images"  # only in batches for a model with a second vision encoder, and there not without images
 
 
 def answer_loss_sum(model, batch: dict, on_logits: OnLogits | None = None) -> torch.Tensor:
@@ -16,6 +17,8 @@ def answer_loss_sum(model, batch: dict, on_logits: OnLogits | None = None) -> to
     gradients, on_logits is given what it makes of them.
     """
     inputs = {key: batch[key] for key in MODEL_INPUTS}
+    if CROSS_IMAGES in batch:
+        inputs[CROSS_IMAGES] = batch[CROSS_IMAGES]
     if on_logits is not None:
         inputs["on_logits"] = on_logits
     return model(inputs.pop("input_ids"), inputs.pop("position_ids"), -1, **inputs)[0]

@@ -73,6 +73,21 @@ def check_rotary(dtype, batch, seq, heads, head_dim, layout):
     assert all(torch.equal(one, other) for one, other in zip(got, again))
 
 
+def check_rotary_of_grouped_heads(dtype):
+    """Fewer heads of keys and values than of queries, each block by itself in the fused tensor."""
+    torch.manual_seed(1)
+    mixed = torch.randn(2, 5, (6 + 2 * 3) * 8).to(dtype)
+    angle = torch.rand(2, 1, 5, 4, dtype=torch.float64) * 100
+    cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+    weights = [torch.randn(2, heads, 5, 8).to(dtype) for heads in (6, 3, 3)]
+    exact = with_gradients(
+        lambda mixed: rotary(mixed, cos.double(), sin.double(), 8, 3), [mixed.double()], [w.double() for w in weights]
+    )
+    got = with_gradients(lambda mixed: fused._Rotary.apply(mixed, cos, sin, 8, 3), [mixed], weights)
+    assert_rounded_once(got, exact, dtype)
+    assert torch.equal(got[2], mixed[..., 9 * 8 :].unflatten(-1, (3, 8)).transpose(1, 2))
+
+
 def check_silu_mul(dtype, shape, layout):
     torch.manual_seed(len(shape))
     gate, up, weight = 4 * torch.randn(3, *shape).to(dtype)
@@ -90,6 +105,7 @@ def check_all(dtype, rotary_sizes=SIZES):
     for sizes in rotary_sizes:
         for layout in ("contiguous", "strided"):
             check_rotary(dtype, *sizes, layout)
+    check_rotary_of_grouped_heads(dtype)
     for shape in ((1,), (3, 7), (0, 8), (2, 3, 401), (1025,)):
         for layout in ("contiguous", "strided"):
             check_silu_mul(dtype, shape, layout)
@@ -113,7 +129,7 @@ from sat_lora.cogvlm.network import kernels
 
 sizes = dict(INVERSE=True, HEADS=32, HALF=64, BLOCK=1024)
 strides = {name for name in kernels.rotary.arg_names if name[:2] in ("q_", "k_", "v_")}
-counts = strides | {"seq", "heads", "half", "size"}
+counts = strides | {"seq", "heads", "key_heads", "half", "size"}
 for kernel in (kernels.rotary, kernels.silu_mul, kernels.silu_mul_backward):
     constants = {name: sizes[name] for name in kernel.arg_names if name.isupper()}
     signature = {name: "i32" if name in counts else "*bf16" for name in kernel.arg_names}

@@ -6,6 +6,8 @@ follows here gives each rank the whole: the column-parallel head sums by itself,
 every rank. So at model-parallel size n every gradient below would come out n times too large.
 """
 
+from typing import Any
+
 import torch
 
 from sat_lora.parallel.sharding import model_parallel_layout
@@ -13,16 +15,19 @@ from sat_lora.parallel.sharding import model_parallel_layout
 
 class _DivideGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, divisor):
+    def forward(ctx: Any, x: torch.Tensor, divisor: int) -> torch.Tensor:
         ctx.divisor = divisor
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
         return grad / ctx.divisor, None
 
 
 def undo_gradient_sum(final_hidden: torch.Tensor) -> torch.Tensor:
     """Return what a `final_forward` hook receives; its gradient is divided by the model-parallel size."""
     _, size = model_parallel_layout()
-    return final_hidden if size == 1 else _DivideGradient.apply(final_hidden, size)
+    if size == 1:
+        return final_hidden
+    divided: torch.Tensor = _DivideGradient.apply(final_hidden, size)
+    return divided

@@ -1,0 +1,291 @@
+"""The families of models that the network serves, one description each, and which of them a config is of.
+
+family          beside CogVLM's parts
+cogvlm          nothing
+cogvlm2         fewer keys than queries, a bias in the visual experts' q/k/v, a convolution after the ViT
+cogvlm2-video   the same without visual experts; the frames of a film are its images
+cogagent        a second vision encoder, at which every layer looks by cross-attention
+
+The sizes of published models are in `published/`, as model_config.json has them. Imports nothing heavy.
+"""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from sat_lora.errors import CheckpointError
+from sat_lora.files.foreign import read_json
+from sat_lora.printable import printable
+
+PUBLISHED = Path(__file__).parent / "published"
+CODE = ("configuration_{}.py", "modeling_{}.py", "visual.py", "util.py")
+_TEMPLATES = MappingProxyType({"base": "base", "vqa": "vqa", "chat_old": "chat", "chat": "base"})
+ENCODER = MappingProxyType({
+    "num_layers": 24, "num_layers_run": 23, "hidden_size": 1024, "num_attention_heads": 16, "inner_hidden_size": 2730,
+    "patch_size": 14, "in_channels": 3, "head_size": 768, "trained_side": 16, "layernorm_epsilon": 1e-6,
+})  # fmt: skip
+"""The sizes of the second vision encoder, which the published code has written into it. `encoder_args` names others."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """What tells the models of one family from those of another."""
+
+    name: str
+    title: str
+    model_class: str
+    """What SAT's model_config.json calls it."""
+    rotary_base: float = 10000.0
+    """The base of the published code, which reads it from nowhere; SAT's `rotary_base` may name another."""
+    key_value_heads: int | None = None
+    """What Hugging Face's config means where it does not say; None: as many as there are heads, and it never says."""
+    has_vision_experts: bool = True
+    vision_has_bias: bool = False
+    """Whether q/k/v of the visual experts have a bias; those of the language have none."""
+    convolves: bool = False
+    """Whether two by two patches become one place in the text."""
+    has_cross_vision: bool = False
+    """Whether there is a second vision encoder."""
+    takes_frames: bool = False
+    """Whether its images are the frames of a film."""
+    version: str | None = None
+    """The prompt format where a folder names none; None: it is not known."""
+    most_images: int | None = None
+    """The most images of a sample; None where the network takes any number."""
+
+    # Hugging Face's side
+    architecture: str
+    model_type: str
+    config_class: str
+    example: str
+    """The name of a published folder."""
+    tokenizer: str
+    """The name of its tokenizer."""
+    code: tuple[str, ...] = tuple(name.format("cogvlm") for name in CODE)
+    """The files with the model's code, as `transformers` takes them from the folder; the first two have its classes."""
+    templates: Mapping[str, str] = field(default_factory=lambda: _TEMPLATES)
+    """The template of that code for the prompts of a version here, which are SAT's."""
+    versions: Mapping[str, str] = field(
+        default_factory=lambda: MappingProxyType({"base": "base", "vqa": "vqa", "chat": "chat_old"})
+    )
+    """The other way round."""
+
+    def __reduce__(self) -> tuple:
+        """Return how to come by it again: a copy of a model has the same family, not another that is like it."""
+        return _named, (self.name,)
+
+    @property
+    def advice(self) -> str:
+        """Which sizes make a model_config.json one of this family, as a clause."""
+        if self.has_cross_vision:
+            return "set cross_image_pix, cross_attn_hidden_size and cross_hidden_size_per_attention_head in it"
+        if not self.groups_heads:
+            return "take num_multi_query_heads and cross_image_pix out of it"
+        layers = "leave num_vision_layers out" if self.has_vision_experts else "num_vision_layers to 0"
+        return f"set num_multi_query_heads in it ({self.key_value_heads} in the published model), and {layers}"
+
+    @property
+    def groups_heads(self) -> bool:
+        """Whether several heads of queries share one of keys and values."""
+        return self.key_value_heads is not None
+
+    def image_length(self, size: tuple[int, int] | list[int], patch: int) -> int:
+        """Return how many places an image of (height, width) takes in the text, both ends aside."""
+        rows, columns = (side // patch // (2 if self.convolves else 1) for side in size)
+        return rows * columns
+
+
+COGVLM = Family(
+    name="cogvlm",
+    title="CogVLM",
+    model_class="CogVLMModel",
+    architecture="CogVLMForCausalLM",
+    model_type="cogvlm",
+    example="cogvlm-chat-hf",
+    tokenizer="vicuna-7b-v1.5",
+    config_class="CogVLMConfig",
+)
+COGVLM2 = Family(
+    name="cogvlm2",
+    title="CogVLM2",
+    model_class="CogVLM2Model",
+    rotary_base=500000.0,
+    key_value_heads=8,
+    vision_has_bias=True,
+    convolves=True,
+    version="chat_old",
+    architecture="CogVLMForCausalLM",
+    model_type="cogvlm",
+    example="cogvlm2-llama3-chat-19B",
+    tokenizer="that folder's own",
+    config_class="CogVLMConfig",
+)
+COGVLM2_VIDEO = Family(
+    name="cogvlm2-video",
+    title="CogVLM2-Video",
+    model_class="CogVLM2VideoModel",
+    rotary_base=500000.0,
+    key_value_heads=8,
+    has_vision_experts=False,
+    convolves=True,
+    takes_frames=True,
+    version="base",
+    architecture="CogVLMVideoForCausalLM",
+    model_type="cogvlm",
+    example="cogvlm2-video-llama3-chat",
+    tokenizer="that folder's own",
+    config_class="CogVLMConfig",
+)
+COGAGENT = Family(
+    name="cogagent",
+    title="CogAgent",
+    model_class="CogAgentModel",
+    has_cross_vision=True,
+    version="chat",
+    most_images=1,
+    architecture="CogAgentForCausalLM",
+    model_type="cogagent",
+    example="cogagent-chat-hf",
+    tokenizer="vicuna-7b-v1.5",
+    config_class="CogAgentConfig",
+    code=(*(name.format("cogagent") for name in CODE), "cross_visual.py"),
+    templates=MappingProxyType({"base": "base", "vqa": "vqa", "chat_old": "chat_old", "chat": "chat"}),
+    versions=MappingProxyType({"base": "base", "vqa": "vqa", "chat": "chat", "chat_old": "chat_old"}),
+)
+FAMILIES = {family.name: family for family in (COGVLM, COGVLM2, COGVLM2_VIDEO, COGAGENT)}
+
+
+def _named(name: str) -> Family:
+    return FAMILIES[name]
+
+
+def family_of(config: Mapping[str, Any]) -> Family:
+    """Return the family of a model_config.json, by its sizes; `model_class` has to agree.
+
+    Raises CheckpointError, which says what to set, where it does not.
+    """
+    by_sizes, why = _by_sizes(config)
+    by_class = family_of_class(config.get("model_class"))
+    if by_class in (None, by_sizes):
+        return by_sizes
+    raise CheckpointError(
+        f"the model config says model_class {printable(repr(config['model_class']))}, which is {by_class.title}, and "
+        f"{why}, which is {by_sizes.title}; {by_class.advice}, or model_class to {by_sizes.model_class!r}"
+    )
+
+
+def family_of_class(model_class: object) -> Family | None:
+    """Return the family that a model class of SAT belongs to, those of training and testing too; None for another."""
+    if not isinstance(model_class, str):
+        return None
+    kinds = sorted(FAMILIES.values(), key=lambda family: -len(family.model_class))
+    return next((kind for kind in kinds if kind.model_class.removesuffix("Model") in model_class), None)
+
+
+def family_of_names(names: Collection[str]) -> Family:
+    """Return the family whose SAT state dict has these names."""
+    if any(name.startswith("mixins.encoder.") for name in map(str, names)):
+        return COGAGENT
+    if "mixins.eva.conv.weight" not in names:
+        return COGVLM
+    return COGVLM2 if any(name.startswith("mixins.rotary.vision_") for name in map(str, names)) else COGVLM2_VIDEO
+
+
+def _by_sizes(config: Mapping[str, Any]) -> tuple[Family, str]:
+    """Return (the family, what says so)."""
+    if "cross_image_pix" in config or "cross_attn_hidden_size" in config:
+        key = "cross_image_pix" if "cross_image_pix" in config else "cross_attn_hidden_size"
+        return COGAGENT, f"{key} {printable(repr(config[key]))}"
+    heads = config.get("num_multi_query_heads")
+    if not heads or heads == config.get("num_attention_heads"):
+        return COGVLM, "no num_multi_query_heads" if not heads else "as many num_multi_query_heads as heads"
+    if config.get("num_vision_layers") == 0:
+        return COGVLM2_VIDEO, "num_vision_layers 0"
+    return COGVLM2, f"num_multi_query_heads {printable(repr(heads))}"
+
+
+def hugging_face_family(content: Mapping[str, Any], names: Collection[str] = ()) -> Family | None:
+    """Return the family of a folder of Hugging Face; None where nothing in it says of which of several it is.
+
+    content: of its config.json. names: of its tensors, which decide. Raises CheckpointError, which says what to set,
+    where both do not agree.
+    """
+    by_config = _family_of_config(content)
+    if not names:
+        return by_config
+    by_names = _family_of_names(names)
+    if by_config in (None, by_names):
+        return by_names
+    raise CheckpointError(
+        f"config.json is of a {by_config.title} ({_mark_of(content)}), and the weights are those of a "
+        f"{by_names.title}; they do not belong together: copy both again, or, if the weights are right, "
+        f"{_what_to_write(by_names)}"
+    )
+
+
+def _family_of_names(names: Collection[str]) -> Family:
+    """Return the family that has tensors of these names."""
+    if any(name.startswith("model.cross_vision.") for name in names):
+        return COGAGENT
+    if not any(name.startswith("model.vision.conv.") for name in names):
+        return COGVLM
+    return COGVLM2 if any(".vision_expert_" in name for name in names) else COGVLM2_VIDEO
+
+
+def _family_of_config(content: Mapping[str, Any]) -> Family | None:
+    """Return the family that config.json names; None where it may be of several: CogVLM2 shares CogVLM's class."""
+    if "cross_hidden_size" in content or "cross_image_size" in content:
+        return COGAGENT
+    architectures = content.get("architectures")
+    named = architectures if isinstance(architectures, list) else []
+    kinds = [family for family in FAMILIES.values() if family.architecture in named]
+    if len(kinds) == 1:
+        return kinds[0]
+    heads = content.get("num_multi_query_heads")
+    if heads is not None and heads != content.get("num_attention_heads"):
+        return COGVLM2
+    return None
+
+
+def _mark_of(content: Mapping[str, Any]) -> str:
+    """Return what in config.json says of which family it is."""
+    keys = ("cross_hidden_size", "cross_image_size", "num_multi_query_heads", "architectures")
+    return next((f"{key} {printable(repr(content[key]))}" for key in keys if key in content), "nothing in it")
+
+
+def _what_to_write(family: Family) -> str:
+    """Return how config.json becomes one of that family."""
+    architecture = f"set architectures to [{family.architecture!r}]"
+    if family is COGAGENT:
+        return f"{architecture}, and cross_hidden_size, cross_compute_hidden_size and cross_image_size"
+    if family.groups_heads:
+        return f"{architecture}, num_multi_query_heads to {family.key_value_heads}, and take cross_hidden_size out"
+    return f"{architecture}, and take num_multi_query_heads and cross_hidden_size out"
+
+
+def encoder_sizes(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the sizes of the second vision encoder for a config of a family that has one."""
+    return {**ENCODER, **config.get("encoder_args", {})}
+
+
+def cross_image_size(config: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Return (height, width) of the picture for a second vision encoder; None where the family has none."""
+    return (config["cross_image_pix"],) * 2 if family_of(config).has_cross_vision else None
+
+
+def published() -> list[str]:
+    """Return the names of published models whose sizes are known without their folder."""
+    return sorted(path.stem for path in PUBLISHED.glob("*.json"))
+
+
+def is_published(path: str | Path) -> bool:
+    """Return whether nothing lies at a path whose last name is that of a published model."""
+    return Path(path).name in published() and not Path(path).exists()
+
+
+def published_config(name: str) -> dict[str, Any]:
+    """Return the model_config.json of a published model, by a name of `published`."""
+    config: dict[str, Any] = read_json(PUBLISHED / f"{name}.json")
+    return config

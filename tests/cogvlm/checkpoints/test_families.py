@@ -1,0 +1,228 @@
+"""Folders of every family: SAT's and Hugging Face's, each made of the other, and which family a folder is of."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from sat_lora import CheckpointError, add_lora, save_adapter
+from sat_lora.adapters.merge import merge_adapter
+from sat_lora.cogvlm.checkpoints.base_weights import BaseWeights
+from sat_lora.cogvlm.checkpoints.hugging_face_names import hf_name, sat_name
+from sat_lora.cogvlm.checkpoints.load import check_files, load_cogvlm, read_config, save_weights
+from sat_lora.cogvlm.families import FAMILIES, family_of, published, published_config
+from sat_lora.cogvlm.inputs.prompts import version_of
+from sat_lora.cogvlm.network.model import build_cogvlm
+from sat_lora.cogvlm.sizes import image_length_problem
+from sat_lora.lora.live_base import identity_of_model
+from tests.support.tiny_families import (
+    CONFIGS,
+    TOKENS,
+    family_batch,
+    family_model,
+    logits_of,
+    published_shapes,
+    write_hugging_face,
+)
+
+pytestmark = pytest.mark.usefixtures("single_process_group")
+SUCCESSORS = [name for name in CONFIGS if name != "cogvlm"]
+FILE = "release/mp_rank_00_model_states.pt"
+
+
+def write_base(folder, name, dtype=torch.bfloat16):
+    save_weights(folder, {**CONFIGS[name], **TOKENS}, family_model(name, dtype).state_dict())
+    return folder
+
+
+def write_empty_adapter(folder, base):
+    model, _ = load_cogvlm(base)
+    add_lora(model, r=1, target_modules=["lm-head"])  # B is zero: the base stays what it is
+    save_adapter(model, folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", SUCCESSORS)
+@torch.no_grad()
+def test_sat_to_hugging_face_and_back_gives_the_same_bytes(tmp_path, name):
+    base = write_base(tmp_path / "base", name)
+    adapter = write_empty_adapter(tmp_path / "adapter", base)
+    merge_adapter(base, adapter, tmp_path / "sat")
+    remarks = merge_adapter(base, adapter, tmp_path / "hf", to="hf")
+    assert any(f"from a Hugging Face {FAMILIES[name].title} such as" in remark for remark in remarks)
+    merge_adapter(tmp_path / "hf", adapter, tmp_path / "again")
+    assert (tmp_path / "again" / FILE).read_bytes() == (tmp_path / "sat" / FILE).read_bytes()
+    config = read_config(tmp_path / "again")
+    assert {key: config[key] for key in CONFIGS[name] if key != "eva_args"} == {
+        key: value for key, value in CONFIGS[name].items() if key != "eva_args"
+    }
+    assert config["eos_token_id"] == [2, 9] and image_length_problem(config) is None
+    content = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert content["architectures"] == [FAMILIES[name].architecture]
+    assert content["rope_theta"] == FAMILIES[name].rotary_base
+    models = [load_cogvlm(tmp_path / kind)[0].eval() for kind in ("base", "hf")]
+    assert torch.equal(*(logits_of(model, family_batch(name)) for model in models))
+    identities = [BaseWeights(tmp_path / kind).identity for kind in ("base", "hf")]
+    assert identities[0].difference(identities[1]) is None is identities[0].difference(identity_of_model(models[0]))
+    assert identities[0].family == FAMILIES[name].title
+
+
+@pytest.mark.parametrize(
+    ("name", "count"), [("cogvlm2-llama3-chat-19B", 1221), ("cogvlm2-video-llama3-chat", 1029), ("cogagent-chat", None)]
+)
+def test_every_name_of_a_published_model_has_a_counterpart(name, count):
+    names = [key for key in published_shapes(name)[0] if not key.endswith("inv_freq")]
+    foreign = {hf_name(key) for key in names}
+    assert None not in foreign and len(foreign) == len(names)
+    assert [sat_name(hf_name(key)) for key in names] == names
+    assert count in (None, len(foreign) + published_config(name)["num_layers"])
+
+
+@pytest.mark.parametrize(
+    ("sat", "hugging_face"),
+    [
+        (
+            "mixins.rotary.vision_query_key_value_list.7.bias",
+            "model.layers.7.self_attn.vision_expert_query_key_value.bias",
+        ),
+        ("mixins.eva.conv.bias", "model.vision.conv.bias"),
+        ("mixins.eva.pos_embed", "model.vision.pos_embed"),
+        ("mixins.encoder.pos_embed", "model.cross_vision.pos_embed"),
+        ("transformer.layers.3.cross_attention.key_value.weight", "model.layers.3.cross_attn.key_value.weight"),
+        (
+            "transformer.layers.3.post_cross_attention_layernorm.weight",
+            "model.layers.3.post_cross_attention_layernorm.weight",
+        ),
+        ("mixins.encoder.vit.model.cls_token", "model.cross_vision.vit.model.cls_token"),
+        ("mixins.encoder.vit.model.blocks.23.attn.q_bias", "model.cross_vision.vit.model.blocks.23.attn.q_bias"),
+        ("mixins.encoder.vit.model.blocks.0.mlp.w3.bias", "model.cross_vision.vit.model.blocks.0.mlp.w3.bias"),
+    ],
+)
+def test_names_are_those_of_the_table(sat, hugging_face):
+    assert (hf_name(sat), sat_name(hugging_face)) == (hugging_face, sat)
+
+
+@torch.no_grad()
+def test_angles_that_a_file_lacks_are_computed(tmp_path):
+    """They follow from the sizes, and some files of Hugging Face keep fewer copies of them, or none."""
+    base = write_base(tmp_path / "base", "cogagent", torch.float32)
+    adapter = write_empty_adapter(tmp_path / "adapter", base)
+    merge_adapter(base, adapter, tmp_path / "hf", to="hf")
+    merge_adapter(base, adapter, tmp_path / "sat")
+    file = tmp_path / "hf" / "model.safetensors"
+    save_file({key: t for key, t in load_file(file).items() if ".rope.freqs_" not in key}, file)
+    batch = family_batch("cogagent")
+    assert torch.equal(*(logits_of(load_cogvlm(tmp_path / kind)[0].eval(), batch) for kind in ("base", "hf")))
+    merge_adapter(tmp_path / "hf", adapter, tmp_path / "again")
+    again, sat = (torch.load(tmp_path / kind / FILE)["module"] for kind in ("again", "sat"))
+    assert again.keys() == sat.keys() and all(torch.equal(again[key], sat[key]) for key in sat)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("cogvlm2", {"num_multi_query_heads": None}),
+        ("cogvlm2", {"num_multi_query_heads": None, "architectures": None}),
+        ("cogvlm2-video", {"num_multi_query_heads": None, "architectures": None}),
+        ("cogvlm2-video", {"num_multi_query_heads": None}),
+        ("cogvlm", {"architectures": None}),
+        ("cogagent", {"architectures": None}),
+    ],
+)
+def test_the_family_is_known_by_the_tensors_where_the_config_does_not_say(tmp_path, name, changes):
+    config = read_config(write_hugging_face(tmp_path / "hf", name, content=changes))
+    assert family_of(config).name == name
+    if "cogvlm2" in name:
+        assert config["num_multi_query_heads"] == 8  # what the published config class means by saying nothing
+
+
+@pytest.mark.parametrize(
+    ("weights", "config", "message"),
+    [
+        (
+            "cogvlm",
+            "cogvlm2",
+            r"config.json is of a CogVLM2 \(num_multi_query_heads 2\), and the weights are those of a CogVLM; .* if "
+            r"the weights are right, set architectures to \['CogVLMForCausalLM'\], and take num_multi",
+        ),
+        ("cogvlm2", "cogagent", r"of a CogAgent \(cross_hidden_size 32\), .* of a CogVLM2; .* set architectures "),
+        ("cogvlm2", "cogvlm2-video", r"is of a CogVLM2-Video .* of a CogVLM2; .* num_multi_query_heads to 8"),
+        ("cogagent", "cogvlm2-video", r"of a CogAgent; .* and cross_hidden_size, cross_compute_hidden_size and cross_"),
+    ],
+)
+def test_a_config_of_another_family_is_told_from_the_weights(tmp_path, weights, config, message):
+    with pytest.raises(CheckpointError, match=message):
+        read_config(write_hugging_face(tmp_path / "hf", weights, config))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"model_class": "CogVLMModel"},
+            "model_class 'CogVLMModel', which is CogVLM, and num_multi_query_heads 2, which is CogVLM2; take "
+            "num_multi_query_heads and cross_image_pix out of it, or model_class to 'CogVLM2Model'",
+        ),
+        (
+            {"num_multi_query_heads": 0},
+            "which is CogVLM2, and no num_multi_query_heads, which is CogVLM; set num_multi_query_heads in it "
+            r"\(8 in the published model\)",
+        ),
+        ({"num_vision_layers": 0}, "num_vision_layers 0, which is CogVLM2-Video; .*, and leave num_vision_layers out"),
+        ({"cross_image_pix": 28}, "cross_image_pix 28, which is CogAgent"),
+        ({"num_multi_query_heads": 3}, "num_attention_heads 4 does not divide by num_multi_query_heads 3"),
+    ],
+)
+def test_a_sat_config_that_is_of_two_families_says_what_to_set(changes, message):
+    with pytest.raises(CheckpointError, match=message):
+        build_cogvlm({**CONFIGS["cogvlm2"], **changes}, device="meta")
+
+
+@pytest.mark.parametrize("model_class", [None, "FineTuneTrainCogAgentModel", "FineTuneTestCogAgentModel", "Own"])
+def test_classes_of_training_and_testing_are_of_the_family(tmp_path, model_class):
+    config = {**CONFIGS["cogagent"], "model_class": model_class}
+    if model_class is None:
+        del config["model_class"]
+    assert family_of(config).name == "cogagent"
+
+
+def test_weights_of_another_family_than_sats_config_are_refused(tmp_path):
+    folder = tmp_path / "base"
+    save_weights(folder, CONFIGS["cogvlm2-video"], family_model("cogvlm2").state_dict())
+    with pytest.raises(CheckpointError, match="config is of a CogVLM2-Video, and its weights are those of a CogVLM2; "):
+        check_files(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"encoder_args": {"blocks": 3}}, "encoder_args has no 'blocks'"),
+        ({"encoder_args": []}, "encoder_args is .*, wanted an object"),
+        ({"encoder_args": {"num_layers": 0}}, "encoder_args.num_layers is 0, wanted a whole number from 1"),
+        ({"cross_image_pix": 3}, "cross_image_pix is 3, less than a patch of 7"),
+        ({"is_decoder": [True]}, "is_decoder has 1 entries, wanted one for each of 2 layers"),
+        ({"is_decoder": False}, "is_decoder is False, wanted true"),
+        ({"cross_attn_hidden_size": 16}, "cross_attn_hidden_size is 16, and the encoder's hidden_size 32"),
+    ],
+)
+def test_sizes_of_a_second_encoder_that_cannot_be_are_named(changes, message):
+    with pytest.raises(CheckpointError, match=message):
+        build_cogvlm({**CONFIGS["cogagent"], **changes}, device="meta")
+
+
+def test_published_configs_are_whole_and_of_their_family():
+    for name in published():
+        config = published_config(name)
+        assert image_length_problem(config) is None
+        assert any(name.startswith(family) for family in (family_of(config).name, "cogagent"))
+
+
+@pytest.mark.parametrize(
+    ("name", "template", "version"),
+    [("cogvlm2", "chat", "chat_old"), ("cogagent", "chat", "chat"), ("cogagent", "chat_old", "chat_old"),
+     ("cogvlm2-video", "base", "base"), ("cogvlm2", None, "chat_old"), ("cogagent", None, "chat")],
+)  # fmt: skip
+def test_a_template_of_hugging_face_means_the_prompts_of_its_family(tmp_path, name, template, version):
+    folder = write_hugging_face(tmp_path / "hf", name, content={"template_version": template})
+    assert version_of(folder) == version

@@ -1,0 +1,189 @@
+"""The models of every family against a second, plain implementation; their names, shapes, sizes and graph."""
+
+import copy
+
+import pytest
+import torch
+
+from sat_lora.cogvlm.families import FAMILIES, published_config
+from sat_lora.errors import DataError
+from sat_lora.lora.apply import add_lora, find_all_sites
+from tests.support.reference_families import family_logits
+from tests.support.tiny import fill_adapters
+from tests.support.tiny_families import (
+    CONFIGS,
+    family_batch,
+    family_model,
+    logits_of,
+    published_shapes,
+    reference_config,
+)
+
+pytestmark = pytest.mark.usefixtures("single_process_group")
+NAMES = [pytest.param("cogvlm", marks=pytest.mark.matrix), *(name for name in CONFIGS if name != "cogvlm")]
+"""CogVLM itself has `test_model.py`."""
+MIXED = {"images": (True, True), "mixed": (True, False), "text": (False, False)}
+
+
+def relative_error(got, expected):
+    return ((got - expected).norm() / expected.norm().clamp_min(1e-12)).item()
+
+
+@pytest.mark.parametrize("rows", MIXED.values(), ids=MIXED)
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_logits_equal_the_plain_implementation(name, rows):
+    model = family_model(name, torch.float64).eval()
+    batch = family_batch(name, rows, dtype=torch.float64)
+    expected = family_logits(model.state_dict(), reference_config(name), batch)
+    tolerance = 1e-6 if name == "cogagent" else 1e-12  # the second encoder's angles are float32's
+    assert relative_error(logits_of(model, batch), expected) < tolerance
+    assert copy.deepcopy(model).family is FAMILIES[name]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_equal_the_plain_implementation_and_come_in_one_order(name):
+    """ZeRO fills buckets in the order in which gradients arrive; a branch on the data would change it."""
+    orders = []
+    never = {"mixins.encoder.vit.model." + part for part in ("blocks.2", "norm", "head")}
+    for rows in ((True, True), (True, False), (False, False)):
+        model = family_model(name, torch.float64).train()
+        batch = family_batch(name, rows, dtype=torch.float64)
+        order = []
+        for parameter_name, parameter in model.named_parameters():
+            parameter.register_post_accumulate_grad_hook(lambda _, n=parameter_name, o=order: o.append(n))
+        logits_of(model, batch).pow(2).mean().backward()
+        orders.append(order)
+        wanted = {n for n, _ in model.named_parameters() if not any(n.startswith(part) for part in never)}
+        assert set(order) == wanted and len(set(order)) == len(order)
+        if rows == (True, False):
+            state = {k: v.detach().clone().requires_grad_() for k, v in model.state_dict().items()}
+            family_logits(state, reference_config(name), batch).pow(2).mean().backward()
+            for parameter_name in wanted:
+                expected = state[parameter_name].grad
+                got = model.get_parameter(parameter_name).grad
+                if expected is None:
+                    assert not got.any(), parameter_name
+                else:
+                    assert relative_error(got, expected) < (1e-5 if name == "cogagent" else 1e-10), parameter_name
+    assert orders[0] == orders[1] == orders[2]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_recomputed_layers_give_the_same_gradients_of_adapters(name):
+    gradients = []
+    for recomputes in (False, True):
+        model = family_model(name, checkpoint_activations=recomputes, vit_checkpoint_activations=recomputes)
+        add_lora(model, target_modules="all-linear", r=2, lora_alpha=4)
+        fill_adapters(model)
+        model.train()
+        logits_of(model, family_batch(name)).pow(2).mean().backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
+    assert gradients[0].keys() == gradients[1].keys()
+    for parameter_name, gradient in gradients[0].items():
+        assert gradient is not None and relative_error(gradients[1][parameter_name], gradient) < 1e-4, parameter_name
+
+
+PUBLISHED_BYTES = {"cogvlm2-llama3-chat-19B": 39_006_214_656, "cogvlm2-video-llama3-chat": 25_015_065_088}
+PARAMETERS = {
+    "cogvlm2-llama3-chat-19B": 19_503_105_280, "cogvlm2-video-llama3-chat": 12_507_530_496,
+    "cogagent-chat": 18_291_033_280,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_the_sizes_of_published_models_are_those_of_their_files(name):
+    shapes, parameters = published_shapes(name)
+    assert parameters == PARAMETERS[name]
+    if name in PUBLISHED_BYTES:
+        (frequencies,) = shapes["mixins.rotary.rotary_emb.inv_freq"]
+        copies = published_config(name)["num_layers"] * frequencies
+        assert 2 * (parameters + copies) == PUBLISHED_BYTES[name]
+
+
+SHAPES = {
+    "cogvlm2-llama3-chat-19B": {
+        "transformer.layers.31.attention.query_key_value.weight": (6144, 4096),
+        "mixins.rotary.vision_query_key_value_list.0.weight": (6144, 4096),
+        "mixins.rotary.vision_query_key_value_list.0.bias": (6144,),
+        "mixins.rotary.vision_dense_list.0.weight": (4096, 4096),
+        "mixins.eva.conv.weight": (1792, 1792, 2, 2),
+        "mixins.eva.conv.bias": (1792,),
+        "mixins.eva.vit_model.transformer.position_embeddings.weight": (9217, 1792),
+        "mixins.rotary.rotary_emb.inv_freq": (64,),
+    },
+    "cogvlm2-video-llama3-chat": {
+        "transformer.layers.0.attention.query_key_value.weight": (6144, 4096),
+        "mixins.eva.vit_model.transformer.position_embeddings.weight": (257, 1792),
+        "mixins.eva.conv.weight": (1792, 1792, 2, 2),
+    },
+    "cogagent-chat": {
+        "transformer.layers.31.cross_attention.query.weight": (1024, 4096),
+        "transformer.layers.31.cross_attention.key_value.weight": (2048, 1024),
+        "transformer.layers.31.cross_attention.dense.weight": (4096, 1024),
+        "transformer.layers.31.post_cross_attention_layernorm.weight": (4096,),
+        "mixins.eva.pos_embed": (256, 1792),
+        "mixins.encoder.pos_embed": (6400, 1024),
+        "mixins.encoder.vit.model.cls_token": (1, 1, 1024),
+        "mixins.encoder.vit.model.pos_embed": (1, 6401, 1024),
+        "mixins.encoder.vit.model.patch_embed.proj.weight": (1024, 3, 14, 14),
+        "mixins.encoder.vit.model.blocks.23.attn.k_proj.weight": (1024, 1024),
+        "mixins.encoder.vit.model.blocks.0.attn.q_bias": (1024,),
+        "mixins.encoder.vit.model.blocks.0.mlp.w2.weight": (2730, 1024),
+        "mixins.encoder.vit.model.blocks.0.mlp.w3.weight": (1024, 2730),
+        "mixins.encoder.vit.model.blocks.0.mlp.ffn_ln.bias": (2730,),
+        "mixins.encoder.vit.model.head.weight": (768, 1024),
+        "mixins.encoder.vit.model.rope.freqs_cos": (6400, 64),
+        "mixins.encoder.vit.model.blocks.23.attn.rope.freqs_sin": (6400, 64),
+    },
+}
+ABSENT = {
+    "cogvlm2-llama3-chat-19B": [
+        "query_key_value_list.0.bias.bias",
+        "transformer.layers.0.attention.query_key_value.bias",
+    ],
+    "cogvlm2-video-llama3-chat": ["mixins.rotary.vision_dense_list.0.weight", "mixins.mlp.vision_gate_proj.0.weight"],
+    "cogagent-chat": ["mixins.eva.conv.weight", "mixins.encoder.vit.model.blocks.0.attn.k_bias"],
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_names_and_shapes_are_the_published_ones(name):
+    shapes, _ = published_shapes(name)
+    assert {key: shapes[key] for key in SHAPES[name]} == SHAPES[name]
+    assert not shapes.keys() & set(ABSENT[name])
+    if name == "cogagent-chat":
+        assert sum(".rope.freqs_" in key for key in shapes) == 50
+
+
+def test_what_never_runs_is_no_target_and_what_does_is():
+    model = family_model("cogagent")
+    names = [name for name in find_all_sites(model) if name.startswith("mixins.encoder.")]
+    assert {name.split(".blocks.")[1][0] for name in names if ".blocks." in name} == {"0", "1"}
+    assert not any(name.endswith(".head") for name in names)
+    (site,) = (site for name, site in find_all_sites(model).items() if name.endswith("blocks.1.attn.q_proj"))
+    assert (site.tower, site.layer) == ("cross-vision", 1)
+    add_lora(model, target_modules=["cross-vision-attention"], r=2, lora_alpha=4)
+    before = logits_of(model.eval(), family_batch("cogagent"))
+    fill_adapters(model)
+    assert not torch.equal(before, logits_of(model, family_batch("cogagent")))
+
+
+def test_hooks_reach_the_second_encoders_queries_keys_and_values():
+    model = family_model("cogagent").eval()
+    seen = []
+    for leaf in ("q_proj", "k_proj", "v_proj"):
+        attention = model.mixins["encoder"].vit.model.blocks[0].attn
+        getattr(attention, leaf).register_forward_hook(lambda *_, leaf=leaf: seen.append(leaf))
+    logits_of(model, family_batch("cogagent"))
+    assert seen == ["q_proj", "k_proj", "v_proj"]
+
+
+def test_a_row_of_cogagent_has_one_picture_in_both_sizes():
+    batch = family_batch("cogagent", (True, True))
+    with pytest.raises(
+        DataError, match="2 images and 1 for the second encoder; CogAgent takes one picture in each row"
+    ):
+        logits_of(family_model("cogagent"), {**batch, "cross_images": batch["cross_images"][:1]})
+    with pytest.raises(DataError, match="2 images and 0 for the second encoder"):
+        logits_of(family_model("cogagent"), {k: v for k, v in batch.items() if k != "cross_images"})

@@ -1,0 +1,106 @@
+"""The successors of CogVLM at model-parallel size 2: blocks of q, k and v are cut each by itself."""
+
+import pytest
+
+from sat_lora.cogvlm.checkpoints.load import load_cogvlm, save_weights
+from sat_lora.cogvlm.decoding.generate import generate
+from sat_lora.lora.apply import adapters_of, add_lora
+from sat_lora.parallel.distributed import init_distributed, init_model_parallel
+from sat_lora.parallel.sharding import over_model_parallel
+from sat_lora.training.steps.engine import set_up_deepspeed, start_engine
+from sat_lora.training.steps.loss import answer_loss_sum, count_answer_tokens
+from tests.support.ranks import run_ranks
+from tests.support.sat_files import cut_by_sat, write_step
+from tests.support.tiny import fill_adapters
+from tests.support.tiny_families import CONFIGS, family_batch, family_model, logits_of, write_hugging_face
+from tests.support.training_runs import adapter_values, engine_config, sgd, step_together, worst_error
+
+SUCCESSORS = [name for name in CONFIGS if name != "cogvlm"]
+
+
+def looked_at(model, name):
+    """Logits, the answer to a batch, and the gradients of adapters on every linear, as whole numpy arrays."""
+    batch = family_batch(name)
+    model.eval()
+    answers = generate(model, batch, max_new_tokens=4, eos_token_id=-1)
+    add_lora(model, target_modules="all-linear", r=2, lora_alpha=4)
+    fill_adapters(model)
+    logits = logits_of(model, batch)
+    logits.pow(2).mean().backward()
+    gradients = {
+        f"{layer}.{leaf}": over_model_parallel(getattr(adapter, leaf).grad, adapter.shardings[leaf]).numpy()
+        for layer, adapter in adapters_of(model).items()
+        for leaf in ("A", "B")
+    }
+    return logits.detach().numpy(), answers, gradients
+
+
+def on_two_ranks(home):
+    init_model_parallel(init_distributed(), 2)
+    return {
+        folder.name: looked_at(load_cogvlm(folder, model_parallel_size=2)[0], folder.name.partition(" ")[0])
+        for folder in sorted(home.iterdir())
+    }
+
+
+def test_two_ranks_give_what_one_process_gives(tmp_path, single_process_group):
+    for name in SUCCESSORS:
+        model = family_model(name)
+        save_weights(tmp_path / f"{name} sat", CONFIGS[name], {})
+        write_step(tmp_path / f"{name} sat", *({"module": shard} for shard in cut_by_sat(model, 2)))
+    write_hugging_face(tmp_path / "cogvlm2 hf", "cogvlm2")
+    expected = {name: looked_at(family_model(name), name) for name in SUCCESSORS}
+    for found in run_ranks(on_two_ranks, 2, tmp_path):
+        assert len(found) == len(SUCCESSORS) + 1
+        for folder, (logits, answers, gradients) in found.items():
+            wanted_logits, wanted_answers, wanted = expected[folder.partition(" ")[0]]
+            assert answers == wanted_answers
+            assert abs(logits - wanted_logits).max() < 1e-4 * abs(wanted_logits).max()
+            assert gradients.keys() == wanted.keys()
+            for name, gradient in gradients.items():
+                assert abs(gradient - wanted[name]).max() <= 1e-3 * abs(wanted[name]).max() + 1e-9, (folder, name)
+
+
+def batch_of(name, rank, step):
+    """Rank 0 has an image and a text, rank 1 texts alone, as `collate` gives them: then there is no cross image."""
+    batch = family_batch(name, (True, False) if rank == 0 else (False, False), seed=10 * step + rank)
+    return batch if rank == 0 else {key: value for key, value in batch.items() if key != "cross_images"}
+
+
+def adapted(model):
+    add_lora(model, target_modules="all-linear", r=2, lora_alpha=4)
+    fill_adapters(model, std=0.1)
+    return model.train()
+
+
+def train_partitioned(home, names):
+    world = init_model_parallel(init_distributed())
+    set_up_deepspeed()
+    values = {}
+    for name in names:
+        model, _ = load_cogvlm(home / name, zero_config=engine_config(3, 2), vit_checkpoint_activations=True)
+        assert all(parameter.numel() == 0 for parameter in model.parameters())
+        engine = start_engine(adapted(model), sgd(model, 0.1), engine_config(3, 2))
+        for step in range(2):
+            step_together(engine, [batch_of(name, world.data_parallel_rank, step)], world)
+        values[name] = adapter_values(engine.module)
+    return values
+
+
+@pytest.mark.parametrize("names", [["cogagent"], pytest.param(["cogvlm2"], marks=pytest.mark.matrix)])
+def test_weights_that_zero_3_partitions_train_as_in_one_process(tmp_path, single_process_group, names):
+    expected = {}
+    for name in names:
+        model = family_model(name)
+        save_weights(tmp_path / name, CONFIGS[name], model.state_dict())
+        optimizer = sgd(adapted(model), 0.1)
+        for step in range(2):
+            batches = [batch_of(name, rank, step) for rank in (0, 1)]
+            tokens = sum(count_answer_tokens(batch["labels"]) for batch in batches)
+            (sum(answer_loss_sum(model, batch) for batch in batches) / tokens).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        expected[name] = adapter_values(model)
+    for values in run_ranks(train_partitioned, 2, tmp_path, names):
+        for name in names:
+            assert worst_error(values[name], expected[name]) < 1e-4, name

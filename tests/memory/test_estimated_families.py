@@ -1,0 +1,46 @@
+"""The estimate for the successors of CogVLM: by the names of published models, and against a step with memory."""
+
+import torch
+
+from sat_lora import LoraConfig, add_lora
+from sat_lora.cogvlm.families import published, published_config
+from sat_lora.memory.estimate import fake_step
+from sat_lora.memory.estimate_run import sizes_of
+from sat_lora.memory.live_memory import LiveBytes
+from sat_lora.training.steps.loss import answer_loss_sum
+from tests.support.ranks import run_ranks
+from tests.support.tiny_families import CONFIGS, family_batch, family_model
+
+LENGTH = 24
+
+
+def estimated(names):
+    """The bytes of activations of a step, by family."""
+    lora = LoraConfig(r=2)
+    settings = dict(dtype=torch.float32, batch_size=2, length=LENGTH, labelled=4)
+    return {name: fake_step(CONFIGS[name], lora, **settings)[1] for name in names}
+
+
+def measured(name):
+    model = family_model(name)
+    add_lora(model, r=2)
+    model.train()
+    batch = family_batch(name, (True, True), length=LENGTH)
+    with LiveBytes([*model.parameters(), *model.buffers()]) as live:
+        answer_loss_sum(model, batch).backward()
+    gradients = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
+    return live.peak, gradients
+
+
+def test_a_step_takes_what_is_estimated(single_process_group):
+    names = [name for name in CONFIGS if name != "cogvlm"]
+    (peaks,) = run_ranks(estimated, 1, names)
+    for name in names:
+        peak, gradients = measured(name)
+        assert abs(peaks[name] - peak) <= 0.1 * peak + gradients, name
+
+
+def test_the_name_of_a_published_model_gives_its_sizes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in published():
+        assert sizes_of(name) == sizes_of(f"THUDM/{name}") == published_config(name)
