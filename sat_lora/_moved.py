@@ -57,9 +57,9 @@ _MOVED_TO = {
         "training.checkpoint"
     ),
     "training.runs": (
-        "training.run_folder training.run_lock training.run_logs training.loss_plot training.results "
-        "training.progress>step_progress training.space"
+        "training.run_folder training.run_lock training.results training.progress>step_progress training.space"
     ),
+    "training.runs.logs": "training.run_logs training.loss_plot",
     "memory": ("doctor.memory>components doctor.estimate doctor.estimate_run doctor.live_memory doctor.memory_report"),
     "doctor.model_checks": (
         "doctor.passes doctor.checkpointing doctor.gradients doctor.parallelism doctor.reachability "

@@ -49,6 +49,7 @@ LAYERS = [
     "training.settings",
     "training.steps",
     "training.answers",
+    "training.runs.logs",
     "training.runs",
     "training",
     "memory",

@@ -208,7 +208,7 @@ MISTAKES = [
         f"{MINE} {SHORT} --train-iters 50 --log-interval 1 --experiment-name stopped",
         status=130,
         says="stopped by SIGINT",
-        given=ctrl_c_in("sat_lora.training.runs.run_logs.RunLog.on_step"),
+        given=ctrl_c_in("sat_lora.training.runs.logs.run_logs.RunLog.on_step"),
         saves="runs/stopped",
     ),
     train(

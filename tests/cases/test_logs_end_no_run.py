@@ -10,9 +10,9 @@ import sys
 import pytest
 
 from sat_lora.errors import ConfigError, TrainingError
-from sat_lora.training.runs import loss_plot
+from sat_lora.training.runs.logs import loss_plot
+from sat_lora.training.runs.logs.run_logs import AppendedFile, read_records
 from sat_lora.training.runs.run_folder import RunFolder
-from sat_lora.training.runs.run_logs import AppendedFile, read_records
 from sat_lora.training.steps.observers import StepReport
 from sat_lora.watchdog import trace
 from sat_lora.watchdog.rank_files import file_of, folder_of

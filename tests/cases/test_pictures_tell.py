@@ -12,9 +12,9 @@ from sat_lora.errors import AdapterError
 from sat_lora.lora.targets import layer_of
 from sat_lora.terminal.progress import as_time, shown
 from sat_lora.training.runs import step_progress as progress
-from sat_lora.training.runs.loss_plot import draw_losses
+from sat_lora.training.runs.logs.loss_plot import draw_losses
+from sat_lora.training.runs.logs.run_logs import lowest
 from sat_lora.training.runs.run_folder import RunFolder
-from sat_lora.training.runs.run_logs import lowest
 from tests.support.run_logs import logs_of, validated
 
 

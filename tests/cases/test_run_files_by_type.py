@@ -13,8 +13,8 @@ from sat_lora.training import finetune
 from sat_lora.training.evaluation import evaluated, evaluation_file, try_to_write
 from sat_lora.training.preflight import option_problems
 from sat_lora.training.resume import check_data, facts_of_run, notes, settled_problems
+from sat_lora.training.runs.logs.run_logs import read_records
 from sat_lora.training.runs.run_folder import RunFolder, write_json
-from sat_lora.training.runs.run_logs import read_records
 from sat_lora.training.settings.config import DEFAULTS
 from sat_lora.training.settings.resolve import resolve
 from sat_lora.training.settings.run_settings import settings_of_run

@@ -25,11 +25,11 @@ from sat_lora.files.step_folders import BEST, LATEST, read_pointer
 from sat_lora.lora.config import LoraConfig
 from sat_lora.parallel.distributed import init_distributed, init_model_parallel
 from sat_lora.training.runs import run_lock, space
+from sat_lora.training.runs.logs.run_logs import read_records
+from sat_lora.training.runs.logs.tensorboard import EventFile
 from sat_lora.training.runs.results import results_in, results_problems
 from sat_lora.training.runs.run_folder import RunFolder
 from sat_lora.training.runs.run_lock import LOCK, Holder, Process, RunLock
-from sat_lora.training.runs.run_logs import read_records
-from sat_lora.training.runs.tensorboard import EventFile
 from sat_lora.training.saving import write_save
 from sat_lora.training.steps import checkpoint
 from sat_lora.training.steps.checkpoint import TENSORS, GatheredCheckpoint, newest_checkpoint, read_state

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from sat_lora.data.samples import BrokenSample, collate
-from sat_lora.training.runs import loss_plot
+from sat_lora.training.runs.logs import loss_plot
+from sat_lora.training.runs.logs.run_logs import read_records
 from sat_lora.training.runs.run_folder import RunFolder
-from sat_lora.training.runs.run_logs import read_records
 from sat_lora.training.runs.step_progress import Progress
 from sat_lora.training.steps.step import train_step
 from tests.support.run_logs import logged, logs_of
@@ -47,7 +47,7 @@ def test_a_mean_of_no_answer_is_none(batches, loss, single_process_group):
 
 def test_no_log_and_no_picture_has_a_loss_of_it(tmp_path, monkeypatch, capsys):
     drawn = []
-    monkeypatch.setattr("sat_lora.training.runs.loss_plot.draw_losses", lambda records, *_: drawn.extend(records))
+    monkeypatch.setattr("sat_lora.training.runs.logs.loss_plot.draw_losses", lambda records, *_: drawn.extend(records))
     run = RunFolder(tmp_path, is_writer=True)
     with logs_of(run) as logs:
         logs.on_start(3, 0)

@@ -11,7 +11,7 @@ from PIL import Image
 
 from sat_lora import DataError
 from sat_lora.cogvlm.inputs.image import load_image
-from sat_lora.training.runs.run_logs import read_records
+from sat_lora.training.runs.logs.run_logs import read_records
 from tests.support.demo_runs import options_for
 from tests.support.picture_files import write_images
 from tests.support.ranks import run_ranks

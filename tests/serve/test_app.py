@@ -144,7 +144,7 @@ def waiting(address) -> float:
 
 
 def test_a_full_queue_refuses_and_keeps_the_order(slow, picture):
-    with served(slow, limits=Limits(waiting=2)) as address:
+    with served(slow, limits=Limits(waiting=2, together=1)) as address:
         answers: list[str] = []
 
         def ask(text):

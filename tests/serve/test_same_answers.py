@@ -14,7 +14,8 @@ from sat_lora.chat import Chat
 from sat_lora.cogvlm import load_cogvlm
 from sat_lora.cogvlm.inputs.text import load_tokenizer
 from sat_lora.serve.app import Limits
-from sat_lora.training import evaluation
+from sat_lora.training.answers import answering
+from sat_lora.training.evaluation import evaluate_adapter
 from tests.support.configs import config_of
 from tests.support.paths import TINY_BASE
 from tests.support.serving import served
@@ -99,7 +100,7 @@ def test_chat_server_and_evaluation_say_the_same_tokens(
     ends = [number for number in range(len(pictures)) if all(said[who, number][1] < 16 for who in ("base", "mine"))]
     assert len(ends) > 2  # an evaluation stops where the longest right answer ends
     generated: dict[str, list] = {"base": [], "adapter": []}
-    generate = evaluation.generate
+    generate = answering.generate
 
     def recorded(model, batch, **settings):
         from sat_lora.lora.mixin import lora_mixins
@@ -109,7 +110,7 @@ def test_chat_server_and_evaluation_say_the_same_tokens(
         generated["adapter" if is_on else "base"] += tokens
         return tokens
 
-    monkeypatch.setattr(evaluation, "generate", recorded)
+    monkeypatch.setattr(answering, "generate", recorded)
     for who, side in (("base", "base"), ("mine", "adapter")):
         lines = [
             {
@@ -128,7 +129,7 @@ def test_chat_server_and_evaluation_say_the_same_tokens(
         )  # fmt: skip
         for tokens in generated.values():
             tokens.clear()
-        evaluation.evaluate_adapter(config, adapter, single_process_group)
+        evaluate_adapter(config, adapter, single_process_group)
         texts = [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in generated[side][: len(ends)]]
         assert texts == [said[who, number][0] for number in ends]
         assert [len(ids) + 1 for ids in generated[side][: len(ends)]] == [said[who, number][1] for number in ends]

@@ -12,13 +12,13 @@ from sat_lora.files.atomic import replace_text
 from sat_lora.files.step_folders import LATEST, point_to, remove_all, set_back, steps_in
 from sat_lora.printable import printable
 from sat_lora.training.answers.answer_log import AnswerLog, remove_answers
-from sat_lora.training.runs.loss_plot import LossPicture
+from sat_lora.training.runs.logs.loss_plot import LossPicture
+from sat_lora.training.runs.logs.run_logs import RunLog
+from sat_lora.training.runs.logs.tensorboard import TensorBoard, remove_events
+from sat_lora.training.runs.logs.wandb_log import WandB
 from sat_lora.training.runs.results import ANSWERS, DATA, EVENTS, FOLDERS, LOG, PICTURE, RUN, evaluations_in
 from sat_lora.training.runs.run_lock import RunLock
-from sat_lora.training.runs.run_logs import RunLog
 from sat_lora.training.runs.screen import Screen
-from sat_lora.training.runs.tensorboard import TensorBoard, remove_events
-from sat_lora.training.runs.wandb_log import WandB
 from sat_lora.training.settings.config import NONE, TrainConfig
 from sat_lora.training.steps.observers import Observer
 

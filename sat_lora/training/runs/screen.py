@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from sat_lora.printable import printable, printable_lines
-from sat_lora.training.runs.run_logs import RunLog, lowest
+from sat_lora.training.runs.logs.run_logs import RunLog, lowest
 from sat_lora.training.runs.step_progress import Progress
 from sat_lora.training.steps.observers import Observer, StepReport, ValidationReport
 

@@ -8,9 +8,9 @@ import pytest
 from PIL import Image
 
 from sat_lora.training.runs import step_progress as progress
-from sat_lora.training.runs.loss_plot import draw_losses, smoothed
+from sat_lora.training.runs.logs.loss_plot import draw_losses, smoothed
+from sat_lora.training.runs.logs.run_logs import read_records
 from sat_lora.training.runs.run_folder import RunFolder, write_json
-from sat_lora.training.runs.run_logs import read_records
 from tests.support.configs import parse_options
 from tests.support.ranks import run_ranks
 from tests.support.run_logs import FIGURES, logged, logs_of, scalars, validated

@@ -11,7 +11,7 @@ from typing import Any
 
 from sat_lora.files.atomic import replace_text
 from sat_lora.files.foreign import parse_json, read_bytes
-from sat_lora.training.runs.loss_plot import points
+from sat_lora.training.runs.logs.loss_plot import points
 from sat_lora.training.steps.observers import Observer, StepReport, ValidationReport
 
 LOG_LIMIT = 1 << 30  # bytes of a train.jsonl; a line of it has some 200

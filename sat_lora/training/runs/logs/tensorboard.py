@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from sat_lora.training.runs.run_logs import AppendedFile, figures_of
+from sat_lora.training.runs.logs.run_logs import AppendedFile, figures_of
 from sat_lora.training.steps.observers import Observer, StepReport, ValidationReport
 
 _numbers = itertools.count()

@@ -9,7 +9,7 @@ from typing import Any
 
 from sat_lora.files.atomic import replace_text
 from sat_lora.files.foreign import read_bytes
-from sat_lora.training.runs.run_logs import figures_of
+from sat_lora.training.runs.logs.run_logs import figures_of
 from sat_lora.training.steps.observers import Observer, StepReport, ValidationReport
 
 FOLDER = "wandb"
