@@ -11,7 +11,6 @@ SELECTED = [
     Cell(1, 2, 0, False, "fp32", "text-only"),
     Cell(1, 2, 1, False, "fp32", "one text-only"),
     Cell(1, 2, 2, True, "bf16", "one text-only"),
-    Cell(1, 2, 3, True, "fp32", "one text-only"),
     Cell(2, 1, 0, True, "fp32", "images"),
     Cell(2, 1, 3, False, "bf16", "text-only"),
     Cell(2, 2, 2, True, "fp32", "one text-only"),

@@ -161,7 +161,8 @@ def told_on_a_small_gpu(arguments):
     return told_by(arguments)
 
 
-def test_a_gpu_that_is_too_small_is_found_before_the_base_is_loaded(captchas, tmp_path):
-    for found in run_ranks(told_on_a_small_gpu, 2, options_for(captchas, tmp_path)):
-        assert codes_of(found) == ["memory"] and found[0][1] == (0, 1)
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.matrix)])
+def test_a_gpu_that_is_too_small_is_found_before_the_base_is_loaded(ranks, captchas, tmp_path):
+    for found in run_ranks(told_on_a_small_gpu, ranks, options_for(captchas, tmp_path)):
+        assert codes_of(found) == ["memory"] and found[0][1] == tuple(range(ranks))
         assert "the device has 0.00 GiB" in found[0][2]

@@ -213,6 +213,7 @@ def commands(lines):
     return results
 
 
+@pytest.mark.matrix
 def test_small_models_tell_nearly_what_a_deep_one_takes():
     cases = [((), 3), (["--quantize", "nf4", *BOTH.split()], 4)]
     (pairs,) = run_ranks(nearly_and_exactly, 1, cases, timeout=patient(120))
