@@ -13,8 +13,8 @@ demo: $(READY)
 types: $(READY)  # mypy by [tool.mypy] of pyproject.toml: strict for lora/, parallel/, files/ and adapters/
 	"$(BIN)/python" -m mypy sat_lora
 
-# Many tests wait rather than compute, so three run at a time on two cores; those of a file share what is made for them.
-WORKERS ?= 3
+# Many tests wait rather than compute, so two run at a time; those of a file share what is made for them.
+WORKERS ?= 2
 
 test: $(READY)
 	"$(BIN)/python" -m pytest --numprocesses $(WORKERS) --dist loadfile

@@ -95,7 +95,9 @@ def run(options: argparse.Namespace) -> None:
         if not options.no_page:
             print(f"page: {page}")
         print(f"listening at http://{shown}:{own_port}/v1", flush=True)
-        config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=10)
+        # Its own config of logging closes the handlers of all others, and absl's closes its stream with it.
+        quiet = dict(log_config=None, log_level="warning", access_log=False)
+        config = uvicorn.Config(app, timeout_graceful_shutdown=10, **quiet)
         uvicorn.Server(config).run(sockets=[listener])
     finally:
         listener.close()

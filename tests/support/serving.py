@@ -22,7 +22,9 @@ def chat_of(base, adapters, **settings) -> Chat:
 def served(chat, **settings):
     """The address of a server that answers inside."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        config = uvicorn.Config(build_app(chat, **settings), log_level="warning", timeout_graceful_shutdown=5)
+        config = uvicorn.Config(
+            build_app(chat, **settings), log_config=None, log_level="warning", timeout_graceful_shutdown=5
+        )
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
