@@ -132,23 +132,32 @@ def main(argv: list[str] | None = None) -> int:
 
 def _make(argv: list[str] | None) -> None:
     """Write the captchas that the options ask for."""
+    texts = dict(description="Write the demo's captchas.", out="folder to write; nothing happens if it exists")
+    make_captchas(**options_of(argv, "make_captchas.py", DEFAULT_OUT, **texts))
+
+
+def options_of(argv: list[str] | None, prog: str, default_out: Path, *, description: str, out: str) -> dict:
+    """Return the options of a program that makes captchas, by name: those of `make_captchas`.
+
+    description, out: of the program and of --out, in its help.
+    """
     from sat_lora.terminal.option_parser import OptionParser
     from sat_lora.terminal.option_types import count, number, positive_int
 
     parser = OptionParser(
-        prog="make_captchas.py",
-        description="Write the demo's captchas.",
-        epilog="example: python finetune_demo/make_captchas.py --out captchas --train 2000 --seed 1",
+        prog=prog,
+        description=description,
+        epilog=f"example: python finetune_demo/{prog} --out mine --train 2000 --seed 1",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help="folder to write; nothing happens if it exists")
+    parser.add_argument("--out", type=Path, default=default_out, help=out)
     for name, images in IMAGES.items():
         parser.add_argument(f"--{name}", type=count, default=images, help=f"of the {STRINGS[name]} {name} strings")
     parser.add_argument("--seed", type=number(int, "a whole number"), default=0, help="of every draw")
     parser.add_argument(
         "--workers", type=positive_int, default=os.cpu_count(), help="processes; no image depends on them"
     )
-    make_captchas(**vars(parser.parse_args(argv)))
+    return vars(parser.parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -4,9 +4,7 @@ Three turns each: what is on the captcha, the same backwards, and one of its dig
 make_captchas.py, so no string of one set appears in another.
 """
 
-import argparse
 import json
-import os
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -56,25 +54,11 @@ def main(argv: list[str] | None = None) -> int:
 
 def _make(argv: list[str] | None) -> None:
     """Write the conversations that the options ask for."""
-    from make_captchas import IMAGES, STRINGS
+    from make_captchas import options_of
 
-    from sat_lora.terminal.option_parser import OptionParser
-    from sat_lora.terminal.option_types import count, number, positive_int
-
-    parser = OptionParser(
-        prog="make_conversations.py",
-        description="Write conversations about captchas, as LLaVA does.",
-        epilog="example: python finetune_demo/make_conversations.py --out mine --train 2000 --seed 1",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help="folder to write; what it has already stays")
-    for name, images in IMAGES.items():
-        parser.add_argument(f"--{name}", type=count, default=images, help=f"of the {STRINGS[name]} {name} strings")
-    parser.add_argument("--seed", type=number(int, "a whole number"), default=0, help="of every draw")
-    parser.add_argument(
-        "--workers", type=positive_int, default=os.cpu_count(), help="processes; no picture depends on them"
-    )
-    make_conversations(**vars(parser.parse_args(argv)))
+    description = "Write conversations about captchas, as LLaVA does."
+    out = "folder to write; what it has already stays"
+    make_conversations(**options_of(argv, "make_conversations.py", DEFAULT_OUT, description=description, out=out))
 
 
 if __name__ == "__main__":

@@ -154,6 +154,17 @@ def _code(value: object) -> str:
 
 
 LOADING = "How to load it"
+IN_PEFT = """In PEFT, on the base as transformers loads it:
+
+```sh
+sat-lora export --to peft --adapter ADAPTER --out PEFT
+```
+
+```python
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(base, "PEFT")
+```"""
 COGVLM = f"""## {LOADING}
 
 Here, where BASE is the folder of the base, SAT's or Hugging Face's, and ADAPTER this folder:
@@ -171,17 +182,7 @@ model, config = load_cogvlm("BASE")
 load_adapter(model, "ADAPTER")
 ```
 
-In PEFT, on the base as transformers loads it:
-
-```sh
-sat-lora export --to peft --adapter ADAPTER --out PEFT
-```
-
-```python
-from peft import PeftModel
-
-model = PeftModel.from_pretrained(base, "PEFT")
-```"""
+{IN_PEFT}"""
 OTHERS = f"""## {LOADING}
 
 Here, where `model` is the base as SAT loads it and ADAPTER this folder:
@@ -192,14 +193,4 @@ from sat_lora import load_adapter
 load_adapter(model, "ADAPTER")
 ```
 
-In PEFT, on the base as transformers loads it:
-
-```sh
-sat-lora export --to peft --adapter ADAPTER --out PEFT
-```
-
-```python
-from peft import PeftModel
-
-model = PeftModel.from_pretrained(base, "PEFT")
-```"""
+{IN_PEFT}"""
