@@ -24,12 +24,13 @@ from sat_lora.files import atomic
 from sat_lora.files.step_folders import BEST, LATEST, read_pointer
 from sat_lora.lora.config import LoraConfig
 from sat_lora.parallel.distributed import init_distributed, init_model_parallel
-from sat_lora.training.runs import run_lock, space
+from sat_lora.training.runs import lock_holder, run_lock, space
+from sat_lora.training.runs.lock_holder import Holder, Process
 from sat_lora.training.runs.logs.run_logs import read_records
 from sat_lora.training.runs.logs.tensorboard import EventFile
 from sat_lora.training.runs.results import results_in, results_problems
 from sat_lora.training.runs.run_folder import RunFolder
-from sat_lora.training.runs.run_lock import LOCK, Holder, Process, RunLock
+from sat_lora.training.runs.run_lock import LOCK, RunLock
 from sat_lora.training.saving import write_save
 from sat_lora.training.steps import checkpoint
 from sat_lora.training.steps.checkpoint import TENSORS, GatheredCheckpoint, newest_checkpoint, read_state
@@ -385,7 +386,7 @@ def test_a_rank_that_outlives_its_launcher_holds_the_lock(single_process_group, 
     """It is waited for, since it saves and ends; and refused, by its number, if it does not."""
     (tmp_path / LOCK).touch()
     rank = other_process(f"import fcntl; f = open({str(tmp_path / LOCK)!r}); fcntl.flock(f, fcntl.LOCK_SH)")
-    own = Process(DEAD.host, rank.pid, run_lock.process_started(rank.pid))
+    own = Process(DEAD.host, rank.pid, lock_holder.process_started(rank.pid))
     try:
         monkeypatch.setattr(run_lock, "TO_STOP", 0.3)
         write_lock(tmp_path, DEAD, launcher=DEAD, ranks=[DEAD, own])

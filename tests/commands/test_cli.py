@@ -103,11 +103,11 @@ def test_help_holds_an_example(run, capsys):
     assert stop.value.code == 0 and "examples:\n  sat-lora combine runs/a/adapter" in capsys.readouterr().out
 
 
-def test_a_reader_that_has_heard_enough_is_no_error(pair):
+def test_a_reader_that_has_heard_enough_is_no_error(tmp_path):
     reader, writer = os.pipe()
     os.close(reader)
     done = subprocess.run(
-        [sys.executable, "-m", "sat_lora.cli", "inspect", str(pair[0])],
+        [sys.executable, "-m", "sat_lora.cli", "runs", str(tmp_path)],
         stdout=writer,
         stderr=subprocess.PIPE,
         text=True,

@@ -14,7 +14,6 @@ SELECTED = [
     Cell(2, 1, 0, True, "fp32", "images"),
     Cell(2, 1, 3, False, "bf16", "text-only"),
     Cell(2, 2, 2, True, "fp32", "one text-only"),
-    Cell(2, 2, 3, True, "fp32", "one text-only"),
 ]
 
 

@@ -25,7 +25,7 @@ from tests.support.tiny import WIDE, logits_of, tiny_batch, tiny_model
 from tests.support.training_runs import adapter_values, engine_config, mixed_batch, sgd, step_together, worst_error
 
 BATCH = "one text-only"
-SELECTED = [Cell(2, 1, 3, True, "fp32", BATCH, "nf4")]
+SELECTED = [Cell(1, 2, 3, True, "fp32", BATCH, "nf4")]
 LAYOUTS = [(1, 2), (2, 1)]
 LONG = [
     Cell(*layout, stage, is_checkpointed, "fp32", BATCH, "nf4")

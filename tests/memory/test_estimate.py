@@ -25,9 +25,18 @@ def run(arguments):
     return status, output.getvalue(), errors.getvalue()
 
 
+def run_all(lines):
+    return [run(line) for line in lines]
+
+
+def estimates(*lines):
+    """(status, output, errors) of every line, in one process."""
+    return run_ranks(run_all, 1, lines)[0]
+
+
 def estimate(*arguments):
-    ((status, output, errors),) = run_ranks(run, 1, arguments)
-    return status, output, errors
+    (result,) = estimates(arguments)
+    return result
 
 
 @pytest.fixture(scope="module")
@@ -56,22 +65,22 @@ def test_what_does_not_fit_has_status_1_and_advice():
 
 
 def test_checkpointing_and_sharing_take_less():
-    def of(*more):
-        return json.loads(estimate("--from_pretrained", TINY_BASE, "--max_length", "64", "--json", *more)[1])
-
-    plain, checkpointed = of("--gpus", "2"), of("--gpus", "2", "--checkpoint-activations")
+    two = ("--from_pretrained", TINY_BASE, "--max_length", "64", "--json", "--gpus", "2")
+    more = ((), ("--checkpoint-activations",), ("--model-parallel-size", "2"), ("--zero-stage", "3"), ("--gpus", "4"))
+    results = [json.loads(output) for _, output, _ in estimates(*(two + options for options in more))]
+    plain, checkpointed, parts, partitioned, four = results
     assert checkpointed["activations"] < plain["activations"]
-    assert of("--gpus", "2", "--model-parallel-size", "2")["weights"] < 0.7 * plain["weights"]
-    assert of("--gpus", "2", "--zero-stage", "3")["weights"] == pytest.approx(plain["weights"] / 2, rel=1e-3)
-    assert of("--gpus", "4")["optimizer"] == plain["optimizer"] / 2
+    assert parts["weights"] < 0.7 * plain["weights"]
+    assert partitioned["weights"] == pytest.approx(plain["weights"] / 2, rel=1e-3)
+    assert four["optimizer"] == plain["optimizer"] / 2
 
 
 def test_a_batch_of_all_ranks_in_a_deepspeed_file_is_divided_by_them(tmp_path):
     file = tmp_path / "deepspeed.json"
     file.write_text(json.dumps({"train_batch_size": 8}))
     common = ("--from_pretrained", TINY_BASE, "--max_length", "64", "--gpus", "4", "--json")
-    divided = json.loads(estimate(*common, "--deepspeed_config", file)[1])
-    assert divided == json.loads(estimate(*common, "--batch-size", "2")[1])
+    (_, divided, _), (_, given, _) = estimates((*common, "--deepspeed_config", file), (*common, "--batch-size", "2"))
+    assert json.loads(divided) == json.loads(given)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from pathlib import Path
 from sat_lora.files.foreign import parse_json, read_bytes, read_json
 from sat_lora.files.step_folders import BEST, LATEST, read_pointer
 from sat_lora.printable import printable
-from sat_lora.training.runs.run_lock import Holder
+from sat_lora.training.runs.lock_holder import Holder
 
 LOCK_LIMIT = 2**20  # bytes
 STATE_LIMIT = 2**26  # bytes of a state.json, of which a rank takes some 30 KB

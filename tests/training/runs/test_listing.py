@@ -9,7 +9,7 @@ import pytest
 
 from sat_lora.cli import main
 from sat_lora.training.runs.listing import read_run, runs_in
-from sat_lora.training.runs.run_lock import Holder
+from sat_lora.training.runs.lock_holder import Holder
 
 
 def run_folder(root, name="mine", *, steps=20, records=(), evaluation=None):

@@ -69,7 +69,7 @@ def cut_everywhere(folder, model_parallel, stage, bf16, accumulate, cuts):
     return len(expected), losses[0] != losses[-1], differences
 
 
-QUICK = [(2, 1, 1, True, 1), (2, 2, 3, False, 1)]
+QUICK = [((2, 1, 1, True, 1), (1, 4)), ((2, 2, 3, False, 1), (4,))]
 ALL = [
     (ranks, model_parallel, stage, bf16, accumulate)
     for ranks, model_parallel in ((1, 1), (2, 1), (2, 2))
@@ -86,9 +86,9 @@ def check_cuts(folder, case, cuts):
         assert differences == []
 
 
-@pytest.mark.parametrize("case", QUICK)
-def test_a_cut_run_continues_bit_for_bit(case, tmp_path):
-    check_cuts(tmp_path, case, cuts=(1, 4))
+@pytest.mark.parametrize("case, cuts", QUICK)
+def test_a_cut_run_continues_bit_for_bit(case, cuts, tmp_path):
+    check_cuts(tmp_path, case, cuts)
 
 
 @pytest.mark.matrix

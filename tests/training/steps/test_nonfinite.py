@@ -119,7 +119,7 @@ BACKWARD = (
         pytest.param(0, "first backward", dict(accumulate=2), BACKWARD, marks=pytest.mark.matrix),
         pytest.param(1, "first backward", dict(accumulate=2), BACKWARD, marks=pytest.mark.matrix),
         (2, "first backward", dict(accumulate=2, bf16=True), BACKWARD),
-        (3, "first backward", dict(accumulate=2), BACKWARD),
+        pytest.param(3, "first backward", dict(accumulate=2), BACKWARD, marks=pytest.mark.matrix),
         pytest.param(2, "first batch", dict(accumulate=2), BATCH, marks=pytest.mark.matrix),
         pytest.param(1, "batch", dict(bf16=True), BATCH, marks=pytest.mark.matrix),
         pytest.param(2, "forward", dict(accumulate=2), FORWARD, marks=pytest.mark.matrix),
