@@ -73,7 +73,7 @@ def run_training(
     except Stopped as stopped:
         if is_first_rank():
             line = _resume_line(config, program, *_code(config, "metrics", "metric"))
-        print(f"{stopped}; resume with: {line}", flush=True)
+            print(f"{stopped}; resume with: {line}", flush=True)
         return stopped.status
     if setting.world.is_main and not config.start.replay:
         print(what_next(setting.config, program, evaluation), flush=True)

@@ -2,17 +2,20 @@
 
 import json
 import shlex
+import signal
 import subprocess
 import sys
 
 import pytest
 
 from sat_lora.cli import main
+from sat_lora.commands.train import run_training
 from sat_lora.errors import ConfigError
 from sat_lora.parallel.launch import SAT_LORA
+from sat_lora.parallel.stop_signals import Stopped
 from sat_lora.watchdog import replay
 from tests.support.demo_runs import environment, options_for
-from tests.support.paths import ROOT
+from tests.support.paths import ROOT, TINY_BASE
 from tests.support.patience import patient
 from tests.support.ranks import free_port
 
@@ -50,6 +53,20 @@ def test_a_run_by_the_command_ends_with_lines_that_go_on_with_it(captchas, tmp_p
     assert lines["evaluate"] == [sys.executable, *SAT_LORA, "evaluate", "--run", run]
     assert lines["resume"] == [sys.executable, *SAT_LORA, "train", "--resume", run, "--train-iters", "4"]
     assert json.loads((tmp_path / "run" / "evaluation.json").read_text())["images"] == 12
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_one_rank_says_how_a_stopped_run_goes_on(is_first, captchas, tmp_path, monkeypatch, capsys):
+    def stopped(config, demo):
+        raise Stopped(signal.SIGTERM, 4)
+
+    monkeypatch.setattr("sat_lora.training.finetune.finetune", stopped)
+    monkeypatch.setattr("sat_lora.terminal.notice.is_first_rank", lambda: is_first)
+    options = options_for(captchas, tmp_path, "--from_pretrained", str(TINY_BASE))
+    assert run_training(options) == 128 + signal.SIGTERM
+    line = shlex.join([sys.executable, *SAT_LORA, "train", "--resume", f"{tmp_path}/run"])
+    said = f"stopped by SIGTERM after step 4; resume with: {line}\n"
+    assert capsys.readouterr().out == (said if is_first else "")
 
 
 @pytest.mark.matrix
