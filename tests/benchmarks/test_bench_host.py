@@ -9,16 +9,20 @@ pytest.importorskip("peft")
 from benchmarks import bench_host
 
 
-def test_all_parts(tmp_path, capsys, single_process_group):
+@pytest.mark.parametrize("parts", [["watchers", "token"], pytest.param(bench_host.PARTS, marks=pytest.mark.matrix)])
+def test_parts(parts, tmp_path, capsys, single_process_group):
     out = tmp_path / "host.json"
-    bench_host.main(["--quick", "--markdown", "--out", str(out)])
+    bench_host.main(["--quick", "--markdown", "--out", str(out), "--parts", *parts])
     written = json.loads(out.read_text())
     assert written["linears"].keys() == {"plain", "q/k/v"}
     for linear in written["linears"].values():
         assert linear.keys() == {"frozen", "sat_lora", "peft", "lora2", "nn.Linear"}
         assert all(own["both"] > own["no_grad"] > 0 for own in linear.values())
-    assert written["steps"].keys() == {"without checkpointing", "with"}
+    assert {*written} & {"steps", "watchers", "token"} == {*parts} - {"linears"}
     for part, names in (("steps", bench_host.STEPS), ("watchers", bench_host.WATCHED)):
+        if part not in parts:
+            continue
+        assert written[part].keys() == {"without checkpointing", "with"}
         for works in written[part].values():
             assert tuple(works) == names
             assert all(0 < own["least"] <= own["median"] for own in works.values())

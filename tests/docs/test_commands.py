@@ -394,7 +394,7 @@ def test_a_newcomers_way_leads_from_data_to_a_model_to_talk_to(tmp_path):
         finally:
             server.terminate()
             server.communicate(timeout=60)
-    assert "200 samples of mine/train.json" in printed["data"] and "«" in printed["data"]
+    assert "samples   200\n" in printed["data"] and "«" in printed["data"]
     assert (folder / "mine" / "report.html").is_file()
     assert "500 images" in printed["evaluate"] and "base + adapter" in printed["evaluate"]
     assert answer == printed["chat"].strip() and backwards.strip()
