@@ -16,6 +16,7 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import traceback
@@ -68,6 +69,12 @@ def another_run_in_first():
     from sat_lora.training.runs.run_lock import RunLock
 
     return RunLock("runs/first", doing="training", option="--save")
+
+
+@contextlib.contextmanager
+def port_in_use() -> Iterator[None]:
+    with socket.create_server(("127.0.0.1", 4711)):
+        yield
 
 
 def ctrl_c_in(name: str) -> Callable:
@@ -202,6 +209,22 @@ MISTAKES = [
     train(30, "a prompt format that is none", f"{MINE} --version cog"),
     Mistake(31, "to pack what is not there", "pack_shards.py nowhere --out shards"),
     Mistake(31, "shards of nothing", "pack_shards.py images --out shards --samples-per-shard 0"),
+    train(34, "a scheme of quantising that is none", f"{MINE} --quantize nf8"),
+    train(34, "to quantise what is not there", f"{MINE} --quantize nf4 --quantize_modules q_proj"),
+    train(34, "LoftQ on a base that is whole", f"{MINE} --init_lora_weights loftq"),
+    Mistake(34, "to quantise a folder of images", "sat-lora quantize --base images --out small"),
+    Mistake(34, "a card without a size", "sat-lora estimate --fit large"),
+    Mistake(35, "a slip in a metric", f"evaluate_cogvlm.py --run runs/first {HELD_OUT} --metrics exact-mach"),
+    Mistake(35, "a metric of a missing file", f"evaluate_cogvlm.py --run runs/first {HELD_OUT} --metrics mine:f"),
+    train(35, "to choose the best by what is not measured", f"{MINE} {SHORT} --metric rouge --experiment-name best"),
+    train(35, "an early end without validation", f"{MINE} {SHORT} --early-stopping 2 --experiment-name early-end"),
+    Mistake(36, "to look at data that are not there", "sat-lora data nowhere"),
+    train(36, "a column that the data lack", "--train-data keys.jsonl --columns prompt=caption"),
+    train(36, "a weight that is none", "--train-data images:much"),
+    Mistake(37, "to ask about a missing picture", "sat-lora chat --run runs/first --image no.png --prompt ?"),
+    Mistake(37, "to talk to a missing adapter", "sat-lora chat --from_pretrained base --adapter no --prompt ?"),
+    Mistake(37, "to serve others without a key", "sat-lora serve --run runs/first --host 0.0.0.0"),
+    Mistake(37, "to serve at a port in use", "sat-lora serve --run runs/first --port 4711", given=port_in_use),
     train(
         32,
         "Ctrl-C in training",
