@@ -1,5 +1,6 @@
 """Inputs of recomputed layers in host memory, on a device: the same numbers, and less memory at the peak."""
 
+import numpy
 import pytest
 import torch
 
@@ -13,7 +14,7 @@ DEEP = {**CONFIG, "num_layers": 8, "eva_args": {**CONFIG["eva_args"], "num_layer
 ROWS = 16
 
 
-def steps(device: str, *, with_offload: bool, dtype: torch.dtype) -> tuple[list[torch.Tensor], int]:
+def steps(device: str, *, with_offload: bool, dtype: torch.dtype) -> tuple[list[numpy.ndarray], int]:
     """(loss and gradients of the second of two steps, bytes at its peak above those before it; 0 on a CPU)."""
     settings = dict(checkpoint_activations=True, vit_checkpoint_activations=True, checkpoint_offload=with_offload)
     model = tiny_model(dtype, config=DEEP, **settings).train().to(device)
@@ -34,7 +35,8 @@ def steps(device: str, *, with_offload: bool, dtype: torch.dtype) -> tuple[list[
         if device == "cuda":
             torch.cuda.synchronize()
             peak = torch.cuda.max_memory_allocated() - before
-    return [loss.detach().cpu(), *(p.grad.cpu() for p in model.parameters() if p.requires_grad)], peak
+    numbers = [loss, *(parameter.grad for parameter in model.parameters() if parameter.requires_grad)]
+    return [number.detach().float().cpu().numpy() for number in numbers], peak
 
 
 def both_ways(device: str, dtype: torch.dtype):
@@ -55,7 +57,7 @@ def both_ways(device: str, dtype: torch.dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_numbers_are_the_same_and_the_peak_is_lower(device_of_long_test, dtype):
-    (plain, high), (offloaded, low) = run_alone(both_ways, device_of_long_test.type, dtype)
-    assert all(map(torch.equal, plain, offloaded))
+    (plain, high), (offloaded, low) = run_alone(device_of_long_test.type, both_ways, device_of_long_test.type, dtype)
+    assert len(plain) == len(offloaded) > 30 and all(map(numpy.array_equal, plain, offloaded))
     if device_of_long_test.type == "cuda":
         assert low < high
