@@ -220,6 +220,7 @@ def run_evaluation(argv: list[str] | None, name: str = NAME, description: str = 
         write_evaluation,
     )
     from sat_lora.training.marks import marks_of_options
+    from sat_lora.training.runs.card_sections import add_evaluation
     from sat_lora.training.runs.run_lock import RunLock
     from sat_lora.training.runs.traced import traced
     from sat_lora.training.steps.observers import Observers
@@ -254,6 +255,8 @@ def run_evaluation(argv: list[str] | None, name: str = NAME, description: str = 
         if page is not None:
             run_on_all_ranks(lambda: write_gallery(page, measured, config.data.max_pixels) if world.is_main else None)
     if world.is_main:
+        if run is not None and out.name == "evaluation.json" and isinstance(adapter, str):
+            add_evaluation(adapter, measured.result)
         is_own = evaluation.out or not adapter or out.name == "evaluation.json"
         why = "" if is_own else "; evaluation.json is another evaluation's"
         lines = [evaluation_table(measured.result), f"written to {printable(out)}{why}"]

@@ -30,7 +30,7 @@ from sat_lora.terminal.notice import warn
 from sat_lora.terminal.progress import shown
 from sat_lora.training.answers.answering import BASE, answer_samples, cut_answers, length_of_answer
 from sat_lora.training.answers.prediction import Evaluated, lines_of, scores_of
-from sat_lora.training.metrics.generated import GENERATED, is_code, load_metric, settled_name
+from sat_lora.training.metrics.generated import DEFAULT_METRICS, load_metric, settled_name, shown_metrics
 from sat_lora.training.metrics.scores import LEVEL, RESAMPLES, SEED, Scores, interval_of
 from sat_lora.training.prepare import dataset_maker, load_base
 from sat_lora.training.runs.results import EVALUATION, PREDICTIONS, RUN
@@ -40,7 +40,6 @@ from sat_lora.training.settings.run_settings import settings_of_run
 from sat_lora.training.source_settings import source_settings
 from sat_lora.training.steps.observers import NOBODY, Observers
 
-DEFAULT_METRICS = ("exact-match", "exact-match-ignoring-case")
 LORA = "lora"
 """The name of the mixins of a single adapter."""
 TITLES = {BASE: "base", "adapter": "base + adapter"}
@@ -172,33 +171,19 @@ def _test_items(config: TrainConfig, run_folder: str | None) -> list[Item]:
 
 def evaluation_table(result: Mapping[str, Any]) -> str:
     """Return the result of `evaluate_adapter`, or of an earlier version, as a table: a row for each metric."""
-    metrics = result.get("metrics") or {
-        name: {side: {"value": own[name.replace("-", "_")]} for side, own in result.items() if side in TITLES}
-        for name in DEFAULT_METRICS
-    }
+    metrics = shown_metrics(result)
     sides = list(next(iter(metrics.values())))
     rows = [[f"{result['images']} images", *(TITLES.get(side, printable(side)) for side in sides)]]
-    for name, by_side in metrics.items():
-        is_share = not is_code(name) and GENERATED[name].is_share
-        rows.append([f"  {printable(name)}", *(_cell(by_side[side], is_share) for side in sides)])
+    rows += [[f"  {printable(name)}", *(by_side[side] for side in sides)] for name, by_side in metrics.items()]
     widths = [max(map(len, column)) for column in zip(*rows)]
     widths[0] = max(26, widths[0])
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
-    if any("low" in figures for by_side in metrics.values() for figures in by_side.values()):
+    if result.get("metrics"):
         lines.append(f"  in brackets: {LEVEL:.0%} of {RESAMPLES:,} bootstrap resamples")
     if result.get("broken"):
         count = result.get("broken_samples", len(result["broken"]))  # earlier versions counted paths alone
         lines.append(f"  {count} samples could not be read and do not count")
     return "\n".join(lines)
-
-
-def _cell(figures: Mapping[str, float], is_share: bool) -> str:
-    """Return a metric with its interval, in percent where it is a share."""
-    factor, digits, unit = (100, 1, " %") if is_share else (1, 3, "")
-    value = f"{factor * figures['value']:.{digits}f}{unit}"
-    if "low" not in figures:
-        return value
-    return f"{value} [{factor * figures['low']:.{digits}f}, {factor * figures['high']:.{digits}f}]"
 
 
 def evaluated(

@@ -5,27 +5,26 @@ from functools import partial
 
 import torch
 
-from sat_lora.adapters.card import add_section
 from sat_lora.cogvlm.network.model import CogVLMModel
 from sat_lora.data.answer_lengths import CutAnswers
 from sat_lora.data.batches.sources import FIRST_OF_SHARDS, Source
 from sat_lora.data.overview.examine import evenly
 from sat_lora.errors import ConfigError
-from sat_lora.files.step_folders import BEST, follow, read_pointer, steps_in
+from sat_lora.files.step_folders import BEST, read_pointer, steps_in
 from sat_lora.lora.summary import describe, describe_text
 from sat_lora.parallel.distributed import World, init_distributed, run_on_all_ranks
 from sat_lora.printable import printable
 from sat_lora.terminal.notice import logger, warn
 from sat_lora.training.answers.samples import SampleQuestions
-from sat_lora.training.evaluation import DEFAULT_METRICS, answer_test_data, evaluation_table, write_evaluation
+from sat_lora.training.evaluation import answer_test_data, evaluation_table, write_evaluation
 from sat_lora.training.loop import ends_early, train
 from sat_lora.training.marks import marks_of_options
-from sat_lora.training.metrics.generated import load_metric, settled_name
+from sat_lora.training.metrics.generated import DEFAULT_METRICS, load_metric, settled_name
 from sat_lora.training.metrics.registry import LOSS, METRICS, metrics_named
 from sat_lora.training.prepare import Run, Setting, Sources, build_run, dataset_maker, on_first_rank, open_data, prepare
 from sat_lora.training.resume import base_of_state, check_data, facts_of_run, notes, state_to_resume
 from sat_lora.training.run_summary import check_vocabulary, look_at, more_to_say, run_summary
-from sat_lora.training.runs.card_sections import evaluation_section
+from sat_lora.training.runs.card_sections import add_evaluation
 from sat_lora.training.runs.results import EVALUATION, results_problems
 from sat_lora.training.runs.run_folder import RunFolder
 from sat_lora.training.runs.run_lock import RunLock
@@ -371,8 +370,5 @@ def _evaluate(
         lambda: write_evaluation(run.path / EVALUATION, measured, config, run.adapters) if world.is_main else None
     )
     if world.is_main:
-        try:
-            add_section(follow(run.adapters), evaluation_section(measured.result))
-        except OSError as error:  # the result itself is written
-            warn(f"{run.adapters}: the result is not in its model card: {error}")
+        add_evaluation(run.adapters, measured.result)
     run.say(evaluation_table(measured.result))

@@ -213,11 +213,25 @@ def test_a_run_that_says_nothing_tells_its_step():
 
 
 def test_an_evaluation_is_a_table():
+    one, two, words = ({"value": value, "low": value - 0.01, "high": value} for value in (0.03, 0.988, 17.25))
+    metrics = {"anls": {"base": one, "adapter": two}, "perplexity": {"adapter": words}}
+    metrics["/home/me/my.py:score"] = {"adapter": words}
+    section = evaluation_section({"images": 500, "metrics": metrics, "base": {"exact_match": 0.5}})
+    assert dict(section.rows) == {
+        "Images": 500,
+        "Base: anls": "3.0 % [2.0, 3.0]",
+        "Base and adapter: anls": "98.8 % [97.8, 98.8]",
+        "Base and adapter: perplexity": "17.250 [17.240, 17.250]",
+        "Base and adapter: score": "17.250 [17.240, 17.250]",
+    }
+
+
+def test_an_evaluation_of_an_earlier_version_is_a_table():
     scores = {"exact_match": 0.03, "exact_match_ignoring_case": 0.04}
     section = evaluation_section({"images": 500, "base": scores, "adapter": {"exact_match": 0.988}, "broken": ["/x"]})
     assert dict(section.rows) == {
         "Images": 500,
-        "Base: exact match": "3.0 %",
-        "Base: exact match ignoring case": "4.0 %",
-        "Base and adapter: exact match": "98.8 %",
+        "Base: exact-match": "3.0 %",
+        "Base: exact-match-ignoring-case": "4.0 %",
+        "Base and adapter: exact-match": "98.8 %",
     }

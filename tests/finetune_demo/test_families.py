@@ -14,6 +14,7 @@ from sat_lora.chat.session import Chat
 from sat_lora.cogvlm.checkpoints.load import load_cogvlm, read_config
 from sat_lora.cogvlm.checkpoints.quantized_writer import quantize_base
 from sat_lora.cogvlm.families import FAMILIES, family_of
+from sat_lora.files.step_folders import follow
 from sat_lora.interop.peft_export import export_to_peft
 from sat_lora.interop.peft_import import import_from_peft
 from sat_lora.quantization.config import Quantization
@@ -76,6 +77,7 @@ def live_through_all(family, home, captchas):
         if (home / kind).exists()
     }
     return dict(
+        card=(follow(adapter) / "README.md").read_text(encoding="utf-8"),
         losses=losses(run),
         answers=answers,
         images=json.loads((run / "evaluation.json").read_text())["images"],
@@ -92,6 +94,7 @@ def live_through_all(family, home, captchas):
 def test_every_family_runs_from_end_to_end(family, tmp_path, captchas):
     (result,) = run_ranks(live_through_all, 1, family, tmp_path, captchas)
     assert sorted(result["losses"]) == [1, 2, 3, 4] and len(set(result["losses"].values())) == 4
+    assert "| Images | 12 |" in result["card"] and "| Base and adapter: exact-match |" in result["card"]
     assert result["images"] == 12 and result["family"] == family and not result["merge_problems"]
     if family == "cogagent":  # the published code reads these weights without calling the modules, as PEFT would
         assert "reads its weight without calling it; merge the adapter instead" in result["problem"]

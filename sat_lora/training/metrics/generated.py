@@ -9,7 +9,7 @@ import importlib.util
 import math
 import pkgutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,6 +56,7 @@ GENERATED: dict[str, AnswerMetric] = {
     ),
 }
 """Metrics by name."""
+DEFAULT_METRICS = ("exact-match", "exact-match-ignoring-case")
 SPELLINGS = {"normalized-match": "normalised-match", "rougel": "rouge-l", "rouge": "rouge-l", "f1": "token-f1"}
 """What others call some of them."""
 
@@ -71,6 +72,32 @@ def settled_name(name: str) -> str:
 def is_code(name: str) -> bool:
     """Return whether a name is MODULE:FUNCTION, code of the user's."""
     return ":" in name
+
+
+def shown_metrics(result: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+    """Return each metric of an evaluation's result, as its json has it, as a text for each who has answered: in percent
+    where it is a share, with its interval in brackets. A result of an earlier version has the default ones alone.
+    """
+    metrics = result.get("metrics")
+    if not metrics:
+        sides = {side: result[side] for side in ("base", "adapter") if side in result}
+        keys = {name: name.replace("-", "_") for name in DEFAULT_METRICS}
+        metrics = {
+            name: {side: {"value": own[key]} for side, own in sides.items() if key in own} for name, key in keys.items()
+        }
+    return {
+        name: {side: _shown(figures, not is_code(name) and GENERATED[name].is_share) for side, figures in own.items()}
+        for name, own in metrics.items()
+    }
+
+
+def _shown(figures: Mapping[str, float], is_share: bool) -> str:
+    """Return a metric with its interval, in percent where it is a share."""
+    factor, digits, unit = (100, 1, " %") if is_share else (1, 3, "")
+    value = f"{factor * figures['value']:.{digits}f}{unit}"
+    if "low" not in figures:
+        return value
+    return f"{value} [{factor * figures['low']:.{digits}f}, {factor * figures['high']:.{digits}f}]"
 
 
 def name_problem(name: str, others: Sequence[str] = ()) -> str | None:

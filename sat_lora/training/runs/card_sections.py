@@ -4,7 +4,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from sat_lora.adapters.card import Section
+from sat_lora.adapters.card import Section, add_section
+from sat_lora.files.step_folders import follow
+from sat_lora.printable import printable
+from sat_lora.terminal.notice import warn
+from sat_lora.training.metrics.generated import shown_metrics
 
 EVALUATION = "Evaluation"
 _SETTINGS = {
@@ -34,16 +38,27 @@ def sections_of_run(settings: Mapping[str, Any], state: Mapping[str, Any]) -> li
 
 
 def evaluation_section(result: Mapping[str, Any]) -> Section:
-    """Return the section of what `evaluate_adapter` gave."""
-    sides = {"base": "Base", "adapter": "Base and adapter"}
+    """Return the section of an evaluation's result, of one adapter. A metric of the user's goes by its function: where
+    that lies is nobody else's business.
+    """
+    titles = {"base": "Base", "adapter": "Base and adapter"}
+    metrics = shown_metrics(result)
     rows: list[tuple[str, object]] = [("Images", result["images"])]
     rows += [
-        (f"{title}: {name.replace('_', ' ')}", f"{100 * share:.1f} %")
-        for side, title in sides.items()
-        for name, share in result.get(side, {}).items()
-        if isinstance(share, float)
+        (f"{title}: {name.rpartition(':')[2]}", by_side[side])
+        for side, title in titles.items()
+        for name, by_side in metrics.items()
+        if side in by_side
     ]
     return Section(EVALUATION, tuple(rows))
+
+
+def add_evaluation(adapter: str | Path, result: Mapping[str, Any]) -> None:
+    """Put an evaluation's result into the model card of an adapter; where that cannot be written, a warning says so."""
+    try:
+        add_section(follow(Path(adapter)), evaluation_section(result))
+    except OSError as error:  # the result itself is written
+        warn(f"{printable(adapter)}: the result is not in its model card: {error}")
 
 
 def _data(settings: Mapping[str, Any], state: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
