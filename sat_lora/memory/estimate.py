@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sat_lora._sat import mpu
 from sat_lora.cogvlm.families import cross_image_size
+from sat_lora.cogvlm.inputs.frames import MOST_FRAMES
 from sat_lora.cogvlm.network import recompute
 from sat_lora.cogvlm.network.attention import CAUSAL
 from sat_lora.cogvlm.network.head import LabelledRows
@@ -191,14 +192,18 @@ class _CopyElsewhere:
 
 
 def _peak_of_a_step(model: CogVLMModel, config: dict, rows: int, length: int, labelled: int | None) -> int:
-    """Return the bytes of a forward and a backward pass at their peak, beside parameters and their gradients."""
+    """Return the bytes of a forward and a backward pass at their peak, beside parameters and their gradients.
+
+    A row has one image, or as many frames of a film as there can be, and as its length has room for.
+    """
     patches = config["image_length"]
     vit = config["eva_args"]
-    vision = rows * (patches + 1)
+    places = patches + 2
+    each = max(1, min(MOST_FRAMES, (length - 1) // places)) if model.family.takes_frames else 1
     tokens = rows * length
-    answers = rows * max(1, length - patches - 2) if labelled is None else rows * labelled
+    answers = rows * max(1, length - each * places) if labelled is None else rows * labelled
     ids = torch.zeros(rows, length, dtype=torch.int64)
-    images = torch.zeros(rows, 3, *vit["image_size"])
+    images = torch.zeros(rows * each, 3, *vit["image_size"])
 
     def indices(count: int) -> torch.Tensor:
         return torch.empty(count, dtype=torch.int64)
@@ -209,11 +214,11 @@ def _peak_of_a_step(model: CogVLMModel, config: dict, rows: int, length: int, la
         more = {}
         if cross_size is not None:
             more = dict(cross_images=torch.zeros(rows, 3, *cross_size), cross_rows=indices(rows))
-        routing = TokenRouting(indices(tokens), indices(tokens), vision)
+        routing = TokenRouting(indices(tokens), indices(tokens), rows * (patches + 1))
         seen = dict(
             **more,
             images=images,
-            image_places=indices(rows * (patches + 2)),
+            image_places=indices(rows * each * places),
             routing=routing if model.family.has_vision_experts else None,
             labelled=LabelledRows(indices(answers), indices(answers)),
         )

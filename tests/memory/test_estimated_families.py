@@ -12,12 +12,15 @@ from tests.support.ranks import run_ranks
 from tests.support.tiny_families import CONFIGS, family_batch, family_model
 
 LENGTH = 24
+ANSWER = 3
+FRAMES = 3
+"""Of a film: as many as a row of that length has room for."""
 
 
 def estimated(names):
     """The bytes of activations of a step, by family."""
     lora = LoraConfig(r=2)
-    settings = dict(dtype=torch.float32, batch_size=2, length=LENGTH, labelled=4)
+    settings = dict(dtype=torch.float32, batch_size=2, length=LENGTH, labelled=ANSWER)
     return {name: fake_step(CONFIGS[name], lora, **settings)[1] for name in names}
 
 
@@ -25,7 +28,8 @@ def measured(name):
     model = family_model(name)
     add_lora(model, r=2)
     model.train()
-    batch = family_batch(name, (True, True), length=LENGTH)
+    images = FRAMES if model.family.takes_frames else 1
+    batch = family_batch(name, (images, images), length=LENGTH, answer=ANSWER)
     with LiveBytes([*model.parameters(), *model.buffers()]) as live:
         answer_loss_sum(model, batch).backward()
     gradients = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
