@@ -35,8 +35,8 @@ LAYOUTS = (
     (8, f"--zero-stage 3 {BOTH} --batch-size 1"),
 )
 """(GPUs, options) of the layouts."""
-FAMILIES = {"cogvlm2-llama3-chat-19B": 2432, "cogagent-chat": 400}
-"""Published models, with the length of a row: an image and a hundred words."""
+FAMILIES = {"cogvlm2-llama3-chat-19B": 2432, "cogvlm2-video-llama3-chat": 2048, "cogagent-chat": 400}
+"""Published models, with the length of a row: an image, or a film of 24 frames, and words."""
 FAMILY_OPTIONS = ("--zero-stage 2 --batch-size 1", "--zero-stage 2 --batch-size 1 --quantize nf4")
 FAMILY_HEADS = {
     "docs/families.md": ("| model | GPUs | options | GB on each, estimated | cards of |", "larger than any card"),

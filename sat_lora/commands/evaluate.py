@@ -36,9 +36,11 @@ def build_parser(name: str = NAME, description: str = DESCRIPTION) -> argparse.A
     CogVLM's published evaluation scripts run with their options unchanged: options that mean nothing to an evaluation
     are taken under `no_effect`, a list of names.
     """
+    from sat_lora.data.reading import Reading
     from sat_lora.terminal.option_parser import OptionParser
     from sat_lora.terminal.option_types import batch, positive_int, seconds
     from sat_lora.training.metrics.generated import GENERATED
+    from sat_lora.training.settings.config import KNOWN
     from sat_lora.training.settings.options import add_config_options
     from sat_lora.training.settings.options import build_parser as finetune_parser
 
@@ -63,10 +65,9 @@ def build_parser(name: str = NAME, description: str = DESCRIPTION) -> argparse.A
     add("--version", choices=versions, help="prompt format of the base (default: its config's, or chat)")
     add("--prompt", help="the query of every image without its own (default: What is this?)")
     add("--special-tokens-in-text", action="store_true", default=None, help="a text that spells </s> means the token")
-    add("--ignore-keys", nargs="+", metavar="KEY", help="keys of .jsonl lines to pass over")
-    add("--images-from", nargs="+", metavar="DIR", help="folders that .jsonl lines may lead to by ..")
-    names = "of folders file names are the answers, whatever texts lie in or beside them"
-    add("--names-are-answers", action="store_true", default=None, help=names)
+    for name in Reading.__dataclass_fields__:
+        if name in KNOWN:
+            KNOWN[name].add_to(parser)
     add("--max_length", type=positive_int, metavar="N", help="longest sequence in tokens (default: 1288)")
     add("--max-pixels", type=positive_int, metavar="N", help="a larger picture is not read (default: 89478485)")
     add("--eval-batch-size", "--batch-size", type=batch, metavar="N", help="images at once (default: 4)")

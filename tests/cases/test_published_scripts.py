@@ -6,6 +6,8 @@ import pytest
 
 from sat_lora.cli import main as sat_lora
 from sat_lora.commands import evaluate
+from sat_lora.data.samples import reading_options
+from sat_lora.training.source_settings import source_settings
 from tests.support.configs import parse_options
 from tests.support.paths import TINY_BASE
 from tests.support.scripts import load_script
@@ -55,6 +57,17 @@ def test_the_published_options_of_an_evaluation_are_taken_unchanged(script):
 def test_so_are_the_other_options_of_fine_tuning(more):
     options = evaluate.build_parser().parse_args(["--test-data", "a", *shlex.split(more)])
     assert options.test_data == ["a"] and options.no_effect
+
+
+def test_how_data_are_read_is_heeded_in_an_evaluation_too():
+    more = "--data-format messages --columns prompt=q --image-mark <img> --images-per-sample 2 --ignore-keys note"
+    more += " --images-from up --names-are-answers"
+    given = evaluate.build_parser().parse_args(["--from_pretrained", str(TINY_BASE), "--test-data", "a", *more.split()])
+    reading = {**reading_options(source_settings(evaluate.read_settings(given).config))}
+    del reading["run_folder"]
+    expected = dict(data_format="messages", columns=("prompt=q",), image_mark="<img>", images_per_sample=2)
+    assert reading == {**expected, "ignore_keys": ("note",), "images_from": ("up",), "names_are_answers": True}
+    assert given.no_effect == []
 
 
 @pytest.mark.usefixtures("single_process_group")
