@@ -1,6 +1,11 @@
 """The exceptions a user of sat_lora can meet. Each message says what, where, got, wanted and what to do."""
 
+from collections.abc import Sequence
+from typing import TypeVar
+
 from sat_lora.printable import printable_lines
+
+_Error = TypeVar("_Error", bound="SatLoraError")
 
 
 class SatLoraError(Exception):
@@ -9,6 +14,20 @@ class SatLoraError(Exception):
     Its text only shows on a terminal, whatever names of files, layers and settings are in it: control characters are
     escaped, and a line after the first never begins at the margin, where a tool's own messages do.
     """
+
+    _problems: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls: type[_Error], problems: Sequence[str], head: str = "") -> _Error:
+        """Return the error of several problems, whose text is `head` and all of them."""
+        error = cls(head + "; ".join(problems))
+        error._problems = tuple(problems)
+        return error
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """Each problem by itself, without what the text begins with; the whole text where it is one."""
+        return self._problems or (super().__str__(),)
 
     def __str__(self) -> str:
         first, *more = printable_lines(super().__str__()).split("\n")

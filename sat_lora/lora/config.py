@@ -112,8 +112,8 @@ class LoraConfig:
             try:
                 cls(**{name: value for name, value in values.items() if name in field_names})
             except ConfigError as error:
-                problems.append(str(error).removeprefix(_HEAD))
-            raise ConfigError(_HEAD + "; ".join(problems))
+                problems += error.problems
+            raise ConfigError.of(problems, _HEAD)
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
@@ -128,7 +128,7 @@ class LoraConfig:
             object.__setattr__(self, "init_lora_weights", "kaiming")
         problems = list(self._problems())
         if problems:
-            raise ConfigError(_HEAD + "; ".join(problems))
+            raise ConfigError.of(problems, _HEAD)
 
     def _problems(self) -> Iterator[str]:
         for name in ("rank_pattern", "alpha_pattern"):

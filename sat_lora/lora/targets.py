@@ -244,7 +244,7 @@ def select(
             problems.append(f"bias={config.bias!r}: there is no bias to train")
         trained |= {name: parameters[name] for name in parameters if name in biases}
     if problems:
-        raise ConfigError("LoRA targets: " + "; ".join(problems))
+        raise ConfigError.of(problems, "LoRA targets: ")
     return {name: site for name, site in sites.items() if name in chosen}, trained
 
 

@@ -45,7 +45,7 @@ def select_layers(model: nn.Module, quantization: Quantization, *, has_shapes: b
         causes = [f"; {name} {reason}" for name, reason in reasons.items()][:1]
         problems.append(f"quantize_modules: nothing is left after keep_modules{''.join(causes)}")
     if problems:
-        raise ConfigError("; ".join(problems))
+        raise ConfigError.of(problems)
     return selected
 
 

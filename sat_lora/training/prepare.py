@@ -168,7 +168,8 @@ def _check_targets(config: TrainConfig) -> None:
         try:
             select_layers(skeleton, quantization, has_shapes=False)
         except ConfigError as error:
-            raise ConfigError(re.sub(r"(^|; )(?=(quantize|keep)_modules: )", r"\1--", str(error))) from error
+            problems = [re.sub(r"^(?=(quantize|keep)_modules: )", "--", problem) for problem in error.problems]
+            raise ConfigError.of(problems) from error
     try:
         select(find_all_sites(skeleton), find_all_parameters(skeleton), config.lora)
     except ConfigError as error:

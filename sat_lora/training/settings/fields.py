@@ -82,8 +82,8 @@ class Known:
         choices = self.option.get("choices")
         return list(choices()) if callable(choices) else None if choices is None else list(choices)
 
-    def add_to(self, group: argparse._ArgumentGroup) -> None:
-        """Add its option to a group of a parser; without a default, so that what is not given is not there."""
+    def add_to(self, group: argparse._ActionsContainer) -> None:
+        """Add its option to a parser or a group of one; without a default, so that what is not given is not there."""
         if not self.options:
             return
         settings = {name: value for name, value in self.option.items() if name != "choices"}

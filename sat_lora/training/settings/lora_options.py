@@ -89,9 +89,8 @@ def lora_problems(error: ConfigError) -> list[str]:
     """Return one text per problem of a ConfigError about a LoraConfig, in which its fields are called by their
     options.
     """
-    field = rf"(?=(?:{'|'.join(LORA_FIELDS)}|seed)\b)"
-    text = re.sub(r"^(LoraConfig|LoRA targets)[^:]*: ", "", str(error))
-    return [re.sub(f"^{field}", "--", problem) for problem in re.split(f"; {field}", text)]
+    field = rf"^(?=(?:{'|'.join(LORA_FIELDS)}|seed)\b)"
+    return [re.sub(field, "--", problem) for problem in error.problems]
 
 
 def _settings(name: str, kind) -> dict:
