@@ -7,10 +7,11 @@ with adapter_checkpoints():
 import json
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 from unittest import mock
 
@@ -31,10 +32,11 @@ from sat_lora.parallel.sharding import model_parallel_layout
 from sat_lora.terminal.notice import warn
 
 MODULES = ("sat.training.model_io", "sat.training.deepspeed_training", "sat.model.base_model")
-"""Modules of SAT that call `save_checkpoint` or `load_checkpoint` by a name of their own."""
+"""Modules of SAT that have `save_checkpoint` or `load_checkpoint`, its own or another's in its place."""
 SETUP = "setup_model_untrainable_params_and_optimizer"
 """The function of `training_main` that makes the engine, after everything a script can do to the model."""
 POINTER_LIMIT = 64  # bytes of `latest`
+MOST_PARTS = 100  # their numbers have two digits
 
 
 @contextmanager
@@ -48,7 +50,8 @@ def adapter_checkpoints(name: str = "lora") -> Iterator[None]:
     At every ZeRO stage every rank takes part in a save. What trains is what the LoRA mixins say, also where a script
     sets `disable_untrainable_params` on the model itself. In `training_main` raises, on every rank: AdapterError where
     a save cannot be written, or where there is nothing to load or it does not fit the model; ConfigError, before the
-    engine is made, where a LoRA mixin has another name, for its part would not be saved.
+    engine is made, where a LoRA mixin has another name, for its part would not be saved. These functions of SAT are
+    replaced wherever a module has them, a script that has imported them by name included.
     """
     from sat.training import deepspeed_training, model_io
 
@@ -57,15 +60,30 @@ def adapter_checkpoints(name: str = "lora") -> Iterator[None]:
         "load_checkpoint": _loads_adapters(model_io.load_checkpoint, name),
         SETUP: _keeps_trained_set(getattr(deepspeed_training, SETUP), name),
     }
+    homes = [module for module in map(sys.modules.get, MODULES) if module is not None]
+    instead_of = {
+        id(getattr(module, function)): instead
+        for module in homes
+        for function, instead in replaced.items()
+        if hasattr(module, function)
+    }
     with ExitStack() as stack:
-        for module in map(sys.modules.get, MODULES):
-            for function, instead in replaced.items():
-                if module is not None and hasattr(module, function):
-                    stack.enter_context(mock.patch.object(module, function, instead))
+        for module, name_there, function in _imported(instead_of.keys()):
+            stack.enter_context(mock.patch.object(module, name_there, instead_of[id(function)]))
         # `from_pretrained` may load on one rank of a machine alone; in the trainer all of them do.
         together = _loads_adapters(model_io.load_checkpoint, name, run_on_all_ranks)
         stack.enter_context(mock.patch.object(deepspeed_training, "load_checkpoint", together))
         yield
+
+
+def _imported(functions: Container[int]) -> list[tuple[ModuleType, str, Any]]:
+    """Return (module, its name for it, object) wherever an imported module has one of these objects, given by `id`."""
+    places = []
+    for module in [*sys.modules.values()]:
+        if isinstance(module, ModuleType):
+            names = [*vars(module).items()]
+            places += [(module, name, content) for name, content in names if id(content) in functions]
+    return places
 
 
 def _keeps_trained_set(original: Callable[..., Any], name: str) -> Callable[..., Any]:
@@ -182,13 +200,15 @@ def _adapter_folder(root: Path, iteration: int | None) -> Path | None:
     home = root / (_tag_in(root) if iteration is None else str(iteration))
     if is_adapter_folder(home):
         return home
-    rank, size = model_parallel_layout()
-    if (home / f"mp_rank_{rank:02d}_model_states.pt").is_file():
+    _, size = model_parallel_layout()
+    parts = [part for part in range(MOST_PARTS) if (home / f"mp_rank_{part:02d}_model_states.pt").is_file()]
+    if parts == [*range(size)]:
         return None
     if is_whole_model(home):
+        ranks = ", ".join(map(str, parts))
         raise AdapterError(
-            f"{home} has no part for model-parallel rank {rank} of {size}: give the --model-parallel-size that it was "
-            "saved with; an adapter, as adapter_checkpoints saves one, fits any"
+            f"{home} has the parts of model-parallel ranks {ranks}, and here --model-parallel-size is {size}: give "
+            "the one that it was saved with; an adapter, as adapter_checkpoints saves one, fits any"
         )
     problem = missing_problem(home if home.is_dir() else root)
     raise AdapterError(f"{root}: neither a model that SAT has saved nor an adapter: {problem}")

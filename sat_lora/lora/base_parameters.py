@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sat_lora._sat import BaseModel, RowParallelLinear
+from sat_lora._sat import RowParallelLinear
 from sat_lora.errors import ConfigError
 from sat_lora.lora.targets import BaseParameter
 from sat_lora.parallel.sharding import mark_sharded, model_parallel_layout, sharding_of
@@ -108,19 +108,19 @@ class StandIn:
 
     method: str
 
-    def __init__(self, model: BaseModel, own: Callable[..., Any] | None = None):
+    def __init__(self, model: nn.Module, own: Callable[..., Any] | None = None):
         """Stand for the method of `model`; own: what the script has set on the model itself, in its place."""
         self._model = weakref.ref(model)
         self._own = own
 
     @classmethod
-    def put_on(cls, model: BaseModel) -> None:
+    def put_on(cls, model: nn.Module) -> None:
         """Stand there from now on. A second call changes nothing."""
         own = vars(model).get(cls.method)
         if not isinstance(own, cls):
             object.__setattr__(model, cls.method, cls(model, own))
 
-    def original(self, model: BaseModel, *args: Any, **kw_args: Any) -> Any:
+    def original(self, model: nn.Module, *args: Any, **kw_args: Any) -> Any:
         """Return what the method gives without this."""
         if self._own is not None:
             return self._own(*args, **kw_args)
@@ -164,6 +164,9 @@ class TrainedSet(StandIn):
 
 
 def keep_trained_set(model: nn.Module) -> None:
-    """Let the mixins' word be the last whenever SAT asks the model what trains. A second call changes nothing."""
-    if isinstance(model, BaseModel):
+    """Let the mixins' word be the last whenever SAT asks the model what trains. A second call changes nothing.
+
+    model: a BaseModel, or what holds several, as SAT's EncoderDecoderModel does; nothing else is asked.
+    """
+    if callable(getattr(model, METHOD, None)):
         TrainedSet.put_on(model)

@@ -1,7 +1,10 @@
 """What `--load` of SAT's trainer may name inside of `adapter_checkpoints`: it is loaded, or is one error."""
 
 import shutil
+import sys
 from argparse import Namespace
+from types import ModuleType
+from unittest import mock
 
 import pytest
 import torch
@@ -10,7 +13,7 @@ from sat_lora import AdapterError, adapter_checkpoints, add_lora, load_adapter, 
 from sat_lora.adapters.read import read_adapter
 from sat_lora.errors import SatLoraError
 from sat_lora.lora.apply import adapters_of
-from tests.support.sat_files import write_step
+from tests.support.sat_files import cut_by_sat, write_step
 from tests.support.tiny import fill_adapters, tiny_model
 
 pytestmark = pytest.mark.usefixtures("single_process_group")
@@ -94,6 +97,11 @@ def a_part_of_another_rank(run):
     torch.save({"module": {}}, run / "4" / "mp_rank_01_model_states.pt")
 
 
+def parts_of_two_ranks(run):
+    shutil.rmtree(run / "4")
+    write_step(run, *cut_by_sat(tiny_model(), 2), step="4")
+
+
 NEWEST = r"no `latest` names a step that is there: give .*run/4, the newest"
 SPOILED = {
     "no latest": (without("latest"), NEWEST),
@@ -114,7 +122,11 @@ SPOILED = {
     "parts of ZeRO-3": (parts_of_zero_3, "it is a part of a model as ZeRO-3 cuts it, .* inside adapter_checkpoints"),
     "a part of another rank": (
         a_part_of_another_rank,
-        "4 has no part for model-parallel rank 0 of 1: give the --model",
+        "4 has the parts of model-parallel ranks 1, and here --model-parallel-size is 1: give the one",
+    ),
+    "the parts of two ranks": (
+        parts_of_two_ranks,
+        "4 has the parts of model-parallel ranks 0, 1, and here --model-parallel-size is 1: give the one",
     ),
 }
 
@@ -217,3 +229,21 @@ def test_what_is_called_otherwise_is_saved_whole_with_a_word(tmp_path, caplog):
     assert "saves 'lora' alone, and the model has mixins.eva.vit_model.mixins.mine, mixins.mine: the w" in caplog.text
     state = torch.load(tmp_path / "6" / "mp_rank_00_model_states.pt")["module"]
     assert any(".mine.adapters." in name for name in state) and "mixins.lm.lm_head.weight" in state
+
+
+def test_a_script_that_has_imported_them_by_name_saves_and_loads_adapters_too(tmp_path):
+    from sat.training import model_io
+
+    script = ModuleType("script")
+    script.save_checkpoint, script.load = model_io.save_checkpoint, model_io.load_checkpoint
+    before = {**vars(script)}
+    model = adapted()
+    fill_adapters(model)
+    with mock.patch.dict(sys.modules, script=script), adapter_checkpoints():
+        script.save_checkpoint(3, model, None, None, Namespace(save=str(tmp_path), mode="inference"))
+        other = adapted()
+        assert script.load(other, Namespace(load=str(tmp_path), mode="pretrain")) == 3
+    assert {path.name for path in (tmp_path / "3").iterdir()} >= {"adapter_model.safetensors", "adapter_config.json"}
+    assert not [*tmp_path.rglob("*.pt")]
+    assert all(torch.equal(other.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
+    assert vars(script) == before

@@ -9,11 +9,12 @@ from sat_lora import ConfigError, LoraConfig, adapter_checkpoints, add_lora
 from sat_lora._sat_on_cpu import sat_on_cpu
 from sat_lora.adapters.read import read_adapter
 from sat_lora.cogvlm.network.model import CogVLMModel
-from sat_lora.lora.base_parameters import TrainedSet
+from sat_lora.lora.base_parameters import TrainedSet, keep_trained_set
 from sat_lora.parallel.distributed import init_distributed, init_model_parallel
 from sat_lora.training.steps.engine import adapter_optimizer, start_engine
 from tests.support.paths import DEMO
 from tests.support.ranks import run_ranks
+from tests.support.sat_models import EncoderDecoderModel, encoder_decoder
 from tests.support.sat_trainer import (
     LORA,
     STEPS,
@@ -82,6 +83,24 @@ def test_a_script_that_unfreezes_more_is_told_and_trains_the_adapter_alone(runs_
     assert run.changed == [] and not any("boi" in name for name in run.trained)
     (warning,) = [warning for warning in run.warnings if "disable_untrainable_params" in warning]
     assert "leaves 1 parameters trainable" in warning and "mixins.eva.boi" in warning
+
+
+@pytest.mark.usefixtures("single_process_group")
+def test_so_it_is_in_a_model_of_two_halves():
+    class Script(EncoderDecoderModel):
+        def disable_untrainable_params(self):
+            super().disable_untrainable_params()
+            for name, parameter in self.named_parameters():
+                if "final_layernorm" in name:
+                    parameter.requires_grad_(True)
+
+    model = encoder_decoder()
+    model.__class__ = Script
+    add_lora(model, LORA)
+    keep_trained_set(model)  # as in adapter_checkpoints
+    before = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    model.disable_untrainable_params()
+    assert before == [name for name, parameter in model.named_parameters() if parameter.requires_grad] != []
 
 
 @pytest.mark.usefixtures("single_process_group")

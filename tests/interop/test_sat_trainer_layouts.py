@@ -1,7 +1,9 @@
 """SAT's `training_main` at each ZeRO stage, model-parallel size and precision: plain SGD's adapter, and no more."""
 
+import numpy
 import pytest
 import torch
+from numpy.linalg import norm
 
 from sat_lora import LoraConfig
 from sat_lora.adapters.read import read_adapter
@@ -13,7 +15,8 @@ from tests.support.sat_trainer import (
     train_by_sat,
 )
 
-HALF = {"bf16": (torch.bfloat16, 0.05), "fp16": (torch.float16, 0.01)}  # how far a loss may be off, relative
+HALF = {"bf16": (torch.bfloat16, 0.05, 0.9), "fp16": (torch.float16, 0.01, 0.995)}
+"""(dtype, how far a loss may be off, relative, the least cosine of the way that the adapter goes with the exact one)"""
 BOTH = ["--checkpoint-activations"]  # of the language model, and of the ViT by `tiny_cogvlm`
 EVALUATION = "--valid-data v --eval-interval 2 --eval-iters 2 --eval-batch-size 1 --test-data t --log-interval 1"
 CASES = {
@@ -21,12 +24,14 @@ CASES = {
     "ZeRO 2, checkpointing": dict(stage=2, options=BOTH),
     "evaluation": dict(stage=2, options=EVALUATION.split()),
     "bf16": dict(stage=2, engine={"bf16": {"enabled": True}}),
+    "ZeRO 0": dict(stage=0),
     "fp16": dict(stage=2, engine={"fp16": {"enabled": True, "initial_scale_power": 8}}),
     "ZeRO 3": dict(stage=3),
     "ZeRO 3, checkpointing": dict(stage=3, options=BOTH),
     "bf16, ZeRO 3": dict(stage=3, engine={"bf16": {"enabled": True}}),
+    "fp16, ZeRO 3": dict(stage=3, engine={"fp16": {"enabled": True, "initial_scale_power": 8}}),
 }
-MOST = [name for name in CASES if "ZeRO 3, " not in name and ", ZeRO 3" not in name]  # ZeRO-3 last, and once
+MOST = [name for name in CASES if name not in ("ZeRO 0", "ZeRO 3, checkpointing", "bf16, ZeRO 3", "fp16, ZeRO 3")]
 
 
 def in_half(args, name):
@@ -49,6 +54,12 @@ def runs_of(folder, mp_size, names):
     }
 
 
+def way(start, end, dtype=torch.float32):
+    """How far an adapter has gone from its first values in that dtype: all of it in one row of float64."""
+    first = {name: torch.tensor(values).to(dtype).double().numpy() for name, values in start.items()}
+    return numpy.concatenate([(end[name] - values).ravel() for name, values in first.items()])
+
+
 @pytest.mark.usefixtures("single_process_group")
 @pytest.mark.parametrize(
     "ranks, mp_size, names",
@@ -63,7 +74,7 @@ def test_in_every_layout_the_adapter_is_that_of_plain_sgd_and_the_base_stays(ran
     outcomes = run_ranks(runs_of, ranks, str(tmp_path), mp_size, names, timeout=125 * ranks)
     # The ranks of one model share a batch, those of several have each its own.
     seeds = list(zip(*(outcome["ZeRO 1"].seeds for outcome in outcomes[::mp_size])))
-    plain = train_by_plain_sgd(tiny_cogvlm, seeds)
+    start, plain = (train_by_plain_sgd(tiny_cogvlm, steps) for steps in ([], seeds))
     expected = outcomes[0]["ZeRO 1"]
     for name in names:
         runs = [outcome[name] for outcome in outcomes]
@@ -78,9 +89,12 @@ def test_in_every_layout_the_adapter_is_that_of_plain_sgd_and_the_base_stays(ran
         if half is None:
             assert difference(run.adapter, plain) < 1e-5, name
         else:
-            dtype, tolerance = HALF[half]
+            dtype, tolerance, cosine = HALF[half]
             assert {tensor.dtype for tensor in saved.values()} == {dtype}
             assert run.losses == pytest.approx(expected.losses, rel=tolerance)
+            moved, exact = way(start, run.adapter, dtype), way(start, plain)
+            assert moved @ exact > cosine * norm(moved) * norm(exact) > 0, name
+            assert 0.9 < norm(moved) / norm(exact) < 1.1, name
     if "evaluation" in names:
         evaluated = outcomes[0]["evaluation"].evaluated  # twice two of validation, and two of the test at the end
         assert len(evaluated) == 6 and len(set(evaluated)) == 6
