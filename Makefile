@@ -13,8 +13,8 @@ demo: $(READY)
 types: $(READY)  # mypy by [tool.mypy] of pyproject.toml: strict for lora/, parallel/, files/ and adapters/
 	"$(BIN)/python" -m mypy sat_lora
 
-# Many tests wait rather than compute, so two run at a time; those of a file share what is made for them.
-WORKERS ?= 2
+# Many tests wait rather than compute, so three run at a time; those of a file share what is made for them.
+WORKERS ?= 3
 
 test: $(READY)
 	"$(BIN)/python" -m pytest --numprocesses $(WORKERS) --dist loadfile
@@ -35,6 +35,7 @@ lint: $(READY)
 	"$(BIN)/python" -m ruff check
 
 # Half an hour of a quiet machine: every layout, and every other long test. A busy one is waited for.
+test-matrix: WORKERS = 2
 test-matrix: export SAT_LORA_TEST_PATIENCE ?= 5
 test-matrix: $(VENV)/.matrix-installed
 	"$(BIN)/python" -m pytest -m matrix --numprocesses $(WORKERS) --dist loadfile -v -rf; status=$$?; \

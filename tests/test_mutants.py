@@ -100,15 +100,20 @@ class Plugin(Mutants):
         return next((name for name in names if not self.tests[name]()), None)
 
 
-def ended(worker):
-    while (result := worker.ended()) is None:
+def results_of(workers):
+    """By the names of the workers, all of which are looked at again and again: one that is not seems to wait."""
+    results = {}
+    while len(results) < len(workers):
+        for name in workers.keys() - results.keys():
+            if (result := workers[name].ended()) is not None:
+                assert not os.path.exists(workers[name]._folder)
+                results[name] = result
         time.sleep(0.01)
-    assert not os.path.exists(worker._folder)
-    return result
+    return results
 
 
 def result_of(plugin, mutant, *names):
-    return ended(Worker(mutant, names, 0.0, plugin))
+    return results_of({"": Worker(mutant, names, 0.0, plugin)})[""]
 
 
 def mutant_of_steps_in():
@@ -149,7 +154,7 @@ def test_only_the_time_of_the_processor_makes_a_mutant_one_that_loops_or_hangs(m
     monkeypatch.setattr(mutants, "IDLE", 1.5)
     plugin = Plugin(loops=loop, sleeps=lambda: time.sleep(30), **{"loops in a child": loop_in_a_child})
     workers = {name: Worker(None, [name], 0.0, plugin) for name in plugin.tests}
-    assert {name: ended(worker) for name, worker in workers.items()} == {
+    assert results_of(workers) == {
         "loops": (TIMED_OUT, None),
         "loops in a child": (CAUGHT, "loops in a child"),
         "sleeps": (TIMED_OUT, None),
