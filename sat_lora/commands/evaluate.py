@@ -255,9 +255,9 @@ def run_evaluation(argv: list[str] | None, name: str = NAME, description: str = 
         run_on_all_ranks(lambda: write_evaluation(out, measured, config, adapter, has_base) if world.is_main else None)
         if page is not None:
             run_on_all_ranks(lambda: write_gallery(page, measured, config.data.max_pixels) if world.is_main else None)
-    if world.is_main:
-        if run is not None and out.name == "evaluation.json" and isinstance(adapter, str):
+        if world.is_main and run is not None and out.name == "evaluation.json" and isinstance(adapter, str):
             add_evaluation(adapter, measured.result)
+    if world.is_main:
         is_own = evaluation.out or not adapter or out.name == "evaluation.json"
         why = "" if is_own else "; evaluation.json is another evaluation's"
         lines = [evaluation_table(measured.result), f"written to {printable(out)}{why}"]

@@ -32,7 +32,7 @@ from sat_lora.parallel.sharding import model_parallel_layout
 from sat_lora.terminal.notice import warn
 
 MODULES = ("sat.training.model_io", "sat.training.deepspeed_training", "sat.model.base_model")
-"""Modules of SAT that have `save_checkpoint` or `load_checkpoint`, its own or another's in its place."""
+"""Modules of SAT in which its functions are looked up, also where somebody has put others in their place."""
 SETUP = "setup_model_untrainable_params_and_optimizer"
 """The function of `training_main` that makes the engine, after everything a script can do to the model."""
 POINTER_LIMIT = 64  # bytes of `latest`

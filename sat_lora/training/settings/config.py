@@ -160,7 +160,9 @@ class Data:
     loss_on: str = setting(
         "all", "the answers of a conversation that are learnt", "--loss-on", choices=lambda: ("all", "last")
     )
-    names_are_answers: bool = flag(False, "of folders, whatever texts lie in or beside them", "--names-are-answers")
+    names_are_answers: bool = flag(
+        False, "file names are the answers, whatever texts lie in or beside a folder", "--names-are-answers"
+    )
     max_broken_share: float = setting(
         0.05, "the run stops when more of the samples are broken", "--max-broken-share", type=share, metavar="X"
     )

@@ -210,12 +210,12 @@ def decode_partitioned():
     start_engine(model, sgd(model, 0.1), config)
     prompts = prompts_of_many_kinds()
     batch = joined(prompts if world.rank == 0 else prompts[::-1])
-    return generate(model, batch, max_new_tokens=4, eos_token_id=NEVER)
+    return generate(model, batch, max_new_tokens=8, eos_token_id=NEVER)
 
 
 def test_partitioned_weights_decode_the_same_tokens():
     model = adapted_model()
-    alone = [without_cache(model, prompt, 4)[0] for prompt in prompts_of_many_kinds()]
+    alone = [without_cache(model, prompt, 8)[0] for prompt in prompts_of_many_kinds()]
     assert run_ranks(decode_partitioned, 2) == [alone, alone[::-1]]
 
 
