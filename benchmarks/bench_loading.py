@@ -23,7 +23,7 @@ from benchmarks.report import table, write_json
 from sat_lora.cogvlm.checkpoints.load import load_cogvlm, save_weights, weight_files
 from sat_lora.parallel.distributed import init_distributed, init_model_parallel
 from sat_lora.quantization.config import Quantization
-from sat_lora.quantization.weights.layers import bytes_of
+from sat_lora.quantized.layers import bytes_of
 from sat_lora.training.steps.engine import set_up_deepspeed
 
 INTERVAL = 0.002  # seconds between samples

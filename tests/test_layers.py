@@ -5,6 +5,7 @@ import importlib
 import re
 from collections.abc import Iterator
 from functools import cache
+from itertools import groupby
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,7 @@ LAYERS = [
     "terminal",
     "findings",
     "parallel",
-    "quantization.weights",
+    "quantized",
     "lora.deltas",
     "lora",
     "quantization",
@@ -124,6 +125,13 @@ DEAF = ["training.loop", "training.steps.step", "training.steps.observers"]
 def test_the_loop_does_not_know_who_watches_it(module):
     watchers = {name for name in imported(modules()[module]) if name.partition(".")[0] in ("doctor", "watchdog")}
     assert not watchers
+
+
+def test_no_room_is_both_below_and_above_another():
+    """A folder at the top is one stretch of the layers with its folders, so that no two of them import each other."""
+    rooms = [layer.partition(".")[0] for layer in LAYERS]
+    stretches = [room for room, _ in groupby(rooms)]
+    assert sorted(stretches) == sorted(set(rooms))
 
 
 def test_relative_imports_hide_nothing():

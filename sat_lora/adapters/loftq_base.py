@@ -16,9 +16,9 @@ from sat_lora.lora.apply import adapters_of
 from sat_lora.lora.config import LOFTQ, MOST_ROUNDS, LoraConfig
 from sat_lora.lora.deltas import loftq
 from sat_lora.lora.deltas.delta import Delta
-from sat_lora.quantization.weights.layers import quantized_weight_of
-from sat_lora.quantization.weights.quantized_weight import LowRank, QuantizedWeight
-from sat_lora.quantization.weights.schemes import Scheme
+from sat_lora.quantized.layers import quantized_weight_of
+from sat_lora.quantized.quantized_weight import LowRank, QuantizedWeight
+from sat_lora.quantized.schemes import Scheme
 
 ROUNDS = "loftq_iter"
 """The key of the note on a base's quantisation that says that it was LoftQ's."""

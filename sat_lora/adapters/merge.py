@@ -29,8 +29,8 @@ from sat_lora.lora.deltas.merging import merged_weight
 from sat_lora.printable import printable
 from sat_lora.quantization.config import Quantization
 from sat_lora.quantization.select import select_layers
-from sat_lora.quantization.weights.quantized_weight import QuantizedWeight
-from sat_lora.quantization.weights.schemes import Scheme
+from sat_lora.quantized.quantized_weight import QuantizedWeight
+from sat_lora.quantized.schemes import Scheme
 from sat_lora.terminal.progress import Progress
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
@@ -167,7 +167,7 @@ def decoded_weights(weights: BaseWeights, saved: SavedAdapter, adapter: str | Pa
             f"--onto trained: {adapter}: how its base was quantised is not known here: {error}"
         ) from error
     names = frozenset(f"{name}.weight" for name in layers)
-    return DecodedWeights(weights, quantization.weights, names, saved, rounds)
+    return DecodedWeights(weights, quantization.weight_scheme, names, saved, rounds)
 
 
 @dataclasses.dataclass(frozen=True)

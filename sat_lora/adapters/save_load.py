@@ -27,7 +27,7 @@ from sat_lora.parallel.sharding import Sharding, gathered, model_parallel_layout
 from sat_lora.parallel.wrapped import is_engine, is_in_engine, unwrapped
 from sat_lora.printable import printable
 from sat_lora.quantization.config import Quantization
-from sat_lora.quantization.weights.layers import quantized_weight_of
+from sat_lora.quantized.layers import quantized_weight_of
 
 Copy = Callable[[torch.Tensor], torch.Tensor]
 """Makes a copy of a tensor that will change."""

@@ -32,7 +32,7 @@ from sat_lora.lora.deltas.merging import merged_weight
 from sat_lora.lora.live_base import identity_of_model, remember_base
 from sat_lora.lora.mixin import lora_mixins
 from sat_lora.parallel.distributed import init_distributed, init_model_parallel
-from sat_lora.quantization.weights.layers import quantized_weights
+from sat_lora.quantized.layers import quantized_weights
 from sat_lora.terminal.progress import Progress
 
 UNIT_ROUNDOFF = 2.0**-24  # of float32

@@ -24,8 +24,8 @@ from sat_lora.parallel.sharding import (
     over_model_parallel,
     sharding_of,
 )
-from sat_lora.quantization.weights.layers import quantized_weight_of
-from sat_lora.quantization.weights.quantized_weight import LowRank, QuantizedWeight, whole
+from sat_lora.quantized.layers import quantized_weight_of
+from sat_lora.quantized.quantized_weight import LowRank, QuantizedWeight, whole
 
 
 class LoraAdapter(nn.Module):

@@ -26,7 +26,7 @@ from sat_lora.errors import ConfigError
 from sat_lora.lora.adapter import LoraAdapter
 from sat_lora.lora.deltas.low_rank import RandomDropout, adapted_linear, add_delta, add_delta_in_place, product_of
 from sat_lora.lora.deltas.merging import MergedWeights
-from sat_lora.quantization.weights.layers import quantized_weight_of
+from sat_lora.quantized.layers import quantized_weight_of
 
 
 class DeltaState:

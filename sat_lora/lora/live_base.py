@@ -7,7 +7,7 @@ from sat_lora._sat import mpu
 from sat_lora.lora.base_identity import BaseIdentity, fingerprint_of, identity_of
 from sat_lora.lora.mixin import LoraMixin, lora_mixins
 from sat_lora.parallel.sharding import Sharding, gathered, model_parallel_layout, sharding_of
-from sat_lora.quantization.weights.quantized_weight import whole as decoded
+from sat_lora.quantized.quantized_weight import whole as decoded
 
 
 def base_tensors(model: nn.Module) -> dict[str, tuple[nn.Module, str, torch.Tensor]]:

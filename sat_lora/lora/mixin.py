@@ -20,7 +20,7 @@ from sat_lora.lora.gradient_order import GradientOrder
 from sat_lora.lora.targets import Plan, Target, find_parameters, find_sites, plan
 from sat_lora.parallel.wrapped import is_engine, is_in_engine
 from sat_lora.printable import printable
-from sat_lora.quantization.weights.layers import quantized_weight_of
+from sat_lora.quantized.layers import quantized_weight_of
 
 
 class LoraMixin(BaseMixin):

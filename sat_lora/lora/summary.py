@@ -8,7 +8,7 @@ from sat_lora.lora.adapter import LoraAdapter
 from sat_lora.lora.apply import adapters_of, find_all_sites
 from sat_lora.lora.mixin import lora_mixins
 from sat_lora.parallel.sharding import model_parallel_layout
-from sat_lora.quantization.weights.layers import bytes_of, quantized_weights
+from sat_lora.quantized.layers import bytes_of, quantized_weights
 
 WHOLE = "trained whole"
 

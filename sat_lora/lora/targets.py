@@ -16,7 +16,7 @@ from sat_lora.lora.config import SLOTS, LoraConfig, ends_with
 from sat_lora.lora.deltas.kinds import kind_of
 from sat_lora.lora.deltas.layers import Kind
 from sat_lora.parallel.sharding import blocks_of, model_parallel_layout, sharding_of
-from sat_lora.quantization.weights.layers import quantized_weight_of
+from sat_lora.quantized.layers import quantized_weight_of
 
 _LAYER = r"((en|de)coder\.)?transformer\.layers\.\d+\."
 _VIT = r"mixins\.eva\.vit_model\."

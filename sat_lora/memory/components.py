@@ -29,7 +29,7 @@ import torch
 from torch import nn
 
 from sat_lora.findings.finding import Finding, looks_for
-from sat_lora.quantization.weights.layers import bytes_of, quantized_weights
+from sat_lora.quantized.layers import bytes_of, quantized_weights
 
 BUCKET = 500_000_000  # elements, DeepSpeed's own default; deepspeed_config sets a lower one
 LIVE = 1_000_000_000  # elements that ZeRO-3 keeps gathered: stage3_max_live_parameters

@@ -30,8 +30,8 @@ from sat_lora.memory.live_memory import LiveBytes
 from sat_lora.parallel.distributed import destroy
 from sat_lora.quantization.config import Quantization
 from sat_lora.quantization.select import select_layers
-from sat_lora.quantization.weights.layers import put_quantized
-from sat_lora.quantization.weights.quantized_weight import QuantizedWeight
+from sat_lora.quantized.layers import put_quantized
+from sat_lora.quantized.quantized_weight import QuantizedWeight
 from sat_lora.training.steps.zero3_linear import linear_of_zero3
 
 
@@ -134,7 +134,7 @@ def _in_fake_memory(
             _give_fake_memory(model)
             if quantize is not None:
                 for layer in layers.values():
-                    put_quantized(layer, QuantizedWeight.of(layer.weight, quantize.weights))
+                    put_quantized(layer, QuantizedWeight.of(layer.weight, quantize.weight_scheme))
             add_lora(model, lora)
             yield model.train()
 

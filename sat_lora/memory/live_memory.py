@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sat_lora.quantization.weights.layers import plain_parts
+from sat_lora.quantized.layers import plain_parts
 
 
 class LiveBytes(TorchDispatchMode):

@@ -12,8 +12,8 @@ from sat_lora.lora.live_base import identity_of_model, remember_base
 from sat_lora.lora.mixin import lora_mixins, refuse_engine
 from sat_lora.quantization.config import Quantization
 from sat_lora.quantization.select import select_layers
-from sat_lora.quantization.weights.layers import put_quantized
-from sat_lora.quantization.weights.quantized_weight import QuantizedWeight
+from sat_lora.quantized.layers import put_quantized
+from sat_lora.quantized.quantized_weight import QuantizedWeight
 
 
 @torch.no_grad()
@@ -36,7 +36,7 @@ def quantize_model(
     layers = select_layers(model, quantization)
     identity = identity_of_model(model)
     for name, layer in layers.items():
-        weight = QuantizedWeight.of(layer.weight, quantization.weights, f"{name}.weight")
+        weight = QuantizedWeight.of(layer.weight, quantization.weight_scheme, f"{name}.weight")
         if keep_originals:
             weight.original = partial(torch.clone, layer.weight.detach().to("cpu", copy=True))
         put_quantized(layer, weight)

@@ -7,7 +7,7 @@ from sat_lora.errors import ConfigError
 from sat_lora.files.patterns import shortened
 
 if TYPE_CHECKING:
-    from sat_lora.quantization.weights.schemes import Scheme
+    from sat_lora.quantized.schemes import Scheme
 
 NAMES = ("nf4", "int8")
 """The names of the schemes, known without torch."""
@@ -53,9 +53,9 @@ class Quantization:
             raise ConfigError(f"quantize: there is no scheme {self.scheme!r}, only {' and '.join(NAMES)}")
 
     @property
-    def weights(self) -> "Scheme":
+    def weight_scheme(self) -> "Scheme":
         """The scheme itself."""
-        from sat_lora.quantization.weights.schemes import SCHEMES
+        from sat_lora.quantized.schemes import SCHEMES
 
         return SCHEMES[self.scheme]
 

@@ -9,8 +9,8 @@ from sat_lora.errors import ConfigError
 from sat_lora.lora.apply import find_all_parameters, find_all_sites
 from sat_lora.lora.targets import PRESETS, Site, matching, named_whole
 from sat_lora.quantization.config import Patterns, Quantization
-from sat_lora.quantization.weights.layers import quantized_weight_of
-from sat_lora.quantization.weights.schemes import BLOCKS, block_for
+from sat_lora.quantized.layers import quantized_weight_of
+from sat_lora.quantized.schemes import BLOCKS, block_for
 
 HEAD = re.compile(PRESETS["lm-head"])
 SHOWN = 8  # layers in an error

@@ -6,7 +6,7 @@ import torch
 from sat_lora import ConfigError, quantize_model
 from sat_lora.cli import main
 from sat_lora.quantization.config import Quantization
-from sat_lora.quantization.weights import kernels
+from sat_lora.quantized import kernels
 from sat_lora.training.settings.options import parse_options
 from tests.support.paths import TINY_BASE
 from tests.support.tiny import WIDE, tiny_model

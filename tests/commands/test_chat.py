@@ -17,7 +17,7 @@ from sat_lora.cli import main
 from sat_lora.cogvlm import load_cogvlm
 from sat_lora.commands.chat import names_of
 from sat_lora.quantization.config import Quantization
-from sat_lora.quantization.weights.layers import quantized_weight_of
+from sat_lora.quantized.layers import quantized_weight_of
 from tests.support.paths import ROOT, TINY_BASE
 from tests.support.tiny import fill_adapters
 

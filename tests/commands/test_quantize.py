@@ -4,7 +4,7 @@ import pytest
 
 from sat_lora.cli import main
 from sat_lora.cogvlm.checkpoints.load import load_cogvlm, save_weights
-from sat_lora.quantization.weights.layers import quantized_weights
+from sat_lora.quantized.layers import quantized_weights
 from tests.support.tiny import CONFIG, WIDE, tiny_model
 
 pytestmark = pytest.mark.usefixtures("single_process_group")

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from sat_lora.quantization.config import NAMES
-from sat_lora.quantization.weights.kernels import decode_nf4, problem_with_kernels
-from sat_lora.quantization.weights.quantized_weight import QuantizedWeight
-from sat_lora.quantization.weights.schemes import SCHEMES
+from sat_lora.quantized.kernels import decode_nf4, problem_with_kernels
+from sat_lora.quantized.quantized_weight import QuantizedWeight
+from sat_lora.quantized.schemes import SCHEMES
 from tests.support.quantized_layers import DTYPES
 
 

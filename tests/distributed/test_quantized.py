@@ -17,7 +17,7 @@ from sat_lora.lora.live_base import identity_of_model
 from sat_lora.parallel.distributed import init_distributed, init_model_parallel
 from sat_lora.parallel.sharding import model_parallel_layout
 from sat_lora.quantization.config import NAMES, Quantization
-from sat_lora.quantization.weights.layers import bytes_of, quantized_weights
+from sat_lora.quantized.layers import bytes_of, quantized_weights
 from sat_lora.training.steps.engine import set_up_deepspeed, start_engine
 from tests.distributed.matrix import BOUNDS, Cell, errors_of
 from tests.support.ranks import run_ranks

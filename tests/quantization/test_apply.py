@@ -18,8 +18,8 @@ from sat_lora.adapters.read import trained_whole
 from sat_lora.lora.live_base import identity_of_model
 from sat_lora.lora.mixin import lora_mixins
 from sat_lora.quantization.config import NAMES, Quantization
-from sat_lora.quantization.weights.layers import put_quantized, quantized_weight_of, quantized_weights
-from sat_lora.quantization.weights.quantized_weight import whole
+from sat_lora.quantized.layers import put_quantized, quantized_weight_of, quantized_weights
+from sat_lora.quantized.quantized_weight import whole
 from tests.support.quantized_layers import decoded_copy
 from tests.support.tiny import WIDE, fill_adapters, logits_of, tiny_batch, tiny_model
 

@@ -7,9 +7,9 @@ from torch import nn
 
 from sat_lora import quantize_model
 from sat_lora._sat import ColumnParallelLinear, RowParallelLinear
-from sat_lora.quantization.weights.layers import put_quantized, quantized_weights
-from sat_lora.quantization.weights.quantized_weight import QuantizedWeight
-from sat_lora.quantization.weights.schemes import SCHEMES
+from sat_lora.quantized.layers import put_quantized, quantized_weights
+from sat_lora.quantized.quantized_weight import QuantizedWeight
+from sat_lora.quantized.schemes import SCHEMES
 from tests.support.tiny import WIDE, tiny_model
 
 IN, OUT = 128, 96

@@ -178,9 +178,9 @@ def test_a_hang_before_any_gradient_is_told_though_it_cannot_be_drawn(tmp_path, 
     assert printed.out.startswith("error: hang") and "--plot: no gradient had arrived" in printed.err
 
 
-SCHEMES_PY = f"{PACKAGE}/quantization/weights/schemes.py"
-KERNELS_PY = f"{PACKAGE}/quantization/weights/kernels.py"
-LAYER = [[f"{PACKAGE}/quantization/weights/quantized_weight.py", 330, "linear", "return _Linear.apply(x, weight)"]]
+SCHEMES_PY = f"{PACKAGE}/quantized/schemes.py"
+KERNELS_PY = f"{PACKAGE}/quantized/kernels.py"
+LAYER = [[f"{PACKAGE}/quantized/quantized_weight.py", 330, "linear", "return _Linear.apply(x, weight)"]]
 
 
 @pytest.mark.parametrize(

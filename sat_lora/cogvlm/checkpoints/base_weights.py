@@ -17,7 +17,7 @@ from sat_lora.files.weight_files import Layout
 from sat_lora.lora.base_identity import BaseIdentity, identity_of
 from sat_lora.parallel.sharding import Sharding, model_parallel_layout
 from sat_lora.printable import printable
-from sat_lora.quantization.weights.quantized_weight import whole as decoded
+from sat_lora.quantized.quantized_weight import whole as decoded
 
 
 class BaseWeights(Mapping[str, torch.Tensor]):

@@ -31,9 +31,9 @@ from sat_lora.printable import printable
 from sat_lora.quantization.apply import note_quantized
 from sat_lora.quantization.config import Quantization
 from sat_lora.quantization.select import select_layers
-from sat_lora.quantization.weights.layers import put_quantized
-from sat_lora.quantization.weights.quantized_weight import QuantizedWeight
-from sat_lora.quantization.weights.schemes import BLOCKS, Scheme, block_for
+from sat_lora.quantized.layers import put_quantized
+from sat_lora.quantized.quantized_weight import QuantizedWeight
+from sat_lora.quantized.schemes import BLOCKS, Scheme, block_for
 from sat_lora.terminal.progress import Progress
 
 __all__ = [
@@ -176,7 +176,7 @@ def load_cogvlm(
                 if note is not None:
                     encoded = weights.encoded(name, module.weight, device)
                 elif quantize is not None:
-                    encoded = weights.quantized(name, module.weight, quantize.weights, whole_weight)
+                    encoded = weights.quantized(name, module.weight, quantize.weight_scheme, whole_weight)
                     encoded.original = weights.reader(name, module.weight, trust=trust)
                 if partitioning is not None and partition_quantized:
                     encoded = encoded.partitioned(partitioning.group)

@@ -20,8 +20,8 @@ from sat_lora.lora.base_identity import BaseIdentity
 from sat_lora.lora.config import DTYPES
 from sat_lora.printable import printable
 from sat_lora.quantization.config import Quantization
-from sat_lora.quantization.weights.quantized_weight import QuantizedWeight, parts_problem
-from sat_lora.quantization.weights.schemes import block_for
+from sat_lora.quantized.quantized_weight import QuantizedWeight, parts_problem
+from sat_lora.quantized.schemes import block_for
 
 KEY = "quantization"
 FORMAT_VERSION = 1
@@ -94,11 +94,11 @@ def joined(state: Mapping[str, Any], note: QuantizationNote, file: Path) -> dict
         if not isinstance(codes, torch.Tensor) or not isinstance(scales, torch.Tensor):
             problems.append(f"{printable(name)}: no codes and scales")
             continue
-        problem = parts_problem(codes, scales, note.quantization.weights)
+        problem = parts_problem(codes, scales, note.quantization.weight_scheme)
         if problem:
             problems.append(f"{printable(name)}: {problem}")
             continue
-        joined_state[name] = QuantizedWeight(codes, scales, note.quantization.weights, note.dtype)
+        joined_state[name] = QuantizedWeight(codes, scales, note.quantization.weight_scheme, note.dtype)
     if problems:
         more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise CheckpointError(f"{file}: it does not hold what its config says: {'; '.join(problems[:8])}{more}")
@@ -107,7 +107,7 @@ def joined(state: Mapping[str, Any], note: QuantizationNote, file: Path) -> dict
 
 def quantized_layout(layout: Layout, note: QuantizationNote) -> Layout:
     """Return the names, shapes and dtypes of the files, from those of the whole weights."""
-    scheme = note.quantization.weights
+    scheme = note.quantization.weight_scheme
     quantized: Layout = {}
     for name, (shape, dtype) in layout.items():
         block = block_for(shape[1]) if name in note.weights else None

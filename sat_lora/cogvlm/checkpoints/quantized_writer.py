@@ -14,7 +14,7 @@ from sat_lora.errors import CheckpointError
 from sat_lora.files.atomic import replaced_folder
 from sat_lora.quantization.config import Quantization
 from sat_lora.quantization.select import select_layers
-from sat_lora.quantization.weights.quantized_weight import QuantizedWeight
+from sat_lora.quantized.quantized_weight import QuantizedWeight
 from sat_lora.terminal.progress import Progress
 
 
@@ -53,7 +53,7 @@ def quantize_base(
                 if name not in names:
                     part[name].copy_(weights[name])
                     continue
-                encoded = QuantizedWeight.of(weights[name].to(device), quantization.weights, name)
+                encoded = QuantizedWeight.of(weights[name].to(device), quantization.weight_scheme, name)
                 part[name + CODES].copy_(encoded.codes)
                 part[name + SCALES].copy_(encoded.scales)
             return copy_beside(Path(base), temporary, without={CONFIG})

@@ -17,8 +17,8 @@ from sat_lora.lora.mixin import lora_mixins
 from sat_lora.lora.targets import layer_of
 from sat_lora.parallel.distributed import gather_lists
 from sat_lora.parallel.sharding import model_parallel_layout, sharding_of
-from sat_lora.quantization.weights.layers import quantized_weights
-from sat_lora.quantization.weights.quantized_weight import QuantizedWeight
+from sat_lora.quantized.layers import quantized_weights
+from sat_lora.quantized.quantized_weight import QuantizedWeight
 
 
 @looks_for("replicas-differ", "sharding-flag", "parallel-rule")

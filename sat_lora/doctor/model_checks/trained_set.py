@@ -15,7 +15,7 @@ from sat_lora.lora.mixin import lora_mixins
 from sat_lora.lora.optimizer_groups import groups_of
 from sat_lora.lora.targets import PRESETS, part_of, select
 from sat_lora.parallel.distributed import gather_lists
-from sat_lora.quantization.weights.quantized_weight import QuantizedWeight
+from sat_lora.quantized.quantized_weight import QuantizedWeight
 
 
 @looks_for("trainable-set", "tower-not-adapted", "dtype-or-device")

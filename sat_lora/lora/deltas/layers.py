@@ -20,7 +20,7 @@ from sat_lora.lora.deltas.delta import Delta
 from sat_lora.lora.deltas.layout import DeltaLayout
 from sat_lora.lora.deltas.low_rank import RandomDropout, add_delta
 from sat_lora.parallel.sharding import model_parallel_layout
-from sat_lora.quantization.weights.layers import own_weight
+from sat_lora.quantized.layers import own_weight
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ import torch
 
 from sat_lora.lora.deltas.delta import Delta
 from sat_lora.lora.deltas.initialize import best_approximation
-from sat_lora.quantization.weights.schemes import Scheme, encode
+from sat_lora.quantized.schemes import Scheme, encode
 
 Rows = Sequence[tuple[int, int]]
 

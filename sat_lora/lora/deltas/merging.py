@@ -10,7 +10,7 @@ from sat_lora.lora.deltas.delta import Delta
 from sat_lora.lora.deltas.layers import Kind
 from sat_lora.lora.deltas.layout import DeltaLayout
 from sat_lora.parallel.sharding import gathered, model_parallel_layout
-from sat_lora.quantization.weights.layers import quantized_weight_of
+from sat_lora.quantized.layers import quantized_weight_of
 
 
 @torch.no_grad()

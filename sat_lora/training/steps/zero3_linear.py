@@ -2,8 +2,8 @@
 
 import torch
 
-from sat_lora.quantization.weights.quantized_weight import QuantizedWeight
-from sat_lora.quantization.weights.quantized_weight import linear as quantized_linear
+from sat_lora.quantized.quantized_weight import QuantizedWeight
+from sat_lora.quantized.quantized_weight import linear as quantized_linear
 
 
 def round_once() -> None:

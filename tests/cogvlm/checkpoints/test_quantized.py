@@ -31,7 +31,7 @@ from sat_lora.lora.live_base import identity_of_model
 from sat_lora.lora.mixin import lora_mixins
 from sat_lora.quantization.apply import quantize_model
 from sat_lora.quantization.config import NAMES, Quantization
-from sat_lora.quantization.weights.layers import quantized_weights
+from sat_lora.quantized.layers import quantized_weights
 from tests.support.tiny import WIDE, fill_adapters, logits_of, tiny_batch, tiny_model
 
 pytestmark = pytest.mark.usefixtures("single_process_group")

@@ -10,9 +10,9 @@ from sat_lora.cogvlm.checkpoints.load import load_cogvlm
 from sat_lora.lora.apply import adapters_of
 from sat_lora.lora.mixin import lora_mixins
 from sat_lora.quantization.config import Quantization
-from sat_lora.quantization.weights.layers import bytes_of, quantized_weights
-from sat_lora.quantization.weights.quantized_weight import QuantizedWeight
-from sat_lora.quantization.weights.schemes import NF4, SCHEMES
+from sat_lora.quantized.layers import bytes_of, quantized_weights
+from sat_lora.quantized.quantized_weight import QuantizedWeight
+from sat_lora.quantized.schemes import NF4, SCHEMES
 from tests.support.paths import TINY_BASE
 from tests.support.quantized_layers import decoded_copy, pair_of
 from tests.support.single_layer import adapter_for

@@ -13,8 +13,8 @@ import torch
 from torch.autograd.function import FunctionCtx
 
 from sat_lora.errors import ConfigError, QuantizationError
-from sat_lora.quantization.weights.partition import Partition
-from sat_lora.quantization.weights.schemes import BLOCKS, SCHEMES, Scheme, block_for, block_of, encode, has_values
+from sat_lora.quantized.partition import Partition
+from sat_lora.quantized.schemes import BLOCKS, SCHEMES, Scheme, block_for, block_of, encode, has_values
 
 aten = torch.ops.aten
 _torch_linear = torch._C._nn.linear  # what `functional.linear` is until ZeRO-3 puts another one there

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from sat_lora.quantization.config import NAMES
-from sat_lora.quantization.weights import schemes
-from sat_lora.quantization.weights.kernels import decode_nf4
-from sat_lora.quantization.weights.schemes import SCHEMES, block_for, encode
+from sat_lora.quantized import schemes
+from sat_lora.quantized.kernels import decode_nf4
+from sat_lora.quantized.schemes import SCHEMES, block_for, encode
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 HAS_BITSANDBYTES = importlib.util.find_spec("bitsandbytes") is not None

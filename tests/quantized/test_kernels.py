@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sat_lora.quantization.weights import kernels
-from sat_lora.quantization.weights.schemes import SCHEMES, encode
+from sat_lora.quantized import kernels
+from sat_lora.quantized.schemes import SCHEMES, encode
 
 
 def test_a_cpu_never_imports_them(monkeypatch):

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from sat_lora import QuantizationError
-from sat_lora.quantization.weights import partition as partitions
-from sat_lora.quantization.weights.layers import bytes_of
-from sat_lora.quantization.weights.partition import Partition
-from sat_lora.quantization.weights.quantized_weight import LowRank, QuantizedWeight
-from sat_lora.quantization.weights.schemes import SCHEMES
+from sat_lora.quantized import partition as partitions
+from sat_lora.quantized.layers import bytes_of
+from sat_lora.quantized.partition import Partition
+from sat_lora.quantized.quantized_weight import LowRank, QuantizedWeight
+from sat_lora.quantized.schemes import SCHEMES
 
 pytestmark = pytest.mark.usefixtures("single_process_group")
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from sat_lora.quantization.weights.quantized_weight import QuantizedWeight
+from sat_lora.quantized.quantized_weight import QuantizedWeight
 
 
 def put_quantized(layer: nn.Module, weight: QuantizedWeight) -> None:

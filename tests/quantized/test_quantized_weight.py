@@ -11,9 +11,9 @@ from torch.nn import functional as F
 
 from sat_lora import QuantizationError
 from sat_lora.quantization.config import NAMES
-from sat_lora.quantization.weights.layers import bytes_of, quantized_weights
-from sat_lora.quantization.weights.quantized_weight import QuantizedWeight, rebuilt, whole
-from sat_lora.quantization.weights.schemes import SCHEMES
+from sat_lora.quantized.layers import bytes_of, quantized_weights
+from sat_lora.quantized.quantized_weight import QuantizedWeight, rebuilt, whole
+from sat_lora.quantized.schemes import SCHEMES
 from tests.support.quantized_layers import DTYPES, IN, LAYERS, OUT, counted_decoding, pair_of
 
 pytestmark = pytest.mark.usefixtures("single_process_group")

@@ -17,7 +17,7 @@ from typing import Protocol
 import torch
 from torch.nn import functional as F
 
-from sat_lora.quantization.weights.kernels import decode_nf4, has_kernels
+from sat_lora.quantized.kernels import decode_nf4, has_kernels
 
 BLOCKS = (64, 32)  # the first that divides a row
 ENCODED_AT_ONCE = 2**20  # elements: the temporaries take some 16 bytes each
