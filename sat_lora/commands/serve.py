@@ -73,14 +73,14 @@ def run(options: argparse.Namespace) -> None:
     try:
         import uvicorn
 
-        from sat_lora.serve.app import Limits, build_app
+        from sat_lora.serve.app import RequestLimits, build_app
     except ImportError as error:
         raise ConfigError(f"sat-lora serve needs more packages ({error}): pip install 'sat_lora[serve]'") from error
     with_page = not options.no_page and find_spec("gradio") is not None
     listener = _listen(options.host, options.port)
     try:
         session = chat.load_chat(options)
-        limits = Limits(
+        limits = RequestLimits(
             seconds=options.max_seconds,
             body=int(options.max_body * 2**20),
             waiting=options.max_waiting,

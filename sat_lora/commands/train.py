@@ -69,14 +69,14 @@ def run_training(
     from sat_lora.training.finetune import finetune
 
     try:
-        setting = finetune(config, demo)
+        prepared = finetune(config, demo)
     except Stopped as stopped:
         if is_first_rank():
             line = _resume_line(config, program, *_code(config, "metrics", "metric"))
             print(f"{stopped}; resume with: {line}", flush=True)
         return stopped.status
-    if setting.world.is_main and not config.start.replay:
-        print(what_next(setting.config, program, evaluation), flush=True)
+    if prepared.world.is_main and not config.start.replay:
+        print(what_next(prepared.config, program, evaluation), flush=True)
     destroy()
     return 0
 

@@ -34,7 +34,7 @@ from sat_lora.parallel.distributed import destroy, gather_lists, init_distribute
 from sat_lora.parallel.sharding import gathered
 from sat_lora.terminal.notice import is_first_rank
 from sat_lora.training.preflight import option_problems
-from sat_lora.training.prepare import Run, Setting, build_run, on_first_rank, open_data, prepare
+from sat_lora.training.prepare import PreparedRun, Run, build_run, on_first_rank, open_data, prepare
 from sat_lora.training.same_base import base_of_run
 from sat_lora.training.settings.config import TrainConfig
 from sat_lora.training.settings.deepspeed_file import read_deepspeed_file
@@ -72,12 +72,12 @@ def diagnose(
     if any(finding.code == "options" for finding in findings):
         return findings
     try:
-        setting = prepare(config)
-        findings += environment_findings(setting.config, setting.world)
+        prepared = prepare(config)
+        findings += environment_findings(prepared.config, prepared.world)
         if any(finding.code == "collective" for finding in findings):
             return findings
         tell(collective_times())
-        return [*findings, *_diagnose_model(setting, tell)]
+        return [*findings, *_diagnose_model(prepared, tell)]
     except SatLoraError as error:  # `run_on_all_ranks` lets every rank have it
         return [*findings, Finding(code="options", seen=str(error))]
 
@@ -119,20 +119,20 @@ def _option_findings(config: TrainConfig, device: str) -> Iterator[Finding]:
             yield Finding(code="options", seen=problem, option=option.group() if option else None)
 
 
-def _diagnose_model(setting: Setting, tell: Callable[[str], None]) -> list[Finding]:
-    config = setting.config
-    world = setting.world
-    too_much = estimated_findings(setting)
+def _diagnose_model(prepared: PreparedRun, tell: Callable[[str], None]) -> list[Finding]:
+    config = prepared.config
+    world = prepared.world
+    too_much = estimated_findings(prepared)
     if too_much:
         return too_much  # it would end in the middle
     _begin(3, "the base")
     base_of_run(config)
-    run = build_run(setting, layers=config.start.shrink)
+    run = build_run(prepared, layers=config.start.shrink)
     model = run.model
     sizes = run.sizes
     model.train()
     _begin(4, "the data")
-    sources = open_data(setting)
+    sources = open_data(prepared)
     data = sources.training
     valid = sources.validation
     rank_findings = model_config_findings(sizes, config.model.base)
@@ -148,7 +148,7 @@ def _diagnose_model(setting: Setting, tell: Callable[[str], None]) -> list[Findi
     )
     trained = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
     size = next(p.element_size() for p in model.parameters() if p.requires_grad)
-    rank_findings += bucket_findings(setting.engine, trained, size)
+    rank_findings += bucket_findings(prepared.engine, trained, size)
     findings = joined(gather_lists([rank_findings]))
     if any(finding.code in NO_FORWARD for finding in findings):
         return findings
@@ -165,14 +165,14 @@ def _diagnose_model(setting: Setting, tell: Callable[[str], None]) -> list[Findi
     kinds = kinds_of(batch, world.data_parallel_rank)
     if len({*gather_lists([tuple(kinds)])}) > 1:  # some ranks drew text alone
         kinds = {"this rank's first batch": batch}
-    bucket = setting.engine.get("zero_optimization", {}).get("reduce_bucket_size", 500_000_000)
+    bucket = prepared.engine.get("zero_optimization", {}).get("reduce_bucket_size", 500_000_000)
     if not run.is_partitioned:
         findings += examine(model, kinds, _loss_of, optimizer=run.optimizer, bucket_size=bucket)
     if has_errors(findings):
         return findings  # a step with an engine might hang
     _begin(6, "memory")
     longest = max(batches, key=lambda candidate: candidate["input_ids"].numel())  # what does not fit fails there
-    table, too_much = memory_report(setting, model, lambda: _loss_of(model, longest).backward())
+    table, too_much = memory_report(prepared, model, lambda: _loss_of(model, longest).backward())
     tell(table)
     findings += too_much
     return findings + _take_steps(run, kinds, data.epoch_samples)
@@ -196,8 +196,8 @@ def _read_batches(data, count: int) -> tuple[list[dict], list[Finding]]:
 def _take_steps(run: Run, kinds: dict[str, dict], samples: int) -> list[Finding]:
     """Return what goes wrong in one real step per kind of batch, by the engine of the run."""
     _begin(7, "a real step for each kind of batch")
-    config = run.setting.config
-    world = run.setting.world
+    config = run.prepared.config
+    world = run.prepared.world
     model = run.model
     partitioned = run.is_partitioned
     steps = total_steps(

@@ -19,28 +19,28 @@ from sat_lora.memory.estimate_run import sizes_of
 from sat_lora.memory.live_memory import peak_of
 from sat_lora.parallel.distributed import gather_lists, run_on_all_ranks
 from sat_lora.parallel.launch import ranks_on_this_machine
-from sat_lora.training.prepare import Setting
+from sat_lora.training.prepare import PreparedRun
 from sat_lora.training.settings.config import KNOWN, NONE, TrainConfig
 
 ADVISED = "nf4"  # the scheme that takes least
 
 
-def memory_report(setting: Setting, model: nn.Module, step: Callable[[], None]) -> tuple[str, list[Finding]]:
+def memory_report(prepared: PreparedRun, model: nn.Module, step: Callable[[], None]) -> tuple[str, list[Finding]]:
     """Return (table, findings) of all ranks; every rank has to call it.
 
     step: runs forward and backward on one micro-batch. Under ZeRO-3, whose gathers would be counted too, activations
     are estimated; with --shrink what is measured is extrapolated by what `estimate` gives for both sizes.
     """
-    config = setting.config
-    device = setting.world.device
-    ranks = setting.world.size
+    config = prepared.config
+    device = prepared.world.device
+    ranks = prepared.world.size
     partitioned = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
     measured = 0 if partitioned else peak_of(step, model, device)
     model.zero_grad(set_to_none=True)
     memory = memory_of(
         model,
-        setting.engine,
-        data_parallel_size=setting.world.data_parallel_size,
+        prepared.engine,
+        data_parallel_size=prepared.world.data_parallel_size,
         activations=measured,
         on_device=device.type == "cuda",
     )
@@ -52,32 +52,32 @@ def memory_report(setting: Setting, model: nn.Module, step: Callable[[], None]) 
         memory = whole
     available = device_memory(device, ranks_on_this_machine(ranks))
     table = memory_table(gather_lists([memory]), gather_lists([available]))
-    return table, _advised(joined(gather_lists([memory_findings(memory, available)])), setting)
+    return table, _advised(joined(gather_lists([memory_findings(memory, available)])), prepared)
 
 
-def estimated_findings(setting: Setting) -> list[Finding]:
+def estimated_findings(prepared: PreparedRun) -> list[Finding]:
     """Return a finding, before anything is loaded, if a step does not fit by the estimate; on GPUs alone.
 
     Every rank has to call it.
     """
-    config = setting.config
-    world = setting.world
+    config = prepared.config
+    world = prepared.world
     if world.device.type != "cuda" or config.start.shrink:
         return []
     memory = _estimated(config, world.size, world.device.type)
     available = device_memory(world.device, ranks_on_this_machine(world.size))
-    return _advised(joined(gather_lists([memory_findings(memory, available)])), setting)
+    return _advised(joined(gather_lists([memory_findings(memory, available)])), prepared)
 
 
-def _advised(findings: list[Finding], setting: Setting) -> list[Finding]:
+def _advised(findings: list[Finding], prepared: PreparedRun) -> list[Finding]:
     """Return the findings; those on memory name what a quantised base would take, where that fits on every rank.
 
     Every rank has to call it, with the same findings.
     """
-    config = setting.config
+    config = prepared.config
     if not findings or config.quantization.quantize != NONE or config.start.shrink or not _may_be_quantized(config):
         return findings
-    world = setting.world
+    world = prepared.world
     available = gather_lists([device_memory(world.device, ranks_on_this_machine(world.size))])
     smallest = min((size for size in available if size is not None), default=0.0)
     recomputed = dict(checkpoint_activations=True, vit_checkpoint_activations=True)

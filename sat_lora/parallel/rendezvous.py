@@ -136,9 +136,13 @@ def _store(place: Place, deadline: _Deadline) -> TCPStore:
 
 
 def _wait_for_listener(place: Place, deadline: _Deadline) -> None:
+    if place.address is None or place.port is None:
+        return
+    listener = place.address, place.port
+
     def listens() -> bool:
         try:
-            with socket.create_connection((place.address, place.port), timeout=2):
+            with socket.create_connection(listener, timeout=2):
                 return True
         except socket.gaierror as error:
             raise ConfigError(

@@ -40,11 +40,11 @@ def quantize_model(
         if keep_originals:
             weight.original = partial(torch.clone, layer.weight.detach().to("cpu", copy=True))
         put_quantized(layer, weight)
-    note_quantized(model, identity, quantization)
+    remember_quantization(model, identity, quantization)
     return [*layers]
 
 
-def note_quantized(model: nn.Module, identity: BaseIdentity, quantization: Quantization) -> None:
+def remember_quantization(model: nn.Module, identity: BaseIdentity, quantization: Quantization) -> None:
     """Let the model know which base it was before its weights were quantised, and how they were: for adapters of it."""
     remember_base(model, identity)
     model.base_quantization = quantization

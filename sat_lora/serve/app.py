@@ -29,7 +29,7 @@ OPEN = ("/health",)  # without a key
 
 
 @dataclass(frozen=True, kw_only=True)
-class Limits:
+class RequestLimits:
     """What a request may take. seconds: from its arrival to its last token. body: bytes. waiting: requests. together:
     those that are answered in one batch.
     """
@@ -54,7 +54,9 @@ class Metrics:
         self.waiting = Gauge("waiting_requests", "Requests in the queue.", **ours)
 
 
-def build_app(chat: Chat, *, limits: Limits = Limits(), api_key: str | None = None, with_page: bool = False) -> FastAPI:
+def build_app(
+    chat: Chat, *, limits: RequestLimits = RequestLimits(), api_key: str | None = None, with_page: bool = False
+) -> FastAPI:
     """Return the application, which alone uses the conversation from now on.
 
     `model` of a request is "base" or the name of an adapter; without one, who answers in the conversation. api_key:

@@ -6,11 +6,11 @@ from starlette.types import Receive
 
 from sat_lora.serve.questions import RequestError
 
-TOGETHER = 16  # times the most that one may have
+BODIES_HELD = 16  # times the most that one may have
 
 
 class Bodies:
-    """Reads bodies. most: bytes of one; those being read have TOGETHER times as many. seconds: until one is whole."""
+    """Reads bodies. most: bytes of one; those being read have BODIES_HELD times as many. seconds: until it is whole."""
 
     def __init__(self, most: int, seconds: float):
         self._most = most
@@ -41,7 +41,7 @@ class Bodies:
             self._held += len(part)
             if length > self._most:
                 raise RequestError(f"the body is longer than {self._most} bytes; send a smaller picture", 413)
-            if self._held > TOGETHER * self._most:
+            if self._held > BODIES_HELD * self._most:
                 raise RequestError("too many large requests at once; try again", 429, "rate_limit_error")
             if not message.get("more_body"):
                 return b"".join(parts)

@@ -107,10 +107,10 @@ def answer_test_data(
         dataset,
         world,
         batch_size=config.saving.eval_batch_size or config.schedule.batch_size,
-        sides=sides,
+        answerers=sides,
         lengths=lengths,
-        has_likelihoods=any(metric.needs_likelihoods for metric in metrics.values()),
-        walk=(lambda starts: shown(starts, *what)) if world.is_main else iter,
+        with_answer_losses=any(metric.needs_answer_losses for metric in metrics.values()),
+        progress=(lambda starts: shown(starts, *what)) if world.is_main else iter,
         observers=observers,
     )
     if not predictions:

@@ -21,7 +21,16 @@ from sat_lora.training.loop import ends_early, train
 from sat_lora.training.marks import marks_of_options
 from sat_lora.training.metrics.generated import DEFAULT_METRICS, load_metric, settled_name
 from sat_lora.training.metrics.registry import LOSS, METRICS, metrics_named
-from sat_lora.training.prepare import Run, Setting, Sources, build_run, dataset_maker, on_first_rank, open_data, prepare
+from sat_lora.training.prepare import (
+    PreparedRun,
+    Run,
+    Sources,
+    build_run,
+    dataset_maker,
+    on_first_rank,
+    open_data,
+    prepare,
+)
 from sat_lora.training.resume import base_of_state, check_data, facts_of_run, notes, state_to_resume
 from sat_lora.training.run_summary import check_vocabulary, look_at, more_to_say, run_summary
 from sat_lora.training.runs.card_sections import add_evaluation
@@ -44,8 +53,8 @@ from sat_lora.watchdog.trace import Trace
 from sat_lora.watchdog.watchdog import watched_alone, watched_trace
 
 
-def finetune(config: TrainConfig, demo: Demo | None = None) -> Setting:
-    """Check, load, train and evaluate; return the setting, with the number of steps. Every rank has to call it.
+def finetune(config: TrainConfig, demo: Demo | None = None) -> PreparedRun:
+    """Check, load, train and evaluate; return the prepared run, with the number of steps. Every rank has to call it.
 
     The demo's data are made first, on rank 0 alone, where they are not there yet. The run folder is locked meanwhile,
     and one that holds results is refused. Raises a SatLoraError on every rank for a user's mistake, before
@@ -58,48 +67,48 @@ def finetune(config: TrainConfig, demo: Demo | None = None) -> Setting:
         return _finetune(config, demo, lock)
 
 
-def _finetune(config: TrainConfig, demo: Demo | None, lock: RunLock) -> Setting:
+def _finetune(config: TrainConfig, demo: Demo | None, lock: RunLock) -> PreparedRun:
     """Do what `finetune` says, with the run folder locked and a watchdog beside it."""
     limit = LIMIT if config.start.replay else config.checks.watchdog_limit
     with watched_alone(limit) as trace:
         Observers(traced(trace)).on_phase("check")
-        setting, run, data = _check(config, demo, lock)
-    world = setting.world
+        prepared, run, data = _check(config, demo, lock)
+    world = prepared.world
     # What is wrong with a start is known by now: only one that is right replaces what the watchdog has of another.
     trace = _trace(config.checks, run, world)
     with watched_trace(trace, limit):
-        _train_and_evaluate(setting, run, trace, data)
-    return setting
+        _train_and_evaluate(prepared, run, trace, data)
+    return prepared
 
 
-def _check(config: TrainConfig, demo: Demo | None, lock: RunLock) -> tuple[Setting, RunFolder, Sources]:
+def _check(config: TrainConfig, demo: Demo | None, lock: RunLock) -> tuple[PreparedRun, RunFolder, Sources]:
     """Look at config, disk, data and base, and say what will be trained: all that comes before the weights are read.
 
-    Return the setting, the run's folder and the data.
+    Return the prepared run, the run's folder and the data.
     """
     problems = results_problems(config, say=partial(print, flush=True)) if torch.distributed.get_rank() == 0 else []
-    setting = prepare(config, demo, problems=problems)
-    world = setting.world
+    prepared = prepare(config, demo, problems=problems)
+    world = prepared.world
     wandb = NONE if config.start.replay else config.saving.wandb
     run = RunFolder(config.run_folder, is_writer=world.is_main, lock=lock, wandb=wandb)
-    for line in run_on_all_ranks(decisions, setting.config, world.device.type):
+    for line in run_on_all_ranks(decisions, prepared.config, world.device.type):
         run.say(line)
     freed = size_of(run.path) if config.start.overwrite else 0
-    run_on_all_ranks(lambda: check_space(setting.config, freed=freed) if world.is_main else None)
-    setting, data = _with_data(setting, run, demo)
-    return setting, run, data
+    run_on_all_ranks(lambda: check_space(prepared.config, freed=freed) if world.is_main else None)
+    prepared, data = _with_data(prepared, run, demo)
+    return prepared, run, data
 
 
-def _with_data(setting: Setting, run: RunFolder, demo: Demo | None) -> tuple[Setting, Sources]:
-    """Return (the setting with the number of steps, the data), after data and base were checked and what trains was
-    said.
+def _with_data(prepared: PreparedRun, run: RunFolder, demo: Demo | None) -> tuple[PreparedRun, Sources]:
+    """Return (the prepared run with the number of steps, the data), after data and base were checked and what trains
+    was said.
 
     Every rank has to call it.
     """
-    config = setting.config
-    world = setting.world
+    config = prepared.config
+    world = prepared.world
     stored = run_on_all_ranks(state_to_resume, config.start.resume) if config.start.resume else None
-    data = open_data(setting)
+    data = open_data(prepared)
     steps = total_steps(
         train_iters=config.schedule.train_iters,
         epochs=config.schedule.epochs,
@@ -109,7 +118,7 @@ def _with_data(setting: Setting, run: RunFolder, demo: Demo | None) -> tuple[Set
         data_parallel_size=world.data_parallel_size,
     )
     config = config.replaced(train_iters=steps)
-    setting = replace(setting, config=config)
+    prepared = replace(prepared, config=config)
     validation = data.validation
     if not config.start.replay:
         check_validation(config, validation)
@@ -122,20 +131,20 @@ def _with_data(setting: Setting, run: RunFolder, demo: Demo | None) -> tuple[Set
     base = base_of_run(config, None if stored is None else base_of_state(stored))
     if not config.start.replay:
         start_step = 0 if stored is None else stored["step"]
-        run_on_all_ranks(_say_what_trains, setting, run, data, start_step, base.digest, demo)
-    return setting, data
+        run_on_all_ranks(_say_what_trains, prepared, run, data, start_step, base.digest, demo)
+    return prepared, data
 
 
-def _train_and_evaluate(setting: Setting, run: RunFolder, trace: Trace | None, data: Sources) -> None:
+def _train_and_evaluate(prepared: PreparedRun, run: RunFolder, trace: Trace | None, data: Sources) -> None:
     """Load the base, take all steps, and evaluate where there are test data. Every rank has to call it."""
-    config = setting.config
-    world = setting.world
+    config = prepared.config
+    world = prepared.world
     validation = data.validation
     observers = Observers([*traced(trace), *run.observers], run.say)
     observers.on_phase("load")
     if run.lock is not None:
         run.lock.share()
-    built = build_run(setting, layers=config.start.shrink if config.start.replay else None)
+    built = build_run(prepared, layers=config.start.shrink if config.start.replay else None)
     run.say(describe_text(built.model))
     if trace is not None:
         trace.attach(built.model)
@@ -200,7 +209,7 @@ def _train(
             valid,
             config,
             run,
-            built.setting.world,
+            built.prepared.world,
             built.state,
             dataset_size=training.samples,
             metrics=metrics_named(dict.fromkeys([*saving.valid_metrics, *own])),
@@ -245,7 +254,7 @@ def _questions(built: Run, config: TrainConfig, validation: Source) -> SampleQue
         names.append(saving.metric)
     return SampleQuestions(
         dataset_maker(config.model, config.data, built.sizes, with_answer=False)(evenly(items, count)),
-        built.setting.world,
+        built.prepared.world,
         {settled_name(name): load_metric(name) for name in names},
         batch_size=saving.eval_batch_size or config.schedule.batch_size,
         is_partitioned=built.is_partitioned,
@@ -264,13 +273,13 @@ def _early_end(config: TrainConfig, state: RunState) -> str:
 
 
 def _say_what_trains(
-    setting: Setting, run: RunFolder, data: Sources, start_step: int, base: str, demo: Demo | None
+    prepared: PreparedRun, run: RunFolder, data: Sources, start_step: int, base: str, demo: Demo | None
 ) -> None:
     """Say on rank 0 what will be trained, on what. Raises ConfigError where the tokenizer's tokens are not
     the base's.
     """
-    config = setting.config
-    world = setting.world
+    config = prepared.config
+    world = prepared.world
     vocabulary = data.sizes["vocab_size"]
     if not world.is_main:
         return

@@ -36,7 +36,7 @@ from sat_lora.training.steps.optimizer_state import create_moments
 
 
 @dataclass(frozen=True)
-class Setting:
+class PreparedRun:
     """A run's config, ranks and DeepSpeed config, known before the base is loaded."""
 
     config: TrainConfig
@@ -46,9 +46,9 @@ class Setting:
     """DeepSpeed's config."""
 
 
-def prepare(config: TrainConfig, demo: Demo | None = None, *, problems: Iterable[str] = ()) -> Setting:
-    """Join the other ranks, check the config, and return the setting. Every rank has to call it; the demo's data are
-    made first, on rank 0 alone.
+def prepare(config: TrainConfig, demo: Demo | None = None, *, problems: Iterable[str] = ()) -> PreparedRun:
+    """Join the other ranks, check the config, and return the prepared run. Every rank has to call it; the demo's data
+    are made first, on rank 0 alone.
 
     problems: those of the config that this rank knows already. Raises a SatLoraError on every rank for a user's
     mistake; it is a ConfigError where ranks were started with different values, before any collective depends on
@@ -67,7 +67,7 @@ def prepare(config: TrainConfig, demo: Demo | None = None, *, problems: Iterable
     })  # fmt: skip
     world = init_model_parallel(device, config.parallel.model_parallel_size)
     run_on_all_ranks(_check_targets, settled.config)
-    return Setting(settled.config, world, settled.engine)
+    return PreparedRun(settled.config, world, settled.engine)
 
 
 def load_base(
@@ -207,14 +207,14 @@ class Sources:
         return {**marks_of_sources(self.training, self.validation), **marks_of_config(self.sizes)}
 
 
-def open_data(setting: Setting) -> Sources:
+def open_data(prepared: PreparedRun) -> Sources:
     """Return the training and validation data of a run. Every rank has to call it.
 
     Raises DataError on every rank where shards cannot be read, ConfigError where a rank has other data than rank 0.
     """
-    sizes = read_config(setting.config.model.base)
-    make_dataset = dataset_maker(setting.config.model, setting.config.data, sizes)
-    training, validation = open_sources(source_settings(setting.config), setting.world, make_dataset)
+    sizes = read_config(prepared.config.model.base)
+    make_dataset = dataset_maker(prepared.config.model, prepared.config.data, sizes)
+    training, validation = open_sources(source_settings(prepared.config), prepared.world, make_dataset)
     sources = Sources(training=training, validation=validation, sizes=sizes)
     agree(sources.marks)
     return sources
@@ -226,7 +226,7 @@ class Run:
     a replay.
     """
 
-    setting: Setting
+    prepared: PreparedRun
     model: CogVLMModel
     sizes: dict
     """The model_config.json of the model; with --shrink it names fewer layers than the base has."""
@@ -246,22 +246,22 @@ class Run:
 
         changes: entries of DeepSpeed's config in place of the run's.
         """
-        config = {**self.setting.engine, **changes}
+        config = {**self.prepared.engine, **changes}
         self.engine = start_engine(
-            self.model, self.optimizer, config, seed=model_seed(self.setting.config.schedule.seed)
+            self.model, self.optimizer, config, seed=model_seed(self.prepared.config.schedule.seed)
         )
         create_moments(self.engine)
 
 
-def build_run(setting: Setting, *, layers: int | None = None) -> Run:
+def build_run(prepared: PreparedRun, *, layers: int | None = None) -> Run:
     """Return the base with its adapters, and the optimizer of what trains. Every rank has to call it.
 
     layers: how many of the first layers of each transformer are taken, whole on every rank; None: all. Raises
     CheckpointError on every rank where the base cannot be loaded.
     """
-    config = setting.config
-    zero_config = setting.engine if config.parallel.zero_stage == 3 and layers is None else None
-    model, sizes = load_base(config, setting.world, zero_config=zero_config, layers=layers)
+    config = prepared.config
+    zero_config = prepared.engine if config.parallel.zero_stage == 3 and layers is None else None
+    model, sizes = load_base(config, prepared.world, zero_config=zero_config, layers=layers)
     add_lora(model, config.lora)
     optimizer = adapter_optimizer(
         model,
@@ -270,4 +270,4 @@ def build_run(setting: Setting, *, layers: int | None = None) -> Run:
         betas=config.optimizer.betas,
         eps=config.optimizer.eps,
     )
-    return Run(setting=setting, model=model, sizes=sizes, optimizer=optimizer)
+    return Run(prepared=prepared, model=model, sizes=sizes, optimizer=optimizer)

@@ -16,8 +16,8 @@ import openai
 import pytest
 from PIL import Image
 
-from sat_lora.serve.app import Limits
-from sat_lora.serve.bodies import TOGETHER, Bodies
+from sat_lora.serve.app import RequestLimits
+from sat_lora.serve.bodies import BODIES_HELD, Bodies
 from sat_lora.serve.questions import RequestError
 from tests.support.serving import chat_of, served
 from tests.support.talking import adapters, base, picture  # noqa: F401 (fixtures)
@@ -28,7 +28,7 @@ CHAT = "/v1/chat/completions"
 
 @pytest.fixture(scope="module")
 def address(base, adapters, single_process_group):  # noqa: F811
-    with served(chat_of(base, {"mine": adapters["mine"]}), limits=Limits(body=2**20)) as address:
+    with served(chat_of(base, {"mine": adapters["mine"]}), limits=RequestLimits(body=2**20)) as address:
         yield address
 
 
@@ -191,7 +191,7 @@ def test_bytes_that_are_no_http_end_their_own_connection(address):
 
 
 def test_a_body_that_never_ends_is_given_up(base, adapters):  # noqa: F811
-    with served(chat_of(base, {"mine": adapters["mine"]}), limits=Limits(seconds=0.3)) as address:
+    with served(chat_of(base, {"mine": adapters["mine"]}), limits=RequestLimits(seconds=0.3)) as address:
         host, port = address.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port)), timeout=30) as connection:
             connection.sendall(f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{{".encode())
@@ -201,7 +201,7 @@ def test_a_body_that_never_ends_is_given_up(base, adapters):  # noqa: F811
 def test_many_large_bodies_at_once_are_refused_and_none_is_forgotten():
     """The bytes that are being read have a limit together, and are given back however a request ends."""
     bodies = Bodies(100, 5)
-    held = [b"x" * 100] * TOGETHER
+    held = [b"x" * 100] * BODIES_HELD
 
     async def never():
         await anyio.sleep(60)

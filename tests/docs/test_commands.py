@@ -214,7 +214,7 @@ def test_the_metric_of_answers_of_contributing_is_one(monkeypatch):
     monkeypatch.setitem(GENERATED, "starts-right", None)  # taken out again after the test
     exec(example_of_contributing("GENERATED"), {})
     assert name_problem("starts-right") is None
-    measured = load_metric("starts-right").place(Answered(["a cat", "cat"], [["a"], ["a", "c"]]))
+    measured = load_metric("starts-right").measure(Answered(["a cat", "cat"], [["a"], ["a", "c"]]))
     assert measured.samples == [1, 1]
 
 
@@ -227,7 +227,7 @@ def test_a_metric_of_ones_own_as_the_page_has_it(page, tmp_path, monkeypatch):
     (tmp_path / "my_metrics.py").write_text(code)
     monkeypatch.chdir(tmp_path)
     metric = load_metric("my_metrics.py:length_error")
-    assert metric.lower_is_better and metric.place(Answered(["abc"], [["a"]])).value == 2
+    assert metric.lower_is_better and metric.measure(Answered(["abc"], [["a"]])).value == 2
 
 
 def test_the_kind_of_layer_of_contributing_takes_a_delta(monkeypatch, single_process_group):

@@ -154,8 +154,8 @@ def told_on_a_small_gpu(arguments):
     prepared = before_run.prepare
 
     def on_cuda(options):
-        setting = prepared(options)
-        return replace(setting, world=replace(setting.world, device=torch.device("cuda", 0)))
+        run = prepared(options)
+        return replace(run, world=replace(run.world, device=torch.device("cuda", 0)))
 
     before_run.prepare = on_cuda
     return told_by(arguments)

@@ -1,5 +1,9 @@
 """SAT's own `training_main` with our mixin in it: what trains, what is saved, and the same adapter as plain SGD."""
 
+import json
+import re
+import shutil
+import subprocess
 import sys
 
 import pytest
@@ -8,11 +12,14 @@ import torch
 from sat_lora import ConfigError, LoraConfig, adapter_checkpoints, add_lora
 from sat_lora._sat_on_cpu import sat_on_cpu
 from sat_lora.adapters.read import read_adapter
+from sat_lora.cli import main
 from sat_lora.cogvlm.network.model import CogVLMModel
 from sat_lora.lora.base_parameters import TrainedSet, keep_trained_set
 from sat_lora.parallel.distributed import init_distributed, init_model_parallel
 from sat_lora.training.steps.engine import adapter_optimizer, start_engine
-from tests.support.paths import DEMO
+from tests.support.demo_runs import environment
+from tests.support.paths import DEMO, TINY_BASE
+from tests.support.patience import patient
 from tests.support.ranks import run_ranks
 from tests.support.sat_models import EncoderDecoderModel, encoder_decoder
 from tests.support.sat_trainer import (
@@ -194,8 +201,52 @@ def run_example(captchas, folder):
     load_script("with_sat_trainer").main()
 
 
-def test_the_example_trains_validates_and_saves_an_adapter(captchas, tmp_path):
-    run_ranks(run_example, 1, str(captchas), str(tmp_path))
-    (run,) = tmp_path.iterdir()
+def test_the_example_trains_validates_and_saves_an_adapter_for_every_command(captchas, tmp_path, capsys):
+    run_ranks(run_example, 1, str(captchas), str(tmp_path / "runs"))
+    (run,) = (tmp_path / "runs").iterdir()
+    merged, exported = tmp_path / "merged", tmp_path / "peft"
+    assert main(["inspect", str(run)]) == 0
+    assert main(["merge", "--adapter", str(run), "--base", str(TINY_BASE), "--out", str(merged)]) == 0
+    assert (
+        main(["export", "--to", "peft", "--adapter", str(run), "--base", str(TINY_BASE), "--out", str(exported)]) == 0
+    )
+    before, after = (torch.load(next(folder.rglob("*model_states.pt")))["module"] for folder in (TINY_BASE, merged))
+    changed = {name.removesuffix(".weight") for name, weight in before.items() if not weight.equal(after[name])}
+    assert changed and changed <= set(read_adapter(run).layers)
+    assert json.loads((exported / "adapter_config.json").read_text())["r"] == 16
+    capsys.readouterr()
     assert len(read_adapter(run).tensors) > 0 and (run / "2" / "adapter_model.safetensors").is_file()
     assert len((DEMO / "with_sat_trainer.py").read_text().splitlines()) < 80
+
+
+@pytest.mark.matrix
+@pytest.mark.timeout(2400)
+def test_by_sats_trainer_the_demo_reaches_what_the_demo_reaches(tmp_path):
+    shutil.copytree(DEMO, tmp_path / "finetune_demo", ignore=shutil.ignore_patterns("__pycache__", "captchas"))
+
+    def output_of(script, *arguments):
+        command = [sys.executable, f"finetune_demo/{script}", *arguments]
+        done = subprocess.run(
+            command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=patient(700)
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    output_of("with_sat_trainer.py")
+    (save,) = (tmp_path / "runs").iterdir()
+    output_of("finetune_cogvlm.py", "--train-iters", "1", "--experiment-name", "ours")
+    # the line of the script's docstring
+    texts = "--from_pretrained finetune_demo/tiny_cogvlm --version base --max_length 64 --prompt CAPTCHA:".split()
+    table = output_of(
+        "evaluate_cogvlm.py", "--adapter", str(save), *texts, "--test-data", "finetune_demo/captchas/test"
+    )  # fmt: skip
+    (shares,) = re.findall(r"^ +exact-match +([\d.]+) % \[.*?\] +([\d.]+) % \[", table, re.MULTILINE)
+    assert shares[0] == "3.0" and float(shares[1]) >= 95, table
+
+    ours = tmp_path / "runs" / "ours" / "adapter" / "1"
+    shapes = [{name: tensor.shape for name, tensor in read_adapter(path).tensors.items()} for path in (save, ours)]
+    assert shapes[0] == shapes[1]
+    sizes = [(path / "adapter_model.safetensors").stat().st_size for path in (save / "700", ours)]
+    assert abs(sizes[0] - sizes[1]) < 2048  # what the header notes
+    assert sorted(path.name for path in save.iterdir() if path.is_dir()) == ["350", "700"]
+    assert sum(path.stat().st_size for path in save.rglob("*") if path.is_file()) <= 2 * (sizes[0] + 64 * 1024)

@@ -13,7 +13,7 @@ import torch
 
 from sat_lora.chat import Chat
 from sat_lora.cogvlm import load_cogvlm
-from sat_lora.serve.app import Limits
+from sat_lora.serve.app import RequestLimits
 from tests.support.serving import LENGTH, chat_of, served
 
 pytestmark = [pytest.mark.usefixtures("single_process_group"), pytest.mark.timeout(120)]
@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.usefixtures("single_process_group"), pytest.mark.timeo
 
 @pytest.fixture(scope="module")
 def address(base, adapters, single_process_group):
-    with served(chat_of(base, adapters), limits=Limits(body=2**20)) as address:
+    with served(chat_of(base, adapters), limits=RequestLimits(body=2**20)) as address:
         yield address
 
 
@@ -144,7 +144,7 @@ def waiting(address) -> float:
 
 
 def test_a_full_queue_refuses_and_keeps_the_order(slow, picture):
-    with served(slow, limits=Limits(waiting=2, together=1)) as address:
+    with served(slow, limits=RequestLimits(waiting=2, together=1)) as address:
         answers: list[str] = []
 
         def ask(text):
@@ -198,7 +198,7 @@ def _post_and_leave(path, content) -> None:
 
 
 def test_time_is_limited(slow, picture):
-    with served(slow, limits=Limits(seconds=0.5)) as address:
+    with served(slow, limits=RequestLimits(seconds=0.5)) as address:
         thread = in_background(time.sleep, 1)
         held = in_background(httpx.post, f"{address}/v1/chat/completions")
         create = client_of(address).chat.completions.create
@@ -273,7 +273,7 @@ def test_those_for_one_adapter_are_answered_together_and_as_each_would_be_alone(
         answer = client_of(address).chat.completions.create(**{**question_of(picture, text), **more})
         answers[text] = (answer.choices[0].message.content, answer.usage.completion_tokens)
 
-    with served(slow, limits=Limits(together=3)) as address:
+    with served(slow, limits=RequestLimits(together=3)) as address:
         asked = [in_background(ask, "first")]
         wait_for(lambda: slow.begun == ["first"])
         kinds = [dict(model="mine")] * 4 + [dict(model="base"), dict(temperature=1, seed=3), dict(max_tokens=2)]
@@ -324,7 +324,7 @@ def test_too_many_at_once_for_the_device_are_answered_one_by_one(slow, picture):
 
 
 def test_who_has_gone_leaves_room_in_a_full_queue(slow, picture):
-    with served(slow, limits=Limits(waiting=1)) as address:
+    with served(slow, limits=RequestLimits(waiting=1)) as address:
         path = f"{address}/v1/chat/completions"
         answering = in_background(httpx.post, path)
         first = threading.Thread(target=httpx.post, args=(path,), kwargs=dict(json=question_of(picture), timeout=60))

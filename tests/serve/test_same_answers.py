@@ -13,7 +13,7 @@ from sat_lora import LoraConfig, add_lora, save_adapter
 from sat_lora.chat import Chat
 from sat_lora.cogvlm import load_cogvlm
 from sat_lora.cogvlm.inputs.text import load_tokenizer
-from sat_lora.serve.app import Limits
+from sat_lora.serve.app import RequestLimits
 from sat_lora.training.answers import answering
 from sat_lora.training.evaluation import evaluate_adapter
 from tests.support.configs import config_of
@@ -76,7 +76,7 @@ def said_by_the_server(adapter, version, pictures, batch) -> dict[tuple[str, int
         text = answer["choices"][0]["message"]["content"]
         said[speaker, number] = text, answer["usage"]["completion_tokens"]
 
-    with served(chat_of(adapter, version), limits=Limits(together=batch)) as address:
+    with served(chat_of(adapter, version), limits=RequestLimits(together=batch)) as address:
         asked = [
             threading.Thread(target=ask, args=(address, speaker, number))
             for number in range(len(pictures))

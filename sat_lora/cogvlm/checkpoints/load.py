@@ -28,7 +28,7 @@ from sat_lora.errors import CheckpointError, ConfigError
 from sat_lora.parallel.partitioned import Partitioning
 from sat_lora.parallel.sharding import REPLICATED, Sharding, model_parallel_layout, sharding_of
 from sat_lora.printable import printable
-from sat_lora.quantization.apply import note_quantized
+from sat_lora.quantization.apply import remember_quantization
 from sat_lora.quantization.config import Quantization
 from sat_lora.quantization.select import select_layers
 from sat_lora.quantized.layers import put_quantized
@@ -194,7 +194,7 @@ def load_cogvlm(
         from sat_lora.cogvlm.checkpoints.base_weights import BaseWeights  # which reads folders as they are opened here
 
         identity = BaseWeights(folder, trust=trust).identity
-        note_quantized(model, identity, quantization)
+        remember_quantization(model, identity, quantization)
     return model, config
 
 

@@ -34,21 +34,21 @@ def answer_samples(
     world: World,
     *,
     batch_size: int,
-    sides: Mapping[str, str | None] | None,
+    answerers: Mapping[str, str | None] | None,
     lengths: Sequence[int | BrokenSample] | None = None,
-    has_likelihoods: bool = False,
+    with_answer_losses: bool = False,
     is_partitioned: bool = False,
-    walk: Callable[[Sequence], Iterable] = iter,
+    progress: Callable[[Sequence], Iterable] = iter,
     observers: Observers = NOBODY,
 ) -> tuple[list[Prediction], list[Broken]]:
     """Return (the predictions in the order of the samples, those that cannot be used), the same on every rank. Every
     rank has to call it.
 
-    dataset: of questions alone, see `with_answer`. sides: who answers, with the name of the mixins that are on then,
-    None for none; None: the model as it is, as `adapter`. lengths: those of the right answers, as `length_of_answer`
-    gives them; the longest is the most that is generated. has_likelihoods: whether that of the right answers is
-    measured too. is_partitioned: under ZeRO-3 all ranks answer everything, since none of them has whole weights.
-    walk: goes through the batches.
+    dataset: of questions alone, see `with_answer`. answerers: who answers, with the name of the mixins that are on
+    then, None for none; None: the model as it is, as `adapter`. lengths: those of the right answers, as
+    `length_of_answer` gives them; the longest is the most that is generated. with_answer_losses: whether the loss of
+    the right answers is measured too. is_partitioned: under ZeRO-3 all ranks answer everything, since none of them
+    has whole weights. progress: goes through the batches.
     """
     share = (0, 1) if is_partitioned else (world.data_parallel_rank, world.data_parallel_size)
     if lengths is None:
@@ -60,7 +60,7 @@ def answer_samples(
     predictions: list[Prediction] = []
     broken: list[Broken] = []
     starts = range(0, len(dataset), batch_size)[share[0] :: share[1]]
-    for start in walk(starts):
+    for start in progress(starts):
         observers.on_phase("test")
         indices = range(start, min(start + batch_size, len(dataset)))
         questions = {i: dataset[i] if isinstance(lengths[i], int) else lengths[i] for i in indices}
@@ -69,19 +69,19 @@ def answer_samples(
         if not usable:
             continue
         batch = to_device(collate([*usable.values()], image_size=dataset.image_size), world.device)
-        right = [with_answers[i] for i in usable] if has_likelihoods else None
-        said: dict[str, list[str]] = {}
-        likelihoods: dict[str, list[tuple[float, int]]] = {}
-        for side, name in ({"adapter": None} if sides is None else sides).items():
-            if sides is not None:
+        right = [with_answers[i] for i in usable] if with_answer_losses else None
+        answers: dict[str, list[str]] = {}
+        answer_losses: dict[str, list[tuple[float, int]]] = {}
+        for side, name in ({"adapter": None} if answerers is None else answerers).items():
+            if answerers is not None:
                 _let_answer(model, name)
             tokens = generate(model, batch, max_new_tokens=longest, eos_token_id=dataset.ends)
-            said[side] = [dataset.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in tokens]
+            answers[side] = [dataset.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in tokens]
             if right is not None:
-                likelihoods[side] = _likelihoods(model, right, dataset.image_size, world)
+                answer_losses[side] = _answer_losses(model, right, dataset.image_size, world)
         for row, i in enumerate(usable):
-            own = {side: texts[row] for side, texts in said.items()}
-            sums = {side: pairs[row] for side, pairs in likelihoods.items()}
+            own = {side: texts[row] for side, texts in answers.items()}
+            sums = {side: pairs[row] for side, pairs in answer_losses.items()}
             predictions.append(prediction_of(dataset.items[i], i, dataset.prompt, own, sums))
     by_index = {prediction.index: prediction for prediction in gather_lists(predictions)}
     return [by_index[index] for index in sorted(by_index)], sorted(set(gather_lists(broken)))
@@ -99,7 +99,7 @@ def _let_answer(model: CogVLMModel, name: str | None) -> None:
 
 
 @torch.no_grad()
-def _likelihoods(
+def _answer_losses(
     model: CogVLMModel, samples: Sequence[Sample | BrokenSample], image_size: tuple[int, int], world: World
 ) -> list[tuple[float, int]]:
     """Return, for each sample, the cross-entropy summed over the tokens of its answer, and how many these are: none

@@ -81,15 +81,15 @@ def _section(measured: Evaluated, number: int, max_pixels: int) -> str:
     rows = [("asked", prediction.prompt, "", ""), *(("right", text, "", "") for text in prediction.references[:10])]
     for side, by_name in measured.scores.items():
         own = {name: scores.samples[number] for name, scores in by_name.items()}
-        is_right = prediction.said[side] in prediction.references
+        is_right = prediction.answers[side] in prediction.references
         values = ", ".join(f"{name} {score:.3g}" for name, score in own.items())
-        rows.append((side, prediction.said[side], values, "right" if is_right else "wrong"))
+        rows.append((side, prediction.answers[side], values, "right" if is_right else "wrong"))
     cells = "".join(
         f'<tr><th>{escaped(label)}</th><td class="said {kind}" dir="auto">{escaped(shortened(text, SHOWN))}</td>'
         f"<td>{escaped(values)}</td></tr>"
         for label, text, values, kind in rows
     )
-    texts = "".join([*prediction.references[:10], *prediction.said.values()])
+    texts = "".join([*prediction.references[:10], *prediction.answers.values()])
     images = measured.samples[prediction.index].images
     pictures = "".join(picture_tag(image, texts, max_pixels) for image in images[:4])
     name = escaped(shortened(prediction.sample, SHOWN))

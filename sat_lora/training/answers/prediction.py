@@ -27,10 +27,10 @@ class Prediction:
     prompt: str
     references: tuple[str, ...]
     """The right answers."""
-    said: Mapping[str, str]
+    answers: Mapping[str, str]
     image: str | None = None
     """The file of its (first) picture; None where that lies in something else."""
-    likelihoods: Mapping[str, tuple[float, int]] = field(default_factory=dict)
+    answer_losses: Mapping[str, tuple[float, int]] = field(default_factory=dict)
     """The cross-entropy summed over the tokens of the right answer, and how many these are."""
 
 
@@ -53,7 +53,7 @@ class Evaluated:
 
 
 def prediction_of(
-    item: Item, index: int, prompt: str, said: Mapping[str, str], likelihoods: Mapping[str, tuple[float, int]]
+    item: Item, index: int, prompt: str, answers: Mapping[str, str], answer_losses: Mapping[str, tuple[float, int]]
 ) -> Prediction:
     """Return the prediction of an item. prompt: what is asked where it has none."""
     image = str(item.image) if isinstance(item.image, Path) else None
@@ -65,23 +65,23 @@ def prediction_of(
         sample=item.place or item.name or image or f"sample {index}",
         prompt=(prompt if item.prompt is None else item.prompt).replace(IMAGE, IMAGE_MARK),
         references=tuple(references),
-        said=dict(said),
+        answers=dict(answers),
         image=image,
-        likelihoods=dict(likelihoods),
+        answer_losses=dict(answer_losses),
     )
 
 
 def scores_of(predictions: Sequence[Prediction], metrics: Mapping[str, AnswerMetric]) -> dict[str, dict[str, Scores]]:
     """Return the scores of each metric by its name, by who answers. metrics: loaded, see `load_metric`."""
-    sides = list(predictions[0].said) if predictions else []
+    sides = list(predictions[0].answers) if predictions else []
     return {side: {name: _measured(metric, predictions, side) for name, metric in metrics.items()} for side in sides}
 
 
 def _measured(metric: AnswerMetric, predictions: Sequence[Prediction], side: str) -> Scores:
-    likelihoods = [p.likelihoods[side] for p in predictions] if metric.needs_likelihoods else []
-    said = [prediction.said[side] for prediction in predictions]
-    answered = Answered(said, [prediction.references for prediction in predictions], likelihoods)
-    measure: Any = metric.place
+    answer_losses = [p.answer_losses[side] for p in predictions] if metric.needs_answer_losses else []
+    answers = [prediction.answers[side] for prediction in predictions]
+    answered = Answered(answers, [prediction.references for prediction in predictions], answer_losses)
+    measure: Any = metric.measure
     return measure(answered)
 
 
@@ -98,7 +98,7 @@ def lines_of(predictions: Sequence[Prediction], scores: Mapping[str, Mapping[str
             "prompt": prediction.prompt,
             "answer": prediction.references[0],
             **({"answers": list(prediction.references)} if len(prediction.references) > 1 else {}),
-            "predictions": dict(prediction.said),
+            "predictions": dict(prediction.answers),
             "scores": own,
         }
         yield shown_json(content) + "\n"

@@ -44,7 +44,7 @@ class SampleAnswers:
     def pictures(self) -> Iterator[tuple[str, bytes, tuple[int, int]]]:
         """Yield (text, PNG, its width and height) of the first samples whose picture can be read, with boxes drawn."""
         for prediction in self.predictions[:PICTURES]:
-            said = prediction.said[ADAPTER]
+            said = prediction.answers[ADAPTER]
             texts = (f"asked {prediction.prompt}", f"right {prediction.references[0]}", f"said  {said}")
             caption = "\n".join(printable(shortened(text, 600)) for text in texts)
             image = self.samples[prediction.index].image
@@ -93,8 +93,8 @@ class SampleQuestions:
             self._dataset,
             self._world,
             batch_size=self._batch_size,
-            sides=None,
-            has_likelihoods=any(metric.needs_likelihoods for metric in self._metrics.values()),
+            answerers=None,
+            with_answer_losses=any(metric.needs_answer_losses for metric in self._metrics.values()),
             is_partitioned=self._is_partitioned,
             observers=observers,
         )

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from sat_lora.cogvlm.inputs.boxes import boxes_in
 from sat_lora.training.metrics.scores import best_of
 
-ENOUGH = 0.5
+IOU_THRESHOLD = 0.5
 """The overlap from which a box counts as found (Mao et al. 2016, arXiv:1511.02283)."""
 
 Box = Sequence[float]
@@ -42,10 +42,10 @@ def box_iou(prediction: str, reference: str) -> float:
     return total / max(len(said), len(right))
 
 
-def is_found(prediction: str, reference: str) -> float:
-    """Return whether `box_iou` is at least ENOUGH."""
-    return float(box_iou(prediction, reference) >= ENOUGH)
+def is_box_found(prediction: str, reference: str) -> float:
+    """Return whether `box_iou` is at least IOU_THRESHOLD."""
+    return float(box_iou(prediction, reference) >= IOU_THRESHOLD)
 
 
 mean_iou = best_of(box_iou)
-accuracy = best_of(is_found)
+accuracy = best_of(is_box_found)

@@ -156,7 +156,7 @@ def perplexity(answered: Answered) -> Scores:
     """Return exp of the mean cross-entropy of all tokens of the right answers, their ends included; of a sample, of its
     own tokens.
     """
-    statistics = np.array(answered.likelihoods, dtype=np.float64).reshape(-1, 2)
+    statistics = np.array(answered.answer_losses, dtype=np.float64).reshape(-1, 2)
     samples = [_perplexity(pair) for pair in statistics]
     return Scores(samples, statistics, _perplexity)
 

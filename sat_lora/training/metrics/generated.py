@@ -28,31 +28,31 @@ _HERE = "sat_lora.training.metrics"
 class AnswerMetric:
     """A metric of generated answers that can be asked for."""
 
-    place: "str | Measure"
+    measure: "str | Measure"
     """The function that measures, or MODULE:NAME of it."""
     lower_is_better: bool = False
     is_share: bool = True
     """Whether it is in [0, 1] and shown in percent."""
     package: str | None = None
     """What has to be installed for it, by the name that it is imported by."""
-    needs_likelihoods: bool = False
+    needs_answer_losses: bool = False
 
 
 GENERATED: dict[str, AnswerMetric] = {
-    "exact-match": AnswerMetric(place=f"{_HERE}.texts:exact_match"),
-    "exact-match-ignoring-case": AnswerMetric(place=f"{_HERE}.texts:exact_match_ignoring_case"),
-    "normalised-match": AnswerMetric(place=f"{_HERE}.texts:normalised_match"),
-    "token-f1": AnswerMetric(place=f"{_HERE}.texts:answers_f1"),
-    "anls": AnswerMetric(place=f"{_HERE}.texts:answers_anls", package="rapidfuzz"),
-    "vqa-accuracy": AnswerMetric(place=f"{_HERE}.vqa:accuracy"),
-    "bleu": AnswerMetric(place=f"{_HERE}.captions:bleu", is_share=False, package="sacrebleu"),
-    "chrf": AnswerMetric(place=f"{_HERE}.captions:chrf", is_share=False, package="sacrebleu"),
-    "rouge-l": AnswerMetric(place=f"{_HERE}.captions:rouge_l", package="rouge_score"),
-    "cider": AnswerMetric(place=f"{_HERE}.captions:cider", is_share=False),
-    "box-iou": AnswerMetric(place=f"{_HERE}.boxes:mean_iou"),
-    "box-accuracy": AnswerMetric(place=f"{_HERE}.boxes:accuracy"),
+    "exact-match": AnswerMetric(measure=f"{_HERE}.texts:exact_match"),
+    "exact-match-ignoring-case": AnswerMetric(measure=f"{_HERE}.texts:exact_match_ignoring_case"),
+    "normalised-match": AnswerMetric(measure=f"{_HERE}.texts:normalised_match"),
+    "token-f1": AnswerMetric(measure=f"{_HERE}.texts:answers_f1"),
+    "anls": AnswerMetric(measure=f"{_HERE}.texts:answers_anls", package="rapidfuzz"),
+    "vqa-accuracy": AnswerMetric(measure=f"{_HERE}.vqa:accuracy"),
+    "bleu": AnswerMetric(measure=f"{_HERE}.captions:bleu", is_share=False, package="sacrebleu"),
+    "chrf": AnswerMetric(measure=f"{_HERE}.captions:chrf", is_share=False, package="sacrebleu"),
+    "rouge-l": AnswerMetric(measure=f"{_HERE}.captions:rouge_l", package="rouge_score"),
+    "cider": AnswerMetric(measure=f"{_HERE}.captions:cider", is_share=False),
+    "box-iou": AnswerMetric(measure=f"{_HERE}.boxes:mean_iou"),
+    "box-accuracy": AnswerMetric(measure=f"{_HERE}.boxes:accuracy"),
     "perplexity": AnswerMetric(
-        place=f"{_HERE}.captions:perplexity", lower_is_better=True, is_share=False, needs_likelihoods=True
+        measure=f"{_HERE}.captions:perplexity", lower_is_better=True, is_share=False, needs_answer_losses=True
     ),
 }
 """Metrics by name."""
@@ -149,9 +149,9 @@ def load_metric(name: str) -> AnswerMetric:
     if is_code(name):
         return _own_metric(name)
     metric = GENERATED[settled_name(name)]
-    if not isinstance(metric.place, str):
+    if not isinstance(metric.measure, str):
         return metric
-    return AnswerMetric(**{**vars(metric), "place": pkgutil.resolve_name(metric.place)})
+    return AnswerMetric(**{**vars(metric), "measure": pkgutil.resolve_name(metric.measure)})
 
 
 def _own_metric(name: str) -> AnswerMetric:
@@ -174,7 +174,7 @@ def _own_metric(name: str) -> AnswerMetric:
     checked = _checked(function, shown)
     checked("an answer", ["an answer", "another"])
     return AnswerMetric(
-        place=mean_of(checked), is_share=False, lower_is_better=bool(getattr(function, "lower_is_better", False))
+        measure=mean_of(checked), is_share=False, lower_is_better=bool(getattr(function, "lower_is_better", False))
     )
 
 

@@ -18,7 +18,7 @@ class Answered:
     predictions: Sequence[str]
     references: Sequence[Sequence[str]]
     """The right answers of each sample, one or more."""
-    likelihoods: Sequence[tuple[float, int]] = ()
+    answer_losses: Sequence[tuple[float, int]] = ()
     """The cross-entropy summed over the tokens of each right answer, and how many these are; empty where it was not
     measured.
     """

@@ -29,12 +29,12 @@ pytestmark = pytest.mark.timeout(60)
 def environment_with_other_versions(arguments):
     """As another machine's rank 1 would be: an older torch, and an edited checkout."""
     options = parse_options(arguments)
-    setting = prepare(options)
-    if setting.world.rank == 1:
+    prepared = prepare(options)
+    if prepared.world.rank == 1:
         stated = environment.versions
         environment.versions = lambda: {**stated(), "torch": "2.5.0"}
         environment.code_mark = lambda: "0"
-    return environment.environment_findings(setting.config, setting.world)
+    return environment.environment_findings(prepared.config, prepared.world)
 
 
 def test_ranks_with_other_versions_are_named(captchas, tmp_path):

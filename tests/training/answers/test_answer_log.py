@@ -27,7 +27,7 @@ def png(size=(6, 4)):
 
 def answered(*texts):
     predictions = [
-        Prediction(index=n, sample=f"{n}.png", prompt="a *b* <i>", references=("x",), said={"adapter": text})
+        Prediction(index=n, sample=f"{n}.png", prompt="a *b* <i>", references=("x",), answers={"adapter": text})
         for n, text in enumerate(texts)
     ]
     scores = scores_of(predictions, {"exact-match": load_metric("exact-match")})

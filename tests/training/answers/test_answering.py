@@ -1,4 +1,4 @@
-"""Answers and likelihoods of samples, against each sample by itself and plain float64."""
+"""Answers of samples and the losses of right ones of samples, against each sample by itself and plain float64."""
 
 import json
 from pathlib import Path
@@ -49,28 +49,28 @@ def alone(model, dataset, index):
     return -sum(float(logits[place, labels[place + 1]]) for place in places), len(places)
 
 
-def test_likelihoods_are_those_of_each_answer_by_itself(asked, single_process_group):
+def test_losses_are_those_of_each_answer_by_itself(asked, single_process_group):
     model, dataset = asked
     predictions, broken = answer_samples(
-        model, dataset, single_process_group, batch_size=3, sides={"base": None}, has_likelihoods=True
+        model, dataset, single_process_group, batch_size=3, answerers={"base": None}, with_answer_losses=True
     )
     assert [prediction.index for prediction in predictions] == [0, 2, 3, 4]
     assert [Path(path).name for path, _, _ in broken] == ["c.png"]
     for prediction in predictions:
-        total, count = prediction.likelihoods["base"]
+        total, count = prediction.answer_losses["base"]
         expected, tokens = alone(model, dataset, prediction.index)
         assert count == tokens and total == pytest.approx(expected, rel=1e-5)
-    one_by_one, _ = answer_samples(model, dataset, single_process_group, batch_size=1, sides=None)
-    assert [p.said["adapter"] for p in one_by_one] == [p.said["base"] for p in predictions]
+    one_by_one, _ = answer_samples(model, dataset, single_process_group, batch_size=1, answerers=None)
+    assert [p.answers["adapter"] for p in one_by_one] == [p.answers["base"] for p in predictions]
 
 
-def test_an_answer_without_room_has_no_likelihood_and_moves_no_other(asked, single_process_group):
+def test_an_answer_without_room_has_no_loss_and_moves_no_other(asked, single_process_group):
     model, dataset = asked
     dataset.max_length = len(dataset[2].input_ids)  # the longest question fits, and nothing behind it
     predictions, _ = answer_samples(
-        model, dataset, single_process_group, batch_size=5, sides=None, has_likelihoods=True
+        model, dataset, single_process_group, batch_size=5, answerers=None, with_answer_losses=True
     )
-    by_index = {prediction.index: prediction.likelihoods["adapter"] for prediction in predictions}
+    by_index = {prediction.index: prediction.answer_losses["adapter"] for prediction in predictions}
     assert by_index[2] == (0.0, 0)
     expected, tokens = alone(model, dataset, 4)
     assert by_index[4] == (pytest.approx(expected, rel=1e-5), tokens)

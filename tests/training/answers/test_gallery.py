@@ -45,7 +45,7 @@ def evaluated(answers, said, metric="exact-match", image=None, **more):
             sample=f"{number}.png",
             prompt="?",
             references=(answer,),
-            said={"base": "-", "adapter": text},
+            answers={"base": "-", "adapter": text},
             **more,
         )
         for number, (answer, text) in enumerate(zip(answers, said))
@@ -57,7 +57,7 @@ def evaluated(answers, said, metric="exact-match", image=None, **more):
 
 def test_nothing_of_the_texts_is_obeyed():
     measured = evaluated([NASTY], [NASTY])
-    nasty = Prediction(index=0, sample=NASTY, prompt=NASTY, references=(NASTY,), said={NASTY: NASTY})
+    nasty = Prediction(index=0, sample=NASTY, prompt=NASTY, references=(NASTY,), answers={NASTY: NASTY})
     scores = scores_of([nasty], {"exact-match": load_metric("exact-match")})
     page = gallery(Evaluated(result={}, predictions=[nasty], scores=scores, samples=measured.samples), 10**6)
     plain = Tags(gallery(evaluated(["a"], ["a"]), 10**6))
@@ -80,8 +80,8 @@ def test_the_worst_comes_first():
 
 
 def test_where_lower_is_better_the_highest_comes_first():
-    measured = evaluated(["a", "b"], ["a", "b"], "perplexity", likelihoods={"base": (1.0, 1), "adapter": (1.0, 1)})
-    second = Prediction(**{**vars(measured.predictions[1]), "likelihoods": {"base": (1.0, 1), "adapter": (9.0, 1)}})
+    measured = evaluated(["a", "b"], ["a", "b"], "perplexity", answer_losses={"base": (1.0, 1), "adapter": (1.0, 1)})
+    second = Prediction(**{**vars(measured.predictions[1]), "answer_losses": {"base": (1.0, 1), "adapter": (9.0, 1)}})
     predictions = [measured.predictions[0], second]
     scores = scores_of(predictions, {"perplexity": load_metric("perplexity")})
     page = gallery(Evaluated(result={}, predictions=predictions, scores=scores, samples=measured.samples), 10**6)

@@ -22,7 +22,7 @@ from tests.support.picture_files import write_images
 
 
 def of(index, answer, **said):
-    return Prediction(index=index, sample=f"{index}.png", prompt="?", references=(answer,), said=said)
+    return Prediction(index=index, sample=f"{index}.png", prompt="?", references=(answer,), answers=said)
 
 
 def test_each_line_has_the_answers_of_all_and_their_scores():
@@ -84,7 +84,7 @@ def test_a_sample_is_called_by_its_line_or_its_file(item, sample, image, prompt)
 def test_what_is_no_number_is_null():
     predictions = [of(0, "", base="a")]
     metrics = {"perplexity": load_metric("perplexity")}
-    predictions = [Prediction(**{**vars(predictions[0]), "likelihoods": {"base": (0.0, 0)}})]
+    predictions = [Prediction(**{**vars(predictions[0]), "answer_losses": {"base": (0.0, 0)}})]
     (line,) = lines_of(predictions, scores_of(predictions, metrics))
     assert json.loads(line)["scores"] == {"base": {"perplexity": None}}
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from sat_lora.training.metrics.boxes import box_iou, is_found, overlap
+from sat_lora.training.metrics.boxes import box_iou, is_box_found, overlap
 
 LEFT, RIGHT, LOW = "[[000,000,100,100]]", "[[100,000,200,100]]", "[[000,050,100,150]]"
 
@@ -44,5 +44,5 @@ def test_boxes_of_texts(prediction, reference, expected):
 
 
 def test_a_box_is_found_from_a_half_on():
-    assert is_found(LEFT, "[[000,000,100,200]]") == 1
-    assert is_found(LEFT, "[[000,000,100,202]]") == 0
+    assert is_box_found(LEFT, "[[000,000,100,200]]") == 1
+    assert is_box_found(LEFT, "[[000,000,100,202]]") == 0

@@ -83,7 +83,7 @@ def folder(tmp_path, monkeypatch):
 @pytest.mark.parametrize("home", ["own_metrics", "own_metrics.py", "./own_metrics.py"])
 def test_a_function_of_the_users_is_a_metric(folder, home):
     before = [*sys.path]
-    measured = load_metric(f"{home}:length").place(Answered(["abc", "a"], [["a"], ["a"]]))
+    measured = load_metric(f"{home}:length").measure(Answered(["abc", "a"], [["a"], ["a"]]))
     assert measured.samples == [2, 0] and measured.value == 1
     assert load_metric(f"{home}:wer").lower_is_better and not load_metric(f"{home}:length").lower_is_better
     assert sys.path == before
