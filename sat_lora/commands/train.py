@@ -9,7 +9,7 @@ from sat_lora.commands.parts import demo_of_clone
 from sat_lora.parallel.launch import Program, command_program
 
 if TYPE_CHECKING:
-    from sat_lora.training.settings.config import TrainConfig
+    from sat_lora.training.settings.config import Saving, Schedule, Start, TrainConfig
     from sat_lora.training.settings.demo import Demo
 
 TRAIN = command_program("train")
@@ -72,7 +72,7 @@ def run_training(
         prepared = finetune(config, demo)
     except Stopped as stopped:
         if is_first_rank():
-            line = _resume_line(config, program, *_code(config, "metrics", "metric"))
+            line = _resume_line(config, program, *_code(config.saving, "metrics", "metric"))
             print(f"{stopped}; resume with: {line}", flush=True)
         return stopped.status
     if prepared.world.is_main and not config.start.replay:
@@ -87,7 +87,7 @@ def what_next(config: "TrainConfig", program: Program, evaluation: Program) -> s
     from sat_lora.printable import printable
 
     run = Path(os.path.abspath(config.run_folder))
-    trust = _trust(config)
+    trust = _trust(config.start)
     best = _best_adapter(run)
     chosen = ["--adapter", str(best)] if best else []
     lines = [f"adapter     {printable(best or run / 'adapter')}"]
@@ -96,12 +96,16 @@ def what_next(config: "TrainConfig", program: Program, evaluation: Program) -> s
         lines.append(f"evaluation  {printable(run / 'evaluation.json')}")
         alone = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
         environ = os.environ if config.parallel.model_parallel_size > 1 else alone
-        line = relaunch(evaluation, "--run", str(run), *chosen, *trust, *_code(config, "metrics"), environ=environ)
+        line = relaunch(
+            evaluation, "--run", str(run), *chosen, *trust, *_code(config.saving, "metrics"), environ=environ
+        )
         lines += [f"evaluate    {line}"] if line else []
     base = os.path.abspath(config.model.base)
     out = _new_folder(run / "merged")
     merge = sat_lora_line("merge", "--base", base, *trust, "--adapter", best or run / "adapter", "--out", out)
-    further = _resume_line(config, program, *_code(config, "metrics", "metric"), *_beyond(config, run))
+    further = _resume_line(
+        config, program, *_code(config.saving, "metrics", "metric"), *_beyond(config.schedule, config.saving, run)
+    )
     lines += [f"merge       {merge}", f"resume      {further}"]
     return "\n".join(lines)
 
@@ -125,12 +129,12 @@ def _resume_line(config: "TrainConfig", program: Program, *more: object) -> str:
     from sat_lora.parallel.launch import relaunch
     from sat_lora.printable import shell_line
 
-    options = ["--resume", os.path.abspath(config.run_folder), *_trust(config), *map(str, more)]
+    options = ["--resume", os.path.abspath(config.run_folder), *_trust(config.start), *map(str, more)]
     line = relaunch(program, *options)
     return line or f"the launcher and the ranks that the run had, and {shell_line(options)}"
 
 
-def _beyond(config: "TrainConfig", run: Path) -> list[object]:
+def _beyond(schedule: "Schedule", saving: "Saving", run: Path) -> list[object]:
     """Return the options with which a run that has ended goes on: more steps, or no early end where it had one."""
     from sat_lora.errors import CheckpointError
     from sat_lora.training.resume import state_to_resume
@@ -138,19 +142,19 @@ def _beyond(config: "TrainConfig", run: Path) -> list[object]:
     try:
         step = state_to_resume(run)["step"]
     except CheckpointError:
-        step = config.schedule.steps
-    ended_early = config.saving.early_stopping and step < config.schedule.steps
-    return ["--early-stopping", 0] if ended_early else ["--train-iters", 2 * config.schedule.steps]
+        step = schedule.steps
+    ended_early = saving.early_stopping and step < schedule.steps
+    return ["--early-stopping", 0] if ended_early else ["--train-iters", 2 * schedule.steps]
 
 
-def _code(config: "TrainConfig", *fields: str) -> list[str]:
+def _code(saving: "Saving", *fields: str) -> list[str]:
     """Return the options, of these fields, that name code of the user's: a run does not take them over."""
     from sat_lora.training.metrics.generated import is_code
 
-    named = {"metrics": config.saving.metrics, "metric": (config.saving.metric,)}
+    named = {"metrics": saving.metrics, "metric": (saving.metric,)}
     return [word for field in fields if any(map(is_code, named[field])) for word in (f"--{field}", *named[field])]
 
 
-def _trust(config: "TrainConfig") -> list[str]:
+def _trust(start: "Start") -> list[str]:
     """Return the option that lets the base be unpickled, in a list that is empty where it was not given."""
-    return ["--trust-checkpoint"] * config.start.trust_checkpoint
+    return ["--trust-checkpoint"] * start.trust_checkpoint

@@ -75,7 +75,12 @@ def _advised(findings: list[Finding], prepared: PreparedRun) -> list[Finding]:
     Every rank has to call it, with the same findings.
     """
     config = prepared.config
-    if not findings or config.quantization.quantize != NONE or config.start.shrink or not _may_be_quantized(config):
+    if (
+        not findings
+        or config.quantization.quantize != NONE
+        or config.start.shrink
+        or not _may_be_quantized(config.model.base)
+    ):
         return findings
     world = prepared.world
     available = gather_lists([device_memory(world.device, ranks_on_this_machine(world.size))])
@@ -95,9 +100,9 @@ def _advised(findings: list[Finding], prepared: PreparedRun) -> list[Finding]:
     return findings
 
 
-def _may_be_quantized(config: TrainConfig) -> bool:
-    """Return whether the base is whole, as far as its config says."""
-    return KEY not in sizes_of(config.model.base)
+def _may_be_quantized(base: str) -> bool:
+    """Return whether the base is whole, as far as its sizes say."""
+    return KEY not in sizes_of(base)
 
 
 def estimate_elsewhere(config: TrainConfig, ranks: int, device: str, layers: int | None = None) -> Memory:

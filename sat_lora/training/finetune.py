@@ -40,7 +40,7 @@ from sat_lora.training.runs.run_lock import RunLock
 from sat_lora.training.runs.space import check_space, size_of
 from sat_lora.training.runs.traced import traced
 from sat_lora.training.same_base import base_of_run
-from sat_lora.training.settings.config import NONE, Checks, Start, TrainConfig
+from sat_lora.training.settings.config import NONE, Checks, Saving, Schedule, Start, TrainConfig
 from sat_lora.training.settings.deepspeed_config import decisions
 from sat_lora.training.settings.demo import Demo
 from sat_lora.training.settings.schedule import schedule_problems, total_steps
@@ -220,8 +220,8 @@ def _train(
         for stream in streams:
             stream.say_all()
         observers.on_phase("load")  # the last save's limit is not meant for what comes now
-    if ends_early(config, built.state) and built.state.step < config.schedule.steps:
-        run.say(_early_end(config, built.state))
+    if ends_early(config.saving, built.state) and built.state.step < config.schedule.steps:
+        run.say(_early_end(config.schedule, config.saving, built.state))
 
 
 def check_validation(config: TrainConfig, validation: Source | None) -> None:
@@ -261,13 +261,13 @@ def _questions(built: Run, config: TrainConfig, validation: Source) -> SampleQue
     )
 
 
-def _early_end(config: TrainConfig, state: RunState) -> str:
+def _early_end(schedule: Schedule, saving: Saving, state: RunState) -> str:
     """Return a sentence on the end of a run that --early-stopping ended."""
-    name = "validation loss" if config.saving.metric == LOSS else printable(config.saving.metric)
-    best = state.best_loss if config.saving.metric == LOSS else state.best_value
+    name = "validation loss" if saving.metric == LOSS else printable(saving.metric)
+    best = state.best_loss if saving.metric == LOSS else state.best_value
     shown = "" if best is None else f": {best:.4f} at step {state.best_step} was the best"
     return (
-        f"ended early at step {state.step} of {config.schedule.steps}, after {state.not_better} validations without a "
+        f"ended early at step {state.step} of {schedule.steps}, after {state.not_better} validations without a "
         f"better {name}{shown}; to go on, --resume with --early-stopping 0 or a larger one"
     )
 

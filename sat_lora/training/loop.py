@@ -22,7 +22,7 @@ from sat_lora.training.metrics.registry import LOSS
 from sat_lora.training.runs.run_folder import RunFolder
 from sat_lora.training.runs.step_progress import peak_memory_mib
 from sat_lora.training.saving import BackgroundWriter, finish_saving, start_saving
-from sat_lora.training.settings.config import TrainConfig
+from sat_lora.training.settings.config import Saving, TrainConfig
 from sat_lora.training.steps.broken_samples import BrokenSamples
 from sat_lora.training.steps.checkpoint import RunState, samples_per_step
 from sat_lora.training.steps.loss import count_answer_tokens, sum_on_device
@@ -85,16 +85,16 @@ def train(
         )
         loop.validate_if_owed()
         for step in range(state.step, config.schedule.steps):
-            if ends_early(config, state):
+            if ends_early(config.saving, state):
                 break
             loop.step(step)
         observers.on_phase("write")
         finish_saving(writer)
 
 
-def ends_early(config: TrainConfig, state: RunState) -> bool:
+def ends_early(saving: Saving, state: RunState) -> bool:
     """Return whether --early-stopping ends the run here."""
-    return 0 < config.saving.early_stopping <= state.not_better
+    return 0 < saving.early_stopping <= state.not_better
 
 
 class _Pace:
@@ -160,7 +160,7 @@ class _Loop:
         if self.state.owes_validation and self.valid is not None:
             self.state.owes_validation = False
             is_best = self._validate(self.valid)
-            if is_best or ends_early(self.config, self.state):
+            if is_best or ends_early(self.config.saving, self.state):
                 self._start_saving()
 
     def step(self, number: int) -> None:
@@ -261,7 +261,7 @@ class _Loop:
         is_best = False
         if self.valid is not None and validates and not state.owes_validation:
             is_best = self._validate(self.valid)
-        ends = self._is_last or ends_early(self.config, state)
+        ends = self._is_last or ends_early(self.config.saving, state)
         if ends or is_best or stop is not None or self._is_due(saving.save_interval):
             self.observers.on_phase("write")
             self._start_saving()

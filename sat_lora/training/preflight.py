@@ -40,6 +40,7 @@ from sat_lora.training.settings.config import (
     Data,
     Model,
     Parallel,
+    Quantizing,
     Schedule,
     Start,
     TrainConfig,
@@ -83,7 +84,7 @@ def option_problems(
         *_base_and_prompt_problems(config, environ),
         *config.problems,
         *_quantization_problems(config),
-        *_partition_problems(config),
+        *_partition_problems(config.model.base, config.quantization),
         *_checkpointing_problems(config.checkpointing),
         *_engine_problems(config, environ, device),
         *_resume_problems(config, environ),
@@ -193,12 +194,12 @@ def _quantization_problems(config: TrainConfig) -> Iterator[str]:
             )
 
 
-def _partition_problems(config: TrainConfig) -> Iterator[str]:
+def _partition_problems(base: str, quantizing: Quantizing) -> Iterator[str]:
     """Yield the problem that quantised weights are to be partitioned and none is; a folder may hold some already."""
-    if not config.quantization.quantize_partition or config.quantization.quantize != NONE:
+    if not quantizing.quantize_partition or quantizing.quantize != NONE:
         return
     try:
-        is_quantized = KEY in read_config(config.model.base)
+        is_quantized = KEY in read_config(base)
     except (SatLoraError, OSError):  # which has a problem of its own
         return
     if not is_quantized:
@@ -373,14 +374,14 @@ def _problem_with_path(path: Path, config: TrainConfig) -> str | None:
         return f"{path} cannot be read: {error}"
     if not items:
         return no_samples(path, counts.unused)
-    if problem := _problem_with_turns(items, config):
+    if problem := _problem_with_turns(items, config.model.version):
         return f"{path}: {problem}"
     images = [item.image for item in items if item.image is not None][:IMAGES_TRIED]
     first_error = None
     family = _family_of(config.model.base)
     for image in images:
         try:
-            _try_image(image, config, family)
+            _try_image(image, config.model.version, config.data.max_pixels, family)
             return None
         except (DataError, OSError, ValueError) as error:
             first_error = first_error or f"{error}{missing_file_hint(image)}"
@@ -397,23 +398,23 @@ def _family_of(base: str) -> Family:
         return COGVLM
 
 
-def _try_image(image: Picture, config: TrainConfig, family: Family) -> None:
+def _try_image(image: Picture, version: str, max_pixels: int, family: Family) -> None:
     """Read an image, or a film where the base takes films. Raises DataError, OSError or ValueError if that fails."""
     content = picture_content(image)
     if family.takes_frames:
-        load_frames(content, (TRIED_SIDE, TRIED_SIDE), config.model.version, max_pixels=config.data.max_pixels)
+        load_frames(content, (TRIED_SIDE, TRIED_SIDE), version, max_pixels=max_pixels)
     else:
-        read_picture(content, max_pixels=config.data.max_pixels)
+        read_picture(content, max_pixels=max_pixels)
 
 
-def _problem_with_turns(items: list[Item], config: TrainConfig) -> str | None:
+def _problem_with_turns(items: list[Item], version: str) -> str | None:
     """Return why the template has no place for the turns or the system text of a sample; None if it has."""
-    if config.model.version not in PROMPTS:
+    if version not in PROMPTS:
         return None
     for item in items:
         if item.history or item.system:
             try:
-                turn_texts(config.model.version, [*(query for query, _ in item.history), ""], item.system)
+                turn_texts(version, [*(query for query, _ in item.history), ""], item.system)
             except ConfigError as error:
                 return str(error)
     return None

@@ -20,7 +20,18 @@ from sat_lora.files.paths import split_weight
 from sat_lora.parallel.distributed import World
 from sat_lora.printable import printable
 from sat_lora.training.metrics.registry import LOSS
-from sat_lora.training.settings.config import NONE, Data, Optimizer, Parallel, Precision, Schedule, TrainConfig
+from sat_lora.training.settings.config import (
+    NONE,
+    Data,
+    Model,
+    Optimizer,
+    Parallel,
+    Precision,
+    Quantizing,
+    Saving,
+    Schedule,
+    TrainConfig,
+)
 from sat_lora.training.settings.demo import Demo
 from sat_lora.training.settings.schedule import warmup_steps
 
@@ -133,12 +144,12 @@ def run_summary(
     sizes: the base's model_config.json. fingerprint: the base's.
     """
     lines = {
-        "base": _base(config, sizes, fingerprint, demo),
+        "base": _base(config.model, config.quantization, sizes, fingerprint, demo),
         "device": _device(config.precision, config.parallel, world),
         "data": _data(config.data, data, demo),
         "left out": _counts(left_out(data)),
         "valid": _valid(config, valid),
-        "best": _best(config, valid),
+        "best": _best(config.saving, valid),
         "prompt": _prompt(config, texts, demo),
         "steps": _steps(config.schedule, config.optimizer, world, data, steps),
         "run": _run(config.run_folder, steps, start_step),
@@ -152,17 +163,17 @@ def run_summary(
     )
 
 
-def _base(config: TrainConfig, sizes: dict, fingerprint: str, demo: Demo | None) -> str:
+def _base(model: Model, quantizing: Quantizing, sizes: dict, fingerprint: str, demo: Demo | None) -> str:
     """Return the line on the base: its folder, family, layers and fingerprint, and the scheme of one in few bits."""
     family = sizes.get("model_class", "CogVLM")
     family = str(family).removesuffix("Model")
     ending = f": {fit(family, 20)}, {sizes.get('num_layers')} layers, fingerprint {fingerprint[:8]}"
-    scheme = config.quantization.quantize
+    scheme = quantizing.quantize
     if scheme == NONE and KEY in sizes:
         scheme = sizes[KEY]["scheme"]
     if scheme != NONE:
         ending += f", in {scheme}"
-    name = "the embedded tiny base" if _is_embedded(config.model.base, demo) else config.model.base
+    name = "the embedded tiny base" if _is_embedded(model.base, demo) else model.base
     return fit(name, COLUMNS - LABEL - len(ending)) + ending
 
 
@@ -220,9 +231,8 @@ def _valid(config: TrainConfig, valid: Source | None) -> str:
     return f"{valid.samples:,} samples {source}, {often}"
 
 
-def _best(config: TrainConfig, valid: Source | None) -> str:
+def _best(saving: Saving, valid: Source | None) -> str:
     """Return the line on what is done at a validation beside the loss; empty without anything."""
-    saving = config.saving
     if valid is None or (saving.metric, saving.early_stopping, saving.eval_samples) == (LOSS, 0, None):
         return ""
     clauses = [f"by {printable(saving.metric)}"]
