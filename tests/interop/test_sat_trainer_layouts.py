@@ -1,35 +1,36 @@
 """SAT's `training_main` at each ZeRO stage, model-parallel size and precision: plain SGD's adapter, and no more."""
 
-import numpy
 import pytest
 import torch
-from numpy.linalg import norm
 
 from sat_lora import LoraConfig
 from sat_lora.adapters.read import read_adapter
 from tests.support.ranks import run_ranks
 from tests.support.sat_trainer import (
+    STEPS,
     difference,
     tiny_cogvlm,
     train_by_plain_sgd,
     train_by_sat,
 )
 
-HALF = {"bf16": (torch.bfloat16, 0.05, 0.9), "fp16": (torch.float16, 0.01, 0.995)}
-"""(dtype, how far a loss may be off, relative, the least cosine of the way that the adapter goes with the exact one)"""
+HALF = {"bf16": (torch.bfloat16, 0.05), "fp16": (torch.float16, 0.01)}
+"""(dtype, how far a loss may be off, relative)"""
+EARLY = 2  # steps: by the fifth, what is rounded off has grown with the loss's curvature to as much as the way itself
+SAVED_EARLY = ["--save-interval", str(EARLY)]
 BOTH = ["--checkpoint-activations"]  # of the language model, and of the ViT by `tiny_cogvlm`
 EVALUATION = "--valid-data v --eval-interval 2 --eval-iters 2 --eval-batch-size 1 --test-data t --log-interval 1"
 CASES = {
     "ZeRO 1": dict(stage=1),
     "ZeRO 2, checkpointing": dict(stage=2, options=BOTH),
     "evaluation": dict(stage=2, options=EVALUATION.split()),
-    "bf16": dict(stage=2, engine={"bf16": {"enabled": True}}),
+    "bf16": dict(stage=2, engine={"bf16": {"enabled": True}}, options=SAVED_EARLY),
     "ZeRO 0": dict(stage=0),
-    "fp16": dict(stage=2, engine={"fp16": {"enabled": True, "initial_scale_power": 8}}),
+    "fp16": dict(stage=2, engine={"fp16": {"enabled": True, "initial_scale_power": 8}}, options=SAVED_EARLY),
     "ZeRO 3": dict(stage=3),
     "ZeRO 3, checkpointing": dict(stage=3, options=BOTH),
-    "bf16, ZeRO 3": dict(stage=3, engine={"bf16": {"enabled": True}}),
-    "fp16, ZeRO 3": dict(stage=3, engine={"fp16": {"enabled": True, "initial_scale_power": 8}}),
+    "bf16, ZeRO 3": dict(stage=3, engine={"bf16": {"enabled": True}}, options=SAVED_EARLY),
+    "fp16, ZeRO 3": dict(stage=3, engine={"fp16": {"enabled": True, "initial_scale_power": 8}}, options=SAVED_EARLY),
 }
 MOST = [name for name in CASES if name not in ("ZeRO 0", "ZeRO 3, checkpointing", "bf16, ZeRO 3", "fp16, ZeRO 3")]
 
@@ -54,10 +55,16 @@ def runs_of(folder, mp_size, names):
     }
 
 
-def way(start, end, dtype=torch.float32):
-    """How far an adapter has gone from its first values in that dtype: all of it in one row of float64."""
-    first = {name: torch.tensor(values).to(dtype).double().numpy() for name, values in start.items()}
-    return numpy.concatenate([(end[name] - values).ravel() for name, values in first.items()])
+def in_a_row(values):
+    """All of an adapter in one row of float64."""
+    return torch.cat([torch.as_tensor(values[name]).double().flatten() for name in sorted(values)])
+
+
+def distance_by_rounding(adapter, start, plain, dtype):
+    """How far `adapter` is from where plain SGD leads from `start`, in times of what rounding that alone takes away."""
+    first, last = (in_a_row(values) for values in (start, plain))
+    exact = first.to(dtype).double() + (last - first)
+    return float((in_a_row(adapter) - exact).norm() / (exact.to(dtype).double() - exact).norm())
 
 
 @pytest.mark.usefixtures("single_process_group")
@@ -74,7 +81,7 @@ def test_in_every_layout_the_adapter_is_that_of_plain_sgd_and_the_base_stays(ran
     outcomes = run_ranks(runs_of, ranks, str(tmp_path), mp_size, names, timeout=125 * ranks)
     # The ranks of one model share a batch, those of several have each its own.
     seeds = list(zip(*(outcome["ZeRO 1"].seeds for outcome in outcomes[::mp_size])))
-    start, plain = (train_by_plain_sgd(tiny_cogvlm, steps) for steps in ([], seeds))
+    start, early, plain = (train_by_plain_sgd(tiny_cogvlm, seeds[:steps]) for steps in (0, EARLY, STEPS))
     expected = outcomes[0]["ZeRO 1"]
     for name in names:
         runs = [outcome[name] for outcome in outcomes]
@@ -84,17 +91,17 @@ def test_in_every_layout_the_adapter_is_that_of_plain_sgd_and_the_base_stays(ran
         saved = read_adapter(run.save).tensors
         assert saved.keys() == plain.keys()
         tensor_bytes = sum(tensor.nbytes for tensor in saved.values())
-        assert sum(path.stat().st_size for path in run.save.rglob("*") if path.is_file()) < tensor_bytes + 2**16
+        size = sum(path.stat().st_size for path in run.save.rglob("*") if path.is_file())
+        assert size < (tensor_bytes + 2**16) * sum(path.is_dir() for path in run.save.iterdir())
         half = half_of(name)
         if half is None:
             assert difference(run.adapter, plain) < 1e-5, name
         else:
-            dtype, tolerance, cosine = HALF[half]
+            dtype, tolerance = HALF[half]
             assert {tensor.dtype for tensor in saved.values()} == {dtype}
             assert run.losses == pytest.approx(expected.losses, rel=tolerance)
-            moved, exact = way(start, run.adapter, dtype), way(start, plain)
-            assert moved @ exact > cosine * norm(moved) * norm(exact) > 0, name
-            assert 0.9 < norm(moved) / norm(exact) < 1.1, name
+            saved_early = read_adapter(run.save / str(EARLY)).tensors
+            assert distance_by_rounding(saved_early, start, early, dtype) < 1.5, name  # untrained it is 1.9 and more
     if "evaluation" in names:
         evaluated = outcomes[0]["evaluation"].evaluated  # twice two of validation, and two of the test at the end
         assert len(evaluated) == 6 and len(set(evaluated)) == 6

@@ -10,6 +10,7 @@ import shutil
 import tempfile
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -77,7 +78,8 @@ def count_outcomes(folder: Path, pristine: Path, times: int, seed: int = 0) -> C
             try:
                 load_adapter(model, folder)
             finally:
-                outcomes["took over a second"] += time.process_time() - start > 1
+                if time.process_time() - start > 1:
+                    outcomes["took over a second"] += takes_over_a_second(folder)
         except AdapterError as error:
             outcomes["refused"] += 1
             if str(folder) not in str(error):
@@ -90,6 +92,15 @@ def count_outcomes(folder: Path, pristine: Path, times: int, seed: int = 0) -> C
             check_loaded(folder)
             model = tiny_model()
     return outcomes
+
+
+def takes_over_a_second(folder: Path) -> bool:
+    """Whether loading takes so much processor time once more: at first, the process may have paid for another thing."""
+    model = tiny_model()
+    start = time.process_time()
+    with suppress(Exception):  # it has been seen
+        load_adapter(model, folder)
+    return time.process_time() - start > 1
 
 
 def check_loaded(folder: Path) -> None:
