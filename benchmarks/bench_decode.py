@@ -1,9 +1,11 @@
 """Greedy decoding of CogVLM: tokens per second with the adapters off, on and merged, and the time of the first token.
 
     python -m benchmarks.bench_decode --size full --out decode.json      # CogVLM-17B in bf16: 36 GB of a GPU
+    python -m benchmarks.bench_decode --size full --quantize nf4
 
 The prompt is an image and text. A token after the first is what the whole answer takes beyond its first token, over
-their number; `weights_bytes` is what each of those tokens has to read.
+their number; `weights_bytes` is what each of those tokens has to read. With --quantize nothing is merged: few bits
+would round the deltas away.
 """
 
 import argparse
@@ -15,11 +17,15 @@ from benchmarks.interleaved import CLOCKS, DTYPES, Work, environment, join_alone
 from benchmarks.models import SIZES, batch_of, config_of, random_model
 from benchmarks.report import table, write_json
 from benchmarks.variants import randomise
-from sat_lora import LoraConfig, LoraMixin, add_lora
+from sat_lora import LoraConfig, LoraMixin, add_lora, quantize_model
 from sat_lora._sat import BaseModel
 from sat_lora.cogvlm.decoding.generate import generate
+from sat_lora.quantization.config import NAMES as SCHEMES
+from sat_lora.quantized.layers import bytes_of
 
 NEVER = -1  # no token is the end
+MERGED = "merged"
+STATES = ["on", "off", MERGED]
 
 
 def answer(model: BaseModel, batch: dict, tokens: int) -> Work:
@@ -31,11 +37,12 @@ def answer(model: BaseModel, batch: dict, tokens: int) -> Work:
     return work
 
 
-def language_bytes(config: dict, dtype: torch.dtype) -> int:
+def language_bytes(model: BaseModel) -> int:
     """Bytes of the language expert's linears and of the head, all of which a token reads."""
-    hidden, inner = config["hidden_size"], config["inner_hidden_size"]
-    elements = config["num_layers"] * (4 * hidden**2 + 3 * hidden * inner) + config["vocab_size"] * hidden
-    return elements * dtype.itemsize
+    weights = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    experts = ("transformer.layers.", "mixins.mlp.gate_proj.", "mixins.lm.lm_head.")
+    read = [name for name in weights if name.startswith(experts) and weights[name].dim() == 2]
+    return sum(bytes_of(weights[name]) for name in read)
 
 
 def speed(model: BaseModel, batch: dict, tokens: int, repeats: int, clock: str, device: torch.device) -> dict:
@@ -49,15 +56,18 @@ def speed(model: BaseModel, batch: dict, tokens: int, repeats: int, clock: str, 
     return result if peak is None else {**result, "peak_bytes": peak}
 
 
-def compare(config: dict, args: argparse.Namespace, device: torch.device) -> list[dict]:
-    """A row for each batch size and each of off, on and merged."""
+def compare(config: dict, args: argparse.Namespace, device: torch.device) -> tuple[list[dict], int]:
+    """(a row for each batch size and each of off, on and merged; the bytes of weights that a token reads)."""
     dtype = DTYPES[args.dtype]
     model = random_model(config, dtype, device).eval()
+    if args.quantize:
+        quantize_model(model, scheme=args.quantize)
+    weights_bytes = language_bytes(model)
     mixins = add_lora(model, LoraConfig(r=args.rank))
     randomise([parameter for parameter in model.parameters() if parameter.requires_grad])
     words = args.words or SIZES[args.size]["words"]
     rows = []
-    for state in progress(args.states, "decoding"):
+    for state in progress([state for state in args.states if state != MERGED or not args.quantize], "decoding"):
         for mixin in mixins:
             _bring_into(state, mixin)
         for samples in args.batches:
@@ -66,13 +76,13 @@ def compare(config: dict, args: argparse.Namespace, device: torch.device) -> lis
             measured = speed(model, batch, args.tokens, args.repeats, args.clock, device)
             prompt = batch["input_ids"].shape[1]
             rows.append({"adapters": state, "batch": samples, "prompt": prompt, "tokens": args.tokens, **measured})
-    return rows
+    return rows, weights_bytes
 
 
 def _bring_into(state: str, mixin: LoraMixin) -> None:
     mixin.unmerge()
     mixin.enabled = state != "off"
-    if state == "merged":
+    if state == MERGED:
         mixin.merge(keep_original=False)  # the originals would take as much memory on the CPU as the weights
 
 
@@ -83,7 +93,8 @@ def options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--size", choices=SIZES, default="full" if on_cuda else "small")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16" if on_cuda else "fp32")
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--states", nargs="+", default=["on", "off", "merged"], choices=["on", "off", "merged"])
+    parser.add_argument("--states", nargs="+", default=STATES, choices=STATES)
+    parser.add_argument("--quantize", choices=SCHEMES, help="hold the linears in so few bits; nothing is merged then")
     parser.add_argument("--batches", nargs="+", type=int, default=[1], help="prompts decoded at once")
     parser.add_argument("--words", type=int, help="tokens of text in a prompt, beside the image's")
     parser.add_argument("--tokens", type=int, default=64, help="of an answer")
@@ -102,12 +113,13 @@ def main(arguments: list[str] | None = None) -> dict:
     join_alone(device)
     torch.manual_seed(args.seed)
     config = config_of(args.size)
-    rows = compare(config, args, device)
+    rows, weights_bytes = compare(config, args, device)
     report = {
         "environment": environment(device, args.clock),
         "size": args.size,
         "dtype": args.dtype,
-        "weights_bytes": language_bytes(config, DTYPES[args.dtype]),
+        "quantize": args.quantize,
+        "weights_bytes": weights_bytes,
         "rows": rows,
     }
     header = ["adapters", "batch", "prompt", "first token, ms", "later token, ms", "tokens/s"]

@@ -62,6 +62,8 @@ def step_results(report: dict) -> Iterator[dict]:
             figures["of_product"] = round(own["flops"] / rates[case["dtype"]], 3)
             if "peak_bytes" in own:
                 figures["peak_gib"] = round(own["peak_bytes"] / 2**30, 2)
+            if "estimated_bytes" in own:
+                figures["estimated_gib"] = round(own["estimated_bytes"] / 2**30, 2)
             yield {"variant": name, **what, **figures}
             if "kernels" in own:
                 kernels = own["kernels"]
@@ -106,6 +108,8 @@ STEP_CASES = [
     f"attention {STEP}",
     f"lora2 {STEP}",
 ]
+NF4 = ["--quantize", "nf4"]
+NF4_CASES = [f"all-linear {STEP}", "all-linear batch=1 checkpointing"]
 BF16 = ["--dtypes", "bf16", "--ranks", "16"]
 STAGES = {
     "tests": Stage(180, [*PYTEST, *SIDE_BY_SIDE, "-m", "cuda", "tests/cuda"], [*PYTEST, "tests/cuda"], None),
@@ -120,6 +124,18 @@ STAGES = {
         module("bench_step", "--size", "full", *BF16, "--repeats", "5", "--cases", *STEP_CASES),
         module("bench_step", "--size", "tiny", *ON_CPU, *BF16, "--repeats", "1", "--cases", *STEP_CASES),
         step_results,
+    ),
+    "nf4-step": Stage(
+        100,
+        module("bench_step", "--size", "full", *NF4, *BF16, "--repeats", "5", "--cases", *NF4_CASES),
+        module("bench_step", "--size", "tiny", *ON_CPU, *NF4, *BF16, "--repeats", "1", "--cases", *NF4_CASES),
+        step_results,
+    ),
+    "nf4-decode": Stage(
+        60,
+        module("bench_decode", "--size", "full", *NF4),
+        module("bench_decode", "--size", "tiny", *ON_CPU, *NF4, "--tokens", "3", "--repeats", "1"),
+        decode_results,
     ),
     "decode": Stage(
         60,

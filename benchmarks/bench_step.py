@@ -2,11 +2,13 @@
 
     python -m benchmarks.bench_step --out step.json --markdown
     python -m benchmarks.bench_step --size full --batch 4 --checkpointing --profile      # CogVLM-17B, 40 GB of a GPU
+    python -m benchmarks.bench_step --size full --dtypes bf16 --quantize nf4 --batch 4 --checkpointing
 
 Variants: `all-linear` is sat_lora's default, `attention` is sat_lora on what SAT's lora2 can reach (the language
 expert's and the vision transformer's q/k/v and dense), and `lora2` is lora2 on the same linears. Each is attached to
 the same weights, and taken in turn with `frozen`, the model with that variant switched off. In all of them gradients
-flow down to the embeddings, so that all do the same work in the base.
+flow down to the embeddings, so that all do the same work in the base. With --quantize the linears of all of them are
+held in fewer bits (without lora2, which replaces layers), and beside the peak of a step stands the estimate of it.
 """
 
 import argparse
@@ -14,7 +16,7 @@ import gc
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -37,6 +39,7 @@ from benchmarks.interleaved import (
 from benchmarks.models import (
     SIZES,
     allow_checkpointing,
+    answer_of,
     batch_of,
     checkpoint_activations,
     config_of,
@@ -45,8 +48,12 @@ from benchmarks.models import (
 )
 from benchmarks.report import step_table, write_json
 from benchmarks.variants import randomise
-from sat_lora import LoraConfig, add_lora
+from sat_lora import LoraConfig, add_lora, quantize_model
 from sat_lora._sat import BaseModel
+from sat_lora.memory.estimate import fake_step
+from sat_lora.quantization.config import NAMES as SCHEMES
+from sat_lora.quantization.config import Quantization
+from sat_lora.quantized.layers import bytes_of
 from sat_lora.training.steps.loss import answer_loss_sum
 
 NAMES = ("all-linear", "attention", "lora2")
@@ -173,11 +180,34 @@ def training_step(model: nn.Module, batch: dict, trained: list[nn.Parameter] | N
     return work
 
 
-def compare(model: BaseModel, config: dict, case: Case, repeats: int, clock: str, size: str) -> dict:
+def estimated_peak(model: BaseModel, config: dict, case: Case, name: str, scheme: str) -> int:
+    """The bytes that a step of the variant, which the model is, should take at most: what is held, and activations."""
+    weight = next(model.parameters())
+    lora = LoraConfig(r=case.rank, lora_alpha=2 * case.rank, lora_dropout=case.dropout, target_modules=TARGETS[name])
+    _, activations = fake_step(
+        config,
+        lora,
+        dtype=weight.dtype,
+        batch_size=case.batch,
+        length=config["image_length"] + 2 + case.words,
+        labelled=answer_of(case.words),
+        checkpoint_activations=case.checkpointing,
+        vit_checkpoint_activations=case.checkpointing,
+        quantize=Quantization(scheme=scheme),
+    )
+    held = sum(bytes_of(tensor) for tensors in (model.parameters(), model.buffers()) for tensor in tensors)
+    trained = sum(bytes_of(parameter) for parameter in model.parameters() if parameter.requires_grad)
+    return held + 3 * trained + activations  # the gradients, and Adam's two moments
+
+
+def compare(
+    model: BaseModel, config: dict, case: Case, repeats: int, clock: str, size: str, scheme: str | None = None
+) -> dict:
     """One case: for every variant, quartiles of its seconds and of their ratio to the frozen step's beside it.
 
     With the number of `trained` parameters, `saved_bytes` of a forward pass (where the graph is kept and fits),
-    `peak_bytes` of a step on CUDA, `flops` per second, and for a case with `profile` its kernels by kind.
+    `peak_bytes` of a step on CUDA, `flops` per second, and for a case with `profile` its kernels by kind. scheme: of a
+    model whose weights are quantised, of which the `estimated_bytes` of a step are told as well.
     """
     weight = next(model.parameters())
     device, dtype = weight.device, weight.dtype
@@ -204,6 +234,8 @@ def compare(model: BaseModel, config: dict, case: Case, repeats: int, clock: str
             measured = dict(seconds=seconds, ratio=ratio, trained=trained, flops=flops / seconds[1])
             variant.switch(True)
             results[name] = kept(measured, works[name])
+            if scheme is not None:
+                results[name]["estimated_bytes"] = estimated_peak(model, config, case, name, scheme)
             if case.profile:
                 results[name]["kernels"] = kernel_times(works[name], device)
             all_frozen += times["frozen"]
@@ -227,10 +259,16 @@ def _name_of(dtype: torch.dtype) -> str:
     return next(name for name, own in DTYPES.items() if own == dtype)
 
 
-def build(config: dict, dtype: torch.dtype, device: torch.device) -> BaseModel:
-    """The model whose weights all variants share, on a device where its layers can be recomputed."""
+def build(config: dict, dtype: torch.dtype, device: torch.device, scheme: str | None = None) -> BaseModel:
+    """The model whose weights all variants share, on a device where its layers can be recomputed.
+
+    scheme: by which its linears are held in fewer bits; None leaves them whole.
+    """
     allow_checkpointing(device)
-    return random_model(config, dtype, device)
+    model = random_model(config, dtype, device)
+    if scheme is not None:
+        quantize_model(model, scheme=scheme)
+    return model
 
 
 def device_rate(device: torch.device, dtype: torch.dtype) -> dict:
@@ -258,6 +296,7 @@ def options(arguments: list[str] | None) -> argparse.Namespace:
         metavar="CASE",
         help='instead of --variants and the four above: "all-linear lora2 batch=4 dropout=0.05 checkpointing profile"',
     )
+    parser.add_argument("--quantize", choices=SCHEMES, help="hold the linears in so few bits; leaves lora2 out")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: processor time, for busy CPU machines")
     parser.add_argument("--seed", type=int, default=0)
@@ -269,10 +308,17 @@ def options(arguments: list[str] | None) -> argparse.Namespace:
 def cases(args: argparse.Namespace, words: int) -> list[Case]:
     """What the options ask for."""
     if args.cases:
-        return [case(rank, words) for case in args.cases for rank in args.ranks]
+        chosen = [case(rank, words) for case in args.cases for rank in args.ranks]
+        return [whole_layers(case) for case in chosen] if args.quantize else chosen
     fixed = dict(words=words, batch=args.batch, checkpointing=args.checkpointing, profile=args.profile)
     pairs = itertools.product(args.ranks, args.dropouts)
-    return [Case(rank=rank, dropout=dropout, names=tuple(args.variants), **fixed) for rank, dropout in pairs]
+    chosen = [Case(rank=rank, dropout=dropout, names=tuple(args.variants), **fixed) for rank, dropout in pairs]
+    return [whole_layers(case) for case in chosen] if args.quantize else chosen
+
+
+def whole_layers(case: Case) -> Case:
+    """The case without the variant that replaces layers."""
+    return replace(case, names=tuple(name for name in case.names if name in TARGETS))
 
 
 def main(arguments: list[str] | None = None) -> dict:
@@ -284,12 +330,13 @@ def main(arguments: list[str] | None = None) -> dict:
     size = args.size or {"cpu": "small", "cuda": "large"}[device.type]
     config, words = config_of(size), args.words or SIZES[size]["words"]
     report = {"environment": environment(device, args.clock), "repeats": args.repeats, "product": {}, "cases": []}
+    report |= {} if args.quantize is None else {"quantize": args.quantize}
     for dtype in args.dtypes:
-        model = build(config, DTYPES[dtype], device)
+        model = build(config, DTYPES[dtype], device, args.quantize)
         report["product"][dtype] = device_rate(device, DTYPES[dtype])
         for case in progress(cases(args, words), f"{dtype} steps"):
             try:
-                report["cases"].append(compare(model, config, case, args.repeats, args.clock, size))
+                report["cases"].append(compare(model, config, case, args.repeats, args.clock, size, args.quantize))
             except torch.OutOfMemoryError as error:
                 report.setdefault("too_large", []).append({"dtype": dtype, **asdict(case), "error": str(error)})
             if args.out:

@@ -119,11 +119,7 @@ def _quantization_lines(report: Report) -> list[str]:
         held = Quantization.from_dict(about)
     except ConfigError:  # of a scheme that is not known here
         return [f"trained on    the base quantised to {printable(about.get('scheme'))}{began}"]
-    modules, kept = (
-        printable(side if isinstance(side, str) else " ".join(side)) for side in (held.modules, held.keep_modules)
-    )
-    without = f" without {kept}" if kept else ""
-    return [f"trained on    the base quantised to {held.scheme}: {modules}{without}{began}"]
+    return [f"trained on    the base quantised to {held}{began}"]
 
 
 def delta_norm(saved: SavedAdapter, name: str) -> float:

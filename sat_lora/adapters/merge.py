@@ -146,7 +146,8 @@ def missing_parts(folder: Path, base: str | Path, weights: BaseWeights) -> list[
 def decoded_weights(weights: BaseWeights, saved: SavedAdapter, adapter: str | Path) -> Mapping[str, torch.Tensor]:
     """Return the whole tensors of the base as they were while the adapter trained: quantised ones decoded.
 
-    Raises AdapterError where it trained beside whole weights, or does not say how they were quantised.
+    Raises AdapterError where it trained beside whole weights, or others than a quantised folder holds, or does not say
+    how they were quantised.
     """
     rounds = rounds_of(saved, adapter)
     if weights.note is not None and rounds is not None:
@@ -154,10 +155,16 @@ def decoded_weights(weights: BaseWeights, saved: SavedAdapter, adapter: str | Pa
             f"--onto trained: {adapter} was begun by loftq, with other codes than those of a quantised folder; give "
             "the base that it was made of"
         )
-    if weights.note is not None:
-        return weights
     if saved.base_quantization is None:
-        raise AdapterError(f"--onto trained: {adapter} was trained beside the base's own weights; leave the option out")
+        own = f"--onto trained: {adapter} was trained beside the base's own weights"
+        if weights.note is None:
+            raise AdapterError(f"{own}; leave the option out")
+        raise AdapterError(
+            f"{own}, and {weights.folder} is quantised to {weights.note.quantization}; merge into the base that it was "
+            f"made of, {weights.identity.title}, without the option"
+        )
+    if weights.note is not None and saved.base_quantization == weights.note.quantization.to_dict():
+        return weights
     try:
         quantization = Quantization.from_dict(dict(saved.base_quantization))
         quantization = dataclasses.replace(quantization, trained=saved.config.modules_to_save)
@@ -167,6 +174,17 @@ def decoded_weights(weights: BaseWeights, saved: SavedAdapter, adapter: str | Pa
             f"--onto trained: {adapter}: how its base was quantised is not known here: {error}"
         ) from error
     names = frozenset(f"{name}.weight" for name in layers)
+    if weights.note is not None:
+        held = weights.note
+        differing = sorted((names ^ set(held.weights)) - set(saved.trained))  # what it brings whole is its own
+        if quantization.scheme != held.quantization.scheme or differing:
+            where = f"; {printable(differing[0])} is one of {len(differing)} weights that differ" if differing else ""
+            raise AdapterError(
+                f"--onto trained: {adapter} was trained beside weights quantised to {quantization}, and "
+                f"{weights.folder} is quantised to {held.quantization}{where}; merge into the base that it was made "
+                f"of, {weights.identity.title}"
+            )
+        return weights
     return DecodedWeights(weights, quantization.weight_scheme, names, saved, rounds)
 
 

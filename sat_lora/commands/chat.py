@@ -61,8 +61,11 @@ def add_model_options(command: argparse.ArgumentParser) -> None:
     special = "a text that spells </s> means the token"
     option("--special-tokens-in-text", action="store_true", default=None, help=special)
     option("--max-pixels", type=positive_int, metavar="N", help="a larger picture is not read (default: 89478485)")
-    option("--quantize", choices=["none", "nf4", "int8"], help="hold the base's linears in so few bits (default: none)")
-    kept = "of --quantize: linears that stay as they are, by preset or pattern"
+    held = "hold the base's linears in so few bits (default: as in the run, or none)"
+    option("--quantize", choices=["none", "nf4", "int8"], help=held)
+    which = "of --quantize: which linears, by preset or pattern (default: as in the run, or all-linear)"
+    option("--quantize_modules", nargs="+", metavar="NAME", help=which)
+    kept = "of --quantize: linears that stay as they are (default: as in the run, or none)"
     option("--keep_modules", nargs="+", metavar="NAME", help=kept)
     option("--bf16", action="store_true", default=None, help="bfloat16 (default on CUDA)")
     option("--fp16", action="store_true", default=None, help="float16")
@@ -94,7 +97,7 @@ def run(options: argparse.Namespace) -> None:
 def read_settings(options: argparse.Namespace) -> tuple["TrainConfig", dict[str, str]]:
     """Return the settings of the options, filled up from the run, and the adapters' folders by name.
 
-    Raises ConfigError where no base is named, or the run cannot be read.
+    Raises ConfigError where no base is named, the run cannot be read, or patterns choose what nothing quantises.
     """
     from sat_lora.cogvlm.inputs.prompts import version_of
     from sat_lora.errors import ConfigError
@@ -118,6 +121,9 @@ def read_settings(options: argparse.Namespace) -> tuple["TrainConfig", dict[str,
         raise ConfigError("--base missing: give the folder of a base, or --run RUN_FOLDER of a run that has one")
     says_version = "version" in given or stored.get("version")
     config, _ = resolve(given, resumed_run=stored, base_version=None if says_version else version_of(base))
+    problems = config.quantization.unheeded(given)
+    if problems:
+        raise ConfigError("; ".join(problems))
     folders = options.adapter or ([str(Path(options.run) / "adapter")] if options.run else [])
     return config, names_of(folders)
 

@@ -154,6 +154,8 @@ def read_settings(options: argparse.Namespace) -> "Evaluation":
         source = f"{options.run} has none; give" if options.run else "give"
         other = "" if options.run else ", or --run RUN_FOLDER of a run that has them"
         raise ConfigError(f"{', '.join(missing)} missing: {source} them{other}")
+    if problems := config.quantization.unheeded(given):
+        raise ConfigError("; ".join(problems))
     if options.no_base and adapter is None:
         raise ConfigError("--no-base: there is no --adapter, so nobody would answer; leave it out")
     return Evaluation(

@@ -102,12 +102,25 @@ def what_next(config: "TrainConfig", program: Program, evaluation: Program) -> s
         lines += [f"evaluate    {line}"] if line else []
     base = os.path.abspath(config.model.base)
     out = _new_folder(run / "merged")
-    merge = sat_lora_line("merge", "--base", base, *trust, "--adapter", best or run / "adapter", "--out", out)
+    onto = ["--onto", "trained"] if _is_quantized(base) else []
+    merge = sat_lora_line("merge", "--base", base, *trust, "--adapter", best or run / "adapter", "--out", out, *onto)
     further = _resume_line(
         config, program, *_code(config.saving, "metrics", "metric"), *_beyond(config.schedule, config.saving, run)
     )
     lines += [f"merge       {merge}", f"resume      {further}"]
     return "\n".join(lines)
+
+
+def _is_quantized(base: str) -> bool:
+    """Return whether the folder of a base holds weights in fewer bits, which merge decodes where it is told to."""
+    from sat_lora.cogvlm.checkpoints.load import read_config
+    from sat_lora.cogvlm.checkpoints.quantized_files import KEY
+    from sat_lora.errors import SatLoraError
+
+    try:
+        return KEY in read_config(base)
+    except (SatLoraError, OSError):
+        return False
 
 
 def _best_adapter(run: Path) -> Path | None:

@@ -161,6 +161,12 @@ class DeltaHook:
         return copied
 
 
+def has_adapter(layer: nn.Module) -> bool:
+    """Return whether the delta of a mixin that is still there is added to the layer's output."""
+    hooks = [layer.__dict__.get("forward"), *(getattr(h, "__self__", None) for h in layer._forward_hooks.values())]
+    return any(isinstance(hook, DeltaHook) and hook._adapter() is not None for hook in hooks)
+
+
 def _take_away(layer: Callable[[], nn.Module | None], hook: Callable[[], DeltaHook | None]) -> None:
     """Let the layer have the forward of its class again.
 

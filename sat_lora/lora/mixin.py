@@ -14,7 +14,7 @@ from sat_lora.errors import AdapterError, ConfigError
 from sat_lora.lora.adapter import LoraAdapter
 from sat_lora.lora.base_parameters import StandIn, TrainedBase, freeze_base, keep_trained_set
 from sat_lora.lora.config import LOFTQ, LoraConfig
-from sat_lora.lora.delta_hook import DeltaHook, DeltaState
+from sat_lora.lora.delta_hook import DeltaHook, DeltaState, has_adapter
 from sat_lora.lora.deltas.merging import MergedWeights
 from sat_lora.lora.gradient_order import GradientOrder
 from sat_lora.lora.targets import Plan, Target, find_parameters, find_sites, plan
@@ -382,13 +382,26 @@ def refuse_lost_originals(targets: Mapping[str, Target], config: LoraConfig) -> 
 
 
 def refuse_loftq(targets: Mapping[str, Target], config: LoraConfig) -> None:
-    """Raise ConfigError where LoftQ is asked for and no adapted layer of the whole model is quantised."""
-    weights = (quantized_weight_of(target.site.module) for target in targets.values())
-    if config.init_lora_weights == LOFTQ and targets and all(weight is None for weight in weights):
+    """Raise ConfigError where LoftQ is asked for and no adapted layer of the whole model is quantised, or the weight
+    that it would change is the base of another adapter.
+    """
+    if config.init_lora_weights != LOFTQ or not targets:
+        return
+    layers = {name: target.site.module for name, target in targets.items()}
+    weights = {name: weight for name, layer in layers.items() if (weight := quantized_weight_of(layer)) is not None}
+    if not weights:
         raise ConfigError(
             f"init_lora_weights='loftq': it begins with what quantisation misses, and none of the {len(targets)} "
-            "adapted layers is quantised; quantise the base first (--quantize nf4, or quantize_model(model, "
+            "adapted layers is quantised; quantise these first (--quantize nf4, or quantize_model(model, "
             "keep_originals=True)), or take another init_lora_weights, such as pissa"
+        )
+    taken = [name for name, weight in weights.items() if weight.low_rank is not None or has_adapter(layers[name])]
+    if taken:
+        why = "has an adapter already" if has_adapter(layers[taken[0]]) else "was changed by an earlier one of loftq"
+        raise ConfigError(
+            f"init_lora_weights='loftq': it changes the weights of the base, and {taken[0]} {why}, so that this would "
+            f"be on another base ({len(taken)} layers); add the adapter of loftq first, and one alone for a layer, or "
+            "take another init_lora_weights, such as pissa"
         )
 
 

@@ -232,7 +232,7 @@ def select(
     for name in ("rank_pattern", "alpha_pattern"):
         for pattern in getattr(config, name):
             if chosen and not any(ends_with(layer_name, pattern) for layer_name in chosen):
-                problems.append(f"{name}: {pattern!r} matches no adapted layer; nearest: {_nearest(pattern, chosen)}")
+                problems.append(f"{name}: {_no_name(pattern, 'adapted layer', chosen)}")
     lookups = sorted(name for name in chosen if sites[name].kind.is_embedding)
     for field_name in ("use_dora", "freeze_a"):
         if lookups and getattr(config, field_name):
@@ -328,17 +328,23 @@ def _trained_whole(
                 f"modules_to_save: {lacking[0]} is quantised and does not train; leave it whole, with keep_modules"
             )
         elif not hits:
-            near = _nearest(pattern, {part for name in parameters for part in (name, name.rpartition(".")[0])})
-            problems.append(f"modules_to_save: {pattern!r} matches no module and no parameter; nearest: {near}")
+            named = {part for name in parameters for part in (name, name.rpartition(".")[0])}
+            problems.append(f"modules_to_save: {_no_name(pattern, 'module and no parameter', named)}")
         chosen |= {name: parameters[name] for name in hits}
     return chosen
 
 
-def _nearest(pattern: str, names: Iterable[str]) -> str:
+def _no_name(pattern: str, what: str, names: Iterable[str]) -> str:
+    """Return the words for a pattern that names nothing where names alone are taken, and no presets."""
+    preset = ": it is a preset of target_modules, and names are wanted here" if pattern in PRESETS else ""
+    return f"{pattern!r} matches no {what}{preset}; nearest: {_nearest(pattern, names, presets=())}"
+
+
+def _nearest(pattern: str, names: Iterable[str], presets: Iterable[str] = PRESETS) -> str:
     suffixes = {re.sub(r"\.\d+$", "", name).rpartition(".")[2] for name in names}
-    candidates = [*PRESETS, *sorted(suffixes), *names]
+    candidates = [*presets, *sorted(suffixes), *names]
     sat_name = FOREIGN.get(pattern.rpartition(".")[2], pattern)
     count = 4 if sat_name == pattern else 2
-    near = difflib.get_close_matches(sat_name, candidates, n=count, cutoff=0.3) or [*PRESETS][:3] + sorted(suffixes)[:3]
+    near = difflib.get_close_matches(sat_name, candidates, n=count, cutoff=0.3) or [*presets][:3] + sorted(suffixes)[:3]
     fused = "; q, k and v are one layer, of which qkv_slots takes parts"
     return ", ".join(near) + (fused if sat_name == "query_key_value" != pattern else "")

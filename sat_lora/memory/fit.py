@@ -5,7 +5,8 @@ What the options of the run leave open is tried in this order, and the first tha
     base        whole, int8, nf4
     ranks       data-parallel at ZeRO 2; at ZeRO 3, if the base is whole; model-parallel by 2, 4 and so on. A base that
                 is quantised is preferred to one that is cut and quantised
-    recomputed  nothing, the ViT, the language model, both; both with the optimizer's state on the host
+    recomputed  nothing, the ViT, the language model, both; both with what the recomputed layers begin with on the host;
+                the same with the optimizer's state there as well
     batch       the largest
 
 A quantised layer is decoded, and ZeRO-3 gathers a weight, for each micro-batch, however small that is: they are taken
@@ -101,7 +102,8 @@ class Candidate:
         own = self.config.checkpointing
         names = {(False, False): "nothing", (False, True): "ViT", (True, False): "language", (True, True): "both"}
         towers = names[own.checkpoint_activations, own.vit_checkpoint_activations]
-        return f"{towers}, Adam on host" if self.is_offloaded else towers
+        on_host = ["inputs"] * own.checkpoint_offload + ["Adam"] * self.is_offloaded
+        return f"{towers}, {' and '.join(on_host)} on host" if on_host else towers
 
     @cached_property
     def batches(self) -> list[int]:
@@ -240,7 +242,7 @@ def fit(
     attempts: list[Attempt] = []
     small: list[tuple[Candidate, list[int]]] = []  # what fits with few samples at once
     for layout in layouts:
-        variants = _variants(layout, offload if device.startswith("cuda") else None)
+        variants = _variants(layout, offload, device)
         candidates = [Candidate(config=variant, ranks=ranks, total_batch=total_batch) for variant in variants]
         candidates = [candidate for candidate in candidates if candidate.batches]
         if not candidates:
@@ -292,16 +294,23 @@ def _layouts(settled: TrainConfig, sizes: dict[str, Any], ranks: int) -> Iterato
             yield settled.replaced(quantize=base, model_parallel_size=mp_size, zero_stage=stage)
 
 
-def _variants(layout: TrainConfig, offload: str | Path | None) -> Iterator[TrainConfig]:
-    """Yield a layout with what may be recomputed, and with the optimizer's state on the host."""
+def _variants(layout: TrainConfig, offload: str | Path | None, device: str) -> Iterator[TrainConfig]:
+    """Yield a layout with what may be recomputed, and with the inputs of that and the optimizer's state on the host.
+
+    offload: a DeepSpeed file that puts the optimizer's state there. On a CPU nothing is put anywhere else.
+    """
     asked = layout.checkpointing
-    for language, vit in RECOMPUTED:
+    for language, vit in RECOMPUTED[1:] if asked.checkpoint_offload else RECOMPUTED:
         if language >= asked.checkpoint_activations and vit >= asked.vit_checkpoint_activations:
             yield layout.replaced(checkpoint_activations=language, vit_checkpoint_activations=vit)
+    if not device.startswith("cuda"):
+        return
+    last = layout.replaced(checkpoint_activations=True, vit_checkpoint_activations=True)
+    if is_open(layout, "checkpoint_offload"):
+        last = last.replaced(checkpoint_offload=True)
+        yield last
     if offload is not None and layout.parallel.deepspeed_config is None:
-        yield layout.replaced(
-            checkpoint_activations=True, vit_checkpoint_activations=True, deepspeed_config=str(offload)
-        )
+        yield last.replaced(deepspeed_config=str(offload))
 
 
 def _refuse_total(settled: TrainConfig, layouts: Sequence[TrainConfig], ranks: int, total: int | None) -> None:
@@ -427,7 +436,7 @@ def _options(config: TrainConfig, settled: TrainConfig) -> tuple[str, ...]:
     """Return the options by which a run gets this config, beside those that it has already."""
     options: list[str] = []
     names = ("quantize", "zero_stage", "model_parallel_size", "deepspeed_config")
-    switches = ("checkpoint_activations", "vit_checkpoint_activations")
+    switches = ("checkpoint_activations", "vit_checkpoint_activations", "checkpoint_offload")
     for name in (*names, *switches, "batch_size", "gradient_accumulation_steps"):
         value = config.value(name)
         if value != settled.value(name) or (name == "batch_size" and is_open(settled, name)):

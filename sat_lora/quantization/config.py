@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from sat_lora.errors import ConfigError
 from sat_lora.files.patterns import shortened
+from sat_lora.printable import printable
 
 if TYPE_CHECKING:
     from sat_lora.quantized.schemes import Scheme
@@ -28,6 +29,12 @@ class Quantization:
     """The layers, in the same forms, that are taken away from these."""
     trained: tuple[str, ...] = ()
     """The modules that train whole, as LoraConfig's modules_to_save has them: their weights stay whole."""
+
+    def __str__(self) -> str:
+        modules, kept = (
+            side if isinstance(side, str) else " ".join(side) for side in (self.modules, self.keep_modules)
+        )
+        return printable(f"{self.scheme}: {modules}" + (f" without {kept}" if kept else ""))
 
     def to_dict(self) -> dict[str, str | list[str]]:
         """Return what JSON holds of it: a scheme and two sets of patterns."""

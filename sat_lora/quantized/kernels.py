@@ -20,6 +20,15 @@ def has_kernels(codes: torch.Tensor, block: int, dtype: torch.dtype) -> bool:
     return codes.is_cuda and block == BLOCK and dtype in DTYPES and is_usable()
 
 
+def look_for_kernels(scheme: str | None, device: torch.device | str) -> None:
+    """Say before a model is loaded what is said else where its first weight is decoded: that the kernels are not there.
+
+    scheme: by which its weights are held; None: they are whole. device: the one that decodes them.
+    """
+    if scheme == "nf4" and torch.device(device).type == "cuda":
+        is_usable()
+
+
 @functools.cache
 def is_usable() -> bool:
     """Return whether bitsandbytes is there and can decode on this machine's CUDA; a warning says why not, once."""

@@ -3,6 +3,7 @@
 A layer that calls `F.linear` needs to know nothing of it: the product decodes the weight, in forward and once more in
 backward, and keeps the codes alone in between. Products of matrices are the one thing that decodes it. Whoever reads
 W asks `whole`, whatever kind of tensor W is; all else is refused, so that nothing is decoded, or lost, without a word.
+W^T is the one view that there is, for products of the form x @ W.t(): decoded, and not to be written to.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 from torch.autograd.function import FunctionCtx
+from torch.utils._pytree import tree_map
 
 from sat_lora.errors import ConfigError, QuantizationError
 from sat_lora.quantized.partition import Partition
@@ -229,6 +231,8 @@ class QuantizedWeight(torch.Tensor):
             return linear(*args, **(kwargs or {}))
         if function in _GRADIENT_SETTERS:
             _refuse_gradient(*args, **(kwargs or {}))
+        if function == _DATA_SETTER:
+            _refuse_data(*args)
         if function in _OF_MEMORY:
             _refuse(function.__name__)
         with torch._C.DisableTorchFunctionSubclass():  # torch's own way would give every result this class
@@ -265,11 +269,68 @@ class QuantizedWeight(torch.Tensor):
         if function is aten.equal.default and isinstance(args[1], QuantizedWeight):
             return _are_equal(weight, args[1])
         if function is aten.t.default:  # DeepSpeed 0.19.8 makes F.linear of ZeRO-3 by x @ weight.t()
-            return weight.decoded().t()
+            return _read_only(weight.decoded().t())
         return _refuse(_name(function))
 
 
+class ReadOnlyTensor(torch.Tensor):
+    """What a weight was decoded to, for products: no part of the weight, so that a write to it would be lost.
+
+    Operations take it as a plain tensor and give plain ones; views of it are what it is.
+    """
+
+    plain: torch.Tensor
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, plain: torch.Tensor) -> "ReadOnlyTensor":
+        """Return the tensor that has the elements of a plain one."""
+        layout = dict(strides=plain.stride(), storage_offset=plain.storage_offset())
+        tensor = torch.Tensor._make_wrapper_subclass(cls, plain.shape, dtype=plain.dtype, device=plain.device, **layout)
+        tensor.plain = plain
+        return tensor
+
+    def __repr__(self, **options: Any) -> str:
+        return repr(self.plain)
+
+    @classmethod
+    def __torch_dispatch__(
+        cls,
+        function: Any,
+        types: Collection[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Return what an operation gives. Raises QuantizationError for one that writes to such a tensor."""
+        given = {argument.name: value for argument, value in zip(function._schema.arguments, args)} | dict(kwargs or {})
+        for argument in function._schema.arguments:
+            is_written = argument.alias_info is not None and argument.alias_info.is_write
+            if is_written and isinstance(given.get(argument.name), ReadOnlyTensor):
+                _refuse(_name(function))
+        result = function(*tree_map(_plain, args), **tree_map(_plain, dict(kwargs or {})))
+        is_view = isinstance(args[0], ReadOnlyTensor) and any(value.alias_info for value in function._schema.returns)
+        return tree_map(_read_only, result) if is_view else result
+
+
+def _plain(value: Any) -> Any:
+    """Return a read-only tensor as a plain one, and anything else as it is."""
+    return value.plain if isinstance(value, ReadOnlyTensor) else value
+
+
+def _read_only(value: Any) -> Any:
+    """Return a tensor as a read-only one, and anything else as it is."""
+    return ReadOnlyTensor(value) if isinstance(value, torch.Tensor) else value
+
+
+_DATA_SETTER = torch.Tensor.data.__set__
 _GRADIENT_SETTERS = (torch.Tensor.requires_grad_, torch.Tensor.requires_grad.__set__)
+
+
+def _refuse_data(weight: QuantizedWeight, value: torch.Tensor) -> None:
+    """Raise QuantizationError for `weight.data = value`, of which torch would take the name and no element."""
+    raise QuantizationError(
+        f"data of a quantised weight: it cannot be set; weight.copy_(...) encodes what it gets, {weight!r} stays"
+    )
 
 
 def _refuse_gradient(weight: QuantizedWeight, requires_grad: bool = True) -> None:
@@ -449,4 +510,4 @@ class _Linear(torch.autograd.Function):
             dx = dy.new_empty((*dy.shape[:-1], weight.shape[1]))
         elif need_x:
             dx = dy @ _decoded_as(weight, ctx.dtype)
-        return dx, None, dy.flatten(0, -2).sum(0) if need_bias else None, None
+        return dx, None, dy.reshape(-1, dy.shape[-1]).sum(0) if need_bias else None, None

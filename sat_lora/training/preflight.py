@@ -183,15 +183,12 @@ def _quantization_problems(config: TrainConfig) -> Iterator[str]:
     """Yield what says how the base is quantised, or begins with that, where it is not."""
     if config.lora.loftq_iter != 1 and config.lora.init_lora_weights != LOFTQ:
         yield f"--loftq_iter: it is of --init_lora_weights loftq, got {config.lora.init_lora_weights}"
-    if config.quantization.quantize == NONE:
-        for name in ("quantize_modules", "keep_modules"):
-            if name in config.given and config.value(name) != DEFAULTS[name]:
-                yield f"--{name}: it says which linears are quantised, and none is; give --quantize nf4 or int8"
-        if config.lora.init_lora_weights == LOFTQ:
-            yield (
-                "--init_lora_weights loftq: it begins with what quantisation misses of the base's weights; give the "
-                "base itself with --quantize nf4 or int8, or another --init_lora_weights, such as pissa"
-            )
+    yield from config.quantization.unheeded(config.given)
+    if config.quantization.quantize == NONE and config.lora.init_lora_weights == LOFTQ:
+        yield (
+            "--init_lora_weights loftq: it begins with what quantisation misses of the base's weights; give the base "
+            "itself with --quantize nf4 or int8, or another --init_lora_weights, such as pissa"
+        )
 
 
 def _partition_problems(base: str, quantizing: Quantizing) -> Iterator[str]:

@@ -4,11 +4,12 @@ import re
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from sat_lora.cogvlm.checkpoints.load import load_cogvlm, open_folder, read_config
+from sat_lora.cogvlm.checkpoints.load import load_cogvlm, open_folder, quantized_layers, read_config
 from sat_lora.cogvlm.families import cross_image_size, family_of
 from sat_lora.cogvlm.inputs.text import end_tokens, load_tokenizer
 from sat_lora.cogvlm.network.model import CogVLMModel, build_cogvlm
@@ -21,11 +22,12 @@ from sat_lora.lora.config import LOFTQ
 from sat_lora.lora.targets import named_whole, select
 from sat_lora.parallel.distributed import World, agree, init_distributed, init_model_parallel, run_on_all_ranks
 from sat_lora.quantization.select import select_layers
+from sat_lora.quantized.kernels import look_for_kernels
 from sat_lora.terminal.notice import warn
 from sat_lora.terminal.progress import shown
 from sat_lora.training.marks import marks_of_config, marks_of_engine, marks_of_options, marks_of_tokenizer
 from sat_lora.training.preflight import check_options
-from sat_lora.training.settings.config import Data, Model, TrainConfig
+from sat_lora.training.settings.config import NONE, Data, Model, TrainConfig
 from sat_lora.training.settings.deepspeed_config import base_dtype, settle
 from sat_lora.training.settings.demo import Demo
 from sat_lora.training.settings.lora_options import lora_problems
@@ -67,6 +69,8 @@ def prepare(config: TrainConfig, demo: Demo | None = None, *, problems: Iterable
     })  # fmt: skip
     world = init_model_parallel(device, config.parallel.model_parallel_size)
     run_on_all_ranks(_check_targets, settled.config)
+    scheme = run_on_all_ranks(scheme_of_base, settled.config)
+    look_for_kernels(scheme, device)
     return PreparedRun(settled.config, world, settled.engine)
 
 
@@ -164,20 +168,27 @@ def _check_targets(config: TrainConfig) -> None:
     skeleton = build_cogvlm(skeleton_sizes(sizes, mp_size), model_parallel_size=mp_size)
     _refuse_quantized(config)
     quantization = config.quantization.of(config.lora)
+    quantized: Collection[str] = ()
     if quantization is not None:
         try:
-            select_layers(skeleton, quantization, has_shapes=False)
+            quantized = select_layers(skeleton, quantization, has_shapes=False)
         except ConfigError as error:
             problems = [re.sub(r"^(?=(quantize|keep)_modules: )", "--", problem) for problem in error.problems]
             raise ConfigError.of(problems) from error
     try:
-        select(find_all_sites(skeleton), find_all_parameters(skeleton), config.lora)
+        adapted, _ = select(find_all_sites(skeleton), find_all_parameters(skeleton), config.lora)
     except ConfigError as error:
         raise ConfigError("; ".join(lora_problems(error))) from error
+    if quantization is not None and config.lora.init_lora_weights == LOFTQ and not adapted.keys() & set(quantized):
+        raise ConfigError(
+            f"--init_lora_weights loftq: --quantize_modules and --keep_modules select none of the {len(adapted)} "
+            f"adapted layers, such as {next(iter(adapted))}, and it begins with what quantisation misses of these; "
+            "quantise them as well, or take another --init_lora_weights, such as pissa"
+        )
 
 
 def _refuse_quantized(config: TrainConfig) -> None:
-    """Raise ConfigError where the folder of the base holds a weight in fewer bits that is asked for whole."""
+    """Raise ConfigError where the base's folder holds a weight in fewer bits that is asked for in others, or whole."""
     note = open_folder(config.model.base, trust=config.start.trust_checkpoint).note()
     if note is not None and config.lora.init_lora_weights == LOFTQ:
         raise ConfigError(
@@ -190,6 +201,19 @@ def _refuse_quantized(config: TrainConfig) -> None:
             f"--modules_to_save: {quantized[0]} is quantised in {config.model.base} and does not train; give the base "
             "that it was made of, with --quantize and --keep_modules"
         )
+    asked = config.quantization.of(config.lora)
+    if note is not None and asked is not None:
+        mp_size = config.parallel.model_parallel_size
+        base = build_cogvlm(read_config(config.model.base), device="meta", model_parallel_size=mp_size)
+        quantized_layers(base, asked, note, Path(config.model.base))
+
+
+def scheme_of_base(config: TrainConfig) -> str | None:
+    """Return by which scheme the base is held, as the options or its folder say; None where it is whole."""
+    if config.quantization.quantize != NONE:
+        return config.quantization.quantize
+    note = open_folder(config.model.base, trust=config.start.trust_checkpoint).note()
+    return None if note is None else note.quantization.scheme
 
 
 @dataclass(frozen=True, kw_only=True)

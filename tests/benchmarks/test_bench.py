@@ -84,6 +84,18 @@ def test_step_benchmark_with_checkpointing_and_a_profile(tmp_path, capsys):
     assert written["product"]["bf16"]["flops"] > 0
 
 
+def test_step_benchmark_on_quantised_linears(tmp_path):
+    out = tmp_path / "step.json"
+    arguments = ["--size", "tiny", "--device", "cpu", "--dtypes", "bf16", "--words", "6", "--repeats", "1"]
+    bench_step.main([*arguments, "--quantize", "nf4", "--cases", "all-linear lora2 checkpointing", "--out", str(out)])
+    written = json.loads(out.read_text())
+    (case,) = written["cases"]
+    assert written["quantize"] == "nf4" and case["variants"].keys() == {"frozen", "all-linear"}
+    assert case["variants"]["all-linear"].keys() == {"seconds", "ratio", "trained", "flops", "estimated_bytes"}
+    trained = 2 * case["variants"]["all-linear"]["trained"]  # in bfloat16
+    assert case["variants"]["all-linear"]["estimated_bytes"] > 4 * trained
+
+
 @pytest.mark.parametrize("name", bench_step.NAMES)
 def test_a_variant_comes_and_goes_and_switched_off_is_the_base(name, single_process_group):
     """The variants share their weights: what one leaves behind would be measured with the next."""

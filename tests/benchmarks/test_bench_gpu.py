@@ -80,6 +80,14 @@ def test_decoding(tmp_path, capsys, single_process_group):
     assert all(row["prompt"] == 4 + 2 + 8 and row["first_seconds"] > 0 for row in written["rows"])
     assert written["weights_bytes"] == 4 * (4 * 64**2 + 3 * 64 * 96 + 1024 * 64)
     assert capsys.readouterr().out.startswith("| adapters | batch |")
+    bench_decode.main([*sizes, "--rank", "4", "--quantize", "nf4", "--out", str(out)])
+    written = json.loads(out.read_text())
+    rows = [(row["adapters"], row["batch"]) for row in written["rows"]]
+    assert written["quantize"] == "nf4" and rows == [(state, batch) for state in ("on", "off") for batch in (1, 2)]
+    linears = 4 * 64**2 + 3 * 64 * 96
+    in_blocks_of_32 = 64 * 96  # of dense_4h_to_h
+    scales = (linears - in_blocks_of_32) // 64 + in_blocks_of_32 // 32
+    assert written["weights_bytes"] == linears // 2 + 2 * scales + 4 * 1024 * 64
 
 
 def test_the_step_of_a_run(tmp_path, capsys, single_process_group):

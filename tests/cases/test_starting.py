@@ -1,7 +1,9 @@
 """Kind 11, starting: the environment that launchers and platforms leave, ports, folders that may not be read."""
 
+import json
 import os
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
@@ -24,7 +26,7 @@ from sat_lora.parallel.launch import (
 from sat_lora.terminal.edge import run_command
 from sat_lora.terminal.notice import is_first_rank
 from tests.support.configs import config_of, parse_options
-from tests.support.paths import ROOT
+from tests.support.paths import ROOT, TINY_BASE
 
 FULL = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 
@@ -224,6 +226,19 @@ def test_only_what_will_work_is_printed_and_the_best_adapter_where_it_is_better(
     assert "--trust-checkpoint" in shlex.split(lines["merge"]) and best[1] in shlex.split(lines["merge"])
     assert shlex.split(lines["resume"])[6] == "--trust-checkpoint"
     assert what_next(run)["resume"].startswith(shlex.quote(sys.executable))
+
+
+def test_the_line_for_merging_says_onto_what_where_the_base_is_quantised(tmp_path):
+    for name, note in (("whole", {}), ("nf4", {"quantization": {"scheme": "nf4"}})):
+        base = shutil.copytree(TINY_BASE, tmp_path / name)
+        config = json.loads((base / "model_config.json").read_text())
+        (base / "model_config.json").write_text(json.dumps({**config, **note}))
+        merge = shlex.split(what_next(tmp_path / "run", from_pretrained=str(base))["merge"])
+        assert merge[-4:] == (
+            ["--out", f"{tmp_path}/run/merged", "--onto", "trained"]
+            if note
+            else ["--adapter", f"{tmp_path}/run/adapter", "--out", f"{tmp_path}/run/merged"]
+        )
 
 
 def test_a_model_that_ranks_share_is_evaluated_by_as_many(tmp_path, monkeypatch):

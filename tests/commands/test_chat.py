@@ -11,11 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
-from sat_lora import LoraConfig, add_lora, save_adapter
+from sat_lora import ConfigError, LoraConfig, add_lora, save_adapter
 from sat_lora.chat import Chat
-from sat_lora.cli import main
+from sat_lora.cli import build_parser, main
 from sat_lora.cogvlm import load_cogvlm
-from sat_lora.commands.chat import names_of
+from sat_lora.commands.chat import names_of, read_settings
 from sat_lora.quantization.config import Quantization
 from sat_lora.quantized.layers import quantized_weight_of
 from tests.support.paths import ROOT, TINY_BASE
@@ -87,6 +87,31 @@ def test_a_base_in_few_bits_answers_as_its_decoded_weights_do(chat, adapter, pic
             layer.weight = torch.nn.Parameter(weight.decoded())
     expected = Chat((model, config), adapters={"mine": adapter}, version="base").ask("CAPTCHA:", picture)
     assert (status, out) == (0, f"{expected}\n")
+
+
+@pytest.mark.parametrize("command", ["chat", "serve"])
+def test_which_linears_are_quantised_is_an_option_and_comes_with_a_run(command, tmp_path):
+    (tmp_path / "run.json").write_text(
+        json.dumps(
+            {"settings": {"from_pretrained": str(TINY_BASE), "quantize": "nf4", "quantize_modules": ["vit-mlp"]}}
+        )
+    )
+
+    def settings(*given):
+        return read_settings(build_parser().parse_args([command, *map(str, given)]))[0].quantization
+
+    given = settings("--base", TINY_BASE, "--quantize", "int8", "--quantize_modules", "vit-mlp", "projector")
+    assert (given.quantize, given.quantize_modules) == ("int8", ("vit-mlp", "projector"))
+    assert settings("--run", tmp_path).flat() == {
+        "quantize": "nf4",
+        "quantize_modules": ["vit-mlp"],
+        "keep_modules": [],
+    }
+    assert settings("--run", tmp_path, "--quantize_modules", "projector").quantize_modules == ("projector",)
+    assert settings("--run", tmp_path, "--quantize", "none").quantize == "none"
+    for more in (["--quantize_modules", "vit-mlp"], ["--keep_modules", "vit-mlp", "--quantize", "none"]):
+        with pytest.raises(ConfigError, match=f"^{more[0]}: it says which linears are quantised, and none is"):
+            settings("--base", TINY_BASE, *more)
 
 
 def test_lines_of_a_pipe_are_a_conversation(chat, adapter, picture, monkeypatch):

@@ -10,12 +10,13 @@ from sat_lora.cogvlm.network import experts
 from sat_lora.doctor.batches import kinds_of
 from sat_lora.doctor.diagnose import diagnose
 from sat_lora.doctor.examine import examine
-from sat_lora.doctor.model_checks.parallelism import compare_codes, quantized_replica_findings
+from sat_lora.doctor.model_checks.parallelism import code_marks, compare_codes, quantized_replica_findings
 from sat_lora.doctor.model_checks.trained_set import trained_set_findings
 from sat_lora.doctor.run_checks.configuration import bucket_findings, precision_findings
 from sat_lora.doctor.run_checks.data import batch_count_findings, data_findings
 from sat_lora.lora.apply import adapters_of
 from sat_lora.parallel.distributed import init_distributed, init_model_parallel
+from sat_lora.quantized.layers import put_quantized, quantized_weights
 from sat_lora.training.steps.loss import answer_loss_sum as loss_of
 from tests.support.configs import config_of, parse_options
 from tests.support.demo_runs import options_for
@@ -187,6 +188,23 @@ def test_quantised_replicas_are_compared_by_their_codes(by_rank, name, ranks, se
         [] if name is None else [("replicas-differ", name, ranks)]
     )
     assert all(seen in found.seen for found in findings)
+
+
+def test_a_part_that_each_rank_holds_alone_is_no_replica(single_process_group):
+    """Under --quantize_partition; a weight that is partitioned on one rank and whole on another is one all the same."""
+    marks = []
+    for seed in (0, 1):  # other bytes on each rank
+        model, _ = quantized()
+        for name, weight in quantized_weights(model):
+            part = weight.partitioned(torch.distributed.group.WORLD)
+            part.codes.fill_(seed)
+            put_quantized(model.get_submodule(name), part)
+        marks.append((0, code_marks(model)))
+    assert marks[0][1] and compare_codes(marks) == []
+    (finding,) = compare_codes([marks[0], (0, code_marks(quantized()[0]))])
+    assert finding.code == "replicas-differ"
+    (finding,) = compare_codes([marks[0], (0, {})])
+    assert "it is not quantised on rank 1" in finding.seen
 
 
 def one_code_changed():

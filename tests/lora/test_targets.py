@@ -9,7 +9,7 @@ from sat_lora import ConfigError, LoraConfig, add_lora
 from sat_lora._sat import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from sat_lora.cogvlm.network.model import VIT
 from sat_lora.lora import targets
-from sat_lora.lora.apply import find_all_sites
+from sat_lora.lora.apply import find_all_parameters, find_all_sites
 from sat_lora.lora.targets import PRESETS, aim, bounded_rank, find_sites, own_modules, select
 from tests.support.tiny import tiny_model
 
@@ -179,6 +179,16 @@ def test_what_an_embedding_cannot_have_is_named(sites, field):
 def test_a_pattern_that_names_only_layers_left_out_is_an_error(sites):
     with pytest.raises(ConfigError, match="rank_pattern: 'dense_h_to_4h' matches no adapted layer"):
         chosen(sites, target_modules=["language-attention"], rank_pattern={"dense_h_to_4h": 4})
+
+
+@pytest.mark.parametrize("preset", ["all-linear", "vit-mlp", "lm-head", "language-attention"])
+@pytest.mark.parametrize("field", ["modules_to_save", "rank_pattern", "alpha_pattern"])
+def test_a_preset_where_names_are_wanted_is_told_and_no_preset_is_near(sites, model, field, preset):
+    value = (preset,) if field == "modules_to_save" else {preset: 4}
+    with pytest.raises(ConfigError, match="it is a preset of target_modules, and names are wanted here; ") as error:
+        select(sites, find_all_parameters(model), LoraConfig(**{field: value}))
+    near = str(error.value).rpartition("nearest: ")[2]
+    assert near and not any(name in PRESETS for name in near.split(", "))
 
 
 def test_an_orthogonal_beginning_wants_an_even_rank_after_the_bound(model, sites):

@@ -21,6 +21,7 @@ OFFLOAD = ROOT / "finetune_demo" / "offload_optimizer.json"
 GB = 1e9
 HELD = {None: 35.3 * GB, "int8": 18.4 * GB, "nf4": 9.8 * GB}
 SAMPLE = {(False, False): 20 * GB, (False, True): 14 * GB, (True, False): 8 * GB, (True, True): 1.2 * GB}
+INPUTS = 0.7 * GB  # of a sample, where both towers are recomputed
 ADAM = 1.6 * GB
 
 
@@ -36,7 +37,8 @@ class Arithmetic(Estimates):
         step, zero = plan.step, plan.engine["zero_optimization"]
         scheme = None if step["quantize"] is None else step["quantize"].scheme
         copies = plan.data_parallel_size if zero["stage"] == 3 and scheme is None else 1
-        kept = SAMPLE[step["checkpoint_activations"], step["vit_checkpoint_activations"]] * step["batch_size"]
+        sample = SAMPLE[step["checkpoint_activations"], step["vit_checkpoint_activations"]]
+        kept = (sample - INPUTS * step["checkpoint_offload"]) * step["batch_size"]
         return Memory(
             weights=HELD[scheme] / step["model_parallel_size"] / copies,
             adapters=0.3 * GB,
@@ -68,18 +70,23 @@ def search(size, *options, ranks=1, optimism=1.0, offload=OFFLOAD, **more):
 
 
 BOTH = "--checkpoint-activations --vit_checkpoint_activations"
+ON_HOST = f"{BOTH} --checkpoint_offload"
 
 
 @pytest.mark.parametrize(
     ("size", "options"),
     [
         (10, None),
-        (11.7, f"--quantize nf4 --deepspeed_config OFFLOAD {BOTH} --batch-size 1"),
-        (14, f"--quantize nf4 {BOTH} --batch-size 1"),
-        (15, f"--quantize nf4 {BOTH} --batch-size 2"),
+        (11.1, f"--quantize nf4 --deepspeed_config OFFLOAD {ON_HOST} --batch-size 1"),
+        (12.6, f"--quantize nf4 {ON_HOST} --batch-size 1"),
+        (14, f"--quantize nf4 {ON_HOST} --batch-size 4"),  # BOTH alone would take one sample
+        (16, f"--quantize nf4 {ON_HOST} --batch-size 8"),
+        (17, f"--quantize nf4 {BOTH} --batch-size 4"),
         (21.9, f"--quantize nf4 {BOTH} --batch-size 8"),  # int8 would take one sample, and decode for it alone
         (25.5, f"--quantize int8 {BOTH} --batch-size 4"),
-        (38.2, f"--deepspeed_config OFFLOAD {BOTH} --batch-size 1"),
+        (24, f"--quantize int8 {ON_HOST} --batch-size 6"),
+        (36.7, f"--deepspeed_config OFFLOAD {ON_HOST} --batch-size 1"),
+        (38.3, f"{ON_HOST} --batch-size 1"),
         (39, f"{BOTH} --batch-size 1"),
         (46, "--checkpoint-activations --batch-size 1"),
         (52, "--vit_checkpoint_activations --batch-size 1"),
@@ -113,8 +120,9 @@ def test_with_good_estimates_of_small_models_one_large_one_is_made():
         (8, 40, f"{BOTH} --batch-size 2"),
         (8, 24, f"--zero-stage 3 {BOTH} --batch-size 14"),
         (2, 17.5, f"--quantize nf4 {BOTH} --batch-size 4"),
-        (2, 23, f"--model-parallel-size 2 {BOTH} --batch-size 2"),
-        (4, 13, f"--model-parallel-size 4 {BOTH} --batch-size 1"),  # ZeRO-3 would gather all weights for one sample
+        (2, 23, f"--zero-stage 3 {ON_HOST} --batch-size 6"),
+        (2, 21, f"--model-parallel-size 2 {ON_HOST} --batch-size 2"),
+        (4, 12.5, f"--model-parallel-size 4 {BOTH} --batch-size 1"),  # ZeRO-3 would gather all weights for one sample
     ],
 )
 def test_several_gpus_share_the_work_in_the_order_that_is_told(ranks, size, options):
@@ -129,11 +137,15 @@ def test_model_parallelism_comes_where_nothing_whole_fits_on_a_rank():
 @pytest.mark.parametrize(
     ("given", "size", "options"),
     [
-        (["--quantize", "int8"], 22.5, f"{BOTH} --batch-size 1"),
-        (["--quantize", "int8"], 23.5, f"{BOTH} --batch-size 2"),
-        (["--batch-size", "2"], 22.5, f"--quantize int8 --deepspeed_config OFFLOAD {BOTH}"),
-        (["--batch-size", "9"], 21.9, f"--quantize nf4 --deepspeed_config OFFLOAD {BOTH}"),
-        (["--batch-size", "12"], 21.9, None),
+        (["--quantize", "int8"], 22.1, f"{ON_HOST} --batch-size 3"),
+        (["--quantize", "int8"], 23.5, f"{ON_HOST} --batch-size 5"),
+        (["--quantize", "int8", "--checkpoint_offload"], 200, "--vit_checkpoint_activations --batch-size 13"),
+        (["--quantize", "int8", "--checkpoint_offload"], 23.5, f"{BOTH} --batch-size 5"),
+        (["--batch-size", "2"], 22.5, f"--quantize int8 {ON_HOST}"),
+        (["--batch-size", "5"], 21.9, f"--quantize int8 --deepspeed_config OFFLOAD {ON_HOST}"),
+        (["--batch-size", "9"], 21.9, f"--quantize nf4 {ON_HOST}"),
+        (["--batch-size", "21"], 21.9, f"--quantize nf4 --deepspeed_config OFFLOAD {ON_HOST}"),
+        (["--batch-size", "24"], 21.9, None),
         (["--checkpoint-activations"], 73, "--batch-size 4"),
         (["--keep_modules", "projector"], 60, "--quantize int8 --checkpoint-activations --batch-size 4"),
         (["--zero-stage", "1"], 39, f"{BOTH} --batch-size 1"),
@@ -155,7 +167,16 @@ def test_what_a_deepspeed_file_says_is_given(tmp_path):
 
 @pytest.mark.parametrize(
     ("total", "ranks", "batch", "steps"),
-    [(32, 1, 8, 4), (12, 1, 6, 2), (7, 1, 7, 1), (11, 1, 1, 11), (3, 1, 3, 1), (24, 2, 6, 2), (64, 4, 8, 2)],
+    [
+        (32, 1, 8, 4),
+        (12, 1, 6, 2),
+        (7, 1, 7, 1),
+        (11, 1, 11, 1),
+        (47, 1, 1, 47),
+        (3, 1, 3, 1),
+        (24, 2, 6, 2),
+        (64, 4, 8, 2),
+    ],
 )
 def test_a_wanted_total_is_made_of_equal_batches(total, ranks, batch, steps):
     line, found, _ = search(21.9, "--quantize", "nf4", "--zero-stage", "2", ranks=ranks, total_batch=total)
@@ -180,11 +201,19 @@ def test_what_cannot_be_searched_is_one_error(options, more, message):
         search(24, *options, **more)
 
 
+def test_on_a_cpu_nothing_is_put_on_the_host():
+    line, found, _ = search(14, "--quantize", "nf4", device="cpu")
+    assert line == f"{BOTH} --batch-size 1" and not found.config.checkpointing.checkpoint_offload
+
+
 def test_what_fits_nowhere_is_said_with_what_takes_the_most():
     _, found, estimates = search(8, offload=None)
     assert found.config is None and found.options == () and estimates.exact == 0
     assert [attempt.base for attempt in found.attempts] == ["bf16", "int8", "nf4"]
-    assert fit_table(found).splitlines()[1] == "bf16  1, ZeRO 2  both            1  ~37.5  too large: 94% are weights"
+    assert (
+        fit_table(found).splitlines()[1]
+        == "bf16  1, ZeRO 2  both, inputs on host      1  ~37.5  too large: 94% are weights"
+    )
 
 
 # The estimates of small models, and the command
@@ -215,7 +244,7 @@ def commands(lines):
 
 @pytest.mark.matrix
 def test_small_models_tell_nearly_what_a_deep_one_takes():
-    cases = [((), 3), (["--quantize", "nf4", *BOTH.split()], 4)]
+    cases = [((), 3), (["--quantize", "nf4", *BOTH.split()], 4), (["--quantize", "nf4", *ON_HOST.split()], 4)]
     (pairs,) = run_ranks(nearly_and_exactly, 1, cases, timeout=patient(120))
     for nearly, exactly in pairs:
         assert nearly == pytest.approx(exactly, rel=0.02), pairs

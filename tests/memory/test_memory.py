@@ -9,18 +9,22 @@ import pytest
 import torch
 from torch.utils._pytree import tree_leaves
 
+from benchmarks.models import config_of as sizes_of_benchmark
 from sat_lora import LoraConfig, add_lora, quantize_model
 from sat_lora.cogvlm import build_cogvlm
 from sat_lora.memory.components import GLOO_THREADS, Memory, memory_findings, memory_table
 from sat_lora.memory.estimate import estimate, fake_step
+from sat_lora.memory.estimate_run import plan_of
 from sat_lora.memory.live_memory import LiveBytes, peak_of
 from sat_lora.parallel.distributed import init_distributed, init_model_parallel
 from sat_lora.quantization.config import NAMES, Quantization
 from sat_lora.training.steps.engine import adapter_optimizer, start_engine
 from sat_lora.training.steps.loss import answer_loss_sum
 from sat_lora.training.steps.optimizer_state import create_moments
+from tests.support.configs import parse_options
 from tests.support.estimated_models import DTYPES, ENGINE, rows_of, sizes
 from tests.support.memory import anonymous_memory, data_memory, peak_of_anonymous_memory
+from tests.support.paths import TINY_BASE
 from tests.support.ranks import run_ranks
 
 CPU, WORDS = torch.device("cpu"), 24
@@ -195,6 +199,23 @@ def test_the_whole_estimate_is_within_ten_percent_of_the_peak(stage, dtype, chec
     (found,) = run_ranks(estimated, 1, "large", stage, dtype, checkpoint, 1, ranks, parts)
     for peak in run_ranks(measured_peak, ranks, stage, dtype, checkpoint, parts, timeout=PATIENCE):
         assert found.total == pytest.approx(peak, rel=0.1), (found, found.total / peak)
+
+
+def estimated_recipes():
+    """The bytes of a step of CogVLM-17B by the recipe for small cards of docs/quantized.md, for each of two ends."""
+    recipe = "--quantize nf4 --checkpoint-activations --vit_checkpoint_activations --max_length 1288 --zero-stage 2"
+    given = ["--from_pretrained", str(TINY_BASE), *recipe.split(), "--r", "16", "--bf16", "--batch-size", "1"]
+    sizes_of_17b = sizes_of_benchmark("full")
+    return [
+        plan_of(parse_options([*given, *more]), sizes_of_17b, ranks=1).memory.total
+        for more in ([], ["--checkpoint_offload"])
+    ]
+
+
+@pytest.mark.matrix
+def test_cogvlm_17b_in_nf4_takes_less_than_13_gib():
+    ((alone, with_inputs_on_host),) = run_ranks(estimated_recipes, 1, timeout=PATIENCE)
+    assert with_inputs_on_host < alone < 13 * 2**30
 
 
 @pytest.mark.matrix

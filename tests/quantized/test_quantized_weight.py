@@ -123,6 +123,17 @@ WRITES = {
     "what is not finite": lambda w: w.copy_(torch.full((OUT, IN), torch.nan)),
     "a gradient": lambda w: w.requires_grad_(),
     "a gradient, by attribute": lambda w: setattr(w, "requires_grad", True),
+    "the data, by attribute": lambda w: setattr(w, "data", torch.zeros(OUT, IN)),
+    "the data of another": lambda w: setattr(w, "data", weight(rows=OUT)),
+    "the transpose": lambda w: w.t().zero_(),
+    "a row of the transpose": lambda w: w.t()[0].fill_(1),
+    "an element of the transpose": lambda w: w.t().__setitem__((0, 0), 1.0),
+    "a view of the transpose": lambda w: w.t().unsqueeze(0).mul_(2),
+    "the transpose of the transpose": lambda w: w.t().t().add_(1),
+    "the data of the transpose": lambda w: w.t().data.zero_(),
+    "the T of it": lambda w: w.T.copy_(torch.zeros(IN, OUT)),
+    "the transpose, by a function": lambda w: torch.add(torch.ones(IN, OUT), 1, out=w.t()),
+    "an initialiser of the transpose": lambda w: torch.nn.init.zeros_(w.t()),
 }
 READS = {
     "an element": lambda w: w[0, 0],
@@ -151,6 +162,55 @@ def test_what_needs_the_elements_is_refused_and_changes_nothing(use):
     with pytest.raises(QuantizationError, match="quantised weight|does not fit|not finite|Quantized"):
         use(ours)
     assert torch.equal(ours.decoded(), before)
+
+
+SHAPES = {
+    "1-D": (IN,),
+    "2-D": (3, IN),
+    "3-D": (2, 3, IN),
+    "4-D": (2, 1, 3, IN),
+    "no rows": (0, IN),
+    "2 x 0": (2, 0, IN),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_inputs_of_any_number_of_dimensions_train_a_bias_as_a_plain_layer_does(shape):
+    layer, plain = pair_of("linear", "nf4", torch.float32)
+    for copied in (layer, plain):
+        copied.bias.requires_grad_(True)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(2)).requires_grad_()
+    ours, theirs = results(layer, x), results(plain, x)
+    assert [tensor.shape for tensor in ours] == [tensor.shape for tensor in theirs]
+    assert all(map(torch.equal, ours, theirs))
+    x.requires_grad_(False)
+    assert all(map(torch.equal, results(layer, x)[::2], results(plain, x)[::2]))
+
+
+PRODUCTS = {
+    "x @ w.t()": lambda x, w: x @ w.t(),
+    "matmul": lambda x, w: torch.matmul(x, torch.t(w)),
+    "a bias added": lambda x, w: torch.addmm(torch.ones(OUT), x.reshape(-1, IN), w.t()),
+    "of strided rows": lambda x, w: x.transpose(0, -2) @ w.t(),
+    "einsum, read": lambda x, w: torch.einsum("...i,io->...o", x, w.t()),
+}
+
+
+@pytest.mark.parametrize("shape", [(3, IN), (4, 3, IN)])
+@pytest.mark.parametrize("product", PRODUCTS.values(), ids=PRODUCTS)
+def test_a_product_with_the_transpose_is_that_of_the_decoded_one(product, shape):
+    ours = weight()
+    plain = ours.decoded()
+    outcomes = []
+    for side in (ours, plain):
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(2)).requires_grad_()
+        y = product(x, side)
+        y.square().sum().backward()
+        outcomes.append((y, x.grad))
+        assert type(y) is torch.Tensor
+    assert all(map(torch.equal, *outcomes))
+    assert torch.equal(torch.zeros(1) + ours.t(), plain.t()) and type(ours.t().clone()) is torch.Tensor
+    assert repr(ours.t()) == repr(plain.t())
 
 
 def test_whoever_reads_asks_for_the_whole():

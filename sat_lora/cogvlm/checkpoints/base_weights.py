@@ -44,6 +44,11 @@ class BaseWeights(Mapping[str, torch.Tensor]):
         self._computed = self._missing_buffers()
 
     @property
+    def folder(self) -> Path:
+        """The folder that they are in."""
+        return self._source.path
+
+    @property
     def note(self) -> QuantizationNote | None:
         """What the folder says of quantised weights, which are decoded when they are asked for; None: all are whole."""
         return self._source.note()

@@ -31,6 +31,7 @@ from sat_lora.printable import printable
 from sat_lora.quantization.apply import remember_quantization
 from sat_lora.quantization.config import Quantization
 from sat_lora.quantization.select import select_layers
+from sat_lora.quantized.kernels import look_for_kernels
 from sat_lora.quantized.layers import put_quantized
 from sat_lora.quantized.quantized_weight import QuantizedWeight
 from sat_lora.quantized.schemes import BLOCKS, Scheme, block_for
@@ -164,7 +165,9 @@ def load_cogvlm(
     model.base_folder = source.path.resolve()
     model.base_name = model.base_folder.name  # adapters name it
     note = source.note()
-    quantized = _quantized_layers(model, quantize, note, source.path)
+    quantized = quantized_layers(model, quantize, note, source.path)
+    quantization = quantize if note is None else note.quantization
+    look_for_kernels(None if quantization is None else quantization.scheme, device)
     whole_weight = _memory_for(quantized if note is None else {}, device)
     weights = _OwnWeights(model, source, left_out)
     partitioning = None if zero_config is None else Partitioning(zero_config)
@@ -189,7 +192,6 @@ def load_cogvlm(
                     continue
                 module._buffers[leaf] = buffer.to(device)
                 weights.copy(prefix + leaf, module._buffers[leaf])
-    quantization = quantize if note is None else note.quantization
     if quantization is not None:
         from sat_lora.cogvlm.checkpoints.base_weights import BaseWeights  # which reads folders as they are opened here
 
@@ -198,7 +200,7 @@ def load_cogvlm(
     return model, config
 
 
-def _quantized_layers(
+def quantized_layers(
     model: CogVLMModel, quantize: Quantization | None, note: QuantizationNote | None, folder: Path
 ) -> dict[str, nn.Module]:
     """Return the layers that are to have quantised weights, by name.
@@ -329,7 +331,7 @@ class _OwnWeights:
     def encoded(self, name: str, like: torch.Tensor, device) -> QuantizedWeight:
         """Return the same of files that hold codes and scales: the values are theirs, whatever the cut.
 
-        Its dtype is that of `like`.
+        Its dtype is that of `like`. Raises CheckpointError where a scale is not finite.
         """
         parts = {saved_rank: state[name] for saved_rank, state in self._states.items()}
         first = next(iter(parts.values()))
@@ -342,6 +344,10 @@ class _OwnWeights:
         repeats = first.block // block  # a smaller block is a part of a larger one, with its scale
         part_scales = {saved_rank: part.scales.repeat_interleave(repeats, 1) for saved_rank, part in parts.items()}
         fill(scales, part_scales, **self._layout, rows=None)
+        if not bool(scales.isfinite().all()):
+            raise CheckpointError(
+                f"{self._folder}: {name}: scales of its codes are not finite; the file is damaged, copy it again"
+            )
         return QuantizedWeight(codes, scales, first.scheme, like.dtype)
 
 

@@ -7,6 +7,7 @@ FOLDER/<latest>/...        in the place of each of these weights two tensors, NA
 They are plain tensors, and their rows are those of the weight: the folder is cut for any number of ranks like another.
 """
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 
 from sat_lora.errors import CheckpointError, ConfigError
+from sat_lora.files.patterns import shortened
 from sat_lora.files.weight_files import Layout
 from sat_lora.lora.base_identity import BaseIdentity
 from sat_lora.lora.config import DTYPES
@@ -54,20 +56,32 @@ def note_in(config: Mapping[str, Any], path: Path) -> QuantizationNote | None:
 
     path: of the folder, for the error.
     """
-    content = config.get(KEY)
-    if content is None:
+    if KEY not in config:
         return None
+    content = config[KEY]
     try:
+        if not isinstance(content, dict):
+            raise ValueError(f"wanted an object, got {shortened(content)}")
         version = content["format_version"]
+        if type(version) is not int:  # true and 1.0 are equal to 1
+            raise ValueError(f"wanted a whole number for its format_version, got {shortened(version)}")
         if version != FORMAT_VERSION:
             raise CheckpointError(
-                f"{path}: it was quantised in format version {printable(version)}, this sat_lora reads "
+                f"{path}: it was quantised in format version {shortened(version)}, this sat_lora reads "
                 f"{FORMAT_VERSION}; quantise the base anew: sat-lora quantize --base BASE --out DIR"
             )
         base = dict(content["base"])
+        dtype = content["dtype"]
+        if not isinstance(dtype, str) or dtype not in DTYPES:
+            raise ValueError(f"there is no dtype {shortened(dtype)}, only {', '.join(DTYPES)}")
         weights = content["weights"]
-        if content["dtype"] not in DTYPES or not all(isinstance(name, str) for name in weights):
-            raise ValueError(f"dtype {content['dtype']!r}, or no names of weights")
+        if not isinstance(weights, list) or not all(isinstance(name, str) for name in weights):
+            raise ValueError(f"no names of weights, but {shortened(weights)}")
+        if not weights:
+            raise ValueError("no names of weights, but an empty list")
+        (twice, times), *_ = Counter(weights).most_common(1)
+        if times > 1:
+            raise ValueError(f"the weight {shortened(twice)} is named {times} times")
         return QuantizationNote(
             quantization=Quantization.from_dict(content),
             dtype=getattr(torch, content["dtype"]),
@@ -87,7 +101,7 @@ def joined(state: Mapping[str, Any], note: QuantizationNote, file: Path) -> dict
     Raises CheckpointError where they are not there, or do not belong together.
     """
     joined_state = dict(state)
-    problems = []
+    problems: list[str] = []
     for name in note.weights:
         codes = joined_state.pop(name + CODES, None)
         scales = joined_state.pop(name + SCALES, None)
@@ -99,10 +113,29 @@ def joined(state: Mapping[str, Any], note: QuantizationNote, file: Path) -> dict
             problems.append(f"{printable(name)}: {problem}")
             continue
         joined_state[name] = QuantizedWeight(codes, scales, note.quantization.weight_scheme, note.dtype)
+    unnamed = names_of_codes(joined_state)
+    problems += [f"{printable(name)}: codes and scales, and no name among its weights" for name in unnamed]
     if problems:
         more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise CheckpointError(f"{file}: it does not hold what its config says: {'; '.join(problems[:8])}{more}")
     return joined_state
+
+
+def names_of_codes(state: Mapping[str, Any]) -> list[str]:
+    """Return the names of the weights of which a state dict holds codes and scales."""
+    names = [name.removesuffix(CODES) for name in state if isinstance(name, str) and name.endswith(CODES)]
+    return [name for name in names if name + SCALES in state]
+
+
+def refuse_codes(state: Mapping[str, Any], file: Path) -> None:
+    """Raise CheckpointError where a state dict, of whose weights no config says that they are quantised, has codes."""
+    names = names_of_codes(state)
+    if names:
+        raise CheckpointError(
+            f"{file}: {len(names)} of its weights are quantised ({printable(names[0])}, ...), and the config beside it "
+            f"says nothing of that: `{KEY}` is missing in model_config.json; copy that again, or quantise the base "
+            "anew: sat-lora quantize --base BASE --out DIR"
+        )
 
 
 def quantized_layout(layout: Layout, note: QuantizationNote) -> Layout:

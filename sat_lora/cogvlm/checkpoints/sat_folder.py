@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy
 import torch
 
-from sat_lora.cogvlm.checkpoints.quantized_files import QuantizationNote, joined, note_in
+from sat_lora.cogvlm.checkpoints.quantized_files import QuantizationNote, joined, note_in, refuse_codes
 from sat_lora.cogvlm.sizes import size_problems
 from sat_lora.errors import CheckpointError
 from sat_lora.files.foreign import LFS_POINTER, is_lfs_pointer, read_bytes, read_json, stand_in
@@ -135,7 +135,10 @@ class SatFolder:
         file = self.files()[rank]
         state = map_weights(file, trust=self._trust)
         note = self.note()
-        return state if note is None else joined(state, note, file)
+        if note is not None:
+            return joined(state, note, file)
+        refuse_codes(state, file)
+        return state
 
     def note(self) -> QuantizationNote | None:
         """Return what the config says of quantised weights; None where they are whole."""

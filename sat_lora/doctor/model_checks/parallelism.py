@@ -20,6 +20,9 @@ from sat_lora.parallel.sharding import model_parallel_layout, sharding_of
 from sat_lora.quantized.layers import quantized_weights
 from sat_lora.quantized.quantized_weight import QuantizedWeight
 
+PARTITIONED = -1.0
+"""The mark of codes that no other rank holds."""
+
 
 @looks_for("replicas-differ", "sharding-flag", "parallel-rule")
 def parallelism_findings(model: nn.Module, passes: Sequence[Passes]) -> list[Finding]:
@@ -62,13 +65,20 @@ def quantized_replica_findings(model: nn.Module) -> list[Finding]:
     DeepSpeed gives every rank the parameters of the first one; of buffers it takes no notice. Every rank has to call
     it, and gets the same.
     """
-    marks = {
-        f"{name}.weight": (sharding_of(model.get_submodule(name), "weight").dim is not None, _codes_mark(weight))
-        for name, weight in quantized_weights(model)
-    }
+    marks = code_marks(model)
     if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
         return []
     return compare_codes(gather_lists([(model_parallel_layout()[0], marks)]))
+
+
+def code_marks(model: nn.Module) -> dict[str, tuple[bool, float]]:
+    """Return of each quantised weight, by name, (whether it is cut over the model-parallel ranks, a number of its codes
+    and scales), see `compare_codes`.
+    """
+    return {
+        f"{name}.weight": (sharding_of(model.get_submodule(name), "weight").dim is not None, _codes_mark(weight))
+        for name, weight in quantized_weights(model)
+    }
 
 
 def compare_codes(by_rank: Sequence[tuple[int, Mapping[str, tuple[bool, float]]]]) -> list[Finding]:
@@ -185,7 +195,11 @@ def _mark(parameter: torch.Tensor) -> float:
 
 
 def _codes_mark(weight: QuantizedWeight) -> float:
-    """Return such a number of the codes and scales of a weight."""
+    """Return such a number of the codes and scales of a weight; one for all that are partitioned, of which each rank
+    has bytes of its own, and all use the same.
+    """
+    if weight.partition is not None:
+        return PARTITIONED
     return _mark(weight.codes) + 2**32 * _mark(weight.scales)
 
 

@@ -4,7 +4,7 @@ The fields are the one source of the command line, of a --config file, of run.js
 refused. None stands for a value that is decided later, as the comment beside it says.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 from pathlib import Path
@@ -291,6 +291,14 @@ class Quantizing:
         """Return the values that decide what the weights are, by their names, as JSON has them."""
         names = (source.name for source in fields(self) if source.name != "quantize_partition")
         return {name: plain(getattr(self, name)) for name in names}
+
+    def unheeded(self, given: Collection[str]) -> list[str]:
+        """Return the problems that patterns among the `given` names choose linears, and none is quantised."""
+        if self.quantize != NONE:
+            return []
+        patterns = [name for name in ("quantize_modules", "keep_modules") if name in given]
+        why = "it says which linears are quantised, and none is; give --quantize nf4 or int8"
+        return [f"--{name}: {why}" for name in patterns if plain(getattr(self, name)) != DEFAULTS[name]]
 
     def of(self, lora: LoraConfig) -> Quantization | None:
         """Return the Quantization that a run with these adapters asks for; None where its base stays whole.

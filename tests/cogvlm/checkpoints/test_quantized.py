@@ -135,12 +135,14 @@ def test_fewer_layers_than_it_has_can_be_loaded(base, written):
 
 
 def rewritten(written, tmp_path, change):
-    """A copy of the folder with another note."""
+    """A copy of the folder with another note: `change` alters it, or returns what stands there instead, in a list."""
     folder = tmp_path / "copy"
     shutil.copytree(written, folder)
     path = folder / "model_config.json"
     config = json.loads(path.read_text())
-    change(config["quantization"])
+    replaced = change(config["quantization"])
+    if isinstance(replaced, list):
+        config["quantization"] = replaced[0]
     path.write_text(json.dumps(config))
     return folder
 
@@ -150,13 +152,43 @@ NOTES = {
     "no version": (lambda note: note.pop("format_version"), "not what `sat-lora quantize` writes: no 'format_version'"),
     "another scheme": (lambda note: note.update(scheme="nf5"), "not what .* there is no scheme 'nf5'"),
     "a scheme that is none": (lambda note: note.update(scheme=["nf4"]), "not what .* wanted a scheme and patterns"),
-    "another dtype": (lambda note: note.update(dtype="int8"), "not what .* dtype 'int8'"),
+    "another dtype": (lambda note: note.update(dtype="int8"), "not what .* there is no dtype 'int8', only float32, "),
     "no base": (lambda note: note.pop("base"), "not what .* no 'base'"),
     "a base that is none": (lambda note: note.update(base=[1]), "not what `sat-lora quantize` writes"),
     "weights that are none": (lambda note: note.update(weights=[7]), "not what .* no names of weights"),
     "the other scheme": (lambda note: note.update(scheme="int8"), "not hold what its config says: .* codes in"),
     "a name too many": (lambda note: note["weights"].append("x.weight"), "not hold .*: x.weight: no codes and scales"),
-    "a name too few": (lambda note: note["weights"].pop(), r"weight.codes: dtype torch.uint8; weights are|unexpected"),
+    "a name too few": (
+        lambda note: note["weights"].__delitem__(-1),
+        r"not hold what its config says: .*weight: codes and scales, and no name among its weights",
+    ),
+    "a version as text": (lambda note: note.update(format_version="1"), "whole number for its format_version, got '1'"),
+    "a version that is true": (lambda note: note.update(format_version=True), "format_version, got True"),
+    "a version with a point": (lambda note: note.update(format_version=1.0), "format_version, got 1.0"),
+    "no number": (lambda note: note.update(format_version=None), "format_version, got None"),
+    "version 0": (lambda note: note.update(format_version=0), "in format version 0, this sat_lora reads 1"),
+    "a dtype in a list": (
+        lambda note: note.update(dtype=["bfloat16"]),
+        r"not what .* there is no dtype \['bfloat16'\]",
+    ),
+    "weights as an object": (
+        lambda note: note.update(weights=dict.fromkeys(note["weights"])),
+        "not what .* no names of weights, but {'mixins",
+    ),
+    "weights as a text": (
+        lambda note: note.update(weights=note["weights"][0]),
+        "no names of weights, but 'mixins",
+    ),
+    "no weights": (lambda note: note.update(weights=[]), "not what .* no names of weights, but an empty list"),
+    "weights of null": (lambda note: note.update(weights=None), "not what .* no names of weights, but None"),
+    "a weight twice": (
+        lambda note: note["weights"].insert(0, note["weights"][3]),
+        r"not what .* the weight '.*\.weight' is named 2 times",
+    ),
+    "null": (lambda note: [None], "not what `sat-lora quantize` writes: wanted an object, got None"),
+    "a scheme alone": (lambda note: ["nf4"], "not what `sat-lora quantize` writes: wanted an object, got 'nf4'"),
+    "a list": (lambda note: [[note]], "not what `sat-lora quantize` writes: wanted an object, got "),
+    "nothing": (lambda note: [{}], "not what `sat-lora quantize` writes: no 'format_version'"),
 }
 
 
@@ -164,8 +196,35 @@ NOTES = {
 def test_a_damaged_note_is_one_error(written, tmp_path, change, problem):
     folder = rewritten(written, tmp_path, change)
     for use in (check_files, load_cogvlm):
-        with pytest.raises(CheckpointError, match=problem):
+        with pytest.raises(CheckpointError, match=problem) as error:
             use(folder)
+        assert len(str(error.value)) < 1500
+
+
+def test_codes_without_a_note_are_told_in_one_sentence(written, tmp_path):
+    folder = shutil.copytree(written, tmp_path / "copy")
+    path = folder / "model_config.json"
+    config = json.loads(path.read_text())
+    del config["quantization"]
+    path.write_text(json.dumps(config))
+    for use in (check_files, load_cogvlm, BaseWeights):
+        with pytest.raises(
+            CheckpointError, match="[0-9]+ of its weights are quantised .*`quantization` is missing in"
+        ) as e:
+            use(folder)
+        assert str(e.value).count(".weight") == 1
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_scales_that_are_not_finite_are_refused_by_name(written, tmp_path, value):
+    folder = shutil.copytree(written, tmp_path / "copy")
+    file = next(folder.rglob("*.pt"))
+    content = torch.load(file)
+    name = "mixins.mlp.gate_proj.0.weight"
+    content["module"][f"{name}.scales"][1, 0] = value
+    torch.save(content, file)
+    with pytest.raises(CheckpointError, match=f"{name}: scales of its codes are not finite; the file is damaged"):
+        load_cogvlm(folder)
 
 
 def test_codes_of_another_shape_are_named(written, tmp_path):
@@ -184,6 +243,40 @@ def test_a_quantised_base_is_not_quantised_again(written, tmp_path):
     with pytest.raises(CheckpointError, match="is quantised already, to nf4"):
         quantize_base(written, tmp_path / "again", ALL_LINEAR)
     assert not (tmp_path / "again").exists()
+
+
+OTHERS = {
+    "another scheme": (
+        Quantization(scheme="int8"),
+        {},
+        "quantised to int8: all-linear, and .*nf4 is quantised to nf4: ",
+    ),
+    "fewer layers": (
+        Quantization(keep_modules=["vit-mlp"]),
+        {},
+        "quantised to nf4: all-linear without vit-mlp, and .*; mixins.eva.* is one of 4 weights that differ",
+    ),
+    "other modules": (Quantization(modules=["language-mlp"]), {}, "quantised to nf4: language-mlp, and .*that differ"),
+    "the same layers in other words": (Quantization(modules=["all-linear", "language-mlp"]), {}, None),
+    "what it brings whole": (Quantization(trained=("linear_proj",)), dict(modules_to_save=["linear_proj"]), None),
+    "the same": (Quantization(), {}, None),
+    "whole weights": (None, {}, "was trained beside the base's own weights, and .*nf4 is quantised to nf4: all-linear"),
+}
+
+
+@pytest.mark.parametrize(("quantization", "fields", "problem"), OTHERS.values(), ids=OTHERS)
+def test_a_quantised_folder_is_merged_with_what_was_trained_beside_its_weights_alone(
+    base, written, tmp_path, quantization, fields, problem
+):
+    model, _ = load_cogvlm(base, dtype=torch.bfloat16, quantize=quantization)
+    add_lora(model, r=2, target_modules=["language-mlp"], **fields)
+    save_adapter(model, tmp_path / "adapter")
+    if problem is None:
+        merge_adapter(written, tmp_path / "adapter", tmp_path / "merged", onto="trained")
+        return
+    with pytest.raises(AdapterError, match=f"^--onto trained: .*{problem}.*; merge into the base .*of, {base.name}"):
+        merge_adapter(written, tmp_path / "adapter", tmp_path / "merged", onto="trained")
+    assert not (tmp_path / "merged").exists()
 
 
 def test_nothing_is_merged_into_it_unasked(base, written, tmp_path):

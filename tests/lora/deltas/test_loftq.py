@@ -275,3 +275,49 @@ def test_codes_without_their_original_are_refused_before_anything_changes():
     with pytest.raises(ConfigError, match=r"weight: the weight that its codes were made of.*keep_orig"):
         add_lora(model, init_lora_weights="loftq")
     assert not lora_mixins(model) and torch.equal(logits_of(model, tiny_batch()), before)
+
+
+def deleted(model):
+    add_lora(model, **FIELDS)
+    without_mixins(model)
+
+
+FIELDS = dict(r=2, init_lora_weights="loftq", target_modules=["layers.0.attention.dense", "linear_proj"])
+OTHERS = {
+    "a plain adapter on all of them": lambda model: add_lora(model, r=2),
+    "one on one of them": lambda model: add_lora(model, r=2, target_modules=["linear_proj"]),
+    "one of loftq": lambda model: add_lora(model, **FIELDS),
+    "a mixin made by hand": lambda model: model.add_mixin("lora", LoraMixin(model, r=2)),
+    "a foreign hook before it": lambda model: [
+        model.get_submodule("mixins.eva.linear_proj.linear_proj").register_forward_hook(lambda *_: None),
+        add_lora(model, r=2),
+    ],
+    "one of loftq, deleted": deleted,
+}
+
+
+@pytest.mark.parametrize("other", OTHERS.values(), ids=OTHERS)
+@pytest.mark.parametrize("by", ["add_lora", "a mixin"])
+def test_it_does_not_change_the_base_of_another_adapter(other, by):
+    model = tiny_model(config=WIDE)
+    quantize_model(model, keep_originals=True)
+    other(model)
+    before = {name: copy.deepcopy(weight) for name, weight in quantized_weights(model)}
+    mixins = len(lora_mixins(model))
+    with pytest.raises(ConfigError, match="it changes the weights of the base, and .*(linear_proj|attention.dense) "):
+        if by == "add_lora":
+            add_lora(model, name="second", **FIELDS)
+        else:
+            LoraMixin(model, **FIELDS)
+    assert len(lora_mixins(model)) == mixins
+    assert all(torch.equal(weight, before[name]) for name, weight in quantized_weights(model))
+
+
+def test_it_may_come_beside_adapters_of_other_layers_and_before_others_of_its_own():
+    model = tiny_model(config=WIDE)
+    quantize_model(model, keep_originals=True, keep_modules=["patch-embedding", "projector"])
+    add_lora(model, name="first", r=2, target_modules=["language-mlp", "projector"])
+    add_lora(model, **FIELDS)  # of the projector, which is whole, nothing changes
+    before = {name: copy.deepcopy(weight) for name, weight in quantized_weights(model)}
+    add_lora(model, name="last", r=2, init_lora_weights="pissa")
+    assert all(torch.equal(weight, before[name]) for name, weight in quantized_weights(model))
