@@ -1,10 +1,12 @@
-"""Load on `sat-lora serve`: many clients at once, clients that go, a picture bomb and requests that are malformed.
+"""Load on `sat-lora serve`: many clients at once, clients that go, a picture bomb, requests that are malformed, and at
+last more at once than may wait.
 
     python -m benchmarks.bench_serve --clients 32 --seconds 60 --batches 1 8 --out serve.json
 
 Starts the server on the demo's base with an adapter of random values, in a process of its own, and tells how many
 answers a second it gave, what one took of the processors, whatever else they did, how long they took, that nobody got
-another's answer, and what it held in memory.
+another's answer, how many requests were left by their clients, how many the full queue refused, and what it held in
+memory.
 """
 
 import argparse
@@ -70,20 +72,34 @@ def bomb() -> bytes:
     return out.getvalue()
 
 
-def malformed(draw: random.Random) -> bytes:
-    """A body that is no request, or nearly one."""
-    whole = json.dumps(question(noise(0), "base")).encode()
-    kind = draw.randrange(4)
-    if kind == 0:
-        return draw.randbytes(draw.randrange(200))
-    if kind == 1:
-        return whole[: draw.randrange(len(whole))]
-    if kind == 2:
+WHOLE = json.dumps(question(noise(0), "base")).encode()
+KINDS = ("bytes", "cut", "overwritten", "messages")
+
+
+def malformed(draw: random.Random) -> tuple[str, bytes]:
+    """A kind and a body of it: bytes; the beginning of a request; one with three bytes overwritten; wrong messages.
+
+    Of them only one that is overwritten can be a request after all, see `is_request`.
+    """
+    kind = draw.choice(KINDS)
+    if kind == "bytes":
+        return kind, draw.randbytes(draw.randrange(200))
+    if kind == "cut":
+        return kind, WHOLE[: draw.randrange(len(WHOLE))]
+    if kind == "overwritten":
         place = draw.randrange(40)
-        return whole[:place] + draw.randbytes(3) + whole[place + 3 :]
-    return json.dumps(
-        {"messages": [{"role": draw.choice(["user", "system", 3]), "content": draw.choice([[], 3, {}])}]}
-    ).encode()
+        content = draw.choice([draw.randbytes(3), WHOLE[place : place + 3].replace(b" ", b"\n"), b"   "])
+        return kind, WHOLE[:place] + content + WHOLE[place + 3 :]
+    message = {"role": draw.choice(["user", "system", 3]), "content": draw.choice([[], 3, {}])}
+    return kind, json.dumps({"messages": [message]}).encode()
+
+
+def is_request(body: bytes) -> bool:
+    """Whether a body says what the whole request says, other spaces between its parts or none."""
+    try:
+        return json.loads(body) == json.loads(WHOLE)
+    except ValueError:
+        return False
 
 
 class Load:
@@ -95,6 +111,7 @@ class Load:
         self.seconds: list[float] = []
         self.wrong = 0
         self.per_client: Counter[int] = Counter()
+        self.left = 0
         self._lock = threading.Lock()
 
     def ask_until(self, client: int, deadline: float, picture: bytes, expected: str | None) -> None:
@@ -114,16 +131,38 @@ class Load:
                 if answer.status_code == 429:
                     time.sleep(float(answer.headers["Retry-After"]))
 
-    def go_away(self, deadline: float, picture: bytes) -> int:
-        """Begin to ask and leave, again and again; how often."""
-        count = 0
+    def go_away(self, deadline: float, picture: bytes) -> None:
+        """Begin to ask and leave, again and again."""
         while time.monotonic() < deadline:
             try:
                 httpx.post(f"{self.address}/v1/chat/completions", json=question(picture, "base"), timeout=0.05)
             except httpx.TimeoutException:
-                count += 1
+                self.left += 1
             time.sleep(0.2)
-        return count
+
+    def ask_once(self, picture: bytes) -> None:
+        """Ask one question, and take no for an answer."""
+        answer = httpx.post(f"{self.address}/v1/chat/completions", json=question(picture, "base"), timeout=120)
+        with self._lock:
+            self.statuses[answer.status_code] += 1
+
+
+def burst(address: str, count: int, picture: bytes) -> dict[int, int]:
+    """The statuses of so many requests at once."""
+    load = Load(address)
+    threads = [threading.Thread(target=load.ask_once, args=(picture,)) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return dict(load.statuses)
+
+
+def counted(address: str) -> dict[int, int]:
+    """The requests that the server has counted, by status."""
+    lines = httpx.get(f"{address}/metrics", timeout=60).text.splitlines()
+    found = (re.match(r'sat_lora_requests_total\{status="(\d+)"\} ([\d.e+]+)', line) for line in lines)
+    return {int(match[1]): int(float(match[2])) for match in found if match}
 
 
 def memory_mib(process: int) -> float:
@@ -159,6 +198,8 @@ def measure(clients: int, seconds: float, broken: int, waiting: int, batch: int 
         process, address = start_server(adapter, waiting, batch)
         try:
             figures = under_load(process.pid, address, clients, seconds, broken)
+            figures["burst"] = burst(address, 3 * (waiting + batch), noise(0))
+            figures["counted"] = counted(address)
         finally:
             process.send_signal(signal.SIGTERM)
             figures_status = process.wait(60)
@@ -186,10 +227,13 @@ def under_load(process: int, address: str, clients: int, seconds: float, broken:
     for thread in threads:
         thread.start()
     draw = random.Random(0)
-    refused: Counter[int] = Counter()
+    refused = {kind: Counter[int]() for kind in KINDS}
+    requests = 0
     with httpx.Client(base_url=address, timeout=120) as http:
         for _ in range(broken):
-            refused[http.post("/v1/chat/completions", content=malformed(draw)).status_code] += 1
+            kind, body = malformed(draw)
+            requests += is_request(body)
+            refused[kind][http.post("/v1/chat/completions", content=body).status_code] += 1
         bombed = http.post("/v1/chat/completions", json=question(bomb(), "base"))
         while bombed.status_code == 429:  # of a full queue, which it has not been in yet
             time.sleep(float(bombed.headers["Retry-After"]))
@@ -208,7 +252,9 @@ def under_load(process: int, address: str, clients: int, seconds: float, broken:
         "statuses": dict(load.statuses),
         "wrong_answers": load.wrong,
         "least_and_most_of_a_client": [min(load.per_client.values()), max(load.per_client.values())],
-        "malformed": dict(refused),
+        "left_by_clients": load.left,
+        "malformed": {kind: dict(statuses) for kind, statuses in refused.items()},
+        "malformed_that_are_requests": requests,
         "bomb_status": bombed.status_code,
         "memory_mib": [before, memory_mib(process)],
     }

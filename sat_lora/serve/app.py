@@ -15,17 +15,17 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sat_lora.chat.session import BASE, Chat, Usage
 from sat_lora.files.foreign import parse_json
 from sat_lora.serve.bodies import Bodies
-from sat_lora.serve.gate import PAGE, Gate, is_of_page
+from sat_lora.serve.gate import OPEN, PAGE, Gate, OwnSenders, is_of_page
 from sat_lora.serve.questions import Question, RequestError, read_question
 from sat_lora.serve.worker import End, Job, Piece, Worker
+from sat_lora.terminal.notice import log_fault
 
 LOOK_FOR_CLIENT = 0.5  # seconds between looks whether whoever waits is still there
-OPEN = ("/health",)  # without a key
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +61,8 @@ def build_app(
 
     `model` of a request is "base" or the name of an adapter; without one, who answers in the conversation. api_key:
     what every request but /health has to bring as its bearer token; to the page a browser brings it as a password.
-    with_page: whether there is a page at /. Raises ConfigError where the packages for it are missing.
+    Without a key only this machine's own programs and pages are answered. with_page: whether there is a page at /.
+    Raises ConfigError where the packages for it are missing.
     """
     worker = Worker(chat, limits.waiting, limits.together)
     bodies = Bodies(limits.body, limits.seconds)
@@ -110,9 +111,12 @@ def build_app(
     )
 
     if page is not None:
-        app.add_middleware(Gate, page=page.app, refuse=_refusal, bodies=bodies, wants_own_host=api_key is None)
-    if api_key is not None:
+        app.add_middleware(Gate, page=page.app, refuse=_refusal, bodies=bodies)
+    if api_key is None:
+        app.add_middleware(OwnSenders, refuse=_refusal)
+    else:
         app.add_middleware(_Keys, key=api_key, has_page=page is not None)
+    app.add_middleware(_LastResort, metrics=metrics)
 
     @app.exception_handler(404)
     async def no_such_place(request: Request, error: Exception) -> Response:
@@ -162,6 +166,36 @@ def build_app(
 def _model(name: str) -> dict[str, Any]:
     """Return what OpenAI's clients are told of a model."""
     return {"id": name, "object": "model", "created": 0, "owned_by": "sat_lora"}
+
+
+class _LastResort:
+    """Answers with one error where something unforeseen is raised for a request, counts it, and tells the log."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics):
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        has_begun = False
+
+        async def send_noted(message: Message) -> None:
+            nonlocal has_begun
+            has_begun = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_noted)
+        except Exception as error:
+            if scope["type"] != "http" or has_begun:  # too late for an answer: the connection ends, and the log says it
+                raise
+            await _refusal(_unforeseen(error, self._metrics))(scope, receive, send)
+
+
+def _unforeseen(error: Exception, metrics: Metrics) -> RequestError:
+    """Return what a client is told of an error that nobody thought of, counted; the log has all of it."""
+    log_fault("a request", error)
+    metrics.requests.labels(500).inc()
+    return RequestError("the server has failed at this request; its log says where", 500, "server_error")
 
 
 class _Keys:
@@ -270,6 +304,8 @@ class _Answer:
             usage = self._usage_of(event)
             yield self._chunk({}, _reason(usage), _told(usage))
             yield "data: [DONE]\n\n"
+        except Exception as error:
+            yield _event(_error(_unforeseen(error, self._metrics)))
         finally:
             self.job.is_cancelled.set()  # of a client that has gone
 

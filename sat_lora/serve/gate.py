@@ -1,4 +1,5 @@
-"""What stands before the page: which of Gradio's addresses are there at all, and what a request to them may hold.
+"""What stands before the server: who may send requests where there is no key. And before the page: which of Gradio's
+addresses are there at all, and what a request to them may hold.
 
 Gradio has some seventy addresses: files by path, uploads, a proxy, ways to edit the app. The page needs the handful
 below, none of which reads a file of a request's choice or fetches an address.
@@ -16,6 +17,7 @@ from sat_lora.serve.bodies import Bodies
 from sat_lora.serve.questions import RequestError
 
 PAGE = "/"
+OPEN = ("/health",)  # to everybody
 _READ = re.compile(
     r"/|/config|/theme\.css|/favicon\.ico"
     r"|/(?:assets|static)(?:/[\w-][\w.+-]*)+"
@@ -40,11 +42,61 @@ def is_of_page(path: str) -> bool:
     return bool(_READ.fullmatch(path) or _WRITTEN.fullmatch(path))
 
 
+Refuse = Callable[[RequestError], ASGIApp]
+"""Makes a response of an error."""
+
+
+class OwnSenders:
+    """Passes what this machine's programs and pages send, for a server without a key, and what is OPEN.
+
+    The pages of other sites are open in browsers of this machine, too. They get at no answer: neither by sending
+    requests here, which a browser marks with their origin, nor by a name of their own that leads here.
+    """
+
+    def __init__(self, app: ASGIApp, *, refuse: Refuse):
+        self._app = app
+        self._refuse = refuse
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request."""
+        if scope["type"] == "http" and scope["path"] not in OPEN:
+            try:
+                if not is_own_name(_header(scope, b"host") or ""):
+                    raise RequestError(
+                        "without a key the server answers at the names of this machine alone (localhost, 127.0.0.1); "
+                        "start it with a key",
+                        403,
+                    )
+                check_origin(scope)
+            except RequestError as error:
+                await self._refuse(error)(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+
+def check_origin(scope: Scope) -> None:
+    """Raise RequestError where the page of another site sends the request; programs name no origin."""
+    origin = _header(scope, b"origin")
+    if origin is not None and _netloc(origin) != _header(scope, b"host"):
+        raise RequestError("requests of other sites are not taken", 403)
+
+
+def _header(scope: Scope, name: bytes) -> str | None:
+    value = dict(scope["headers"]).get(name)
+    return None if value is None else value.decode("latin-1")
+
+
+def _netloc(origin: str) -> str | None:
+    try:
+        return urlsplit(origin).netloc
+    except ValueError:
+        return None
+
+
 class Gate:
     """Passes requests for the page on to it, and all others to the application.
 
-    page: Gradio's application. refuse: makes a response of an error. bodies: reads those of requests. wants_own_host:
-    whether the page is for this machine's names alone, so that no other site gets at it under a name of its own.
+    page: Gradio's application. refuse: makes a response of an error. bodies: reads those of requests.
     """
 
     def __init__(
@@ -52,15 +104,13 @@ class Gate:
         app: ASGIApp,
         *,
         page: ASGIApp,
-        refuse: Callable[[RequestError], ASGIApp],
+        refuse: Refuse,
         bodies: Bodies,
-        wants_own_host: bool,
     ):
         self._app = app
         self._page = page
         self._refuse = refuse
         self._bodies = bodies
-        self._wants_own_host = wants_own_host
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request. Nothing but http passes: the page has no web sockets."""
@@ -68,22 +118,12 @@ class Gate:
             await self._app(scope, receive, send)
             return
         try:
-            self._check_sender(scope)
+            check_origin(scope)  # with a key as well: a browser brings that by itself
             passed, receive = await self._checked(scope, receive)
         except RequestError as error:
             await self._refuse(error)(scope, receive, send)
             return
         await self._page(passed, receive, _with_headers(send))
-
-    def _check_sender(self, scope: Scope) -> None:
-        """Raise RequestError where another site's page sends the request."""
-        headers = dict(scope["headers"])
-        host = headers.get(b"host", b"").decode("latin-1")
-        if self._wants_own_host and not is_own_name(host):
-            raise RequestError("without a key the page is at localhost alone; start the server with a key", 403)
-        origin = headers.get(b"origin")
-        if origin is not None and urlsplit(origin.decode("latin-1")).netloc != host:
-            raise RequestError("the page takes no requests of other sites", 403)
 
     async def _checked(self, scope: Scope, receive: Receive) -> tuple[Scope, Receive]:
         """Return a request as it may pass. Raises RequestError for one that may not."""

@@ -14,12 +14,26 @@ from sat_lora.errors import ConfigError
 from sat_lora.printable import printable
 
 SHOWN = 80  # characters of a value in a message
+BITS_SHOWN = 256  # of a number; Python writes none of thousands of digits
 MOST_MESSAGES = 256
 MOST_STOPS = 4  # as OpenAI's
 WITHOUT_MEANING = frozenset(
-    "user store metadata stream_options parallel_tool_calls service_tier n safety_identifier prompt_cache_key".split()
+    "user store metadata stream_options parallel_tool_calls service_tier safety_identifier prompt_cache_key "
+    "prompt_cache_retention prediction".split()
 )
-"""Fields that change no answer here, and are passed over: n may be 1 alone."""
+"""Fields that change no answer here, and are passed over."""
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "tools": ([],),
+    "functions": ([],),
+    "tool_choice": ("none", "auto"),
+    "function_call": ("none", "auto"),
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "logit_bias": ({},),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+}
+"""Fields that are not known here, and the values of theirs that ask for nothing, and are passed over."""
 
 
 class RequestError(Exception):
@@ -62,12 +76,9 @@ def read_question(content: object, *, speakers: Sequence[str], keeps_history: bo
         raise RequestError(
             "messages: this base's prompt format has no place for earlier turns; send the question alone"
         )
-    if fields.take("n", int, 1) != 1:
-        raise RequestError("n: got more than one answer, wanted 1")
-    most = fields.take("max_completion_tokens", int, None)
-    most = fields.take("max_tokens", int, None) if most is None else most
-    if most is not None and most < 1:
-        raise RequestError(f"max_tokens: got {most}, wanted at least 1")
+    if (answers := fields.take("n", int, 1)) != 1:
+        raise RequestError(f"n: got {_shown(answers)}, wanted 1: a request has one answer")
+    most = _most_tokens(fields)
     stop = fields.take("stop", str | list, None) or []
     stop = [stop] if isinstance(stop, str) else stop
     if len(stop) > MOST_STOPS or not all(isinstance(text, str) and text for text in stop):
@@ -101,10 +112,29 @@ class _Fields:
             raise RequestError(f"{name}: got {_shown(value)}, wanted {_KINDS.get(kind, 'a text or a list of texts')}")
         return value
 
+    def number(self, name: str, default: float) -> float:
+        """Return a field's value. Raises RequestError if it is no number, or too large for one that is calculated with.
+
+        JSON has numbers of any size.
+        """
+        value = self.take(name, int | float, default)
+        try:
+            return float(value)
+        except OverflowError as error:
+            raise RequestError(f"{name}: got {_shown(value)}, which is too large") from error
+
     def refuse_others(self) -> None:
         """Raise RequestError if fields are left that would change the answer."""
-        if others := sorted(set(self._left) - WITHOUT_MEANING):
+        others = sorted(name for name, value in self._left.items() if not _changes_nothing(name, value))
+        if others:
             raise RequestError(f"{', '.join(map(_shown, others[:5]))}: not known here; leave it out")
+
+
+def _changes_nothing(name: str, value: Any) -> bool:
+    """Return whether a field that is not known here may be passed over. False is not the 0 that Python takes it for."""
+    return name in WITHOUT_MEANING or any(
+        type(value) is type(neutral) and value == neutral for neutral in NEUTRAL.get(name, ())
+    )
 
 
 _KINDS: dict[Any, str] = {
@@ -116,20 +146,34 @@ _KINDS: dict[Any, str] = {
 }
 
 
+def _most_tokens(fields: _Fields) -> int | None:
+    """Return how many tokens the answer may have, under the newer or the older of OpenAI's names, or both."""
+    given = {name: fields.take(name, int, None) for name in ("max_completion_tokens", "max_tokens")}
+    wanted = {name: most for name, most in given.items() if most is not None}
+    for name, most in wanted.items():
+        if most < 1:
+            raise RequestError(f"{name}: got {_shown(most)}, wanted at least 1")
+    if len({*wanted.values()}) > 1:
+        raise RequestError("max_tokens and max_completion_tokens: got two different numbers; give one of them")
+    return next(iter(wanted.values()), None)
+
+
 def _sampling(fields: _Fields) -> Sampling:
     """Return how tokens are chosen; the likeliest, where nothing is said. Raises RequestError for wrong numbers."""
     for name in ("frequency_penalty", "presence_penalty"):
-        if fields.take(name, int | float, 0):
+        if fields.number(name, 0):
             raise RequestError(f"{name}: not known here; repetition_penalty is")
     known: dict[str, Any] = {
-        "temperature": float(fields.take("temperature", int | float, 0)),
-        "top_p": float(fields.take("top_p", int | float, 1)),
+        "temperature": fields.number("temperature", 0),
+        "top_p": fields.number("top_p", 1),
         "top_k": fields.take("top_k", int, 0),
-        "repetition_penalty": float(fields.take("repetition_penalty", int | float, 1)),
+        "repetition_penalty": fields.number("repetition_penalty", 1),
         "seed": fields.take("seed", int, None),
     }
     if known["temperature"] == 0:  # the likeliest token is the likeliest of any
         known |= {"top_p": 1.0, "top_k": 0}
+    if known["top_k"] < 0:
+        raise RequestError(f"top_k: got {_shown(known['top_k'])}, wanted a whole number, 0 for all tokens")
     if known["seed"] is not None and not -(2**63) <= known["seed"] < 2**63:
         raise RequestError("seed: wanted a whole number of 64 bits")
     try:
@@ -172,6 +216,8 @@ def _text_of(content: object, where: str, images: list[bytes] | None) -> str:
         return content
     if not isinstance(content, list):
         raise RequestError(f"{where}: got {_shown(content)}, wanted a text or a list of parts")
+    if not content:
+        raise RequestError(f"{where}: got an empty list, wanted a text or at least one part")
     texts = []
     for number, part in enumerate(content):
         place = f"{where}[{number}]"
@@ -190,7 +236,8 @@ def _text_of(content: object, where: str, images: list[bytes] | None) -> str:
 def _content_of(url: object, where: str) -> bytes:
     """Return the bytes of a data URL."""
     head, comma, data = url.partition(",") if isinstance(url, str) else ("", "", "")
-    if not comma or not head.startswith("data:") or not head.endswith(";base64"):
+    kind = head.lower()  # a scheme is one in any case, and so is base64
+    if not comma or not kind.startswith("data:") or not kind.endswith(";base64"):
         raise RequestError(
             f"{where}: got {_shown(url)}, wanted data:image/png;base64,...: no address is fetched and no file is read"
         )
@@ -202,5 +249,7 @@ def _content_of(url: object, where: str) -> bytes:
 
 def _shown(value: object) -> str:
     """Return the beginning of a value, as a message may show it."""
+    if isinstance(value, int) and value.bit_length() > BITS_SHOWN:
+        return f"a number of {value.bit_length()} bits"
     text = printable(repr(value)) if not isinstance(value, dict | list) else f"a {type(value).__name__}"
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."

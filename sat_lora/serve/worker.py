@@ -13,6 +13,7 @@ from sat_lora.chat.session import Chat, Prepared, Turn, Usage
 from sat_lora.cogvlm.decoding.sampling import GREEDY
 from sat_lora.errors import SatLoraError
 from sat_lora.serve.questions import Question, RequestError
+from sat_lora.terminal.notice import log_fault
 
 
 @dataclass(frozen=True)
@@ -129,27 +130,24 @@ class Worker:
             try:
                 answering.append((job, self._prepared(job.question)))
             except Exception as error:
-                job.tell(End(error=_error_of(error)))
+                _fail([job], error)
         if not answering:
             return
         try:
             self._tell_pieces(answering)
         except torch.OutOfMemoryError as error:
             if len(answering) == 1:
-                answering[0][0].tell(End(error=_error_of(error)))
+                _fail([answering[0][0]], error)
                 return
             # Too many at once for this device, where each alone may fit. Whoever has heard a piece hears of the error.
             self._most_together = max(1, len(answering) // 2)
+            _fail([job for job, question in answering if question.answer.taken and _is_going(question)], error)
             for job, question in answering:
                 if not question.answer.taken:
                     self._answer([job])
-                elif not question.answer.is_finished:
-                    job.tell(End(error=_error_of(error)))
         except Exception as error:
             # Whatever it is, the next request is to be served; these clients and the log hear of it.
-            for job, question in answering:
-                if not question.answer.is_finished:
-                    job.tell(End(error=_error_of(error)))
+            _fail([job for job, question in answering if _is_going(question)], error)
 
     def _prepared(self, question: Question) -> Prepared:
         """Return a question as the model reads it. Raises DataError for a picture that cannot be read, or too much."""
@@ -198,8 +196,17 @@ def _speaker(job: Job) -> str:
     return job.question.speaker
 
 
-def _error_of(error: Exception) -> RequestError:
-    """Return what a client is told of an error: of its question, or of the server."""
-    if isinstance(error, SatLoraError):
-        return RequestError(str(error))
-    return RequestError(f"{type(error).__name__}: {error}", 500, "server_error")
+def _is_going(question: Prepared) -> bool:
+    return not question.answer.is_finished
+
+
+def _fail(jobs: list[Job], error: Exception) -> None:
+    """End jobs with an error: of their question; or of the server, whose log hears of it, once for all of them."""
+    if not jobs:
+        return
+    failure = RequestError(str(error))
+    if not isinstance(error, SatLoraError):
+        failure = RequestError(f"{type(error).__name__}: {error}", 500, "server_error")
+        log_fault("an answer", error)
+    for job in jobs:
+        job.tell(End(error=failure))

@@ -207,6 +207,16 @@ def test_a_run_tells_its_data_settings_and_losses():
     assert "secret" not in str(data)
 
 
+@pytest.mark.parametrize(
+    "metric, name", [("cider", "cider"), ("token_accuracy", "token_accuracy"), ("/home/me/mine.py:score", "score")]
+)
+def test_a_run_whose_best_goes_by_a_metric_tells_what_it_gave(metric, name):
+    by_metric = {**STATE, "best_loss": None, "best_value": 0.75}
+    _, training = (dict(section.rows) for section in sections_of_run({**SETTINGS, "metric": metric}, by_metric))
+    assert training[f"Best {name} of a validation"] == 0.75 and training[f"Step of the best {name}"] == 300
+    assert not [title for title in training if "loss" in title or "home" in title]
+
+
 def test_a_run_that_says_nothing_tells_its_step():
     _, training = sections_of_run({}, {"step": 3, "samples_per_step": 2, "best_loss": None, "run": {}})
     assert dict(training.rows) == {"Steps": 3, "Samples of a step": 2, "Arithmetic": "float32"}

@@ -16,6 +16,7 @@ import openai
 import pytest
 from PIL import Image
 
+from sat_lora.serve import app
 from sat_lora.serve.app import RequestLimits
 from sat_lora.serve.bodies import BODIES_HELD, Bodies
 from sat_lora.serve.questions import RequestError
@@ -133,6 +134,15 @@ ODD = {
     "tools": asked("x", tools=[], tool_choice="none"),
     "a format": asked("x", response_format={"type": "json_object"}),
     "logprobs": asked("x", logprobs=True),
+    "a temperature of 400 digits": asked("x", temperature=10**400),
+    "top_p of 400 digits": asked("x", temperature=1, top_p=10**400),
+    "a penalty of 400 digits": asked("x", repetition_penalty=-(10**400)),
+    "another penalty of 400 digits": asked("x", presence_penalty=10**400),
+    "top_k of 400 digits": asked("x", temperature=1, top_k=-(10**400)),
+    "a seed of 4,000 digits": asked("x", temperature=1, seed=10**4000),
+    "n of 4,000 digits": asked("x", n=10**4000),
+    "a text of 4,000 digits": asked(10**4000),
+    "no part": asked([]),
     "a model that is a path": asked("x", model="../../etc/passwd"),
 }
 
@@ -141,6 +151,7 @@ ODD = {
 def test_odd_values_are_answered_or_refused(name, http):
     answer = http.post(CHAT, content=json.dumps(ODD[name]))
     assert answer.status_code in (200, 400, 404), answer.text
+    assert answer.status_code == 200 or answer.json()["error"]["message"], answer.text
     assert len(answer.text) < 2000 and "\x1b" not in answer.text
     assert http.post(CHAT, json=asked("12", max_tokens=1)).status_code == 200
 
@@ -159,6 +170,73 @@ def test_odd_values_are_answered_or_refused(name, http):
 def test_addresses_and_methods_that_are_none(method, path, status, http):
     answer = http.request(method, path)
     assert answer.status_code == status and answer.json()["error"]["message"], answer.text
+
+
+EVIL = [
+    {"origin": "https://evil.example", "content-type": "text/plain"},  # which a browser sends without asking before
+    {"origin": "null", "content-type": "application/x-www-form-urlencoded"},
+    {"origin": "http://127.0.0.1:1", "content-type": "text/plain"},  # another server of this machine
+    {"host": "evil.example", "origin": "http://evil.example"},  # whose name leads to 127.0.0.1
+    {"host": "evil.example:8000"},
+]
+
+
+@pytest.mark.parametrize("headers", EVIL)
+def test_the_pages_of_other_sites_ask_nothing_where_there_is_no_key(headers, http):
+    before = http.get("/metrics").text
+    answer = http.post(CHAT, content=json.dumps(asked("12", max_tokens=1)), headers=headers)
+    assert answer.status_code == 403 and answer.json()["error"]["code"] == 403, answer.text
+    for path in ("/v1/models", "/metrics"):
+        assert http.get(path, headers=headers).status_code == 403
+    assert "access-control-allow-origin" not in http.options(CHAT, headers=headers).headers
+    assert http.get("/health", headers=headers).status_code == 200
+    assert [line for line in http.get("/metrics").text.splitlines() if "requests_total{" in line] == [
+        line for line in before.splitlines() if "requests_total{" in line
+    ]
+    own = {"host": "localhost:8000", "origin": "http://localhost:8000", "content-type": "text/plain"}
+    assert http.post(CHAT, content=json.dumps(asked("12", max_tokens=1)), headers=own).status_code == 200
+
+
+def test_with_a_key_it_alone_decides(base, adapters):  # noqa: F811
+    with served(chat_of(base, {"mine": adapters["mine"]}), api_key="secret") as address:
+        for headers in ({}, *EVIL):
+            answers = [
+                httpx.get(f"{address}/v1/models", headers={**headers, **key}).status_code
+                for key in ({}, {"authorization": "Bearer secret"})
+            ]
+            assert answers == [401, 200]
+
+
+def test_what_nobody_thought_of_is_one_error_a_count_and_a_line_of_the_log(http, monkeypatch, caplog):
+    def fault(*arguments, **more):
+        raise ZeroDivisionError("no \x1b[31m secret")
+
+    def failures() -> float:
+        lines = http.get("/metrics").text.splitlines()
+        return sum(float(line.split()[-1]) for line in lines if 'requests_total{status="500"}' in line)
+
+    before = failures()
+    places = [("read_question", {}), ("_told", {}), ("_told", {"stream": True}), ("_model", None)]
+    for number, (place, more) in enumerate(places, start=1):
+        caplog.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(app, place, fault)
+            if more is None:
+                answer = http.get("/v1/models")
+            else:
+                answer = http.post(CHAT, json=asked("12", max_tokens=1, **more))
+        assert "Traceback" not in answer.text and "secret" not in answer.text
+        if more == {"stream": True}:  # which has begun
+            *_, last = filter(None, answer.text.split("\n\n"))
+            content = json.loads(last.removeprefix("data: "))
+        else:
+            assert answer.status_code == 500 and answer.headers["content-type"] == "application/json"
+            content = answer.json()
+        assert content["error"]["code"] == 500 and content["error"]["type"] == "server_error"
+        logged = [record.getMessage() for record in caplog.records if "secret" in record.getMessage()]
+        assert len(logged) == 1 and "ZeroDivisionError: no \\x1b[31m secret" in logged[0] and "\x1b" not in logged[0]
+        assert failures() == before + number
+        assert http.post(CHAT, json=asked("12", max_tokens=1)).status_code == 200
 
 
 def test_without_the_page_its_address_says_how_to_get_it(address):
@@ -194,7 +272,7 @@ def test_a_body_that_never_ends_is_given_up(base, adapters):  # noqa: F811
     with served(chat_of(base, {"mine": adapters["mine"]}), limits=RequestLimits(seconds=0.3)) as address:
         host, port = address.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port)), timeout=30) as connection:
-            connection.sendall(f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{{".encode())
+            connection.sendall(f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{{".encode())
             assert connection.recv(100).startswith(b"HTTP/1.1 408 ")
 
 
@@ -263,7 +341,7 @@ def test_a_flood_of_clients_that_go_leaves_the_server_as_it_was(address):
     threads = threading.active_count()
     host, port = address.removeprefix("http://").split(":")
     body = json.dumps(asked("12")).encode()
-    head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n".encode()
     for number in range(40):
         with socket.create_connection((host, int(port)), timeout=10) as connection:
             connection.sendall((head + body)[: len(head) + len(body) * (number % 5) // 4])

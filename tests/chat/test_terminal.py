@@ -2,11 +2,13 @@
 
 import io
 import shlex
+import sys
+from types import SimpleNamespace
 
 import pytest
 
 from sat_lora.chat import Chat
-from sat_lora.chat.terminal import Conversation, converse, dropped_image, typed_path
+from sat_lora.chat.terminal import Conversation, converse, dropped_image, typed_lines, typed_path
 from sat_lora.cogvlm import load_cogvlm
 
 pytestmark = pytest.mark.usefixtures("single_process_group")
@@ -121,3 +123,92 @@ def test_paths_as_they_are_typed_pasted_and_dragged(picture, tmp_path, monkeypat
         str(tmp_path),
     ):
         assert dropped_image(text) is None
+
+
+class Terminal(io.StringIO):
+    """Input or output that says that it is a terminal."""
+
+    def isatty(self):
+        return True
+
+
+CTRL_D = "\x04"
+
+
+@pytest.fixture
+def keys(monkeypatch):
+    """A function that types keys into prompt_toolkit, for a terminal that shows nothing."""
+    application = pytest.importorskip("prompt_toolkit.application", reason="pip install 'sat_lora[chat]'")
+    from prompt_toolkit.input import create_pipe_input
+    from prompt_toolkit.output import DummyOutput
+
+    with create_pipe_input() as pipe, application.create_app_session(input=pipe, output=DummyOutput()):
+
+        def typed(text: str) -> None:
+            monkeypatch.setattr(sys, "stdin", Terminal())  # not before the test, of which pytest captures the output
+            monkeypatch.setattr(sys, "stdout", Terminal())
+            pipe.send_text(text)
+
+        yield typed
+
+
+@pytest.fixture
+def sessions(monkeypatch):
+    """The sessions of prompt_toolkit that are made, with what they asked as `asked`."""
+    toolkit = pytest.importorskip("prompt_toolkit", reason="pip install 'sat_lora[chat]'")
+    made = []
+
+    class Session(toolkit.PromptSession):
+        def __init__(self, **settings):
+            super().__init__(**settings)
+            self.asked = []
+            made.append(self)
+
+        def prompt(self, message):
+            self.asked.append(message)
+            return super().prompt(message)
+
+    monkeypatch.setattr(toolkit, "PromptSession", Session)
+    return made
+
+
+def test_lines_are_typed_with_history_and_completion_of_commands(keys, sessions):
+    from prompt_toolkit.completion import CompleteEvent
+    from prompt_toolkit.document import Document
+
+    keys("what is tha\x7fis?\r" + "/base\r" + "gr\u00f6\u00dfe \u6587\r" + "\r" + CTRL_D)
+    lines = [*typed_lines(SimpleNamespace(speaker="mine"))]
+    assert lines == ["what is this?", "/base", "gr\u00f6\u00dfe \u6587", ""]
+    (session,) = sessions
+    assert session.history.get_strings() == lines[:3]
+    for begun, expected in (("/comp", ["/compare"]), ("/re", ["/reset"]), ("what", []), ("a /comp", [])):
+        completions = session.completer.get_completions(Document(begun), CompleteEvent(completion_requested=True))
+        assert [completion.text for completion in completions] == expected
+
+
+def test_what_is_typed_is_a_conversation(chat, keys, sessions):
+    """Who answers stands before the next line, and /quit ends it before what is typed after it."""
+    keys("/base\r12\r/quit\r34\r" + CTRL_D)
+    out = io.StringIO()
+    converse(Conversation(chat, out), typed_lines(chat))
+    assert sessions[0].asked == ["mine> ", "base> ", "base> "]
+    assert [(turn.query, turn.speaker) for turn in chat.turns] == [("12", "base")] and "base answers" in out.getvalue()
+
+
+def test_ctrl_c_at_the_prompt_is_for_whoever_started_it(keys):
+    keys("half\x03")
+    with pytest.raises(KeyboardInterrupt):
+        next(typed_lines(SimpleNamespace(speaker="mine")))
+
+
+def test_without_prompt_toolkit_lines_are_read_all_the_same(monkeypatch):
+    monkeypatch.setitem(sys.modules, "prompt_toolkit", None)
+    monkeypatch.setattr(sys, "stdin", Terminal("12\n/quit\n"))
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    assert [*typed_lines(SimpleNamespace(speaker="mi\x1bne"))] == ["12", "/quit"]
+    assert sys.stdout.getvalue() == "mi\\x1bne> " * 3 + "\n"
+
+
+def test_lines_of_a_file_come_as_they_are(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("12\n34"))
+    assert [*typed_lines(SimpleNamespace(speaker="mine"))] == ["12\n", "34"]

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from sat_lora import ConfigError, LoraConfig, add_lora, save_adapter
+from sat_lora.adapters.merge import merge_adapter
 from sat_lora.chat import Chat
 from sat_lora.cli import build_parser, main
 from sat_lora.cogvlm import load_cogvlm
@@ -76,15 +77,19 @@ def test_a_run_brings_its_base_adapter_and_prompt_format(chat, adapter, picture,
     assert (status, out) == (0, f"{expected(adapter, picture)}\n"), err
 
 
-def test_a_base_in_few_bits_answers_as_its_decoded_weights_do(chat, adapter, picture):
+@pytest.mark.parametrize("scheme, kept", [("int8", ("vit-mlp",)), ("nf4", ())])
+def test_a_base_in_few_bits_answers_as_its_decoded_weights_do(scheme, kept, chat, adapter, picture):
     options = ["--base", TINY_BASE, "--version", "base", "--adapter", adapter, "--image", picture]
     options += ["--prompt", "CAPTCHA:"]
-    status, out, _ = chat(*options, "--quantize", "int8", "--keep_modules", "vit-mlp")
-    model, config = load_cogvlm(TINY_BASE, quantize=Quantization(scheme="int8", keep_modules=("vit-mlp",)))
+    status, out, _ = chat(*options, "--quantize", scheme, *(["--keep_modules", *kept] if kept else []))
+    model, config = load_cogvlm(TINY_BASE, quantize=Quantization(scheme=scheme, keep_modules=kept))
+    decoded = 0
     for layer in model.modules():  # plain weights of the same values
         if (weight := quantized_weight_of(layer)) is not None:
             del layer._buffers["weight"]
             layer.weight = torch.nn.Parameter(weight.decoded())
+            decoded += 1
+    assert decoded > 10
     expected = Chat((model, config), adapters={"mine": adapter}, version="base").ask("CAPTCHA:", picture)
     assert (status, out) == (0, f"{expected}\n")
 
@@ -112,6 +117,31 @@ def test_which_linears_are_quantised_is_an_option_and_comes_with_a_run(command, 
     for more in (["--quantize_modules", "vit-mlp"], ["--keep_modules", "vit-mlp", "--quantize", "none"]):
         with pytest.raises(ConfigError, match=f"^{more[0]}: it says which linears are quantised, and none is"):
             settings("--base", TINY_BASE, *more)
+
+
+def test_a_merged_base_answers_as_base_and_adapter_do_and_in_bf16_as_itself(
+    chat, adapter, picture, tmp_path, monkeypatch
+):
+    merge_adapter(TINY_BASE, adapter, tmp_path / "merged")
+    dtypes = []
+    stream = Chat.stream
+
+    def seen(self, *question):
+        dtypes.append({parameter.dtype for parameter in self.model.parameters()})
+        return stream(self, *question)
+
+    monkeypatch.setattr(Chat, "stream", seen)
+    options = ["--version", "base", "--local_tokenizer", TINY_BASE, "--image", picture, "--prompt", "CAPTCHA:"]
+    status, out, err = chat("--base", tmp_path / "merged", *options)
+    assert (status, out) == (0, f"{expected(adapter, picture)}\n"), err
+    for base, adapters in ((tmp_path / "merged", []), (TINY_BASE, ["--adapter", adapter])):
+        dtypes.clear()
+        status, out, err = chat("--base", base, *adapters, "--bf16", *options)
+        loaded = load_cogvlm(base, dtype=torch.bfloat16)
+        folders = {"mine": adapter} if adapters else {}
+        in_bf16 = Chat(loaded, adapters=folders, version="base", tokenizer=TINY_BASE).ask("CAPTCHA:", picture)
+        assert (status, out) == (0, f"{in_bf16}\n"), err
+        assert torch.bfloat16 in dtypes[0] and dtypes[0] == dtypes[1]
 
 
 def test_lines_of_a_pipe_are_a_conversation(chat, adapter, picture, monkeypatch):

@@ -1,8 +1,10 @@
 """`sat-lora serve`: mistakes before the base is loaded, and the whole command under load."""
 
 import importlib
+import random
 import socket
 import sys
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +13,8 @@ from benchmarks import bench_serve
 from sat_lora import ConfigError
 from sat_lora.cli import main
 from sat_lora.commands.serve import KEY
+from sat_lora.files.foreign import parse_json
+from sat_lora.serve.questions import RequestError, read_question
 from tests.support.paths import TINY_BASE
 
 
@@ -113,6 +117,22 @@ def test_one_process_alone(serve, monkeypatch):
     assert status == 2 and "sat-lora serve runs as one process; start it without a launcher" in error
 
 
+def test_what_the_load_sends_malformed_is_refused_but_what_is_a_request_after_all():
+    draw = random.Random(0)
+    kinds = Counter()
+    for _ in range(1000):
+        kind, body = bench_serve.malformed(draw)
+        try:
+            read_question(parse_json(body), speakers=["base", "mine"], keeps_history=True)
+            kinds[kind, "request"] += 1
+            assert bench_serve.is_request(body)
+        except (RequestError, ValueError):
+            kinds[kind, "refused"] += 1
+            assert not bench_serve.is_request(body)
+    assert {kind for kind, _ in kinds} == {*bench_serve.KINDS} and kinds["overwritten", "request"] > 20
+    assert [kind for kind, what in kinds if what == "request"] == ["overwritten"]
+
+
 @pytest.mark.matrix
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize(
@@ -125,7 +145,15 @@ def test_under_load_nothing_is_lost(clients, seconds, malformed, waiting, batch)
     assert (429 in figures["statuses"]) == (waiting < clients)
     assert batch > 1 or waiting < clients or most - least <= 2  # in the order of arrival
     assert waiting < clients or 2 * least >= most  # who is in no batch yet is not passed over again and again
-    assert figures["malformed"].keys() <= {200, 400, 404} and figures["bomb_status"] == 400
+    assert figures["bomb_status"] == 400
+    overwritten = figures["malformed"].pop("overwritten")
+    answered = sum(overwritten.pop(status, 0) for status in (200, 429))
+    assert answered == figures["malformed_that_are_requests"]  # each of them, or told that the queue is full
+    assert overwritten.keys() <= {400, 404}
+    assert [*map(set, figures["malformed"].values())] == [{400}] * 3
+    assert figures["left_by_clients"] > 0 and (waiting < clients or figures["counted"][499] > 0)
+    assert figures["burst"].keys() == {200, 429} and sum(figures["burst"].values()) == 3 * (waiting + batch)
+    assert figures["counted"].keys() <= {200, 400, 404, 429, 499}
     before, after = figures["memory_mib"]
     assert after < before + 100
     assert figures["status"] == -15

@@ -1,4 +1,6 @@
-"""What stands before the page: few addresses, no file, no other site, nothing large; and everything else as it was."""
+"""What stands before the server without a key: no other site. And before the page: few addresses, no file, nothing
+large; and everything else as it was.
+"""
 
 import json
 
@@ -8,7 +10,7 @@ import pytest
 from starlette.responses import JSONResponse
 
 from sat_lora.serve.bodies import Bodies
-from sat_lora.serve.gate import HEADERS, Gate, is_of_page, is_own_name
+from sat_lora.serve.gate import HEADERS, Gate, OwnSenders, is_of_page, is_own_name
 
 JOIN = "/gradio_api/queue/join"
 
@@ -29,11 +31,12 @@ def refusal(error):
     return JSONResponse({"error": str(error)}, error.status)
 
 
-def asked(method, path, *, own_host=False, most=1000, **request):
-    gate = Gate(application, page=page, refuse=refusal, bodies=Bodies(most, 60), wants_own_host=own_host)
+def asked(method, path, *, has_key=True, most=1000, **request):
+    gate = Gate(application, page=page, refuse=refusal, bodies=Bodies(most, 60))
+    server = gate if has_key else OwnSenders(gate, refuse=refusal)
 
     async def send():
-        transport = httpx.ASGITransport(gate)
+        transport = httpx.ASGITransport(server)
         async with httpx.AsyncClient(transport=transport, base_url="http://localhost:8000") as client:
             return await client.request(method, path, **request)
 
@@ -125,22 +128,43 @@ def test_no_other_site_sends_requests(origin):
     for method, path in (("POST", JOIN), ("GET", "/config")):
         assert asked(method, path, headers={"origin": origin}).status_code == 403
     assert asked("GET", "/config", headers={"origin": "http://localhost:8000"}).status_code == 200
+    for method, path in (("POST", "/v1/chat/completions"), ("OPTIONS", "/v1/models"), ("GET", "/metrics")):
+        assert asked(method, path, has_key=False, headers={"origin": origin}).status_code == 403
+        assert asked(method, path, has_key=True, headers={"origin": origin}).status_code == 200  # whoever has the key
+        for own in ({}, {"origin": "http://localhost:8000"}):
+            assert asked(method, path, has_key=False, headers=own).json() == {"application": path}
 
 
 @pytest.mark.parametrize(
-    "host", ["evil.example", "evil.example:8000", "localhost.evil.example", "10.0.0.1", "", "[::", "@"]
+    "host",
+    [
+        "evil.example",
+        "evil.example:8000",
+        "localhost.evil.example",
+        "10.0.0.1",
+        "",
+        "[::",
+        "@",
+        "localhost@evil.example",
+    ],
 )
-def test_without_a_key_no_other_name_leads_to_the_page(host):
+def test_without_a_key_no_other_name_leads_here(host):
+    """A site may give its own name the address 127.0.0.1; what its page asks for then has no other origin."""
     assert not is_own_name(host)
-    assert asked("GET", "/", own_host=True, headers={"host": host}).status_code == 403
-    assert asked("GET", "/v1/models", own_host=True, headers={"host": host}).status_code == 200
+    own_site = {"host": host, "origin": f"http://{host}"}
+    for path in ("/", "/v1/models", "/v1/chat/completions", "/metrics", "/nowhere"):
+        assert asked("GET", path, has_key=False, headers={"host": host}).status_code == 403
+        assert asked("POST", path, has_key=False, headers=own_site).status_code == 403
+    assert asked("GET", "/v1/models", has_key=True, headers={"host": host}).status_code == 200
+    assert asked("GET", "/health", has_key=False, headers={"host": host}).status_code == 200
 
 
 @pytest.mark.parametrize(
-    "host", ["localhost", "localhost:8000", "127.0.0.1:1", "[::1]:8000", "127.3.2.1", "me.localhost"]
+    "host", ["localhost", "localhost:8000", "127.0.0.1:1", "[::1]:8000", "127.3.2.1", "me.localhost", "LOCALHOST:80"]
 )
 def test_names_of_this_machine(host):
     assert is_own_name(host)
+    assert asked("GET", "/v1/models", has_key=False, headers={"host": host}).status_code == 200
 
 
 def test_the_page_s_addresses_are_few():

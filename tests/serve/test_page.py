@@ -12,7 +12,7 @@ import pytest
 
 from sat_lora.chat import Chat
 from sat_lora.cogvlm import load_cogvlm
-from sat_lora.serve.app import Limits
+from sat_lora.serve.app import RequestLimits
 from tests.support.serving import chat_of, served
 
 pytest.importorskip("gradio", reason="the page's packages are not installed: pip install 'sat_lora[page]'")
@@ -23,7 +23,7 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 @pytest.fixture(scope="module")
 def address(base, adapters, single_process_group):
-    with served(chat_of(base, adapters), limits=Limits(body=2**20), with_page=True) as address:
+    with served(chat_of(base, adapters), limits=RequestLimits(body=2**20), with_page=True) as address:
         yield address
 
 

@@ -87,3 +87,7 @@ def _training(settings: Mapping[str, Any], state: Mapping[str, Any]) -> Iterator
     if state.get("best_loss") is not None:
         yield "Lowest validation loss", state["best_loss"]
         yield "Step of the lowest validation loss", state["best_step"]
+    if state.get("best_value") is not None:
+        name = str(settings.get("metric", "value")).rpartition(":")[2]
+        yield f"Best {name} of a validation", state["best_value"]
+        yield f"Step of the best {name}", state["best_step"]

@@ -3,13 +3,16 @@
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from sat_lora.files.foreign import parse_json, read_bytes, read_json
 from sat_lora.files.step_folders import BEST, LATEST, read_pointer
 from sat_lora.printable import printable
+from sat_lora.training.metrics.generated import GENERATED, is_code, settled_name
+from sat_lora.training.metrics.registry import LOSS
 from sat_lora.training.runs.lock_holder import Holder
 
 LOCK_LIMIT = 2**20  # bytes
@@ -22,8 +25,9 @@ class RunState:
     """One run: where it is and what it has come to; None stands for what it does not say.
 
     state: running, finished, stopped, or what keeps it from being read. step, steps: the last one logged, and those it
-    was to take. best_step: of the lowest validation loss, valid_loss. exact_match: of base + adapter, in [0, 1].
-    size: bytes of the folder's files. changed: seconds since 1970.
+    was to take. metric: what its `best` goes by. best_step: of the best validation by that, best_value what it gave,
+    valid_loss its loss. score: what the evaluation's first metric, score_metric, gave of base + adapter; exact_match:
+    the same of exact matches, in [0, 1]. size: bytes of the folder's files. changed: seconds since 1970.
     """
 
     folder: str
@@ -32,8 +36,12 @@ class RunState:
     step: int | None = None
     steps: int | None = None
     loss: float | None = None
-    valid_loss: float | None = None
+    metric: str = LOSS
     best_step: int | None = None
+    best_value: float | None = None
+    valid_loss: float | None = None
+    score_metric: str | None = None
+    score: float | None = None
     exact_match: float | None = None
     adapter: int | None = None
     size: int = 0
@@ -63,7 +71,9 @@ def read_run(folder: Path) -> RunState:
         return RunState(folder=str(folder), state=f"run.json: {printable(reason)}", size=size, changed=changed)
     step = None
     loss = None
+    metric = settings.get("metric") if isinstance(settings.get("metric"), str) else LOSS
     losses: dict[int, float] = {}
+    values: dict[int, float] = {}
     for record in _records(folder / "train.jsonl"):
         at = _whole(record.get("step"))
         if at is None:
@@ -74,9 +84,14 @@ def read_run(folder: Path) -> RunState:
         value = _number(record.get("valid_loss"))
         if value is not None:
             losses[at] = value
-    best_step = min(losses, key=lambda at: losses[at], default=None)
+        value = _number(record.get(f"valid_{metric}", record.get(f"valid_{settled_name(metric)}")))
+        if value is not None:
+            values[at] = value
+    best_step = _best_step(values, metric, read_pointer(folder / "adapter" / BEST))
     is_done = step is not None and steps is not None and step >= steps
     is_done = is_done or _has_ended_early(folder, settings)
+    evaluation = _content_of(folder / "evaluation.json")
+    score_metric, score = _first_score(evaluation)
     return RunState(
         folder=str(folder),
         state="running" if _is_running(folder / "lock") else "finished" if is_done else "stopped",
@@ -84,9 +99,13 @@ def read_run(folder: Path) -> RunState:
         step=step,
         steps=steps,
         loss=loss,
-        valid_loss=None if best_step is None else losses[best_step],
+        metric=metric,
         best_step=best_step,
-        exact_match=_exact_match(folder / "evaluation.json"),
+        best_value=None if best_step is None else values[best_step],
+        valid_loss=None if best_step is None else losses.get(best_step),
+        score_metric=score_metric,
+        score=score,
+        exact_match=_exact_match(evaluation),
         adapter=read_pointer(folder / "adapter" / BEST) or read_pointer(folder / "adapter" / LATEST),
         size=size,
         changed=changed,
@@ -130,11 +149,43 @@ def _has_ended_early(folder: Path, settings: dict) -> bool:
         return False
 
 
-def _exact_match(path: Path) -> float | None:
+def _best_step(values: Mapping[int, float], metric: str, named: int | None) -> int | None:
+    """Return the step of the best validation: the one that `best` names; else the first of the best values.
+
+    Whether less is better is nothing that a metric of the user's says without its code, which a listing does not run.
+    """
+    if named in values:
+        return named
+    if is_code(metric):
+        return None
+    known = GENERATED.get(settled_name(metric))
+    is_lower_better = metric == LOSS or (known is not None and known.lower_is_better)
+    sign = 1 if is_lower_better else -1
+    return min(values, key=lambda step: sign * values[step], default=None)
+
+
+def _content_of(path: Path) -> object:
     try:
-        result = read_json(path)
+        return read_json(path)
+    except (OSError, ValueError):
+        return None
+
+
+def _first_score(result: Any) -> tuple[str | None, float | None]:
+    """Return (the metric that stands first in an evaluation's result, its value of base + adapter or of the base)."""
+    try:
+        name, sides = next(iter(result["metrics"].items()))
+        score = _number(sides.get("adapter", sides.get("base"))["value"])
+    except (ValueError, TypeError, LookupError, AttributeError, StopIteration):
+        score = _exact_match(result)  # of a version that had no others
+        name = "exact-match"
+    return (None, None) if score is None else (name, score)
+
+
+def _exact_match(result: Any) -> float | None:
+    try:
         return _number(result.get("adapter", result["base"])["exact_match"])
-    except (OSError, ValueError, TypeError, LookupError, AttributeError):
+    except (ValueError, TypeError, LookupError, AttributeError):
         return None
 
 

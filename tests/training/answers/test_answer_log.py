@@ -2,6 +2,7 @@
 
 import io
 import json
+import struct
 import sys
 from types import SimpleNamespace
 
@@ -148,6 +149,75 @@ def test_what_fails_in_wandb_is_said_once_and_ends_nothing(tmp_path, monkeypatch
         logs.on_step(logged(1, loss=2.0))
         logs.on_validation(report(2, "x"))
     assert said == ["warning: wandb cannot be written: no\\x1bnet; the run goes on without it"]
+
+
+BLOCK = 2**15  # bytes of LevelDB's log, which a run file of W&B is after seven of its own
+
+
+def records_of(path):
+    """The records of a run file of W&B."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    content = path.read_bytes()
+    place = 7
+    record = b""
+    while place < len(content):
+        if BLOCK - place % BLOCK < 7:  # too short for a head: filled up
+            place += BLOCK - place % BLOCK
+            continue
+        _, length, kind = struct.unpack_from("<IHB", content, place)
+        place += 7 + length
+        record += content[place - length : place]
+        if kind in (1, 4):  # whole, or the last part
+            yield Record.FromString(record)
+            record = b""
+
+
+@pytest.mark.matrix
+@pytest.mark.timeout(180)
+def test_the_package_itself_keeps_a_run_offline(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb", reason="the package wandb is not installed")
+    for name in ("WANDB_PROJECT", "WANDB_MODE", "WANDB_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    try:
+        for start, steps in ((0, (1, 2)), (2, (3, 4))):
+            run = RunFolder(tmp_path / "mine", is_writer=True, wandb="offline")
+            run.wandb._settings = lambda: {"settings": {"lr": 1e-3}}
+            said = []
+            with Observers([run.wandb], said.append) as logs:
+                logs.on_start(4, start)
+                for step in steps:
+                    logs.on_step(logged(step, loss=1 / step))
+                logs.on_validation(report(steps[-1], "x", "y"))
+            assert said == []
+    finally:
+        wandb.teardown()  # its process
+    files = sorted((tmp_path / "mine" / "wandb").glob("offline-run-*/*.wandb"))
+    history = {}
+    for number, file in enumerate(files):
+        by_kind = {}
+        for record in records_of(file):
+            by_kind.setdefault(record.WhichOneof("record_type"), []).append(record)
+        (own,) = (record.run for record in by_kind["run"])
+        assert (own.run_id, own.project, own.display_name) == (run_id(tmp_path / "mine"), "sat_lora", "mine")
+        assert {item.key: item.value_json for item in own.config.update}["settings"] == '{"lr":0.001}'
+        figures = {}
+        for record in by_kind["history"]:
+            items = {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+            figures[items["_step"]] = items
+        assert [*figures] == [2 * number + 1, 2 * number + 2] and by_kind["exit"][0].exit.exit_code == 0
+        history |= figures
+    assert len(files) == 2 and max(history) == 4
+    assert [history[step]["train/loss"] for step in history] == [1, 1 / 2, 1 / 3, 1 / 4]
+    for step in (2, 4):
+        measured = history[step]
+        assert measured["valid/loss"] == 1.0 and measured["valid/exact-match"] == 0.5
+        assert measured["answers._type"] == "images/separated" and len(measured["answers.captions"]) == 1, measured
+    assert len([*(tmp_path / "mine" / "wandb").glob("offline-run-*/files/media/images/*.png")]) >= 2
+
+
+def run_id(folder):
+    return (folder / "wandb" / "run_id").read_text().strip()
 
 
 def test_without_the_option_wandb_is_not_imported(tmp_path, monkeypatch):

@@ -12,11 +12,11 @@ from sat_lora.training.runs.listing import read_run, runs_in
 from sat_lora.training.runs.lock_holder import Holder
 
 
-def run_folder(root, name="mine", *, steps=20, records=(), evaluation=None):
+def run_folder(root, name="mine", *, steps=20, records=(), evaluation=None, **more):
     folder = root / name
     (folder / "adapter" / "20").mkdir(parents=True)
     (folder / "adapter" / "latest").write_text("20\n")
-    settings = {"train_iters": steps, "from_pretrained": "/bases/cogvlm"}
+    settings = {"train_iters": steps, "from_pretrained": "/bases/cogvlm", **more}
     (folder / "run.json").write_text(json.dumps({"settings": settings}))
     (folder / "train.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     if evaluation is not None:
@@ -40,6 +40,83 @@ def test_a_run_that_has_ended(tmp_path):
     files = [path for path in (tmp_path / "mine").rglob("*") if path.is_file()]
     assert run.size == sum(path.stat().st_size for path in files)
     assert run.changed == max(path.stat().st_mtime for path in files)
+
+
+VALUES = (0.5, 0.75, 0.75, 0.25)  # of four validations; the loss is best at the last
+
+
+def judged(key) -> list[dict]:
+    """Lines of a run that measured the same numbers under the name `key` as well, its losses falling."""
+    return [{"step": step, "valid_loss": 5 - step, key: value} for step, value in enumerate(VALUES, start=1)]
+
+
+@pytest.mark.parametrize(
+    "metric, key, best_step",
+    [
+        ("loss", "valid_token_accuracy", 4),
+        ("token_accuracy", "valid_token_accuracy", 2),  # the first of equals
+        ("exact-match", "valid_exact-match", 2),
+        ("EXACT_MATCH", "valid_exact-match", 2),
+        ("cider", "valid_cider", 2),
+        ("perplexity", "valid_perplexity", 4),
+        ("a_metric_of_some_code", "valid_a_metric_of_some_code", 2),
+        ("mine.py:score", "valid_mine.py:score", None),  # whether less is better the code says
+        ("exact-match", "valid_cider", None),
+    ],
+)
+def test_the_best_is_that_of_the_metric(metric, key, best_step, tmp_path, capsys):
+    folder = run_folder(tmp_path, records=judged(key), metric=metric)
+    run = read_run(folder)
+    best = None if best_step is None else (5 - best_step if metric == "loss" else VALUES[best_step - 1])
+    assert (run.metric, run.best_step, run.best_value) == (metric, best_step, best)
+    assert run.valid_loss == (None if best_step is None else 5 - best_step)
+    assert main(["runs", str(tmp_path)]) == 0
+    shown = "" if best is None else f"{'' if metric == 'loss' else metric + ' '}{best:.4f} ({best_step})"
+    assert shown in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "metric, key", [("mine.py:score", "valid_mine.py:score"), ("exact-match", "valid_exact-match")]
+)
+def test_the_best_is_the_one_that_the_run_has_saved_as_best(metric, key, tmp_path, capsys):
+    """Of the user's metric nothing else says which; and a run that went on with other data has begun anew."""
+    folder = run_folder(tmp_path, records=judged(key), metric=metric)
+    for step, expected in ((4, (4, 0.25, 1)), (3, (3, 0.75, 2)), (9, None)):
+        (folder / "adapter" / str(step)).mkdir()
+        (folder / "adapter" / "best").write_text(f"{step}\n")
+        run = read_run(folder)
+        if expected is not None:
+            assert (run.best_step, run.best_value, run.valid_loss) == expected
+            assert main(["runs", str(tmp_path)]) == 0
+            assert f"  {metric.rpartition(':')[2]} {expected[1]:.4f} ({step})  " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("metric", [None, 3, ["loss"], ""])
+def test_a_metric_that_is_no_name(metric, tmp_path):
+    assert read_run(run_folder(tmp_path, records=RECORDS, metric=metric)).state == "finished"
+
+
+def figures(**values) -> dict:
+    return {side: {"value": value, "low": 0.0, "high": 1.0} for side, value in values.items()}
+
+
+@pytest.mark.parametrize(
+    "metrics, name, value, shown",
+    [
+        ({"cider": figures(base=0.1, adapter=1.5), "exact-match": figures(adapter=0.9)}, "cider", 1.5, "cider 1.500"),
+        ({"vqa-accuracy": figures(base=0.1, adapter=0.25)}, "vqa-accuracy", 0.25, "vqa-accuracy 25.0 %"),
+        ({"a/b.py:score": figures(adapter=-3.0)}, "a/b.py:score", -3.0, "  score -3.000"),
+        ({"bleu": figures(base=2.0)}, "bleu", 2.0, "bleu 2.000"),
+        (None, "exact-match", 0.75, "exact-match 75.0 %"),
+        ({}, "exact-match", 0.75, "exact-match 75.0 %"),
+    ],
+)
+def test_of_an_evaluation_its_first_metric_is_shown(metrics, name, value, shown, tmp_path, capsys):
+    scores = {"base": {"exact_match": 0.1}, "adapter": {"exact_match": 0.75}}
+    scores |= {} if metrics is None else {"metrics": metrics}
+    run = read_run(run_folder(tmp_path, evaluation=scores))
+    assert (run.score_metric, run.score, run.exact_match) == (name, value, 0.75)
+    assert main(["runs", str(tmp_path)]) == 0 and shown in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -100,11 +177,16 @@ def test_a_broken_run_json_is_the_state(tmp_path, content):
     assert read_run(folder).state.startswith("run.json: ")
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"adapter": 3}', '{"base": {"exact_match": "all"}}', "{}"])
+@pytest.mark.parametrize(
+    "content",
+    ["", "[]", '{"adapter": 3}', '{"base": {"exact_match": "all"}}', "{}", '{"metrics": []}', '{"metrics": {"a": 3}}',
+     '{"metrics": {"cider": {"adapter": {"value": NaN}}}}', '{"metrics": {"cider": {"mine": {"value": 1}}}}'],
+)  # fmt: skip
 def test_a_broken_evaluation_is_none(tmp_path, content):
     folder = run_folder(tmp_path)
     (folder / "evaluation.json").write_text(content)
-    assert read_run(folder).exact_match is None
+    run = read_run(folder)
+    assert (run.exact_match, run.score_metric, run.score) == (None, None, None)
 
 
 def test_runs_are_listed_by_when_they_changed(tmp_path, capsys):

@@ -1,4 +1,8 @@
-"""The loss on all answers of a conversation is the sum of what each costs as the last one, in float64."""
+"""The loss on all answers of a conversation is the sum of what each costs as the last one, in float64; and so is the
+project's own, whose head runs on the answers alone.
+"""
+
+from unittest import mock
 
 import numpy
 import pytest
@@ -8,7 +12,7 @@ from torch.nn import functional as F
 from sat_lora.cogvlm.inputs.text import IGNORED, build_sample, load_tokenizer, turn_texts
 from sat_lora.data.samples import collate
 from sat_lora.parallel.distributed import init_distributed, init_model_parallel
-from sat_lora.training.steps.loss import sum_over_data_parallel
+from sat_lora.training.steps.loss import answer_loss_sum, sum_over_data_parallel
 from tests.support.ranks import run_ranks
 from tests.support.tiny import PATCHES, tiny_model
 
@@ -32,20 +36,39 @@ def loss_and_gradients(model, samples) -> tuple[torch.Tensor, torch.Tensor]:
     logits = model(batch["input_ids"], batch["position_ids"], -1, images=images, **inputs)[0]
     labels = batch["labels"][:, 1:].reshape(-1)
     loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels, reduction="sum", ignore_index=IGNORED)
+    return loss.detach(), gradients_of(model, loss)
+
+
+def own_loss_and_gradients(model, samples) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same of the loss that training takes, which it sums in float32, here in float64."""
+    batch = collate(samples, image_size=(21, 21))
+    with mock.patch.object(torch.Tensor, "float", torch.Tensor.double):
+        loss = answer_loss_sum(model, {**batch, "images": batch["images"].double()})
+        return loss.detach(), gradients_of(model, loss)
+
+
+def gradients_of(model, loss) -> torch.Tensor:
     model.zero_grad()
     loss.backward()
     parameters = sorted((name, p) for name, p in model.named_parameters() if p.grad is not None)
-    return loss.detach(), torch.cat([p.grad.flatten() for _, p in parameters if p.grad is not None])
+    return torch.cat([p.grad.flatten() for _, p in parameters if p.grad is not None])
 
 
 def compared(tokenizer, has_image: bool, **settings) -> tuple[float, float, float]:
-    """(loss on all answers, the sum of the losses on each, the largest difference of gradients)."""
+    """(loss on all answers, the sum of the losses on each, the largest difference of gradients).
+
+    AssertionError: the loss of training, or its gradient, is another for any of them.
+    """
     model = tiny_model(torch.float64, **settings)
     whole = sample_of(tokenizer, 3, has_image=has_image, learns_earlier=True)
     parts = [sample_of(tokenizer, n, has_image=has_image, learns_earlier=False) for n in (1, 2, 3)]
     loss, gradients = loss_and_gradients(model, [whole])
     each = [loss_and_gradients(model, [part]) for part in parts]
     difference = gradients - sum(part for _, part in each)
+    for sample, (expected, its_gradients) in zip([whole, *parts], [(loss, gradients), *each]):
+        own, own_gradients = own_loss_and_gradients(model, [sample])
+        assert own.dtype == torch.float64 and torch.isclose(own, expected, rtol=1e-12, atol=0)
+        assert torch.allclose(own_gradients, its_gradients, rtol=0, atol=1e-10)
     return float(loss), sum(float(part) for part, _ in each), float(difference.abs().max())
 
 
