@@ -1,5 +1,6 @@
 """How data paths are read, and the samples of one object, whatever container it lies in."""
 
+import difflib
 import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -28,7 +29,7 @@ from sat_lora.data.records.record import (
     place_images,
 )
 from sat_lora.data.records.registry import RECORDS, USUAL
-from sat_lora.errors import ConfigError
+from sat_lora.errors import ConfigError, DataError
 from sat_lora.printable import printable
 
 READERS = {
@@ -98,6 +99,12 @@ def columns_of(texts: Sequence[str]) -> dict[str, str]:
             )
         if ours in columns:
             raise ConfigError(f"--columns: {ours} is given twice, {columns[ours]} and {column}; give it once")
+        if column in columns.values():
+            other = next(name for name, taken in columns.items() if taken == column)
+            raise ConfigError(
+                f"--columns: the column {printable(column)} is given twice, as {other} and as {ours}; it can be one of "
+                "them"
+            )
         columns[ours] = column
     return columns
 
@@ -183,12 +190,32 @@ def _with_columns(record: dict, columns: Mapping[str, str]) -> dict:
         return record
     lacking = [column for ours, column in columns.items() if column not in record and ours in ("prompt", "answer")]
     if lacking:
-        raise RecordError(f"has no {listed(lacking)}, which --columns names; got {listed([*record], 8) or 'no key'}")
+        raise RecordError(f"has no {listed(lacking)}, which --columns names; {_nearest(lacking, [*record])}")
     ours_of = {column: ours for ours, column in columns.items() if column in record}
     both = [ours for column, ours in ours_of.items() if ours in record and ours not in ours_of]
     if both:
         raise RecordError(f"has {listed(both)} beside what --columns gives that name; --columns may leave it out")
     return {ours_of.get(key, key): value for key, value in record.items()}
+
+
+def check_columns(path: Path, columns: Mapping[str, str], keys: Collection[str]) -> None:
+    """Raise DataError where --columns names what no record of a file has. keys: all that they have."""
+    lacking = {ours: column for ours, column in columns.items() if column not in keys}
+    if not lacking or not keys:
+        return
+    given = " ".join(f"{ours}={column}" for ours, column in lacking.items())
+    raise DataError(
+        printable(
+            f"{path}: no record has {listed([*lacking.values()])}, which --columns {given} names; "
+            f"{_nearest(lacking.values(), keys)}; give a column that is there, or leave it out"
+        )
+    )
+
+
+def _nearest(names: Collection[str], keys: Collection[str]) -> str:
+    """Return the keys that may have been meant by names, or else the first of them, as a clause."""
+    near = dict.fromkeys(key for name in names for key in difflib.get_close_matches(name, keys, 3))
+    return f"did you mean {listed([*near], 3)}?" if near else f"got {listed([*keys], 8) or 'no key'}"
 
 
 def _images(value: object) -> list:

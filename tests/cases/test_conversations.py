@@ -12,7 +12,7 @@ from sat_lora.training.preflight import option_problems
 from sat_lora.training.prepare import dataset_maker
 from tests.support.configs import parse_options
 from tests.support.datasets import dataset
-from tests.support.layouts import encoded, llava, roles, write_pictures, write_sft
+from tests.support.layouts import encoded, llava, roles, write_parquet, write_pictures, write_sft
 from tests.support.picture_files import write_images
 from tests.support.tar_shards import png
 
@@ -217,6 +217,10 @@ def test_another_mark_or_none_leaves_image_a_text(write):
         ({"columns": ["prompt=nothing"]}, 'has no "nothing", which --columns names; got "q", "image"'),
         ({"columns": ["nothing=q"]}, "--columns: got nothing=q, wanted NAME=COLUMN with a name of image, prompt"),
         ({"columns": ["prompt=q", "prompt=image"]}, "--columns: prompt is given twice, q and image"),
+        ({"columns": ["prompt=q", "answer=q"]}, "the column q is given twice, as prompt and as answer; it can be one"),
+        ({"columns": ["prompt=q,image=pic"]}, 'no record has "pic", which --columns image=pic names; got "q", "image"'),
+        ({"columns": ["system=imag,prompt=q"]}, 'which --columns system=imag names; did you mean "image"?; give a'),
+        ({"columns": ["prompt=Q"]}, 'has no "Q", which --columns names; got "q"'),
         ({"columns": ["prompt"]}, "--columns: got prompt, wanted NAME=COLUMN"),
         ({"columns": ["image=q"]}, 'has "image" beside what --columns gives that name'),
     ],
@@ -225,6 +229,22 @@ def test_what_is_insisted_on_and_is_not_so_is_an_error(write, settings, words):
     path = write({"q": "What?", "image": "a.png", "answer": "x"})
     message = refusal(path, **settings)
     assert words in message, message
+
+
+@pytest.mark.parametrize("kind", ["table", "parquet", "labels"])
+def test_a_column_that_no_record_has_is_an_error_in_each_layout(tmp_path, kind):
+    if kind == "table":
+        path = tmp_path / "d.csv"
+        path.write_text("picture,question,answer,lang\n,q,x,\n")
+    elif kind == "parquet":
+        path = write_parquet(tmp_path, [{"picture": None, "question": "q", "answer": "x", "lang": None}])
+    else:
+        path = write_sft(tmp_path, [("a", TWO)])
+        (path / "labels_en" / "a.json").write_text(json.dumps({"conversations": roles(TWO), "lang": "en"}))
+    assert f"{path}" in refusal(path, columns=["system=langs"])
+    assert 'no record has "langs"' in refusal(path, columns=["system=langs"])
+    assert 'names; did you mean "lang"?' in refusal(path, columns=["system=langs"])
+    assert len(read_items([path], columns=["system=lang"])) == 1
 
 
 def test_columns_are_mapped(write):

@@ -10,7 +10,7 @@ from sat_lora.data.box_texts import picture_size, with_boxes
 from sat_lora.data.folders import is_no_data
 from sat_lora.data.item_files import Entries, Entry, Problems
 from sat_lora.data.json_texts import read_object
-from sat_lora.data.reading import Reading, samples_of
+from sat_lora.data.reading import Reading, check_columns, samples_of
 from sat_lora.data.records.record import RecordError
 from sat_lora.data.samples import DataCounts, Item, items_of_entries
 from sat_lora.errors import DataError
@@ -66,12 +66,16 @@ def _read_set(path: Path, reading: Reading, counts: DataCounts) -> list[Item]:
     images = _files(labels.parent / IMAGES, SUFFIXES)
     entries = Entries()
     problems = Problems()
+    options = reading.records
+    keys: dict[str, None] = {}
     read_labels = sorted(_files(labels, (".json",)).items())
     for stem, name in read_labels:
         file = labels / name
         image = labels.parent / IMAGES / images.get(stem, f"{stem}.jpg")
         try:
-            labelled, passed_over, layout = samples_of(_content(file), reading.records, beside=(image,))
+            content = _content(file)
+            keys.update(dict.fromkeys(content if isinstance(content, dict) else ()))
+            labelled, passed_over, layout = samples_of(content, options, beside=(image,))
             records = [with_boxes(record, (image,), picture_size) for record in labelled]
         except (OSError, ValueError) as error:
             text = getattr(error, "strerror", None) or error
@@ -81,6 +85,7 @@ def _read_set(path: Path, reading: Reading, counts: DataCounts) -> list[Item]:
         entries.passed_over.update(passed_over)
         entries.layouts[layout] += len(records)
     problems.raise_any(labels)
+    check_columns(labels, options.columns, keys)
     unlabelled = len(images.keys() - {stem for stem, _ in read_labels})
     if unlabelled:
         counts.unused["images without a label"] += unlabelled

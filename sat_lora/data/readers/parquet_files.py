@@ -66,7 +66,8 @@ def read(path: Path, reading: Reading, counts: DataCounts, given: Sequence[Path]
         if not fits(path):
             raise ValueError("it does not begin as a parquet file does")
         with _arrow_as_value_error():
-            entries = collect_entries(path, _rows(path), reading)
+            columns = _names(path) if reading.columns else ()
+            entries = collect_entries(path, _rows(path), reading, columns=columns)
     except (OSError, ValueError) as error:
         problem = str(getattr(error, "strerror", None) or error).splitlines()[0][:200]
         raise DataError(f"{printable(path)}: cannot be read as parquet: {problem}; write or copy it again") from error
@@ -82,6 +83,12 @@ def _arrow_as_value_error() -> Iterator[None]:
         yield
     except ArrowException as error:
         raise ValueError(str(error) or type(error).__name__) from error
+
+
+def _names(path: Path) -> list[str]:
+    from pyarrow import parquet
+
+    return parquet.read_schema(path).names
 
 
 def _rows(path: Path) -> Iterator[tuple[str, dict]]:

@@ -49,7 +49,8 @@ def read(path: Path, reading: Reading, counts: DataCounts, given: Sequence[Path]
                 f"{listed(NAMES)} or what others call them, got {printable(listed(columns, 8)) or 'nothing'}; "
                 "--columns prompt=COLUMN answer=COLUMN says which are meant"
             )
-        entries = collect_entries(path, _rows(path, head), reading)
+        names = [name.strip() for name in columns]
+        entries = collect_entries(path, _rows(path, head), reading, columns=names)
     except UnicodeError as error:
         raise DataError(f"{printable(path)}: cannot be read as text: {error}; save it as UTF-8") from error
     except (OSError, ValueError, csv.Error) as error:
