@@ -7,7 +7,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from io import TextIOWrapper
 from pathlib import Path
 
@@ -117,8 +117,8 @@ def collect_entries(
     """
     entries = Entries()
     problems = Problems() if problems is None else problems
-    options = reading.records
     folder = path.parent
+    options = replace(reading.records, folder=folder)
     roots = [os.path.abspath(root) for root in (folder, *reading.images_from)]
     keys = dict.fromkeys(columns)
     for number, value in values:

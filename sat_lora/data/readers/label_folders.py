@@ -10,7 +10,7 @@ from sat_lora.data.box_texts import picture_size, with_boxes
 from sat_lora.data.folders import is_no_data
 from sat_lora.data.item_files import Entries, Entry, Problems
 from sat_lora.data.json_texts import read_object
-from sat_lora.data.reading import Reading, check_columns, samples_of
+from sat_lora.data.reading import Beside, Reading, check_columns, samples_of
 from sat_lora.data.records.record import RecordError
 from sat_lora.data.samples import DataCounts, Item, items_of_entries
 from sat_lora.errors import DataError
@@ -75,7 +75,7 @@ def _read_set(path: Path, reading: Reading, counts: DataCounts) -> list[Item]:
         try:
             content = _content(file)
             keys.update(dict.fromkeys(content if isinstance(content, dict) else ()))
-            labelled, passed_over, layout = samples_of(content, options, beside=(image,))
+            labelled, passed_over, layout = samples_of(content, options, Beside((image,)))
             records = [with_boxes(record, (image,), picture_size) for record in labelled]
         except (OSError, ValueError) as error:
             text = getattr(error, "strerror", None) or error
