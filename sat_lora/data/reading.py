@@ -32,6 +32,7 @@ from sat_lora.data.records.record import (
     place_images,
 )
 from sat_lora.data.records.registry import RECORDS, USUAL
+from sat_lora.data.records.turns import unpacked
 from sat_lora.errors import ConfigError, DataError
 from sat_lora.printable import printable
 
@@ -189,7 +190,7 @@ def rewrite(value: object, options: RecordOptions) -> tuple[list[Fields], str]:
     """Return (the samples of one object with our keys, unchecked, the name of its layout). Raises RecordError."""
     if not isinstance(value, dict):
         raise RecordError(f"wanted {WANTED}, got {kind_of_value(value)}: {json.dumps(value)[:80]}")
-    record = _with_columns(value, options.columns)
+    record = unpacked(_with_columns(value, options.columns), options.ignored)
     layout = options.layout or _layout_of(record)
     if options.layout is not None and not RECORDS[layout].fits(record):
         raise RecordError(

@@ -9,7 +9,7 @@ from sat_lora.data.formats import HEAD, JSON_SUFFIXES, SEPARATORS, encoding_of, 
 from sat_lora.data.item_files import FILE_LIMIT, LINE_LIMIT, collect_entries
 from sat_lora.data.item_keys import NAMES, READ_INSTEAD
 from sat_lora.data.reading import Reading
-from sat_lora.data.records.record import listed
+from sat_lora.data.records.record import TURNS, listed
 from sat_lora.data.samples import DataCounts, Item, items_of_entries
 from sat_lora.errors import DataError
 from sat_lora.files.foreign import open_file
@@ -66,7 +66,7 @@ def _head(path: Path) -> bytes:
 def _known(columns: Sequence[str]) -> list[str]:
     """Return those of the columns that have a name which is known."""
     plain = [name.strip().casefold().replace("-", "_").replace(" ", "_") for name in columns]
-    return [name for name in plain if name in (*NAMES, "history", "system") or name in READ_INSTEAD]
+    return [name for name in plain if name in (*NAMES, *TURNS, "history", "system") or name in READ_INSTEAD]
 
 
 def _separator(head: bytes, path: Path) -> str:

@@ -1,5 +1,6 @@
 """Lists of turns, however their roles and texts are called: checked for their order, and put in pairs."""
 
+import json
 import mimetypes
 import os
 import re
@@ -7,7 +8,9 @@ import shlex
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from sat_lora.data.json_texts import json_problem, short_problem
 from sat_lora.data.records.record import TURNS, Fields, RecordError, RecordOptions, listed
+from sat_lora.files.foreign import parse_json
 
 ROLES = {
     "user": "user", "human": "user", "question": "user", "prompter": "user", "usr": "user",
@@ -37,6 +40,32 @@ def turns_key(record: Mapping[str, Any]) -> str | None:
         return None
     keys = [key for key in record if key in TURNS and isinstance(record[key], list) and record[key]]
     return keys[0] if len(keys) == 1 else None
+
+
+def unpacked(record: Fields, ignored: Collection[str]) -> Fields:
+    """Return the record with its turns as lists: tables hold them as JSON, and `datasets` as lists in an object.
+
+    Raises RecordError for a text that begins as such a list and is none.
+    """
+    lists: Fields = {}
+    for key in _TURN_KEYS.union(("history",)).intersection(record).difference(ignored):
+        value = record[key]
+        if isinstance(value, str) and value.lstrip().startswith(("[{", "[[", "{")):
+            try:
+                value = parse_json(value)
+            except json.JSONDecodeError as error:
+                raise RecordError(f'"{key}" is a text that is no JSON: {json_problem(error)}') from None
+            except ValueError as error:
+                raise RecordError(f'"{key}" is a text that is no JSON: {short_problem(error)}') from None
+        if isinstance(value, dict) and value and all(isinstance(column, list) for column in value.values()):
+            counts = {name: len(column) for name, column in value.items()}
+            if len({*counts.values()}) > 1:
+                shown = ", ".join(f'"{name[:60]}" has {count}' for name, count in counts.items())
+                raise RecordError(f'the lists in "{key}" are not of one length: {shown}')
+            value = [dict(zip(value, turn)) for turn in zip(*value.values())]
+        if value is not record[key]:
+            lists[key] = value
+    return {**record, **lists} if lists else record
 
 
 def first_turn(record: Mapping[str, Any]) -> Any:
