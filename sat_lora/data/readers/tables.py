@@ -32,6 +32,23 @@ def fits(path: Path) -> bool:
     return kind.startswith("holds a table") and (path.suffix.lower() in SUFFIXES or bool(_known(_columns(head, path))))
 
 
+def misnamed_table(path: Path) -> str | None:
+    """Return that a file named as JSON holds a table, and what to do, as the end of a sentence; None if not."""
+    try:
+        head = _head(path)
+    except (OSError, ValueError):
+        return None
+    text = texts_of(head)[0].lstrip("\ufeff \t\r\n")
+    rows = [line for line in text.splitlines() if line.strip()]
+    if path.suffix.lower() not in JSON_SUFFIXES or text.startswith(("{", "[")) or len(rows) < 2:
+        return None
+    kind = kind_of_file(head, "") or ""
+    if not kind.startswith("holds a table") or not _known(_columns(head, path)):
+        return None
+    suffix = ".tsv" if "tabs" in kind else ".csv"
+    return f"{kind}, and its name says JSON; call it {path.stem}{suffix}, or give --data-format csv"
+
+
 def read(path: Path, reading: Reading, counts: DataCounts, given: Sequence[Path]) -> list[Item]:
     """Return the items of a table: one for each row; an empty cell is a key left out.
 
