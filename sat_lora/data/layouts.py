@@ -70,7 +70,7 @@ def check_file_kind(path: Path) -> None:
     if kind is None and path.suffix.lower() in JSON_SUFFIXES:
         return
     instead = f"give the folder of the images, or a .jsonl file with lines {WANTED}"
-    if path.suffix.lower() == ".arrow":
+    if path.suffix.lower() == ".arrow" and kind is None:  # the stream that `datasets` writes
         kind = "is an Arrow file"
         instead = _of_saved_dataset(path.parent)
     if kind is not None and kind.startswith("holds"):

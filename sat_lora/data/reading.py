@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import shlex
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from sat_lora.data.item_keys import (
     without_empty,
     without_images,
 )
+from sat_lora.data.json_texts import json_problem, short_problem
 from sat_lora.data.records.record import (
     COLUMNS,
     IMAGE_MARK,
@@ -32,8 +34,8 @@ from sat_lora.data.records.record import (
     place_images,
 )
 from sat_lora.data.records.registry import RECORDS, USUAL
-from sat_lora.data.records.turns import unpacked
 from sat_lora.errors import ConfigError, DataError
+from sat_lora.files.foreign import parse_json
 from sat_lora.printable import printable
 
 READERS = {
@@ -168,7 +170,10 @@ def _with_answer(fields: Fields, beside: Beside, named: Mapping[str, object]) ->
     for name, value in named.items():
         count = len(value) if isinstance(value, list) else 1
         if not beside.images:
-            raise RecordError(f"names an image, {str(value)[:80]!r}, but none lies beside it")
+            raise RecordError(
+                f"names an image, {str(value)[:80]!r}, but none lies beside it; --ignore-keys {shlex.quote(name[:60])} "
+                "passes over what names none"
+            )
         if isinstance(value, list) and count != len(beside.images):
             raise RecordError(f'"{name}" names {count} images, and {len(beside.images)} lie beside it')
     if beside.answer is None or is_blank(beside.answer):
@@ -190,7 +195,7 @@ def rewrite(value: object, options: RecordOptions) -> tuple[list[Fields], str]:
     """Return (the samples of one object with our keys, unchecked, the name of its layout). Raises RecordError."""
     if not isinstance(value, dict):
         raise RecordError(f"wanted {WANTED}, got {kind_of_value(value)}: {json.dumps(value)[:80]}")
-    record = unpacked(_with_columns(value, options.columns), options.ignored)
+    record = _unpacked(_with_columns(value, options.columns), options.ignored)
     layout = options.layout or _layout_of(record)
     if options.layout is not None and not RECORDS[layout].fits(record):
         raise RecordError(
@@ -205,6 +210,32 @@ def rewrite(value: object, options: RecordOptions) -> tuple[list[Fields], str]:
     if not left_out:
         return [*samples], layout
     return [{key: text for key, text in fields.items() if key not in left_out} for fields in samples], layout
+
+
+def _unpacked(record: Fields, ignored: Collection[str]) -> Fields:
+    """Return the record with its turns as lists: tables hold them as JSON, and `datasets` as lists in an object.
+
+    Raises RecordError for a text that begins as such a list and is none.
+    """
+    lists: Fields = {}
+    for key in {*TURNS, "history"}.intersection(record).difference(ignored):
+        value = record[key]
+        if isinstance(value, str) and value.lstrip().startswith(("[{", "[[", "{")):
+            try:
+                value = parse_json(value)
+            except json.JSONDecodeError as error:
+                raise RecordError(f'"{key}" is a text that is no JSON: {json_problem(error)}') from None
+            except ValueError as error:
+                raise RecordError(f'"{key}" is a text that is no JSON: {short_problem(error)}') from None
+        if isinstance(value, dict) and value and all(isinstance(column, list) for column in value.values()):
+            counts = {name: len(column) for name, column in value.items()}
+            if len({*counts.values()}) > 1:
+                shown = ", ".join(f'"{name[:60]}" has {count}' for name, count in counts.items())
+                raise RecordError(f'the lists in "{key}" are not of one length: {shown}')
+            value = [dict(zip(value, turn)) for turn in zip(*value.values())]
+        if value is not record[key]:
+            lists[key] = value
+    return {**record, **lists} if lists else record
 
 
 def _layout_of(record: Mapping) -> str:

@@ -20,7 +20,7 @@ from sat_lora.data.folders import find_images as find_images
 from sat_lora.data.image_sources import StoredImage
 from sat_lora.data.item_files import Entries, line_called
 from sat_lora.data.layouts import missing_file_hint
-from sat_lora.data.reading import READERS, SHARDS, Reading
+from sat_lora.data.reading import READERS, SHARDS, Reading, columns_of
 from sat_lora.data.records.record import IMAGE
 from sat_lora.data.records.registry import RECORDS
 from sat_lora.errors import ConfigError, DataError
@@ -144,6 +144,7 @@ def read_items(paths: Sequence[str | Path], *, counts: DataCounts | None = None,
     it. Raises DataError if a path is missing or is plainly another layout, or with every wrong line of a file.
     """
     options = Reading(**reading)
+    columns_of(options.columns)  # what is wrong with them is no file's
     counts = DataCounts() if counts is None else counts
     items: list[Item] = []
     given = [Path(path) for path in paths]

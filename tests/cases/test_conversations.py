@@ -98,7 +98,7 @@ def test_a_system_text_is_left_out_where_the_user_says_so(write):
         ([USER, {**REPLY, "weight": 0}], "the last answer of \"messages\" is not to be learnt (\"weight\")"),
         ([USER, {**REPLY, "loss": False}], "or give --ignore-keys loss to learn it"),
         ([USER, {**REPLY, "weight": 0.5}], "turn 2 of \"messages\" has \"weight\" 0.5: an answer is learnt (1) or not"),
-        ([USER, {**REPLY, "loss": "no"}], "has \"loss\" no: an answer is learnt (1) or not (0); --ignore-keys loss"),
+        ([USER, {**REPLY, "loss": "no"}], "has \"loss\" \"no\": an answer is learnt (1) or not (0); --ignore"),
         ([USER, {**REPLY, "tool_calls": [{"id": 1}]}], "\"tool_calls\", which is not read; --ignore-keys tool_calls"),
         ([USER, {**REPLY, "content": " "}], "\"answer\" is empty"),
         ([USER, {**REPLY, "content": ""}, USER, REPLY], "answer 1 of its turns is empty"),

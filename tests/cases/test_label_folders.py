@@ -102,6 +102,13 @@ def test_turns_of_a_cell_are_read(tmp_path, turns, kind):
     assert (item.prompt, item.answer) == ("q", "a")
 
 
+def test_an_arrow_file_of_datasets_is_told_how_to_become_parquet(tmp_path):
+    path = tmp_path / "data-00000-of-00001.arrow"
+    path.write_bytes(b"\xff\xff\xff\xff\x08\x01\0\0\x10\0\0\0")
+    with pytest.raises(DataError, match="is an Arrow file; write it as parquet.*load_from_disk.'"):
+        read_items([path])
+
+
 @pytest.mark.parametrize(
     "turns, words",
     [

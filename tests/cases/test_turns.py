@@ -34,6 +34,8 @@ def record_of(value, **reading):
 def test_what_says_nothing_of_a_turn_is_passed_over(more):
     record = record_of({"messages": [USER, {**REPLY, **more}], "tools": None})
     assert (record.prompt, record.answer, record.unlearnt) == ("q", "a", ())
+    weights = {key: value for key, value in more.items() if key in ("weight", "loss")}
+    assert record_of({"conversation": [{"human": "q", "assistant": "a", **weights}]}).answer == "a"
     assert record_of({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a", **more}]})
 
 

@@ -113,8 +113,8 @@ def _image_of(stem: str, content: object, images: Mapping[str, Sequence[str]], i
         text = other.replace("\\", "/").rpartition("/")[2] if isinstance(other, str) else None
         if text and unicodedata.normalize("NFC", os.path.splitext(text)[0]) != unicodedata.normalize("NFC", stem):
             raise RecordError(
-                f'"{key}" names {text[:80]!r}, and the image of that label is {image!r}, by its name; rename the label, '
-                f"or give --ignore-keys {key} if the name of the label is right"
+                f'"{key}" names {text[:80]!r}, and the image of that label is {image!r}, by its name; rename the '
+                f"label, or give --ignore-keys {key} if the name of the label is right"
             )
     return image
 

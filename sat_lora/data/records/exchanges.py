@@ -8,7 +8,16 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from sat_lora.data.records.record import Fields, RecordError, RecordOptions, listed
-from sat_lora.data.records.turns import NOTES, ROLES, first_turn, is_left_out, passed_over_by, turns_key, with_turns
+from sat_lora.data.records.turns import (
+    LEARNT_KEYS,
+    NOTES,
+    ROLES,
+    first_turn,
+    is_left_out,
+    passed_over_by,
+    turns_key,
+    with_turns,
+)
 
 WHOSE = "pairs of turns"
 NAMES_PLACES = True
@@ -47,6 +56,7 @@ def _unknown_keys(element: Any, ignored: Collection[str]) -> list[str]:
         for key, value in entries
         if key not in (*NOTES, *ignored)
         and not is_left_out(value)
+        and not (key in LEARNT_KEYS and value == 1)
         and (key.lower() not in ROLES or roles[ROLES[key.lower()]] > 1 or ROLES[key.lower()] == "system")
     ]
 

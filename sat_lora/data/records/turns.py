@@ -8,9 +8,7 @@ import shlex
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from sat_lora.data.json_texts import json_problem, short_problem
 from sat_lora.data.records.record import TURNS, Fields, RecordError, RecordOptions, listed
-from sat_lora.files.foreign import parse_json
 
 ROLES = {
     "user": "user", "human": "user", "question": "user", "prompter": "user", "usr": "user",
@@ -21,7 +19,7 @@ ROLES = {
 _TURN_KEYS = frozenset(TURNS)
 NOTES = frozenset("id name source timestamp created_at".split())
 """What stands in a turn and says nothing of it."""
-_LEARNT_KEYS = ("weight", "loss", "train", "training")
+LEARNT_KEYS = ("weight", "loss", "train", "training")
 """Keys of a turn that say whether its answer is learnt, as in the data of OpenAI, ms-swift and axolotl."""
 _IMAGE_KEYS = ("image", "images")
 """Keys of a turn that name its images, as in GLM-4V's data; they stand before its text, or where it has marks."""
@@ -40,32 +38,6 @@ def turns_key(record: Mapping[str, Any]) -> str | None:
         return None
     keys = [key for key in record if key in TURNS and isinstance(record[key], list) and record[key]]
     return keys[0] if len(keys) == 1 else None
-
-
-def unpacked(record: Fields, ignored: Collection[str]) -> Fields:
-    """Return the record with its turns as lists: tables hold them as JSON, and `datasets` as lists in an object.
-
-    Raises RecordError for a text that begins as such a list and is none.
-    """
-    lists: Fields = {}
-    for key in _TURN_KEYS.union(("history",)).intersection(record).difference(ignored):
-        value = record[key]
-        if isinstance(value, str) and value.lstrip().startswith(("[{", "[[", "{")):
-            try:
-                value = parse_json(value)
-            except json.JSONDecodeError as error:
-                raise RecordError(f'"{key}" is a text that is no JSON: {json_problem(error)}') from None
-            except ValueError as error:
-                raise RecordError(f'"{key}" is a text that is no JSON: {short_problem(error)}') from None
-        if isinstance(value, dict) and value and all(isinstance(column, list) for column in value.values()):
-            counts = {name: len(column) for name, column in value.items()}
-            if len({*counts.values()}) > 1:
-                shown = ", ".join(f'"{name[:60]}" has {count}' for name, count in counts.items())
-                raise RecordError(f'the lists in "{key}" are not of one length: {shown}')
-            value = [dict(zip(value, turn)) for turn in zip(*value.values())]
-        if value is not record[key]:
-            lists[key] = value
-    return {**record, **lists} if lists else record
 
 
 def first_turn(record: Mapping[str, Any]) -> Any:
@@ -106,7 +78,7 @@ def rewrite_turns(record: Fields, role_key: str, text_key: str, options: RecordO
         raise RecordError(*problems)
     fields = with_turns(record, key, turns, images)
     if unlearnt and unlearnt[-1] == len(turns) - 1:
-        named = [name for name in _LEARNT_KEYS if name in record[key][-1]]
+        named = [name for name in LEARNT_KEYS if name in record[key][-1]]
         raise RecordError(
             f'the last answer of "{key}" is not to be learnt ({listed(named)}), so its turns teach nothing; leave the '
             f"last ones out, or give --ignore-keys {' '.join(named)} to learn it"
@@ -154,11 +126,11 @@ def with_turns(record: Fields, key: str, turns: Sequence[Turn], images: Sequence
 
 def _is_learnt(turn: Mapping[str, Any], ignored: Collection[str]) -> bool:
     """Return whether the answer of a turn is learnt. Raises RecordError for a weight that is neither 0 nor 1."""
-    values = {key: turn[key] for key in _LEARNT_KEYS if turn.get(key) is not None and key not in ignored}
+    values = {key: turn[key] for key in LEARNT_KEYS if turn.get(key) is not None and key not in ignored}
     for key, value in values.items():
         if not isinstance(value, bool | int | float) or value not in (0, 1):
             raise RecordError(
-                f'has "{key}" {str(value)[:20]}: an answer is learnt (1) or not (0); {passed_over_by([key])}'
+                f'has "{key}" {json.dumps(value)[:20]}: an answer is learnt (1) or not (0); {passed_over_by([key])}'
             )
     return all(values.values())
 
@@ -168,7 +140,7 @@ def _read_turn(turn: Any, role_key: str, text_key: str, options: RecordOptions, 
     mark = options.image_mark
     if not isinstance(turn, dict) or role_key not in turn or text_key not in turn:
         raise RecordError(f'is not {{"{role_key}": ..., "{text_key}": ...}}')
-    known = {role_key, text_key, *NOTES, *_IMAGE_KEYS, *_LEARNT_KEYS, *options.ignored}
+    known = {role_key, text_key, *NOTES, *_IMAGE_KEYS, *LEARNT_KEYS, *options.ignored}
     unknown = [key for key, value in turn.items() if key not in known and not is_left_out(value)]
     if unknown:
         raise RecordError(f"has {listed(unknown, 5)}, which is not read; {passed_over_by(unknown)}")
