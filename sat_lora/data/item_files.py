@@ -6,15 +6,15 @@ Lines end in \\n, \\r\\n or \\r, and nothing else ends one. UTF-8, with or witho
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from io import TextIOWrapper
 from pathlib import Path
 
 from sat_lora.data.box_texts import picture_size, with_boxes
 from sat_lora.data.image_sources import StoredImage, image_source
 from sat_lora.data.json_texts import Place, elements, json_problem, short_problem, unique_keys
-from sat_lora.data.reading import Reading, samples_of
+from sat_lora.data.reading import Reading, check_columns, samples_of
 from sat_lora.data.records.record import Record, RecordError
 from sat_lora.errors import DataError
 from sat_lora.files.foreign import open_file, parse_json
@@ -104,19 +104,26 @@ def read_entries(path: str | Path, reading: Reading) -> Entries:
 
 
 def collect_entries(
-    path: Path, values: Iterable[tuple[int | str, object]], reading: Reading, problems: Problems | None = None
+    path: Path,
+    values: Iterable[tuple[int | str, object]],
+    reading: Reading,
+    problems: Problems | None = None,
+    columns: Collection[str] = (),
 ) -> Entries:
     """Return the samples of a file's objects. values: (line, object). problems: those that are known, or come up while
-    `values` is gone through.
+    `values` is gone through. columns: keys that the file has, though all its objects may leave them out.
 
-    Raises DataError with every object that cannot be used, and all problems.
+    Raises DataError with every object that cannot be used, and all problems, or for --columns that it has not.
     """
     entries = Entries()
     problems = Problems() if problems is None else problems
-    options = reading.records
     folder = path.parent
+    options = replace(reading.records, folder=folder)
     roots = [os.path.abspath(root) for root in (folder, *reading.images_from)]
+    keys = dict.fromkeys(columns)
     for number, value in values:
+        if options.columns and isinstance(value, dict):
+            keys.update(dict.fromkeys(value))
         try:
             records, passed_over, layout = samples_of(value, options)
             for record in records:
@@ -129,6 +136,7 @@ def collect_entries(
             entries.passed_over.update(passed_over)
         entries.layouts[layout] += len(records)
     problems.raise_any(path)
+    check_columns(path, options.columns, keys)
     return entries
 
 

@@ -7,13 +7,14 @@ from collections import Counter
 from collections.abc import Collection
 
 from sat_lora.data.formats import MARKS, format_of
+from sat_lora.data.records.record import is_blank
 from sat_lora.data.records.registry import RECORDS
 
 SHOWN = 8  # keys of one object
 NESTED = 3  # levels of what lies beside a sample that are looked through for its image
 PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".heic", ".avif")
 NAMES = ("image", "prompt", "answer")
-READ = (*NAMES, "history", "system", "boxes")
+READ = (*NAMES, "history", "system", "boxes", "unlearnt")
 OURS = frozenset(READ)
 WANTED = '{"image": ..., "prompt": ..., "answer": ...}'
 
@@ -24,14 +25,11 @@ METADATA = frozenset(
     id idx index uid uuid guid image_id question_id answer_id sample_id conversation_id row row_id line
     source dataset dataset_name data_source origin split subset fold license licence copyright
     author annotator annotator_id worker_id reviewer created created_at updated_at timestamp date time
+    key status error_message exif original_width original_height
     score scores confidence similarity quality width height size file_size image_size image_width image_height
     language lang locale tag tags topic domain category type task task_type question_type answer_type difficulty level
     comment comments note notes remark meta metadata extra info hash md5 sha1 sha256 checksum version
     """.split()
-)
-# The image of a shard's sample lies beside its JSON, so what is said of it there says nothing more.
-METADATA_OF_SHARDS = METADATA | frozenset(
-    "image key url status error_message exif original_width original_height".split()
 )
 
 OTHER_NAMES = {
@@ -94,22 +92,52 @@ def with_references(entry: dict, ignored: Collection[str]) -> tuple[dict, tuple[
     return rest, texts
 
 
+def means(key: str, name: str) -> bool:
+    """Return whether a key is one of ours, or one that others have for it."""
+    return _meant_by(key) == name
+
+
+def without_images(entry: dict, ignored: Collection[str]) -> tuple[dict, dict[str, object]]:
+    """Return (an object without the keys that name images, these with their values): of one beside which they lie."""
+    named = {key: value for key, value in entry.items() if _meant_by(key) == "image" and key not in ignored}
+    rest = {key: value for key, value in entry.items() if _meant_by(key) != "image"} if named else entry
+    return rest, {key: value for key, value in named.items() if value not in (None, "", [])}
+
+
+def without_empty(entry: dict, ignored: Collection[str]) -> tuple[dict, set[str]]:
+    """Return (an object without its keys that say nothing, our names of the texts among these).
+
+    Nothing is said by a prompt or an answer of white space alone, under any of their names, and by null or an empty
+    text under a key that is not ours: a table has nothing in such a cell.
+    """
+    empty = {
+        key: _meant_by(key)
+        for key, value in entry.items()
+        if (is_blank(value) and _meant_by(key) in NAMES[1:])
+        or (key not in OURS and key not in ignored and value in (None, ""))
+    }
+    if not empty:
+        return entry, set()
+    names = {name for key, name in empty.items() if name is not None and entry[key] is not None}
+    return {key: value for key, value in entry.items() if key not in empty}, names
+
+
 def _meant_by(key: str) -> str | None:
     """Return our name for what others call so; None if there is none."""
     plain = key.strip().casefold().replace("-", "_").replace(" ", "_")
     return plain if plain in NAMES else READ_INSTEAD.get(plain)
 
 
-def key_problems(entry: dict, ignored: Collection[str], metadata: Collection[str] = METADATA) -> list[str]:
+def key_problems(entry: dict, ignored: Collection[str]) -> list[str]:
     """Return what is wrong with the names of an object's keys, a sentence each.
 
-    ignored: names that the user has passed over as well. metadata: names that carry nothing to learn; where there is no
-    image, those that speak of one are not among them: the sample would be learnt as text alone. Nor are those that hold
-    a question where there is no prompt: another one would be asked.
+    ignored: names that the user has passed over, as METADATA are. Where there is no image, those that speak of one are
+    not among these: the sample would be learnt as text alone. Nor are those that hold a question where there is no
+    prompt: another one would be asked.
     """
     if entry.keys() <= OURS:
         return []
-    lacks_image = entry.get("image") is None and "image" not in metadata
+    lacks_image = entry.get("image") is None
     lacks_prompt = entry.get("prompt") is None
     unknown = [
         key
@@ -117,7 +145,7 @@ def key_problems(entry: dict, ignored: Collection[str], metadata: Collection[str
         if key not in OURS
         and key not in ignored
         and (
-            not _is_metadata(key, metadata)
+            not _is_metadata(key)
             or (lacks_image and _speaks_of_an_image(key, value))
             or (lacks_prompt and _holds_a_question(key, value))
         )
@@ -125,7 +153,7 @@ def key_problems(entry: dict, ignored: Collection[str], metadata: Collection[str
     if not unknown:
         return []
     meant = {key: _instead(key, entry) for key in unknown}
-    noted = {key: _why_not_noted(key, entry, metadata) for key in unknown[:SHOWN]}
+    noted = {key: _why_not_noted(key, entry) for key in unknown[:SHOWN]}
     problems = [f"the key {_shown(key)} is not known{meant[key] or noted[key]}" for key in unknown[:SHOWN]]
     if len(unknown) > SHOWN:
         problems.append(f"nor are {len(unknown) - SHOWN} others")
@@ -139,19 +167,18 @@ def key_problems(entry: dict, ignored: Collection[str], metadata: Collection[str
     if not layout and not any(key in READ for key in entry):
         problems[-1] += f", or another layout that is read: {', '.join(RECORDS)} (docs/data.md)"
     others = [key for key in unknown if not meant[key]]
-    is_sample = "answer" in entry or "image" in metadata  # a shard's answer may lie beside its JSON
-    if others and not layout and is_sample:
+    if others and not layout and "answer" in entry:
         problems[-1] += f"; --ignore-keys {_pasted(others)} passes over what is not to be learnt"
     return problems
 
 
-def _is_metadata(key: str, metadata: Collection[str]) -> bool:
-    return (key.startswith("_") and key not in MARKS) or key.casefold() in metadata
+def _is_metadata(key: str) -> bool:
+    return (key.startswith("_") and key not in MARKS) or key.casefold() in METADATA
 
 
-def _why_not_noted(key: str, entry: dict, metadata: Collection[str]) -> str:
+def _why_not_noted(key: str, entry: dict) -> str:
     """Return why a key that usually carries nothing to learn is not passed over, as the end of a sentence."""
-    if not _is_metadata(key, metadata):
+    if not _is_metadata(key):
         return ""
     missing = "prompt" if entry.get("prompt") is None and _holds_a_question(key, entry[key]) else "image"
     return f" where there is no {missing}: it seems to hold one"

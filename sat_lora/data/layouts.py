@@ -70,6 +70,9 @@ def check_file_kind(path: Path) -> None:
     if kind is None and path.suffix.lower() in JSON_SUFFIXES:
         return
     instead = f"give the folder of the images, or a .jsonl file with lines {WANTED}"
+    if path.suffix.lower() == ".arrow" and kind is None:  # the stream that `datasets` writes
+        kind = "is an Arrow file"
+        instead = _of_saved_dataset(path.parent)
     if kind is not None and kind.startswith("holds"):
         instead = f"write a .jsonl file with a line {WANTED} for each image"
     raise DataError(f"{printable(path)} {kind or 'is a file'}; {instead}")
@@ -88,8 +91,20 @@ def no_samples(path: Path, unused: Counter[str]) -> str:
         shown = [*map(printable, files[:3]), *["..."] * (len(files) > 3)]
         advice = f"of a folder only images are read: give its file{'s' * (len(files) > 1)}, {', '.join(shown)}"
     elif any(reason.startswith(".arrow") for reason in unused):
-        advice = "write it as parquet, with to_parquet of Hugging Face's datasets, and give that file"
+        advice = _of_saved_dataset(path)
     return f"{path} has no {wanted}; found {others}; {advice}"
+
+
+def _of_saved_dataset(folder: Path) -> str:
+    """Return how a folder of `save_to_disk`, or of other Arrow files, becomes one that is read."""
+    inner = sorted(file.parent for file in itertools.islice(folder.glob("*/state.json"), FOLDERS_READ))
+    saved = folder if (folder / "state.json").exists() or not inner else inner[0]
+    others = f" (so for {', '.join(printable(place.name) for place in inner)})" if len(inner) > 1 else ""
+    return (
+        "write it as parquet, with to_parquet of Hugging Face's datasets, and give that file: python -c "
+        f'"from datasets import load_from_disk; load_from_disk({printable(repr(str(saved)))})'
+        f".to_parquet('{printable(saved.name or 'data')}.parquet')\"{others}"
+    )
 
 
 def _files_of_samples(folder: Path) -> list[Path]:

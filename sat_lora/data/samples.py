@@ -20,7 +20,7 @@ from sat_lora.data.folders import find_images as find_images
 from sat_lora.data.image_sources import StoredImage
 from sat_lora.data.item_files import Entries, line_called
 from sat_lora.data.layouts import missing_file_hint
-from sat_lora.data.reading import READERS, SHARDS, Reading
+from sat_lora.data.reading import READERS, SHARDS, Reading, columns_of
 from sat_lora.data.records.record import IMAGE
 from sat_lora.data.records.registry import RECORDS
 from sat_lora.errors import ConfigError, DataError
@@ -37,7 +37,8 @@ class Item:
     history: (query, answer) of the turns before this one. system: the text that stands before all turns. more_images:
     further ones, in the order of their places; a query has IMAGE where one goes, and those without such a place come
     before all texts. name: what reports call the item; None is the image's path. file, line: where it is written down,
-    if it is. references: all answers that are right, where there are several.
+    if it is. references: all answers that are right, where there are several. unlearnt: places in `history` whose
+    answers are not learnt.
     """
 
     image: Picture | None
@@ -50,6 +51,7 @@ class Item:
     system: str | None = None
     more_images: tuple[Picture, ...] = ()
     references: tuple[str, ...] = field(default=(), compare=False)
+    unlearnt: tuple[int, ...] = ()
 
     @property
     def images(self) -> tuple[Picture, ...]:
@@ -73,8 +75,6 @@ class DataCounts:
     """Samples labelled by text that have no image."""
     without_prompt: Counter[str] = field(default_factory=Counter)
     """Samples labelled by text, by their file, that are asked --prompt."""
-    without_answer: int = 0
-    """Their answer is empty: only the end is learnt."""
     passed_over: Counter[str] = field(default_factory=Counter)
     """Keys that carry nothing to learn, with the samples that have them."""
     again: int = 0
@@ -88,8 +88,7 @@ class DataCounts:
 
     def left_out(self) -> list[tuple[str, int]]:
         """Return (what, how many) of what is not used, and of what samples lack or have for nothing: for their user."""
-        counts = [("images (samples of text alone)", self.text_only), ("answers (empty ones)", self.without_answer)]
-        counts.append(("samples twice (paths overlap)", self.again))
+        counts = [("images (samples of text alone)", self.text_only), ("samples twice (paths overlap)", self.again)]
         lacking = self.without_prompt.total()
         if lacking < self.labelled_by_text:  # where all lack one, that is how the file is meant
             counts.append(("prompts (--prompt is asked)", lacking))
@@ -100,7 +99,6 @@ class DataCounts:
         """Count the entries of the file at `path`. container: what people call it; None: by its suffix."""
         self.labelled_by_text += len(entries.objects)
         self.text_only += sum(not entry.images for entry in entries.objects)
-        self.without_answer += sum(not entry.record.answer.strip() for entry in entries.objects)
         lacking = sum(entry.record.prompt is None for entry in entries.objects)
         if lacking:
             self.without_prompt[str(path)] += lacking
@@ -146,6 +144,7 @@ def read_items(paths: Sequence[str | Path], *, counts: DataCounts | None = None,
     it. Raises DataError if a path is missing or is plainly another layout, or with every wrong line of a file.
     """
     options = Reading(**reading)
+    columns_of(options.columns)  # what is wrong with them is no file's
     counts = DataCounts() if counts is None else counts
     items: list[Item] = []
     given = [Path(path) for path in paths]
@@ -203,6 +202,7 @@ def items_of_entries(path: Path, entries: Entries, counts: DataCounts, container
                 system=record.system,
                 more_images=tuple(more),
                 references=record.references,
+                unlearnt=record.unlearnt,
             )
         )
     return items
@@ -348,6 +348,7 @@ class ImageTextDataset(Dataset):
             self.special_tokens,
             earlier=[*zip(earlier, answers, strict=True)],
             learns_earlier=self.learns_all,
+            unlearnt=item.unlearnt,
             joins_images=self.takes_frames,
         )
 

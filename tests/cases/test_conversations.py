@@ -12,7 +12,7 @@ from sat_lora.training.preflight import option_problems
 from sat_lora.training.prepare import dataset_maker
 from tests.support.configs import parse_options
 from tests.support.datasets import dataset
-from tests.support.layouts import encoded, llava, roles, write_pictures, write_sft
+from tests.support.layouts import encoded, llava, roles, write_parquet, write_pictures, write_sft
 from tests.support.picture_files import write_images
 from tests.support.tar_shards import png
 
@@ -95,7 +95,15 @@ def test_a_system_text_is_left_out_where_the_user_says_so(write):
         ([USER, {"role": "tool", "content": "a"}], "turn 2 of \"messages\" is of 'tool'; known are user"),
         ([USER, {"role": "assistant"}], "turn 2 of \"messages\" is not {\"role\": ..., \"content\": ...}"),
         ([USER, {"role": "assistant", "content": None}], "has no text in \"content\""),
-        ([USER, {**REPLY, "weight": 0}], "has \"weight\", which is not read"),
+        ([USER, {**REPLY, "weight": 0}], "the last answer of \"messages\" is not to be learnt (\"weight\")"),
+        ([USER, {**REPLY, "loss": False}], "or give --ignore-keys loss to learn it"),
+        ([USER, {**REPLY, "weight": 0.5}], "turn 2 of \"messages\" has \"weight\" 0.5: an answer is learnt (1) or not"),
+        ([USER, {**REPLY, "loss": "no"}], "has \"loss\" \"no\": an answer is learnt (1) or not (0); --ignore"),
+        ([USER, {**REPLY, "tool_calls": [{"id": 1}]}], "\"tool_calls\", which is not read; --ignore-keys tool_calls"),
+        ([USER, {**REPLY, "content": " "}], "\"answer\" is empty"),
+        ([USER, {**REPLY, "content": ""}, USER, REPLY], "answer 1 of its turns is empty"),
+        ([{"human": "q", "assistant": "a", "mood": "x"}], "pair 1 of \"messages\" has \"mood\", which is not read"),
+        ([{"human": "q", "assistant": "a", "system": "x"}], "pair 1 of \"messages\" has \"system\", which is not read"),
         ([USER, {"role": "assistant", "content": [{"type": "image"}]}], "of the assistant has an image"),
         ([USER, {**REPLY, "image": "a.png"}], "of the assistant has an image; images stand in turns of the user"),
         ([{"role": "user", "content": ["q"], "image": "a.png"}, REPLY], "among its parts and beside them"),
@@ -217,6 +225,10 @@ def test_another_mark_or_none_leaves_image_a_text(write):
         ({"columns": ["prompt=nothing"]}, 'has no "nothing", which --columns names; got "q", "image"'),
         ({"columns": ["nothing=q"]}, "--columns: got nothing=q, wanted NAME=COLUMN with a name of image, prompt"),
         ({"columns": ["prompt=q", "prompt=image"]}, "--columns: prompt is given twice, q and image"),
+        ({"columns": ["prompt=q", "answer=q"]}, "the column q is given twice, as prompt and as answer; it can be one"),
+        ({"columns": ["prompt=q,image=pic"]}, 'no record has "pic", which --columns image=pic names; got "q", "image"'),
+        ({"columns": ["system=imag,prompt=q"]}, 'which --columns system=imag names; did you mean "image"?; give a'),
+        ({"columns": ["prompt=Q"]}, 'has no "Q", which --columns names; got "q"'),
         ({"columns": ["prompt"]}, "--columns: got prompt, wanted NAME=COLUMN"),
         ({"columns": ["image=q"]}, 'has "image" beside what --columns gives that name'),
     ],
@@ -225,6 +237,22 @@ def test_what_is_insisted_on_and_is_not_so_is_an_error(write, settings, words):
     path = write({"q": "What?", "image": "a.png", "answer": "x"})
     message = refusal(path, **settings)
     assert words in message, message
+
+
+@pytest.mark.parametrize("kind", ["table", "parquet", "labels"])
+def test_a_column_that_no_record_has_is_an_error_in_each_layout(tmp_path, kind):
+    if kind == "table":
+        path = tmp_path / "d.csv"
+        path.write_text("picture,question,answer,lang\n,q,x,\n")
+    elif kind == "parquet":
+        path = write_parquet(tmp_path, [{"picture": None, "question": "q", "answer": "x", "lang": None}])
+    else:
+        path = write_sft(tmp_path, [("a", TWO)])
+        (path / "labels_en" / "a.json").write_text(json.dumps({"conversations": roles(TWO), "lang": "en"}))
+    assert f"{path}" in refusal(path, columns=["system=langs"])
+    assert 'no record has "langs"' in refusal(path, columns=["system=langs"])
+    assert 'names; did you mean "lang"?' in refusal(path, columns=["system=langs"])
+    assert len(read_items([path], columns=["system=lang"])) == 1
 
 
 def test_columns_are_mapped(write):

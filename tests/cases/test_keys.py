@@ -170,6 +170,12 @@ def test_what_is_noted_beside_a_prompt_is_no_question(tmp_path):
         ({**GOOD, "answer": 42}, '"answer" is the number 42, wanted a text in quotes'),
         ({**GOOD, "answer": True}, '"answer" is true'),
         ({**GOOD, "answer": None}, '"answer" is null'),
+        ({**GOOD, "answer": ""}, '"answer" is empty; wanted {"image": ...'),
+        (without("answer", response=" "), '"answer" is empty'),
+        ({**GOOD, "history": [["q", "a"], ["q", ""]]}, "answer 2 of its turns is empty"),
+        ({**GOOD, "history": [["q", "a"]], "unlearnt": [1]}, '"unlearnt" is no list of places in "history"'),
+        ({**GOOD, "history": [["q", "a"]], "unlearnt": [True]}, '"unlearnt" is no list of places in "history"'),
+        ({"prompt": "", "answer": "x"}, 'neither "image" nor "prompt" is there'),
         ({**GOOD, "answer": float("nan")}, '"answer" is the number nan'),
         ({**GOOD, "answer": ["x"]}, '"answer" is a list'),
         (
@@ -192,13 +198,13 @@ def test_a_value_of_another_type_is_named_with_its_line(refused, entry, words):
 
 def test_what_a_sample_lacks_is_counted(tmp_path):
     path = tmp_path / "data.jsonl"
-    entries = [GOOD, without("prompt"), {**GOOD, "image": None}, without("image"), {**GOOD, "answer": ""}]
+    entries = [GOOD, without("prompt"), {**GOOD, "image": None}, without("image"), {**GOOD, "prompt": " "}]
     path.write_text("\n".join(map(json.dumps, entries)))
     counts = DataCounts()
     read_items([path, write_images(tmp_path / "images", ["1.png", "2.png"])], counts=counts)
     assert (counts.labelled_by_name, counts.labelled_by_text, counts.text_only) == (2, 5, 2)
-    assert counts.without_prompt == {str(path): 1} and counts.without_answer == 1
-    lacking = [("images (samples of text alone)", 2), ("answers (empty ones)", 1), ("prompts (--prompt is asked)", 1)]
+    assert counts.without_prompt == {str(path): 2}
+    lacking = [("images (samples of text alone)", 2), ("prompts (--prompt is asked)", 2)]
     assert counts.left_out() == lacking
 
 

@@ -244,6 +244,12 @@ def test_the_demo_s_own_images_are_samples(split, samples, tmp_path):
         ),
         (["train.CSV", "readme.md"], "give its file, {folder}/train.CSV"),
         (["dataset_info.json", "state.json", "data-00000.arrow"], "write it as parquet, with to_parquet"),
+        (["state.json", "d.arrow"], "load_from_disk('{folder}').to_parquet('mine.parquet')\""),
+        (["x.arrow"], "load_from_disk('{folder}').to_parquet('mine.parquet')\""),
+        (
+            ["dataset_dict.json", "train/state.json", "train/d.arrow", "test/state.json", "test/d.arrow"],
+            "load_from_disk('{folder}/test').to_parquet('test.parquet')\" (so for test, train)",
+        ),
         (["notes.txt", ".hidden.jsonl"], "give a folder or file that has some"),
     ],
 )

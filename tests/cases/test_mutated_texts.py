@@ -16,7 +16,7 @@ ENTRIES = [
     {"image": "000.png", "prompt": "What is it?", "answer": "a cat"},
     {"image": "sub/001.png", "answer": "ein Kätzchen 猫", "id": 7},
     {"prompt": "2+2?", "answer": "4 </s> \u2028 <EOI>"},
-    {"image": None, "prompt": "", "answer": ""},
+    {"image": "000.png", "prompt": "", "answer": "x", "system": ""},
 ]
 SEEDS = [
     "".join(json.dumps(entry) + "\n" for entry in ENTRIES).encode(),

@@ -1,7 +1,7 @@
 """Prompts and token sequences, as the published CogVLM lays them out."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -158,6 +158,7 @@ def build_sample(
     *,
     earlier: Sequence[Turn] = (),
     learns_earlier: bool = True,
+    unlearnt: Collection[int] = (),
     joins_images: bool = False,
 ) -> Sample:
     """Return the sample of BOS, the earlier turns, prompt with its image, answer, EOS.
@@ -167,7 +168,8 @@ def build_sample(
     comes after it; a prompt that does not fit is an error, but that of a later turn, where the sample ends before it.
     prompt: with IMAGE_PLACE wherever an image goes, or the texts around the images. special_tokens: whether a text that
     spells one of the tokenizer's special tokens means it. earlier: the turns before; learns_earlier: whether their
-    answers are learnt as well. joins_images: images with nothing between them, frames of a film, share one position.
+    answers are learnt as well, but for those whose places are in unlearnt. joins_images: images with nothing between
+    them, frames of a film, share one position.
     A label is the token at its own place. Published templates have no EOS behind an earlier answer, yet it ends there:
     what is to be predicted in the place of the first token of the next prompt is EOS. So the loss of all answers is the
     sum of what each costs as the last one behind the same tokens.
@@ -187,7 +189,8 @@ def build_sample(
             sequence.leave_out(turns[number:])
             break
         sequence.add_prompt(turn_prompt)
-        if not sequence.add_answer(turn_answer, is_last or learns_earlier, is_last):
+        is_learnt = is_last or (learns_earlier and number not in unlearnt)
+        if not sequence.add_answer(turn_answer, is_learnt, is_last):
             sequence.leave_out(turns[number + 1 :])
             break
     return sequence.sample(image)

@@ -276,7 +276,8 @@ def _entry(item: Item) -> tuple:
     """Return what tells an item from others, wherever its file lies."""
     name = Path(item.image).name if isinstance(item.image, str | Path) else None
     more = [image.name if isinstance(image, Path) else None for image in item.more_images]
-    turns = [item.history, item.system, more] if item.history or item.system or more else []
+    turns: list[Any] = [item.history, item.system, more] if item.history or item.system or more else []
+    turns += [item.unlearnt] if item.unlearnt else []
     own_name = item.name if item.file is None else item.name and item.name.replace(f"{item.file}", item.file.name, 1)
     return own_name or name, item.prompt, item.answer, *turns
 

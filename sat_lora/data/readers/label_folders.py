@@ -2,15 +2,17 @@
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+import unicodedata
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from sat_lora.cogvlm.inputs.pictures import SUFFIXES
 from sat_lora.data.box_texts import picture_size, with_boxes
 from sat_lora.data.folders import is_no_data
 from sat_lora.data.item_files import Entries, Entry, Problems
+from sat_lora.data.item_keys import without_images
 from sat_lora.data.json_texts import read_object
-from sat_lora.data.reading import Reading, samples_of
+from sat_lora.data.reading import Beside, Reading, check_columns, samples_of
 from sat_lora.data.records.record import RecordError
 from sat_lora.data.samples import DataCounts, Item, items_of_entries
 from sat_lora.errors import DataError
@@ -63,15 +65,21 @@ def _read_set(path: Path, reading: Reading, counts: DataCounts) -> list[Item]:
         names = " and ".join(folder.name for folder in folders)
         raise DataError(f"{printable(path)} has {names}; give the one to learn, such as {printable(folders[0])}")
     labels = folders[0]
-    images = _files(labels.parent / IMAGES, SUFFIXES)
+    images: dict[str, list[str]] = {}
+    for stem, name in _named(labels.parent / IMAGES, SUFFIXES):
+        images.setdefault(unicodedata.normalize("NFC", stem), []).append(name)
     entries = Entries()
     problems = Problems()
+    options = reading.records
+    keys: dict[str, None] = {}
     read_labels = sorted(_files(labels, (".json",)).items())
     for stem, name in read_labels:
         file = labels / name
-        image = labels.parent / IMAGES / images.get(stem, f"{stem}.jpg")
         try:
-            labelled, passed_over, layout = samples_of(_content(file), reading.records, beside=(image,))
+            content = _content(file)
+            image = labels.parent / IMAGES / _image_of(stem, content, images, options.ignored)
+            keys.update(dict.fromkeys(content if isinstance(content, dict) else ()))
+            labelled, passed_over, layout = samples_of(content, options, Beside((image,)))
             records = [with_boxes(record, (image,), picture_size) for record in labelled]
         except (OSError, ValueError) as error:
             text = getattr(error, "strerror", None) or error
@@ -81,10 +89,34 @@ def _read_set(path: Path, reading: Reading, counts: DataCounts) -> list[Item]:
         entries.passed_over.update(passed_over)
         entries.layouts[layout] += len(records)
     problems.raise_any(labels)
-    unlabelled = len(images.keys() - {stem for stem, _ in read_labels})
+    check_columns(labels, options.columns, keys)
+    labelled_stems = {unicodedata.normalize("NFC", stem) for stem, _ in read_labels}
+    unlabelled = sum(len(names) for stem, names in images.items() if stem not in labelled_stems)
     if unlabelled:
         counts.unused["images without a label"] += unlabelled
     return items_of_entries(labels, entries, counts, WHOSE)
+
+
+def _image_of(stem: str, content: object, images: Mapping[str, Sequence[str]], ignored: Collection[str]) -> str:
+    """Return the name of the image of a label. images: names by their stems in NFC: archives of macOS have NFD.
+
+    Raises RecordError where several images have its name, or the label itself names another.
+    """
+    names = images.get(unicodedata.normalize("NFC", stem), [])
+    own = [name for name in names if os.path.splitext(name)[0] == stem]
+    if len(own or names) > 1:
+        raise RecordError(f"may be of {' or '.join(own or names)}; leave one of them in {IMAGES}")
+    image = (own or names or [f"{stem}.jpg"])[0]
+    named = without_images(content, ignored)[1] if isinstance(content, dict) else {}
+    for key, value in named.items():
+        other = value[0] if isinstance(value, list) and len(value) == 1 else value
+        text = other.replace("\\", "/").rpartition("/")[2] if isinstance(other, str) else None
+        if text and unicodedata.normalize("NFC", os.path.splitext(text)[0]) != unicodedata.normalize("NFC", stem):
+            raise RecordError(
+                f'"{key}" names {text[:80]!r}, and the image of that label is {image!r}, by its name; rename the '
+                f"label, or give --ignore-keys {key} if the name of the label is right"
+            )
+    return image
 
 
 def _content(file: Path) -> object:

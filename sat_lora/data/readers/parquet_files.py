@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,23 +18,30 @@ from sat_lora.printable import printable
 WHOSE = "parquet"
 READS_FOLDERS = False
 MAGIC = b"PAR1"
+STORED = object()
+"""Stands for an image whose bytes are there."""
 _GROUPS_KEPT = 4  # columns of row groups that were read last, of a process
 _ROWS = 1000  # that are looked at together
 
 
 @dataclass(frozen=True)
 class ParquetImage:
-    """An image in a column of bytes, or of {"bytes", "path"} as Hugging Face's `datasets` writes it."""
+    """An image in a column of bytes, or of {"bytes", "path"} as Hugging Face's `datasets` writes it.
+
+    index: of the image in the list that its row has; None where the column has no lists.
+    """
 
     path: str
     group: int
     row: int
     column: str
+    index: int | None = None
 
     def read(self) -> bytes:
         """Return the content of the image's file. Raises OSError or ValueError if it cannot be read."""
         with _arrow_as_value_error():
-            value = _column(self.path, self.group, self.column)[self.row].as_py()
+            cell = _column(self.path, self.group, self.column)[self.row]
+            value = (cell if self.index is None else cell.values[self.index]).as_py()
         content = value["bytes"] if isinstance(value, dict) else value
         if not isinstance(content, bytes):
             raise ValueError(f"no bytes in row {self.row} of row group {self.group}")
@@ -58,7 +66,8 @@ def read(path: Path, reading: Reading, counts: DataCounts, given: Sequence[Path]
         if not fits(path):
             raise ValueError("it does not begin as a parquet file does")
         with _arrow_as_value_error():
-            entries = collect_entries(path, _rows(path), reading)
+            columns = _names(path) if reading.columns else ()
+            entries = collect_entries(path, _rows(path), reading, columns=columns)
     except (OSError, ValueError) as error:
         problem = str(getattr(error, "strerror", None) or error).splitlines()[0][:200]
         raise DataError(f"{printable(path)}: cannot be read as parquet: {problem}; write or copy it again") from error
@@ -74,6 +83,12 @@ def _arrow_as_value_error() -> Iterator[None]:
         yield
     except ArrowException as error:
         raise ValueError(str(error) or type(error).__name__) from error
+
+
+def _names(path: Path) -> list[str]:
+    from pyarrow import parquet
+
+    return parquet.read_schema(path).names
 
 
 def _rows(path: Path) -> Iterator[tuple[str, dict]]:
@@ -102,26 +117,50 @@ def _rows(path: Path) -> Iterator[tuple[str, dict]]:
 
 
 def _holds_bytes(kind: Any, types: Any) -> bool:
-    """Return whether a column is of bytes, or of objects with `bytes`."""
+    """Return whether a column is of bytes, of objects with `bytes`, or of lists of those."""
+    if _is_list(kind, types):
+        return not _is_list(kind.value_type, types) and _holds_bytes(kind.value_type, types)
     if types.is_struct(kind):
         return any(kind.field(place).name == "bytes" for place in range(kind.num_fields))
     return types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind)
 
 
+def _is_list(kind: Any, types: Any) -> bool:
+    return types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
+
+
 def _places(path: Path, file: Any, group: int, name: str) -> list:
-    """Return where the image of each row of a group lies: a ParquetImage, its path where it has no bytes, or None."""
+    """Return where the image of each row of a group lies: a ParquetImage, its path where it has no bytes, or None; of
+    a column of lists, a list of these for each row.
+    """
+    from pyarrow import compute, types
+
     places: list[Any] = []
     for batch in file.iter_batches(_ROWS, row_groups=[group], columns=[name], use_threads=False):
         column = batch.column(0)
-        is_struct = hasattr(column, "field")
-        contents = column.field("bytes") if is_struct else column
-        has_bytes = contents.is_valid().to_pylist()
-        paths = _paths_of(column) if is_struct else [None] * len(column)
-        is_there = column.is_valid().to_pylist()
-        for row, (is_stored, other, there) in enumerate(zip(has_bytes, paths, is_there), len(places)):
-            stored = ParquetImage(str(path), group, row, name)
-            places.append(stored if there and is_stored else other if there else None)
+        if not _is_list(column.type, types):
+            images = enumerate(_stored_or_path(column), len(places))
+            places += [_place(image, str(path), group, row, name) for row, image in images]
+            continue
+        elements = iter(_stored_or_path(column.flatten()))
+        for row, count in enumerate(compute.list_value_length(column).to_pylist(), len(places)):
+            images = enumerate(islice(elements, count or 0))
+            cell = [_place(image, str(path), group, row, name, index) for index, image in images]
+            places.append(None if count is None else cell)
     return places
+
+
+def _place(image: Any, path: str, group: int, row: int, column: str, index: int | None = None) -> Any:
+    return ParquetImage(path, group, row, column, index) if image is STORED else image
+
+
+def _stored_or_path(column: Any) -> list:
+    """Return of each element of bytes, or of objects with `bytes`, STORED, its path where it has no bytes, or None."""
+    is_struct = hasattr(column, "field")
+    contents = column.field("bytes") if is_struct else column
+    paths = _paths_of(column) if is_struct else [None] * len(column)
+    rows = zip(column.is_valid().to_pylist(), contents.is_valid().to_pylist(), paths)
+    return [(STORED if is_stored else path) if is_there else None for is_there, is_stored, path in rows]
 
 
 def _paths_of(column: Any) -> list:

@@ -9,7 +9,7 @@ from sat_lora.data.formats import HEAD, JSON_SUFFIXES, SEPARATORS, encoding_of, 
 from sat_lora.data.item_files import FILE_LIMIT, LINE_LIMIT, collect_entries
 from sat_lora.data.item_keys import NAMES, READ_INSTEAD
 from sat_lora.data.reading import Reading
-from sat_lora.data.records.record import listed
+from sat_lora.data.records.record import TURNS, listed
 from sat_lora.data.samples import DataCounts, Item, items_of_entries
 from sat_lora.errors import DataError
 from sat_lora.files.foreign import open_file
@@ -32,6 +32,23 @@ def fits(path: Path) -> bool:
     return kind.startswith("holds a table") and (path.suffix.lower() in SUFFIXES or bool(_known(_columns(head, path))))
 
 
+def misnamed_table(path: Path) -> str | None:
+    """Return that a file named as JSON holds a table, and what to do, as the end of a sentence; None if not."""
+    try:
+        head = _head(path)
+    except (OSError, ValueError):
+        return None
+    text = texts_of(head)[0].lstrip("\ufeff \t\r\n")
+    rows = [line for line in text.splitlines() if line.strip()]
+    if path.suffix.lower() not in JSON_SUFFIXES or text.startswith(("{", "[")) or len(rows) < 2:
+        return None
+    kind = kind_of_file(head, "") or ""
+    if not kind.startswith("holds a table") or not _known(_columns(head, path)):
+        return None
+    suffix = ".tsv" if "tabs" in kind else ".csv"
+    return f"{kind}, and its name says JSON; call it {path.stem}{suffix}, or give --data-format csv"
+
+
 def read(path: Path, reading: Reading, counts: DataCounts, given: Sequence[Path]) -> list[Item]:
     """Return the items of a table: one for each row; an empty cell is a key left out.
 
@@ -49,7 +66,8 @@ def read(path: Path, reading: Reading, counts: DataCounts, given: Sequence[Path]
                 f"{listed(NAMES)} or what others call them, got {printable(listed(columns, 8)) or 'nothing'}; "
                 "--columns prompt=COLUMN answer=COLUMN says which are meant"
             )
-        entries = collect_entries(path, _rows(path, head), reading)
+        names = [name.strip() for name in columns]
+        entries = collect_entries(path, _rows(path, head), reading, columns=names)
     except UnicodeError as error:
         raise DataError(f"{printable(path)}: cannot be read as text: {error}; save it as UTF-8") from error
     except (OSError, ValueError, csv.Error) as error:
@@ -65,7 +83,7 @@ def _head(path: Path) -> bytes:
 def _known(columns: Sequence[str]) -> list[str]:
     """Return those of the columns that have a name which is known."""
     plain = [name.strip().casefold().replace("-", "_").replace(" ", "_") for name in columns]
-    return [name for name in plain if name in (*NAMES, "history", "system") or name in READ_INSTEAD]
+    return [name for name in plain if name in (*NAMES, *TURNS, "history", "system") or name in READ_INSTEAD]
 
 
 def _separator(head: bytes, path: Path) -> str:

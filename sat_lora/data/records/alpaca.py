@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from sat_lora.data.records.record import Fields
+from sat_lora.data.records.record import Fields, RecordOptions
 
 WHOSE = "instructions of Alpaca"
 NAMES_PLACES = False
@@ -18,7 +18,7 @@ def fits(record: Mapping[str, Any]) -> bool:
     return not ours and all(isinstance(text, str) for text in texts)
 
 
-def rewrite(record: Fields, mark: str) -> list[Fields]:
+def rewrite(record: Fields, options: RecordOptions) -> list[Fields]:
     """Return the record with prompt and answer, in a list."""
     rest = {name: value for name, value in record.items() if name not in ("instruction", "input", "output")}
     prompt = "\n".join(filter(None, (record["instruction"], record.get("input"))))

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from sat_lora.data.records.record import Fields, RecordError
+from sat_lora.data.records.record import Fields, RecordError, RecordOptions
 
 WHOSE = "captions"
 NAMES_PLACES = False
@@ -15,7 +15,7 @@ def fits(record: Mapping[str, Any]) -> bool:
     return isinstance(captions, list) and bool(captions) and isinstance(captions[0], dict) and "content" in captions[0]
 
 
-def rewrite(record: Fields, mark: str) -> list[Fields]:
+def rewrite(record: Fields, options: RecordOptions) -> list[Fields]:
     """Return a sample for each caption. Raises RecordError."""
     rest = {name: value for name, value in record.items() if name != "captions"}
     samples = []

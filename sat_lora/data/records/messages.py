@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from sat_lora.data.records.record import Fields
+from sat_lora.data.records.record import Fields, RecordOptions
 from sat_lora.data.records.turns import first_turn, rewrite_turns
 
 WHOSE = "messages"
@@ -16,6 +16,6 @@ def fits(record: Mapping[str, Any]) -> bool:
     return isinstance(turn, dict) and "role" in turn
 
 
-def rewrite(record: Fields, mark: str) -> list[Fields]:
+def rewrite(record: Fields, options: RecordOptions) -> list[Fields]:
     """Return the record with its turns as prompt, answer, history and system. Raises RecordError."""
-    return rewrite_turns(record, "role", "content", mark)
+    return rewrite_turns(record, "role", "content", options)

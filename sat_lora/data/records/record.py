@@ -3,6 +3,7 @@
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 IMAGE = "\udbff"
@@ -22,9 +23,9 @@ Fields = dict[str, Any]
 class Record:
     """One sample, as its record names it.
 
-    prompt, answer: of the last turn; without a prompt, --prompt is asked. images: in the order of their places.
-    history: (query, answer) of the turns before. system: the text that stands before all turns. A query has IMAGE where
-    an image goes; images without such a place come before all texts.
+    prompt, answer: of the last turn; without a prompt, or with an empty one, --prompt is asked. images: in the order of
+    their places. history: (query, answer) of the turns before. system: the text that stands before all turns. A query
+    has IMAGE where an image goes; images without such a place come before all texts.
     """
 
     prompt: str | None
@@ -36,6 +37,8 @@ class Record:
     """What goes into the texts in place of each <box>: a box, or several of one phrase, as `boxes_text` takes them."""
     references: tuple[str, ...] = ()
     """What several people answered, where the record has all of it."""
+    unlearnt: tuple[int, ...] = ()
+    """Places in `history` whose answers stand there and are not learnt."""
 
 
 class RecordError(ValueError):
@@ -50,9 +53,9 @@ class RecordError(ValueError):
 class RecordOptions:
     """How records are read, by options of a run.
 
-    ignored: keys to pass over. layout: the name of the only layout that may be. columns: our names of keys, with those
-    that the records have for them. image_mark: what stands in a text for an image; none with "", and images come first.
-    most_images: of one sample.
+    ignored: keys to pass over, of turns too. layout: the name of the only layout that may be. columns: our names of
+    keys, with those that the records have for them. image_mark: what stands in a text for an image; none with "", and
+    images come first. most_images: of one sample. folder: what paths in texts are relative to.
     """
 
     ignored: Collection[str] = ()
@@ -60,6 +63,7 @@ class RecordOptions:
     columns: Mapping[str, str] = field(default_factory=dict)
     image_mark: str = IMAGE_MARK
     most_images: int = 1
+    folder: Path | None = None
 
 
 PLAIN = RecordOptions()
@@ -77,9 +81,9 @@ class RecordLayout(Protocol):
     def fits(self, record: Mapping[str, Any]) -> bool:
         """Return whether a record is of this layout, by its keys and their types."""
 
-    def rewrite(self, record: Fields, mark: str) -> Sequence[Fields]:
+    def rewrite(self, record: Fields, options: "RecordOptions") -> Sequence[Fields]:
         """Return the samples of a record with the keys of our own layout (image, prompt, answer, history, system), and
-        with all other keys as they are. mark: what to write into a text where an image stands. Raises RecordError.
+        with all other keys as they are; the mark of the options stands in a text for an image. Raises RecordError.
         """
 
 
@@ -114,7 +118,20 @@ def place_images(
         texts[0] = texts[0].lstrip(IMAGE)
         history = [(text, answer) for text, (_, answer) in zip(texts, history)]
         prompt = texts[-1]
-    return Record(prompt, fields["answer"], tuple(images), tuple(history), system, tuple(fields.get("boxes") or ()))
+    return Record(
+        None if is_blank(prompt) else prompt,
+        fields["answer"],
+        tuple(images),
+        tuple(history),
+        system,
+        tuple(fields.get("boxes") or ()),
+        unlearnt=tuple(fields.get("unlearnt") or ()),
+    )
+
+
+def is_blank(value: object) -> bool:
+    """Return whether a value is a text of nothing but white space."""
+    return isinstance(value, str) and not value.strip()
 
 
 def _placed(text: str, mark: str) -> str:

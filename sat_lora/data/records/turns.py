@@ -1,10 +1,14 @@
 """Lists of turns, however their roles and texts are called: checked for their order, and put in pairs."""
 
+import json
+import mimetypes
+import os
 import re
-from collections.abc import Mapping, Sequence
+import shlex
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from sat_lora.data.records.record import TURNS, Fields, RecordError, listed
+from sat_lora.data.records.record import TURNS, Fields, RecordError, RecordOptions, listed
 
 ROLES = {
     "user": "user", "human": "user", "question": "user", "prompter": "user", "usr": "user",
@@ -15,6 +19,8 @@ ROLES = {
 _TURN_KEYS = frozenset(TURNS)
 NOTES = frozenset("id name source timestamp created_at".split())
 """What stands in a turn and says nothing of it."""
+LEARNT_KEYS = ("weight", "loss", "train", "training")
+"""Keys of a turn that say whether its answer is learnt, as in the data of OpenAI, ms-swift and axolotl."""
 _IMAGE_KEYS = ("image", "images")
 """Keys of a turn that name its images, as in GLM-4V's data; they stand before its text, or where it has marks."""
 _TAGGED = re.compile(r"(?:Picture \d+:\s?)?<img>([^<>\n]+)</img>")
@@ -40,7 +46,17 @@ def first_turn(record: Mapping[str, Any]) -> Any:
     return None if key is None else record[key][0]
 
 
-def rewrite_turns(record: Fields, role_key: str, text_key: str, mark: str) -> list[Fields]:
+def is_left_out(value: Any) -> bool:
+    """Return whether a value of a key that is not read says nothing: null, false, or empty."""
+    return value is None or value is False or value in ("", [], {})
+
+
+def passed_over_by(keys: Sequence[str]) -> str:
+    """Return which option passes over keys, as a clause."""
+    return f"--ignore-keys {' '.join(shlex.quote(key[:60]) for key in keys[:5])} passes over what is not to be learnt"
+
+
+def rewrite_turns(record: Fields, role_key: str, text_key: str, options: RecordOptions) -> list[Fields]:
     """Return the record with its list of turns as prompt, answer, history and system, in a list.
 
     role_key, text_key: of a turn. Images that stand among the parts of a text are put before those of the record.
@@ -50,14 +66,25 @@ def rewrite_turns(record: Fields, role_key: str, text_key: str, mark: str) -> li
     images: list[Any] = []
     problems: list[str] = []
     turns: list[Turn] = []
+    unlearnt: list[int] = []
     for number, turn in enumerate(record[key], 1):
         try:
-            turns.append(_read_turn(turn, role_key, text_key, mark, images))
+            turns.append(_read_turn(turn, role_key, text_key, options, images))
+            if turns[-1][0] == "assistant" and not _is_learnt(turn, options.ignored):
+                unlearnt.append(number - 1)
         except RecordError as error:
             problems += [f'turn {number} of "{key}" {problem}' for problem in error.problems]
     if problems:
         raise RecordError(*problems)
-    return [with_turns(record, key, turns, images)]
+    fields = with_turns(record, key, turns, images)
+    if unlearnt and unlearnt[-1] == len(turns) - 1:
+        named = [name for name in LEARNT_KEYS if name in record[key][-1]]
+        raise RecordError(
+            f'the last answer of "{key}" is not to be learnt ({listed(named)}), so its turns teach nothing; leave the '
+            f"last ones out, or give --ignore-keys {' '.join(named)} to learn it"
+        )
+    first = len(turns) % 2  # a system text stands before the turns
+    return [{**fields, "unlearnt": [(place - first) // 2 for place in unlearnt]} if unlearnt else fields]
 
 
 def with_turns(record: Fields, key: str, turns: Sequence[Turn], images: Sequence[Any] = ()) -> Fields:
@@ -97,27 +124,40 @@ def with_turns(record: Fields, key: str, turns: Sequence[Turn], images: Sequence
     return fields
 
 
-def _read_turn(turn: Any, role_key: str, text_key: str, mark: str, images: list[Any]) -> Turn:
+def _is_learnt(turn: Mapping[str, Any], ignored: Collection[str]) -> bool:
+    """Return whether the answer of a turn is learnt. Raises RecordError for a weight that is neither 0 nor 1."""
+    values = {key: turn[key] for key in LEARNT_KEYS if turn.get(key) is not None and key not in ignored}
+    for key, value in values.items():
+        if not isinstance(value, bool | int | float) or value not in (0, 1):
+            raise RecordError(
+                f'has "{key}" {json.dumps(value)[:20]}: an answer is learnt (1) or not (0); {passed_over_by([key])}'
+            )
+    return all(values.values())
+
+
+def _read_turn(turn: Any, role_key: str, text_key: str, options: RecordOptions, images: list[Any]) -> Turn:
     """Return a turn, and add its images to `images`."""
+    mark = options.image_mark
     if not isinstance(turn, dict) or role_key not in turn or text_key not in turn:
         raise RecordError(f'is not {{"{role_key}": ..., "{text_key}": ...}}')
-    known = (role_key, text_key, *NOTES, *_IMAGE_KEYS)
-    unknown = [key for key in turn if key not in known and turn[key] is not None]
+    known = {role_key, text_key, *NOTES, *_IMAGE_KEYS, *LEARNT_KEYS, *options.ignored}
+    unknown = [key for key, value in turn.items() if key not in known and not is_left_out(value)]
     if unknown:
-        raise RecordError(f"has {listed(unknown, 5)}, which is not read")
+        raise RecordError(f"has {listed(unknown, 5)}, which is not read; {passed_over_by(unknown)}")
     name = turn[role_key]
     role = ROLES.get(name.strip().lower()) if isinstance(name, str) else None
     if role is None:
         raise RecordError(f"is of {str(name)[:40]!r}; known are user, assistant, system and what others call them")
     content = turn[text_key]
-    own = [image for key in _IMAGE_KEYS for image in _listed(turn.get(key))]
+    own = [image for key in _IMAGE_KEYS if key not in options.ignored for image in _listed(turn.get(key))]
     if own and role != "user":
         raise RecordError(f"of the {role} has an image; images stand in turns of the user")
     if isinstance(content, str):
         if role == "user":
-            named = _TAGGED.findall(content)
-            content = _TAGGED.sub(lambda _: mark, content)
-            images += [*own, *named]
+            named = [tag for tag in _TAGGED.finditer(content) if _names_an_image(tag[1], options)]
+            for tag in reversed(named):
+                content = content[: tag.start()] + mark + content[tag.end() :]
+            images += [*own, *(tag[1] for tag in named)]
             missing = len(own) if not mark or mark not in content else 0
             content = mark * missing + content
         return role, content
@@ -134,6 +174,15 @@ def _read_turn(turn: Any, role_key: str, text_key: str, mark: str, images: list[
         if image is not None:
             images.append(image)
     return role, "".join(texts)
+
+
+def _names_an_image(text: str, options: RecordOptions) -> bool:
+    """Return whether what stands in <img> names an image: HTML that is asked about has other texts there."""
+    if text.startswith("data:") or "://" in text:
+        return True
+    kind, _ = mimetypes.guess_type(text.strip(), strict=False)
+    is_picture = kind is not None and kind.startswith(("image/", "video/"))
+    return is_picture or (options.folder is not None and os.path.isfile(options.folder / text))
 
 
 def _listed(value: Any) -> list[Any]:

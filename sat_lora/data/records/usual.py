@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from sat_lora.data.records.record import Fields
+from sat_lora.data.records.record import Fields, RecordOptions
 
 WHOSE = "prompt and answer"
 NAMES_PLACES = False
@@ -14,6 +14,6 @@ def fits(record: Mapping[str, Any]) -> bool:
     return True
 
 
-def rewrite(record: Fields, mark: str) -> list[Fields]:
+def rewrite(record: Fields, options: RecordOptions) -> list[Fields]:
     """Return the record as it is, in a list."""
     return [record]

@@ -9,6 +9,8 @@ from typing import Any
 from webdataset import ShardWriter
 
 from sat_lora.cogvlm.inputs.pictures import SUFFIXES, file_limit, suffix_of
+from sat_lora.data.reading import Reading
+from sat_lora.data.records.record import IMAGE
 from sat_lora.data.samples import Item, Picture, picture_content, read_items
 from sat_lora.errors import DataError
 from sat_lora.files.foreign import read_bytes
@@ -27,10 +29,10 @@ def pack_shards(
     """Write the items of `data`, in their order, and return (what --train-data takes, how many samples).
 
     A sample is KEY.json {"prompt", "answer"}, with its turns before, and the image's file as it is, with its own
-    suffix, or with that of its format where it has none that is known. What is in `out` is as it was until all shards
-    are written. reading: further arguments of `read_items`. Raises DataError where an image is missing, or is no file,
-    or there is nothing to pack; ConfigError where `out` holds shards, which stay unless `overwrite` replaces all of
-    them.
+    suffix, or with that of its format where it has none that is known; several images are KEY.0.png, KEY.1.png, ...
+    What is in `out` is as it was until all shards are written. reading: further arguments of `read_items`. Raises
+    DataError where an image is missing, or is no file, or there is nothing to pack; ConfigError where `out` holds
+    shards, which stay unless `overwrite` replaces all of them.
     """
     out = Path(out)
     before = packed_shards(out, overwrite)
@@ -39,7 +41,7 @@ def pack_shards(
         raise DataError(f"{printable(', '.join(map(str, data)))}: no samples there, so there is nothing to pack")
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out, prefix=".packing-") as draft:
-        _write(items, Path(draft), samples_per_shard)
+        _write(items, Path(draft), samples_per_shard, Reading(**reading).image_mark)
         for path in before:
             path.unlink()
         for path in sorted(Path(draft).iterdir()):
@@ -49,22 +51,33 @@ def pack_shards(
     return str(out / f"shard-{numbers}.tar"), len(items)
 
 
-def _write(items: Sequence[Item], folder: Path, samples_per_shard: int) -> None:
+def _write(items: Sequence[Item], folder: Path, samples_per_shard: int, mark: str) -> None:
     """Write the items as shards into the folder. Raises DataError where an image cannot be read."""
     with ShardWriter(str(folder / "shard-%06d.tar"), maxcount=samples_per_shard, maxsize=1e12, verbose=0) as writer:
         for number, item in enumerate(items):
-            if item.more_images:
-                raise DataError(f"{printable(item.place)}: several images; a sample of a shard has one")
-            texts = {"answer": item.answer, **({"prompt": item.prompt} if item.prompt is not None else {})}
-            turns = {name: value for name in ("history", "system") if (value := getattr(item, name))}
-            unicode = json.dumps({**texts, **turns}, ensure_ascii=False)
-            content = (unicode if _is_unicode(unicode) else json.dumps({**texts, **turns})).encode()
+            record = _record_of(item, mark)
+            unicode = json.dumps(record, ensure_ascii=False)
+            content = (unicode if _is_unicode(unicode) else json.dumps(record)).encode()
             sample = {"__key__": f"{number:09d}", "json": content}
-            if item.image is not None:
-                content = _content(item.image, item.name)
-                suffix = item.image.suffix.lower() if isinstance(item.image, Path) else ""
-                sample[(suffix if suffix in SUFFIXES else suffix_of(content))[1:]] = content
+            for place, image in enumerate(item.images):
+                content = _content(image, item.name if image is item.image else None)
+                suffix = image.suffix.lower() if isinstance(image, Path) else ""
+                suffix = suffix if suffix in SUFFIXES else suffix_of(content)
+                sample[f"{place}{suffix}" if item.more_images else suffix[1:]] = content
             writer.write(sample)
+
+
+def _record_of(item: Item, mark: str) -> dict[str, Any]:
+    """Return the object of an item; mark: what stands in its texts for each of several images."""
+    queries = [query for query, _ in item.history] + ([] if item.prompt is None else [item.prompt])
+    in_texts = sum(query.count(IMAGE) for query in queries)
+    if in_texts:  # all of them have a place then, those before all texts too
+        queries[0] = IMAGE * (len(item.images) - in_texts) + queries[0]
+    queries = [query.replace(IMAGE, mark) for query in queries]
+    history = [[query, answer] for query, (_, answer) in zip(queries, item.history)]
+    turns = {"history": history, "system": item.system, "answers": item.references, "unlearnt": item.unlearnt}
+    texts = {"answer": item.answer, **({"prompt": queries[-1]} if item.prompt is not None else {})}
+    return {**texts, **{name: value for name, value in turns.items() if value}}
 
 
 def _is_unicode(text: str) -> bool:

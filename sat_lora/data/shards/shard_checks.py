@@ -64,8 +64,8 @@ def _problem_with_samples(shards: list[str], max_pixels: int, options: RecordOpt
             first_error = first_error or item.reason
             continue
         try:
-            if item.image is not None:
-                read_picture(picture_content(item.image), max_pixels=max_pixels, name=item.name)
+            for image in item.images:
+                read_picture(picture_content(image), max_pixels=max_pixels, name=item.name)
             return None
         except DataError as error:
             first_error = first_error or str(error)

@@ -1,6 +1,7 @@
 """Tar shards as WebDataset lays them out: named, counted, and read sample by sample."""
 
 import itertools
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -12,10 +13,9 @@ from webdataset.tariterators import base_plus_ext
 from sat_lora.cogvlm.inputs.pictures import CONVERT, MAX_PIXELS, SUFFIXES, UNREAD_SUFFIXES, file_limit
 from sat_lora.data.box_texts import picture_size, with_boxes
 from sat_lora.data.folders import is_no_data_path
-from sat_lora.data.item_keys import METADATA_OF_SHARDS, NAMES, READ, key_problems, with_usual_names
 from sat_lora.data.json_texts import read_object
-from sat_lora.data.reading import object_problems, rewrite
-from sat_lora.data.records.record import PLAIN, RecordError, RecordOptions, place_images
+from sat_lora.data.reading import Beside, samples_of
+from sat_lora.data.records.record import PLAIN, RecordError, RecordOptions
 from sat_lora.data.records.record import Record as TextRecord
 from sat_lora.data.samples import BrokenSample, Item
 from sat_lora.data.shards.shard_names import expand_shards
@@ -26,6 +26,9 @@ from sat_lora.parallel.distributed import gather_lists
 from sat_lora.printable import printable
 
 TEXT_SUFFIXES = (".json", ".txt")
+IMAGE_SUFFIXES = SUFFIXES
+_NUMBERED = re.compile(r"\.(\d{1,4})(\.[a-z0-9]+)")
+"""The suffix of one of several images of a key: KEY.0.png, KEY.1.png."""
 FIRST_DOT = "a key ends at the first dot of a name, so rename members that have more than one"
 SORT = "write the shard sorted by name (tar --sort=name)"
 
@@ -53,7 +56,8 @@ class Record:
     def read(self, max_pixels: int = MAX_PIXELS, options: RecordOptions = PLAIN) -> Item | BrokenSample:
         """Return the item of the sample, or what is wrong with it.
 
-        It has KEY.json, of any layout of records, or KEY.txt, the answer, and the image. No member is read that would
+        It has KEY.json, of any layout of records, or KEY.txt, the answer, and the image; several images are KEY.0.png,
+        KEY.1.png, in the order of their numbers. No member is read that would
         be larger than a text, or a picture of `max_pixels`, may be. options: how the json is read.
         """
         name = printable(f"{self.shard}/{self.key}")
@@ -63,38 +67,81 @@ class Record:
             text = _text_of(".txt", parts[".txt"]).strip() if ".txt" in parts else None
         except (OSError, ValueError) as error:
             return BrokenSample(name, f"{name}: cannot be read: {printable(error)}")
-        image = next((parts[suffix] for suffix in parts if suffix in SUFFIXES), None)
-        images = [] if image is None else [image]
+        images = tuple(parts[suffix] for suffix in self._image_suffixes())
         try:
             record = _record_of(fields, text, images, options)
         except RecordError as error:
-            return BrokenSample(name, f"{name}: {printable('; '.join(error.problems))}")
-        if record is None:
-            suffixes = printable(" ".join(suffix for suffix, _, _ in self.members))
-            wanted = 'an image and KEY.txt or KEY.json {"prompt": ..., "answer": ...}; without an image both texts'
-            hint = ""
-            if any(suffix.count(".") > 1 for suffix, _, _ in self.members):
-                hint = f"; {FIRST_DOT}"
-            elif len(self.members) == 1:
-                hint = f"; members of one key, its folder included, have to follow each other: {SORT}"
-            return BrokenSample(name, f"{name}: wanted {wanted}; got {suffixes}{hint}")
-        return Item(image, record.answer, record.prompt, name, history=record.history, system=record.system)
+            problem = "; ".join(error.problems)
+            if ".json" not in parts:
+                problem = "its .txt is empty, so there is no answer to learn" if text == "" else ""
+            if not problem or not images:
+                problem = f"{problem}; {self._wanted()}" if problem else self._wanted()
+            return BrokenSample(name, f"{name}: {printable(problem)}")
+        return Item(
+            images[0] if images else None,
+            record.answer,
+            record.prompt,
+            name,
+            history=record.history,
+            system=record.system,
+            more_images=images[1:],
+            references=record.references,
+            unlearnt=record.unlearnt,
+        )
+
+    def _wanted(self) -> str:
+        """Return which members a sample has, and which this one has, as a clause."""
+        wanted = 'an image and KEY.txt or KEY.json {"prompt": ..., "answer": ...}; without an image both texts'
+        hint = ""
+        if any(suffix.count(".") > 1 for suffix, _, _ in self.members):
+            hint = f"; {FIRST_DOT}"
+        elif len(self.members) == 1:
+            hint = f"; members of one key, its folder included, have to follow each other: {SORT}"
+        return f"wanted {wanted}; got {' '.join(suffix for suffix, _, _ in self.members)}{hint}"
+
+    def _image_suffixes(self) -> list[str]:
+        """Return the suffixes of the images, in their order."""
+        suffixes = [
+            suffix for suffix, _, _ in self.members if suffix in IMAGE_SUFFIXES or _number_of(suffix) is not None
+        ]
+        return sorted(suffixes, key=lambda suffix: _number_of(suffix) or 0)
 
     def _parts(self, max_pixels: int) -> dict[str, bytes]:
-        """Return the texts and the first image, by suffix. Raises OSError or ValueError if one cannot be read."""
+        """Return the texts and the images, by suffix. Raises OSError or ValueError if one cannot be read."""
         if self.problem is not None:
             raise ValueError(self.problem)
-        image = next((suffix for suffix, _, _ in self.members if suffix in SUFFIXES), None)
+        images = self._image_suffixes()
         parts = {}
         with open_file(self.shard, sys.maxsize) as file:
             for suffix, first, size in self.members:
-                if suffix not in (*TEXT_SUFFIXES, image):
+                if suffix not in (*TEXT_SUFFIXES, *images):
                     continue
-                limit = file_limit(max_pixels) if suffix == image else JSON_LIMIT
+                limit = file_limit(max_pixels) if suffix in images else JSON_LIMIT
                 if size > limit:
                     raise ValueError(f"{suffix} is larger than {limit / MEBIBYTE:.0f} MiB")
                 parts[suffix] = _read_part(file, first, size)
         return parts
+
+
+def _number_of(suffix: str) -> int | None:
+    """Return the number of one of several images, by its suffix; None of any other member."""
+    match = _NUMBERED.fullmatch(suffix)
+    return int(match[1]) if match is not None and match[2] in IMAGE_SUFFIXES else None
+
+
+def _problem_with_numbers(suffixes: Sequence[str]) -> str | None:
+    """Return what is wrong with the images of a key; None for one, or numbers from 0 or 1 without a gap."""
+    plain = sorted(suffix for suffix in suffixes if suffix in IMAGE_SUFFIXES)
+    numbered = sorted((number, suffix) for suffix in suffixes if (number := _number_of(suffix)) is not None)
+    if len(plain) > 1:
+        return f"it has two images, {' and '.join(plain[:2])}; a sample has one, or KEY.0.png, KEY.1.png, ..."
+    if plain and numbered:
+        return f"it has {plain[0]} beside {numbered[0][1]}; number all images of a sample, or have one"
+    numbers = [number for number, _ in numbered]
+    first = numbers[0] if numbers else 0
+    if first > 1 or numbers != [*range(first, first + len(numbers))]:
+        return f"its images {' '.join(suffix for _, suffix in numbered)} are not numbered from 0 or 1 without a gap"
+    return None
 
 
 def _text_of(suffix: str, content: bytes) -> str:
@@ -105,43 +152,22 @@ def _text_of(suffix: str, content: bytes) -> str:
         raise ValueError(f"{suffix} is not UTF-8: {error.reason} at byte {error.start}; save it as UTF-8") from None
 
 
-def _record_of(fields: object, text: str | None, images: list, options: RecordOptions) -> TextRecord | None:
-    """Return what the JSON of a sample says, and the answer in its .txt beside it; None if both have too little.
+def _record_of(fields: object, text: str | None, images: tuple[bytes, ...], options: RecordOptions) -> TextRecord:
+    """Return what the JSON of a sample says, and the answer in its .txt beside it.
 
     Raises RecordError with what is wrong with them.
     """
-    if not isinstance(fields, dict):
-        problems = object_problems(fields, options.ignored, METADATA_OF_SHARDS)
-        raise RecordError(*(f"its json: {problem}" for problem in problems))
     try:
-        rewritten, _ = rewrite(fields, options)
+        records, _, _ = samples_of(fields, options, Beside(images, text, ".txt"))
+        if len(records) > 1:
+            raise RecordError(f"has {len(records)} captions; a key is one sample")
+        return with_boxes(records[0], images, picture_size)
     except RecordError as error:
-        raise RecordError(*(f"its json: {problem}" for problem in error.problems)) from None
-    if len(rewritten) > 1:
-        raise RecordError(f"its json has {len(rewritten)} captions; a key is one sample")
-    entry, called = with_usual_names(rewritten[0], options.ignored, NAMES[1:])
-    problems = key_problems(entry, options.ignored, METADATA_OF_SHARDS)
-    if not images and entry.get("image"):
-        problems.append(f"its json names an image, {str(entry['image'])[:80]!r}, but none lies beside it")
-    answer = entry.get("answer")
-    if not problems:
-        checked = {name: value for name, value in entry.items() if name in READ[1:]}
-        types = object_problems({**checked, "answer": "" if answer is None else answer}, (), METADATA_OF_SHARDS, called)
-        problems += [f"its json: {problem}" for problem in types]
-    if "answer" in entry and answer is None and text is None:
-        problems.append('its json: "answer" is null, and there is no .txt with one')
-    if isinstance(answer, str) and text is not None and answer.strip() != text:
-        problems.append(
-            f"its json has the answer {answer[:40]!r} and its .txt {text[:40]!r}; leave one of them out, or make them "
-            "equal"
-        )
-    if problems:
-        raise RecordError(*problems)
-    answer = text if answer is None else answer
-    if answer is None or (not images and entry.get("prompt") is None):
-        return None
-    record = place_images({**entry, "answer": answer}, images, options, needs_places=False)
-    return with_boxes(record, images, picture_size)
+        raise RecordError(*map(_of_json, error.problems)) from None
+
+
+def _of_json(problem: str) -> str:
+    return f"its json {problem}" if problem.startswith(("has ", "names ")) else f"its json: {problem}"
 
 
 def _read_part(file, first: int, size: int) -> bytes:
@@ -186,7 +212,7 @@ def find_records(shard: str, left_out: Counter | None = None) -> Iterator[Record
 def _check_is_whole(record: Record, halves: dict[int, bool]) -> None:
     """Raise DataError if the members of a key lie apart: a text would be learnt without its image."""
     suffixes = {suffix for suffix, _, _ in record.members}
-    has_image = not suffixes.isdisjoint(SUFFIXES)
+    has_image = any(suffix in IMAGE_SUFFIXES or _number_of(suffix) is not None for suffix in suffixes)
     if has_image != suffixes.isdisjoint(TEXT_SUFFIXES):
         return
     if halves.setdefault(hash(record.key), has_image) != has_image:
@@ -217,8 +243,13 @@ def _record(shard: str, key: str, group: Iterator, links: Links, left_out: Count
     places = []
     problem = None
     other_picture = None
-    for _, suffix, member in group:
-        if suffix not in SUFFIXES and suffix not in TEXT_SUFFIXES:
+    members = [*group]
+    has_text = any(suffix in TEXT_SUFFIXES for _, suffix, _ in members)
+    pictures = [
+        suffix for _, suffix, _ in members if suffix in IMAGE_SUFFIXES or (has_text and _number_of(suffix) is not None)
+    ]
+    for _, suffix, member in members:
+        if suffix not in pictures and suffix not in TEXT_SUFFIXES:
             left_out[f"{printable(suffix)} members"] += 1
             if PurePosixPath(suffix).suffix in SUFFIXES | UNREAD_SUFFIXES or suffix in UNREAD_SUFFIXES:
                 other_picture = suffix
@@ -231,15 +262,13 @@ def _record(shard: str, key: str, group: Iterator, links: Links, left_out: Count
         elif member.kind != "a file":
             problem = f"{suffix} is {member.kind}, which is not read"
         places.append((suffix, member.first, member.size))
-    suffixes = {suffix for suffix, _, _ in places}
-    if len(pictures := sorted(suffixes & SUFFIXES)) > 1:
-        problem = f"it has two images, {' and '.join(pictures[:2])}; a sample has one"
-    if not suffixes & SUFFIXES:
+    problem = _problem_with_numbers(pictures) or problem
+    if not pictures:
         if other_picture is not None:  # without a word it would be trained on as text alone
             problem = f"{printable(other_picture)} is no image that is read; {CONVERT}, as KEY.png or KEY.jpg"
             if other_picture.count(".") > 1:
                 problem += f"; {FIRST_DOT}"
-        elif suffixes.isdisjoint(TEXT_SUFFIXES):
+        elif not has_text:
             return None
     return Record(shard, key, tuple(places), problem)
 

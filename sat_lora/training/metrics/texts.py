@@ -12,6 +12,9 @@ _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _ALONE = r"\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
 _TOKENS = re.compile(rf"[{_ALONE}]|[^\s{_ALONE}]+")
 ANLS_THRESHOLD = 0.5
+"""The normalised distance from which on an answer is wrong: the equation has 1 - NL where NL < 0.5, else 0. The scripts
+of some challenges keep a distance of exactly 0.5.
+"""
 
 
 def is_same(prediction: str, reference: str) -> float:
@@ -57,7 +60,7 @@ def token_f1(prediction: str, reference: str) -> float:
 
 
 def anls(prediction: str, reference: str) -> float:
-    """Return 1 - the edit distance over the length of the longer text, 0 where that is below a half; both texts in
+    """Return 1 - the edit distance over the length of the longer text, 0 where that is a half or less; both texts in
     lower case and with single spaces (Biten et al. 2019, arXiv:1905.13648, equation 1). Needs rapidfuzz.
     """
     try:
@@ -66,7 +69,7 @@ def anls(prediction: str, reference: str) -> float:
         raise without_package("anls", "rapidfuzz") from error
     texts = [" ".join(text.lower().split()) for text in (prediction, reference)]
     similarity = Levenshtein.normalized_similarity(*texts)
-    return float(similarity) if similarity >= ANLS_THRESHOLD else 0.0
+    return float(similarity) if similarity > 1 - ANLS_THRESHOLD else 0.0
 
 
 exact_match = best_of(is_same)

@@ -87,7 +87,7 @@ def test_a_page_holds_its_pictures_and_no_text_of_the_data_is_markup(tmp_path, t
     evil = "<script>alert(1)</script><img src=x onerror=y>\"'&"
     records = [
         {"image": "a.png", "prompt": evil, "answer": f"{evil} [[100,100,500,500]]"},
-        {"prompt": "\u202e\x1b[2J", "answer": ""},
+        {"prompt": "\u202e\x1b[2J", "answer": "x"},
     ]
     overview, data = overview_of([lines(tmp_path / f"<b>{'&'}.jsonl", records)], tokenizer, max_length=300)
     text = page("<i>title</i>", rows_of(overview, data), overview.items, data)

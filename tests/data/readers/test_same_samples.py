@@ -1,12 +1,16 @@
 """The same samples in every layout make the same tokens, labels, masks and pixels, byte for byte."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
-from sat_lora.data.samples import read_items
+from sat_lora.data.reading import Reading
+from sat_lora.data.samples import BrokenSample, Item, read_items
+from sat_lora.data.shards.pack import pack_shards
 from sat_lora.data.shards.shards import find_records
+from sat_lora.errors import DataError
 from tests.support.datasets import dataset
 from tests.support.layouts import (
     COLUMNS,
@@ -17,6 +21,7 @@ from tests.support.layouts import (
     encoded,
     lines,
     pictures,
+    roles,
     write_jsonl,
     write_pictures,
 )
@@ -26,9 +31,15 @@ FIELDS = ("input_ids", "position_ids", "labels", "image_embed_mask", "vision_exp
 
 
 def samples_of(path, tokenizer, prompt="?", **reading):
-    items = read_items([path], **reading) if path.suffix != ".tar" else [r.read() for r in find_records(str(path))]
-    data = dataset(items, tokenizer, version="chat", max_length=200, prompt=prompt)
-    return [data[number] for number in range(len(items))]
+    if path.suffix == ".tar":
+        options = Reading(**reading).records
+        items = [record.read(options=options) for record in find_records(str(path))]
+    else:
+        items = read_items([path], **reading)
+    data = dataset([item for item in items if isinstance(item, Item)], tokenizer, version="chat", max_length=200)
+    data.prompt = prompt
+    made = iter([data[number] for number in range(len(data))])
+    return [next(made) if isinstance(item, Item) else item for item in items]
 
 
 @pytest.mark.parametrize("layout", [*LAYOUTS, *SINGLE_ONLY])
@@ -97,6 +108,91 @@ def test_several_images_of_a_sample_are_the_same_in_each_layout(tmp_path, tokeni
     assert len(read["ours"][0].more_images) == 1
     for others in read.values():
         assert_the_same(others, read["ours"])
+
+
+@pytest.mark.parametrize("layout", [*LAYOUTS, *SINGLE_ONLY])
+def test_an_empty_prompt_is_none_and_an_empty_answer_is_refused_in_each_layout(tmp_path, tokenizer, layout):
+    write = {**LAYOUTS, **SINGLE_ONLY}[layout]
+    reading = {"columns": COLUMNS} if layout == "columns" else {}
+    samples = [("a", [("", "7Kq2")]), ("b", [("Say it", "x")])]
+    write_pictures(tmp_path, samples)
+    asked = write_jsonl(tmp_path, [("a", [("Read it", "7Kq2")]), samples[1]])
+    expected = samples_of(asked, tokenizer, prompt="Read it")
+    assert_the_same(samples_of(write(tmp_path, samples), tokenizer, prompt="Read it", **reading), expected)
+    other = tmp_path / "other"
+    other.mkdir()
+    samples = [("b", [("Say it", "x")]), ("a", [("Read it", "")])]
+    write_pictures(other, samples)
+    path = write(other, samples)
+    if layout == "tar":
+        _, broken = [record.read() for record in find_records(str(path))]
+        assert isinstance(broken, BrokenSample) and '"answer" is empty' in broken.reason
+        return
+    with pytest.raises(DataError, match="(line|row|object).* [23]|a.json: ") as error:
+        read_items([path], **reading)
+    assert '"answer" is missing' in str(error.value) or '"answer" is empty' in str(error.value)
+
+
+TWO = [("a?", "4"), ("b?", "7")]
+RECORDS = {
+    "answers of several": {"question": "How many?", "answers": ["two", "2", "2"]},
+    "answers as objects": {"question": "How many?", "answers": [{"answer": "2"}, {"answer": "3"}]},
+    "one of several": {"question": "How many?", "answers": ["two", "2"], "multiple_choice_answer": "two"},
+    "boxes": {
+        "prompt": "Where is <box>?",
+        "answer": "<box>",
+        "boxes": [[0, 0, 7, 7], [[7, 7, 14, 21], [0, 0, 21, 21]]],
+    },
+    "shares": {"prompt": "Where?", "answer": "At <box>", "boxes": [[0.1, 0.1, 0.5, 0.5]]},
+    "empty prompt": {"prompt": " ", "answer": "x"},
+    "no prompt": {"answer": "x", "system": ""},
+    "empty and another": {"prompt": "", "question": "What?", "answer": "x", "tools": None},
+    "unlearnt": {"prompt": "c?", "answer": "2", "history": [["a?", "4"], ["b?", "7"]], "unlearnt": [1]},
+    "weights": {"messages": [{**turn, "weight": weight} for turn, weight in zip(roles(TWO), (0, 0, 1, 1))]},
+    "text in a cell": {"messages": json.dumps(roles(TWO))},
+    "lists in an object": {"conversations": {"from": ["human", "gpt"], "value": ["a?", "4"]}},
+}
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_a_shard_is_read_by_the_rules_of_files_byte_for_byte(tmp_path, tokenizer, name):
+    record = RECORDS[name]
+    write_pictures(tmp_path, [("a", [])])
+    named = {"image": "a.png"}
+    if "messages" in record or "conversations" in record:
+        named = {"images": ["a.png"]}
+    path = lines(tmp_path / "d.jsonl", [{**record, **named}])
+    reading = {"image_mark": ""} if "images" in named else {}
+    expected = samples_of(path, tokenizer, **reading)
+    content = pictures([("a", [])])["a"]
+    shard = write_shard(tmp_path / "d.tar", ("a.png", content), ("a.json", json.dumps(record)))
+    assert_the_same(samples_of(shard, tokenizer), expected)
+    (item,) = read_items([path], **reading)
+    (sample,) = [r.read() for r in find_records(str(shard))]
+    assert (item.references, item.prompt, item.answer) == (sample.references, sample.prompt, sample.answer)
+    pattern, _ = pack_shards([path], tmp_path / "packed", **reading)
+    assert_the_same(samples_of(Path(pattern), tokenizer), expected)
+    (packed,) = [r.read() for r in find_records(pattern)]
+    assert (packed.references, packed.unlearnt) == (item.references, item.unlearnt)
+
+
+@pytest.mark.parametrize("text", ["<image><image>\nSame?", "This: <image>, or\n<image>\n?", "Same?", ""])
+def test_several_images_of_a_shard_are_those_of_a_file(tmp_path, tokenizer, text):
+    samples = [("a", []), ("b", [])]
+    write_pictures(tmp_path, samples)
+    content = pictures(samples)
+    turns = [] if text in ("Same?", "") else [["<image>first?", "yes"]]
+    record = {"prompt": text, "answer": "no", "history": turns}
+    names = ["a.png", "b.png", "a.png"][: 2 + len(turns)]
+    path = lines(tmp_path / "d.jsonl", [{**record, "image": names}])
+    expected = samples_of(path, tokenizer, images_per_sample=3)
+    members = [(f"k.{n}.png", content[name[0]]) for n, name in enumerate(names, 1)]
+    shard = write_shard(tmp_path / "d.tar", *members[::-1], ("k.json", json.dumps(record)))
+    assert_the_same(samples_of(shard, tokenizer, images_per_sample=3), expected)
+    pattern, _ = pack_shards([path], tmp_path / "packed", images_per_sample=3)
+    assert_the_same(samples_of(Path(pattern), tokenizer, images_per_sample=3), expected)
+    (broken,) = samples_of(shard, tokenizer)
+    assert f"{len(names)} images, and the base takes one" in broken.reason
 
 
 def test_what_the_others_are_compared_with_is_what_was_written(tmp_path, tokenizer):

@@ -1,9 +1,12 @@
 """Whatever an object, a table or a parquet file holds, it is read, or it is one DataError."""
 
 import json
+import pickle
 import random
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from sat_lora.data.readers.parquet_files import ParquetImage
 from sat_lora.data.records.registry import RECORDS
@@ -119,3 +122,37 @@ def test_an_image_in_parquet_is_read_when_its_turn_comes(tmp_path):
     path.unlink()
     with pytest.raises(OSError, match="No such file"):
         ParquetImage(str(path), 7, 0, "image").read()
+
+
+@pytest.mark.parametrize("kind", ["objects", "bytes", "large lists", "lists of two"])
+def test_images_in_lists_are_read_when_their_turn_comes(tmp_path, kind):
+    contents = [[png((n, 0, 9 * k)) for k in range(2 if "two" in kind else count)] for n, count in enumerate([2, 1, 3])]
+    structs = [[{"bytes": content, "path": None} for content in images] for images in contents]
+    element = pyarrow.struct({"bytes": pyarrow.binary(), "path": pyarrow.string()})
+    kinds = {
+        "objects": pyarrow.list_(element),
+        "bytes": pyarrow.list_(pyarrow.binary()),
+        "large lists": pyarrow.large_list(element),
+        "lists of two": pyarrow.list_(element, 2),
+    }
+    cells = [*(contents if kind == "bytes" else structs), None, *([] if "two" in kind else [[]])]
+    if kind == "objects":
+        cells.append([{"bytes": None, "path": "b.png"}, structs[0][0]])
+    texts = [["q"] * len(cells), [str(n) for n in range(len(cells))]]
+    table = pyarrow.table([pyarrow.array(cells, kinds[kind]), *texts], names=["images", "prompt", "answer"])
+    parquet.write_table(table, tmp_path / "d.parquet", row_group_size=2)
+    items = read_items([tmp_path / "d.parquet"], images_per_sample=3)
+    for row, images in enumerate(contents):
+        wanted = [ParquetImage(str(tmp_path / "d.parquet"), row // 2, row % 2, "images", k) for k in range(len(images))]
+        assert [*items[row].images] == wanted
+        assert [image.read() for image in pickle.loads(pickle.dumps(items[row].images))] == images
+    assert all(item.images == () for item in items[3:5])
+    if kind == "objects":
+        path, stored = items[5].images
+        assert path == tmp_path / "b.png" and stored.read() == contents[0][0]
+
+
+def test_a_null_among_the_images_of_a_row_is_named(tmp_path):
+    rows = [{"images": [{"bytes": png(), "path": None}, None], "prompt": "q", "answer": "x"}]
+    with pytest.raises(DataError, match='row 1: "images" is null'):
+        read_items([write_parquet(tmp_path, rows)], images_per_sample=2)

@@ -71,11 +71,13 @@ def test_f1_of_words(prediction, reference, expected):
         ("kitten", "sitting", 1 - 3 / 7),  # the textbook's edit distance of 3
         ("KITTEN", "kitten", 1),
         ("a  b", "a b", 1),
-        ("ab", "abcd", 0.5),  # at the threshold it counts
+        ("ab", "abcd", 0),  # a distance of a half is at the threshold: the equation takes those below it
+        ("abc", "abcde", 0.6),
         ("ab", "abcde", 0),  # 0.4 is below
         ("", "", 1),
         ("", "x", 0),
-        ("flaw", "lawn", 0.5),
+        ("flaw", "lawn", 0),  # 2 of 4
+        ("flaws", "lawns", 0.6),
     ],
 )
 def test_anls(prediction, reference, expected):
