@@ -85,11 +85,16 @@ class Model:
     local_tokenizer: str | None = setting(  # then the --from_pretrained folder
         None, "tokenizer folder (default: the --from_pretrained folder)", "--local_tokenizer", metavar="DIR"
     )
-    version: str = setting(  # unless the base's config names another, see `version_of`
+    version: str = setting(  # unless the base says another, see `settings_of_base`; so for the length
         "chat", "prompt format of the base, if its config names none", "--version", choices=lambda: PROMPTS
     )
     max_length: int = setting(
-        1288, "longest sequence in tokens, the image's included", "--max_length", type=positive_int, metavar="N"
+        1288,
+        "longest sequence in tokens, the image's included; the default of CogVLM2 is 2432, of CogVLM2-Video 2048, of "
+        "CogAgent 400",
+        "--max_length",
+        type=positive_int,
+        metavar="N",
     )
 
     @property
