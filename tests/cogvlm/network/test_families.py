@@ -1,13 +1,16 @@
 """The models of every family against a second, plain implementation; their names, shapes, sizes and graph."""
 
 import copy
+from collections import Counter
 
 import pytest
 import torch
 
+from sat_lora import describe
 from sat_lora.cogvlm.families import FAMILIES, published_config
+from sat_lora.doctor.model_checks.trained_set import trained_set_findings
 from sat_lora.errors import DataError
-from sat_lora.lora.apply import add_lora, find_all_sites
+from sat_lora.lora.apply import adapters_of, add_lora, find_all_sites
 from tests.support.reference_families import family_logits
 from tests.support.tiny import fill_adapters
 from tests.support.tiny_families import (
@@ -167,6 +170,51 @@ def test_what_never_runs_is_no_target_and_what_does_is():
     before = logits_of(model.eval(), family_batch("cogagent"))
     fill_adapters(model)
     assert not torch.equal(before, logits_of(model, family_batch("cogagent")))
+
+
+PARTS = {
+    "cogagent": {
+        "language-attention": 4, "cross-attention": 6, "language-mlp": 6, "vision-expert-attention": 4,
+        "vision-expert-mlp": 6, "vit-attention": 4, "vit-mlp": 4, "projector": 4, "lm-head": 1, "patch-embedding": 1,
+        "cross-vision-patch-embedding": 1, "cross-vision-attention": 8, "cross-vision-mlp": 6,
+    },
+    "cogvlm2": {
+        "language-attention": 4, "language-mlp": 6, "vision-expert-attention": 4, "vision-expert-mlp": 6,
+        "vit-attention": 4, "vit-mlp": 4, "projector": 4, "lm-head": 1, "patch-embedding": 1, "vision-convolution": 1,
+    },
+    "cogvlm2-video": {
+        "language-attention": 4, "language-mlp": 6, "vit-attention": 4, "vit-mlp": 4, "projector": 4, "lm-head": 1,
+        "patch-embedding": 1, "vision-convolution": 1,
+    },
+}  # fmt: skip
+"""How many layers each preset has of its own."""
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_a_preset_of_a_part_has_a_row_of_its_own(name):
+    model = family_model(name)
+    sites = find_all_sites(model)
+    counts = Counter(site.part for site in sites.values())
+    embeddings = {site.name for site in sites.values() if site.kind.is_embedding}
+    assert {site.name for site in sites.values() if site.part == "other"} == embeddings
+    assert {part: count for part, count in counts.items() if part != "other"} == PARTS[name]
+    add_lora(model, target_modules=[*PARTS[name]], r=2, lora_alpha=4)
+    rows = {row["part"]: (row["layers"], row["adapted"]) for row in describe(model)}
+    assert rows.pop("total") == (sum(PARTS[name].values()),) * 2
+    assert rows == {part: (count, count) for part, count in PARTS[name].items()}
+    assert not trained_set_findings(model)
+
+
+def test_the_preset_of_the_language_attention_has_the_cross_attention_with_it_as_ever():
+    model = family_model("cogagent")
+    chosen = {}
+    for name in ("language-attention", "cross-attention", "patch-embedding"):
+        called = f"of_{name.replace('-', '_')}"
+        add_lora(model, target_modules=[name], r=2, lora_alpha=4, name=called)
+        chosen[name] = {*adapters_of(model, called)}
+    assert chosen["cross-attention"] < chosen["language-attention"] and len(chosen["language-attention"]) == 10
+    assert len(chosen["patch-embedding"]) == 1
+    assert not trained_set_findings(model)
 
 
 def test_hooks_reach_the_second_encoders_queries_keys_and_values():
