@@ -78,6 +78,25 @@ def image_length_problem(config: dict) -> str | None:
     return f"image_length is {config['image_length']}, and an image of {size} in patches of {patch} has {places}{after}"
 
 
+def contradictions(said: dict, config: dict) -> list[str]:
+    """Return where sizes that somebody says are not those of the config, as `--name: ...`; neither has to be whole."""
+    problems = []
+    for name, value in said.items():
+        own = config.get(name)
+        if not isinstance(value, dict):
+            if value != own:
+                problems.append(f"--{name}: got {_shown(value)}, and the base has {_had(name, config)}")
+            continue
+        sizes = own if isinstance(own, dict) else {}
+        others = [key for key in value if key not in sizes or value[key] != sizes[key]]
+        problems += [f"--{name}: {key} is {_shown(value[key])}, and the base has {_had(key, sizes)}" for key in others]
+    return [f"{problem}; leave it out" for problem in problems]
+
+
+def _had(name: str, sizes: dict) -> str:
+    return _shown(sizes[name]) if name in sizes else "none"
+
+
 def skeleton_sizes(config: dict, ranks: int) -> dict:
     """Return the config of a model with the same layers and names and hardly any size, for as many ranks."""
     small: dict[str, Any] = dict(hidden_size=2 * ranks, num_attention_heads=ranks, inner_hidden_size=ranks)

@@ -90,6 +90,8 @@ def build_parser(name: str = NAME, description: str = DESCRIPTION) -> argparse.A
         help="end ranks that wait for each other without a sign of life for so long; 0: never (default: 120)",
     )
     add("--local_rank", type=int, help="set by the launcher")
+    for name in ("image_length", "cross_image_pix", "eva_args"):
+        KNOWN[name].add_to(parser)
     add_config_options(parser)
     known = parser.spellings
     for action in finetune_parser()._actions:

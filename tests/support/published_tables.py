@@ -45,14 +45,14 @@ J.mlp.dense_4h_to_h.weight               | 1792 15360    | in        | HF.mlp.fc
 J.mlp.dense_4h_to_h.bias                 | 1792          | -         | HF.mlp.fc2.bias
 """
 _EXPERTS = """
-mixins.rotary.vision_query_key_value_list.{i}.weight | QKV 4096 | QKVS | M.self_attn.vision_expert_query_key_value.weight
-mixins.rotary.vision_dense_list.{i}.weight | 4096 4096     | in        | M.self_attn.vision_expert_dense.weight
+R.vision_query_key_value_list.{i}.weight | QKV 4096 | QKVS | M.self_attn.vision_expert_query_key_value.weight
+R.vision_dense_list.{i}.weight | 4096 4096     | in        | M.self_attn.vision_expert_dense.weight
 mixins.mlp.vision_gate_proj.{i}.weight   | INNER 4096    | col       | M.mlp.vision_mlp.gate_proj.weight
 mixins.mlp.vision_dense_h_to_4h_list.{i}.weight | INNER 4096    | col       | M.mlp.vision_mlp.up_proj.weight
 mixins.mlp.vision_dense_4h_to_h_list.{i}.weight | 4096 INNER    | in        | M.mlp.vision_mlp.down_proj.weight
 """
 _EXPERT_BIAS = """
-mixins.rotary.vision_query_key_value_list.{i}.bias | QKV | QKVS | M.self_attn.vision_expert_query_key_value.bias
+R.vision_query_key_value_list.{i}.bias | QKV | QKVS | M.self_attn.vision_expert_query_key_value.bias
 """
 _CONVOLUTION = """
 E.conv.weight                            | 1792 1792 2 2 | -         | V.conv.weight
@@ -116,7 +116,8 @@ _TABLES = {
 }
 _SHORT = {
     "L": "transformer.layers.{i}", "M": "model.layers.{i}", "E": "mixins.eva", "V": "model.vision",
-    "VIT": "mixins.eva.vit_model", "J": "mixins.eva.vit_model.transformer.layers.{j}", "HF": "model.vision.transformer.layers.{j}",
+    "R": "mixins.rotary", "VIT": "mixins.eva.vit_model", "J": "mixins.eva.vit_model.transformer.layers.{j}",
+    "HF": "model.vision.transformer.layers.{j}",
 }  # fmt: skip
 _COUNTS = {"i": 32, "j": 63, "b": 24}
 FREQUENCIES = ("mixins.rotary.rotary_emb.inv_freq", "model.layers.{i}.self_attn.rotary_emb.inv_freq", (64,))
