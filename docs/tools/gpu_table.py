@@ -37,11 +37,23 @@ LAYOUTS = (
 """(GPUs, options) of the layouts."""
 FAMILIES = {"cogvlm2-llama3-chat-19B": 2432, "cogvlm2-video-llama3-chat": 2048, "cogagent-chat": 400}
 """Published models, with the length of a row: an image, or a film of 24 frames, and words."""
-FAMILY_OPTIONS = ("--zero-stage 2 --batch-size 1", "--zero-stage 2 --batch-size 1 --quantize nf4")
+FAMILY_LAYOUTS = (
+    (1, "--zero-stage 2 --batch-size 1"),
+    (1, "--zero-stage 2 --batch-size 1 --quantize nf4"),
+    (2, "--model-parallel-size 2 --batch-size 1"),
+    (4, "--zero-stage 3 --batch-size 1"),
+    (8, "--zero-stage 3 --batch-size 4"),
+)
+"""(GPUs, options) for each of them, with both towers recomputed; the base is in bf16 where it is not quantised."""
+FAMILY_CARDS = (24, 48, 80)
 FAMILY_HEADS = {
-    "docs/families.md": ("| model | GPUs | options | GB on each, estimated | cards of |", "larger than any card"),
-    "docs/zh/families.md": ("| 模型 | GPU 数 | 选项 | 每张 GPU 的 GB 数（估计） | 显卡 |", "没有这样大的显卡"),
-}
+    "docs/families.md": (
+        "| model | GPUs | options | GB on each, estimated | 24 GB | 48 GB | 80 GB |", "fits", "does not fit"
+    ),
+    "docs/zh/families.md": (
+        "| 模型 | GPU 数 | 选项 | 每张 GPU 的 GB 数（估计） | 24 GB | 48 GB | 80 GB |", "放得下", "放不下"
+    ),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -109,25 +121,37 @@ def table(rows: Sequence[Row], *, nothing: str) -> list[str]:
     return lines
 
 
-def family_table(rows: Sequence[tuple[str, Row]], *, too_large: str) -> list[str]:
+def family_table(rows: Sequence[tuple[str, Row]], *, fits: str, too_large: str) -> list[str]:
     """The lines of the table of the successors under its head."""
-    lines = ["|---|---|---|---|---|"]
+    lines = ["|---" * (4 + len(FAMILY_CARDS)) + "|"]
     for model, row in rows:
-        card = too_large if row.card is None else f"{row.card} GB"
-        lines.append(f"| {model} | {row.gpus} | `{row.options}` | {row.gigabytes:.1f} | {card} |")
+        verdicts = " | ".join(fits if card >= row.gigabytes * SPARE else too_large for card in FAMILY_CARDS)
+        lines.append(f"| {model} | {row.gpus} | `{row.options}` | {row.gigabytes:.1f} | {verdicts} |")
     return lines
+
+
+def family_rows_in(page: str, head: str) -> list[tuple[str, Row]]:
+    """The rows of the table of the successors that a page has."""
+    rows = []
+    for line in page.split(head + "\n")[1].split("\n\n")[0].split("\n")[1:]:
+        model, gpus, options, gigabytes, *_ = (cell.strip() for cell in line.strip("|").split("|"))
+        taken = float(gigabytes)
+        rows.append((model, Row(int(gpus), smallest_card(taken), options.strip("`"), taken)))
+    return rows
+
+
+def family_row(model: str, gpus: int, options: str) -> tuple[str, Row]:
+    """What a layout of FAMILY_LAYOUTS takes for a model of FAMILIES."""
+    row = laid_out(gpus, f"{BOTH} {options}", model, FAMILIES[model])
+    return model, Row(gpus, row.card, options, row.gigabytes)
 
 
 def write_families() -> None:
     """Estimate the successors, and write both of their pages."""
-    rows = []
-    for model, length in FAMILIES.items():
-        for options in FAMILY_OPTIONS:
-            row = laid_out(1, f"{BOTH} {options}", model, length)
-            rows.append((model, Row(1, row.card, options, row.gigabytes)))
-    for name, (head, too_large) in FAMILY_HEADS.items():
+    rows = [family_row(model, *layout) for model in FAMILIES for layout in FAMILY_LAYOUTS]
+    for name, (head, fits, too_large) in FAMILY_HEADS.items():
         page = (ROOT / name).read_text(encoding="utf-8")
-        lines = family_table(rows, too_large=too_large)
+        lines = family_table(rows, fits=fits, too_large=too_large)
         (ROOT / name).write_text(replace_table(page, head, lines), encoding="utf-8")
 
 

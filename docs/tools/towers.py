@@ -125,7 +125,13 @@ def _delta(x: int, y: int) -> list[str]:
         *(
             _text(x, y + 344 + 16 * row, preset, "p")
             for row, preset in enumerate(
-                ("cross-attention", "cross-vision-attention", "cross-vision-mlp", "vision-convolution")
+                (
+                    "cross-attention",
+                    "cross-vision-patch-embedding",
+                    "cross-vision-attention",
+                    "cross-vision-mlp",
+                    "vision-convolution",
+                )
             )
         ),
     ]

@@ -4,6 +4,7 @@
 # set_command BASE TRAIN_DATA [option ...]   fills the array `command`; with fewer arguments it prints `$usage`, status 2
 #   RUN        the run folder (runs/finetune); one that holds a checkpoint is gone on with, other results are refused
 #   TOKENIZER  its folder (BASE)
+# The base says --version and --max_length, or its family does; options that are added say others.
 # launcher: `deepspeed`, as it can be started where it lies
 
 launcher=(deepspeed)
@@ -26,8 +27,6 @@ set_command() {
         --local_tokenizer "${TOKENIZER:-$base}"
         --train-data "$data"
         --split 0.95,0.05
-        --version base
-        --max_length 1288
         --r 16 --lora_alpha 32
         --lr 1e-4 --warmup 0.02 --lr-decay-style cosine
         --batch-size 4 --epochs 1

@@ -9,7 +9,7 @@ cogagent        a second vision encoder, at which every layer looks by cross-att
 The sizes of published models are in `published/`, as model_config.json has them. Imports nothing heavy.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -27,6 +27,10 @@ ENCODER = MappingProxyType({
     "patch_size": 14, "in_channels": 3, "head_size": 768, "trained_side": 16, "layernorm_epsilon": 1e-6,
 })  # fmt: skip
 """The sizes of the second vision encoder, which the published code has written into it. `encoder_args` names others."""
+
+
+_OF_CROSS_VISION = ["cross_image_pix", "cross_attn_hidden_size", "cross_hidden_size_per_attention_head"]
+"""What a model_config.json says of a second vision encoder alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +56,8 @@ class Family:
     """Whether its images are the frames of a film."""
     version: str | None = None
     """The prompt format where a folder names none; None: it is not known."""
+    max_length: int | None = None
+    """The longest sequence where nobody says one: an image, or a film, and words; None: the default of the option."""
     most_images: int | None = None
     """The most images of a sample; None where the network takes any number."""
 
@@ -76,15 +82,24 @@ class Family:
         """Return how to come by it again: a copy of a model has the same family, not another that is like it."""
         return _named, (self.name,)
 
-    @property
-    def advice(self) -> str:
-        """Which sizes make a model_config.json one of this family, as a clause."""
+    def advice(self, config: Mapping[str, Any]) -> str:
+        """Return which sizes make that model_config.json one of this family, as a clause."""
+        changes = []
         if self.has_cross_vision:
-            return "set cross_image_pix, cross_attn_hidden_size and cross_hidden_size_per_attention_head in it"
-        if not self.groups_heads:
-            return "take num_multi_query_heads and cross_image_pix out of it"
-        layers = "leave num_vision_layers out" if self.has_vision_experts else "num_vision_layers to 0"
-        return f"set num_multi_query_heads in it ({self.key_value_heads} in the published model), and {layers}"
+            lacking = [name for name in _OF_CROSS_VISION if name not in config] or _OF_CROSS_VISION
+            changes.append(f"set {_listed(lacking)} in it")
+        if self.groups_heads:
+            changes.append(f"set num_multi_query_heads in it ({self.key_value_heads} in the published model)")
+            if self.has_vision_experts:
+                changes.append("leave num_vision_layers out")
+            else:
+                changes.append("num_vision_layers to 0")
+        stray = [] if self.groups_heads else ["num_multi_query_heads", "num_vision_layers"]
+        stray += [] if self.has_cross_vision else _OF_CROSS_VISION
+        present = [name for name in stray if name in config]
+        if present:
+            changes.append(f"take {_listed(present)} out of it")
+        return ", and ".join(changes)
 
     @property
     def groups_heads(self) -> bool:
@@ -116,6 +131,7 @@ COGVLM2 = Family(
     vision_has_bias=True,
     convolves=True,
     version="chat_old",
+    max_length=2432,
     architecture="CogVLMForCausalLM",
     model_type="cogvlm",
     example="cogvlm2-llama3-chat-19B",
@@ -132,6 +148,7 @@ COGVLM2_VIDEO = Family(
     convolves=True,
     takes_frames=True,
     version="base",
+    max_length=2048,
     architecture="CogVLMVideoForCausalLM",
     model_type="cogvlm",
     example="cogvlm2-video-llama3-chat",
@@ -144,6 +161,7 @@ COGAGENT = Family(
     model_class="CogAgentModel",
     has_cross_vision=True,
     version="chat",
+    max_length=400,
     most_images=1,
     architecture="CogAgentForCausalLM",
     model_type="cogagent",
@@ -172,7 +190,7 @@ def family_of(config: Mapping[str, Any]) -> Family:
         return by_sizes
     raise CheckpointError(
         f"the model config says model_class {printable(repr(config['model_class']))}, which is {by_class.title}, and "
-        f"{why}, which is {by_sizes.title}; {by_class.advice}, or model_class to {by_sizes.model_class!r}"
+        f"{why}, which is {by_sizes.title}; {by_class.advice(config)}, or model_class to {by_sizes.model_class!r}"
     )
 
 
@@ -212,16 +230,16 @@ def hugging_face_family(content: Mapping[str, Any], names: Collection[str] = ())
     content: of its config.json. names: of its tensors, which decide. Raises CheckpointError, which says what to set,
     where both do not agree.
     """
-    by_config = _family_of_config(content)
+    by_config = _families_of_config(content)
     if not names:
-        return by_config
+        return by_config[0] if len(by_config) == 1 else None
     by_names = _family_of_names(names)
-    if by_config in (None, by_names):
+    if by_names in by_config:
         return by_names
+    titles = " or ".join(family.title for family in by_config)
     raise CheckpointError(
-        f"config.json is of a {by_config.title} ({_mark_of(content)}), and the weights are those of a "
-        f"{by_names.title}; they do not belong together: copy both again, or, if the weights are right, "
-        f"{_what_to_write(by_names)}"
+        f"config.json is of a {titles} ({_mark_of(content)}), and the weights are those of a {by_names.title}; they do "
+        f"not belong together: copy both again, or, if the weights are right, {_what_to_write(by_names, content)}"
     )
 
 
@@ -234,35 +252,50 @@ def _family_of_names(names: Collection[str]) -> Family:
     return COGVLM2 if any(".vision_expert_" in name for name in names) else COGVLM2_VIDEO
 
 
-def _family_of_config(content: Mapping[str, Any]) -> Family | None:
-    """Return the family that config.json names; None where it may be of several: CogVLM2 shares CogVLM's class."""
+def _families_of_config(content: Mapping[str, Any]) -> list[Family]:
+    """Return the families that config.json may be of, at least one: CogVLM2 shares CogVLM's class, and both kinds of
+    CogVLM2 their groups of heads.
+    """
     if "cross_hidden_size" in content or "cross_image_size" in content:
-        return COGAGENT
+        return [COGAGENT]
     architectures = content.get("architectures")
     named = architectures if isinstance(architectures, list) else []
-    kinds = [family for family in FAMILIES.values() if family.architecture in named]
-    if len(kinds) == 1:
-        return kinds[0]
+    kinds = [family for family in FAMILIES.values() if family.architecture in named] or [*FAMILIES.values()]
     heads = content.get("num_multi_query_heads")
-    if heads is not None and heads != content.get("num_attention_heads"):
-        return COGVLM2
-    return None
+    if heads is None or heads == content.get("num_attention_heads"):
+        return kinds
+    return [family for family in kinds if family.groups_heads] or kinds
+
+
+def _cross_keys(content: Mapping[str, Any]) -> list[str]:
+    """Return the keys of config.json that a second vision encoder alone has."""
+    return [key for key in ("cross_hidden_size", "cross_compute_hidden_size", "cross_image_size") if key in content]
 
 
 def _mark_of(content: Mapping[str, Any]) -> str:
     """Return what in config.json says of which family it is."""
-    keys = ("cross_hidden_size", "cross_image_size", "num_multi_query_heads", "architectures")
+    keys = [*_cross_keys(content), "num_multi_query_heads", "architectures"]
     return next((f"{key} {printable(repr(content[key]))}" for key in keys if key in content), "nothing in it")
 
 
-def _what_to_write(family: Family) -> str:
-    """Return how config.json becomes one of that family."""
-    architecture = f"set architectures to [{family.architecture!r}]"
-    if family is COGAGENT:
-        return f"{architecture}, and cross_hidden_size, cross_compute_hidden_size and cross_image_size"
+def _what_to_write(family: Family, content: Mapping[str, Any]) -> str:
+    """Return how that config.json becomes one of that family."""
+    changes = [f"set architectures to [{family.architecture!r}]"]
+    stray = [] if family.has_cross_vision else _cross_keys(content)
+    if family.has_cross_vision:
+        changes.append("cross_hidden_size, cross_compute_hidden_size and cross_image_size")
     if family.groups_heads:
-        return f"{architecture}, num_multi_query_heads to {family.key_value_heads}, and take cross_hidden_size out"
-    return f"{architecture}, and take num_multi_query_heads and cross_hidden_size out"
+        changes.append(f"num_multi_query_heads to {family.key_value_heads}")
+    elif content.get("num_multi_query_heads") is not None:
+        stray = ["num_multi_query_heads", *stray]
+    if stray:
+        changes.append(f"take {_listed(stray)} out")
+    return ", and ".join(changes)
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Return names as a sentence lists them."""
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
 
 
 def encoder_sizes(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -54,17 +54,12 @@ def head_problems(config: dict) -> list[str]:
     sections = {"": config, "eva_args.": config["eva_args"]}
     if _family(config).has_cross_vision:
         sections["encoder_args."] = encoder_sizes(config)
-    problems = [
+    return [
         f"{prefix}hidden_size {sizes['hidden_size']} does not divide by {prefix}num_attention_heads "
         f"{sizes['num_attention_heads']}"
         for prefix, sizes in sections.items()
         if sizes["hidden_size"] % sizes["num_attention_heads"]
     ]
-    heads = config["num_attention_heads"]
-    shared = config.get("num_multi_query_heads") or heads
-    if heads % shared:
-        problems.append(f"num_attention_heads {heads} does not divide by num_multi_query_heads {shared}")
-    return problems
 
 
 def image_length_problem(config: dict) -> str | None:
@@ -81,6 +76,25 @@ def image_length_problem(config: dict) -> str | None:
         return None
     after = ", of which the convolution makes one of four" if family.convolves else ""
     return f"image_length is {config['image_length']}, and an image of {size} in patches of {patch} has {places}{after}"
+
+
+def contradictions(said: dict, config: dict) -> list[str]:
+    """Return where sizes that somebody says are not those of the config, as `--name: ...`; neither has to be whole."""
+    problems = []
+    for name, value in said.items():
+        own = config.get(name)
+        if not isinstance(value, dict):
+            if value != own:
+                problems.append(f"--{name}: got {_shown(value)}, and the base has {_had(name, config)}")
+            continue
+        sizes = own if isinstance(own, dict) else {}
+        others = [key for key in value if key not in sizes or value[key] != sizes[key]]
+        problems += [f"--{name}: {key} is {_shown(value[key])}, and the base has {_had(key, sizes)}" for key in others]
+    return [f"{problem}; leave it out" for problem in problems]
+
+
+def _had(name: str, sizes: dict) -> str:
+    return _shown(sizes[name]) if name in sizes else "none"
 
 
 def skeleton_sizes(config: dict, ranks: int) -> dict:
@@ -111,8 +125,30 @@ def _family_problems(config: dict) -> Iterator[str]:
     except CheckpointError as error:
         yield str(error)
         return
+    yield from _head_group_problems(config, family)
+    yield from _expert_problems(config, family)
     if family is COGAGENT:
         yield from _cross_vision_problems(config)
+
+
+def _head_group_problems(config: dict, family: Family) -> Iterator[str]:
+    """Yield how heads of queries cannot share those of keys."""
+    heads = config.get("num_attention_heads")
+    shared = config.get("num_multi_query_heads")
+    if type(heads) is not int or type(shared) is not int or heads <= 0 or shared <= 0 or shared == heads:
+        return
+    if heads % shared:
+        yield f"num_attention_heads {heads} does not divide by num_multi_query_heads {shared}"
+    elif not family.groups_heads:
+        yield f"num_multi_query_heads is {shared}, and {family.title} has a key for each of {heads} heads; take it out"
+
+
+def _expert_problems(config: dict, family: Family) -> Iterator[str]:
+    """Yield how num_vision_layers asks for visual experts in other layers than those of the family have them."""
+    layers = config.get("num_vision_layers")
+    if type(layers) is not int or not family.has_vision_experts or layers == config.get("num_layers"):
+        return
+    yield f"num_vision_layers is {layers}, and {family.title} has visual experts in every layer; take it out"
 
 
 def _cross_vision_problems(config: dict) -> Iterator[str]:

@@ -99,7 +99,7 @@ def read_settings(options: argparse.Namespace) -> tuple["TrainConfig", dict[str,
 
     Raises ConfigError where no base is named, the run cannot be read, or patterns choose what nothing quantises.
     """
-    from sat_lora.cogvlm.inputs.prompts import version_of
+    from sat_lora.cogvlm.inputs.prompts import settings_of_base
     from sat_lora.errors import ConfigError
     from sat_lora.training.settings.config import KNOWN
     from sat_lora.training.settings.resolve import resolve
@@ -119,8 +119,8 @@ def read_settings(options: argparse.Namespace) -> tuple["TrainConfig", dict[str,
     base = {**stored, **given}.get("from_pretrained")
     if base is None:
         raise ConfigError("--base missing: give the folder of a base, or --run RUN_FOLDER of a run that has one")
-    says_version = "version" in given or stored.get("version")
-    config, _ = resolve(given, resumed_run=stored, base_version=None if says_version else version_of(base))
+    stored = {name: value for name, value in stored.items() if name != "version" or value}
+    config, _ = resolve(given, resumed_run=stored, base=settings_of_base(base))
     problems = config.quantization.unheeded(given)
     if problems:
         raise ConfigError("; ".join(problems))

@@ -68,7 +68,7 @@ def build_parser(name: str = NAME, description: str = DESCRIPTION) -> argparse.A
     for name in Reading.__dataclass_fields__:
         if name in KNOWN:
             KNOWN[name].add_to(parser)
-    add("--max_length", type=positive_int, metavar="N", help="longest sequence in tokens (default: 1288)")
+    add("--max_length", type=positive_int, metavar="N", help="longest sequence in tokens (default: as in training)")
     add("--max-pixels", type=positive_int, metavar="N", help="a larger picture is not read (default: 89478485)")
     add("--eval-batch-size", "--batch-size", type=batch, metavar="N", help="images at once (default: 4)")
     add("--model-parallel-size", type=positive_int, metavar="N", help="ranks that share one model (default: 1)")
@@ -90,6 +90,8 @@ def build_parser(name: str = NAME, description: str = DESCRIPTION) -> argparse.A
         help="end ranks that wait for each other without a sign of life for so long; 0: never (default: 120)",
     )
     add("--local_rank", type=int, help="set by the launcher")
+    for name in ("image_length", "cross_image_pix", "eva_args"):
+        KNOWN[name].add_to(parser)
     add_config_options(parser)
     known = parser.spellings
     for action in finetune_parser()._actions:
@@ -112,7 +114,7 @@ def read_settings(options: argparse.Namespace) -> "Evaluation":
 
     Raises ConfigError where something is still missing, or a file or run cannot be read.
     """
-    from sat_lora.cogvlm.inputs.prompts import version_of
+    from sat_lora.cogvlm.inputs.prompts import settings_of_base
     from sat_lora.errors import ConfigError
     from sat_lora.training.settings.config import KNOWN
     from sat_lora.training.settings.config_file import read_config_file
@@ -132,10 +134,8 @@ def read_settings(options: argparse.Namespace) -> "Evaluation":
     file = {} if path is None else read_config_file(path)
     given = {name: value for name, value in vars(options).items() if value is not None and name in KNOWN}
     base = {**stored, **file, **given}.get("from_pretrained")
-    says_version = "version" in given or "version" in file or stored.get("version")
-    config, _ = resolve(
-        given, file=file, resumed_run=stored, base_version=None if says_version or base is None else version_of(base)
-    )
+    stored = {name: value for name, value in stored.items() if name != "version" or value}
+    config, _ = resolve(given, file=file, resumed_run=stored, base={} if base is None else settings_of_base(base))
     from sat_lora.commands.chat import names_of
 
     folders = options.adapter or ([str(Path(options.run) / "adapter")] if options.run else [])

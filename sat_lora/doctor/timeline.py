@@ -86,7 +86,9 @@ def stretches(order: dict[str, int]) -> list[tuple[int, int, str]]:
 
 def tower_of(part: str) -> str:
     """Return the tower that a part, see `part_of`, belongs to."""
-    if part.startswith(("vit-", "patch-")):
+    if part.startswith("cross-vision-"):
+        return "second vision tower"
+    if part.startswith(("vit-", "patch-", "vision-convolution")):
         return "vision tower"
     return part if part in ("projector", "other") else "language model"
 

@@ -32,12 +32,17 @@ PRESETS = {
     "patch-embedding": r"(.*\.)?patch_embedding\.proj",
     "lm-head": r"(.*\.)?lm_head",
     "cross-attention": _LAYER + r"cross_attention\.\w+",
+    "cross-vision-patch-embedding": r"mixins\.encoder\.vit\.model\.patch_embed\.proj",
     "cross-vision-attention": _ENCODER + r"attn\.\w+",
     "cross-vision-mlp": _ENCODER + r"mlp\.\w+",
     "vision-convolution": r"mixins\.eva\.conv",
     "all-linear": r"(?!.*\blm_head$).*",
 }
+"""What each preset selects. `language-attention` has the cross-attention of its layers with it, as it has had in every
+adapter; `cross-attention` is that alone.
+"""
 OTHER = "other"
+_PARTS = {"cross-attention": PRESETS["cross-attention"], **PRESETS}  # where two presets have a layer: of the narrower
 # Other models' names of layers that SAT calls otherwise, so that no spelling leads to them.
 FOREIGN = {
     **dict.fromkeys(("q_proj", "k_proj", "v_proj", "qkv_proj", "c_attn"), "query_key_value"),
@@ -48,8 +53,8 @@ FOREIGN = {
 
 
 def part_of(name: str) -> str:
-    """Return the preset that the layer of that name belongs to, for tables; "other" where names follow none."""
-    return next((part for part, regex in PRESETS.items() if part != "all-linear" and re.fullmatch(regex, name)), OTHER)
+    """Return the narrowest preset that has the layer of that name, for tables; "other" where none has it."""
+    return next((part for part, regex in _PARTS.items() if part != "all-linear" and re.fullmatch(regex, name)), OTHER)
 
 
 def layer_of(name: str) -> int | None:

@@ -12,8 +12,9 @@ from typing import Any
 from sat_lora.adapters.loftq_base import approximate_base, rounds_of
 from sat_lora.adapters.read import about_adapter, trained_whole
 from sat_lora.adapters.save_load import load_adapter
+from sat_lora.cogvlm.checkpoints.load import read_config
 from sat_lora.cogvlm.network.model import CogVLMModel
-from sat_lora.cogvlm.sizes import image_length_problem
+from sat_lora.cogvlm.sizes import contradictions, image_length_problem
 from sat_lora.data.answer_lists import is_predictions
 from sat_lora.data.folders import unreadable_notes
 from sat_lora.data.samples import DataCounts, Item, read_items, reading_options
@@ -74,6 +75,8 @@ def answer_test_data(
     every rank what any of them has met.
     """
     observers.on_phase("load")
+    if trained is None:
+        run_on_all_ranks(_refuse_other_sizes, config)
     names = config.saving.metrics or DEFAULT_METRICS
     metrics = run_on_all_ranks(lambda: {settled_name(name): load_metric(name) for name in names})
     items = run_on_all_ranks(_test_items, config, run_folder)
@@ -139,6 +142,14 @@ def _sides_of(adapter: str | Path | Mapping[str, str | Path] | None) -> list[str
 def _figures(scores: Scores) -> dict[str, float]:
     low, high = interval_of(scores)
     return {"value": scores.value, "low": low, "high": high}
+
+
+def _refuse_other_sizes(config: TrainConfig) -> None:
+    """Raise ConfigError where sizes that published scripts give are not the base's."""
+    said = config.compatibility.sizes
+    problems = contradictions(said, read_config(config.model.base)) if said else []
+    if problems:
+        raise ConfigError.of(problems)
 
 
 def _refuse_other_bases(folders: Mapping[str, str | Path]) -> None:

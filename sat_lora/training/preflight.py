@@ -21,7 +21,7 @@ from sat_lora.cogvlm.inputs.text import (
     turn_texts,
 )
 from sat_lora.cogvlm.network.model import parallel_problems
-from sat_lora.cogvlm.sizes import image_length_problem, missing_sizes
+from sat_lora.cogvlm.sizes import contradictions, image_length_problem, missing_sizes
 from sat_lora.data.layouts import missing_file_hint, no_samples
 from sat_lora.data.reading import READERS, Reading
 from sat_lora.data.samples import DataCounts, Item, Picture, picture_content, read_items, reading_options
@@ -108,7 +108,13 @@ def _base_and_prompt_problems(config: TrainConfig, environ: Mapping[str, str]) -
         problem = image_length_problem(sizes)
         if problem:
             yield f"--from_pretrained: {config.model.base}: {problem}; copy its config again"
+    try:
+        said = config.compatibility.sizes
+    except ConfigError as error:
+        yield str(error)
+        said = {}
     if sizes is not None:
+        yield from contradictions(said, sizes)
         most = family_of(sizes).most_images
         if most is not None and config.data.images_per_sample > most:
             yield f"--images-per-sample: {family_of(sizes).title} takes {most} for each sample; leave the option out"

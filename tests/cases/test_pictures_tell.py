@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from sat_lora.adapters.inspect import draw_norms
 from sat_lora.doctor.timeline import module_of, stretches, tower_of
 from sat_lora.errors import AdapterError
-from sat_lora.lora.targets import layer_of
+from sat_lora.lora.targets import PRESETS, layer_of
 from sat_lora.terminal.progress import as_time, shown
 from sat_lora.training.runs import step_progress as progress
 from sat_lora.training.runs.logs.loss_plot import draw_losses
@@ -137,6 +137,8 @@ def test_towers_are_named_along_a_timeline():
     found = stretches({name: place for place, name in enumerate(names)})
     assert found == [(0, 1, "language model"), (2, 2, "projector"), (3, 3, "vision tower")]
     assert tower_of("lm-head") == "language model" and tower_of("other") == "other"
+    assert tower_of("cross-attention") == "language model" and tower_of("vision-convolution") == "vision tower"
+    assert {tower_of(part) for part in PRESETS if part.startswith("cross-vision-")} == {"second vision tower"}
 
 
 # Lines

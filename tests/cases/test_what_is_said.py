@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from sat_lora.cogvlm.inputs.prompts import PROMPTS, version_of
+from sat_lora.cogvlm.inputs.prompts import PROMPTS, settings_of_base, version_of
 from sat_lora.cogvlm.inputs.text import IGNORED
 from sat_lora.data.samples import Item
 from sat_lora.errors import ConfigError
@@ -203,6 +203,33 @@ def test_the_prompt_version_is_that_of_the_base(file, content, version, tmp_path
 def test_a_config_that_cannot_be_read_names_no_version(tmp_path):
     (tmp_path / "model_config.json").write_text("[" * 100_000)
     assert version_of(tmp_path) is None is version_of(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("content", "names", "expected"),
+    [
+        ({"num_multi_query_heads": 8}, None, ("chat", 1288)),  # CogVLM2 or its Video
+        ({"num_multi_query_heads": 8}, ["model.vision.conv.weight"], ("base", 2048)),
+        ({"template_version": "chat"}, ["model.vision.conv.weight", "a.vision_expert_dense"], ("chat_old", 2432)),
+        ({"architectures": ["CogVLMVideoForCausalLM"]}, None, ("base", 2048)),
+        ({"architectures": ["CogAgentForCausalLM"], "template_version": "vqa"}, None, ("vqa", 400)),
+        ({"cross_image_size": 1120}, ["model.embed_tokens.weight"], ("chat", 400)),
+        ({}, {"weight_map": 3}, ("chat", 1288)),
+    ],
+)
+def test_the_length_is_that_of_the_family_of_a_hugging_face_folder(content, names, expected, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"num_attention_heads": 32, **content}))
+    if names is not None:
+        index = names if isinstance(names, dict) else {"weight_map": dict.fromkeys(names, "model.safetensors")}
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    model = parse_options(["--from_pretrained", str(tmp_path)]).model
+    assert (model.version, model.max_length) == expected
+
+
+@pytest.mark.parametrize("name", ["cogagent-chat", "THUDM/cogagent-chat"])
+def test_the_name_of_a_published_model_says_its_length(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert settings_of_base(name) == {"version": "chat", "max_length": 400}
 
 
 @pytest.mark.parametrize("split", [[0.5, 0.5], [0.9, 0.1, 0.0], [1e-9, 1.0]])

@@ -1,18 +1,29 @@
 """The successors of CogVLM at model-parallel size 2: blocks of q, k and v are cut each by itself."""
 
+import numpy as np
 import pytest
+import torch
 
-from sat_lora.cogvlm.checkpoints.load import load_cogvlm, save_weights
+from sat_lora.cogvlm.checkpoints.load import load_cogvlm, save_weights, shardings_of
 from sat_lora.cogvlm.decoding.generate import generate
-from sat_lora.lora.apply import adapters_of, add_lora
+from sat_lora.lora.apply import adapters_of, add_lora, find_all_parameters
+from sat_lora.lora.base_parameters import has_part_of_gradient
 from sat_lora.parallel.distributed import init_distributed, init_model_parallel
 from sat_lora.parallel.sharding import over_model_parallel
 from sat_lora.training.steps.engine import set_up_deepspeed, start_engine
 from sat_lora.training.steps.loss import answer_loss_sum, count_answer_tokens
 from tests.support.ranks import run_ranks
+from tests.support.reference_families import family_logits
 from tests.support.sat_files import cut_by_sat, write_step
 from tests.support.tiny import fill_adapters
-from tests.support.tiny_families import CONFIGS, family_batch, family_model, logits_of, write_hugging_face
+from tests.support.tiny_families import (
+    CONFIGS,
+    family_batch,
+    family_model,
+    logits_of,
+    reference_config,
+    write_hugging_face,
+)
 from tests.support.training_runs import adapter_values, engine_config, sgd, step_together, worst_error
 
 SUCCESSORS = [name for name in CONFIGS if name != "cogvlm"]
@@ -59,6 +70,67 @@ def test_two_ranks_give_what_one_process_gives(tmp_path, single_process_group):
             assert gradients.keys() == wanted.keys()
             for name, gradient in gradients.items():
                 assert abs(gradient - wanted[name]).max() <= 1e-3 * abs(wanted[name]).max() + 1e-9, (folder, name)
+
+
+ROWS = {"images": (True, True), "mixed": (True, False), "text": (False, False)}
+
+
+def exact_pass(home, names):
+    """In float64 at model-parallel size 2: the logits of each kind of rows, and all gradients for mixed rows, whole."""
+    init_model_parallel(init_distributed(), 2)
+    results = {}
+    for name in names:
+        model, _ = load_cogvlm(home / name, dtype=torch.float64, model_parallel_size=2)
+        logits = {}
+        for kind, rows in ROWS.items():
+            outputs = logits_of(model, family_batch(name, rows, dtype=torch.float64))
+            logits[kind] = outputs.detach().numpy()
+            if kind == "mixed":
+                outputs.pow(2).mean().backward()
+        shardings = shardings_of(model)
+        gradients = {}
+        for parameter_name, place in find_all_parameters(model).items():
+            gradient = place.tensor.grad
+            if gradient is not None:
+                gradient = gradient * 2 if has_part_of_gradient(place) else gradient  # as it trains: see TrainedBase
+                gradients[parameter_name] = over_model_parallel(gradient, shardings[parameter_name]).numpy()
+        results[name] = logits, gradients
+    return results
+
+
+def test_two_ranks_equal_the_plain_implementation(tmp_path, single_process_group):
+    expected = {}
+    for name in CONFIGS:
+        model = family_model(name, torch.float64)
+        save_weights(tmp_path / name, CONFIGS[name], {})
+        write_step(tmp_path / name, *({"module": shard} for shard in cut_by_sat(model, 2)))
+        state = {key: tensor.detach().clone().requires_grad_() for key, tensor in model.state_dict().items()}
+        logits = {}
+        for kind, rows in ROWS.items():
+            with torch.set_grad_enabled(kind == "mixed"):
+                batch = family_batch(name, rows, dtype=torch.float64)
+                logits[kind] = family_logits(state, reference_config(name), batch)
+        logits["mixed"].pow(2).mean().backward()
+        gradients = {key: tensor.grad for key, tensor in state.items() if tensor.grad is not None}
+        expected[name] = {kind: tensor.detach().numpy() for kind, tensor in logits.items()}, gradients
+    for results in run_ranks(exact_pass, 2, tmp_path, list(CONFIGS)):
+        for name, (logits, gradients) in results.items():
+            # the angles of the second encoder are float32's
+            tolerance, tolerance_of_gradients = (1e-6, 1e-5) if name == "cogagent" else (1e-12, 1e-10)
+            wanted_logits, wanted = expected[name]
+            for kind in ROWS:
+                assert relative_error(logits[kind], wanted_logits[kind]) < tolerance, (name, kind)
+            trained = wanted.keys() - {"mixins.rotary.rotary_emb.inv_freq"}
+            assert trained <= gradients.keys()
+            for key in gradients:
+                if key in trained:
+                    assert relative_error(gradients[key], wanted[key].numpy()) < tolerance_of_gradients, (name, key)
+                else:
+                    assert not gradients[key].any(), (name, key)
+
+
+def relative_error(got, expected):
+    return np.linalg.norm(got - expected) / max(np.linalg.norm(expected), 1e-12)
 
 
 def batch_of(name, rank, step):

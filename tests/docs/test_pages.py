@@ -9,6 +9,8 @@ from xml.etree import ElementTree
 
 import pytest
 
+from sat_lora.cogvlm.families import published
+from sat_lora.cogvlm.inputs.prompts import settings_of_base
 from sat_lora.lora.targets import PRESETS
 from sat_lora.memory.fit import SPARE
 from sat_lora.training.settings.options import build_parser
@@ -96,6 +98,35 @@ def test_the_table_of_gpus_is_what_estimate_says(tmp_path):
     rows = [tool.fitted(tool.FITTED[1], config), tool.laid_out(*tool.LAYOUTS[-1], config)]
     for line in tool.table(rows, nothing="nothing fits")[1:]:
         assert f"{line}\n" in read("README.md")
+
+
+def test_the_table_of_the_successors_is_one_that_the_script_writes():
+    tool = load_file(DOCS / "tools" / "gpu_table.py")
+    layouts = [(model, gpus, options) for model in tool.FAMILIES for gpus, options in tool.FAMILY_LAYOUTS]
+    written = []
+    for page, (head, fits, too_large) in tool.FAMILY_HEADS.items():
+        rows = tool.family_rows_in(read(page), head)
+        lines = tool.family_table(rows, fits=fits, too_large=too_large)
+        assert tool.replace_table(read(page), head, lines) == read(page)
+        assert [(model, row.gpus, row.options) for model, row in rows] == layouts
+        written.append(rows)
+    assert written[0] == written[1]
+    assert {*tool.FAMILIES} == {name for name in published() if not name.startswith("cogvlm-")}
+    assert tool.FAMILY_CARDS == (24, 48, 80)
+    for _, row in written[0]:
+        build_parser().parse_args(row.options.split())
+    for model, length in tool.FAMILIES.items():
+        assert settings_of_base(model)["max_length"] == length
+
+
+@pytest.mark.matrix
+@pytest.mark.timeout(patient(1200))
+def test_the_table_of_the_successors_is_what_estimate_says():
+    tool = load_file(DOCS / "tools" / "gpu_table.py")
+    _, fits, too_large = tool.FAMILY_HEADS["docs/families.md"]
+    rows = [tool.family_row("cogagent-chat", *tool.FAMILY_LAYOUTS[number]) for number in (1, -1)]
+    for line in tool.family_table(rows, fits=fits, too_large=too_large)[1:]:
+        assert f"{line}\n" in read("docs/families.md")
 
 
 def test_the_matrix_has_a_line_for_each_layout_stage_and_precision_within_its_bounds():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import sys
 
@@ -14,13 +15,17 @@ from sat_lora.chat.session import Chat
 from sat_lora.cogvlm.checkpoints.load import load_cogvlm, read_config
 from sat_lora.cogvlm.checkpoints.quantized_writer import quantize_base
 from sat_lora.cogvlm.families import FAMILIES, family_of
+from sat_lora.commands import evaluate
+from sat_lora.errors import ConfigError
 from sat_lora.files.step_folders import follow
 from sat_lora.interop.peft_export import export_to_peft
 from sat_lora.interop.peft_import import import_from_peft
 from sat_lora.quantization.config import Quantization
+from sat_lora.training.evaluation import _refuse_other_sizes
+from sat_lora.training.preflight import option_problems
 from tests.support.configs import parse_options
 from tests.support.demo_runs import options_for
-from tests.support.paths import DEMO
+from tests.support.paths import DEMO, TINY_BASE
 from tests.support.ranks import run_ranks
 from tests.support.scripts import load_script, run_script
 
@@ -117,3 +122,97 @@ PUBLISHED = (
 def test_the_options_of_cogagents_published_script_are_taken_unchanged():
     config = parse_options(shlex.split(PUBLISHED), environ={})
     assert (config.model.version, config.model.max_length, config.lora.r) == ("chat", 400, 50)
+    assert config.compatibility.sizes == {}
+
+
+MODEL_OPTIONS = "--image_length {image_length} --cross_image_pix {cross_image_pix} --eva_args {eva_args}"
+"""The model options of that script, which are sizes of the base."""
+
+
+def live_by_published_options(home, captchas):
+    """CogAgent's published command on a tiny CogAgent: (status, errors) of two steps."""
+    os.chdir(home)
+    base = make_base(home / "cogagent-chat", "cogagent")
+    sizes = read_config(base)
+    given = {**sizes, "eva_args": json.dumps({"image_size": sizes["eva_args"]["image_size"]})}
+    options = shlex.split(PUBLISHED) + [word.format(**given) for word in MODEL_OPTIONS.split()]
+    others = {
+        "--local_tokenizer": str(base), "--train-data": str(captchas / "train"),
+        "--valid-data": str(captchas / "valid"),
+        "--train-iters": "2", "--deepspeed_config": str(home / "test_config_bf16.json"), "--eval-iters": "1",
+    }  # fmt: skip
+    for option, value in others.items():
+        options[options.index(option) + 1] = value
+    (home / "test_config_bf16.json").write_text(json.dumps(DEEPSPEED))
+    return run_script([*options, "--num-workers", "0"])
+
+
+DEEPSPEED = {
+    "train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 1, "gradient_clipping": 0.1,
+    "zero_optimization": {
+        "stage": 2, "contiguous_gradients": False, "overlap_comm": True, "reduce_scatter": True,
+        "reduce_bucket_size": 4e7, "allgather_bucket_size": 1e8, "load_from_fp32_weights": False,
+    },
+    "offload_optimizer": {"device": "cpu", "pin_memory": True}, "zero_allow_untested_optimizer": True,
+    "bf16": {"enabled": True}, "optimizer": {
+        "type": "Adam", "params": {"lr": 1e-5, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 5e-2}},
+    "activation_checkpointing": {"partition_activations": False, "contiguous_memory_optimization": False},
+    "wall_clock_breakdown": False,
+}  # fmt: skip
+"""As its `test_config_bf16.json`."""
+
+
+@pytest.mark.matrix
+def test_the_published_script_trains_a_cogagent(tmp_path, captchas):
+    ((status, errors),) = run_ranks(live_by_published_options, 1, tmp_path, captchas)
+    assert status == 0, errors
+    (run,) = (tmp_path / "checkpoints").iterdir()
+    assert [*losses(run)] == [2]  # the last of a log interval
+
+
+@pytest.fixture(scope="module")
+def cogagent(tmp_path_factory):
+    return make_base(tmp_path_factory.mktemp("bases") / "cogagent", "cogagent")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--cross_image_pix CROSS --image_length LENGTH --eva_args {}", None),
+        ('--eva_args {"num_layers":LAYERS,"image_size":[SIDE,SIDE]}', None),
+        ("--cross-image-pix=490", "--cross_image_pix: got 490, and the base has CROSS; leave it out"),
+        ("--image_length 1225", "--image_length: got 1225, and the base has LENGTH; leave it out"),
+        (
+            '--eva_args {"image_size":[490,490],"patch_size":1}',
+            r"--eva_args: image_size is \[490, 490\], and the base has \[SIDE, SIDE\]; .*\n?.*patch_size is 1, and",
+        ),
+        ('--eva_args {"depth":3}', "--eva_args: depth is 3, and the base has none; leave it out"),
+        ("--eva_args [1]", r"--eva_args: got '\[1\]', wanted an object of JSON, such as {}"),
+        ("--eva_args {1}", "--eva_args: .*; wanted an object of JSON, such as {}"),
+    ],
+)
+def test_sizes_that_are_options_have_to_be_the_bases(cogagent, options, message):
+    sizes = read_config(cogagent)
+    vit = sizes["eva_args"]
+    own = {"CROSS": sizes["cross_image_pix"], "LENGTH": sizes["image_length"]}
+    own |= {"LAYERS": vit["num_layers"], "SIDE": vit["image_size"][0]}
+    for name, value in own.items():
+        options = options.replace(name, str(value))
+        message = message and message.replace(name, str(value))
+    given = ["--from_pretrained", str(cogagent), *options.split()]
+    training = parse_options(given, environ={})
+    evaluation = evaluate.read_settings(evaluate.build_parser().parse_args([*given, "--test-data", "a"])).config
+    assert training.compatibility == evaluation.compatibility
+    problems = [text for text in option_problems(training, {}, "cpu")[0] if re.match("--(cross_|image_l|eva)", text)]
+    if message is None:
+        assert problems == [] and _refuse_other_sizes(evaluation) is None
+    else:
+        assert re.match(message, "; ".join(problems))
+        with pytest.raises(ConfigError, match=message):
+            _refuse_other_sizes(evaluation)
+
+
+def test_a_base_without_a_second_encoder_has_no_size_of_its_picture():
+    config = parse_options(["--from_pretrained", str(TINY_BASE), "--cross_image_pix", "1120"], environ={})
+    (problem,) = option_problems(config, {}, "cpu")[0]
+    assert problem == "--cross_image_pix: got 1120, and the base has none; leave it out"

@@ -1,5 +1,6 @@
 """The launch scripts, on a PATH where `deepspeed`, `srun` and `scontrol` only write down how they were called."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -7,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from sat_lora.cogvlm.families import published_config
 from tests.support.configs import parse_options
-from tests.support.paths import DEMO
+from tests.support.paths import DEMO, TINY_BASE
 
 LAUNCH = DEMO / "launch"
 SCONTROL = """#!/usr/bin/env bash
@@ -109,6 +111,29 @@ def test_all_pass_the_same_options_and_those_that_are_added(start):
     assert (options.lora.r, options.data.prompt, options.saving.save_interval) == (32, "two words", 50)
     assert options.run_folder == "shared/a run"
     assert Path(options.parallel.deepspeed_config).is_file()
+
+
+@pytest.mark.parametrize(
+    ("base", "says", "version", "length"),
+    [
+        ("cogagent-chat", {}, "chat", 400),
+        ("cogagent-chat", {"text_processor_version": "chat_old"}, "chat_old", 400),
+        ("cogvlm2-llama3-chat-19B", {}, "chat_old", 2432),
+        ("cogvlm2-video-llama3-chat", {}, "base", 2048),
+        (TINY_BASE, {"text_processor_version": "base"}, "base", 1288),
+        (TINY_BASE, {}, "chat", 1288),
+    ],
+)
+def test_the_base_says_its_prompt_format_and_length(start, base, says, version, length):
+    """A base of any family trains by the same script; options that are added have the last word."""
+    folder = start.here / "a base"
+    folder.mkdir()
+    config = published_config(base) if isinstance(base, str) else json.loads((base / "model_config.json").read_text())
+    (folder / "model_config.json").write_text(json.dumps({**config, **says}))
+    for added, expected in (((), (version, length)), (("--version", "vqa", "--max_length", "77"), ("vqa", 77))):
+        _, argv, _ = start("one_machine.sh", str(folder), "data", *added)
+        model = parse_options(split(argv)[1]).model
+        assert (model.version, model.max_length) == expected
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

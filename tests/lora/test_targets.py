@@ -60,7 +60,7 @@ def test_presets_name_parts_of_the_model(sites, preset, count):
 
 
 def test_presets_do_not_overlap_and_cover_everything(sites):
-    others = {"cross-attention", "cross-vision-attention", "cross-vision-mlp", "vision-convolution"}
+    others = {part for part in PRESETS if part.startswith("cross-")} | {"vision-convolution"}
     parts = [chosen(sites, target_modules=p) for p in PRESETS if p not in ("all-linear", *others)]
     in_no_part = {name for name, site in sites.items() if site.part == "other"}
     assert in_no_part == {name for name, site in sites.items() if site.kind.is_embedding}

@@ -40,9 +40,15 @@ CONFIGS = {
 
 
 @functools.cache
+def published_model(name: str) -> CogVLMModel:
+    """A published model, built without memory."""
+    return build_cogvlm(published_config(name), device="meta", dtype=torch.bfloat16)
+
+
+@functools.cache
 def published_shapes(name: str) -> tuple[dict[str, tuple[int, ...]], int]:
-    """(the shape of each entry of a published model's state dict, how many parameters it has), built without memory."""
-    model = build_cogvlm(published_config(name), device="meta", dtype=torch.bfloat16)
+    """(the shape of each entry of a published model's state dict, how many parameters it has)."""
+    model = published_model(name)
     shapes = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
     return shapes, sum(parameter.numel() for parameter in model.parameters())
 

@@ -21,7 +21,7 @@ from sat_lora.cogvlm.checkpoints.sat_folder import (
     save_weights,
     weight_problems,
 )
-from sat_lora.cogvlm.families import Family, family_of, family_of_names
+from sat_lora.cogvlm.families import family_of, family_of_names
 from sat_lora.cogvlm.network.model import VIT, CogVLMModel, build_cogvlm
 from sat_lora.cogvlm.sizes import missing_sizes
 from sat_lora.errors import CheckpointError, ConfigError
@@ -97,7 +97,7 @@ def _refuse_what_is_no_base(source: SatFolder | HuggingFaceFolder, state: dict) 
     if missing:
         lacking = f"{source.path}: the model config lacks {', '.join(missing)}"
         raise CheckpointError(f"{lacking}; it is not a CogVLM config, or not all of it is there; copy it again")
-    _refuse_other_family(source.path, family_of(config), state)
+    _refuse_other_family(source.path, config, state)
     for prefix, sizes in (("", config), (f"{VIT}.", config.get("eva_args", {}))):
         numbers = [re.match(re.escape(prefix) + r"transformer\.layers\.(\d{1,9})\.", str(name)) for name in state]
         layers = 1 + max((int(number[1]) for number in numbers if number), default=-1)
@@ -109,13 +109,14 @@ def _refuse_what_is_no_base(source: SatFolder | HuggingFaceFolder, state: dict) 
             )
 
 
-def _refuse_other_family(folder: Path, family: Family, state: dict) -> None:
+def _refuse_other_family(folder: Path, config: dict, state: dict) -> None:
     """Raise CheckpointError if the config is of one family, and the names of the weights are those of another."""
+    family = family_of(config)
     named = family_of_names(state)
     if named is not family and any(name.startswith("mixins.") for name in map(str, state)):
         raise CheckpointError(
             f"{folder}: its config is of a {family.title}, and its weights are those of a {named.title}; copy both "
-            f"again, or, if the weights are right, {named.advice}"
+            f"again, or, if the weights are right, {named.advice(config)}"
         )
 
 
@@ -240,9 +241,12 @@ def _memory_for(layers: dict[str, nn.Module], device) -> torch.Tensor:
 def shortened(config: dict, layers: int) -> dict:
     """Return the config of a model with at most so many layers in each transformer."""
     vit = config["eva_args"]
+    fewer = {
+        name: min(layers, config[name]) for name in ("num_layers", "num_vision_layers") if config.get(name) is not None
+    }
     return {
         **config,
-        "num_layers": min(layers, config["num_layers"]),
+        **fewer,
         "eva_args": {**vit, "num_layers": min(layers, vit["num_layers"])},
     }
 

@@ -1,9 +1,17 @@
 """The prompt formats of the published CogVLM. Imports nothing heavy: the command line names them in its help."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-from sat_lora.cogvlm.families import COGVLM, family_of, hugging_face_family
+from sat_lora.cogvlm.families import (
+    COGVLM,
+    Family,
+    family_of,
+    hugging_face_family,
+    is_published,
+    published_config,
+)
 from sat_lora.errors import CheckpointError, ConfigError
 from sat_lora.files.foreign import read_json
 
@@ -73,27 +81,55 @@ def turn_texts(version: str, queries: Sequence[str], system: str | None = None) 
 
 
 def version_of(base: str | Path) -> str | None:
-    """Return the prompt format that the config of a base names; None if it names none, or cannot be read.
+    """Return the prompt format that the config of a base names, or that of its family; None if neither says one."""
+    version: str | None = settings_of_base(base).get("version")
+    return version
 
-    SAT's model_config.json says it as text_processor_version, Hugging Face's config.json as template_version, whose
-    names mean other prompts in some families. Where it names none, it is the format of its family, if that has one.
+
+def settings_of_base(base: str | Path) -> dict[str, Any]:
+    """Return what a base says of a run's settings: version, the prompt format, and max_length; each where it does.
+
+    SAT's model_config.json says the format as text_processor_version, Hugging Face's config.json as template_version,
+    whose names mean other prompts in some families. Where it names none, it is the format of its family, if that has
+    one. The length is the family's. The name of a published model stands for its folder. Of what cannot be read nothing
+    is said: that is told where the folder is opened.
     """
-    keys = (
-        ("model_config.json", "text_processor_version", family_of),
-        ("config.json", "template_version", hugging_face_family),
-    )
-    of_family = None
-    for file, key, find_family in keys:
-        try:
-            content = read_json(Path(base) / file)
-            version = content.get(key)
-            family = find_family(content) or COGVLM
-        except (OSError, ValueError, AttributeError):
-            continue
-        except CheckpointError:  # said where the folder is opened
-            family = COGVLM
+    settings: dict[str, Any] = {}
+    of_family: dict[str, Any] = {}
+    for content, key, family in _configs_of(Path(base)):
+        version = content.get(key)
         if version is not None:
             names = family.versions if key == "template_version" else {}
-            return names.get(str(version), str(version))
-        of_family = of_family or family.version
-    return of_family
+            settings = {"version": names.get(str(version), str(version))}
+        of_family = of_family or {"version": family.version, "max_length": family.max_length}
+        if settings:
+            break
+    return {**{name: value for name, value in of_family.items() if value is not None}, **settings}
+
+
+def _configs_of(base: Path) -> Iterator[tuple[dict[str, Any], str, Family]]:
+    """Yield (config, its key for the prompt format, its family) of a folder, CogVLM where that is not certain."""
+    if is_published(base):
+        config = published_config(base.name)
+        yield config, "text_processor_version", family_of(config)
+        return
+    for file, key in (("model_config.json", "text_processor_version"), ("config.json", "template_version")):
+        try:
+            content = read_json(base / file)
+            found = family_of(content) if file == "model_config.json" else _hugging_face_family(base, content)
+        except (OSError, ValueError, AttributeError):
+            continue
+        except CheckpointError:
+            found = None
+        yield content, key, found or COGVLM
+
+
+def _hugging_face_family(base: Path, content: dict[str, Any]) -> Family | None:
+    """Return the family of Hugging Face's config.json; by the tensors in its index where the config does not say it."""
+    family = hugging_face_family(content)
+    if family is not None:
+        return family
+    try:
+        return hugging_face_family(content, read_json(base / "model.safetensors.index.json")["weight_map"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None

@@ -1,5 +1,6 @@
 """What trains: as the config says, and the same on every rank."""
 
+import re
 import warnings
 from collections.abc import Sequence
 from itertools import groupby
@@ -13,7 +14,7 @@ from sat_lora.lora.apply import adapters_of, find_all_parameters, find_all_sites
 from sat_lora.lora.config import LoraConfig
 from sat_lora.lora.mixin import lora_mixins
 from sat_lora.lora.optimizer_groups import groups_of
-from sat_lora.lora.targets import PRESETS, part_of, select
+from sat_lora.lora.targets import PRESETS, select
 from sat_lora.parallel.distributed import gather_lists
 from sat_lora.quantized.quantized_weight import QuantizedWeight
 
@@ -54,7 +55,7 @@ def _compare_with_config(model: nn.Module, name: str, config: LoraConfig) -> lis
         findings.append(Finding(code="trainable-set", seen=seen, module=missing))
     target_modules = (config.target_modules,) if isinstance(config.target_modules, str) else config.target_modules
     for tower in (preset for preset in target_modules if preset in PRESETS and preset != "all-linear"):
-        if not any(part_of(layer) == tower for layer in adapters):
+        if not any(re.fullmatch(PRESETS[tower], layer) for layer in adapters):
             seen = f"{tower} was asked for, and no layer of it has an adapter"
             findings.append(Finding(code="tower-not-adapted", seen=seen, option="--target_modules"))
     for layer, adapter in adapters.items():

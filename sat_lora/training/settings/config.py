@@ -16,7 +16,9 @@ from sat_lora.data.reading import READERS, SHARDS
 from sat_lora.data.records.record import IMAGE_MARK
 from sat_lora.data.records.registry import RECORDS
 from sat_lora.errors import ConfigError
+from sat_lora.files.foreign import parse_json
 from sat_lora.lora.config import LoraConfig
+from sat_lora.printable import printable
 from sat_lora.quantization.config import ALL, NAMES, Quantization
 from sat_lora.terminal.option_types import (
     accumulation,
@@ -85,11 +87,16 @@ class Model:
     local_tokenizer: str | None = setting(  # then the --from_pretrained folder
         None, "tokenizer folder (default: the --from_pretrained folder)", "--local_tokenizer", metavar="DIR"
     )
-    version: str = setting(  # unless the base's config names another, see `version_of`
+    version: str = setting(  # unless the base says another, see `settings_of_base`; so for the length
         "chat", "prompt format of the base, if its config names none", "--version", choices=lambda: PROMPTS
     )
     max_length: int = setting(
-        1288, "longest sequence in tokens, the image's included", "--max_length", type=positive_int, metavar="N"
+        1288,
+        "longest sequence in tokens, the image's included; the default of CogVLM2 is 2432, of CogVLM2-Video 2048, of "
+        "CogAgent 400",
+        "--max_length",
+        type=positive_int,
+        metavar="N",
     )
 
     @property
@@ -477,6 +484,36 @@ class Compatibility:
     skip_init: bool = flag(True, "no effect: base weights are loaded, never drawn first", "--skip-init")
     ignore_pad_token_for_loss: bool = flag(True, "no effect: padding never counts", "--ignore_pad_token_for_loss")
     deepspeed: bool = flag(True, "no effect: the engine is always DeepSpeed", "--deepspeed")
+    image_length: int | None = setting(
+        None, "no effect: the base says it, and has to say the same", "--image_length", type=positive_int, metavar="N"
+    )
+    cross_image_pix: int | None = setting(
+        None,
+        "no effect: the base says it, and has to say the same",
+        "--cross_image_pix",
+        type=positive_int,
+        metavar="N",
+    )
+    eva_args: str | None = setting(
+        None, "no effect: the base says these sizes, and has to say the same", "--eva_args", metavar="JSON"
+    )
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """The sizes of the base that were given, as model_config.json has them. Raises ConfigError for no such JSON."""
+        given = {"image_length": self.image_length, "cross_image_pix": self.cross_image_pix}
+        sizes: dict[str, Any] = {name: size for name, size in given.items() if size is not None}
+        if self.eva_args is None:
+            return sizes
+        try:
+            vit = parse_json(self.eva_args)
+        except ValueError as error:
+            raise ConfigError(f"--eva_args: {printable(error)}; wanted an object of JSON, such as {{}}") from error
+        if not isinstance(vit, dict):
+            raise ConfigError(
+                f"--eva_args: got {printable(repr(self.eva_args))}, wanted an object of JSON, such as {{}}"
+            )
+        return {**sizes, "eva_args": vit}
 
 
 @dataclass(frozen=True, kw_only=True)

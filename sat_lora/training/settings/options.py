@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sat_lora.cogvlm.inputs.prompts import version_of
+from sat_lora.cogvlm.inputs.prompts import settings_of_base
 from sat_lora.errors import ConfigError
 from sat_lora.files.foreign import name_problem
 from sat_lora.parallel.launch import find_place
@@ -138,7 +138,7 @@ def _resolved(
         raise SystemExit(2) from error
     by_hand = {**file, **given}
     run: dict[str, Any] = {}
-    version = None
+    base: dict[str, Any] = {}
     defaults: dict[str, Any] = {}
     source = next((name for name in ("replay", "resume") if name in given), None)
     if source is not None:
@@ -157,7 +157,7 @@ def _resolved(
             )
         defaults = demo.values(by_hand.get("train_data"))
     else:
-        version = version_of(by_hand["from_pretrained"])
+        base = settings_of_base(by_hand["from_pretrained"])
     if "resume" in given:
         _refuse_another_folder(given)
     return resolve(
@@ -166,7 +166,7 @@ def _resolved(
         resumed_run=run,
         deepspeed_json=_deepspeed_json(by_hand.get("deepspeed_config", run.get("deepspeed_config"))),
         demo=defaults,
-        base_version=version,
+        base=base,
         local_rank=place.local_rank,
     )
 

@@ -22,14 +22,14 @@ def resolve(
     resumed_run: Mapping[str, Any] = NOTHING,
     deepspeed_json: Mapping[str, Any] = NOTHING,
     demo: Mapping[str, Any] = NOTHING,
-    base_version: str | None = None,
+    base: Mapping[str, Any] = NOTHING,
     local_rank: int = 0,
 ) -> tuple[TrainConfig, list[str]]:
     """Return (the config, warnings). It reads no file, prints nothing and changes nothing.
 
     Each value comes from the first that has one: `given` (the options of the command line), `file` (a --config file),
-    what was set by hand in the run to go on with, `deepspeed_json`, the rest of that run, `base_version` (the prompt
-    format that the base's config names), `demo`, the defaults.
+    what was set by hand in the run to go on with, `deepspeed_json`, the rest of that run, `base` (what the
+    base says, see `settings_of_base`), `demo`, the defaults.
 
     resumed_run: as `settings_of_run` gives it, with the names of what was set by hand under `given`. deepspeed_json: as
     `read_deepspeed_file` gives it; entries that are wrong say nothing here, `file_problems` speaks of them.
@@ -45,7 +45,7 @@ def resolve(
     rest = {name: value for name, value in stored.items() if name not in by_hand}
     sources: list[tuple[Origin, Mapping[str, Any]]] = [
         (Origin.DEMO, demo),
-        (Origin.BASE, {} if base_version is None else {"version": base_version}),
+        (Origin.BASE, base),
         (Origin.RUN_DEFAULT, rest),
         (Origin.DEEPSPEED, values_of_file(deepspeed_json)),
         (Origin.RUN, by_hand),

@@ -10,11 +10,11 @@ from sat_lora import CheckpointError, add_lora, save_adapter
 from sat_lora.adapters.merge import merge_adapter
 from sat_lora.cogvlm.checkpoints.base_weights import BaseWeights
 from sat_lora.cogvlm.checkpoints.hugging_face_names import hf_name, sat_name
-from sat_lora.cogvlm.checkpoints.load import check_files, load_cogvlm, read_config, save_weights
+from sat_lora.cogvlm.checkpoints.load import check_files, load_cogvlm, read_config, save_weights, shortened
 from sat_lora.cogvlm.families import FAMILIES, family_of, published, published_config
 from sat_lora.cogvlm.inputs.prompts import version_of
 from sat_lora.cogvlm.network.model import build_cogvlm
-from sat_lora.cogvlm.sizes import image_length_problem
+from sat_lora.cogvlm.sizes import image_length_problem, size_problems
 from sat_lora.lora.live_base import identity_of_model
 from tests.support.tiny_families import (
     CONFIGS,
@@ -119,13 +119,19 @@ def test_angles_that_a_file_lacks_are_computed(tmp_path):
     assert again.keys() == sat.keys() and all(torch.equal(again[key], sat[key]) for key in sat)
 
 
+UNGROUPED = {"num_multi_query_heads": None, "num_attention_heads": 16}
+
+
 @pytest.mark.parametrize(
     ("name", "changes"),
     [
-        ("cogvlm2", {"num_multi_query_heads": None}),
-        ("cogvlm2", {"num_multi_query_heads": None, "architectures": None}),
-        ("cogvlm2-video", {"num_multi_query_heads": None, "architectures": None}),
-        ("cogvlm2-video", {"num_multi_query_heads": None}),
+        ("cogvlm2", {**UNGROUPED}),
+        ("cogvlm2", {**UNGROUPED, "architectures": None}),
+        ("cogvlm2-video", {**UNGROUPED, "architectures": None}),
+        ("cogvlm2-video", {**UNGROUPED}),
+        ("cogvlm2-video", {"architectures": None}),  # heads in groups are either's
+        ("cogvlm2", {"architectures": None}),
+        ("cogvlm2-video", {"architectures": ["CogVLMForCausalLM", "CogVLMVideoForCausalLM"]}),
         ("cogvlm", {"architectures": None}),
         ("cogagent", {"architectures": None}),
     ],
@@ -133,7 +139,7 @@ def test_angles_that_a_file_lacks_are_computed(tmp_path):
 def test_the_family_is_known_by_the_tensors_where_the_config_does_not_say(tmp_path, name, changes):
     config = read_config(write_hugging_face(tmp_path / "hf", name, content=changes))
     assert family_of(config).name == name
-    if "cogvlm2" in name:
+    if changes.items() >= UNGROUPED.items():
         assert config["num_multi_query_heads"] == 8  # what the published config class means by saying nothing
 
 
@@ -148,6 +154,11 @@ def test_the_family_is_known_by_the_tensors_where_the_config_does_not_say(tmp_pa
         ),
         ("cogvlm2", "cogagent", r"of a CogAgent \(cross_hidden_size 32\), .* of a CogVLM2; .* set architectures "),
         ("cogvlm2", "cogvlm2-video", r"is of a CogVLM2-Video .* of a CogVLM2; .* num_multi_query_heads to 8"),
+        (
+            "cogvlm",
+            "cogagent",
+            r"CogVLM; .*, and take cross_hidden_size, cross_compute_hidden_size and cross_image_size",
+        ),
         ("cogagent", "cogvlm2-video", r"of a CogAgent; .* and cross_hidden_size, cross_compute_hidden_size and cross_"),
     ],
 )
@@ -162,7 +173,7 @@ def test_a_config_of_another_family_is_told_from_the_weights(tmp_path, weights, 
         (
             {"model_class": "CogVLMModel"},
             "model_class 'CogVLMModel', which is CogVLM, and num_multi_query_heads 2, which is CogVLM2; take "
-            "num_multi_query_heads and cross_image_pix out of it, or model_class to 'CogVLM2Model'",
+            "num_multi_query_heads out of it, or model_class to 'CogVLM2Model'",
         ),
         (
             {"num_multi_query_heads": 0},
@@ -170,7 +181,20 @@ def test_a_config_of_another_family_is_told_from_the_weights(tmp_path, weights, 
             r"\(8 in the published model\)",
         ),
         ({"num_vision_layers": 0}, "num_vision_layers 0, which is CogVLM2-Video; .*, and leave num_vision_layers out"),
-        ({"cross_image_pix": 28}, "cross_image_pix 28, which is CogAgent"),
+        ({"cross_image_pix": 28}, "cross_image_pix 28, which is CogAgent; .*, and take cross_image_pix out of it, or"),
+        (
+            {"cross_attn_hidden_size": 3, "cross_image_pix": 28},
+            "and leave num_vision_layers out, and take cross_image_pix and cross_attn_hidden_size out of it, or",
+        ),
+        (
+            {"model_class": "CogVLMModel", "cross_attn_hidden_size": 3},
+            "take num_multi_query_heads and cross_attn_hidden_size out of it, or",
+        ),
+        (
+            {"num_vision_layers": 1},
+            "num_vision_layers is 1, and CogVLM2 has visual experts in every layer; take it out",
+        ),
+        ({"num_multi_query_heads": 8}, "num_attention_heads 4 does not divide by num_multi_query_heads 8"),
         ({"num_multi_query_heads": 3}, "num_attention_heads 4 does not divide by num_multi_query_heads 3"),
     ],
 )
@@ -204,11 +228,46 @@ def test_weights_of_another_family_than_sats_config_are_refused(tmp_path):
         ({"is_decoder": [True]}, "is_decoder has 1 entries, wanted one for each of 2 layers"),
         ({"is_decoder": False}, "is_decoder is False, wanted true"),
         ({"cross_attn_hidden_size": 16}, "cross_attn_hidden_size is 16, and the encoder's hidden_size 32"),
+        (
+            {"num_multi_query_heads": 2},
+            "num_multi_query_heads is 2, and CogAgent has a key for each of 4 heads; take it",
+        ),
+        ({"num_vision_layers": 0}, "num_vision_layers is 0, and CogAgent has visual experts in every layer"),
     ],
 )
 def test_sizes_of_a_second_encoder_that_cannot_be_are_named(changes, message):
     with pytest.raises(CheckpointError, match=message):
         build_cogvlm({**CONFIGS["cogagent"], **changes}, device="meta")
+
+
+@pytest.mark.parametrize(
+    ("weights", "changes", "advice"),
+    [
+        ("cogvlm", {"cross_image_size": 0}, r"\], and take cross_image_size out$"),
+        ("cogvlm", {"num_multi_query_heads": 2, "architectures": None}, r"\], and take num_multi_query_heads out$"),
+        ("cogvlm2", {"cross_hidden_size": 8, "cross_image_size": 9}, "8, and take cross_hidden_size and cross_im"),
+        ("cogagent", {"cross_hidden_size": None, "cross_image_size": None, "architectures": ["CogVLMVideoForCausalLM"],
+         "num_multi_query_heads": 2}, "and cross_image_size, and take num_multi_query_heads out$"),
+    ],
+)  # fmt: skip
+def test_advice_on_a_config_takes_out_what_is_in_it(tmp_path, weights, changes, advice):
+    with pytest.raises(CheckpointError, match=advice):
+        read_config(write_hugging_face(tmp_path / "hf", weights, content=changes))
+
+
+@pytest.mark.parametrize("heads", [3, 5, 8])
+@pytest.mark.parametrize("name", ["cogvlm2", "cogvlm2-video"])
+def test_heads_that_share_no_keys_evenly_are_told_when_the_config_is_read(tmp_path, name, heads):
+    with pytest.raises(CheckpointError, match=f"heads 4 does not divide by num_multi_query_heads {heads}"):
+        read_config(write_hugging_face(tmp_path / "hf", name, content={"num_multi_query_heads": heads}))
+
+
+def test_visual_experts_in_all_layers_may_be_said():
+    config = {**CONFIGS["cogvlm2"], "num_vision_layers": CONFIGS["cogvlm2"]["num_layers"]}
+    assert size_problems(config) == [] == size_problems(shortened(config, 1))
+    assert shortened(config, 1)["num_vision_layers"] == 1 and "num_vision_layers" not in shortened(CONFIGS["cogvlm"], 1)
+    video = CONFIGS["cogvlm2-video"]
+    assert size_problems(shortened(video, 1)) == [] and shortened(video, 1)["num_vision_layers"] == 0
 
 
 def test_published_configs_are_whole_and_of_their_family():

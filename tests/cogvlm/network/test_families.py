@@ -1,13 +1,20 @@
 """The models of every family against a second, plain implementation; their names, shapes, sizes and graph."""
 
 import copy
+import math
+from collections import Counter
 
 import pytest
 import torch
 
+from sat_lora import describe
+from sat_lora.cogvlm.checkpoints.hugging_face_names import hf_name, sat_name
+from sat_lora.cogvlm.checkpoints.load import shardings_of
 from sat_lora.cogvlm.families import FAMILIES, published_config
+from sat_lora.doctor.model_checks.trained_set import trained_set_findings
 from sat_lora.errors import DataError
-from sat_lora.lora.apply import add_lora, find_all_sites
+from sat_lora.lora.apply import adapters_of, add_lora, find_all_sites
+from tests.support.published_tables import FREQUENCIES, expanded, published_table
 from tests.support.reference_families import family_logits
 from tests.support.tiny import fill_adapters
 from tests.support.tiny_families import (
@@ -15,6 +22,7 @@ from tests.support.tiny_families import (
     family_batch,
     family_model,
     logits_of,
+    published_model,
     published_shapes,
     reference_config,
 )
@@ -101,59 +109,27 @@ def test_the_sizes_of_published_models_are_those_of_their_files(name):
         assert 2 * (parameters + copies) == PUBLISHED_BYTES[name]
 
 
-SHAPES = {
-    "cogvlm2-llama3-chat-19B": {
-        "transformer.layers.31.attention.query_key_value.weight": (6144, 4096),
-        "mixins.rotary.vision_query_key_value_list.0.weight": (6144, 4096),
-        "mixins.rotary.vision_query_key_value_list.0.bias": (6144,),
-        "mixins.rotary.vision_dense_list.0.weight": (4096, 4096),
-        "mixins.eva.conv.weight": (1792, 1792, 2, 2),
-        "mixins.eva.conv.bias": (1792,),
-        "mixins.eva.vit_model.transformer.position_embeddings.weight": (9217, 1792),
-        "mixins.rotary.rotary_emb.inv_freq": (64,),
-    },
-    "cogvlm2-video-llama3-chat": {
-        "transformer.layers.0.attention.query_key_value.weight": (6144, 4096),
-        "mixins.eva.vit_model.transformer.position_embeddings.weight": (257, 1792),
-        "mixins.eva.conv.weight": (1792, 1792, 2, 2),
-    },
-    "cogagent-chat": {
-        "transformer.layers.31.cross_attention.query.weight": (1024, 4096),
-        "transformer.layers.31.cross_attention.key_value.weight": (2048, 1024),
-        "transformer.layers.31.cross_attention.dense.weight": (4096, 1024),
-        "transformer.layers.31.post_cross_attention_layernorm.weight": (4096,),
-        "mixins.eva.pos_embed": (256, 1792),
-        "mixins.encoder.pos_embed": (6400, 1024),
-        "mixins.encoder.vit.model.cls_token": (1, 1, 1024),
-        "mixins.encoder.vit.model.pos_embed": (1, 6401, 1024),
-        "mixins.encoder.vit.model.patch_embed.proj.weight": (1024, 3, 14, 14),
-        "mixins.encoder.vit.model.blocks.23.attn.k_proj.weight": (1024, 1024),
-        "mixins.encoder.vit.model.blocks.0.attn.q_bias": (1024,),
-        "mixins.encoder.vit.model.blocks.0.mlp.w2.weight": (2730, 1024),
-        "mixins.encoder.vit.model.blocks.0.mlp.w3.weight": (1024, 2730),
-        "mixins.encoder.vit.model.blocks.0.mlp.ffn_ln.bias": (2730,),
-        "mixins.encoder.vit.model.head.weight": (768, 1024),
-        "mixins.encoder.vit.model.rope.freqs_cos": (6400, 64),
-        "mixins.encoder.vit.model.blocks.23.attn.rope.freqs_sin": (6400, 64),
-    },
-}
-ABSENT = {
-    "cogvlm2-llama3-chat-19B": [
-        "query_key_value_list.0.bias.bias",
-        "transformer.layers.0.attention.query_key_value.bias",
-    ],
-    "cogvlm2-video-llama3-chat": ["mixins.rotary.vision_dense_list.0.weight", "mixins.mlp.vision_gate_proj.0.weight"],
-    "cogagent-chat": ["mixins.eva.conv.weight", "mixins.encoder.vit.model.blocks.0.attn.k_bias"],
-}
+PUBLISHED_NAMES = {"cogvlm2-llama3-chat-19B": 1221, "cogvlm2-video-llama3-chat": 1029}
 
 
-@pytest.mark.parametrize("name", SHAPES)
-def test_names_and_shapes_are_the_published_ones(name):
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_names_shapes_and_cuts_are_the_published_ones(name):
+    """Every one of them, in SAT and in Hugging Face, and none beside."""
+    model = published_model(name)
+    table = published_table(name)
+    buffer, copies, frequencies = FREQUENCIES
     shapes, _ = published_shapes(name)
-    assert {key: shapes[key] for key in SHAPES[name]} == SHAPES[name]
-    assert not shapes.keys() & set(ABSENT[name])
-    if name == "cogagent-chat":
-        assert sum(".rope.freqs_" in key for key in shapes) == 50
+    assert shapes == {sat: shape for sat, _, shape, _ in table} | {buffer: frequencies}
+    names = {sat: foreign for sat, foreign, _, _ in table}
+    assert {key: hf_name(key) for key in shapes if key != buffer} == names
+    assert {foreign: sat_name(foreign) for foreign in names.values()} == {
+        foreign: sat for sat, foreign in names.items()
+    }
+    cuts = {key: (sharding.dim, sharding.blocks) for key, sharding in shardings_of(model).items() if key != buffer}
+    lowest = {key: (dim, tuple(block // math.gcd(*blocks) for block in blocks)) for key, (dim, blocks) in cuts.items()}
+    assert lowest == {sat: cut for sat, _, _, cut in table}
+    in_files = {*names.values(), *(copy for (copy,) in expanded(copies))}
+    assert len(in_files) == PUBLISHED_NAMES.get(name, len(in_files))
 
 
 def test_what_never_runs_is_no_target_and_what_does_is():
@@ -167,6 +143,51 @@ def test_what_never_runs_is_no_target_and_what_does_is():
     before = logits_of(model.eval(), family_batch("cogagent"))
     fill_adapters(model)
     assert not torch.equal(before, logits_of(model, family_batch("cogagent")))
+
+
+PARTS = {
+    "cogagent": {
+        "language-attention": 4, "cross-attention": 6, "language-mlp": 6, "vision-expert-attention": 4,
+        "vision-expert-mlp": 6, "vit-attention": 4, "vit-mlp": 4, "projector": 4, "lm-head": 1, "patch-embedding": 1,
+        "cross-vision-patch-embedding": 1, "cross-vision-attention": 8, "cross-vision-mlp": 6,
+    },
+    "cogvlm2": {
+        "language-attention": 4, "language-mlp": 6, "vision-expert-attention": 4, "vision-expert-mlp": 6,
+        "vit-attention": 4, "vit-mlp": 4, "projector": 4, "lm-head": 1, "patch-embedding": 1, "vision-convolution": 1,
+    },
+    "cogvlm2-video": {
+        "language-attention": 4, "language-mlp": 6, "vit-attention": 4, "vit-mlp": 4, "projector": 4, "lm-head": 1,
+        "patch-embedding": 1, "vision-convolution": 1,
+    },
+}  # fmt: skip
+"""How many layers each preset has of its own."""
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_a_preset_of_a_part_has_a_row_of_its_own(name):
+    model = family_model(name)
+    sites = find_all_sites(model)
+    counts = Counter(site.part for site in sites.values())
+    embeddings = {site.name for site in sites.values() if site.kind.is_embedding}
+    assert {site.name for site in sites.values() if site.part == "other"} == embeddings
+    assert {part: count for part, count in counts.items() if part != "other"} == PARTS[name]
+    add_lora(model, target_modules=[*PARTS[name]], r=2, lora_alpha=4)
+    rows = {row["part"]: (row["layers"], row["adapted"]) for row in describe(model)}
+    assert rows.pop("total") == (sum(PARTS[name].values()),) * 2
+    assert rows == {part: (count, count) for part, count in PARTS[name].items()}
+    assert not trained_set_findings(model)
+
+
+def test_the_preset_of_the_language_attention_has_the_cross_attention_with_it_as_ever():
+    model = family_model("cogagent")
+    chosen = {}
+    for name in ("language-attention", "cross-attention", "patch-embedding"):
+        called = f"of_{name.replace('-', '_')}"
+        add_lora(model, target_modules=[name], r=2, lora_alpha=4, name=called)
+        chosen[name] = {*adapters_of(model, called)}
+    assert chosen["cross-attention"] < chosen["language-attention"] and len(chosen["language-attention"]) == 10
+    assert len(chosen["patch-embedding"]) == 1
+    assert not trained_set_findings(model)
 
 
 def test_hooks_reach_the_second_encoders_queries_keys_and_values():
