@@ -7,11 +7,13 @@ from pathlib import Path
 
 from sat_lora.data.box_texts import BOX_MARK, boxes_problem
 from sat_lora.data.item_keys import (
+    FILM_NAMES,
     METADATA,
     METADATA_OF_SHARDS,
     NAMES,
     OURS,
     WANTED,
+    is_film_name,
     key_problems,
     with_references,
     with_usual_names,
@@ -129,7 +131,8 @@ def samples_of(
         if problems:
             raise RecordError(*problems)
         needs_places = RECORDS[layout].NAMES_PLACES and beside is None
-        record = place_images(entry, images, options, needs_places)
+        are_films = called.get("image") in FILM_NAMES or any(map(is_film_name, images))
+        record = place_images(entry, images, options, needs_places, are_films=are_films)
         records.append(replace(record, references=references) if references else record)
         passed_over |= entry.keys() - OURS
     return records, passed_over, layout

@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sat_lora.data.records.record import TURNS, Fields, RecordError, listed
+from sat_lora.data.records.record import FILM_MARK, TURNS, Fields, RecordError, listed
 
 ROLES = {
     "user": "user", "human": "user", "question": "user", "prompter": "user", "usr": "user",
@@ -15,12 +15,14 @@ ROLES = {
 _TURN_KEYS = frozenset(TURNS)
 NOTES = frozenset("id name source timestamp created_at".split())
 """What stands in a turn and says nothing of it."""
-_IMAGE_KEYS = ("image", "images")
+_FILM_KEYS = ("video", "videos")
+_IMAGE_KEYS = ("image", "images", *_FILM_KEYS)
 """Keys of a turn that name its images, as in GLM-4V's data; they stand before its text, or where it has marks."""
 _TAGGED = re.compile(r"(?:Picture \d+:\s?)?<img>([^<>\n]+)</img>")
 """The image that a text of Qwen-VL's data names."""
 _TEXT_PARTS = ("text", "input_text", "output_text")
-_IMAGE_PARTS = ("image_url", "image", "input_image")
+_IMAGE_PARTS = ("image_url", "image", "input_image", "video_url", "video", "input_video")
+_PART_KEYS = ("image_url", "image", "video_url", "video", "url", "path", "source")
 
 Turn = tuple[str, str]
 """The role and the text of a turn."""
@@ -115,6 +117,8 @@ def _read_turn(turn: Any, role_key: str, text_key: str, mark: str, images: list[
         raise RecordError(f"of the {role} has an image; images stand in turns of the user")
     if isinstance(content, str):
         if role == "user":
+            if any(turn.get(key) is not None for key in _FILM_KEYS) and mark and mark not in content:
+                content = content.replace(FILM_MARK, mark)
             named = _TAGGED.findall(content)
             content = _TAGGED.sub(lambda _: mark, content)
             images += [*own, *named]
@@ -146,12 +150,10 @@ def _read_part(part: Any) -> tuple[str | None, Any]:
         return part, None
     kind = part.get("type") if isinstance(part, dict) else None
     if kind is None and isinstance(part, dict):  # Qwen's parts have no type
-        kind = next((name for name in ("text", "image") if name in part), None)
+        kind = next((name for name in ("text", "image", "video") if name in part), None)
     if kind in _TEXT_PARTS and isinstance(part.get("text"), str):
         return part["text"], None
     if kind in _IMAGE_PARTS:
-        image = next(
-            (part[name] for name in ("image_url", "image", "url", "path", "source") if part.get(name) is not None), None
-        )
+        image = next((part[name] for name in _PART_KEYS if part.get(name) is not None), None)
         return None, image
     raise RecordError(f"has a part of type {str(kind)[:40]!r}; known are text and image_url")

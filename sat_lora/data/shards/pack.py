@@ -8,6 +8,7 @@ from typing import Any
 
 from webdataset import ShardWriter
 
+from sat_lora.cogvlm.inputs.picture_kinds import FILM_SUFFIXES, film_suffix
 from sat_lora.cogvlm.inputs.pictures import SUFFIXES, file_limit, suffix_of
 from sat_lora.data.samples import Item, Picture, picture_content, read_items
 from sat_lora.errors import DataError
@@ -27,16 +28,17 @@ def pack_shards(
     """Write the items of `data`, in their order, and return (what --train-data takes, how many samples).
 
     A sample is KEY.json {"prompt", "answer"}, with its turns before, and the image's file as it is, with its own
-    suffix, or with that of its format where it has none that is known. What is in `out` is as it was until all shards
-    are written. reading: further arguments of `read_items`. Raises DataError where an image is missing, or is no file,
-    or there is nothing to pack; ConfigError where `out` holds shards, which stay unless `overwrite` replaces all of
-    them.
+    suffix, or with that of its format where it has none that is known. Films are images, too. What is in `out` is as it
+    was until all shards are written. reading: further arguments of `read_items`. Raises DataError where an image is
+    missing, or is no file, or there is nothing to pack; ConfigError where `out` holds shards, which stay unless
+    `overwrite` replaces all of them.
     """
     out = Path(out)
     before = packed_shards(out, overwrite)
     items = read_items(data, **reading)
     if not items:
         raise DataError(f"{printable(', '.join(map(str, data)))}: no samples there, so there is nothing to pack")
+    _check(items)
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out, prefix=".packing-") as draft:
         _write(items, Path(draft), samples_per_shard)
@@ -49,12 +51,22 @@ def pack_shards(
     return str(out / f"shard-{numbers}.tar"), len(items)
 
 
+def _check(items: Sequence[Item]) -> None:
+    """Raise DataError for a sample that no shard can hold."""
+    for item in items:
+        if item.more_images:
+            raise DataError(f"{printable(item.place)}: several images; a sample of a shard has one")
+        if isinstance(item.image, Path) and item.image.is_dir():
+            raise DataError(
+                f"{printable(item.image)}: cannot be packed: a folder, no file; a sample of a shard has one file, so "
+                "write the frames of a folder as a film, or train on the samples as they lie"
+            )
+
+
 def _write(items: Sequence[Item], folder: Path, samples_per_shard: int) -> None:
     """Write the items as shards into the folder. Raises DataError where an image cannot be read."""
     with ShardWriter(str(folder / "shard-%06d.tar"), maxcount=samples_per_shard, maxsize=1e12, verbose=0) as writer:
         for number, item in enumerate(items):
-            if item.more_images:
-                raise DataError(f"{printable(item.place)}: several images; a sample of a shard has one")
             texts = {"answer": item.answer, **({"prompt": item.prompt} if item.prompt is not None else {})}
             turns = {name: value for name in ("history", "system") if (value := getattr(item, name))}
             unicode = json.dumps({**texts, **turns}, ensure_ascii=False)
@@ -63,7 +75,9 @@ def _write(items: Sequence[Item], folder: Path, samples_per_shard: int) -> None:
             if item.image is not None:
                 content = _content(item.image, item.name)
                 suffix = item.image.suffix.lower() if isinstance(item.image, Path) else ""
-                sample[(suffix if suffix in SUFFIXES else suffix_of(content))[1:]] = content
+                if suffix not in SUFFIXES | FILM_SUFFIXES:
+                    suffix = film_suffix(content) or suffix_of(content)
+                sample[suffix[1:]] = content
             writer.write(sample)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath
 
 from webdataset.tariterators import base_plus_ext
 
+from sat_lora.cogvlm.inputs.picture_kinds import FILM_SUFFIXES, film_suffix
 from sat_lora.cogvlm.inputs.pictures import CONVERT, MAX_PIXELS, SUFFIXES, UNREAD_SUFFIXES, file_limit
 from sat_lora.data.box_texts import picture_size, with_boxes
 from sat_lora.data.folders import is_no_data_path
@@ -26,6 +27,7 @@ from sat_lora.parallel.distributed import gather_lists
 from sat_lora.printable import printable
 
 TEXT_SUFFIXES = (".json", ".txt")
+IMAGE_SUFFIXES = SUFFIXES | FILM_SUFFIXES
 FIRST_DOT = "a key ends at the first dot of a name, so rename members that have more than one"
 SORT = "write the shard sorted by name (tar --sort=name)"
 
@@ -63,7 +65,7 @@ class Record:
             text = _text_of(".txt", parts[".txt"]).strip() if ".txt" in parts else None
         except (OSError, ValueError) as error:
             return BrokenSample(name, f"{name}: cannot be read: {printable(error)}")
-        image = next((parts[suffix] for suffix in parts if suffix in SUFFIXES), None)
+        image = next((parts[suffix] for suffix in parts if suffix in IMAGE_SUFFIXES), None)
         images = [] if image is None else [image]
         try:
             record = _record_of(fields, text, images, options)
@@ -84,7 +86,7 @@ class Record:
         """Return the texts and the first image, by suffix. Raises OSError or ValueError if one cannot be read."""
         if self.problem is not None:
             raise ValueError(self.problem)
-        image = next((suffix for suffix, _, _ in self.members if suffix in SUFFIXES), None)
+        image = next((suffix for suffix, _, _ in self.members if suffix in IMAGE_SUFFIXES), None)
         parts = {}
         with open_file(self.shard, sys.maxsize) as file:
             for suffix, first, size in self.members:
@@ -121,8 +123,9 @@ def _record_of(fields: object, text: str | None, images: list, options: RecordOp
         raise RecordError(f"its json has {len(rewritten)} captions; a key is one sample")
     entry, called = with_usual_names(rewritten[0], options.ignored, NAMES[1:])
     problems = key_problems(entry, options.ignored, METADATA_OF_SHARDS)
-    if not images and entry.get("image"):
-        problems.append(f"its json names an image, {str(entry['image'])[:80]!r}, but none lies beside it")
+    named = [entry[name] for name in ("image", "video", "videos") if entry.get(name)]
+    if not images and named:
+        problems.append(f"its json names an image, {str(named[0])[:80]!r}, but none lies beside it")
     answer = entry.get("answer")
     if not problems:
         checked = {name: value for name, value in entry.items() if name in READ[1:]}
@@ -140,7 +143,8 @@ def _record_of(fields: object, text: str | None, images: list, options: RecordOp
     answer = text if answer is None else answer
     if answer is None or (not images and entry.get("prompt") is None):
         return None
-    record = place_images({**entry, "answer": answer}, images, options, needs_places=False)
+    are_films = any(film_suffix(image) is not None for image in images)
+    record = place_images({**entry, "answer": answer}, images, options, needs_places=False, are_films=are_films)
     return with_boxes(record, images, picture_size)
 
 
@@ -186,7 +190,7 @@ def find_records(shard: str, left_out: Counter | None = None) -> Iterator[Record
 def _check_is_whole(record: Record, halves: dict[int, bool]) -> None:
     """Raise DataError if the members of a key lie apart: a text would be learnt without its image."""
     suffixes = {suffix for suffix, _, _ in record.members}
-    has_image = not suffixes.isdisjoint(SUFFIXES)
+    has_image = not suffixes.isdisjoint(IMAGE_SUFFIXES)
     if has_image != suffixes.isdisjoint(TEXT_SUFFIXES):
         return
     if halves.setdefault(hash(record.key), has_image) != has_image:
@@ -218,7 +222,7 @@ def _record(shard: str, key: str, group: Iterator, links: Links, left_out: Count
     problem = None
     other_picture = None
     for _, suffix, member in group:
-        if suffix not in SUFFIXES and suffix not in TEXT_SUFFIXES:
+        if suffix not in IMAGE_SUFFIXES and suffix not in TEXT_SUFFIXES:
             left_out[f"{printable(suffix)} members"] += 1
             if PurePosixPath(suffix).suffix in SUFFIXES | UNREAD_SUFFIXES or suffix in UNREAD_SUFFIXES:
                 other_picture = suffix
@@ -232,9 +236,9 @@ def _record(shard: str, key: str, group: Iterator, links: Links, left_out: Count
             problem = f"{suffix} is {member.kind}, which is not read"
         places.append((suffix, member.first, member.size))
     suffixes = {suffix for suffix, _, _ in places}
-    if len(pictures := sorted(suffixes & SUFFIXES)) > 1:
+    if len(pictures := sorted(suffixes & IMAGE_SUFFIXES)) > 1:
         problem = f"it has two images, {' and '.join(pictures[:2])}; a sample has one"
-    if not suffixes & SUFFIXES:
+    if not suffixes & IMAGE_SUFFIXES:
         if other_picture is not None:  # without a word it would be trained on as text alone
             problem = f"{printable(other_picture)} is no image that is read; {CONVERT}, as KEY.png or KEY.jpg"
             if other_picture.count(".") > 1:
