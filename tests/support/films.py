@@ -21,14 +21,14 @@ def write_film(
     size: tuple[int, int] = (32, 32),
     left_is_red: bool = False,
 ) -> Path:
-    """Write a film whose frame n has grey STEP * n, size (width, height), and return its path."""
+    """Write a film whose frame n has grey STEP * n as far as that goes, size (width, height), and return its path."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=rate)
         stream.width, stream.height = size
         stream.pix_fmt = "yuv420p"
         stream.codec_context.max_b_frames = b_frames
         for number in range(frames):
-            pixels = numpy.full((size[1], size[0], 3), STEP * number, numpy.uint8)
+            pixels = numpy.full((size[1], size[0], 3), min(255, STEP * number), numpy.uint8)
             if left_is_red:
                 pixels[:, : size[0] // 2] = (255, 0, 0)
             for packet in stream.encode(av.VideoFrame.from_ndarray(pixels, "rgb24")):

@@ -191,7 +191,7 @@ def _stream_of(film: Any, max_pixels: int) -> Any:
     """Return the stream of pictures. Raises DataError where there is none to decode, or its frames are too large."""
     stream = next(iter(film.streams.video), None)
     if stream is None:
-        raise DataError("it has no picture stream, only sound or text; give a film")
+        raise DataError("it has no picture stream, only sound; give a film" if film.streams.audio else DAMAGED)
     codec = stream.codec_context
     if codec is None:
         raise DataError("FFmpeg knows no decoder for it; convert it to H.264 in MP4")
@@ -201,7 +201,11 @@ def _stream_of(film: Any, max_pixels: int) -> Any:
 
 
 def _times(av: Any, file: BinaryIO, max_pixels: int) -> list[float]:
-    """Return the seconds of the frames that may be looked at, ascending. Raises DataError where frames are missing."""
+    """Return the seconds of the frames that may be looked at, ascending.
+
+    Raises DataError where there are fewer than the header tells of. Streams (MPEG, Matroska, FLV) tell of none: of one
+    that was cut short there is what is there.
+    """
     times: list[float] = []
     packets = 0
     with _opened(av, file) as film:
