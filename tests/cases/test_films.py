@@ -63,7 +63,8 @@ def test_a_packed_film_is_the_film(tmp_path, name):
     film = film.rename(tmp_path / name)
     lines = write_lines(tmp_path / "films.jsonl", {"video": name, **ASKED})
     shard, count = pack_shards([lines], tmp_path / "shards")
-    assert count == 1 and {*tarfile.open(shard).getnames()} == {"000000000.json", f"000000000{suffix}"}
+    with tarfile.open(shard) as tar:
+        assert count == 1 and {*tar.getnames()} == {"000000000.json", f"000000000{suffix}"}
     (record,) = find_records(shard)
     item = record.read()
     assert item.image == film.read_bytes()
@@ -194,7 +195,8 @@ def test_shards_whose_films_do_not_fit_are_refused_early(tmp_path):
     def refuse(item):
         raise ConfigError(f"--max_length: 9 is too short for {film_suffix(item.image[:400])}")
 
-    assert [*problems_with_shards([shard], "--train-data")][0].endswith("it is a film; convert it to PNG or JPEG")
+    (problem,) = problems_with_shards([shard], "--train-data")
+    assert problem.endswith("it is a film; convert it to PNG or JPEG")
     assert [*problems_with_shards([shard], "--train-data", try_item=lambda item: None)] == []
     problem = f"{shard}: --max_length: 9 is too short for .mp4"
     assert [*problems_with_shards([shard], "--train-data", try_item=refuse)] == [problem]
