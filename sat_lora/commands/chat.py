@@ -164,7 +164,7 @@ def _check_early(config: "TrainConfig", adapters: dict[str, str], place: "Place"
     problems += [f"--adapter: {problem}" for problem in missing if problem]
     if image is not None and not Path(image).exists():
         problems.append(f"--image: {printable(image)} is no file")
-    elif image is not None and not problems and (problem := _film_problem(config.model.base, Path(image))):
+    elif image is not None and not problems and (problem := film_problem(config.model.base, Path(image))):
         problems.append(f"--image: {printable(image)} {problem}")
     size = config.parallel.model_parallel_size
     if place.size != size:
@@ -176,7 +176,7 @@ def _check_early(config: "TrainConfig", adapters: dict[str, str], place: "Place"
         raise ConfigError("; ".join(problems))
 
 
-def _film_problem(base: str, image: Path) -> str | None:
+def film_problem(base: str, image: Path) -> str | None:
     """Return why a base cannot be asked about what lies at `image`; None where it can, as far as its kind says."""
     from sat_lora.cogvlm.inputs.picture_kinds import FILM_SUFFIXES
 
