@@ -75,7 +75,9 @@ def live_through_all(family, home, captchas):
     chat = Chat(load_cogvlm(base), adapters={"mine": adapter}, max_new_tokens=4)
     answers = [chat.ask("CAPTCHA:", picture), chat.ask("CAPTCHA:")]
     if FAMILIES[family].takes_frames:
-        answers.append(chat.ask("What?", watch_films(home, base)))
+        film = watch_films(home, base)
+        watching = Chat(load_cogvlm(base), adapters={"mine": adapter}, max_new_tokens=4, max_length=300)
+        answers.append(watching.ask("What?", film))
     quantize_base(base, home / "nf4", Quantization(scheme="nf4"))
     quantized = Chat(load_cogvlm(home / "nf4"), adapters={"mine": adapter}, max_new_tokens=4)
     answers.append(quantized.ask("CAPTCHA:", picture))
