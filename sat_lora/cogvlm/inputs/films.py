@@ -253,10 +253,14 @@ def _turned(frame: Any) -> Image.Image:
     right_x, right_y, _, down_x, down_y = numpy.frombuffer(matrix, dtype=numpy.int32)[:5].tolist()
     if abs(right_y) + abs(down_x) > abs(right_x) + abs(down_y):  # columns become rows
         picture = picture.transpose(Image.Transpose.TRANSPOSE)
-        right_x, down_y = down_x, right_y
-    if right_x < 0:
+        is_mirrored = down_x < 0
+        is_upside_down = right_y < 0
+    else:
+        is_mirrored = right_x < 0
+        is_upside_down = down_y < 0
+    if is_mirrored:
         picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    if down_y < 0:
+    if is_upside_down:
         picture = picture.transpose(Image.Transpose.FLIP_TOP_BOTTOM)
     return picture
 

@@ -68,7 +68,7 @@ _FILMS = (
 )  # fmt: skip
 """The marks of films, with a suffix of each kind. The last three are QuickTime's, which need not name a brand."""
 _PACKETS = ((188, 0, ".ts"), (192, 4, ".m2ts"))
-"""Of MPEG's transport streams, whose only mark is a byte in each packet: (bytes of a packet, its place, suffix)."""
+"""MPEG's transport streams, by (bytes of a packet, place of the byte that marks each one, suffix)."""
 
 _BRANDS = {
     "AVIF": b"avif avis avio", "HEIC": b"heic heix heim heis hevc hevx hevm hevs", "raw": b"crx ",
