@@ -71,7 +71,7 @@ class Conversation:
         line = line.strip()
         if not line:
             return True
-        image = dropped_image(line)
+        image = dropped_image(line, takes_frames=self._chat.takes_frames)
         word, _, rest = line[1:].partition(" ") if line.startswith("/") and image is None else ("", "", line)
         if word in ("quit", "exit"):
             return False
@@ -206,15 +206,17 @@ def typed_path(text: str) -> Path:
     return Path(name).expanduser()
 
 
-def dropped_image(line: str) -> Path | None:
-    """Return the picture, the film, or the folder with a film's frames, that a line names and that is there; None where
-    the line is something else. A folder is named by a path with a slash, as terminals paste it: a word is a question.
+def dropped_image(line: str, *, takes_frames: bool = False) -> Path | None:
+    """Return the picture or the film that a line names and that is there; None where the line is something else.
+
+    takes_frames: whether the base takes films, of which each may be a folder, too. That is named by a path with a
+    slash, as terminals paste it: a word alone is a question.
     """
     try:
         path = typed_path(line)
         if path.suffix.lower() in SUFFIXES | FILM_SUFFIXES and path.is_file():
             return path
-        return path if "/" in line and path.is_dir() and _has_pictures(path) else None
+        return path if takes_frames and "/" in line and path.is_dir() and _has_pictures(path) else None
     except (OSError, ValueError, RuntimeError):  # too long for a name, a zero byte, nobody's home
         return None
 

@@ -207,8 +207,11 @@ def test_a_film_is_dropped_into_a_conversation(tmp_path):
     frames = write_frames(tmp_path / "frames")
     (tmp_path / "texts").mkdir()
     assert dropped_image(f"'{film}'") == film and dropped_image(f"file://{tmp_path}/my%20film.MP4 ") == film
-    assert dropped_image(f"{frames}/") == frames and dropped_image(str(frames)) == frames
-    assert dropped_image(f"{tmp_path}/texts") is None and dropped_image(f"What is in {film}?") is None
+    for folder in (f"{frames}/", str(frames)):
+        assert dropped_image(folder, takes_frames=True) == frames and dropped_image(folder) is None
+    assert (
+        dropped_image(f"{tmp_path}/texts", takes_frames=True) is None and dropped_image(f"What is in {film}?") is None
+    )
 
 
 @pytest.mark.parametrize("kind", ["video_url", "video", "input_video"])
