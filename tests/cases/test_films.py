@@ -76,6 +76,14 @@ def test_a_packed_film_is_the_film(tmp_path, name):
     assert "it is a film; convert it to PNG or JPEG" in as_picture.reason
 
 
+def test_a_film_that_cannot_be_read_is_packed_under_its_own_suffix(tmp_path):
+    """It is one of the run's broken samples, as it was before, and no picture."""
+    (tmp_path / "a.mp4").write_bytes(b"film")
+    shard, _ = pack_shards([write_lines(tmp_path / "f.jsonl", {"video": "a.mp4", **ASKED})], tmp_path / "shards")
+    with tarfile.open(shard) as tar:
+        assert "000000000.mp4" in tar.getnames()
+
+
 def test_a_folder_of_frames_is_not_packed_and_nothing_is_written(tmp_path):
     write_film(tmp_path / "a.mp4", 2)
     write_frames(tmp_path / "frames")
