@@ -75,6 +75,7 @@ setup(
             "sacrebleu>=2.3,<3",
             "rouge-score>=0.1.2",
             "rapidfuzz>=3",
+            "av>=11",
         ],
         "matrix": ["ipykernel>=6.29", "nbclient>=0.10", "playwright>=1.45"],
         "quant": ["bitsandbytes>=0.46"],

@@ -134,7 +134,8 @@ class Chat:
         self._cross_size = cross_image_size(config)
         self._cross_images: tuple[torch.Tensor, ...] = ()
         self._more_images: tuple[torch.Tensor, ...] = ()
-        self._takes_frames = family_of(config).takes_frames
+        self.takes_frames = family_of(config).takes_frames
+        """Whether the base takes films: a file, or a folder with the frames as pictures."""
         self._image_length = config["image_length"]
         self._ends = end_tokens(self._tokenizer, config)
         self._special_tokens = special_tokens
@@ -185,9 +186,9 @@ class Chat:
         Raises DataError where it cannot be read; the conversation is then as it was.
         """
         sizes = [self._image_size] if self._cross_size is None else [self._image_size, self._cross_size]
-        if self._takes_frames and not isinstance(image, Image.Image):
+        if self.takes_frames and not isinstance(image, Image.Image):
             tensors = load_frames(image, self._image_size, self.version, max_pixels=self.max_pixels)
-        elif self._takes_frames:
+        elif self.takes_frames:
             tensors = [frame_tensor(image, self._image_size)]
         elif isinstance(image, Image.Image):
             tensors = [image_tensor(image, size) for size in sizes]
@@ -197,7 +198,7 @@ class Chat:
         self.reset()
         self._image = tensors[0]
         more = tuple(tensors[1:])
-        self._more_images, self._cross_images = (more, ()) if self._takes_frames else ((), more)
+        self._more_images, self._cross_images = (more, ()) if self.takes_frames else ((), more)
 
     def reset(self, *, keeps_image: bool = False) -> None:
         """Forget the turns, and the image."""
@@ -296,7 +297,7 @@ class Chat:
                 self._image,
                 self._special_tokens,
                 earlier=[(parts, turn.answer) for parts, turn in zip(earlier, turns)],
-                joins_images=self._takes_frames,
+                joins_images=self.takes_frames,
             )
             if len(sample.input_ids) + needed <= self.max_length:
                 self.left_out = first if self.keeps_history else 0
@@ -313,6 +314,6 @@ class Chat:
         """Return the prompt of each turn, as training lays it out: its text, after the image where there is one."""
         first, *more = turn_texts(self.version, queries)
         first_parts: tuple[str, ...] = ("", first) if self.has_image else (first,)
-        if self._takes_frames and self.has_image:
+        if self.takes_frames and self.has_image:
             first_parts = with_frames(first_parts, [1 + len(self._more_images)], self.version)
         return [first_parts, *((text,) for text in more)]

@@ -12,13 +12,14 @@ from typing import Any, TextIO
 from urllib.parse import unquote, urlsplit
 
 from sat_lora.chat.session import Chat
-from sat_lora.cogvlm.inputs.picture_kinds import SUFFIXES
+from sat_lora.cogvlm.inputs.picture_kinds import FILM_SUFFIXES, SUFFIXES
 from sat_lora.errors import ConfigError, SatLoraError
 from sat_lora.files.foreign import os_problem
 from sat_lora.printable import printable, printable_lines
 
 HELP = """\
 /image FILE      begin anew, about this picture; so does its path alone, typed, pasted or dragged here
+                 (CogVLM2-Video: this film, or the folder with its frames as pictures)
 /adapter [NAME]  let this adapter answer; without a name, list them
 /base            let the base answer
 /compare TEXT    the answers of the base and of every adapter, which the conversation does not keep
@@ -70,7 +71,7 @@ class Conversation:
         line = line.strip()
         if not line:
             return True
-        image = dropped_image(line)
+        image = dropped_image(line, takes_frames=self._chat.takes_frames)
         word, _, rest = line[1:].partition(" ") if line.startswith("/") and image is None else ("", "", line)
         if word in ("quit", "exit"):
             return False
@@ -205,13 +206,23 @@ def typed_path(text: str) -> Path:
     return Path(name).expanduser()
 
 
-def dropped_image(line: str) -> Path | None:
-    """Return the picture that a line names and that is there; None where the line is something else."""
+def dropped_image(line: str, *, takes_frames: bool = False) -> Path | None:
+    """Return the picture or the film that a line names and that is there; None where the line is something else.
+
+    takes_frames: whether the base takes films, of which each may be a folder, too. That is named by a path with a
+    slash, as terminals paste it: a word alone is a question.
+    """
     try:
         path = typed_path(line)
-        return path if path.suffix.lower() in SUFFIXES and path.is_file() else None
+        if path.suffix.lower() in SUFFIXES | FILM_SUFFIXES and path.is_file():
+            return path
+        return path if takes_frames and "/" in line and path.is_dir() and _has_pictures(path) else None
     except (OSError, ValueError, RuntimeError):  # too long for a name, a zero byte, nobody's home
         return None
+
+
+def _has_pictures(folder: Path) -> bool:
+    return any(Path(name).suffix.lower() in SUFFIXES for name in os.listdir(folder))
 
 
 def typed_lines(chat: Chat) -> Iterator[str]:

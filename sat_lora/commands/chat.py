@@ -30,7 +30,7 @@ def add(commands) -> None:
     )
     add_model_options(command)
     option = command.add_argument
-    option("--image", metavar="FILE", help="the picture that is asked about")
+    option("--image", metavar="FILE", help="the picture (CogVLM2-Video: film, or folder of its frames) to ask about")
     option("--prompt", metavar="TEXT", help="print the answer to this and end, instead of a conversation")
     option("--temperature", type=not_negative, metavar="T", help="draw answers; 1 is the model's own distribution")
     option("--top_p", type=not_negative, metavar="P", help="draw from the likeliest tokens of this probability")
@@ -168,8 +168,10 @@ def _check_early(config: "TrainConfig", adapters: dict[str, str], place: "Place"
     problems = base_problems(config.model.base)
     missing = (missing_adapter(folder) for folder in adapters.values())
     problems += [f"--adapter: {problem}" for problem in missing if problem]
-    if image is not None and not Path(image).is_file():
+    if image is not None and not Path(image).exists():
         problems.append(f"--image: {printable(image)} is no file")
+    elif image is not None and not problems and (problem := film_problem(config.model.base, Path(image))):
+        problems.append(f"--image: {printable(image)} {problem}")
     size = config.parallel.model_parallel_size
     if place.size != size:
         problems.append(
@@ -178,6 +180,22 @@ def _check_early(config: "TrainConfig", adapters: dict[str, str], place: "Place"
         )
     if problems:
         raise ConfigError("; ".join(problems))
+
+
+def film_problem(base: str, image: Path) -> str | None:
+    """Return why a base cannot be asked about what lies at `image`; None where it can, as far as its kind says."""
+    from sat_lora.cogvlm.inputs.picture_kinds import FILM_SUFFIXES
+
+    if image.is_file() and image.suffix.lower() not in FILM_SUFFIXES:
+        return None
+    from sat_lora.cogvlm.checkpoints.load import read_config
+    from sat_lora.cogvlm.families import family_of
+
+    family = family_of(read_config(base))
+    if image.is_file() or image.is_dir():
+        kind = "a film" if image.is_file() else "a folder, no file"
+        return None if family.takes_frames else f"is {kind}; {family.title} takes pictures: give a picture's file"
+    return "is no file"
 
 
 def _load(

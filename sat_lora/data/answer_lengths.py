@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-from sat_lora.cogvlm.inputs.frames import MOST_FRAMES
+from sat_lora.cogvlm.inputs.films import MOST_FRAMES, TOUCHING
 from sat_lora.cogvlm.inputs.text import IGNORED, turn_texts
 from sat_lora.data.samples import ImageTextDataset, Item
 from sat_lora.errors import SatLoraError
@@ -12,6 +12,7 @@ from sat_lora.parallel.distributed import gather_lists
 LAID_OUT = 20_000  # samples that are tokenised; one that is short enough anyway is not
 CHARACTERS = 1 << 25  # the same, of all their answers together
 SPECIAL = 2 + 2  # BOS and EOS, and what a tokenizer puts before a text
+NUMBER = 2 + 2  # tokens of a frame's number at most, and what a tokenizer puts before it
 EXPANSION = 18  # tokens of a character outside ASCII at most, by the normal forms of Unicode and by bytes
 
 
@@ -113,7 +114,8 @@ class CutAnswers:
 def _surely_fits(dataset: ImageTextDataset, item: Item) -> bool:
     """Return whether an item fits by its characters alone, of which each gives few tokens."""
     images = len(item.images) * (MOST_FRAMES if dataset.takes_frames else 1)
-    places = (dataset.image_length + 2) * images
+    number = NUMBER if dataset.takes_frames and dataset.version != TOUCHING else 0
+    places = (dataset.image_length + 2 + number) * images
     queries = [*(query for query, _ in item.history), dataset.prompt if item.prompt is None else item.prompt]
     answers = [*(answer for _, answer in item.history), item.answer]
     try:

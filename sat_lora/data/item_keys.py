@@ -6,13 +6,15 @@ import shlex
 from collections import Counter
 from collections.abc import Collection
 
+from sat_lora.cogvlm.inputs.picture_kinds import FILM_SUFFIXES
 from sat_lora.data.formats import MARKS, format_of
 from sat_lora.data.records.record import is_blank
 from sat_lora.data.records.registry import RECORDS
 
 SHOWN = 8  # keys of one object
 NESTED = 3  # levels of what lies beside a sample that are looked through for its image
-PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".heic", ".avif")
+FILMS = tuple(FILM_SUFFIXES - {".ts"})  # which is also the suffix of programs
+PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".heic", ".avif", *FILMS)
 NAMES = ("image", "prompt", "answer")
 READ = (*NAMES, "history", "system", "boxes", "unlearnt")
 OURS = frozenset(READ)
@@ -45,6 +47,8 @@ OTHER_NAMES = {
         assistant solution ground_truth groundtruth gt a multiple_choice_answer transcription
     """,
 }
+FILM_NAMES = frozenset({"video", "videos", "video_path", "film"})
+"""Those of them whose images are films."""
 READ_INSTEAD = {other: name for name, others in OTHER_NAMES.items() for other in others.split()}
 
 
@@ -189,7 +193,13 @@ def _speaks_of_an_image(key: str, value: object, depth: int = 0) -> bool:
         pairs = value.items() if isinstance(value, dict) else ((key, element) for element in value[:SHOWN])
         return any(_speaks_of_an_image(str(name), content, depth + 1) for name, content in pairs)
     names_a_file = isinstance(value, str) and re.split(r"[?#]", value.strip().lower())[0].endswith(PICTURES)
-    return value is not None and (names_a_file or "image" in key.casefold() or "img" in key.casefold())
+    return value is not None and (names_a_file or any(word in key.casefold() for word in ("image", "img", "video")))
+
+
+def is_film_name(value: object) -> bool:
+    """Return whether a value is the path or the data URL of a film."""
+    name = value.strip().lower() if isinstance(value, str) else ""
+    return re.split(r"[?#]", name)[0].endswith(FILMS) or name.startswith("data:video/")
 
 
 def _holds_a_question(key: str, value: object) -> bool:

@@ -8,11 +8,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from sat_lora.cogvlm.inputs.picture_kinds import film_suffix
 from sat_lora.data.box_texts import BOX_MARK, boxes_problem
 from sat_lora.data.item_keys import (
+    FILM_NAMES,
     NAMES,
     OURS,
     WANTED,
+    is_film_name,
     key_problems,
     means,
     with_references,
@@ -156,10 +159,15 @@ def samples_of(
         if problems:
             raise RecordError(*problems)
         needs_places = RECORDS[layout].NAMES_PLACES and (beside is None or len(images) > 1)
-        record = place_images(entry, images, options, needs_places)
+        are_films = called.get("image") in FILM_NAMES or any(map(_is_film, images))
+        record = place_images(entry, images, options, needs_places, are_films=are_films)
         records.append(replace(record, references=references) if references else record)
         passed_over |= entry.keys() - OURS
     return records, passed_over, layout
+
+
+def _is_film(image: object) -> bool:
+    return film_suffix(image) is not None if isinstance(image, bytes) else is_film_name(image)
 
 
 def _with_answer(fields: Fields, beside: Beside, named: Mapping[str, object]) -> Fields:

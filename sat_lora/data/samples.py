@@ -12,7 +12,8 @@ from typing import Protocol
 import torch
 from torch.utils.data import Dataset
 
-from sat_lora.cogvlm.inputs.frames import MOST_FRAMES, load_frames, with_frames
+from sat_lora.cogvlm.inputs.films import MOST_FRAMES
+from sat_lora.cogvlm.inputs.frames import load_frames, with_frames
 from sat_lora.cogvlm.inputs.image import load_image, load_sizes, no_images
 from sat_lora.cogvlm.inputs.pictures import MAX_PIXELS
 from sat_lora.cogvlm.inputs.text import IGNORED, IMAGE_PLACE, Sample, build_sample, turn_texts
@@ -300,7 +301,9 @@ class ImageTextDataset(Dataset):
             try:
                 content = picture_content(image)
                 if self.takes_frames:
-                    frames = load_frames(content, self.image_size, self.version, max_pixels=self.max_pixels)
+                    frames = load_frames(
+                        content, self.image_size, self.version, max_pixels=self.max_pixels, name=called
+                    )
                     images += frames
                     counts.append(len(frames))
                     continue

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sat_lora._sat import mpu
 from sat_lora.cogvlm.families import cross_image_size
-from sat_lora.cogvlm.inputs.frames import MOST_FRAMES
+from sat_lora.cogvlm.inputs.films import MOST_FRAMES
 from sat_lora.cogvlm.network import recompute
 from sat_lora.cogvlm.network.attention import CAUSAL
 from sat_lora.cogvlm.network.head import LabelledRows

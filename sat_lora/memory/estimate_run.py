@@ -10,7 +10,8 @@ from typing import Any
 
 from sat_lora.cogvlm.checkpoints.load import read_config, shortened
 from sat_lora.cogvlm.checkpoints.quantized_files import KEY
-from sat_lora.cogvlm.families import is_published, published_config
+from sat_lora.cogvlm.families import family_of, is_published, published_config
+from sat_lora.cogvlm.inputs.films import MOST_FRAMES, TOUCHING
 from sat_lora.cogvlm.sizes import missing_sizes, size_problems
 from sat_lora.errors import CheckpointError, ConfigError
 from sat_lora.files.foreign import read_json
@@ -71,9 +72,14 @@ def plan_of(config: TrainConfig, sizes: dict[str, Any], *, ranks: int, device: s
     settled = settle(config, device=device, environ={"WORLD_SIZE": str(ranks)})
     config = settled.config
     length = config.model.max_length
+    image = "an image"
     shortest = sizes["image_length"] + 4
+    if family_of(sizes).takes_frames:
+        image = f"the {MOST_FRAMES} frames of a film"
+        number = 0 if config.model.version == TOUCHING else 1
+        shortest = (sizes["image_length"] + 2 + number) * MOST_FRAMES + 2
     if length < shortest:
-        raise ConfigError(f"--max_length: {length} is too short, an image and two tokens take {shortest}")
+        raise ConfigError(f"--max_length: {length} is too short, {image} and two tokens take {shortest}")
     step = dict(
         dtype=base_dtype(config.precision),
         batch_size=config.schedule.batch_size,

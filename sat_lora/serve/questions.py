@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sat_lora.cogvlm.decoding.sampling import Sampling
+from sat_lora.cogvlm.inputs.picture_kinds import film_suffix
 from sat_lora.errors import ConfigError
 from sat_lora.printable import printable
 
@@ -17,6 +18,8 @@ SHOWN = 80  # characters of a value in a message
 BITS_SHOWN = 256  # of a number; Python writes none of thousands of digits
 MOST_MESSAGES = 256
 MOST_STOPS = 4  # as OpenAI's
+FILM_PARTS = ("video_url", "video", "input_video")
+NO_FILMS = "pictures alone are served: send a picture, or ask about films with sat-lora chat --image"
 WITHOUT_MEANING = frozenset(
     "user store metadata stream_options parallel_tool_calls service_tier safety_identifier prompt_cache_key "
     "prompt_cache_retention prediction".split()
@@ -224,6 +227,8 @@ def _text_of(content: object, where: str, images: list[bytes] | None) -> str:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind == "text" and isinstance(part.get("text"), str):
             texts.append(part["text"])
+        elif kind in FILM_PARTS:
+            raise RequestError(f"{place}: a film; {NO_FILMS}")
         elif kind == "image_url" and images is not None:
             url = part.get("image_url")
             images.append(_content_of(url.get("url") if isinstance(url, dict) else url, f"{place}.image_url"))
@@ -242,9 +247,12 @@ def _content_of(url: object, where: str) -> bytes:
             f"{where}: got {_shown(url)}, wanted data:image/png;base64,...: no address is fetched and no file is read"
         )
     try:
-        return base64.b64decode(data, validate=True)
+        content = base64.b64decode(data, validate=True)
     except (binascii.Error, ValueError) as error:
         raise RequestError(f"{where}: its base64 is broken") from error
+    if head.lower().startswith("data:video/") or film_suffix(content[:400]) is not None:
+        raise RequestError(f"{where}: a film; {NO_FILMS}")
+    return content
 
 
 def _shown(value: object) -> str:

@@ -129,7 +129,9 @@ def answer_test_data(
     result["bootstrap"] = {"resamples": RESAMPLES, "level": LEVEL, "seed": SEED}
     if broken:
         result |= {"broken": sorted({path for path, _, _ in broken}), "broken_samples": len(broken)}
-    return Evaluated(result=result, predictions=predictions, scores=scores, samples=dataset.items)
+    return Evaluated(
+        result=result, predictions=predictions, scores=scores, samples=dataset.items, takes_frames=dataset.takes_frames
+    )
 
 
 def _sides_of(adapter: str | Path | Mapping[str, str | Path] | None) -> list[str]:

@@ -1,15 +1,18 @@
 """Mistakes that are known before the model loads: all of them, in one error."""
 
 import os
+import sys
 from collections.abc import Iterable, Iterator, Mapping
+from copy import copy
 from pathlib import Path
 
 import torch
 
 from sat_lora.cogvlm.checkpoints.load import check_files, read_config
 from sat_lora.cogvlm.checkpoints.quantized_files import KEY
-from sat_lora.cogvlm.families import COGVLM, Family, family_of
-from sat_lora.cogvlm.inputs.frames import load_frames
+from sat_lora.cogvlm.families import family_of
+from sat_lora.cogvlm.inputs.films import MOST_FRAMES, film_pictures
+from sat_lora.cogvlm.inputs.frames import with_frames
 from sat_lora.cogvlm.inputs.pictures import read_picture
 from sat_lora.cogvlm.inputs.text import (
     IMAGE_PLACE,
@@ -24,7 +27,7 @@ from sat_lora.cogvlm.network.model import parallel_problems
 from sat_lora.cogvlm.sizes import contradictions, image_length_problem, missing_sizes
 from sat_lora.data.layouts import missing_file_hint, no_samples
 from sat_lora.data.reading import READERS, Reading
-from sat_lora.data.samples import DataCounts, Item, Picture, picture_content, read_items, reading_options
+from sat_lora.data.samples import DataCounts, ImageTextDataset, Item, picture_content, read_items, reading_options
 from sat_lora.data.shards.shard_checks import problems_with_shards
 from sat_lora.errors import CheckpointError, ConfigError, DataError, SatLoraError
 from sat_lora.files.foreign import os_problem
@@ -54,7 +57,7 @@ from sat_lora.training.source_settings import source_settings
 from sat_lora.training.steps.checkpoint import samples_per_step
 
 IMAGES_TRIED = 300  # one readable image among so many is enough to begin
-TRIED_SIDE = 16  # pixels of the frames of a film that is only tried
+FILMS_TRIED = 8  # one among so many has to fit into --max_length
 
 
 def check_options(
@@ -147,26 +150,34 @@ def _base_and_prompt_problems(config: TrainConfig, environ: Mapping[str, str]) -
         file = f"{config.model.base}/model_config.json"
         yield f"--from_pretrained: {file} has no image_length; it is no CogVLM"
     elif config.model.version in PROMPTS:
+        takes_frames = family_of(sizes).takes_frames
         try:
             needed = _shortest(config.model, config.data, tokenizer, image_length)
+            most = _shortest(config.model, config.data, tokenizer, image_length, MOST_FRAMES if takes_frames else 1)
         except DataError as error:
             yield f"--prompt: {error}"
             return
         if config.model.max_length < needed:
+            of_film = f", with {MOST_FRAMES} frames of a film {most}" if takes_frames else ""
             yield (
                 f"--max_length: {config.model.max_length} is too short: an image of {image_length} patches, the prompt "
-                f"{config.data.prompt!r} and one token of answer take {needed}; give {needed} plus the answers' length"
+                f"{config.data.prompt!r} and one token of answer take {needed}{of_film}; give {most} plus the answers' "
+                "length"
             )
 
 
-def _shortest(model: Model, data: Data, tokenizer, image_length: int) -> int:
-    """Return how many tokens the shortest sample has with an image and --prompt. Raises DataError where the prompt
-    cannot be encoded.
+def _shortest(model: Model, data: Data, tokenizer, image_length: int, frames: int = 1) -> int:
+    """Return how many tokens the shortest sample has with an image, or a film of so many frames, and --prompt.
+
+    Raises DataError where the prompt cannot be encoded.
     """
     special = data.special_tokens_in_text
-    prompt: str | tuple[str, str] = ("", prompt_text(model.version, data.prompt))
+    prompt: str | tuple[str, ...] = ("", prompt_text(model.version, data.prompt))
     if special:
         prompt = prompt_for(model.version, data.prompt)
+    if frames > 1:
+        parts = prompt.split(IMAGE_PLACE) if isinstance(prompt, str) else prompt
+        prompt = with_frames(parts, [frames], model.version)
     return shortest_length(tokenizer, prompt, image_length, special)
 
 
@@ -345,7 +356,8 @@ def _data_problems(config: TrainConfig, demo: Demo | None) -> Iterator[str]:
                 yield f"{option}: tar shards are not of --data-format {config.data.data_format}; leave it out"
                 continue
             try:
-                problems = problems_with_shards(paths, option, config.data.max_pixels, options)
+                trial = _Trial(config).try_item
+                problems = problems_with_shards(paths, option, config.data.max_pixels, options, trial)
                 yield from (f"{option}: {problem}" for problem in problems)
             except OSError as error:
                 yield f"{option}: {os_problem(error)}"
@@ -379,35 +391,91 @@ def _problem_with_path(path: Path, config: TrainConfig) -> str | None:
         return no_samples(path, counts.unused)
     if problem := _problem_with_turns(items, config.model.version):
         return f"{path}: {problem}"
-    images = [item.image for item in items if item.image is not None][:IMAGES_TRIED]
+    trial = _Trial(config)
+    with_images = [item for item in items if item.image is not None][:IMAGES_TRIED]
     first_error = None
-    family = _family_of(config.model.base)
-    for image in images:
+    too_long: list[str] = []
+    for item in with_images:
         try:
-            _try_image(image, config.model.version, config.data.max_pixels, family)
+            trial.try_item(item)
             return None
+        except ConfigError as error:
+            too_long.append(str(error))
+            if len(too_long) == FILMS_TRIED:
+                break
         except (DataError, OSError, ValueError) as error:
-            first_error = first_error or f"{error}{missing_file_hint(image)}"
-    if images:
-        return f"none of the first {len(images)} images of {path} can be read; mend or replace them; {first_error}"
+            first_error = first_error or f"{error}{missing_file_hint(item.image)}"
+    if too_long:
+        return f"{path}: {too_long[0]}"
+    if with_images:
+        count = len(with_images)
+        return f"none of the first {count} images of {path} can be read; mend or replace them; {first_error}"
     return None
 
 
-def _family_of(base: str) -> Family:
-    """Return the family of a base; CogVLM where its config cannot be read, which is said elsewhere."""
-    try:
-        return family_of(read_config(base))
-    except (SatLoraError, OSError):
-        return COGVLM
+class _Trial:
+    """Tries samples as the run will use them: whether a picture can be read, and whether a film fits.
 
+    Where the base's config or the tokenizer cannot be read, which is said elsewhere, less is tried.
+    """
 
-def _try_image(image: Picture, version: str, max_pixels: int, family: Family) -> None:
-    """Read an image, or a film where the base takes films. Raises DataError, OSError or ValueError if that fails."""
-    content = picture_content(image)
-    if family.takes_frames:
-        load_frames(content, (TRIED_SIDE, TRIED_SIDE), version, max_pixels=max_pixels)
-    else:
-        read_picture(content, max_pixels=max_pixels)
+    def __init__(self, config: TrainConfig):
+        self._model = config.model
+        self._data = config.data
+        self._takes_frames = False
+        self._dataset: ImageTextDataset | None = None
+        try:
+            sizes = read_config(config.model.base)
+            self._takes_frames = family_of(sizes).takes_frames
+            if self._takes_frames and not missing_sizes(sizes) and config.model.version in PROMPTS:
+                self._dataset = self._dataset_of(sizes)
+        except (SatLoraError, OSError):
+            return
+
+    def _dataset_of(self, sizes: dict) -> ImageTextDataset:
+        return ImageTextDataset(
+            [],
+            load_tokenizer(self._model.tokenizer),
+            version=self._model.version,
+            prompt=self._data.prompt,
+            image_size=tuple(sizes["eva_args"]["image_size"]),
+            image_length=sizes["image_length"],
+            max_length=self._model.max_length,
+            special_tokens=self._data.special_tokens_in_text,
+            takes_frames=True,
+        )
+
+    def try_item(self, item: Item) -> None:
+        """Read the images of a sample; where the base takes films, lay the sample out as well.
+
+        Raises DataError, OSError or ValueError if that fails, and ConfigError if it is longer than --max_length.
+        """
+        if not self._takes_frames:
+            for image in item.images:
+                read_picture(picture_content(image), max_pixels=self._data.max_pixels, name=item.name)
+            return
+        frames: list[int] = []
+        for image in item.images:
+            name = None if isinstance(image, Path) else item.name
+            pictures = film_pictures(
+                picture_content(image), self._model.version, max_pixels=self._data.max_pixels, name=name
+            )
+            frames.append(len(pictures))
+        if self._dataset is None or not frames:
+            return
+        try:
+            self._dataset.lay_out(item, frames=frames)
+        except ConfigError as error:
+            whole = copy(self._dataset)
+            whole.max_length = sys.maxsize
+            needed = len(whole.lay_out(item, frames=frames).input_ids)
+            what = "a picture" if sum(frames) == 1 else f"a film of {sum(frames)} frames"
+            raise ConfigError(
+                f"--max_length: {self._model.max_length} is too short: {what} with its prompt and answer takes "
+                f"{needed}; give that or more, as a film has up to {MOST_FRAMES} frames"
+            ) from error
+        except DataError:  # of a text, which the run names
+            return
 
 
 def _problem_with_turns(items: list[Item], version: str) -> str | None:

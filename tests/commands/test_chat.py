@@ -16,11 +16,14 @@ from sat_lora.adapters.merge import merge_adapter
 from sat_lora.chat import Chat
 from sat_lora.cli import build_parser, main
 from sat_lora.cogvlm import load_cogvlm
-from sat_lora.commands.chat import names_of, read_settings
+from sat_lora.cogvlm.checkpoints.load import save_weights
+from sat_lora.commands.chat import film_problem, names_of, read_settings
 from sat_lora.quantization.config import Quantization
 from sat_lora.quantized.layers import quantized_weight_of
+from tests.support.films import write_film
 from tests.support.paths import ROOT, TINY_BASE
 from tests.support.tiny import fill_adapters
+from tests.support.tiny_families import CONFIGS
 
 pytestmark = pytest.mark.usefixtures("single_process_group")
 
@@ -65,6 +68,16 @@ def test_one_answer_is_all_that_goes_to_stdout(chat, adapter, picture):
     for name, answer in answers.items():
         status, out, _ = chat(*options, *(["--adapter", name] if name else []))
         assert (status, out) == (0, f"{answer}\n")
+
+
+def test_a_film_is_refused_before_a_base_loads_that_takes_pictures(chat, tmp_path):
+    film = write_film(tmp_path / "a.mp4", 2)
+    base = tmp_path / "base"
+    save_weights(base, CONFIGS["cogvlm2-video"], {})
+    for image, problem in ((film, "is a film; CogVLM takes pictures"), (tmp_path, "is a folder, no file; CogVLM")):
+        status, _, err = chat("--base", TINY_BASE, "--image", image, "--prompt", "q")
+        assert status == 2 and f"--image: {image} {problem}" in err
+        assert film_problem(str(base), image) is None
 
 
 def test_a_run_brings_its_base_adapter_and_prompt_format(chat, adapter, picture, tmp_path):

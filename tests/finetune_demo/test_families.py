@@ -25,7 +25,9 @@ from sat_lora.training.evaluation import _refuse_other_sizes
 from sat_lora.training.preflight import option_problems
 from tests.support.configs import parse_options
 from tests.support.demo_runs import options_for
+from tests.support.films import write_film
 from tests.support.paths import DEMO, TINY_BASE
+from tests.support.picture_files import write_images
 from tests.support.ranks import run_ranks
 from tests.support.scripts import load_script, run_script
 
@@ -42,6 +44,21 @@ def make_base(folder, family):
 def losses(run):
     records = [json.loads(line) for line in (run / "train.jsonl").read_text().splitlines()]
     return {record["step"]: record["loss"] for record in records if "loss" in record}
+
+
+def watch_films(home, base):
+    """Train a step on a film of a file and one of a folder; return the file."""
+    film = write_film(home / "film.mp4", 6, 2, b_frames=2)
+    write_images(home / "frames", [f"{number}.png" for number in range(3)])
+    samples = [{"video": video, "prompt": "What?", "answer": "1234"} for video in ("film.mp4", "frames")]
+    lines = home / "films.jsonl"
+    lines.write_text("".join(f"{json.dumps(sample)}\n" for sample in samples))
+    options = ["--train-iters", "1", "--max_length", "300", "--batch-size", "2", "--split", "1"]
+    options += ["--from_pretrained", str(base), "--version", "base", "--num-workers", "0", "--save", str(home)]
+    status, errors = run_script([*options, "--train-data", str(lines), "--experiment-name", "films"])
+    assert status == 0, errors
+    assert [*losses(home / "films")] == [1] and not (home / "films" / "broken.jsonl").exists()
+    return film
 
 
 def live_through_all(family, home, captchas):
@@ -62,6 +79,10 @@ def live_through_all(family, home, captchas):
     picture = next((captchas / "test").rglob("*.png"))
     chat = Chat(load_cogvlm(base), adapters={"mine": adapter}, max_new_tokens=4)
     answers = [chat.ask("CAPTCHA:", picture), chat.ask("CAPTCHA:")]
+    if FAMILIES[family].takes_frames:
+        film = watch_films(home, base)
+        watching = Chat(load_cogvlm(base), adapters={"mine": adapter}, max_new_tokens=4, max_length=300)
+        answers.append(watching.ask("What?", film))
     quantize_base(base, home / "nf4", Quantization(scheme="nf4"))
     quantized = Chat(load_cogvlm(home / "nf4"), adapters={"mine": adapter}, max_new_tokens=4)
     answers.append(quantized.ask("CAPTCHA:", picture))
@@ -106,7 +127,7 @@ def test_every_family_runs_from_end_to_end(family, tmp_path, captchas):
     else:
         assert result["problem"] == "" and result["is_same"].keys() == {"sat", "hf", "again"}
     assert all(result["is_same"].values())
-    assert len(result["answers"]) == 3
+    assert len(result["answers"]) == 3 + FAMILIES[family].takes_frames
 
 
 PUBLISHED = (

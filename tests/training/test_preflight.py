@@ -5,13 +5,17 @@ import pytest
 import torch
 
 from benchmarks.model_folders import write_hugging_face
+from sat_lora.data.shards.pack import pack_shards
 from sat_lora.errors import ConfigError, DataError, SatLoraError
 from sat_lora.training.preflight import check_options
 from sat_lora.training.settings.config import DEFAULTS
 from tests.support.configs import parse_options
+from tests.support.films import write_film
+from tests.support.picture_files import write_images
 from tests.support.stored_state import stored_state
 from tests.support.tar_shards import write_numbered_shards
 from tests.support.tiny import CONFIG
+from tests.support.tiny_families import CONFIGS
 
 NEEDED = 1 + 9 + 2 + len(DEFAULTS["prompt"]) + 1 + 1  # BOS, image, prompt, a token of answer, EOS
 
@@ -91,6 +95,59 @@ def test_an_unknown_version_is_refused(check):
 def test_a_max_length_too_short_says_what_is_needed(check):
     message = refusal(check, "--max_length", str(NEEDED - 1))
     assert f"--max_length: {NEEDED - 1} is too short" in message and f"take {NEEDED}; give" in message
+
+
+@pytest.fixture
+def film_check(check, base_folder, tmp_path):
+    """Checks options on a base that takes films, of 4 places a frame, and the lines of a data file."""
+    shutil.copytree(base_folder, tmp_path / "base")
+    (tmp_path / "base" / "model_config.json").write_text(json.dumps(CONFIGS["cogvlm2-video"]))
+
+    def film_check(max_length, *samples, version="base"):
+        (tmp_path / "f.jsonl").write_text("".join(f"{json.dumps(sample)}\n" for sample in samples))
+        options = ("--from_pretrained", tmp_path / "base", "--train-data", tmp_path / "f.jsonl", "--version", version)
+        return check(*map(str, options), "--max_length", str(max_length))
+
+    return film_check
+
+
+ASKED = {"prompt": "What?", "answer": "a cat"}
+FILM = {"video": "a.mp4", **ASKED}
+WHOLE = 1 + 24 * 6 + len("What?") + len("a cat") + 1  # of a film of 24 frames
+
+
+def test_a_max_length_that_holds_no_film_says_what_is_needed(film_check, tmp_path):
+    """24 frames of a file for `base`; as many as it has seconds, each with its number, for others."""
+    write_film(tmp_path / "a.mp4", 4, 1)
+    message = refusal(film_check, WHOLE - 5, FILM, kind=DataError)
+    wanted = (
+        f"--max_length: {WHOLE - 5} is too short: a film of 24 frames with its prompt and answer takes {WHOLE}; give"
+    )
+    assert wanted in message and str(tmp_path / "f.jsonl") in message
+    film_check(WHOLE - 4, FILM)  # all but the end of the answer: cut, as everywhere
+    film_check(WHOLE - 5, FILM, {**FILM, "prompt": "W?"})  # one that fits is enough to begin
+    message = refusal(film_check, 50, FILM, version="vqa", kind=DataError)
+    assert "50 is too short: a film of 4 frames" in message
+    film_check(60, FILM, version="vqa")
+
+
+def test_the_frames_of_folders_and_shards_are_counted_too(film_check, check, tmp_path):
+    write_images(tmp_path / "frames", [f"{number}.png" for number in range(9)])
+    message = refusal(film_check, 40, {"video": "frames", **ASKED}, kind=DataError)
+    assert "40 is too short: a film of 9 frames" in message
+    write_film(tmp_path / "a.mp4", 2)
+    film_check(WHOLE, FILM)
+    shard, _ = pack_shards([tmp_path / "f.jsonl"], tmp_path / "shards")
+    options = ("--from_pretrained", str(tmp_path / "base"), "--train-data", shard, "--max_length")
+    assert f"{shard}: --max_length: 99 is too short" in refusal(check, *options, "99", kind=DataError)
+    check(*options, str(WHOLE))
+
+
+def test_a_max_length_without_room_for_one_frame_says_what_a_film_needs(film_check, tmp_path):
+    write_film(tmp_path / "a.mp4", 2)
+    needed = 1 + 24 * 6 + len(DEFAULTS["prompt"]) + 2
+    message = refusal(film_check, 9, FILM)
+    assert f"with 24 frames of a film {needed}; give {needed} plus the answers' length" in message
 
 
 def test_a_tokenizer_that_does_not_exist_is_refused(check):

@@ -19,11 +19,14 @@ SUFFIXES = frozenset(
 )
 """The suffixes of files that FORMATS can read, in lower case."""
 
+FILM_SUFFIXES = frozenset(".mp4 .m4v .mov .mkv .webm .avi .mpeg .mpg .ts .mts .m2ts .flv .wmv .3gp .ogv".split())
+"""The suffixes of films, in lower case."""
+
 UNREAD_SUFFIXES = frozenset(
     ".heic .heif .hif .svg .svgz .psd .psb .xcf .kra .ai .eps .ps .pdf .wmf .emf .djvu .jxl .jxr .exr .hdr .dcm .dng "
     ".cr2 .cr3 .nef .arw .raf .orf .rw2 .raw .fits .cur .icns .dds .xpm .xbm .mpeg .mp4 .mov .avi .webm .mkv".split()
 )
-"""The suffixes of pictures and films that nothing here reads."""
+"""The suffixes of pictures that nothing here reads, and of films, which no folder of pictures takes."""
 
 CONVERT = "convert it to PNG or JPEG"
 DAMAGED = "it is a damaged {} picture: write or copy it again"
@@ -53,11 +56,19 @@ _OTHERS = (
     (0, b"SIMPLE  =", "a FITS file"), (0, b"FUJIFILMCCD-RAW", "a raw picture of a camera"),
     (0, b"IIU\0", "a raw picture of a camera"), (0, b"IIRO", "a raw picture of a camera"), (0, b"\0\0\2\0", "a cursor"),
     (0, b"/* XPM", "an XPM picture"), (0, b"%PDF", "a PDF file"), (0, b"%!PS", "a PostScript file"),
-    (0, b"\xc5\xd0\xd3\xc6", "a PostScript file"), (0, b"\x1aE\xdf\xa3", "a film"), (8, b"AVI ", "a film"),
-    (0, b"\0\0\1\xba", "a film"), (0, b"\0\0\1\xb3", "a film"), (0, b"FLV\1", "a film"), (8, b"WAVE", "a sound"),
-    (0, b"ID3", "a sound"), (0, b"\x93NUMPY", "a NumPy array"),
+    (0, b"\xc5\xd0\xd3\xc6", "a PostScript file"), (8, b"WAVE", "a sound"), (0, b"ID3", "a sound"),
+    (0, b"\x93NUMPY", "a NumPy array"),
 )  # fmt: skip
 """The marks of what is not read."""
+
+_FILMS = (
+    (0, b"\x1aE\xdf\xa3", ".mkv"), (8, b"AVI ", ".avi"), (0, b"\0\0\1\xba", ".mpg"), (0, b"\0\0\1\xb3", ".mpg"),
+    (0, b"FLV\1", ".flv"), (0, b"\x30\x26\xb2\x75\x8e\x66\xcf\x11", ".wmv"), (0, b"OggS", ".ogv"),
+    (4, b"moov", ".mov"), (4, b"mdat", ".mov"), (4, b"wide", ".mov"),
+)  # fmt: skip
+"""The marks of films, with a suffix of each kind. The last three are QuickTime's, which need not name a brand."""
+_PACKETS = ((188, 0, ".ts"), (192, 4, ".m2ts"))
+"""MPEG's transport streams, by (bytes of a packet, place of the byte that marks each one, suffix)."""
 
 _BRANDS = {
     "AVIF": b"avif avis avio", "HEIC": b"heic heix heim heis hevc hevx hevm hevs", "raw": b"crx ",
@@ -71,6 +82,19 @@ def kind_by_mark(content: bytes) -> str | None:
     """Return the format of _MARKS, or AVIF, that a file begins as; None if it is none."""
     kind = next((name for place, mark, name in _MARKS if content.startswith(mark, place)), None)
     return kind or ("AVIF" if _brand(content) == "AVIF" else None)
+
+
+def film_suffix(beginning: bytes) -> str | None:
+    """Return a suffix of FILM_SUFFIXES that fits a file with these first 400 bytes or more; None if it is no film."""
+    suffix = next((suffix for place, mark, suffix in _FILMS if beginning.startswith(mark, place)), None)
+    if suffix is not None:
+        return suffix
+    if _brand(beginning) == "film":
+        return ".mov" if beginning[8:12] == b"qt  " else ".mp4"
+    for length, place, suffix in _PACKETS:
+        if beginning[place : place + length + 1 : length] == b"GG":
+            return suffix
+    return None
 
 
 def _brand(content: bytes) -> str | None:
@@ -111,12 +135,13 @@ def kind_of_content(content: bytes) -> str:
     unread = next((name for place, mark, name in _OTHERS if content.startswith(mark, place)), None)
     if unread is not None:
         return f"{unread}; {CONVERT}"
+    if film_suffix(content) is not None:
+        return f"a film; {CONVERT}"
     if (brand := _brand(content)) is not None:
         by_brand = {
             "AVIF": DAMAGED[len("it is ") :].format("AVIF"),
             "HEIC": f"a HEIC picture; {CONVERT}",
             "HEIF": f"a HEIC or AVIF picture; {CONVERT}, or, if it should be read, copy it again",
-            "film": f"a film; {CONVERT}",
             "raw": f"a raw picture of a camera; {CONVERT}",
             "unknown": f"of no kind that is known of ISO's container (AVIF, HEIC, films); {CONVERT}",
         }

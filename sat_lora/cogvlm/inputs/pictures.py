@@ -3,8 +3,9 @@
 import io
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -33,12 +34,19 @@ __all__ = [
     "UNREAD_SUFFIXES",
     "as_seen",
     "file_limit",
+    "read_animation",
     "read_picture",
     "suffix_of",
 ]
 
 MAX_PIXELS = 89_478_485
 """Above it Pillow itself warns of a decompression bomb; a decoded picture of so many takes 0.4 GB."""
+
+ANIMATED = ("GIF", "PNG", "WEBP", "AVIF")
+"""Formats whose further pictures are shown one after the other; those of others are pages, sizes or thumbnails."""
+LONGEST = 60.0  # seconds of an animation that are gone through
+_SHORTEST = 0.02  # seconds of a picture of an animation; viewers take what is shorter for:
+_USUAL = 0.1
 
 _SCANS = 100  # the usual progressive JPEG has ten
 _MARKER = re.compile(rb"\xff+[^\x00\xd0-\xd7\xff]")
@@ -56,6 +64,32 @@ def read_picture(source: str | Path | bytes, *, max_pixels: int = MAX_PIXELS, na
     opened, and nothing is decoded of a picture whose header tells of more than `max_pixels`.
     Raises DataError if it cannot be read, whatever the reason.
     """
+    (picture,) = _read(source, _still, max_pixels, name)
+    return picture
+
+
+def read_animation(
+    source: str | Path | bytes,
+    choose: Callable[[Sequence[float]], Sequence[int]],
+    *,
+    max_pixels: int = MAX_PIXELS,
+    name: str | None = None,
+) -> list[Image.Image]:
+    """Return those pictures of an animation that `choose` takes, or the one picture that the file has.
+
+    choose: gets the seconds at which each picture begins, of the first LONGEST seconds, and returns numbers of
+    pictures, ascending. The rest is as in `read_picture`.
+    """
+    return _read(source, partial(_chosen, choose=choose), max_pixels, name)
+
+
+def _read(
+    source: str | Path | bytes,
+    take: Callable[[Image.Image, int], list[Image.Image]],
+    max_pixels: int,
+    name: str | None,
+) -> list[Image.Image]:
+    """Return what `take` makes of the opened file, whose first picture has not been decoded, and its step of grey."""
     content = None
     try:
         with io.BytesIO(source) if isinstance(source, bytes) else open_file(source, file_limit(max_pixels)) as file:
@@ -72,8 +106,7 @@ def read_picture(source: str | Path | bytes, *, max_pixels: int = MAX_PIXELS, na
                     _check_scans(file)
                 grey_step = grey_step_of(image)
                 _check_end(file, image.format)
-                image.load()
-                return as_seen(image, grey_step=grey_step)
+                return take(image, grey_step)
     # Pillow's decoders raise whatever damaged bytes lead them to, and one that is missed here stops a rank.
     except Exception as error:
         problem: Exception | str = error
@@ -88,6 +121,36 @@ def read_picture(source: str | Path | bytes, *, max_pixels: int = MAX_PIXELS, na
             problem = "there is not enough memory for it"
         shown = printable(name or (source if not isinstance(source, bytes) else "an image"))
         raise DataError(f"{shown}: cannot be read as an image: {printable(problem)}") from error
+
+
+def _still(image: Image.Image, grey_step: int) -> list[Image.Image]:
+    image.load()
+    return [as_seen(image, grey_step=grey_step)]
+
+
+def _chosen(
+    image: Image.Image, grey_step: int, choose: Callable[[Sequence[float]], Sequence[int]]
+) -> list[Image.Image]:
+    count = getattr(image, "n_frames", 1) if image.format in ANIMATED else 1
+    if count == 1:
+        return _still(image, grey_step)
+    times: list[float] = []
+    end = 0.0
+    for number in range(count):
+        image.seek(number)
+        image.load()  # some decoders know only then how long it is shown
+        times.append(end)
+        duration = float(image.info.get("duration") or 0) / 1000
+        end += duration if duration >= _SHORTEST else _USUAL
+        if end >= LONGEST:
+            break
+    wanted = choose(times)
+    pictures: dict[int, Image.Image] = {}
+    for number in sorted({*wanted}):
+        image.seek(number)
+        image.load()
+        pictures[number] = as_seen(image.copy(), grey_step=grey_step)
+    return [pictures[number] for number in wanted]
 
 
 _END_MARKS = {

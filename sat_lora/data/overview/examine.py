@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from PIL import Image
 
+from sat_lora.cogvlm.inputs.films import middle_picture
 from sat_lora.cogvlm.inputs.pictures import file_limit, read_picture
 from sat_lora.cogvlm.inputs.text import IGNORED, Sample
 from sat_lora.data.layouts import no_samples
@@ -153,9 +155,8 @@ def _decode(overview: Overview, dataset: ImageTextDataset, most: int, walk: Walk
     for image in walk(evenly([*owners], most), "looking at pictures"):
         item = owners[image]
         try:
-            content = picture_bytes(image, dataset.max_pixels)
             name = str(image) if isinstance(image, str | Path) else place_of(item)
-            picture = read_picture(content, max_pixels=dataset.max_pixels, name=name)
+            picture = shown_picture(image, dataset.max_pixels, name, takes_frames=dataset.takes_frames)
         except (DataError, OSError, ValueError) as error:
             overview.broken[place_of(item)] = str(error)
             continue
@@ -165,6 +166,16 @@ def _decode(overview: Overview, dataset: ImageTextDataset, most: int, walk: Walk
         overview.smaller += picture.width < width and picture.height < height
         digests[hashlib.sha256(picture.tobytes() + repr(picture.size).encode()).digest()] += 1
     overview.same_pictures = sum(count for count in digests.values() if count > 1)
+
+
+def shown_picture(image: object, max_pixels: int, name: str, *, takes_frames: bool) -> Image.Image:
+    """Return the picture of an image that people are shown: of a film, or a folder with its frames, one of its middle.
+
+    takes_frames: whether the base takes films. Raises DataError, OSError or ValueError if it cannot be read.
+    """
+    if takes_frames:
+        return middle_picture(picture_content(image), max_pixels=max_pixels, name=name)  # type: ignore[arg-type]
+    return read_picture(picture_bytes(image, max_pixels), max_pixels=max_pixels, name=name)
 
 
 def picture_bytes(image: object, max_pixels: int) -> bytes:

@@ -6,8 +6,7 @@ import io
 from collections.abc import Sequence
 
 from sat_lora.cogvlm.inputs.boxes import draw_boxes
-from sat_lora.cogvlm.inputs.pictures import read_picture
-from sat_lora.data.overview.examine import picture_bytes
+from sat_lora.data.overview.examine import shown_picture
 from sat_lora.errors import DataError
 from sat_lora.printable import printable_lines
 
@@ -43,10 +42,13 @@ def is_page_of(generator: str, beginning: bytes) -> bool:
     return f'content="{generator}"'.encode() in beginning
 
 
-def picture_tag(image: object, texts: str, max_pixels: int) -> str:
-    """Return the tag of an image, with the boxes of the texts drawn on it; a sentence where it cannot be read."""
+def picture_tag(image: object, texts: str, max_pixels: int, *, takes_frames: bool) -> str:
+    """Return the tag of an image, with the boxes of the texts drawn on it; a sentence where it cannot be read.
+
+    takes_frames: whether the base takes films, of which one frame is shown.
+    """
     try:
-        picture = read_picture(picture_bytes(image, max_pixels), max_pixels=max_pixels, name="the picture")
+        picture = shown_picture(image, max_pixels, "the picture", takes_frames=takes_frames)
     except (DataError, OSError, ValueError) as error:
         return f'<p class="broken">{escaped(str(error))}</p>'
     picture.thumbnail((SIDE, SIDE))

@@ -77,7 +77,9 @@ def _section(item: Item, dataset: ImageTextDataset) -> str:
     pieces = _pieces(item, dataset)
     text = "".join(f"<{tags[kind]}>{escaped(shortened(text, LONGEST))}</{tags[kind]}>" for kind, text in pieces)
     texts = "".join(text for _, text in pieces)
-    pictures = "".join(picture_tag(image, texts, dataset.max_pixels) for image in item.images)
+    pictures = "".join(
+        picture_tag(image, texts, dataset.max_pixels, takes_frames=dataset.takes_frames) for image in item.images
+    )
     return f"<section><div>{pictures}</div><div><h2>{escaped(place_of(item))}</h2><pre>{text}</pre></div></section>"
 
 

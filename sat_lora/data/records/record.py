@@ -9,6 +9,8 @@ from typing import Any, Protocol
 IMAGE = "\udbff"
 """Stands in a text where an image goes: half a character, which no text has that can be encoded."""
 IMAGE_MARK = "<image>"
+FILM_MARK = "<video>"
+"""Stands in texts for a film where others write them; here a film is an image."""
 TURNS = (
     "conversations", "conversation", "messages", "dialogue", "dialogues", "dialog", "dialogs", "turns", "texts",
 )  # fmt: skip
@@ -88,11 +90,17 @@ class RecordLayout(Protocol):
 
 
 def place_images(
-    fields: Mapping[str, Any], images: Sequence[Any], options: RecordOptions, needs_places: bool
+    fields: Mapping[str, Any],
+    images: Sequence[Any],
+    options: RecordOptions,
+    needs_places: bool,
+    *,
+    are_films: bool = False,
 ) -> Record:
     """Return the record of fields whose types are right, with IMAGE in its texts. Raises RecordError.
 
-    needs_places: whether an image has to have one.
+    needs_places: whether an image has to have one. are_films: whether images are films, for which texts may have
+    FILM_MARK, where they have no mark of an image.
     """
     history = [tuple(turn) for turn in fields.get("history") or ()]
     prompt = fields.get("prompt")
@@ -102,6 +110,8 @@ def place_images(
     if IMAGE in together:
         raise RecordError("a text holds half a character (U+DBFF)")
     mark = options.image_mark
+    if are_films and mark == IMAGE_MARK and mark not in together and any(FILM_MARK in text for text in texts):
+        mark = FILM_MARK
     places = sum([text.count(mark) for text in texts]) if mark and mark in together else 0
     count = len(images)
     if count > options.most_images:

@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from sat_lora.data.records.record import TURNS, Fields, RecordError, RecordOptions, listed
+from sat_lora.data.records.record import FILM_MARK, TURNS, Fields, RecordError, RecordOptions, listed
 
 ROLES = {
     "user": "user", "human": "user", "question": "user", "prompter": "user", "usr": "user",
@@ -21,12 +21,14 @@ NOTES = frozenset("id name source timestamp created_at".split())
 """What stands in a turn and says nothing of it."""
 LEARNT_KEYS = ("weight", "loss", "train", "training")
 """Keys of a turn that say whether its answer is learnt, as in the data of OpenAI, ms-swift and axolotl."""
-_IMAGE_KEYS = ("image", "images")
+_FILM_KEYS = ("video", "videos")
+_IMAGE_KEYS = ("image", "images", *_FILM_KEYS)
 """Keys of a turn that name its images, as in GLM-4V's data; they stand before its text, or where it has marks."""
 _TAGGED = re.compile(r"(?:Picture \d+:\s?)?<img>([^<>\n]+)</img>")
 """The image that a text of Qwen-VL's data names."""
 _TEXT_PARTS = ("text", "input_text", "output_text")
-_IMAGE_PARTS = ("image_url", "image", "input_image")
+_IMAGE_PARTS = ("image_url", "image", "input_image", "video_url", "video", "input_video")
+_PART_KEYS = ("image_url", "image", "video_url", "video", "url", "path", "source")
 
 Turn = tuple[str, str]
 """The role and the text of a turn."""
@@ -154,6 +156,8 @@ def _read_turn(turn: Any, role_key: str, text_key: str, options: RecordOptions, 
         raise RecordError(f"of the {role} has an image; images stand in turns of the user")
     if isinstance(content, str):
         if role == "user":
+            if any(turn.get(key) is not None for key in _FILM_KEYS) and mark and mark not in content:
+                content = content.replace(FILM_MARK, mark)
             named = [tag for tag in _TAGGED.finditer(content) if _names_an_image(tag[1], options)]
             for tag in reversed(named):
                 content = content[: tag.start()] + mark + content[tag.end() :]
@@ -195,12 +199,10 @@ def _read_part(part: Any) -> tuple[str | None, Any]:
         return part, None
     kind = part.get("type") if isinstance(part, dict) else None
     if kind is None and isinstance(part, dict):  # Qwen's parts have no type
-        kind = next((name for name in ("text", "image") if name in part), None)
+        kind = next((name for name in ("text", "image", "video") if name in part), None)
     if kind in _TEXT_PARTS and isinstance(part.get("text"), str):
         return part["text"], None
     if kind in _IMAGE_PARTS:
-        image = next(
-            (part[name] for name in ("image_url", "image", "url", "path", "source") if part.get(name) is not None), None
-        )
+        image = next((part[name] for name in _PART_KEYS if part.get(name) is not None), None)
         return None, image
     raise RecordError(f"has a part of type {str(kind)[:40]!r}; known are text and image_url")

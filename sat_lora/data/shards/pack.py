@@ -8,6 +8,7 @@ from typing import Any
 
 from webdataset import ShardWriter
 
+from sat_lora.cogvlm.inputs.picture_kinds import FILM_SUFFIXES, film_suffix
 from sat_lora.cogvlm.inputs.pictures import SUFFIXES, file_limit, suffix_of
 from sat_lora.data.reading import Reading
 from sat_lora.data.records.record import IMAGE
@@ -30,15 +31,16 @@ def pack_shards(
 
     A sample is KEY.json {"prompt", "answer"}, with its turns before, and the image's file as it is, with its own
     suffix, or with that of its format where it has none that is known; several images are KEY.0.png, KEY.1.png, ...
-    What is in `out` is as it was until all shards are written. reading: further arguments of `read_items`. Raises
-    DataError where an image is missing, or is no file, or there is nothing to pack; ConfigError where `out` holds
-    shards, which stay unless `overwrite` replaces all of them.
+    Films are images, too. What is in `out` is as it was until all shards are written. reading: further arguments of
+    `read_items`. Raises DataError where an image is missing, or is no file, or there is nothing to pack; ConfigError
+    where `out` holds shards, which stay unless `overwrite` replaces all of them.
     """
     out = Path(out)
     before = packed_shards(out, overwrite)
     items = read_items(data, **reading)
     if not items:
         raise DataError(f"{printable(', '.join(map(str, data)))}: no samples there, so there is nothing to pack")
+    _check(items)
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out, prefix=".packing-") as draft:
         _write(items, Path(draft), samples_per_shard, Reading(**reading).image_mark)
@@ -49,6 +51,16 @@ def pack_shards(
     last = (len(items) - 1) // samples_per_shard
     numbers = f"{{000000..{last:06d}}}" if last else "000000"
     return str(out / f"shard-{numbers}.tar"), len(items)
+
+
+def _check(items: Sequence[Item]) -> None:
+    """Raise DataError for a sample that no shard can hold."""
+    for image in (image for item in items for image in item.images):
+        if isinstance(image, Path) and image.is_dir():
+            raise DataError(
+                f"{printable(image)}: cannot be packed: a folder, no file; a sample of a shard has files alone, so "
+                "write the frames of a folder as a film, or train on the samples as they lie"
+            )
 
 
 def _write(items: Sequence[Item], folder: Path, samples_per_shard: int, mark: str) -> None:
@@ -62,7 +74,8 @@ def _write(items: Sequence[Item], folder: Path, samples_per_shard: int, mark: st
             for place, image in enumerate(item.images):
                 content = _content(image, item.name if image is item.image else None)
                 suffix = image.suffix.lower() if isinstance(image, Path) else ""
-                suffix = suffix if suffix in SUFFIXES else suffix_of(content)
+                if suffix not in SUFFIXES | FILM_SUFFIXES:
+                    suffix = film_suffix(content) or suffix_of(content)
                 sample[f"{place}{suffix}" if item.more_images else suffix[1:]] = content
             writer.write(sample)
 

@@ -2,14 +2,14 @@
 
 import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from sat_lora.cogvlm.inputs.pictures import MAX_PIXELS, read_picture
 from sat_lora.data.records.record import PLAIN, RecordOptions
-from sat_lora.data.samples import BrokenSample, picture_content
+from sat_lora.data.samples import BrokenSample, Item, picture_content
 from sat_lora.data.shards.shard_names import expand_shards
 from sat_lora.data.shards.shards import find_records
-from sat_lora.errors import DataError
+from sat_lora.errors import ConfigError, DataError
 from sat_lora.files.paths import COMPRESSED_SUFFIXES, is_shard
 from sat_lora.printable import printable
 
@@ -18,12 +18,17 @@ SAMPLES_TRIED = 300  # one usable sample among so many is enough to begin
 
 
 def problems_with_shards(
-    paths: list[str], option: str, max_pixels: int = MAX_PIXELS, options: RecordOptions = PLAIN
+    paths: list[str],
+    option: str,
+    max_pixels: int = MAX_PIXELS,
+    options: RecordOptions = PLAIN,
+    try_item: Callable[[Item], None] | None = None,
 ) -> Iterator[str]:
     """Yield what is wrong with the paths of one option, as text: with the names and the first samples.
 
-    max_pixels, options: see `Record.read`. Whole shards are read later, when all ranks together count their
-    samples.
+    max_pixels, options: see `Record.read`. try_item: raises DataError for a sample that cannot be used, and ConfigError
+    for one that does not fit; by default its image is read. Whole shards are read later, when all ranks together count
+    their samples.
     """
     no_shards = [path for path in paths if not is_shard(path)]
     if option == "--test-data":
@@ -43,7 +48,7 @@ def problems_with_shards(
             elif missing:
                 names = _first_of(missing)
                 yield f"{len(missing)} of {len(shards)} shards are missing: {names}; mend the path or copy them"
-            elif problem := _problem_with_samples(shards, max_pixels, options):
+            elif problem := _problem_with_samples(shards, max_pixels, options, try_item):
                 yield problem
         except DataError as error:
             yield str(error)
@@ -53,7 +58,9 @@ def _first_of(names: list[str]) -> str:
     return printable(", ".join(names[:SHOWN])) + (f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else "")
 
 
-def _problem_with_samples(shards: list[str], max_pixels: int, options: RecordOptions) -> str | None:
+def _problem_with_samples(
+    shards: list[str], max_pixels: int, options: RecordOptions, try_item: Callable[[Item], None] | None
+) -> str | None:
     records = itertools.chain.from_iterable(map(find_records, shards))
     tried = 0
     first_error = None
@@ -64,9 +71,14 @@ def _problem_with_samples(shards: list[str], max_pixels: int, options: RecordOpt
             first_error = first_error or item.reason
             continue
         try:
-            for image in item.images:
-                read_picture(picture_content(image), max_pixels=max_pixels, name=item.name)
+            if try_item is not None:
+                try_item(item)
+            else:
+                for image in item.images:
+                    read_picture(picture_content(image), max_pixels=max_pixels, name=item.name)
             return None
+        except ConfigError as error:
+            return f"{shards[0]}: {error}"
         except DataError as error:
             first_error = first_error or str(error)
     if not tried:

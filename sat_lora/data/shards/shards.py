@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath
 
 from webdataset.tariterators import base_plus_ext
 
+from sat_lora.cogvlm.inputs.picture_kinds import FILM_SUFFIXES
 from sat_lora.cogvlm.inputs.pictures import CONVERT, MAX_PIXELS, SUFFIXES, UNREAD_SUFFIXES, file_limit
 from sat_lora.data.box_texts import picture_size, with_boxes
 from sat_lora.data.folders import is_no_data_path
@@ -26,7 +27,7 @@ from sat_lora.parallel.distributed import gather_lists
 from sat_lora.printable import printable
 
 TEXT_SUFFIXES = (".json", ".txt")
-IMAGE_SUFFIXES = SUFFIXES
+IMAGE_SUFFIXES = SUFFIXES | FILM_SUFFIXES
 _NUMBERED = re.compile(r"\.(\d{1,4})(\.[a-z0-9]+)")
 """The suffix of one of several images of a key: KEY.0.png, KEY.1.png."""
 FIRST_DOT = "a key ends at the first dot of a name, so rename members that have more than one"

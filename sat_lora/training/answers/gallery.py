@@ -91,6 +91,8 @@ def _section(measured: Evaluated, number: int, max_pixels: int) -> str:
     )
     texts = "".join([*prediction.references[:10], *prediction.answers.values()])
     images = measured.samples[prediction.index].images
-    pictures = "".join(picture_tag(image, texts, max_pixels) for image in images[:4])
+    pictures = "".join(
+        picture_tag(image, texts, max_pixels, takes_frames=measured.takes_frames) for image in images[:4]
+    )
     name = escaped(shortened(prediction.sample, SHOWN))
     return f"<section><div>{pictures}</div><div><h2>{name}</h2><table>{cells}</table></div></section>"

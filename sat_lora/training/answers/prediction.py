@@ -50,6 +50,8 @@ class Evaluated:
     scores: Mapping[str, Mapping[str, Scores]]
     samples: Sequence[Item]
     """All samples of the data, by the index of a prediction."""
+    takes_frames: bool = False
+    """Whether the images of samples are films."""
 
 
 def prediction_of(

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sat_lora.cogvlm.inputs.boxes import draw_boxes
-from sat_lora.cogvlm.inputs.pictures import read_picture
-from sat_lora.data.overview.examine import picture_bytes
+from sat_lora.data.overview.examine import shown_picture
 from sat_lora.data.overview.html_page import SIDE, shortened
 from sat_lora.data.samples import ImageTextDataset, Item
 from sat_lora.errors import ConfigError, DataError
@@ -36,6 +35,8 @@ class SampleAnswers:
     max_pixels: int
     measured: Mapping[str, float]
     """The metrics by their names, the same on every rank."""
+    takes_frames: bool = False
+    """Whether the images of samples are films."""
 
     def lines(self) -> Iterator[str]:
         """Yield a line of JSON for each sample, as in predictions.jsonl."""
@@ -51,8 +52,7 @@ class SampleAnswers:
             if image is None:
                 continue
             try:
-                content = picture_bytes(image, self.max_pixels)
-                picture = read_picture(content, max_pixels=self.max_pixels, name=prediction.sample)
+                picture = shown_picture(image, self.max_pixels, prediction.sample, takes_frames=self.takes_frames)
             except (DataError, OSError, ValueError):
                 continue
             picture.thumbnail((SIDE, SIDE))
@@ -106,4 +106,7 @@ class SampleQuestions:
                 warn(f"{error}; it is not measured at this validation")
         own = {name: measured.value for name, measured in scores.items()}
         measured = gather_lists([own])[0]  # of rank 0: code of the user's may draw, or read a clock
-        return SampleAnswers(predictions, {ADAPTER: scores}, self._dataset.items, self._dataset.max_pixels, measured)
+        dataset = self._dataset
+        return SampleAnswers(
+            predictions, {ADAPTER: scores}, dataset.items, dataset.max_pixels, measured, dataset.takes_frames
+        )

@@ -1,17 +1,19 @@
 """Films as CogVLM2-Video sees them: which frames, how they are cut, and their places in the text."""
 
 import sys
-from types import ModuleType, SimpleNamespace
+from fractions import Fraction
 
 import pytest
 import torch
 from PIL import Image
 
 from sat_lora import DataError
-from sat_lora.cogvlm.inputs.frames import MOST_FRAMES, chosen_frames, frame_tensor, load_frames, with_frames
+from sat_lora.cogvlm.inputs.films import MOST_FRAMES, chosen_frames, film_pictures, middle_picture
+from sat_lora.cogvlm.inputs.frames import frame_tensor, load_frames, with_frames
 from sat_lora.cogvlm.inputs.image import MEAN, STD
 from sat_lora.cogvlm.inputs.text import build_sample
 from sat_lora.data.samples import ImageTextDataset, Item, collate
+from tests.support.films import STEP, turn_film, write_film, write_sound
 
 
 def times(seconds, rate=10):
@@ -67,58 +69,118 @@ def test_a_folder_has_its_frames_in_the_order_of_their_numbers(tmp_path):
 
 def test_films_that_cannot_be_read_are_named(tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
-    film = tmp_path / "film.mp4"
-    film.write_bytes(b"film")
+    film = write_film(tmp_path / "film.mp4", 2)
     with pytest.raises(DataError, match="empty: no pictures in it; a folder has the frames of a film as pictures"):
         load_frames(tmp_path / "empty", (4, 4), "base")
     with pytest.raises(DataError, match="gone.mp4: cannot be read as a film: there is no such file"):
         load_frames(tmp_path / "gone.mp4", (4, 4), "base")
     monkeypatch.setitem(sys.modules, "av", None)
-    with pytest.raises(
-        DataError, match=r"film.mp4: films are read by PyAV, .* pip install 'sat_lora\[video\]', or give"
-    ):
+    with pytest.raises(DataError, match=r"film.mp4: .* read by PyAV, .* pip install 'sat_lora\[video\]', or give"):
         load_frames(film, (4, 4), "base")
 
 
-class Film:
-    """What PyAV gives of a film: packets in the order of decoding, some without a time, and frames in their order."""
+def numbers_of(pictures):
+    """Return which frames of `write_film` these are, by their grey. The loss of an encoder is less than half a STEP."""
+    greys = [sum(picture.getpixel((picture.width // 2, picture.height // 2))) / 3 for picture in pictures]
+    assert all(abs(grey - STEP * round(grey / STEP)) < STEP / 4 for grey in greys)
+    return [round(grey / STEP) for grey in greys]
 
-    def __init__(self, frames, rate=10):
-        self.frames = frames
-        self.rate = rate
-        codec = SimpleNamespace(width=8, height=8)
-        self.streams = SimpleNamespace(video=[SimpleNamespace(codec_context=codec)])
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        return None
-
-    def demux(self, stream):
-        order = [*range(self.frames)]
-        order[1:3] = order[1:3][::-1]
-        yield from (SimpleNamespace(pts=100 + number, time_base=1 / self.rate, size=9) for number in order)
-        yield SimpleNamespace(pts=None, time_base=1 / self.rate, size=0)
-
-    def decode(self, video):
-        for number in range(self.frames):
-            yield SimpleNamespace(to_image=lambda number=number: Image.new("RGB", (8, 8), (number, 0, 0)))
+TEN = [int(9 * part / 23) for part in range(24)]
 
 
 @pytest.mark.parametrize(
-    ("version", "numbers"), [("chat_old", [0, 10, 20, 29]), ("base", [int(29 * part / 23) for part in range(24)])]
+    ("name", "film", "seconds"),
+    [
+        ("a.mp4", {}, [0, 9]),
+        ("b.MP4", {"b_frames": 2}, [0, 9]),
+        ("c.avi", {}, [0, 9]),
+        ("d.mkv", {"rate": 3, "b_frames": 2}, [0, 3, 6, 9]),
+        ("e.webm", {"codec": "libvpx", "rate": Fraction(5, 2)}, [0, 2, 5, 7, 9]),
+        ("f.mpg", {"codec": "mpeg1video", "rate": 25, "b_frames": 2}, [0]),
+        ("g.ts", {"codec": "mpeg2video", "rate": Fraction(30000, 1001)}, [0]),
+        ("h.mov", {"rate": Fraction(1, 2)}, [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7, 8, 8, 9]),
+    ],
 )
-def test_the_frames_of_a_file_are_those_of_their_times(tmp_path, monkeypatch, version, numbers):
-    film = tmp_path / "film.MP4"
-    film.write_bytes(b"film")
-    library = ModuleType("av")
-    library.open = lambda path, **settings: Film(30)
-    monkeypatch.setitem(sys.modules, "av", library)
-    assert reds(load_frames(film, (4, 4), version)) == numbers
-    library.open = lambda path, **settings: Film(0)
-    with pytest.raises(DataError, match="film.MP4: cannot be read as a film: it has no frame"):
-        load_frames(film, (4, 4), version)
+def test_the_frames_of_a_file_are_those_of_their_times(tmp_path, name, film, seconds):
+    path = write_film(tmp_path / name, **film)
+    assert numbers_of(film_pictures(path, "base")) == TEN
+    assert numbers_of(film_pictures(path.read_bytes(), "chat_old")) == seconds  # as it lies in a shard
+    path.rename(tmp_path / "unnamed")
+    assert numbers_of([middle_picture(tmp_path / "unnamed")]) == [seconds[len(seconds) // 2]]
+
+
+def test_a_film_is_turned_as_a_viewer_shows_it(tmp_path):
+    """Phones write how they were held; what is red on the left comes to the top, to the right, or below."""
+    film = write_film(tmp_path / "phone.mp4", 2, size=(64, 32), left_is_red=True)
+    sides = {"left": [(1, 1), (1, 3)], "right": [(3, 1), (3, 3)], "top": [(1, 1), (3, 1)], "bottom": [(1, 3), (3, 3)]}
+    turned = {}
+    for matrix in ((1, 0, 0, 1), (0, 1, -1, 0), (-1, 0, 0, -1), (0, -1, 1, 0), (-1, 0, 0, 1)):
+        frame = film_pictures(turn_film(film, matrix), "base")[0]
+        width, height = frame.size
+        red = [(x, y) for x in (1, 3) for y in (1, 3) if frame.getpixel((x * width // 4, y * height // 4))[0] > 200]
+        turned[matrix] = (frame.size, [side for side, places in sides.items() if sorted(places) == red])
+    assert turned == {
+        (1, 0, 0, 1): ((64, 32), ["left"]),
+        (0, 1, -1, 0): ((32, 64), ["top"]),
+        (-1, 0, 0, -1): ((64, 32), ["right"]),
+        (0, -1, 1, 0): ((32, 64), ["bottom"]),
+        (-1, 0, 0, 1): ((64, 32), ["right"]),
+    }
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])
+def test_a_moving_picture_is_a_film(tmp_path, kind):
+    """Half a second a picture, but for the second, which is shown for two."""
+    pictures = [Image.new("RGB", (16, 16), (STEP * number,) * 3) for number in range(6)]
+    settings = dict(save_all=True, append_images=pictures[1:], duration=[500, 2000, 500, 500, 500, 500], lossless=True)
+    file = tmp_path / "moving"
+    pictures[0].save(file, kind, **settings)
+    assert numbers_of(film_pictures(file, "chat_old")) == [0, 1, 2, 3, 5]  # begun at 0, 0.5, 2.5, 3, 3.5 and 4
+    assert numbers_of(film_pictures(file.read_bytes(), "base")) == [int(5 * part / 23) for part in range(24)]
+    assert numbers_of([middle_picture(file)]) == [2]
+
+
+def failure_of(content, tmp_path, name="film.mp4"):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=f"{name}: cannot be read as a film: ") as caught:
+        film_pictures(tmp_path / name, "base")
+    return str(caught.value).partition("cannot be read as a film: ")[2]
+
+
+def test_what_is_no_film_says_what_it_is(tmp_path):
+    film = write_film(tmp_path / "a.mp4", 30).read_bytes()
+    codecs = {"avi": "mpeg4", "flv": "flv"}
+    films = {kind: write_film(tmp_path / f"a.{kind}", 60, codec=codec).read_bytes() for kind, codec in codecs.items()}
+    damaged = "it is damaged or cut short; copy it again"
+    assert failure_of(film[: len(film) // 2], tmp_path) == damaged
+    assert failure_of(films["avi"][: len(films["avi"]) * 3 // 4], tmp_path).endswith(f" are there; {damaged}")
+    assert failure_of(films["flv"][:20], tmp_path) == damaged
+    assert failure_of(b"hello\nfilm", tmp_path).startswith("it is text that begins 'hello'; give the film itself")
+    assert failure_of(bytes(range(256)) * 9, tmp_path).startswith("it is damaged, or no film of a kind that is read;")
+    sound = write_sound(tmp_path / "sound.mp4").read_bytes()
+    assert failure_of(sound, tmp_path) == "it has no picture stream, only sound; give a film"
+    with pytest.raises(DataError, match="a.mp4: .* frames have more than --max-pixels 1000 pixels"):
+        film_pictures(tmp_path / "a.mp4", "base", max_pixels=1000)
+    start = films["avi"].find(b"movi") + 4
+    assert "cut short" in failure_of(films["avi"][:start], tmp_path)  # a header without frames
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        "ffconcat version 1.0\nfile a.mp4\n",
+        "#EXTM3U\n#EXT-X-TARGETDURATION:5\n#EXTINF:5,\na.ts\n#EXT-X-ENDLIST\n",
+        '<MPD xmlns="urn:mpeg:dash:schema:mpd:2011" type="static"><Period/></MPD>',
+        "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nm=video 5004 RTP/AVP 96\n",
+    ],
+)
+def test_a_script_opens_no_other_file(tmp_path, script):
+    write_film(tmp_path / "a.mp4")
+    write_film(tmp_path / "a.ts", codec="mpeg2video")
+    for name in ("film.mp4", "film.ts", "film.avi"):
+        assert failure_of(script.encode(), tmp_path, name).startswith("it is text that begins ")
+    assert "it is " in failure_of(b"ffconcat version 1.0\nfile a.mp4\n#" + b"\xff" * 9, tmp_path)
 
 
 class Words:
