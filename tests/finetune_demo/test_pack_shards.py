@@ -64,7 +64,7 @@ def test_several_images_of_a_sample_are_packed_in_their_order(tmp_path, capsys):
     )
     assert script.main([str(data), "--out", str(tmp_path / "out"), "--images-per-sample", "2"]) == 0
     (record,) = find_records(str(tmp_path / "out" / "shard-000000.tar"))
-    assert [suffix for suffix, _, _ in record.members] == [".json", ".0.png", ".1.png"]
+    assert [suffix for suffix, _, _ in record.members] == [".0.png", ".1.png", ".json"]
     item = record.read(options=RecordOptions(most_images=2))
     assert item.images == tuple((tmp_path / name).read_bytes() for name in ("2.png", "1.png"))
     assert item.prompt == f" or {IMAGE}?"
