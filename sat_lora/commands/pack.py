@@ -10,7 +10,16 @@ from sat_lora.printable import shell_line
 from sat_lora.terminal.option_types import positive_int
 
 ABOUT = "pack images and answers into tar shards"
-READING = ("ignore_keys", "images_from", "names_are_answers", "columns", "data_format", "image_mark")
+IGNORE_KEYS = "keys of records and turns to pass over"
+READING = (
+    "ignore_keys",
+    "images_from",
+    "names_are_answers",
+    "columns",
+    "data_format",
+    "image_mark",
+    "images_per_sample",
+)
 """The options that `read_items` takes."""
 
 
@@ -28,11 +37,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, metavar="DIR", help="folder of the shards")
     parser.add_argument("--overwrite", action="store_true", help="replace the shards that are there")
     parser.add_argument("--samples-per-shard", type=positive_int, default=1000, metavar="N", help="(default: 1000)")
-    parser.add_argument("--ignore-keys", nargs="+", default=(), metavar="KEY", help="keys of .jsonl lines to pass over")
+    parser.add_argument("--ignore-keys", nargs="+", default=(), metavar="KEY", help=IGNORE_KEYS)
     parser.add_argument("--images-from", nargs="+", default=(), metavar="DIR", help="folders they may lead to by ..")
     parser.add_argument("--columns", nargs="+", default=(), metavar="OURS=THEIRS", help="such as prompt=question")
     parser.add_argument("--data-format", metavar="NAME", help="the layout, where it is not to be recognised")
     parser.add_argument("--image-mark", default="<image>", metavar="TEXT", help="what stands for an image in a text")
+    parser.add_argument("--images-per-sample", type=positive_int, default=1, metavar="N", help="most (default: 1)")
     names = "of folders file names are the answers, whatever texts lie in or beside them"
     parser.add_argument("--names-are-answers", action="store_true", help=names)
 

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 
+from sat_lora.data.records.record import IMAGE, RecordOptions
 from sat_lora.data.samples import read_items
 from sat_lora.data.shards.shard_names import expand_shards
 from sat_lora.data.shards.shards import find_records
@@ -50,6 +51,23 @@ def test_samples_of_any_layout_are_packed_with_their_turns(tmp_path, layout):
         ((*turns[:-1],), *turns[-1]) for _, turns in SEVERAL
     ]
     assert [item.image for item in packed] == [*pictures(SEVERAL).values()]
+
+
+def test_several_images_of_a_sample_are_packed_in_their_order(tmp_path, capsys):
+    write_images(tmp_path, ["1.png", "2.png"])
+    data = tmp_path / "two.jsonl"
+    data.write_text('{"images": ["2.png", "1.png"], "prompt": "<image> or <image>?", "answer": "x"}')
+    script = load_script("pack_shards")
+    assert script.main([str(data), "--out", str(tmp_path / "out")]) == 2
+    assert "2 images, and the base takes one; leave the others out, or give --images-per-sample 2" in (
+        capsys.readouterr().err
+    )
+    assert script.main([str(data), "--out", str(tmp_path / "out"), "--images-per-sample", "2"]) == 0
+    (record,) = find_records(str(tmp_path / "out" / "shard-000000.tar"))
+    assert [suffix for suffix, _, _ in record.members] == [".0.png", ".1.png", ".json"]
+    item = record.read(options=RecordOptions(most_images=2))
+    assert item.images == tuple((tmp_path / name).read_bytes() for name in ("2.png", "1.png"))
+    assert item.prompt == f" or {IMAGE}?"
 
 
 def test_shards_that_are_there_stay_and_half_a_set_is_none(tmp_path, capsys):

@@ -137,7 +137,9 @@ class Data:
     special_tokens_in_text: bool = flag(
         False, "a text that spells a special token, such as </s>, means it", "--special-tokens-in-text"
     )
-    ignore_keys: Paths = setting((), "keys of .jsonl lines to pass over", "--ignore-keys", nargs="+", metavar="KEY")
+    ignore_keys: Paths = setting(
+        (), "keys of records and turns to pass over", "--ignore-keys", nargs="+", metavar="KEY"
+    )
     images_from: Paths = setting(
         (), "folders that .jsonl lines may lead to by ..", "--images-from", nargs="+", metavar="DIR"
     )

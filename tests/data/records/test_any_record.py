@@ -24,6 +24,10 @@ SEEDS = [
     {"instruction": "q", "input": "", "output": "x"},
     {"conversation": [{"human": "q", "assistant": "a"}], "image": {"bytes": "AAAA", "path": None}},
     {"image": "a.png", "prompt": "<box>", "answer": "<box>", "boxes": [[0, 0, 1, 1], [[0, 0, 1, 1]]]},
+    {"messages": [{**turn, "weight": n // 2, "tool_calls": []} for n, turn in enumerate(roles(TURNS))], "tools": None},
+    {"messages": json.dumps(roles(TURNS)), "answers": ["a", {"answer": "b"}]},
+    {"conversations": {"from": ["human", "gpt"], "value": ["<img>a.png</img>q", "a"]}},
+    {"prompt": "q", "answer": "a", "history": [["b", "c"]], "unlearnt": [0]},
 ]
 VALUES = [
     None,
