@@ -15,8 +15,10 @@ import argparse
 import gc
 import itertools
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -182,12 +184,20 @@ def training_step(model: nn.Module, batch: dict, trained: list[nn.Parameter] | N
 
 def estimated_peak(model: BaseModel, config: dict, case: Case, name: str, scheme: str) -> int:
     """The bytes that a step of the variant, which the model is, should take at most: what is held, and activations."""
-    weight = next(model.parameters())
-    lora = LoraConfig(r=case.rank, lora_alpha=2 * case.rank, lora_dropout=case.dropout, target_modules=TARGETS[name])
+    dtype = next(model.parameters()).dtype
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as processes:  # the estimate wants no ranks about it
+        activations = processes.submit(estimated_activations, config, case, name, dtype, scheme).result()
+    held = sum(bytes_of(tensor) for tensors in (model.parameters(), model.buffers()) for tensor in tensors)
+    trained = sum(bytes_of(parameter) for parameter in model.parameters() if parameter.requires_grad)
+    return held + 3 * trained + activations  # the gradients, and Adam's two moments
+
+
+def estimated_activations(config: dict, case: Case, name: str, dtype: torch.dtype, scheme: str) -> int:
+    """The bytes of the activations of such a step at their peak."""
     _, activations = fake_step(
         config,
-        lora,
-        dtype=weight.dtype,
+        LoraConfig(r=case.rank, lora_alpha=2 * case.rank, lora_dropout=case.dropout, target_modules=TARGETS[name]),
+        dtype=dtype,
         batch_size=case.batch,
         length=config["image_length"] + 2 + case.words,
         labelled=answer_of(case.words),
@@ -195,9 +205,7 @@ def estimated_peak(model: BaseModel, config: dict, case: Case, name: str, scheme
         vit_checkpoint_activations=case.checkpointing,
         quantize=Quantization(scheme=scheme),
     )
-    held = sum(bytes_of(tensor) for tensors in (model.parameters(), model.buffers()) for tensor in tensors)
-    trained = sum(bytes_of(parameter) for parameter in model.parameters() if parameter.requires_grad)
-    return held + 3 * trained + activations  # the gradients, and Adam's two moments
+    return activations
 
 
 def compare(

@@ -41,6 +41,7 @@ def exact_share(result):
 
 
 @pytest.mark.matrix
+@pytest.mark.timeout(2400)
 @pytest.mark.parametrize(
     ("held", "other", "bounds"), [("nf4", "none", (0.95, 0.93)), ("none", "nf4", (0.95, 0.93))], ids=str
 )
