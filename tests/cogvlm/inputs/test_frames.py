@@ -112,21 +112,22 @@ def test_the_frames_of_a_file_are_those_of_their_times(tmp_path, name, film, sec
 
 
 def test_a_film_is_turned_as_a_viewer_shows_it(tmp_path):
-    """Phones write how they were held; what is red on the left comes to the top, to the right, or below."""
-    film = write_film(tmp_path / "phone.mp4", 2, size=(64, 32), left_is_red=True)
-    sides = {"left": [(1, 1), (1, 3)], "right": [(3, 1), (3, 3)], "top": [(1, 1), (3, 1)], "bottom": [(1, 3), (3, 3)]}
+    """Phones write how they were held; the red corner, top left as it was filmed, goes round, or to the other side."""
+    film = write_film(tmp_path / "phone.mp4", 2, size=(64, 32), corner_is_red=True)
     turned = {}
-    for matrix in ((1, 0, 0, 1), (0, 1, -1, 0), (-1, 0, 0, -1), (0, -1, 1, 0), (-1, 0, 0, 1)):
+    for matrix in ((1, 0, 0, 1), (0, 1, -1, 0), (-1, 0, 0, -1), (0, -1, 1, 0), (-1, 0, 0, 1), (0, 1, 1, 0)):
         frame = film_pictures(turn_film(film, matrix), "base")[0]
-        width, height = frame.size
-        red = [(x, y) for x in (1, 3) for y in (1, 3) if frame.getpixel((x * width // 4, y * height // 4))[0] > 200]
-        turned[matrix] = (frame.size, [side for side, places in sides.items() if sorted(places) == red])
+        quarters = {
+            (x, y): frame.getpixel((x * frame.width // 4, y * frame.height // 4)) for x in (1, 3) for y in (1, 3)
+        }
+        turned[matrix] = (frame.size, [place for place, pixel in quarters.items() if pixel[0] > 200])
     assert turned == {
-        (1, 0, 0, 1): ((64, 32), ["left"]),
-        (0, 1, -1, 0): ((32, 64), ["top"]),
-        (-1, 0, 0, -1): ((64, 32), ["right"]),
-        (0, -1, 1, 0): ((32, 64), ["bottom"]),
-        (-1, 0, 0, 1): ((64, 32), ["right"]),
+        (1, 0, 0, 1): ((64, 32), [(1, 1)]),
+        (0, 1, -1, 0): ((32, 64), [(3, 1)]),
+        (-1, 0, 0, -1): ((64, 32), [(3, 3)]),
+        (0, -1, 1, 0): ((32, 64), [(1, 3)]),
+        (-1, 0, 0, 1): ((64, 32), [(3, 1)]),
+        (0, 1, 1, 0): ((32, 64), [(1, 1)]),
     }
 
 
@@ -186,7 +187,8 @@ def test_what_is_no_film_says_what_it_is(tmp_path):
         "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nm=video 5004 RTP/AVP 96\n",
     ],
 )
-def test_a_script_opens_no_other_file(tmp_path, script):
+def test_a_script_opens_no_other_file(tmp_path, script, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     write_film(tmp_path / "a.mp4")
     write_film(tmp_path / "a.ts", codec="mpeg2video")
     for name in ("film.mp4", "film.ts", "film.avi"):
