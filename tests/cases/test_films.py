@@ -180,6 +180,9 @@ def test_a_film_comes_as_a_data_url_too_and_the_mark_of_films_is_a_text_elsewher
     turns = [{"role": "user", "content": [{"type": "text", "text": "What?"}, part]}, {"role": "gpt", "content": "a"}]
     (item,) = read_items([write_lines(tmp_path / "f.jsonl", {"messages": turns})])
     assert (item.image, item.prompt) == (b"film", "What?")
+    write_frames(tmp_path / "frames")
+    (item,) = read_items([write_lines(tmp_path / "f.jsonl", {"video": "frames", "prompt": "<video>?", "answer": "a"})])
+    assert (item.image, item.prompt) == (tmp_path / "frames", "?")
     sample = {"image": "a.png", "prompt": "What is <video> in HTML?", "answer": "a"}
     assert read_items([write_lines(tmp_path / "f.jsonl", sample)])[0].prompt == sample["prompt"]
     with pytest.raises(DataError, match="2 places for images in its texts and 1 image"):

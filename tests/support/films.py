@@ -19,7 +19,7 @@ def write_film(
     codec: str = "mpeg4",
     b_frames: int = 0,
     size: tuple[int, int] = (32, 32),
-    left_is_red: bool = False,
+    corner_is_red: bool = False,
 ) -> Path:
     """Write a film whose frame n has grey STEP * n as far as that goes, size (width, height), and return its path."""
     with av.open(str(path), "w") as container:
@@ -29,8 +29,8 @@ def write_film(
         stream.codec_context.max_b_frames = b_frames
         for number in range(frames):
             pixels = numpy.full((size[1], size[0], 3), min(255, STEP * number), numpy.uint8)
-            if left_is_red:
-                pixels[:, : size[0] // 2] = (255, 0, 0)
+            if corner_is_red:
+                pixels[: size[1] // 2, : size[0] // 2] = (255, 0, 0)
             for packet in stream.encode(av.VideoFrame.from_ndarray(pixels, "rgb24")):
                 container.mux(packet)
         for packet in stream.encode():

@@ -213,9 +213,10 @@ def _times(av: Any, file: BinaryIO, max_pixels: int) -> list[float]:
         is_whole = True
         for packet in film.demux(stream):
             packets += packet.dts is not None or packet.size > 0
-            if packet.pts is None or not packet.size:
+            time = packet.dts if packet.pts is None else packet.pts
+            if time is None or not packet.size:
                 continue
-            times.append(float(packet.pts * packet.time_base))
+            times.append(float(time * packet.time_base))
             if times[-1] - times[0] > SECONDS + _MARGIN:
                 is_whole = False
                 break

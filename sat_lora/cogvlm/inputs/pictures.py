@@ -45,6 +45,8 @@ MAX_PIXELS = 89_478_485
 ANIMATED = ("GIF", "PNG", "WEBP", "AVIF")
 """Formats whose further pictures are shown one after the other; those of others are pages, sizes or thumbnails."""
 LONGEST = 60.0  # seconds of an animation that are gone through
+ANIMATED_PIXELS = 1 << 29
+"""The most pixels of all pictures of an animation: 2,000 of 500 x 500. A small file can have any number of them."""
 _SHORTEST = 0.02  # seconds of a picture of an animation; viewers take what is shorter for:
 _USUAL = 0.1
 
@@ -134,6 +136,12 @@ def _chosen(
     count = getattr(image, "n_frames", 1) if image.format in ANIMATED else 1
     if count == 1:
         return _still(image, grey_step)
+    width, height = image.size
+    if count * width * height > ANIMATED_PIXELS:
+        raise ValueError(
+            f"an animation of {count:,} pictures of {width} x {height} pixels, more than {ANIMATED_PIXELS:,} together; "
+            "make it smaller, or write it as a film"
+        )
     times: list[float] = []
     end = 0.0
     for number in range(count):

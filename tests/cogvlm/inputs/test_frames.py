@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from sat_lora import DataError
+from sat_lora.cogvlm.inputs import pictures
 from sat_lora.cogvlm.inputs.films import MOST_FRAMES, chosen_frames, film_pictures, middle_picture
 from sat_lora.cogvlm.inputs.frames import frame_tensor, load_frames, with_frames
 from sat_lora.cogvlm.inputs.image import MEAN, STD
@@ -79,9 +80,9 @@ def test_films_that_cannot_be_read_are_named(tmp_path, monkeypatch):
         load_frames(film, (4, 4), "base")
 
 
-def numbers_of(pictures):
+def numbers_of(frames):
     """Return which frames of `write_film` these are, by their grey. The loss of an encoder is less than half a STEP."""
-    greys = [sum(picture.getpixel((picture.width // 2, picture.height // 2))) / 3 for picture in pictures]
+    greys = [sum(picture.getpixel((picture.width // 2, picture.height // 2))) / 3 for picture in frames]
     assert all(abs(grey - STEP * round(grey / STEP)) < STEP / 4 for grey in greys)
     return [round(grey / STEP) for grey in greys]
 
@@ -111,34 +112,45 @@ def test_the_frames_of_a_file_are_those_of_their_times(tmp_path, name, film, sec
 
 
 def test_a_film_is_turned_as_a_viewer_shows_it(tmp_path):
-    """Phones write how they were held; what is red on the left comes to the top, to the right, or below."""
-    film = write_film(tmp_path / "phone.mp4", 2, size=(64, 32), left_is_red=True)
-    sides = {"left": [(1, 1), (1, 3)], "right": [(3, 1), (3, 3)], "top": [(1, 1), (3, 1)], "bottom": [(1, 3), (3, 3)]}
+    """Phones write how they were held; the red corner, top left as it was filmed, goes round, or to the other side."""
+    film = write_film(tmp_path / "phone.mp4", 2, size=(64, 32), corner_is_red=True)
     turned = {}
-    for matrix in ((1, 0, 0, 1), (0, 1, -1, 0), (-1, 0, 0, -1), (0, -1, 1, 0), (-1, 0, 0, 1)):
+    for matrix in ((1, 0, 0, 1), (0, 1, -1, 0), (-1, 0, 0, -1), (0, -1, 1, 0), (-1, 0, 0, 1), (0, 1, 1, 0)):
         frame = film_pictures(turn_film(film, matrix), "base")[0]
-        width, height = frame.size
-        red = [(x, y) for x in (1, 3) for y in (1, 3) if frame.getpixel((x * width // 4, y * height // 4))[0] > 200]
-        turned[matrix] = (frame.size, [side for side, places in sides.items() if sorted(places) == red])
+        quarters = {
+            (x, y): frame.getpixel((x * frame.width // 4, y * frame.height // 4)) for x in (1, 3) for y in (1, 3)
+        }
+        turned[matrix] = (frame.size, [place for place, pixel in quarters.items() if pixel[0] > 200])
     assert turned == {
-        (1, 0, 0, 1): ((64, 32), ["left"]),
-        (0, 1, -1, 0): ((32, 64), ["top"]),
-        (-1, 0, 0, -1): ((64, 32), ["right"]),
-        (0, -1, 1, 0): ((32, 64), ["bottom"]),
-        (-1, 0, 0, 1): ((64, 32), ["right"]),
+        (1, 0, 0, 1): ((64, 32), [(1, 1)]),
+        (0, 1, -1, 0): ((32, 64), [(3, 1)]),
+        (-1, 0, 0, -1): ((64, 32), [(3, 3)]),
+        (0, -1, 1, 0): ((32, 64), [(1, 3)]),
+        (-1, 0, 0, 1): ((64, 32), [(3, 1)]),
+        (0, 1, 1, 0): ((32, 64), [(1, 1)]),
     }
 
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])
 def test_a_moving_picture_is_a_film(tmp_path, kind):
     """Half a second a picture, but for the second, which is shown for two."""
-    pictures = [Image.new("RGB", (16, 16), (STEP * number,) * 3) for number in range(6)]
-    settings = dict(save_all=True, append_images=pictures[1:], duration=[500, 2000, 500, 500, 500, 500], lossless=True)
+    steps = [Image.new("RGB", (16, 16), (STEP * number,) * 3) for number in range(6)]
+    settings = dict(save_all=True, append_images=steps[1:], duration=[500, 2000, 500, 500, 500, 500], lossless=True)
     file = tmp_path / "moving"
-    pictures[0].save(file, kind, **settings)
+    steps[0].save(file, kind, **settings)
     assert numbers_of(film_pictures(file, "chat_old")) == [0, 1, 2, 3, 5]  # begun at 0, 0.5, 2.5, 3, 3.5 and 4
     assert numbers_of(film_pictures(file.read_bytes(), "base")) == [int(5 * part / 23) for part in range(24)]
     assert numbers_of([middle_picture(file)]) == [2]
+
+
+def test_an_animation_without_end_is_not_gone_through(tmp_path, monkeypatch):
+    """A small file may hold thousands of large pictures, each of which would be decoded."""
+    monkeypatch.setattr(pictures, "ANIMATED_PIXELS", 16 * 60 * 60 - 1)
+    shades = [Image.new("L", (60, 60), shade) for shade in range(16)]
+    file = tmp_path / "bomb.gif"
+    shades[0].save(file, save_all=True, append_images=shades[1:], duration=20)
+    with pytest.raises(DataError, match="bomb.gif: .* an animation of 16 pictures of 60 x 60 pixels, more than"):
+        film_pictures(file, "base")
 
 
 def failure_of(content, tmp_path, name="film.mp4"):
@@ -175,7 +187,8 @@ def test_what_is_no_film_says_what_it_is(tmp_path):
         "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nm=video 5004 RTP/AVP 96\n",
     ],
 )
-def test_a_script_opens_no_other_file(tmp_path, script):
+def test_a_script_opens_no_other_file(tmp_path, script, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     write_film(tmp_path / "a.mp4")
     write_film(tmp_path / "a.ts", codec="mpeg2video")
     for name in ("film.mp4", "film.ts", "film.avi"):
