@@ -116,12 +116,12 @@ def _configs_of(base: Path) -> Iterator[tuple[dict[str, Any], str, Family]]:
     for file, key in (("model_config.json", "text_processor_version"), ("config.json", "template_version")):
         try:
             content = read_json(base / file)
-            found = family_of(content) if file == "model_config.json" else _hugging_face_family(base, content)
+            family = family_of(content) if file == "model_config.json" else _hugging_face_family(base, content)
         except (OSError, ValueError, AttributeError):
             continue
         except CheckpointError:
-            found = None
-        yield content, key, found or COGVLM
+            family = None
+        yield content, key, family or COGVLM
 
 
 def _hugging_face_family(base: Path, content: dict[str, Any]) -> Family | None:
