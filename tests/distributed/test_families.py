@@ -159,7 +159,7 @@ def train_partitioned(home, names):
     return values
 
 
-@pytest.mark.parametrize("names", [["cogagent"], pytest.param(["cogvlm2"], marks=pytest.mark.matrix)])
+@pytest.mark.parametrize("names", [["cogagent"], pytest.param(["cogvlm2", "cogvlm2-video"], marks=pytest.mark.matrix)])
 def test_weights_that_zero_3_partitions_train_as_in_one_process(tmp_path, single_process_group, names):
     expected = {}
     for name in names:

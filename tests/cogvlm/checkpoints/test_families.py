@@ -15,7 +15,14 @@ from sat_lora.cogvlm.families import FAMILIES, family_of, published, published_c
 from sat_lora.cogvlm.inputs.prompts import version_of
 from sat_lora.cogvlm.network.model import build_cogvlm
 from sat_lora.cogvlm.sizes import image_length_problem, size_problems
+from sat_lora.lora.apply import adapters_of
 from sat_lora.lora.live_base import identity_of_model
+from sat_lora.quantization.config import Quantization
+from sat_lora.quantized.layers import quantized_weights
+from sat_lora.quantized.quantized_weight import whole
+from sat_lora.training.steps.loss import answer_loss_sum
+from tests.support.sat_files import cut_by_sat
+from tests.support.tiny import fill_adapters
 from tests.support.tiny_families import (
     CONFIGS,
     TOKENS,
@@ -66,6 +73,62 @@ def test_sat_to_hugging_face_and_back_gives_the_same_bytes(tmp_path, name):
     identities = [BaseWeights(tmp_path / kind).identity for kind in ("base", "hf")]
     assert identities[0].difference(identities[1]) is None is identities[0].difference(identity_of_model(models[0]))
     assert identities[0].family == FAMILIES[name].title
+
+
+@pytest.mark.parametrize("name", SUCCESSORS)
+@torch.no_grad()
+def test_merging_for_two_ranks_and_back_gives_the_same_bytes(tmp_path, name):
+    """q, k and v are cut each by itself, and a second encoder not at all."""
+    base = write_base(tmp_path / "base", name)
+    model, _ = load_cogvlm(base)
+    add_lora(model, r=2, target_modules="all-linear")
+    fill_adapters(model)
+    save_adapter(model, tmp_path / "adapter")
+    empty = write_empty_adapter(tmp_path / "empty", base)
+    merge_adapter(base, tmp_path / "adapter", tmp_path / "one")
+    merge_adapter(base, tmp_path / "adapter", tmp_path / "two", model_parallel_size=2)
+    merge_adapter(tmp_path / "one", empty, tmp_path / "cut", model_parallel_size=2, any_base=True)
+    merge_adapter(tmp_path / "two", empty, tmp_path / "back", any_base=True)
+    one = torch.load(tmp_path / "one" / FILE)["module"]
+    assert any(not torch.equal(one[key], tensor) for key, tensor in torch.load(base / FILE)["module"].items())
+    expected = cut_by_sat(load_cogvlm(tmp_path / "one")[0], 2)
+    for rank in range(2):
+        file = f"release/mp_rank_0{rank}_model_states.pt"
+        states = [torch.load(tmp_path / folder / file)["module"] for folder in ("two", "cut")]
+        for state in states:
+            assert state.keys() == expected[rank].keys()
+            assert all(torch.equal(state[key], expected[rank][key]) for key in state)
+    assert (tmp_path / "back" / FILE).read_bytes() == (tmp_path / "one" / FILE).read_bytes()
+
+
+@pytest.mark.parametrize("name", SUCCESSORS)
+def test_a_step_on_nf4_is_one_on_the_decoded_weights(tmp_path, name):
+    base = write_base(tmp_path / "base", name, torch.float32)
+    models = [load_cogvlm(base, quantize=Quantization(scheme="nf4"))[0], load_cogvlm(base)[0]]
+    held = dict(quantized_weights(models[0]))
+    assert len(held) > 10 and any("cross_attention" in key for key in held) == (name == "cogagent")
+    with torch.no_grad():
+        for key, weight in held.items():
+            models[1].get_submodule(key).weight.copy_(whole(weight))
+    losses = []
+    for model in models:
+        add_lora(model, r=2, target_modules="all-linear")
+        fill_adapters(model)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.SGD(trained, lr=1e-3)
+        losses.append([])
+        for rows in ((True, False), (False, False), (True, False)):
+            optimizer.zero_grad()
+            loss = answer_loss_sum(model.train(), family_batch(name, rows))
+            loss.backward()
+            assert all(parameter.grad is not None for parameter in trained)
+            optimizer.step()
+            losses[-1].append(loss.item())
+    assert losses[0][2] != losses[0][0] and losses[0] == pytest.approx(losses[1], rel=1e-5)
+    ours, theirs = (adapters_of(model) for model in models)
+    for key in ours:
+        for leaf in ("A", "B"):
+            assert torch.allclose(getattr(ours[key], leaf), getattr(theirs[key], leaf), rtol=1e-3, atol=1e-5), key
 
 
 @pytest.mark.parametrize(

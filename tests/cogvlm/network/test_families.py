@@ -50,6 +50,21 @@ def test_logits_equal_the_plain_implementation(name, rows):
 
 
 @pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_half_precision_gives_the_logits_of_its_own_weights_within_its_rounding(name):
+    """float16 has 11 binary digits, bfloat16 8: a layer rounds a few times each."""
+    for dtype, tolerance in ((torch.float16, 5e-3), (torch.bfloat16, 4e-2)):
+        model = family_model(name, dtype).eval()
+        state = {key: tensor.double() for key, tensor in model.state_dict().items()}
+        for rows in MIXED.values():
+            batch = family_batch(name, rows, dtype=dtype)
+            logits = logits_of(model, batch)
+            assert logits.isfinite().all()
+            expected = family_logits(state, reference_config(name), batch)
+            assert relative_error(logits.double(), expected) < tolerance, (dtype, rows)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_gradients_equal_the_plain_implementation_and_come_in_one_order(name):
     """ZeRO fills buckets in the order in which gradients arrive; a branch on the data would change it."""
     orders = []
