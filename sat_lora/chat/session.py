@@ -20,8 +20,8 @@ from sat_lora.cogvlm.decoding.answer import Answer
 from sat_lora.cogvlm.decoding.generate import stream_answers
 from sat_lora.cogvlm.decoding.sampling import GREEDY, Sampling
 from sat_lora.cogvlm.families import cross_image_size, family_of
-from sat_lora.cogvlm.inputs.frames import frame_tensor, load_frames, with_frames
-from sat_lora.cogvlm.inputs.image import image_tensor, load_sizes
+from sat_lora.cogvlm.inputs.films import with_frames
+from sat_lora.cogvlm.inputs.image import frame_tensor, image_tensor, load_frames, load_sizes
 from sat_lora.cogvlm.inputs.pictures import MAX_PIXELS
 from sat_lora.cogvlm.inputs.prompts import PROMPTS, WITHOUT_HISTORY, turn_texts, version_of
 from sat_lora.cogvlm.inputs.text import Sample, build_sample, end_tokens, load_tokenizer

@@ -12,9 +12,8 @@ from typing import Protocol
 import torch
 from torch.utils.data import Dataset
 
-from sat_lora.cogvlm.inputs.films import MOST_FRAMES
-from sat_lora.cogvlm.inputs.frames import load_frames, with_frames
-from sat_lora.cogvlm.inputs.image import load_image, load_sizes, no_images
+from sat_lora.cogvlm.inputs.films import MOST_FRAMES, with_frames
+from sat_lora.cogvlm.inputs.image import load_frames, load_image, load_sizes, no_images
 from sat_lora.cogvlm.inputs.pictures import MAX_PIXELS
 from sat_lora.cogvlm.inputs.text import IGNORED, IMAGE_PLACE, Sample, build_sample, turn_texts
 from sat_lora.data.folders import find_images as find_images
@@ -239,7 +238,7 @@ class ImageTextDataset(Dataset):
     with_answer: False gives the prompt alone, ready for generation; the answer is in `items[i].answer`.
     special_tokens: see `build_sample`. learns_all: whether the answers of earlier turns are learnt as well.
     cross_size: (height, width) of the picture for a second vision encoder, None where the base has none. takes_frames:
-    whether an image is a film, or a picture as a film of one frame, see `inputs.frames`.
+    whether an image is a film, or a picture as a film of one frame, see `inputs.films`.
     ends: ids of the tokens that end an answer; none: the tokenizer's EOS.
     """
 

@@ -11,8 +11,7 @@ import torch
 from sat_lora.cogvlm.checkpoints.load import check_files, read_config
 from sat_lora.cogvlm.checkpoints.quantized_files import KEY
 from sat_lora.cogvlm.families import family_of
-from sat_lora.cogvlm.inputs.films import MOST_FRAMES, film_pictures
-from sat_lora.cogvlm.inputs.frames import with_frames
+from sat_lora.cogvlm.inputs.films import MOST_FRAMES, film_pictures, with_frames
 from sat_lora.cogvlm.inputs.pictures import read_picture
 from sat_lora.cogvlm.inputs.text import (
     IMAGE_PLACE,
@@ -356,8 +355,7 @@ def _data_problems(config: TrainConfig, demo: Demo | None) -> Iterator[str]:
                 yield f"{option}: tar shards are not of --data-format {config.data.data_format}; leave it out"
                 continue
             try:
-                trial = _Trial(config).try_item
-                problems = problems_with_shards(paths, option, config.data.max_pixels, options, trial)
+                problems = problems_with_shards(paths, option, options, _Trial(config))
                 yield from (f"{option}: {problem}" for problem in problems)
             except OSError as error:
                 yield f"{option}: {os_problem(error)}"
@@ -422,6 +420,7 @@ class _Trial:
     def __init__(self, config: TrainConfig):
         self._model = config.model
         self._data = config.data
+        self.max_pixels = config.data.max_pixels
         self._takes_frames = False
         self._dataset: ImageTextDataset | None = None
         try:
@@ -452,14 +451,12 @@ class _Trial:
         """
         if not self._takes_frames:
             for image in item.images:
-                read_picture(picture_content(image), max_pixels=self._data.max_pixels, name=item.name)
+                read_picture(picture_content(image), max_pixels=self.max_pixels, name=item.name)
             return
         frames: list[int] = []
         for image in item.images:
             name = None if isinstance(image, Path) else item.name
-            pictures = film_pictures(
-                picture_content(image), self._model.version, max_pixels=self._data.max_pixels, name=name
-            )
+            pictures = film_pictures(picture_content(image), self._model.version, max_pixels=self.max_pixels, name=name)
             frames.append(len(pictures))
         if self._dataset is None or not frames:
             return

@@ -3,6 +3,7 @@
 import base64
 import json
 import tarfile
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -11,6 +12,7 @@ from sat_lora import ConfigError, DataError
 from sat_lora.chat.terminal import dropped_image
 from sat_lora.cogvlm.inputs.films import MOST_FRAMES
 from sat_lora.cogvlm.inputs.picture_kinds import film_suffix
+from sat_lora.cogvlm.inputs.pictures import MAX_PIXELS
 from sat_lora.data.answer_lengths import answer_lengths
 from sat_lora.data.overview.examine import examine
 from sat_lora.data.overview.html_page import picture_tag
@@ -199,6 +201,10 @@ def test_answers_behind_the_numbers_of_frames_are_counted(tmp_path):
         assert answer_lengths(film_dataset(items, version=version, max_length=needed)).cut == 0
 
 
+def trial_by(try_item):
+    return SimpleNamespace(max_pixels=MAX_PIXELS, try_item=try_item)
+
+
 def test_shards_whose_films_do_not_fit_are_refused_early(tmp_path):
     write_film(tmp_path / "a.mp4", 2)
     shard, _ = pack_shards([write_lines(tmp_path / "f.jsonl", {"video": "a.mp4", **ASKED})], tmp_path)
@@ -208,9 +214,9 @@ def test_shards_whose_films_do_not_fit_are_refused_early(tmp_path):
 
     (problem,) = problems_with_shards([shard], "--train-data")
     assert problem.endswith("it is a film; convert it to PNG or JPEG")
-    assert [*problems_with_shards([shard], "--train-data", try_item=lambda item: None)] == []
+    assert [*problems_with_shards([shard], "--train-data", trial=trial_by(lambda item: None))] == []
     problem = f"{shard}: --max_length: 9 is too short for .mp4"
-    assert [*problems_with_shards([shard], "--train-data", try_item=refuse)] == [problem]
+    assert [*problems_with_shards([shard], "--train-data", trial=trial_by(refuse))] == [problem]
 
 
 def test_a_film_is_dropped_into_a_conversation(tmp_path):

@@ -199,7 +199,6 @@ def _post_and_leave(path, content) -> None:
 
 def test_time_is_limited(slow, picture):
     with served(slow, limits=RequestLimits(seconds=0.5)) as address:
-        thread = in_background(time.sleep, 1)
         held = in_background(httpx.post, f"{address}/v1/chat/completions")
         create = client_of(address).chat.completions.create
         statuses = []
@@ -213,7 +212,8 @@ def test_time_is_limited(slow, picture):
         first = in_background(ask, "first")
         wait_for(lambda: slow.begun == ["first"])
         second = in_background(ask, "second")
-        thread.join()
+        wait_for(lambda: waiting(address) == 1)
+        time.sleep(0.6)
         slow.go.set()
         for waited in (first, second, held):
             waited.join()

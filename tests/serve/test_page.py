@@ -3,8 +3,10 @@
 import base64
 import json
 import os
+import re
 import shutil
 import socket
+import subprocess
 import threading
 
 import httpx
@@ -231,16 +233,44 @@ def test_a_browser_brings_the_key_as_a_password_and_to_the_page_alone(base, adap
 
 
 @pytest.fixture
-def browser_page(request):
-    """A function that opens a page in headless Chromium, and what it asked for and complained of."""
+def chromium():
+    """The program of a browser, and options that it needs here."""
     program = next(filter(None, map(shutil.which, BROWSERS)), None)
     if program is None:
         pytest.skip("no chromium here: apt-get install chromium")
+    sandbox = [] if os.geteuid() else ["--no-sandbox"]  # which root has none of
+    return program, ["--disable-gpu", *sandbox]
+
+
+def test_a_browser_shows_the_page(address, chromium, tmp_path):
+    """What is in the document once its scripts have run, by the browser alone; more of it is in the test below."""
+    program, options = chromium
+    options += ["--headless", f"--user-data-dir={tmp_path}", "--enable-logging=stderr", "--virtual-time-budget=20000"]
+    shown = subprocess.run(
+        [program, *options, "--dump-dom", address], capture_output=True, text=True, errors="replace", timeout=150
+    )
+    document = re.sub(r"<(script|style)\b.*?</\1>", "", shown.stdout, flags=re.DOTALL)
+    for text in (
+        "Drop a picture here",
+        "Who answers",
+        "Base and adapter side by side",
+        "Ask",
+        "Forget the conversation",
+    ):
+        assert text in document, shown.stderr[-3000:]
+    assert '<div class="conversation">' in document and "${" not in document
+    complaints = [line for line in shown.stderr.splitlines() if "CONSOLE" in line and address in line]
+    assert not [line for line in complaints if "Uncaught" in line or "Content Security Policy" in line]
+
+
+@pytest.fixture
+def browser_page(chromium):
+    """A function that opens a page in headless Chromium, and what it asked for and complained of."""
+    program, options = chromium
     reason = "Playwright is not installed: pip install 'sat_lora[matrix]'"
     api = pytest.importorskip("playwright.sync_api", reason=reason)
     with api.sync_playwright() as playwright:
-        sandbox = [] if os.geteuid() else ["--no-sandbox"]  # which root has none of
-        browser = playwright.chromium.launch(executable_path=program, args=["--disable-gpu", *sandbox])
+        browser = playwright.chromium.launch(executable_path=program, args=options)
         page = browser.new_context(http_credentials={"username": "me", "password": "secret"}).new_page()
         page.set_default_timeout(60_000)
         page.seen = []

@@ -81,6 +81,19 @@ def film_pictures(
     return _pictures(source, partial(chosen_frames, version=version), max_pixels, name)
 
 
+def with_frames(parts: Sequence[str], counts: Sequence[int], version: str) -> tuple[str, ...]:
+    """Return the texts around the frames, from those around the films. counts: how many frames each film has.
+
+    One film lies between any two of `parts`, which `build_sample` takes.
+    """
+    texts = [parts[0]]
+    for count, text in zip(counts, parts[1:], strict=True):
+        numbers = ["" if version == TOUCHING else str(number) for number in range(count)]
+        texts += numbers[:-1]
+        texts.append((numbers[-1] if numbers else "") + text)
+    return tuple(texts)
+
+
 def middle_picture(source: str | Path | bytes, *, max_pixels: int = MAX_PIXELS, name: str | None = None) -> Image.Image:
     """Return one frame from the middle of what is looked at of a film, to be shown to people; a picture as it is.
 

@@ -1,4 +1,4 @@
-"""Images to tensors, as CogVLM expects them."""
+"""Images, and frames of films, to tensors, as CogVLM and its successors expect them."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,7 +6,9 @@ from pathlib import Path
 import numpy
 import torch
 from PIL import Image
+from torch.nn import functional as F
 
+from sat_lora.cogvlm.inputs.films import film_pictures
 from sat_lora.cogvlm.inputs.pictures import MAX_PIXELS, as_seen, read_picture
 
 # CLIP's channel statistics.
@@ -46,6 +48,40 @@ def load_sizes(
     """Return what `load_image` gives for each of several sizes; the file is read once."""
     picture = read_picture(source, max_pixels=max_pixels, name=name)
     return [_normalised(picture, size) for size in sizes]
+
+
+def load_frames(
+    source: str | Path | bytes,
+    size: tuple[int, int],
+    version: str,
+    *,
+    max_pixels: int = MAX_PIXELS,
+    name: str | None = None,
+) -> list[torch.Tensor]:
+    """Return the frames of a film, each (3, height, width) float32: 1 to MOST_FRAMES of them.
+
+    size: (height, width). The other arguments and the errors are those of `film_pictures`.
+    """
+    return [frame_tensor(picture, size) for picture in film_pictures(source, version, max_pixels=max_pixels, name=name)]
+
+
+def frame_tensor(image: Image.Image, size: tuple[int, int]) -> torch.Tensor:
+    """Return a frame (3, height, width): its short side as long as that of `size`, and the middle of it.
+
+    The aspect ratio is kept, unlike that of the images of other families. Bilinear, without antialiasing.
+    """
+    pixels = torch.from_numpy(numpy.asarray(as_seen(image), dtype=numpy.float32) / 255.0).permute(2, 0, 1)
+    pixels = (pixels - MEAN) / STD
+    height, width = pixels.shape[1:]
+    side = max(size)
+    if width < height:
+        scaled = (max(side, int(height / width * side)), side)
+    else:
+        scaled = (side, max(side, int(width / height * side)))
+    pixels = F.interpolate(pixels[None], size=scaled, mode="bilinear", align_corners=False)[0]
+    top = round((scaled[0] - size[0]) / 2)
+    left = round((scaled[1] - size[1]) / 2)
+    return pixels[:, top : top + size[0], left : left + size[1]]
 
 
 def no_images(size: tuple[int, int], device: torch.device | None = None) -> torch.Tensor:

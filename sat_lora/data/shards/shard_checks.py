@@ -2,7 +2,9 @@
 
 import itertools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
 
 from sat_lora.cogvlm.inputs.pictures import MAX_PIXELS, read_picture
 from sat_lora.data.records.record import PLAIN, RecordOptions
@@ -17,18 +19,34 @@ SHOWN = 10  # names of shards
 SAMPLES_TRIED = 300  # one usable sample among so many is enough to begin
 
 
+class Trial(Protocol):
+    """How the first samples are tried. max_pixels: see `Record.read`."""
+
+    max_pixels: int
+
+    def try_item(self, item: Item) -> None:
+        """Raise DataError for a sample that cannot be used, and ConfigError for one that does not fit."""
+
+
+@dataclass
+class PictureTrial:
+    """Tries whether the pictures of a sample can be read."""
+
+    max_pixels: int = MAX_PIXELS
+
+    def try_item(self, item: Item) -> None:
+        """Raise DataError where a picture cannot be read."""
+        for image in item.images:
+            read_picture(picture_content(image), max_pixels=self.max_pixels, name=item.name)
+
+
 def problems_with_shards(
-    paths: list[str],
-    option: str,
-    max_pixels: int = MAX_PIXELS,
-    options: RecordOptions = PLAIN,
-    try_item: Callable[[Item], None] | None = None,
+    paths: list[str], option: str, options: RecordOptions = PLAIN, trial: Trial | None = None
 ) -> Iterator[str]:
     """Yield what is wrong with the paths of one option, as text: with the names and the first samples.
 
-    max_pixels, options: see `Record.read`. try_item: raises DataError for a sample that cannot be used, and ConfigError
-    for one that does not fit; by default its image is read. Whole shards are read later, when all ranks together count
-    their samples.
+    options: see `Record.read`. trial: of the samples; by default a PictureTrial. Whole shards are read later, when all
+    ranks together count their samples.
     """
     no_shards = [path for path in paths if not is_shard(path)]
     if option == "--test-data":
@@ -48,7 +66,7 @@ def problems_with_shards(
             elif missing:
                 names = _first_of(missing)
                 yield f"{len(missing)} of {len(shards)} shards are missing: {names}; mend the path or copy them"
-            elif problem := _problem_with_samples(shards, max_pixels, options, try_item):
+            elif problem := _problem_with_samples(shards, options, trial or PictureTrial()):
                 yield problem
         except DataError as error:
             yield str(error)
@@ -58,24 +76,18 @@ def _first_of(names: list[str]) -> str:
     return printable(", ".join(names[:SHOWN])) + (f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else "")
 
 
-def _problem_with_samples(
-    shards: list[str], max_pixels: int, options: RecordOptions, try_item: Callable[[Item], None] | None
-) -> str | None:
+def _problem_with_samples(shards: list[str], options: RecordOptions, trial: Trial) -> str | None:
     records = itertools.chain.from_iterable(map(find_records, shards))
     tried = 0
     first_error = None
     for record in itertools.islice(records, SAMPLES_TRIED):
         tried += 1
-        item = record.read(max_pixels, options)
+        item = record.read(trial.max_pixels, options)
         if isinstance(item, BrokenSample):
             first_error = first_error or item.reason
             continue
         try:
-            if try_item is not None:
-                try_item(item)
-            else:
-                for image in item.images:
-                    read_picture(picture_content(image), max_pixels=max_pixels, name=item.name)
+            trial.try_item(item)
             return None
         except ConfigError as error:
             return f"{shards[0]}: {error}"

@@ -9,9 +9,8 @@ from PIL import Image
 
 from sat_lora import DataError
 from sat_lora.cogvlm.inputs import pictures
-from sat_lora.cogvlm.inputs.films import MOST_FRAMES, chosen_frames, film_pictures, middle_picture
-from sat_lora.cogvlm.inputs.frames import frame_tensor, load_frames, with_frames
-from sat_lora.cogvlm.inputs.image import MEAN, STD
+from sat_lora.cogvlm.inputs.films import MOST_FRAMES, chosen_frames, film_pictures, middle_picture, with_frames
+from sat_lora.cogvlm.inputs.image import MEAN, STD, frame_tensor, load_frames
 from sat_lora.cogvlm.inputs.text import build_sample
 from sat_lora.data.samples import ImageTextDataset, Item, collate
 from tests.support.films import STEP, turn_film, write_film, write_sound
