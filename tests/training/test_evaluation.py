@@ -68,7 +68,7 @@ def prepare(folder, captchas):
     model, _ = load_cogvlm(TINY_BASE)
     load_adapter(model.eval(), folder / "adapter")
     adapter_says = [read_plainly(model, tokenizer, *question) for question in questions]
-    answers = base_says[:6] + adapter_says[6:9] + ["never said"] * 3
+    answers = [text or "never said" for text in base_says[:6] + adapter_says[6:9]] + ["never said"] * 3
     lines = [dict(image=str(path), prompt=query, answer=answer) for (path, query), answer in zip(questions, answers)]
     lines += [{"image": str(folder / "missing.png"), "answer": answer} for answer in "12"]
     (folder / "items.jsonl").write_text("\n".join(map(json.dumps, lines)))

@@ -2,8 +2,6 @@
 
 from functools import lru_cache
 
-from PIL import Image
-
 from sat_lora.printable import printable
 
 FORMATS = (
@@ -35,6 +33,8 @@ DAMAGED = "it is a damaged {} picture: write or copy it again"
 @lru_cache
 def built_formats() -> tuple[str, ...]:
     """Return those of FORMATS that this Pillow was built with, in their order."""
+    from PIL import Image  # this module is read before anything heavy is imported
+
     Image.init()
     return tuple(kind for kind in FORMATS if kind in Image.OPEN)
 
