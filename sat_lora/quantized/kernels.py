@@ -21,7 +21,7 @@ def has_kernels(codes: torch.Tensor, block: int, dtype: torch.dtype) -> bool:
 
 
 def look_for_kernels(scheme: str | None, device: torch.device | str) -> None:
-    """Say before a model is loaded what is said else where its first weight is decoded: that the kernels are not there.
+    """Warn before a model is loaded, and not where its first weight is decoded, that the kernels are not there.
 
     scheme: by which its weights are held; None: they are whole. device: the one that decodes them.
     """

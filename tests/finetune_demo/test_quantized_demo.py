@@ -1,36 +1,23 @@
 """The demo on a base in few bits, its adapter on the whole base, and the other way round: what they read."""
 
 import json
-import shutil
-import subprocess
-import sys
 
 import pytest
 
-from tests.support.demo_runs import environment
-from tests.support.paths import DEMO
-from tests.support.patience import patient
+from tests.support.demo_runs import copied_demo
 
 
 def shares_of_both(folder, held, other, *more):
     """(the share of exact answers on the base held as in training, the same with it held otherwise) of a run of the
     demo; more: further options of the run.
     """
-    shutil.copytree(DEMO, folder / "finetune_demo", ignore=shutil.ignore_patterns("__pycache__", "captchas"))
-
-    def done(script, *arguments):
-        command = [sys.executable, f"finetune_demo/{script}", *arguments]
-        ended = subprocess.run(
-            command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=patient(700)
-        )  # fmt: skip
-        assert ended.returncode == 0, ended.stdout + ended.stderr
-        return ended.stdout
-
+    output_of = copied_demo(folder)
     run = folder / "runs" / "demo"
-    trained = done("finetune_cogvlm.py", "--quantize", held, "--experiment-name", "demo", *more)
+    trained = output_of("finetune_cogvlm.py", "--quantize", held, "--experiment-name", "demo", *more)
     assert (f", in {held}" in trained) == (held != "none")
-    done("evaluate_cogvlm.py", "--run", str(run), "--quantize", other, "--no-base", "--out", str(folder / "other.json"))
-    results = [json.loads(file.read_text()) for file in (run / "evaluation.json", folder / "other.json")]
+    other_json = folder / "other.json"
+    output_of("evaluate_cogvlm.py", "--run", run, "--quantize", other, "--no-base", "--out", other_json)
+    results = [json.loads(file.read_text()) for file in (run / "evaluation.json", other_json)]
     assert [result["images"] for result in results] == [results[0]["images"]] * 2
     return [exact_share(result) for result in results]
 

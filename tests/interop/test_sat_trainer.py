@@ -2,8 +2,6 @@
 
 import json
 import re
-import shutil
-import subprocess
 import sys
 
 import pytest
@@ -17,9 +15,8 @@ from sat_lora.cogvlm.network.model import CogVLMModel
 from sat_lora.lora.base_parameters import TrainedSet, keep_trained_set
 from sat_lora.parallel.distributed import init_distributed, init_model_parallel
 from sat_lora.training.steps.engine import adapter_optimizer, start_engine
-from tests.support.demo_runs import environment
+from tests.support.demo_runs import copied_demo
 from tests.support.paths import DEMO, TINY_BASE
-from tests.support.patience import patient
 from tests.support.ranks import run_ranks
 from tests.support.sat_models import EncoderDecoderModel, encoder_decoder
 from tests.support.sat_trainer import (
@@ -222,23 +219,14 @@ def test_the_example_trains_validates_and_saves_an_adapter_for_every_command(cap
 @pytest.mark.matrix
 @pytest.mark.timeout(2400)
 def test_by_sats_trainer_the_demo_reaches_what_the_demo_reaches(tmp_path):
-    shutil.copytree(DEMO, tmp_path / "finetune_demo", ignore=shutil.ignore_patterns("__pycache__", "captchas"))
-
-    def output_of(script, *arguments):
-        command = [sys.executable, f"finetune_demo/{script}", *arguments]
-        done = subprocess.run(
-            command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=patient(700)
-        )  # fmt: skip
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
-
+    output_of = copied_demo(tmp_path)
     output_of("with_sat_trainer.py")
     (save,) = (tmp_path / "runs").iterdir()
     output_of("finetune_cogvlm.py", "--train-iters", "1", "--experiment-name", "ours")
     # the line of the script's docstring
     texts = "--from_pretrained finetune_demo/tiny_cogvlm --version base --max_length 64 --prompt CAPTCHA:".split()
     table = output_of(
-        "evaluate_cogvlm.py", "--adapter", str(save), *texts, "--test-data", "finetune_demo/captchas/test"
+        "evaluate_cogvlm.py", "--adapter", save, *texts, "--test-data", "finetune_demo/captchas/test"
     )  # fmt: skip
     (shares,) = re.findall(r"^ +exact-match +([\d.]+) % \[.*?\] +([\d.]+) % \[", table, re.MULTILINE)
     assert shares[0] == "3.0" and float(shares[1]) >= 95, table

@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -53,6 +54,23 @@ def environment():
     """The variables of a process that finds this interpreter's programs and this checkout."""
     found = {"PATH": f"{BIN}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
     return {**os.environ, **found, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
+
+
+def copied_demo(folder):
+    """A function that runs a script of a copy of finetune_demo/ in `folder`, which has to end with 0, and returns what
+    that prints: for the demo as it stands, which makes its captchas beside itself.
+    """
+    shutil.copytree(DEMO, folder / "finetune_demo", ignore=shutil.ignore_patterns("__pycache__", "captchas"))
+
+    def output_of(script, *arguments):
+        command = [sys.executable, f"finetune_demo/{script}", *map(str, arguments)]
+        done = subprocess.run(
+            command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=patient(700)
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    return output_of
 
 
 def launch(launcher, options, ranks=2, script=SCRIPT, timeout=100):
