@@ -97,9 +97,9 @@ def module(name: str, *arguments: str) -> list[str]:
     return [sys.executable, "-m", f"benchmarks.{name}", *arguments]
 
 
-PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--durations", "5"]
+PYTEST = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "--durations", "5"]  # the log names each test
 # Most of these tests wait for Triton to compile, on one core each.
-SIDE_BY_SIDE = ["--numprocesses", str(min(8, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") else []
+SIDE_BY_SIDE = ["--numprocesses", str(min(14, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") else []
 STEP = "batch=4 checkpointing"
 STEP_CASES = [
     f"all-linear {STEP} profile",
