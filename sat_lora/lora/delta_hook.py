@@ -123,16 +123,21 @@ class DeltaHook:
         dtype = x.dtype
         weight = layer._parameters.get("weight")
         bias = layer._parameters.get("bias")
-        if weight is None and not hasattr(adapter._parameters["A"], "ds_id"):  # else ZeRO-3, in which W has none
-            weight = quantized_weight_of(layer)
+        if weight is not None:
+            is_frozen = not weight.requires_grad and not hasattr(weight, "ds_id")  # ZeRO-3
+            weight_dtype = weight.dtype
+        else:
+            quantized = quantized_weight_of(layer)
+            if quantized is None:
+                return False
+            is_frozen = not hasattr(adapter._parameters["A"], "ds_id")  # ZeRO-3, in which such a W has none
+            weight_dtype = quantized.decoded_dtype
         return (
-            weight is not None
-            and not weight.requires_grad
+            is_frozen
             and (bias is None or not bias.requires_grad)
-            and not hasattr(weight, "ds_id")  # ZeRO-3
             and not adapter._forward_hooks
             and not adapter._forward_pre_hooks
-            and weight.dtype is dtype
+            and weight_dtype is dtype
             and adapter._parameters[adapter.leaves[0]].dtype is dtype
             and not torch._C._is_any_autocast_enabled()
         )

@@ -66,6 +66,8 @@ class QuantizedWeight(torch.Tensor):
     codes: torch.Tensor
     scales: torch.Tensor
     scheme: Scheme
+    decoded_dtype: torch.dtype
+    """The dtype, for what runs in every pass: `dtype` itself is an operation of torch's and goes a long way round."""
     low_rank: LowRank | None
     """What is added to what the codes decode to, see `lora.deltas.loftq`; None: nothing."""
     partition: Partition | None
@@ -90,6 +92,7 @@ class QuantizedWeight(torch.Tensor):
         weight.codes = codes
         weight.scales = scales
         weight.scheme = scheme
+        weight.decoded_dtype = dtype
         weight.partition = partition
         weight.low_rank = None
         weight.original = None
@@ -132,10 +135,22 @@ class QuantizedWeight(torch.Tensor):
     def decoded(self) -> torch.Tensor:
         """Return W (out, in), a plain tensor of this dtype. Where it is partitioned every rank has to call it."""
         codes, scales = self.gathered()
-        decoded = self.scheme.decode(codes, scales, self.dtype)
+        decoded = self.scheme.decode(codes, scales, self.decoded_dtype)
         if self.low_rank is not None:
             self.low_rank.add_to(decoded)
         return decoded
+
+    def decoded_for(self, factor: torch.Tensor) -> torch.Tensor:
+        """Return W (out, in) for a product with a factor (..., in) or (..., out).
+
+        For one of no rows nothing is decoded, and the elements are any. A partitioned weight is gathered all the
+        same, for the other ranks may have rows.
+        """
+        if factor.numel():
+            return self.decoded()
+        if self.partition is not None:
+            self.gathered()
+        return torch.empty(self.shape, dtype=self.dtype, device=self.device)
 
     @property
     def has_original(self) -> bool:
@@ -364,22 +379,11 @@ def _refuse(name: str) -> Any:
 
 
 def _product(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """Return a product of matrices by the decoded weight, which is the last of them; no rows decode nothing."""
+    """Return a product of matrices by the decoded weight, which is the last of them."""
     *others, left, right = args[:2] if function is aten.mm.default else args[:3]
     if isinstance(left, QuantizedWeight) or any(isinstance(other, QuantizedWeight) for other in others):
         return _refuse(_name(function))
-    if len(left) == 0:
-        right = _without_values(right)
-    return function(*others, left, whole(right), **kwargs)
-
-
-def _without_values(weight: QuantizedWeight) -> torch.Tensor:
-    """Return a plain tensor of the weight's shape, for a product of no rows; a partitioned weight is gathered all the
-    same, for the other ranks may have rows.
-    """
-    if weight.partition is not None:
-        weight.gathered()
-    return torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+    return function(*others, left, right.decoded_for(left), **kwargs)
 
 
 def _fill(weight: QuantizedWeight, source: torch.Tensor) -> QuantizedWeight:
@@ -473,15 +477,8 @@ def linear(x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor | None =
 def _forward(
     x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor | None, dtype: torch.dtype | None
 ) -> torch.Tensor:
-    if x.numel() == 0:
-        _without_values(weight)
-        return x.new_empty((*x.shape[:-1], len(weight)))
-    return _torch_linear(x, _decoded_as(weight, dtype), bias)
-
-
-def _decoded_as(weight: QuantizedWeight, dtype: torch.dtype | None) -> torch.Tensor:
-    decoded = weight.decoded()
-    return decoded if dtype is None else decoded.to(dtype)
+    decoded = weight.decoded_for(x)
+    return _torch_linear(x, decoded if dtype is None else decoded.to(dtype), bias)
 
 
 class _Linear(torch.autograd.Function):
@@ -496,7 +493,6 @@ class _Linear(torch.autograd.Function):
         dtype: torch.dtype | None,
     ) -> torch.Tensor:
         ctx.save_for_backward(weight)
-        ctx.dtype = dtype
         return _forward(x, weight, bias, dtype)
 
     @staticmethod
@@ -504,10 +500,5 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: FunctionCtx, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (weight,) = ctx.saved_tensors
         need_x, _, need_bias, _ = ctx.needs_input_grad
-        dx = None
-        if need_x and dy.numel() == 0:
-            _without_values(weight)
-            dx = dy.new_empty((*dy.shape[:-1], weight.shape[1]))
-        elif need_x:
-            dx = dy @ _decoded_as(weight, ctx.dtype)
+        dx = dy @ weight.decoded_for(dy).to(dy.dtype) if need_x else None
         return dx, None, dy.reshape(-1, dy.shape[-1]).sum(0) if need_bias else None, None

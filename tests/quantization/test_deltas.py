@@ -9,6 +9,7 @@ from sat_lora import LoraConfig
 from sat_lora.lora import delta_hook
 from sat_lora.lora.delta_hook import DeltaHook, DeltaState
 from sat_lora.quantization.config import NAMES
+from sat_lora.quantized.quantized_weight import QuantizedWeight
 from tests.support.quantized_layers import DTYPES, IN, LAYERS, counted_decoding, pair_of
 from tests.support.single_layer import adapter_for
 
@@ -67,9 +68,14 @@ def test_every_linear_goes_directly_and_decodes_once_each_way(name, monkeypatch)
     adapter = hooked(layer)
     decodings = counted_decoding(monkeypatch)
     adapter.forward = lambda *args: pytest.fail("the adapter's module was called")
+    for way in ("__torch_function__", "__torch_dispatch__"):  # half of what such a layer took the host
+        monkeypatch.setattr(QuantizedWeight, way, lambda *args, way=way: pytest.fail(f"{way}: the long way round"))
     x = torch.randn(3, IN, requires_grad=True)
     layer(x).sum().backward()
     assert len(decodings) == 2
+    with torch.no_grad():
+        layer(x)
+    assert len(decodings) == 3
     assert hooked(plain) is not adapter
 
 

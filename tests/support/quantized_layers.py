@@ -64,13 +64,13 @@ def decoded_tiny_model(scheme: str, dtype=torch.float32, **settings) -> nn.Modul
     return decoded_copy(quantized_tiny_model(scheme, dtype, **settings))
 
 
-def counted_decoding(monkeypatch) -> list[tuple[int, ...]]:
-    """A list that gets the shape of each weight that is decoded from now on."""
+def counted_decoding(monkeypatch) -> list[QuantizedWeight]:
+    """A list that gets each weight that is decoded from now on."""
     decodings = []
     decoded = QuantizedWeight.decoded
 
     def noted(weight):
-        decodings.append(tuple(weight.shape))
+        decodings.append(weight)
         return decoded(weight)
 
     monkeypatch.setattr(QuantizedWeight, "decoded", noted)

@@ -23,6 +23,7 @@ from torch.nn.functional import linear  # torch's own: ZeRO-3 puts another one i
 
 from sat_lora._sat import mpu
 from sat_lora.lora.deltas.layout import DeltaLayout
+from sat_lora.quantized.quantized_weight import QuantizedWeight
 
 # From how many elements on the kernels of `delta_kernels` are used: launching one takes the host longer than torch's
 # does, and cuBLAS is as fast where y is not large.
@@ -206,6 +207,8 @@ def _backward(ctx: FunctionCtx, dy: torch.Tensor) -> _Gradients:
         db = db.to(b.dtype)
     if ds is not None and need_x and weight is not None:
         dx = ds.mm(a_cast) if dropout is None else dropout.gradient_of_x(ds, a_cast, mask)
+        if type(weight) is QuantizedWeight:  # what torch would ask of it, asked at once
+            weight = weight.decoded_for(rows)
         dx.addmm_(rows, weight, beta=scale)  # the large product adds the small one where it writes
         if layout.sums_ds:
             dx = _sum_over_ranks(dx)
@@ -314,6 +317,8 @@ def product_of(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, added: torch.Tensor | None
 ) -> torch.Tensor:
     """Return x W^T + bias, and `added` to what that is rounded to: (..., out), as the layer itself would."""
+    if type(weight) is QuantizedWeight:  # likewise
+        weight = weight.decoded_for(x)
     y = F.linear(x, weight, bias)
     return y if added is None else y + added
 
