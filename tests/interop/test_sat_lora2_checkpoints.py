@@ -1,6 +1,7 @@
 """Checkpoints in SAT's layout and merge_lora, with the drop-in for SAT's lora2."""
 
 import copy
+import json
 from argparse import Namespace
 
 import pytest
@@ -10,7 +11,7 @@ from sat.training.model_io import load_checkpoint, save_checkpoint
 from sat_lora import AdapterError, adapter_checkpoints, load_adapter, save_adapter
 from sat_lora.interop.sat_lora2 import LoraMixin
 from sat_lora.lora.apply import sat_models
-from tests.support.sat_models import settings
+from tests.support.sat_models import SIZES, BaseModel, run_language, settings
 from tests.support.sat_oracle import (
     MODELS,
     PLAIN,
@@ -24,6 +25,7 @@ from tests.support.sat_oracle import (
     with_sats,
 )
 from tests.support.sat_subjects import remove
+from tests.support.tiny import fill_adapters
 
 pytestmark = pytest.mark.usefixtures("single_process_group")
 
@@ -110,6 +112,25 @@ def test_a_checkpoint_with_adapters_brings_them_back(tmp_path):
     written_by_sat(model, tmp_path)
     again = read_by_sat(with_ours(PLAIN, 4).eval(), tmp_path, mode="inference")
     assert torch.equal(PLAIN.run(again), PLAIN.run(model))
+
+
+class Published(BaseModel):
+    """As scripts have it whose class adds the mixin."""
+
+    def __init__(self, args, **kw_args):
+        super().__init__(args, **kw_args)
+        self.add_mixin("lora", LoraMixin(2, r=4), reinit=True)
+
+
+@pytest.mark.parametrize("source", [BaseModel, Published])
+def test_sats_from_pretrained_begins_with_a_base_and_goes_on_with_a_run(source, tmp_path):
+    saved = source(settings(**SIZES)).eval()
+    fill_adapters(saved)
+    written_by_sat(saved, tmp_path)
+    (tmp_path / "model_config.json").write_text(json.dumps({**SIZES, "model_class": "Published"}))
+    model, _ = Published.from_pretrained(str(tmp_path), settings(mode="finetune", force_train=False))
+    assert len(our_adapters(model)) == 4
+    assert torch.equal(run_language(model.eval()), run_language(saved))
 
 
 def test_an_adapter_file_is_that_of_any_lora_mixin(tmp_path):

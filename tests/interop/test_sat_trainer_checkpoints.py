@@ -96,6 +96,8 @@ def through_the_trainer(folder, base):
     train("DoRA over a base", over_another_base, steps=1, options=["--load", base])
     train("lora2", with_lora2, steps=2, options=["--load", base])
     train("a class", class_of_model, steps=2, stage=2, loss=loss_of_language)
+    both_at_once = ["--checkpoint-activations", "--checkpoint-num-layers", "2"]
+    train("a class, recomputed", class_of_model, steps=2, stage=2, loss=loss_of_language, options=both_at_once)
     return runs
 
 
@@ -147,6 +149,7 @@ def test_runs_begin_with_what_is_loaded_and_go_on(base, tmp_path):
     assert difference(lora2.adapter, expected) < 1e-5
     assert "stay frozen" in lora2.warnings[0]  # this class freezes nothing by itself
     assert len(runs["a class"].trained) == 16 and len(read_adapter(runs["a class"].save).layers) == 8
+    assert difference(runs["a class"].adapter, runs["a class, recomputed"].adapter) == 0
 
 
 def engine_after_engine(folder, mp_size):
@@ -177,6 +180,11 @@ def test_a_run_goes_on_from_a_save_at_zero_3_and_another_engine_follows(ranks, m
     assert more.save == first.save and len(seeds) == 4
     assert difference(more.adapter, train_by_plain_sgd(tiny_cogvlm, seeds)) < 1e-5
     assert half.losses == pytest.approx(first.losses, rel=0.05) and half.changed == []
+
+    options = ["--load", str(first.save), "--mode", "pretrain"]  # on one rank, whatever number of them saved
+    (alone,) = run_ranks(partial(train_by_sat, steps=5, options=options), 1, str(tmp_path / "first"))
+    alone_seeds = [[seed] for seed in alone.seeds]
+    assert difference(alone.adapter, train_by_plain_sgd(tiny_cogvlm, [*seeds, *alone_seeds])) < 1e-5
 
 
 def whole_model_runs(folder):

@@ -9,9 +9,11 @@ from tests.support.ranks import run_ranks
 from tests.support.sat_trainer import (
     STEPS,
     difference,
+    loss_of,
     tiny_cogvlm,
     train_by_plain_sgd,
     train_by_sat,
+    trained_by_plain_sgd,
 )
 
 HALF = {"bf16": (torch.bfloat16, 0.05), "fp16": (torch.float16, 0.01)}
@@ -104,7 +106,10 @@ def test_in_every_layout_the_adapter_is_that_of_plain_sgd_and_the_base_stays(ran
             assert distance_by_rounding(saved_early, start, early, dtype) < 1.5, name  # untrained it is 1.9 and more
     if "evaluation" in names:
         evaluated = outcomes[0]["evaluation"].evaluated  # twice two of validation, and two of the test at the end
-        assert len(evaluated) == 6 and len(set(evaluated)) == 6
+        assert [step for step, _, _ in evaluated] == [2, 2, 4, 4, 5, 5]
+        for step, seed, loss in evaluated:
+            model = trained_by_plain_sgd(tiny_cogvlm, seeds[:step]).eval()
+            assert loss == pytest.approx(float(loss_of(model, seed).detach()), rel=1e-5)
 
 
 DECAY = {"optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "weight_decay": 0.1, "torch_adam": True}}}

@@ -64,8 +64,8 @@ class Run:
     seeds: list[int] = field(default_factory=list)
     """Of its training batches."""
     losses: list[float] = field(default_factory=list)
-    evaluated: list[float] = field(default_factory=list)
-    """Losses of its batches without gradients."""
+    evaluated: list[tuple[int, int, float]] = field(default_factory=list)
+    """(steps before it, seed, loss) of its batches without gradients."""
     warnings: list[str] = field(default_factory=list)
     changed: list[str] = field(default_factory=list)
     """Parameters of the base with another value, to the bit."""
@@ -132,7 +132,9 @@ def train_by_sat(
         value = loss(model, seed)
         if torch.is_grad_enabled():
             run.seeds.append(seed)
-        (run.losses if torch.is_grad_enabled() else run.evaluated).append(float(value))
+            run.losses.append(float(value))
+        else:
+            run.evaluated.append((len(run.seeds), seed, float(value)))
         return value, {}
 
     file = engine_file(folder, stage, **(engine or {}))
@@ -172,6 +174,11 @@ def train_by_plain_sgd(
     build: Build, seeds: Sequence[Sequence[int]], loss: Callable = loss_of
 ) -> dict[str, numpy.ndarray]:
     """The adapter after the same steps without any engine, each on the mean of the losses of its seeds."""
+    return adapter_values(trained_by_plain_sgd(build, seeds, loss))
+
+
+def trained_by_plain_sgd(build: Build, seeds: Sequence[Sequence[int]], loss: Callable = loss_of) -> torch.nn.Module:
+    """The model after these steps."""
     init_model_parallel(init_distributed())
     model = build().train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -182,7 +189,7 @@ def train_by_plain_sgd(
             for parameter, gradient in zip(trained, gradients):
                 if gradient is not None:
                     parameter -= RATE * WARM_UP_SHARE * gradient
-    return adapter_values(model)
+    return model
 
 
 def difference(left: dict[str, numpy.ndarray], right: dict[str, numpy.ndarray]) -> float:
