@@ -1,6 +1,7 @@
 """Every command of README and Quickstart is run: by the program that reads it, and whole in the matrix."""
 
 import contextlib
+import json
 import os
 import re
 import resource
@@ -450,3 +451,8 @@ def test_make_demo_prints_what_the_readme_shows(tmp_path):
         assert [p for p in printed if p.strip().startswith(first)], line
     (matches,) = re.findall(r"^  exact-match +([\d.]+) % \[.*?\] +([\d.]+) % \[", made.stdout, re.MULTILINE)
     assert matches[0] == "3.0" and float(matches[1]) > 95
+
+    evaluate = [sys.executable, "finetune_demo/evaluate_cogvlm.py", "--run", "runs/demo", "--quantize", "nf4"]
+    run_in(clone, *evaluate, "--no-base", "--out", "nf4.json")  # what was trained on the whole base, on few bits
+    result = json.loads((clone / "nf4.json").read_text())
+    assert result["images"] == 500 and result["metrics"]["exact-match"]["adapter"]["value"] >= 0.93

@@ -29,10 +29,9 @@ def exact_share(result):
 
 @pytest.mark.matrix
 @pytest.mark.timeout(2400)
-@pytest.mark.parametrize(
-    ("held", "other", "bounds"), [("nf4", "none", (0.95, 0.93)), ("none", "nf4", (0.95, 0.93))], ids=str
-)
-def test_the_demo_reads_on_few_bits_and_its_adapter_on_the_others(held, other, bounds, tmp_path):
-    """500 captchas of held-out strings; docs/measured.md has the figures."""
-    shares = shares_of_both(tmp_path, held, other)
-    assert all(share >= bound for share, bound in zip(shares, bounds)), shares
+def test_the_demo_reads_on_few_bits_and_its_adapter_on_the_whole_base(tmp_path):
+    """500 captchas of held-out strings; docs/measured.md has the figures. The other way round is in
+    tests/docs/test_commands.py, after the demo itself.
+    """
+    in_few_bits, whole = shares_of_both(tmp_path, "nf4", "none")
+    assert in_few_bits >= 0.95 and whole >= 0.93

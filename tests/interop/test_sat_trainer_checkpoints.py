@@ -136,6 +136,7 @@ def loss_of_language(model, seed):
 def test_runs_begin_with_what_is_loaded_and_go_on(base, tmp_path):
     (runs,) = run_ranks(through_the_trainer, 1, str(tmp_path), str(base))
     first, more = runs["first"], runs["gone on with"]
+    assert first.changed == more.changed == []
     assert more.save == first.save and len(more.seeds) == 2
     assert sorted(path.name for path in first.save.iterdir()) == ["2", "4", "latest", "model_config.json"]
     assert difference(more.adapter, {n: t.numpy() for n, t in read_adapter(first.save / "4").tensors.items()}) == 0

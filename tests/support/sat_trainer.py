@@ -38,10 +38,16 @@ class Numbers(torch.utils.data.Dataset):
         return index
 
 
-def tiny_cogvlm(args=None, dtype=torch.float32, lora: LoraConfig = LORA, fixed_order=False) -> torch.nn.Module:
-    """The tiny CogVLM with filled adapters, of the layout and with the checkpointing that SAT's arguments say."""
+def tiny_cogvlm(
+    args=None, dtype=torch.float32, lora: LoraConfig = LORA, fixed_order=False, vit_checkpoint=None
+) -> torch.nn.Module:
+    """The tiny CogVLM with filled adapters, of the layout and with the checkpointing that SAT's arguments say.
+
+    vit_checkpoint: whether the ViT is recomputed, if not as the language model is.
+    """
     checkpoint = getattr(args, "checkpoint_activations", False)
-    settings = dict(checkpoint_activations=checkpoint, vit_checkpoint_activations=checkpoint)
+    vit_checkpoint = checkpoint if vit_checkpoint is None else vit_checkpoint
+    settings = dict(checkpoint_activations=checkpoint, vit_checkpoint_activations=vit_checkpoint)
     model = tiny_model(dtype, model_parallel_size=getattr(args, "model_parallel_size", 1), **settings)
     add_lora(model, lora, fixed_order=fixed_order)
     fill_adapters(model)
