@@ -3,6 +3,7 @@
     python -m tests.distributed.matrix [--only TEXT]    # every cell, or those whose description holds TEXT
     python -m tests.distributed.matrix --markdown       # and writes the table of docs/matrix.md anew
     python -m tests.distributed.matrix --quantize nf4   # on a quantised base, against its decoded weights
+    python -m tests.distributed.matrix --family cogagent
 
 A cell is a model-parallel size, a data-parallel size, a ZeRO stage, activation checkpointing or not, a precision, and
 what the batches of the ranks hold. What is compared: the losses of five steps, logits, gradients and DeepSpeed's norm
@@ -13,7 +14,7 @@ import argparse
 import itertools
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -27,8 +28,10 @@ from tests.support.paths import ROOT
 from tests.support.quantized_layers import decoded_tiny_model, quantized_tiny_model
 from tests.support.ranks import run_ranks
 from tests.support.tiny import tiny_model
+from tests.support.tiny_families import CONFIGS, batch_of_rank, family_model
 from tests.support.training_runs import (
     FILES,
+    BatchFor,
     image_batch,
     mixed_batch,
     text_batch,
@@ -40,6 +43,7 @@ from tests.support.training_runs import (
 PAGES = [ROOT / "docs" / folder / "matrix.md" for folder in ("", "zh")]
 HEAD = "| precision | model parallel | data parallel | ZeRO | "
 BATCHES = {"images": image_batch, "one text-only": mixed_batch, "text-only": text_batch}
+WITH_IMAGES = {"images": (0, 1), "one text-only": (0,), "text-only": ()}  # the ranks that have some, of another family
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 BOUNDS = {"loss": 1e-5, "logits": 1e-5, "gradient": 1e-5, "norm": 1e-5, "SGD": 1e-5, "Adam": 1e-3}
 """In float32. Adam magnifies rounding where a gradient is near zero."""
@@ -55,25 +59,50 @@ class Cell:
     batch: str
     scheme: str | None = None
     """That of a quantised base, on which one process trains with the decoded weights."""
+    family: str = "cogvlm"
 
     def __str__(self) -> str:
         checkpoint = "checkpointed" if self.checkpoint else "not checkpointed"
         layout = f"mp {self.model_parallel}, dp {self.data_parallel}, ZeRO-{self.stage}"
-        return ", ".join([layout, self.precision, checkpoint, self.batch, *([self.scheme] if self.scheme else [])])
+        names = [name for name in (self.scheme, self.family) if name not in (None, "cogvlm")]
+        return ", ".join([layout, self.precision, checkpoint, self.batch, *names])
 
     def bound(self, quantity: str) -> float:
         return BOUNDS[quantity] if self.precision == "fp32" else 1.0
+
+    @property
+    def batch_for(self) -> BatchFor:
+        """What gives the batch of a rank and a step."""
+        if self.family == "cogvlm":
+            return BATCHES[self.batch]
+        return partial(batch_of_rank, self.family, with_images=WITH_IMAGES[self.batch])
+
+    @property
+    def model_of(self) -> Callable[..., torch.nn.Module]:
+        """What makes the base of the ranks."""
+        if self.family != "cogvlm":
+            return partial(family_model, self.family)
+        return tiny_model if self.scheme is None else partial(quantized_tiny_model, self.scheme)
+
+    @property
+    def plain_model_of(self) -> Callable[..., torch.nn.Module]:
+        """What makes the base of the one process."""
+        return self.model_of if self.scheme is None else partial(decoded_tiny_model, self.scheme)
 
 
 CELLS = [Cell(*one) for one in itertools.product((1, 2), (1, 2), range(4), (False, True), PRECISIONS, BATCHES)]
 
 
+def alone(cell: Cell, precision: str) -> dict:
+    """What one process finds for the cell, in that precision."""
+    return _alone(replace(cell, model_parallel=1, stage=0, checkpoint=False, precision=precision))
+
+
 @cache
-def alone(data_parallel: int, precision: str, batch: str, scheme: str | None = None) -> dict:
-    """What one process finds."""
-    model_of = tiny_model if scheme is None else partial(decoded_tiny_model, scheme)
+def _alone(cell: Cell) -> dict:
+    what = (cell.data_parallel, PRECISIONS[cell.precision], cell.batch_for)
     with tempfile.TemporaryDirectory() as folder:
-        return run_ranks(train_alone, 1, data_parallel, PRECISIONS[precision], BATCHES[batch], folder, model_of)[0]
+        return run_ranks(train_alone, 1, *what, folder, cell.plain_model_of)[0]
 
 
 @cache
@@ -84,7 +113,7 @@ def errors_of(cell: Cell) -> dict[str, float]:
     In bf16 it is the overall difference from the bf16 run in one process, in units of that run's own difference from
     float32: at most 1, the layout adds no more than rounding did.
     """
-    expected = alone(cell.data_parallel, cell.precision, cell.batch, cell.scheme)
+    expected = alone(cell, cell.precision)
     with adapter_folder(expected["file"]) as adapter, tempfile.TemporaryDirectory() as folder:
         ranks = run_ranks(
             train_in_layout,
@@ -93,10 +122,10 @@ def errors_of(cell: Cell) -> dict[str, float]:
             cell.stage,
             cell.checkpoint,
             PRECISIONS[cell.precision],
-            BATCHES[cell.batch],
+            cell.batch_for,
             adapter,
             folder,
-            tiny_model if cell.scheme is None else partial(quantized_tiny_model, cell.scheme),
+            cell.model_of,
         )
     for name in ("initial file", "file"):
         if any(got[name] != expected[name] for got in ranks):
@@ -109,7 +138,7 @@ def errors_of(cell: Cell) -> dict[str, float]:
         if cell.precision == "fp32":
             per_rank.append({name: worst_error(got[name], mine[name]) for name in BOUNDS})
             continue
-        exact = seen_by(got["rank"], alone(cell.data_parallel, "fp32", cell.batch, cell.scheme), cell.data_parallel)
+        exact = seen_by(got["rank"], alone(cell, "fp32"), cell.data_parallel)
         rounding = {name: overall_error(mine[name], exact[name]) for name in BOUNDS}
         # The errors in a single number may cancel to nothing by chance: measured by those of what it is made from.
         rounding |= {"norm": rounding["gradient"], "loss": rounding["logits"]}
@@ -166,11 +195,17 @@ def main() -> int:
     parser.add_argument("--only", default="", metavar="TEXT", help="cells whose description holds TEXT")
     parser.add_argument("--markdown", action="store_true", help="write the table into docs/matrix.md, if nothing fails")
     parser.add_argument("--quantize", choices=NAMES, help="on a base quantised so")
+    parser.add_argument("--family", choices=CONFIGS, default="cogvlm", help="on a base of that family")
     options = parser.parse_args()
-    if (options.only or options.quantize) and options.markdown:
-        parser.error("--markdown: the pages show every cell, on a whole base; leave out --only and --quantize")
+    is_another = options.quantize or options.family != "cogvlm"
+    if options.quantize and options.family != "cogvlm":
+        parser.error("--quantize: of CogVLM alone; leave out --family")
+    if (options.only or is_another) and options.markdown:
+        parser.error(
+            "--markdown: the pages show every cell, on CogVLM whole; leave out --only, --quantize and --family"
+        )
     only = options.only
-    cells = [replace(cell, scheme=options.quantize) for cell in CELLS if only in str(cell)]
+    cells = [replace(cell, scheme=options.quantize, family=options.family) for cell in CELLS if only in str(cell)]
     table, failed = {}, 0
     for number, cell in enumerate(cells, 1):
         try:

@@ -1,5 +1,7 @@
 """The successors of CogVLM at model-parallel size 2: blocks of q, k and v are cut each by itself."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -12,15 +14,16 @@ from sat_lora.parallel.distributed import init_distributed, init_model_parallel
 from sat_lora.parallel.sharding import over_model_parallel
 from sat_lora.training.steps.engine import set_up_deepspeed, start_engine
 from sat_lora.training.steps.loss import answer_loss_sum, count_answer_tokens
+from tests.distributed.matrix import BOUNDS, Cell, errors_of
 from tests.support.ranks import run_ranks
 from tests.support.reference_families import family_logits
 from tests.support.sat_files import cut_by_sat, write_step
-from tests.support.tiny import fill_adapters
+from tests.support.tiny import fill_adapters, logits_of
 from tests.support.tiny_families import (
     CONFIGS,
+    batch_of_rank,
     family_batch,
     family_model,
-    logits_of,
     reference_config,
     write_hugging_face,
 )
@@ -133,12 +136,6 @@ def relative_error(got, expected):
     return np.linalg.norm(got - expected) / max(np.linalg.norm(expected), 1e-12)
 
 
-def batch_of(name, rank, step):
-    """Rank 0 has an image and a text, rank 1 texts alone, as `collate` gives them: then there is no cross image."""
-    batch = family_batch(name, (True, False) if rank == 0 else (False, False), seed=10 * step + rank)
-    return batch if rank == 0 else {key: value for key, value in batch.items() if key != "cross_images"}
-
-
 def adapted(model):
     add_lora(model, target_modules="all-linear", r=2, lora_alpha=4)
     fill_adapters(model, std=0.1)
@@ -154,7 +151,7 @@ def train_partitioned(home, names):
         assert all(parameter.numel() == 0 for parameter in model.parameters())
         engine = start_engine(adapted(model), sgd(model, 0.1), engine_config(3, 2))
         for step in range(2):
-            step_together(engine, [batch_of(name, world.data_parallel_rank, step)], world)
+            step_together(engine, [batch_of_rank(name, world.data_parallel_rank, step)], world)
         values[name] = adapter_values(engine.module)
     return values
 
@@ -167,7 +164,7 @@ def test_weights_that_zero_3_partitions_train_as_in_one_process(tmp_path, single
         save_weights(tmp_path / name, CONFIGS[name], model.state_dict())
         optimizer = sgd(adapted(model), 0.1)
         for step in range(2):
-            batches = [batch_of(name, rank, step) for rank in (0, 1)]
+            batches = [batch_of_rank(name, rank, step) for rank in (0, 1)]
             tokens = sum(count_answer_tokens(batch["labels"]) for batch in batches)
             (sum(answer_loss_sum(model, batch) for batch in batches) / tokens).backward()
             optimizer.step()
@@ -176,3 +173,21 @@ def test_weights_that_zero_3_partitions_train_as_in_one_process(tmp_path, single
     for values in run_ranks(train_partitioned, 2, tmp_path, names):
         for name in names:
             assert worst_error(values[name], expected[name]) < 1e-4, name
+
+
+def cells_of(name: str, *layouts: tuple[int, int, int]) -> list[Cell]:
+    return [Cell(*layout, True, "fp32", "one text-only", family=name) for layout in layouts]
+
+
+SELECTED = cells_of("cogagent", (1, 2, 2)) + cells_of("cogvlm2", (2, 1, 2))
+REDUCED = [*itertools.product((1,), (2,), range(4)), *itertools.product((2,), (1,), range(4)), (2, 2, 3)]
+LONG = [cell for name in SUCCESSORS for cell in cells_of(name, *REDUCED) if cell not in SELECTED]
+LONG += [Cell(*layout, False, "bf16", batch, family=name) for name in SUCCESSORS for layout in ((1, 2, 2), (2, 1, 3))
+         for batch in ("images", "text-only")]  # fmt: skip
+
+
+@pytest.mark.parametrize("cell", [*SELECTED, *(pytest.param(cell, marks=pytest.mark.matrix) for cell in LONG)], ids=str)
+def test_training_is_that_of_one_process_in_a_reduced_matrix(cell):
+    """All cells: `python -m tests.distributed.matrix --family NAME`."""
+    errors = errors_of(cell)
+    assert {name for name in BOUNDS if not errors[name] <= cell.bound(name)} == set(), errors

@@ -114,14 +114,8 @@ def tiny_batch(with_image=(True, False), seed=0, length=20, answer=4) -> dict:
 
 
 def logits_of(model, batch: dict) -> torch.Tensor:
-    return model(
-        batch["input_ids"],
-        batch["position_ids"],
-        -1,
-        images=batch["images"],
-        image_embed_mask=batch["image_embed_mask"],
-        vision_expert_mask=batch["vision_expert_mask"],
-    )[0]
+    keys = ("images", "cross_images", "image_embed_mask", "vision_expert_mask")
+    return model(batch["input_ids"], batch["position_ids"], -1, **{key: batch[key] for key in keys if key in batch})[0]
 
 
 def adapter_gradients(model, batch):

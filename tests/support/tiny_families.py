@@ -99,9 +99,14 @@ def family_batch(name: str, with_image=(True, False), seed=0, length=24, answer=
     return batch
 
 
-def logits_of(model, batch: dict) -> torch.Tensor:
-    keys = ("images", "cross_images", "image_embed_mask", "vision_expert_mask")
-    return model(batch["input_ids"], batch["position_ids"], -1, **{key: batch[key] for key in keys if key in batch})[0]
+def batch_of_rank(name: str, rank: int, step: int = 0, *, with_images=(0,)) -> dict:
+    """A rank's batch, of an image and a text on the ranks named in `with_images`; every other has texts alone, with
+    another number of answer tokens, and as `collate` gives them: then there is no cross image.
+    """
+    if rank in with_images:
+        return family_batch(name, (True, False), seed=step + 10 * rank)
+    batch = family_batch(name, (False, False), seed=100 + step + 10 * rank, answer=2)
+    return {key: value for key, value in batch.items() if key != "cross_images"}
 
 
 def write_hugging_face(folder, name, config=None, content=None):

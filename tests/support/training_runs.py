@@ -63,8 +63,8 @@ def text_batch(rank: int, step: int = 0) -> dict:
 
 def joined(batches: list[dict]) -> dict:
     """The batches of all ranks as one."""
-    keys = [key for key, value in batches[0].items() if isinstance(value, torch.Tensor)]
-    return {key: torch.cat([batch[key] for batch in batches]) for key in keys}
+    keys = {key: None for batch in batches for key, value in batch.items() if isinstance(value, torch.Tensor)}
+    return {key: torch.cat([batch[key] for batch in batches if key in batch]) for key in keys}
 
 
 def sgd(model: torch.nn.Module, lr: float) -> torch.optim.SGD:

@@ -22,13 +22,12 @@ from sat_lora.quantized.layers import quantized_weights
 from sat_lora.quantized.quantized_weight import whole
 from sat_lora.training.steps.loss import answer_loss_sum
 from tests.support.sat_files import cut_by_sat
-from tests.support.tiny import fill_adapters
+from tests.support.tiny import fill_adapters, logits_of
 from tests.support.tiny_families import (
     CONFIGS,
     TOKENS,
     family_batch,
     family_model,
-    logits_of,
     published_shapes,
     write_hugging_face,
 )

@@ -5,7 +5,8 @@ import torch
 
 from sat_lora.cogvlm.decoding.generate import generate
 from sat_lora.cogvlm.inputs.text import end_tokens
-from tests.support.tiny_families import CONFIGS, family_batch, family_model, logits_of
+from tests.support.tiny import logits_of
+from tests.support.tiny_families import CONFIGS, family_batch, family_model
 
 pytestmark = pytest.mark.usefixtures("single_process_group")
 NEVER = -1

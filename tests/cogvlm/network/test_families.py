@@ -16,12 +16,11 @@ from sat_lora.errors import DataError
 from sat_lora.lora.apply import adapters_of, add_lora, find_all_sites
 from tests.support.published_tables import FREQUENCIES, expanded, published_table
 from tests.support.reference_families import family_logits
-from tests.support.tiny import fill_adapters
+from tests.support.tiny import fill_adapters, logits_of
 from tests.support.tiny_families import (
     CONFIGS,
     family_batch,
     family_model,
-    logits_of,
     published_model,
     published_shapes,
     reference_config,
