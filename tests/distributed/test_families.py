@@ -179,7 +179,7 @@ def cells_of(name: str, *layouts: tuple[int, int, int]) -> list[Cell]:
     return [Cell(*layout, True, "fp32", "one text-only", family=name) for layout in layouts]
 
 
-SELECTED = cells_of("cogagent", (1, 2, 2)) + cells_of("cogvlm2", (2, 1, 2))
+SELECTED = cells_of("cogagent", (1, 2, 2))
 REDUCED = [*itertools.product((1,), (2,), range(4)), *itertools.product((2,), (1,), range(4)), (2, 2, 3)]
 LONG = [cell for name in SUCCESSORS for cell in cells_of(name, *REDUCED) if cell not in SELECTED]
 LONG += [Cell(*layout, False, "bf16", batch, family=name) for name in SUCCESSORS for layout in ((1, 2, 2), (2, 1, 3))

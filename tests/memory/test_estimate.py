@@ -48,6 +48,7 @@ def cogvlm_17b(tmp_path_factory):
     return path
 
 
+@pytest.mark.matrix
 def test_seventeen_billion_weights_are_estimated_from_a_config_alone(cogvlm_17b):
     options = ["--from_pretrained", cogvlm_17b, "--gpus", "8", "--checkpoint-activations"]
     options += ["--vit_checkpoint_activations", "--batch-size", "4", "--json"]
