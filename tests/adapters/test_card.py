@@ -66,7 +66,9 @@ def test_what_it_tells_to_run_runs(written, tmp_path, monkeypatch):
     names = {"BASE": str(TINY_BASE), "ADAPTER": str(written), "PEFT": str(tmp_path / "peft"), "MERGED": "merged"}
     blocks = CODE.findall(text_of(written))
     for name, value in names.items():
-        blocks = [(kind, re.sub(rf"\b{name}\b", value, code)) for kind, code in blocks]
+        blocks = [
+            (kind, re.sub(rf"\b{name}\b", shlex.quote(value) if kind == "sh" else value, code)) for kind, code in blocks
+        ]
     commands = [shlex.split(line) for kind, code in blocks if kind == "sh" for line in code.splitlines()]
     assert [command[1] for command in commands] == ["chat", "merge", "export"]
     for command in commands:
