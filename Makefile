@@ -38,7 +38,7 @@ lint: $(READY)
 test-matrix: WORKERS = 2  # its tests start more ranks, and tell times
 test-matrix: export SAT_LORA_TEST_PATIENCE ?= 5
 test-matrix: $(VENV)/.matrix-installed
-	"$(BIN)/python" -m pytest -m matrix --numprocesses $(WORKERS) --dist loadfile -v -rf; status=$$?; \
+	"$(BIN)/python" -m pytest -m matrix --numprocesses $(WORKERS) --dist loadfile -v -rf --durations 40; status=$$?; \
 	"$(BIN)/python" -m tests.distributed.matrix && exit $$status
 
 $(VENV)/.matrix-installed: $(READY)  # the page is opened in a browser where there is one: apt-get install chromium
