@@ -69,10 +69,7 @@ class Cell:
         return ", ".join([layout, self.precision, checkpoint, self.batch, *names])
 
     def bound(self, quantity: str) -> float:
-        if self.precision == "fp32":
-            return BOUNDS[quantity]
-        # Model-parallel ranks round sums of their own: two roundings that know nothing of each other lie so far apart.
-        return 2**0.5 if self.family != "cogvlm" and self.model_parallel > 1 else 1.0
+        return BOUNDS[quantity] if self.precision == "fp32" else 1.0
 
     @property
     def batch_for(self) -> BatchFor:
