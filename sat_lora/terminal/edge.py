@@ -244,9 +244,31 @@ def _end_now() -> NoReturn:
     with contextlib.suppress(Exception):  # on whatever the main thread is at
         for worker in processes.active_children() if processes else ():
             worker.kill()
+    with contextlib.suppress(OSError):  # no /proc: where the system is another one
+        for pid in _forked_copies():
+            os.kill(pid, signal.SIGKILL)
     with contextlib.suppress(OSError, RuntimeError, ValueError):
         sys.stderr.flush()
     os._exit(INTERRUPTED)
+
+
+def _forked_copies() -> list[int]:
+    """Return the process ids of this process's children that were forked and run no program of their own.
+
+    Those that multiprocessing has forked and not yet noted are among them.
+    """
+    ours = _read("/proc/self/cmdline")
+    pids = [
+        int(pid) for task in os.listdir("/proc/self/task") for pid in _read(f"/proc/self/task/{task}/children").split()
+    ]
+    return [pid for pid in pids if _read(f"/proc/{pid}/cmdline") == ours]
+
+
+def _read(path: str) -> bytes:
+    """Return what a file of /proc says; nothing where it is gone."""
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        return file.read()
+    return b""
 
 
 def _is_importing(frame) -> bool:

@@ -113,6 +113,20 @@ def test_a_worker_that_did_not_hear_it_is_ended(busy):
     assert (status, out, err) == (INTERRUPTED, "", LINE) and seconds < 30
 
 
+def test_a_worker_that_is_not_yet_noted_is_ended():
+    """Ctrl-C between the fork of a worker and multiprocessing's note of it."""
+    body = (
+        "import multiprocessing, signal\nfrom multiprocessing import popen_fork\n"
+        "launch = popen_fork.Popen._launch\n"
+        "def slow(*arguments):\n    launch(*arguments); time.sleep(60)\n"
+        "popen_fork.Popen._launch = slow\n"
+        "def deaf():\n    signal.signal(signal.SIGINT, signal.SIG_IGN); ready(); time.sleep(60)\n"
+        "context = multiprocessing.get_context('fork')\ncontext.Process(target=deaf).start()"
+    )
+    status, out, err, seconds = interrupted(body)
+    assert (status, out, err) == (INTERRUPTED, "", LINE) and seconds < 30
+
+
 def test_ranks_but_the_first_are_silent():
     assert interrupted("ready(); time.sleep(60)", RANK="1")[:3] == (INTERRUPTED, "", "")
 
