@@ -7,7 +7,8 @@
 
 A cell is a model-parallel size, a data-parallel size, a ZeRO stage, activation checkpointing or not, a precision, and
 what the batches of the ranks hold. What is compared: the losses of five steps, logits, gradients and DeepSpeed's norm
-of them in the first, and the adapter after five steps of plain SGD and of Adam.
+of them in the first, and the adapter after five steps of plain SGD and of Adam. The one process computes in float64
+where the ranks do in float32.
 """
 
 import argparse
@@ -46,7 +47,7 @@ BATCHES = {"images": image_batch, "one text-only": mixed_batch, "text-only": tex
 WITH_IMAGES = {"images": (0, 1), "one text-only": (0,), "text-only": ()}  # the ranks that have some, of another family
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 BOUNDS = {"loss": 1e-5, "logits": 1e-5, "gradient": 1e-5, "norm": 1e-5, "SGD": 1e-5, "Adam": 1e-3}
-"""In float32. Adam magnifies rounding where a gradient is near zero."""
+"""In float32, from float64. Adam magnifies rounding where a gradient is near zero."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ def errors_of(cell: Cell) -> dict[str, float]:
     the same bit for bit is not.
 
     In bf16 it is the overall difference from the bf16 run in one process, in units of that run's own difference from
-    float32: at most 1, the layout adds no more than rounding did.
+    float64: at most 1, the layout adds no more than rounding did.
     """
     expected = alone(cell, cell.precision)
     with adapter_folder(expected["file"]) as adapter, tempfile.TemporaryDirectory() as folder:

@@ -199,8 +199,11 @@ def train_alone(
     folder: str,
     model_of: Callable[..., torch.nn.Module] = tiny_model,
 ) -> dict:
-    """The same on the joined batch of `data_parallel` ranks, with float32 copies of bf16 parameters."""
+    """The same on the joined batch of `data_parallel` ranks: in float64 for ranks in float32, so that what is between
+    them is the ranks' rounding alone; in bf16 with float32 copies of the parameters for ranks in bf16.
+    """
     init_model_parallel(init_distributed())
+    wide = torch.float64 if dtype == torch.float32 else torch.float32
     found: dict = {}
     for name, optimizer_of in OPTIMIZERS.items():
         model = model_of(dtype).train()
@@ -208,20 +211,22 @@ def train_alone(
         found["initial file"] = saved_files(model, f"{folder}/initial")
         fill_adapters(model, std=0.1)
         found["file"] = saved_files(model, f"{folder}/filled")
+        if dtype == torch.float32:
+            model.double()
         trained = [p for p in model.parameters() if p.requires_grad]
-        masters = [p.detach().clone().float().requires_grad_() for p in trained]
+        masters = [p.detach().clone().to(wide).requires_grad_() for p in trained]
         optimizer, losses = optimizer_of(masters), {}
         for step in range(STEPS):
             batch = joined([batch_for(rank, step) for rank in range(data_parallel)])
-            logits = logits_of(model, batch).float()
+            logits = logits_of(model, batch).to(wide)
             loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
             model.zero_grad()
             loss.backward()
             for master, parameter in zip(masters, trained):
-                master.grad = parameter.grad.float()
+                master.grad = parameter.grad.to(wide)
             if step == 0:
                 named = ((f"{n}.{k}", p.grad) for n, a in adapters_of(model).items() for k, p in a.named_parameters())
-                found["gradient"] = {key: gradient.float().numpy().copy() for key, gradient in named}
+                found["gradient"] = {key: gradient.to(wide).numpy().copy() for key, gradient in named}
                 found["norm"] = {"norm": torch.stack([m.grad.double().norm() for m in masters]).norm().numpy()}
                 found["logits"] = {"logits": logits.detach().numpy()}
             optimizer.step()
