@@ -10,21 +10,10 @@ NAME = "pack_shards.py"
 
 def main(argv: list[str] | None = None) -> int:
     """Pack, and return the exit status: 0, 2 for a mistake, 130 for Ctrl-C."""
-    from sat_lora.commands.pack import run
+    from sat_lora.commands.pack import run_packing
     from sat_lora.terminal.edge import run_command
 
-    return run_command(NAME, lambda: run(build_parser().parse_args(argv)))
-
-
-def build_parser():
-    """Return the OptionParser of this script."""
-    from sat_lora.commands.pack import add_options
-    from sat_lora.terminal.option_parser import OptionParser
-
-    example = "example: python finetune_demo/pack_shards.py images/ more.jsonl --out shards --samples-per-shard 1000"
-    parser = OptionParser(prog=NAME, description="Pack images and answers into tar shards.", epilog=example)
-    add_options(parser)
-    return parser
+    return run_command(NAME, lambda: run_packing(argv, NAME))
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ def page() -> str:
     """The page as Markdown."""
     from sat_lora.cli import build_parser as sat_lora_parser
     from sat_lora.commands.evaluate import build_parser as evaluation_parser
+    from sat_lora.commands.pack import build_parser as packing_parser
     from sat_lora.training.settings.options import build_parser as finetune_parser
 
     lines = [HEAD, "## finetune_cogvlm.py", ""]
@@ -41,7 +42,7 @@ def page() -> str:
         *_table(evaluation_parser()._actions),
         "",
     ]
-    lines += ["## pack_shards.py", "", *_table(_script("pack_shards").build_parser()._actions), ""]
+    lines += ["## pack_shards.py", "", *_table(packing_parser()._actions), ""]
     for name, parser in _commands(sat_lora_parser()):
         lines += [f"## sat-lora {name}", "", f"{_sentence(parser.description or parser.format_usage)}", ""]
         if name in SCRIPTS:

@@ -3,58 +3,53 @@
 import argparse
 from pathlib import Path
 
-from sat_lora.commands.parts import examples
 from sat_lora.errors import DataError
 from sat_lora.files.paths import missing_path, packed_shards
 from sat_lora.printable import shell_line
 from sat_lora.terminal.option_types import positive_int
 
+NAME = "sat-lora pack"
 ABOUT = "pack images and answers into tar shards"
-IGNORE_KEYS = "keys of records and turns to pass over"
-READING = (
-    "ignore_keys",
-    "images_from",
-    "names_are_answers",
-    "columns",
-    "data_format",
-    "image_mark",
-    "images_per_sample",
-)
-"""The options that `read_items` takes."""
 
 
 def add(commands) -> None:
-    """Add the command and its options to the sub-parsers of `sat-lora`."""
-    example = "sat-lora pack images/ more.jsonl --out shards --samples-per-shard 1000"
-    pack = commands.add_parser("pack", help=ABOUT, **examples(example))
-    add_options(pack)
-    pack.set_defaults(run_command=run)
+    """Add the command to the sub-parsers of `sat-lora`. It parses its options, --help among them, itself."""
+    pack = commands.add_parser("pack", help=ABOUT, add_help=False, takes_more=True)
+    pack.set_defaults(run_command=lambda options: run_packing(options.more), takes_more=True)
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of packing to a parser."""
+def build_parser(name: str = NAME) -> argparse.ArgumentParser:
+    """Return the OptionParser of the program of that name."""
+    from sat_lora.data.reading import Reading
+    from sat_lora.terminal.option_parser import OptionParser
+    from sat_lora.training.settings.config import KNOWN
+
+    example = f"example: {name} images/ more.jsonl --out shards --samples-per-shard 1000"
+    parser = OptionParser(prog=name, description="Pack images and answers into tar shards.", epilog=example)
     parser.add_argument("data", nargs="+", help="folders of images, or files of samples (json, csv, parquet)")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder of the shards")
     parser.add_argument("--overwrite", action="store_true", help="replace the shards that are there")
     parser.add_argument("--samples-per-shard", type=positive_int, default=1000, metavar="N", help="(default: 1000)")
-    parser.add_argument("--ignore-keys", nargs="+", default=(), metavar="KEY", help=IGNORE_KEYS)
-    parser.add_argument("--images-from", nargs="+", default=(), metavar="DIR", help="folders they may lead to by ..")
-    parser.add_argument("--columns", nargs="+", default=(), metavar="OURS=THEIRS", help="such as prompt=question")
-    parser.add_argument("--data-format", metavar="NAME", help="the layout, where it is not to be recognised")
-    parser.add_argument("--image-mark", default="<image>", metavar="TEXT", help="what stands for an image in a text")
-    parser.add_argument("--images-per-sample", type=positive_int, default=1, metavar="N", help="most (default: 1)")
-    names = "of folders file names are the answers, whatever texts lie in or beside them"
-    parser.add_argument("--names-are-answers", action="store_true", help=names)
+    for field in Reading.__dataclass_fields__:
+        if field in KNOWN:
+            KNOWN[field].add_to(parser)
+    return parser
 
 
-def run(options: argparse.Namespace) -> int:
-    """Pack as the options say, and return 0. Raises a SatLoraError for a user's mistake."""
+def run_packing(argv: list[str] | None, name: str = NAME) -> int:
+    """Pack as the options say, and return 0. Raises a SatLoraError for a user's mistake.
+
+    argv: the options; None takes those of the process. name: of the program, in its messages and help.
+    """
+    options = build_parser(name).parse_args(argv)
     _check_early(options)
+    from sat_lora.data.samples import reading_options
     from sat_lora.data.shards.pack import pack_shards
 
-    reading = {name: getattr(options, name) for name in READING}
-    reading["overwrite"] = options.overwrite
-    shards, samples = pack_shards(options.data, options.out, options.samples_per_shard, **reading)
+    reading = reading_options(options)
+    shards, samples = pack_shards(
+        options.data, options.out, options.samples_per_shard, overwrite=options.overwrite, **reading
+    )
     print(f"{samples} samples written; train with\n  --train-data {shell_line([shards])}")
     return 0
 
