@@ -67,13 +67,22 @@ def adapter_checkpoints(name: str = "lora") -> Iterator[None]:
         for function, instead in replaced.items()
         if hasattr(module, function)
     }
+    # `from_pretrained` may load on one rank of a machine alone; in the trainer all of them do.
+    together = _loads_adapters(model_io.load_checkpoint, name, run_on_all_ranks)
+    original_of = {id(instead): getattr(deepspeed_training, function) for function, instead in replaced.items()}
+    original_of[id(together)] = deepspeed_training.load_checkpoint
     with ExitStack() as stack:
+        stack.callback(_exchange, original_of)  # what was imported by name inside
         for module, name_there, function in _imported(instead_of.keys()):
             stack.enter_context(mock.patch.object(module, name_there, instead_of[id(function)]))
-        # `from_pretrained` may load on one rank of a machine alone; in the trainer all of them do.
-        together = _loads_adapters(model_io.load_checkpoint, name, run_on_all_ranks)
         stack.enter_context(mock.patch.object(deepspeed_training, "load_checkpoint", together))
         yield
+
+
+def _exchange(instead_of: dict[int, Any]) -> None:
+    """Put other objects where an imported module still has those that are given by `id`."""
+    for module, name, content in _imported(instead_of.keys()):
+        setattr(module, name, instead_of[id(content)])
 
 
 def _imported(functions: Container[int]) -> list[tuple[ModuleType, str, Any]]:
@@ -127,9 +136,12 @@ def _called_otherwise(model: nn.Module, name: str) -> list[str]:
 
 def _saves_adapters(original: Callable[..., None], name: str) -> Callable[..., None]:
     """Return SAT's `save_checkpoint` for models with an adapter called `name`; `original` serves all others."""
+    from sat.training import model_io
 
     def save_checkpoint(iteration: int, model: nn.Module, optimizer: Any, lr_scheduler: Any, args: Namespace) -> None:
-        """Write SAVE/ITERATION, then SAVE/latest and SAVE/model_config.json. Every rank calls it."""
+        """Write SAVE/ITERATION, with SAT's FusedEmaAdam its averages as SAVE/ITERATION-ema too, then SAVE/latest and
+        SAVE/model_config.json. Every rank calls it.
+        """
         module = _inner(model)
         others = _called_otherwise(module, name)
         if others:  # of a loop that is not SAT's: nothing is lost
@@ -142,6 +154,10 @@ def _saves_adapters(original: Callable[..., None], name: str) -> Callable[..., N
             return
         root = Path(args.save)
         save_adapter(module, root / str(iteration), name=name)
+        if type(getattr(optimizer, "optimizer", None)).__name__ == "FusedEmaAdam":  # of SAT; it keeps averages as well
+            model_io.update_ema_parameters_to_model(optimizer)
+            save_adapter(module, root / f"{iteration}-ema", name=name)
+            model_io.restore_ema_parameters_back(optimizer)
         is_first = torch.distributed.get_rank() == 0
         run_on_all_ranks(lambda: _name_newest(root, iteration, args, module) if is_first else None)
 

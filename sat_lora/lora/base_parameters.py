@@ -5,12 +5,14 @@ too: its `training_main` calls `model.disable_untrainable_params()`, in which sc
 names. A list that was written for other adapters freezes these, or trains a part of the base.
 """
 
+import re
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from sat_lora._sat import RowParallelLinear
 from sat_lora.errors import ConfigError
@@ -19,7 +21,7 @@ from sat_lora.parallel.sharding import mark_sharded, model_parallel_layout, shar
 from sat_lora.terminal.notice import warn
 
 METHOD = "disable_untrainable_params"
-SHOWN = 5  # names in a warning
+SHOWN = 12  # names in a warning, the layers of one name counted once
 
 
 class TrainedBase:
@@ -91,6 +93,8 @@ def freeze_base(model: nn.Module, *more: nn.Module) -> None:
     """
     trained = _trained_by(*_mixins_in(model), *more)
     for parameter in model.parameters():
+        if parameter.requires_grad and id(parameter) not in trained:
+            parameter.was_trainable = True  # for what a script keeps by freezing others: see TrainedSet
         parameter.requires_grad_(id(parameter) in trained)
 
 
@@ -132,6 +136,34 @@ class StandIn:
         return self if model is None else type(self)(memo.get(id(model), model), self._own)
 
 
+class _Words(TorchFunctionMode):
+    """Hears which parameters are made trainable and which are frozen while it is entered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._last: dict[int, bool] = {}
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        given = kwargs or {}
+        if func in (torch.Tensor.requires_grad_, torch.Tensor.requires_grad.__set__):
+            self._last[id(args[0])] = bool(args[1] if len(args) > 1 else given.get("requires_grad", True))
+        return func(*args, **given)
+
+    def wanted(self, base: dict[str, nn.Parameter]) -> list[str]:
+        """Return the names of what was made trainable; and, where others were frozen, of what was left as it had been
+        before LoRA froze it: a script that names what trains often freezes the rest and no more.
+        """
+        freezes = any(self._last.get(id(parameter)) is False for parameter in base.values())
+        return [
+            name
+            for name, parameter in base.items()
+            if parameter.requires_grad
+            or (freezes and getattr(parameter, "was_trainable", False) and id(parameter) not in self._last)
+        ]
+
+
 class TrainedSet(StandIn):
     """Stands for a model's `disable_untrainable_params`: the script's own, and then the mixins' word."""
 
@@ -146,17 +178,20 @@ class TrainedSet(StandIn):
         model = self._model()
         if model is None:
             return
-        self.original(model)
+        with _Words() as words:
+            self.original(model)
         mixins = _mixins_in(model)
         if not mixins:
             return
         for mixin in mixins:
             mixin.refuse_foreign_layers(model)
         trained = _trained_by(*mixins)
-        more = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in trained]
+        base = {name: parameter for name, parameter in model.named_parameters() if id(parameter) not in trained}
+        more = words.wanted(base)
         freeze_base(model)
         if more:
-            shown = ", ".join(more[:SHOWN]) + ", ..." * (len(more) > SHOWN)
+            names = list(dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in more))
+            shown = ", ".join(names[:SHOWN]) + ", ..." * (len(names) > SHOWN)
             warn(
                 f"{type(model).__name__}.{METHOD} leaves {len(more)} parameters trainable that LoRA does not train: "
                 f"{shown}. They stay frozen; to train parameters of the base, name them in modules_to_save"

@@ -411,11 +411,14 @@ class _AddedOnce(StandIn):
     method = "add_mixin"
 
     def __call__(self, name: str, new_mixin: BaseMixin, reinit: bool = False) -> None:
-        """Add the mixin as SAT does. Raises ConfigError for a LoRA mixin under a name that is taken, or added twice."""
+        """Add the mixin as SAT does. Raises ConfigError for a LoRA mixin under a name that is taken, added
+        twice, or after the engine was made.
+        """
         model = self._model()
         if model is None:
             return
         if getattr(new_mixin, "holds_adapters", False):
+            refuse_engine(model)  # the mixin may have been made before there was one
             present = [own_name for own_name, mixin in model.mixins.items() if mixin is new_mixin]
             if name in model.mixins or present:
                 taken = present[0] if present else name

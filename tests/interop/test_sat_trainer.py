@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+import types
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from sat_lora.training.steps.engine import adapter_optimizer, start_engine
 from tests.support.demo_runs import copied_demo
 from tests.support.paths import DEMO, TINY_BASE
 from tests.support.ranks import run_ranks
-from tests.support.sat_models import EncoderDecoderModel, encoder_decoder
+from tests.support.sat_models import EncoderDecoderModel, encoder_decoder, settings
 from tests.support.sat_trainer import (
     LORA,
     STEPS,
@@ -188,6 +189,55 @@ def test_outside_of_the_blocks_sat_and_torch_are_as_they_were():
     after = (model_io.save_checkpoint, trainer_module.load_checkpoint, torch.Tensor.cuda, torch.cuda.device_count)
     assert before == after and sat.arguments.initialize_distributed is start
     assert "sat.training.deepspeed_training" in sys.modules
+
+
+def test_what_is_imported_inside_a_block_is_sats_own_after_it():
+    from sat.training import deepspeed_training, model_io
+
+    theirs = types.ModuleType("theirs")
+    sys.modules["theirs"] = theirs
+    try:
+        with adapter_checkpoints():
+            code = "from sat.training.{} import {} as {}"
+            for home, function in (("model_io", "save_checkpoint"), ("model_io", "load_checkpoint")):
+                exec(code.format(home, function, function), vars(theirs))
+            exec(code.format("deepspeed_training", "load_checkpoint", "trainers"), vars(theirs))
+            assert theirs.save_checkpoint is model_io.save_checkpoint
+            assert theirs.trainers is not theirs.load_checkpoint
+        assert theirs.save_checkpoint is model_io.save_checkpoint is deepspeed_training.save_checkpoint
+        assert theirs.load_checkpoint is theirs.trainers is model_io.load_checkpoint
+    finally:
+        del sys.modules["theirs"]
+
+
+@pytest.mark.usefixtures("single_process_group")
+def test_the_averages_of_sats_optimizer_are_saved_beside_the_adapter(tmp_path, monkeypatch):
+    """As SAT does for the class that is called so, which needs a GPU; what exchanges the values is SAT's."""
+    from sat.training import model_io
+
+    class FusedEmaAdam:
+        pass
+
+    model = tiny_model()
+    add_lora(model, LORA)
+    weights = next(p for name, p in model.named_parameters() if p.requires_grad and name.endswith(".B"))
+
+    def by(factor):
+        return lambda optimizer: weights.data.fill_(factor)
+
+    monkeypatch.setattr(model_io, "update_ema_parameters_to_model", by(3.0))
+    monkeypatch.setattr(model_io, "restore_ema_parameters_back", by(1.0))
+    weights.data.fill_(1.0)
+    save = settings(mode="inference", save=str(tmp_path))
+    with adapter_checkpoints():
+        model_io.save_checkpoint(7, model, types.SimpleNamespace(optimizer=FusedEmaAdam()), None, save)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["7", "7-ema", "latest", "model_config.json"]
+    assert (tmp_path / "latest").read_text().strip() == "7" and (weights == 1).all()
+    values = {
+        folder: [t for key, t in read_adapter(tmp_path / folder).tensors.items() if (t == value).all()]
+        for folder, value in (("7", 1.0), ("7-ema", 3.0))
+    }
+    assert {folder: len(found) for folder, found in values.items()} == {"7": 3, "7-ema": 3}  # q, k, v
 
 
 def run_example(captchas, folder):

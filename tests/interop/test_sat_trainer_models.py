@@ -143,4 +143,6 @@ def test_models_that_skip_what_has_no_token_train_at_zero_2_beside_a_rank_withou
         assert difference(runs[0].adapter, plain) < 1e-5, name
         assert difference(runs[0].adapter, runs[1].adapter) == 0, name
         assert any("vit_model" in key for key in plain) and any("vision_" in key for key in plain), name
-        assert runs[0].warnings == [] and all("mixins.lora." in key for key in runs[0].trained), name
+        assert all("mixins.lora." in key for key in runs[0].trained), name
+        kept = [warning for warning in runs[0].warnings if "disable_untrainable_params" in warning]
+        assert runs[0].warnings == kept and len(kept) == (name == "published"), name  # its class keeps ViT and boi

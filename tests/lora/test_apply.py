@@ -63,6 +63,16 @@ def test_a_model_in_an_engine_gets_none():
     assert mixins_called(model) == {}
 
 
+def test_a_mixin_that_was_made_before_the_engine_is_not_added_after_it():
+    """Its adapters would get gradients, and no optimizer would know them."""
+    model = tiny_model()
+    mixin = LoraMixin(model, r=2)
+    DeepSpeedEngine(model)
+    with pytest.raises(ConfigError, match="the model is in DeepSpeed's engine already"):
+        model.add_mixin("late", mixin)
+    assert mixins_called(model) == {}
+
+
 def test_each_model_gets_a_mixin_of_its_own_layers():
     model = tiny_model()
     mixins = add_lora(model, r=2, target_modules=["attention.dense"])

@@ -1,6 +1,7 @@
 """Parameters of the base that train whole: modules_to_save and bias."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -178,6 +179,35 @@ def test_what_a_script_lets_train_is_told_and_frozen_again(monkeypatch):
     keep_trained_set(model)
     model.disable_untrainable_params()
     assert trainable(model) == before and len(said) == 1
+
+
+@pytest.mark.parametrize("only_freezes", [True, False])
+def test_what_a_script_keeps_by_freezing_the_rest_is_told_too(monkeypatch, only_freezes):
+    """As the published class: the list of words is of what trains, and all else is frozen."""
+    said = []
+    monkeypatch.setattr(base_parameters, "warn", said.append)
+    model = tiny_model()
+    model.mixins["eva"].boi.requires_grad_(False)  # long before: not the script's doing
+
+    def own():
+        for name, parameter in model.named_parameters():
+            if not any(word in name for word in ("matrix_A", "boi", "mlp.dense_4h_to_h", "lm_head")):
+                parameter.requires_grad = False
+            elif not only_freezes and "boi" not in name:
+                parameter.requires_grad_(requires_grad=True)
+
+    model.disable_untrainable_params = own
+    add_lora(model, r=4, modules_to_save=["lm_head"])
+    before = trainable(model)
+    for _ in range(2):  # as the trainer may
+        model.disable_untrainable_params()
+    assert trainable(model) == before
+    assert said[0] == said[1]
+    names = [name for name in said[0].split(": ")[1].split(". They")[0].split(", ")]
+    assert names and all("mlp.dense_4h_to_h" in name for name in names)
+    kept = [name for name, _ in model.named_parameters() if "mlp.dense_4h_to_h" in name]
+    assert f"leaves {len(kept)} parameters trainable" in said[0]
+    assert all(any(re.fullmatch(re.escape(name).replace(r"\*", r"\d+"), one) for name in names) for one in kept)
 
 
 def test_without_a_script_the_models_own_method_says_what_trains_and_a_mixin_has_the_last_word(monkeypatch):
