@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch.utils.data import Dataset
 
-from sat_lora.cogvlm.inputs.films import MOST_FRAMES, with_frames
+from sat_lora.cogvlm.inputs.films import MOST_FRAMES, count_frames, with_frames
 from sat_lora.cogvlm.inputs.image import load_frames, load_image, load_sizes, no_images
 from sat_lora.cogvlm.inputs.pictures import MAX_PIXELS
 from sat_lora.cogvlm.inputs.text import IGNORED, IMAGE_PLACE, Sample, build_sample, turn_texts
@@ -331,12 +331,12 @@ class ImageTextDataset(Dataset):
     def lay_out(self, item: Item, image: torch.Tensor | None = None, *, frames: Sequence[int] = ()) -> Sample:
         """Return the sample with the places of its images, and with `image`, its first.
 
-        frames: of each film, where the base takes films; by default as many as one may have. Raises DataError or
-        ConfigError if it cannot be one.
+        frames: how many each film has, where the base takes films; by default they are counted, and as many as one may
+        have are taken for one that cannot be read. Raises DataError or ConfigError if it cannot be a sample.
         """
         *earlier, prompt = self._prompts(item)
         if self.takes_frames:
-            counts = iter(frames or [MOST_FRAMES] * len(item.images))
+            counts = iter(frames or [self._count_frames(image) for image in item.images])
             earlier = [self._with_frames(parts, counts) for parts in earlier]
             prompt = self._with_frames(prompt, counts)
         answers = [answer for _, answer in item.history]
@@ -353,6 +353,12 @@ class ImageTextDataset(Dataset):
             unlearnt=item.unlearnt,
             joins_images=self.takes_frames,
         )
+
+    def _count_frames(self, image: Picture) -> int:
+        try:
+            return count_frames(picture_content(image), self.version, max_pixels=self.max_pixels)
+        except (OSError, ValueError):
+            return MOST_FRAMES
 
     def _with_frames(self, prompt: str | tuple[str, ...], counts: Iterator[int]) -> tuple[str, ...]:
         """Return the texts around the frames of a prompt that has places for films; counts: frames of the next ones."""

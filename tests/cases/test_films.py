@@ -109,6 +109,22 @@ def test_the_film_of_a_shard_that_is_missing_is_named(tmp_path):
     assert record.read().prompt == "What?"
 
 
+@pytest.mark.parametrize("version", ["base", "chat_old"])
+def test_what_is_shown_of_a_film_before_the_run_is_what_is_trained_on(tmp_path, version):
+    write_film(tmp_path / "a.avi", 12, rate=4)  # 3 s: fewer frames than a film may have
+    write_frames(tmp_path / "frames")
+    Image.new("RGB", (8, 8)).save(tmp_path / "still.png")
+    names = ("a.avi", "frames", "still.png")
+    lines = write_lines(
+        tmp_path / "f.jsonl", *({"video": name, **ASKED} for name in names), {"prompt": "q", "answer": "a"}
+    )
+    dataset = film_dataset(read_items([lines]), version=version)
+    lengths = [len(dataset.lay_out(item).input_ids) for item in dataset.items]
+    assert lengths == [len(sample.input_ids) for sample in dataset] and len({*lengths}) == len(lengths)
+    overview = examine([str(lines)], Reading(), dataset, 10, lambda items, title: items)
+    assert overview.lengths.numbers == lengths and not overview.broken
+
+
 def test_the_overview_looks_at_a_frame_of_each_film(tmp_path):
     """Films, folders with frames, moving pictures; and for a base that takes none they are broken, as they were."""
     film = write_film(tmp_path / "a.mp4", 10, size=(64, 32))

@@ -58,16 +58,25 @@ def chosen_frames(times: Sequence[float], version: str) -> list[int]:
     return numbers
 
 
-def fewest_frames(source: object, version: str) -> int:
-    """Return how many frames a film has at least, without a look into its file: those of a folder are counted."""
-    if not isinstance(source, str | Path):
-        return 1
-    if os.path.isdir(source):
-        try:
-            return max(1, min(MOST_FRAMES, len(_names_in(Path(source)))))
-        except DataError:
-            return 1
-    return MOST_FRAMES if version == TOUCHING and Path(source).suffix.lower() in FILM_SUFFIXES else 1
+def count_frames(source: str | Path | bytes, version: str, *, max_pixels: int = MAX_PIXELS) -> int:
+    """Return how many frames `film_pictures` gives of a film, for which at most one of its frames is decoded.
+
+    source: as there; of what cannot be read, the most that a film may have.
+    """
+    counts: list[int] = []
+
+    def first(times: Sequence[float]) -> list[int]:
+        numbers = chosen_frames(times, version)
+        counts.append(len(numbers))
+        return numbers[:1]
+
+    try:
+        if isinstance(source, str | Path) and os.path.isdir(source):
+            return len(set(chosen_frames([*map(float, range(len(_names_in(Path(source)))))], version)))
+        pictures = _pictures(source, first, max_pixels, None)
+    except DataError:
+        return MOST_FRAMES
+    return counts[0] if counts else len(pictures)
 
 
 def film_pictures(

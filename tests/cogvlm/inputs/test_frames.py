@@ -9,7 +9,14 @@ from PIL import Image
 
 from sat_lora import DataError
 from sat_lora.cogvlm.inputs import pictures
-from sat_lora.cogvlm.inputs.films import MOST_FRAMES, chosen_frames, film_pictures, middle_picture, with_frames
+from sat_lora.cogvlm.inputs.films import (
+    MOST_FRAMES,
+    chosen_frames,
+    count_frames,
+    film_pictures,
+    middle_picture,
+    with_frames,
+)
 from sat_lora.cogvlm.inputs.image import MEAN, STD, frame_tensor, load_frames
 from sat_lora.cogvlm.inputs.text import build_sample
 from sat_lora.data.samples import ImageTextDataset, Item, collate
@@ -65,6 +72,8 @@ def test_a_folder_has_its_frames_in_the_order_of_their_numbers(tmp_path):
     assert reds(load_frames(tmp_path / "long", (4, 4), "base")) == [int(49 * part / 23) for part in range(24)]
     assert reds(load_frames(tmp_path / "long" / "frame7.png", (4, 4), "base")) == [7]
     assert reds(load_frames((tmp_path / "long" / "frame9.png").read_bytes(), (4, 4), "base")) == [9]
+    counts = [count_frames(tmp_path / name, "base") for name in ("short", "long", "long/frame7.png", "gone.mp4")]
+    assert counts == [12, 24, 1, MOST_FRAMES]  # what cannot be read may have all
 
 
 def test_films_that_cannot_be_read_are_named(tmp_path, monkeypatch):
@@ -106,6 +115,7 @@ def test_the_frames_of_a_file_are_those_of_their_times(tmp_path, name, film, sec
     path = write_film(tmp_path / name, **film)
     assert numbers_of(film_pictures(path, "base")) == TEN
     assert numbers_of(film_pictures(path.read_bytes(), "chat_old")) == seconds  # as it lies in a shard
+    assert (count_frames(path, "base"), count_frames(path.read_bytes(), "chat_old")) == (24, len(seconds))
     path.rename(tmp_path / "unnamed")
     assert numbers_of([middle_picture(tmp_path / "unnamed")]) == [seconds[len(seconds) // 2]]
 
@@ -140,6 +150,7 @@ def test_a_moving_picture_is_a_film(tmp_path, kind):
     assert numbers_of(film_pictures(file, "chat_old")) == [0, 1, 2, 3, 5]  # begun at 0, 0.5, 2.5, 3, 3.5 and 4
     assert numbers_of(film_pictures(file.read_bytes(), "base")) == [int(5 * part / 23) for part in range(24)]
     assert numbers_of([middle_picture(file)]) == [2]
+    assert (count_frames(file, "chat_old"), count_frames(file.read_bytes(), "base")) == (5, 24)
 
 
 def test_an_animation_without_end_is_not_gone_through(tmp_path, monkeypatch):
@@ -223,4 +234,6 @@ def test_a_sample_has_as_many_images_as_its_film_has_frames(tmp_path):
     batch = collate([dataset[0], dataset[1]], image_size=(4, 4))
     assert batch["images"].shape == (5, 3, 4, 4) and batch["image_embed_mask"].sum(1).tolist() == [30, 0]
     assert not batch["broken"]
-    assert int(dataset.lay_out(dataset.items[0]).image_embed_mask.sum()) == 6 * MOST_FRAMES  # nobody has looked yet
+    assert int(dataset.lay_out(dataset.items[0]).image_embed_mask.sum()) == 30
+    unreadable = dataset.lay_out(Item(tmp_path / "gone.mp4", "a"))
+    assert int(unreadable.image_embed_mask.sum()) == 6 * MOST_FRAMES
