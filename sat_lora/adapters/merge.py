@@ -19,7 +19,7 @@ from sat_lora.cogvlm.checkpoints.hugging_face_writer import make_hugging_face_we
 from sat_lora.cogvlm.checkpoints.quantized_files import KEY
 from sat_lora.cogvlm.checkpoints.sat_folder import make_sat_weights
 from sat_lora.cogvlm.families import family_of
-from sat_lora.cogvlm.network.model import build_cogvlm
+from sat_lora.cogvlm.network.model import build_cogvlm, parallel_problems
 from sat_lora.errors import AdapterError, CheckpointError, ConfigError, MergeError
 from sat_lora.files.atomic import replaced_folder
 from sat_lora.files.weight_files import Layout
@@ -60,8 +60,8 @@ def merge_adapter(
     "base" takes the base's own weights; "trained" those that the adapter was trained beside, where they were quantised:
     what their codes decode to. progress: goes through the tensors' names, as tqdm does. trust: see `map_weights`.
     any_base: take a base that the adapter was not trained on, if its layers are there. Raises CheckpointError or
-    AdapterError if a folder is wrong or cannot be written, or the adapter was trained on another base, and MergeError
-    if a merged weight is not finite. OUT is not there then.
+    AdapterError if a folder is wrong or cannot be written, or the adapter was trained on another base, ConfigError if
+    no run could use a base cut so, and MergeError if a merged weight is not finite. OUT is not there then.
     """
     out = Path(out)
     if out.exists():
@@ -81,6 +81,9 @@ def merge_adapter(
     if to == "hf" and ROTARY not in weights.layout:
         raise CheckpointError(f"--base: {printable(base)} has no {ROTARY}, of which Hugging Face's layers have copies")
     config = {name: value for name, value in weights.config.items() if name != KEY}
+    uneven = parallel_problems(config, model_parallel_size, model_parallel_size)
+    if uneven:
+        raise ConfigError(f"--model-parallel-size: {'; '.join(uneven)}")
     layouts = [in_dtype(layout, dtype) for layout in weights.layouts_for(model_parallel_size)]
     try:
         with replaced_folder(out) as temporary:

@@ -227,7 +227,8 @@ class _Loop:
             broken = gather_lists(own)
             self.known.add(broken)
             self.observers.on_broken(broken, self.state.step)
-        self.known.check((self.state.step - self.first_step) * self.step_samples)
+        is_whole_run = self._is_last and self.first_step == 0
+        self.known.check((self.state.step - self.first_step) * self.step_samples, is_last=is_whole_run)
 
     def _skip(self, nonfinite: str) -> None:
         """Count a step that moved nothing. Raises TrainingError where there were too many."""

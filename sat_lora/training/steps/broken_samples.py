@@ -42,18 +42,20 @@ class BrokenSamples:
         """Remember broken samples, each as (path, reason, sample)."""
         self.reasons |= {(path, sample): reason for path, reason, sample in broken}
 
-    def check(self, seen: int) -> None:
+    def check(self, seen: int, *, is_last: bool = False) -> None:
         """Raise DataError, with the list, where more than `max_share` is broken of the `seen` samples drawn up to now.
 
         Within the first epoch the samples seen are a draw without replacement from the data set: their broken share
         has to exceed the allowed one by three standard deviations of such a draw. At its end that margin is zero.
+        is_last: the whole run drew no more than these; if all of them are broken, that is too many, however few.
         """
         seen = min(seen, self.dataset_size)
-        if seen < min(FEWEST, self.dataset_size):
+        has_used_none = is_last and len(self.reasons) >= seen > 0
+        if seen < min(FEWEST, self.dataset_size) and not has_used_none:
             return
         allowed = self.max_share * seen
         margin = DEVIATIONS * math.sqrt(allowed * (1 - self.max_share) * (1 - seen / self.dataset_size))
-        if len(self.reasons) <= allowed + margin:
+        if len(self.reasons) <= allowed + margin * (not has_used_none):
             return
         reasons = [
             reason if count == 1 else f"{reason} ({count} samples)"

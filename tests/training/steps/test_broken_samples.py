@@ -50,6 +50,21 @@ def test_a_share_of_one_never_stops_and_of_zero_at_the_first():
     assert stops_at(numpy.arange(200) == 3, 0.0) == 104
 
 
+@pytest.mark.parametrize("size, seen, broken", [(6, 4, 4), (1000, 12, 12), (1, 1, 1), (6, 4, 3), (1000, 0, 0)])
+def test_a_run_that_could_use_no_sample_is_stopped_however_short(size, seen, broken):
+    known = BrokenSamples(size, 0.5)
+    known.add([(f"{i}.png", f"{i}.png: bad", "0") for i in range(broken)])
+    if seen < size:
+        known.check(seen)
+    if broken == seen > 0:
+        with pytest.raises(DataError, match=f"{seen} of the first {seen} training samples cannot be used"):
+            known.check(seen, is_last=True)
+    else:
+        known.check(seen, is_last=True)
+    known.max_share = 1.0
+    known.check(seen, is_last=True)
+
+
 def test_a_second_epoch_counts_nothing_twice():
     known = BrokenSamples(100, 0.05)
     batch = {"broken": [(f"{i}.png", "bad") for i in range(5)], "broken_samples": ["0"] * 5}
