@@ -307,7 +307,7 @@ class Chat:
             return sample
         raise DataError(
             f"the question takes {len(sample.input_ids)} tokens{' with its image' * self.has_image}, and question and "
-            f"answer may have {self.max_length} together; ask a shorter one"
+            f"answer may have {self.max_length} together; ask a shorter one, or raise max_length"
         )
 
     def _parts(self, queries: Sequence[str]) -> list[tuple[str, ...]]:

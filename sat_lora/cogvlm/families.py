@@ -9,6 +9,7 @@ cogagent        a second vision encoder, at which every layer looks by cross-att
 The sizes of published models are in `published/`, as model_config.json has them. Imports nothing heavy.
 """
 
+import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,12 @@ from sat_lora.files.foreign import read_json
 from sat_lora.printable import printable
 
 PUBLISHED = Path(__file__).parent / "published"
+OF_THE_SIZES = {
+    "cogvlm-chat-hf": "cogvlm-chat-v1.1",
+    "cogagent-chat-hf": "cogagent-chat",
+    "cogagent-vqa": "cogagent-chat",
+}
+"""Published models that have the sizes of another."""
 CODE = ("configuration_{}.py", "modeling_{}.py", "visual.py", "util.py")
 _TEMPLATES = MappingProxyType({"base": "base", "vqa": "vqa", "chat_old": "chat", "chat": "base"})
 ENCODER = MappingProxyType({
@@ -89,11 +96,9 @@ class Family:
             lacking = [name for name in _OF_CROSS_VISION if name not in config] or _OF_CROSS_VISION
             changes.append(f"set {_listed(lacking)} in it")
         if self.groups_heads:
-            changes.append(f"set num_multi_query_heads in it ({self.key_value_heads} in the published model)")
-            if self.has_vision_experts:
-                changes.append("leave num_vision_layers out")
-            else:
-                changes.append("num_vision_layers to 0")
+            if not config.get("num_multi_query_heads"):
+                changes.append(f"set num_multi_query_heads in it ({self.key_value_heads} in the published model)")
+            changes.append("leave num_vision_layers out" if self.has_vision_experts else "set num_vision_layers to 0")
         stray = [] if self.groups_heads else ["num_multi_query_heads", "num_vision_layers"]
         stray += [] if self.has_cross_vision else _OF_CROSS_VISION
         present = [name for name in stray if name in config]
@@ -314,11 +319,26 @@ def published() -> list[str]:
 
 
 def is_published(path: str | Path) -> bool:
-    """Return whether nothing lies at a path whose last name is that of a published model."""
-    return Path(path).name in published() and not Path(path).exists()
+    """Return whether nothing lies at a path whose last name is that of a published model, or of one of its sizes."""
+    name = Path(path).name
+    return OF_THE_SIZES.get(name, name) in published() and not Path(path).exists()
 
 
 def published_config(name: str) -> dict[str, Any]:
-    """Return the model_config.json of a published model, by a name of `published`."""
-    config: dict[str, Any] = read_json(PUBLISHED / f"{name}.json")
+    """Return the model_config.json of a published model, by a name of `published` or OF_THE_SIZES."""
+    config: dict[str, Any] = read_json(PUBLISHED / f"{OF_THE_SIZES.get(name, name)}.json")
     return config
+
+
+def with_published_sizes(family: Family, names: Sequence[str]) -> str:
+    """Return sizes that a config of that family lacks as a sentence lists them, with what the published one has."""
+    config = next(config for config in map(published_config, published()) if family_of(config) is family)
+    values = [config.get("eva_args", {}).get(name.removeprefix("eva_args.")) or config.get(name) for name in names]
+    return ", ".join(f"{name} ({_short(value)})" if value is not None else name for name, value in zip(names, values))
+
+
+def _short(value: Any) -> str:
+    """Return a size as JSON, a long list of one value by its length."""
+    if isinstance(value, list) and len(value) > 2 and len({*map(str, value)}) == 1:
+        return f"{len(value)} times {json.dumps(value[0])}"
+    return json.dumps(value)

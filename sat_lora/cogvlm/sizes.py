@@ -4,7 +4,15 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from sat_lora.cogvlm.families import COGAGENT, COGVLM, ENCODER, Family, encoder_sizes, family_of
+from sat_lora.cogvlm.families import (
+    COGAGENT,
+    COGVLM,
+    ENCODER,
+    Family,
+    encoder_sizes,
+    family_of,
+    with_published_sizes,
+)
 from sat_lora.errors import CheckpointError
 
 REQUIRED = {
@@ -38,6 +46,18 @@ def missing_sizes(config: dict) -> list[str]:
     if _family(config).has_cross_vision:
         whole += sorted(REQUIRED_OF_CROSS_VISION - config.keys())
     return [*whole, *(f"eva_args.{name}" for name in sorted(of_vit))]
+
+
+def lacking(config: dict) -> str | None:
+    """Return the sentence on the sizes that a config lacks, with what the published model has; None if it has all."""
+    names = missing_sizes(config)
+    if not names:
+        return None
+    family = _family(config)
+    return (
+        f"the model config lacks {with_published_sizes(family, names)}; it is no {family.title} config, or not all of "
+        "it is there: copy it again, or set them (in brackets is what the published model has)"
+    )
 
 
 def size_problems(config: dict) -> list[str]:

@@ -57,7 +57,7 @@ def _report(config, options: argparse.Namespace) -> int:
     from functools import partial
 
     from sat_lora.cogvlm.checkpoints.load import read_config
-    from sat_lora.cogvlm.sizes import missing_sizes
+    from sat_lora.cogvlm.sizes import lacking
     from sat_lora.data.overview.examine import evenly, examine
     from sat_lora.data.overview.texts import lines_of, page, rows_of, sample_lines
     from sat_lora.data.reading import Reading
@@ -71,8 +71,8 @@ def _report(config, options: argparse.Namespace) -> int:
     from sat_lora.training.source_settings import source_settings
 
     sizes = read_config(config.model.base)
-    if missing := missing_sizes(sizes):
-        raise CheckpointError(f"--from_pretrained: the model config lacks {', '.join(missing)}; it is no CogVLM config")
+    if missing := lacking(sizes):
+        raise CheckpointError(f"--from_pretrained: {missing}")
     paths = [split_weight(path)[0] for path in config.data.train_data]
     dataset = dataset_maker(config.model, config.data, sizes)([])
     reading = Reading.of(source_settings(config), run_folder=None)

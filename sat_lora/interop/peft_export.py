@@ -79,7 +79,10 @@ def _problems(saved: SavedAdapter, state: Mapping[str, torch.Tensor] | None) -> 
         if hf_name(name) is None:
             yield f"{name}: Hugging Face's CogVLM has no such module; merge the adapter instead"
         elif _READ_ALONE.search(name):
-            yield f"{name}: Hugging Face's CogVLM reads its weight without calling it; merge the adapter instead"
+            yield (
+                f"{name}: the published Hugging Face code reads its weight without calling it; merge the adapter "
+                "instead, or train one without such layers by --exclude_modules"
+            )
         elif state is None and saved.config.use_dora and 0 < len(entry.slots) < len(slots_named(name)):
             yield f"{name}: PEFT's DoRA needs the row norms of q, k and v, {entry.slots} have one; give --base"
         elif state is None and entry.slots == SLOTS[:1] and _may_group_heads(saved):

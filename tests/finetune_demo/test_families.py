@@ -123,7 +123,9 @@ def test_every_family_runs_from_end_to_end(family, tmp_path, captchas):
     assert "| Images | 12 |" in result["card"] and "| Base and adapter: exact-match |" in result["card"]
     assert result["images"] == 12 and result["family"] == family and not result["merge_problems"]
     if family == "cogagent":  # the published code reads these weights without calling the modules, as PEFT would
-        assert "reads its weight without calling it; merge the adapter instead" in result["problem"]
+        assert (
+            "reads its weight without calling it; merge the adapter instead, or train one without" in result["problem"]
+        )
     else:
         assert result["problem"] == "" and result["is_same"].keys() == {"sat", "hf", "again"}
     assert all(result["is_same"].values())

@@ -23,7 +23,7 @@ from sat_lora.cogvlm.checkpoints.sat_folder import (
 )
 from sat_lora.cogvlm.families import family_of, family_of_names
 from sat_lora.cogvlm.network.model import VIT, CogVLMModel, build_cogvlm
-from sat_lora.cogvlm.sizes import missing_sizes
+from sat_lora.cogvlm.sizes import lacking
 from sat_lora.errors import CheckpointError, ConfigError
 from sat_lora.parallel.partitioned import Partitioning
 from sat_lora.parallel.sharding import REPLICATED, Sharding, model_parallel_layout, sharding_of
@@ -93,10 +93,9 @@ def _refuse_what_is_no_base(source: SatFolder | HuggingFaceFolder, state: dict) 
         raise CheckpointError(f"{source.path}: cannot be used as a base: {shown}")
     source.check(state)
     config = source.config()
-    missing = missing_sizes(config)
+    missing = lacking(config)
     if missing:
-        lacking = f"{source.path}: the model config lacks {', '.join(missing)}"
-        raise CheckpointError(f"{lacking}; it is not a CogVLM config, or not all of it is there; copy it again")
+        raise CheckpointError(f"{source.path}: {missing}")
     _refuse_other_family(source.path, config, state)
     for prefix, sizes in (("", config), (f"{VIT}.", config.get("eva_args", {}))):
         numbers = [re.match(re.escape(prefix) + r"transformer\.layers\.(\d{1,9})\.", str(name)) for name in state]

@@ -23,7 +23,7 @@ from sat_lora.cogvlm.network.key_value_cache import KeyValueCache
 from sat_lora.cogvlm.network.recompute import LayerCheckpointing, lowest_trained_block
 from sat_lora.cogvlm.network.routing import TokenRouting, to_device
 from sat_lora.cogvlm.network.vision import ImageTokens
-from sat_lora.cogvlm.sizes import head_problems, missing_sizes, size_problems
+from sat_lora.cogvlm.sizes import head_problems, lacking, size_problems
 from sat_lora.errors import CheckpointError, ConfigError, DataError
 from sat_lora.parallel.sharding import model_parallel_layout
 from sat_lora.parallel.weightless import without_memory
@@ -254,9 +254,9 @@ def build_cogvlm(
     parameters have shapes and no memory; only the rotary frequencies have values, on the CPU. Raises CheckpointError if
     `config` lacks sizes, or one is none; ConfigError if the model-parallel size does not divide them, or the ranks.
     """
-    missing = missing_sizes(config)
+    missing = lacking(config)
     if missing:
-        raise CheckpointError(f"the model config lacks {', '.join(missing)}; it is not a CogVLM config")
+        raise CheckpointError(missing)
     problems = size_problems(config) or head_problems(config)
     if problems:
         raise CheckpointError(f"the model config cannot be: {'; '.join(problems)}")

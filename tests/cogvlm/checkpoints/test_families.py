@@ -11,7 +11,7 @@ from sat_lora.adapters.merge import merge_adapter
 from sat_lora.cogvlm.checkpoints.base_weights import BaseWeights
 from sat_lora.cogvlm.checkpoints.hugging_face_names import hf_name, sat_name
 from sat_lora.cogvlm.checkpoints.load import check_files, load_cogvlm, read_config, save_weights, shortened
-from sat_lora.cogvlm.families import FAMILIES, family_of, published, published_config
+from sat_lora.cogvlm.families import FAMILIES, family_of, is_published, published, published_config
 from sat_lora.cogvlm.inputs.prompts import version_of
 from sat_lora.cogvlm.network.model import build_cogvlm
 from sat_lora.cogvlm.sizes import image_length_problem, size_problems
@@ -242,11 +242,15 @@ def test_a_config_of_another_family_is_told_from_the_weights(tmp_path, weights, 
             "which is CogVLM2, and no num_multi_query_heads, which is CogVLM; set num_multi_query_heads in it "
             r"\(8 in the published model\)",
         ),
-        ({"num_vision_layers": 0}, "num_vision_layers 0, which is CogVLM2-Video; .*, and leave num_vision_layers out"),
+        (
+            {"model_class": "CogVLM2VideoModel"},
+            r"; set num_vision_layers to 0, or model_class to 'CogVLM2Model'",  # the heads are there
+        ),
+        ({"num_vision_layers": 0}, "num_vision_layers 0, which is CogVLM2-Video; leave num_vision_layers out, or"),
         ({"cross_image_pix": 28}, "cross_image_pix 28, which is CogAgent; .*, and take cross_image_pix out of it, or"),
         (
             {"cross_attn_hidden_size": 3, "cross_image_pix": 28},
-            "and leave num_vision_layers out, and take cross_image_pix and cross_attn_hidden_size out of it, or",
+            "; leave num_vision_layers out, and take cross_image_pix and cross_attn_hidden_size out of it, or",
         ),
         (
             {"model_class": "CogVLMModel", "cross_attn_hidden_size": 3},
@@ -347,3 +351,15 @@ def test_published_configs_are_whole_and_of_their_family():
 def test_a_template_of_hugging_face_means_the_prompts_of_its_family(tmp_path, name, template, version):
     folder = write_hugging_face(tmp_path / "hf", name, content={"template_version": template})
     assert version_of(folder) == version
+
+
+def test_sizes_that_are_missing_are_named_with_what_the_published_model_has():
+    config = {
+        name: value for name, value in CONFIGS["cogagent"].items() if name not in ("is_decoder", "cross_image_pix")
+    }
+    with pytest.raises(
+        CheckpointError, match=r"lacks cross_image_pix \(1120\), is_decoder \(32 times true\); it is no Cog"
+    ):
+        build_cogvlm(config, device="meta")
+    for name in ("cogagent-vqa", "cogagent-chat-hf"):
+        assert is_published(name) and published_config(name) == published_config("cogagent-chat")
