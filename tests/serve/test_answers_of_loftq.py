@@ -5,6 +5,9 @@ What is right is what the model said that trained the adapter, in this process; 
 
 import base64
 import json
+import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import httpx
@@ -21,6 +24,7 @@ from sat_lora.data.samples import collate
 from sat_lora.lora.apply import adapters_of
 from sat_lora.quantization.config import Quantization
 from sat_lora.serve.app import RequestLimits
+from tests.support.paths import ROOT
 from tests.support.serving import served
 from tests.support.tiny import logits_of
 
@@ -28,7 +32,8 @@ pytestmark = pytest.mark.usefixtures("single_process_group")
 
 QUERY = "CAPTCHA:"
 LORA = dict(r=4, target_modules=["language-attention", "language-mlp", "linear_proj"])
-SAID = ["--max-new-tokens", "8"]
+LENGTH = 16
+SAID = ["--max-new-tokens", str(LENGTH)]
 
 
 def logits_in(chat, picture):
@@ -39,7 +44,7 @@ def logits_in(chat, picture):
 
 def said_by(model, config, picture):
     """Logits and answers of a model as it stands, its adapter on and off."""
-    chat = Chat((model, config), version="base", max_new_tokens=8)
+    chat = Chat((model, config), version="base", max_new_tokens=LENGTH)
     logits, answers = {}, {}
     for side, who in (("adapter", "lora"), ("base", "base")):
         chat.use(who)
@@ -153,7 +158,7 @@ def test_chat_server_and_evaluation_answer_as_the_model_that_trained(run, sat_lo
         assert (rough - wanted).norm() > 0.05 * wanted.norm()
 
 
-@pytest.mark.parametrize("held", ["none", "int8"])
+@pytest.mark.parametrize("held", ["none", pytest.param("int8", marks=pytest.mark.matrix)])
 def test_on_any_other_base_it_is_a_plain_adapter(held, run, sat_lora, tmp_path):
     """W + B A - B_0 A_0, or the same beside other codes: what was learnt."""
     model, config = load_cogvlm(run.base, quantize=None if held == "none" else Quantization(scheme=held))
@@ -166,19 +171,52 @@ def test_on_any_other_base_it_is_a_plain_adapter(held, run, sat_lora, tmp_path):
     assert all(predictions[side].startswith(said) and said for side, said in wanted.answers.items())
 
 
-def test_steps_of_one_run_share_its_base(run, sat_lora, tmp_path):
-    """They may answer beside each other, each as it does alone."""
-    steps = [run.adapter / "1", run.adapter / "2"]
-    options = ["--base", run.base, "--version", "base", "--quantize", "nf4"]
-    alone = [chat_of(*options, "--adapter", step).ask(QUERY, run.picture).strip() for step in steps]
+def said_by_steps(run, steps):
+    """(what each step says alone, all of them loaded beside each other)."""
+    options = ["--base", run.base, "--version", "base", "--quantize", "nf4", "--adapter"]
+    alone = [chat_of(*options, step).ask(QUERY, run.picture).strip() for step in steps]
     assert alone[1] == run.own.answers["adapter"] and alone[0] != alone[1]
-    chat = chat_of(*options, "--adapter", *steps)
+    return alone, chat_of(*options, *steps)
+
+
+def test_steps_of_one_run_share_its_base(run):
+    """They may answer beside each other, each as it does alone."""
+    alone, chat = said_by_steps(run, [run.adapter / "1", run.adapter / "2"])
+    for name, said in zip([*chat.adapters, "base", *chat.adapters], [*alone, run.own.answers["base"], *alone]):
+        chat.use(name)
+        assert chat.ask(QUERY, run.picture).strip() == said
+
+
+@pytest.mark.matrix
+def test_steps_of_one_run_are_served_and_evaluated_together(run, sat_lora, tmp_path):
+    steps = [run.adapter / "2", run.adapter / "1", run.adapter / "2"]
+    alone, chat = said_by_steps(run, [*reversed(steps[:2])])
     with served(chat, limits=RequestLimits()) as address:
         said = [asked(address, run, name) for name in (*chat.adapters, "base", *chat.adapters)]
     assert said == [*alone, run.own.answers["base"], *alone]
     predictions = evaluated(sat_lora, tmp_path / "of.json", "--run", run.folder, "--adapter", *steps)
     assert predictions.pop("base").startswith(run.own.answers["base"])
-    assert [text[: len(said)] for text, said in zip(predictions.values(), alone)] == alone
+    wanted = [alone[1], alone[0], alone[1]]
+    assert [text[: len(said)] for text, said in zip(predictions.values(), wanted)] == wanted
+
+
+@pytest.mark.matrix
+@pytest.mark.timeout(400)
+def test_two_ranks_of_a_model_answer_as_the_evaluation_on_two(run, tmp_path):
+    """Its slices have blocks of their own, so that the answers may be others than those of one rank."""
+
+    def done(*arguments):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
+        command += ["sat_lora.cli", "--", *arguments, "--run", run.folder, "--model-parallel-size", "2"]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        ended = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=180, env=environment)
+        assert ended.returncode == 0, ended.stderr[-3000:]
+        return ended.stdout
+
+    said = done("chat", "--image", run.picture, "--prompt", QUERY, *SAID).strip()
+    done("evaluate", "--out", tmp_path / "of.json")
+    predictions = json.loads((tmp_path / "of.predictions.jsonl").read_text())["predictions"]
+    assert said and predictions["adapter"].startswith(said) and not predictions["base"].startswith(said)
 
 
 @pytest.mark.parametrize("command", ["chat", "serve", "evaluate"])
@@ -253,6 +291,6 @@ def test_a_model_in_memory_keeps_the_base_of_the_adapters_that_it_has(run, plain
         Chat(load_cogvlm(run.base, quantize=Quantization()), adapters={"mine": run.adapter, "plain": plain})
     trained, config = load_cogvlm(run.base, quantize=Quantization())
     assert Chat((trained, config), adapters={"mine": run.adapter}, version="base").speaker == "mine"
-    again = Chat((trained, config), adapters={"first": run.adapter / "1"}, version="base", max_new_tokens=8)
+    again = Chat((trained, config), adapters={"first": run.adapter / "1"}, version="base", max_new_tokens=LENGTH)
     again.use("mine")  # of the same run
     assert again.ask(QUERY, run.picture).strip() == run.own.answers["adapter"]
