@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from sat_lora.adapters.loftq_base import approximate_base, refuse_mixed_bases
 from sat_lora.adapters.save_load import load_adapter
 from sat_lora.cogvlm.decoding.answer import Answer
 from sat_lora.cogvlm.decoding.generate import stream_answers
@@ -32,6 +33,7 @@ from sat_lora.errors import CheckpointError, ConfigError, DataError
 from sat_lora.files.atomic import replace_text
 from sat_lora.lora.apply import mixins_called
 from sat_lora.lora.mixin import lora_mixins
+from sat_lora.quantized.layers import quantized_weights
 from sat_lora.training.steps.step import to_device
 
 BASE = "base"
@@ -98,13 +100,15 @@ class Chat:
         """Begin a conversation with what `load_cogvlm` returned.
 
         adapters: folders by name, loaded beside each other; the first answers. Those that the model has already are
-        there as well, by their mixins' names. tokenizer: one of `transformers`, or its folder (default: the base's).
-        version: prompt format (default: what the base's config names, or chat). max_new_tokens: of an answer.
-        max_length: of question, turns before and answer, in tokens (default: the base's max_sequence_length).
-        any_base: takes adapters of another base, too. special_tokens: whether a question that spells one of the
-        tokenizer's special tokens means it. max_pixels: of a picture that is read.
-        Raises ConfigError for a wrong setting or tokenizer, AdapterError where an adapter does not fit, CheckpointError
-        where the base's config contradicts itself.
+        there as well, by their mixins' names. Where LoftQ began them beside weights of the scheme that the model holds,
+        its base becomes the one that they were trained beside, see `adapters.loftq_base`. tokenizer: one of
+        `transformers`, or its folder (default: the base's). version: prompt format (default: what the base's config
+        names, or chat). max_new_tokens: of an answer. max_length: of question, turns before and answer, in tokens
+        (default: the base's max_sequence_length). any_base: takes adapters of another base, too. special_tokens:
+        whether a question that spells one of the tokenizer's special tokens means it. max_pixels: of a picture that is
+        read.
+        Raises ConfigError for a wrong setting or tokenizer, or adapters that were trained beside different bases,
+        AdapterError where an adapter does not fit, CheckpointError where the base's config contradicts itself.
         """
         self.model, config = loaded
         folder = getattr(self.model, "base_folder", None)
@@ -140,11 +144,15 @@ class Chat:
         self._ends = end_tokens(self._tokenizer, config)
         self._special_tokens = special_tokens
         self.max_pixels = max_pixels
+        if schemes := tuple({weight.scheme.name for _, weight in quantized_weights(self.model)}):
+            refuse_mixed_bases(adapters or {}, schemes)
         for number, (name, adapter) in enumerate((adapters or {}).items()):
             if not name or "." in name or name == BASE or name in self.adapters:
                 problem = "is taken" if name in (BASE, *self.adapters) else "is no name: it is empty or has a dot"
                 raise ConfigError(f"adapters: {name!r} {problem}; give another")
             load_adapter(self.model, adapter, name=name, any_base=any_base)
+            if number == 0:  # all of them were trained beside one base
+                approximate_base(self.model, adapter, name=name)
             self.use(BASE if number else name)
         if self.adapters:
             self.use(self.adapters[0])

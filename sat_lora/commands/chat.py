@@ -209,15 +209,20 @@ def _load(
     from dataclasses import replace
     from functools import partial
 
+    from sat_lora.adapters.loftq_base import refuse_other_bases
     from sat_lora.adapters.read import trained_whole
     from sat_lora.chat.session import Chat
     from sat_lora.cogvlm import load_cogvlm
     from sat_lora.cogvlm.decoding.sampling import Sampling
     from sat_lora.parallel.distributed import init_distributed, init_model_parallel
     from sat_lora.terminal.progress import shown
+    from sat_lora.training.settings.config import NONE
     from sat_lora.training.settings.deepspeed_config import base_dtype
 
     chosen = Sampling(**sampling)
+    trust = config.start.trust_checkpoint
+    scheme = None if config.quantization.quantize == NONE else config.quantization.quantize
+    refuse_other_bases(adapters, config.model.base, scheme, trust=trust)
     size = config.parallel.model_parallel_size
     device = init_model_parallel(init_distributed(), size).device
     config = config.replaced(bf16=config.precision.bf16 or (device.type == "cuda" and not config.precision.fp16))
@@ -230,7 +235,7 @@ def _load(
         dtype=base_dtype(config.precision),
         device=device,
         model_parallel_size=size,
-        trust=config.start.trust_checkpoint,
+        trust=trust,
         quantize=quantization,
         progress=partial(shown, what="loading the base", unit="modules") if place.rank == 0 else iter,
     )

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sat_lora.adapters.loftq_base import approximate_base, rounds_of
-from sat_lora.adapters.read import about_adapter, trained_whole
+from sat_lora.adapters.loftq_base import approximate_base, refuse_other_bases
+from sat_lora.adapters.read import trained_whole
 from sat_lora.adapters.save_load import load_adapter
 from sat_lora.cogvlm.checkpoints.load import read_config
 from sat_lora.cogvlm.network.model import CogVLMModel
@@ -82,17 +82,20 @@ def answer_test_data(
     items = run_on_all_ranks(_test_items, config, run_folder)
     folders = {} if adapter is None else dict(adapter) if isinstance(adapter, Mapping) else {LORA: adapter}
     brought: list[str] = []
-    if config.quantization.quantize != NONE:
+    scheme = None if config.quantization.quantize == NONE else config.quantization.quantize
+    if scheme is not None:
         brought = [name for folder in folders.values() for name in trained_whole(folder)]
-        run_on_all_ranks(_refuse_other_bases, folders)
+    if trained is None:
+        run_on_all_ranks(refuse_other_bases, folders, config.model.base, scheme, trust=config.start.trust_checkpoint)
     model, sizes = trained or load_base(config, world, trained=brought)
     problem = image_length_problem(sizes)
     if problem:
         raise CheckpointError(f"--from_pretrained: {config.model.base}: {problem}; copy its config again")
-    for name, folder in folders.items():
+    for number, (name, folder) in enumerate(folders.items()):
         run_on_all_ranks(load_adapter, model, folder, name=name, any_base=any_base)
         if trained is None:
-            run_on_all_ranks(approximate_base, model, folder, name=name)
+            if number == 0:  # all of them were trained beside one base
+                run_on_all_ranks(approximate_base, model, folder, name=name)
             for mixin in lora_mixins(model).values():
                 mixin.enabled = False
     dataset = dataset_maker(config.model, config.data, sizes, with_answer=False)(items)
@@ -152,16 +155,6 @@ def _refuse_other_sizes(config: TrainConfig) -> None:
     problems = contradictions(said, read_config(config.model.base)) if said else []
     if problems:
         raise ConfigError.of(problems)
-
-
-def _refuse_other_bases(folders: Mapping[str, str | Path]) -> None:
-    """Raise ConfigError for several adapters on a quantised base of which LoftQ began one, which has an own base."""
-    begun = [folder for folder in folders.values() if rounds_of(about_adapter(folder), folder) is not None]
-    if begun and len(folders) > 1:
-        raise ConfigError(
-            f"--adapter: {printable(begun[0])} was begun by loftq, beside a base of its own; evaluate it alone, or all "
-            "of them on the whole base (--quantize none)"
-        )
 
 
 def _test_items(config: TrainConfig, run_folder: str | None) -> list[Item]:
