@@ -8,7 +8,7 @@ from torch import nn
 from sat_lora.errors import ConfigError
 from sat_lora.lora.apply import find_all_parameters, find_all_sites
 from sat_lora.lora.targets import PRESETS, Site, matching, named_whole
-from sat_lora.quantization.config import Patterns, Quantization
+from sat_lora.quantization.config import ALL, Patterns, Quantization
 from sat_lora.quantized.layers import quantized_weight_of
 from sat_lora.quantized.schemes import BLOCKS, block_for
 
@@ -26,6 +26,7 @@ def select_layers(model: nn.Module, quantization: Quantization, *, has_shapes: b
     problems: list[str] = []
     chosen = matching("quantize_modules", quantization.modules, sites, problems)
     kept = matching("keep_modules", quantization.keep_modules, sites, problems)
+    taken_away = chosen & kept
     chosen -= kept
     uses = Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())
     trained = named_whole(quantization.trained, find_all_parameters(model))
@@ -42,11 +43,23 @@ def select_layers(model: nn.Module, quantization: Quantization, *, has_shapes: b
         problems.append(f"quantize_modules: {len(refused) - SHOWN} more cannot be quantised")
     selected = {name: sites[name].module for name, reason in reasons.items() if reason is None}
     if not selected and not problems:
-        causes = [f"; {name} {reason}" for name, reason in reasons.items()][:1]
-        problems.append(f"quantize_modules: nothing is left after keep_modules{''.join(causes)}")
+        problems.append(_why_nothing(reasons, is_any_kept=bool(taken_away)))
     if problems:
         raise ConfigError.of(problems)
     return selected
+
+
+def _why_nothing(reasons: dict[str, str | None], *, is_any_kept: bool) -> str:
+    """Return the problem that no layer is selected. reasons: why the chosen ones stay whole, by name; is_any_kept:
+    whether keep_modules has taken others away.
+    """
+    causes = [f"{name} {reason}" for name, reason in reasons.items()]
+    shown = causes[0] + (f", and {len(causes) - 1} more stay whole" if causes[1:] else "") if causes else ""
+    if is_any_kept:
+        return f"quantize_modules: nothing is left after keep_modules{shown and f'; {shown}'}; keep fewer layers"
+    if not causes:
+        return f"quantize_modules: it names no layer; give presets or patterns, such as {ALL}"
+    return f"quantize_modules: nothing that it selects can be quantised: {shown}; select other linears"
 
 
 def _named_one_by_one(patterns: Patterns, sites: dict[str, Site]) -> set[str]:
