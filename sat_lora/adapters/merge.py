@@ -149,8 +149,8 @@ def missing_parts(folder: Path, base: str | Path, weights: BaseWeights) -> list[
 def decoded_weights(weights: BaseWeights, saved: SavedAdapter, adapter: str | Path) -> Mapping[str, torch.Tensor]:
     """Return the whole tensors of the base as they were while the adapter trained: quantised ones decoded.
 
-    Raises AdapterError where it trained beside whole weights, or others than a quantised folder holds, or does not say
-    how they were quantised.
+    Raises AdapterError where the adapter does not say how they were quantised, as one that trained beside whole ones, or
+    they were others than a quantised folder holds.
     """
     rounds = rounds_of(saved, adapter)
     if weights.note is not None and rounds is not None:
@@ -159,11 +159,14 @@ def decoded_weights(weights: BaseWeights, saved: SavedAdapter, adapter: str | Pa
             "the base that it was made of"
         )
     if saved.base_quantization is None:
-        own = f"--onto trained: {adapter} was trained beside the base's own weights"
+        own = (
+            f"--onto trained: {adapter} names no scheme: it was trained beside the base's own weights, or is combined "
+            "of adapters that were trained beside several"
+        )
         if weights.note is None:
             raise AdapterError(f"{own}; leave the option out")
         raise AdapterError(
-            f"{own}, and {weights.folder} is quantised to {weights.note.quantization}; merge into the base that it was "
+            f"{own}; {weights.folder} is quantised to {weights.note.quantization}; merge into the base that it was "
             f"made of, {weights.identity.title}, without the option"
         )
     if weights.note is not None and saved.base_quantization == weights.note.quantization.to_dict():
