@@ -2,12 +2,14 @@
 
 import re
 from collections import Counter
+from dataclasses import replace
 
 from torch import nn
 
 from sat_lora.errors import ConfigError
 from sat_lora.lora.apply import find_all_parameters, find_all_sites
 from sat_lora.lora.targets import PRESETS, Site, matching, named_whole
+from sat_lora.parallel.sharding import model_parallel_layout, sharding_of
 from sat_lora.quantization.config import ALL, Patterns, Quantization
 from sat_lora.quantized.layers import quantized_weight_of
 from sat_lora.quantized.schemes import BLOCKS, block_for
@@ -47,6 +49,17 @@ def select_layers(model: nn.Module, quantization: Quantization, *, has_shapes: b
     if problems:
         raise ConfigError.of(problems)
     return selected
+
+
+def as_encoded(model: nn.Module, quantization: Quantization) -> Quantization:
+    """Return the Quantization as it encodes this model, which is still whole: with its number of model-parallel slices
+    where the blocks of a slice are not those of the whole, for then the values are other ones.
+    """
+    _, size = model_parallel_layout()
+    layers = select_layers(model, quantization, has_shapes=False) if size > 1 else {}
+    weights = [(layer.weight.shape, sharding_of(layer, "weight")) for layer in layers.values()]
+    is_even = all(block_for(shape[1]) == block_for(cut.full_shape(shape, size)[1]) for shape, cut in weights)
+    return replace(quantization, slices=1 if is_even else size)
 
 
 def _why_nothing(reasons: dict[str, str | None], *, is_any_kept: bool) -> str:

@@ -153,7 +153,7 @@ NOTES = {
     "another version": (lambda note: note.update(format_version=2), "format version 2, this sat_lora reads 1.*anew"),
     "no version": (lambda note: note.pop("format_version"), "not what `sat-lora quantize` writes: no 'format_version'"),
     "another scheme": (lambda note: note.update(scheme="nf5"), "not what .* there is no scheme 'nf5'"),
-    "a scheme that is none": (lambda note: note.update(scheme=["nf4"]), "not what .* wanted a scheme and patterns"),
+    "a scheme that is none": (lambda note: note.update(scheme=["nf4"]), "not what .* wanted a scheme, patterns"),
     "another dtype": (lambda note: note.update(dtype="int8"), "not what .* there is no dtype 'int8', only float32, "),
     "no base": (lambda note: note.pop("base"), "not what .* no 'base'"),
     "a base that is none": (lambda note: note.update(base=[1]), "not what `sat-lora quantize` writes"),
