@@ -14,7 +14,7 @@ anywhere, and keeps the first adapter's `use_rslora`, which makes its result sqr
 
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial, reduce
 from pathlib import Path
@@ -26,10 +26,12 @@ from torch.nn.functional import pad
 from sat_lora.adapters.combine_checks import WHOLE, Source, by_layer, check_arguments, read_sources, refuse
 from sat_lora.adapters.combine_factors import cat, linear, svd, ties
 from sat_lora.adapters.format import LARGEST_SCALE, PAIR, LayerEntry, SavedAdapter, cut_slots, write_adapter
+from sat_lora.adapters.loftq_base import ROUNDS
 from sat_lora.errors import AdapterError, ConfigError
 from sat_lora.lora.base_identity import BaseIdentity
 from sat_lora.lora.config import SLOTS, LoraConfig
 from sat_lora.lora.deltas.delta import Delta
+from sat_lora.terminal.notice import warn
 from sat_lora.terminal.progress import Progress
 
 Arithmetic = Callable[[list[Delta]], Delta]
@@ -102,7 +104,8 @@ def combine_sources(sources: list[Source], arithmetic: Arithmetic, progress: Pro
         raise AdapterError(f"not combined: {error}; give smaller weights") from error
     # The scale as a reader of the config gets it, to the last bit.
     layers = {name: replace(entry, scale=config.scale_for(name, entry.r)) for name, entry in layers.items()}
-    combined = SavedAdapter(config, sources[0].saved.base_fingerprint, layers, (), tensors, _base(sources))
+    fingerprint = sources[0].saved.base_fingerprint
+    combined = SavedAdapter(config, fingerprint, layers, (), tensors, _base(sources), _quantization(sources))
     refuse([f"{name}: the delta leaves float32; give smaller weights" for name in layers if _overflows(combined, name)])
     return combined
 
@@ -118,6 +121,24 @@ def _base(sources: list[Source]) -> BaseIdentity | None:
     """Return the first base that says which values it has, or else says anything; None without any."""
     bases = sorted((s.saved.base for s in sources if s.saved.base), key=lambda base: base.values is None)
     return bases[0] if bases else None
+
+
+def _quantization(sources: list[Source]) -> Mapping[str, Any] | None:
+    """Return how the base was quantised while the adapters trained, where all of them say the same; else None.
+
+    LoftQ gives each adapter a base of its own, made with the pair in its file, which no sum holds: that is None too. A
+    warning says so where some were trained beside quantised weights.
+    """
+    first, *others = (source.saved.base_quantization for source in sources)
+    if first is not None and ROUNDS not in first and all(note == first for note in others):
+        return first
+    if first is not None or any(note is not None for note in others):
+        warn(
+            "the adapters have no quantised base in common that can be made again: some were trained beside whole "
+            "weights, quantised in another way, or begun by loftq; the combination notes none, and "
+            "`sat-lora merge --onto trained` does not take it"
+        )
+    return None
 
 
 def combine_layer(

@@ -9,7 +9,7 @@ FOLDER/adapter_config.json         the LoraConfig, and under `sat_lora` the form
                                    fingerprint of the base model (its names and shapes) and under `base` what the base
                                    was: name of its folder, family, number of parameters, and some of its values, see
                                    `base_identity`; where the base was quantised, under `base_quantization` how, which
-                                   nobody has to obey
+                                   nobody has to obey; of adapters combined, where it was so for all of them
 FOLDER/README.md                   for people, see `card`; nothing reads it
 
 It is always a plain LoRA for the original base: what PiSSA and OLoRA take from the base is subtracted in the pair.
@@ -83,7 +83,7 @@ class SavedAdapter:
     trained: tuple[str, ...]
     tensors: dict[str, torch.Tensor]
     base: BaseIdentity | None = None  # None: an adapter of a version that did not know
-    base_quantization: Mapping[str, Any] | None = None  # as Quantization has it; None: trained on whole weights
+    base_quantization: Mapping[str, Any] | None = None  # as Quantization has it; None: no one scheme
 
     @property
     def base_title(self) -> str:

@@ -168,16 +168,17 @@ def approximate_base(model: nn.Module, folder: str | Path, *, name: str = "lora"
     return is_done
 
 
-def approximated(weight: torch.Tensor, layer: str, scheme: Scheme, saved: SavedAdapter, rounds: int) -> torch.Tensor:
+def approximated(
+    weight: torch.Tensor, layer: str, scheme: Scheme, block: int, saved: SavedAdapter, rounds: int
+) -> torch.Tensor:
     """Return Q_T + scale * B_0 A_0 of a whole weight (out, in) that an adapter of LoftQ adapts, in its dtype.
 
-    Raises AdapterError for a weight that cannot have been quantised.
+    block: in which it is encoded.
     """
     entry = saved.layers[layer]
     matrix = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    block = QuantizedWeight.of(weight, scheme, f"{layer}.weight").block
     encoded = loftq.encoded_part(matrix, entry.rows, scheme, block, rank=entry.r // 2, rounds=rounds)
     origin = origin_of(saved.delta_of(layer).to(weight.dtype), max(1, len(entry.slots)))
-    quantized = QuantizedWeight.of(encoded, scheme, f"{layer}.weight").to(weight.dtype)
+    quantized = QuantizedWeight.of(encoded, scheme, f"{layer}.weight", block).to(weight.dtype)
     quantized.low_rank = LowRank(origin.b, origin.a, entry.scale, entry.rows)
     return quantized.decoded()

@@ -30,7 +30,7 @@ from sat_lora.printable import printable
 from sat_lora.quantization.config import Quantization
 from sat_lora.quantization.select import select_layers
 from sat_lora.quantized.quantized_weight import QuantizedWeight
-from sat_lora.quantized.schemes import Scheme
+from sat_lora.quantized.schemes import Scheme, block_for
 from sat_lora.terminal.progress import Progress
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
@@ -149,8 +149,8 @@ def missing_parts(folder: Path, base: str | Path, weights: BaseWeights) -> list[
 def decoded_weights(weights: BaseWeights, saved: SavedAdapter, adapter: str | Path) -> Mapping[str, torch.Tensor]:
     """Return the whole tensors of the base as they were while the adapter trained: quantised ones decoded.
 
-    Raises AdapterError where it trained beside whole weights, or others than a quantised folder holds, or does not say
-    how they were quantised.
+    Raises AdapterError where the adapter does not say how they were quantised, as one that trained beside whole ones,
+    or they were others than a quantised folder holds.
     """
     rounds = rounds_of(saved, adapter)
     if weights.note is not None and rounds is not None:
@@ -159,11 +159,14 @@ def decoded_weights(weights: BaseWeights, saved: SavedAdapter, adapter: str | Pa
             "the base that it was made of"
         )
     if saved.base_quantization is None:
-        own = f"--onto trained: {adapter} was trained beside the base's own weights"
+        own = (
+            f"--onto trained: {adapter} names no scheme: it was trained beside the base's own weights, or is combined "
+            "of adapters that were trained beside several"
+        )
         if weights.note is None:
             raise AdapterError(f"{own}; leave the option out")
         raise AdapterError(
-            f"{own}, and {weights.folder} is quantised to {weights.note.quantization}; merge into the base that it was "
+            f"{own}; {weights.folder} is quantised to {weights.note.quantization}; merge into the base that it was "
             f"made of, {weights.identity.title}, without the option"
         )
     if weights.note is not None and saved.base_quantization == weights.note.quantization.to_dict():
@@ -172,15 +175,18 @@ def decoded_weights(weights: BaseWeights, saved: SavedAdapter, adapter: str | Pa
         quantization = Quantization.from_dict(dict(saved.base_quantization))
         quantization = dataclasses.replace(quantization, trained=saved.config.modules_to_save)
         layers = select_layers(build_cogvlm(weights.config, device="meta"), quantization)
+        layout, *_ = weights.layouts_for(quantization.slices)
     except ConfigError as error:
         raise AdapterError(
             f"--onto trained: {adapter}: how its base was quantised is not known here: {error}"
         ) from error
-    names = frozenset(f"{name}.weight" for name in layers)
+    shapes = {name: layout[name][0] for name in (f"{layer}.weight" for layer in layers) if name in layout}
+    blocks = {name: block for name, shape in shapes.items() if (block := block_for(shape[-1])) is not None}
     if weights.note is not None:
         held = weights.note
-        differing = sorted((names ^ set(held.weights)) - set(saved.trained))  # what it brings whole is its own
-        if quantization.scheme != held.quantization.scheme or differing:
+        differing = sorted((blocks.keys() ^ set(held.weights)) - set(saved.trained))  # what it brings whole is its own
+        is_same = (quantization.scheme, quantization.slices) == (held.quantization.scheme, held.quantization.slices)
+        if not is_same or differing:
             where = f"; {printable(differing[0])} is one of {len(differing)} weights that differ" if differing else ""
             raise AdapterError(
                 f"--onto trained: {adapter} was trained beside weights quantised to {quantization}, and "
@@ -188,30 +194,32 @@ def decoded_weights(weights: BaseWeights, saved: SavedAdapter, adapter: str | Pa
                 f"of, {weights.identity.title}"
             )
         return weights
-    return DecodedWeights(weights, quantization.weight_scheme, names, saved, rounds)
+    return DecodedWeights(weights, quantization.weight_scheme, blocks, saved, rounds)
 
 
 @dataclasses.dataclass(frozen=True)
 class DecodedWeights(Mapping[str, torch.Tensor]):
     """The tensors of a base, of which some are encoded and decoded again when they are asked for.
 
-    rounds: of LoftQ, with which the saved adapter began; None where it began otherwise.
+    blocks: how many elements share a scale in each of these, by name. rounds: of LoftQ, with which the saved adapter
+    began; None where it began otherwise.
     """
 
     weights: BaseWeights
     scheme: Scheme
-    quantized: frozenset[str]
+    blocks: Mapping[str, int]
     saved: SavedAdapter
     rounds: int | None
 
     def __getitem__(self, name: str) -> torch.Tensor:
         tensor = self.weights[name]
-        if name not in self.quantized:
+        block = self.blocks.get(name)
+        if block is None:
             return tensor
         layer = name.removesuffix(".weight")
         if self.rounds is not None and layer in self.saved.layers:
-            return approximated(tensor, layer, self.scheme, self.saved, self.rounds)
-        return QuantizedWeight.of(tensor, self.scheme, name).decoded()
+            return approximated(tensor, layer, self.scheme, block, self.saved, self.rounds)
+        return QuantizedWeight.of(tensor, self.scheme, name, block).decoded()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.weights)

@@ -61,7 +61,7 @@ def add_model_options(command: argparse.ArgumentParser) -> None:
     special = "a text that spells </s> means the token"
     option("--special-tokens-in-text", action="store_true", default=None, help=special)
     option("--max-pixels", type=positive_int, metavar="N", help="a larger picture is not read (default: 89478485)")
-    held = "hold the base's linears in so few bits (default: as in the run, or none)"
+    held = "hold the base's linears in so few bits (default: as in the run, or as its folder does)"
     option("--quantize", choices=["none", "nf4", "int8"], help=held)
     which = "of --quantize: which linears, by preset or pattern (default: as in the run, or all-linear)"
     option("--quantize_modules", nargs="+", metavar="NAME", help=which)
@@ -97,12 +97,12 @@ def run(options: argparse.Namespace) -> None:
 def read_settings(options: argparse.Namespace) -> tuple["TrainConfig", dict[str, str]]:
     """Return the settings of the options, filled up from the run, and the adapters' folders by name.
 
-    Raises ConfigError where no base is named, the run cannot be read, or patterns choose what nothing quantises.
+    Raises ConfigError where no base is named, the run cannot be read, or the base is held otherwise than options say.
     """
     from sat_lora.cogvlm.inputs.prompts import settings_of_base
     from sat_lora.errors import ConfigError
     from sat_lora.training.settings.config import KNOWN
-    from sat_lora.training.settings.resolve import resolve
+    from sat_lora.training.settings.resolve import held_as_its_folder, resolve
     from sat_lora.training.settings.run_settings import settings_of_run
 
     stored: dict[str, Any] = {}
@@ -121,9 +121,7 @@ def read_settings(options: argparse.Namespace) -> tuple["TrainConfig", dict[str,
         raise ConfigError("--base missing: give the folder of a base, or --run RUN_FOLDER of a run that has one")
     stored = {name: value for name, value in stored.items() if name != "version" or value}
     config, _ = resolve(given, resumed_run=stored, base=settings_of_base(base))
-    problems = config.quantization.unheeded(given)
-    if problems:
-        raise ConfigError("; ".join(problems))
+    config = held_as_its_folder(config)
     folders = options.adapter or ([str(Path(options.run) / "adapter")] if options.run else [])
     return config, names_of(folders)
 

@@ -64,11 +64,15 @@ def run(options: argparse.Namespace) -> int:
     if not is_published(config.model.base):
         raise_problems(base_problems(config.model.base), [])
     from sat_lora._sat import quiet_sat
+    from sat_lora.cogvlm.checkpoints.quantized_files import note_of_folder
     from sat_lora.findings.codes import CODES
     from sat_lora.memory.components import memory_table
     from sat_lora.memory.estimate_run import estimate_run
 
     quiet_sat()
+    note = note_of_folder(config.model.base)
+    if note is not None:
+        raise_problems(config.quantization.unheeded(config.given_here, note, config.model.base), [])
     if config.origin("from_pretrained") is Origin.DEMO:
         _refuse_no_base(options)
         print(f"no --from_pretrained: of the demo's tiny CogVLM, {config.model.base}", file=sys.stderr)

@@ -74,7 +74,7 @@ def build_parser(name: str = NAME, description: str = DESCRIPTION) -> argparse.A
     add("--model-parallel-size", type=positive_int, metavar="N", help="ranks that share one model (default: 1)")
     add("--bf16", action="store_true", default=None, help="bfloat16 (default on CUDA)")
     add("--fp16", action="store_true", default=None, help="float16")
-    held = "how the base's linears are held: none (whole), nf4, int8 (default: as in the run, or none)"
+    held = "how the base's linears are held: none (whole), nf4, int8 (default: as in the run, or by its folder)"
     add("--quantize", choices=["none", "nf4", "int8"], help=held)
     add("--quantize_modules", nargs="+", metavar="NAME", help="which of them (default: all-linear)")
     add("--keep_modules", nargs="+", metavar="NAME", help="what --quantize leaves whole")
@@ -118,7 +118,7 @@ def read_settings(options: argparse.Namespace) -> "Evaluation":
     from sat_lora.errors import ConfigError
     from sat_lora.training.settings.config import KNOWN
     from sat_lora.training.settings.config_file import read_config_file
-    from sat_lora.training.settings.resolve import resolve
+    from sat_lora.training.settings.resolve import held_as_its_folder, resolve
     from sat_lora.training.settings.run_settings import settings_of_run
 
     stored = {}
@@ -154,8 +154,7 @@ def read_settings(options: argparse.Namespace) -> "Evaluation":
         source = f"{options.run} has none; give" if options.run else "give"
         other = "" if options.run else ", or --run RUN_FOLDER of a run that has them"
         raise ConfigError(f"{', '.join(missing)} missing: {source} them{other}")
-    if problems := config.quantization.unheeded(given):
-        raise ConfigError("; ".join(problems))
+    config = held_as_its_folder(config)
     if options.no_base and adapter is None:
         raise ConfigError("--no-base: there is no --adapter, so nobody would answer; leave it out")
     return Evaluation(

@@ -11,7 +11,7 @@ from sat_lora.lora.base_identity import BaseIdentity
 from sat_lora.lora.live_base import identity_of_model, remember_base
 from sat_lora.lora.mixin import lora_mixins, refuse_engine
 from sat_lora.quantization.config import Quantization
-from sat_lora.quantization.select import select_layers
+from sat_lora.quantization.select import as_encoded, select_layers
 from sat_lora.quantized.layers import put_quantized
 from sat_lora.quantized.quantized_weight import QuantizedWeight
 
@@ -34,6 +34,7 @@ def quantize_model(
     if lora_mixins(model):
         raise ConfigError("the model has adapters, which began on its whole weights; quantise it before add_lora")
     layers = select_layers(model, quantization)
+    quantization = as_encoded(model, quantization)
     identity = identity_of_model(model)
     for name, layer in layers.items():
         weight = QuantizedWeight.of(layer.weight, quantization.weight_scheme, f"{name}.weight")

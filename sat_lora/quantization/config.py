@@ -29,27 +29,33 @@ class Quantization:
     """The layers, in the same forms, that are taken away from these."""
     trained: tuple[str, ...] = ()
     """The modules that train whole, as LoraConfig's modules_to_save has them: their weights stay whole."""
+    slices: int = 1
+    """How many model-parallel ranks have encoded their slices in blocks that are not the whole's; 1: none has."""
 
     def __str__(self) -> str:
         modules, kept = (
             side if isinstance(side, str) else " ".join(side) for side in (self.modules, self.keep_modules)
         )
-        return printable(f"{self.scheme}: {modules}" + (f" without {kept}" if kept else ""))
+        cut = f", in the blocks of {self.slices} model-parallel slices" if self.slices > 1 else ""
+        return printable(f"{self.scheme}: {modules}" + (f" without {kept}" if kept else "") + cut)
 
-    def to_dict(self) -> dict[str, str | list[str]]:
-        """Return what JSON holds of it: a scheme and two sets of patterns."""
+    def to_dict(self) -> dict[str, str | int | list[str]]:
+        """Return what JSON holds of it: a scheme, two sets of patterns, and the slices where their blocks matter."""
+        cut = {"slices": self.slices} if self.slices > 1 else {}
         sides = {"quantize_modules": self.modules, "keep_modules": self.keep_modules}
-        return {"scheme": self.scheme, **{n: p if isinstance(p, str) else list(p) for n, p in sides.items()}}
+        return {"scheme": self.scheme, **{n: p if isinstance(p, str) else list(p) for n, p in sides.items()}, **cut}
 
     @classmethod
     def from_dict(cls, content: object) -> "Quantization":
         """Return the Quantization of which `to_dict` gave `content`. Raises ConfigError for anything else."""
         values = content if isinstance(content, dict) else {}
         patterns = [values.get("quantize_modules", ALL), values.get("keep_modules", [])]
-        if not isinstance(values.get("scheme"), str) or not all(map(_are_patterns, patterns)):
-            raise ConfigError(f"quantize: wanted a scheme and patterns, got {shortened(content)}")
+        slices = values.get("slices", 1)
+        is_number = type(slices) is int and slices >= 1  # true is equal to 1
+        if not isinstance(values.get("scheme"), str) or not all(map(_are_patterns, patterns)) or not is_number:
+            raise ConfigError(f"quantize: wanted a scheme, patterns and a number of slices, got {shortened(content)}")
         modules, keep_modules = (side if isinstance(side, str) else tuple(side) for side in patterns)
-        return cls(scheme=values["scheme"], modules=modules, keep_modules=keep_modules)
+        return cls(scheme=values["scheme"], modules=modules, keep_modules=keep_modules, slices=slices)
 
     def __post_init__(self) -> None:
         for name in ("modules", "keep_modules", "trained"):

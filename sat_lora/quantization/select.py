@@ -2,13 +2,15 @@
 
 import re
 from collections import Counter
+from dataclasses import replace
 
 from torch import nn
 
 from sat_lora.errors import ConfigError
 from sat_lora.lora.apply import find_all_parameters, find_all_sites
 from sat_lora.lora.targets import PRESETS, Site, matching, named_whole
-from sat_lora.quantization.config import Patterns, Quantization
+from sat_lora.parallel.sharding import model_parallel_layout, sharding_of
+from sat_lora.quantization.config import ALL, Patterns, Quantization
 from sat_lora.quantized.layers import quantized_weight_of
 from sat_lora.quantized.schemes import BLOCKS, block_for
 
@@ -26,6 +28,7 @@ def select_layers(model: nn.Module, quantization: Quantization, *, has_shapes: b
     problems: list[str] = []
     chosen = matching("quantize_modules", quantization.modules, sites, problems)
     kept = matching("keep_modules", quantization.keep_modules, sites, problems)
+    taken_away = chosen & kept
     chosen -= kept
     uses = Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())
     trained = named_whole(quantization.trained, find_all_parameters(model))
@@ -42,11 +45,34 @@ def select_layers(model: nn.Module, quantization: Quantization, *, has_shapes: b
         problems.append(f"quantize_modules: {len(refused) - SHOWN} more cannot be quantised")
     selected = {name: sites[name].module for name, reason in reasons.items() if reason is None}
     if not selected and not problems:
-        causes = [f"; {name} {reason}" for name, reason in reasons.items()][:1]
-        problems.append(f"quantize_modules: nothing is left after keep_modules{''.join(causes)}")
+        problems.append(_why_nothing(reasons, is_any_kept=bool(taken_away)))
     if problems:
         raise ConfigError.of(problems)
     return selected
+
+
+def as_encoded(model: nn.Module, quantization: Quantization) -> Quantization:
+    """Return the Quantization as it encodes this model, which is still whole: with its number of model-parallel slices
+    where the blocks of a slice are not those of the whole, for then the values are other ones.
+    """
+    _, size = model_parallel_layout()
+    layers = select_layers(model, quantization, has_shapes=False) if size > 1 else {}
+    weights = [(layer.weight.shape, sharding_of(layer, "weight")) for layer in layers.values()]
+    is_even = all(block_for(shape[1]) == block_for(cut.full_shape(shape, size)[1]) for shape, cut in weights)
+    return replace(quantization, slices=1 if is_even else size)
+
+
+def _why_nothing(reasons: dict[str, str | None], *, is_any_kept: bool) -> str:
+    """Return the problem that no layer is selected. reasons: why the chosen ones stay whole, by name; is_any_kept:
+    whether keep_modules has taken others away.
+    """
+    causes = [f"{name} {reason}" for name, reason in reasons.items()]
+    shown = causes[0] + (f", and {len(causes) - 1} more stay whole" if causes[1:] else "") if causes else ""
+    if is_any_kept:
+        return f"quantize_modules: nothing is left after keep_modules{shown and f'; {shown}'}; keep fewer layers"
+    if not causes:
+        return f"quantize_modules: it names no layer; give presets or patterns, such as {ALL}"
+    return f"quantize_modules: nothing that it selects can be quantised: {shown}; select other linears"
 
 
 def _named_one_by_one(patterns: Patterns, sites: dict[str, Site]) -> set[str]:

@@ -99,12 +99,16 @@ class QuantizedWeight(torch.Tensor):
         return weight
 
     @classmethod
-    def of(cls, weight: torch.Tensor, scheme: Scheme, name: str = "the weight") -> "QuantizedWeight":
+    def of(
+        cls, weight: torch.Tensor, scheme: Scheme, name: str = "the weight", block: int | None = None
+    ) -> "QuantizedWeight":
         """Return a weight (out, in) encoded, on its device.
 
-        Raises QuantizationError, with the name, where no block divides its rows, or a value in it is not finite.
+        block: that divides its rows; None: the largest that does. Raises QuantizationError, with the name, where none
+        does, or a value in it is not finite.
         """
-        block = block_for(weight.shape[1]) if weight.dim() == 2 else None
+        if block is None:
+            block = block_for(weight.shape[1]) if weight.dim() == 2 else None
         if block is None:
             raise QuantizationError(
                 f"{name}: its shape {tuple(weight.shape)} has no rows that divide into blocks of "

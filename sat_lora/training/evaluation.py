@@ -5,7 +5,7 @@ import itertools
 import os
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from sat_lora.adapters.loftq_base import approximate_base, refuse_other_bases
 from sat_lora.adapters.read import trained_whole
 from sat_lora.adapters.save_load import load_adapter
 from sat_lora.cogvlm.checkpoints.load import read_config
+from sat_lora.cogvlm.checkpoints.quantized_files import note_of_folder
 from sat_lora.cogvlm.network.model import CogVLMModel
 from sat_lora.cogvlm.sizes import contradictions, image_length_problem
 from sat_lora.data.answer_lists import is_predictions
@@ -36,7 +37,7 @@ from sat_lora.training.metrics.scores import LEVEL, RESAMPLES, SEED, Scores, int
 from sat_lora.training.prepare import dataset_maker, load_base
 from sat_lora.training.runs.results import EVALUATION, PREDICTIONS, RUN
 from sat_lora.training.runs.run_folder import write_json
-from sat_lora.training.settings.config import NONE, TrainConfig
+from sat_lora.training.settings.config import NONE, Quantizing, TrainConfig
 from sat_lora.training.settings.run_settings import settings_of_run
 from sat_lora.training.source_settings import source_settings
 from sat_lora.training.steps.observers import NOBODY, Observers
@@ -196,8 +197,8 @@ def evaluated(
     config: TrainConfig, adapter: str | Path | Mapping[str, str | Path] | None, has_base: bool = True
 ) -> dict:
     """Return what an evaluation is of, as its file has it: absolute paths of the base, the adapter if there is one, and
-    the test data, and the settings of the questions. Several adapters are there by their names. has_base: whether the
-    base has answered alone as well.
+    the test data, the settings of the questions, and how the base is held where that is in fewer bits. Several adapters
+    are there by their names. has_base: whether the base has answered alone as well.
     """
     if not has_base:
         return {**evaluated(config, adapter), "base_alone": False}
@@ -209,9 +210,20 @@ def evaluated(
     paths: dict[str, str | Path] = {"base": config.model.base, **({"adapter": follow(adapter)} if adapter else {})}
     questions: dict[str, Any] = {name: config.value(name) for name in ("version", "prompt", "max_length")}
     test_data = [os.path.abspath(path) for path in config.data.test_data or ()]
-    if config.quantization.quantize != NONE:
-        questions |= {"quantize": config.quantization.flat()}
+    held = config.quantization.flat() if config.quantization.quantize != NONE else _held_in(config.model.base)
+    if held is not None:
+        questions |= {"quantize": held}
     return {name: os.path.realpath(path) for name, path in paths.items()} | {"test_data": test_data, **questions}
+
+
+def _held_in(base: str) -> dict[str, Any] | None:
+    """Return how the folder of a base holds its weights, as the options would say it; None where they are whole."""
+    note = note_of_folder(base)
+    if note is None:
+        return None
+    asked = note.quantization
+    modules, kept = ([side] if isinstance(side, str) else side for side in (asked.modules, asked.keep_modules))
+    return Quantizing(quantize=asked.scheme, quantize_modules=tuple(modules), keep_modules=tuple(kept)).flat()
 
 
 def try_to_write(file: Path) -> None:
@@ -288,30 +300,33 @@ def evaluation_file(
         return file, file.parent if own else None
     of = evaluated(config, adapter, has_base)
     base = config.model.base
+    same = [of]
+    if config.quantization.quantize == NONE:  # an earlier version did not say what the folder says
+        same.append({name: value for name, value in of.items() if name != "quantize"})
     if isinstance(adapter, Mapping) and len(adapter) > 1:  # beside the first, and never in place of the run's own
         folder = Path(run) if run else _run_of(Path(first := next(iter(adapter.values())))) or Path(first).parent
-        return _place_for(of, folder / EVALUATION, first=2 if (folder / RUN).is_file() else 1), None
+        return _place_for(same, folder / EVALUATION, first=2 if (folder / RUN).is_file() else 1), None
     if isinstance(adapter, Mapping):
         adapter = next(iter(adapter.values()), None)
     if not adapter:  # in the working directory, as nothing is written into a base
-        return _place_for(of, Path(f"evaluation-{Path(os.path.abspath(base)).name}.json")), None
+        return _place_for(same, Path(f"evaluation-{Path(os.path.abspath(base)).name}.json")), None
     own_run = _run_of(Path(adapter))
     is_named = run is None or (own_run is not None and os.path.realpath(run) == os.path.realpath(own_run))
     if own_run is not None and is_named and _has_base(own_run, base):
         file = own_run / EVALUATION
         is_old = os.path.lexists(file) and _content_of(file) is None  # of a version that did not say what it is of
-        return file if is_old else _place_for(of, file), own_run
+        return file if is_old else _place_for(same, file), own_run
     folder = Path(run) if run else own_run or Path(adapter).parent
-    return _place_for(of, folder / EVALUATION, first=2 if (folder / RUN).is_file() else 1), None
+    return _place_for(same, folder / EVALUATION, first=2 if (folder / RUN).is_file() else 1), None
 
 
-def _place_for(of: dict, file: Path, first: int = 1) -> Path:
-    """Return the first of NAME.json, NAME-2.json, ... from number `first` on that is free or is of the same."""
+def _place_for(same: Collection[dict], file: Path, first: int = 1) -> Path:
+    """Return the first of NAME.json, NAME-2.json, ... from number `first` on that is free or is of one of the same."""
     places = (
         file if number == 1 else file.with_name(f"{file.stem}-{number}{file.suffix}")
         for number in itertools.count(first)
     )
-    return next(place for place in places if not os.path.lexists(place) or _content_of(place) == of)
+    return next(place for place in places if not os.path.lexists(place) or _content_of(place) in same)
 
 
 def _run_of(adapter: Path) -> Path | None:

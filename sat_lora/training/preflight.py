@@ -3,13 +3,14 @@
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from copy import copy
 from pathlib import Path
 
 import torch
 
 from sat_lora.cogvlm.checkpoints.load import check_files, read_config
-from sat_lora.cogvlm.checkpoints.quantized_files import KEY
+from sat_lora.cogvlm.checkpoints.quantized_files import KEY, note_of_folder
 from sat_lora.cogvlm.families import family_of
 from sat_lora.cogvlm.inputs.films import MOST_FRAMES, film_pictures, with_frames
 from sat_lora.cogvlm.inputs.pictures import read_picture
@@ -199,7 +200,10 @@ def _quantization_problems(config: TrainConfig) -> Iterator[str]:
     """Yield what says how the base is quantised, or begins with that, where it is not."""
     if config.lora.loftq_iter != 1 and config.lora.init_lora_weights != LOFTQ:
         yield f"--loftq_iter: it is of --init_lora_weights loftq, got {config.lora.init_lora_weights}"
-    yield from config.quantization.unheeded(config.given)
+    note = None
+    with suppress(SatLoraError):  # which is a problem of the base
+        note = note_of_folder(config.model.base)
+    yield from config.quantization.unheeded(config.given_here, note, config.model.base)
     if config.quantization.quantize == NONE and config.lora.init_lora_weights == LOFTQ:
         yield (
             "--init_lora_weights loftq: it begins with what quantisation misses of the base's weights; give the base "

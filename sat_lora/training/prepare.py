@@ -27,7 +27,7 @@ from sat_lora.terminal.notice import warn
 from sat_lora.terminal.progress import shown
 from sat_lora.training.marks import marks_of_config, marks_of_engine, marks_of_options, marks_of_tokenizer
 from sat_lora.training.preflight import check_options
-from sat_lora.training.settings.config import NONE, Data, Model, TrainConfig
+from sat_lora.training.settings.config import NONE, Data, Model, Origin, TrainConfig
 from sat_lora.training.settings.deepspeed_config import base_dtype, settle
 from sat_lora.training.settings.demo import Demo
 from sat_lora.training.settings.lora_options import lora_problems
@@ -205,7 +205,15 @@ def _refuse_quantized(config: TrainConfig) -> None:
     if note is not None and asked is not None:
         mp_size = config.parallel.model_parallel_size
         base = build_cogvlm(read_config(config.model.base), device="meta", model_parallel_size=mp_size)
-        quantized_layers(base, asked, note, Path(config.model.base))
+        try:
+            quantized_layers(base, asked, note, Path(config.model.base))
+        except ConfigError as error:
+            if config.origin("quantize") not in (Origin.RUN, Origin.RUN_DEFAULT):
+                raise
+            raise ConfigError(
+                f"--from_pretrained: {config.model.base} is quantised to {note.quantization}, and the run to resume "
+                f"holds its base in {asked}; leave the option out, or start a new run"
+            ) from error
 
 
 def scheme_of_base(config: TrainConfig) -> str | None:

@@ -399,8 +399,8 @@ def test_yaml_of_other_programs_reads_it_alike():
     assert {name: value for section in content.values() for name, value in section.items()} == {
         name: config.value(name)
         for name, known in KNOWN.items()
-        if known.section not in ("start", "compatibility") and not known.left_to_device
-    } | {"bf16": None, "fp16": None}
+        if known.section not in ("start", "compatibility") and known.left_to is None
+    } | {"bf16": None, "fp16": None, "quantize": None}
 
 
 # Evaluations

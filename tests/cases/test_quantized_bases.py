@@ -1,12 +1,22 @@
 """Mistakes with quantised bases: one message that says what was meant, before a weight is read."""
 
+import json
+
 import pytest
 import torch
 
 from sat_lora import ConfigError, quantize_model
-from sat_lora.cli import main
+from sat_lora.cli import build_parser, main
+from sat_lora.cogvlm.checkpoints import load as loading
+from sat_lora.cogvlm.checkpoints.quantized_writer import quantize_base
+from sat_lora.commands import chat, evaluate
 from sat_lora.quantization.config import Quantization
 from sat_lora.quantized import kernels
+from sat_lora.training.evaluation import evaluated, evaluation_file
+from sat_lora.training.finetune import finetune
+from sat_lora.training.prepare import _check_targets
+from sat_lora.training.settings.config import NONE, Origin, Quantizing, TrainConfig
+from sat_lora.training.settings.config_file import as_yaml, read_config_file
 from sat_lora.training.settings.options import parse_options
 from tests.support.paths import TINY_BASE
 from tests.support.tiny import WIDE, tiny_model
@@ -136,3 +146,124 @@ def test_a_broken_bitsandbytes_is_told_with_its_cause_and_torch_decodes(error, c
         kernels.is_usable.cache_clear()
     (warning,) = warnings
     assert cause in warning and "decoded by torch" in warning and "\n" not in warning and "\x1b" not in warning
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory, single_process_group):
+    """The tiny base in fewer bits, by the scheme."""
+    home = tmp_path_factory.mktemp("quantised")
+    for scheme in ("nf4", "int8"):
+        quantize_base(TINY_BASE, home / scheme, Quantization(scheme=scheme))
+    return {scheme: str(home / scheme) for scheme in ("nf4", "int8")}
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run on the tiny base in nf4, as far as its settings."""
+    said = {"from_pretrained": str(TINY_BASE), "quantize": "nf4", "keep_modules": ["vit-mlp"], "given": ["quantize"]}
+    (tmp_path / "run" / "adapter").mkdir(parents=True)
+    (tmp_path / "run" / "run.json").write_text(json.dumps({"settings": {**said, "test_data": ["images"]}}))
+    return str(tmp_path / "run")
+
+
+SAID_OF_A_FOLDER = {
+    "none": (["--quantize", "none"], "--quantize: got none, and"),
+    "another scheme": (["--quantize", "int8"], "--quantize: got int8, and"),
+    "linears to keep": (["--keep_modules", "vit-mlp"], "--keep_modules:"),
+    "linears": (["--quantize_modules", "language-mlp"], "--quantize_modules:"),
+}
+COMMANDS = {
+    "evaluate": ["--test-data", str(TINY_BASE)],
+    "chat": ["--prompt", "?"],
+    "serve": ["--port", "0"],
+    "estimate": [],
+    "estimate --fit 24": [],
+}
+
+
+@pytest.mark.parametrize(("options", "beginning"), SAID_OF_A_FOLDER.values(), ids=SAID_OF_A_FOLDER)
+@pytest.mark.parametrize("command", COMMANDS)
+def test_how_a_quantised_folder_is_held_is_not_said_otherwise(
+    command, options, beginning, folders, capsys, monkeypatch
+):
+    monkeypatch.setattr(loading._OwnWeights, "__init__", None)  # nothing is loaded
+    line = [*command.split(), "--from_pretrained", folders["nf4"], *COMMANDS[command], *options]
+    status, said = said_by(capsys, *line)
+    why = (
+        f"{folders['nf4']} is quantised already, to nf4: all-linear, and holds no other weights; leave the option out, "
+    )
+    assert status == 2
+    assert f"error: {beginning} {why}or give the base that it was made of, {TINY_BASE.name} (CogVLM, " in said
+
+
+@pytest.mark.parametrize(("options", "beginning"), SAID_OF_A_FOLDER.values(), ids=SAID_OF_A_FOLDER)
+def test_nor_where_a_run_begins(options, beginning, folders, image_folder, tmp_path, capsys):
+    given = ["--train-data", str(image_folder), "--save", str(tmp_path), "--experiment-name", "run", *options]
+    with pytest.raises(ConfigError, match=f"^{beginning} .*nf4 is quantised already, to nf4: .*made of, tiny_cogvlm"):
+        finetune(parse_options(["--from_pretrained", folders["nf4"], "--version", "base", *given], environ={}))
+    assert not (tmp_path / "run").exists() and capsys.readouterr().out == ""
+
+
+def test_a_file_says_none_as_an_option_does_and_what_is_printed_leaves_it_to_the_base(folders, tmp_path, run):
+    file = tmp_path / "settings.yaml"
+    given = ["--from_pretrained", folders["nf4"], "--test-data", "images"]
+
+    def config_of(*options):
+        return evaluate.read_settings(evaluate.build_parser().parse_args([*options])).config
+
+    file.write_text("quantize: none\n")
+    with pytest.raises(ConfigError, match="^--quantize: got none, and .* is quantised already"):
+        config_of(*given, "--config", str(file))
+    for options, value in ((given, None), (["--run", run], "nf4"), (["--run", run, "--quantize", "none"], NONE)):
+        config = config_of(*options)
+        file.write_text(as_yaml(config))
+        assert read_config_file(file).get("quantize") == value
+        assert config_of("--config", str(file)).quantization == config.quantization
+
+
+def settings_by(command, *options):
+    """The config of a command that answers."""
+    if command == "evaluate":
+        return evaluate.read_settings(evaluate.build_parser().parse_args([*options])).config
+    return chat.read_settings(build_parser().parse_args([command, *options]))[0]
+
+
+@pytest.mark.parametrize("command", ["evaluate", "chat", "serve"])
+def test_a_quantised_folder_in_the_place_of_a_runs_base_is_taken_as_it_is(command, folders, run):
+    on_run = Quantizing(quantize="nf4", keep_modules=("vit-mlp",))
+    for base in folders.values():
+        assert settings_by(command, "--run", run, "--from_pretrained", base).quantization == Quantizing()
+        for options, beginning in SAID_OF_A_FOLDER.values():
+            if options[-1] not in base:
+                with pytest.raises(ConfigError, match=f"^{beginning} {base} is quantised already, to "):
+                    settings_by(command, "--run", run, "--from_pretrained", base, *options)
+    assert settings_by(command, "--run", run).quantization == on_run
+    assert settings_by(command, "--run", run, "--from_pretrained", str(TINY_BASE)).quantization == on_run
+    own = settings_by(command, "--run", run, "--from_pretrained", folders["nf4"], "--quantize", "nf4")
+    assert own.quantization == on_run  # which is compared with what the folder holds, when that is read
+
+
+@pytest.mark.usefixtures("single_process_group")
+def test_a_run_goes_on_on_a_base_that_is_held_as_before(folders):
+    values = {"from_pretrained": folders["int8"], "quantize": "nf4"}
+    for origin in (Origin.RUN, Origin.RUN_DEFAULT):
+        with pytest.raises(
+            ConfigError, match="^--from_pretrained: .* is quantised to int8: .*, and the run to resume ho"
+        ):
+            _check_targets(TrainConfig.of(values, {"from_pretrained": Origin.OPTION, "quantize": origin}))
+
+
+def test_an_evaluation_says_how_the_folder_of_its_base_is_held(folders, tmp_path, monkeypatch):
+    """As one with the options does; the file of a version that did not say it is known again."""
+    monkeypatch.chdir(tmp_path)
+    config = TrainConfig.of({"from_pretrained": folders["nf4"], "test_data": ["images"]})
+    whole = TrainConfig.of({"from_pretrained": str(TINY_BASE), "test_data": ["images"], "quantize": "nf4"})
+    of = evaluated(config, None)
+    assert of == {**evaluated(whole, None), "base": of["base"]} and of["quantize"]["quantize"] == "nf4"
+    place = dict(adapter=None, run=None, out=None)
+    first, _ = evaluation_file(config, **place)
+    second = first.with_name(f"{first.stem}-2.json")
+    before = {name: value for name, value in of.items() if name != "quantize"}
+    for known, wanted in ((of, first), (before, first), ({**before, "prompt": "another"}, second)):
+        first.write_text(json.dumps({"images": 1, "of": known}))
+        assert evaluation_file(config, **place)[0] == wanted

@@ -42,7 +42,20 @@ MISTAKES = {
     "an unknown scheme": (["--quantize", "fp4"], "fp4"),
     "an unknown module": (["--quantize_modules", "gate"], "quantize_modules: 'gate' matches no layer; nearest: "),
     "a convolution": (["--quantize_modules", "patch_embedding.proj"], "is a Conv2d, and only linears are quantised"),
-    "nothing": (["--keep_modules", "all-linear"], "nothing is left after keep_modules"),
+    "nothing": (["--keep_modules", "all-linear"], "quantize_modules: nothing is left after keep_modules; keep fewer"),
+    "the head alone": (
+        ["--quantize_modules", "lm-head"],
+        "quantize_modules: nothing that it selects can be quantised: mixins.lm.lm_head is the output head, which stays "
+        "whole; select other linears",
+    ),
+    "the head, and no keeping of it": (
+        ["--quantize_modules", "lm-head", "--keep_modules", "vit-mlp"],
+        "nothing that it selects can be quantised: mixins.lm.lm_head is the output head, which stays whole; select",
+    ),
+    "the head, and all else kept": (
+        ["--quantize_modules", "lm-head", "projector", "--keep_modules", "projector"],
+        "nothing is left after keep_modules; mixins.lm.lm_head is the output head, which stays whole; keep fewer",
+    ),
     "no GPU": (["--device", "cuda"], "--device: got cuda, and there is no CUDA device; leave it out"),
 }
 

@@ -4,24 +4,28 @@ More of them: `python -m tests.distributed.matrix --quantize nf4`, or int8.
 """
 
 import itertools
+import json
 
 import pytest
 import torch
 
-from sat_lora import add_lora, save_adapter
+from sat_lora import AdapterError, add_lora, save_adapter
 from sat_lora.adapters.format import WEIGHTS
+from sat_lora.adapters.inspect import describe_adapter, inspect_adapter
+from sat_lora.adapters.merge import merge_adapter
 from sat_lora.adapters.read import read_adapter
+from sat_lora.adapters.verify import verify_merge
 from sat_lora.cogvlm.checkpoints.load import load_cogvlm, save_weights, shardings_of
 from sat_lora.cogvlm.checkpoints.quantized_writer import quantize_base
 from sat_lora.lora.live_base import identity_of_model
 from sat_lora.parallel.distributed import init_distributed, init_model_parallel
-from sat_lora.parallel.sharding import model_parallel_layout
+from sat_lora.parallel.sharding import model_parallel_layout, over_model_parallel
 from sat_lora.quantization.config import NAMES, Quantization
 from sat_lora.quantized.layers import bytes_of, quantized_weights
 from sat_lora.training.steps.engine import set_up_deepspeed, start_engine
 from tests.distributed.matrix import BOUNDS, Cell, errors_of
 from tests.support.ranks import run_ranks
-from tests.support.tiny import WIDE, logits_of, tiny_batch, tiny_model
+from tests.support.tiny import WIDE, fill_adapters, logits_of, tiny_batch, tiny_model
 from tests.support.training_runs import adapter_values, engine_config, mixed_batch, sgd, step_together, worst_error
 
 BATCH = "one text-only"
@@ -76,6 +80,88 @@ def slices(folder, whole):
         ]
         results.append((sorted(wrong), sorted(weights)))
     return *results, identity_of_model(model).digest
+
+
+SLICES = [(192, NAMES[0], {}), *(pytest.param(*case, marks=pytest.mark.matrix) for case in (
+    (192, NAMES[1], {}),
+    (96, NAMES[0], {}),  # slices of 48: no block divides them, and they stay whole
+    (192, NAMES[0], dict(init_lora_weights="loftq", loftq_iter=2)),
+))]  # fmt: skip
+
+
+@pytest.mark.parametrize(("inner", "scheme", "fields"), SLICES)
+def test_onto_what_was_trained_are_the_slices_in_their_own_blocks(
+    inner, scheme, fields, tmp_path, single_process_group
+):
+    config = {**WIDE, "inner_hidden_size": inner}
+    save_weights(tmp_path / "base", config, tiny_model(config=config).state_dict())
+    quantization = Quantization(scheme=scheme)
+    arrays = run_ranks(adapter_beside_slices, 2, tmp_path, quantization, fields)[0]
+    held = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    whole = {n: w.decoded() for n, w in quantized_weights(load_cogvlm(tmp_path / "base", quantize=quantization)[0])}
+    differing = {name for name in whole if name not in held or not torch.equal(whole[name], held[name])}
+    assert any("4h_to_h" in name for name in differing)
+    note = read_adapter(tmp_path / "adapter").base_quantization
+    assert note["slices"] == 2
+    about = describe_adapter(inspect_adapter(tmp_path / "adapter"))
+    assert f"quantised to {scheme}: all-linear, in the blocks of 2 model-parallel slices" in about
+    merge_adapter(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged", onto="trained")
+    assert verify_merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged", onto="trained").problems == ()
+    base, merged = (load_cogvlm(tmp_path / name)[0].state_dict() for name in ("base", "merged"))
+    saved = read_adapter(tmp_path / "adapter")
+    for name, weight in merged.items():
+        layer = name.removesuffix(".weight")
+        beside = held.get(layer, base[name]) if layer != name else base[name]
+        if layer not in saved.layers or layer == name:
+            assert torch.equal(weight, beside)
+            continue
+        delta = saved.delta_of(layer)
+        rank = saved.layers[layer].r
+        products = [
+            s_b @ s_a
+            for s_a, s_b in zip(delta.a.split(rank), delta.b.split([e - b for b, e in saved.layers[layer].rows]))
+        ]
+        torch.testing.assert_close(weight, beside + delta.scale * torch.cat(products), rtol=1e-5, atol=1e-6)
+    quantize_base(tmp_path / "base", tmp_path / "folder", quantization)
+    with pytest.raises(AdapterError, match="slices, and .*folder is quantised to |was begun by loftq"):
+        merge_adapter(tmp_path / "folder", tmp_path / "adapter", tmp_path / "none", onto="trained")
+    write_note(tmp_path / "adapter", {name: value for name, value in note.items() if name != "slices"})  # of before
+    merge_adapter(tmp_path / "base", tmp_path / "adapter", tmp_path / "before", onto="trained")
+
+
+def adapter_beside_slices(folder, quantization, fields):
+    """An adapter in FOLDER/adapter, beside slices that two ranks have encoded; these decoded, as whole tensors."""
+    init_model_parallel(init_distributed(), 2)
+    model, _ = load_cogvlm(folder / "base", model_parallel_size=2, quantize=quantization)
+    add_lora(model, r=2, target_modules=["language-mlp", "language-attention"], **fields)
+    fill_adapters(model)
+    save_adapter(model, folder / "adapter")
+    shardings = shardings_of(model)
+    return {
+        name: over_model_parallel(weight.decoded(), shardings[f"{name}.weight"]).numpy()
+        for name, weight in quantized_weights(model)
+    }
+
+
+@pytest.mark.parametrize("slices", [0, -1, True, "2", 1.5, None, [2], 3, 10**9], ids=str)
+def test_slices_that_there_are_not_are_an_error(slices, tmp_path, single_process_group):
+    save_weights(tmp_path / "base", WIDE, tiny_model(config=WIDE).state_dict())
+    model, _ = load_cogvlm(tmp_path / "base", quantize=Quantization())
+    add_lora(model, r=2)
+    save_adapter(model, tmp_path / "adapter")
+    note = read_adapter(tmp_path / "adapter").base_quantization
+    assert "slices" not in note  # as in files of before
+    write_note(tmp_path / "adapter", {**note, "slices": slices})
+    with pytest.raises(AdapterError, match="--onto trained: .* is not known here: "):
+        merge_adapter(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged", onto="trained")
+    assert "quantised to nf4" in describe_adapter(inspect_adapter(tmp_path / "adapter"))
+
+
+def write_note(adapter, note):
+    file = adapter / "adapter_config.json"
+    content = json.loads(file.read_text())
+    content["sat_lora"]["base_quantization"] = note
+    file.write_text(json.dumps(content))
 
 
 LOFTQ = dict(r=4, init_lora_weights="loftq", loftq_iter=2, target_modules=["language-attention", "language-mlp"])

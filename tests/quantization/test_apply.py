@@ -219,8 +219,10 @@ PROBLEMS = {
     "nothing": (dict(keep_modules=["all-linear"]), "quantize_modules: nothing is left after keep_modules"),
     "presets that fit nowhere": (
         dict(modules=["vit-attention"]),
-        "nothing is left after keep_modules; mixins.eva.vit_model.* has rows of 48",
+        "^quantize_modules: nothing that it selects can be quantised: mixins.eva.vit_model.* has rows of 48.*, and "
+        "[0-9]+ more stay whole; select other linears",
     ),
+    "no pattern": (dict(modules=[]), "^quantize_modules: it names no layer; give presets or patterns, such as all-lin"),
 }
 
 
@@ -251,7 +253,9 @@ def test_a_shared_weight_stays_whole():
 def test_a_second_time_finds_nothing_more():
     model = tiny_model()
     quantize_model(model)
-    with pytest.raises(ConfigError, match="nothing is left.* is quantised already"):
+    with pytest.raises(
+        ConfigError, match="nothing that it selects can be quantised: .* is quantised already, and [0-9]+ more"
+    ):
         quantize_model(model, modules=["language-mlp"])
 
 

@@ -30,7 +30,7 @@ from sat_lora.parallel.sharding import REPLICATED, Sharding, model_parallel_layo
 from sat_lora.printable import printable
 from sat_lora.quantization.apply import remember_quantization
 from sat_lora.quantization.config import Quantization
-from sat_lora.quantization.select import select_layers
+from sat_lora.quantization.select import as_encoded, select_layers
 from sat_lora.quantized.kernels import look_for_kernels
 from sat_lora.quantized.layers import put_quantized
 from sat_lora.quantized.quantized_weight import QuantizedWeight
@@ -166,6 +166,8 @@ def load_cogvlm(
     model.base_name = model.base_folder.name  # adapters name it
     note = source.note()
     quantized = quantized_layers(model, quantize, note, source.path)
+    if quantize is not None and note is None:
+        quantize = as_encoded(model, quantize)
     quantization = quantize if note is None else note.quantization
     look_for_kernels(None if quantization is None else quantization.scheme, device)
     whole_weight = _memory_for(quantized if note is None else {}, device)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from sat_lora.errors import CheckpointError, ConfigError
+from sat_lora.files.foreign import read_json
 from sat_lora.files.patterns import shortened
 from sat_lora.files.weight_files import Layout
 from sat_lora.lora.base_identity import BaseIdentity
@@ -93,6 +94,18 @@ def note_in(config: Mapping[str, Any], path: Path) -> QuantizationNote | None:
         raise CheckpointError(
             f"{path}: `{KEY}` in its model_config.json is not what `sat-lora quantize` writes: {printable(problem)}"
         ) from error
+
+
+def note_of_folder(folder: str | Path) -> QuantizationNote | None:
+    """Return the note of a model folder, or of a model_config.json; None where there is none, or nothing can be read:
+    that is told where the folder is opened. Raises CheckpointError as `note_in`.
+    """
+    path = Path(folder)
+    try:
+        config = read_json(path if path.suffix == ".json" else path / "model_config.json")
+    except (OSError, ValueError):
+        return None
+    return note_in(config, path) if isinstance(config, dict) else None
 
 
 def joined(state: Mapping[str, Any], note: QuantizationNote, file: Path) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sat_lora.cogvlm.inputs.prompts import PROMPTS
 from sat_lora.data.reading import READERS, SHARDS
@@ -38,6 +38,9 @@ from sat_lora.training.metrics.generated import GENERATED
 from sat_lora.training.metrics.registry import LOSS, METRICS
 from sat_lora.training.settings.fields import Known, fields_of, flag, frozen, plain, setting
 from sat_lora.training.settings.lora_options import ABOUT, LORA_FIELDS, lora_fields, patterns_of
+
+if TYPE_CHECKING:
+    from sat_lora.cogvlm.checkpoints.quantized_files import QuantizationNote
 from sat_lora.training.settings.schedule import DECAY_STYLES, learning_rate_factor, warmup_steps
 
 Paths = tuple[str, ...]
@@ -71,6 +74,7 @@ class Origin(Enum):
 
 
 BY_HAND = frozenset({Origin.OPTION, Origin.FILE, Origin.RUN})
+HERE = frozenset({Origin.OPTION, Origin.FILE})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -273,8 +277,8 @@ class Parallel:
 class Precision:
     """The dtype of the base. With neither flag it is bfloat16 on CUDA and float32 on a CPU."""
 
-    bf16: bool = flag(False, "bfloat16 (default on CUDA)", "--bf16", left_to_device=True)
-    fp16: bool = flag(False, "float16 with loss scaling, for GPUs without bfloat16", "--fp16", left_to_device=True)
+    bf16: bool = flag(False, "bfloat16 (default on CUDA)", "--bf16", left_to="the machine")
+    fp16: bool = flag(False, "float16 with loss scaling, for GPUs without bfloat16", "--fp16", left_to="the machine")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -282,7 +286,11 @@ class Quantizing:
     """How many bits the weights of the base are held in, and which of them."""
 
     quantize: str = setting(
-        NONE, "hold the base's linears in 4.25 or 8.25 bits", "--quantize", choices=lambda: (NONE, *NAMES)
+        NONE,
+        "hold the linears of a whole base in 4.25 or 8.25 bits",
+        "--quantize",
+        left_to="the base",
+        choices=lambda: (NONE, *NAMES),
     )
     quantize_modules: tuple[str, ...] = setting(
         (ALL,), "which of them, in the forms of --target_modules", "--quantize_modules", nargs="+", metavar="NAME"
@@ -301,13 +309,24 @@ class Quantizing:
         names = (source.name for source in fields(self) if source.name != "quantize_partition")
         return {name: plain(getattr(self, name)) for name in names}
 
-    def unheeded(self, given: Collection[str]) -> list[str]:
-        """Return the problems that patterns among the `given` names choose linears, and none is quantised."""
-        if self.quantize != NONE:
-            return []
-        patterns = [name for name in ("quantize_modules", "keep_modules") if name in given]
-        why = "it says which linears are quantised, and none is; give --quantize nf4 or int8"
-        return [f"--{name}: {why}" for name in patterns if plain(getattr(self, name)) != DEFAULTS[name]]
+    def unheeded(self, given: Collection[str], held: "QuantizationNote | None", base: str) -> list[str]:
+        """Return the problems that options among the `given` names say how the base is held, and it is held otherwise:
+        patterns where nothing is quantised, and another scheme, `none` or patterns alone where its folder has a scheme.
+
+        held: what the folder of the base says of its weights; None where they are whole.
+        """
+        is_open = self.quantize == NONE
+        patterns = [name for name in ("quantize_modules", "keep_modules") if name in given and is_open]
+        names = [name for name in patterns if plain(getattr(self, name)) != DEFAULTS[name]]
+        if held is None:
+            why = "it says which linears are quantised, and none is; give --quantize nf4 or int8"
+            return [f"--{name}: {why}" for name in names]
+        why = (
+            f"{printable(base)} is quantised already, to {held.quantization}, and holds no other weights; leave the "
+            f"option out, or give the base that it was made of, {held.base.title}"
+        )
+        is_other = "quantize" in given and self.quantize != held.quantization.scheme
+        return [f"--quantize: got {self.quantize}, and {why}"] * is_other + [f"--{name}: {why}" for name in names]
 
     def of(self, lora: LoraConfig) -> Quantization | None:
         """Return the Quantization that a run with these adapters asks for; None where its base stays whole.
@@ -587,6 +606,11 @@ class TrainConfig:
     def given(self) -> frozenset[str]:
         """The names of the values that were set by hand: as an option, in a file, or so in the run to go on with."""
         return frozenset(name for name, origin in self.origins.items() if origin in BY_HAND)
+
+    @property
+    def given_here(self) -> frozenset[str]:
+        """The names of those that were set by hand for this start: as an option, or in a file."""
+        return frozenset(name for name, origin in self.origins.items() if origin in HERE)
 
     @property
     def run_folder(self) -> str:

@@ -205,9 +205,11 @@ def as_yaml(config: TrainConfig, *, file: str | None = None) -> str:
         lines += ["", f"{section}:"]
         for known in (known for known in KNOWN.values() if known.section == section):
             origin = config.origin(known.name)
-            is_open = known.left_to_device and origin in (Origin.DEFAULT, Origin.RUN_DEFAULT)
+            is_of_run = known.left_to == "the base" and config.value(known.name) != known.default
+            open_origins = (Origin.DEFAULT,) if is_of_run else (Origin.DEFAULT, Origin.RUN_DEFAULT)
+            is_open = known.left_to is not None and origin in open_origins
             value = None if is_open else config.value(known.name)
-            source = "left to the machine" if is_open else sources.get(origin, origin.value)
+            source = f"left to {known.left_to}" if is_open else sources.get(origin, origin.value)
             lines += [f"  # {known.help} [{source}]", f"  {known.name}: {_scalar(value)}"]
     started = [
         f"{known.options[0]} {printable(config.value(name))}"

@@ -22,7 +22,7 @@ def setting(
     *names: str,
     group: str | None = None,
     resumed: bool = True,
-    left_to_device: bool = False,
+    left_to: str | None = None,
     accepts: Callable[[Any], bool] | None = None,
     wanted: str = "",
     **option: Any,
@@ -30,11 +30,11 @@ def setting(
     """Return a field of a section, for its dataclass.
 
     names: the spellings of its option; none where a file alone can set it. group: the heading of the option in --help
-    where that is not the section's. resumed: whether a run that goes on takes it over. left_to_device: whether the
-    machine decides it where nobody has said it. accepts, wanted: which values fit, where no option says so. option:
-    what `add_argument` takes; `choices` may be a function that gives them.
+    where that is not the section's. resumed: whether a run that goes on takes it over. left_to: what decides it
+    where nobody has said it, "the machine" or "the base". accepts, wanted: which values fit, where no option says so.
+    option: what `add_argument` takes; `choices` may be a function that gives them.
     """
-    about = dict(help=help, options=names, group=group, resumed=resumed, left_to_device=left_to_device)
+    about = dict(help=help, options=names, group=group, resumed=resumed, left_to=left_to)
     return field(default=default, metadata={**about, "accepts": accepts, "wanted": wanted, "option": option})
 
 
@@ -58,7 +58,7 @@ class Known:
     group: str
     """The heading of the option in --help."""
     resumed: bool = True
-    left_to_device: bool = False
+    left_to: str | None = None
     accepts: Callable[[Any], bool] | None = None
     wanted: str = ""
     option: Mapping[str, Any]

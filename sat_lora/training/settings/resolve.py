@@ -5,13 +5,14 @@ from dataclasses import replace
 from typing import Any
 
 from sat_lora.errors import ConfigError
-from sat_lora.training.settings.config import DEFAULTS, LORA_FIELDS, Origin, TrainConfig
+from sat_lora.training.settings.config import DEFAULTS, LORA_FIELDS, NONE, Origin, TrainConfig
 from sat_lora.training.settings.deepspeed_file import values_of_file
 from sat_lora.training.settings.lora_options import lora_problems
 
 LOWEST_USEFUL_RATE = 1e-5
 EXCLUSIVE = (("train_iters", "epochs"), ("bf16", "fp16"))
 """Pairs of settings of which the one from the better source counts, and the other is as if nobody had said it."""
+QUANTIZING = ("quantize", "quantize_modules", "keep_modules")
 NOTHING: Mapping[str, Any] = {}
 
 
@@ -67,6 +68,28 @@ def resolve(
         values["experiment_name"] = "replay"
     config = _config_of(values, origins)
     return config, _warnings(config.optimizer.lr, deepspeed_json)
+
+
+def held_as_its_folder(config: TrainConfig) -> TrainConfig:
+    """Return the config for a base that answers, on the weights that its folder holds.
+
+    A folder that is quantised needs no option: what a run says of how it held its own base is left out where another
+    base is given. Raises ConfigError, with all problems, for options of this start that cannot be followed, and
+    CheckpointError where the note of the folder is none. That is read only where something is said of it.
+    """
+    said = config.given_here & set(QUANTIZING)
+    if not said and config.quantization.quantize == NONE:
+        return config
+    from sat_lora.cogvlm.checkpoints.quantized_files import note_of_folder  # which imports torch
+
+    note = note_of_folder(config.model.base)
+    if note is not None and "from_pretrained" in config.given_here and "quantize" not in said:
+        config = config.replaced(quantize=NONE)
+    if config.quantization.quantize == NONE:  # the run's patterns say nothing then
+        config = config.replaced(**{name: DEFAULTS[name] for name in QUANTIZING if name not in said})
+    if problems := config.quantization.unheeded(config.given_here, note, config.model.base):
+        raise ConfigError("; ".join(problems))
+    return config
 
 
 def _config_of(values: dict[str, Any], origins: Mapping[str, Origin]) -> TrainConfig:

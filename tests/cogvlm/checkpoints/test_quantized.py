@@ -12,6 +12,7 @@ from sat_lora import (
     ConfigError,
     QuantizationError,
     add_lora,
+    combine_adapters,
     describe_text,
     load_adapter,
     save_adapter,
@@ -19,6 +20,7 @@ from sat_lora import (
 from sat_lora.adapters.inspect import describe_adapter, inspect_adapter
 from sat_lora.adapters.loftq_base import approximate_base
 from sat_lora.adapters.merge import merge_adapter
+from sat_lora.adapters.read import read_adapter
 from sat_lora.adapters.verify import verify_merge
 from sat_lora.cli import main
 from sat_lora.cogvlm.checkpoints import load as loading
@@ -151,7 +153,7 @@ NOTES = {
     "another version": (lambda note: note.update(format_version=2), "format version 2, this sat_lora reads 1.*anew"),
     "no version": (lambda note: note.pop("format_version"), "not what `sat-lora quantize` writes: no 'format_version'"),
     "another scheme": (lambda note: note.update(scheme="nf5"), "not what .* there is no scheme 'nf5'"),
-    "a scheme that is none": (lambda note: note.update(scheme=["nf4"]), "not what .* wanted a scheme and patterns"),
+    "a scheme that is none": (lambda note: note.update(scheme=["nf4"]), "not what .* wanted a scheme, patterns"),
     "another dtype": (lambda note: note.update(dtype="int8"), "not what .* there is no dtype 'int8', only float32, "),
     "no base": (lambda note: note.pop("base"), "not what .* no 'base'"),
     "a base that is none": (lambda note: note.update(base=[1]), "not what `sat-lora quantize` writes"),
@@ -260,7 +262,7 @@ OTHERS = {
     "the same layers in other words": (Quantization(modules=["all-linear", "language-mlp"]), {}, None),
     "what it brings whole": (Quantization(trained=("linear_proj",)), dict(modules_to_save=["linear_proj"]), None),
     "the same": (Quantization(), {}, None),
-    "whole weights": (None, {}, "was trained beside the base's own weights, and .*nf4 is quantised to nf4: all-linear"),
+    "whole weights": (None, {}, "was trained beside the base's own weights, or .*nf4 is quantised to nf4: all-linear"),
 }
 
 
@@ -424,11 +426,68 @@ def test_loftq_wants_the_base_itself(base, written, tmp_path):
         add_lora(model, **LOFTQ)
 
 
+def trained_beside(base, folder, quantization, seed, **fields):
+    """An adapter, in FOLDER, of the base held so."""
+    model, _ = load_cogvlm(base, dtype=torch.bfloat16, quantize=quantization)
+    add_lora(model, r=2, **{"target_modules": ["language-mlp"], **fields})
+    fill_adapters(model, seed)
+    save_adapter(model, folder)
+    return folder
+
+
+@pytest.mark.parametrize("method", [dict(method="cat"), dict(method="svd", rank=2)], ids=["cat", "svd"])
+@pytest.mark.parametrize("quantization", [ALL_LINEAR, Quantization(scheme="int8", keep_modules=["vit-mlp"])], ids=str)
+def test_adapters_of_one_quantised_base_are_combined_to_another(base, quantization, method, tmp_path):
+    folders = [trained_beside(base, tmp_path / str(seed), quantization, seed) for seed in range(2)]
+    combine_adapters(folders, tmp_path / "sum", **method)
+    assert f"trained on    the base quantised to {quantization}\n" in describe_adapter(
+        inspect_adapter(tmp_path / "sum")
+    )
+    merge_adapter(base, tmp_path / "sum", tmp_path / "merged", onto="trained")
+    assert verify_merge(base, tmp_path / "sum", tmp_path / "merged", onto="trained").problems == ()
+    held = dict(quantized_weights(load_cogvlm(base, dtype=torch.bfloat16, quantize=quantization)[0]))
+    merged = load_cogvlm(tmp_path / "merged", dtype=torch.bfloat16)[0]
+    adapted = read_adapter(tmp_path / "sum").layers.keys()
+    others = [name for name in held if name not in adapted]
+    assert others and all(torch.equal(merged.get_parameter(f"{n}.weight"), held[n].decoded()) for n in others)
+
+
+NOTHING_IN_COMMON = {
+    "two schemes": ((ALL_LINEAR, {}), (Quantization(scheme="int8"), {})),
+    "other layers": ((ALL_LINEAR, {}), (Quantization(keep_modules=["vit-mlp"]), {})),
+    "a whole base": ((ALL_LINEAR, {}), (None, {})),
+    "a whole base first": ((None, {}), (ALL_LINEAR, {})),
+    "loftq": ((ALL_LINEAR, dict(init_lora_weights="loftq")), (ALL_LINEAR, dict(init_lora_weights="loftq"))),
+    "loftq alone": ((ALL_LINEAR, dict(init_lora_weights="loftq")),),
+}
+
+
+@pytest.mark.parametrize("sides", NOTHING_IN_COMMON.values(), ids=NOTHING_IN_COMMON)
+def test_adapters_without_a_quantised_base_in_common_note_none_and_that_is_told(base, sides, tmp_path, caplog):
+    folders = [trained_beside(base, tmp_path / str(n), held, n, **fields) for n, (held, fields) in enumerate(sides)]
+    combine_adapters(folders, tmp_path / "sum", method="svd", rank=2)
+    assert "no quantised base in common" in caplog.text and "--onto trained" in caplog.text
+    assert read_adapter(tmp_path / "sum").base_quantization is None
+    with pytest.raises(
+        AdapterError, match="--onto trained: .* names no scheme: .* or is combined of adapters .*; leave"
+    ):
+        merge_adapter(base, tmp_path / "sum", tmp_path / "merged", onto="trained")
+    merge_adapter(base, tmp_path / "sum", tmp_path / "merged")
+
+
+def test_adapters_of_a_whole_base_are_combined_without_a_word(base, tmp_path, caplog):
+    folders = [trained_beside(base, tmp_path / str(seed), None, seed) for seed in range(2)]
+    combine_adapters(folders, tmp_path / "sum", method="cat")
+    assert read_adapter(tmp_path / "sum").base_quantization is None and not caplog.text
+
+
 def test_onto_what_was_trained_wants_an_adapter_that_says_it(base, tmp_path):
     model, _ = load_cogvlm(base)
     add_lora(model, r=2)
     save_adapter(model, tmp_path / "adapter")
-    with pytest.raises(AdapterError, match="--onto trained: .* was trained beside the base's own weights; leave"):
+    with pytest.raises(
+        AdapterError, match="--onto trained: .* was trained beside the base's own weights, or .*; leave"
+    ):
         merge_adapter(base, tmp_path / "adapter", tmp_path / "merged", onto="trained")
     path = tmp_path / "adapter" / "adapter_config.json"
     content = json.loads(path.read_text())
