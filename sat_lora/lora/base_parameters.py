@@ -136,7 +136,7 @@ class StandIn:
         return self if model is None else type(self)(memo.get(id(model), model), self._own)
 
 
-class _Words(TorchFunctionMode):
+class _TrainableFlags(TorchFunctionMode):
     """Hears which parameters are made trainable and which are frozen while it is entered."""
 
     def __init__(self) -> None:
@@ -178,7 +178,7 @@ class TrainedSet(StandIn):
         model = self._model()
         if model is None:
             return
-        with _Words() as words:
+        with _TrainableFlags() as flags:
             self.original(model)
         mixins = _mixins_in(model)
         if not mixins:
@@ -187,7 +187,7 @@ class TrainedSet(StandIn):
             mixin.refuse_foreign_layers(model)
         trained = _trained_by(*mixins)
         base = {name: parameter for name, parameter in model.named_parameters() if id(parameter) not in trained}
-        more = words.wanted(base)
+        more = flags.wanted(base)
         freeze_base(model)
         if more:
             names = list(dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in more))
