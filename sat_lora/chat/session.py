@@ -291,31 +291,46 @@ class Chat:
                     yield piece
 
     def _fitting(self, query: str) -> Sample:
-        """Return the question with as many turns before it as leave room for an answer."""
+        """Return the question with as many turns before it as leave room for an answer.
+
+        The newest are tried first and twice as many each time, so that what a long history costs is what fits of it.
+        """
         needed = min(self.max_new_tokens, self.max_length // 4)
-        for first in range(len(self.turns) + 1):
-            turns = self.turns[first:] if self.keeps_history else []
-            *earlier, last = self._parts([*(turn.query for turn in turns), query])
-            sample = build_sample(
-                self._tokenizer,
-                last,
-                None,
-                self._image_length,
-                self.max_length,
-                self._image,
-                self._special_tokens,
-                earlier=[(parts, turn.answer) for parts, turn in zip(earlier, turns)],
-                joins_images=self.takes_frames,
-            )
-            if len(sample.input_ids) + needed <= self.max_length:
-                self.left_out = first if self.keeps_history else 0
-                return sample
+        turns = self.turns if self.keeps_history else []
+        kept = 0
+        sample = self._laid_out([], query)
+        too_many = len(turns) + 1 if len(sample.input_ids) + needed <= self.max_length else 1
+        step = 1
+        while kept + 1 < too_many:
+            number = min(kept + step, too_many - 1)
+            longer = self._laid_out(turns[-number:], query)
+            if len(longer.input_ids) + needed <= self.max_length:
+                kept = number
+                sample = longer
+                step *= 2
+            else:
+                too_many = number
+                step = max(1, (number - kept) // 2)
         if len(sample.input_ids) < self.max_length:
-            self.left_out = len(self.turns) if self.keeps_history else 0
+            self.left_out = len(turns) - kept
             return sample
         raise DataError(
             f"the question takes {len(sample.input_ids)} tokens{' with its image' * self.has_image}, and question and "
             f"answer may have {self.max_length} together; ask a shorter one, or raise max_length"
+        )
+
+    def _laid_out(self, turns: Sequence[Turn], query: str) -> Sample:
+        *earlier, last = self._parts([*(turn.query for turn in turns), query])
+        return build_sample(
+            self._tokenizer,
+            last,
+            None,
+            self._image_length,
+            self.max_length,
+            self._image,
+            self._special_tokens,
+            earlier=[(parts, turn.answer) for parts, turn in zip(earlier, turns)],
+            joins_images=self.takes_frames,
         )
 
     def _parts(self, queries: Sequence[str]) -> list[tuple[str, ...]]:

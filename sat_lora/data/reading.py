@@ -220,8 +220,13 @@ def rewrite(value: object, options: RecordOptions) -> tuple[list[Fields], str]:
     return [{key: text for key, text in fields.items() if key not in left_out} for fields in samples], layout
 
 
+_LISTS = frozenset(("answers", "boxes", "image", "images", "unlearnt"))
+"""Our keys beside the turns that may have lists. A text under another one is a text, whatever it looks like."""
+
+
 def _unpacked(record: Fields, ignored: Collection[str]) -> Fields:
-    """Return the record with its turns as lists: tables hold them as JSON, and `datasets` as lists in an object.
+    """Return the record with its turns, and what else is a list, as lists: tables hold them as JSON, and `datasets` has
+    turns as lists in an object.
 
     Raises RecordError for a text that begins as such a list and is none.
     """
@@ -243,7 +248,22 @@ def _unpacked(record: Fields, ignored: Collection[str]) -> Fields:
             value = [dict(zip(value, turn)) for turn in zip(*value.values())]
         if value is not record[key]:
             lists[key] = value
+    for key in _LISTS.intersection(record).difference(ignored):
+        value = _list_in(record[key])
+        if value is not None and (key != "answers" or all(isinstance(answer, str | dict) for answer in value)):
+            lists[key] = value
     return {**record, **lists} if lists else record
+
+
+def _list_in(text: object) -> list | None:
+    """Return the list that a text is as JSON; None where it is none, which whoever reads the key tells."""
+    if not isinstance(text, str) or not text.lstrip().startswith("["):
+        return None
+    try:
+        value = parse_json(text)
+    except ValueError:
+        return None
+    return value if isinstance(value, list) else None
 
 
 def _layout_of(record: Mapping) -> str:

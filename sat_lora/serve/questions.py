@@ -177,8 +177,6 @@ def _sampling(fields: _Fields) -> Sampling:
         known |= {"top_p": 1.0, "top_k": 0}
     if known["top_k"] < 0:
         raise RequestError(f"top_k: got {_shown(known['top_k'])}, wanted a whole number, 0 for all tokens")
-    if known["seed"] is not None and not -(2**63) <= known["seed"] < 2**63:
-        raise RequestError("seed: wanted a whole number of 64 bits")
     try:
         return Sampling(**known)
     except ConfigError as error:
@@ -205,6 +203,7 @@ def _conversation(messages: Any) -> tuple[str, tuple[tuple[str, str], ...], byte
         expected = ("user", "assistant")[len(texts) % 2]
         if role != expected:
             raise RequestError(f"{where}.role: got {_shown(role)}, wanted {expected!r}: user and assistant take turns")
+        _refuse_others(message, ("role", "content", "name"), where)
         texts.append(_text_of(message.get("content"), f"{where}.content", images if role == "user" else None))
     if len(texts) % 2 == 0:
         raise RequestError("messages: the last one has to be the user's")
@@ -226,16 +225,34 @@ def _text_of(content: object, where: str, images: list[bytes] | None) -> str:
         place = f"{where}[{number}]"
         kind = part.get("type") if isinstance(part, dict) else None
         if kind == "text" and isinstance(part.get("text"), str):
+            _refuse_others(part, ("type", "text"), place)
             texts.append(part["text"])
         elif kind in FILM_PARTS:
             raise RequestError(f"{place}: a film; {NO_FILMS}")
         elif kind == "image_url" and images is not None:
+            _refuse_others(part, ("type", "image_url"), place)
             url = part.get("image_url")
             images.append(_content_of(url.get("url") if isinstance(url, dict) else url, f"{place}.image_url"))
         else:
             wanted = "a part of type text" + (" or image_url" if images is not None else "")
             raise RequestError(f"{place}: got {_shown(part)}, wanted {wanted}")
     return "\n".join(texts)
+
+
+def _refuse_others(part: Mapping[str, Any], known: Sequence[str], where: str) -> None:
+    """Raise RequestError where a message or a part of one says more than the known fields, as a picture under another
+    name; what is empty, as it stands in OpenAI's own answers, says nothing, and neither does a cache's mark.
+    """
+    others = sorted(
+        name
+        for name, value in part.items()
+        if name not in (*known, "cache_control") and value not in (None, [], {}, "")
+    )
+    if others:
+        raise RequestError(
+            f"{where}: {', '.join(map(_shown, others[:5]))}: not known here; leave it out, and send a picture as a part "
+            'of the content: {"type": "image_url", "image_url": {"url": "data:image/png;base64,..."}}'
+        )
 
 
 def _content_of(url: object, where: str) -> bytes:

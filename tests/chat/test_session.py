@@ -8,6 +8,7 @@ from PIL import Image
 
 from sat_lora import AdapterError, ConfigError, DataError, load_adapter
 from sat_lora.chat import Chat
+from sat_lora.chat.session import Turn
 from sat_lora.cogvlm import load_cogvlm
 from sat_lora.cogvlm.inputs.image import load_image
 from sat_lora.cogvlm.inputs.prompts import prompt_text
@@ -125,6 +126,25 @@ def test_the_oldest_turns_give_way(chat_of, greedy, base, adapters):
         DataError, match=r"the question takes \d+ tokens, and question and answer may have 120 together"
     ):
         chat.ask("x" * 130)
+
+
+@pytest.mark.parametrize("count", [0, 1, 5, 6, 7, 100])
+@pytest.mark.parametrize("length", [1, 9])
+def test_a_long_history_costs_what_fits_of_it(chat_of, adapters, monkeypatch, count, length):
+    """As many of the newest turns are kept as fit, and what is older is hardly looked at."""
+    chat = chat_of({"mine": adapters["mine"]}, max_length=120)
+    chat.turns = [Turn("q" * length, "mine", "a" * (number % 3)) for number in range(count)]
+    lengths = [len(chat._laid_out(chat.turns[first:], "x").input_ids) for first in range(count + 1)]
+    needed = min(chat.max_new_tokens, 120 // 4)
+    laid_out = []
+    plain = type(chat)._laid_out
+    monkeypatch.setattr(
+        chat, "_laid_out", lambda turns, query: laid_out.append(len(turns)) or plain(chat, turns, query)
+    )
+    chat.prepare("x")
+    assert chat.left_out == next(first for first, tokens in enumerate(lengths) if tokens + needed <= 120)
+    kept = count - chat.left_out
+    assert max(laid_out) <= 2 * kept + 1 and len(laid_out) <= 2 + 2 * (kept + 1).bit_length()
 
 
 def test_what_was_said_before_a_stop_is_kept(chat_of, adapters):

@@ -43,6 +43,13 @@ def test_what_is_left_out_or_null():
     assert question.sampling == GREEDY and question.max_new_tokens is None and not question.streams
 
 
+def test_an_answer_of_openai_goes_back_as_a_turn():
+    """As its client gives it, with all its fields, of which those that are empty say nothing."""
+    empty = {"refusal": None, "annotations": [], "audio": None, "function_call": None, "tool_calls": None}
+    answer = {"role": "assistant", "content": "y", **empty}
+    assert read(asked(user("x"), answer, {**user("z"), "name": "me"})).turns == (("x", "y"),)
+
+
 @pytest.mark.parametrize("head", ["DATA:image/png;base64", "Data:;BASE64", "data:IMAGE/PNG;Base64"])
 def test_a_data_url_is_one_in_any_case(head):
     """RFC 3986 3.1: schemes are case-insensitive."""
@@ -190,6 +197,22 @@ def test_temperature_zero_is_greedy_whatever_comes_with_it():
         (asked(user("x"), presence_penalty=1), "presence_penalty: not known here; repetition_penalty is", 400),
         (asked(user("x"), tools=[{}]), "'tools': not known here; leave it out", 400),
         (asked(user("x"), seed=2**70), "seed: wanted a whole number of 64 bits", 400),
+        (
+            asked({**user("x"), "images": [URL]}),
+            r"messages\[0\]: 'images': not known here; .* send a picture as a part",
+            400,
+        ),
+        (asked({**user("x"), "image": URL}), "'image': not known here", 400),
+        (
+            asked(user([{"type": "text", "text": "x", "image_url": {"url": URL}}])),
+            r"content\[0\]: 'image_url': not",
+            400,
+        ),
+        (
+            asked(user("x"), {"role": "assistant", "content": "y", "tool_calls": [{}]}, user("z")),
+            r"messages\[1\]: 'tool_calls': not known here",
+            400,
+        ),
         (asked(*[user("x")] * 300), "messages: got 300, wanted 256 at most", 400),
     ],
 )

@@ -41,6 +41,8 @@ class Sampling:
             problems.append(f"repetition_penalty: got {self.repetition_penalty}, wanted a number above 0")
         elif not SMALLEST <= self.repetition_penalty <= LARGEST:
             problems.append(f"repetition_penalty: got {self.repetition_penalty}, wanted {SMALLEST:g} to {LARGEST:g}")
+        if self.seed is not None and not -(2**63) <= self.seed < 2**63:
+            problems.append("seed: wanted a whole number of 64 bits")
         if self.temperature == 0 and (self.top_p < 1 or self.top_k):
             problems.append("top_p and top_k: temperature 0 draws nothing; give a temperature, 1 for the model's own")
         if problems:

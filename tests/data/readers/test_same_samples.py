@@ -1,5 +1,6 @@
 """The same samples in every layout make the same tokens, labels, masks and pixels, byte for byte."""
 
+import csv
 import json
 from pathlib import Path
 
@@ -152,6 +153,31 @@ RECORDS = {
     "text in a cell": {"messages": json.dumps(roles(TWO))},
     "lists in an object": {"conversations": {"from": ["human", "gpt"], "value": ["a?", "4"]}},
 }
+
+
+LISTS = ("answers of several", "answers as objects", "boxes", "shares", "unlearnt")
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_a_cell_of_a_table_holds_lists_as_json(tmp_path, tokenizer, name):
+    write_pictures(tmp_path, [("a", [])])
+    record = {**RECORDS[name], "image": "a.png"}
+    expected = samples_of(lines(tmp_path / "d.jsonl", [record]), tokenizer)
+    cells = {key: value if isinstance(value, str) else json.dumps(value) for key, value in record.items()}
+    with (tmp_path / "d.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([cells.keys(), cells.values()])
+    assert_the_same(samples_of(tmp_path / "d.csv", tokenizer), expected)
+    items = [read_items([tmp_path / file])[0] for file in ("d.csv", "d.jsonl")]
+    assert items[0].references == items[1].references
+
+
+def test_several_images_may_be_json_in_a_cell_and_a_text_stays_one(tmp_path, tokenizer):
+    write_pictures(tmp_path, [("a", []), ("b", [])])
+    record = {"prompt": "<image><image>Same?", "answer": "[1, 2]", "images": ["a.png", "b.png"]}
+    expected = samples_of(lines(tmp_path / "d.jsonl", [record]), tokenizer, images_per_sample=2)
+    with (tmp_path / "d.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([record.keys(), [*list(record.values())[:2], json.dumps(record["images"])]])
+    assert_the_same(samples_of(tmp_path / "d.csv", tokenizer, images_per_sample=2), expected)
 
 
 @pytest.mark.parametrize("name", RECORDS)
