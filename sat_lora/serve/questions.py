@@ -250,8 +250,8 @@ def _refuse_others(part: Mapping[str, Any], known: Sequence[str], where: str) ->
     )
     if others:
         raise RequestError(
-            f"{where}: {', '.join(map(_shown, others[:5]))}: not known here; leave it out, and send a picture as a part "
-            'of the content: {"type": "image_url", "image_url": {"url": "data:image/png;base64,..."}}'
+            f"{where}: {', '.join(map(_shown, others[:5]))}: not known here; leave it out, and send a picture as a "
+            'part of the content: {"type": "image_url", "image_url": {"url": "data:image/png;base64,..."}}'
         )
 
 

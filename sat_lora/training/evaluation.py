@@ -5,7 +5,7 @@ import itertools
 import os
 import re
 import tempfile
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +31,14 @@ from sat_lora.printable import printable
 from sat_lora.terminal.notice import warn
 from sat_lora.terminal.progress import shown
 from sat_lora.training.answers.answering import BASE, answer_samples, cut_answers, length_of_answer
-from sat_lora.training.answers.prediction import Evaluated, lines_of, scores_of
-from sat_lora.training.metrics.generated import DEFAULT_METRICS, load_metric, settled_name, shown_metrics
+from sat_lora.training.answers.prediction import Evaluated, Prediction, lines_of, scores_of
+from sat_lora.training.metrics.generated import (
+    DEFAULT_METRICS,
+    AnswerMetric,
+    load_metric,
+    settled_name,
+    shown_metrics,
+)
 from sat_lora.training.metrics.scores import LEVEL, RESAMPLES, SEED, Scores, interval_of
 from sat_lora.training.prepare import dataset_maker, load_base
 from sat_lora.training.runs.results import EVALUATION, PREDICTIONS, RUN
@@ -123,19 +129,45 @@ def answer_test_data(
     if not predictions:
         paths = list(config.data.test_data or ())
         raise DataError(f"--test-data: none of {paths} can be read; the first: {broken[0][1]}")
-    scores = run_on_all_ranks(scores_of, predictions, metrics)
+    scores, problems = run_on_all_ranks(_measured, predictions, metrics)
     always = scores_of(predictions, {name: load_metric(name) for name in DEFAULT_METRICS})
     result: dict[str, Any] = {"images": len(predictions)}
     for side, by_name in always.items():
         home = result if side in TITLES else result.setdefault("adapters", {})
         home[side] = {name.replace("-", "_"): measured.value for name, measured in by_name.items()}
-    result["metrics"] = {name: {side: _figures(scores[side][name]) for side in scores} for name in metrics}
+    measured_names = next(iter(scores.values()))
+    result["metrics"] = {name: {side: _figures(by[name]) for side, by in scores.items()} for name in measured_names}
     result["bootstrap"] = {"resamples": RESAMPLES, "level": LEVEL, "seed": SEED}
     if broken:
         result |= {"broken": sorted({path for path, _, _ in broken}), "broken_samples": len(broken)}
     return Evaluated(
-        result=result, predictions=predictions, scores=scores, samples=dataset.items, takes_frames=dataset.takes_frames
+        result=result,
+        predictions=predictions,
+        scores=scores,
+        samples=dataset.items,
+        takes_frames=dataset.takes_frames,
+        problems=tuple(problems),
     )
+
+
+def _measured(
+    predictions: Sequence[Prediction], metrics: Mapping[str, AnswerMetric]
+) -> tuple[dict[str, dict[str, Scores]], list[str]]:
+    """Return (what `scores_of` gives, without metrics that raise ConfigError; what these raise).
+
+    Somebody's own may meet an answer that it cannot measure, after everything has been answered.
+    """
+    scores: dict[str, dict[str, Scores]] = {side: {} for side in predictions[0].answers}
+    problems = []
+    for name, metric in metrics.items():
+        try:
+            measured = scores_of(predictions, {name: metric})
+        except ConfigError as error:
+            problems.append(str(error))
+            continue
+        for side, by_name in measured.items():
+            scores[side] |= by_name
+    return scores, problems
 
 
 def _sides_of(adapter: str | Path | Mapping[str, str | Path] | None) -> list[str]:
@@ -251,8 +283,10 @@ def write_evaluation(
     adapter: str | Path | Mapping[str, str | Path] | None,
     has_base: bool = True,
 ) -> None:
-    """Write the predictions of `answer_test_data`, and then its result, with what it is of under `of`. Raises
-    ConfigError where that fails; what was there before then stays.
+    """Write the predictions of `answer_test_data`, and then its result, with what it is of under `of`.
+
+    Raises ConfigError where that fails; what was there before then stays. Raises it also, with all written, for metrics
+    that could not be measured.
     """
     for path, write in (
         (predictions_file(file), lambda place: replace_lines(place, lines_of(measured.predictions, measured.scores))),
@@ -262,6 +296,11 @@ def write_evaluation(
             write(path)
         except OSError as error:
             raise _not_written(path, error) from error
+    if measured.problems:
+        problems = "\n".join(measured.problems)
+        raise ConfigError(
+            f"--metrics: {problems}; the answers, and all else, are in {printable(predictions_file(file))}"
+        )
 
 
 def predictions_file(file: Path) -> Path:

@@ -152,6 +152,23 @@ def test_the_script_writes_what_it_measured(tmp_path, captchas):
     assert (tmp_path / "result.html").read_text().count("<section>") == 12
 
 
+def test_a_metric_that_fails_after_all_was_answered_loses_nothing(tmp_path, captchas):
+    label = max(path.stem for path in (captchas / "test").rglob("*.*"))
+    own = tmp_path / "own.py"
+    own.write_text(
+        "def late(prediction, answers):\n"
+        f"    if answers == [{label!r}]: raise KeyError('no such word')\n"
+        "    return 1.0\n"
+    )
+    out = tmp_path / "result.json"
+    options = ["--from_pretrained", str(TINY_BASE), "--test-data", str(captchas / "test"), "--version", "base"]
+    options += ["--max_length", "64", "--out", str(out), "--metrics", "token-f1", f"{own}:late"]
+    assert run_ranks(evaluate_by_script, 1, options) == [2]
+    lines = [json.loads(line) for line in (tmp_path / "result.predictions.jsonl").read_text().splitlines()]
+    assert len(lines) == 12 and all([*line["scores"]["base"]] == ["token-f1"] for line in lines)
+    assert json.loads(out.read_text())["images"] == 12 and [*json.loads(out.read_text())["metrics"]] == ["token-f1"]
+
+
 @pytest.mark.matrix
 def test_several_adapters_answer_side_by_side(tmp_path, captchas):
     """One as it was saved, and one whose deltas are scaled to nothing; on two ranks, without the base."""

@@ -52,6 +52,8 @@ class Evaluated:
     """All samples of the data, by the index of a prediction."""
     takes_frames: bool = False
     """Whether the images of samples are films."""
+    problems: tuple[str, ...] = ()
+    """Why metrics of --metrics could not be measured; they are not among the scores."""
 
 
 def prediction_of(
