@@ -81,7 +81,7 @@ def run(options: argparse.Namespace) -> None:
     if options.prompt is None:
         from sat_lora.chat.terminal import Conversation, converse, typed_lines
 
-        lines: Iterable[str] = typed_lines(chat) if is_main else ()
+        lines: Iterable[str] = _while_somebody_reads(typed_lines(chat)) if is_main else ()
         conversation = Conversation(chat, sys.stdout if is_main else None, is_alone=place.size == 1)
         converse(conversation, lines if place.size == 1 else _of_first_rank(lines, is_main))
         return
@@ -250,6 +250,14 @@ def _load(
         special_tokens=config.data.special_tokens_in_text,
         max_pixels=config.data.max_pixels,
     )
+
+
+def _while_somebody_reads(lines: Iterable[str]) -> Iterator[str]:
+    """Yield the lines until stdout's reader has gone, as `head` does when it has heard enough."""
+    for line in lines:
+        if getattr(sys.stdout, "error", None) is not None:
+            return
+        yield line
 
 
 def _of_first_rank(lines: Iterable[str], is_main: bool) -> Iterator[str]:

@@ -17,9 +17,10 @@ from sat_lora.chat import Chat
 from sat_lora.cli import build_parser, main
 from sat_lora.cogvlm import load_cogvlm
 from sat_lora.cogvlm.checkpoints.load import save_weights
-from sat_lora.commands.chat import film_problem, names_of, read_settings
+from sat_lora.commands.chat import _while_somebody_reads, film_problem, names_of, read_settings
 from sat_lora.quantization.config import Quantization
 from sat_lora.quantized.layers import quantized_weight_of
+from sat_lora.terminal.edge import LastingStream
 from tests.support.films import write_film
 from tests.support.paths import ROOT, TINY_BASE
 from tests.support.tiny import fill_adapters
@@ -229,3 +230,15 @@ def test_two_ranks_of_a_model_answer_as_one(adapter, picture):
         "base answers (there are also: mine)",
         expected(None, picture),
     ]
+
+
+def test_nobody_is_answered_any_more_once_the_reader_has_gone(monkeypatch):
+    """As with `sat-lora chat < questions | head -1`: the stream takes what nobody reads."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    monkeypatch.setattr(sys, "stdout", LastingStream(os.fdopen(writer, "w")))
+    taken = []
+    for line in _while_somebody_reads(["one", "two", "three"]):
+        taken.append(line)
+        print("an answer", flush=True)
+    assert taken == ["one"]
