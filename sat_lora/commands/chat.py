@@ -237,6 +237,9 @@ def _load(
         quantize=quantization,
         progress=partial(shown, what="loading the base", unit="modules") if place.rank == 0 else iter,
     )
+    max_length = options.max_length
+    if max_length is None and options.run:  # what fitted into a sample of the run fits into a question
+        max_length = max(config.model.max_length, int(loaded[1].get("max_sequence_length") or 0))
     return Chat(
         loaded,
         adapters=adapters,
@@ -244,7 +247,7 @@ def _load(
         version=config.model.version,
         sampling=chosen,
         max_new_tokens=options.max_new_tokens,
-        max_length=options.max_length,
+        max_length=max_length,
         stop=vars(options).get("stop") or (),
         any_base=options.any_base,
         special_tokens=config.data.special_tokens_in_text,

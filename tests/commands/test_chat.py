@@ -91,6 +91,18 @@ def test_a_run_brings_its_base_adapter_and_prompt_format(chat, adapter, picture,
     assert (status, out) == (0, f"{expected(adapter, picture)}\n"), err
 
 
+def test_a_question_may_be_as_long_as_a_sample_of_the_run(chat, adapter, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "adapter").symlink_to(adapter)
+    settings = {"from_pretrained": str(TINY_BASE), "version": "base", "given": [], "max_length": 400}
+    (run / "run.json").write_text(json.dumps({"settings": settings}))
+    question = ["--prompt", "x" * 300, "--max-new-tokens", "2"]
+    assert chat("--run", run, *question)[0] == 0
+    status, _, err = chat("--base", TINY_BASE, *question)
+    assert status == 2 and "question and answer may have 256 together; ask a shorter one, or raise max_length" in err
+
+
 @pytest.mark.parametrize("scheme, kept", [("int8", ("vit-mlp",)), ("nf4", ())])
 def test_a_base_in_few_bits_answers_as_its_decoded_weights_do(scheme, kept, chat, adapter, picture):
     options = ["--base", TINY_BASE, "--version", "base", "--adapter", adapter, "--image", picture]
