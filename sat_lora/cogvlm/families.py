@@ -334,7 +334,10 @@ def with_published_sizes(family: Family, names: Sequence[str]) -> str:
     """Return sizes that a config of that family lacks as a sentence lists them, with what the published one has."""
     config = next(config for config in map(published_config, published()) if family_of(config) is family)
     values = [config.get("eva_args", {}).get(name.removeprefix("eva_args.")) or config.get(name) for name in names]
-    return ", ".join(f"{name} ({_short(value)})" if value is not None else name for name, value in zip(names, values))
+    return ", ".join(
+        name if value is None or isinstance(value, dict) else f"{name} ({_short(value)})"
+        for name, value in zip(names, values)
+    )
 
 
 def _short(value: Any) -> str:

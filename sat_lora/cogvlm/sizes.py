@@ -34,6 +34,7 @@ COUNTS = {
 NOT_NEGATIVE = {"pre_len", "post_len", "num_multi_query_heads", "num_vision_layers"}
 NUMBERS = {"layernorm_epsilon", "rotary_base", "hidden_dropout", "attention_dropout"}
 FLAGS = {"use_bias", "use_final_layernorm", "row_parallel_linear_final_bias"}
+FEW = 4  # sizes that a config of the family may have lost; one that lacks more is another model's
 MOST_LAYERS = 10_000  # a model of more would be built for minutes before it could be refused
 LARGEST = 2**31 - 1
 
@@ -54,6 +55,8 @@ def lacking(config: dict) -> str | None:
     if not names:
         return None
     family = _family(config)
+    if len(names) > FEW:
+        return f"the model config lacks {', '.join(names)}; it is no {family.title} config"
     return (
         f"the model config lacks {with_published_sizes(family, names)}; it is no {family.title} config, or not all of "
         "it is there: copy it again, or set them (in brackets is what the published model has)"

@@ -25,6 +25,7 @@ from sat_lora.lora.apply import adapters_of
 from sat_lora.quantization.config import Quantization
 from sat_lora.serve.app import RequestLimits
 from tests.support.paths import ROOT
+from tests.support.ranks import run_ranks
 from tests.support.serving import served
 from tests.support.tiny import logits_of
 
@@ -123,10 +124,9 @@ def chat_of(*options):
     return load_chat(build_parser().parse_args(["serve", *map(str, options), *SAID]))
 
 
-def evaluated(sat_lora, out, *options):
-    """What an evaluation's file of predictions says, by side."""
-    status, _, error = sat_lora("evaluate", *options, "--out", out)
-    assert status == 0, error
+def evaluated(out, *options):
+    """What an evaluation's file of predictions says, by side. In a process of its own, whose groups it leaves."""
+    assert run_ranks(main, 1, ["evaluate", *map(str, options), "--out", str(out)]) == [0]
     return json.loads(out.with_suffix(".predictions.jsonl").read_text())["predictions"]
 
 
@@ -142,7 +142,7 @@ def asked(address, run, model):
 def test_chat_server_and_evaluation_answer_as_the_model_that_trained(run, sat_lora, tmp_path):
     answers = run.own.answers
     assert answers != run.rough.answers and answers["base"] != answers["adapter"]
-    predictions = evaluated(sat_lora, tmp_path / "of.json", "--run", run.folder)
+    predictions = evaluated(tmp_path / "of.json", "--run", run.folder)
     assert all(predictions[side].startswith(said) and said for side, said in answers.items())
     line = ["--run", run.folder, "--image", run.picture, "--prompt", QUERY, *SAID]
     status, out, error = sat_lora("chat", *line)
@@ -159,7 +159,7 @@ def test_chat_server_and_evaluation_answer_as_the_model_that_trained(run, sat_lo
 
 
 @pytest.mark.parametrize("held", ["none", pytest.param("int8", marks=pytest.mark.matrix)])
-def test_on_any_other_base_it_is_a_plain_adapter(held, run, sat_lora, tmp_path):
+def test_on_any_other_base_it_is_a_plain_adapter(held, run, tmp_path):
     """W + B A - B_0 A_0, or the same beside other codes: what was learnt."""
     model, config = load_cogvlm(run.base, quantize=None if held == "none" else Quantization(scheme=held))
     load_adapter(model, run.adapter)
@@ -167,7 +167,7 @@ def test_on_any_other_base_it_is_a_plain_adapter(held, run, sat_lora, tmp_path):
     chat = chat_of("--run", run.folder, "--quantize", held)
     assert torch.equal(logits_in(chat, run.picture), wanted.logits["adapter"])
     assert chat.ask(QUERY, run.picture).strip() == wanted.answers["adapter"]
-    predictions = evaluated(sat_lora, tmp_path / "of.json", "--run", run.folder, "--quantize", held)
+    predictions = evaluated(tmp_path / "of.json", "--run", run.folder, "--quantize", held)
     assert all(predictions[side].startswith(said) and said for side, said in wanted.answers.items())
 
 
@@ -188,13 +188,13 @@ def test_steps_of_one_run_share_its_base(run):
 
 
 @pytest.mark.matrix
-def test_steps_of_one_run_are_served_and_evaluated_together(run, sat_lora, tmp_path):
+def test_steps_of_one_run_are_served_and_evaluated_together(run, tmp_path):
     steps = [run.adapter / "2", run.adapter / "1", run.adapter / "2"]
     alone, chat = said_by_steps(run, [*reversed(steps[:2])])
     with served(chat, limits=RequestLimits()) as address:
         said = [asked(address, run, name) for name in (*chat.adapters, "base", *chat.adapters)]
     assert said == [*alone, run.own.answers["base"], *alone]
-    predictions = evaluated(sat_lora, tmp_path / "of.json", "--run", run.folder, "--adapter", *steps)
+    predictions = evaluated(tmp_path / "of.json", "--run", run.folder, "--adapter", *steps)
     assert predictions.pop("base").startswith(run.own.answers["base"])
     wanted = [alone[1], alone[0], alone[1]]
     assert [text[: len(said)] for text, said in zip(predictions.values(), wanted)] == wanted
@@ -260,21 +260,18 @@ def port_of(command):
 
 
 @pytest.mark.parametrize("command", ["chat", "serve", "evaluate"])
-@pytest.mark.parametrize("options", [[], ["--quantize", "none"]], ids=["as the run", "as the folder"])
-def test_a_folder_of_codes_alone_is_refused_before_anything_loads(
-    command, options, run, sat_lora, nothing_loads, tmp_path
-):
+def test_a_folder_of_codes_alone_is_refused_before_anything_loads(command, run, sat_lora, nothing_loads, tmp_path):
     quantize_base(run.base, tmp_path / "codes", Quantization())
-    line = ["--run", run.folder, "--from_pretrained", tmp_path / "codes", *options, *port_of(command)]
+    line = ["--run", run.folder, "--from_pretrained", tmp_path / "codes", *port_of(command)]
     status, _, error = sat_lora(command, *line)
     assert status == 2 and f"--from_pretrained: {tmp_path / 'codes'} holds codes alone" in error
     assert "--quantize nf4" in error and "keep_originals" not in error and "Traceback" not in error
 
 
 @pytest.mark.matrix
-def test_a_folder_of_other_codes_takes_it_as_any_base_does(run, sat_lora, tmp_path):
+def test_a_folder_of_other_codes_takes_it_as_any_base_does(run, tmp_path):
     quantize_base(run.base, tmp_path / "codes", Quantization(scheme="int8"))
-    own = chat_of("--run", run.folder, "--from_pretrained", tmp_path / "codes", "--quantize", "none")
+    own = chat_of("--run", run.folder, "--from_pretrained", tmp_path / "codes")
     other = chat_of("--run", run.folder, "--quantize", "int8")
     assert torch.equal(logits_in(own, run.picture), logits_in(other, run.picture))
 
