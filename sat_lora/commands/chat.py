@@ -57,7 +57,8 @@ def add_model_options(command: argparse.ArgumentParser) -> None:
     formats = ["base", "chat", "vqa", "chat_old"]
     option("--version", choices=formats, help="prompt format of the base (default: its config's, or chat)")
     option("--max-new-tokens", type=positive_int, default=512, metavar="N", help="of an answer (default: 512)")
-    option("--max_length", type=positive_int, metavar="N", help="of question, turns before and answer, in tokens")
+    length = "of question, turns before and answer, in tokens (default: the base's, or the run's where that is longer)"
+    option("--max_length", type=positive_int, metavar="N", help=length)
     special = "a text that spells </s> means the token"
     option("--special-tokens-in-text", action="store_true", default=None, help=special)
     option("--max-pixels", type=positive_int, metavar="N", help="a larger picture is not read (default: 89478485)")

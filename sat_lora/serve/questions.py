@@ -11,6 +11,7 @@ from typing import Any
 
 from sat_lora.cogvlm.decoding.sampling import Sampling
 from sat_lora.cogvlm.inputs.picture_kinds import film_suffix
+from sat_lora.data.records.turns import is_left_out
 from sat_lora.errors import ConfigError
 from sat_lora.printable import printable
 
@@ -243,11 +244,8 @@ def _refuse_others(part: Mapping[str, Any], known: Sequence[str], where: str) ->
     """Raise RequestError where a message or a part of one says more than the known fields, as a picture under another
     name; what is empty, as it stands in OpenAI's own answers, says nothing, and neither does a cache's mark.
     """
-    others = sorted(
-        name
-        for name, value in part.items()
-        if name not in (*known, "cache_control") and value not in (None, [], {}, "")
-    )
+    passed_over = (*known, "cache_control")
+    others = sorted(name for name, value in part.items() if name not in passed_over and not is_left_out(value))
     if others:
         raise RequestError(
             f"{where}: {', '.join(map(_shown, others[:5]))}: not known here; leave it out, and send a picture as a "

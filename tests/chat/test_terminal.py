@@ -66,6 +66,7 @@ def test_commands(chat, tmp_path):
         ("/adapter nobody", "there is no adapter 'nobody'"),
         ("/set heat 3", "/set: got 'heat', wanted one of temperature"),
         ("/set temperature hot", "/set temperature: got 'hot', wanted a number"),
+        ("/set seed 99999999999999999999999", "seed: wanted a whole number of 64 bits"),
         ("/set top_p 0.5", "top_p and top_k: temperature 0 draws nothing"),
         ("/set max_new_tokens 0", "/set max_new_tokens: got 0, wanted at least 1"),
         ("/save", "/save: give a file"),

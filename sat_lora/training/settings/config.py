@@ -38,10 +38,10 @@ from sat_lora.training.metrics.generated import GENERATED
 from sat_lora.training.metrics.registry import LOSS, METRICS
 from sat_lora.training.settings.fields import Known, fields_of, flag, frozen, plain, setting
 from sat_lora.training.settings.lora_options import ABOUT, LORA_FIELDS, lora_fields, patterns_of
+from sat_lora.training.settings.schedule import DECAY_STYLES, learning_rate_factor, warmup_steps
 
 if TYPE_CHECKING:
     from sat_lora.cogvlm.checkpoints.quantized_files import QuantizationNote
-from sat_lora.training.settings.schedule import DECAY_STYLES, learning_rate_factor, warmup_steps
 
 Paths = tuple[str, ...]
 BASIC = "what people set"

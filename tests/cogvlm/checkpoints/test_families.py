@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sat_lora import CheckpointError, add_lora, save_adapter
+from sat_lora import CheckpointError, ConfigError, add_lora, save_adapter
 from sat_lora.adapters.merge import merge_adapter
 from sat_lora.cogvlm.checkpoints.base_weights import BaseWeights
 from sat_lora.cogvlm.checkpoints.hugging_face_names import hf_name, sat_name
@@ -15,6 +15,7 @@ from sat_lora.cogvlm.families import FAMILIES, family_of, is_published, publishe
 from sat_lora.cogvlm.inputs.prompts import version_of
 from sat_lora.cogvlm.network.model import build_cogvlm
 from sat_lora.cogvlm.sizes import image_length_problem, size_problems
+from sat_lora.interop.peft_export import export_to_peft
 from sat_lora.lora.apply import adapters_of
 from sat_lora.lora.live_base import identity_of_model
 from sat_lora.quantization.config import Quantization
@@ -98,6 +99,24 @@ def test_merging_for_two_ranks_and_back_gives_the_same_bytes(tmp_path, name):
             assert state.keys() == expected[rank].keys()
             assert all(torch.equal(state[key], expected[rank][key]) for key in state)
     assert (tmp_path / "back" / FILE).read_bytes() == (tmp_path / "one" / FILE).read_bytes()
+
+
+def test_a_size_that_the_shared_heads_do_not_divide_by_is_refused(tmp_path):
+    """Every tensor can be cut for four ranks; no run could use the two heads of keys."""
+    base = write_base(tmp_path / "base", "cogvlm2")
+    empty = write_empty_adapter(tmp_path / "empty", base)
+    with pytest.raises(ConfigError, match="--model-parallel-size: 4 does not divide .*num_multi_query_heads 2"):
+        merge_adapter(base, empty, tmp_path / "four", model_parallel_size=4)
+    assert not (tmp_path / "four").exists()
+
+
+def test_an_adapter_without_what_the_published_code_reads_alone_can_be_exported(tmp_path):
+    """As docs/families.md says of CogAgent."""
+    model, _ = load_cogvlm(write_base(tmp_path / "base", "cogagent"))
+    add_lora(model, r=2, exclude_modules=["cross-vision-attention"])
+    save_adapter(model, tmp_path / "adapter")
+    export_to_peft(tmp_path / "adapter", tmp_path / "peft")
+    assert (tmp_path / "peft" / "adapter_model.safetensors").is_file()
 
 
 @pytest.mark.parametrize("name", SUCCESSORS)
