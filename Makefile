@@ -3,6 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
+unexport PYTHONDONTWRITEBYTECODE  # tests start hundreds of processes, each of which would compile the package anew
 
 .PHONY: demo types test test-matrix mutants docs bench-gpu clean
 

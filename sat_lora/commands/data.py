@@ -13,7 +13,7 @@ def add(commands) -> None:
     command = commands.add_parser(
         "data",
         help="tell what lies in data, and show samples as they are trained on",
-        usage="%(prog)s PATH [PATH ...] [--samples N] [--pictures N] [--html FILE] [options of finetune_cogvlm.py]",
+        usage="%(prog)s PATH [PATH ...] [--samples N] [--pictures N] [--html FILE] [options of sat-lora train]",
         description="Says the layout, counts, lengths, cut answers, broken and unused files, what comes twice and the "
         "sizes of pictures, and shows samples with what is trained on between « and ». Needs no GPU and no weights. "
         "docs/data.md has the layouts.",

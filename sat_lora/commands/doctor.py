@@ -13,7 +13,7 @@ def add(commands) -> None:
     doctor = commands.add_parser(
         "doctor",
         help="find why a backward hangs, or why nothing learns",
-        usage="%(prog)s [--ranks N] [--shrink N] [--json] [options of finetune_cogvlm.py]\n"
+        usage="%(prog)s [--ranks N] [--shrink N] [--json] [options of sat-lora train]\n"
         "       %(prog)s --run RUN_FOLDER [--log FILE ...] [--plot PNG] [--json]\n"
         "       %(prog)s --run RUN_FOLDER --replay [--shrink N]",
         description="Before a run: builds the model as the run would, takes one step per kind of batch on every rank, "
@@ -34,7 +34,7 @@ def add(commands) -> None:
         default=1,
         metavar="N",
         help="start N gloo ranks on this machine's CPU, as for --model-parallel-size N; on GPUs a launcher starts "
-        "them: torchrun --nproc_per_node N -- finetune_cogvlm.py --doctor ...",
+        "them: torchrun --nproc_per_node N -m sat_lora.cli train --doctor ...",
     )
     doctor.add_argument("--shrink", metavar="N", help="take the first N layers of each transformer alone")
     doctor.add_argument("--json", action="store_true", help="findings for programs")

@@ -17,9 +17,9 @@ def add(commands) -> None:
     command = commands.add_parser(
         "estimate",
         help="tell how much memory a run would take, for any size, on any machine",
-        usage="%(prog)s [--gpus N] [--device-memory GIB] [--device cuda|cpu] [--json] [options of finetune_cogvlm.py]\n"
-        "       %(prog)s --fit GB [--total-batch N] [--gpus N] [--json] [options of finetune_cogvlm.py]",
-        description="Takes the options of finetune_cogvlm.py; --from_pretrained may also name a model_config.json, or "
+        usage="%(prog)s [--gpus N] [--device-memory GIB] [--device cuda|cpu] [--json] [options of sat-lora train]\n"
+        "       %(prog)s --fit GB [--total-batch N] [--gpus N] [--json] [options of sat-lora train]",
+        description="Takes the options of `sat-lora train`; --from_pretrained may also name a model_config.json, or "
         "a published model that is not here: cogvlm2-llama3-chat-19B, cogvlm2-video-llama3-chat, cogagent-chat. "
         "Rows are as long as --max_length. Needs no GPU and no weights.\n--fit finds what the options leave open: how "
         "the base is held, how the GPUs share the work, what is recomputed, the batch and its accumulation.",
@@ -146,8 +146,8 @@ def _fit(options: argparse.Namespace, config: "TrainConfig") -> int:
             "--target_modules"
         )
         return 1
-    count = f"--num_gpus {options.gpus} "
-    print(f"after `deepspeed {count}finetune_demo/finetune_cogvlm.py`, with your data:")
+    program = "finetune_demo/finetune_cogvlm.py" if DEMO.is_file() else "--module sat_lora.cli train"
+    print(f"after `deepspeed --num_gpus {options.gpus} {program}`, with your data:")
     print(printable_lines(shell_line(line)))
     return 0
 

@@ -48,7 +48,7 @@ def build_parser(name: str = NAME, description: str = DESCRIPTION) -> argparse.A
         prog=name,
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="The other options of finetune_cogvlm.py, and --strict-eval, are accepted without effect: all of the "
+        epilog="The other options of `sat-lora train`, and --strict-eval, are accepted without effect: all of the "
         "test data is always answered.",
     )
     add = parser.add_argument

@@ -9,7 +9,7 @@ pytest.importorskip("peft")
 from benchmarks import bench_host
 
 
-@pytest.mark.parametrize("parts", [["watchers", "token"], pytest.param(bench_host.PARTS, marks=pytest.mark.matrix)])
+@pytest.mark.parametrize("parts", [["token"], pytest.param(bench_host.PARTS, marks=pytest.mark.matrix)])
 def test_parts(parts, tmp_path, capsys, single_process_group):
     out = tmp_path / "host.json"
     bench_host.main(["--quick", "--markdown", "--out", str(out), "--parts", *parts])
@@ -27,9 +27,10 @@ def test_parts(parts, tmp_path, capsys, single_process_group):
             assert tuple(works) == names
             assert all(0 < own["least"] <= own["median"] for own in works.values())
     assert written["token"].keys() == {"adapters off", "adapters on"}
-    assert len(written["goals"]) == 3 + 2 * 2  # no earlier report has so few layers
+    assert len(written["goals"]) == 3 + 2 * 2 * ("watchers" in parts)  # no earlier report has so few layers
     printed = capsys.readouterr().out
-    assert "| plain | sat_lora |" in printed and "| ZeRO 2, watch, watchdog |" in printed
+    assert "| plain | sat_lora |" in printed
+    assert ("| ZeRO 2, watch, watchdog |" in printed) == ("watchers" in parts)
 
 
 def report_of(sat_lora: float, adapters: float, yardstick: float = 10.0) -> dict:

@@ -28,13 +28,14 @@ from sat_lora.training.settings.lora_options import add_layer_range
 from sat_lora.training.settings.resolve import resolve
 from sat_lora.training.settings.run_settings import settings_of_run
 
-EXAMPLES = """examples:
-  deepspeed finetune_cogvlm.py
-  deepspeed finetune_cogvlm.py --from_pretrained cogvlm-base-490 --version base --train-data images/ --bf16 \\
-      --zero-stage 2 --checkpoint-activations --vit_checkpoint_activations --batch-size 4
-  deepspeed finetune_cogvlm.py --config mine.yaml --lr 2e-4
-  deepspeed finetune_cogvlm.py --resume runs/mine
-  deepspeed finetune_cogvlm.py --from_pretrained cogvlm-base-490 --train-data images/ --doctor --shrink 2"""
+EXAMPLES = (
+    "",
+    "--from_pretrained cogvlm-base-490 --version base --train-data images/ --bf16 \\\n"
+    "      --zero-stage 2 --checkpoint-activations --vit_checkpoint_activations --batch-size 4",
+    "--config mine.yaml --lr 2e-4",
+    "--resume runs/mine",
+    "--from_pretrained cogvlm-base-490 --train-data images/ --doctor --shrink 2",
+)
 
 
 def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
@@ -46,15 +47,25 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
         prog=prog,
         usage="%(prog)s [options]",
         description="Fine-tune CogVLM with LoRA. In a clone, with no option at all: the demo's tiny base and captchas.",
-        epilog="Every option may be written with - or _ between its words.\n\n" + EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.epilog = "Every option may be written with - or _ between its words.\n\n" + _examples(parser.prog)
     groups = {title: parser.add_argument_group(title, about) for title, about in GROUPS.items()}
     for known in KNOWN.values():
         known.add_to(groups[known.group])
     add_layer_range(groups["LoRA"])
     add_config_options(groups[BASIC])
     return parser
+
+
+def _examples(prog: str) -> str:
+    """Return lines that start the program: a script under its launcher, or the command, which takes one GPU alone."""
+    is_script = prog.endswith(".py")
+    start = f"deepspeed {prog}" if is_script else prog
+    lines = [f"{start} {options}".rstrip() for options in EXAMPLES]
+    if not is_script:
+        lines.append("deepspeed --num_gpus 8 --module sat_lora.cli train --config mine.yaml")
+    return "\n  ".join(["examples:", *lines])
 
 
 def add_config_options(group: Any) -> None:
