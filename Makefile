@@ -35,7 +35,7 @@ lint: $(READY)
 	"$(BIN)/python" -m ruff format --check
 	"$(BIN)/python" -m ruff check
 
-# Half an hour of a quiet machine: every layout, and every other long test. A busy one is waited for.
+# An hour and more: every layout, and every other long test. A busy machine is waited for.
 test-matrix: WORKERS = 2  # its tests start more ranks, and tell times
 test-matrix: export SAT_LORA_TEST_PATIENCE ?= 5
 test-matrix: $(VENV)/.matrix-installed

@@ -11,6 +11,7 @@ memory.
 
 import argparse
 import base64
+import bisect
 import io
 import itertools
 import json
@@ -109,7 +110,7 @@ class Load:
     def __init__(self, address: str):
         self.address = address
         self.statuses: Counter[int] = Counter()
-        self.seconds: list[float] = []
+        self.answered: list[tuple[int, float, float]] = []  # client, when it asked, when it had the answer
         self.wrong = 0
         self.per_client: Counter[int] = Counter()
         self.left = 0
@@ -126,7 +127,7 @@ class Load:
                     self.statuses[answer.status_code] += 1
                     if answer.status_code == 200:
                         self.per_client[client] += 1
-                        self.seconds.append(time.monotonic() - start)
+                        self.answered.append((client, start, time.monotonic()))
                         content = answer.json()["choices"][0]["message"]["content"]
                         self.wrong += expected is not None and content != expected
                 if answer.status_code == 429:
@@ -148,6 +149,23 @@ class Load:
         answer = httpx.post(f"{self.address}/v1/chat/completions", json=question(picture, "base"), timeout=120)
         with self._lock:
             self.statuses[answer.status_code] += 1
+
+
+def most_answers_to_another(answered: list[tuple[int, float, float]]) -> int:
+    """The most answers that a client had while another waited for one: 1 or 2 in the order of arrival.
+
+    answered: (client, when it asked, when it had the answer) of each. One whose turn is before has its answer, and then
+    stands behind; a client's own thread may hear of an answer late, or send a question late that it has written down.
+    """
+    ends: dict[int, list[float]] = {}
+    for client, _, end in sorted(answered, key=lambda answer: answer[2]):
+        ends.setdefault(client, []).append(end)
+    return max(
+        bisect.bisect_left(others, end) - bisect.bisect_right(others, start)
+        for client, start, end in answered
+        for other, others in ends.items()
+        if other != client
+    )
 
 
 def burst(address: str, count: int, picture: bytes) -> dict[int, int]:
@@ -244,7 +262,7 @@ def under_load(process: int, address: str, clients: int, seconds: float, broken:
     for thread in threads:
         thread.join()
     cpu = cpu_seconds(process) - cpu_before
-    ordered = sorted(load.seconds)
+    ordered = sorted(end - start for _, start, end in load.answered)
     return {
         "clients": clients,
         "seconds": seconds,
@@ -254,6 +272,7 @@ def under_load(process: int, address: str, clients: int, seconds: float, broken:
         "latency_p95": ordered[int(0.95 * (len(ordered) - 1))],
         "statuses": dict(load.statuses),
         "wrong_answers": load.wrong,
+        "most_answers_to_another": most_answers_to_another(load.answered),
         "least_and_most_of_a_client": [min(load.per_client.values()), max(load.per_client.values())],
         "left_by_clients": load.left,
         "malformed": {kind: dict(statuses) for kind, statuses in refused.items()},

@@ -17,6 +17,7 @@ import sat_lora
 
 PACKAGE = Path(sat_lora.__file__).parent
 SCRIPTS = PACKAGE.parent / "finetune_demo"
+CONTRIBUTING = PACKAGE.parent / "CONTRIBUTING.md"
 # Words that stand for a noun and do not say which, and names that the field calls otherwise.
 NO_NAMES = {
     *("one", "those", "found", "words", "told", "mine", "theirs", "has"),
@@ -37,12 +38,16 @@ Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 @cache
 def trees() -> dict[str, ast.Module]:
-    """What is written in each module of the package, by its name below `sat_lora`, and in each script, by its own."""
+    """What is written in each module of the package, by its name below `sat_lora`, in each script, and in the examples
+    of CONTRIBUTING.md, which people begin with."""
     files = {
         path.relative_to(PACKAGE).with_suffix("").as_posix().replace("/", "."): path for path in PACKAGE.rglob("*.py")
     }
     files |= {f"finetune_demo.{path.stem}": path for path in SCRIPTS.glob("*.py")}
-    return {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in files.items()}
+    texts = {name: path.read_text(encoding="utf-8") for name, path in files.items()}
+    examples = re.findall(r"^```python\n(.*?)^```$", CONTRIBUTING.read_text(encoding="utf-8"), re.M | re.S)
+    texts |= {f"CONTRIBUTING.{number}": code for number, code in enumerate(examples, 1)}
+    return {name: ast.parse(text) for name, text in texts.items()}
 
 
 def definitions(tree: ast.AST, parents: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Definition]]:

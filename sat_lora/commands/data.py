@@ -1,7 +1,6 @@
 """`sat-lora data`: what lies in data paths, and what a run would train on."""
 
 import argparse
-import itertools
 from pathlib import Path
 
 from sat_lora.commands.parts import demo_of_clone, examples
@@ -39,11 +38,9 @@ def run(options: argparse.Namespace) -> int:
     from sat_lora.training.early import base_problems, data_problems, raise_problems
     from sat_lora.training.settings.options import parse_options
 
-    paths = list(itertools.takewhile(lambda text: not text.startswith("-"), options.more))
-    more = [*(["--train-data", *paths] if paths else []), *options.more[len(paths) :]]
     demo = demo_of_clone()
-    config = parse_options(more, prog="sat-lora data", environ={}, demo=demo)
-    if not paths and "train_data" not in config.given:
+    config = parse_options(options.more, prog="sat-lora data", environ={}, demo=demo, takes_paths=True)
+    if "train_data" not in config.given:
         raise ConfigError("no data named; give folders of images or files of samples: sat-lora data PATH")
     if options.html is not None:
         _refuse_other_file(Path(options.html))

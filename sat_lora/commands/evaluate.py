@@ -38,7 +38,6 @@ def build_parser(name: str = NAME, description: str = DESCRIPTION) -> argparse.A
     """
     from sat_lora.data.reading import Reading
     from sat_lora.terminal.option_parser import OptionParser
-    from sat_lora.terminal.option_types import batch, positive_int, seconds
     from sat_lora.training.metrics.generated import GENERATED
     from sat_lora.training.settings.config import KNOWN
     from sat_lora.training.settings.options import add_config_options
@@ -53,44 +52,35 @@ def build_parser(name: str = NAME, description: str = DESCRIPTION) -> argparse.A
     )
     add = parser.add_argument
     add("--run", metavar="RUN_FOLDER", help="a run folder: what is not given is taken from its run.json")
-    add("--from_pretrained", metavar="DIR", help="SAT folder of the base, or of a merged model")
-    add("--trust-checkpoint", action="store_true", default=None, help="unpickle all of the base: runs any code in it")
-    add("--any-base", action="store_true", default=None, help="take a base that the adapter was not trained on")
+    KNOWN["from_pretrained"].add_to(parser, help="SAT folder of the base, or of a merged model")
+    KNOWN["trust_checkpoint"].add_to(parser)
+    KNOWN["any_base"].add_to(parser, help="take a base that the adapter was not trained on")
     folders = "adapter folders, side by side (default: RUN_FOLDER/adapter; without both, the base alone)"
     add("--adapter", nargs="+", metavar="DIR", help=folders)
     add("--no-base", action="store_true", help="leave out the answers of the base alone")
-    add("--test-data", nargs="+", metavar="PATH", help="folders of images LABEL.png, or .jsonl files")
-    add("--local_tokenizer", metavar="DIR", help="tokenizer folder (default: the base's)")
-    versions = ["base", "chat", "vqa", "chat_old"]
-    add("--version", choices=versions, help="prompt format of the base (default: its config's, or chat)")
-    add("--prompt", help="the query of every image without its own (default: What is this?)")
-    add("--special-tokens-in-text", action="store_true", default=None, help="a text that spells </s> means the token")
+    KNOWN["test_data"].add_to(parser, help="folders of images LABEL.png, or files of samples")
+    for name in ("local_tokenizer", "version", "prompt", "special_tokens_in_text"):
+        KNOWN[name].add_to(parser)
     for name in Reading.__dataclass_fields__:
         if name in KNOWN:
             KNOWN[name].add_to(parser)
-    add("--max_length", type=positive_int, metavar="N", help="longest sequence in tokens (default: as in training)")
-    add("--max-pixels", type=positive_int, metavar="N", help="a larger picture is not read (default: 89478485)")
-    add("--eval-batch-size", "--batch-size", type=batch, metavar="N", help="images at once (default: 4)")
-    add("--model-parallel-size", type=positive_int, metavar="N", help="ranks that share one model (default: 1)")
-    add("--bf16", action="store_true", default=None, help="bfloat16 (default on CUDA)")
-    add("--fp16", action="store_true", default=None, help="float16")
+    KNOWN["max_length"].add_to(parser, help="longest sequence in tokens (default: as in training)")
+    KNOWN["eval_batch_size"].add_to(parser, "--batch-size", help="images at once (default: 4)")
+    for name in ("max_pixels", "model_parallel_size", "bf16"):
+        KNOWN[name].add_to(parser)
+    KNOWN["fp16"].add_to(parser, help="float16, for GPUs without bfloat16")
     held = "how the base's linears are held: none (whole), nf4, int8 (default: as in the run, or by its folder)"
-    add("--quantize", choices=["none", "nf4", "int8"], help=held)
-    add("--quantize_modules", nargs="+", metavar="NAME", help="which of them (default: all-linear)")
-    add("--keep_modules", nargs="+", metavar="NAME", help="what --quantize leaves whole")
+    KNOWN["quantize"].add_to(parser, help=held)
+    for name in ("quantize_modules", "keep_modules"):
+        KNOWN[name].add_to(parser)
     names = f"{', '.join(GENERATED)}, or MODULE:FUNCTION (default: the two exact matches)"
-    add("--metrics", nargs="+", metavar="NAME", help=names)
+    KNOWN["metrics"].add_to(parser, help=names)
     add("--out", metavar="FILE", help="where the json goes (default: evaluation.json in the run folder)")
     page = "a page of the pictures with all answers, the worst first (default PAGE: beside the json)"
     add("--gallery", nargs="?", const="", metavar="PAGE", help=page)
-    add(
-        "--watchdog-limit",
-        type=seconds,
-        metavar="SECONDS",
-        help="end ranks that wait for each other without a sign of life for so long; 0: never (default: 120)",
-    )
-    add("--local_rank", type=int, help="set by the launcher")
-    for name in ("image_length", "cross_image_pix", "eva_args"):
+    limit = "end ranks that wait for each other without a sign of life for so long; 0: never (default: 120)"
+    KNOWN["watchdog_limit"].add_to(parser, help=limit)
+    for name in ("local_rank", "image_length", "cross_image_pix", "eva_args"):
         KNOWN[name].add_to(parser)
     add_config_options(parser)
     known = parser.spellings
@@ -109,16 +99,16 @@ class _NoEffect(argparse.Action):
         namespace.no_effect = [*namespace.no_effect, self.option_strings[0]]
 
 
-def read_settings(options: argparse.Namespace) -> "Evaluation":
-    """Return what the options ask for, filled up from a --config file, the run's settings and the defaults.
+def read_config_of(options: argparse.Namespace) -> "TrainConfig":
+    """Return the config that the options ask for, filled up from a --config file, the run's settings and the defaults.
 
-    Raises ConfigError where something is still missing, or a file or run cannot be read.
+    Base and test data may be missing. Raises ConfigError where a file or run cannot be read.
     """
     from sat_lora.cogvlm.inputs.prompts import settings_of_base
     from sat_lora.errors import ConfigError
     from sat_lora.training.settings.config import KNOWN
     from sat_lora.training.settings.config_file import read_config_file
-    from sat_lora.training.settings.resolve import held_as_its_folder, resolve
+    from sat_lora.training.settings.resolve import resolve
     from sat_lora.training.settings.run_settings import settings_of_run
 
     stored = {}
@@ -127,17 +117,28 @@ def read_settings(options: argparse.Namespace) -> "Evaluation":
             stored = settings_of_run(options.run)
         except ConfigError as error:
             raise ConfigError(f"--run: {error}") from error
-        if options.bf16 or options.fp16:
+        if {"bf16", "fp16"} & vars(options).keys():
             stored |= {"bf16": False, "fp16": False}
         stored |= {"given": [], "train_iters": None, "epochs": None}
     path = vars(options).get("config")
     file = {} if path is None else read_config_file(path)
-    given = {name: value for name, value in vars(options).items() if value is not None and name in KNOWN}
+    given = {name: value for name, value in vars(options).items() if name in KNOWN}
     base = {**stored, **file, **given}.get("from_pretrained")
     stored = {name: value for name, value in stored.items() if name != "version" or value}
     config, _ = resolve(given, file=file, resumed_run=stored, base={} if base is None else settings_of_base(base))
-    from sat_lora.commands.chat import names_of
+    return config
 
+
+def read_settings(options: argparse.Namespace) -> "Evaluation":
+    """Return the evaluation that the options ask for, see `read_config_of`.
+
+    Raises ConfigError where something is still missing, or a file or run cannot be read.
+    """
+    from sat_lora.commands.chat import names_of
+    from sat_lora.errors import ConfigError
+    from sat_lora.training.settings.resolve import held_as_its_folder
+
+    config = read_config_of(options)
     folders = options.adapter or ([str(Path(options.run) / "adapter")] if options.run else [])
     adapter: str | dict[str, str] | None = folders[0] if folders else None
     if len(folders) > 1:
@@ -162,7 +163,7 @@ def read_settings(options: argparse.Namespace) -> "Evaluation":
         adapter=adapter,
         run=options.run,
         out=options.out,
-        any_base=bool(options.any_base),
+        any_base=config.start.any_base,
         has_base=not options.no_base,
         gallery=options.gallery,
     )
@@ -195,12 +196,12 @@ def run_evaluation(argv: list[str] | None, name: str = NAME, description: str = 
 
     options = build_parser(name, description).parse_args(argv)
     place = find_place()
-    evaluation = read_settings(options)
-    config = evaluation.config
     if vars(options).get("print_config"):
         if is_first_rank():
-            print(as_yaml(config, file=vars(options).get("config")), end="", flush=True)
+            print(as_yaml(read_config_of(options), file=vars(options).get("config")), end="", flush=True)
         return 0
+    evaluation = read_settings(options)
+    config = evaluation.config
     mp_size = config.parallel.model_parallel_size
     if place.size % mp_size:
         raise ConfigError(f"--model-parallel-size: {mp_size} does not divide {place.size} ranks")

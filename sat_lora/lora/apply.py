@@ -54,14 +54,22 @@ def adapters_of(model: nn.Module, name: str = "lora") -> dict[str, LoraAdapter]:
 def add_lora(
     model: nn.Module, config: LoraConfig | None = None, *, name: str = "lora", fixed_order: bool = False, **fields: Any
 ) -> list[LoraMixin]:
-    """Put a LoraMixin on the model and on every SAT model inside it that `config` selects something of.
+    """Put a LoraMixin on the model and on every SAT model inside it that `config` selects something of, and return
+    them, the outermost model's first.
 
-    fixed_order: for a model that skips layers by what its batch holds, an expert without tokens or a vision transformer
-    without images. Gradients then come in one order on every rank, with zeros where a layer did not run, which ZeRO 1
-    and 2 need; ZeRO-3 also gathers weights where they are used, and `start_engine` refuses it. The models of
-    `sat_lora.cogvlm` skip nothing and need none of this. Raises ConfigError with modules_to_save or bias.
+    config: or its fields by their names. name: what the mixins are called in each model. fixed_order: for a model that
+    skips layers by what its batch holds, an expert without tokens or a vision transformer without images. Gradients
+    then come in one order on every rank, with zeros where a layer did not run, which ZeRO 1 and 2 need; ZeRO-3 also
+    gathers weights where they are used, and `start_engine` refuses it. The models of `sat_lora.cogvlm` skip nothing and
+    need none of this. Raises ConfigError where nothing can be adapted, and for fixed_order with modules_to_save or
+    bias.
     """
     refuse_engine(model)
+    if not sat_models(model):
+        raise ConfigError(
+            f"{type(model).__name__} is no SAT model and holds none; deltas go on the layers of SAT's BaseModel, "
+            "through its hooks"
+        )
     config = config if config is not None else LoraConfig(**fields)
     planned = plan(find_all_sites(model), find_all_parameters(model), config)
     refuse_loftq(planned.targets, config)

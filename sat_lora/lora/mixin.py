@@ -189,7 +189,8 @@ class LoraMixin(BaseMixin):
         self.enabled = True
 
     def disable(self) -> AbstractContextManager["LoraMixin"]:
-        """Leave the base as it was, until `enable` or the end of `with mixin.disable():`.
+        """Leave the base as it was until `enable`, and return a context manager that enables it at its end: it goes
+        with `with mixin.disable():`, and need not be used.
 
         Raises ConfigError while the deltas are merged.
         """

@@ -59,6 +59,9 @@ ABSENT = {
         "--quantize nf4 has no further settings: it decodes to the run's precision, with one scale for each block"
     ),
     "use_ptuning ptuning pre_seq_len prefix_len": "there is no P-tuning here, only LoRA",
+    "optim optimizer optimizer_type": (
+        "the optimizer is AdamW; its settings are --lr, --weight-decay, and betas and eps in a --config file"
+    ),
     "num_gpus num_nodes nproc_per_node nnodes hostfile master_port master_addr include": (
         "it is an option of the launcher: give it before the script (deepspeed --num_gpus 8 SCRIPT ...)"
     ),
@@ -71,9 +74,11 @@ PLACES = ("DIR", "FILE", "PATH", "PNG", "NAME", "RUN_FOLDER", "FOLDER", "ADAPTER
 
 
 def meant_options(name: str, spellings: Mapping[str, str]) -> list[str]:
-    """Return the options that other trainers call `name`, of those in `spellings`."""
+    """Return the options that other trainers call `name`, or nearly so, of those in `spellings`."""
     bare = name.lstrip("-").replace("-", "_").lower()
-    elsewhere = [flag for flag, others in ELSEWHERE.items() if bare in others.split()]
+    every = {other for others in ELSEWHERE.values() for other in others.split()}
+    near = difflib.get_close_matches(bare, every, 1, cutoff=0.9)
+    elsewhere = [flag for flag, others in ELSEWHERE.items() if near and near[0] in others.split()]
     return [flag for flag in elsewhere if flag.replace("-", "_") in spellings]
 
 

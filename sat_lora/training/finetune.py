@@ -68,7 +68,7 @@ def finetune(config: TrainConfig, demo: Demo | None = None) -> PreparedRun:
 
 
 def _finetune(config: TrainConfig, demo: Demo | None, lock: RunLock) -> PreparedRun:
-    """Do what `finetune` says, with the run folder locked and a watchdog beside it."""
+    """Do what `finetune` says, with the run folder locked and a watchdog beside it, and return the finished run."""
     limit = LIMIT if config.start.replay else config.checks.watchdog_limit
     with watched_alone(limit) as trace:
         Observers(traced(trace)).on_phase("check")

@@ -123,6 +123,14 @@ REFUSED = {
     "betas: 0.9": "betas: got 0.9, wanted two numbers below 1",
     "r: 0": "lora.r has to be a whole number of at least 1, got 0",
     "rank_pattern: [3]": "lora.rank_pattern has to be a dictionary",
+    "lora_alpha: big": "lora_alpha: got 'big', wanted a number",
+    "lora: {r: x}": "lora.r: got 'x', wanted a whole number",
+    "lora_rank: 1.5.2": "r: got '1.5.2', wanted a whole number",
+    "lora: {rank_pattern: {dense: x}}": "lora.rank_pattern: got {'dense': 'x'}, wanted a whole number",
+    "alpha_pattern: {dense: ten}": "alpha_pattern: got {'dense': 'ten'}, wanted a number",
+    "use_rslora: perhaps": "use_rslora has to be True or False, got 'perhaps'",
+    "larning_rate: 1": "there is no setting larning_rate; did you mean optimizer.lr?",
+    "optim: adamw": "the optimizer is AdamW; its settings are --lr",
     "learning_rate: 1": "there is no setting learning_rate; did you mean optimizer.lr?",
     "optimiser: {lr: 1}": "there is no setting optimiser; did you mean optimizer?",
     "optimizer: {learning_rate: 1}": "there is no setting optimizer.learning_rate; did you mean optimizer.lr?",
@@ -382,6 +390,21 @@ def test_a_resumed_run_and_its_printed_config_are_the_same(files, tmp_path, caps
     assert again == parse_options(["--resume", str(files / "run")], environ={})
 
 
+def test_what_no_file_may_say_is_printed_as_a_comment(tmp_path, capsys):
+    """Code and what belongs to one start: the file is read again, and what is pasted from the comment is taken."""
+    text = printed(
+        ["--overwrite", "--trust-checkpoint", "--metrics", "mine.py:score", "exact-match", "--metric", "mine.py:score"],
+        capsys,
+    )
+    assert "names code, and only --metrics may]\n  metrics: null\n" in text
+    assert "names code, and only --metric may]\n  metric: null\n" in text
+    (line,) = re.findall(r"^# Of one start, and so in no file: (.+)$", text, re.M)
+    (tmp_path / "printed.yaml").write_text(text)
+    again = parse_options(["--config", str(tmp_path / "printed.yaml"), *line.split(", ")], environ={})
+    assert (again.saving.metrics, again.saving.metric) == ((), "loss")
+    assert again.start.overwrite and again.start.trust_checkpoint
+
+
 def test_one_rank_prints(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
     assert printed([], capsys) == ""
@@ -419,6 +442,13 @@ def test_an_evaluation_takes_the_file_too(files, capsys):
     (files / "mine.yaml").write_text("tset_data: x")
     assert load_script("evaluate_cogvlm").main(run) == 2
     assert "error: --config: " in (said := capsys.readouterr().err) and "did you mean data.test_data?" in said
+
+
+def test_an_evaluation_prints_its_settings_before_it_has_a_base_and_data(files, capsys, read):
+    assert evaluate.run_evaluation(["--config", str(files / "mine.yaml"), "--max_length", "99", "--print-config"]) == 0
+    content = read(capsys.readouterr().out, "printed.yaml")
+    assert content.items() >= (read_config_file(files / "mine.yaml") | {"max_length": 99}).items()
+    assert not {"from_pretrained", "test_data"} & content.keys()
 
 
 @pytest.mark.parametrize("page", ["docs/training.md", "docs/zh/training.md"])

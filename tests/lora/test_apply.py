@@ -123,3 +123,8 @@ def test_a_name_that_is_taken_is_told_with_every_place():
     assert trained == {
         name for name, _ in model.named_parameters() if ".lora." in f".{name}" or ".second." in f".{name}"
     }
+
+
+def test_a_model_that_is_none_of_sats_is_told_by_its_class():
+    with pytest.raises(ConfigError, match="^Sequential is no SAT model and holds none; "):
+        add_lora(nn.Sequential(nn.Linear(4, 4)), r=2, target_modules=["0"])

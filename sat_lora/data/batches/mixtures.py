@@ -21,7 +21,7 @@ class Part:
 
 
 class MixtureSampler(EpochSampler):
-    """This rank's index batches, without end, from `start_step` on, of several stretches of the data by their weights.
+    """Yields this rank's index batches, without end, from `start_step` on, of stretches of the data by their weights.
 
     The stream of EpochSampler, but that each BLOCK of it has a share of each part, in an order drawn from (seed,
     block); the samples of a part come permutation after permutation, each drawn from (seed, part, epoch of the part).

@@ -16,7 +16,7 @@ from sat_lora.parallel.stop_signals import serve_until
 
 
 class EpochSampler(Sampler):
-    """This rank's index batches, without end, from `start_step` on.
+    """Yields this rank's index batches, without end, from `start_step` on.
 
     One stream of samples is laid out for all ranks: permutation after permutation of the data, each drawn from (seed,
     epoch). Step s takes the next batch_size * data_parallel_size of it and rank k the k-th slice of those. So the

@@ -18,7 +18,7 @@ SHUFFLE_BUFFER = 1000  # samples; the buffer holds their places in the shards, n
 
 
 class ShardStream(IterableDataset):
-    """This rank's collated batches, without end or for `steps` of them, from `start_step` on.
+    """Yields this rank's collated batches, without end or for `steps` of them, from `start_step` on.
 
     In every epoch the shards are laid end to end, in an order drawn from (seed, epoch), and cut into as many equal
     stretches as there are readers: data_parallel_size * workers. So every sample comes once in an epoch, a shard is

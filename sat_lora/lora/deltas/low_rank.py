@@ -124,8 +124,8 @@ def _add_slots(
         if y.is_cuda or y.itemsize > 2:
             columns.baddbmm_(ranks, rows_transposed, alpha=scale)
         else:  # on a CPU, oneDNN refuses a strided batch in half precision, and torch 2.13 warns of it
-            for slot in zip(columns, ranks, rows_transposed):
-                slot[0].addmm_(slot[1], slot[2], alpha=scale)
+            for y_slot, s_slot, b_slot in zip(columns, ranks, rows_transposed):
+                y_slot.addmm_(s_slot, b_slot, alpha=scale)
     return (ranks, rows_transposed) if len(runs) == 1 else (s, b)
 
 

@@ -74,6 +74,13 @@ def is_code(name: str) -> bool:
     return ":" in name
 
 
+def names_code(field: str, value: Any) -> bool:
+    """Return whether a setting of that name, a metric or a list of them, names code of the user's."""
+    if field not in ("metric", "metrics"):
+        return False
+    return any(is_code(name) for name in ([value] if isinstance(value, str) else value or ()))
+
+
 def shown_metrics(result: Mapping[str, Any]) -> dict[str, dict[str, str]]:
     """Return each metric of an evaluation's result, as its json has it, as a text for each who has answered: in percent
     where it is a share, with its interval in brackets. A result of an earlier version has the default ones alone.

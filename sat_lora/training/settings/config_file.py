@@ -11,6 +11,7 @@ from sat_lora.files.foreign import is_lfs_pointer, parse_json, read_bytes, witho
 from sat_lora.lora.config import LoraConfig
 from sat_lora.printable import printable
 from sat_lora.terminal.option_parser import advice_on, meant_options
+from sat_lora.training.metrics.generated import names_code
 from sat_lora.training.settings.config import DEFAULTS, KNOWN, SECTIONS, Origin, TrainConfig
 from sat_lora.training.settings.deepspeed_problems import TOP_LEVEL_KEYS
 from sat_lora.training.settings.fields import Known, shown
@@ -210,9 +211,12 @@ def as_yaml(config: TrainConfig, *, file: str | None = None) -> str:
             is_open = known.left_to is not None and origin in open_origins
             value = None if is_open else config.value(known.name)
             source = f"left to {known.left_to}" if is_open else sources.get(origin, origin.value)
+            if names_code(known.name, value):  # which is refused in a file
+                source += f"; {shown(value)} names code, and only {known.options[0]} may"
+                value = None
             lines += [f"  # {known.help} [{source}]", f"  {known.name}: {_scalar(value)}"]
     started = [
-        f"{known.options[0]} {printable(config.value(name))}"
+        known.options[0] if known.is_flag else f"{known.options[0]} {printable(config.value(name))}"
         for name, known in KNOWN.items()
         if known.section == OF_A_START and config.value(name) != DEFAULTS[name] and name != "local_rank"
     ]

@@ -82,16 +82,19 @@ class Known:
         choices = self.option.get("choices")
         return list(choices()) if callable(choices) else None if choices is None else list(choices)
 
-    def add_to(self, group: argparse._ActionsContainer) -> None:
-        """Add its option to a parser or a group of one; without a default, so that what is not given is not there."""
+    def add_to(self, group: argparse._ActionsContainer, *others: str, help: str | None = None) -> None:
+        """Add its option to a parser or a group of one; without a default, so that what is not given is not there.
+
+        others: further spellings of it. help: what it says there; None takes its own, and its default.
+        """
         if not self.options:
             return
         settings = {name: value for name, value in self.option.items() if name != "choices"}
         if self.choices is not None:
             settings["choices"] = self.choices
-        text = self.help + self._default_text()
+        text = self.help + self._default_text() if help is None else help
         settings.setdefault("dest", self.name)
-        group.add_argument(*self.options, default=argparse.SUPPRESS, help=text.replace("%", "%%"), **settings)
+        group.add_argument(*self.options, *others, default=argparse.SUPPRESS, help=text.replace("%", "%%"), **settings)
 
     def _default_text(self) -> str:
         """Return the end of the help that names the default; empty where the help itself says it."""

@@ -33,14 +33,12 @@ class LoraField(Known):
         """Return the value as it is: LoraConfig looks at all of its fields together."""
         return value
 
-    def written(self, value: Any) -> Any:
-        """Return what a value means in a file that people write: a text may stand for a number, or for true and false.
+    def _meant(self, value: Any) -> Any:
+        """Return what a person means by a value: a text may stand for a number, or for true and false.
 
-        Raises ValueError or ArgumentTypeError for a text that is no number where one is wanted.
+        Raises ArgumentTypeError for a text that is no number where one is wanted.
         """
-        if self.is_flag and isinstance(value, str):
-            return self._meant(value)
-        if isinstance(self.default, int | float) and isinstance(value, str):
+        if isinstance(self.default, bool | int | float) and isinstance(value, str):
             return super()._meant(value)
         if isinstance(value, dict):
             return {pattern: self._number(entry) for pattern, entry in value.items()}

@@ -38,13 +38,15 @@ EXAMPLES = (
 )
 
 
-def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
+def build_parser(prog: str | None = None, *, takes_more: bool = False) -> OptionParser:
     """Return the parser. It holds no defaults: its namespace has the given options, `parse_options` adds the rest.
 
-    prog: the name of the program; None takes that of the process.
+    prog: the name of the program; None takes that of the process. takes_more: what it does not know is left over
+    instead of refused.
     """
     parser = OptionParser(
         prog=prog,
+        takes_more=takes_more,
         usage="%(prog)s [options]",
         description="Fine-tune CogVLM with LoRA. In a clone, with no option at all: the demo's tiny base and captchas.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -101,14 +103,21 @@ def parse_options(
     demo: Demo | None = None,
     environ: Mapping[str, str] = os.environ,
     prog: str | None = None,
+    takes_paths: bool = False,
 ) -> TrainConfig:
     """Return the config that a command line asks for, with what its files and the run that it goes on with say.
 
     demo: what runs where no base is named; without it a base has to be. A mistake ends the process with status 2 and
-    one line on rank 0, in the name of `prog`; --print-config ends it with status 0.
+    one line on rank 0, in the name of `prog`; --print-config ends it with status 0. takes_paths: what stands among the
+    options and belongs to none is training data.
     """
-    parser = build_parser(prog)
-    given = vars(parser.parse_args(argv))
+    parser = build_parser(prog, takes_more=takes_paths)
+    options, left = parser.parse_known_args(argv)
+    if any(argument.startswith("-") for argument in left):
+        parser.refuse_unknown([argument for argument in left if argument.startswith("-")])
+    given = vars(options)
+    if left:
+        given["train_data"] = [*left, *given.get("train_data", [])]
     prints = given.pop("print_config", False)
     path = given.pop("config", None)
     try:

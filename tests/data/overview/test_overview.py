@@ -1,6 +1,7 @@
 """What `sat-lora data` says of data, and what it shows as trained on."""
 
 import json
+import re
 from html.parser import HTMLParser
 
 import pytest
@@ -122,3 +123,22 @@ def test_the_command_prints_and_writes_and_replaces_no_other_file(tmp_path, caps
     assert "mine.html exists and is no page of sat-lora data" in capsys.readouterr().err and other.read_text() == "mine"
     assert main(["data"]) == 2 and "no data named" in capsys.readouterr().err
     assert main(["data", str(tmp_path / "nowhere")]) == 2
+
+
+@pytest.mark.parametrize("order", ["first", "last", "between"])
+def test_paths_may_stand_anywhere_among_the_options(order, tmp_path, base_folder, capsys):
+    records = [{"image": "a.png", "answer": "x"}, {"image": "b.png", "answer": "y"}]
+    write_pictures(tmp_path, SEVERAL)
+    paths = [str(lines(tmp_path / f"{number}.jsonl", records[number:])) for number in range(2)]
+    some, others = ["--prompt", "x"], ["--from_pretrained", str(base_folder), "--version", "base"]
+    words = {
+        "first": [*paths, *some, *others],
+        "last": [*some, *others, *paths],
+        "between": [paths[0], *some, paths[1], *others],
+    }
+    assert main(["data", *words[order]]) == 0
+    assert re.search(r"^samples +3$", capsys.readouterr().out, re.M)
+    with pytest.raises(SystemExit) as stop:
+        main(["data", *words[order], "--larning-rate=3"])
+    assert stop.value.code == 2
+    assert "unknown: --larning-rate=3; did you mean --lr?" in capsys.readouterr().err
