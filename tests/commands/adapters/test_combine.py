@@ -1,4 +1,4 @@
-"""`sat-lora combine`. For `sat-lora merge` see test_merge_checkpoint."""
+"""`sat-lora combine`. For `sat-lora merge` see tests/adapters/test_merge.py."""
 
 import os
 import shutil
