@@ -198,6 +198,16 @@ def test_an_orthogonal_beginning_wants_an_even_rank_after_the_bound(model, sites
         aim(small, LoraConfig(r=6, init_lora_weights="orthogonal"))
 
 
+@pytest.mark.parametrize("slots", ["q", "k", "v", "kv", "qkv"])
+def test_the_bound_goes_by_the_rows_of_one_slot_wherever_it_lies(slots, sites):
+    fused = sites["transformer.layers.0.attention.query_key_value"]
+    rows = fused.slot_rows(("v",))[0]
+    size = rows[1] - rows[0]
+    with pytest.warns(UserWarning, match=f"full {size} x {fused.in_features} matrix"):
+        target = aim(fused, LoraConfig(r=64, qkv_slots=slots))
+    assert target.rank == bounded_rank(64, fused.in_features, size)
+
+
 def test_layers_inside_of_other_sat_models_and_mixins_are_not_a_models_own():
     model = tiny_model()
     before = {name for name, _ in own_modules(model)}
