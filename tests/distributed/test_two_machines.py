@@ -56,10 +56,16 @@ def two_machines(options: list[str], folder: Path):
             machine.lose_power()
 
 
+def has_come_to(run: Path, step: int) -> bool:
+    """Whether the step was logged, and a checkpoint is there, which a thread writes meanwhile."""
+    names = ("train.jsonl", "checkpoints/latest")
+    return all((run / name).exists() for name in names) and len(losses_of(run)) >= step
+
+
 def wait_for_step(run: Path, step: int, machines: list[Machine], timeout: float = 60) -> None:
     timeout = patient(timeout)
     deadline = time.monotonic() + timeout
-    while not (run / "train.jsonl").exists() or len(losses_of(run)) < step:
+    while not has_come_to(run, step):
         assert time.monotonic() < deadline, f"step {step} was not reached in {timeout} s"
         assert all(machine.process.poll() is None for machine in machines), "a machine ended"
         time.sleep(0.02)

@@ -10,6 +10,11 @@ from tests.support.demo_runs import kill_group, last_step, options_that_save, ou
 STEPS = 12
 
 
+def has_checkpoint(run):
+    """Whether there is one to go on from."""
+    return (run / "checkpoints" / "latest").exists()
+
+
 def survive_kills(captchas, tmp_path, kills, launcher=None, *more):
     """Kill -9 the whole group at a random moment after some new step was logged, `kills` times, then let it end."""
     options = ("--train-iters", str(STEPS), *more)
@@ -19,9 +24,9 @@ def survive_kills(captchas, tmp_path, kills, launcher=None, *more):
     for number in range(kills):
         log = tmp_path / f"cut_{number}.log"
         with started(launcher, arguments, log) as process:
-            # The first has to get as far as a checkpoint; later ones may die before their first step.
+            # The first has to get as far as a checkpoint, which a thread writes; later ones may die before any step.
             goal = 3 + number * (STEPS - 4) // max(1, kills)
-            wait_for(lambda goal=goal: last_step(run) >= goal, process, log)
+            wait_for(lambda goal=goal: last_step(run) >= goal and has_checkpoint(run), process, log)
             time.sleep(choose.uniform(0, 0.3))
             kill_group(process)
         arguments = ["--resume", str(run)]
