@@ -134,8 +134,9 @@ class Load:
                     time.sleep(float(answer.headers["Retry-After"]))
 
     def go_away(self, deadline: float, picture: bytes) -> None:
-        """Begin to ask and leave, again and again: some at once, of whom a busy server need not have heard at all."""
-        for patience in itertools.cycle((0.05, 1.0)):
+        """Begin to ask and leave, again and again: some at once, of whom a busy server need not have heard at all, and
+        some so late that a fast one has answered them."""
+        for patience in itertools.cycle((0.05, 0.2, 0.4, 1.0)):
             if time.monotonic() >= deadline:
                 break
             try:
