@@ -161,12 +161,13 @@ def most_answers_to_another(answered: list[tuple[int, float, float]]) -> int:
     ends: dict[int, list[float]] = {}
     for client, _, end in sorted(answered, key=lambda answer: answer[2]):
         ends.setdefault(client, []).append(end)
-    return max(
+    counts = (
         bisect.bisect_left(others, end) - bisect.bisect_right(others, start)
         for client, start, end in answered
         for other, others in ends.items()
         if other != client
     )
+    return max(counts, default=0)
 
 
 def burst(address: str, count: int, picture: bytes) -> dict[int, int]:

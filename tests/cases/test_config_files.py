@@ -396,8 +396,8 @@ def test_what_no_file_may_say_is_printed_as_a_comment(tmp_path, capsys):
         ["--overwrite", "--trust-checkpoint", "--metrics", "mine.py:score", "exact-match", "--metric", "mine.py:score"],
         capsys,
     )
-    assert "names code, and only --metrics may]\n  metrics: null\n" in text
-    assert "names code, and only --metric may]\n  metric: null\n" in text
+    assert "names code: give it by --metrics]\n  metrics: null\n" in text
+    assert "names code: give it by --metric]\n  metric: null\n" in text
     (line,) = re.findall(r"^# Of one start, and so in no file: (.+)$", text, re.M)
     (tmp_path / "printed.yaml").write_text(text)
     again = parse_options(["--config", str(tmp_path / "printed.yaml"), *line.split(", ")], environ={})

@@ -182,3 +182,4 @@ def answers_of_a_server(takes, clients=6, answers=120):
 )
 def test_a_server_that_passes_somebody_over_is_noticed(takes, most):
     assert bench_serve.most_answers_to_another(answers_of_a_server(takes)) == most
+    assert bench_serve.most_answers_to_another(answers_of_a_server(takes, clients=1)) == 0

@@ -212,7 +212,7 @@ def as_yaml(config: TrainConfig, *, file: str | None = None) -> str:
             value = None if is_open else config.value(known.name)
             source = f"left to {known.left_to}" if is_open else sources.get(origin, origin.value)
             if names_code(known.name, value):  # which is refused in a file
-                source += f"; {shown(value)} names code, and only {known.options[0]} may"
+                source += f"; {shown(value)} names code: give it by {known.options[0]}"
                 value = None
             lines += [f"  # {known.help} [{source}]", f"  {known.name}: {_scalar(value)}"]
     started = [
