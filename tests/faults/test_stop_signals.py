@@ -2,8 +2,10 @@
 
 import os
 import re
+import shlex
 import signal
 import time
+from pathlib import Path
 
 import pytest
 
@@ -31,10 +33,10 @@ def test_a_stopped_run_resumes_as_if_it_was_not(captchas, tmp_path):
     run, log = tmp_path / "cut" / "run", tmp_path / "log"
     options = options_that_save(captchas, tmp_path / "cut", *more, "--train-iters", str(STEPS))
     assert stop(None, options, run, log, signal.SIGTERM, True) == 143
-    said = r"stopped by SIGTERM after step (\d+); resume with: .*python.* .*finetune_cogvlm.py --resume (.*)"
-    words = re.fullmatch(said, last_line(log))
-    step = int(words[1])
-    assert 3 <= step < STEPS and words[2] == str(run)
+    said = re.fullmatch(r"stopped by SIGTERM after step (\d+); resume with: (.*)", last_line(log))
+    python, program, *rest = shlex.split(said[2])  # quoted where the checkout's path holds a space
+    assert 3 <= int(said[1]) < STEPS and rest == ["--resume", str(run)]
+    assert "python" in Path(python).name and Path(program).name == "finetune_cogvlm.py"
     run_to_end(None, ["--resume", str(run)], tmp_path / "rest.log")
     whole_options = options_that_save(captchas, tmp_path / "whole", *more, "--train-iters", str(STEPS))
     run_to_end(None, whole_options, tmp_path / "whole.log")
