@@ -25,6 +25,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -173,11 +174,9 @@ def most_answers_to_another(answered: list[tuple[int, float, float]]) -> int:
 def burst(address: str, count: int, picture: bytes) -> dict[int, int]:
     """The statuses of so many requests at once."""
     load = Load(address)
-    threads = [threading.Thread(target=load.ask_once, args=(picture,)) for _ in range(count)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(count) as clients:
+        for asked in [clients.submit(load.ask_once, picture) for _ in range(count)]:
+            asked.result()
     return dict(load.statuses)
 
 
@@ -242,13 +241,12 @@ def under_load(process: int, address: str, clients: int, seconds: float, broken:
     cpu_before = cpu_seconds(process)
     load = Load(address)
     deadline = time.monotonic() + seconds
-    threads = [
-        threading.Thread(target=load.ask_until, args=(client, deadline, pictures[client], expected[client]))
+    threads = ThreadPoolExecutor(clients + 1)
+    asking = [
+        threads.submit(load.ask_until, client, deadline, pictures[client], expected[client])
         for client in range(clients)
     ]
-    threads.append(threading.Thread(target=load.go_away, args=(deadline, pictures[0])))
-    for thread in threads:
-        thread.start()
+    asking.append(threads.submit(load.go_away, deadline, pictures[0]))
     draw = random.Random(0)
     refused = {kind: Counter[int]() for kind in KINDS}
     requests = 0
@@ -261,8 +259,9 @@ def under_load(process: int, address: str, clients: int, seconds: float, broken:
         while bombed.status_code == 429:  # of a full queue, which it has not been in yet
             time.sleep(float(bombed.headers["Retry-After"]))
             bombed = http.post("/v1/chat/completions", json=question(bomb(), "base"))
-    for thread in threads:
-        thread.join()
+    for asked in asking:
+        asked.result()  # or what went wrong with a client
+    threads.shutdown()
     cpu = cpu_seconds(process) - cpu_before
     ordered = sorted(end - start for _, start, end in load.answered)
     return {

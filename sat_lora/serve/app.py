@@ -8,9 +8,9 @@ import hmac
 import json
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
@@ -25,7 +25,7 @@ from sat_lora.serve.questions import Question, RequestError, read_question
 from sat_lora.serve.worker import End, Job, Piece, Worker
 from sat_lora.terminal.notice import log_fault
 
-LOOK_FOR_CLIENT = 0.5  # seconds between looks whether whoever waits is still there
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -257,30 +257,38 @@ class _Answer:
 
     async def whole(self, request: Request) -> Response:
         """Return the answer in one piece. Raises RequestError where there is none."""
-        text = ""
-        while isinstance(event := await self._next(request), Piece):
-            text += event.text
-        usage = self._usage_of(event)
+        text, end = await self._unless_gone(request, self._text())
+        usage = self._usage_of(end)
         message = {"role": "assistant", "content": text.strip()}
         choice = {"index": 0, "message": message, "finish_reason": _reason(usage)}
         return JSONResponse({**self._head, "object": "chat.completion", "choices": [choice], "usage": _told(usage)})
 
+    async def _text(self) -> tuple[str, End]:
+        """Return all the pieces as one text, and the end."""
+        text = ""
+        while isinstance(event := await self._events.get(), Piece):
+            text += event.text
+        return text, event
+
     async def streamed(self, request: Request) -> Response:
         """Return the answer as server-sent events. Raises RequestError where it fails before its first piece."""
-        first = await self._next(request)
+        first = await self._unless_gone(request, self._events.get())
         if isinstance(first, End) and first.error is not None:
             raise first.error
         return StreamingResponse(self._lines(first), media_type="text/event-stream")
 
-    async def _next(self, request: Request) -> Piece | End:
-        """Return the next event. Raises RequestError, and cancels the job, where the client has gone."""
-        while True:
-            try:
-                return await asyncio.wait_for(self._events.get(), LOOK_FOR_CLIENT)
-            except TimeoutError:
-                if await request.is_disconnected():
-                    self.job.is_cancelled.set()
-                    raise RequestError("the client has gone", 499) from None
+    async def _unless_gone(self, request: Request, result: Coroutine[Any, Any, _T]) -> _T:
+        """Return a result. Raises RequestError, and cancels the job, where the client goes before it is there."""
+        tasks = asyncio.ensure_future(result), asyncio.ensure_future(_goes(request))
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            if tasks[0].done():
+                return tasks[0].result()
+            self.job.is_cancelled.set()
+            raise RequestError("the client has gone", 499)
+        finally:
+            for task in tasks:
+                task.cancel()
 
     async def pieces(self) -> AsyncGenerator[str, None]:
         """Yield the pieces of the answer. Raises RequestError where it fails; cancels the job when it is closed."""
@@ -324,6 +332,12 @@ class _Answer:
         self._metrics.tokens.labels("answer").inc(usage.completion_tokens)
         self._metrics.seconds.observe(time.monotonic() - self._arrival)
         return usage
+
+
+async def _goes(request: Request) -> None:
+    """Return when the client of a request that is read has gone."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 def _event(content: dict[str, Any]) -> str:

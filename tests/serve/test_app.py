@@ -192,6 +192,25 @@ def test_a_client_that_goes_in_the_middle_ends_its_answer(slow, picture):
         assert slow.begun == ["gone", "next"]
 
 
+class QuickChat(Chat):
+    """A conversation whose answers come piece after piece, and end when nobody listens any more."""
+
+    def answer_together(self, questions):
+        for self.pieces in range(10**6):
+            time.sleep(0.01)
+            yield ["x"] * len(questions)
+
+
+def test_a_client_that_goes_ends_an_answer_that_comes_quickly(base, adapters, picture):
+    chat = QuickChat(load_cogvlm(base), adapters={"mine": adapters["mine"]}, version="chat")
+    with served(chat) as address:
+        _post_and_leave(f"{address}/v1/chat/completions", question_of(picture))
+        wait_for(lambda: 'status="499"} 1.0' in httpx.get(f"{address}/metrics").text)
+        pieces = chat.pieces
+        time.sleep(0.5)
+        assert chat.pieces <= pieces + 1
+
+
 def _post_and_leave(path, content) -> None:
     with contextlib.suppress(httpx.TimeoutException):
         httpx.post(path, json=content, timeout=1)
