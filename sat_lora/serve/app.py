@@ -4,6 +4,7 @@ import asyncio
 import base64
 import binascii
 import contextlib
+import functools
 import hmac
 import json
 import time
@@ -12,7 +13,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from fastapi import FastAPI, Request, Response
+from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -125,22 +126,26 @@ def build_app(
         return _refusal(RequestError(f"there is nothing at this address; there are {places}{about}", 404))
 
     @app.exception_handler(405)
-    async def no_such_method(request: Request, error: Exception) -> Response:
-        return _refusal(RequestError(f"{request.method} is not what this address takes", 405))
+    async def no_such_method(request: Request, error: HTTPException) -> Response:
+        refusal = _refusal(RequestError(f"{request.method} is not what this address takes", 405))
+        refusal.headers.update(error.headers or {})  # what it takes: Allow
+        return refusal
 
-    @app.get("/health")
+    get = functools.partial(app.api_route, methods=["GET", "HEAD"])  # HEAD as health checks ask: `wget --spider`
+
+    @get("/health")
     async def health() -> Response:
         return JSONResponse({"status": "ok" if worker.is_alive else "ending"}, 200 if worker.is_alive else 503)
 
-    @app.get("/metrics")
+    @get("/metrics")
     async def tell_metrics() -> Response:
         return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
-    @app.get("/v1/models")
+    @get("/v1/models")
     async def models() -> Response:
         return JSONResponse({"object": "list", "data": [*map(_model, speakers)]})
 
-    @app.get("/v1/models/{name}")
+    @get("/v1/models/{name}")
     async def model(name: str) -> Response:
         if name not in speakers:
             known = ", ".join(speakers)

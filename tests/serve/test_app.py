@@ -87,7 +87,9 @@ def test_errors_are_those_of_openai(picture, address):
     with httpx.Client(base_url=address) as http:
         for content in (b"", b"{", b"[" * 100_000, b"\xff\xfe", b'{"messages": NaN}'):
             assert http.post("/v1/chat/completions", content=content).status_code == 400
-        assert http.get("/v1/chat/completions").status_code == 405
+        for method in ("GET", "HEAD", "PUT"):
+            refusal = http.request(method, "/v1/chat/completions")
+            assert (refusal.status_code, refusal.headers["Allow"]) == (405, "POST")
         assert "there is nothing at this address" in http.get("/../../etc/passwd").json()["error"]["message"]
         assert http.get("/health").json() == {"status": "ok"}
         metrics = http.get("/metrics").text
@@ -270,6 +272,16 @@ def test_a_fault_is_told_and_ends_nothing(slow, picture, monkeypatch):
             with pytest.raises(openai.InternalServerError, match="ZeroDivisionError: no"):
                 client_of(address).chat.completions.create(**question_of(picture))
         assert client_of(address).chat.completions.create(**question_of(picture)).choices
+
+
+def test_whoever_only_looks_whether_it_is_there_is_answered(address):
+    """HEAD is what `wget --spider` and many a health check ask."""
+    with httpx.Client(base_url=address) as http:
+        for path in ("/health", "/metrics", "/v1/models", "/v1/models/mine"):
+            head, got = http.head(path), http.get(path)
+            assert head.status_code == got.status_code == 200 and not head.content and got.content
+            assert head.headers["content-type"] == got.headers["content-type"]
+        assert http.head("/v1/models/yours").status_code == http.head("/nothing").status_code == 404
 
 
 def test_events_are_json_lines(picture, address):
