@@ -22,6 +22,22 @@ def test_ranks_reach_each_other_and_answer_in_order():
     assert run_ranks(add_ranks, 3) == [3.0, 3.0, 3.0]
 
 
+def asks_the_store_late() -> int:
+    init_distributed()
+    rank, store = torch.distributed.get_rank(), torch.distributed.distributed_c10d._get_default_store()
+    if rank == 0:
+        store.set("of the first", "")
+    else:
+        time.sleep(1)
+        store.get("of the first")
+    return rank
+
+
+def test_no_rank_ends_before_all_have_answered():
+    """The store of all is in the first one: a rank that still formed its groups met a connection reset by peer."""
+    assert run_ranks(asks_the_store_late, 2) == [0, 1]
+
+
 def fail_on_rank_1(folder):
     init_distributed()
     (folder / os.environ["RANK"]).write_text(str(os.getpid()))

@@ -56,6 +56,7 @@ def _rank_main(connection, output: str, rank: int, size: int, port: int, target,
     become_rank(output, rank, size, port)
     try:
         connection.send(("done", target(*args, **kwargs)))
+        connection.poll(None)  # the first rank has the others' store: nobody ends before all have answered
     except BaseException:
         connection.send(("failed", traceback.format_exc()))
         raise
@@ -74,7 +75,7 @@ def run_ranks(target, size: int, *args, timeout: float = 90, **kwargs) -> list:
     logs = [Path(folder.name) / f"rank_{rank}.log" for rank in range(size)]
     pipes, processes = [], []
     for rank in range(size):
-        receiver, sender = context.Pipe(duplex=False)
+        receiver, sender = context.Pipe()
         process = context.Process(
             target=_rank_main, args=(sender, str(logs[rank]), rank, size, port, target, args, kwargs), daemon=True
         )
